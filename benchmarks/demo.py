@@ -1,0 +1,155 @@
+"""The demonstration: collect, fit the article's value predictor, compare it with best-of-N.
+
+Everything is real: the embedded language model writes, two reward models judge, and the comparison is on
+prompts that the predictor has not seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbrl_text_env.prompts import load_prompts
+from mbrl_text_env.records import RecordWriter, has_records, read_records, rescore
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from agents.collection import collect
+from agents.sampling import Sampling
+from agents.values import EmbeddingValue
+from benchmarks.compare import CompareConfig, Comparison, choose_prompts, compare, read_rows
+from benchmarks.progress import compare_progress, progress_bar
+from benchmarks.report import side_by_side, table
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.rewards import make
+
+REWARDS = ("sentiment", "relevance")
+AGENTS = ("sampling", "best-of-n", "lookahead")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demonstration's size; the defaults take a few minutes on two cores.
+
+    Args:
+        train_prompts: Prompts that responses are collected for.
+        samples: Responses to each.
+        test_prompts: Held-out prompts that the agents are compared on.
+        budget_tokens: Generated tokens for each prompt and agent.
+        max_response_tokens: Token limit of a response.
+        seed: Everything follows from it.
+    """
+
+    train_prompts: int = 48
+    samples: int = 4
+    test_prompts: int = 24
+    budget_tokens: int = 400
+    max_response_tokens: int = 96
+    seed: int = 0
+
+
+def run_demo(
+    language_model: LanguageModel, out: Path, console: Console, config: DemoConfig
+) -> dict[str, dict[str, Any]]:
+    """Run or resume the demonstration and print it.
+
+    Returns:
+        The summary of the comparison by reward.
+    """
+    _first_text(language_model, console, config)
+    _collect(language_model, out, console, config)
+    summaries = {}
+    for name in REWARDS:
+        value = _fit(language_model, out, name, console)
+        summaries[name] = _compare(language_model, value, out, name, console, config)
+    for name, summary in summaries.items():
+        _show(summary, out / f"compare-{name}", console)
+    console.print(f"Records, value models, rows, summaries and plots: {out.resolve()}")
+    return summaries
+
+
+def _first_text(language_model: LanguageModel, console: Console, config: DemoConfig) -> None:
+    prompt = load_prompts(split="validation", limit=1)[0]
+    agent = Sampling(language_model, max_response_tokens=32)
+    (generation,) = agent.generate([prompt], seed=config.seed)
+    console.print(
+        Panel(
+            Text(generation.text.strip() + " ..."),
+            title=Text(prompt.text),
+            subtitle=f"written by {language_model.name}",
+        )
+    )
+
+
+def _collect(
+    language_model: LanguageModel, out: Path, console: Console, config: DemoConfig
+) -> None:
+    """Sample once; the second reward scores the same responses."""
+    first, *others = REWARDS
+    reward = make(first)
+    prompts = choose_prompts(load_prompts(split="train"), config.train_prompts, reward, config.seed)
+    source = out / f"records-{first}"
+    if not has_records(source, expected=len(prompts) * config.samples):
+        with progress_bar(console) as bar, RecordWriter(source) as writer:
+            done = {record.prompt_id for record in writer.existing()}
+            left = [prompt for prompt in prompts if prompt.id not in done]
+            task = bar.add_task("Collecting scored responses", total=len(left) * config.samples)
+            collect(
+                language_model,
+                reward,
+                left,
+                writer,
+                samples_per_prompt=config.samples,
+                max_response_tokens=config.max_response_tokens,
+                seed=config.seed,
+                on_batch=lambda records: bar.advance(task, len(records)),
+            )
+    for name in others:
+        if not (out / f"records-{name}").exists():
+            rescore(source, make(name), out / f"records-{name}")
+
+
+def _fit(language_model: LanguageModel, out: Path, name: str, console: Console) -> EmbeddingValue:
+    value = EmbeddingValue(language_model).fit(read_records(out / f"records-{name}"))
+    value.save(out / f"value-{name}")
+    report = value.report_
+    console.print(
+        f"Value predictor for {name!r}: fitted on {report.num_records} responses to "
+        f"{report.num_prompts} prompts; on prompts left out its correlation with the score is "
+        f"{report.correlation:.2f}, within a prompt {report.within_prompt:.2f}."
+    )
+    return value
+
+
+def _compare(
+    language_model: LanguageModel,
+    value: EmbeddingValue,
+    out: Path,
+    name: str,
+    console: Console,
+    config: DemoConfig,
+) -> dict[str, Any]:
+    reward = make(name)
+    comparison = Comparison(
+        CompareConfig(
+            AGENTS,
+            budget_tokens=config.budget_tokens,
+            max_response_tokens=config.max_response_tokens,
+            seed=config.seed,
+        ),
+        choose_prompts(load_prompts(split="test"), config.test_prompts, reward, config.seed),
+        language_model,
+        reward,
+        value,
+    )
+    with compare_progress(console, comparison) as on_batch:
+        return compare(comparison, out / f"compare-{name}", on_batch=on_batch)
+
+
+def _show(summary: dict[str, Any], folder: Path, console: Console) -> None:
+    rows = read_rows(folder / "results.jsonl")
+    first = rows[0]["prompt_id"]
+    console.print(side_by_side([row for row in rows if row["prompt_id"] == first]))
+    console.print(table(summary))

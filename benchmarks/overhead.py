@@ -1,0 +1,109 @@
+"""The environment's own time: a toy tokenizer and a constant reward, so that nothing else counts.
+
+The fastest of several runs is reported, as `timeit` advises: slower ones measure the machine's other work.
+
+python -m benchmarks.overhead --json overhead.json
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import gymnasium as gym
+import numpy as np
+import typer
+
+import mbrl_text_env  # noqa: F401 registers the environments
+from mbrl_text_env.files import write_text
+from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.types import Prompt
+
+CHUNK_TOKENS = 4
+RESPONSE_TOKENS = 64
+
+
+class ConstantReward:
+    """The same score for every response."""
+
+    name = "constant"
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """1 for every response."""
+        return [1.0] * len(responses)
+
+
+def single_step_us(steps: int, repeats: int, seed: int) -> float:
+    """Microseconds a step of `gym.make(id)`, resets included: the fastest of several runs."""
+    env = gym.make("mbrl_text_env/TextGeneration-v0", **_options())
+    actions = _actions(env.action_space, 1024, seed)
+
+    def run() -> float:
+        env.reset(seed=seed)
+        start = time.perf_counter()
+        for step in range(steps):
+            _, _, terminated, truncated, _ = env.step(actions[step % len(actions)])
+            if terminated or truncated:
+                env.reset()
+        return (time.perf_counter() - start) / steps * 1e6
+
+    return min(run() for _ in range(repeats))
+
+
+def vector_state_us(num_envs: int, steps: int, repeats: int, seed: int) -> float:
+    """Microseconds a state of `gym.make_vec(id)`, autoresets included: the fastest of several runs."""
+    env = gym.make_vec("mbrl_text_env/TextGeneration-v0", num_envs=num_envs, **_options())
+    actions = [_actions(env.single_action_space, num_envs, seed + i) for i in range(min(steps, 32))]
+
+    def run() -> float:
+        env.reset(seed=seed)
+        start = time.perf_counter()
+        for step in range(steps):
+            env.step(actions[step % len(actions)])
+        return (time.perf_counter() - start) / (steps * num_envs) * 1e6
+
+    return min(run() for _ in range(repeats))
+
+
+def main(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+    seed: int = 0,
+    steps: Annotated[int, typer.Option(min=1)] = 5000,
+    repeats: Annotated[int, typer.Option(min=1)] = 7,
+) -> None:
+    """Measure and print."""
+    figures = {
+        "single_step_us": round(single_step_us(steps, repeats, seed), 2),
+        "batch256_state_us": round(vector_state_us(256, max(1, steps // 50), repeats, seed), 2),
+        "command": shlex.join(["python", "-m", "benchmarks.overhead", *sys.argv[1:]]),
+        "seed": seed,
+    }
+    print(json.dumps(figures, indent=2))
+    if json_file is not None:
+        write_text(json_file, json.dumps(figures, indent=2))
+
+
+def _options() -> dict[str, object]:
+    return {
+        "prompts": [Prompt.from_text(f"prompt {i}") for i in range(8)],
+        "tokenizer": NGramLM("abcdefghijklmnopqrstuvwxyz "),
+        "reward_model": ConstantReward(),
+        "max_chunk_tokens": CHUNK_TOKENS,
+        "max_response_tokens": RESPONSE_TOKENS,
+    }
+
+
+def _actions(space: gym.Space, count: int, seed: int) -> list[np.ndarray]:
+    space.seed(seed)
+    return [space.sample() for _ in range(count)]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,86 @@
+"""Statistics of paired comparisons, on SciPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often one of two is better on the same prompt; `rate` counts a tie as half a win."""
+
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def rate(self) -> float:
+        """(wins + ties / 2) / all."""
+        return (self.wins + 0.5 * self.ties) / (self.wins + self.ties + self.losses)
+
+
+def mean_interval(
+    values: FloatArray, *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> Interval:
+    """Mean of float64[B] with its bootstrap interval (BCa; percentile where BCa is undefined).
+
+    For a paired comparison pass the differences: resampling these is resampling the pairs.
+
+    Raises:
+        ValueError: There are no values, or one is not finite.
+
+    Example:
+        >>> mean_interval(np.array([1.0, 1.0, 1.0]))
+        Interval(estimate=1.0, low=1.0, high=1.0)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+        raise ValueError(
+            f"Expected at least one finite value, got an array of shape {values.shape} with "
+            f"{int((~np.isfinite(values)).sum())} values that are not finite."
+        )
+    mean = float(values.mean())
+    if np.ptp(values) == 0 or len(values) < 2:
+        return Interval(mean, mean, mean)
+    for method in ("BCa", "percentile"):
+        found = stats.bootstrap(
+            (values,),
+            np.mean,
+            confidence_level=confidence,
+            n_resamples=resamples,
+            method=method,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        if np.isfinite([found.low, found.high]).all():
+            break
+    return Interval(mean, float(found.low), float(found.high))
+
+
+def win_rate(values: FloatArray, baseline: FloatArray, *, tolerance: float = 1e-9) -> WinRate:
+    """Compare paired values; differences up to `tolerance` are ties.
+
+    Raises:
+        ValueError: The arrays do not pair.
+    """
+    values, baseline = np.asarray(values), np.asarray(baseline)
+    if values.shape != baseline.shape or len(values) == 0:
+        raise ValueError(f"Expected pairs, got shapes {values.shape} and {baseline.shape}.")
+    difference = values - baseline
+    wins = int((difference > tolerance).sum())
+    losses = int((difference < -tolerance).sum())
+    return WinRate(wins, len(values) - wins - losses, losses)

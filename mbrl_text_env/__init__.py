@@ -1,0 +1,59 @@
+"""Text generation as a Gymnasium environment.
+
+A state is a prompt and the prefix of its response, an action is a chunk of tokens, and the reward
+comes from any reward model. Importing the package registers the environments with Gymnasium.
+"""
+
+import gymnasium as _gymnasium
+
+from mbrl_text_env._lazy import attach
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "candidates": ["CandidateChunks", "CandidateChunksVector"],
+        "checks": [
+            "CheckError",
+            "check_agent",
+            "check_language_model",
+            "check_reward_model",
+            "check_text_env",
+        ],
+        "env": ["TextGenerationEnv"],
+        "ledger": ["Budget", "BudgetError", "BudgetExceededError", "Ledger", "Usage"],
+        "mdp": [
+            "ChunkRules",
+            "EpisodeEndedError",
+            "InvalidChunkError",
+            "initial",
+            "is_terminal",
+            "transition",
+        ],
+        "prompts": ["load_prompts"],
+        "records": ["Record", "RecordWriter", "read_records"],
+        "spaces": ["ChunkSpace", "UnicodeText"],
+        "types": [
+            "Chunk",
+            "Message",
+            "Prompt",
+            "TextState",
+            "Transition",
+        ],
+        "values": ["ValueEstimate", "ValueModel", "predict_values"],
+        "vector": ["TextGenerationVectorEnv"],
+        "wrappers": ["KLPenalty", "PotentialShaping"],
+    },
+)
+
+_gymnasium.register(
+    id="mbrl_text_env/TextGeneration-v0",
+    entry_point="mbrl_text_env.env:TextGenerationEnv",
+    vector_entry_point="mbrl_text_env.vector:TextGenerationVectorEnv",
+)
+_gymnasium.register(
+    id="mbrl_text_env/CandidateChunks-v0",
+    entry_point="mbrl_text_env.candidates:make_candidate_chunks",
+    vector_entry_point="mbrl_text_env.candidates:make_candidate_chunks_vector",
+)

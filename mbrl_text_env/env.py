@@ -1,0 +1,171 @@
+"""Text generation as a Gymnasium environment: `mbrl_text_env/TextGeneration-v0`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import gymnasium as gym
+
+from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.language_models.base import Tokenizer
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.task import ObservationMode, Outcome, RewardMode, TextTask
+from mbrl_text_env.types import Prompt, TextState
+
+
+class TextGenerationEnv(gym.Env[Any, Any]):
+    """Write a response to a prompt, chunk by chunk.
+
+    An action is a chunk of 1 to `max_chunk_tokens` token ids. A stop token ends the episode with
+    `terminated`, the token limit with `truncated`; either way the response is scored, once. A chunk
+    that would pass the limit is cut there, and `info["chunk_cut"]` is True.
+
+    `info` has `prompt_id`, `prompt`, `response`, `finish_reason` and `chunk_cut`, and at the end
+    `score` and `score_parts`. The environment holds no language model.
+
+    Args:
+        prompts: Prompts to draw from; by default the train split of the package's own.
+        tokenizer: A tokenizer or a language model; by default SmolLM2's tokenizer.
+        reward_model: A reward model, a name such as `"sentiment"` or `"0.5*sentiment+relevance"`, or
+            a callable.
+        reward: `"terminal"`, `"delta"` or `"process"`; see `TextTask`.
+        observation: `"text"`, `"tokens"` or `"embedding"`.
+        encoder: Embeds texts for `observation="embedding"`; by default MiniLM.
+        max_response_tokens: Token limit of a response.
+        max_chunk_tokens: Most tokens in one chunk.
+        max_prompt_tokens: Size of `"tokens"` observations; by default the longest prompt's.
+        render_mode: `"ansi"` (`render` returns a string), `"human"` (Rich prints after every step),
+            or None.
+
+    Example:
+        >>> import gymnasium as gym, mbrl_text_env
+        >>> env = gym.make("mbrl_text_env/TextGeneration-v0")  # doctest: +SKIP
+        >>> observation, info = env.reset(seed=0)  # doctest: +SKIP
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 4}
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt] | None = None,
+        tokenizer: Tokenizer | None = None,
+        reward_model: RewardModel | Callable[..., Any] | str = "sentiment",
+        *,
+        reward: RewardMode = "terminal",
+        observation: ObservationMode = "text",
+        encoder: Encoder | None = None,
+        max_response_tokens: int = 128,
+        max_chunk_tokens: int = 16,
+        max_prompt_tokens: int | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ValueError(
+                f"render_mode: expected None or one of {self.metadata['render_modes']}, got "
+                f"{render_mode!r}."
+            )
+        self.task = TextTask(
+            prompts,
+            tokenizer,
+            reward_model,
+            reward=reward,
+            observation=observation,
+            encoder=encoder,
+            max_response_tokens=max_response_tokens,
+            max_chunk_tokens=max_chunk_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+        )
+        self.render_mode = render_mode
+        self.action_space = self.task.action_space()
+        self.observation_space = self.task.observation.space
+        self._outcome: Outcome | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin a response to a random prompt, or to `options["prompt"]` (a Prompt, id or index)."""
+        super().reset(seed=seed)
+        prompt = self.task.choose_prompt(self.np_random, options)
+        return self._show(self.task.start(prompt))
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Append a chunk of token ids (int64[n], or a list or tuple of ints).
+
+        Raises:
+            ResetNeeded: There was no `reset` before.
+            EpisodeEndedError: The response has ended.
+            InvalidChunkError: The action is not a chunk.
+            RewardError: The reward model failed; the state is as it was before the step.
+        """
+        (outcome,) = self.task.advance([self._current()], [action])
+        observation, info = self._show(outcome)
+        return observation, outcome.reward, outcome.terminated, outcome.truncated, info
+
+    def get_state(self) -> TextState:
+        """The state: frozen and picklable, nothing is copied.
+
+        It holds the episode, not the generator that draws the prompts of later ones.
+
+        Raises:
+            ResetNeeded: There was no `reset` before.
+        """
+        return self._current().state
+
+    def set_state(self, state: TextState) -> tuple[Any, dict[str, Any]]:
+        """Go on from a state of this or of an equal environment; returns what `reset` would.
+
+        Raises:
+            TypeError: It is no `TextState`.
+            ValueError: Its response is longer than the limit.
+        """
+        return self._show(self.task.resume(self.task.check_state(state)))
+
+    def render(self) -> str | None:
+        """The prompt and the response: returned as a string, or printed."""
+        if self.render_mode is None:
+            gym.logger.warn(
+                "render() does nothing without a render mode: gym.make(id, render_mode=...)"
+            )
+            return None
+        outcome = self._current()
+        if self.render_mode == "ansi":
+            return _as_text(outcome)
+        _print(outcome)
+        return None
+
+    def _current(self) -> Outcome:
+        if self._outcome is None:
+            raise gym.error.ResetNeeded(
+                "Call `reset()` before `step()`, `get_state()` or `render()`."
+            )
+        return self._outcome
+
+    def _show(self, outcome: Outcome) -> tuple[Any, dict[str, Any]]:
+        (observation,) = self.task.observe([outcome])
+        self._outcome = outcome
+        if self.render_mode == "human":
+            _print(outcome)
+        return observation, outcome.info
+
+
+def _as_text(outcome: Outcome) -> str:
+    ending = outcome.state.finish_reason or "..."
+    score = "" if outcome.score is None else f", score {outcome.score:.3f}"
+    return f"Prompt: {outcome.state.prompt.text}\nResponse: {outcome.response} [{ending}{score}]\n"
+
+
+def _print(outcome: Outcome) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    score = "" if outcome.score is None else f"score {outcome.score:.3f}"
+    tokens = f"{len(outcome.state.response_ids)} tokens"
+    Console().print(
+        Panel(
+            Text(outcome.response),
+            title=Text(outcome.state.prompt.text),
+            subtitle=f"{outcome.state.finish_reason or 'going on'}, {tokens} {score}",
+        )
+    )

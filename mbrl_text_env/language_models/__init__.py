@@ -1,0 +1,19 @@
+"""Language models: the protocol, transformers models, the embedded model, toys with known answers."""
+
+from mbrl_text_env._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "base": [
+            "FeatureModel",
+            "LanguageModel",
+            "PromptTooLongError",
+            "SamplingParams",
+            "Tokenizer",
+        ],
+        "catalogue": ["embedded", "embedded_encoder", "embedded_tokenizer"],
+        "toy": ["CharTokenizer", "NGramLM", "TableLM"],
+        "transformers_lm": ["HFTokenizer", "TransformersLM"],
+    },
+)

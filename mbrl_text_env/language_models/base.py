@@ -1,0 +1,227 @@
+"""What the environment and the agents need of a tokenizer and a language model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.types import Chunk, Prompt, TextState
+
+
+class PromptTooLongError(ValueError):
+    """A prompt that leaves no room for a response in the model's context."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn from a language model's distribution.
+
+    The order is that of transformers and vLLM: temperature, then top-k, then top-p.
+
+    Args:
+        temperature: 0 is greedy decoding; 1 the model's own distribution.
+        top_p: Smallest set of tokens whose probability reaches `top_p`; 1 keeps all.
+        top_k: Number of most probable tokens kept; 0 keeps all.
+
+    Raises:
+        ValueError: A value is outside its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected a number from 0 up, got {self.temperature!r}.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p: expected a number above 0 and up to 1, got {self.top_p!r}.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected 0 (keep all) or more, got {self.top_k!r}.")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Token ids in, token ids out; text only for people and reward models."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; valid ids are 0 to vocab_size - 1."""
+        ...
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Ids that end a response."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that prompt and response may have together."""
+        ...
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt, chat template and generation mark included.
+
+        Raises:
+            PromptTooLongError: The prompt leaves no room for a response.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a response, special tokens left out."""
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Tokenizer, Protocol):
+    """A distribution over token sequences, batched: one state is a batch of one.
+
+    A language model is its own tokenizer. Implementations share the checker
+    `mbrl_text_env.checks.check_language_model`.
+    """
+
+    @property
+    def name(self) -> str:
+        """What reports and records call it."""
+        ...
+
+    def sample(
+        self,
+        states: Sequence[TextState],
+        num_samples: int,
+        max_new_tokens: int,
+        *,
+        seeds: Sequence[int],
+        first_sample: int = 0,
+        params: SamplingParams = ...,
+        ledgers: Sequence[Ledger] | None = None,
+    ) -> list[list[Chunk]]:
+        """Draw `num_samples` chunks after each state.
+
+        Args:
+            states: States that have not ended.
+            num_samples: Chunks a state, at least 1.
+            max_new_tokens: Most tokens a chunk, at least 1. A chunk is shorter only if it ends with
+                a stop token or the context is full.
+            seeds: One a state. Chunk k of a state is a function of its seed, its tokens and k
+                alone (`stream`), not of the batch around it.
+            first_sample: The k of the first chunk: 4 chunks from 0 and then 4 from 4 are the 8
+                from 0.
+            params: Temperature, top-p, top-k.
+            ledgers: One a state; tokens, calls, FLOPs and time are charged there.
+
+        Returns:
+            chunks[len(states)][num_samples], their log-probabilities included.
+
+        Raises:
+            ValueError: A count is below 1, the lengths differ, or a state has ended.
+        """
+        ...
+
+    def logprobs(
+        self,
+        states: Sequence[TextState],
+        chunks: Sequence[Chunk],
+        *,
+        ledgers: Sequence[Ledger] | None = None,
+    ) -> list[tuple[float, ...]]:
+        """Log-probability (nats) of each token of `chunks[i]` after `states[i]`."""
+        ...
+
+    def usage(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
+        """The most that `sample` charges for a state.
+
+        Args:
+            prefix_tokens: Tokens of the state's prompt and response.
+            new_tokens: Length of each chunk sampled after it.
+        """
+        ...
+
+
+@runtime_checkable
+class FeatureModel(Protocol):
+    """A language model that also gives features of a prefix."""
+
+    @property
+    def feature_size(self) -> int:
+        """d, the length of a feature vector."""
+        ...
+
+    def features(
+        self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """float32[len(states), feature_size]."""
+        ...
+
+
+def stream(seed: int, state: TextState, sample_index: int) -> np.random.Generator:
+    """The random stream of one sequence: a function of seed, tokens and sample index.
+
+    Every sequence draws from a stream of its own, so neither the batch that it sits in nor the
+    order of the calls changes its tokens. Asking again with the same three gives the same chunk; to
+    get fresh samples of a state, pass another seed.
+
+    Example:
+        >>> state = TextState(Prompt.from_text("Hi"), prompt_ids=(5, 6))
+        >>> stream(0, state, 1).random() == stream(0, state, 1).random()
+        True
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{seed}:{sample_index}:{len(state.prompt_ids)}:".encode())
+    digest.update(state.prompt.id.encode())
+    digest.update(np.asarray(state.prompt_ids + state.response_ids, dtype=np.int64).tobytes())
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little")))
+
+
+def spawn_seed(seed: int, *path: int) -> int:
+    """A new seed below 2**63 that follows from a seed and a path of integers.
+
+    Example:
+        >>> spawn_seed(0, 1) == spawn_seed(0, 1), spawn_seed(0, 1) == spawn_seed(0, 2)
+        (True, False)
+    """
+    text = ":".join(map(str, (seed, *path)))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def check_sample_arguments(
+    states: Sequence[TextState], num_samples: int, max_new_tokens: int, seeds: Sequence[int]
+) -> None:
+    """Refuse arguments that no language model can answer; shared by the implementations.
+
+    Raises:
+        ValueError: See `LanguageModel.sample`.
+    """
+    if num_samples < 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"num_samples and max_new_tokens must be at least 1, got {num_samples} and "
+            f"{max_new_tokens}."
+        )
+    if len(seeds) != len(states):
+        raise ValueError(
+            f"Expected one seed a state ({len(states)}), got {len(seeds)}. Repeat the seed, or "
+            "derive one for each state."
+        )
+    check_unfinished(states)
+
+
+def check_unfinished(states: Sequence[TextState]) -> None:
+    """Refuse states whose response has ended.
+
+    Raises:
+        ValueError: One has.
+    """
+    for state in states:
+        if state.finish_reason is not None:
+            raise ValueError(
+                f"The response to prompt {state.prompt.id!r} has ended "
+                f"({state.finish_reason!r}); a language model cannot continue it. Leave ended "
+                "states out of the batch."
+            )

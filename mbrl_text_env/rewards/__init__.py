@@ -1,0 +1,17 @@
+"""Reward models: the protocol, one file a family, and `make`, which knows them by name."""
+
+from mbrl_text_env._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "adapters": ["as_reward_model"],
+        "base": ["ProcessRewardModel", "RewardError", "RewardModel", "Scores", "score_responses"],
+        "catalogue": ["available", "make"],
+        "classifier": ["ClassifierReward"],
+        "combinators": ["WeightedSum"],
+        "constraints": ["ConstraintsReward"],
+        "relevance": ["RelevanceReward"],
+        "sentiment": ["SentimentReward"],
+    },
+)

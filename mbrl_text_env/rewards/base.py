@@ -1,0 +1,217 @@
+"""The reward model's contract, and the one door through which rewards are called.
+
+`score_responses` checks whatever a reward model returns and charges it to the ledgers. Nothing else
+in the package calls `RewardModel.score`, so a reward that fails is an error with names in it and
+never a silent zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from mbrl_text_env.ledger import Ledger, Usage, timed
+from mbrl_text_env.types import FloatArray, Prompt
+
+
+class RewardError(RuntimeError):
+    """A reward model raised, or returned something that is not one finite score a response."""
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """Scores responses; higher is better.
+
+    Four methods are optional: `score_parts(prompts, responses) -> Scores` for a reward made of
+    several; `applies_to(prompt) -> bool` for one that needs something of the prompt; and, for one
+    whose computation is to be counted, `flops(prompts, responses) -> float64[B]` and
+    `flops_bound() -> float`, the most that one response can take.
+
+    Example:
+        >>> class Brevity:
+        ...     name = "brevity"
+        ...     def score(self, prompts, responses):
+        ...         return [-len(response.split()) for response in responses]
+    """
+
+    @property
+    def name(self) -> str:
+        """What reports, records and `info` call it."""
+        ...
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
+        """Return float64[B], the score of `responses[i]` as an answer to `prompts[i]`."""
+        ...
+
+
+@runtime_checkable
+class ProcessRewardModel(RewardModel, Protocol):
+    """A reward model that also scores the steps of a response."""
+
+    def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> npt.ArrayLike:
+        """Return float64[len(steps)], exactly one score a step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward model said of a batch.
+
+    Args:
+        total: float64[B].
+        parts: float64[B] by name; the model's own name alone where it has no parts.
+    """
+
+    total: FloatArray
+    parts: Mapping[str, FloatArray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.total)
+
+    def parts_of(self, index: int) -> dict[str, float]:
+        """The parts of one response, as plain floats."""
+        return {name: float(values[index]) for name, values in self.parts.items()}
+
+
+def reward_name(reward_model: object) -> str:
+    """The name of a reward model, or of its class where it has none."""
+    return str(getattr(reward_model, "name", type(reward_model).__name__))
+
+
+def applies_to(reward_model: object, prompt: Prompt) -> bool:
+    """Whether a reward model can score answers to `prompt`."""
+    test: Callable[[Prompt], bool] | None = getattr(reward_model, "applies_to", None)
+    return test is None or test(prompt)
+
+
+def reward_usage_bound(reward_model: object) -> Usage:
+    """The most that scoring one response is charged."""
+    bound: Callable[[], float] | None = getattr(reward_model, "flops_bound", None)
+    return Usage(reward_calls=1, reward_flops=0.0 if bound is None else float(bound()))
+
+
+def score_responses(
+    reward_model: RewardModel,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    *,
+    ledgers: Sequence[Ledger] | None = None,
+) -> Scores:
+    """Score responses, check the scores, and charge the ledgers (one a response).
+
+    Raises:
+        RewardError: The model raised, returned too few or too many scores, something that is no
+            number, NaN or infinity. The message names the model, the prompt and the response.
+    """
+    if not responses:
+        return Scores(np.zeros(0))
+    name = reward_name(reward_model)
+    context = f"Reward model {name!r}, prompt {prompts[0].id!r}"
+    with timed(ledgers):
+        function = getattr(reward_model, "score_parts", reward_model.score)
+        raw = _guarded(function, context, prompts, responses)
+        raw_parts = raw.parts if isinstance(raw, Scores) else {}
+        total = _checked(raw.total if isinstance(raw, Scores) else raw, name, prompts, responses)
+        parts = {
+            part: _checked(values, f"{name}/{part}", prompts, responses)
+            for part, values in raw_parts.items()
+        }
+    _charge(reward_model, prompts, responses, ledgers)
+    return Scores(total, parts or {name: total})
+
+
+def score_steps(
+    reward_model: ProcessRewardModel,
+    prompt: Prompt,
+    steps: Sequence[str],
+    *,
+    ledger: Ledger | None = None,
+) -> FloatArray:
+    """Score the steps of one response with a process reward model, checked and charged.
+
+    Raises:
+        RewardError: The model has no `score_steps`, raised, or did not return exactly one finite
+            score a step.
+    """
+    name = reward_name(reward_model)
+    if not hasattr(reward_model, "score_steps"):
+        raise RewardError(
+            f"Reward model {name!r} scores whole responses only: process rewards need a method "
+            "`score_steps(prompt, steps)`. Use reward='terminal' or reward='delta', or another "
+            "reward model."
+        )
+    ledgers = None if ledger is None else [ledger]
+    with timed(ledgers):
+        raw = _guarded(
+            reward_model.score_steps, f"Reward model {name!r}, prompt {prompt.id!r}", prompt, steps
+        )
+        scores = _checked(raw, name, [prompt] * len(steps), steps)
+    if ledger is not None:
+        ledger.charge(Usage(reward_calls=1))
+    return scores
+
+
+def _guarded(function: Callable[..., Any], context: str, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except RewardError:
+        raise
+    except Exception as error:
+        # The whole batch was passed at once, so the first response stands for it in the message.
+        responses = args[-1]
+        raise RewardError(
+            f"{context} and {len(responses) - 1} more in its batch: scoring raised "
+            f"{type(error).__name__}: {error}. First response: {_shorten(responses[0])!r}. Mend "
+            "the reward model, or leave out the prompts that it cannot score."
+        ) from error
+
+
+def _checked(
+    raw: Any, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> FloatArray:
+    try:
+        scores = np.asarray(raw, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"Reward model {name!r}: expected {len(responses)} numbers, got {_shorten(repr(raw))} "
+            f"for prompt {prompts[0].id!r}, response {_shorten(responses[0])!r}."
+        ) from error
+    if scores.shape != (len(responses),):
+        raise RewardError(
+            f"Reward model {name!r}: expected one score a response, shape ({len(responses)},), got "
+            f"shape {scores.shape} for prompts from {prompts[0].id!r}, first response "
+            f"{_shorten(responses[0])!r}. Return a flat list of floats in the order of the responses."
+        )
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        first = int(bad[0])
+        raise RewardError(
+            f"Reward model {name!r}: expected finite scores, got {scores[first]} for prompt "
+            f"{prompts[first].id!r}, response {_shorten(responses[first])!r} ({bad.size} of "
+            f"{len(scores)} are not finite)."
+        )
+    return scores
+
+
+def _charge(
+    reward_model: Any,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    ledgers: Sequence[Ledger] | None,
+) -> None:
+    if ledgers is None:
+        return
+    flops_function = getattr(reward_model, "flops", None)
+    flops = (
+        np.zeros(len(responses)) if flops_function is None else flops_function(prompts, responses)
+    )
+    for ledger, amount in zip(ledgers, flops, strict=True):
+        ledger.charge(Usage(reward_calls=1, reward_flops=float(amount)))
+
+
+def _shorten(text: str, width: int = 80) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,0 +1,114 @@
+"""How close a response is to its prompt in the space of a sentence encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from mbrl_text_env.encoders import Encoder, encode_texts, encoder_flops, encoder_flops_bound
+from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.types import FloatArray, Prompt
+
+
+class RelevanceReward:
+    """Cosine of the embeddings of prompt and response, in [-1, 1].
+
+    An empty response (nothing but white space) scores 0: it is about nothing. Texts beyond the
+    encoder's input (256 tokens for MiniLM) are cut by the encoder. Each distinct text is embedded
+    once a call.
+
+    Source: Reimers and Gurevych, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
+    EMNLP 2019.
+
+    Args:
+        encoder: None for the embedded all-MiniLM-L6-v2; a SentenceTransformer's name on the Hub or
+            folder; or an object with `encode(list[str]) -> float[B, d]`. It is loaded at first use.
+
+    Raises:
+        RewardError: At first use: the encoder cannot be loaded, or does not return one vector a
+            text. A zero vector, which has no direction, makes a score that `score_responses`
+            refuses.
+
+    Example:
+        >>> from mbrl_text_env.types import Prompt
+        >>> prompt = Prompt.from_text("Why is the sky blue?")
+        >>> RelevanceReward().score([prompt], ["Air scatters blue light."])  # doctest: +SKIP
+        array([0.6...])
+    """
+
+    name = "relevance"
+
+    def __init__(self, encoder: Encoder | str | None = None) -> None:
+        self.encoder = encoder
+        self._loaded: Encoder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the cosine of each prompt and its response."""
+        scores = np.zeros(len(responses))
+        rows = [i for i, response in enumerate(responses) if response.strip()]
+        if rows:
+            directions = self._directions(
+                [prompts[i].text for i in rows] + [responses[i] for i in rows]
+            )
+            questions, answers = np.split(directions, 2)
+            scores[rows] = (questions * answers).sum(axis=1)
+        return scores
+
+    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the floating-point operations of embedding each prompt and response.
+
+        2 x parameters (without the embedding tables) x tokens + 4 x layers x width x tokens^2 for
+        each of the two texts. An upper bound: a text that occurs twice in a call is embedded once,
+        and an empty response not at all. 0 if the encoder is not a SentenceTransformer.
+        """
+        encoder = self._loaded_encoder()
+        texts = [prompt.text for prompt in prompts]
+        return encoder_flops(encoder, texts) + encoder_flops(encoder, responses)
+
+    def flops_bound(self) -> float:
+        """The most that one response can take: two texts that fill the encoder's input."""
+        return 2.0 * encoder_flops_bound(self._loaded_encoder())
+
+    def _directions(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Embeddings of length 1: float64[len(texts), d]."""
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        embeddings = encode_texts(self._loaded_encoder(), list(place)).astype(np.float64)
+        if embeddings.ndim != 2 or len(embeddings) != len(place):
+            raise RewardError(
+                f"Reward model {self.name!r}: expected the encoder to return one vector a text, "
+                f"shape ({len(place)}, d), got shape {embeddings.shape}. Change its `encode`."
+            )
+        with np.errstate(invalid="ignore"):
+            directions = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+        return cast("npt.NDArray[np.float64]", directions[[place[text] for text in texts]])
+
+    def _loaded_encoder(self) -> Encoder:
+        if self._loaded is None:
+            self._loaded = _load(self.encoder)
+        return self._loaded
+
+
+def _load(encoder: Encoder | str | None) -> Encoder:
+    if encoder is None:
+        from mbrl_text_env.language_models.catalogue import embedded_encoder
+
+        return embedded_encoder()
+    if not isinstance(encoder, str):
+        return encoder
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return cast("Encoder", SentenceTransformer(encoder))
+    except Exception as error:
+        raise RewardError(
+            "Reward model 'relevance': expected the folder of a SentenceTransformer, or a name on "
+            "the Hugging Face Hub that is reachable or already downloaded; got "
+            f"{encoder!r} ({type(error).__name__}: {error}). Check the spelling, the network and "
+            "HF_HUB_OFFLINE, or pass encoder=None for the embedded MiniLM."
+        ) from error

@@ -1,0 +1,344 @@
+"""What the single and the vector environment share: the task without an episode.
+
+All methods are batched. The single environment is a batch of one, so both give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.language_models.base import Tokenizer
+from mbrl_text_env.mdp import ChunkRules, InvalidChunkError, append, initial
+from mbrl_text_env.observations import (
+    EmbeddingObservation,
+    Observation,
+    TextObservation,
+    TokenObservation,
+)
+from mbrl_text_env.rewards.base import RewardModel, score_responses, score_steps
+from mbrl_text_env.spaces import ChunkSpace, as_token_ids
+from mbrl_text_env.types import Prompt, TextState
+
+RewardMode = Literal["terminal", "delta", "process"]
+ObservationMode = Literal["text", "tokens", "embedding"]
+
+
+class Outcome(NamedTuple):
+    """What one environment returns of a step or a reset.
+
+    Args:
+        state: The state after it.
+        response: Its decoded response prefix.
+        reward: float.
+        score: The score of the response: of the whole one where it has ended, of the prefix under
+            `reward="delta"`, otherwise None.
+        info: For the user; new at every call and deterministic.
+    """
+
+    state: TextState
+    response: str
+    reward: float
+    score: float | None
+    info: dict[str, Any]
+
+    @property
+    def terminated(self) -> bool:
+        """The response ended with a stop token."""
+        return self.state.finish_reason == "stop"
+
+    @property
+    def truncated(self) -> bool:
+        """The response met a token limit."""
+        return self.state.finish_reason == "length"
+
+
+class TextTask:
+    """Prompts, tokenizer, reward model, limits and ways to show a state.
+
+    Args:
+        prompts: Prompts to draw from; by default the train split of the package's own.
+        tokenizer: A tokenizer or a language model; by default SmolLM2's tokenizer.
+        reward_model: A reward model, a name or a weighted sum of names (see `rewards.make`), or a
+            callable (see `rewards.as_reward_model`).
+        reward: `"terminal"`: the score when the response ends, otherwise 0. `"delta"`: the increase
+            of the prefix's score at every chunk, from 0 for no response, so that the rewards of an
+            episode add up to the score. `"process"`: the process reward of each chunk.
+        observation: `"text"`, `"tokens"` or `"embedding"`.
+        encoder: Embeds texts for `observation="embedding"`; by default MiniLM.
+        max_response_tokens: Token limit of a response.
+        max_chunk_tokens: C, the most tokens in one chunk.
+        max_prompt_tokens: P, the size of `"tokens"` observations; by default the longest prompt's.
+
+    Raises:
+        ValueError: There are no prompts, a limit is below 1, or a mode is unknown.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt] | None = None,
+        tokenizer: Tokenizer | None = None,
+        reward_model: RewardModel | Callable[..., Any] | str = "sentiment",
+        *,
+        reward: RewardMode = "terminal",
+        observation: ObservationMode = "text",
+        encoder: Encoder | None = None,
+        max_response_tokens: int = 128,
+        max_chunk_tokens: int = 16,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        _one_of("reward", reward, RewardMode)
+        _one_of("observation", observation, ObservationMode)
+        if max_response_tokens < 1 or max_chunk_tokens < 1:
+            raise ValueError(
+                "max_response_tokens and max_chunk_tokens must be at least 1, got "
+                f"{max_response_tokens} and {max_chunk_tokens}."
+            )
+        self.prompts = _prompts(prompts)
+        self.tokenizer = tokenizer if tokenizer is not None else _default_tokenizer()
+        self.reward_model = _reward_model(reward_model)
+        self.reward: RewardMode = reward
+        self.max_response_tokens = max_response_tokens
+        self.rules = ChunkRules(
+            self.tokenizer.vocab_size, self.tokenizer.stop_token_ids, max_chunk_tokens
+        )
+        self.observation = self._observation(observation, encoder, max_prompt_tokens)
+
+    def action_space(self) -> ChunkSpace:
+        """A new space of chunks."""
+        return ChunkSpace(self.rules)
+
+    def choose_prompt(
+        self, generator: np.random.Generator, options: dict[str, Any] | None
+    ) -> Prompt:
+        """The prompt that `options["prompt"]` names, or a random one.
+
+        Args:
+            generator: Drawn from whether or not a prompt is named, so that naming one leaves later
+                draws as they are.
+            options: `{"prompt": p}` with p a `Prompt`, the id of one of the task's, or an index.
+
+        Raises:
+            ValueError: An option or a prompt is unknown.
+        """
+        drawn = int(generator.integers(len(self.prompts)))
+        if not options:
+            return self.prompts[drawn]
+        if set(options) != {"prompt"}:
+            raise ValueError(
+                f"options: expected {{'prompt': ...}}, got the keys {sorted(options)}."
+            )
+        return self._named_prompt(options["prompt"])
+
+    def start(self, prompt: Prompt) -> Outcome:
+        """Begin a response."""
+        return self.resume(initial(prompt, self.tokenizer))
+
+    def resume(self, state: TextState) -> Outcome:
+        """Go on from any state."""
+        response = self.tokenizer.decode(state.response_ids)
+        return Outcome(state, response, 0.0, None, _info(state, response, cut=False))
+
+    def advance(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
+        """Step each state with its action: one reward call for all.
+
+        Raises:
+            EpisodeEndedError: A response has ended already.
+            InvalidChunkError: An action is not a chunk.
+            RewardError: The reward model failed.
+        """
+        limit = self.max_response_tokens
+        states, cuts = [], []
+        for outcome, action in zip(outcomes, actions, strict=True):
+            ids = _token_ids(action)
+            before = outcome.state
+            state = append(before, tuple(ids), self.rules.finish_reason(ids), limit)
+            states.append(state)
+            cuts.append(len(state.response_ids) - len(before.response_ids) < len(ids))
+        responses = [self.tokenizer.decode(state.response_ids) for state in states]
+        scores = self._scores(states, responses)
+        rewards = self._rewards(outcomes, states, responses, scores)
+        return [
+            Outcome(
+                state,
+                response,
+                reward,
+                score[0] if score else None,
+                _info(state, response, cut, score),
+            )
+            for state, response, cut, score, reward in zip(
+                states, responses, cuts, scores, rewards, strict=True
+            )
+        ]
+
+    def observe(self, outcomes: Sequence[Outcome]) -> list[Any]:
+        """One observation for each outcome."""
+        return self.observation.observe(
+            [outcome.state for outcome in outcomes], [outcome.response for outcome in outcomes]
+        )
+
+    def check_state(self, state: object) -> TextState:
+        """Refuse what is no state of this task.
+
+        Raises:
+            TypeError: It is no `TextState`.
+            ValueError: Its response is longer than the limit.
+        """
+        if not isinstance(state, TextState):
+            raise TypeError(
+                f"Expected a TextState as returned by get_state(), got {type(state).__name__}."
+            )
+        if len(state.response_ids) > self.max_response_tokens:
+            raise ValueError(
+                f"The state's response has {len(state.response_ids)} tokens, but this environment "
+                f"allows {self.max_response_tokens}. Make it with a larger max_response_tokens."
+            )
+        return state
+
+    def _scores(
+        self, states: Sequence[TextState], responses: Sequence[str]
+    ) -> list[tuple[float, dict[str, float]] | None]:
+        """Score and parts of the responses that need them: ended ones, and under delta all."""
+        wanted = [
+            i
+            for i, state in enumerate(states)
+            if state.finish_reason is not None or self.reward == "delta"
+        ]
+        found: list[tuple[float, dict[str, float]] | None] = [None] * len(states)
+        if wanted:
+            scores = score_responses(
+                self.reward_model,
+                [states[i].prompt for i in wanted],
+                [responses[i] for i in wanted],
+            )
+            for place, i in enumerate(wanted):
+                found[i] = float(scores.total[place]), scores.parts_of(place)
+        return found
+
+    def _rewards(
+        self,
+        outcomes: Sequence[Outcome],
+        states: Sequence[TextState],
+        responses: Sequence[str],
+        scores: Sequence[tuple[float, dict[str, float]] | None],
+    ) -> list[float]:
+        if self.reward == "process":
+            return [self._process_reward(state) for state in states]
+        totals = [score[0] if score else 0.0 for score in scores]
+        if self.reward == "terminal":
+            return totals
+        previous = self._previous_scores(outcomes)
+        return [total - before for total, before in zip(totals, previous, strict=True)]
+
+    def _previous_scores(self, outcomes: Sequence[Outcome]) -> list[float]:
+        """Scores of the prefixes before the step; only restored ones have to be computed."""
+        known = [0.0 if not outcome.state.response_ids else outcome.score for outcome in outcomes]
+        missing = [i for i, score in enumerate(known) if score is None]
+        scores = score_responses(
+            self.reward_model,
+            [outcomes[i].state.prompt for i in missing],
+            [outcomes[i].response for i in missing],
+        )
+        for place, i in enumerate(missing):
+            known[i] = float(scores.total[place])
+        return [float(score or 0.0) for score in known]
+
+    def _process_reward(self, state: TextState) -> float:
+        """The score of the last chunk among the chunks of the response."""
+        texts = [self.tokenizer.decode(state.response_ids[:end]) for end in state.chunk_ends]
+        steps = [text[len(before) :] for before, text in zip(["", *texts], texts)]
+        return float(score_steps(self.reward_model, state.prompt, steps)[-1])  # type: ignore[arg-type]
+
+    def _observation(
+        self, mode: ObservationMode, encoder: Encoder | None, max_prompt_tokens: int | None
+    ) -> Observation:
+        if mode == "text":
+            return TextObservation()
+        if mode == "tokens":
+            if max_prompt_tokens is None:
+                lengths = (len(self.tokenizer.encode_prompt(prompt)) for prompt in self.prompts)
+                max_prompt_tokens = max(lengths)
+            return TokenObservation(
+                self.rules.vocab_size, max_prompt_tokens, self.max_response_tokens
+            )
+        if encoder is None:
+            from mbrl_text_env.language_models.catalogue import embedded_encoder
+
+            encoder = embedded_encoder()
+        return EmbeddingObservation(encoder)
+
+    def _named_prompt(self, wanted: object) -> Prompt:
+        if isinstance(wanted, Prompt):
+            return wanted
+        if isinstance(wanted, int) and 0 <= wanted < len(self.prompts):
+            return self.prompts[wanted]
+        for prompt in self.prompts:
+            if prompt.id == wanted:
+                return prompt
+        raise ValueError(
+            f"options['prompt']: expected a Prompt, the id of one of the {len(self.prompts)} prompts, "
+            f"or an index below {len(self.prompts)}; got {wanted!r}."
+        )
+
+
+def _info(
+    state: TextState,
+    response: str,
+    cut: bool,
+    score: tuple[float, dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    info: dict[str, Any] = {
+        "prompt_id": state.prompt.id,
+        "prompt": state.prompt.text,
+        "response": response,
+        "finish_reason": state.finish_reason,
+        "chunk_cut": cut,
+    }
+    if score is not None and state.finish_reason is not None:
+        info["score"], info["score_parts"] = score
+    return info
+
+
+def _token_ids(action: Any) -> list[int]:
+    ids = as_token_ids(action)
+    if ids is None:
+        raise InvalidChunkError(
+            "Invalid action: expected the token ids of a chunk (an integer array of one axis, or a "
+            f"list or tuple of ints), got {type(action).__name__} {action!r:.80}."
+        )
+    return ids
+
+
+def _one_of(name: str, value: str, allowed: Any) -> None:
+    if value not in get_args(allowed):
+        raise ValueError(f"{name}: expected one of {list(get_args(allowed))}, got {value!r}.")
+
+
+def _prompts(prompts: Sequence[Prompt] | None) -> tuple[Prompt, ...]:
+    if prompts is None:
+        from mbrl_text_env.prompts import load_prompts
+
+        return tuple(load_prompts(split="train"))
+    if isinstance(prompts, (str, bytes)) or not all(isinstance(p, Prompt) for p in prompts):
+        raise ValueError(
+            f"prompts: expected a sequence of Prompt, got {prompts!r:.80}. Make them with "
+            "`Prompt.from_text(text)` or `load_prompts(file)`."
+        )
+    if not prompts:
+        raise ValueError("prompts: expected at least one prompt, got an empty sequence.")
+    return tuple(prompts)
+
+
+def _default_tokenizer() -> Tokenizer:
+    from mbrl_text_env.language_models.catalogue import embedded_tokenizer
+
+    return embedded_tokenizer()
+
+
+def _reward_model(reward_model: RewardModel | Callable[..., Any] | str) -> RewardModel:
+    from mbrl_text_env.rewards import as_reward_model, make
+
+    return make(reward_model) if isinstance(reward_model, str) else as_reward_model(reward_model)

@@ -1,0 +1,88 @@
+"""The value model's contract: the expected final reward of a prefix, with its uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from mbrl_text_env.ledger import Ledger, Usage, timed
+from mbrl_text_env.types import FloatArray, TextState
+
+
+class ValueModelError(RuntimeError):
+    """A value model is not fitted, or returned something else than finite values."""
+
+
+@dataclass(frozen=True)
+class ValueEstimate:
+    """The expected final reward of each prefix, with its uncertainty.
+
+    Args:
+        mean: float64[B].
+        std: float64[B], standard deviation of the final reward around `mean`.
+    """
+
+    mean: FloatArray
+    std: FloatArray
+
+
+@runtime_checkable
+class ValueModel(Protocol):
+    """Predicts the final reward of a prefix.
+
+    Two methods are optional, for a model whose computation is to be counted: `flops(states) ->
+    float64[B]`, and `flops_bound() -> float`, the most that one state can take. A model that learns
+    also has `fit(records)`.
+    """
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `predict` can be called."""
+        ...
+
+    def predict(self, states: Sequence[TextState]) -> ValueEstimate:
+        """Mean and standard deviation, each float64[len(states)]."""
+        ...
+
+
+def predict_values(
+    value_model: ValueModel,
+    states: Sequence[TextState],
+    *,
+    ledgers: Sequence[Ledger] | None = None,
+) -> ValueEstimate:
+    """Predict, check the values, and charge the ledgers (one a state).
+
+    Raises:
+        ValueModelError: The model is not fitted, or did not return one finite mean and one finite
+            standard deviation of at least 0 for each state.
+    """
+    name = type(value_model).__name__
+    if not value_model.is_fitted:
+        raise ValueModelError(f"{name} is not fitted. Call fit(records), or load a saved one.")
+    with timed(ledgers):
+        estimate = value_model.predict(states)
+    mean, std = np.asarray(estimate.mean, float), np.asarray(estimate.std, float)
+    for label, values in (("mean", mean), ("std", std)):
+        if values.shape != (len(states),) or not np.isfinite(values).all():
+            raise ValueModelError(
+                f"{name}: expected a finite {label} for each of {len(states)} states, got shape "
+                f"{values.shape} with {int((~np.isfinite(values)).sum())} that are not finite."
+            )
+    if (std < 0).any():
+        raise ValueModelError(f"{name}: expected standard deviations of at least 0, got {std}.")
+    if ledgers is not None:
+        flops_function = getattr(value_model, "flops", None)
+        flops = np.zeros(len(states)) if flops_function is None else flops_function(states)
+        for ledger, amount in zip(ledgers, flops, strict=True):
+            ledger.charge(Usage(value_calls=1, value_flops=float(amount)))
+    return ValueEstimate(mean, std)
+
+
+def value_usage_bound(value_model: ValueModel) -> Usage:
+    """The most that predicting one state is charged."""
+    bound = getattr(value_model, "flops_bound", None)
+    return Usage(value_calls=1, value_flops=0.0 if bound is None else float(bound()))

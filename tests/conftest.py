@@ -1,0 +1,25 @@
+"""Parts that many tests share: the real models, loaded once, and the worlds with known answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Tests never reach for the network; models come from the wheels.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[object]:
+    from mbrl_text_env.language_models import embedded
+
+    yield embedded()
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Iterator[object]:
+    from mbrl_text_env.language_models import embedded_encoder
+
+    yield embedded_encoder()
