@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import AutoresetMode, VectorWrapper
 from gymnasium.vector.utils import batch_space
@@ -24,12 +25,13 @@ from mbrl_text_env.encoders import Encoder, encode_texts, prefix_text
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, Tokenizer
 from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import is_terminal, transition
+from mbrl_text_env.mdp import check_not_terminal, is_terminal, transition
 from mbrl_text_env.observations import feature_box
 from mbrl_text_env.task import TextTask
 from mbrl_text_env.types import Chunk, TextState
 from mbrl_text_env.vector import TextGenerationVectorEnv, stack_infos
 
+CANDIDATES_ID = "mbrl_text_env/CandidateChunks-v0"
 # Mean log-probabilities below this one are shown as it: about one in five hundred million.
 _LEAST_LOGPROB = -20.0
 
@@ -180,7 +182,7 @@ class CandidateProposer:
                     "'embedded', None, or an encoder of your own."
                 )
             return self.language_model
-        if encoder is not None and not hasattr(encoder, "encode"):
+        if isinstance(encoder, str) or (encoder is not None and not hasattr(encoder, "encode")):
             raise ValueError(
                 "encoder: expected 'embedded', 'language_model', None, or an object with "
                 f"encode(texts), got {encoder!r}."
@@ -275,12 +277,18 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             EpisodeEndedError: The response has ended.
             ValueError: There is no such candidate.
         """
-        chunk = _chosen(self.candidates, action, self.proposer.num_candidates)
-        # After the end there are no candidates; the environment says what to do then.
-        ids = () if chunk is None else chunk.token_ids
-        _, reward, terminated, truncated, info = self.env.step(ids)
+        check_not_terminal(self._base.get_state())
+        index = _index(action, self.proposer.num_candidates)
+        chunk = self.candidates[index]
+        _, reward, terminated, truncated, info = self.env.step(chunk.token_ids)
         observation, info = self._show(info)
         return observation, reward, terminated, truncated, info
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How Gymnasium makes this again; the id `CandidateChunks-v0` stands for the wrapper too."""
+        base = self.env.spec
+        return base if base is not None and base.id == CANDIDATES_ID else super().spec
 
     def get_state(self) -> CandidateState:
         """The state and the seed of its proposals."""
@@ -361,12 +369,12 @@ class CandidateChunksVector(VectorWrapper[Any, Any, Any, Any, Any]):
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Append candidate `actions[i]` in environment i."""
         count = self.proposer.num_candidates
-        chunks = [
-            _chosen(candidates, action, count)
-            for candidates, action in zip(self.candidates, actions, strict=True)
-        ]
+        indices = [_index(action, count) for action in actions]
         # An environment without candidates has ended; the base resets it or says that it must be.
-        ids = [() if chunk is None else chunk.token_ids for chunk in chunks]
+        ids = [
+            candidates[index].token_ids if candidates else ()
+            for candidates, index in zip(self.candidates, indices, strict=True)
+        ]
         _, rewards, terminations, truncations, infos = self._base.step(ids)
         if self._base.autoreset_mode == AutoresetMode.SAME_STEP:
             infos = self._with_final_view(infos)
@@ -479,8 +487,7 @@ def _draw_seed(generator: np.random.Generator) -> int:
     return int(generator.integers(2**63))
 
 
-def _chosen(candidates: Sequence[Chunk], action: Any, count: int) -> Chunk | None:
-    """The chunk that an action means; None where the response has ended."""
+def _index(action: Any, count: int) -> int:
     try:
         index = operator.index(action)
     except TypeError:
@@ -489,4 +496,4 @@ def _chosen(candidates: Sequence[Chunk], action: Any, count: int) -> Chunk | Non
         raise ValueError(
             f"Invalid action: expected the index of a candidate, 0 to {count - 1}, got {action!r}."
         )
-    return candidates[index] if candidates else None
+    return index

@@ -102,12 +102,7 @@ def append(
     max_response_tokens: int,
 ) -> TextState:
     """`transition` for the parts of a chunk; the environments' inner loop makes no `Chunk`."""
-    if state.finish_reason is not None:
-        raise EpisodeEndedError(
-            f"The response to prompt {state.prompt.id!r} has ended "
-            f"(finish_reason={state.finish_reason!r}), so no chunk can follow. "
-            "Call `reset()`, or continue from a state that is not terminal."
-        )
+    check_not_terminal(state)
     room = max_response_tokens - len(state.response_ids)
     if len(token_ids) > room:
         token_ids, finish_reason = token_ids[:room], None
@@ -118,3 +113,17 @@ def append(
     return TextState(
         state.prompt, state.prompt_ids, response_ids, finish_reason, (*state.chunk_ends, length)
     )
+
+
+def check_not_terminal(state: TextState) -> None:
+    """Refuse to step a state whose response has ended.
+
+    Raises:
+        EpisodeEndedError: It has.
+    """
+    if state.finish_reason is not None:
+        raise EpisodeEndedError(
+            f"The response to prompt {state.prompt.id!r} has ended "
+            f"(finish_reason={state.finish_reason!r}), so no chunk can follow. "
+            "Call `reset()`, or continue from a state that is not terminal."
+        )

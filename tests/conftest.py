@@ -15,11 +15,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def smollm2() -> Iterator[object]:
     from mbrl_text_env.language_models import embedded
 
-    yield embedded()
+    return embedded()
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Iterator[object]:
     from mbrl_text_env.language_models import embedded_encoder
 
-    yield embedded_encoder()
+    return embedded_encoder()

@@ -5,9 +5,9 @@ from mbrl_text_env._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "adapters": ["as_reward_model"],
+        "adapters": ["as_reward_model", "to_trl"],
         "base": ["ProcessRewardModel", "RewardError", "RewardModel", "Scores", "score_responses"],
-        "catalogue": ["available", "make"],
+        "catalogue": ["DESCRIPTIONS", "RewardSpecError", "available", "make"],
         "classifier": ["ClassifierReward"],
         "combinators": ["WeightedSum"],
         "constraints": ["ConstraintsReward"],

@@ -98,7 +98,7 @@ def _load(encoder: Encoder | str | None) -> Encoder:
     if encoder is None:
         from mbrl_text_env.language_models.catalogue import embedded_encoder
 
-        return embedded_encoder()
+        return cast("Encoder", embedded_encoder())
     if not isinstance(encoder, str):
         return encoder
     from sentence_transformers import SentenceTransformer

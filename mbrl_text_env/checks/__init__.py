@@ -1,0 +1,20 @@
+"""Checkers of the contracts, for whoever writes an environment, a model or an agent of their own.
+
+Each runs an implementation through what its protocol promises and raises `CheckError` at the first
+fault, with what was expected, what came and what to change. One that passes works with everything
+else in the package.
+"""
+
+from mbrl_text_env.checks.agent import check_agent
+from mbrl_text_env.checks.base import CheckError
+from mbrl_text_env.checks.env import check_text_env
+from mbrl_text_env.checks.language_model import check_language_model
+from mbrl_text_env.checks.reward_model import check_reward_model
+
+__all__ = [
+    "CheckError",
+    "check_agent",
+    "check_language_model",
+    "check_reward_model",
+    "check_text_env",
+]

@@ -1,0 +1,277 @@
+"""The checker of reward models."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mbrl_text_env.checks.base import CheckError, expect, expect_methods
+from mbrl_text_env.rewards.base import Scores, applies_to
+from mbrl_text_env.types import FloatArray, Message, Prompt
+
+# The batch around a response may change the rounding of a network's score, no more.
+_TOLERANCE = 1e-5
+
+_PROMPTS = (
+    Prompt.from_text("Why is the sky blue?", "question"),
+    Prompt.from_text("Once upon a time", "continuation", chat=False),
+    Prompt.from_text("Wie heißt 日本 auf Deutsch? 🙂", "unicode"),
+    Prompt("chat", (Message("system", "Be brief."), Message("user", "How was the film?"))),
+    Prompt.from_text(
+        "Greet me in small letters.",
+        "constraints",
+        metadata={"constraints": [{"type": "lowercase"}, {"type": "max_words", "value": 5}]},
+    ),
+)
+_RESPONSES = (
+    "It was good.",
+    "",
+    " \n",
+    "?!",
+    "Ja — größer, 日本語, عربى, e\u0301 and 🙂🇪🇺.",
+    "First line.\n\n- second\n- third",
+    "I hated it. " * 400,
+    "\x00\ufffd",
+)
+_STEPS = (["One and one is two."], ["", "So x = 2. ", "日本 🙂", "x = 2. " * 200])
+
+
+def check_reward_model(
+    reward_model: Any,
+    prompts: Sequence[Prompt] | None = None,
+    responses: Sequence[str] | None = None,
+) -> None:
+    """Check that a reward model keeps the contract of `rewards.RewardModel`.
+
+    Every response is scored as an answer to every prompt that the model applies to. Checked are the
+    name; one finite score a response, the same in every call, whatever the order and the rest of the
+    batch (up to 1e-5); that the arguments are left as they are; and, where the model has them,
+    `score_parts`, `flops`, `flops_bound` and `score_steps`.
+
+    Args:
+        reward_model: A reward model; a function is made one by `rewards.as_reward_model`.
+        prompts: By default questions, a chat, a continuation, and one with constraints; pass
+            prompts with the metadata that the model needs.
+        responses: By default short, long, empty and Unicode ones.
+
+    Raises:
+        CheckError: The contract is broken.
+
+    Example:
+        >>> class Length:
+        ...     name = "length"
+        ...     def score(self, prompts, responses):
+        ...         return [len(response) for response in responses]
+        >>> check_reward_model(Length())
+    """
+    expect_methods(
+        reward_model,
+        ("name", "score"),
+        f"Reward model {type(reward_model).__name__}",
+        "Add them; a function is made a reward model by `rewards.as_reward_model(function)`.",
+    )
+    name = reward_model.name
+    expect(
+        isinstance(name, str) and name,
+        f"Reward model {type(reward_model).__name__}, name",
+        "a string that is not empty",
+        name,
+        "Give it a name: reports and records call it by that.",
+    )
+    asked = _prompts_it_applies_to(reward_model, _PROMPTS if prompts is None else prompts)
+    answers = _RESPONSES if responses is None else responses
+    batch = _Batch(
+        reward_model,
+        [prompt for prompt in asked for _ in answers],
+        [answer for _ in asked for answer in answers],
+    )
+    _check_scores(batch)
+    _check_parts(batch)
+    _check_flops(batch)
+    _check_steps(reward_model, asked)
+
+
+class _Batch:
+    """Prompts and responses of equal number, and the model that scores them."""
+
+    def __init__(self, model: Any, prompts: list[Prompt], responses: list[str]) -> None:
+        self.model, self.prompts, self.responses = model, prompts, responses
+        self.subject = f"Reward model {model.name!r}"
+
+    def score(self, rows: Sequence[int] | None = None) -> FloatArray:
+        """Scores of some or all rows, each checked to be one finite number a response."""
+        chosen = range(len(self.responses)) if rows is None else rows
+        prompts = [self.prompts[i] for i in chosen]
+        responses = [self.responses[i] for i in chosen]
+        raw = _called(self.model.score, f"{self.subject}, score", prompts, responses)
+        return _finite(raw, f"{self.subject}, score", responses)
+
+
+def _finite(raw: Any, subject: str, texts: Sequence[str]) -> FloatArray:
+    """What a model returned, as float64[len(texts)].
+
+    Raises:
+        CheckError: It is not one finite number a text.
+    """
+    try:
+        values = np.asarray(raw, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.zeros((0, 0))
+    expect(
+        values.shape == (len(texts),),
+        subject,
+        f"one number for each of {len(texts)} texts, shape ({len(texts)},)",
+        f"shape {np.shape(raw)}, {raw!r}" if isinstance(raw, np.ndarray) else raw,
+        "Return a flat list of floats in the order of the texts.",
+    )
+    bad = np.flatnonzero(~np.is_finite(values))
+    expect(
+        not bad.size,
+        subject,
+        "finite numbers",
+        "" if not bad.size else f"{values[bad[0]]} for {texts[bad[0]][:80]!r}",
+        "Decide what such a text is worth, or raise an error where it cannot be scored.",
+    )
+    return values
+
+
+def _called(function: Callable[..., Any], subject: str, *args: Any) -> Any:
+    """Call a method of the model; it has to leave its arguments as they are."""
+    copies = copy.deepcopy(args)
+    try:
+        result = function(*args)
+    except CheckError:
+        raise
+    except Exception as error:
+        raise CheckError(
+            f"{subject}: expected scores for {len(args[-1])} texts, among them empty, long and "
+            f"Unicode ones, got {type(error).__name__}: {error}. Decide what such texts are worth; "
+            "prompts that the model cannot score are left out by `applies_to(prompt) -> bool`."
+        ) from error
+    expect(
+        args == copies,
+        subject,
+        "that prompts and responses are left as they are",
+        "changed arguments",
+        "Work on a copy: agents and environments go on using the lists that they pass.",
+    )
+    return result
+
+
+def _prompts_it_applies_to(model: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
+    asked = [prompt for prompt in prompts if applies_to(model, prompt)]
+    expect(
+        asked,
+        f"Reward model {model.name!r}, applies_to",
+        f"True for at least one of {len(prompts)} prompts",
+        "none",
+        "Pass prompts=[...] with the metadata that the model needs.",
+    )
+    return asked
+
+
+def _check_scores(batch: _Batch) -> None:
+    scores, again = batch.score(), batch.score()
+    expect(
+        _close(scores, again),
+        f"{batch.subject}, score",
+        "the same scores in a second call (deterministic)",
+        _first_difference(batch.responses, scores, again),
+        "Keep no state between calls and draw no random numbers.",
+    )
+    reordered = batch.score(range(len(scores))[::-1])[::-1]
+    expect(
+        _close(scores, reordered),
+        f"{batch.subject}, score",
+        "scores in the order of the responses",
+        _first_difference(batch.responses, scores, reordered),
+        "The scores of a reversed batch are the reversed scores: undo any sorting.",
+    )
+    singles = np.concatenate([batch.score([i]) for i in range(len(scores))])
+    expect(
+        _close(scores, singles),
+        f"{batch.subject}, score",
+        "the score that the response has alone, whatever else is in its batch",
+        _first_difference(batch.responses, scores, singles),
+        "Do not normalise over the batch, and mask the padding.",
+    )
+
+
+def _check_parts(batch: _Batch) -> None:
+    if not hasattr(batch.model, "score_parts"):
+        return
+    subject = f"{batch.subject}, score_parts"
+    scores = _called(batch.model.score_parts, subject, batch.prompts, batch.responses)
+    expect(isinstance(scores, Scores), subject, "a `rewards.Scores`", scores, "Return one.")
+    total, plain = _finite(scores.total, f"{subject}, total", batch.responses), batch.score()
+    expect(
+        _close(total, plain),
+        subject,
+        "the total that `score` returns",
+        _first_difference(batch.responses, plain, total),
+        "Let `score` return `score_parts(...).total`.",
+    )
+    for part, values in scores.parts.items():
+        expect(isinstance(part, str) and part, subject, "parts by name", part, "Name it.")
+        _finite(values, f"{subject}, part {part!r}", batch.responses)
+
+
+def _check_flops(batch: _Batch) -> None:
+    most = np.inf
+    if hasattr(batch.model, "flops_bound"):
+        most = float(batch.model.flops_bound())
+        expect(
+            0 <= most < np.inf,
+            f"{batch.subject}, flops_bound",
+            "a finite number of at least 0",
+            most,
+            "Return the floating-point operations of the longest response that it reads.",
+        )
+    if not hasattr(batch.model, "flops"):
+        return
+    subject = f"{batch.subject}, flops"
+    flops = _finite(
+        _called(batch.model.flops, subject, batch.prompts, batch.responses),
+        subject,
+        batch.responses,
+    )
+    outside = np.flatnonzero((flops < 0) | (flops > most * (1 + 1e-9)))
+    expect(
+        not outside.size,
+        subject,
+        f"numbers from 0 to flops_bound(), {most:g}",
+        flops[outside],
+        "Agents set aside `flops_bound()` before they score: make it the most, not the mean.",
+    )
+
+
+def _check_steps(model: Any, prompts: Sequence[Prompt]) -> None:
+    if not hasattr(model, "score_steps"):
+        return
+    subject = f"Reward model {model.name!r}, score_steps"
+    for prompt, steps in itertools.product(prompts, _STEPS):
+        scores = _finite(_called(model.score_steps, subject, prompt, list(steps)), subject, steps)
+        again = _finite(_called(model.score_steps, subject, prompt, list(steps)), subject, steps)
+        expect(
+            _close(scores, again),
+            subject,
+            "the same scores in a second call (deterministic)",
+            _first_difference(steps, scores, again),
+            "Keep no state between calls and draw no random numbers.",
+        )
+
+
+def _close(a: FloatArray, b: FloatArray) -> bool:
+    return bool(np.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))
+
+
+def _first_difference(texts: Sequence[str], a: FloatArray, b: FloatArray) -> str:
+    different = np.flatnonzero(~np.isclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))
+    if not different.size:
+        return "equal ones"
+    i = int(different[0])
+    return f"{a[i]:g} and {b[i]:g} for {texts[i][:80]!r}"

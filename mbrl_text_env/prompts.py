@@ -1,0 +1,440 @@
+"""Prompts from the package, from files, from the Hugging Face Hub and from reasoning-gym."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import importlib
+import io
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn, cast, get_args
+
+from mbrl_text_env.types import Message, Prompt, Split
+
+_SPLITS = get_args(Split)
+_CONTENT_KEYS = ("text", "prompt", "messages")
+
+
+class PromptError(ValueError):
+    """Prompts that cannot be loaded as asked."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a source: where it stands, what it is called by default, and its fields."""
+
+    place: str
+    default_id: str
+    fields: dict[str, Any]
+
+
+def load_prompts(
+    source: str | Path = "builtin",
+    *,
+    split: str | None = None,
+    kind: str | None = None,
+    limit: int | None = None,
+    chat: bool = True,
+) -> list[Prompt]:
+    """Load the prompts that come with the package, or those of a file.
+
+    A row of a `.jsonl` file is an object with the prompt in `text`, `prompt` or `messages`: a
+    string, or a list of `{"role": ..., "content": ...}`. A `.csv` file has a header with a column
+    `text` or `prompt`. Optional in both: `id` (by default `<file stem>-<line number>`) and `split`.
+    Everything else in a row is the prompt's metadata.
+
+    Args:
+        source: `"builtin"`, or the path of a `.jsonl` or `.csv` file in UTF-8.
+        split: Keep only `"train"`, `"validation"` or `"test"`; None keeps all.
+        kind: Keep only prompts whose `metadata["kind"]` is this; None keeps all.
+        limit: Keep only so many, the first; None keeps all.
+        chat: Make a string the one user message of a chat; False leaves it a plain text, which the
+            language model continues. Lists of messages are chats always.
+
+    Returns:
+        At least one prompt, in the order of the source.
+
+    Raises:
+        PromptError: The file is missing, empty, not UTF-8 or malformed, a prompt is empty, an id
+            comes twice, a split is unknown, or the filters leave no prompt. The message names the
+            file and the line.
+
+    Example:
+        >>> [prompt.split for prompt in load_prompts(split="validation", limit=2)]
+        ['validation', 'validation']
+    """
+    _check_filters(split, limit)
+    name, rows = _rows(source)
+    prompts = [_prompt(row, chat) for row in rows]
+    if not prompts:
+        raise PromptError(f"{name}: expected at least one prompt, got an empty file. Add rows.")
+    _check_ids(rows, prompts)
+    kept = [
+        prompt
+        for prompt in prompts
+        if split in (None, prompt.split) and kind in (None, prompt.metadata.get("kind"))
+    ]
+    if not kept:
+        raise PromptError(
+            f"{name}: expected prompts with split={split!r} and kind={kind!r}, got none of "
+            f"{len(prompts)}. Their splits are {_distinct(p.split for p in prompts)}, their kinds "
+            f"{_distinct(p.metadata.get('kind') for p in prompts)}. Change the filters."
+        )
+    return kept[:limit]
+
+
+def hub_prompts(
+    dataset_name: str,
+    *,
+    split: str = "train",
+    column: str = "prompt",
+    config: str | None = None,
+    limit: int | None = None,
+    chat: bool = True,
+) -> list[Prompt]:
+    """Load prompts with `datasets.load_dataset`, in TRL's prompt format.
+
+    The ids are `<last part of the name>-<split>-<row>`. The other columns are the metadata; values
+    that JSON cannot hold (images, dates) are left out.
+
+    Args:
+        dataset_name: Name on the Hub, or a local folder.
+        split: As `datasets` takes it, `"train[:100]"` included.
+        column: Holds a string or a list of `{"role": ..., "content": ...}`.
+        config: Name of the dataset's configuration.
+        limit: Keep only so many, the first; None keeps all.
+        chat: See `load_prompts`.
+
+    Raises:
+        PromptError: The extra `data` is not installed, the dataset cannot be loaded (no network, no
+            such dataset, split or configuration), the column is missing, or a row is no prompt.
+
+    Example:
+        >>> prompts = hub_prompts("trl-lib/tldr", split="test", limit=64)  # doctest: +SKIP
+    """
+    _check_filters(None, limit)
+    datasets = _optional("datasets")
+    name = f"Dataset {dataset_name!r}, split {split!r}"
+    # Dozens of unrelated exception types come out of `load_dataset`; all mean the same here.
+    try:
+        dataset = datasets.load_dataset(dataset_name, config, split=split)
+    except Exception as error:
+        raise PromptError(
+            f"{name}, configuration {config!r}: expected a dataset that can be loaded, got "
+            f"{type(error).__name__}: {error}. Check the names and the network, or load a file "
+            "with `load_prompts`."
+        ) from error
+    _check_column(name, column, dataset.column_names)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    if not len(dataset):
+        raise PromptError(f"{name}: expected at least one row, got none. Choose another split.")
+    base = split.partition("[")[0]
+    prompts = []
+    for index, row in enumerate(dataset):
+        content = _content(f"{name}, row {index}", row.pop(column), chat)
+        prompt_id = f"{Path(dataset_name).name}-{split}-{index}"
+        prompt_split = cast(Split, base) if base in _SPLITS else None
+        prompts.append(Prompt(prompt_id, content, _json_only(row), prompt_split))
+    return prompts
+
+
+def reasoning_gym_prompts(
+    task: str, *, size: int, seed: int, chat: bool = True, **config: Any
+) -> list[Prompt]:
+    """Generate questions with the package reasoning-gym.
+
+    The ids are `<task>-<seed>-<index>`. The metadata has the `kind` (the task), the
+    `reference_answer`, and as `reasoning_gym` what the task says of the question, without values
+    that JSON cannot hold.
+
+    Args:
+        task: Name of a reasoning-gym dataset, such as `"chain_sum"`.
+        size: Number of prompts.
+        seed: The prompts follow from it.
+        chat: See `load_prompts`.
+        **config: The task's own settings.
+
+    Raises:
+        PromptError: The extra `data` is not installed, the task is unknown, or it refuses the
+            settings.
+
+    Example:
+        >>> prompt = reasoning_gym_prompts("chain_sum", size=1, seed=0)[0]  # doctest: +SKIP
+        >>> prompt.id, prompt.metadata["reference_answer"]  # doctest: +SKIP
+        ('chain_sum-0-0', '4')
+    """
+    if size < 1:
+        raise PromptError(f"size: expected 1 or more, got {size!r}.")
+    reasoning_gym = _optional("reasoning_gym")
+    tasks = importlib.import_module("reasoning_gym.factory").DATASETS
+    if task not in tasks:
+        raise PromptError(
+            f"Expected a task of reasoning-gym, got {task!r}.{_near(task, tasks)} See "
+            "`reasoning_gym.factory.DATASETS` for all."
+        )
+    # The tasks check their settings with assertions.
+    try:
+        dataset = reasoning_gym.create_dataset(task, size=size, seed=seed, **config)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise PromptError(
+            f"Task {task!r}: expected settings that it takes, got {config} with size={size}, "
+            f"seed={seed} ({type(error).__name__}: {error}). Change them."
+        ) from error
+    return [_reasoning_prompt(task, seed, index, dataset[index], chat) for index in range(size)]
+
+
+def _reasoning_prompt(
+    task: str, seed: int, index: int, entry: dict[str, Any], chat: bool
+) -> Prompt:
+    metadata = {
+        "kind": task,
+        "reference_answer": entry["answer"],
+        "reasoning_gym": _json_only(entry["metadata"]),
+    }
+    return Prompt.from_text(
+        entry["question"], f"{task}-{seed}-{index}", chat=chat, metadata=metadata
+    )
+
+
+def _rows(source: str | Path) -> tuple[str, list[_Row]]:
+    """The name and the rows of a source."""
+    if source == "builtin":
+        return "The builtin prompts", list(_jsonl_rows("prompts.jsonl", _builtin()))
+    path = Path(source)
+    readers: dict[str, Callable[[str, bytes], Iterator[_Row]]] = {
+        ".jsonl": _jsonl_rows,
+        ".csv": _csv_rows,
+    }
+    if path.suffix.lower() not in readers:
+        raise PromptError(
+            f"Expected 'builtin' or the path of a .jsonl or .csv file, got {str(source)!r}. Change "
+            "the file's ending, or load a dataset of the Hugging Face Hub with `hub_prompts`."
+        )
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PromptError(
+            f"{path}: expected a file that can be read, got {type(error).__name__}: "
+            f"{error.strerror}. Check the path."
+        ) from error
+    return str(path), list(readers[path.suffix.lower()](str(path), data))
+
+
+@lru_cache(maxsize=1)
+def _builtin() -> bytes:
+    # The bytes are kept and not the prompts, whose metadata a caller could change for all others.
+    return (resources.files("mbrl_text_env") / "data" / "prompts.jsonl").read_bytes()
+
+
+def _jsonl_rows(name: str, data: bytes) -> Iterator[_Row]:
+    # Not `splitlines`, which also breaks at separators that JSON strings may hold.
+    for number, line in enumerate(_decoded(name, data).split("\n"), start=1):
+        if line.strip():
+            place = f"{name}, line {number}"
+            yield _Row(place, f"{Path(name).stem}-{number}", _parsed(place, line))
+
+
+def _parsed(place: str, line: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line, parse_constant=_refuse_constant)
+        # JSON can escape halves of characters, which no tokenizer and no file takes.
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise PromptError(
+            f"{place}: expected one JSON object, got {_shorten(line)} ({error}). Mend the line."
+        ) from error
+    if not isinstance(fields, dict):
+        raise PromptError(
+            f'{place}: expected an object such as {{"text": "..."}}, got {_shorten(line)}. Put the '
+            "prompt into a field `text`."
+        )
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _csv_rows(name: str, data: bytes) -> Iterator[_Row]:
+    reader = csv.reader(io.StringIO(_decoded(name, data), newline=""), strict=True)
+    header: list[str] | None = None
+    # A quoted field may go over several lines; a row is called by its first.
+    first = 1
+    try:
+        for values in reader:
+            place = f"{name}, line {first}"
+            if values and header is None:
+                header = _header(place, values)
+            elif values and header is not None:
+                yield _Row(place, f"{Path(name).stem}-{first}", _named(place, header, values))
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise PromptError(
+            f"{name}, line {first}: expected comma-separated values, got a row that cannot be "
+            f"parsed ({error}). Mend its quotes."
+        ) from error
+
+
+def _header(place: str, columns: list[str]) -> list[str]:
+    if len({"text", "prompt"} & set(columns)) != 1 or len(set(columns)) != len(columns):
+        raise PromptError(
+            f"{place}: expected a header of different columns, one of them `text` or `prompt`, got "
+            f"{columns}. Add or rename a column."
+        )
+    return columns
+
+
+def _named(place: str, header: list[str], values: list[str]) -> dict[str, Any]:
+    if len(values) != len(header):
+        raise PromptError(
+            f"{place}: expected {len(header)} values, one a column, got {len(values)}. Put quotes "
+            "around values that hold commas."
+        )
+    # An empty cell is how a CSV file says that there is no id or split.
+    return {
+        key: value
+        for key, value in zip(header, values, strict=True)
+        if value or key not in ("id", "split")
+    }
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        # Spreadsheets begin their UTF-8 with a byte order mark.
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise PromptError(
+            f"{name}, line {line}: expected UTF-8, got the byte 0x{data[error.start]:02x}. Save "
+            "the file as UTF-8."
+        ) from error
+
+
+def _prompt(row: _Row, chat: bool) -> Prompt:
+    keys = [key for key in _CONTENT_KEYS if key in row.fields]
+    if len(keys) != 1:
+        raise PromptError(
+            f"{row.place}: expected one of the fields {', '.join(_CONTENT_KEYS)}, got "
+            f"{keys or list(row.fields)}. Keep one, or rename the field that holds the prompt."
+        )
+    content = _content(row.place, row.fields[keys[0]], chat)
+    named = {*keys, "id", "split"}
+    metadata = {key: value for key, value in row.fields.items() if key not in named}
+    return Prompt(_id(row), content, metadata, _split(row))
+
+
+def _content(place: str, value: Any, chat: bool) -> str | tuple[Message, ...]:
+    if isinstance(value, str):
+        content: str | tuple[Message, ...] = (Message("user", value),) if chat else value
+    elif isinstance(value, list):
+        content = tuple(_message(place, message) for message in value)
+    else:
+        raise PromptError(
+            f"{place}: expected a string or a list of messages as prompt, got "
+            f"{_shorten(repr(value))}. Change it to one of these."
+        )
+    texts = [content] if isinstance(content, str) else [message.content for message in content]
+    if not any(text.strip() for text in texts):
+        raise PromptError(
+            f"{place}: expected a prompt with text, got an empty one. Remove the row, or fill it."
+        )
+    return content
+
+
+def _message(place: str, message: Any) -> Message:
+    # Rows of a dataset have all keys in every message, null where a message does not use them.
+    given = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
+    if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
+        raise PromptError(
+            f"{place}: expected messages with a string `role` and a string `content` alone, got "
+            f"{_shorten(repr(message))}. Change the message, or leave the row out."
+        )
+    return Message(given["role"], given["content"])
+
+
+def _id(row: _Row) -> str:
+    given = row.fields.get("id")
+    if given is None:
+        return row.default_id
+    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
+        raise PromptError(
+            f"{row.place}: expected a string or an integer as id, got {_shorten(repr(given))}. "
+            "Change it, or leave it out."
+        )
+    return str(given)
+
+
+def _split(row: _Row) -> Split | None:
+    given = row.fields.get("split")
+    if given is not None and given not in _SPLITS:
+        raise PromptError(
+            f"{row.place}: expected split to be one of {', '.join(_SPLITS)}, got "
+            f"{_shorten(repr(given))}. Change it, or leave it out."
+        )
+    return cast("Split | None", given)
+
+
+def _check_ids(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> None:
+    first_place: dict[str, str] = {}
+    for row, prompt in zip(rows, prompts, strict=True):
+        if prompt.id in first_place:
+            raise PromptError(
+                f"{row.place}: expected unique ids, got {prompt.id!r} again (first: "
+                f"{first_place[prompt.id]}). Change one of the two."
+            )
+        first_place[prompt.id] = row.place
+
+
+def _check_filters(split: str | None, limit: int | None) -> None:
+    if split is not None and split not in _SPLITS:
+        raise PromptError(f"split: expected one of {', '.join(_SPLITS)}, or None, got {split!r}.")
+    if limit is not None and limit < 1:
+        raise PromptError(f"limit: expected 1 or more, or None for all, got {limit!r}.")
+
+
+def _check_column(name: str, column: str, columns: Collection[str]) -> None:
+    if column not in columns:
+        raise PromptError(
+            f"{name}: expected a column {column!r}, got {list(columns)}.{_near(column, columns)} "
+            "Name the column of the prompts with `column=...`."
+        )
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise PromptError(
+            f"Expected the package {module!r} to be installed, got {error}. Install it with "
+            "`pip install 'mbrl-text-env[data]'`."
+        ) from error
+
+
+def _json_only(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that JSON can hold, as they come back from it."""
+    kept = {}
+    for key, value in values.items():
+        try:
+            kept[key] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError):
+            continue
+    return kept
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _distinct(values: Iterator[Any]) -> list[str]:
+    return sorted({str(value) for value in values})
+
+
+def _shorten(text: str, width: int = 80) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

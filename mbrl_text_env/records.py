@@ -1,0 +1,575 @@
+"""Scored responses as token-level records, kept in folders of Parquet shards.
+
+A record holds all that re-scoring or fitting needs: the prompt, the token ids of prompt and
+response, the text, the scores, and what it cost. A shard is written under a temporary name and then
+renamed, so a folder never shows half of one. The columns load with
+`datasets.load_dataset("parquet", ...)`, pandas or anything else that reads Parquet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from mbrl_text_env.files import write_folder
+from mbrl_text_env.rewards.base import RewardModel, score_responses
+from mbrl_text_env.rewards.base import reward_name as name_of
+from mbrl_text_env.types import FinishReason, Message, Prompt, Split, TextState
+
+_VERSION_KEY = b"mbrl_text_env.records_version"
+_VERSION = b"1"
+# Parquet maps are not understood by every reader; a list of name and value is.
+_AMOUNTS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))
+_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt_text", pa.string()),
+        ("messages", pa.string()),  # JSON; null where the prompt is plain text
+        ("metadata", pa.string()),  # JSON
+        ("split", pa.string()),
+        ("prompt_ids", pa.list_(pa.int64())),
+        ("response_ids", pa.list_(pa.int64())),
+        ("logprobs", pa.list_(pa.float64())),
+        ("finish_reason", pa.string()),
+        ("response", pa.string()),
+        ("rewards", _AMOUNTS),
+        ("score", pa.float64()),
+        ("reward_name", pa.string()),
+        ("agent", pa.string()),
+        ("language_model", pa.string()),
+        ("seed", pa.int64()),
+        ("usage", _AMOUNTS),
+    ],
+    metadata={_VERSION_KEY: _VERSION},
+)
+_SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
+_SCRATCH_SUFFIX = ".tmp"
+_LOCK_SECONDS = 1.0
+
+
+class RecordsError(ValueError):
+    """Records that cannot be read or written as asked."""
+
+
+class _DamagedShardError(RecordsError):
+    """A shard that is not a whole Parquet file of records."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A response with its tokens, its scores and its cost.
+
+    Args:
+        prompt_id: The prompt's id.
+        prompt_text: The prompt as a person reads it (`Prompt.text`).
+        split: The prompt's split.
+        prompt_ids: int[P], the prompt's token ids, chat template included.
+        response_ids: int[T], the response's token ids, a final stop token included.
+        logprobs: float[T], log-probability (nats) of each response token under the language model;
+            empty where it is not known.
+        finish_reason: `"stop"`, `"length"`, or None for a response that could go on.
+        response: The response's text.
+        rewards: The score's parts by name, without the total.
+        score: The total.
+        reward_name: The reward model that gave the score.
+        agent: The agent that wrote the response.
+        language_model: The language model that it used.
+        seed: The seed that it was given.
+        usage: What the response cost (`Usage.as_dict()`).
+        metadata: The prompt's metadata. JSON values.
+        messages: The prompt's chat messages; None where the prompt is plain text, `prompt_text`.
+
+    Raises:
+        RecordsError: A score is not finite, `rewards` has a part `"total"`, or there are
+            log-probabilities for some of the tokens only.
+
+    Example:
+        >>> record = Record.from_state(
+        ...     TextState(Prompt.from_text("Hi"), (5, 6), (1, 2), "stop"),
+        ...     response="Hello", score=0.5, rewards={"length": 0.5}, reward_name="length",
+        ...     agent="sampling", language_model="toy", seed=0,
+        ... )
+        >>> record.prompt() == Prompt.from_text("Hi"), record.state().response_ids
+        (True, (1, 2))
+    """
+
+    prompt_id: str
+    prompt_text: str
+    split: Split | None
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason | None
+    response: str
+    rewards: dict[str, float] = field(hash=False)
+    score: float
+    reward_name: str
+    agent: str
+    language_model: str
+    seed: int
+    usage: dict[str, float] = field(hash=False)
+    metadata: dict[str, Any] = field(hash=False)
+    messages: tuple[Message, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if "total" in self.rewards:
+            raise RecordsError(
+                f"Record of prompt {self.prompt_id!r}: expected the parts of the score in rewards, "
+                f"got {self.rewards!r}. Leave out 'total'; it is `score`."
+            )
+        if not all(map(math.isfinite, (self.score, *self.rewards.values()))):
+            raise RecordsError(
+                f"Record of prompt {self.prompt_id!r}: expected finite scores, got score="
+                f"{self.score!r}, rewards={self.rewards!r}. Mend the reward model "
+                f"{self.reward_name!r}, or leave the response out."
+            )
+        if len(self.logprobs) not in (0, len(self.response_ids)):
+            raise RecordsError(
+                f"Record of prompt {self.prompt_id!r}: expected one log-probability a response "
+                f"token ({len(self.response_ids)}), got {len(self.logprobs)}. Give all, or none."
+            )
+
+    @classmethod
+    def from_state(
+        cls,
+        state: TextState,
+        *,
+        response: str,
+        score: float,
+        rewards: Mapping[str, float],
+        reward_name: str,
+        agent: str,
+        language_model: str,
+        seed: int,
+        logprobs: Sequence[float] = (),
+        usage: Mapping[str, float] | None = None,
+    ) -> Record:
+        """Make the record of a scored state; see the class for the arguments.
+
+        Raises:
+            RecordsError: See the class.
+        """
+        prompt = state.prompt
+        return cls(
+            prompt_id=prompt.id,
+            prompt_text=prompt.text,
+            split=prompt.split,
+            prompt_ids=state.prompt_ids,
+            response_ids=state.response_ids,
+            logprobs=tuple(logprobs),
+            finish_reason=state.finish_reason,
+            response=response,
+            rewards=dict(rewards),
+            score=score,
+            reward_name=reward_name,
+            agent=agent,
+            language_model=language_model,
+            seed=seed,
+            usage=dict(usage or {}),
+            metadata=dict(prompt.metadata),
+            messages=None if isinstance(prompt.content, str) else prompt.content,
+        )
+
+    def prompt(self) -> Prompt:
+        """The prompt, rebuilt."""
+        content = self.prompt_text if self.messages is None else self.messages
+        return Prompt(self.prompt_id, content, self.metadata, self.split)
+
+    def state(self) -> TextState:
+        """The state at the end of the response, rebuilt; the ends of its chunks are not kept."""
+        return TextState(self.prompt(), self.prompt_ids, self.response_ids, self.finish_reason)
+
+
+class RecordWriter:
+    """Appends records to a folder; used as a context manager.
+
+    A full shard is written at once, the rest by `flush()` and at the end of the block, also when
+    the block ends with an error. A writer that is killed at any moment loses no more than the
+    records that were not flushed. A folder has one writer at a time.
+
+    Args:
+        folder: Made if it is not there, appended to if it is.
+        shard_rows: Records in a full shard.
+
+    Raises:
+        RecordsError: `shard_rows` is below 1. On entering: the folder cannot be written, another
+            writer has it, or it holds shards that are damaged or of an unknown version.
+
+    Example:
+        >>> with RecordWriter("records") as writer:  # doctest: +SKIP
+        ...     writer.append(record)
+        >>> len(read_records("records"))  # doctest: +SKIP
+        1
+    """
+
+    def __init__(self, folder: str | Path, *, shard_rows: int = 256) -> None:
+        if shard_rows < 1:
+            raise RecordsError(f"shard_rows: expected 1 or more, got {shard_rows!r}.")
+        self.folder = Path(folder)
+        self.shard_rows = shard_rows
+        self._lock = FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS)
+        self._pending: list[pa.RecordBatch] = []
+        self._next_shard = 0
+
+    def __enter__(self) -> RecordWriter:
+        with _writable(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire()
+            except Timeout as error:
+                raise RecordsError(
+                    f"{self.folder}: expected to be its only writer, but another one has it open. "
+                    "Wait until that one ends, or write to another folder."
+                ) from error
+            try:
+                self._take_over()
+            except BaseException:
+                self._lock.release()
+                raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.flush()
+        finally:
+            self._pending.clear()
+            self._lock.release()
+
+    def append(self, record: Record) -> None:
+        """Add a record; it is on the disk after the next `flush()` or when its shard is full.
+
+        Raises:
+            RecordsError: The record cannot be stored: an integer beyond 64 bits, text that is no
+                valid Unicode, metadata that is not JSON. Or the writer is not open, or the shard
+                cannot be written.
+        """
+        self._check_open()
+        self._pending.append(_batch(record))
+        if len(self._pending) >= self.shard_rows:
+            self.flush()
+
+    def extend(self, records: Iterable[Record]) -> None:
+        """Add records one by one; see `append`."""
+        for record in records:
+            self.append(record)
+
+    def flush(self) -> None:
+        """Write what was added since the last shard.
+
+        Raises:
+            RecordsError: The writer is not open, or the shard cannot be written; the records are
+                then kept and the next flush tries again.
+        """
+        self._check_open()
+        if not self._pending:
+            return
+        table = pa.Table.from_batches(self._pending).combine_chunks()
+        with _writable(self.folder):
+            _write_shard(table, self.folder / f"shard-{self._next_shard:05d}.parquet")
+        self._next_shard += 1
+        self._pending.clear()
+
+    def existing(self) -> list[Record]:
+        """The records that are on the disk; none in a new folder.
+
+        Raises:
+            RecordsError: A shard is damaged.
+        """
+        return read_records(self.folder) if _shards(self.folder) else []
+
+    def _take_over(self) -> None:
+        for scratch in self.folder.glob(f"shard-*{_SCRATCH_SUFFIX}"):
+            scratch.unlink()
+        shards = _shards(self.folder)
+        for shard in shards:
+            _count_rows(shard)
+        self._next_shard = _number(shards[-1]) + 1 if shards else 0
+
+    def _check_open(self) -> None:
+        if not self._lock.is_locked:
+            raise RecordsError(
+                f"{self.folder}: the writer is not open. Write within "
+                "`with RecordWriter(folder) as writer:`."
+            )
+
+
+def read_records(folder: str | Path, *, skip_damaged: bool = False) -> list[Record]:
+    """Read all records of a folder, in the order in which they were written.
+
+    Args:
+        folder: As written by `RecordWriter`.
+        skip_damaged: Leave out damaged shards with a warning instead of raising.
+
+    Raises:
+        RecordsError: There is no such folder, it has no shards, a shard is damaged (with
+            `skip_damaged`: all are), or a shard has an unknown version.
+
+    Example:
+        >>> [record.score for record in read_records("records")]  # doctest: +SKIP
+        [0.5]
+    """
+    return list(iter_records(folder, skip_damaged=skip_damaged))
+
+
+def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[Record]:
+    """Read records one shard at a time; see `read_records`, which takes and raises the same."""
+    shards = _shards(folder)
+    if not shards:
+        raise RecordsError(
+            f"{folder}: expected a folder with record shards (shard-00000.parquet, ...), got none "
+            f"({_what_is(Path(folder))}). Write some with `RecordWriter`, or give another folder."
+        )
+    any_sound = False
+    for shard in shards:
+        try:
+            table = _read_shard(shard)
+        except _DamagedShardError as error:
+            if not skip_damaged:
+                raise _damage(shards) from error
+            warnings.warn(f"Left out a damaged shard: {error}", stacklevel=2)
+            continue
+        any_sound = True
+        yield from map(_record, table.to_pylist())
+    if not any_sound:
+        raise RecordsError(
+            f"{folder}: expected at least one sound shard, but all {len(shards)} are damaged. "
+            "Restore them from a copy, or collect the records again."
+        )
+
+
+def has_records(folder: str | Path, expected: int = 1) -> bool:
+    """Whether a folder holds at least `expected` records.
+
+    Raises:
+        RecordsError: A shard is damaged or has an unknown version.
+
+    Example:
+        >>> has_records("nowhere")
+        False
+    """
+    return sum(map(_count_rows, _shards(folder))) >= expected
+
+
+def rescore(
+    source: str | Path, reward_model: RewardModel, target: str | Path, *, batch_size: int = 64
+) -> None:
+    """Score the responses of a folder with another reward model, into a new folder.
+
+    Nothing is generated again: the new records differ from the old in `score`, `rewards` and
+    `reward_name` alone. The new folder appears when all of it is written, or not at all.
+
+    Args:
+        source: Folder of records.
+        reward_model: Scores the responses.
+        target: A folder that does not exist, or is empty.
+        batch_size: Responses that are scored together.
+
+    Raises:
+        RecordsError: The target is the source, holds something, or cannot be written; the source
+            cannot be read; or `batch_size` is below 1.
+        RewardError: The reward model failed.
+
+    Example:
+        >>> rescore("records", SentimentReward(), "records-sentiment")  # doctest: +SKIP
+    """
+    if batch_size < 1:
+        raise RecordsError(f"batch_size: expected 1 or more, got {batch_size!r}.")
+    target = Path(target)
+    with _writable(target):
+        _check_target(Path(source), target)
+    records = iter_records(source)
+    with _writable(target), write_folder(target) as scratch, RecordWriter(scratch) as writer:
+        while batch := list(islice(records, batch_size)):
+            writer.extend(_rescored(batch, reward_model))
+
+
+def _rescored(records: Sequence[Record], reward_model: RewardModel) -> Iterator[Record]:
+    scores = score_responses(
+        reward_model,
+        [record.prompt() for record in records],
+        [record.response for record in records],
+    )
+    for i, record in enumerate(records):
+        yield dataclasses.replace(
+            record,
+            score=float(scores.total[i]),
+            rewards=scores.parts_of(i),
+            reward_name=name_of(reward_model),
+        )
+
+
+def _check_target(source: Path, target: Path) -> None:
+    if target.resolve() == source.resolve():
+        raise RecordsError(
+            f"target: expected another folder than the source, got {str(target)!r} for both. The "
+            "old scores are kept; choose a new folder."
+        )
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise RecordsError(
+            f"target: expected a new or empty folder, got {str(target)!r} ({_what_is(target)}). "
+            "Choose another, or remove it."
+        )
+
+
+def _batch(record: Record) -> pa.RecordBatch:
+    # Converted when it is added, so that an unfit record fails by itself and not with its shard.
+    try:
+        return pa.RecordBatch.from_pylist([_row(record)], schema=_SCHEMA)
+    except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise RecordsError(
+            f"Record of prompt {record.prompt_id!r}: expected 64-bit integers, valid Unicode text "
+            f"and metadata of JSON values, got {type(error).__name__}: {error}. Convert the value, "
+            "or leave it out of the record."
+        ) from error
+
+
+def _row(record: Record) -> dict[str, Any]:
+    row = {name: getattr(record, name) for name in _SCHEMA.names}
+    messages = record.messages
+    row["messages"] = None if messages is None else _json([vars(m) for m in messages])
+    row["metadata"] = _json(record.metadata)
+    row["rewards"] = _amounts(record.rewards)
+    row["usage"] = _amounts(record.usage)
+    return row
+
+
+def _record(row: dict[str, Any]) -> Record:
+    if row["messages"] is not None:
+        row["messages"] = tuple(Message(**message) for message in json.loads(row["messages"]))
+    row["metadata"] = json.loads(row["metadata"])
+    for name in ("rewards", "usage"):
+        row[name] = {amount["name"]: amount["value"] for amount in row[name]}
+    for name in ("prompt_ids", "response_ids", "logprobs"):
+        row[name] = tuple(row[name])
+    return Record(**row)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _amounts(values: Mapping[str, float]) -> list[dict[str, Any]]:
+    return [{"name": name, "value": float(value)} for name, value in values.items()]
+
+
+def _write_shard(table: pa.Table, path: Path) -> None:
+    scratch = path.with_name(path.name + _SCRATCH_SUFFIX)
+    try:
+        with scratch.open("wb") as file:
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _shards(folder: str | Path) -> list[Path]:
+    try:
+        found = [path for path in Path(folder).iterdir() if _SHARD_NAME.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise RecordsError(
+            f"{folder}: expected a folder that can be read, got {error}. Change its permissions, "
+            "or give another folder."
+        ) from error
+    return sorted(found, key=_number)
+
+
+def _number(shard: Path) -> int:
+    # The names are matched when they are listed.
+    return int(shard.stem.removeprefix("shard-"))
+
+
+def _read_shard(shard: Path) -> pa.Table:
+    with _opened(shard) as file:
+        return file.read()
+
+
+def _count_rows(shard: Path) -> int:
+    with _opened(shard) as file:
+        return int(file.metadata.num_rows)
+
+
+@contextmanager
+def _opened(shard: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+            _check_schema(shard, file.schema_arrow)
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _DamagedShardError(
+            f"{shard}: expected a whole shard of records, but it is damaged or cut off ({error}). "
+            "Restore it from a copy, or move it out of the folder."
+        ) from error
+
+
+def _check_schema(shard: Path, schema: pa.Schema) -> None:
+    version = (schema.metadata or {}).get(_VERSION_KEY)
+    if version != _VERSION:
+        got = "no version" if version is None else f"version {version.decode(errors='replace')}"
+        raise RecordsError(
+            f"{shard}: expected records of version {_VERSION.decode()}, got {got}. Read it with "
+            "the release of mbrl-text-env that wrote it, or move it out of the folder."
+        )
+    if not schema.equals(_SCHEMA):
+        raise _DamagedShardError(
+            f"{shard}: expected the columns of version {_VERSION.decode()} ({_SCHEMA.names}), got "
+            f"{schema.names} or other types. Restore it from a copy, or move it out of the folder."
+        )
+
+
+def _damage(shards: Sequence[Path]) -> RecordsError:
+    rows = 0
+    damaged = []
+    for shard in shards:
+        try:
+            rows += _read_shard(shard).num_rows
+        except _DamagedShardError as error:
+            damaged.append(str(error))
+    return RecordsError(
+        f"{' '.join(damaged)} The sound shards hold {rows} records; `skip_damaged=True` reads "
+        "these."
+    )
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordsError(
+            f"Expected a folder that can be written, got {str(folder)!r} ({_what_is(folder)}; "
+            f"{error}). Choose another folder, or change its permissions."
+        ) from error
+
+
+def _what_is(path: Path) -> str:
+    try:
+        if path.is_dir():
+            return "a folder"
+        return "a file" if path.exists() else "not there"
+    except OSError:
+        return "out of reach"

@@ -1,0 +1,368 @@
+"""Any sequence-classification model of transformers as a reward model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import numpy as np
+
+from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.types import FloatArray, Message, Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+TextFormat = Literal["pair", "chat", "article"]
+Output = Literal["logit", "sigmoid", "softmax"]
+
+
+class ClassifierReward:
+    """The score that a sequence-classification model gives to a prompt and its response.
+
+    Most reward models on the Hugging Face Hub have one logit, trained on preferences. A model with
+    several classes needs `label`: the class whose logit or probability is the reward. Code that
+    comes with a model is never run (`trust_remote_code` is off), and safetensors weights are
+    preferred where a model has others too.
+
+    Responses are scored in batches of similar length; in float32 the batch around a response does
+    not change its score by more than 1e-5. A model whose config names no padding token is run on
+    one response at a time. Texts longer than `max_length`, or than the model's input, are cut, and
+    a warning says so the first time.
+
+    The article's reward is `text_format="article"` with `output="sigmoid"`, which its pipeline
+    applies to a single logit. The sigmoid keeps the order of the logits, but flattens at both ends.
+
+    Source: Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020.
+
+    Args:
+        model: Name on the Hub, or folder with a model and its tokenizer.
+        text_format: `"pair"`: prompt and response as the tokenizer's two segments, the longer cut
+            first. `"chat"`: the conversation in the tokenizer's chat template. `"article"`: one
+            text, "User: {prompt}\\nAssistant: {response}". The last two are cut at the tokenizer's
+            `truncation_side`, as a rule the end.
+        output: `"logit"`, `"sigmoid"` (of a single logit) or `"softmax"` (over several classes).
+        label: Name or index of the class that is the reward; required with several classes.
+        batch_size: Most responses in one forward pass.
+        max_length: Most tokens of a text.
+        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
+        dtype: By default float32 on a CPU and bfloat16 elsewhere.
+        name: What reports call it; by default the last part of the model's name or folder.
+        revision: Branch, tag or commit on the Hub.
+
+    Attributes:
+        num_truncated: Texts that were cut so far.
+
+    Raises:
+        RewardError: At first use, when the model is loaded: there is none, its classification head
+            has no trained weights, `output` or `label` does not fit it, or `"chat"` meets a
+            tokenizer without a chat template.
+        ValueError: At first use: an argument is out of its range.
+
+    Example:
+        >>> reward = ClassifierReward("OpenAssistant/reward-model-deberta-v3-large-v2")
+        >>> reward.name
+        'reward-model-deberta-v3-large-v2'
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        text_format: TextFormat = "pair",
+        output: Output = "logit",
+        label: str | int | None = None,
+        batch_size: int = 16,
+        max_length: int = 512,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.model = model
+        self.text_format: TextFormat = text_format
+        self.output: Output = output
+        self.label = label
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.device = device
+        self.dtype = dtype
+        self.name = Path(model).name if name is None else name
+        self.revision = revision
+        self.num_truncated = 0
+        self._loaded: _Loaded | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weights are not pickled; a copy loads them again when it is first used.
+        return {**self.__dict__, "_loaded": None}
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the model's output for each prompt and response."""
+        if not responses:
+            return np.zeros(0)
+        encodings = self._encode(prompts, responses)
+        self._note_truncated(sum(encoding.truncated for encoding in encodings))
+        loaded = self._model()
+        order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
+        size = 1 if loaded.pad_id is None else self.batch_size
+        scores = np.zeros(len(encodings))
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            scores[rows] = loaded.outputs([encodings[i] for i in rows], self.output)
+        return scores
+
+    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the floating-point operations of scoring each response.
+
+        2 x parameters (without embedding tables, which are looked up) x tokens + 4 x layers x width
+        x tokens^2 for the attention; padding is not counted.
+        """
+        if not responses:
+            return np.zeros(0)
+        lengths = [len(encoding.ids) for encoding in self._encode(prompts, responses)]
+        return self._model().flops(np.array(lengths, dtype=np.float64))
+
+    def flops_bound(self) -> float:
+        """The most that one response can take: a text that fills the model's input."""
+        loaded = self._model()
+        return float(loaded.flops(np.array([loaded.max_length], dtype=np.float64))[0])
+
+    def _model(self) -> _Loaded:
+        if self._loaded is None:
+            self._check_arguments()
+            self._loaded = self._load()
+        return self._loaded
+
+    def _check_arguments(self) -> None:
+        for argument, choices in (("text_format", TextFormat), ("output", Output)):
+            value = getattr(self, argument)
+            if value not in get_args(choices):
+                raise ValueError(
+                    f"{argument}: expected one of {list(get_args(choices))}, got {value!r}."
+                )
+        for argument in ("batch_size", "max_length"):
+            if getattr(self, argument) < 1:
+                raise ValueError(
+                    f"{argument}: expected at least 1, got {getattr(self, argument)!r}."
+                )
+
+    def _load(self) -> _Loaded:
+        import torch
+
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        model, tokenizer = self._from_pretrained(dtype)
+        if self.text_format == "chat" and tokenizer.chat_template is None:
+            raise RewardError(
+                f"Reward model {self.name!r}: text_format='chat' needs a tokenizer with a chat "
+                f"template, and {str(self.model)!r} has none. Use text_format='pair' or 'article'."
+            )
+        config = model.config.get_text_config()
+        limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+        # Some configs have -1 where they mean none.
+        pad_id = (
+            None if config.pad_token_id is None or config.pad_token_id < 0 else config.pad_token_id
+        )
+        return _Loaded(
+            model=model.to(device).eval(),
+            tokenizer=tokenizer,
+            column=self._column(model.config),
+            max_length=min([self.max_length, *(limit for limit in limits if limit is not None)]),
+            pad_id=pad_id,
+        )
+
+    def _from_pretrained(self, dtype: torch.dtype) -> tuple[Any, Any]:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        options: dict[str, Any] = {"revision": self.revision} if self.revision else {}
+        options["trust_remote_code"] = False
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(self.model), **options)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                str(self.model), dtype=dtype, output_loading_info=True, **options
+            )
+        except Exception as error:
+            raise RewardError(
+                f"Reward model {self.name!r}: expected the folder of a transformers sequence-"
+                "classification model with its tokenizer, or a name on the Hugging Face Hub that "
+                f"is reachable or already downloaded; got {str(self.model)!r} "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Check the spelling, the "
+                "network and HF_HUB_OFFLINE."
+            ) from error
+        self._check_complete(model, tokenizer, report["missing_keys"])
+        return model, tokenizer
+
+    def _check_complete(self, model: Any, tokenizer: Any, missing_keys: Iterable[str]) -> None:
+        """Refuse what transformers makes up for missing files and weights.
+
+        Raises:
+            RewardError: It made up something.
+        """
+        # Where there are no files, it makes a tokenizer that knows special tokens alone.
+        if len(tokenizer) * 10 < model.config.get_text_config().vocab_size:
+            raise RewardError(
+                f"Reward model {self.name!r}: expected {str(self.model)!r} to hold a tokenizer for "
+                f"the model's {model.config.get_text_config().vocab_size} tokens, got one of "
+                f"{len(tokenizer)}. Save the tokenizer there too, with "
+                "`tokenizer.save_pretrained(folder)`."
+            )
+        # Missing weights are filled with random numbers, which is only logged.
+        if missing_keys:
+            raise RewardError(
+                f"Reward model {self.name!r}: {str(self.model)!r} has no trained weights for "
+                f"{', '.join(sorted(missing_keys))}, so its scores would be random. "
+                f"Expected a sequence-classification model; its config names "
+                f"{model.config.architectures}. Choose a model that was trained as a classifier or "
+                "reward model."
+            )
+
+    def _column(self, config: Any) -> int:
+        """Index of the logit that is the reward."""
+        labels = [config.id2label[i] for i in range(config.num_labels)]
+        single = len(labels) == 1
+        if (self.output == "softmax" and single) or (self.output == "sigmoid" and not single):
+            raise RewardError(
+                f"Reward model {self.name!r}: output={self.output!r} does not fit a model with "
+                f"{len(labels)} output{'' if single else 's'}. Use output='logit' or "
+                f"{'sigmoid' if single else 'softmax'!r}."
+            )
+        if single and self.label is None:
+            return 0
+        if isinstance(self.label, str) and self.label in labels:
+            return labels.index(self.label)
+        if isinstance(self.label, int) and 0 <= self.label < len(labels):
+            return self.label
+        raise RewardError(
+            f"Reward model {self.name!r} has {len(labels)} classes: expected label= to name the "
+            f"one whose score is the reward, {labels} or an index from 0, got {self.label!r}. Pass "
+            "label=, with output='softmax' or 'logit'."
+        )
+
+    def _encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[_Encoding]:
+        """Token ids of each text, cut to the model's input."""
+        limit = self._model().max_length
+        encodings = self._tokenize(prompts, responses)
+        long = [i for i, encoding in enumerate(encodings) if len(encoding.ids) > limit]
+        if long:
+            cut = self._tokenize(
+                [prompts[i] for i in long],
+                [responses[i] for i in long],
+                truncation=True,
+                max_length=limit,
+            )
+            for i, encoding in zip(long, cut, strict=True):
+                encodings[i] = _Encoding(encoding.ids, encoding.type_ids, truncated=True)
+        return encodings
+
+    def _tokenize(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], **options: Any
+    ) -> list[_Encoding]:
+        tokenizer = self._model().tokenizer
+        pairs = list(responses) if self.text_format == "pair" else None
+        texts = [self._text(*row) for row in zip(prompts, responses, strict=True)]
+        batch = tokenizer(
+            texts,
+            pairs,
+            # A chat template writes them itself.
+            add_special_tokens=self.text_format != "chat",
+            verbose=False,
+            **options,
+        )
+        type_ids = batch.get("token_type_ids", [None] * len(texts))
+        return [_Encoding(*row) for row in zip(batch["input_ids"], type_ids, strict=True)]
+
+    def _text(self, prompt: Prompt, response: str) -> str:
+        """The text of a response, or its first segment under `"pair"`."""
+        if self.text_format == "pair":
+            return prompt.text
+        if self.text_format == "article":
+            return f"User: {prompt.text}\nAssistant: {response}"
+        content = prompt.content
+        before = (Message("user", content),) if isinstance(content, str) else content
+        messages = [
+            {"role": message.role, "content": message.content}
+            for message in (*before, Message("assistant", response))
+        ]
+        return cast("str", self._model().tokenizer.apply_chat_template(messages, tokenize=False))
+
+    def _note_truncated(self, count: int) -> None:
+        if count and not self.num_truncated:
+            warnings.warn(
+                f"Reward model {self.name!r} cut {count} text(s) to {self._model().max_length} "
+                "tokens, so the rest of them does not count. Raise max_length if the model's input "
+                "allows it, or shorten prompts and responses. `num_truncated` counts further ones.",
+                stacklevel=3,
+            )
+        self.num_truncated += count
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Tokens of one text: ids int[T], segment ids int[T] in architectures that have them."""
+
+    ids: list[int]
+    type_ids: list[int] | None
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model with what is to be known of it.
+
+    `column` is the logit that is the reward, `max_length` the most tokens of a text, and `pad_id`
+    None where the model has no padding token.
+    """
+
+    model: Any
+    tokenizer: Any
+    column: int
+    max_length: int
+    pad_id: int | None
+
+    def outputs(self, encodings: Sequence[_Encoding], output: Output) -> FloatArray:
+        """float64[B], from one forward pass."""
+        import torch
+
+        with torch.inference_mode():
+            logits = self.model(**self._inputs(encodings)).logits.double()
+            if output == "softmax":
+                logits = logits.softmax(dim=-1)
+            column = logits[:, self.column]
+            chosen = column.sigmoid() if output == "sigmoid" else column
+        return cast("FloatArray", chosen.cpu().numpy())
+
+    def flops(self, tokens: FloatArray) -> FloatArray:
+        """float64[B] for texts of `tokens` tokens, float64[B]."""
+        import torch
+
+        config = self.model.config.get_text_config()
+        parameters = sum(
+            parameter.numel()
+            for module in self.model.modules()
+            if not isinstance(module, torch.nn.Embedding)
+            for parameter in module.parameters(recurse=False)
+        )
+        attention = 4.0 * config.num_hidden_layers * config.hidden_size
+        return 2.0 * parameters * tokens + attention * tokens**2
+
+    def _inputs(self, encodings: Sequence[_Encoding]) -> dict[str, torch.Tensor]:
+        """Ids, mask and segment ids, padded on the right: int64[B, T]."""
+        import torch
+
+        shape = len(encodings), max(len(encoding.ids) for encoding in encodings)
+        ids = torch.full(shape, self.pad_id or 0)
+        mask = torch.zeros(shape, dtype=torch.long)
+        type_ids = torch.zeros(shape, dtype=torch.long)
+        for row, encoding in enumerate(encodings):
+            length = len(encoding.ids)
+            ids[row, :length] = torch.tensor(encoding.ids)
+            mask[row, :length] = 1
+            if encoding.type_ids is not None:
+                type_ids[row, :length] = torch.tensor(encoding.type_ids)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if encodings[0].type_ids is not None:
+            inputs["token_type_ids"] = type_ids
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}

@@ -1,0 +1,72 @@
+import pytest
+
+from agents import BestOfN
+from mbrl_text_env.language_models import NGramLM, TableLM
+from mbrl_text_env.ledger import Budget
+from mbrl_text_env.mdp import initial
+from tests.toys import PROMPTS, CountReward
+
+LM = NGramLM("abc", seed=3)
+
+
+def test_it_keeps_the_best_of_its_samples():
+    reward = CountReward()
+    agent = BestOfN(LM, reward, n=8, max_response_tokens=5)
+    (generation,) = agent.generate(PROMPTS[:1], seed=1)
+    (samples,) = LM.sample([initial(PROMPTS[0], LM)], 8, 5, seeds=[1], params=agent.params)
+    texts = [LM.decode(chunk.token_ids) for chunk in samples]
+    scores = CountReward().score(PROMPTS[:1] * 8, texts)
+    assert generation.completion.score == max(scores)
+    assert generation.text == texts[scores.index(max(scores))]
+    assert generation.usage.generated_tokens == sum(map(len, samples))
+    assert generation.usage.reward_calls == 8
+    assert reward.calls == [texts]  # one call for all
+
+
+def test_without_budget_and_n_it_takes_the_articles_four():
+    (generation,) = BestOfN(LM, CountReward(), max_response_tokens=5).generate(PROMPTS[:1])
+    assert generation.usage.reward_calls == 4
+
+
+def test_a_budget_is_spent_as_far_as_it_is_certain():
+    never_stops = TableLM("ab", {}, context_length=64)
+    for prefix in ("", "a", "b", "aa", "ab", "ba", "bb"):
+        never_stops.table[prefix] = [0.0, 0.5, 0.5]
+    never_stops = TableLM("ab", never_stops.table)
+    agent = BestOfN(never_stops, CountReward(), max_response_tokens=3)
+    for tokens, count in ((3, 1), (5, 1), (6, 2), (100, 33)):
+        (generation,) = agent.generate(PROMPTS[:1], Budget(tokens=tokens))
+        assert generation.usage.reward_calls == count
+        assert generation.usage.generated_tokens == 3 * count
+
+
+def test_what_short_responses_leave_over_is_spent():
+    short = NGramLM("abc", seed=3, stop_probability=0.6)
+    agent = BestOfN(short, CountReward(), max_response_tokens=10)
+    (generation,) = agent.generate(PROMPTS[:1], Budget(tokens=100))
+    assert generation.usage.reward_calls > 10
+    assert 90 < generation.usage.generated_tokens <= 100
+
+
+def test_more_budget_never_scores_lower():
+    agent = BestOfN(LM, CountReward(), max_response_tokens=5)
+    budgets = [Budget(tokens=tokens) for tokens in (5, 10, 20, 40, 80, 160)]
+    for seed in range(10):
+        scores = [agent.generate(PROMPTS, b, seed=seed) for b in budgets]
+        for earlier, later in zip(scores, scores[1:], strict=False):
+            for a, b in zip(earlier, later, strict=True):
+                assert a.completion.score <= b.completion.score
+
+
+def test_a_time_limit_ends_the_search():
+    (generation,) = BestOfN(LM, CountReward(), max_response_tokens=5).generate(
+        PROMPTS[:1], Budget(seconds=0.05)
+    )
+    assert generation.completion.score is not None
+    assert generation.usage.seconds > 0.04
+
+
+def test_bad_arguments():
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="n: expected at least 1"):
+            BestOfN(LM, CountReward(), n=wrong)

@@ -1,0 +1,152 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import data_equivalence
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mbrl_text_env  # noqa: F401 registers the environments
+from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.mdp import EpisodeEndedError
+from mbrl_text_env.vector import stack_infos
+from tests.toys import CountReward, LetterEncoder, StepReward, toy_options
+
+TEXT, CANDIDATES = "mbrl_text_env/TextGeneration-v0", "mbrl_text_env/CandidateChunks-v0"
+MODES = [
+    {},
+    {"reward": "delta", "observation": "tokens"},
+    {"reward": "process", "reward_model": StepReward()},
+    {"observation": "embedding", "encoder": LetterEncoder()},
+]
+
+
+def candidate_options(**changes):
+    options = toy_options(language_model=NGramLM("abcde", seed=1), num_candidates=3, **changes)
+    del options["tokenizer"]
+    return {"encoder": None, **options}
+
+
+def singles(env_id, count, mode, options):
+    return SyncVectorEnv([lambda: gym.make(env_id, **options)] * count, autoreset_mode=mode)
+
+
+def assert_equal_runs(vector, reference, actions, steps, mode):
+    """Both are stepped with the same actions; all five results are equal at every step."""
+    assert data_equivalence(vector.reset(seed=7), reference.reset(seed=7), exact=True)
+    for step in range(steps):
+        chosen = actions(step)
+        ours, theirs = vector.step(chosen), reference.step(chosen)
+        assert data_equivalence(ours, theirs, exact=True), f"{ours}\n{theirs}"
+        if mode == AutoresetMode.DISABLED and (ours[2] | ours[3]).any():
+            mask = ours[2] | ours[3]
+            ours = vector.reset(options={"reset_mask": mask})
+            theirs = reference.reset(options={"reset_mask": mask})
+            assert data_equivalence(ours, theirs, exact=True)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("changes", MODES)
+def test_text_vector_equals_singles(mode, changes):
+    options = toy_options(**changes)
+    vector = gym.make_vec(TEXT, num_envs=5, autoreset_mode=mode, **options)
+    reference = singles(TEXT, 5, mode, options)
+    vector.action_space.seed(0)
+    drawn = [vector.action_space.sample() for _ in range(30)]
+    assert_equal_runs(vector, reference, lambda step: drawn[step], 30, mode)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("encoder", [None, "language_model", LetterEncoder()])
+def test_candidate_vector_equals_singles(mode, encoder):
+    options = candidate_options(encoder=encoder)
+    vector = gym.make_vec(CANDIDATES, num_envs=4, autoreset_mode=mode, **options)
+    reference = singles(CANDIDATES, 4, mode, options)
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(3, size=(30, 4))
+    assert_equal_runs(vector, reference, lambda step: drawn[step], 30, mode)
+
+
+def test_one_reward_call_and_one_model_call_a_step():
+    reward, calls = CountReward(), []
+
+    class Counting(NGramLM):
+        def sample(self, states, *args, **kwargs):
+            calls.append(len(states))
+            return super().sample(states, *args, **kwargs)
+
+    options = candidate_options(reward_model=reward)
+    options["language_model"] = Counting("abcde", seed=1)
+    env = gym.make_vec(CANDIDATES, num_envs=6, autoreset_mode="SameStep", **options)
+    env.reset(seed=0)
+    for _ in range(10):
+        env.step([0] * 6)
+    assert calls == [6] * 11
+    assert len(reward.calls) <= 10
+    assert sum(map(len, reward.calls)) > len(reward.calls)  # batched
+
+
+def test_seeds():
+    env = gym.make_vec(TEXT, num_envs=3, **toy_options())
+    _, first = env.reset(seed=5)
+    _, second = env.reset(seed=[5, 6, 7])
+    assert first["prompt_id"].tolist() == second["prompt_id"].tolist()
+    with pytest.raises(ValueError, match="3 seeds"):
+        env.reset(seed=[1])
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="num_envs"):
+        gym.make_vec(TEXT, num_envs=0, **toy_options())
+    env = gym.make_vec(TEXT, num_envs=2, autoreset_mode="Disabled", **toy_options())
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step([[1], [1]])
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="2 actions"):
+        env.step([[1]])
+    with pytest.raises(ValueError, match="reset_mask"):
+        env.reset(options={"reset_mask": np.zeros(2, dtype=bool)})
+    env.step([[0], [1]])
+    with pytest.raises(EpisodeEndedError, match=r"\[0\].*reset_mask"):
+        env.step([[1], [1]])
+
+
+def test_render_and_states():
+    env = gym.make_vec(TEXT, num_envs=2, render_mode="ansi", **toy_options())
+    env.reset(seed=0)
+    env.step([[1], [2]])
+    assert [text.splitlines()[1] for text in env.render()] == [
+        "Response: a [...]",
+        "Response: b [...]",
+    ]
+    states = env.unwrapped.states
+    env.step([[0], [0]])
+    observations, _ = env.unwrapped.set_states(states)
+    assert observations["response"] == ("a", "b")
+    with pytest.raises(ValueError, match="2 states"):
+        env.unwrapped.set_states(states[:1])
+
+
+values = st.one_of(
+    st.booleans(), st.integers(-9, 9), st.floats(-1, 1), st.text(max_size=3), st.none(),
+    st.lists(st.integers(), max_size=2),
+)  # fmt: skip
+
+
+@settings(max_examples=100)
+@given(
+    st.dictionaries(st.sampled_from("abc"), values, max_size=3).flatmap(
+        lambda row: st.lists(
+            st.one_of(st.none(), st.just(row), st.just({**row, "deep": {"x": 1.0}})),
+            min_size=1,
+            max_size=4,
+        )
+    )
+)
+def test_stack_infos_equals_gymnasium(rows):
+    reference = gym.vector.VectorEnv()
+    reference.num_envs = len(rows)
+    expected = {}
+    for i, row in enumerate(rows):
+        expected = reference._add_info(expected, row or {}, i)
+    assert data_equivalence(stack_infos(rows), expected, exact=True)
