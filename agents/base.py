@@ -77,8 +77,8 @@ class Generation:
 class Agent(ABC):
     """Searches for the best complete response that its budget allows.
 
-    A subclass implements `search` and gives itself a `name`. Constructor arguments are attributes of
-    the same name.
+    A subclass implements `search` and gives itself a `name`. Constructor arguments are attributes
+    of the same name.
 
     Args:
         language_model: Proposes tokens.
@@ -95,7 +95,8 @@ class Agent(ABC):
         ...     name = "greedy"
         ...     def search(self, states, ledgers, seed):
         ...         greedy = SamplingParams(temperature=0)
-        ...         return [row[0] for row in self.complete(states, 1, ledgers, seed, params=greedy)]
+        ...         rows = self.complete(states, 1, ledgers, seed, params=greedy)
+        ...         return [row[0] for row in rows]
     """
 
     name: str = ""

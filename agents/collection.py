@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mbrl_text_env.records import Record, RecordWriter
-
 from agents.base import DEFAULT_PARAMS, Completion, check_positive
 from agents.best_of_n import BestOfN
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial
+from mbrl_text_env.records import Record, RecordWriter
 from mbrl_text_env.rewards.base import RewardModel, reward_name
 from mbrl_text_env.types import Prompt
 
@@ -30,8 +29,8 @@ def collect(
 ) -> None:
     """Sample responses to prompts, score them all, and write every one of them.
 
-    Low scores are kept too: a value model learns from the whole range. After every batch the records
-    are on the disk.
+    Low scores are kept too: a value model learns from the whole range. After every batch the
+    records are on the disk.
 
     Args:
         language_model: Proposes responses.

@@ -1,4 +1,4 @@
-"""The article's lookahead: judge partial responses by a learned value, finish the promising ones."""
+"""The article's lookahead: a learned value judges partial responses, the best are finished."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Lookahead(Agent):
 
     A round samples `num_partials` partial responses of `prefix_tokens`, lets the value model judge
     them, continues each of the best `keep` of them `continuations` times to the end, and lets the
-    reward model choose. With the defaults and responses of 256 tokens that is 4 x 64 + 2 x 2 x 192 =
-    1,024 tokens and 4 reward calls, as much as best-of-4.
+    reward model choose. With the defaults and responses of 256 tokens that is 4 x 64 + 2 x 2 x 192
+    = 1,024 tokens and 4 reward calls, as much as best-of-4.
 
     Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). As there, an
-    agent whose value model is missing or not fitted falls back to best-of-`num_partials`. Deviations:
-    a partial response is continued from its token ids, not from its text encoded again; one that has
-    ended by itself is not continued; where a response is not longer than `prefix_tokens`, the prefix
-    is a quarter of it (the article's share); under a budget, rounds are repeated, the last ones with
-    fewer branches, until the budget allows no further response.
+    agent whose value model is missing or not fitted falls back to best-of-`num_partials`.
+    Deviations: a partial response is continued from its token ids, not from its text encoded again;
+    one that has ended by itself is not continued; where a response is not longer than
+    `prefix_tokens`, the prefix is a quarter of it (the article's share); under a budget, rounds are
+    repeated, the last ones with fewer branches, until the budget allows no further response.
 
     Args:
         language_model: Proposes tokens.

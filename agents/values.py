@@ -55,9 +55,9 @@ class EmbeddingValue:
     It is fitted on prefixes of scored responses, the first `prefix_ratio` of their words.
 
     Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI); its embedding
-    (all-MiniLM-L6-v2), text format, alpha and prefix ratio are the defaults. Deviation: the standard
-    deviation of a prediction, which the article does not have, is that of the errors on prompts left
-    out in cross-validation, the same for every state.
+    (all-MiniLM-L6-v2), text format, alpha and prefix ratio are the defaults. Deviation: the
+    standard deviation of a prediction, which the article does not have, is that of the errors on
+    prompts left out in cross-validation, the same for every state.
 
     Args:
         tokenizer: Decodes states; a language model will do.

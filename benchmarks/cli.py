@@ -146,11 +146,10 @@ def collect_command(
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "train",
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
-    from mbrl_text_env.records import RecordWriter
-
     from agents.collection import collect
     from benchmarks.compare import choose_prompts
     from benchmarks.progress import progress_bar
+    from mbrl_text_env.records import RecordWriter
     from mbrl_text_env.rewards import make
 
     reward_model = make(reward)
@@ -186,9 +185,8 @@ def fit_command(
     prefix_ratio: Annotated[float, typer.Option(help="Share of the words that is kept.")] = 0.5,
 ) -> None:
     """Fit the article's value predictor on scored records."""
-    from mbrl_text_env.records import read_records
-
     from agents.values import EmbeddingValue
+    from mbrl_text_env.records import read_records
 
     found = read_records(records)
     value = EmbeddingValue(_tokenizer(language_model), alpha=alpha, prefix_ratio=prefix_ratio)

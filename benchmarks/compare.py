@@ -1,7 +1,8 @@
 """Run agents on the same prompts at the same budget with the same seed.
 
-A comparison is a folder. It is worked off in batches of prompts; the rows of a batch are written whole,
-so a run that was killed goes on with the first batch that is missing and ends with the same rows.
+A comparison is a folder. It is worked off in batches of prompts; the rows of a batch are written
+whole, so a run that was killed goes on with the first batch that is missing and ends with the same
+rows.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class CompareConfig:
         budgets = {spec: self.budget_of(spec) for spec in self.agents}
         if len(set(budgets.values())) > 1 and not self.allow_unequal_budgets:
             raise CompareError(
-                f"The budgets differ: {budgets} tokens. A comparison at unequal budgets says little; "
-                "make them equal, or allow it (--allow-unequal-budgets)."
+                f"The budgets differ: {budgets} tokens. A comparison at unequal budgets says "
+                "little; make them equal, or allow it (--allow-unequal-budgets)."
             )
 
     def budget_of(self, spec: str) -> int | None:

@@ -1,7 +1,7 @@
 """The demonstration: collect, fit the article's value predictor, compare it with best-of-N.
 
-Everything is real: the embedded language model writes, two reward models judge, and the comparison is on
-prompts that the predictor has not seen.
+Everything is real: the embedded language model writes, two reward models judge, and the comparison
+is on prompts that the predictor has not seen.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbrl_text_env.prompts import load_prompts
-from mbrl_text_env.records import RecordWriter, has_records, read_records, rescore
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -23,6 +21,8 @@ from benchmarks.compare import CompareConfig, Comparison, choose_prompts, compar
 from benchmarks.progress import compare_progress, progress_bar
 from benchmarks.report import side_by_side, table
 from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.prompts import load_prompts
+from mbrl_text_env.records import RecordWriter, has_records, read_records, rescore
 from mbrl_text_env.rewards import make
 
 REWARDS = ("sentiment", "relevance")

@@ -1,6 +1,7 @@
 """The environment's own time: a toy tokenizer and a constant reward, so that nothing else counts.
 
-The fastest of several runs is reported, as `timeit` advises: slower ones measure the machine's other work.
+The fastest of several runs is reported, as `timeit` advises: slower ones measure other work of the
+machine.
 
 python -m benchmarks.overhead --json overhead.json
 """
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import gymnasium as gym
 import numpy as np
@@ -56,7 +57,7 @@ def single_step_us(steps: int, repeats: int, seed: int) -> float:
 
 
 def vector_state_us(num_envs: int, steps: int, repeats: int, seed: int) -> float:
-    """Microseconds a state of `gym.make_vec(id)`, autoresets included: the fastest of several runs."""
+    """Microseconds a state of `gym.make_vec(id)`, autoresets included: the fastest run."""
     env = gym.make_vec("mbrl_text_env/TextGeneration-v0", num_envs=num_envs, **_options())
     actions = [_actions(env.single_action_space, num_envs, seed + i) for i in range(min(steps, 32))]
 
@@ -90,7 +91,7 @@ def main(
         write_text(json_file, json.dumps(figures, indent=2))
 
 
-def _options() -> dict[str, object]:
+def _options() -> dict[str, Any]:
     return {
         "prompts": [Prompt.from_text(f"prompt {i}") for i in range(8)],
         "tokenizer": NGramLM("abcdefghijklmnopqrstuvwxyz "),

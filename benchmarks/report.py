@@ -20,7 +20,7 @@ def table(summary: dict[str, Any]) -> Table:
         title=f"Reward {summary['reward']!r}, {prompts} prompts, "
         f"{'no budget' if budget is None else f'{budget} tokens a prompt'}, "
         f"{summary['language_model']}",
-        caption="Means over prompts with 95% bootstrap intervals; differences are paired by prompt.",
+        caption="Means over prompts, 95% bootstrap intervals; differences are paired by prompt.",
     )
     for heading, justify in (
         ("agent", "left"),

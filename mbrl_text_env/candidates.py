@@ -57,8 +57,8 @@ class CandidateProposer:
         num_candidates: K, at least 1.
         chunk_tokens: Most tokens of a candidate; by default the environment's `max_chunk_tokens`.
         params: How candidates are drawn.
-        encoder: `"embedded"` for MiniLM, `"language_model"` for the model's own features, any object
-            with `encode(texts)`, or None for no embeddings.
+        encoder: `"embedded"` for MiniLM, `"language_model"` for the model's own features, any
+            object with `encode(texts)`, or None for no embeddings.
 
     Raises:
         ValueError: K or `chunk_tokens` is out of range, or the model has no features.
@@ -149,7 +149,8 @@ class CandidateProposer:
         ledger: Ledger,
     ) -> None:
         limit = self.task.max_response_tokens
-        wanted, places = [], []
+        wanted: list[TextState] = []
+        places: list[tuple[int, int]] = []
         for row, (state, chunks) in enumerate(zip(states, proposals, strict=True)):
             children = [transition(state, chunk, limit) for chunk in chunks]
             wanted.extend([state, *children])
@@ -178,8 +179,8 @@ class CandidateProposer:
         if encoder == "language_model":
             if not hasattr(self.language_model, "features"):
                 raise ValueError(
-                    f"encoder='language_model': {self.language_model.name!r} gives no features. Use "
-                    "'embedded', None, or an encoder of your own."
+                    f"encoder='language_model': {self.language_model.name!r} gives no features. "
+                    "Use 'embedded', None, or an encoder of your own."
                 )
             return self.language_model
         if isinstance(encoder, str) or (encoder is not None and not hasattr(encoder, "encode")):
@@ -285,8 +286,8 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         return observation, reward, terminated, truncated, info
 
     @property
-    def spec(self) -> EnvSpec | None:
-        """How Gymnasium makes this again; the id `CandidateChunks-v0` stands for the wrapper too."""
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """How Gymnasium makes this again; the id stands for the wrapper too."""
         base = self.env.spec
         return base if base is not None and base.id == CANDIDATES_ID else super().spec
 
@@ -386,7 +387,7 @@ class CandidateChunksVector(VectorWrapper[Any, Any, Any, Any, Any]):
         self, infos: dict[str, Any], shown: npt.NDArray[np.bool_]
     ) -> tuple[Any, dict[str, Any]]:
         """Propose anew everywhere; `shown` are the environments whose info is asked for."""
-        for i in np.flatnonzero(self._base.episode_started):
+        for i in np.flatnonzero(self._base.episode_started).tolist():
             self._seeds[i] = _draw_seed(self._base.generator(i))
         states = self._base.states
         self.candidates = self.proposer.propose(states, self._seeds, self.ledger)

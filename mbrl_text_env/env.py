@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 
@@ -27,8 +27,8 @@ class TextGenerationEnv(gym.Env[Any, Any]):
     Args:
         prompts: Prompts to draw from; by default the train split of the package's own.
         tokenizer: A tokenizer or a language model; by default SmolLM2's tokenizer.
-        reward_model: A reward model, a name such as `"sentiment"` or `"0.5*sentiment+relevance"`, or
-            a callable.
+        reward_model: A reward model, a name such as `"sentiment"` or `"0.5*sentiment+relevance"`,
+            or a callable.
         reward: `"terminal"`, `"delta"` or `"process"`; see `TextTask`.
         observation: `"text"`, `"tokens"` or `"embedding"`.
         encoder: Embeds texts for `observation="embedding"`; by default MiniLM.
@@ -44,7 +44,7 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         >>> observation, info = env.reset(seed=0)  # doctest: +SKIP
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class TextGenerationEnv(gym.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Begin a response to a random prompt, or to `options["prompt"]` (a Prompt, id or index)."""
+        """Begin a response to a random prompt or to `options["prompt"]` (Prompt, id, index)."""
         super().reset(seed=seed)
         prompt = self.task.choose_prompt(self.np_random, options)
         return self._show(self.task.start(prompt))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +14,15 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically; folders above it are made."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    scratch = _scratch(target)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with scratch.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(scratch).replace(target)
+        scratch.replace(target)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 
@@ -30,14 +30,14 @@ def write_text(path: str | Path, text: str) -> None:
 def write_folder(path: str | Path) -> Iterator[Path]:
     """Fill a scratch folder that takes the place of `path` when the block ends without an error."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    scratch = _scratch(target)
+    scratch.mkdir(parents=True)
     try:
         yield scratch
         if target.exists():
             # A folder cannot be renamed over another: the old one steps aside first.
-            retired = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
-            target.replace(retired / target.name)
+            retired = _scratch(target)
+            target.replace(retired)
             scratch.replace(target)
             shutil.rmtree(retired)
         else:
@@ -45,3 +45,9 @@ def write_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _scratch(target: Path) -> Path:
+    # Not from `tempfile`: that makes files for their owner's eyes only, and renaming keeps the
+    # mode.
+    return target.with_name(f".{target.name}-{uuid.uuid4().hex[:12]}")

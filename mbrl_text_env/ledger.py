@@ -136,8 +136,8 @@ class Ledger:
         """Add what was spent.
 
         Raises:
-            BudgetExceededError: A cap on tokens, FLOPs or reward calls is passed. The charge is kept,
-                so that the account stays true.
+            BudgetExceededError: A cap on tokens, FLOPs or reward calls is passed. The charge is
+                kept, so that the account stays true.
         """
         self.usage = self.usage + usage
         fault = self._fault(self.usage, check_seconds=False)

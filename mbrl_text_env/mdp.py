@@ -1,6 +1,7 @@
 """The decision process as pure functions of frozen data.
 
-`TextGenerationEnv` is a thin shell over these, and so is every planner: neither ever copies the other.
+`TextGenerationEnv` is a thin shell over these, and so is every planner: neither ever copies the
+    other.
 """
 
 from __future__ import annotations

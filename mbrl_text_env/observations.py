@@ -25,7 +25,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 class Observation(Protocol):
     """One way to show a state."""
 
-    space: spaces.Space[Any]
+    @property
+    def space(self) -> spaces.Space[Any]:
+        """The space of one observation."""
+        ...
 
     def observe(self, states: Sequence[TextState], responses: Sequence[str]) -> list[Any]:
         """One element of `space` for each state; `responses` are the decoded response prefixes."""
@@ -87,8 +90,8 @@ class TokenObservation:
     def _one(self, state: TextState) -> dict[str, Any]:
         if len(state.prompt_ids) > self.max_prompt_tokens:
             raise ValueError(
-                f"Prompt {state.prompt.id!r} has {len(state.prompt_ids)} tokens, but the observation "
-                f"holds {self.max_prompt_tokens}. Pass a larger max_prompt_tokens."
+                f"Prompt {state.prompt.id!r} has {len(state.prompt_ids)} tokens, but the "
+                f"observation holds {self.max_prompt_tokens}. Pass a larger max_prompt_tokens."
             )
         return {
             "prompt_ids": _padded(state.prompt_ids, self.max_prompt_tokens),

@@ -124,9 +124,10 @@ def hub_prompts(
     try:
         dataset = datasets.load_dataset(dataset_name, config, split=split)
     except Exception as error:
+        reason = error.__cause__ or error
         raise PromptError(
             f"{name}, configuration {config!r}: expected a dataset that can be loaded, got "
-            f"{type(error).__name__}: {error}. Check the names and the network, or load a file "
+            f"{type(reason).__name__}: {reason}. Check the names and the network, or load a file "
             "with `load_prompts`."
         ) from error
     _check_column(name, column, dataset.column_names)

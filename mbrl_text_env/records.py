@@ -44,6 +44,7 @@ _SCHEMA = pa.schema(
         ("split", pa.string()),
         ("prompt_ids", pa.list_(pa.int64())),
         ("response_ids", pa.list_(pa.int64())),
+        ("chunk_ends", pa.list_(pa.int64())),
         ("logprobs", pa.list_(pa.float64())),
         ("finish_reason", pa.string()),
         ("response", pa.string()),
@@ -93,6 +94,7 @@ class Record:
         usage: What the response cost (`Usage.as_dict()`).
         metadata: The prompt's metadata. JSON values.
         messages: The prompt's chat messages; None where the prompt is plain text, `prompt_text`.
+        chunk_ends: int[C], lengths of the response after each chunk.
 
     Raises:
         RecordsError: A score is not finite, `rewards` has a part `"total"`, or there are
@@ -125,6 +127,7 @@ class Record:
     usage: dict[str, float] = field(hash=False)
     metadata: dict[str, Any] = field(hash=False)
     messages: tuple[Message, ...] | None = None
+    chunk_ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if "total" in self.rewards:
@@ -183,6 +186,7 @@ class Record:
             usage=dict(usage or {}),
             metadata=dict(prompt.metadata),
             messages=None if isinstance(prompt.content, str) else prompt.content,
+            chunk_ends=state.chunk_ends,
         )
 
     def prompt(self) -> Prompt:
@@ -191,8 +195,10 @@ class Record:
         return Prompt(self.prompt_id, content, self.metadata, self.split)
 
     def state(self) -> TextState:
-        """The state at the end of the response, rebuilt; the ends of its chunks are not kept."""
-        return TextState(self.prompt(), self.prompt_ids, self.response_ids, self.finish_reason)
+        """The state at the end of the response, rebuilt."""
+        return TextState(
+            self.prompt(), self.prompt_ids, self.response_ids, self.finish_reason, self.chunk_ends
+        )
 
 
 class RecordWriter:
@@ -459,7 +465,7 @@ def _record(row: dict[str, Any]) -> Record:
     row["metadata"] = json.loads(row["metadata"])
     for name in ("rewards", "usage"):
         row[name] = {amount["name"]: amount["value"] for amount in row[name]}
-    for name in ("prompt_ids", "response_ids", "logprobs"):
+    for name in ("prompt_ids", "response_ids", "chunk_ends", "logprobs"):
         row[name] = tuple(row[name])
     return Record(**row)
 

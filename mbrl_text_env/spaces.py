@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import gymnasium as gym
@@ -66,7 +66,7 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
         ids = as_token_ids(x)
         return ids is not None and self.rules.fault(ids) is None
 
-    def to_jsonable(self, sample_n: Sequence[npt.NDArray[np.int64]]) -> list[list[int]]:
+    def to_jsonable(self, sample_n: Iterable[npt.NDArray[np.int64]]) -> list[list[int]]:
         """Chunks as lists of ints."""
         return [[int(i) for i in chunk] for chunk in sample_n]
 

@@ -6,7 +6,8 @@ All methods are batched. The single environment is a batch of one, so both give 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from mbrl_text_env.observations import (
     TextObservation,
     TokenObservation,
 )
-from mbrl_text_env.rewards.base import RewardModel, score_responses, score_steps
+from mbrl_text_env.rewards.base import ProcessRewardModel, RewardModel, score_responses, score_steps
 from mbrl_text_env.spaces import ChunkSpace, as_token_ids
 from mbrl_text_env.types import Prompt, TextState
 
@@ -248,9 +249,10 @@ class TextTask:
 
     def _process_reward(self, state: TextState) -> float:
         """The score of the last chunk among the chunks of the response."""
-        texts = [self.tokenizer.decode(state.response_ids[:end]) for end in state.chunk_ends]
-        steps = [text[len(before) :] for before, text in zip(["", *texts], texts)]
-        return float(score_steps(self.reward_model, state.prompt, steps)[-1])  # type: ignore[arg-type]
+        texts = [self.tokenizer.decode(state.response_ids[:end]) for end in (0, *state.chunk_ends)]
+        steps = [text[len(before) :] for before, text in pairwise(texts)]
+        model = cast("ProcessRewardModel", self.reward_model)
+        return float(score_steps(model, state.prompt, steps)[-1])
 
     def _observation(
         self, mode: ObservationMode, encoder: Encoder | None, max_prompt_tokens: int | None
@@ -267,7 +269,7 @@ class TextTask:
         if encoder is None:
             from mbrl_text_env.language_models.catalogue import embedded_encoder
 
-            encoder = embedded_encoder()
+            return EmbeddingObservation(cast("Encoder", embedded_encoder()))
         return EmbeddingObservation(encoder)
 
     def _named_prompt(self, wanted: object) -> Prompt:
@@ -279,7 +281,7 @@ class TextTask:
             if prompt.id == wanted:
                 return prompt
         raise ValueError(
-            f"options['prompt']: expected a Prompt, the id of one of the {len(self.prompts)} prompts, "
+            f"options['prompt']: expected a Prompt, the id of one of {len(self.prompts)} prompts, "
             f"or an index below {len(self.prompts)}; got {wanted!r}."
         )
 

@@ -37,8 +37,8 @@ class Prompt:
 
     Args:
         id: Name that is unique among the prompts of a run; random streams are derived from it.
-        content: Chat messages, rendered with the tokenizer's chat template; or a plain string, which
-            is encoded as it is and continued.
+        content: Chat messages, rendered with the tokenizer's chat template; or a plain string,
+            which is encoded as it is and continued.
         metadata: What a reward model may need (reference answer, constraints, kind). JSON values.
         split: `"train"`, `"validation"`, `"test"`, or None where the data has no split.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -44,7 +44,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
             sub-environments that go on.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
-        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.single_action_space = self.task.action_space()
         self.single_observation_space = self.task.observation.space
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -120,8 +120,8 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         rest = dict(options or {})
         mask = self._mask(rest.pop("reset_mask", None))
         self._seed(seed, mask)
-        outcomes = list(self._outcomes) if self._outcomes else [None] * self.num_envs
-        for i in np.flatnonzero(mask):
+        outcomes: list[Outcome | None] = [*self._outcomes] or [None] * self.num_envs
+        for i in np.flatnonzero(mask).tolist():
             prompt = self.task.choose_prompt(self.generator(i), rest)
             outcomes[i] = self.task.start(prompt)
         if any(outcome is None for outcome in outcomes):
@@ -185,7 +185,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         outcomes = list(self._outcomes)
         for i, outcome in zip(going, advanced, strict=True):
             outcomes[i] = outcome
-        for i in np.flatnonzero(ended):
+        for i in np.flatnonzero(ended).tolist():
             outcomes[i] = self._restarted(i)
         self._outcomes, self.episode_started = outcomes, ended
         return self._results(outcomes, stack_infos([outcome.info for outcome in outcomes]))
@@ -227,7 +227,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _observations(self) -> Any:
         space = self.single_observation_space
-        empty = create_empty_array(space, self.num_envs)
+        empty: Any = create_empty_array(space, self.num_envs)
         return concatenate(space, self.task.observe(self._outcomes), empty)
 
     def _current(self) -> list[Outcome]:
@@ -241,8 +241,8 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         mask = np.asarray(mask)
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
             raise ValueError(
-                f"options['reset_mask']: expected bool[{self.num_envs}] with at least one True, got "
-                f"{mask!r}."
+                f"options['reset_mask']: expected bool[{self.num_envs}] with at least one True, "
+                f"got {mask!r}."
             )
         return mask
 

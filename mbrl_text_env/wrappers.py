@@ -20,10 +20,10 @@ from mbrl_text_env.values import ValueModel, predict_values
 class PotentialShaping(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Add `discount * potential(next state) - potential(state)` to every reward.
 
-    The potential is a value model's mean and, where a response has ended, 0; then the optimal policy
-    stays the same whatever the value model says (Ng, Harada and Russell, "Policy invariance under
-    reward transformations", 1999). Episodes that a token limit ends count as ended, because the
-    limit is a part of this task and the score is paid there.
+    The potential is a value model's mean and, where a response has ended, 0; then the optimal
+    policy stays the same whatever the value model says (Ng, Harada and Russell, "Policy invariance
+    under reward transformations", 1999). Episodes that a token limit ends count as ended, because
+    the limit is a part of this task and the score is paid there.
 
     Args:
         env: A text environment or a candidate view of one.

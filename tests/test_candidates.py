@@ -58,7 +58,8 @@ def test_features_of_prefix_and_candidates():
     assert observation.dtype == np.float32
     assert observation[0] == 0.0
     for k, chunk in enumerate(chunks):
-        expected = [chunk.logprob / len(chunk), len(chunk) / 3, float(chunk.finish_reason is not None)]
+        ends = float(chunk.finish_reason is not None)
+        expected = [chunk.logprob / len(chunk), len(chunk) / 3, ends]
         assert observation[1 + 3 * k : 4 + 3 * k].tolist() == pytest.approx(expected)
     texts = ["", *info["candidates"]]
     embedded = LetterEncoder().encode([f"Prompt: ab\nResponse: {text}" for text in texts])

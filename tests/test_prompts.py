@@ -2,8 +2,12 @@
 
 import json
 import sys
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -260,10 +264,18 @@ def test_hub_prompts_that_cannot_be(dataset_folder, arguments, message):
         hub_prompts(dataset_folder, **arguments)
 
 
-def test_values_that_are_not_json_are_left_out(dataset_folder):
-    folder = Path(dataset_folder)
-    jsonl(folder / "train.jsonl", {"prompt": "Hi", "when": "2024-05-01T00:00:00", "answer": None})
-    assert "when" not in hub_prompts(dataset_folder)[0].metadata
+def test_values_that_are_not_json_are_left_out(tmp_path, dataset_folder):
+    table = pa.table({"prompt": ["Hi"], "when": [datetime(2024, 5, 1)], "answer": [None]})
+    folder = tmp_path / "dated"
+    folder.mkdir()
+    pq.write_table(table, folder / "train.parquet")
+    assert hub_prompts(str(folder))[0].metadata == {"answer": None}
+
+
+def test_the_reason_why_a_dataset_does_not_load_is_told(dataset_folder):
+    text_file(Path(dataset_folder) / "train.jsonl", "{")
+    with pytest.raises(PromptError, match="JSON"):
+        hub_prompts(dataset_folder)
 
 
 def test_a_dataset_that_is_not_there():
@@ -307,12 +319,15 @@ def test_reasoning_gym_prompts_that_cannot_be(task, arguments, message):
         reasoning_gym_prompts(task, **{"size": 1, "seed": 0, **arguments})
 
 
-@pytest.mark.parametrize("module", ["datasets", "reasoning_gym"])
-def test_a_missing_extra_is_named(monkeypatch, module):
+@pytest.mark.parametrize(
+    ("module", "load"),
+    [
+        ("datasets", partial(hub_prompts, "any")),
+        ("reasoning_gym", partial(reasoning_gym_prompts, "chain_sum", size=1, seed=0)),
+    ],
+)
+def test_a_missing_extra_is_named(monkeypatch, module, load):
     # None is how Python itself marks a module that cannot be imported.
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(PromptError, match=rf"'{module}'.*mbrl-text-env\[data\]"):
-        if module == "datasets":
-            hub_prompts("any")
-        else:
-            reasoning_gym_prompts("chain_sum", size=1, seed=0)
+        load()

@@ -18,7 +18,12 @@ from mbrl_text_env.types import Chunk, Prompt, TextState
 
 _PROMPTS = tuple(
     Prompt.from_text(text, chat=False)
-    for text in ("A dog and a cat", "The weather today is", "a b c", "Once upon a time, in a far land")
+    for text in (
+        "A dog and a cat",
+        "The weather today is",
+        "a b c",
+        "Once upon a time, in a far land",
+    )
 )
 _SAMPLES = 4
 # Log-probabilities are rounded: a certain token may come out a hair above 0.
@@ -27,6 +32,7 @@ _ROUNDING = 1e-6
 _LEAST_CHANCE = math.log(1e-9)
 _GREEDY = SamplingParams(temperature=0)
 _SHAPED = SamplingParams(temperature=0.7, top_p=0.9, top_k=20)
+_Rows = list[list[tuple[int, ...]]]
 _METHODS = ("name", "vocab_size", "stop_token_ids", "context_length", "encode_prompt", "decode")
 
 
@@ -149,6 +155,11 @@ class _Trial:
             for chunk in row:
                 _check_chunk(self, state, chunk, most)
         return rows
+
+    def tokens(self, indices: Iterable[int], *args: Any, **options: Any) -> _Rows:
+        """The token ids of what `draw` returns."""
+        rows = self.draw(indices, *args, **options)
+        return [[chunk.token_ids for chunk in row] for row in rows]
 
 
 def _check_tokenizer(lm: Any, prompts: Sequence[Prompt]) -> None:
@@ -291,48 +302,49 @@ def _check_logprobs(trial: _Trial) -> None:
 
 
 def _check_batching(trial: _Trial) -> None:
-    rows = trial.draw(trial.everything)
+    rows = trial.tokens(trial.everything)
     _expect_same(
         trial,
         "the same chunks when called again with the same seeds",
         rows,
-        trial.draw(trial.everything),
+        trial.tokens(trial.everything),
         "Draw from `stream(seed, state, k)`; keep no generator between calls.",
     )
     _expect_same(
         trial,
         "the chunks that each state has alone (batch of one)",
         rows,
-        [row for i in trial.everything for row in trial.draw([i])],
+        [row for i in trial.everything for row in trial.tokens([i])],
         "Give every sequence a random stream of its own, and mask the padding.",
     )
     _expect_same(
         trial,
         "the same chunks whatever the order of the states",
         rows,
-        trial.draw(trial.everything[::-1])[::-1],
+        trial.tokens(trial.everything[::-1])[::-1],
         "Give every sequence a random stream of its own; undo any sorting by length.",
     )
 
 
 def _check_streams(trial: _Trial) -> None:
-    rows = trial.draw(trial.everything, 2 * _SAMPLES)
-    later = trial.draw(trial.everything, first_sample=_SAMPLES)
+    rows = trial.tokens(trial.everything, 2 * _SAMPLES)
+    first = trial.tokens(trial.everything)
+    later = trial.tokens(trial.everything, first_sample=_SAMPLES)
     _expect_same(
         trial,
         f"{_SAMPLES} chunks from 0 and {_SAMPLES} from first_sample={_SAMPLES} to be the "
         f"{2 * _SAMPLES} from 0",
         rows,
-        [a + b for a, b in zip(trial.draw(trial.everything), later, strict=True)],
+        [a + b for a, b in zip(first, later, strict=True)],
         "Chunk k draws from `stream(seed, state, k)`, with k counted from first_sample.",
     )
     most = trial.max_new_tokens // 2
-    short = trial.draw(trial.everything, 2 * _SAMPLES, max_new_tokens=most)
-    expect(
-        _tokens(short) == [[ids[:most] for ids in row] for row in _tokens(rows)],
-        f"{trial.subject}, sample",
+    short = trial.tokens(trial.everything, 2 * _SAMPLES, max_new_tokens=most)
+    _expect_same(
+        trial,
         f"that a shorter max_new_tokens ({most}) gives a prefix of the longer chunk",
-        _first_difference(short, rows),
+        [[ids[:most] for ids in row] for row in rows],
+        short,
         "Draw the numbers of a chunk one after the other from its own stream.",
     )
 
@@ -347,9 +359,9 @@ def _check_randomness(trial: _Trial) -> None:
         f"{len(row)} times {row[0].token_ids}",
         "Make the random numbers depend on the sample's index.",
     )
-    (other,) = trial.draw([0], 8 * _SAMPLES, path=1)
+    (other,) = trial.tokens([0], 8 * _SAMPLES, path=1)
     expect(
-        _tokens([row]) != _tokens([other]) or sum(c.logprob for c in row) > _LEAST_CHANCE,
+        [chunk.token_ids for chunk in row] != other or sum(c.logprob for c in row) > _LEAST_CHANCE,
         f"{trial.subject}, sample",
         "that another seed gives other samples",
         f"the same {len(row)} chunks",
@@ -476,32 +488,15 @@ def _check_features(trial: _Trial) -> None:
     )
 
 
-def _expect_same(
-    trial: _Trial,
-    expected: str,
-    rows: list[list[Chunk]],
-    others: list[list[Chunk]],
-    change: str,
-) -> None:
-    expect(
-        _tokens(rows) == _tokens(others),
-        f"{trial.subject}, sample",
-        expected,
-        _first_difference(rows, others),
-        change,
-    )
-
-
-def _tokens(rows: Sequence[Sequence[Chunk]]) -> list[list[tuple[int, ...]]]:
-    return [[chunk.token_ids for chunk in row] for row in rows]
-
-
-def _first_difference(rows: list[list[Chunk]], others: list[list[Chunk]]) -> str:
-    for i, (row, other) in enumerate(zip(_tokens(rows), _tokens(others), strict=True)):
-        for k, (a, b) in enumerate(zip(row, other, strict=True)):
-            if a != b:
-                return f"{a} and {b} for state {i}, sample {k}"
-    return "equal ones"
+def _expect_same(trial: _Trial, expected: str, rows: _Rows, others: _Rows, change: str) -> None:
+    differences = [
+        f"{a} and {b} for state {i}, sample {k}"
+        for i, (row, other) in enumerate(zip(rows, others, strict=True))
+        for k, (a, b) in enumerate(zip(row, other, strict=True))
+        if a != b
+    ]
+    got = differences[0] if differences else ""
+    expect(not differences, f"{trial.subject}, sample", expected, got, change)
 
 
 def _in_vocabulary(lm: Any, ids: Iterable[int]) -> bool:

@@ -48,8 +48,8 @@ def check_reward_model(
     """Check that a reward model keeps the contract of `rewards.RewardModel`.
 
     Every response is scored as an answer to every prompt that the model applies to. Checked are the
-    name; one finite score a response, the same in every call, whatever the order and the rest of the
-    batch (up to 1e-5); that the arguments are left as they are; and, where the model has them,
+    name; one finite score a response, the same in every call, whatever the order and the rest of
+    the batch (up to 1e-5); that the arguments are left as they are; and, where the model has them,
     `score_parts`, `flops`, `flops_bound` and `score_steps`.
 
     Args:
@@ -128,7 +128,7 @@ def _finite(raw: Any, subject: str, texts: Sequence[str]) -> FloatArray:
         f"shape {np.shape(raw)}, {raw!r}" if isinstance(raw, np.ndarray) else raw,
         "Return a flat list of floats in the order of the texts.",
     )
-    bad = np.flatnonzero(~np.is_finite(values))
+    bad = np.flatnonzero(~np.isfinite(values))
     expect(
         not bad.size,
         subject,

@@ -1,4 +1,4 @@
-"""Language models: the protocol, transformers models, the embedded model, toys with known answers."""
+"""Language models: the protocol, transformers models, the embedded model, solvable toys."""
 
 from mbrl_text_env._lazy import attach
 

@@ -1,8 +1,8 @@
 """The models that come with the package's set-up: SmolLM2-135M-Instruct and all-MiniLM-L6-v2.
 
 Both lie in wheels that are installed without their dependencies (see the README), so nothing is
-downloaded at run time. SmolLM2 comes as a GGUF file, which takes long to read; it is converted once to
-safetensors in the user's cache folder.
+downloaded at run time. SmolLM2 comes as a GGUF file, which takes long to read; it is converted once
+to safetensors in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def embedded(**options: Any) -> TransformersLM:
     """
     from mbrl_text_env.language_models.transformers_lm import TransformersLM
 
+    folder = _converted()
     try:
-        return TransformersLM(_converted(), name=LANGUAGE_MODEL, **options)
+        return TransformersLM(folder, name=LANGUAGE_MODEL, **options)
     except Exception as error:
         if not _is_damage(error):
             raise
@@ -86,8 +87,9 @@ def embedded_tokenizer() -> HFTokenizer:
     """
     from mbrl_text_env.language_models.transformers_lm import HFTokenizer
 
+    folder = _converted()
     try:
-        return HFTokenizer(_converted())
+        return HFTokenizer(folder)
     except Exception as error:
         if not _is_damage(error):
             raise
@@ -130,6 +132,9 @@ def _converted() -> Path:
             if folder.exists():
                 warnings.warn(f"{folder} is damaged; converting the model anew.", stacklevel=3)
                 shutil.rmtree(folder)
+            # Only the holder of the lock converts, so these are of processes that were killed.
+            for scratch in folder.parent.glob(f"{folder.name}-*"):
+                shutil.rmtree(scratch, ignore_errors=True)
             _convert(source, folder)
     return folder
 
@@ -147,7 +152,15 @@ def _is_damage(error: Exception) -> bool:
     """Whether loading failed for the files' sake; an error of the options' is none of it."""
     from safetensors import SafetensorError
 
-    return isinstance(error, (SafetensorError, OSError, json.JSONDecodeError, KeyError))
+    from mbrl_text_env.language_models.transformers_lm import ModelLoadError
+
+    if not isinstance(error, ModelLoadError):
+        return False
+    cause = error.__cause__
+    # The tokenizers library raises bare exceptions.
+    return type(cause) is Exception or isinstance(
+        cause, (SafetensorError, OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError)
+    )
 
 
 def _rebuilt(error: Exception) -> Path:
@@ -166,7 +179,7 @@ def _convert(source: Path, folder: Path) -> None:
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(source.parent), gguf_file=source.name, dtype=torch.float32
         )
         # The weights are plain floats now, but the model still believes that it is quantized and

@@ -1,7 +1,8 @@
 """Small language models whose distributions are known exactly.
 
-They answer what a search should have found: all responses can be enumerated with their probabilities.
-They are fast enough for thousands of property-test cases and implement the whole protocol.
+They answer what a search should have found: all responses can be enumerated with their
+probabilities. They are fast enough for thousands of property-test cases and implement the whole
+protocol.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.language_models.base import (
     PromptTooLongError,
     SamplingParams,
@@ -21,6 +21,7 @@ from mbrl_text_env.language_models.base import (
     check_unfinished,
     stream,
 )
+from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.types import Chunk, FinishReason, Prompt, TextState
 
 STOP = 0
@@ -104,8 +105,9 @@ class ExactLM(CharTokenizer, ABC):
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
     ) -> npt.NDArray[np.float32]:
         """float32[B, vocab_size]: the distribution of the token after each prefix."""
-        self._charge(states, [[] for _ in states], ledgers)
-        rows = [self.next_probabilities(s.prompt_ids, s.response_ids) for s in states]
+        with timed(ledgers):
+            rows = [self.next_probabilities(s.prompt_ids, s.response_ids) for s in states]
+        self._charge([_length(state) for state in states], [[] for _ in states], ledgers)
         return np.asarray(rows, dtype=np.float32).reshape(len(states), self.vocab_size)
 
     def sample(
@@ -129,7 +131,8 @@ class ExactLM(CharTokenizer, ABC):
                 ]
                 for state, seed in zip(states, seeds, strict=True)
             ]
-        self._charge(states, [[len(chunk) for chunk in row] for row in chunks], ledgers)
+        generated = [[len(chunk) for chunk in row] for row in chunks]
+        self._charge([_length(state) for state in states], generated, ledgers)
         return chunks
 
     def logprobs(
@@ -141,14 +144,16 @@ class ExactLM(CharTokenizer, ABC):
     ) -> list[tuple[float, ...]]:
         """Log-probabilities of given chunks; see `LanguageModel.logprobs`."""
         check_unfinished(states)
-        self._charge(states, [[] for _ in states], ledgers)
-        return [
-            tuple(
-                _log(self.next_probabilities(state.prompt_ids, state.response_ids + ids[:t])[token])
-                for t, token in enumerate(ids)
-            )
-            for state, ids in zip(states, (chunk.token_ids for chunk in chunks), strict=True)
-        ]
+        if len(chunks) != len(states):
+            raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
+        with timed(ledgers):
+            found = [
+                self._token_logprobs(state, chunk.token_ids)
+                for state, chunk in zip(states, chunks, strict=True)
+            ]
+        lengths = [_length(s) + len(chunk) for s, chunk in zip(states, chunks, strict=True)]
+        self._charge(lengths, [[] for _ in states], ledgers)
+        return found
 
     def usage(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
         """`flops_per_token` for every token of the prefix and of the chunks."""
@@ -174,6 +179,12 @@ class ExactLM(CharTokenizer, ABC):
             for response, probability in self.responses(child, max_response_tokens):
                 yield response, float(probabilities[token]) * probability
 
+    def _token_logprobs(self, state: TextState, ids: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple(
+            _log(self.next_probabilities(state.prompt_ids, state.response_ids + ids[:t])[token])
+            for t, token in enumerate(ids)
+        )
+
     def _draw(
         self,
         state: TextState,
@@ -181,7 +192,13 @@ class ExactLM(CharTokenizer, ABC):
         max_new_tokens: int,
         params: SamplingParams,
     ) -> Chunk:
-        room = self.context_length - len(state.prompt_ids) - len(state.response_ids)
+        length = _length(state)
+        room = self.context_length - length
+        if room < 1:
+            raise PromptTooLongError(
+                f"Prompt {state.prompt.id!r} and its response have {length} tokens and fill the "
+                f"model's context of {self.context_length}."
+            )
         ids: tuple[int, ...] = ()
         logprobs: tuple[float, ...] = ()
         uniforms = generator.random(max_new_tokens)
@@ -195,14 +212,14 @@ class ExactLM(CharTokenizer, ABC):
 
     def _charge(
         self,
-        states: Sequence[TextState],
+        prefixes: Sequence[int],
         generated: Sequence[Sequence[int]],
         ledgers: Sequence[Ledger] | None,
     ) -> None:
         if ledgers is None:
             return
-        for state, ledger, lengths in zip(states, ledgers, generated, strict=True):
-            ledger.charge(self.usage(len(state.prompt_ids) + len(state.response_ids), lengths))
+        for prefix, lengths, ledger in zip(prefixes, generated, ledgers, strict=True):
+            ledger.charge(self.usage(prefix, lengths))
 
 
 class TableLM(ExactLM):
@@ -215,7 +232,8 @@ class TableLM(ExactLM):
         context_length: Most tokens of prompt and response together.
 
     Raises:
-        ValueError: A row has a wrong length, a negative entry, or does not sum to 1.
+        ValueError: A row has a wrong length, a negative entry, or does not sum to 1; or a prefix
+            has a character that is not in the alphabet.
 
     Example:
         >>> model = TableLM("ab", {"": [0.0, 0.9, 0.1], "a": [1.0, 0.0, 0.0]})
@@ -233,10 +251,15 @@ class TableLM(ExactLM):
     ) -> None:
         super().__init__(alphabet, context_length, flops_per_token)
         self.table = dict(table)
-        self._rows = {
-            tuple(self._id_of[c] for c in prefix): _checked_row(prefix, row, self.vocab_size)
-            for prefix, row in table.items()
-        }
+        self._rows: dict[tuple[int, ...], npt.NDArray[np.float64]] = {}
+        for prefix, row in table.items():
+            unknown = set(prefix) - set(alphabet)
+            if unknown:
+                raise ValueError(
+                    f"Row {prefix!r}: {sorted(unknown)} are not in the alphabet {alphabet!r}."
+                )
+            ids = tuple(self._id_of[c] for c in prefix)
+            self._rows[ids] = _checked_row(prefix, row, self.vocab_size)
         self._uniform = np.full(self.vocab_size, 1.0 / self.vocab_size)
 
     def next_probabilities(
@@ -333,8 +356,10 @@ def shaped(
 ) -> npt.NDArray[np.float64]:
     """The distribution that tokens are drawn from: float64[V], sums to 1 (temperature above 0)."""
     with np.errstate(divide="ignore"):
-        logits = np.log(probabilities) / params.temperature
-    weights = np.exp(logits - logits.max())
+        logits = np.log(probabilities)
+    # Relative to the largest, so that no quotient by a small temperature overflows.
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits - logits.max()) / params.temperature)
     order = np.argsort(-weights, kind="stable")
     if params.top_k:
         weights[order[params.top_k :]] = 0.0
@@ -346,13 +371,19 @@ def shaped(
 
 
 def _checked_row(prefix: str, row: Sequence[float], vocab_size: int) -> npt.NDArray[np.float64]:
-    values = np.asarray(row, dtype=np.float64)
-    if values.shape != (vocab_size,) or values.min() < 0 or abs(values.sum() - 1) > 1e-9:
+    values = np.array(row, dtype=np.float64)
+    # Said so that NaN fails too.
+    valid = values.shape == (vocab_size,) and values.min() >= 0 and abs(values.sum() - 1) <= 1e-9
+    if not valid:
         raise ValueError(
-            f"Row {prefix!r}: expected {vocab_size} probabilities (the stop token's first) that sum "
-            f"to 1, got {list(row)}."
+            f"Row {prefix!r}: expected {vocab_size} probabilities (the stop token's first) that "
+            f"sum to 1, got {list(row)}."
         )
     return values
+
+
+def _length(state: TextState) -> int:
+    return len(state.prompt_ids) + len(state.response_ids)
 
 
 def _log(probability: float) -> float:

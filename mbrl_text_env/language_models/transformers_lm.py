@@ -1,12 +1,13 @@
 """Any causal language model of transformers, by name or folder, under the package's protocol.
 
 The decoding loop is our own: a state's prefix is computed once for all its samples, sequences that
-end leave the batch, and every sequence draws from its own random stream, so that the batch around it
-does not change its tokens (floating-point ties aside).
+end leave the batch, and every sequence draws from its own random stream, so that the batch around
+it does not change its tokens (floating-point ties aside).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ class HFTokenizer:
     Args:
         source: Name on the Hub, folder, or a loaded transformers tokenizer.
         stop_token_ids: Ids that end a response; by default the end-of-sequence ids of the
-            tokenizer and of the model's generation config.
+            tokenizer and of the model's generation config, or of its config where it has none.
         context_length: Most tokens of prompt and response together; by default the model config's.
 
     Raises:
@@ -64,7 +65,14 @@ class HFTokenizer:
         context_length: int | None = None,
     ) -> None:
         named = isinstance(source, (str, Path))
-        self.tokenizer: Any = _load(AutoTokenizer, source) if named else source
+        loaded: Any = source
+        self.tokenizer = _load(AutoTokenizer, source) if named else loaded
+        if named and not self.tokenizer("text", add_special_tokens=False)["input_ids"]:
+            # transformers makes an empty one where the files are missing.
+            raise ModelLoadError(
+                f"{str(source)!r} has no tokenizer files. Save the model's tokenizer there, or pass "
+                "it as `tokenizer`."
+            )
         config = _load_optional(AutoConfig, source) if named else None
         text_config = config.get_text_config() if config is not None else None
         self.vocab_size: int = max(len(self.tokenizer), getattr(text_config, "vocab_size", 0))
@@ -72,7 +80,7 @@ class HFTokenizer:
         self.stop_token_ids = (
             frozenset(stop_token_ids)
             if stop_token_ids is not None
-            else _stop_ids(self.tokenizer.eos_token_id, generation)
+            else _stop_ids(self.tokenizer.eos_token_id, generation or text_config)
         )
         self.context_length: int = context_length or _context_length(text_config, self.tokenizer)
 
@@ -102,12 +110,7 @@ class HFTokenizer:
             )
         if not ids:
             raise ValueError(f"Prompt {prompt.id!r} has no tokens: {prompt.text!r}. Give it text.")
-        if len(ids) >= self.context_length:
-            raise PromptTooLongError(
-                f"Prompt {prompt.id!r} has {len(ids)} tokens, but the model's context holds "
-                f"{self.context_length} tokens of prompt and response together. Shorten it, or use "
-                "a model with a longer context."
-            )
+        _check_room(prompt, len(ids), self.context_length)
         return tuple(ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -130,7 +133,8 @@ class TransformersLM:
         batch_size: Most sequences decoded together; memory grows with it.
 
     Raises:
-        ModelLoadError: Nothing could be loaded from the name or folder.
+        ModelLoadError: Nothing could be loaded from the name or folder, or the model keeps no
+            key-value cache (RWKV, Mamba and other purely recurrent ones; hybrids are fine).
         ValueError: `batch_size` is below 1, or a loaded model came without a tokenizer.
 
     Example:
@@ -158,14 +162,16 @@ class TransformersLM:
                     "tokenizer=...)."
                 )
             tokenizer = str(model)
-        self.name = name or Path(str(getattr(model, "name_or_path", model))).name
+        path = Path(str(getattr(model, "name_or_path", model)))
+        self.name = name or path.name or type(model).__name__
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.dtype = dtype
         self.batch_size = batch_size
-        self.model: Any = _load(AutoModelForCausalLM, model, dtype=dtype) if named else model
-        self.model = self.model.to(self.device, dtype).eval()
+        loaded: Any = _load(AutoModelForCausalLM, model, dtype=dtype) if named else model
+        _check_cache(loaded)
+        self.model = loaded.to(self.device, dtype).eval()
         self._tokenizer = (
             tokenizer if isinstance(tokenizer, HFTokenizer) else HFTokenizer(tokenizer)
         )
@@ -174,12 +180,17 @@ class TransformersLM:
         self.stop_token_ids = self._tokenizer.stop_token_ids | _stop_ids(
             None, self.model.generation_config
         )
-        self.context_length = _context_length(config, self._tokenizer.tokenizer)
+        self.context_length = min(
+            _context_length(config, self._tokenizer.tokenizer), self._tokenizer.context_length
+        )
         self.feature_size: int = config.hidden_size
-        # The input embedding is looked up, not multiplied; only a tied one also is the output layer.
+        # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
         lookup = 0 if config.tie_word_embeddings else self.vocab_size * config.hidden_size
         self.num_parameters: int = self.model.num_parameters() - lookup
-        self._attention_width: int = config.num_hidden_layers * config.hidden_size
+        # The heads together are as wide as the model, unless the config gives their size.
+        head_size = getattr(config, "head_dim", None)
+        width = config.num_attention_heads * head_size if head_size else config.hidden_size
+        self._attention_width: int = config.num_hidden_layers * width
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformersLM:
         # A shared, read-only engine: environments and agents that are copied go on using this one.
@@ -187,7 +198,10 @@ class TransformersLM:
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
-        return self._tokenizer.encode_prompt(prompt)
+        ids = self._tokenizer.encode_prompt(prompt)
+        # A tokenizer that was passed in loaded knows nothing of the model's context.
+        _check_room(prompt, len(ids), self.context_length)
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -233,6 +247,8 @@ class TransformersLM:
     ) -> list[tuple[float, ...]]:
         """Log-probabilities of given chunks; see `LanguageModel.logprobs`."""
         check_unfinished(states)
+        if len(chunks) != len(states):
+            raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
         found: list[tuple[float, ...]] = []
         with timed(ledgers):
             for start in range(0, len(states), self.batch_size):
@@ -329,8 +345,8 @@ class TransformersLM:
             room = self.context_length - len(_prefix(state))
             if room < 1:
                 raise PromptTooLongError(
-                    f"Prompt {state.prompt.id!r} and its response have {len(_prefix(state))} tokens "
-                    f"and fill the model's context of {self.context_length}."
+                    f"Prompt {state.prompt.id!r} and its response have {len(_prefix(state))} "
+                    f"tokens and fill the model's context of {self.context_length}."
                 )
             limits.append(min(max_new_tokens, room))
         return limits
@@ -350,9 +366,11 @@ class TransformersLM:
             [_prefix(state) + chunk.token_ids for state, chunk in zip(states, chunks, strict=True)]
         )
         longest = max(len(chunk) for chunk in chunks)
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits.float()
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits
+        # Some models take no notice of `logits_to_keep` and return the logits of every place.
+        logits = logits[:, -longest - 1 : -1].float()
         targets = inputs["input_ids"][:, -longest:, None]
-        logs = logits[:, :-1].log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
+        logs = logits.log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
         # Sequences are padded on the left, so a chunk's tokens are the last ones of its row.
         return [tuple(row[-len(chunk) :]) for row, chunk in zip(logs, chunks, strict=True)]
 
@@ -380,25 +398,31 @@ class _Prefilled:
     ) -> None:
         self.lm = lm
         inputs = lm._inputs(prefixes)
-        self.cache = DynamicCache(config=lm.model.config)
+        self.cache: Any = DynamicCache(config=lm.model.config)
         logits = lm.model(
             **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         ).logits
-        self.cache.batch_repeat_interleave(copies)
         self.logits = logits[:, -1].float().repeat_interleave(copies, 0)
-        self.mask = inputs["attention_mask"].repeat_interleave(copies, 0)
-        self.positions = inputs["position_ids"][:, -1:].repeat_interleave(copies, 0)
+        self.mask, self.positions = inputs["attention_mask"], inputs["position_ids"][:, -1:]
+        if copies > 1:
+            self._select(torch.arange(len(prefixes)).repeat_interleave(copies))
 
     def keep(self, rows: npt.NDArray[np.intp]) -> None:
         """Drop all other sequences."""
-        index = torch.from_numpy(rows).to(self.mask.device)
-        self.cache.batch_select_indices(index)
-        self.mask, self.positions = self.mask[index], self.positions[index]
+        self._select(torch.from_numpy(rows))
+
+    def _select(self, rows: torch.Tensor) -> None:
+        rows = rows.to(self.mask.device)
+        # The beam search's reordering: unlike the cache's other methods on the batch, every kind of
+        # layer has it, those of hybrid models too.
+        self.cache.reorder_cache(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
 
     def append(self, tokens: torch.Tensor) -> None:
         """Append one token a sequence (int64[B]) and compute the next logits."""
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        self.positions = self.positions + 1
+        # A sequence that has ended may stay in the batch, but not run over the last position.
+        self.positions = (self.positions + 1).clamp(max=self.lm.context_length - 1)
         self.logits = (
             self.lm.model(
                 input_ids=tokens[:, None],
@@ -432,7 +456,9 @@ def draw(
     if params.temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        scaled = logits / params.temperature
+        # Relative to the largest, so that no quotient by a small temperature overflows.
+        scaled = logits - logits.amax(-1, keepdim=True)
+        scaled /= max(params.temperature, torch.finfo(scaled.dtype).tiny)
         if params.top_k and params.top_k < scaled.shape[-1]:
             least = scaled.topk(params.top_k).values[:, -1:]
             scaled = scaled.masked_fill(scaled < least, -torch.inf)
@@ -464,11 +490,12 @@ def _load(factory: Any, source: Any, **options: Any) -> Any:
     try:
         return factory.from_pretrained(str(source), **options)
     except Exception as error:
+        reason = str(error).partition("\n")[0]
         raise ModelLoadError(
             f"Expected the folder of a transformers causal language model with its tokenizer, or a "
             f"name on the Hugging Face Hub that is reachable or already downloaded; got {source!r} "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the spelling, the "
-            "network, or HF_HUB_OFFLINE; `language_models.embedded()` needs no network."
+            f"({type(error).__name__}: {reason}). Check the spelling, the network, or "
+            "HF_HUB_OFFLINE; `language_models.embedded()` needs no network."
         ) from error
 
 
@@ -480,8 +507,26 @@ def _load_optional(factory: Any, source: Any) -> Any:
         return None
 
 
-def _stop_ids(eos_token_id: int | None, generation: Any) -> frozenset[int]:
-    configured = getattr(generation, "eos_token_id", None)
+def _check_cache(model: Any) -> None:
+    """Refuse models whose state is no key-value cache; they would go on without any memory."""
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ModelLoadError(
+            f"{type(model).__name__} keeps no key-value cache, so its prefixes cannot be shared "
+            "among samples. Use a model with attention, such as Llama, Qwen, Gemma or GPT-2."
+        )
+
+
+def _check_room(prompt: Prompt, length: int, context_length: int) -> None:
+    if length >= context_length:
+        raise PromptTooLongError(
+            f"Prompt {prompt.id!r} has {length} tokens, but the model's context holds "
+            f"{context_length} tokens of prompt and response together. Shorten it, or use a model "
+            "with a longer context."
+        )
+
+
+def _stop_ids(eos_token_id: int | None, config: Any) -> frozenset[int]:
+    configured = getattr(config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in [eos_token_id, *listed] if i is not None)
 

@@ -184,7 +184,7 @@ def _checked(
         raise RewardError(
             f"Reward model {name!r}: expected one score a response, shape ({len(responses)},), got "
             f"shape {scores.shape} for prompts from {prompts[0].id!r}, first response "
-            f"{_shorten(responses[0])!r}. Return a flat list of floats in the order of the responses."
+            f"{_shorten(responses[0])!r}. Return a flat list of floats in the responses' order."
         )
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:

@@ -185,12 +185,13 @@ class ClassifierReward:
                 str(self.model), dtype=dtype, output_loading_info=True, **options
             )
         except Exception as error:
+            reason = str(error).partition("\n")[0]
             raise RewardError(
                 f"Reward model {self.name!r}: expected the folder of a transformers sequence-"
                 "classification model with its tokenizer, or a name on the Hugging Face Hub that "
                 f"is reachable or already downloaded; got {str(self.model)!r} "
-                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Check the spelling, the "
-                "network and HF_HUB_OFFLINE."
+                f"({type(error).__name__}: {reason}). Check the spelling, the network and "
+                "HF_HUB_OFFLINE."
             ) from error
         self._check_complete(model, tokenizer, report["missing_keys"])
         return model, tokenizer
@@ -236,9 +237,9 @@ class ClassifierReward:
         if isinstance(self.label, int) and 0 <= self.label < len(labels):
             return self.label
         raise RewardError(
-            f"Reward model {self.name!r} has {len(labels)} classes: expected label= to name the "
-            f"one whose score is the reward, {labels} or an index from 0, got {self.label!r}. Pass "
-            "label=, with output='softmax' or 'logit'."
+            f"Reward model {self.name!r} has the classes {labels}: expected label= to be the name "
+            f"or the index of the one whose score is the reward, got {self.label!r}. Pass label=, "
+            "with output='softmax' or 'logit' if there are several."
         )
 
     def _encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[_Encoding]:

@@ -106,9 +106,10 @@ def _load(encoder: Encoder | str | None) -> Encoder:
     try:
         return cast("Encoder", SentenceTransformer(encoder))
     except Exception as error:
+        reason = str(error).partition("\n")[0]
         raise RewardError(
             "Reward model 'relevance': expected the folder of a SentenceTransformer, or a name on "
             "the Hugging Face Hub that is reachable or already downloaded; got "
-            f"{encoder!r} ({type(error).__name__}: {error}). Check the spelling, the network and "
+            f"{encoder!r} ({type(error).__name__}: {reason}). Check the spelling, the network and "
             "HF_HUB_OFFLINE, or pass encoder=None for the embedded MiniLM."
         ) from error

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from agents import BestOfN
@@ -53,7 +55,7 @@ def test_more_budget_never_scores_lower():
     budgets = [Budget(tokens=tokens) for tokens in (5, 10, 20, 40, 80, 160)]
     for seed in range(10):
         scores = [agent.generate(PROMPTS, b, seed=seed) for b in budgets]
-        for earlier, later in zip(scores, scores[1:], strict=False):
+        for earlier, later in pairwise(scores):
             for a, b in zip(earlier, later, strict=True):
                 assert a.completion.score <= b.completion.score
 

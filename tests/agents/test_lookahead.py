@@ -30,7 +30,7 @@ def count_a(text):
 
 
 def test_the_articles_procedure():
-    """4 partials of 64, the best 2 kept, 2 continuations of 192 each: 1,024 tokens, 4 reward calls."""
+    """4 partials of 64, the best 2 kept, 2 continuations of 192 each: 1,024 tokens."""
     value, reward = RecordingValue(count_a, ENDLESS), CountReward()
     agent = Lookahead(ENDLESS, reward, value)
     (generation,) = agent.generate(PROMPTS[:1], seed=1)

@@ -1,0 +1,120 @@
+"""Weighted sums of rewards, whose totals and parts are worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mbrl_text_env.rewards.base import RewardError, applies_to, reward_usage_bound, score_responses
+from mbrl_text_env.rewards.combinators import WeightedSum
+from mbrl_text_env.rewards.constraints import ConstraintsReward
+from mbrl_text_env.rewards.relevance import RelevanceReward
+from mbrl_text_env.rewards.sentiment import SentimentReward
+from mbrl_text_env.types import Prompt
+
+PROMPT = Prompt.from_text("Count letters.")
+
+
+class Count:
+    """Counts a letter, at ten floating-point operations a character."""
+
+    def __init__(self, letter, name=None):
+        self.letter = letter
+        self.name = letter if name is None else name
+
+    def score(self, prompts, responses):
+        return [response.count(self.letter) for response in responses]
+
+    def flops(self, prompts, responses):
+        return [10 * len(response) for response in responses]
+
+    def flops_bound(self):
+        return 1000
+
+
+def scores_of(reward, responses):
+    return score_responses(reward, [PROMPT] * len(responses), responses)
+
+
+def test_total_and_parts():
+    scores = scores_of(WeightedSum([Count("a"), Count("b")], [2, -0.5]), ["aab", "bb"])
+    assert scores.total.tolist() == [3.5, -1.0]
+    assert {name: part.tolist() for name, part in scores.parts.items()} == {
+        "a": [2.0, 0.0],
+        "b": [1.0, 2.0],
+    }
+
+
+def test_score_is_the_total():
+    reward = WeightedSum([Count("a"), Count("b")], [2, -0.5])
+    assert reward.score([PROMPT], ["aab"]).tolist() == [3.5]
+    assert reward.score([PROMPT], ["aab"]).dtype == np.float64
+
+
+def test_a_weight_of_zero_reports_a_part_that_does_not_count():
+    scores = scores_of(WeightedSum([Count("a"), Count("b")], [1, 0]), ["aab"])
+    assert scores.total.tolist() == [2.0]
+    assert scores.parts_of(0) == {"a": 2.0, "b": 1.0}
+
+
+def test_sums_nest_and_keep_the_names_of_their_parts():
+    inner = WeightedSum([Count("a"), Count("b")], [1, 1], name="inner")
+    scores = scores_of(WeightedSum([inner, Count("c")], [10, 1]), ["abbc"])
+    assert scores.total.tolist() == [31.0]
+    assert scores.parts_of(0) == {"a": 1.0, "b": 2.0, "c": 1.0}
+
+
+def test_parts_whose_names_clash_are_told_apart():
+    left = WeightedSum([Count("a"), Count("b")], [1, 1], name="left")
+    right = WeightedSum([Count("c", name="b")], [1], name="right")
+    scores = scores_of(WeightedSum([left, right, Count("a")], [1, 1, 1]), ["abbccc"])
+    assert scores.total.tolist() == [7.0]
+    assert scores.parts_of(0) == {"left/a": 1.0, "left/b": 2.0, "right/b": 3.0, "a": 1.0}
+
+
+def test_it_applies_where_all_of_its_rewards_do():
+    reward = WeightedSum([SentimentReward(), ConstraintsReward()], [1, 1])
+    assert not applies_to(reward, PROMPT)
+    assert applies_to(reward, Prompt.from_text("Hi", metadata={"constraints": [{"type": "title"}]}))
+
+
+def test_flops_add_up():
+    reward = WeightedSum([Count("a"), SentimentReward(), Count("b")], [1, 0, 1])
+    assert reward.flops([PROMPT] * 2, ["aab", ""]).tolist() == [60.0, 0.0]
+    assert reward_usage_bound(reward).reward_flops == 2000.0
+    relevance = RelevanceReward()
+    pair = WeightedSum([relevance, Count("a")], [1, 1])
+    expected = relevance.flops([PROMPT], ["aab"]) + 30
+    np.testing.assert_array_equal(pair.flops([PROMPT], ["aab"]), expected)
+    assert pair.flops_bound() == relevance.flops_bound() + 1000
+
+
+def test_its_name_is_the_formula():
+    rewards = [Count("a"), Count("b"), Count("c")]
+    assert WeightedSum(rewards, [0.5, 1, -2]).name == "0.5*a+b+-2*c"
+    assert WeightedSum(rewards, [1, 1, 1], name="mine").name == "mine"
+
+
+def test_a_reward_that_fails_is_named():
+    class Broken(Count):
+        def score(self, prompts, responses):
+            return [float("nan")] * len(responses)
+
+    reward = WeightedSum([Count("a"), Broken("b", name="broken")], [1, 0])
+    with pytest.raises(RewardError, match=r"'broken'.*nan.*'Count letters\.', response 'ab'"):
+        scores_of(reward, ["ab"])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weights", "message"),
+    [
+        ([], [], "at least one reward .* got 0 rewards and 0 weights"),
+        ([Count("a")], [1, 2], "got 1 rewards and 2 weights"),
+        ([Count("a")], [float("nan")], r"finite weights, got \[nan\] for \['a'\]"),
+        ([Count("a")], [float("inf")], "finite weights"),
+        ([Count("a"), Count("b"), Count("b")], [1, 1, 1], r"got \['a', 'b', 'b'\].*of \['b'\]"),
+    ],
+)
+def test_arguments_that_make_no_sum_are_errors(rewards, weights, message):
+    with pytest.raises(ValueError, match=message):
+        WeightedSum(rewards, weights)
