@@ -67,9 +67,9 @@ def make(
         )
     if "value_model" in known:
         options["value_model"] = value_model
-    if params:
-        options["params"] = SamplingParams(**params)
     try:
+        if params:
+            options["params"] = SamplingParams(**params)
         return cls(language_model, reward_model, **{**defaults, **options})
     except (TypeError, ValueError) as error:
         raise AgentSpecError(f"Agent {spec!r}: {error}") from error

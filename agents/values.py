@@ -29,6 +29,10 @@ _CONFIG, _WEIGHTS = "value.json", "value.safetensors"
 _FORMAT = 1
 
 
+class FitError(ValueError):
+    """Records that a value model cannot be fitted on."""
+
+
 @dataclass(frozen=True)
 class FitReport:
     """How well a value model predicts responses of prompts that it was not fitted on.
@@ -107,7 +111,7 @@ class EmbeddingValue:
         """Fit on scored responses.
 
         Raises:
-            ValueError: There are fewer than two records, or their scores come from different reward
+            FitError: There are fewer than two records, or their scores come from different reward
                 models.
         """
         from sklearn.linear_model import Ridge
@@ -221,13 +225,13 @@ class EmbeddingValue:
 
 def _check_records(records: Sequence[Record]) -> None:
     if len(records) < 2:
-        raise ValueError(
+        raise FitError(
             f"Expected at least 2 scored records to fit a value model, got {len(records)}. Collect "
             "more with `mbrl-text collect`."
         )
     rewards = sorted({record.reward_name for record in records})
     if len(rewards) > 1:
-        raise ValueError(
+        raise FitError(
             f"Expected scores of one reward model, got those of {rewards}. Re-score the records "
             "with one of them (`records.rescore`)."
         )

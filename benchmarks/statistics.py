@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,17 +58,20 @@ def mean_interval(
     mean = float(values.mean())
     if np.ptp(values) == 0 or len(values) < 2:
         return Interval(mean, mean, mean)
-    for method in ("BCa", "percentile"):
-        found = stats.bootstrap(
-            (values,),
-            np.mean,
-            confidence_level=confidence,
-            n_resamples=resamples,
-            method=method,
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-        if np.isfinite([found.low, found.high]).all():
-            break
+    with warnings.catch_warnings():
+        # SciPy warns where BCa is undefined; the loop then goes on to the percentile interval.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for method in ("BCa", "percentile"):
+            found = stats.bootstrap(
+                (values,),
+                np.mean,
+                confidence_level=confidence,
+                n_resamples=resamples,
+                method=method,
+                rng=np.random.default_rng(seed),
+            ).confidence_interval
+            if np.isfinite([found.low, found.high]).all():
+                break
     return Interval(mean, float(found.low), float(found.high))
 
 

@@ -33,8 +33,8 @@ def check_agent(
     generated token and every reward call is in the ledger, and within budgets from one response up;
     and `act`: chunks that begin the decision's completion and lead to the end.
 
-    While it is checked, the methods of the agent's models are replaced by ones that count, so do not
-    use these models elsewhere at the same time. An agent answers every prompt some dozen times.
+    While it is checked, the methods of the agent's models are replaced by ones that count, so do
+    not use these models elsewhere at the same time. Every prompt is answered some two dozen times.
 
     Args:
         agent: Has `generate(prompts, budget, seed=)`, `act(states, budget, seed=)`,
@@ -223,7 +223,7 @@ class _Trial:
                     f"{self.subject}, {method}",
                     f"at most {cap} {name} a prompt",
                     f"{amount:g}",
-                    "Ask `ledger.affords(...)` before spending, with the most that a call can take.",
+                    "Ask `ledger.affords(...)` before spending, with the most that a call takes.",
                 )
 
 
@@ -359,7 +359,7 @@ def _check_seed(trial: _Trial) -> None:
 
 
 def _check_batching(trial: _Trial) -> None:
-    # Twice the first one: an agent may not tell prompts of a batch apart by anything but themselves.
+    # Twice the first one: what a prompt gets may not depend on where in the batch it stands.
     prompts = [*trial.prompts, trial.prompts[0]]
     _expect_same(
         trial,

@@ -18,7 +18,7 @@ from mbrl_text_env.mdp import EpisodeEndedError, InvalidChunkError
 from mbrl_text_env.spaces import ChunkSpace
 from mbrl_text_env.types import TextState
 
-_INFO = {
+_INFO: dict[str, Any] = {
     "prompt_id": str,
     "prompt": str,
     "response": str,
@@ -34,10 +34,10 @@ def check_text_env(
 ) -> None:
     """Check that an environment keeps the contract of `TextGenerationEnv`.
 
-    Checked are the spaces; what `reset` and `step` return, and that it follows from the seed and the
-    actions; the endings; that the rewards of an episode make its score; that a state can be pickled,
-    hashed and restored, and that what follows is the same again; and that an episode that has ended
-    and actions that are no chunks are refused without a trace.
+    Checked are the spaces; what `reset` and `step` return, and that it follows from the seed and
+    the actions; the endings; that the rewards of an episode make its score; that a state can be
+    pickled, hashed and restored, and that what follows is the same again; and that steps after the
+    end and actions that are no chunks are refused without a trace.
 
     `gymnasium.utils.env_checker.check_env` looks at what every environment has to do; run it too.
 
@@ -109,7 +109,7 @@ class _Step:
     before: TextState
     action: Any
     observation: Any
-    reward: float
+    reward: Any
     terminated: bool
     truncated: bool
     info: dict[str, Any]
@@ -265,7 +265,9 @@ def _stepped(trial: _Trial, action: Any) -> _Step:
         result,
         "Return all five.",
     )
-    step = _Step(before, action, *result, trial.base.get_state())
+    observation, reward, terminated, truncated, info = result
+    after = trial.base.get_state()
+    step = _Step(before, action, observation, reward, terminated, truncated, info, after)
     _check_observation(trial.env, step.observation, "step")
     expect(
         isinstance(step.reward, float) and math.isfinite(step.reward),
@@ -459,8 +461,8 @@ def _check_state(state: Any) -> None:
         same = pickle.loads(pickle.dumps(state)) == state  # noqa: S301 it was made here
     except Exception as error:
         raise CheckError(
-            f"get_state: expected a state that can be pickled, got {type(error).__name__}: {error}. "
-            f"{advice}"
+            f"get_state: expected a state that can be pickled, got {type(error).__name__}: "
+            f"{error}. {advice}"
         ) from error
     expect(same, "get_state", "a state that equals its pickled copy", state, advice)
     try:

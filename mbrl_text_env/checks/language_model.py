@@ -16,15 +16,8 @@ from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.types import Chunk, Prompt, TextState
 
-_PROMPTS = tuple(
-    Prompt.from_text(text, chat=False)
-    for text in (
-        "A dog and a cat",
-        "The weather today is",
-        "a b c",
-        "Once upon a time, in a far land",
-    )
-)
+_TEXTS = ("A dog and a cat", "The weather today is", "a b c", "Once upon a time, in a far land")
+_PROMPTS = tuple(Prompt.from_text(text, chat=False) for text in _TEXTS)
 _SAMPLES = 4
 # Log-probabilities are rounded: a certain token may come out a hair above 0.
 _ROUNDING = 1e-6
@@ -47,9 +40,9 @@ def check_language_model(
     """Check that a language model keeps the contract of `language_models.LanguageModel`.
 
     Checked are the tokenizer; the form of every sampled chunk; that its log-probabilities are those
-    of `logprobs`; that chunk k is a function of the state, its seed and k alone, whatever is sampled
-    beside it, before it or after it; greedy decoding; the charge to the ledgers; the arguments that
-    have to be refused; and, where the model has them, its features.
+    of `logprobs`; that chunk k is a function of the state, its seed and k alone, whatever is
+    sampled beside it, before it or after it; greedy decoding; the charge to the ledgers; the
+    arguments that have to be refused; and, where the model has them, its features.
 
     Tokens are compared exactly. In half precision rounding alone can change them with the batch, so
     check a network in float32.

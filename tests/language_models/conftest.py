@@ -29,8 +29,8 @@ VOCAB_SIZE = 300
 CONTEXT_LENGTH = 96
 SLIDING_WINDOW = 8
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
-"""Grouped queries, biases, query norms, sliding windows, learned positions."""
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2", "lfm2")
+"""Grouped queries, biases, query norms, sliding windows, learned positions, convolution layers."""
 
 
 def train_tokenizer(**options: Any) -> transformers.PreTrainedTokenizerFast:
@@ -82,9 +82,12 @@ def make_config(family: str, eos: int, **options: Any) -> transformers.PreTraine
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
         "gemma3": transformers.Gemma3TextConfig,
+        "lfm2": transformers.Lfm2Config,
     }
-    if family == "qwen2":
+    if family in ("qwen2", "lfm2"):
         del sizes["head_dim"]
+    if family == "lfm2":
+        sizes["layer_types"] = ["conv", "full_attention"]
     if family == "gemma3":
         sizes |= {
             "num_hidden_layers": 3,

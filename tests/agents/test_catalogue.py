@@ -1,0 +1,44 @@
+import pytest
+
+from agents import available, make
+from agents.catalogue import AgentSpecError, parse_spec
+from mbrl_text_env.language_models import NGramLM
+from tests.toys import CountReward, FixedValue
+
+LM = NGramLM("abc")
+
+
+def build(spec, value=None):
+    return make(spec, LM, CountReward(), value, max_response_tokens=9)
+
+
+def test_names_and_options():
+    assert set(available()) == {"random", "sampling", "best-of-n", "lookahead"}
+    assert all(available().values())
+    agent = build("best-of-n:n=8:temperature=1.5:top_k=3")
+    assert (agent.n, agent.params.temperature, agent.params.top_k) == (8, 1.5, 3)
+    assert agent.max_response_tokens == 9
+    assert build("sampling:temperature=0").params.temperature == 0
+    value = FixedValue(len, LM)
+    assert build("lookahead:keep=1", value).value_model is value
+    assert build("best-of-n", value).n is None
+    assert parse_spec(" sampling ") == ("sampling", {})
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("best-of-m", "Did you mean 'best-of-n'"),
+        ("", "Unknown agent"),
+        ("best-of-n:m=1", "no option 'm'"),
+        ("best-of-n:n=many", "name=number"),
+        ("best-of-n:n", "name=number"),
+        ("best-of-n:n=0", "at least 1"),
+        ("best-of-n:params=1", "no option 'params'"),
+        ("lookahead:keep=9", "keep"),
+        ("sampling:temperature=-1", "temperature"),
+    ],
+)
+def test_bad_specs(spec, message):
+    with pytest.raises(AgentSpecError, match=message):
+        build(spec)

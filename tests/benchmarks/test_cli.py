@@ -1,0 +1,93 @@
+"""The command line on the real models, small."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.cli import app
+from benchmarks.compare import read_rows
+from mbrl_text_env.records import read_records
+
+RUN = CliRunner()
+SMALL = ["--max-response-tokens", "8", "--seed", "0"]
+
+
+def run(*words):
+    return RUN.invoke(app, [str(word) for word in words])
+
+
+def test_collect_fit_compare(tmp_path):
+    records, value, out = tmp_path / "records", tmp_path / "value", tmp_path / "out"
+    result = run("collect", "--out", records, "--num-prompts", 3, "--samples", 2, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert len(read_records(records)) == 6
+    result = run("collect", "--out", records, "--num-prompts", 4, "--samples", 2, *SMALL)
+    assert "2 responses to 1 prompts added" in result.output.replace("\n", " ")
+    result = run("fit", "--records", records, "--out", value)
+    assert result.exit_code == 0, result.output
+    assert "correlation within a prompt" in result.output
+    words = ["--agents", "sampling,best-of-n,lookahead:prefix_tokens=4", "--reward", "sentiment"]
+    words += ["--num-prompts", 2, "--budget-tokens", 32, "--out", out, "--value", value]
+    result = run("compare", *words, *SMALL)
+    assert result.exit_code == 0, result.output
+    rows = read_rows(out / "results.jsonl")
+    assert len(rows) == 6
+    assert {row["usage"]["value_calls"] > 0 for row in rows if "look" in row["agent"]} == {True}
+    summary = json.loads((out / "summary.json").read_text())
+    assert [entry["agent"] for entry in summary["agents"]] == words[1].split(",")
+    result = run("compare", *words, "--max-response-tokens", 8, "--seed", 1)
+    assert result.exit_code == 2
+    assert "another comparison" in result.output
+
+
+def test_lookahead_without_a_value_says_so(tmp_path):
+    words = ["--agents", "lookahead", "--num-prompts", 1, "--budget-tokens", 8, "--out", tmp_path]
+    result = run("compare", *words, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "falls back to best-of-4" in result.output.replace("\n", " ")
+
+
+def test_lists():
+    assert "sentiment" in run("rewards").output
+    listed = run("prompts", "--split", "test", "--kind", "story", "--limit", 3).output
+    assert "story" in listed
+    assert "more (--limit)" in listed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reward", "sentimant"], "sentiment"),
+        (["--agents", "best-of-m"], "best-of-n"),
+        (["--agents", "best-of-n:m=3"], "no option"),
+        (["--agents", "best-of-n:n=few"], "name=number"),
+        (["--agents", "best-of-n:n=0"], "at least 1"),
+        (["--agents", "sampling,best-of-n:budget_tokens=9"], "budgets differ"),
+        (["--num-prompts", "9999"], "1 to "),
+        (["--prompts", "missing.jsonl"], "missing.jsonl"),
+        (["--split", "dev"], "split"),
+        (["--budget-tokens", "7"], "too small"),
+        (["--value", "nowhere"], "nowhere"),
+        (["--language-model", "nowhere/nothing"], "nowhere/nothing"),
+    ],
+)
+def test_bad_input_is_told_without_a_traceback(tmp_path, words, message):
+    small = {"--agents": "sampling", "--num-prompts": "1", "--max-response-tokens": "8"}
+    rest = [item for pair in small.items() if pair[0] not in words for item in pair]
+    result = run("compare", *words, *rest, "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert message in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("option", ["--num-prompts", "--max-response-tokens", "--batch-prompts"])
+def test_counts_below_one(option, tmp_path):
+    result = run("compare", option, 0, "--out", tmp_path)
+    assert result.exit_code == 2
+
+
+def test_fit_needs_records(tmp_path):
+    result = run("fit", "--records", tmp_path / "none", "--out", tmp_path / "value")
+    assert result.exit_code == 2
+    assert "none" in result.output

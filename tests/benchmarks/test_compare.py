@@ -1,0 +1,154 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.compare import (
+    CompareConfig,
+    CompareError,
+    Comparison,
+    choose_prompts,
+    compare,
+    read_rows,
+)
+from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.ledger import BudgetError
+from mbrl_text_env.rewards import ConstraintsReward
+from mbrl_text_env.types import Prompt
+from tests.toys import CountReward, FixedValue
+
+LM = NGramLM("abc", seed=3)
+PROMPTS = [Prompt.from_text("ab" * (1 + i % 3), id=f"p{i}") for i in range(20)]
+AGENTS = ("sampling", "best-of-n", "lookahead:prefix_tokens=2")
+
+
+def toy_comparison(**changes):
+    config = {
+        "agents": AGENTS, "budget_tokens": 32, "max_response_tokens": 8, "batch_prompts": 6,
+        **changes,
+    }  # fmt: skip
+    value = FixedValue(lambda text: text.count("a"), LM)
+    return Comparison(CompareConfig(**config), PROMPTS, LM, CountReward(), value)
+
+
+def without_times(folder):
+    rows = read_rows(folder / "results.jsonl")
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_rows_summary_and_plot(tmp_path):
+    summary = compare(toy_comparison(), tmp_path / "a")
+    rows = read_rows(tmp_path / "a" / "results.jsonl")
+    assert len(rows) == len(PROMPTS) * len(AGENTS)
+    by_agent = {spec: [r for r in rows if r["agent"] == spec] for spec in AGENTS}
+    for agent_rows in by_agent.values():
+        assert [row["prompt_id"] for row in agent_rows] == [prompt.id for prompt in PROMPTS]
+        for row in agent_rows:
+            assert row["score"] == pytest.approx(CountReward().score([None], [row["response"]])[0])
+            assert row["usage"]["generated_tokens"] <= 32
+    entries = {entry["agent"]: entry for entry in summary["agents"]}
+    for spec, agent_rows in by_agent.items():
+        assert entries[spec]["mean"] == pytest.approx(np.mean([r["score"] for r in agent_rows]))
+    versus = entries["sampling"]["vs_best_of_n"]
+    assert versus["difference"] == pytest.approx(
+        entries["sampling"]["mean"] - entries["best-of-n"]["mean"]
+    )
+    assert versus["wins"] + versus["ties"] + versus["losses"] == len(PROMPTS)
+    assert entries["best-of-n"]["vs_best_of_n"]["ties"] == len(PROMPTS)
+    assert json.loads((tmp_path / "a" / "summary.json").read_text()) == summary
+    assert (tmp_path / "a" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_twice_gives_the_same_rows_whatever_the_batches(tmp_path):
+    compare(toy_comparison(), tmp_path / "a")
+    compare(toy_comparison(), tmp_path / "b")
+    compare(toy_comparison(batch_prompts=20), tmp_path / "c")
+    assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
+    assert without_times(tmp_path / "a") == without_times(tmp_path / "c")
+
+
+def test_a_finished_comparison_is_read_not_run(tmp_path):
+    compare(toy_comparison(), tmp_path / "a")
+    times = [row["seconds"] for row in read_rows(tmp_path / "a" / "results.jsonl")]
+    compare(toy_comparison(), tmp_path / "a")
+    assert [row["seconds"] for row in read_rows(tmp_path / "a" / "results.jsonl")] == times
+
+
+def test_another_comparison_does_not_take_the_folder(tmp_path):
+    compare(toy_comparison(), tmp_path / "a")
+    with pytest.raises(CompareError, match=r"another comparison.*seed: 0 there, 1 here"):
+        compare(toy_comparison(seed=1), tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("years of work")
+    with pytest.raises(CompareError, match="other files"):
+        compare(toy_comparison(), tmp_path / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CompareError, match="can be written"):
+        compare(toy_comparison(), tmp_path / "file" / "c")
+
+
+def test_unequal_budgets_are_refused_unless_asked_for(tmp_path):
+    agents = ("sampling:budget_tokens=8", "best-of-n")
+    with pytest.raises(CompareError, match="budgets differ"):
+        toy_comparison(agents=agents)
+    comparison = toy_comparison(agents=agents, allow_unequal_budgets=True)
+    compare(comparison, tmp_path)
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert {row["agent"]: row["budget_tokens"] for row in rows} == {
+        "sampling:budget_tokens=8": 8, "best-of-n": 32
+    }  # fmt: skip
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(CompareError, match="different agents"):
+        toy_comparison(agents=("sampling", "sampling"))
+    with pytest.raises(CompareError, match="batch_prompts"):
+        toy_comparison(batch_prompts=0)
+    with pytest.raises(ValueError, match="best-of-n"):
+        toy_comparison(agents=("best-of-m",))
+    with pytest.raises(BudgetError, match="too small"):
+        compare(toy_comparison(budget_tokens=7), tmp_path)
+
+
+def test_choose_prompts():
+    chosen = choose_prompts(PROMPTS, 5, CountReward(), seed=1)
+    assert chosen == choose_prompts(PROMPTS, 5, CountReward(), seed=1)
+    assert chosen != choose_prompts(PROMPTS, 5, CountReward(), seed=2)
+    assert len({prompt.id for prompt in chosen}) == 5
+    with pytest.raises(CompareError, match="1 to 20"):
+        choose_prompts(PROMPTS, 21, CountReward(), seed=1)
+    constrained = Prompt.from_text("x", metadata={"constraints": [{"type": "no_commas"}]})
+    assert choose_prompts([*PROMPTS, constrained], 1, ConstraintsReward(), 0) == [constrained]
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from tests.benchmarks.test_compare import toy_comparison
+from benchmarks.compare import compare
+compare(toy_comparison(), sys.argv[1], on_batch=lambda *a: (print(flush=True), time.sleep(0.3)))
+"""
+
+
+def test_killed_and_started_again_it_ends_with_the_same_rows(tmp_path):
+    compare(toy_comparison(), tmp_path / "whole")
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    for batches in (1, 4, 7):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / "killed")],
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        for _ in range(batches):
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert not (tmp_path / "killed" / "results.jsonl").exists()
+    compare(toy_comparison(), tmp_path / "killed")
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")

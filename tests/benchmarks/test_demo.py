@@ -1,0 +1,37 @@
+"""The demonstration on the real models, small; `make demo` runs it whole."""
+
+import io
+
+from rich.console import Console
+
+from benchmarks.compare import read_rows
+from benchmarks.demo import AGENTS, REWARDS, DemoConfig, run_demo
+from mbrl_text_env.records import read_records
+
+SMALL = DemoConfig(
+    train_prompts=4, samples=2, test_prompts=2, budget_tokens=48, max_response_tokens=12
+)
+
+
+def test_it_shows_and_keeps_everything_and_resumes(smollm2, tmp_path):
+    def run():
+        console = Console(file=io.StringIO(), width=140)
+        return run_demo(smollm2, tmp_path, console, SMALL), console.file.getvalue()
+
+    summaries, shown = run()
+    assert set(summaries) == set(REWARDS)
+    for reward, summary in summaries.items():
+        assert [entry["agent"] for entry in summary["agents"]] == list(AGENTS)
+        assert len(read_rows(tmp_path / f"compare-{reward}" / "results.jsonl")) == 2 * len(AGENTS)
+        records = read_records(tmp_path / f"records-{reward}")
+        assert len(records) == 8
+        assert {record.reward_name for record in records} == {reward}
+        assert {record.split for record in records} == {"train"}
+    rows = read_rows(tmp_path / "compare-relevance" / "results.jsonl")
+    prompts = {row["prompt_id"] for row in rows}
+    assert not prompts & {record.prompt_id for record in records}
+    assert "minus best-of-N" in shown
+    assert "Prompt: " in shown
+    assert str(tmp_path) in shown.replace("\n", "")
+    again, _ = run()
+    assert again == summaries  # times included: nothing was run twice
