@@ -32,6 +32,7 @@ from mbrl_text_env.types import Chunk, TextState
 from mbrl_text_env.vector import TextGenerationVectorEnv, stack_infos
 
 CANDIDATES_ID = "mbrl_text_env/CandidateChunks-v0"
+_VIEW_OPTIONS = ("num_candidates", "chunk_tokens", "params", "encoder")
 # Mean log-probabilities below this one are shown as it: about one in five hundred million.
 _LEAST_LOGPROB = -20.0
 
@@ -418,56 +419,37 @@ class CandidateChunksVector(VectorWrapper[Any, Any, Any, Any, Any]):
 def make_candidate_chunks(
     language_model: LanguageModel | None = None,
     *,
-    num_candidates: int = 4,
-    chunk_tokens: int | None = None,
-    params: SamplingParams = SamplingParams(),
-    encoder: Encoder | str | None = "embedded",
     tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> CandidateChunks:
     """Make `mbrl_text_env/CandidateChunks-v0`: a `TextGenerationEnv` under the candidate view.
 
     Args:
-        language_model, num_candidates, chunk_tokens, params, encoder: As in `CandidateChunks`.
+        language_model: Proposes chunks; by default the embedded SmolLM2.
         tokenizer: By default the language model.
-        **options: Passed to `TextGenerationEnv`.
+        **options: Those of `CandidateChunks` (`num_candidates`, `chunk_tokens`, `params`,
+            `encoder`) and of `TextGenerationEnv`.
     """
     model = language_model if language_model is not None else _embedded()
+    view = {name: options.pop(name) for name in _VIEW_OPTIONS if name in options}
     env = TextGenerationEnv(tokenizer=model if tokenizer is None else tokenizer, **options)
-    return CandidateChunks(
-        env,
-        model,
-        num_candidates=num_candidates,
-        chunk_tokens=chunk_tokens,
-        params=params,
-        encoder=encoder,
-    )
+    return CandidateChunks(env, model, **view)
 
 
 def make_candidate_chunks_vector(
     num_envs: int = 1,
     language_model: LanguageModel | None = None,
     *,
-    num_candidates: int = 4,
-    chunk_tokens: int | None = None,
-    params: SamplingParams = SamplingParams(),
-    encoder: Encoder | str | None = "embedded",
     tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> CandidateChunksVector:
     """Make the vector form of `mbrl_text_env/CandidateChunks-v0`; see `make_candidate_chunks`."""
     model = language_model if language_model is not None else _embedded()
+    view = {name: options.pop(name) for name in _VIEW_OPTIONS if name in options}
     env = TextGenerationVectorEnv(
         num_envs, tokenizer=model if tokenizer is None else tokenizer, **options
     )
-    return CandidateChunksVector(
-        env,
-        model,
-        num_candidates=num_candidates,
-        chunk_tokens=chunk_tokens,
-        params=params,
-        encoder=encoder,
-    )
+    return CandidateChunksVector(env, model, **view)
 
 
 def _language_model(model: LanguageModel | None, task: TextTask) -> LanguageModel:

@@ -35,6 +35,8 @@ def check_agent(
 
     While it is checked, the methods of the agent's models are replaced by ones that count, so do
     not use these models elsewhere at the same time. Every prompt is answered some two dozen times.
+    Check an agent with a toy language model: rounding in a network can change tokens with the
+    batch.
 
     Args:
         agent: Has `generate(prompts, budget, seed=)`, `act(states, budget, seed=)`,

@@ -16,16 +16,22 @@ from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.types import Chunk, Prompt, TextState
 
-_TEXTS = ("A dog and a cat", "The weather today is", "a b c", "Once upon a time, in a far land")
+_TEXTS = ("A dog and a cat", "a b c", "Once upon a time, in a far land")
 _PROMPTS = tuple(Prompt.from_text(text, chat=False) for text in _TEXTS)
 _SAMPLES = 4
+_MANY = 16
 # Log-probabilities are rounded: a certain token may come out a hair above 0.
 _ROUNDING = 1e-6
 # Samples that are all alike are a fault only where chance makes them so once in a billion times.
 _LEAST_CHANCE = math.log(1e-9)
+# The batch changes the last bits of a network's probabilities. In a large vocabulary many tokens
+# are hardly more probable than that: a draw that falls among them may give a neighbour. Where one
+# of two tokens is so improbable, the difference is taken for such a tie, up to a share of chunks.
+_TAIL = math.log(1e-4)
+_MOST_TIES = 0.25
 _GREEDY = SamplingParams(temperature=0)
 _SHAPED = SamplingParams(temperature=0.7, top_p=0.9, top_k=20)
-_Rows = list[list[tuple[int, ...]]]
+_Rows = Sequence[Sequence[Chunk]]
 _METHODS = ("name", "vocab_size", "stop_token_ids", "context_length", "encode_prompt", "decode")
 
 
@@ -44,8 +50,8 @@ def check_language_model(
     sampled beside it, before it or after it; greedy decoding; the charge to the ledgers; the
     arguments that have to be refused; and, where the model has them, its features.
 
-    Tokens are compared exactly. In half precision rounding alone can change them with the batch, so
-    check a network in float32.
+    Check a network in float32: in half precision rounding alone changes tokens with the batch. In
+    float32 that is left to very improbable tokens, and a few such differences are allowed.
 
     Args:
         lm: A language model.
@@ -78,12 +84,13 @@ def check_language_model(
     trial = _Trial(lm, tuple(initial(p, lm) for p in asked), max_new_tokens, seed, tolerance)
     # Prefixes of different lengths, with and without a response, are where padding goes wrong.
     trial = dataclasses.replace(trial, states=(*trial.states, *_continued(trial)))
-    _check_logprobs(trial)
-    _check_batching(trial)
-    _check_streams(trial)
+    rows = trial.draw(trial.everything)
+    _check_logprobs(trial, rows)
+    _check_batching(trial, rows)
+    _check_streams(trial, rows)
     _check_randomness(trial)
-    _check_greedy(trial)
-    _check_ledger(trial)
+    _check_greedy(trial, rows)
+    _check_ledger(trial, rows)
     _check_refusals(trial)
     if hasattr(lm, "features"):
         _check_features(trial)
@@ -148,11 +155,6 @@ class _Trial:
             for chunk in row:
                 _check_chunk(self, state, chunk, most)
         return rows
-
-    def tokens(self, indices: Iterable[int], *args: Any, **options: Any) -> _Rows:
-        """The token ids of what `draw` returns."""
-        rows = self.draw(indices, *args, **options)
-        return [[chunk.token_ids for chunk in row] for row in rows]
 
 
 def _check_tokenizer(lm: Any, prompts: Sequence[Prompt]) -> None:
@@ -270,11 +272,11 @@ def _continued(trial: _Trial) -> list[TextState]:
     return states
 
 
-def _check_logprobs(trial: _Trial) -> None:
-    for params in (SamplingParams(), _SHAPED):
-        rows = trial.draw(trial.everything, params=params)
-        states = [state for state, row in zip(trial.states, rows, strict=True) for _ in row]
-        chunks = [chunk for row in rows for chunk in row]
+def _check_logprobs(trial: _Trial, rows: _Rows) -> None:
+    shaped = trial.draw(trial.everything, params=_SHAPED)
+    for params, drawn in ((SamplingParams(), rows), (_SHAPED, shaped)):
+        states = [state for state, row in zip(trial.states, drawn, strict=True) for _ in row]
+        chunks = [chunk for row in drawn for chunk in row]
         found = trial.lm.logprobs(states, chunks)
         expect(
             [len(logs) for logs in found] == [len(chunk) for chunk in chunks],
@@ -294,56 +296,45 @@ def _check_logprobs(trial: _Trial) -> None:
             )
 
 
-def _check_batching(trial: _Trial) -> None:
-    rows = trial.tokens(trial.everything)
-    _expect_same(
-        trial,
-        "the same chunks when called again with the same seeds",
-        rows,
-        trial.tokens(trial.everything),
-        "Draw from `stream(seed, state, k)`; keep no generator between calls.",
-    )
+def _check_batching(trial: _Trial, rows: _Rows) -> None:
     _expect_same(
         trial,
         "the chunks that each state has alone (batch of one)",
         rows,
-        [row for i in trial.everything for row in trial.tokens([i])],
+        [row for i in trial.everything for row in trial.draw([i])],
         "Give every sequence a random stream of its own, and mask the padding.",
     )
     _expect_same(
         trial,
         "the same chunks whatever the order of the states",
         rows,
-        trial.tokens(trial.everything[::-1])[::-1],
+        trial.draw(trial.everything[::-1])[::-1],
         "Give every sequence a random stream of its own; undo any sorting by length.",
     )
 
 
-def _check_streams(trial: _Trial) -> None:
-    rows = trial.tokens(trial.everything, 2 * _SAMPLES)
-    first = trial.tokens(trial.everything)
-    later = trial.tokens(trial.everything, first_sample=_SAMPLES)
+def _check_streams(trial: _Trial, rows: _Rows) -> None:
+    later = trial.draw(trial.everything, first_sample=_SAMPLES)
     _expect_same(
         trial,
         f"{_SAMPLES} chunks from 0 and {_SAMPLES} from first_sample={_SAMPLES} to be the "
         f"{2 * _SAMPLES} from 0",
-        rows,
-        [a + b for a, b in zip(first, later, strict=True)],
+        trial.draw(trial.everything, 2 * _SAMPLES),
+        [[*a, *b] for a, b in zip(rows, later, strict=True)],
         "Chunk k draws from `stream(seed, state, k)`, with k counted from first_sample.",
     )
     most = trial.max_new_tokens // 2
-    short = trial.tokens(trial.everything, 2 * _SAMPLES, max_new_tokens=most)
     _expect_same(
         trial,
         f"that a shorter max_new_tokens ({most}) gives a prefix of the longer chunk",
-        [[ids[:most] for ids in row] for row in rows],
-        short,
+        [[Chunk(chunk.token_ids[:most], chunk.logprobs[:most]) for chunk in row] for row in rows],
+        trial.draw(trial.everything, max_new_tokens=most),
         "Draw the numbers of a chunk one after the other from its own stream.",
     )
 
 
 def _check_randomness(trial: _Trial) -> None:
-    (row,) = trial.draw([0], 8 * _SAMPLES)
+    (row,) = trial.draw([0], _MANY)
     alike = len({chunk.token_ids for chunk in row}) == 1
     expect(
         not alike or (len(row) - 1) * row[0].logprob > _LEAST_CHANCE,
@@ -352,9 +343,10 @@ def _check_randomness(trial: _Trial) -> None:
         f"{len(row)} times {row[0].token_ids}",
         "Make the random numbers depend on the sample's index.",
     )
-    (other,) = trial.tokens([0], 8 * _SAMPLES, path=1)
+    (other,) = trial.draw([0], _MANY, path=1)
     expect(
-        [chunk.token_ids for chunk in row] != other or sum(c.logprob for c in row) > _LEAST_CHANCE,
+        [a.token_ids for a in row] != [b.token_ids for b in other]
+        or sum(chunk.logprob for chunk in row) > _LEAST_CHANCE,
         f"{trial.subject}, sample",
         "that another seed gives other samples",
         f"the same {len(row)} chunks",
@@ -362,36 +354,40 @@ def _check_randomness(trial: _Trial) -> None:
     )
 
 
-def _check_greedy(trial: _Trial) -> None:
-    rows = trial.draw(trial.everything, params=_GREEDY)
-    others = trial.draw(trial.everything, path=1, params=_GREEDY)
-    distinct = [
-        {chunk.token_ids for chunk in [*row, *other]}
-        for row, other in zip(rows, others, strict=True)
-    ]
-    expect(
-        all(len(chunks) == 1 for chunks in distinct),
-        f"{trial.subject}, sample with temperature 0",
-        "the same chunk for all samples and seeds of a state",
-        distinct,
-        "Take the most probable token.",
-    )
-    for row, sampled in zip(rows, trial.draw(trial.everything), strict=True):
-        most = max(chunk.logprobs[0] for chunk in sampled)
+def _check_greedy(trial: _Trial, rows: _Rows) -> None:
+    subject = f"{trial.subject}, sample with temperature 0"
+    greedy = trial.draw(trial.everything, 2, params=_GREEDY)
+    others = trial.draw(trial.everything, 1, path=1, params=_GREEDY)
+    for sampled, (chunk, second), (other,) in zip(rows, greedy, others, strict=True):
+        distinct = {chunk.token_ids, second.token_ids, other.token_ids}
         expect(
-            row[0].logprobs[0] >= most - trial.tolerance,
-            f"{trial.subject}, sample with temperature 0",
+            len(distinct) == 1,
+            subject,
+            "the same chunk for all samples and seeds of a state",
+            distinct,
+            "Take the most probable token.",
+        )
+        most = max(one.logprobs[0] for one in sampled)
+        expect(
+            chunk.logprobs[0] >= most - trial.tolerance,
+            subject,
             f"the most probable token (another has log-probability {most:.4f})",
-            row[0],
+            chunk,
             "Take the most probable token.",
         )
 
 
-def _check_ledger(trial: _Trial) -> None:
+def _check_ledger(trial: _Trial, rows: _Rows) -> None:
     lm = trial.lm
     ledgers = [Ledger() for _ in trial.states]
-    rows = trial.draw(trial.everything, ledgers=ledgers)
-    for state, row, ledger in zip(trial.states, rows, ledgers, strict=True):
+    _expect_same(
+        trial,
+        "the same chunks when called again with the same seeds",
+        rows,
+        again := trial.draw(trial.everything, ledgers=ledgers),
+        "Draw from `stream(seed, state, k)`; keep no generator between calls.",
+    )
+    for state, row, ledger in zip(trial.states, again, ledgers, strict=True):
         prefix = len(state.prompt_ids) + len(state.response_ids)
         bound = lm.usage(prefix, [trial.max_new_tokens] * _SAMPLES)
         _check_charge(trial, ledger.usage, sum(map(len, row)), prefix, bound)
@@ -482,14 +478,24 @@ def _check_features(trial: _Trial) -> None:
 
 
 def _expect_same(trial: _Trial, expected: str, rows: _Rows, others: _Rows, change: str) -> None:
+    """Compare chunks by their tokens; a few may differ by a rounding tie."""
     differences = [
-        f"{a} and {b} for state {i}, sample {k}"
+        (f"{a.token_ids} and {b.token_ids} for state {i}, sample {k}", _is_tie(a, b))
         for i, (row, other) in enumerate(zip(rows, others, strict=True))
         for k, (a, b) in enumerate(zip(row, other, strict=True))
-        if a != b
+        if a.token_ids != b.token_ids
     ]
-    got = differences[0] if differences else ""
-    expect(not differences, f"{trial.subject}, sample", expected, got, change)
+    faults = [text for text, is_tie in differences if not is_tie]
+    if len(differences) > _MOST_TIES * sum(map(len, rows)):
+        faults = [text for text, _ in differences]
+    got = faults[0] if faults else ""
+    expect(not faults, f"{trial.subject}, sample", expected, got, change)
+
+
+def _is_tie(a: Chunk, b: Chunk) -> bool:
+    pairs = zip(a.token_ids, b.token_ids, a.logprobs, b.logprobs, strict=False)
+    first = next(((p, q) for x, y, p, q in pairs if x != y), None)
+    return first is not None and min(first) < _TAIL
 
 
 def _in_vocabulary(lm: Any, ids: Iterable[int]) -> bool:

@@ -47,16 +47,17 @@ def check_reward_model(
 ) -> None:
     """Check that a reward model keeps the contract of `rewards.RewardModel`.
 
-    Every response is scored as an answer to every prompt that the model applies to. Checked are the
-    name; one finite score a response, the same in every call, whatever the order and the rest of
-    the batch (up to 1e-5); that the arguments are left as they are; and, where the model has them,
-    `score_parts`, `flops`, `flops_bound` and `score_steps`.
+    Checked are the name; one finite score a response, the same in every call, whatever the order
+    and the rest of the batch (up to 1e-5); that the arguments are left as they are; and, where the
+    model has them, `score_parts`, `flops`, `flops_bound` and `score_steps`.
 
     Args:
         reward_model: A reward model; a function is made one by `rewards.as_reward_model`.
         prompts: By default questions, a chat, a continuation, and one with constraints; pass
-            prompts with the metadata that the model needs.
-        responses: By default short, long, empty and Unicode ones.
+            prompts with the metadata that the model needs. Those that it does not apply to are left
+            out.
+        responses: By default short, long, empty and Unicode ones. Response i answers prompt i; of
+            the shorter list the first ones are used again.
 
     Raises:
         CheckError: The contract is broken.
@@ -84,10 +85,12 @@ def check_reward_model(
     )
     asked = _prompts_it_applies_to(reward_model, _PROMPTS if prompts is None else prompts)
     answers = _RESPONSES if responses is None else responses
+    # The first pair comes a second time: what is scored twice in a batch scores the same.
+    rows = [*range(max(len(asked), len(answers))), 0]
     batch = _Batch(
         reward_model,
-        [prompt for prompt in asked for _ in answers],
-        [answer for _ in asked for answer in answers],
+        [asked[row % len(asked)] for row in rows],
+        [answers[row % len(answers)] for row in rows],
     )
     _check_scores(batch)
     _check_parts(batch)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from scipy import stats
+from tokenizers import normalizers
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -24,6 +25,7 @@ from mbrl_text_env.language_models import (
     PromptTooLongError,
     SamplingParams,
     TransformersLM,
+    embedded_tokenizer,
 )
 from mbrl_text_env.language_models.base import stream
 from mbrl_text_env.language_models.transformers_lm import ModelLoadError, draw
@@ -34,7 +36,6 @@ from tests.language_models.conftest import (
     CONTEXT_LENGTH,
     FAMILIES,
     SLIDING_WINDOW,
-    STOP_TOKEN,
     VOCAB_SIZE,
     make_config,
     save_model,
@@ -209,12 +210,10 @@ class TestAgainstTransformers:
         for state, (chunk,) in zip(states, rows, strict=True):
             room = CONTEXT_LENGTH - len(prefix(state))
             assert chunk.token_ids == generate(lm, state, min(room, 6))
-            if STOP_TOKEN not in lm.decode(chunk.token_ids):
+            if chunk.token_ids[-1] not in lm.stop_token_ids:
                 assert chunk.finish_reason == ("length" if room <= 6 else None)
         full = random_states([CONTEXT_LENGTH])
-        with pytest.raises(
-            PromptTooLongError, match="96 tokens and fill the model's context of 96"
-        ):
+        with pytest.raises(PromptTooLongError, match="96 tokens and fill the model's context"):
             lm.sample(full, 1, 1, seeds=[0])
 
 
@@ -454,9 +453,9 @@ class TestLoading:
         assert not lm.model.training
         assert lm.model.dtype == torch.float32
 
-    def test_a_name_of_ones_own(self, model_folder, tiny, tokenizer):
+    def test_a_name_of_ones_own(self, model_folder, tokenizer):
         assert TransformersLM(model_folder("llama"), name="mine").name == "mine"
-        bare = transformers.AutoModelForCausalLM.from_config(tiny("llama").model.config)
+        bare = transformers.AutoModelForCausalLM.from_config(make_config("llama", 1))
         assert TransformersLM(bare, tokenizer=tokenizer).name == "LlamaForCausalLM"
 
     def test_a_loaded_model_is_the_same_as_its_folder(self, tiny, model_folder, tokenizer):
@@ -472,9 +471,7 @@ class TestLoading:
         assert TransformersLM(str(model_folder("gpt2"))).name == "tiny-gpt2"
 
     def test_a_loaded_model_without_tokenizer(self, tiny):
-        with pytest.raises(
-            ValueError, match=r"needs its tokenizer too: pass TransformersLM\(model"
-        ):
+        with pytest.raises(ValueError, match=r"its tokenizer too: pass TransformersLM\(model"):
             TransformersLM(tiny("llama").model)
 
     def test_a_batch_size_below_one(self, model_folder):
@@ -538,7 +535,8 @@ class TestHFTokenizer:
         prompt = Prompt("p", (Message("system", "Be kind."), Message("user", "Where is the fox?")))
         ids = found.encode_prompt(prompt)
         assert tokenizer.decode(ids) == (
-            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhere is the fox?<|im_end|>\n"
+            "<|im_start|>system\nBe kind.<|im_end|>\n"
+            "<|im_start|>user\nWhere is the fox?<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
         assert ids.count(tokenizer.eos_token_id) == 2
@@ -550,18 +548,16 @@ class TestHFTokenizer:
         assert HFTokenizer(tokenizer).encode_prompt(prompt) == ids
         assert tiny("llama").encode_prompt(prompt) == ids
 
-    def test_a_chat_without_a_template(self, tmp_path):
+    def test_a_chat_without_a_template(self):
         bare = train_tokenizer()
         found = HFTokenizer(bare)
         with pytest.raises(ValueError, match=r"'p' is a chat, but .* no chat template.*chat=False"):
             found.encode_prompt(Prompt.from_text("The fox", "p"))
         assert found.encode_prompt(Prompt.from_text("The fox", "p", chat=False))
 
-    def test_text_without_tokens(self, tokenizer):
+    def test_text_without_tokens(self):
         dropping = train_tokenizer()
-        dropping.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace(
-            "~", ""
-        )
+        dropping.backend_tokenizer.normalizer = normalizers.Replace("~", "")
         with pytest.raises(ValueError, match=r"'p' has no tokens: '~'"):
             HFTokenizer(dropping).encode_prompt(Prompt("p", "~"))
 
@@ -578,9 +574,8 @@ class TestHFTokenizer:
 
     def test_a_prompt_must_leave_room(self, tiny, model_folder, tokenizer):
         lm = tiny("llama")
-        word = tokenizer.decode([200])
-        exact = lm.encode_prompt(Prompt("p", word))
-        assert len(exact) == 1
+        word = " the"
+        assert len(tokenizer(word)["input_ids"]) == 1
         loaded = TransformersLM(lm.model, tokenizer=tokenizer)
         for found in (lm, HFTokenizer(model_folder("llama")), loaded):
             assert found.context_length == CONTEXT_LENGTH
@@ -639,36 +634,46 @@ QUESTIONS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def questions(smollm2: Any) -> list[TextState]:
+    prompts = [Prompt.from_text(text) for text in QUESTIONS]
+    return [TextState(prompt, smollm2.encode_prompt(prompt)) for prompt in prompts]
+
+
 class TestSmolLM2:
-    @pytest.fixture(scope="class")
-    def states(self, smollm2: Any) -> list[TextState]:
-        prompts = [Prompt.from_text(text) for text in QUESTIONS]
-        return [TextState(prompt, smollm2.encode_prompt(prompt)) for prompt in prompts]
+    def test_greedy_is_that_of_generate(self, smollm2, questions):
+        rows = smollm2.sample(questions, 1, 16, seeds=[0] * 8, params=GREEDY)
+        asked = {"input_ids": [list(state.prompt_ids) for state in questions]}
+        tokenizer = embedded_tokenizer().tokenizer
+        padded = tokenizer.pad(asked, padding_side="left", return_tensors="pt")
+        out = smollm2.model.generate(**padded, do_sample=False, max_new_tokens=16)
+        width = padded["input_ids"].shape[1]
+        for (chunk,), ids in zip(rows, out[:, width:].tolist(), strict=True):
+            assert chunk.token_ids == tuple(ids[: len(chunk)])
+            assert len(chunk) == 16 or chunk.token_ids[-1] in smollm2.stop_token_ids
+        for state, (chunk,) in zip(questions[:3], rows, strict=False):
+            expected = plain_logprobs(smollm2, state, chunk)
+            np.testing.assert_allclose(chunk.logprobs, expected, atol=1e-3)
 
-    def test_greedy_is_that_of_generate(self, smollm2, states):
-        rows = smollm2.sample(states, 1, 16, seeds=[0] * 8, params=GREEDY)
-        for state, (chunk,) in zip(states, rows, strict=True):
-            assert chunk.token_ids == generate(smollm2, state, 16)
-            np.testing.assert_allclose(
-                chunk.logprobs, plain_logprobs(smollm2, state, chunk), atol=1e-3
-            )
-
-    def test_a_batch_is_its_states_one_by_one(self, smollm2, states):
-        batch = smollm2.sample(states, 2, 12, seeds=range(8))
-        for i in (0, 2, 3):
-            alone = smollm2.sample([states[i]], 2, 12, seeds=[i])[0]
+    def test_a_batch_is_its_states_one_by_one(self, smollm2, questions):
+        batch = smollm2.sample(questions, 2, 8, seeds=range(8))
+        for i in (2, 3):
+            alone = smollm2.sample([questions[i]], 2, 8, seeds=[i])[0]
             for k in range(2):
-                assert_same_but_for_ties(smollm2, states[i], i, k, batch[i][k], alone[k])
+                assert_same_but_for_ties(smollm2, questions[i], i, k, batch[i][k], alone[k])
 
-    def test_the_chat_template_is_applied(self, smollm2, states):
-        text = smollm2._tokenizer.tokenizer.decode(states[3].prompt_ids)
+    def test_the_chat_template_is_applied(self, smollm2, questions):
+        tokenizer = embedded_tokenizer()
+        text = tokenizer.tokenizer.decode(questions[3].prompt_ids)
         assert text.startswith("<|im_start|>system\n")
         assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-        plain = smollm2.encode_prompt(Prompt.from_text("Hi", chat=False))
-        assert len(plain) == 1
+        plain = Prompt.from_text("Hi", chat=False)
+        assert len(smollm2.encode_prompt(plain)) == 1
+        assert tokenizer.encode_prompt(plain) == smollm2.encode_prompt(plain)
+        assert tokenizer.encode_prompt(questions[3].prompt) == questions[3].prompt_ids
 
-    def test_the_stop_token_ends_a_response(self, smollm2, states):
-        [[chunk]] = smollm2.sample([states[4]], 1, 40, seeds=[0], params=GREEDY)
+    def test_the_stop_token_ends_a_response(self, smollm2, questions):
+        [[chunk]] = smollm2.sample([questions[4]], 1, 40, seeds=[0], params=GREEDY)
         assert chunk.finish_reason == "stop"
         assert len(chunk) < 20
         assert smollm2.stop_token_ids == {chunk.token_ids[-1]}
@@ -678,8 +683,10 @@ class TestSmolLM2:
     def test_what_it_is(self, smollm2):
         assert smollm2.name == "SmolLM2-135M-Instruct"
         assert smollm2.num_parameters == 134_515_008
-        assert (smollm2.vocab_size, smollm2.context_length, smollm2.feature_size) == (
-            49_152,
-            8192,
-            576,
-        )
+        assert smollm2.vocab_size == 49_152
+        assert smollm2.context_length == 8192
+        assert smollm2.feature_size == 576
+        tokenizer = embedded_tokenizer()
+        assert tokenizer.vocab_size == smollm2.vocab_size
+        assert tokenizer.stop_token_ids == smollm2.stop_token_ids
+        assert tokenizer.context_length == smollm2.context_length
