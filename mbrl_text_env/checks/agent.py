@@ -325,13 +325,15 @@ def _check_decision(trial: _Trial, state: TextState, decision: Any) -> None:
         chunk.token_ids,
         "Return the first tokens that the completion adds to the state.",
     )
-    stops = trial.agent.language_model.stop_token_ids
+    reason = complete.finish_reason if len(ids) == len(complete.response_ids) else None
+    played = transition(state, chunk, trial.agent.max_response_tokens)
     expect(
-        (chunk.finish_reason == "stop") == (ids[-1] in stops),
-        f"{subject}, chunk, finish_reason",
-        "'stop' if its last token is a stop token, and only then",
-        chunk,
-        "Without it `transition` would not end the response.",
+        played.finish_reason == reason,
+        f"{subject}, chunk",
+        f"finish_reason {reason!r} after the chunk is appended, for its completion has "
+        f"{len(complete.response_ids)} tokens and ends by {complete.finish_reason!r}",
+        f"{played.finish_reason!r} after {chunk}",
+        "Give the last chunk of a completion the finish_reason of the completion.",
     )
 
 

@@ -86,11 +86,11 @@ def check_language_model(
     trial = dataclasses.replace(trial, states=(*trial.states, *_continued(trial)))
     rows = trial.draw(trial.everything)
     _check_logprobs(trial, rows)
+    _check_repeating(trial, rows)
     _check_batching(trial, rows)
     _check_streams(trial, rows)
     _check_randomness(trial)
     _check_greedy(trial, rows)
-    _check_ledger(trial, rows)
     _check_refusals(trial)
     if hasattr(lm, "features"):
         _check_features(trial)
@@ -377,14 +377,16 @@ def _check_greedy(trial: _Trial, rows: _Rows) -> None:
         )
 
 
-def _check_ledger(trial: _Trial, rows: _Rows) -> None:
+def _check_repeating(trial: _Trial, rows: _Rows) -> None:
+    """Draw the same once more, this time with ledgers, and look at what they say."""
     lm = trial.lm
     ledgers = [Ledger() for _ in trial.states]
+    again = trial.draw(trial.everything, ledgers=ledgers)
     _expect_same(
         trial,
         "the same chunks when called again with the same seeds",
         rows,
-        again := trial.draw(trial.everything, ledgers=ledgers),
+        again,
         "Draw from `stream(seed, state, k)`; keep no generator between calls.",
     )
     for state, row, ledger in zip(trial.states, again, ledgers, strict=True):

@@ -49,11 +49,10 @@ Tiny = Callable[[str], TransformersLM]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """Layers this small take longer to share among threads than to compute."""
     threads = torch.get_num_threads()
-    if "smollm2" not in request.fixturenames:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

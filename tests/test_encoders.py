@@ -1,0 +1,93 @@
+"""Embedding texts, and the arithmetic of what it costs."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from mbrl_text_env.encoders import encode_texts, encoder_flops, encoder_flops_bound, prefix_text
+
+TEXTS = ["A short text.", "Another one, which is a little longer than the first.", "Grüße!"]
+
+# all-MiniLM-L6-v2: 6 layers of width 384 with feed-forward layers of 1536, and a pooler.
+ATTENTION = 4 * (384 * 384 + 384)
+FEED_FORWARD = 384 * 1536 + 1536 + 1536 * 384 + 384
+NORMS = 2 * (384 + 384)
+PARAMETERS = 6 * (ATTENTION + FEED_FORWARD + NORMS) + 384 * 384 + 384
+
+
+def minilm_flops(tokens: int) -> float:
+    return 2 * PARAMETERS * tokens + 4 * 6 * 384 * tokens**2
+
+
+class CountingEncoder:
+    """Anything with `encode` is an encoder; this one counts characters and vowels."""
+
+    def encode(self, sentences):
+        return [[len(s), sum(c in "aeiou" for c in s)] for s in sentences]
+
+
+def test_prefix_text_is_prompt_and_response():
+    assert prefix_text("Why?", "Because.") == "Prompt: Why?\nResponse: Because."
+    assert prefix_text("Why?", "") == "Prompt: Why?\nResponse: "
+
+
+class TestEncodeTexts:
+    def test_is_the_encoders_own_output(self, minilm):
+        found = encode_texts(minilm, TEXTS)
+        assert found.dtype == np.float32
+        assert found.shape == (3, 384)
+        np.testing.assert_allclose(found, minilm.encode(TEXTS, show_progress_bar=False), atol=1e-6)
+
+    def test_a_batch_is_its_texts_one_by_one(self, minilm):
+        alone = np.concatenate([encode_texts(minilm, [text]) for text in TEXTS])
+        np.testing.assert_allclose(encode_texts(minilm, tuple(TEXTS)), alone, atol=1e-5)
+
+    def test_shows_no_progress_bar(self, minilm, capfd, caplog):
+        with caplog.at_level(logging.DEBUG, logger="sentence_transformers"):
+            encode_texts(minilm, TEXTS)
+        assert capfd.readouterr().err == ""
+
+    def test_other_encoders(self):
+        found = encode_texts(CountingEncoder(), ["aha", "hm"])
+        assert found.dtype == np.float32
+        assert found.tolist() == [[3.0, 2.0], [2.0, 0.0]]
+
+
+class TestFlops:
+    def test_by_hand(self, minilm):
+        # The words are one token each, between the start and the end mark.
+        found = encoder_flops(minilm, ["the sea", "the old man and the sea", "the"])
+        assert found.dtype == np.float64
+        assert found.tolist() == [minilm_flops(4), minilm_flops(8), minilm_flops(3)]
+
+    def test_a_long_text_costs_what_fits(self, minilm):
+        assert minilm.max_seq_length == 256
+        found = encoder_flops(minilm, ["sea " * 1000])
+        assert found.tolist() == [minilm_flops(256)]
+        assert encoder_flops_bound(minilm) == minilm_flops(256)
+
+    def test_the_bound_covers_every_text(self, minilm):
+        assert encoder_flops(minilm, TEXTS).max() < encoder_flops_bound(minilm)
+
+    def test_a_text_costs_the_same_in_any_batch(self, minilm):
+        alone = [float(encoder_flops(minilm, [text])[0]) for text in TEXTS]
+        assert encoder_flops(minilm, TEXTS).tolist() == alone
+
+    def test_no_texts(self, minilm):
+        assert encoder_flops(minilm, []).shape == (0,)
+
+    @pytest.mark.parametrize("texts", [[], ["one"], ["one", "two"]])
+    def test_other_encoders_say_nothing(self, texts):
+        found = encoder_flops(CountingEncoder(), texts)
+        assert found.dtype == np.float64
+        assert found.tolist() == [0.0] * len(texts)
+        assert encoder_flops_bound(CountingEncoder()) == 0.0
+
+    def test_a_subclass_is_one_too(self, minilm, monkeypatch):
+        class Tuned(type(minilm)):
+            pass
+
+        monkeypatch.setattr(minilm, "__class__", Tuned)
+        assert encoder_flops(minilm, ["the sea"]).tolist() == [minilm_flops(4)]
+        assert encode_texts(minilm, ["the sea"]).shape == (1, 384)
