@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
-from mbrl_text_env.mdp import initial, is_terminal, transition
+from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.rewards.base import RewardModel, score_responses
 from mbrl_text_env.types import Chunk, Prompt, TextState
 
@@ -26,8 +26,8 @@ class Completion:
 
     Args:
         state: Terminal.
-        logprobs: Log-probability (nats) of each response token under the language model; empty
-            where it is not known.
+        logprobs: Log-probability (nats) under the language model of each token that the search
+            added; empty where it is not known.
         score: The reward model's score, or None where it was not asked.
         parts: The score's parts by name.
     """
@@ -169,7 +169,7 @@ class Agent(ABC):
         `max_chunk_tokens` is at least that.
 
         Raises:
-            ValueError: A state has ended.
+            ValueError: A state has ended, or its response is as long as the agent's limit.
             BudgetError: The budget allows no complete response.
         """
         for state in states:
@@ -177,6 +177,12 @@ class Agent(ABC):
                 raise ValueError(
                     f"The response to prompt {state.prompt.id!r} has ended; there is nothing to "
                     "decide. Reset the environment."
+                )
+            if self._room(state) < 1:
+                raise ValueError(
+                    f"The response to prompt {state.prompt.id!r} has {len(state.response_ids)} "
+                    f"tokens, and agent {self.name!r} writes at most {self.max_response_tokens}. "
+                    "Make the agent with the environment's max_response_tokens."
                 )
         ledgers = [Ledger(budget) for _ in states]
         completions = self._searched(states, ledgers, seed)
@@ -266,18 +272,20 @@ class Agent(ABC):
         """Tokens that the response can still have; 0 where it has ended."""
         if is_terminal(state):
             return 0
-        return max(0, self.max_response_tokens - len(state.response_ids))
+        return max(0, self._limit(state) - len(state.response_ids))
+
+    def _limit(self, state: TextState) -> int:
+        return response_limit(state, self.language_model, self.max_response_tokens)
 
     def _completion(self, state: TextState, chunk: Chunk) -> Completion:
-        return Completion(transition(state, chunk, self.max_response_tokens), chunk.logprobs)
+        return Completion(transition(state, chunk, self._limit(state)), chunk.logprobs)
 
     def _first_chunk(self, state: TextState, completion: Completion) -> Chunk:
         start, end = len(state.response_ids), len(state.response_ids) + self.chunk_tokens
         ids = completion.state.response_ids[start:end]
         whole = end >= len(completion.state.response_ids)
-        stopped = whole and completion.state.finish_reason == "stop"
         logprobs = completion.logprobs[: len(ids)]
-        return Chunk(ids, logprobs, "stop" if stopped else None)
+        return Chunk(ids, logprobs, completion.state.finish_reason if whole else None)
 
 
 def best(completions: Sequence[Completion]) -> Completion:
@@ -298,6 +306,15 @@ def affordable(ledger: Ledger, cost: Callable[[int], Usage], at_most: int) -> in
         middle = (low + high + 1) // 2
         low, high = (middle, high) if ledger.affords(cost(middle)) else (low, middle - 1)
     return low
+
+
+def is_binding(budget: Budget, usage: Usage) -> bool:
+    """Whether a search that goes on and on, at this cost a time, ever meets a cap.
+
+    A cap on something that costs nothing here is none: without this test, such a search would not
+    end.
+    """
+    return budget.seconds is not None or not Ledger(budget).affords(usage * 1_000_000)
 
 
 def check_positive(**counts: int) -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agents.base import DEFAULT_PARAMS, Agent, Completion, affordable, best, check_positive
+from agents.base import (
+    DEFAULT_PARAMS,
+    Agent,
+    Completion,
+    affordable,
+    best,
+    check_positive,
+    is_binding,
+)
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound
@@ -98,8 +106,9 @@ class BestOfN(Agent):
             found[i].extend(row)
 
     def _next_count(self, state: TextState, ledger: Ledger, have: int) -> int:
-        capped = ledger.budget.is_capped
-        wanted = self.n if self.n is not None else (None if capped else _N_WITHOUT_BUDGET)
+        wanted = self.n
+        if wanted is None and not is_binding(ledger.budget, self.samples_usage(state, 1)):
+            wanted = _N_WITHOUT_BUDGET
         left = _MOST_A_WAVE if wanted is None else min(wanted - have, _MOST_A_WAVE)
         return affordable(ledger, lambda count: self.samples_usage(state, count), left)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.base import DEFAULT_PARAMS, Agent, Completion, best, check_positive
+from agents.base import DEFAULT_PARAMS, Agent, Completion, best, check_positive, is_binding
 from agents.best_of_n import BestOfN
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed
 from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.mdp import is_terminal, transition
+from mbrl_text_env.mdp import is_terminal
 from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound
-from mbrl_text_env.types import Chunk, TextState
+from mbrl_text_env.types import TextState
 from mbrl_text_env.values import ValueModel, predict_values, value_usage_bound
 
 PARTIAL_PARAMS = SamplingParams(temperature=0.9)
@@ -110,7 +110,9 @@ class Lookahead(Agent):
         round_number = 0
         while True:
             plans = [
-                self._plan(state, ledger) if ledger.budget.is_capped or not row else None
+                self._plan(state, ledger)
+                if not row or is_binding(ledger.budget, self.response_usage(state))
+                else None
                 for state, ledger, row in zip(states, ledgers, found, strict=True)
             ]
             if not any(plans):
@@ -187,11 +189,8 @@ class Lookahead(Agent):
                 ledgers=[ledgers[i] for i in chosen],
             )
             for i, chunks in zip(chosen, drawn, strict=True):
-                rows[i] = [self._grown(states[i], chunk) for chunk in chunks]
+                rows[i] = [self._completion(states[i], chunk) for chunk in chunks]
         return rows
-
-    def _grown(self, state: TextState, chunk: Chunk) -> Completion:
-        return Completion(transition(state, chunk, self.max_response_tokens), chunk.logprobs)
 
     def _kept(
         self,

@@ -44,11 +44,11 @@ class RandomAgent(Agent):
 
     def _random(self, state: TextState, seed: int) -> Completion:
         lm = self.language_model
-        room = self.max_response_tokens - len(state.response_ids)
+        room = self._room(state)
         ids = stream(seed, state, 0).integers(lm.vocab_size, size=room).tolist()
         for length, token in enumerate(ids, start=1):
             if token in lm.stop_token_ids:
                 ids = ids[:length]
                 break
         chunk = ChunkRules(lm.vocab_size, lm.stop_token_ids, room).chunk(ids)
-        return Completion(transition(state, chunk, self.max_response_tokens))
+        return Completion(transition(state, chunk, self._limit(state)))

@@ -25,9 +25,9 @@ from mbrl_text_env.encoders import Encoder, encode_texts, prefix_text
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, Tokenizer
 from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import check_not_terminal, is_terminal, transition
+from mbrl_text_env.mdp import check_not_terminal, is_terminal, response_limit, transition
 from mbrl_text_env.observations import feature_box
-from mbrl_text_env.task import TextTask
+from mbrl_text_env.task import TextTask, added_text
 from mbrl_text_env.types import Chunk, TextState
 from mbrl_text_env.vector import TextGenerationVectorEnv, stack_infos
 
@@ -118,7 +118,7 @@ class CandidateProposer:
         decode = self.task.tokenizer.decode
         return [
             [
-                decode(state.response_ids + chunk.token_ids)[len(decode(state.response_ids)) :]
+                added_text(decode(state.response_ids), decode(state.response_ids + chunk.token_ids))
                 for chunk in chunks
             ]
             for state, chunks in zip(states, proposals, strict=True)
@@ -149,10 +149,10 @@ class CandidateProposer:
         rows: npt.NDArray[np.float32],
         ledger: Ledger,
     ) -> None:
-        limit = self.task.max_response_tokens
         wanted: list[TextState] = []
         places: list[tuple[int, int]] = []
         for row, (state, chunks) in enumerate(zip(states, proposals, strict=True)):
+            limit = response_limit(state, self.task.tokenizer, self.task.max_response_tokens)
             children = [transition(state, chunk, limit) for chunk in chunks]
             wanted.extend([state, *children])
             places.extend((row, column) for column in range(1 + len(chunks)))

@@ -74,6 +74,11 @@ def initial(prompt: Prompt, tokenizer: Tokenizer) -> TextState:
     return TextState(prompt, tokenizer.encode_prompt(prompt))
 
 
+def response_limit(state: TextState, tokenizer: Tokenizer, max_response_tokens: int) -> int:
+    """Most tokens that the response can have: the limit given, or what the context leaves."""
+    return min(max_response_tokens, tokenizer.context_length - len(state.prompt_ids))
+
+
 def is_terminal(state: TextState) -> bool:
     """Whether the response has ended."""
     return state.finish_reason is not None

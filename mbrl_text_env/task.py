@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from os.path import commonprefix
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import Tokenizer
-from mbrl_text_env.mdp import ChunkRules, InvalidChunkError, append, initial
+from mbrl_text_env.mdp import ChunkRules, InvalidChunkError, append, initial, response_limit
 from mbrl_text_env.observations import (
     EmbeddingObservation,
     Observation,
@@ -151,11 +152,11 @@ class TextTask:
             InvalidChunkError: An action is not a chunk.
             RewardError: The reward model failed.
         """
-        limit = self.max_response_tokens
         states, cuts = [], []
         for outcome, action in zip(outcomes, actions, strict=True):
             ids = _token_ids(action)
             before = outcome.state
+            limit = response_limit(before, self.tokenizer, self.max_response_tokens)
             state = append(before, tuple(ids), self.rules.finish_reason(ids), limit)
             states.append(state)
             cuts.append(len(state.response_ids) - len(before.response_ids) < len(ids))
@@ -250,7 +251,7 @@ class TextTask:
     def _process_reward(self, state: TextState) -> float:
         """The score of the last chunk among the chunks of the response."""
         texts = [self.tokenizer.decode(state.response_ids[:end]) for end in (0, *state.chunk_ends)]
-        steps = [text[len(before) :] for before, text in pairwise(texts)]
+        steps = [added_text(before, after) for before, after in pairwise(texts)]
         model = cast("ProcessRewardModel", self.reward_model)
         return float(score_steps(model, state.prompt, steps)[-1])
 
@@ -284,6 +285,20 @@ class TextTask:
             f"options['prompt']: expected a Prompt, the id of one of {len(self.prompts)} prompts, "
             f"or an index below {len(self.prompts)}; got {wanted!r}."
         )
+
+
+def added_text(before: str, after: str) -> str:
+    """What decoding more tokens has added to a text.
+
+    A character whose bytes two chunks share is shown as a replacement mark until it is whole; it
+    belongs to the chunk that completes it.
+
+    Example:
+        >>> added_text("caf\ufffd", "caf\u00e9!")
+        '\u00e9!'
+    """
+    shared = commonprefix([before, after])  # noqa: RUF071 character by character is what is meant
+    return after[len(shared) :]
 
 
 def _info(

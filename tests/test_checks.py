@@ -959,7 +959,6 @@ def test_agents_of_every_size_pass(limit, chunk, branches, prefix, seed, stop):
     checks.check_agent(lookahead, PROMPTS[:2], seed=seed)
 
 
-@pytest.mark.xfail(strict=True, reason="Agent._first_chunk drops finish_reason 'length'")
 def test_agents_pass_where_the_context_is_shorter_than_the_limit():
     lm = NGramLM("abc", context_length=6, stop_probability=0)
     checks.check_agent(agents.Sampling(lm, **SIZES), PROMPTS)

@@ -289,3 +289,21 @@ def test_gym_make_without_arguments_writes_with_the_real_tokenizer():
     env = gym.make(ID, reward_model="0.5*sentiment+0.5*relevance")
     env.reset(seed=0)
     assert set(env.step([*ids, 2])[4]["score_parts"]) == {"sentiment", "relevance"}
+
+
+def test_a_character_shared_by_two_chunks_belongs_to_the_second():
+    """The real tokenizer splits rare characters into bytes; no step's text loses one."""
+    reward = StepReward("Ж")
+    env = gym.make(ID, reward_model=reward, reward="process").unwrapped
+    env.reset(seed=0)
+    ids = env.task.tokenizer.tokenizer("aЖ")["input_ids"]
+    assert len(ids) >= 3
+    rewards = [env.step([token])[1] for token in ids]
+    assert rewards == [0.0] * (len(ids) - 1) + [1.0]
+
+
+def test_the_context_ends_a_response_too():
+    env = make(tokenizer=CharTokenizer("abcde", context_length=5))
+    env.reset(options={"prompt": "ab"})
+    _, _, terminated, truncated, info = env.step([1, 2, 3])
+    assert (terminated, truncated, info["response"]) == (False, True, "abc")

@@ -53,6 +53,15 @@ class TestWriteText:
             write_text(tmp_path / "x", "text")
         assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
+    def test_the_mode_is_that_of_any_new_file(self, tmp_path):
+        write_text(tmp_path / "x", "text")
+        with write_folder(tmp_path / "folder"):
+            pass
+        (tmp_path / "usual").touch()
+        (tmp_path / "usual-folder").mkdir()
+        for made, usual in (("x", "usual"), ("folder", "usual-folder")):
+            assert (tmp_path / made).stat().st_mode == (tmp_path / usual).stat().st_mode
+
     def test_writers_at_once_leave_one_whole_text(self, tmp_path):
         texts = [f"{i}\n" * 20_000 for i in range(8)]
         threads = [

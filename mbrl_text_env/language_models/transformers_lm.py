@@ -8,6 +8,7 @@ it does not change its tokens (floating-point ties aside).
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,8 @@ class HFTokenizer:
         if named and not self.tokenizer("text", add_special_tokens=False)["input_ids"]:
             # transformers makes an empty one where the files are missing.
             raise ModelLoadError(
-                f"{str(source)!r} has no tokenizer files. Save the model's tokenizer there, or pass "
-                "it as `tokenizer`."
+                f"{str(source)!r} has no tokenizer files. Save the model's tokenizer there, or "
+                "pass it as `tokenizer`."
             )
         config = _load_optional(AutoConfig, source) if named else None
         text_config = config.get_text_config() if config is not None else None
@@ -278,10 +279,13 @@ class TransformersLM:
 
     def usage(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
         """2 x parameters for each token of the prefix and of the chunks, plus attention."""
-        prompt, new = prefix_tokens, sum(new_tokens)
+        # More samples than fit into a batch share no prefix computation across batches.
+        passes = max(1, math.ceil(len(new_tokens) / self.batch_size))
+        prompt, new = passes * prefix_tokens, sum(new_tokens)
         # Scores and weighted values: 2 x 2 x context x width for each layer and token; a prefix
         # token attends to half the prefix on average.
-        attended = prompt * prompt / 2 + sum(n * prompt + n * n / 2 for n in new_tokens)
+        attended = passes * prefix_tokens * prefix_tokens / 2
+        attended += sum(n * prefix_tokens + n * n / 2 for n in new_tokens)
         flops = 2.0 * self.num_parameters * (prompt + new) + 4.0 * self._attention_width * attended
         return Usage(prompt_tokens=prompt, generated_tokens=new, lm_calls=1, lm_flops=flops)
 

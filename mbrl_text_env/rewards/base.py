@@ -89,8 +89,17 @@ def applies_to(reward_model: object, prompt: Prompt) -> bool:
 
 
 def reward_usage_bound(reward_model: object) -> Usage:
-    """The most that scoring one response is charged."""
+    """The most that scoring one response is charged.
+
+    Raises:
+        RewardError: The model counts its computation but sets no bound to it.
+    """
     bound: Callable[[], float] | None = getattr(reward_model, "flops_bound", None)
+    if bound is None and hasattr(reward_model, "flops"):
+        raise RewardError(
+            f"Reward model {reward_name(reward_model)!r} has `flops` but no `flops_bound() -> "
+            "float`, the most that one response can take; budgets need both. Add it."
+        )
     return Usage(reward_calls=1, reward_flops=0.0 if bound is None else float(bound()))
 
 
@@ -144,14 +153,15 @@ def score_steps(
             "`score_steps(prompt, steps)`. Use reward='terminal' or reward='delta', or another "
             "reward model."
         )
+    if not steps:
+        return np.zeros(0)
     ledgers = None if ledger is None else [ledger]
     with timed(ledgers):
         raw = _guarded(
             reward_model.score_steps, f"Reward model {name!r}, prompt {prompt.id!r}", prompt, steps
         )
         scores = _checked(raw, name, [prompt] * len(steps), steps)
-    if ledger is not None:
-        ledger.charge(Usage(reward_calls=1))
+    _charge(reward_model, [prompt], ["".join(steps)], ledgers)
     return scores
 
 
@@ -174,11 +184,13 @@ def _checked(
     raw: Any, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> FloatArray:
     try:
+        if np.asarray(raw).dtype.kind in "US":
+            raise TypeError("texts, which may or may not look like numbers")
         scores = np.asarray(raw, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise RewardError(
             f"Reward model {name!r}: expected {len(responses)} numbers, got {_shorten(repr(raw))} "
-            f"for prompt {prompts[0].id!r}, response {_shorten(responses[0])!r}."
+            f"for prompt {prompts[0].id!r}, response {_shorten(responses[0])!r} ({error})."
         ) from error
     if scores.shape != (len(responses),):
         raise RewardError(
@@ -206,9 +218,10 @@ def _charge(
     if ledgers is None:
         return
     flops_function = getattr(reward_model, "flops", None)
-    flops = (
-        np.zeros(len(responses)) if flops_function is None else flops_function(prompts, responses)
-    )
+    flops = np.zeros(len(responses))
+    if flops_function is not None:
+        name = f"{reward_name(reward_model)}.flops"
+        flops = _checked(flops_function(prompts, responses), name, prompts, responses)
     for ledger, amount in zip(ledgers, flops, strict=True):
         ledger.charge(Usage(reward_calls=1, reward_flops=float(amount)))
 

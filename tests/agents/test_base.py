@@ -8,6 +8,7 @@ from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
 from mbrl_text_env.mdp import initial, is_terminal, transition
+from mbrl_text_env.types import Chunk
 from tests.toys import PROMPTS, CountReward, ExactValue, FixedValue, toy_options
 
 LM = NGramLM("abc", order=2, seed=3, stop_probability=0.15)
@@ -167,3 +168,20 @@ def test_a_perfect_value_beats_blind_choice_in_lookahead():
         scores[label] = sum(g.completion.score for row in drawn for g in row) / (40 * len(PROMPTS))
     assert scores["guided"] > scores["blind"] + 0.03
     assert scores["misled"] < scores["blind"]
+
+
+def test_a_response_as_long_as_the_agents_limit_is_refused():
+    """An environment with a larger limit than the agent's; once a search without an end."""
+    agent = BestOfN(LM, CountReward(), max_response_tokens=2)
+    state = transition(initial(PROMPTS[0], LM), Chunk((1, 2)), 9)
+    with pytest.raises(ValueError, match="max_response_tokens"):
+        agent.act([state], Budget(tokens=9))
+
+
+@pytest.mark.parametrize("agent", make_agents()[3:], ids=lambda agent: agent.name)
+def test_a_cap_on_what_costs_nothing_is_none(agent):
+    """Without it the search would go on for ever."""
+    free = NGramLM("abc", order=2, seed=3, flops_per_token=0.0)
+    agent.language_model = free
+    (generation,) = agent.generate(PROMPTS[:1], Budget(flops=1.0))
+    assert 1 <= generation.usage.reward_calls <= 4
