@@ -167,7 +167,7 @@ class Ledger:
         for name, amount in spent.items():
             cap = getattr(self.budget, name)
             if cap is not None and amount > cap:
-                return f"{amount:g} {name} of a budget of {cap:g}"
+                return f"{amount:,.12g} {name} of a budget of {cap:,.12g}"
         return None
 
 
