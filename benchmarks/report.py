@@ -6,50 +6,63 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.columns import Columns
+from rich.console import Group
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """The comparison's table."""
+def table(summary: dict[str, Any]) -> Group:
+    """The comparison in two tables that fit a terminal of 80 columns: quality and cost."""
     prompts = len(summary["prompts"])
     budget = summary["budget_tokens"]
-    shown = Table(
-        title=f"Reward {summary['reward']!r}, {prompts} prompts, "
+    quality = Table(
+        "agent",
+        *(
+            Column(heading, justify="right")
+            for heading in ("mean reward", "minus best-of-N", "wins")
+        ),
+        title=f"Reward {summary['reward']!r}: {prompts} prompts, "
         f"{'no budget' if budget is None else f'{budget} tokens a prompt'}, "
         f"{summary['language_model']}",
-        caption="Means over prompts, 95% bootstrap intervals; differences are paired by prompt.",
     )
-    for heading, justify in (
-        ("agent", "left"),
-        ("mean reward", "right"),
-        ("minus best-of-N", "right"),
-        ("win rate", "right"),
-        ("tokens", "right"),
-        ("reward calls", "right"),
-        ("GFLOPs", "right"),
-        ("seconds", "right"),
-    ):
-        shown.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    cost = Table(
+        "agent",
+        *(
+            Column(heading, justify="right")
+            for heading in ("tokens", "reward calls", "value calls")
+        ),
+        *(Column(heading, justify="right") for heading in ("GFLOPs", "seconds")),
+        caption="Means over prompts, 95% bootstrap intervals, differences paired by prompt; a tie "
+        "is half a win.",
+    )
     for entry in summary["agents"]:
-        shown.add_row(*_cells(entry))
-    return shown
-
-
-def side_by_side(rows: Sequence[dict[str, Any]]) -> Columns:
-    """One prompt's responses beside each other; all rows are of the same prompt."""
-    panels = [
-        Panel(
-            Text(row["response"].strip()),
-            title=Text(row["agent"]),
-            subtitle=f"score {row['score']:.3f}, {row['usage']['generated_tokens']} tokens spent",
-            width=44,
+        quality.add_row(entry["agent"], *_quality(entry))
+        cost.add_row(
+            entry["agent"],
+            f"{entry['generated_tokens']:.0f}",
+            f"{entry['reward_calls']:.1f}",
+            f"{entry['value_calls']:.1f}",
+            f"{entry['flops'] / 1e9:.1f}",
+            f"{entry['seconds']:.2f}",
         )
-        for row in rows
-    ]
-    return Columns(panels, title=Text(f"Prompt: {rows[0]['prompt']}"))
+    return Group(quality, cost)
+
+
+def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
+    """One prompt's responses beside each other; all rows are of the same prompt."""
+    grid = Table.grid(*(Column(ratio=1) for _ in rows), expand=True)
+    grid.add_row(
+        *(
+            Panel(
+                Text(row["response"].strip()),
+                title=Text(row["agent"]),
+                subtitle=f"score {row['score']:.3f}",
+            )
+            for row in rows
+        )
+    )
+    return Group(Text(f"Prompt: {rows[0]['prompt']}", style="bold"), grid)
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
@@ -73,18 +86,10 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     scratch.replace(path)
 
 
-def _cells(entry: dict[str, Any]) -> list[str]:
+def _quality(entry: dict[str, Any]) -> list[str]:
+    mean = f"{entry['mean']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
     versus = entry.get("vs_best_of_n")
-    paired = "-"
-    if versus is not None:
-        paired = f"{versus['difference']:+.3f} [{versus['low']:+.3f}, {versus['high']:+.3f}]"
-    return [
-        entry["agent"],
-        f"{entry['mean']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]",
-        paired,
-        "-" if versus is None else f"{versus['win_rate']:.0%}",
-        f"{entry['generated_tokens']:.0f}",
-        f"{entry['reward_calls']:.1f}",
-        f"{entry['flops'] / 1e9:.1f}",
-        f"{entry['seconds']:.2f}",
-    ]
+    if versus is None:
+        return [mean, "-", "-"]
+    paired = f"{versus['difference']:+.3f} [{versus['low']:+.3f}, {versus['high']:+.3f}]"
+    return [mean, paired, f"{versus['win_rate']:.0%}"]
