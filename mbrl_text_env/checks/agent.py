@@ -12,7 +12,7 @@ import numpy as np
 from mbrl_text_env.checks.base import CheckError, counted, expect, expect_error, expect_methods
 from mbrl_text_env.language_models.base import SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, BudgetExceededError, Usage
-from mbrl_text_env.mdp import initial, is_terminal, transition
+from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.rewards.base import score_responses
 from mbrl_text_env.types import Chunk, Prompt, TextState
 
@@ -43,7 +43,8 @@ def check_agent(
             `language_model`, `reward_model` (or None), `max_response_tokens` and `chunk_tokens`.
         prompts: At least one; better several of different lengths.
         budget_tokens: The least budget that has to be enough, in generated tokens; by default one
-            response's worth, `max_response_tokens`. One token less has to be refused.
+            response's worth: `max_response_tokens`, or what the context leaves for it. One token
+            less has to be refused.
         seed: Of the answers.
 
     Raises:
@@ -65,13 +66,18 @@ def check_agent(
         subject,
         "Derive it from `agents.Agent`, or add them.",
     )
-    least = agent.max_response_tokens if budget_tokens is None else budget_tokens
+    least = _longest_response(agent, prompts) if budget_tokens is None else budget_tokens
     trial = _Trial(agent, subject, tuple(prompts), least, seed)
     _check_determinism(trial)
     _check_seed(trial)
     _check_batching(trial)
     _check_budgets(trial)
     _check_acting(trial)
+
+
+def _longest_response(agent: Any, prompts: Sequence[Prompt]) -> int:
+    lm = agent.language_model
+    return max(response_limit(initial(p, lm), lm, agent.max_response_tokens) for p in prompts)
 
 
 @dataclass
