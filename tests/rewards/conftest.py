@@ -32,8 +32,9 @@ def classifiers(tmp_path_factory, minilm) -> dict[str, Path]:
     words.model_max_length = 512
     folders = {}
     for build in (bert, bert_with_three_classes, deberta, llama, llama_with_padding):
-        torch.manual_seed(0)
-        model, tokenizer = build(words)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, tokenizer = build(words)
         folders[build.__name__] = root / build.__name__
         model.save_pretrained(folders[build.__name__])
         tokenizer.save_pretrained(folders[build.__name__])
