@@ -155,7 +155,9 @@ def collect_command(
     reward_model = make(reward)
     chosen = choose_prompts(_prompts(prompts, split), num_prompts, reward_model, seed)
     with RecordWriter(out) as writer, progress_bar(console) as bar:
-        done = {record.prompt_id for record in writer.existing() if record.seed == seed}
+        existing = writer.existing()
+        _check_same_reward(existing, reward_model, out)
+        done = {record.prompt_id for record in existing if record.seed == seed}
         left = [prompt for prompt in chosen if prompt.id not in done]
         task = bar.add_task("Collecting", total=len(left) * samples)
         if left:
@@ -252,6 +254,19 @@ def _prompts(source: str, split: str, kind: str | None = None) -> Any:
     from mbrl_text_env.prompts import load_prompts
 
     return load_prompts(source, split=None if split == "all" else split, kind=kind)
+
+
+def _check_same_reward(records: Any, reward_model: Any, folder: Path) -> None:
+    from mbrl_text_env.records import RecordsError
+    from mbrl_text_env.rewards.base import reward_name
+
+    others = sorted({record.reward_name for record in records} - {reward_name(reward_model)})
+    if others:
+        raise RecordsError(
+            f"{folder} holds records scored by {others}, and these would be scored by "
+            f"{reward_name(reward_model)!r}. Collect into another folder; `records.rescore` scores "
+            "the same responses with another reward model."
+        )
 
 
 def _digest(folder: Path) -> str:

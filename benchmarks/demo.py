@@ -58,6 +58,8 @@ def run_demo(
     Returns:
         The summary of the comparison by reward.
     """
+    if out.exists():
+        console.print(f"Going on in {out}: what an earlier run has finished is not run again.")
     _first_text(language_model, console, config)
     _collect(language_model, out, console, config)
     summaries = {}

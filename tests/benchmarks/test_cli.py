@@ -24,6 +24,9 @@ def test_collect_fit_compare(tmp_path):
     assert len(read_records(records)) == 6
     result = run("collect", "--out", records, "--num-prompts", 4, "--samples", 2, *SMALL)
     assert "2 responses to 1 prompts added" in result.output.replace("\n", " ")
+    result = run("collect", "--out", records, "--reward", "relevance", "--num-prompts", 4, *SMALL)
+    assert result.exit_code == 2
+    assert "scored by ['sentiment']" in result.output.replace("\n", " ")
     result = run("fit", "--records", records, "--out", value)
     assert result.exit_code == 0, result.output
     assert "correlation within a prompt" in result.output
