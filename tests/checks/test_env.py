@@ -172,8 +172,13 @@ class RestoresInHalf(TextGenerationEnv):
 
 
 class IgnoresTheSeed(TextGenerationEnv):
+    """Takes the prompts in turn, whatever the seed."""
+
+    turn = 0
+
     def reset(self, *, seed=None, options=None):
-        return super().reset(options=options)
+        self.turn = (self.turn + 1) % len(self.task.prompts)
+        return super().reset(seed=seed, options=options or {"prompt": self.turn})
 
 
 class AlwaysTheSamePrompt(TextGenerationEnv):
