@@ -6,6 +6,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "base": [
+            "NextTokens",
+            "SampleRequest",
             "FeatureModel",
             "LanguageModel",
             "PromptTooLongError",
@@ -14,6 +16,7 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "catalogue": ["embedded", "embedded_encoder", "embedded_tokenizer"],
         "toy": ["CharTokenizer", "NGramLM", "TableLM"],
-        "transformers_lm": ["HFTokenizer", "TransformersLM"],
+        "hf_tokenizer": ["HFTokenizer", "ModelLoadError"],
+        "transformers_lm": ["TransformersLM"],
     },
 )

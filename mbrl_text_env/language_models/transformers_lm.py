@@ -1,142 +1,109 @@
 """Any causal language model of transformers, by name or folder, under the package's protocol.
 
-The decoding loop is our own: a state's prefix is computed once for all its samples, sequences that
-end leave the batch, and every sequence draws from its own random stream, so that the batch around
-it does not change its tokens (floating-point ties aside).
+The decoding loop is our own: keys and values of prefixes seen before are found by their token ids,
+a state's prefix is computed once for all its samples, sequences that end make room for others, and
+every sequence draws from its own random stream, so that the batch around it does not change its
+tokens (floating-point ties aside).
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
-)
+from transformers import AutoModelForCausalLM
 
 from mbrl_text_env.language_models.base import (
+    NextTokens,
     PromptTooLongError,
+    SampleRequest,
     SamplingParams,
     check_sample_arguments,
     check_unfinished,
-    stream,
 )
+from mbrl_text_env.language_models.batches import (
+    CachedBatch,
+    DynamicBatch,
+    kv_rows,
+    padded_inputs,
+)
+from mbrl_text_env.language_models.decoding import Sampled, decode, finished, waiting
+from mbrl_text_env.language_models.hf_tokenizer import (
+    HFTokenizer,
+    ModelLoadError,
+    check_room,
+    context_limit,
+    load,
+    stop_ids,
+)
+from mbrl_text_env.language_models.kv import KVBatch, Span
+from mbrl_text_env.language_models.networks import (
+    LlamaNetwork,
+    ModuleNetwork,
+    Network,
+    UnsupportedNetworkError,
+    is_llama_like,
+    reference_logits,
+    scaled_logits,
+    stepwise_logits,
+)
+from mbrl_text_env.language_models.prefix_cache import CacheStats, PrefixCache, Tokens
+from mbrl_text_env.language_models.sampling import top_tokens
 from mbrl_text_env.ledger import Ledger, Usage, timed
-from mbrl_text_env.types import Chunk, FinishReason, Prompt, TextState
+from mbrl_text_env.types import Chunk, Prompt, TextState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Sequences that have ended are dropped from the key-value cache when they are this share of the
-# batch: dropping copies the whole cache, so doing it at every end would cost more than it saves.
-_COMPACTION_SHARE = 1 / 8
-
-
-class ModelLoadError(ValueError):
-    """A folder or Hub name from which no model could be loaded."""
-
-
-class HFTokenizer:
-    """A transformers tokenizer, with what it takes to know when a response ends.
-
-    Args:
-        source: Name on the Hub, folder, or a loaded transformers tokenizer.
-        stop_token_ids: Ids that end a response; by default the end-of-sequence ids of the
-            tokenizer and of the model's generation config, or of its config where it has none.
-        context_length: Most tokens of prompt and response together; by default the model config's.
-
-    Raises:
-        ModelLoadError: Nothing could be loaded from `source`.
-    """
-
-    def __init__(
-        self,
-        source: str | Path | PreTrainedTokenizerBase,
-        stop_token_ids: Iterable[int] | None = None,
-        context_length: int | None = None,
-    ) -> None:
-        named = isinstance(source, (str, Path))
-        loaded: Any = source
-        self.tokenizer = _load(AutoTokenizer, source) if named else loaded
-        if named and not self.tokenizer("text", add_special_tokens=False)["input_ids"]:
-            # transformers makes an empty one where the files are missing.
-            raise ModelLoadError(
-                f"{str(source)!r} has no tokenizer files. Save the model's tokenizer there, or "
-                "pass it as `tokenizer`."
-            )
-        config = _load_optional(AutoConfig, source) if named else None
-        text_config = config.get_text_config() if config is not None else None
-        self.vocab_size: int = max(len(self.tokenizer), getattr(text_config, "vocab_size", 0))
-        generation = _load_optional(GenerationConfig, source) if named else None
-        self.stop_token_ids = (
-            frozenset(stop_token_ids)
-            if stop_token_ids is not None
-            else _stop_ids(self.tokenizer.eos_token_id, generation or text_config)
-        )
-        self.context_length: int = context_length or _context_length(text_config, self.tokenizer)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HFTokenizer:
-        # Read-only. Gymnasium deep-copies the arguments of an environment whenever its spec is
-        # read through a wrapper.
-        return self
-
-    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt: chat messages through the chat template, plain text as it is.
-
-        Raises:
-            PromptTooLongError: It leaves no room for a response.
-            ValueError: It is a chat, and the tokenizer has no chat template.
-        """
-        if isinstance(prompt.content, str):
-            ids = list(self.tokenizer(prompt.content)["input_ids"])
-        else:
-            if self.tokenizer.chat_template is None:
-                raise ValueError(
-                    f"Prompt {prompt.id!r} is a chat, but the tokenizer has no chat template. Load "
-                    "prompts with chat=False, or use an instruction-tuned model."
-                )
-            messages = [{"role": m.role, "content": m.content} for m in prompt.content]
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
-        if not ids:
-            raise ValueError(f"Prompt {prompt.id!r} has no tokens: {prompt.text!r}. Give it text.")
-        _check_room(prompt, len(ids), self.context_length)
-        return tuple(ids)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
-        text: str = self.tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+# Logits are large: a pass of the output layer takes this many tokens.
+_LOGIT_ROWS = 256
+# How far our forward pass may be from the model's own, as a share of the largest logit.
+_TOLERANCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.15}
+_PROBE_TOKENS = 12
+_PROBE_WINDOW = 64
 
 
 class TransformersLM:
     """A causal language model of transformers.
+
+    Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, other models whose layers
+    attend to all or to the latest tokens on their own modules, both with a prefix cache. Which one
+    it is, is tried out on a few tokens when the model is loaded. Models with other layers beside
+    attention (convolutions, recurrent ones) are decoded without a cache of prefixes.
+
+    Weights that are trained in place are noticed, and the cache is emptied. A write that goes
+    around PyTorch's version counters (`parameter.data.copy_`) is not: call `clear_cache` after it.
 
     Args:
         model: Name on the Hub, folder, or a loaded transformers model.
         tokenizer: Its tokenizer; by default loaded from the same name or folder.
         name: What reports call it; by default the last part of the model's name or folder.
         device: By default `"cuda"` where there is one, otherwise `"cpu"`.
-        dtype: By default float32 on a CPU and bfloat16 elsewhere.
-        batch_size: Most sequences decoded together; memory grows with it.
+        dtype: By default float32 on a CPU and bfloat16 elsewhere. On a CPU, bfloat16 and float16
+            are the format of weights and products, and everything else is float32. `torch.int8` is
+            for CPUs and the models named above: products of 8 bits with rotated inputs
+            (`products.Int8Product`). As with every reduced format, rounding then depends a little
+            on the batch, so the same call in another batch may sample other tokens.
+        batch_size: Most sequences decoded together.
+        kv_bytes: Most bytes of keys and values: half of them for the sequences being decoded, so
+            that long ones are decoded in smaller batches; what those leave over is for the prefix
+            cache. A single sequence longer than that is decoded all the same.
+        prefix_cache: Whether prefixes are kept between calls.
 
     Raises:
         ModelLoadError: Nothing could be loaded from the name or folder, or the model keeps no
             key-value cache (RWKV, Mamba and other purely recurrent ones; hybrids are fine).
-        ValueError: `batch_size` is below 1, or a loaded model came without a tokenizer.
+        ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
+            or int8 is asked for where it is not offered.
 
     Example:
         >>> from mbrl_text_env.language_models import TransformersLM
@@ -152,9 +119,12 @@ class TransformersLM:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         batch_size: int = 64,
+        kv_bytes: int = 4 * 2**30,
+        prefix_cache: bool = True,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}.")
+        for option, value in (("batch_size", batch_size), ("kv_bytes", kv_bytes)):
+            if value < 1:
+                raise ValueError(f"{option}: expected at least 1, got {value}.")
         named = isinstance(model, (str, Path))
         if tokenizer is None:
             if not named:
@@ -170,19 +140,27 @@ class TransformersLM:
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.dtype = dtype
         self.batch_size = batch_size
-        loaded: Any = _load(AutoModelForCausalLM, model, dtype=dtype) if named else model
+        self.kv_bytes = kv_bytes
+        self.prefix_cache = prefix_cache
+        # int8 products are made from the weights in the format that they came in.
+        stored: Any = "auto" if dtype == torch.int8 else dtype
+        loaded: Any = load(AutoModelForCausalLM, model, dtype=stored) if named else model
+        loaded = loaded.get_base_model() if hasattr(loaded, "peft_config") else loaded
         _check_cache(loaded)
-        self.model = loaded.to(self.device, dtype).eval()
+        self.model = loaded.to(self.device)
+        if dtype != torch.int8:
+            self.model = self.model.to(dtype)
+        self.model = self.model.eval()
         self._tokenizer = (
             tokenizer if isinstance(tokenizer, HFTokenizer) else HFTokenizer(tokenizer)
         )
         config = self.model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
-        self.stop_token_ids = self._tokenizer.stop_token_ids | _stop_ids(
+        self.stop_token_ids = self._tokenizer.stop_token_ids | stop_ids(
             None, self.model.generation_config
         )
         self.context_length = min(
-            _context_length(config, self._tokenizer.tokenizer), self._tokenizer.context_length
+            context_limit(config, self._tokenizer.tokenizer), self._tokenizer.context_length
         )
         self.feature_size: int = config.hidden_size
         # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
@@ -192,16 +170,78 @@ class TransformersLM:
         head_size = getattr(config, "head_dim", None)
         width = config.num_attention_heads * head_size if head_size else config.hidden_size
         self._attention_width: int = config.num_hidden_layers * width
+        self._lock = threading.RLock()
+        self._cache: PrefixCache[Span] = PrefixCache(0)
+        self._kv: KVBatch | None = None
+        self._weights = self._weights_version()
+        self._network = self._make_network()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformersLM:
         # A shared, read-only engine: environments and agents that are copied go on using this one.
         return self
 
+    @property
+    def cache_stats(self) -> CacheStats:
+        """What the prefix cache found, missed and dropped so far."""
+        return self._cache.stats
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the prefixes that are kept."""
+        return self._cache.nbytes
+
+    def clear_cache(self) -> None:
+        """Forget all prefixes, and the weights that int8 products were made from."""
+        with self._lock:
+            self._cache.clear()
+            self._weights = ()
+
+    def with_adapter(self, folder: str | Path, name: str | None = None) -> TransformersLM:
+        """This model with a LoRA adapter of peft; both can be used side by side.
+
+        Only the weights that the adapter changes are held twice.
+
+        Args:
+            folder: The adapter's folder, or its name on the Hub.
+            name: What reports call it; by default this model's name and the folder's.
+
+        Raises:
+            ModelLoadError: There is no adapter, or it belongs to another model.
+        """
+        from peft import PeftModel
+
+        shared: dict[int, Any] = {
+            id(p): torch.nn.Parameter(p.data, requires_grad=False) for p in self.model.parameters()
+        }
+        shared |= {id(b): b for b in self.model.buffers()}
+        clone = copy.deepcopy(self.model, shared)
+        try:
+            # Merging with safety checks works on copies of the weights that change.
+            adapted: Any = PeftModel.from_pretrained(clone, str(folder))
+            adapted = adapted.merge_and_unload(safe_merge=True)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise ModelLoadError(
+                f"Expected the folder of a peft adapter for {self.name!r}, got {str(folder)!r} "
+                f"({type(error).__name__}: {reason}). An adapter fits the model that it was "
+                "trained on; check `base_model_name_or_path` in its adapter_config.json."
+            ) from error
+        return TransformersLM(
+            adapted,
+            tokenizer=self._tokenizer,
+            name=name or f"{self.name}+{Path(str(folder)).name}",
+            device=self.device,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            kv_bytes=self.kv_bytes,
+            prefix_cache=self.prefix_cache,
+        )
+
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
         ids = self._tokenizer.encode_prompt(prompt)
         # A tokenizer that was passed in loaded knows nothing of the model's context.
-        _check_room(prompt, len(ids), self.context_length)
+        check_room(prompt, len(ids), self.context_length)
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -221,24 +261,43 @@ class TransformersLM:
     ) -> list[list[Chunk]]:
         """Draw chunks; see `LanguageModel.sample`."""
         check_sample_arguments(states, num_samples, max_new_tokens, seeds)
-        chunks: list[list[Chunk]] = [[] for _ in states]
-        with timed(ledgers):
-            for batch, first, count in self._batches(states, num_samples):
-                drawn = self._decode(
-                    [states[i] for i in batch],
-                    range(first_sample + first, first_sample + first + count),
-                    max_new_tokens,
-                    [seeds[i] for i in batch],
-                    params,
-                )
-                for i, row in zip(batch, drawn, strict=True):
-                    chunks[i].extend(row)
-        if ledgers is not None:
-            for state, row, ledger in zip(states, chunks, ledgers, strict=True):
-                ledger.charge(self.usage(len(_prefix(state)), [len(chunk) for chunk in row]))
+        requests = [
+            SampleRequest(state, num_samples, max_new_tokens, seed, first_sample, params)
+            for state, seed in zip(states, seeds, strict=True)
+        ]
+        return self.sample_requests(requests, ledgers=ledgers)
+
+    def sample_requests(
+        self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
+    ) -> list[list[Chunk]]:
+        """Draw chunks for requests that differ in more than their state, in the same batches.
+
+        Args:
+            requests: What to sample.
+            ledgers: One a request.
+
+        Returns:
+            chunks[len(requests)][requests[i].num_samples].
+
+        Raises:
+            ValueError: See `LanguageModel.sample`.
+        """
+        for r in requests:
+            check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
+        limits = [min(r.max_new_tokens, self._room(r.state)) for r in requests]
+        chunks: list[list[Chunk]] = [[] for _ in requests]
+        with timed(ledgers), self._lock, torch.inference_mode():
+            queue = waiting(requests, limits)
+            computed = self._run(queue)
+            for sampled in queue:
+                chunks[sampled.request].append(finished(sampled, self))
+        for request, row, count, ledger in zip(
+            requests, chunks, computed, ledgers or (), strict=ledgers is not None
+        ):
+            prefix = len(_prefix(request.state))
+            ledger.charge(self._usage(prefix, count, [len(chunk) for chunk in row]))
         return chunks
 
-    @torch.inference_mode()
     def logprobs(
         self,
         states: Sequence[TextState],
@@ -250,265 +309,276 @@ class TransformersLM:
         check_unfinished(states)
         if len(chunks) != len(states):
             raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
-        found: list[tuple[float, ...]] = []
-        with timed(ledgers):
-            for start in range(0, len(states), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                found.extend(self._chunk_logprobs(states[part], chunks[part]))
-        if ledgers is not None:
-            for state, chunk, ledger in zip(states, chunks, ledgers, strict=True):
-                ledger.charge(self.usage(len(_prefix(state)) + len(chunk), []))
+        # The last token is judged, but nothing is asked of what follows it.
+        sequences = [_prefix(s) + c.token_ids[:-1] for s, c in zip(states, chunks, strict=True)]
+        firsts = [len(_prefix(state)) - 1 for state in states]
+        found: list[tuple[float, ...]] = [()] * len(states)
+        with timed(ledgers), self._lock, torch.inference_mode():
+            computed = [0] * len(states)
+            for i, logits, count in self._logits_after(sequences, firsts):
+                ids = torch.tensor(chunks[i].token_ids, dtype=torch.long, device=logits.device)
+                chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
+                found[i] = tuple((chosen - logits.logsumexp(-1)).tolist())
+                computed[i] = count
+        self._charge_passes(sequences, computed, ledgers)
         return found
 
-    @torch.inference_mode()
+    def next_tokens(
+        self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
+    ) -> list[NextTokens]:
+        """The k most probable next tokens of each state.
+
+        Args:
+            states: States that have not ended.
+            k: From 1 to the size of the vocabulary.
+            ledgers: One a state.
+
+        Raises:
+            ValueError: k is outside its range, or a state has ended.
+        """
+        check_unfinished(states)
+        if not 1 <= k <= self.vocab_size:
+            raise ValueError(f"k: expected a number from 1 to {self.vocab_size}, got {k}.")
+        sequences = [_prefix(state) for state in states]
+        found = [NextTokens((), ())] * len(states)
+        with timed(ledgers), self._lock, torch.inference_mode():
+            computed = [0] * len(states)
+            lasts = [len(sequence) - 1 for sequence in sequences]
+            for i, logits, count in self._logits_after(sequences, lasts):
+                ids, logs = top_tokens(logits, k)
+                found[i] = NextTokens(tuple(ids[0].tolist()), tuple(logs[0].tolist()))
+                computed[i] = count
+        self._charge_passes(sequences, computed, ledgers)
+        return found
+
     def features(
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
     ) -> npt.NDArray[np.float32]:
-        """float32[B, hidden_size]: the last layer's hidden state of each prefix's last token."""
+        """float32[B, hidden_size]: the last layer's hidden state of each prefix's last token.
+
+        What is computed here is kept: sampling from the same states does not compute it again.
+        """
+        sequences = [_prefix(state) for state in states]
         rows = np.zeros((len(states), self.feature_size), dtype=np.float32)
-        with timed(ledgers):
-            for start in range(0, len(states), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                inputs = self._inputs([_prefix(state) for state in states[part]])
-                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-                rows[part] = hidden[:, -1].float().cpu().numpy()
-        if ledgers is not None:
-            for state, ledger in zip(states, ledgers, strict=True):
-                ledger.charge(self.usage(len(_prefix(state)), []))
+        with timed(ledgers), self._lock, torch.inference_mode():
+            computed = [0] * len(states)
+            lasts = [len(sequence) - 1 for sequence in sequences]
+            for i, hidden, count in self._hidden(sequences, lasts):
+                rows[i] = hidden[-1].float().cpu().numpy()
+                computed[i] = count
+        self._charge_passes(sequences, computed, ledgers)
         return rows
 
     def usage(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """2 x parameters for each token of the prefix and of the chunks, plus attention."""
-        # More samples than fit into a batch share no prefix computation across batches.
-        passes = max(1, math.ceil(len(new_tokens) / self.batch_size))
-        prompt, new = passes * prefix_tokens, sum(new_tokens)
-        # Scores and weighted values: 2 x 2 x context x width for each layer and token; a prefix
-        # token attends to half the prefix on average.
-        attended = passes * prefix_tokens * prefix_tokens / 2
-        attended += sum(n * prefix_tokens + n * n / 2 for n in new_tokens)
-        flops = 2.0 * self.num_parameters * (prompt + new) + 4.0 * self._attention_width * attended
-        return Usage(prompt_tokens=prompt, generated_tokens=new, lm_calls=1, lm_flops=flops)
+        """2 x parameters for each token of the prefix and of the chunks, plus attention.
 
-    def _batches(
-        self, states: Sequence[TextState], num_samples: int
-    ) -> Iterator[tuple[list[int], int, int]]:
-        """Batches of similar length: indices of states, first sample and number of samples."""
-        order = sorted(range(len(states)), key=lambda i: len(_prefix(states[i])))
-        for first in range(0, num_samples, self.batch_size):
-            count = min(self.batch_size, num_samples - first)
-            width = max(1, self.batch_size // count)
-            for start in range(0, len(order), width):
-                yield order[start : start + width], first, count
+        Args:
+            prefix_tokens: Tokens of the state's prompt and response, none of them cached.
+            new_tokens: Length of each chunk sampled after it.
+        """
+        passes = 1
+        if self._network is None:
+            # Without a cache, samples that do not fit into one batch do not share their prefix.
+            passes = max(1, math.ceil(len(new_tokens) / self.batch_size))
+        return self._usage(prefix_tokens, passes * prefix_tokens, new_tokens)
 
-    @torch.inference_mode()
-    def _decode(
+    def _usage(self, prefix: int, computed: int, new_tokens: Sequence[int]) -> Usage:
+        new = sum(new_tokens)
+        # Scores and weighted values: 2 x 2 x context x width for each layer and token. The prefix's
+        # last tokens are the ones that are computed; a token attends to those before it.
+        if computed <= prefix:
+            attended = (prefix**2 - (prefix - computed) ** 2) / 2
+        else:
+            attended = computed * prefix / 2
+        attended += sum(n * prefix + n * n / 2 for n in new_tokens)
+        flops = 2.0 * self.num_parameters * (computed + new) + 4.0 * self._attention_width * attended
+        return Usage(
+            prompt_tokens=computed,
+            cached_tokens=max(0, prefix - computed),
+            generated_tokens=new,
+            lm_calls=1,
+            lm_flops=flops,
+        )
+
+    def _charge_passes(
         self,
-        states: Sequence[TextState],
-        samples: range,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-        params: SamplingParams,
-    ) -> list[list[Chunk]]:
-        limits = self._limits(states, max_new_tokens)
-        rows = [(i, k) for i in range(len(states)) for k in samples]
-        uniforms = np.stack(
-            [stream(seeds[i], states[i], k).random(max_new_tokens) for i, k in rows]
-        )
-        tokens: list[list[int]] = [[] for _ in rows]
-        logprobs: list[list[float]] = [[] for _ in rows]
-        batch = _Prefilled(self, [_prefix(state) for state in states], len(samples))
-        alive = np.arange(len(rows))
-        running = np.ones(len(rows), dtype=bool)
-        for step in range(max_new_tokens):
-            draws = torch.from_numpy(uniforms[alive, step]).to(self.device)
-            drawn, logs = draw(batch.logits, draws, params)
-            new_tokens, new_logs = drawn.tolist(), logs.tolist()
-            for place, row in enumerate(alive.tolist()):
-                if running[row]:
-                    tokens[row].append(new_tokens[place])
-                    logprobs[row].append(new_logs[place])
-                    ended = new_tokens[place] in self.stop_token_ids
-                    running[row] = not ended and len(tokens[row]) < limits[rows[row][0]]
-            if not running.any():
-                break
-            keep = np.flatnonzero(running[alive])
-            if len(keep) <= len(alive) * (1 - _COMPACTION_SHARE):
-                batch.keep(keep)
-                alive, drawn = alive[keep], drawn[torch.from_numpy(keep).to(self.device)]
-            batch.append(drawn)
-        chunks = [
-            self._chunk(states[i], t, p)
-            for (i, _), t, p in zip(rows, tokens, logprobs, strict=True)
-        ]
-        size = len(samples)
-        return [chunks[start : start + size] for start in range(0, len(chunks), size)]
-
-    def _limits(self, states: Sequence[TextState], max_new_tokens: int) -> list[int]:
-        limits = []
-        for state in states:
-            room = self.context_length - len(_prefix(state))
-            if room < 1:
-                raise PromptTooLongError(
-                    f"Prompt {state.prompt.id!r} and its response have {len(_prefix(state))} "
-                    f"tokens and fill the model's context of {self.context_length}."
-                )
-            limits.append(min(max_new_tokens, room))
-        return limits
-
-    def _chunk(self, state: TextState, ids: list[int], logprobs: list[float]) -> Chunk:
-        reason: FinishReason | None = None
-        if ids[-1] in self.stop_token_ids:
-            reason = "stop"
-        elif len(_prefix(state)) + len(ids) >= self.context_length:
-            reason = "length"
-        return Chunk(tuple(ids), tuple(logprobs), reason)
-
-    def _chunk_logprobs(
-        self, states: Sequence[TextState], chunks: Sequence[Chunk]
-    ) -> list[tuple[float, ...]]:
-        inputs = self._inputs(
-            [_prefix(state) + chunk.token_ids for state, chunk in zip(states, chunks, strict=True)]
-        )
-        longest = max(len(chunk) for chunk in chunks)
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits
-        # Some models take no notice of `logits_to_keep` and return the logits of every place.
-        logits = logits[:, -longest - 1 : -1].float()
-        targets = inputs["input_ids"][:, -longest:, None]
-        logs = logits.log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
-        # Sequences are padded on the left, so a chunk's tokens are the last ones of its row.
-        return [tuple(row[-len(chunk) :]) for row, chunk in zip(logs, chunks, strict=True)]
-
-    def _inputs(self, sequences: Sequence[tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        """Sequences padded on the left, with their mask and positions, on the model's device."""
-        width = max(len(sequence) for sequence in sequences)
-        ids = torch.zeros(len(sequences), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, width - len(sequence) :] = torch.tensor(sequence)
-            mask[row, width - len(sequence) :] = 1
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-        }
-        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
-
-
-class _Prefilled:
-    """A batch of sequences in decoding: its key-value cache, mask and next-token logits."""
-
-    def __init__(
-        self, lm: TransformersLM, prefixes: Sequence[tuple[int, ...]], copies: int
+        sequences: Sequence[Tokens],
+        computed: Sequence[int],
+        ledgers: Sequence[Ledger] | None,
     ) -> None:
-        self.lm = lm
-        inputs = lm._inputs(prefixes)
-        self.cache: Any = DynamicCache(config=lm.model.config)
-        logits = lm.model(
-            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        ).logits
-        self.logits = logits[:, -1].float().repeat_interleave(copies, 0)
-        self.mask, self.positions = inputs["attention_mask"], inputs["position_ids"][:, -1:]
-        if copies > 1:
-            self._select(torch.arange(len(prefixes)).repeat_interleave(copies))
+        for sequence, count, ledger in zip(
+            sequences, computed, ledgers or (), strict=ledgers is not None
+        ):
+            ledger.charge(self._usage(len(sequence), count, []))
 
-    def keep(self, rows: npt.NDArray[np.intp]) -> None:
-        """Drop all other sequences."""
-        self._select(torch.from_numpy(rows))
-
-    def _select(self, rows: torch.Tensor) -> None:
-        rows = rows.to(self.mask.device)
-        # The beam search's reordering: unlike the cache's other methods on the batch, every kind of
-        # layer has it, those of hybrid models too.
-        self.cache.reorder_cache(rows)
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
-
-    def append(self, tokens: torch.Tensor) -> None:
-        """Append one token a sequence (int64[B]) and compute the next logits."""
-        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        # A sequence that has ended may stay in the batch, but not run over the last position.
-        self.positions = (self.positions + 1).clamp(max=self.lm.context_length - 1)
-        self.logits = (
-            self.lm.model(
-                input_ids=tokens[:, None],
-                attention_mask=self.mask,
-                position_ids=self.positions,
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-            .logits[:, -1]
-            .float()
-        )
-
-
-def draw(
-    logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn uniform numbers into tokens by the inverse of the cumulative distribution.
-
-    One pass over the vocabulary a sequence; `torch.multinomial` costs several, and draws from a
-    generator that all sequences share.
-
-    Args:
-        logits: float32[B, V].
-        uniforms: float64[B] in [0, 1).
-        params: Temperature, top-k and top-p, applied in this order.
-
-    Returns:
-        Tokens int64[B] and their log-probabilities float32[B] (nats) under the unshaped
-        distribution.
-    """
-    if params.temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        # Relative to the largest, so that no quotient by a small temperature overflows.
-        scaled = logits - logits.amax(-1, keepdim=True)
-        scaled /= max(params.temperature, torch.finfo(scaled.dtype).tiny)
-        if params.top_k and params.top_k < scaled.shape[-1]:
-            least = scaled.topk(params.top_k).values[:, -1:]
-            scaled = scaled.masked_fill(scaled < least, -torch.inf)
-        probabilities = scaled.softmax(-1)
-        if params.top_p < 1.0:
-            probabilities = _nucleus(probabilities, params.top_p)
-        # Doubles: the rounding of 50,000 sums in single precision would show in the samples.
-        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-        targets = uniforms[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
-    return tokens, chosen - logits.logsumexp(-1)
-
-
-def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    # A token stays if the ones before it have not reached top_p; the first always does.
-    dropped = ordered.cumsum(-1) - ordered >= top_p
-    dropped[:, 0] = False
-    return probabilities.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), 0.0)
-
-
-def _prefix(state: TextState) -> tuple[int, ...]:
-    return state.prompt_ids + state.response_ids
-
-
-def _load(factory: Any, source: Any, **options: Any) -> Any:
-    try:
-        return factory.from_pretrained(str(source), **options)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelLoadError(
-            f"Expected the folder of a transformers causal language model with its tokenizer, or a "
-            f"name on the Hugging Face Hub that is reachable or already downloaded; got {source!r} "
-            f"({type(error).__name__}: {reason}). Check the spelling, the network, or "
-            "HF_HUB_OFFLINE; `language_models.embedded()` needs no network."
-        ) from error
-
-
-def _load_optional(factory: Any, source: Any) -> Any:
-    """A config that a folder with a tokenizer alone does not have."""
-    try:
-        return factory.from_pretrained(str(source))
-    except (OSError, ValueError):
+    def _make_network(self) -> Network | None:
+        """The leanest network that computes what the model computes; None for hybrid models."""
+        makers: list[Any] = [lambda: ModuleNetwork(self.model)]
+        with torch.inference_mode():
+            if is_llama_like(self.model):
+                makers.insert(0, lambda: LlamaNetwork(self.model, self.model.dtype))
+                if self.dtype == torch.int8 and self.device.type == "cpu":
+                    # Its rounding is its own: what has to agree is the network around it.
+                    self._check(LlamaNetwork(self.model, self.model.dtype))
+                    return LlamaNetwork(self.model, torch.int8)
+            if self.dtype == torch.int8:
+                raise ValueError(
+                    f"dtype=torch.int8 is for Llama, Mistral, Qwen2 and Qwen3 models without "
+                    f"adapters, on a CPU; {type(self.model).__name__} is on {self.device}. Leave "
+                    "dtype out, or choose torch.bfloat16."
+                )
+            for make in makers:
+                try:
+                    network: Network = make()
+                    self._check(network)
+                except (UnsupportedNetworkError, TypeError, RuntimeError, AttributeError):
+                    continue
+                return network
         return None
+
+    def _check(self, network: Network) -> None:
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None) or 0
+        count = _PROBE_TOKENS + (window if window <= _PROBE_WINDOW else 0)
+        generator = np.random.default_rng(0)
+        ids = generator.integers(0, self.vocab_size, min(count, self.context_length)).tolist()
+        expected = reference_logits(self.model, ids)
+        difference = float((stepwise_logits(network, ids) - expected).abs().max())
+        # "not" and "<=", so that NaN is a difference too.
+        if not difference <= _TOLERANCES[self.model.dtype] * max(1.0, float(expected.abs().max())):
+            warnings.warn(
+                f"{type(network).__name__} does not compute {type(self.model).__name__} (a logit "
+                f"differs by {difference:.3g}); a slower way is taken.",
+                stacklevel=2,
+            )
+            raise UnsupportedNetworkError(type(self.model).__name__)
+
+    def _weights_version(self) -> tuple[tuple[int, int], ...]:
+        return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+
+    def _refresh(self) -> None:
+        """Notice weights that were trained since the last call."""
+        weights = self._weights_version()
+        if weights != self._weights:
+            self._weights = weights
+            self._cache.clear()
+            if self.dtype == torch.int8:
+                self._network = LlamaNetwork(self.model, torch.int8)
+
+    def _cached_batch(self, wanted: int, longest: int, capacity: int) -> tuple[CachedBatch, int]:
+        """An empty batch of up to `wanted` rows within the memory allowed, and its rows."""
+        assert self._network is not None
+        shape = self._network.shape
+        rows = kv_rows(shape, capacity, wanted, self.kv_bytes // 2)
+        kv = self._kv
+        if kv is None or kv.capacity < capacity or len(kv.starts) < rows:
+            self._kv = None  # Two of them at once would not be within the bound.
+            kv = self._kv = KVBatch(shape, rows, capacity)
+        left = self.kv_bytes - shape.bytes_per_token * len(kv.starts) * kv.capacity
+        self._cache.max_bytes = max(0, left) if self.prefix_cache else 0
+        self._cache.shrink(self._cache.max_bytes)
+        return CachedBatch(self._network, self._cache, kv, longest), rows
+
+    def _run(self, queue: Sequence[Sampled]) -> list[int]:
+        """Sample the queue; returns the prefix tokens computed for each request."""
+        computed = [0] * (1 + max((chunk.request for chunk in queue), default=-1))
+        if not queue:
+            return computed
+        if self._network is None:
+            for part in _whole_requests(queue, self.batch_size):
+                batch = DynamicBatch(self.model, self.context_length)
+                decode(part, batch, len(part), self, computed)
+            return computed
+        self._refresh()
+        longest = len(queue[0].sequence)
+        capacity = max(len(chunk.sequence) + chunk.limit for chunk in queue)
+        # Room to go on without moving anything while rows come and go.
+        capacity += capacity // 4 if len(queue) > self.batch_size else 0
+        cached, rows = self._cached_batch(min(self.batch_size, len(queue)), longest, capacity)
+        decode(queue, cached, rows, self, computed)
+        return computed
+
+    def _hidden(
+        self, sequences: Sequence[Tokens], firsts: Sequence[int]
+    ) -> Iterator[tuple[int, torch.Tensor, int]]:
+        """Index, hidden states from place `firsts[i]` to the end, and tokens computed for it."""
+        if not sequences:
+            return
+        if self._network is None:
+            yield from self._hidden_without_cache(sequences, firsts)
+            return
+        self._refresh()
+        owners: dict[Tokens, list[int]] = {}
+        for i in sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), sequences[i])):
+            owners.setdefault(sequences[i], []).append(i)
+        unique = list(owners)
+        while unique:
+            longest = len(unique[0])
+            batch, rows = self._cached_batch(min(self.batch_size, len(unique)), longest, longest)
+            part, unique = unique[:rows], unique[rows:]
+            found = batch.add(part, [1] * len(part))
+            for row, place in enumerate(found.rows):
+                sequence, count = part[place], found.computed[place]
+                for i in owners[sequence]:
+                    yield i, batch.hidden(row, firsts[i], len(sequence)), count
+                    count = 0
+
+    def _hidden_without_cache(
+        self, sequences: Sequence[Tokens], firsts: Sequence[int]
+    ) -> Iterator[tuple[int, torch.Tensor, int]]:
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            inputs = padded_inputs([sequences[i] for i in part], self.device)
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            for row, i in enumerate(part):
+                kept = len(sequences[i]) - firsts[i]
+                yield i, hidden[row, hidden.shape[1] - kept :], len(sequences[i])
+
+    def _logits_after(
+        self, sequences: Sequence[Tokens], firsts: Sequence[int]
+    ) -> Iterator[tuple[int, torch.Tensor, int]]:
+        """Index, float32 logits after each token from place `firsts[i]` on, tokens computed."""
+        for i, hidden, count in self._hidden(sequences, firsts):
+            logits = [self._to_logits(part) for part in hidden.split(_LOGIT_ROWS)]
+            yield i, torch.cat(logits), count
+
+    def _to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._network is not None:
+            return self._network.logits(hidden)
+        head = self.model.get_output_embeddings()
+        return scaled_logits(head(hidden), self.model.config.get_text_config())
+
+    def _room(self, state: TextState) -> int:
+        room = self.context_length - len(_prefix(state))
+        if room < 1:
+            raise PromptTooLongError(
+                f"Prompt {state.prompt.id!r} and its response have {len(_prefix(state))} "
+                f"tokens and fill the model's context of {self.context_length}."
+            )
+        return room
+
+
+def _whole_requests(queue: Sequence[Sampled], size: int) -> Iterator[list[Sampled]]:
+    """Batches in which each request is as little divided as possible."""
+    part: list[Sampled] = []
+    groups: dict[int, list[Sampled]] = {}
+    for chunk in queue:
+        groups.setdefault(chunk.request, []).append(chunk)
+    for group in groups.values():
+        if part and len(part) + len(group) > size:
+            yield part
+            part = []
+        for start in range(0, len(group), size):
+            if part and len(part) + len(group[start : start + size]) > size:
+                yield part
+                part = []
+            part = part + group[start : start + size]
+    if part:
+        yield part
+
+
+def _prefix(state: TextState) -> Tokens:
+    return state.prompt_ids + state.response_ids
 
 
 def _check_cache(model: Any) -> None:
@@ -518,25 +588,3 @@ def _check_cache(model: Any) -> None:
             f"{type(model).__name__} keeps no key-value cache, so its prefixes cannot be shared "
             "among samples. Use a model with attention, such as Llama, Qwen, Gemma or GPT-2."
         )
-
-
-def _check_room(prompt: Prompt, length: int, context_length: int) -> None:
-    if length >= context_length:
-        raise PromptTooLongError(
-            f"Prompt {prompt.id!r} has {length} tokens, but the model's context holds "
-            f"{context_length} tokens of prompt and response together. Shorten it, or use a model "
-            "with a longer context."
-        )
-
-
-def _stop_ids(eos_token_id: int | None, config: Any) -> frozenset[int]:
-    configured = getattr(config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in [eos_token_id, *listed] if i is not None)
-
-
-def _context_length(config: Any, tokenizer: Any) -> int:
-    # Tokenizers without a limit report a huge number.
-    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
-    known = [limit for limit in limits if limit is not None and limit < 10**9]
-    return min(known) if known else 2**31

@@ -25,7 +25,7 @@ from mbrl_text_env.language_models import (
     embedded_tokenizer,
 )
 from mbrl_text_env.language_models.catalogue import CACHE_VARIABLE, EmbeddedModelError
-from mbrl_text_env.language_models.transformers_lm import ModelLoadError
+from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
 from mbrl_text_env.types import Prompt, TextState
 
 NAME = "SmolLM2-135M-Instruct-v1"

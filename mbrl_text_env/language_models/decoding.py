@@ -1,0 +1,163 @@
+"""The decoding loop: many requests side by side in one batch that is kept full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from mbrl_text_env.language_models.base import SampleRequest, SamplingParams, Tokenizer, stream
+from mbrl_text_env.language_models.batches import Batch
+from mbrl_text_env.language_models.prefix_cache import Tokens
+from mbrl_text_env.language_models.sampling import draw
+from mbrl_text_env.types import Chunk, FinishReason, TextState
+
+# Rows are added when this share of the batch is free: every addition is a pass over few tokens.
+_REFILL_SHARE = 1 / 8
+
+
+@dataclass
+class Sampled:
+    """A chunk that is being sampled, or waits to be.
+
+    Args:
+        request: Index of its request.
+        state: What it follows.
+        limit: Most tokens.
+        params: How they are drawn.
+        generator: The random numbers of this chunk alone.
+        tokens: Those drawn so far.
+        logprobs: Their log-probabilities.
+    """
+
+    request: int
+    state: TextState
+    limit: int
+    params: SamplingParams
+    generator: np.random.Generator
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> Tokens:
+        """All tokens: prompt, response and the chunk so far."""
+        return self.state.prompt_ids + self.state.response_ids + tuple(self.tokens)
+
+
+def waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[Sampled]:
+    """The chunks of all requests, longest prefix first, those of one state together.
+
+    Args:
+        requests: What to sample.
+        limits: Most tokens of each request's chunks.
+    """
+    order = sorted(
+        range(len(requests)),
+        key=lambda i: (-_length(requests[i].state), _ids(requests[i].state), i),
+    )
+    return [
+        Sampled(
+            i,
+            requests[i].state,
+            limits[i],
+            requests[i].params,
+            stream(requests[i].seed, requests[i].state, k),
+        )
+        for i in order
+        for k in range(
+            requests[i].first_sample, requests[i].first_sample + requests[i].num_samples
+        )
+    ]
+
+
+def decode(
+    queue: Sequence[Sampled], batch: Batch, size: int, tokenizer: Tokenizer, computed: list[int]
+) -> None:
+    """Sample every chunk of the queue to its end.
+
+    Args:
+        queue: As `waiting` gives it; the chunks are filled in.
+        batch: An empty batch.
+        size: Most rows of it.
+        tokenizer: Knows the stop tokens, and text where stop strings are looked for.
+        computed: For each request, the prefix tokens that went through the network; added to.
+    """
+    queue, active = list(queue), []  # type: list[Sampled], list[Sampled]
+    while queue or active:
+        free = size - len(active)
+        if queue and (not active or (batch.refills and free >= max(1, size * _REFILL_SHARE))):
+            active += _admit(queue, batch, free, computed)
+        _draw(active, batch.logits())
+        # From the last row on: a row that leaves is replaced by the last one.
+        for row in reversed(range(len(active))):
+            if not _is_done(active[row], tokenizer):
+                continue
+            if active[row].tokens[-1] not in tokenizer.stop_token_ids:
+                batch.keep(row, active[row].sequence)
+            batch.drop(row)
+            last = active.pop()
+            if row < len(active):
+                active[row] = last
+        if active:
+            batch.append([chunk.tokens[-1] for chunk in active])
+
+
+def finished(chunk: Sampled, tokenizer: Tokenizer) -> Chunk:
+    """The chunk that was sampled."""
+    reason: FinishReason | None = None
+    if chunk.tokens[-1] in tokenizer.stop_token_ids:
+        reason = "stop"
+    elif _length(chunk.state) + len(chunk.tokens) >= tokenizer.context_length:
+        reason = "length"
+    return Chunk(tuple(chunk.tokens), tuple(chunk.logprobs), reason)
+
+
+def _admit(queue: list[Sampled], batch: Batch, free: int, computed: list[int]) -> list[Sampled]:
+    """Move up to `free` chunks from the queue into the batch."""
+    chosen = queue[:free]
+    del queue[:free]
+    groups: dict[Tokens, list[Sampled]] = {}
+    for chunk in chosen:
+        groups.setdefault(_ids(chunk.state), []).append(chunk)
+    hold = bool(queue) and _ids(queue[0].state) in groups
+    found = batch.add(list(groups), [len(group) for group in groups.values()], hold)
+    for group, count in zip(groups.values(), found.computed, strict=True):
+        computed[group[0].request] += count
+    members = [iter(group) for group in groups.values()]
+    return [next(members[i]) for i in found.rows]
+
+
+def _draw(active: Sequence[Sampled], logits: torch.Tensor) -> None:
+    """Append a token to every chunk."""
+    uniforms = torch.tensor([chunk.generator.random() for chunk in active], dtype=torch.float64)
+    uniforms = uniforms.to(logits.device)
+    kinds: dict[SamplingParams, list[int]] = {}
+    for row, chunk in enumerate(active):
+        kinds.setdefault(chunk.params, []).append(row)
+    for params, rows in kinds.items():
+        alone = len(kinds) == 1
+        tokens, logprobs = draw(
+            logits if alone else logits[rows], uniforms if alone else uniforms[rows], params
+        )
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            active[row].tokens.append(token)
+            active[row].logprobs.append(logprob)
+
+
+def _is_done(chunk: Sampled, tokenizer: Tokenizer) -> bool:
+    if len(chunk.tokens) == chunk.limit or chunk.tokens[-1] in tokenizer.stop_token_ids:
+        return True
+    if not chunk.params.stop:
+        return False
+    text = tokenizer.decode(chunk.tokens)
+    return any(stop in text for stop in chunk.params.stop)
+
+
+def _ids(state: TextState) -> Tokens:
+    return state.prompt_ids + state.response_ids
+
+
+def _length(state: TextState) -> int:
+    return len(state.prompt_ids) + len(state.response_ids)

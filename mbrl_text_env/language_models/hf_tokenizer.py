@@ -1,0 +1,138 @@
+"""Tokenizers of transformers: text to token ids, and when a response ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from mbrl_text_env.language_models.base import PromptTooLongError
+from mbrl_text_env.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ModelLoadError(ValueError):
+    """A folder or Hub name from which no model could be loaded."""
+
+
+class HFTokenizer:
+    """A transformers tokenizer, with what it takes to know when a response ends.
+
+    Args:
+        source: Name on the Hub, folder, or a loaded transformers tokenizer.
+        stop_token_ids: Ids that end a response; by default the end-of-sequence ids of the
+            tokenizer and of the model's generation config, or of its config where it has none.
+        context_length: Most tokens of prompt and response together; by default the model config's.
+
+    Raises:
+        ModelLoadError: Nothing could be loaded from `source`.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | PreTrainedTokenizerBase,
+        stop_token_ids: Iterable[int] | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        named = isinstance(source, (str, Path))
+        loaded: Any = source
+        self.tokenizer = load(AutoTokenizer, source) if named else loaded
+        if named and not self.tokenizer("text", add_special_tokens=False)["input_ids"]:
+            # transformers makes an empty one where the files are missing.
+            raise ModelLoadError(
+                f"{str(source)!r} has no tokenizer files. Save the model's tokenizer there, or "
+                "pass it as `tokenizer`."
+            )
+        config = _load_optional(AutoConfig, source) if named else None
+        text_config = config.get_text_config() if config is not None else None
+        self.vocab_size: int = max(len(self.tokenizer), getattr(text_config, "vocab_size", 0))
+        generation = _load_optional(GenerationConfig, source) if named else None
+        self.stop_token_ids = (
+            frozenset(stop_token_ids)
+            if stop_token_ids is not None
+            else stop_ids(self.tokenizer.eos_token_id, generation or text_config)
+        )
+        self.context_length: int = context_length or context_limit(text_config, self.tokenizer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HFTokenizer:
+        # Read-only. Gymnasium deep-copies the arguments of an environment whenever its spec is
+        # read through a wrapper.
+        return self
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt: chat messages through the chat template, plain text as it is.
+
+        Raises:
+            PromptTooLongError: It leaves no room for a response.
+            ValueError: It is a chat, and the tokenizer has no chat template.
+        """
+        if isinstance(prompt.content, str):
+            ids = list(self.tokenizer(prompt.content)["input_ids"])
+        else:
+            if self.tokenizer.chat_template is None:
+                raise ValueError(
+                    f"Prompt {prompt.id!r} is a chat, but the tokenizer has no chat template. Load "
+                    "prompts with chat=False, or use an instruction-tuned model."
+                )
+            messages = [{"role": m.role, "content": m.content} for m in prompt.content]
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+        if not ids:
+            raise ValueError(f"Prompt {prompt.id!r} has no tokens: {prompt.text!r}. Give it text.")
+        check_room(prompt, len(ids), self.context_length)
+        return tuple(ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+        text: str = self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def load(factory: Any, source: Any, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(str(source), **options)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelLoadError(
+            f"Expected the folder of a transformers causal language model with its tokenizer, or a "
+            f"name on the Hugging Face Hub that is reachable or already downloaded; got {source!r} "
+            f"({type(error).__name__}: {reason}). Check the spelling, the network, or "
+            "HF_HUB_OFFLINE; `language_models.embedded()` needs no network."
+        ) from error
+
+
+def _load_optional(factory: Any, source: Any) -> Any:
+    """A config that a folder with a tokenizer alone does not have."""
+    try:
+        return factory.from_pretrained(str(source))
+    except (OSError, ValueError):
+        return None
+
+
+def check_room(prompt: Prompt, length: int, context_length: int) -> None:
+    if length >= context_length:
+        raise PromptTooLongError(
+            f"Prompt {prompt.id!r} has {length} tokens, but the model's context holds "
+            f"{context_length} tokens of prompt and response together. Shorten it, or use a model "
+            "with a longer context."
+        )
+
+
+def stop_ids(eos_token_id: int | None, config: Any) -> frozenset[int]:
+    configured = getattr(config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in [eos_token_id, *listed] if i is not None)
+
+
+def context_limit(config: Any, tokenizer: Any) -> int:
+    # Tokenizers without a limit report a huge number.
+    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+    known = [limit for limit in limits if limit is not None and limit < 10**9]
+    return min(known) if known else 2**31
