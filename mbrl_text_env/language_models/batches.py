@@ -13,9 +13,9 @@ from mbrl_text_env.language_models.kv import KVBatch, KVShape, Span
 from mbrl_text_env.language_models.networks import Network
 from mbrl_text_env.language_models.prefix_cache import PrefixCache, Tokens, common_length
 
-# A forward pass over prefixes has at most this many tokens, padding included: its mask has as many
-# rows, each as wide as the longest prefix.
-_PASS_TOKENS = 2048
+# A forward pass over prefixes has at most this many tokens, padding included, so that what it makes
+# stays in the processor's caches; larger ones were up to a third slower.
+_PASS_TOKENS = 512
 # What several prefixes share is computed once if it has at least this many tokens.
 _LEAST_STEM = 8
 
@@ -60,8 +60,8 @@ class Batch(Protocol):
         """Remember the row for later prefixes: all of its sequence that has been computed."""
         ...
 
-    def logits(self) -> torch.Tensor:
-        """float32[rows, V] for the next token of every row."""
+    def logits(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """float32[rows, V] for the next token of every row; `out` may be used for them."""
         ...
 
 
@@ -126,9 +126,9 @@ class CachedBatch:
         known = int(self.kv.lengths()[row])
         self._remember(row, sequence[:known], known)
 
-    def logits(self) -> torch.Tensor:
+    def logits(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Batch.logits`."""
-        return self._network.logits(self.kv.hidden[: self.kv.size, self.kv.columns - 1])
+        return self._network.logits(self.kv.hidden[: self.kv.size, self.kv.columns - 1], out)
 
     def hidden(self, row: int, first: int, last: int) -> torch.Tensor:
         """[last - first, hidden_size] of a row's tokens, counted from its start."""
@@ -272,7 +272,7 @@ class DynamicBatch:
     def keep(self, row: int, sequence: Tokens) -> None:
         """Nothing is kept."""
 
-    def logits(self) -> torch.Tensor:
+    def logits(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Batch.logits`."""
         return self._logits
 

@@ -85,11 +85,20 @@ def decode(
         computed: For each request, the prefix tokens that went through the network; added to.
     """
     queue, active = list(queue), []  # type: list[Sampled], list[Sampled]
+    # Taken once: fresh memory for every step's logits costs more than the passes over them.
+    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
     while queue or active:
         free = size - len(active)
         if queue and (not active or (batch.refills and free >= max(1, size * _REFILL_SHARE))):
             active += _admit(queue, batch, free, computed)
-        _draw(active, batch.logits())
+        logits = batch.logits(buffers and buffers[0][: len(active)])
+        if buffers is None:
+            options = {"dtype": logits.dtype, "device": logits.device}
+            buffers = (
+                torch.empty(size, logits.shape[-1], **options),
+                torch.empty(size, logits.shape[-1], **options),
+            )
+        _draw(active, logits, buffers[1][: len(active)])
         # From the last row on: a row that leaves is replaced by the last one.
         for row in reversed(range(len(active))):
             if not _is_done(active[row], tokenizer):
@@ -129,7 +138,7 @@ def _admit(queue: list[Sampled], batch: Batch, free: int, computed: list[int]) -
     return [next(members[i]) for i in found.rows]
 
 
-def _draw(active: Sequence[Sampled], logits: torch.Tensor) -> None:
+def _draw(active: Sequence[Sampled], logits: torch.Tensor, scratch: torch.Tensor) -> None:
     """Append a token to every chunk."""
     uniforms = torch.tensor([chunk.generator.random() for chunk in active], dtype=torch.float64)
     uniforms = uniforms.to(logits.device)
@@ -137,10 +146,10 @@ def _draw(active: Sequence[Sampled], logits: torch.Tensor) -> None:
     for row, chunk in enumerate(active):
         kinds.setdefault(chunk.params, []).append(row)
     for params, rows in kinds.items():
-        alone = len(kinds) == 1
-        tokens, logprobs = draw(
-            logits if alone else logits[rows], uniforms if alone else uniforms[rows], params
-        )
+        if len(kinds) == 1:
+            tokens, logprobs = draw(logits, uniforms, params, scratch)
+        else:
+            tokens, logprobs = draw(logits[rows], uniforms[rows], params)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             active[row].tokens.append(token)
             active[row].logprobs.append(logprob)

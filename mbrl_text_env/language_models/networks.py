@@ -40,8 +40,8 @@ class Network(Protocol):
         """
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32[n, V] of hidden states [n, hidden_size]."""
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """float32[n, V] of hidden states [n, hidden_size]; `out` may be used for them."""
         ...
 
 
@@ -92,7 +92,7 @@ class ModuleNetwork:
         ).last_hidden_state
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Network.logits`."""
         return scaled_logits(self._head(hidden), self._config)
 
@@ -143,9 +143,9 @@ class LlamaNetwork:
             x += layer.feed_forward(x)
         return _norm(x, model.norm).view(rows, width, -1)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Network.logits`."""
-        return scaled_logits(self._head(hidden)[0], self._config)
+        return scaled_logits(self._head(hidden, out)[0], self._config)
 
 
 class _LlamaLayer:

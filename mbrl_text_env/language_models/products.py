@@ -16,62 +16,47 @@ class Product(ABC):
     """x -> x W' + b for several weight matrices that share their input."""
 
     @abstractmethod
-    def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """float32[rows, inputs] -> one float32[rows, outputs] a matrix."""
+    def __call__(
+        self, x: torch.Tensor, out: torch.Tensor | None = None
+    ) -> Sequence[torch.Tensor]:
+        """float32[rows, inputs] -> one float32[rows, outputs] a matrix.
+
+        Args:
+            x: The inputs.
+            out: Where a product of one matrix may be written. Fresh memory costs more than the
+                arithmetic where the result is as large as the logits of a batch.
+        """
 
 
 class FloatProduct(Product):
     """The layers' own weights, used where they lie: training them is seen at once.
 
+    Weights of a reduced format multiply inputs rounded to it; the result has the inputs' format.
+
     Args:
         layers: Linear layers with the same number of inputs.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
-        self.layers = list(layers)
+        self._layers = list(layers)
 
-    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def __call__(
+        self, x: torch.Tensor, out: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """One product a layer."""
-        return [functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
+        first = self._layers[0]
+        if x.dtype != first.weight.dtype:
+            rounded = x.to(first.weight.dtype)
+            return [
+                functional.linear(rounded, layer.weight, layer.bias).to(x.dtype)
+                for layer in self._layers
+            ]
+        if out is not None and first.bias is None:
+            return [torch.mm(x, first.weight.t(), out=out)]
+        return [functional.linear(x, layer.weight, layer.bias) for layer in self._layers]
 
 
-class _Packed(Product):
-    """The matrices in one, as a copy in another format."""
-
-    def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
-        self._sizes = [layer.out_features for layer in layers]
-        biases = [layer.bias for layer in layers]
-        self._bias = (
-            torch.cat([bias.detach() for bias in biases]) if biases[0] is not None else None
-        )
-
-    def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        y = self._multiply(x)
-        if self._bias is not None:
-            y += self._bias
-        return y.split(self._sizes, -1) if len(self._sizes) > 1 else (y,)
-
-    @abstractmethod
-    def _multiply(self, x: torch.Tensor) -> torch.Tensor: ...
-
-
-class HalfProduct(_Packed):
-    """bfloat16 or float16 products of a network that is float32 otherwise.
-
-    Args:
-        layers: Linear layers with the same number of inputs.
-        dtype: Of the product.
-    """
-
-    def __init__(self, layers: Sequence[torch.nn.Linear], dtype: torch.dtype) -> None:
-        super().__init__(layers)
-        self._weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
-
-    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x.to(self._weight.dtype), self._weight).float()
-
-
-class Int8Product(_Packed):
+class Int8Product(Product):
     """int8 products with one scale a weight row and one an input row; sums are exact.
 
     Inputs of language models have a few channels that are far larger than the rest, which would
@@ -83,28 +68,46 @@ class Int8Product(_Packed):
     that neither the network nor its norms have to be rewritten and nothing is calibrated.
 
     Args:
-        layers: Linear layers with the same number of inputs.
+        layers: Linear layers with the same number of inputs; their weights are copied.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
-        super().__init__(layers)
+        self._sizes = [layer.out_features for layer in layers]
+        biases = [layer.bias.detach().float() for layer in layers if layer.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
         weight = torch.cat([layer.weight.detach().float() for layer in layers])
         self._rotation = _hadamard(weight.shape[-1], weight.device)
         weight = self._rotated(weight)
-        self._scales = _scales(weight)
-        weight = (weight / self._scales).round_().to(torch.int8)
+        scales = _scales(weight)
         # The kernel is fastest with the inputs along the rows.
-        self._weight, self._scales = weight.t(), self._scales.t().contiguous()
+        self._weight = (weight / scales).round_().to(torch.int8).t()
+        self._scales = scales.t().contiguous()
+        self._sums: torch.Tensor | None = None
 
-    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, out: torch.Tensor | None = None
+    ) -> Sequence[torch.Tensor]:
+        """One product a layer."""
         x = self._rotated(x)
         scales = _scales(x)
-        whole = torch._int_mm(x.div_(scales).round_().to(torch.int8), self._weight)
-        return whole.float().mul_(scales).mul_(self._scales)
+        rounded = x.div_(scales).round_().to(torch.int8)
+        if out is None:
+            y = torch._int_mm(rounded, self._weight).float()
+        else:
+            y = out.copy_(torch._int_mm(rounded, self._weight, out=self._buffer(out)))
+        y.mul_(scales).mul_(self._scales)
+        if self._bias is not None:
+            y += self._bias
+        return y.split(self._sizes, -1) if len(self._sizes) > 1 else (y,)
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         size = self._rotation.shape[-1]
         return (x.reshape(-1, size) @ self._rotation).view(x.shape)
+
+    def _buffer(self, out: torch.Tensor) -> torch.Tensor:
+        if self._sums is None or len(self._sums) < len(out):
+            self._sums = torch.empty(out.shape, dtype=torch.int32, device=out.device)
+        return self._sums[: len(out)]
 
 
 def make_product(layers: Sequence[torch.nn.Linear], dtype: torch.dtype) -> Product:
@@ -112,11 +115,9 @@ def make_product(layers: Sequence[torch.nn.Linear], dtype: torch.dtype) -> Produ
 
     Args:
         layers: Linear layers with the same number of inputs.
-        dtype: That of the layers, or bfloat16, float16 or int8 for float32 layers.
+        dtype: That of the layers, or int8.
     """
-    if dtype == layers[0].weight.dtype:
-        return FloatProduct(layers)
-    return Int8Product(layers) if dtype == torch.int8 else HalfProduct(layers, dtype)
+    return Int8Product(layers) if dtype == torch.int8 else FloatProduct(layers)
 
 
 def _scales(rows: torch.Tensor) -> torch.Tensor:

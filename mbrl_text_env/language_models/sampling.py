@@ -13,7 +13,10 @@ _MOST_IN_NUCLEUS = 512
 
 
 def draw(
-    logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    params: SamplingParams,
+    scratch: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn uniform numbers into tokens by the inverse of the cumulative distribution.
 
@@ -24,14 +27,14 @@ def draw(
         logits: float32[B, V].
         uniforms: float64[B] in [0, 1).
         params: Temperature, top-k and top-p, applied in this order.
+        scratch: float32[B, V] to work in; taken fresh by default.
 
     Returns:
         Tokens int64[B] and their log-probabilities float32[B] (nats) under the unshaped
         distribution.
     """
     largest = logits.amax(-1, keepdim=True)
-    # One buffer for all passes: fresh memory of this size costs as much as the arithmetic.
-    weights = torch.sub(logits, largest).exp_()
+    weights = torch.sub(logits, largest, out=scratch).exp_()
     total = weights.sum(-1)
     if params.temperature == 0:
         tokens = logits.argmax(-1)
