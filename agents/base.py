@@ -6,10 +6,13 @@ through the ledgers that it is given.
 
 from __future__ import annotations
 
+import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from agents.side_by_side import Merging, run_side_by_side
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
@@ -80,6 +83,10 @@ class Agent(ABC):
     A subclass implements `search` and gives itself a `name`. Constructor arguments are attributes
     of the same name.
 
+    Several states are searched side by side: each is searched by a copy of the agent with one state
+    in its call of `search`, and what the searches ask of the language model, of the reward model
+    and of a `value_model` is answered in common batches (`agents.side_by_side`).
+
     Args:
         language_model: Proposes tokens.
         reward_model: Scores complete responses; None for agents that ask for no score.
@@ -132,7 +139,7 @@ class Agent(ABC):
     def generate(
         self, prompts: Sequence[Prompt], budget: Budget | None = None, *, seed: int = 0
     ) -> list[Generation]:
-        """Answer prompts, all of them in one batch.
+        """Answer prompts, all of them side by side in common batches.
 
         Args:
             prompts: At least one.
@@ -261,7 +268,26 @@ class Agent(ABC):
                     f"{least.flops:.3g} FLOPs and {least.reward_calls} reward calls. Raise the "
                     "budget or lower max_response_tokens."
                 )
-        return self.search(states, ledgers, seed)
+        if len(states) == 1:
+            return self.search(states, ledgers, seed)
+        return run_side_by_side(
+            [
+                functools.partial(self._search_alone, state, ledger, seed)
+                for state, ledger in zip(states, ledgers, strict=True)
+            ]
+        )
+
+    def _search_alone(
+        self, state: TextState, ledger: Ledger, seed: int, merging: Merging
+    ) -> Completion:
+        """One state's search, its model calls merged with those of other states."""
+        agent = copy.copy(self)
+        agent.language_model = merging.language_model(self.language_model)
+        if self.reward_model is not None:
+            agent.reward_model = merging.reward_model(self.reward_model)
+        if getattr(self, "value_model", None) is not None:
+            agent.value_model = merging.value_model(self.value_model)  # type: ignore[attr-defined]
+        return agent.search([state], [ledger], seed)[0]
 
     def response_usage(self, state: TextState) -> Usage:
         """The most that one complete response from `state` is charged."""

@@ -234,6 +234,11 @@ def _answer(
 ) -> list[dict[str, Any]]:
     config = comparison.config
     budget = Budget(tokens=config.budget_of(spec))
+    # No agent lives on prefixes that another one computed, and a run that is resumed computes what
+    # it would have computed at once.
+    clear_cache = getattr(comparison.language_model, "clear_cache", None)
+    if clear_cache is not None:
+        clear_cache()
     generations = agent.generate(prompts, budget, seed=config.seed)
     # Agents that asked for no score are judged here. That is the comparison's work, not theirs.
     scores = score_responses(

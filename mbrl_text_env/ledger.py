@@ -7,6 +7,7 @@ and raises.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -171,13 +172,22 @@ class Ledger:
         return None
 
 
+_thread = threading.local()
+
+
+def note_waiting(seconds: float) -> None:
+    """Take seconds for which this thread waited for others out of the blocks that it times."""
+    _thread.waited = getattr(_thread, "waited", 0.0) + seconds
+
+
 @contextmanager
 def timed(ledgers: Sequence[Ledger] | None) -> Iterator[None]:
     """Charge the wall time of a block to `ledgers`, in equal parts."""
-    start = time.perf_counter()
+    start, waited = time.perf_counter(), getattr(_thread, "waited", 0.0)
     try:
         yield
     finally:
-        share = (time.perf_counter() - start) / max(1, len(ledgers or ()))
+        elapsed = time.perf_counter() - start - (getattr(_thread, "waited", 0.0) - waited)
+        share = elapsed / max(1, len(ledgers or ()))
         for ledger in ledgers or ():
             ledger.charge(Usage(seconds=share))

@@ -209,6 +209,49 @@ class FeatureModel(Protocol):
         ...
 
 
+def sample_requests(
+    language_model: LanguageModel,
+    requests: Sequence[SampleRequest],
+    *,
+    ledgers: Sequence[Ledger] | None = None,
+) -> list[list[Chunk]]:
+    """Draw chunks for requests that differ in more than their state.
+
+    A language model that has a method of this name answers them in common batches; of any other,
+    requests of one kind are asked for together.
+
+    Args:
+        language_model: Any language model.
+        requests: What to sample.
+        ledgers: One a request.
+
+    Returns:
+        chunks[len(requests)][requests[i].num_samples].
+    """
+    own = getattr(language_model, "sample_requests", None)
+    if own is not None:
+        chunks: list[list[Chunk]] = own(requests, ledgers=ledgers)
+        return chunks
+    kinds: dict[tuple[int, int, int, SamplingParams], list[int]] = {}
+    for i, r in enumerate(requests):
+        kind = (r.num_samples, r.max_new_tokens, r.first_sample, r.params)
+        kinds.setdefault(kind, []).append(i)
+    rows: list[list[Chunk]] = [[] for _ in requests]
+    for (num_samples, max_new_tokens, first_sample, params), indices in kinds.items():
+        drawn = language_model.sample(
+            [requests[i].state for i in indices],
+            num_samples,
+            max_new_tokens,
+            seeds=[requests[i].seed for i in indices],
+            first_sample=first_sample,
+            params=params,
+            ledgers=None if ledgers is None else [ledgers[i] for i in indices],
+        )
+        for i, row in zip(indices, drawn, strict=True):
+            rows[i] = row
+    return rows
+
+
 def stream(seed: int, state: TextState, sample_index: int) -> np.random.Generator:
     """The random stream of one sequence: a function of seed, tokens and sample index.
 

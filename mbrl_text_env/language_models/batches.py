@@ -71,17 +71,13 @@ class CachedBatch:
     Args:
         network: Computes them.
         cache: What is known of prefixes.
-        kv: The keys and values; taken over as they are, and emptied.
-        longest: Tokens of the longest sequence that will be added.
+        kv: Keys and values without rows, whose columns hold the longest sequence to be added.
     """
 
     refills = True
 
-    def __init__(
-        self, network: Network, cache: PrefixCache[Span], kv: KVBatch, longest: int
-    ) -> None:
+    def __init__(self, network: Network, cache: PrefixCache[Span], kv: KVBatch) -> None:
         self.kv = kv
-        kv.size, kv.columns = 0, longest
         self._network, self._cache = network, cache
         self._held: tuple[Tokens, Span] | None = None
 
@@ -198,10 +194,10 @@ class CachedBatch:
         """
         computed = [0] * len(sequences)
         while self._cache.max_bytes > 0 and (stems := self._stems(sequences)):
-            shape, longest = self.kv.shape, max(map(len, stems))
-            scratch = CachedBatch(
-                self._network, self._cache, KVBatch(shape, len(stems), longest), longest
-            )
+            longest = max(map(len, stems))
+            kv = KVBatch(self.kv.shape, len(stems), longest)
+            kv.clear(longest, longest)
+            scratch = CachedBatch(self._network, self._cache, kv)
             _, counts = scratch._fill(list(stems))
             for count, owner in zip(counts, stems.values(), strict=True):
                 computed[owner] += count

@@ -25,8 +25,8 @@ import platformdirs
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from mbrl_text_env.language_models.transformers_lm import TransformersLM
     from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
+    from mbrl_text_env.language_models.transformers_lm import TransformersLM
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

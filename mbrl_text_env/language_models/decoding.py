@@ -66,9 +66,7 @@ def waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[Sa
             stream(requests[i].seed, requests[i].state, k),
         )
         for i in order
-        for k in range(
-            requests[i].first_sample, requests[i].first_sample + requests[i].num_samples
-        )
+        for k in range(requests[i].first_sample, requests[i].first_sample + requests[i].num_samples)
     ]
 
 
@@ -84,20 +82,18 @@ def decode(
         tokenizer: Knows the stop tokens, and text where stop strings are looked for.
         computed: For each request, the prefix tokens that went through the network; added to.
     """
-    queue, active = list(queue), []  # type: list[Sampled], list[Sampled]
+    pending = list(queue)
+    active: list[Sampled] = []
     # Taken once: fresh memory for every step's logits costs more than the passes over them.
     buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-    while queue or active:
+    while pending or active:
         free = size - len(active)
-        if queue and (not active or (batch.refills and free >= max(1, size * _REFILL_SHARE))):
-            active += _admit(queue, batch, free, computed)
+        if pending and (not active or (batch.refills and free >= max(1, size * _REFILL_SHARE))):
+            active += _admit(pending, batch, free, computed)
         logits = batch.logits(buffers and buffers[0][: len(active)])
         if buffers is None:
-            options = {"dtype": logits.dtype, "device": logits.device}
-            buffers = (
-                torch.empty(size, logits.shape[-1], **options),
-                torch.empty(size, logits.shape[-1], **options),
-            )
+            whole = (size, logits.shape[-1])
+            buffers = logits.new_empty(whole), logits.new_empty(whole)
         _draw(active, logits, buffers[1][: len(active)])
         # From the last row on: a row that leaves is replaced by the last one.
         for row in reversed(range(len(active))):

@@ -96,6 +96,11 @@ class HFTokenizer:
 
 
 def load(factory: Any, source: Any, **options: Any) -> Any:
+    """What a class of transformers loads from a folder or Hub name.
+
+    Raises:
+        ModelLoadError: It could not.
+    """
     try:
         return factory.from_pretrained(str(source), **options)
     except Exception as error:
@@ -117,6 +122,11 @@ def _load_optional(factory: Any, source: Any) -> Any:
 
 
 def check_room(prompt: Prompt, length: int, context_length: int) -> None:
+    """Refuse a prompt that leaves no room for a response.
+
+    Raises:
+        PromptTooLongError: It has as many tokens as the context, or more.
+    """
     if length >= context_length:
         raise PromptTooLongError(
             f"Prompt {prompt.id!r} has {length} tokens, but the model's context holds "
@@ -126,12 +136,14 @@ def check_room(prompt: Prompt, length: int, context_length: int) -> None:
 
 
 def stop_ids(eos_token_id: int | None, config: Any) -> frozenset[int]:
+    """A tokenizer's end-of-sequence id and those of a generation or model config."""
     configured = getattr(config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in [eos_token_id, *listed] if i is not None)
 
 
 def context_limit(config: Any, tokenizer: Any) -> int:
+    """Most tokens of prompt and response together, as far as config and tokenizer know."""
     # Tokenizers without a limit report a huge number.
     limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     known = [limit for limit in limits if limit is not None and limit < 10**9]

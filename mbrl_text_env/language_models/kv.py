@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,9 +86,7 @@ class Span:
 
     def view(self, start: int, end: int) -> Span:
         """Some of the tokens, without copying."""
-        return Span(
-            tuple(group[:, :, start:end] for group in self.groups), self.hidden[start:end]
-        )
+        return Span(tuple(group[:, :, start:end] for group in self.groups), self.hidden[start:end])
 
 
 class KVBatch:
@@ -100,22 +99,32 @@ class KVBatch:
         shape: What is kept of a token.
         rows: Most rows.
         capacity: Most columns.
+
+    Attributes:
+        size: Rows in use.
+        columns: Columns in use.
+        capacity: Columns that may be used; at most those that there are.
     """
 
     def __init__(self, shape: KVShape, rows: int, capacity: int) -> None:
         self.shape = shape
+        self.allocated = rows, capacity
         self.capacity = capacity
-        options = {"dtype": shape.dtype, "device": shape.device}
+        make = functools.partial(torch.empty, dtype=shape.dtype, device=shape.device)
         self.groups = [
-            torch.empty(count, rows, heads, capacity, size, **options)
+            make((count, rows, heads, capacity, size))
             for (heads, size), count in shape.groups.items()
         ]
-        self.hidden = torch.empty(rows, capacity, shape.hidden_size, **options)
-        self.bias = torch.zeros(rows, capacity, dtype=shape.dtype, device=shape.device)
+        self.hidden = make((rows, capacity, shape.hidden_size))
+        self.bias = make((rows, capacity))
         self.starts = np.zeros(rows, dtype=np.int64)
         self.columns = 0
         self.size = 0
         self._places = shape.places()
+
+    def clear(self, columns: int, capacity: int) -> None:
+        """Leave all rows; new ones end at `columns` and may grow to `capacity` columns."""
+        self.size, self.columns, self.capacity = 0, columns, capacity
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """int64[size]: tokens of each row."""
@@ -125,7 +134,7 @@ class KVBatch:
         """A new row of `length` tokens, the first of them given; returns its index."""
         row = self.size
         start = self.columns - length
-        assert 0 <= start, "a row is longer than the batch has columns"
+        assert start >= 0, "a row is longer than the batch has columns"
         self.size += 1
         self._open(row, start)
         for span in spans:

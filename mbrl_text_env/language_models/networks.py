@@ -31,9 +31,7 @@ class Network(Protocol):
         """What it keeps of a token."""
         ...
 
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow
-    ) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow) -> torch.Tensor:
         """Last hidden states, [rows, width, hidden_size], of ids int64[rows, width].
 
         Keys and values are read from the window and written to it.
@@ -77,9 +75,7 @@ class ModuleNetwork:
         hidden = out.last_hidden_state
         return KVShape(tuple(layers), hidden.shape[-1], hidden.dtype, hidden.device)  # type: ignore[arg-type]
 
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow
-    ) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow) -> torch.Tensor:
         """See `Network.forward`."""
         masks = {kind: window.bias(size) for kind, size in self._windows.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
@@ -125,9 +121,7 @@ class LlamaNetwork:
             model.device,
         )
 
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow
-    ) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow) -> torch.Tensor:
         """See `Network.forward`."""
         model = self._model.model
         rows, width = ids.shape
@@ -214,10 +208,15 @@ class _WindowCache(Cache):
         super().__init__(layers=[])
         self._window = window
 
-    def update(  # type: ignore[override]
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._window.update(layer_idx, key, value)
+        return self._window.update(layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._window.start
@@ -230,16 +229,21 @@ class _Recorder(Cache):
         super().__init__(layers=[])
         self.shapes: dict[int, tuple[int, int, int]] = {}
 
-    def update(  # type: ignore[override]
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.shapes[layer_idx] = (key.shape[1], key.shape[-1], value.shape[-1])
-        return key, value
+        self.shapes[layer_idx] = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
+        return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # type: ignore[override]
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
 
 

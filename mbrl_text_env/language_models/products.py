@@ -16,9 +16,7 @@ class Product(ABC):
     """x -> x W' + b for several weight matrices that share their input."""
 
     @abstractmethod
-    def __call__(
-        self, x: torch.Tensor, out: torch.Tensor | None = None
-    ) -> Sequence[torch.Tensor]:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
         """float32[rows, inputs] -> one float32[rows, outputs] a matrix.
 
         Args:
@@ -40,9 +38,7 @@ class FloatProduct(Product):
     def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
         self._layers = list(layers)
 
-    def __call__(
-        self, x: torch.Tensor, out: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> list[torch.Tensor]:
         """One product a layer."""
         first = self._layers[0]
         if x.dtype != first.weight.dtype:
@@ -84,9 +80,7 @@ class Int8Product(Product):
         self._scales = scales.t().contiguous()
         self._sums: torch.Tensor | None = None
 
-    def __call__(
-        self, x: torch.Tensor, out: torch.Tensor | None = None
-    ) -> Sequence[torch.Tensor]:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
         """One product a layer."""
         x = self._rotated(x)
         scales = _scales(x)

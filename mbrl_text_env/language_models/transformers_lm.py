@@ -81,7 +81,7 @@ class TransformersLM:
     attention (convolutions, recurrent ones) are decoded without a cache of prefixes.
 
     Weights that are trained in place are noticed, and the cache is emptied. A write that goes
-    around PyTorch's version counters (`parameter.data.copy_`) is not: call `clear_cache` after it.
+    around PyTorch's version counters (`parameter.data.copy_`) is not: call `weights_changed` then.
 
     Args:
         model: Name on the Hub, folder, or a loaded transformers model.
@@ -95,8 +95,8 @@ class TransformersLM:
             on the batch, so the same call in another batch may sample other tokens.
         batch_size: Most sequences decoded together.
         kv_bytes: Most bytes of keys and values: half of them for the sequences being decoded, so
-            that long ones are decoded in smaller batches; what those leave over is for the prefix
-            cache. A single sequence longer than that is decoded all the same.
+            that long ones are decoded in smaller batches, half for the prefix cache. A single
+            sequence longer than that is decoded all the same.
         prefix_cache: Whether prefixes are kept between calls.
 
     Raises:
@@ -171,7 +171,7 @@ class TransformersLM:
         width = config.num_attention_heads * head_size if head_size else config.hidden_size
         self._attention_width: int = config.num_hidden_layers * width
         self._lock = threading.RLock()
-        self._cache: PrefixCache[Span] = PrefixCache(0)
+        self._cache: PrefixCache[Span] = PrefixCache(kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
         self._weights = self._weights_version()
         self._network = self._make_network()
@@ -191,9 +191,13 @@ class TransformersLM:
         return self._cache.nbytes
 
     def clear_cache(self) -> None:
-        """Forget all prefixes, and the weights that int8 products were made from."""
+        """Forget all prefixes."""
         with self._lock:
             self._cache.clear()
+
+    def weights_changed(self) -> None:
+        """Forget all prefixes, and the weights that int8 products were made from."""
+        with self._lock:
             self._weights = ()
 
     def with_adapter(self, folder: str | Path, name: str | None = None) -> TransformersLM:
@@ -391,7 +395,9 @@ class TransformersLM:
         else:
             attended = computed * prefix / 2
         attended += sum(n * prefix + n * n / 2 for n in new_tokens)
-        flops = 2.0 * self.num_parameters * (computed + new) + 4.0 * self._attention_width * attended
+        flops = (
+            2.0 * self.num_parameters * (computed + new) + 4.0 * self._attention_width * attended
+        )
         return Usage(
             prompt_tokens=computed,
             cached_tokens=max(0, prefix - computed),
@@ -470,13 +476,12 @@ class TransformersLM:
         shape = self._network.shape
         rows = kv_rows(shape, capacity, wanted, self.kv_bytes // 2)
         kv = self._kv
-        if kv is None or kv.capacity < capacity or len(kv.starts) < rows:
+        if kv is None or kv.allocated[0] < rows or kv.allocated[1] < capacity:
             self._kv = None  # Two of them at once would not be within the bound.
             kv = self._kv = KVBatch(shape, rows, capacity)
-        left = self.kv_bytes - shape.bytes_per_token * len(kv.starts) * kv.capacity
-        self._cache.max_bytes = max(0, left) if self.prefix_cache else 0
-        self._cache.shrink(self._cache.max_bytes)
-        return CachedBatch(self._network, self._cache, kv, longest), rows
+        # As if it were new: what was sampled before may not change what is sampled now.
+        kv.clear(longest, capacity)
+        return CachedBatch(self._network, self._cache, kv), rows
 
     def _run(self, queue: Sequence[Sampled]) -> list[int]:
         """Sample the queue; returns the prefix tokens computed for each request."""

@@ -1,6 +1,7 @@
 """The agent checker passes what keeps its contract, and names the fault of what does not."""
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -162,11 +163,10 @@ class IgnoresItsSeed(agents.Sampling):
 
 
 class DrawsWithoutSeed(agents.Sampling):
-    calls = 0
+    calls = itertools.count()
 
     def search(self, states, ledgers, seed):
-        self.calls += 1
-        return super().search(states, ledgers, spawn_seed(seed, self.calls))
+        return super().search(states, ledgers, spawn_seed(seed, next(self.calls)))
 
 
 class Reorders(agents.Sampling):
@@ -181,8 +181,9 @@ class OneAnswer(agents.Sampling):
 
 
 class SeedOfTheBatch(agents.Sampling):
-    def search(self, states, ledgers, seed):
-        return super().search(states, ledgers, seed + len(states))
+    def generate(self, prompts, budget=None, *, seed=0):
+        answers = super().generate(prompts, budget, seed=seed + len(prompts))
+        return [dataclasses.replace(answer, seed=seed) for answer in answers]
 
 
 class WrongScore(agents.BestOfN):
