@@ -17,11 +17,22 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+_DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
 console = Console()
 errors = Console(stderr=True)
 
 LanguageModelOption = Annotated[
-    str, typer.Option(help="'embedded' (SmolLM2-135M-Instruct), a Hub name, or a folder.")
+    str,
+    typer.Option(
+        help="'embedded' (SmolLM2-135M-Instruct), a Hub name, a folder, or the URL of an "
+        "OpenAI-compatible server (several with commas between them)."
+    ),
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="Number format: 'default', 'float32', 'bfloat16', 'float16' or 'int8'.")
+]
+TokenizerOption = Annotated[
+    str, typer.Option(help="Tokenizer of a server's model: 'embedded', a Hub name, or a folder.")
 ]
 RewardOption = Annotated[
     str, typer.Option(help="A name, or a weighted sum such as '0.5*sentiment+0.5*relevance'.")
@@ -87,6 +98,8 @@ def compare_command(
         Path, typer.Option(help="Folder of the comparison; resumed if it exists.")
     ] = Path("comparison"),
     language_model: LanguageModelOption = "embedded",
+    dtype: DtypeOption = "default",
+    tokenizer: TokenizerOption = "embedded",
     prompts: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test",
     value: Annotated[
@@ -112,7 +125,7 @@ def compare_command(
     )
     reward_model = make(reward)
     chosen = choose_prompts(_prompts(prompts, split), num_prompts, reward_model, seed)
-    model = _language_model(language_model)
+    model = _language_model(language_model, dtype, tokenizer)
     if value is None and any(spec.startswith("lookahead") for spec in config.agents):
         console.print(
             "lookahead has no fitted value model (--value), so it falls back to best-of-4, as the "
@@ -124,7 +137,7 @@ def compare_command(
         model,
         reward_model,
         None if value is None else EmbeddingValue.load(value, model),
-        {"value": None if value is None else _digest(value), "reward": reward},
+        {"value": None if value is None else _digest(value), "reward": reward, "dtype": dtype},
     )
     with compare_progress(console, comparison) as on_batch:
         summary = compare(comparison, out, on_batch=on_batch)
@@ -142,6 +155,8 @@ def collect_command(
     max_response_tokens: TokensOption = 96,
     seed: int = 0,
     language_model: LanguageModelOption = "embedded",
+    dtype: DtypeOption = "default",
+    tokenizer: TokenizerOption = "embedded",
     prompts: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "train",
 ) -> None:
@@ -162,7 +177,7 @@ def collect_command(
         task = bar.add_task("Collecting", total=len(left) * samples)
         if left:
             collect(
-                _language_model(language_model),
+                _language_model(language_model, dtype, tokenizer),
                 reward_model,
                 left,
                 writer,
@@ -234,14 +249,22 @@ def rewards_command() -> None:
     console.print(shown)
 
 
-def _language_model(name: str) -> Any:
+def _language_model(name: str, dtype: str = "default", tokenizer: str = "embedded") -> Any:
+    if name.startswith(("http://", "https://")):
+        from mbrl_text_env.language_models import ServerLM
+
+        return ServerLM(name.split(","), tokenizer=_tokenizer(tokenizer))
+    import torch
     from transformers.utils import logging
 
     from mbrl_text_env.language_models import TransformersLM, embedded
 
+    if dtype not in _DTYPES:
+        raise typer.BadParameter(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    options = {} if dtype == "default" else {"dtype": getattr(torch, dtype)}
     logging.disable_progress_bar()
     with console.status(f"Loading the language model ({name})"):
-        return embedded() if name == "embedded" else TransformersLM(name)
+        return embedded(**options) if name == "embedded" else TransformersLM(name, **options)
 
 
 def _tokenizer(name: str) -> Any:

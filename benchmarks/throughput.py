@@ -220,6 +220,41 @@ def tree_access(lm: TransformersLM, prompt: Prompt, expansions: int, seed: int) 
     }
 
 
+def memory_over_expansions(
+    dtype: torch.dtype, prompts: Sequence[Prompt], expansions: int, kv_bytes: int, seed: int
+) -> dict[str, float]:
+    """Resident memory while trees of 16-token chunks grow far beyond what the cache may keep."""
+    lm = _engine(dtype, kv_bytes=kv_bytes)
+    generator, at_once = np.random.default_rng(seed), 8
+    leaves = [initial(prompt, lm) for prompt in prompts]
+    lm.sample(leaves[:at_once], 1, 1, seeds=range(at_once))
+    gc.collect()
+    process = psutil.Process()
+    start, at_200 = process.memory_info().rss, 0
+    largest_cache = 0
+    with _peak_memory() as memory:
+        for done in range(0, expansions, at_once):
+            chosen = [leaves[int(i)] for i in generator.integers(len(leaves), size=at_once)]
+            rows = lm.sample(chosen, 1, 16, seeds=range(done, done + at_once), params=PARAMS)
+            for state, (chunk,) in zip(chosen, rows, strict=True):
+                if len(state.response_ids) < 11 * 16:
+                    leaves.append(transition(state, chunk, lm.context_length))
+            largest_cache = max(largest_cache, lm.cached_bytes)
+            if done < 200 <= done + at_once:
+                at_200 = process.memory_info().rss
+    return {
+        "expansions": expansions,
+        "kv_bytes": kv_bytes,
+        "model_bytes": sum(p.nbytes for p in lm.model.parameters()),
+        "largest_cache_bytes": largest_cache,
+        "evicted_tokens": lm.cache_stats.evicted_tokens,
+        "start_bytes": start,
+        "peak_bytes": memory["peak"],
+        "at_200_bytes": at_200,
+        "end_bytes": process.memory_info().rss,
+    }
+
+
 def prefix_costs(lm: TransformersLM, lengths: Sequence[int], samples: int) -> list[dict[str, Any]]:
     """Seconds of `samples` chunks of 16 tokens after prefixes of given lengths, new and cached."""
     generator = np.random.default_rng(0)
@@ -274,6 +309,9 @@ def main(
         figures["tree"] = tree_access(lm, setting.prompts[0], 512, seed)
         figures["prefix_length"] = prefix_costs(lm, (64, 128, 256, 512, 1024, 2048), 16)
         figures["number_of_prompts"] = prompt_costs(lm, setting)
+    figures["memory"] = memory_over_expansions(
+        torch.float32, setting.prompts, 1000, 256 * 2**20, seed
+    )
     figures["added_memory_bytes"]["tree_and_prefixes"] = memory["peak"] - memory["start"]
     figures["ratios"] = _ratios(figures, best)
     figures["ratios_float32"] = _ratios(figures, "float32")
@@ -366,8 +404,8 @@ def _row(rates: dict[str, Any], size: str) -> dict[str, float]:
     return flat
 
 
-def _engine(dtype: torch.dtype, prefix_cache: bool = True) -> TransformersLM:
-    lm = embedded(dtype=dtype, batch_size=max(BATCH_SIZES), prefix_cache=prefix_cache)
+def _engine(dtype: torch.dtype, **options: Any) -> TransformersLM:
+    lm = embedded(dtype=dtype, batch_size=max(BATCH_SIZES), **options)
     # So that every sequence has the same number of tokens, as with `min_new_tokens`.
     lm.stop_token_ids = frozenset()
     return lm

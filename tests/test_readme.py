@@ -10,7 +10,7 @@ import pytest
 from benchmarks import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/language_models.md"]
 
 
 def blocks(language):

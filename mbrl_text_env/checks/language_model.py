@@ -89,6 +89,7 @@ def check_language_model(
     _check_repeating(trial, rows)
     _check_batching(trial, rows)
     _check_streams(trial, rows)
+    _check_stop_texts(trial, rows)
     _check_randomness(trial)
     _check_greedy(trial, rows)
     _check_refusals(trial)
@@ -375,6 +376,40 @@ def _check_greedy(trial: _Trial, rows: _Rows) -> None:
             chunk,
             "Take the most probable token.",
         )
+
+
+def _check_stop_texts(trial: _Trial, rows: _Rows) -> None:
+    """A text that a chunk contains before its end cuts the chunk short there."""
+    lm = trial.lm
+    for i, row in enumerate(rows):
+        for chunk in row[:1]:
+            texts = [lm.decode(chunk.token_ids[:n]) for n in range(1, len(chunk))]
+            stop = next((t for t in texts if t.strip() and "\ufffd" not in t), None)
+            if stop is None:
+                continue
+            length = next(n for n, text in enumerate(texts, 1) if stop in text)
+            [[cut]] = lm.sample(
+                [trial.states[i]],
+                1,
+                trial.max_new_tokens,
+                seeds=[spawn_seed(trial.seed, 0, i)],
+                params=SamplingParams(stop=(stop,)),
+            )
+            expected = Chunk(chunk.token_ids[:length], chunk.logprobs[:length])
+            _expect_same(
+                trial,
+                f"the chunk up to the token that completes the stop text {stop!r}",
+                [[expected]],
+                [[cut]],
+                "End a chunk as soon as its text contains one of `params.stop`.",
+            )
+            expect(
+                cut.finish_reason is None,
+                f"{trial.subject}, sample with stop={stop!r}",
+                "finish_reason None: the response goes on",
+                cut,
+                "Only a stop token or a full context ends a response.",
+            )
 
 
 def _check_repeating(trial: _Trial, rows: _Rows) -> None:

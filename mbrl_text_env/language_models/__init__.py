@@ -1,4 +1,4 @@
-"""Language models: the protocol, transformers models, the embedded model, solvable toys."""
+"""Language models: the protocol, transformers models, servers, the embedded one, solvable toys."""
 
 from mbrl_text_env._lazy import attach
 
@@ -15,6 +15,13 @@ __getattr__, __dir__, __all__ = attach(
             "Tokenizer",
         ],
         "catalogue": ["embedded", "embedded_encoder", "embedded_tokenizer"],
+        "server": [
+            "MalformedAnswerError",
+            "ServerError",
+            "ServerLM",
+            "ServerUnavailableError",
+            "UnsupportedByServerError",
+        ],
         "toy": ["CharTokenizer", "NGramLM", "TableLM"],
         "hf_tokenizer": ["HFTokenizer", "ModelLoadError"],
         "transformers_lm": ["TransformersLM"],

@@ -96,7 +96,6 @@ class Endpoint:
         served: Requests answered so far.
         failures: In a row.
         aside_until: It is left alone until then.
-        notes: What the caller has learned about it.
     """
 
     def __init__(self, url: str) -> None:
@@ -105,7 +104,6 @@ class Endpoint:
         self.served = 0
         self.failures = 0
         self.aside_until = 0.0
-        self.notes: dict[str, Any] = {}
 
     def room(self, max_concurrency: int) -> int:
         """Requests that it may be given now; after a failure one, to see whether it is back."""

@@ -283,6 +283,14 @@ def spawn_seed(seed: int, *path: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def has_stop_text(tokenizer: Tokenizer, token_ids: Sequence[int], params: SamplingParams) -> bool:
+    """Whether the text of a chunk's tokens contains one of `params.stop`."""
+    if not params.stop:
+        return False
+    text = tokenizer.decode(token_ids)
+    return any(stop in text for stop in params.stop)
+
+
 def check_sample_arguments(
     states: Sequence[TextState], num_samples: int, max_new_tokens: int, seeds: Sequence[int]
 ) -> None:

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mbrl_text_env.language_models.base import SampleRequest, SamplingParams, Tokenizer, stream
+from mbrl_text_env.language_models.base import (
+    SampleRequest,
+    SamplingParams,
+    Tokenizer,
+    has_stop_text,
+    stream,
+)
 from mbrl_text_env.language_models.batches import Batch
 from mbrl_text_env.language_models.prefix_cache import Tokens
 from mbrl_text_env.language_models.sampling import draw
@@ -154,10 +160,7 @@ def _draw(active: Sequence[Sampled], logits: torch.Tensor, scratch: torch.Tensor
 def _is_done(chunk: Sampled, tokenizer: Tokenizer) -> bool:
     if len(chunk.tokens) == chunk.limit or chunk.tokens[-1] in tokenizer.stop_token_ids:
         return True
-    if not chunk.params.stop:
-        return False
-    text = tokenizer.decode(chunk.tokens)
-    return any(stop in text for stop in chunk.params.stop)
+    return has_stop_text(tokenizer, chunk.tokens, chunk.params)
 
 
 def _ids(state: TextState) -> Tokens:

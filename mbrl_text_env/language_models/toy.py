@@ -19,6 +19,7 @@ from mbrl_text_env.language_models.base import (
     SamplingParams,
     check_sample_arguments,
     check_unfinished,
+    has_stop_text,
     stream,
 )
 from mbrl_text_env.ledger import Ledger, Usage, timed
@@ -208,6 +209,8 @@ class ExactLM(CharTokenizer, ABC):
             ids, logprobs = (*ids, token), (*logprobs, _log(own[token]))
             if token == STOP:
                 return Chunk(ids, logprobs, "stop")
+            if has_stop_text(self, ids, params):
+                break
         return Chunk(ids, logprobs, "length" if len(ids) == room else None)
 
     def _charge(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 import threading
 import warnings
@@ -63,6 +64,8 @@ from mbrl_text_env.types import Chunk, Prompt, TextState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # Logits are large: a pass of the output layer takes this many tokens.
 _LOGIT_ROWS = 256
@@ -459,7 +462,9 @@ class TransformersLM:
                 try:
                     network: Network = make()
                     self._check(network)
-                except (UnsupportedNetworkError, TypeError, RuntimeError, AttributeError):
+                except Exception as error:
+                    # Whatever a family does in its own way, the next one down may be right about.
+                    logger.info("%s runs without it: %s", self.name, error)
                     continue
                 return network
         return None

@@ -87,6 +87,18 @@ class PositiveLogprobs(NGramLM):
         return dataclasses.replace(chunk, logprobs=tuple(-log for log in chunk.logprobs))
 
 
+class IgnoresStopTexts(NGramLM):
+    def _draw(self, state, generator, max_new_tokens, params):
+        params = dataclasses.replace(params, stop=())
+        return super()._draw(state, generator, max_new_tokens, params)
+
+
+class StopTextsEndResponses(NGramLM):
+    def _draw(self, state, generator, max_new_tokens, params):
+        chunk = super()._draw(state, generator, max_new_tokens, params)
+        return dataclasses.replace(chunk, finish_reason="stop") if params.stop else chunk
+
+
 class SharedStream(NGramLM):
     generator = np.random.default_rng(0)
 
@@ -274,6 +286,8 @@ class LogFeatures(NGramLM):
         broken(Shifted, "those of the model itself"),
         broken(ShapedLogprobs, "Take them before temperature"),
         broken(PositiveLogprobs, "one finite log-probability of at most 0"),
+        broken(IgnoresStopTexts, "up to the token that completes the stop text"),
+        broken(StopTextsEndResponses, "finish_reason None: the response goes on"),
         broken(SharedStream, "the same chunks when called again with the same seeds"),
         broken(OneStreamABatch, r"that each state has alone \(batch of one\)"),
         broken(SeedsByPlace, "that each state has alone"),
