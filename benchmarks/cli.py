@@ -105,7 +105,7 @@ def compare_command(
     value: Annotated[
         Path | None, typer.Option(help="A value model's folder, as written by `fit`.")
     ] = None,
-    batch_prompts: Annotated[int, typer.Option(min=1)] = 16,
+    batch_prompts: Annotated[int, typer.Option(min=1)] = 32,
     allow_unequal_budgets: bool = False,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""

@@ -51,7 +51,7 @@ class CompareConfig:
     budget_tokens: int | None = None
     max_response_tokens: int = 256
     seed: int = 0
-    batch_prompts: int = 16
+    batch_prompts: int = 32
     allow_unequal_budgets: bool = False
 
     def __post_init__(self) -> None:

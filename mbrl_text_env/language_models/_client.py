@@ -22,7 +22,7 @@ from mbrl_text_env.language_models._http import (
     TransientError,
     UnsupportedByServerError,
 )
-from mbrl_text_env.language_models.base import SamplingParams
+from mbrl_text_env.language_models.base import SamplingParams, has_stop_text
 from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
 from mbrl_text_env.types import Chunk, Prompt, TextState
 
@@ -431,10 +431,8 @@ class Client:
         for i, token in enumerate(ids):
             if token in self._tokenizer.stop_token_ids:
                 return i + 1, True
-            if params.stop:
-                text = self._tokenizer.decode([*before, *ids[: i + 1]])
-                if any(stop in text for stop in params.stop):
-                    return i + 1, True
+            if has_stop_text(self._tokenizer, [*before, *ids[: i + 1]], params):
+                return i + 1, True
         return len(ids), False
 
     def _after_early_end(

@@ -33,6 +33,10 @@ class ServerError(RuntimeError):
     """A server that refuses a request, or answers what it should not."""
 
 
+class ServerConfigError(ServerError, ValueError):
+    """A client that cannot be made as asked."""
+
+
 class ServerUnavailableError(ServerError):
     """No server answered for as long as one was waited for."""
 
@@ -396,18 +400,18 @@ def checked_url(url: str) -> str:
     """A server's address without a trailing `/v1`.
 
     Raises:
-        ValueError: It is no plain http or https address.
+        ServerConfigError: It is no plain http or https address.
     """
     try:
         parsed = httpx.URL(url.strip())
     except (httpx.InvalidURL, AttributeError):
         parsed = httpx.URL("")
     if parsed.scheme not in {"http", "https"} or not parsed.host:
-        raise ValueError(
+        raise ServerConfigError(
             f"base_urls: expected addresses such as 'http://127.0.0.1:8000', got {url!r}."
         )
     if parsed.userinfo or parsed.query or parsed.fragment:
-        raise ValueError(
+        raise ServerConfigError(
             f"base_urls: expected an address without name, password and query, got one at "
             f"{parsed.host!r}. API keys are read from the environment (api_key_env)."
         )

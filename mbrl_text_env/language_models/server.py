@@ -22,6 +22,7 @@ from mbrl_text_env.language_models._http import (
     LoopThread,
     MalformedAnswerError,
     Patience,
+    ServerConfigError,
     ServerError,
     ServerUnavailableError,
     UnsupportedByServerError,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MalformedAnswerError",
+    "ServerConfigError",
     "ServerError",
     "ServerLM",
     "ServerUnavailableError",
@@ -107,9 +109,8 @@ class ServerLM:
 
     Raises:
         ServerUnavailableError: No server answers.
-        ServerError: A server refuses to say what it serves.
-        ValueError: An option is outside its range, the number of parameters is not known, or the
-            servers list different models.
+        ServerError: A server refuses to say what it serves, or they serve different models.
+        ServerConfigError: An option is outside its range, or the number of parameters is not known.
 
     Example:
         >>> from mbrl_text_env.language_models import ServerLM, embedded_tokenizer
@@ -363,7 +364,7 @@ class ServerLM:
 def _checked_urls(base_urls: str | Sequence[str]) -> list[str]:
     urls = [checked_url(u) for u in ([base_urls] if isinstance(base_urls, str) else base_urls)]
     if not urls or len(set(urls)) < len(urls):
-        raise ValueError(f"base_urls: expected one or more different addresses, got {urls}.")
+        raise ServerConfigError(f"base_urls: expected one or more different addresses, got {urls}.")
     return urls
 
 
@@ -371,12 +372,12 @@ def _check_options(
     mode: str, max_concurrency: int, timeout: float, max_wait: float, max_attempts: int
 ) -> None:
     if mode not in {"auto", "completions", "chat"}:
-        raise ValueError(f"mode: expected 'auto', 'completions' or 'chat', got {mode!r}.")
+        raise ServerConfigError(f"mode: expected 'auto', 'completions' or 'chat', got {mode!r}.")
     for name, value in (("max_concurrency", max_concurrency), ("max_attempts", max_attempts)):
         if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}.")
+            raise ServerConfigError(f"{name}: expected at least 1, got {value}.")
     if not timeout > 0 or not max_wait >= 0:
-        raise ValueError(
+        raise ServerConfigError(
             f"Expected a timeout above 0 and a max_wait from 0 up, got {timeout} and {max_wait}."
         )
 
@@ -384,7 +385,7 @@ def _check_options(
 def _parameters(given: int | None, found: Sequence[Served]) -> int:
     number = given or next((s.num_parameters for s in found if s.num_parameters), None)
     if number is None or number < 1:
-        raise ValueError(
+        raise ServerConfigError(
             "The server does not say how many parameters its model has, and the FLOPs that a "
             f"ledger counts follow from it: pass num_parameters=, at least 1 (got {given!r})."
         )
