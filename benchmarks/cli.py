@@ -17,6 +17,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+ParametersOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of a server's model, where it does not say; FLOPs follow from it."),
+]
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
 console = Console()
 errors = Console(stderr=True)
@@ -100,6 +104,7 @@ def compare_command(
     language_model: LanguageModelOption = "embedded",
     dtype: DtypeOption = "default",
     tokenizer: TokenizerOption = "embedded",
+    num_parameters: ParametersOption = None,
     prompts: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test",
     value: Annotated[
@@ -125,7 +130,7 @@ def compare_command(
     )
     reward_model = make(reward)
     chosen = choose_prompts(_prompts(prompts, split), num_prompts, reward_model, seed)
-    model = _language_model(language_model, dtype, tokenizer)
+    model = _language_model(language_model, dtype, tokenizer, num_parameters)
     if value is None and any(spec.startswith("lookahead") for spec in config.agents):
         console.print(
             "lookahead has no fitted value model (--value), so it falls back to best-of-4, as the "
@@ -157,6 +162,7 @@ def collect_command(
     language_model: LanguageModelOption = "embedded",
     dtype: DtypeOption = "default",
     tokenizer: TokenizerOption = "embedded",
+    num_parameters: ParametersOption = None,
     prompts: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "train",
 ) -> None:
@@ -177,7 +183,7 @@ def collect_command(
         task = bar.add_task("Collecting", total=len(left) * samples)
         if left:
             collect(
-                _language_model(language_model, dtype, tokenizer),
+                _language_model(language_model, dtype, tokenizer, num_parameters),
                 reward_model,
                 left,
                 writer,
@@ -249,11 +255,18 @@ def rewards_command() -> None:
     console.print(shown)
 
 
-def _language_model(name: str, dtype: str = "default", tokenizer: str = "embedded") -> Any:
+def _language_model(
+    name: str,
+    dtype: str = "default",
+    tokenizer: str = "embedded",
+    num_parameters: int | None = None,
+) -> Any:
     if name.startswith(("http://", "https://")):
         from mbrl_text_env.language_models import ServerLM
 
-        return ServerLM(name.split(","), tokenizer=_tokenizer(tokenizer))
+        return ServerLM(
+            name.split(","), tokenizer=_tokenizer(tokenizer), num_parameters=num_parameters
+        )
     import torch
     from transformers.utils import logging
 
