@@ -360,7 +360,7 @@ class LoopThread:
             raise
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run a last coroutine and stop.
+        """Cancel what is under way, run a last coroutine, and stop.
 
         Args:
             last: Makes it.
@@ -370,8 +370,14 @@ class LoopThread:
             return
 
         async def finish() -> None:
-            await last()
-            self._loop.stop()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            try:
+                await asyncio.gather(*others, return_exceptions=True)
+                await last()
+            finally:
+                self._loop.stop()
 
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(lambda: self._loop.create_task(finish()))

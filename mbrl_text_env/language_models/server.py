@@ -73,9 +73,9 @@ class ServerLM:
       temperatures other than 0 and 1 are those after the temperature and are left out. Seeds count
       only where it was started with `--enable-deterministic-inference`.
     - Others: what their answers contain. Without token ids, text is encoded anew; a prompt of token
-      ids that is refused is sent as text; parameters beyond OpenAI's that are refused are left out,
-      and then the server's own sampling defaults apply.
-    - Chat (`mode="chat"`, or a server without completions, such as TGI or a hosted API): the server
+      ids that is refused is sent as text (TGI); parameters beyond OpenAI's that are refused are
+      left out, and then the server's own sampling defaults apply.
+    - Chat (`mode="chat"`, or a server without completions, such as a hosted API): the server
       applies its own template, the prompt has to be a chat, a response is continued through an
       assistant message where the engine is known to do that (its text is encoded anew), and
       `logprobs` of given chunks are refused.
@@ -150,9 +150,13 @@ class ServerLM:
         self._told = 0
         self._lock = threading.Lock()
         self._running: tuple[LoopThread, Fleet] | None = None
-        found = self._run(self._client.describe_all)
+        try:
+            found = self._run(self._client.describe_all)
+            self.num_parameters = _parameters(num_parameters, found)
+        except BaseException:
+            self.close()
+            raise
         self.name = name or short_name(model or found[0].model) or "server"
-        self.num_parameters = _parameters(num_parameters, found)
         limits = [served.context_length for served in found if served.context_length]
         self.vocab_size = self._tokenizer.vocab_size
         self.stop_token_ids = self._tokenizer.stop_token_ids
