@@ -22,7 +22,7 @@ import numpy as np
 T = TypeVar("T")
 
 _FIRST_PAUSE = 0.25
-_LONGEST_PAUSE = 5.0
+_LONGEST_PAUSE = 2.0
 _CONNECT_SECONDS = 5.0
 # Busy, restarting, or loading its model: no fault of the request's.
 _NOT_READY = frozenset({429, 502, 503, 504})

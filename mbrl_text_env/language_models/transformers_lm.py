@@ -217,8 +217,10 @@ class TransformersLM:
         """
         from peft import PeftModel
 
+        # Detached, not `.data`: these share the version counter, so training is noticed here too.
         shared: dict[int, Any] = {
-            id(p): torch.nn.Parameter(p.data, requires_grad=False) for p in self.model.parameters()
+            id(p): torch.nn.Parameter(p.detach(), requires_grad=False)
+            for p in self.model.parameters()
         }
         shared |= {id(b): b for b in self.model.buffers()}
         clone = copy.deepcopy(self.model, shared)

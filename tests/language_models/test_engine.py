@@ -66,6 +66,30 @@ def trainable(model_folder: Callable[[str], Path]) -> Make:
     return engine
 
 
+@pytest.fixture(scope="module")
+def wide(self, tmp_path_factory, tokenizer) -> Path:
+    config = make_config(
+        "llama", tokenizer.eos_token_id, hidden_size=64, intermediate_size=128, head_dim=16
+    )
+    config.initializer_range = 0.1
+    return save_model(tmp_path_factory.mktemp("wide"), config, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def adapter(self, tmp_path_factory, model_folder) -> Path:
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    folder = tmp_path_factory.mktemp("adapters") / "mine"
+    adapted.save_pretrained(folder)
+    return folder
+
+
 def token_bytes(lm: TransformersLM) -> int:
     return 1000 if lm._network is None else lm._network.shape.bytes_per_token
 
@@ -133,7 +157,7 @@ class TestCache:
     @pytest.mark.parametrize("family", ALL)
     @pytest.mark.parametrize("batch_size", [1, 3, 8])
     @settings(
-        max_examples=4,
+        max_examples=3,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     @given(walk=walks, kv_tokens=st.sampled_from([40, 160, 600]))
@@ -243,7 +267,7 @@ class TestCache:
                 for c in row
                 if c.finish_reason is None
             ]
-            beam = sorted(grown, key=lambda s: s.response_ids)[1::2][:4]
+            beam = sorted(grown, key=lambda s: s.response_ids)[::2][:4]
             assert beam
         assert ledgers[0].usage.prompt_tokens == 16
         assert [x.usage.prompt_tokens for x in ledgers[1:]] == [1] * (len(ledgers) - 1)
@@ -381,7 +405,7 @@ class TestCharges:
             assert sum(x.usage.prompt_tokens for x in ledgers) == distinct_prefixes(sequences)
 
     @pytest.mark.parametrize("family", ALL)
-    @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         kv_tokens=st.sampled_from([1, 60, 120, 240, 2000]),
         batch_size=st.sampled_from([1, 3, 8]),
@@ -477,14 +501,6 @@ class TestTraining:
 
 
 class TestFormats:
-    @pytest.fixture(scope="class")
-    def wide(self, tmp_path_factory, tokenizer) -> Path:
-        config = make_config(
-            "llama", tokenizer.eos_token_id, hidden_size=64, intermediate_size=128, head_dim=16
-        )
-        config.initializer_range = 0.1
-        return save_model(tmp_path_factory.mktemp("wide"), config, tokenizer)
-
     @pytest.mark.parametrize(("dtype", "near"), [(torch.int8, 0.1), (torch.bfloat16, 0.1)])
     def test_reduced_formats_stay_near_float32(self, wide, dtype, near):
         exact, lm = TransformersLM(wide), TransformersLM(wide, dtype=dtype)
@@ -540,6 +556,7 @@ class TestStopStrings:
         lm, [state] = make("llama"), random_states([6])
         [[chunk]] = lm.sample([state], 1, 10, seeds=[4])
         stop = lm.decode(chunk.token_ids[:3])
+        lm.clear_cache()
         [[cut]] = lm.sample([state], 1, 10, seeds=[4], params=SamplingParams(stop=(stop,)))
         assert 1 <= len(cut) <= 3
         assert cut.finish_reason is None
@@ -580,20 +597,6 @@ class TestNextTokens:
 
 
 class TestAdapters:
-    @pytest.fixture(scope="class")
-    def adapter(self, tmp_path_factory, model_folder) -> Path:
-        peft = pytest.importorskip("peft")
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"))
-        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        adapted = peft.get_peft_model(model, config)
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.data.normal_(std=0.3, generator=generator)
-        folder = tmp_path_factory.mktemp("adapters") / "mine"
-        adapted.save_pretrained(folder)
-        return folder
-
     def peft_logits(self, model_folder: Callable[[str], Path], adapter: Path, ids) -> torch.Tensor:
         from peft import PeftModel
 

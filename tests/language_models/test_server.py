@@ -846,6 +846,7 @@ class TestFormats:
         with pytest.raises(UnsupportedByServerError, match="top_k=3"):
             lm.sample([state_of(5)], 1, 2, seeds=[0], params=SamplingParams(top_k=3))
 
+    @pytest.mark.filterwarnings("ignore::UserWarning")
     def test_a_server_that_takes_only_text(self, fakes, clients):
         def reply(request: Request) -> Reply:
             if not isinstance(request.body["prompt"], str):
@@ -926,6 +927,7 @@ class TestChat:
         choice = {"message": {"content": "Good day to you."}, "finish_reason": "stop"}
         return Reply({"choices": [choice]})
 
+    @pytest.mark.filterwarnings("ignore::UserWarning")
     def test_servers_without_completions(self, fakes, clients):
         server = fakes(self.reply, models=models("somebody", n_params=1))
         lm = clients(server)
