@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cli
+from benchmarks.llama_server import llama_server
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/language_models.md"]
@@ -51,8 +52,10 @@ def smaller(words):
     """The same command with fewer and shorter responses."""
     small = {"--num-prompts": "2", "--max-response-tokens": "12", "--budget-tokens": "50"}
     words = [small.get(before, word) for before, word in zip(["", *words], words, strict=False)]
-    if words[1] == "collect":
+    if words[1] in ("collect", "compare") and "--max-response-tokens" not in words:
         words += ["--max-response-tokens", "12"]
+    if words[1] == "compare" and "--num-prompts" not in words:
+        words += ["--num-prompts", "2"]
     return words
 
 
@@ -62,9 +65,12 @@ def test_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [words for words in commands() if words[0] == "mbrl-text"]
     assert len(lines) >= 5
-    for words in lines:
-        result = CliRunner().invoke(cli.app, smaller(words)[1:])
-        assert result.exit_code == 0, f"{words}\n{result.output}"
+    with llama_server(threads=1) as url:
+        for words in lines:
+            # The documentation's addresses, one or several, all become that of a real server.
+            words = [url if word.startswith("http://") else word for word in smaller(words)]
+            result = CliRunner().invoke(cli.app, words[1:])
+            assert result.exit_code == 0, f"{words}\n{result.output}"
     assert (tmp_path / "comparison" / "summary.json").exists()
 
 

@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = attach(
         "catalogue": ["embedded", "embedded_encoder", "embedded_tokenizer"],
         "server": [
             "MalformedAnswerError",
+            "ServerConfigError",
             "ServerError",
             "ServerLM",
             "ServerUnavailableError",

@@ -185,6 +185,8 @@ class Fleet:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             # A key must not follow a redirect to somebody else.
             follow_redirects=False,
+            # Reading the certificates takes longer than a request, and plain http needs none.
+            verify=any(url.startswith("https:") for url in urls),
             # A proxy cannot reach this machine's own loopback.
             trust_env=not all(_is_loopback(url) for url in urls),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -48,7 +49,8 @@ def layers(part: Span, shape: KVShape = SHAPE) -> list[tuple[torch.Tensor, torch
 
 def assert_equal(found: Span, expected: Span) -> None:
     assert len(found) == len(expected)
-    for mine, theirs in zip((*found.groups, found.hidden), (*expected.groups, expected.hidden)):
+    pairs = zip((*found.groups, found.hidden), (*expected.groups, expected.hidden), strict=True)
+    for mine, theirs in pairs:
         assert torch.equal(mine, theirs)
 
 
@@ -75,7 +77,7 @@ class Reference:
     def add(self, length: int, known: Sequence[int]) -> None:
         numbers = self.fresh(length)
         bounds = [0, *sorted(min(length, k) for k in known)]
-        spans = [span(numbers[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        spans = [span(numbers[a:b]) for a, b in itertools.pairwise(bounds)]
         assert self.batch.add(length, spans) == len(self.rows)
         row = len(self.rows)
         self.rows.append(numbers)
