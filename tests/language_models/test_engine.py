@@ -156,7 +156,7 @@ walks = st.lists(
 class TestCache:
     @pytest.mark.parametrize("family", ALL)
     @settings(
-        max_examples=6,
+        max_examples=4,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     @given(
@@ -185,8 +185,8 @@ class TestCache:
                     continue
                 seeds = [number + i for i in range(len(chosen))]
                 samples = 3 if kind == "fork" else 1
-                rows = lm.sample(chosen, samples, 6, seeds=seeds)
-                others = plain.sample(chosen, samples, 6, seeds=seeds)
+                rows = lm.sample(chosen, samples, 4, seeds=seeds)
+                others = plain.sample(chosen, samples, 4, seeds=seeds)
                 assert_same_rows(lm, chosen, seeds, rows, others)
                 for state, row in zip(chosen, rows, strict=True):
                     expected = plain_logprobs(lm, state, row[0])
@@ -409,7 +409,7 @@ class TestCharges:
             assert sum(x.usage.prompt_tokens for x in ledgers) == distinct_prefixes(sequences)
 
     @pytest.mark.parametrize("family", ALL)
-    @settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         kv_tokens=st.sampled_from([1, 60, 120, 240, 2000]),
         batch_size=st.sampled_from([1, 3, 8]),

@@ -124,11 +124,12 @@ class Reference:
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["add", "append", "append", "copy", "drop", "shift", "clear"]),
+        st.sampled_from(["add", "add", "append", "append", "copy", "drop", "shift", "clear"]),
         st.integers(0, 100),
         st.lists(st.integers(0, CAPACITY), max_size=3),
     ),
-    max_size=25,
+    min_size=6,
+    max_size=30,
 )
 
 
@@ -161,6 +162,22 @@ def test_rows_hold_what_was_written_to_them(columns, steps):
             batch.clear(columns, CAPACITY)
             rows.clear()
         reference.check()
+
+
+def test_the_last_row_takes_the_place_of_one_that_leaves():
+    batch = poisoned()
+    batch.clear(5, CAPACITY)
+    for length in (5, 3, 4):
+        batch.add(length, [span(range(10 * length, 10 * length + length))])
+    assert batch.copy(1) == 3
+    batch.drop(0)
+    assert batch.lengths().tolist() == [3, 3, 4]
+    assert_equal(batch.read(0, 0, 3), span([30, 31, 32]))
+    batch.drop(1)
+    batch.drop(0)
+    assert batch.lengths().tolist() == [4]
+    assert_equal(batch.read(0, 0, 4), span([40, 41, 42, 43]))
+    assert batch.bias[0, :5].tolist() == [-torch.inf, 0, 0, 0, 0]
 
 
 def test_what_is_read_is_a_copy():

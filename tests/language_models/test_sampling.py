@@ -16,7 +16,7 @@ from mbrl_text_env.language_models import SamplingParams
 from mbrl_text_env.language_models.sampling import draw, top_tokens
 
 SIZE = 1301
-DRAWS = 12_000
+DRAWS = 8000
 LAST = float(np.nextafter(1.0, 0.0))
 
 SHAPES = [
