@@ -10,6 +10,7 @@ of one search after the other.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import threading
 import time
@@ -72,7 +73,7 @@ def run_side_by_side(
             _answer([thread.call for thread in active if thread.call is not None])
     finally:
         meeting.cancelled = True
-        for thread in active:
+        for thread in order:
             thread.resume()
     return [thread.result for thread in order]  # type: ignore[misc]
 
@@ -206,6 +207,8 @@ class _StandIn:
         self._model, self._ask = model, ask
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_model":  # asked for while a copy is being made, before it has one
+            raise AttributeError(name)
         return getattr(self._model, name)
 
 
@@ -238,15 +241,21 @@ class _LanguageModel(_StandIn):
 
     def __getattr__(self, name: str) -> Any:
         # Only some language models have these.
-        found = getattr(self._model, name)
+        found = super().__getattr__(name)
         if name in ("features", "next_tokens"):
             return functools.partial(self._merged, name)
         return found
 
     def _merged(
-        self, name: str, states: Any, *common: Any, ledgers: Sequence[Ledger] | None = None
+        self,
+        name: str,
+        states: Any,
+        *common: Any,
+        ledgers: Sequence[Ledger] | None = None,
+        **named: Any,
     ) -> Any:
-        return self._ask(self._call(name, {"states": states}, ledgers, common))
+        bound = inspect.signature(getattr(self._model, name)).bind(states, *common, **named)
+        return self._ask(self._call(name, {"states": states}, ledgers, bound.args[1:]))
 
     def _call(
         self,
@@ -263,7 +272,7 @@ class _LanguageModel(_StandIn):
 
 class _RewardModel(_StandIn):
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._model, name)
+        found = super().__getattr__(name)
         if name in ("score", "score_parts"):
             return functools.partial(self._merged, name)
         return found

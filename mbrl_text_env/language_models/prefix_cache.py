@@ -122,7 +122,7 @@ class PrefixCache(Generic[P]):
         """Keep the payload of the last tokens of a sequence.
 
         What is kept already stays as it is. Where the tokens before the payload are not kept (any
-        more), the payload cannot be reached and is dropped.
+        more), the payload cannot be reached and is dropped; so is one larger than the bound.
 
         Args:
             tokens: The sequence from its start.
@@ -130,7 +130,8 @@ class PrefixCache(Generic[P]):
         """
         first = len(tokens) - len(payload)
         path, found = self._walk(tokens)
-        if self.max_bytes <= 0 or found < first or found == len(tokens):
+        fits = 0 < payload.nbytes <= self.max_bytes
+        if not fits or found < first or found == len(tokens):
             self._touch(path)
             return
         if path:

@@ -491,7 +491,9 @@ class TransformersLM:
         return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
 
     def _refresh(self) -> None:
-        """Notice weights that were trained since the last call."""
+        """Notice weights that were trained since the last call; dropout is for training alone."""
+        if self.model.training:
+            self.model.eval()
         weights = self._weights_version()
         if weights != self._weights:
             self._weights = weights
@@ -517,12 +519,12 @@ class TransformersLM:
         computed = [0] * (1 + max((chunk.request for chunk in queue), default=-1))
         if not queue:
             return computed
+        self._refresh()
         if self._network is None:
             for part in _whole_requests(queue, self.batch_size):
                 batch = DynamicBatch(self.model, self.context_length)
                 decode(part, batch, len(part), self, computed)
             return computed
-        self._refresh()
         longest = len(queue[0].sequence)
         capacity = max(len(chunk.sequence) + chunk.limit for chunk in queue)
         # Room to go on without moving anything while rows come and go.
@@ -537,10 +539,10 @@ class TransformersLM:
         """Index, hidden states from place `firsts[i]` to the end, and tokens computed for it."""
         if not sequences:
             return
+        self._refresh()
         if self._network is None:
             yield from self._hidden_without_cache(sequences, firsts)
             return
-        self._refresh()
         owners: dict[Tokens, list[int]] = {}
         for i in sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), sequences[i])):
             owners.setdefault(sequences[i], []).append(i)

@@ -31,6 +31,7 @@ from mbrl_text_env.language_models.base import stream
 from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
 from mbrl_text_env.language_models.sampling import draw
 from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.types import Chunk, Message, Prompt, TextState
 from tests.language_models.conftest import (
     CHAT_TEMPLATE,
@@ -650,8 +651,10 @@ def questions(smollm2: Any) -> list[TextState]:
 
 
 class TestSmolLM2:
-    def test_greedy_is_that_of_generate(self, smollm2, questions):
-        rows = smollm2.sample(questions, 1, 16, seeds=[0] * 8, params=GREEDY)
+    def test_greedy_is_that_of_generate(self, smollm2):
+        prompts = load_prompts(split="test")[:32]
+        questions = [TextState(prompt, smollm2.encode_prompt(prompt)) for prompt in prompts]
+        rows = smollm2.sample(questions, 1, 16, seeds=[0] * 32, params=GREEDY)
         asked = {"input_ids": [list(state.prompt_ids) for state in questions]}
         tokenizer = embedded_tokenizer().tokenizer
         padded = tokenizer.pad(asked, padding_side="left", return_tensors="pt")
