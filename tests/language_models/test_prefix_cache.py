@@ -124,7 +124,7 @@ def test_with_a_bound_it_is_never_above_it_and_never_wrong(steps, most, data):
             first = data.draw(st.integers(0, len(tokens))) if kind == "part" else 0
             cache.insert(tokens, payload(tokens, first))
             kept.append(tokens)
-            if first <= before:
+            if first <= before and len(tokens) - first <= most:
                 inserted += len(tokens) - before
             assert cache.nbytes <= cache.max_bytes
         else:
