@@ -60,7 +60,6 @@ def test_rates_by_batch_size_count_all_sequences(calls, prompts):
 
 @pytest.mark.parametrize("dtype", throughput.DTYPES.values(), ids=str)
 def test_the_limit_is_that_of_all_products(smollm2, dtype):
-    torch.manual_seed(0)
     assert throughput.product_limit(smollm2, dtype, 17, 1) > 0
 
 
