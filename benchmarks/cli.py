@@ -2,68 +2,37 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from benchmarks.options import (
+    DtypeOption,
+    LanguageModelOption,
+    ParametersOption,
+    PromptsOption,
+    RewardOption,
+    TokenizerOption,
+    TokensOption,
+    console,
+    friendly,
+    load_language_model,
+    load_prompts_option,
+    load_tokenizer,
+)
 
 app = typer.Typer(
     help="Text generation as a Gymnasium environment: agents, rewards, comparisons.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-ParametersOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Of a server's model, where it does not say; FLOPs follow from it."),
-]
-_DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
-console = Console()
-errors = Console(stderr=True)
-
-LanguageModelOption = Annotated[
-    str,
-    typer.Option(
-        help="'embedded' (SmolLM2-135M-Instruct), a Hub name, a folder, or the URL of an "
-        "OpenAI-compatible server (several with commas between them)."
-    ),
-]
-DtypeOption = Annotated[
-    str, typer.Option(help="Number format: 'default', 'float32', 'bfloat16', 'float16' or 'int8'.")
-]
-TokenizerOption = Annotated[
-    str, typer.Option(help="Tokenizer of a server's model: 'embedded', a Hub name, or a folder.")
-]
-RewardOption = Annotated[
-    str, typer.Option(help="A name, or a weighted sum such as '0.5*sentiment+0.5*relevance'.")
-]
-PromptsOption = Annotated[str, typer.Option(help="'builtin', or a .jsonl or .csv file.")]
-TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a response.")]
-
-
-def _friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Print the errors that are the user's to mend without a traceback, and exit with 2."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        # Every error of ours that names what to change is one of these two.
-        try:
-            command(*args, **kwargs)
-        except (ValueError, RuntimeError) as error:
-            if not type(error).__module__.startswith(("mbrl_text_env", "agents", "benchmarks")):
-                raise
-            errors.print(f"{type(error).__name__}: {error}", style="red", markup=False)
-            raise typer.Exit(2) from error
-
-    return wrapped
 
 
 @app.command()
-@_friendly
+@friendly
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo-results"),
     train_prompts: Annotated[int, typer.Option(min=2)] = 48,
@@ -82,11 +51,11 @@ def demo(
         max_response_tokens=max_response_tokens,
         seed=seed,
     )
-    run_demo(_language_model("embedded"), out, console, config)
+    run_demo(load_language_model("embedded"), out, console, config)
 
 
 @app.command("compare")
-@_friendly
+@friendly
 def compare_command(
     agents: Annotated[
         str, typer.Option(help="Agents with their options: 'sampling,best-of-n:n=8,lookahead'.")
@@ -129,8 +98,8 @@ def compare_command(
         allow_unequal_budgets=allow_unequal_budgets,
     )
     reward_model = make(reward)
-    chosen = choose_prompts(_prompts(prompts, split), num_prompts, reward_model, seed)
-    model = _language_model(language_model, dtype, tokenizer, num_parameters)
+    chosen = choose_prompts(load_prompts_option(prompts, split), num_prompts, reward_model, seed)
+    model = load_language_model(language_model, dtype, tokenizer, num_parameters)
     if value is None and any(spec.startswith("lookahead") for spec in config.agents):
         console.print(
             "lookahead has no fitted value model (--value), so it falls back to best-of-4, as the "
@@ -151,7 +120,7 @@ def compare_command(
 
 
 @app.command("collect")
-@_friendly
+@friendly
 def collect_command(
     out: Annotated[Path, typer.Option(help="Records folder; resumed if it exists.")],
     reward: RewardOption = "sentiment",
@@ -174,7 +143,7 @@ def collect_command(
     from mbrl_text_env.rewards import make
 
     reward_model = make(reward)
-    chosen = choose_prompts(_prompts(prompts, split), num_prompts, reward_model, seed)
+    chosen = choose_prompts(load_prompts_option(prompts, split), num_prompts, reward_model, seed)
     with RecordWriter(out) as writer, progress_bar(console) as bar:
         existing = writer.existing()
         _check_same_reward(existing, reward_model, out)
@@ -183,7 +152,7 @@ def collect_command(
         task = bar.add_task("Collecting", total=len(left) * samples)
         if left:
             collect(
-                _language_model(language_model, dtype, tokenizer, num_parameters),
+                load_language_model(language_model, dtype, tokenizer, num_parameters),
                 reward_model,
                 left,
                 writer,
@@ -199,7 +168,7 @@ def collect_command(
 
 
 @app.command("fit")
-@_friendly
+@friendly
 def fit_command(
     records: Annotated[Path, typer.Option(help="Records folder, as written by `collect`.")],
     out: Annotated[Path, typer.Option(help="Folder for the value model.")],
@@ -212,7 +181,7 @@ def fit_command(
     from mbrl_text_env.records import read_records
 
     found = read_records(records)
-    value = EmbeddingValue(_tokenizer(language_model), alpha=alpha, prefix_ratio=prefix_ratio)
+    value = EmbeddingValue(load_tokenizer(language_model), alpha=alpha, prefix_ratio=prefix_ratio)
     report = value.fit(found).report_
     value.save(out)
     shown = Table("measured on prompts left out", "", title=f"Value of {found[0].reward_name!r}")
@@ -226,7 +195,7 @@ def fit_command(
 
 
 @app.command("prompts")
-@_friendly
+@friendly
 def prompts_command(
     source: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="train, validation, test, or all.")] = "all",
@@ -234,7 +203,7 @@ def prompts_command(
     limit: Annotated[int, typer.Option(min=1)] = 20,
 ) -> None:
     """List prompts."""
-    found = _prompts(source, split, kind)
+    found = load_prompts_option(source, split, kind)
     shown = Table("id", "split", "kind", "text", title=f"{len(found)} prompts")
     for prompt in found[:limit]:
         shown.add_row(prompt.id, prompt.split, str(prompt.metadata.get("kind", "")), prompt.text)
@@ -244,7 +213,7 @@ def prompts_command(
 
 
 @app.command("rewards")
-@_friendly
+@friendly
 def rewards_command() -> None:
     """List reward models."""
     from mbrl_text_env.rewards.catalogue import DESCRIPTIONS
@@ -253,43 +222,6 @@ def rewards_command() -> None:
     for name, description in DESCRIPTIONS.items():
         shown.add_row(name, description)
     console.print(shown)
-
-
-def _language_model(
-    name: str,
-    dtype: str = "default",
-    tokenizer: str = "embedded",
-    num_parameters: int | None = None,
-) -> Any:
-    if name.startswith(("http://", "https://")):
-        from mbrl_text_env.language_models import ServerLM
-
-        return ServerLM(
-            name.split(","), tokenizer=_tokenizer(tokenizer), num_parameters=num_parameters
-        )
-    import torch
-    from transformers.utils import logging
-
-    from mbrl_text_env.language_models import TransformersLM, embedded
-
-    if dtype not in _DTYPES:
-        raise typer.BadParameter(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    options = {} if dtype == "default" else {"dtype": getattr(torch, dtype)}
-    logging.disable_progress_bar()
-    with console.status(f"Loading the language model ({name})"):
-        return embedded(**options) if name == "embedded" else TransformersLM(name, **options)
-
-
-def _tokenizer(name: str) -> Any:
-    from mbrl_text_env.language_models import HFTokenizer, embedded_tokenizer
-
-    return embedded_tokenizer() if name == "embedded" else HFTokenizer(name)
-
-
-def _prompts(source: str, split: str, kind: str | None = None) -> Any:
-    from mbrl_text_env.prompts import load_prompts
-
-    return load_prompts(source, split=None if split == "all" else split, kind=kind)
 
 
 def _check_same_reward(records: Any, reward_model: Any, folder: Path) -> None:

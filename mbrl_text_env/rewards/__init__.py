@@ -6,7 +6,15 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "adapters": ["as_reward_model", "to_trl"],
-        "base": ["ProcessRewardModel", "RewardError", "RewardModel", "Scores", "score_responses"],
+        "base": [
+            "Aggregation",
+            "ProcessRewardModel",
+            "RewardError",
+            "RewardModel",
+            "Scores",
+            "score_responses",
+            "score_steps",
+        ],
         "catalogue": ["DESCRIPTIONS", "RewardSpecError", "available", "make"],
         "classifier": ["ClassifierReward"],
         "combinators": ["WeightedSum"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -75,6 +76,40 @@ class Scores:
     def parts_of(self, index: int) -> dict[str, float]:
         """The parts of one response, as plain floats."""
         return {name: float(values[index]) for name, values in self.parts.items()}
+
+
+class Aggregation(str, Enum):
+    """How the scores of a response's steps make one score; search and reports share it.
+
+    Example:
+        >>> Aggregation("min").of([0.9, 0.2, 0.8])
+        0.2
+    """
+
+    MIN = "min"
+    PRODUCT = "product"
+    LAST = "last"
+    MEAN = "mean"
+
+    def of(self, scores: npt.ArrayLike) -> float:
+        """The score of a response whose steps have `scores`, float[S].
+
+        Raises:
+            RewardError: There are no steps.
+        """
+        values = np.asarray(scores, dtype=np.float64)
+        if not values.size:
+            raise RewardError(
+                "Expected the scores of at least one step to aggregate, got none. Decide what a "
+                "response without steps is worth before."
+            )
+        functions: dict[str, Callable[..., Any]] = {
+            "min": np.min,
+            "product": np.prod,
+            "mean": np.mean,
+            "last": lambda scores: scores[-1],
+        }
+        return float(functions[self.value](values))
 
 
 def reward_name(reward_model: object) -> str:

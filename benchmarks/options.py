@@ -1,0 +1,95 @@
+"""What the commands of `mbrl-text` share: options, consoles, and how models and prompts load."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+console = Console()
+errors = Console(stderr=True)
+
+_DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
+
+LanguageModelOption = Annotated[
+    str,
+    typer.Option(
+        help="'embedded' (SmolLM2-135M-Instruct), a Hub name, a folder, or the URL of an "
+        "OpenAI-compatible server (several with commas between them)."
+    ),
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="Number format: 'default', 'float32', 'bfloat16', 'float16' or 'int8'.")
+]
+TokenizerOption = Annotated[
+    str, typer.Option(help="Tokenizer of a server's model: 'embedded', a Hub name, or a folder.")
+]
+ParametersOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of a server's model, where it does not say; FLOPs follow from it."),
+]
+RewardOption = Annotated[
+    str, typer.Option(help="A name, or a weighted sum such as '0.5*sentiment+0.5*relevance'.")
+]
+PromptsOption = Annotated[str, typer.Option(help="'builtin', or a .jsonl or .csv file.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a response.")]
+
+
+def friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Print the errors that are the user's to mend without a traceback, and exit with 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        # Every error of ours that names what to change is one of these two.
+        try:
+            command(*args, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            if not type(error).__module__.startswith(("mbrl_text_env", "agents", "benchmarks")):
+                raise
+            errors.print(f"{type(error).__name__}: {error}", style="red", markup=False)
+            raise typer.Exit(2) from error
+
+    return wrapped
+
+
+def load_language_model(
+    name: str,
+    dtype: str = "default",
+    tokenizer: str = "embedded",
+    num_parameters: int | None = None,
+) -> Any:
+    """The language model of a `LanguageModelOption`, with its number format or its tokenizer."""
+    if name.startswith(("http://", "https://")):
+        from mbrl_text_env.language_models import ServerLM
+
+        return ServerLM(
+            name.split(","), tokenizer=load_tokenizer(tokenizer), num_parameters=num_parameters
+        )
+    import torch
+    from transformers.utils import logging
+
+    from mbrl_text_env.language_models import TransformersLM, embedded
+
+    if dtype not in _DTYPES:
+        raise typer.BadParameter(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    options = {} if dtype == "default" else {"dtype": getattr(torch, dtype)}
+    logging.disable_progress_bar()
+    with console.status(f"Loading the language model ({name})"):
+        return embedded(**options) if name == "embedded" else TransformersLM(name, **options)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a `TokenizerOption`."""
+    from mbrl_text_env.language_models import HFTokenizer, embedded_tokenizer
+
+    return embedded_tokenizer() if name == "embedded" else HFTokenizer(name)
+
+
+def load_prompts_option(source: str, split: str, kind: str | None = None) -> Any:
+    """The prompts of a `PromptsOption`; `split` may be "all"."""
+    from mbrl_text_env.prompts import load_prompts
+
+    return load_prompts(source, split=None if split == "all" else split, kind=kind)
