@@ -3,11 +3,15 @@
 A comparison is a folder. It is worked off in batches of prompts; the rows of a batch are written
 whole, so a run that was killed goes on with the first batch that is missing and ends with the same
 rows.
+
+A prompt whose answers the reward model cannot score costs that prompt alone: its row has the error
+and no score, it is left out on both sides of every paired difference, and it is counted.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +25,13 @@ from benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Budget
-from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardModel,
+    applies_to,
+    reward_name,
+    score_responses,
+)
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 
@@ -83,6 +93,9 @@ class Comparison:
         reward_model: Shared by the agents, and the judge of their answers.
         value_model: For agents that take one.
         labels: What else belongs into the config file, such as the names given on the command line.
+
+    Raises:
+        CompareError: Two prompts have the same id.
     """
 
     config: CompareConfig
@@ -91,6 +104,15 @@ class Comparison:
     reward_model: RewardModel
     value_model: ValueModel | None = None
     labels: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ids = Counter(prompt.id for prompt in self.prompts)
+        repeated = sorted(name for name, count in ids.items() if count > 1)
+        if repeated:
+            raise CompareError(
+                f"Expected prompts with different ids, got {repeated[:5]} more than once. Answers "
+                "are paired by the prompt's id: leave out the repetitions, or rename them."
+            )
 
     def agent(self, spec: str) -> Agent:
         """Make the agent of a spec."""
@@ -152,9 +174,8 @@ def compare(
         The content of `summary.json`.
 
     Raises:
-        CompareError: The folder holds another comparison.
+        CompareError: The folder holds another comparison, or an agent got no prompt scored.
         BudgetError: The budget allows no complete response.
-        RewardError: The reward model failed.
     """
     from benchmarks.report import plot
 
@@ -168,7 +189,7 @@ def compare(
         for number, (spec, agent) in enumerate(agents.items()):
             part = folder / "parts" / f"{start:06d}-{number:02d}.jsonl"
             if not part.exists():
-                _write_rows(part, _answer(comparison, spec, agent, batch))
+                _write_rows(part, _answer_all(comparison, spec, agent, batch))
             done = read_rows(part)
             rows[spec].extend(done)
             if on_batch is not None:
@@ -181,9 +202,13 @@ def compare(
 
 
 def summarise(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One entry an agent: mean score with its interval, paired with best-of-N, and what it cost."""
+    """One entry an agent: mean score with its interval, paired with best-of-N, and what it cost.
+
+    Raises:
+        CompareError: All prompts of an agent have failed.
+    """
     baseline = next((spec for spec in rows if parse_spec(spec)[0] == BASELINE), None)
-    reference = None if baseline is None else _scores(rows[baseline])
+    reference = None if baseline is None else _scored(rows[baseline])
     return [_entry(spec, agent_rows, reference) for spec, agent_rows in rows.items()]
 
 
@@ -194,39 +219,80 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _entry(
-    spec: str, rows: list[dict[str, Any]], reference: np.ndarray[Any, Any] | None
+    spec: str, rows: list[dict[str, Any]], reference: dict[str, dict[str, Any]] | None
 ) -> dict[str, Any]:
-    scores = _scores(rows)
-    interval = mean_interval(scores)
+    scored = _scored(rows)
+    if not scored:
+        raise CompareError(
+            f"Agent {spec!r}: none of {len(rows)} prompts could be scored. The first error: "
+            f"{rows[0]['error']}"
+        )
+    kept = list(scored.values())
+    interval = mean_interval(_scores(kept))
     entry: dict[str, Any] = {
         "agent": spec,
-        "prompts": len(rows),
+        "prompts": len(kept),
+        "failed": len(rows) - len(kept),
         "mean": interval.estimate,
         "low": interval.low,
         "high": interval.high,
         "parts": {
-            name: float(np.mean([row["parts"][name] for row in rows])) for name in rows[0]["parts"]
+            name: float(np.mean([row["parts"][name] for row in kept])) for name in kept[0]["parts"]
         },
     }
     if reference is not None:
-        paired, wins = mean_interval(scores - reference), win_rate(scores, reference)
-        entry["vs_best_of_n"] = {
-            "difference": paired.estimate,
-            "low": paired.low,
-            "high": paired.high,
-            "wins": wins.wins,
-            "ties": wins.ties,
-            "losses": wins.losses,
-            "win_rate": wins.rate,
-        }
+        entry["vs_best_of_n"] = _paired(scored, reference)
     for key in ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "flops"):
-        entry[key] = float(np.mean([row["usage"][key] for row in rows]))
-    entry["seconds"] = float(np.mean([row["seconds"] for row in rows]))
+        entry[key] = float(np.mean([row["usage"][key] for row in kept]))
+    entry["seconds"] = float(np.mean([row["seconds"] for row in kept]))
     return entry
+
+
+def _paired(
+    scored: dict[str, dict[str, Any]], reference: dict[str, dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The difference to the reference over the prompts that both have a score for."""
+    both = [prompt_id for prompt_id in scored if prompt_id in reference]
+    if not both:
+        return None
+    own, other = (_scores([rows[name] for name in both]) for rows in (scored, reference))
+    paired, wins = mean_interval(own - other), win_rate(own, other)
+    return {
+        "prompts": len(both),
+        "difference": paired.estimate,
+        "low": paired.low,
+        "high": paired.high,
+        "wins": wins.wins,
+        "ties": wins.ties,
+        "losses": wins.losses,
+        "win_rate": wins.rate,
+    }
+
+
+def _scored(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows that have a score, by prompt."""
+    return {row["prompt_id"]: row for row in rows if row["score"] is not None}
 
 
 def _scores(rows: list[dict[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.asarray([row["score"] for row in rows], dtype=np.float64)
+
+
+def _answer_all(
+    comparison: Comparison, spec: str, agent: Agent, prompts: Sequence[Prompt]
+) -> list[dict[str, Any]]:
+    """Rows of a batch; where the reward model fails, the batch is halved until it is one prompt."""
+    try:
+        return _answer(comparison, spec, agent, prompts)
+    except RewardError as error:
+        if len(prompts) == 1:
+            return [_failed_row(comparison, spec, prompts[0], error)]
+        middle = len(prompts) // 2
+        return [
+            row
+            for half in (prompts[:middle], prompts[middle:])
+            for row in _answer_all(comparison, spec, agent, half)
+        ]
 
 
 def _answer(
@@ -272,6 +338,20 @@ def _row(
         "budget_tokens": budget.tokens,
         "usage": usage,
         "seconds": seconds,
+    }
+
+
+def _failed_row(
+    comparison: Comparison, spec: str, prompt: Prompt, error: RewardError
+) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.id,
+        "agent": spec,
+        "seed": comparison.config.seed,
+        "score": None,
+        "error": str(error),
+        "prompt": prompt.text,
+        "budget_tokens": comparison.config.budget_of(spec),
     }
 
 

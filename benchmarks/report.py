@@ -34,7 +34,7 @@ def table(summary: dict[str, Any]) -> Group:
         ),
         *(Column(heading, justify="right") for heading in ("GFLOPs", "seconds")),
         caption="Means over prompts, 95% bootstrap intervals, differences paired by prompt; a tie "
-        "is half a win.",
+        f"is half a win.{_failures(summary)}",
     )
     for entry in summary["agents"]:
         quality.add_row(entry["agent"], *_quality(entry))
@@ -60,6 +60,7 @@ def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
                 subtitle=f"score {row['score']:.3f}",
             )
             for row in rows
+            if row["score"] is not None
         )
     )
     return Group(Text(f"Prompt: {rows[0]['prompt']}", style="bold"), grid)
@@ -84,6 +85,13 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     scratch = path.with_name(f".{path.name}")
     figure.savefig(scratch, format="png", dpi=150)
     scratch.replace(path)
+
+
+def _failures(summary: dict[str, Any]) -> str:
+    failed = [f"{e['agent']} {e['failed']}" for e in summary["agents"] if e["failed"]]
+    if not failed:
+        return ""
+    return f" Prompts without a score, left out: {', '.join(failed)} (errors in results.jsonl)."
 
 
 def _quality(entry: dict[str, Any]) -> list[str]:

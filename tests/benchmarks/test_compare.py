@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from benchmarks.compare import (
     choose_prompts,
     compare,
     read_rows,
+    summarise,
 )
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import BudgetError
@@ -128,6 +130,7 @@ def test_choose_prompts():
 
 SCRIPT = """
 import sys, time
+from dataclasses import replace
 from pathlib import Path
 from tests.benchmarks.test_compare import toy_comparison
 from benchmarks.compare import compare
@@ -152,3 +155,89 @@ def test_killed_and_started_again_it_ends_with_the_same_rows(tmp_path):
         assert not (tmp_path / "killed" / "results.jsonl").exists()
     compare(toy_comparison(), tmp_path / "killed")
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
+
+
+class Fussy(CountReward):
+    """Cannot score answers to some prompts."""
+
+    def __init__(self, refused):
+        super().__init__()
+        self.refused = refused
+
+    def score(self, prompts, responses):
+        for prompt in prompts:
+            if prompt.id in self.refused:
+                raise ZeroDivisionError(f"{prompt.id} is too hard")
+        return super().score(prompts, responses)
+
+
+def test_a_prompt_that_cannot_be_scored_costs_that_prompt_alone(tmp_path):
+    whole = compare(toy_comparison(), tmp_path / "whole")
+    fussy = replace(toy_comparison(), reward_model=Fussy({"p3", "p10"}))
+    summary = compare(fussy, tmp_path / "fussy")
+    rows = read_rows(tmp_path / "fussy" / "results.jsonl")
+    assert len(rows) == len(PROMPTS) * len(AGENTS)
+    failed = [row for row in rows if row["score"] is None]
+    assert sorted({row["prompt_id"] for row in failed}) == ["p10", "p3"]
+    assert all("ZeroDivisionError" in row["error"] for row in failed)
+    assert all(repr(row["prompt_id"]) in row["error"] for row in failed)
+    # The others are what they are without them, and pairs lose both sides.
+    kept = [row for row in without_times(tmp_path / "fussy") if row["score"] is not None]
+    expected = [
+        row for row in without_times(tmp_path / "whole") if row["prompt_id"] not in ("p3", "p10")
+    ]
+    assert kept == expected
+    for entry, before in zip(summary["agents"], whole["agents"], strict=True):
+        assert (entry["prompts"], entry["failed"]) == (18, 2)
+        assert (before["prompts"], before["failed"]) == (20, 0)
+        own = {row["prompt_id"]: row["score"] for row in kept if row["agent"] == entry["agent"]}
+        base = {row["prompt_id"]: row["score"] for row in kept if row["agent"] == "best-of-n"}
+        assert entry["vs_best_of_n"]["prompts"] == 18
+        assert entry["vs_best_of_n"]["difference"] == pytest.approx(
+            np.mean([own[name] - base[name] for name in own])
+        )
+
+
+def test_a_prompt_that_failed_for_one_agent_leaves_both_sides_of_its_pair():
+    def row(prompt_id, agent, score):
+        usage = dict.fromkeys(
+            ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "flops"), 1
+        )
+        return {
+            "prompt_id": prompt_id, "agent": agent, "score": score, "parts": {}, "usage": usage,
+            "seconds": 1.0, "error": None if score is not None else "no",
+        }  # fmt: skip
+
+    rows = {
+        "sampling": [row("a", "sampling", 1.0), row("b", "sampling", 5.0), row("c", "s", None)],
+        "best-of-n": [row("a", "best-of-n", 3.0), row("b", "b", None), row("c", "b", 9.0)],
+    }
+    sampling, best = summarise(rows)
+    assert (sampling["mean"], sampling["failed"]) == (3.0, 1)
+    assert (best["mean"], best["failed"]) == (6.0, 1)
+    assert sampling["vs_best_of_n"]["prompts"] == 1
+    assert sampling["vs_best_of_n"]["difference"] == -2.0
+
+
+def test_failures_are_counted_in_the_table(tmp_path):
+    from rich.console import Console
+
+    from benchmarks.report import table
+
+    comparison = replace(toy_comparison(agents=("sampling",)), reward_model=Fussy({"p3"}))
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table(compare(comparison, tmp_path)))
+    shown = " ".join(capture.get().split())
+    assert "Prompts without a score, left out: sampling 1" in shown
+
+
+def test_a_reward_that_scores_nothing_is_an_error(tmp_path):
+    comparison = replace(toy_comparison(), reward_model=Fussy({prompt.id for prompt in PROMPTS}))
+    with pytest.raises(CompareError, match=r"'sampling': none of 20 .*ZeroDivisionError: p\d+ is"):
+        compare(comparison, tmp_path)
+
+
+def test_prompts_with_the_same_id_are_refused():
+    with pytest.raises(CompareError, match=r"\['p0'\] more than once"):
+        replace(toy_comparison(), prompts=[PROMPTS[0], PROMPTS[0]])
