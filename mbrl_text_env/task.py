@@ -6,6 +6,7 @@ All methods are batched. The single environment is a batch of one, so both give 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from os.path import commonprefix
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -21,7 +22,14 @@ from mbrl_text_env.observations import (
     TextObservation,
     TokenObservation,
 )
-from mbrl_text_env.rewards.base import ProcessRewardModel, RewardModel, score_responses, score_steps
+from mbrl_text_env.rewards.base import (
+    ProcessRewardModel,
+    RewardError,
+    RewardModel,
+    check_process,
+    score_responses,
+    score_steps,
+)
 from mbrl_text_env.spaces import ChunkSpace, as_token_ids
 from mbrl_text_env.types import Prompt, TextState
 
@@ -77,6 +85,7 @@ class TextTask:
 
     Raises:
         ValueError: There are no prompts, a limit is below 1, or a mode is unknown.
+        RewardError: `reward="process"` meets a reward model that scores whole responses only.
     """
 
     def __init__(
@@ -102,6 +111,8 @@ class TextTask:
         self.prompts = _prompts(prompts)
         self.tokenizer = tokenizer if tokenizer is not None else _default_tokenizer()
         self.reward_model = _reward_model(reward_model)
+        if reward == "process":
+            check_process(self.reward_model)
         self.reward: RewardMode = reward
         self.max_response_tokens = max_response_tokens
         self.rules = ChunkRules(
@@ -152,14 +163,11 @@ class TextTask:
             InvalidChunkError: An action is not a chunk.
             RewardError: The reward model failed.
         """
-        states, cuts = [], []
-        for outcome, action in zip(outcomes, actions, strict=True):
-            ids = _token_ids(action)
-            before = outcome.state
-            limit = response_limit(before, self.tokenizer, self.max_response_tokens)
-            state = append(before, tuple(ids), self.rules.finish_reason(ids), limit)
-            states.append(state)
-            cuts.append(len(state.response_ids) - len(before.response_ids) < len(ids))
+        appended = [
+            self._append(outcome.state, action)
+            for outcome, action in zip(outcomes, actions, strict=True)
+        ]
+        states, cuts = [state for state, _ in appended], [cut for _, cut in appended]
         responses = [self.tokenizer.decode(state.response_ids) for state in states]
         scores = self._scores(states, responses)
         rewards = self._rewards(outcomes, states, responses, scores)
@@ -175,6 +183,14 @@ class TextTask:
                 states, responses, cuts, scores, rewards, strict=True
             )
         ]
+
+    def advance_apart(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
+        """Step each state with its action: one reward call each, so that a failure costs one.
+
+        Where the reward model fails, the episode ends without a score: the reward is NaN, and
+        `info["reward_error"]` says why. Everything else is as in `advance`.
+        """
+        return [self._advance_or_fail(*row) for row in zip(outcomes, actions, strict=True)]
 
     def observe(self, outcomes: Sequence[Outcome]) -> list[Any]:
         """One observation for each outcome."""
@@ -199,6 +215,24 @@ class TextTask:
                 f"allows {self.max_response_tokens}. Make it with a larger max_response_tokens."
             )
         return state
+
+    def _append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
+        """The state after an action, and whether the action was cut."""
+        ids = _token_ids(action)
+        limit = response_limit(before, self.tokenizer, self.max_response_tokens)
+        state = append(before, tuple(ids), self.rules.finish_reason(ids), limit)
+        return state, len(state.response_ids) - len(before.response_ids) < len(ids)
+
+    def _advance_or_fail(self, outcome: Outcome, action: Any) -> Outcome:
+        try:
+            return self.advance([outcome], [action])[0]
+        except RewardError as error:
+            state, cut = self._append(outcome.state, action)
+            if state.finish_reason is None:
+                state = replace(state, finish_reason="length")
+            response = self.tokenizer.decode(state.response_ids)
+            info = {**_info(state, response, cut), "reward_error": str(error)}
+            return Outcome(state, response, float("nan"), None, info)
 
     def _scores(
         self, states: Sequence[TextState], responses: Sequence[str]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -16,12 +17,13 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.mdp import EpisodeEndedError, is_terminal
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.task import ObservationMode, Outcome, RewardMode, TextTask
 from mbrl_text_env.types import Prompt, TextState
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
+OnRewardError = Literal["record", "raise"]
 
 
 class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
@@ -30,8 +32,15 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
     It returns what `gymnasium.vector.SyncVectorEnv` over N single environments with the same seeds
     would, but scores all responses in one call.
 
+    A response that the reward model cannot score does not cost the others theirs: its episode ends
+    (`truncated`, unless it ended by itself) with the reward NaN, `info["reward_error"]` says why,
+    `num_failed` counts it, and a warning names it. Leave such steps out of what is learned from, or
+    ask for the exception with `on_reward_error="raise"`.
+
     Args:
         num_envs: N, at least 1.
+        on_reward_error: `"record"`, as said above, or `"raise"`: the `RewardError` of the first
+            failure; no state is changed then.
         autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
         render_mode: None or `"ansi"` (`render` returns a tuple of N strings).
         prompts, tokenizer, reward_model, reward, observation, encoder, max_response_tokens,
@@ -42,6 +51,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         episode_started: bool[N], which sub-environments the last `reset` or `step` reset.
         final_states: Under `SameStep`, the states in which the last step's episodes ended; None for
             sub-environments that go on.
+        num_failed: Responses that could not be scored so far.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012
@@ -59,6 +69,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         max_response_tokens: int = 128,
         max_chunk_tokens: int = 16,
         max_prompt_tokens: int | None = None,
+        on_reward_error: OnRewardError = "record",
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
     ) -> None:
@@ -77,6 +88,13 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
             max_chunk_tokens=max_chunk_tokens,
             max_prompt_tokens=max_prompt_tokens,
         )
+        if on_reward_error not in get_args(OnRewardError):
+            raise ValueError(
+                f"on_reward_error: expected one of {list(get_args(OnRewardError))}, got "
+                f"{on_reward_error!r}."
+            )
+        self.on_reward_error: OnRewardError = on_reward_error
+        self.num_failed = 0
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -179,9 +197,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         self, actions: list[Any], ended: BoolArray
     ) -> tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
         going = [i for i in range(self.num_envs) if not ended[i]]
-        advanced = self.task.advance(
-            [self._outcomes[i] for i in going], [actions[i] for i in going]
-        )
+        advanced = self._advance([self._outcomes[i] for i in going], [actions[i] for i in going])
         outcomes = list(self._outcomes)
         for i, outcome in zip(going, advanced, strict=True):
             outcomes[i] = outcome
@@ -193,7 +209,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
     def _step_same(
         self, actions: list[Any]
     ) -> tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
-        finals = self.task.advance(self._outcomes, actions)
+        finals = self._advance(self._outcomes, actions)
         self._outcomes = finals
         if self.autoreset_mode == AutoresetMode.DISABLED:
             self.episode_started = np.zeros(self.num_envs, dtype=np.bool_)
@@ -209,6 +225,23 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         for i in np.flatnonzero(ended):
             rows[i].update(final_obs=observations[i], final_info=finals[i].info)
         return self._results(finals, stack_infos(rows))
+
+    def _advance(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
+        try:
+            return self.task.advance(outcomes, actions)
+        except RewardError:
+            if self.on_reward_error == "raise":
+                raise
+        advanced = self.task.advance_apart(outcomes, actions)
+        errors = [o.info["reward_error"] for o in advanced if "reward_error" in o.info]
+        self.num_failed += len(errors)
+        for error in errors:
+            warnings.warn(
+                f"An episode ends without a score (reward NaN): {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return advanced
 
     def _results(
         self, outcomes: Sequence[Outcome], infos: dict[str, Any]

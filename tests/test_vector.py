@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 import mbrl_text_env  # noqa: F401 registers the environments
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.mdp import EpisodeEndedError
+from mbrl_text_env.mdp import EpisodeEndedError, initial
+from mbrl_text_env.rewards import RewardError
+from mbrl_text_env.types import Prompt
 from mbrl_text_env.vector import stack_infos
 from tests.toys import CountReward, LetterEncoder, StepReward, toy_options
 
@@ -150,3 +152,83 @@ def test_stack_infos_equals_gymnasium(rows):
     for i, row in enumerate(rows):
         expected = reference._add_info(expected, row or {}, i)
     assert data_equivalence(stack_infos(rows), expected, exact=True)
+
+
+class Fussy(StepReward):
+    """Cannot score answers to one prompt."""
+
+    def score(self, prompts, responses):
+        if any(prompt.text == "c" for prompt in prompts):
+            raise ZeroDivisionError("too hard")
+        return super().score(prompts, responses)
+
+    def score_steps(self, prompt, steps):
+        self.score([prompt], ["".join(steps)])
+        return super().score_steps(prompt, steps)
+
+
+@pytest.mark.filterwarnings("ignore:.*An episode ends without a score")
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("reward", ["terminal", "delta", "process"])
+def test_a_response_that_cannot_be_scored_costs_its_episode_alone(reward, mode):
+    options = toy_options(reward=reward, reward_model=Fussy())
+    sound = gym.make_vec(
+        TEXT, num_envs=5, autoreset_mode=mode, **{**options, "reward_model": StepReward()}
+    )
+    vector = gym.make_vec(TEXT, num_envs=5, autoreset_mode=mode, **options)
+    vector.reset(options={"prompt": 0}, seed=0)
+    sound.reset(options={"prompt": 0}, seed=0)
+    states = vector.unwrapped.states
+    # The fourth of five answers a prompt that cannot be scored.
+    hard = Prompt.from_text("c")
+    states[3] = initial(hard, options["tokenizer"])
+    for env in (vector, sound):
+        env.unwrapped.set_states(states)
+    (stop,) = options["tokenizer"].stop_token_ids
+    actions = [[1, stop]] * 5
+    ours, theirs = vector.step(actions), sound.step(actions)
+    others = [0, 1, 2, 4]
+    np.testing.assert_array_equal(ours[1][others], theirs[1][others])
+    assert np.isnan(ours[1][3])
+    assert ours[2].tolist() == theirs[2].tolist() == [True] * 5
+    infos = ours[4]["final_info"] if mode == AutoresetMode.SAME_STEP else ours[4]
+    assert infos["_reward_error"].tolist() == [False, False, False, True, False]
+    assert "ZeroDivisionError: too hard" in infos["reward_error"][3]
+    assert "'c'" in infos["reward_error"][3]
+    assert vector.unwrapped.num_failed == 1
+    assert sound.unwrapped.num_failed == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*An episode ends without a score")
+@pytest.mark.parametrize("reward", ["delta", "process"])
+def test_an_episode_without_a_score_ends_there(reward):
+    options = toy_options(reward=reward, reward_model=Fussy(), prompts=[Prompt.from_text("c")])
+    vector = gym.make_vec(TEXT, num_envs=2, **options)
+    vector.reset(seed=0)
+    _, rewards, terminated, truncated, _ = vector.step([[1], [2]])
+    assert np.isnan(rewards).all()
+    assert truncated.all()
+    assert not terminated.any()
+    _, rewards, terminated, truncated, infos = vector.step([[1], [2]])
+    assert (rewards.tolist(), truncated.any()) == ([0.0, 0.0], False)
+    assert infos["response"].tolist() == ["", ""]
+
+
+def test_failures_are_raised_where_asked_for_and_change_nothing():
+    options = toy_options(reward="delta", reward_model=Fussy(), prompts=[Prompt.from_text("c")])
+    vector = gym.make_vec(TEXT, num_envs=2, on_reward_error="raise", **options)
+    vector.reset(seed=0)
+    before = vector.unwrapped.states
+    with pytest.raises(RewardError, match="too hard"):
+        vector.step([[1], [2]])
+    assert vector.unwrapped.states == before
+    with pytest.raises(ValueError, match=r"'record', 'raise'.*'ignore'"):
+        gym.make_vec(TEXT, num_envs=2, on_reward_error="ignore", **options)
+
+
+def test_a_failure_is_warned_of():
+    options = toy_options(reward="delta", reward_model=Fussy(), prompts=[Prompt.from_text("c")])
+    vector = gym.make_vec(TEXT, num_envs=1, **options)
+    vector.reset(seed=0)
+    with pytest.warns(RuntimeWarning, match="ends without a score.*too hard"):
+        vector.step([[1]])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -168,6 +168,21 @@ def score_responses(
     return Scores(total, parts or {name: total})
 
 
+def check_process(reward_model: object) -> ProcessRewardModel:
+    """Return a reward model that scores steps, or refuse one that does not.
+
+    Raises:
+        RewardError: It has no `score_steps`.
+    """
+    if not hasattr(reward_model, "score_steps"):
+        raise RewardError(
+            f"Reward model {reward_name(reward_model)!r} scores whole responses only: process "
+            "rewards need a method `score_steps(prompt, steps)`. Use reward='terminal' or "
+            "reward='delta', or another reward model."
+        )
+    return cast("ProcessRewardModel", reward_model)
+
+
 def score_steps(
     reward_model: ProcessRewardModel,
     prompt: Prompt,
@@ -181,13 +196,7 @@ def score_steps(
         RewardError: The model has no `score_steps`, raised, or did not return exactly one finite
             score a step.
     """
-    name = reward_name(reward_model)
-    if not hasattr(reward_model, "score_steps"):
-        raise RewardError(
-            f"Reward model {name!r} scores whole responses only: process rewards need a method "
-            "`score_steps(prompt, steps)`. Use reward='terminal' or reward='delta', or another "
-            "reward model."
-        )
+    name = reward_name(check_process(reward_model))
     if not steps:
         return np.zeros(0)
     ledgers = None if ledger is None else [ledger]
