@@ -5,7 +5,7 @@ from mbrl_text_env._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "adapters": ["as_reward_model", "to_trl"],
+        "adapters": ["FunctionReward", "as_reward_model", "to_trl"],
         "base": [
             "Aggregation",
             "ProcessRewardModel",
@@ -17,9 +17,17 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "catalogue": ["DESCRIPTIONS", "RewardSpecError", "available", "make"],
         "classifier": ["ClassifierReward"],
-        "combinators": ["WeightedSum"],
+        "combinators": ["Ensemble", "Gate", "Product", "WeightedSum"],
         "constraints": ["ConstraintsReward"],
         "relevance": ["RelevanceReward"],
         "sentiment": ["SentimentReward"],
+        "transforms": [
+            "Clip",
+            "LengthPenalty",
+            "Normalise",
+            "RepetitionPenalty",
+            "RunningNormalise",
+            "Threshold",
+        ],
     },
 )

@@ -1,12 +1,13 @@
-"""Weighted sums of rewards, whose totals and parts are worked out by hand."""
+"""Rewards made of several, whose totals and parts are worked out by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards.base import RewardError, applies_to, reward_usage_bound, score_responses
-from mbrl_text_env.rewards.combinators import WeightedSum
+from mbrl_text_env.rewards.combinators import Ensemble, Gate, Product, WeightedSum
 from mbrl_text_env.rewards.constraints import ConstraintsReward
 from mbrl_text_env.rewards.relevance import RelevanceReward
 from mbrl_text_env.rewards.sentiment import SentimentReward
@@ -118,3 +119,71 @@ def test_a_reward_that_fails_is_named():
 def test_arguments_that_make_no_sum_are_errors(rewards, weights, message):
     with pytest.raises(ValueError, match=message):
         WeightedSum(rewards, weights)
+
+
+def test_product():
+    scores = scores_of(Product([Count("a"), Count("b")]), ["aab", "aa", "abb"])
+    assert scores.total.tolist() == [2.0, 0.0, 2.0]
+    assert scores.parts_of(0) == {"a": 2.0, "b": 1.0}
+    assert Product([Count("a"), Count("b")]).name == "product(a,b)"
+
+
+def test_a_product_refuses_negative_factors():
+    negative = WeightedSum([Count("a")], [-1.0], name="minus")
+    with pytest.raises(RewardError, match=r"'product\(minus,b\)'.*-2 from 'minus'.*'xaa'.*Clip"):
+        scores_of(Product([negative, Count("b")]), ["b", "xaa"])
+
+
+def test_a_gate_opens_where_its_condition_holds():
+    gate = Gate(Count("a"), Count("b"), threshold=2, closed=-1)
+    scores = scores_of(gate, ["aabb", "aab", "bbb", ""])
+    assert scores.total.tolist() == [2.0, -1.0, 0.0, -1.0]
+    assert scores.parts_of(1) == {"a": 2.0, "b": 1.0}
+    assert gate.name == "a if b"
+
+
+def test_a_gate_does_not_close_for_a_rounding_error():
+    thirds = WeightedSum([Count(letter) for letter in "xyz"], [0.7, 0.1, 0.2], name="thirds")
+    assert thirds.score([PROMPT], ["xyz"])[0] != 1.0
+    assert scores_of(Gate(Count("a"), thirds), ["axyz"]).total.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("mean", 4.0), ("min", 1.0), ("mean-std", 4.0 - 0.5 * 3.0)]
+)
+def test_ensembles(rule, expected):
+    # Scores 1 and 7: mean 4, standard deviation 3.
+    scores = scores_of(Ensemble([Count("a"), Count("b")], rule, k=0.5), ["a" + "b" * 7, "ab"])
+    assert scores.total.tolist() == [expected, 1.0]
+    assert scores.parts_of(0) == {"a": 1.0, "b": 7.0, "disagreement": 3.0}
+    assert scores.parts_of(1)["disagreement"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Product, Ensemble, lambda both: Gate(*both), lambda both: WeightedSum(both, [1, 2])],
+)
+def test_costs_and_prompts_are_those_of_all(make):
+    reward = make([Count("a"), Count("b")])
+    assert reward.flops([PROMPT] * 2, ["aab", ""]).tolist() == [60.0, 0.0]
+    assert reward_usage_bound(reward).reward_flops == 2000.0
+    assert applies_to(reward, PROMPT)
+    assert not applies_to(make([Count("a"), ConstraintsReward()]), PROMPT)
+    check_reward_model(reward, responses=["aab", "", "bbb a"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Product([]), "Product: expected at least one reward, got none"),
+        (lambda: Product([Count("a"), Count("a")]), "a name of its own"),
+        (lambda: Gate(Count("a"), Count("a")), "a name of its own"),
+        (lambda: Gate(Count("a"), Count("b"), closed=float("nan")), "closed to be a finite number"),
+        (lambda: Ensemble([Count("a")]), "at least two rewards .* got 1 rewards"),
+        (lambda: Ensemble([Count("a"), Count("b")], k=-1), "k=-1"),
+        (lambda: Ensemble([Count("a"), Count("b")], "median"), r"'mean-std'\], got 'median'"),
+    ],
+)
+def test_arguments_that_make_no_combination_are_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
