@@ -143,7 +143,7 @@ def test_a_gate_opens_where_its_condition_holds():
 
 
 def test_a_gate_does_not_close_for_a_rounding_error():
-    thirds = WeightedSum([Count(letter) for letter in "xyz"], [0.7, 0.1, 0.2], name="thirds")
+    thirds = WeightedSum([Count(letter) for letter in "xyz"], [0.7, 0.2, 0.1], name="thirds")
     assert thirds.score([PROMPT], ["xyz"])[0] != 1.0
     assert scores_of(Gate(Count("a"), thirds), ["axyz"]).total.tolist() == [1.0]
 
