@@ -216,10 +216,10 @@ def prompts_command(
 @friendly
 def rewards_command() -> None:
     """List reward models."""
-    from mbrl_text_env.rewards.catalogue import DESCRIPTIONS
+    from mbrl_text_env.rewards import descriptions
 
     shown = Table("name", "what it scores", title="Reward models")
-    for name, description in DESCRIPTIONS.items():
+    for name, description in descriptions().items():
         shown.add_row(name, description)
     console.print(shown)
 

@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = attach(
             "score_steps",
         ],
         "cache": ["CachedReward"],
-        "catalogue": ["DESCRIPTIONS", "RewardSpecError", "available", "make"],
+        "catalogue": ["RewardSpecError", "available", "descriptions", "make", "register"],
         "classifier": ["ClassifierReward"],
         "combinators": ["Ensemble", "Gate", "Product", "WeightedSum"],
         "constraints": ["ConstraintsReward"],

@@ -1,55 +1,166 @@
-"""Reward models by name, for the command line, the environment and comparisons."""
+"""Reward models by name, for the command line, the environment and comparisons.
+
+A name is one of the package's own, one that was registered in this program, one that an installed
+package offers under the entry-point group `mbrl_text_env.rewards`, or a function in a Python file.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
+import inspect
+import re
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
 
+from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel
-from mbrl_text_env.rewards.classifier import ClassifierReward
 from mbrl_text_env.rewards.combinators import WeightedSum
-from mbrl_text_env.rewards.constraints import ConstraintsReward
-from mbrl_text_env.rewards.relevance import RelevanceReward
-from mbrl_text_env.rewards.sentiment import SentimentReward
 
-_CLASSES: Mapping[str, Callable[[], RewardModel]] = {
-    "sentiment": SentimentReward,
-    "relevance": RelevanceReward,
-    "constraints": ConstraintsReward,
-}
-_CLASSIFIER = "classifier:"
+GROUP = "mbrl_text_env.rewards"
+"""The entry-point group in which other packages offer rewards."""
 
-DESCRIPTIONS: dict[str, str] = {
-    "sentiment": "Mean VADER sentiment of the response's sentences, -1 to 1.",
-    "relevance": "Cosine of the MiniLM embeddings of prompt and response, -1 to 1.",
-    "constraints": "Share of the prompt's checkable constraints that the response satisfies.",
-    f"{_CLASSIFIER}NAME_OR_FOLDER": (
-        "Logit of a reward model of the Hugging Face Hub, with the article's text format."
-    ),
-}
-"""One line about each reward model, by name."""
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_PYTHON_FILE = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 
 class RewardSpecError(ValueError):
-    """A reward's name that is not known, or a weighted sum that cannot be read."""
+    """A reward's name that is not known or cannot be loaded, or a sum that cannot be read."""
+
+
+@dataclass(frozen=True)
+class RewardEntry:
+    """A reward that has a name.
+
+    Args:
+        factory: Makes it: called without arguments, or with what stands after the colon. What it
+            returns is passed to `as_reward_model`.
+        description: One line about it.
+        argument: What stands after the colon of the name, such as "FOLDER"; None for nothing.
+    """
+
+    factory: Callable[..., Any]
+    description: str
+    argument: str | None = None
+
+
+def _own(module: str, cls: str, **options: Any) -> Callable[..., Any]:
+    """A class of this package, which is imported when it is used."""
+
+    def factory(*arguments: str) -> Any:
+        loaded = importlib.import_module(f"mbrl_text_env.rewards.{module}")
+        return getattr(loaded, cls)(*arguments, **options)
+
+    return factory
+
+
+_OWN: Mapping[str, RewardEntry] = {
+    "sentiment": RewardEntry(
+        _own("sentiment", "SentimentReward"),
+        "Mean VADER sentiment of the response's sentences, -1 to 1.",
+    ),
+    "relevance": RewardEntry(
+        _own("relevance", "RelevanceReward"),
+        "Cosine of the MiniLM embeddings of prompt and response, -1 to 1.",
+    ),
+    "constraints": RewardEntry(
+        _own("constraints", "ConstraintsReward"),
+        "Share of the prompt's checkable constraints that the response satisfies.",
+    ),
+    "classifier": RewardEntry(
+        _own("classifier", "ClassifierReward", text_format="article"),
+        "Logit of a reward model of the Hugging Face Hub, with the article's text format.",
+        "NAME_OR_FOLDER",
+    ),
+}
+_registered: dict[str, RewardEntry] = {}
 
 
 def available() -> list[str]:
-    """Names that `make` knows."""
-    return list(DESCRIPTIONS)
+    """Names that `make` knows, with what stands after the colon of those that take something."""
+    return [_shown(name, entry) for name, entry in _known().items()] + _foreign()
+
+
+def descriptions() -> dict[str, str]:
+    """One line about each reward of `available`; of those that cannot be loaded, why.
+
+    What other packages offer is imported.
+    """
+    lines = {_shown(name, entry): entry.description for name, entry in _known().items()}
+    for name in _foreign():
+        try:
+            lines[name] = _first_line(_loaded(name))
+        except RewardSpecError as error:
+            lines[name] = f"Cannot be used. {error}"
+    return lines
+
+
+def register(
+    name: str,
+    factory: Callable[..., Any],
+    description: str = "",
+    *,
+    argument: str | None = None,
+    replace: bool = False,
+) -> None:
+    """Give a reward a name, for this program.
+
+    Packages register theirs by an entry point instead, in their pyproject.toml:
+
+        [project.entry-points."mbrl_text_env.rewards"]
+        brevity = "my_package.rewards:Brevity"
+
+    Args:
+        name: Letters, digits, ".", "-" and "_".
+        factory: A class or function that makes the reward: anything that `as_reward_model` takes.
+        description: One line; by default the first line of the factory's docstring.
+        argument: What is to be given after a colon, such as "FOLDER", and passed to the factory.
+        replace: Whether it may take the place of another reward.
+
+    Raises:
+        RewardSpecError: The name has other characters, or is taken.
+        TypeError: The factory cannot be called.
+
+    Example:
+        >>> from mbrl_text_env.rewards import Clip, SentimentReward
+        >>> register("joy", lambda: Clip(SentimentReward(), low=0), "Sentiment from 0 up.")
+        >>> make("2*joy").name
+        '2*clip(sentiment)'
+    """
+    if not _NAME.fullmatch(name):
+        raise RewardSpecError(
+            f"Expected a name of letters, digits, '.', '-' and '_' for a reward, got {name!r}."
+        )
+    if not callable(factory):
+        raise TypeError(
+            f"Expected a class or function that makes reward {name!r}, got {factory!r}. For an "
+            "object, register `lambda: that_object`."
+        )
+    if not replace and (name in _OWN or name in _registered):
+        raise RewardSpecError(
+            f"Reward {name!r} is there already. Choose another name, or pass replace=True."
+        )
+    _registered[name] = RewardEntry(factory, description or _first_line(factory), argument)
 
 
 def make(spec: str) -> RewardModel:
     """Make a reward model from its name, or a weighted sum of names.
 
     Args:
-        spec: A name, such as `"sentiment"`; `"classifier:"` and a name on the Hub or a folder, read
-            in the article's text format; or a sum of them, such as `"0.5*sentiment+0.5*relevance"`
-            or `"sentiment+relevance"`. Names with "+" or "*" in them cannot be written here: use
-            `ClassifierReward` and `WeightedSum`. Nothing is loaded yet.
+        spec: A name, such as `"sentiment"`; a name and what it takes, such as
+            `"classifier:OpenAssistant/reward-model-deberta-v3-large-v2"`; a function or class in a
+            Python file, such as `"my_rewards.py:brevity"`, whose code is then run; or a sum of
+            them, such as `"0.5*sentiment+0.5*relevance"` or `"sentiment+relevance"`. Names with "+"
+            or "*" in them cannot be written here: make the objects. No model is loaded yet.
 
     Raises:
-        RewardSpecError: A name is unknown, a weight is no finite number, or a name occurs twice.
+        RewardSpecError: A name is unknown or cannot be loaded, a weight is no finite number, or a
+            name occurs twice.
 
     Example:
         >>> make("0.5*sentiment+0.5*relevance").weights
@@ -66,6 +177,15 @@ def make(spec: str) -> RewardModel:
         raise RewardSpecError(f"Reward {spec!r}: {error}") from error
 
 
+def _known() -> dict[str, RewardEntry]:
+    """The package's own and the registered rewards."""
+    return {**_OWN, **_registered}
+
+
+def _shown(name: str, entry: RewardEntry) -> str:
+    return name if entry.argument is None else f"{name}:{entry.argument}"
+
+
 def _weight_and_name(term: str) -> tuple[float, str]:
     weight, star, name = term.rpartition("*")
     try:
@@ -78,14 +198,99 @@ def _weight_and_name(term: str) -> tuple[float, str]:
 
 
 def _named(name: str) -> RewardModel:
-    if name in _CLASSES:
-        return _CLASSES[name]()
-    source = name.removeprefix(_CLASSIFIER).strip()
-    if name.startswith(_CLASSIFIER) and source:
-        return ClassifierReward(source, text_format="article")
-    near = difflib.get_close_matches(name, [*_CLASSES, "classifier", *available()], cutoff=0.5)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    in_file = _PYTHON_FILE.fullmatch(name)
+    if in_file:
+        return _from_file(Path(in_file["path"]), in_file["function"])
+    key, _, argument = (part.strip() for part in name.partition(":"))
+    entry = _known().get(key)
+    if entry is not None and bool(argument) == (entry.argument is not None):
+        return _made(name, entry.factory, *([argument] if argument else []))
+    if entry is None and not argument and key in _offered():
+        return _made(name, _loaded(key))
+    near = difflib.get_close_matches(name, [*_known(), *available()], cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
     raise RewardSpecError(
-        f"Expected a known reward, got {name!r}.{hint} Choose one of {available()}, or a weighted "
-        "sum such as '0.5*sentiment+0.5*relevance'."
+        f"Expected a known reward, got {name!r}.{hint} Choose one of {available()}, a function in "
+        "a file such as 'my_rewards.py:brevity', or a weighted sum such as "
+        "'0.5*sentiment+0.5*relevance'."
     )
+
+
+def _made(name: str, factory: Callable[..., Any], *arguments: str) -> RewardModel:
+    try:
+        return as_reward_model(factory(*arguments))
+    except Exception as error:
+        raise RewardSpecError(
+            f"Reward {name!r} cannot be made: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _offered() -> dict[str, list[EntryPoint]]:
+    """What installed packages offer, by name."""
+    offered: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        offered.setdefault(point.name, []).append(point)
+    for name in offered.keys() & _OWN.keys():
+        warnings.warn(
+            f"{_packages(offered[name])} offers a reward {name!r}, which is one of this package's "
+            "own and stays that.",
+            stacklevel=3,
+        )
+    return offered
+
+
+def _loaded(name: str) -> Callable[..., Any]:
+    """The factory behind an entry point.
+
+    Raises:
+        RewardSpecError: It cannot be imported, or two packages offer the name.
+    """
+    points = _offered()[name]
+    if len(points) > 1:
+        raise RewardSpecError(
+            f"Reward {name!r} is offered by {_packages(points)}: uninstall all but one of them, or "
+            "import the reward and register it under another name."
+        )
+    try:
+        factory: Callable[..., Any] = points[0].load()
+    except Exception as error:
+        raise RewardSpecError(
+            f"Reward {name!r}, offered by {_packages(points)}: importing {points[0].value!r} "
+            f"raised {type(error).__name__}: {error}. Mend or uninstall that package."
+        ) from error
+    return factory
+
+
+def _foreign() -> list[str]:
+    """Names that only other packages have."""
+    return [name for name in _offered() if name not in _known()]
+
+
+def _packages(points: list[EntryPoint]) -> str:
+    return " and ".join(point.dist.name if point.dist else "a package" for point in points)
+
+
+def _from_file(path: Path, name: str) -> RewardModel:
+    """A reward, a class of rewards, or a function of a Python file."""
+    spec = f"{path}:{name}"
+    if not path.is_file():
+        raise RewardSpecError(f"Reward {spec!r}: there is no file {str(path)!r}.")
+    module_spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise RewardSpecError(
+            f"Reward {spec!r}: running the file raised {type(error).__name__}: {error}."
+        ) from error
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, vars(module))
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise RewardSpecError(f"Reward {spec!r}: the file has no {name!r}.{hint}")
+    found = getattr(module, name)
+    return _made(spec, found if inspect.isclass(found) else lambda: found)
+
+
+def _first_line(factory: Callable[..., Any]) -> str:
+    text = inspect.getdoc(factory) or getattr(factory, "__name__", type(factory).__name__)
+    return text.partition("\n")[0]
