@@ -15,12 +15,14 @@ from benchmarks.options import (
     ParametersOption,
     PromptsOption,
     RewardOption,
+    TimeoutOption,
     TokenizerOption,
     TokensOption,
     console,
     friendly,
     load_language_model,
     load_prompts_option,
+    load_reward,
     load_tokenizer,
 )
 
@@ -76,6 +78,7 @@ def compare_command(
     num_parameters: ParametersOption = None,
     prompts: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test",
+    reward_timeout: TimeoutOption = 600.0,
     value: Annotated[
         Path | None, typer.Option(help="A value model's folder, as written by `fit`.")
     ] = None,
@@ -87,7 +90,6 @@ def compare_command(
     from benchmarks.compare import CompareConfig, Comparison, choose_prompts, compare
     from benchmarks.progress import compare_progress
     from benchmarks.report import table
-    from mbrl_text_env.rewards import make
 
     config = CompareConfig(
         tuple(spec.strip() for spec in agents.split(",")),
@@ -97,7 +99,7 @@ def compare_command(
         batch_prompts=batch_prompts,
         allow_unequal_budgets=allow_unequal_budgets,
     )
-    reward_model = make(reward)
+    reward_model = load_reward(reward, reward_timeout)
     chosen = choose_prompts(load_prompts_option(prompts, split), num_prompts, reward_model, seed)
     model = load_language_model(language_model, dtype, tokenizer, num_parameters)
     if value is None and any(spec.startswith("lookahead") for spec in config.agents):
@@ -134,15 +136,15 @@ def collect_command(
     num_parameters: ParametersOption = None,
     prompts: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "train",
+    reward_timeout: TimeoutOption = 600.0,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
     from agents.collection import collect
     from benchmarks.compare import choose_prompts
     from benchmarks.progress import progress_bar
     from mbrl_text_env.records import RecordWriter
-    from mbrl_text_env.rewards import make
 
-    reward_model = make(reward)
+    reward_model = load_reward(reward, reward_timeout)
     chosen = choose_prompts(load_prompts_option(prompts, split), num_prompts, reward_model, seed)
     with RecordWriter(out) as writer, progress_bar(console) as bar:
         existing = writer.existing()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -12,6 +13,8 @@ from rich.console import Console
 console = Console()
 errors = Console(stderr=True)
 
+_PUZZLES = "reasoning-gym:"
+_PUZZLES_A_SPLIT = 256
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
 
 LanguageModelOption = Annotated[
@@ -34,7 +37,16 @@ ParametersOption = Annotated[
 RewardOption = Annotated[
     str, typer.Option(help="A name, or a weighted sum such as '0.5*sentiment+0.5*relevance'.")
 ]
-PromptsOption = Annotated[str, typer.Option(help="'builtin', or a .jsonl or .csv file.")]
+TimeoutOption = Annotated[
+    float,
+    typer.Option(min=0.001, help="Seconds that the reward model may take for one batch."),
+]
+PromptsOption = Annotated[
+    str,
+    typer.Option(
+        help="'builtin', a .jsonl or .csv file, or 'reasoning-gym:TASK' (256 questions a split)."
+    ),
+]
 TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a response.")]
 
 
@@ -92,4 +104,29 @@ def load_prompts_option(source: str, split: str, kind: str | None = None) -> Any
     """The prompts of a `PromptsOption`; `split` may be "all"."""
     from mbrl_text_env.prompts import load_prompts
 
+    if source.startswith(_PUZZLES):
+        return _puzzles(source.removeprefix(_PUZZLES), split)
     return load_prompts(source, split=None if split == "all" else split, kind=kind)
+
+
+def load_reward(spec: str, timeout: float) -> Any:
+    """The reward of a `RewardOption`, given up on after `timeout` seconds a batch."""
+    from mbrl_text_env.rewards import TimeLimit, make
+
+    return TimeLimit(make(spec), timeout)
+
+
+def _puzzles(task: str, split: str) -> Any:
+    """Generated questions; the splits differ in the seed."""
+    from mbrl_text_env.prompts import PromptError, reasoning_gym_prompts
+    from mbrl_text_env.types import Split
+
+    splits: tuple[Split, ...] = get_args(Split)
+    if split not in (*splits, "all"):
+        raise PromptError(f"split: expected one of {[*splits, 'all']}, got {split!r}.")
+    return [
+        replace(prompt, split=name)
+        for seed, name in enumerate(splits)
+        if split in (name, "all")
+        for prompt in reasoning_gym_prompts(task, size=_PUZZLES_A_SPLIT, seed=seed)
+    ]

@@ -292,5 +292,5 @@ def _from_file(path: Path, name: str) -> RewardModel:
 
 
 def _first_line(factory: Callable[..., Any]) -> str:
-    text = inspect.getdoc(factory) or getattr(factory, "__name__", type(factory).__name__)
+    text = inspect.getdoc(factory) or str(getattr(factory, "__name__", type(factory).__name__))
     return text.partition("\n")[0]

@@ -58,6 +58,42 @@ def test_lists():
     assert "more (--limit)" in listed
 
 
+def test_a_reward_in_a_file_that_hangs_for_one_prompt(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import threading\n"
+        "def patience(prompt, response):\n"
+        "    if prompt == hard:\n"
+        "        threading.Event().wait()\n"
+        "    return len(response)\n"
+        "hard = 'Second question?'\n"
+    )
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ("First question?", "Second question?", "Third question?")
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    words = ["--agents", "sampling,best-of-n:n=2", "--num-prompts", 3, "--split", "all"]
+    words += ["--prompts", prompts, "--reward", f"{path}:patience", "--reward-timeout", 0.5]
+    result = run("compare", *words, "--out", tmp_path / "out", *SMALL)
+    assert result.exit_code == 0, result.output
+    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    failed = {row["prompt"] for row in rows if row["score"] is None}
+    assert failed == {"Second question?"}
+    assert "within 0.5 seconds" in next(row["error"] for row in rows if row["score"] is None)
+    shown = " ".join(result.output.split())
+    assert "left out: sampling 1, best-of-n:n=2 1" in shown
+
+
+def test_generated_puzzles_are_prompts():
+    listed = run("prompts", "--source", "reasoning-gym:chain_sum", "--split", "test").output
+    assert "256 prompts" in listed
+    assert "chain_sum-2-0" in listed
+    for words in (("--source", "reasoning-gym:chain_sun"), ("--split", "dev")):
+        options = ("--source", "reasoning-gym:chain_sum", *words)
+        result = run("prompts", *options)
+        assert result.exit_code == 2
+        assert words[1].removeprefix("reasoning-gym:") in result.output
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

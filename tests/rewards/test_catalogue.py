@@ -269,7 +269,7 @@ def test_functions_and_classes_of_a_file(tmp_path):
         assert score_responses(make(f"{path}:{name}"), prompts, ["a b"]).total == [expected]
     total = make(f"0.5*{path}:brevity+sentiment")
     assert total.name == "0.5*brevity+sentiment"
-    with pytest.raises(RewardSpecError, match="the file has no 'brevty'.* 'brevity'"):
+    with pytest.raises(RewardSpecError, match=r"the file has no 'brevty'.* 'brevity'"):
         make(f"{path}:brevty")
     with pytest.raises(RewardSpecError, match="there is no file"):
         make(f"{tmp_path}/nothing.py:brevity")
