@@ -152,8 +152,9 @@ def collect_command(
         done = {record.prompt_id for record in existing if record.seed == seed}
         left = [prompt for prompt in chosen if prompt.id not in done]
         task = bar.add_task("Collecting", total=len(left) * samples)
+        failed: dict[str, str] = {}
         if left:
-            collect(
+            failed = collect(
                 load_language_model(language_model, dtype, tokenizer, num_parameters),
                 reward_model,
                 left,
@@ -163,9 +164,10 @@ def collect_command(
                 seed=seed,
                 on_batch=lambda records: bar.advance(task, len(records)),
             )
+    added = len(left) - len(failed)
     console.print(
-        f"{len(left) * samples} responses to {len(left)} prompts added ({len(done)} prompts were "
-        f"there): {out.resolve()}"
+        f"{added * samples} responses to {added} prompts added ({len(done)} prompts were there, "
+        f"{len(failed)} could not be scored): {out.resolve()}"
     )
 
 

@@ -29,6 +29,7 @@ from mbrl_text_env.rewards.base import (
     RewardError,
     RewardModel,
     applies_to,
+    isolate_failures,
     reward_name,
     score_responses,
 )
@@ -281,18 +282,12 @@ def _scores(rows: list[dict[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]
 def _answer_all(
     comparison: Comparison, spec: str, agent: Agent, prompts: Sequence[Prompt]
 ) -> list[dict[str, Any]]:
-    """Rows of a batch; where the reward model fails, the batch is halved until it is one prompt."""
-    try:
-        return _answer(comparison, spec, agent, prompts)
-    except RewardError as error:
-        if len(prompts) == 1:
-            return [_failed_row(comparison, spec, prompts[0], error)]
-        middle = len(prompts) // 2
-        return [
-            row
-            for half in (prompts[:middle], prompts[middle:])
-            for row in _answer_all(comparison, spec, agent, half)
-        ]
+    """Rows of a batch; prompts whose answers cannot be scored have an error in theirs."""
+    results = isolate_failures(lambda some: _answer(comparison, spec, agent, some), list(prompts))
+    return [
+        _failed_row(comparison, spec, prompt, result) if isinstance(result, RewardError) else result
+        for prompt, result in zip(prompts, results, strict=True)
+    ]
 
 
 def _answer(

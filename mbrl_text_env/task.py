@@ -27,6 +27,7 @@ from mbrl_text_env.rewards.base import (
     RewardError,
     RewardModel,
     check_process,
+    isolate_failures,
     score_responses,
     score_steps,
 )
@@ -185,12 +186,19 @@ class TextTask:
         ]
 
     def advance_apart(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
-        """Step each state with its action: one reward call each, so that a failure costs one.
+        """Step each state with its action so that a failure of the reward model costs one of them.
 
-        Where the reward model fails, the episode ends without a score: the reward is NaN, and
+        Where it fails, the episode ends without a score: the reward is NaN, and
         `info["reward_error"]` says why. Everything else is as in `advance`.
         """
-        return [self._advance_or_fail(*row) for row in zip(outcomes, actions, strict=True)]
+        rows = list(zip(outcomes, actions, strict=True))
+        results = isolate_failures(
+            lambda some: self.advance([row[0] for row in some], [row[1] for row in some]), rows
+        )
+        return [
+            self._failed(*row, result) if isinstance(result, RewardError) else result
+            for row, result in zip(rows, results, strict=True)
+        ]
 
     def observe(self, outcomes: Sequence[Outcome]) -> list[Any]:
         """One observation for each outcome."""
@@ -223,16 +231,14 @@ class TextTask:
         state = append(before, tuple(ids), self.rules.finish_reason(ids), limit)
         return state, len(state.response_ids) - len(before.response_ids) < len(ids)
 
-    def _advance_or_fail(self, outcome: Outcome, action: Any) -> Outcome:
-        try:
-            return self.advance([outcome], [action])[0]
-        except RewardError as error:
-            state, cut = self._append(outcome.state, action)
-            if state.finish_reason is None:
-                state = replace(state, finish_reason="length")
-            response = self.tokenizer.decode(state.response_ids)
-            info = {**_info(state, response, cut), "reward_error": str(error)}
-            return Outcome(state, response, float("nan"), None, info)
+    def _failed(self, outcome: Outcome, action: Any, error: RewardError) -> Outcome:
+        """The end of an episode whose response cannot be scored."""
+        state, cut = self._append(outcome.state, action)
+        if state.finish_reason is None:
+            state = replace(state, finish_reason="length")
+        response = self.tokenizer.decode(state.response_ids)
+        info = {**_info(state, response, cut), "reward_error": str(error)}
+        return Outcome(state, response, float("nan"), None, info)
 
     def _scores(
         self, states: Sequence[TextState], responses: Sequence[str]

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.types import FloatArray, Prompt
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class RewardError(RuntimeError):
@@ -166,6 +169,38 @@ def score_responses(
         }
     _charge(reward_model, prompts, responses, ledgers)
     return Scores(total, parts or {name: total})
+
+
+def isolate_failures(
+    function: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]
+) -> list[R | RewardError]:
+    """Call a batched function so that an item that cannot be scored costs that item alone.
+
+    A batch that fails is halved, and so are its halves, until the items that fail stand alone.
+
+    Args:
+        function: Gives one result an item, or raises `RewardError` for all of them.
+        items: What it is called with.
+
+    Returns:
+        One result an item, or its error.
+
+    Example:
+        >>> def inverse(numbers):
+        ...     if 0 in numbers:
+        ...         raise RewardError("there is a zero")
+        ...     return [1 / number for number in numbers]
+        >>> isolate_failures(inverse, [1, 2, 0, 4])
+        [1.0, 0.5, RewardError('there is a zero'), 0.25]
+    """
+    try:
+        return list(function(items))
+    except RewardError as error:
+        if len(items) == 1:
+            return [error]
+        middle = len(items) // 2
+        halves = items[:middle], items[middle:]
+        return [result for half in halves for result in isolate_failures(function, half)]
 
 
 def check_process(reward_model: object) -> ProcessRewardModel:

@@ -4,6 +4,7 @@ from agents.collection import collect
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import RecordWriter, read_records
+from mbrl_text_env.rewards import RewardError
 from tests.toys import PROMPTS, CountReward
 
 LM = NGramLM("abc", seed=3)
@@ -51,3 +52,47 @@ def test_refusals(tmp_path):
             collect(LM, CountReward(), [], writer)
         with pytest.raises(ValueError, match="samples_per_prompt"):
             collect(LM, CountReward(), PROMPTS, writer, samples_per_prompt=0)
+
+
+class Fussy(CountReward):
+    """Cannot score answers to some prompts."""
+
+    refused = frozenset({"ba", "c"})
+
+    def score(self, prompts, responses):
+        for prompt in prompts:
+            if prompt.text in self.refused:
+                raise ZeroDivisionError(f"{prompt.text} is too hard")
+        return super().score(prompts, responses)
+
+
+def test_a_prompt_that_cannot_be_scored_is_left_out(tmp_path):
+    with RecordWriter(tmp_path / "all") as writer:
+        assert collect(LM, CountReward(), PROMPTS, writer, **OPTIONS) == {}
+    with (
+        pytest.warns(UserWarning, match="Left out prompt 'ba': .*ZeroDivisionError"),
+        RecordWriter(tmp_path / "some") as writer,
+    ):
+        failed = collect(LM, Fussy(), PROMPTS, writer, **OPTIONS)
+    assert sorted(failed) == ["ba", "c"]
+    assert "ba is too hard" in failed["ba"]
+    kept = [r for r in read_records(tmp_path / "all") if r.prompt_id not in failed]
+
+    def amounts(records):
+        return [{**r.usage, "seconds": 0.0} for r in records]
+
+    found = read_records(tmp_path / "some")
+    assert [(r.prompt_id, r.response_ids, r.score) for r in found] == [
+        (r.prompt_id, r.response_ids, r.score) for r in kept
+    ]
+    assert amounts(found) == amounts(kept)
+
+
+@pytest.mark.filterwarnings("ignore:Left out prompt")
+def test_a_reward_that_scores_nothing_is_an_error(tmp_path):
+    prompts = [prompt for prompt in PROMPTS if prompt.text in Fussy.refused]
+    with (
+        RecordWriter(tmp_path) as writer,
+        pytest.raises(RewardError, match="None of 2 prompts could be scored"),
+    ):
+        collect(LM, Fussy(), prompts, writer, **OPTIONS)
