@@ -1,0 +1,151 @@
+"""What every family of rewards keeps to: one row a family, one test a promise.
+
+A new reward gets its row here. `check_reward_model` tests the same and more with responses that it
+makes itself; this table says which promise was broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from mbrl_text_env.checks import check_reward_model
+from mbrl_text_env.rewards import (
+    CachedReward,
+    ClassifierReward,
+    Clip,
+    ConstraintsReward,
+    Ensemble,
+    Gate,
+    LengthPenalty,
+    Normalise,
+    Product,
+    RelevanceReward,
+    RepetitionPenalty,
+    SentimentReward,
+    Threshold,
+    TimeLimit,
+    WeightedSum,
+    as_reward_model,
+    score_responses,
+)
+from mbrl_text_env.types import Prompt
+
+TEXTS = ("Why is the sky blue?", "Wie heißt 日本 auf Deutsch? 🙂", "Once upon a time")
+RESPONSES = (
+    "It was good, and the sky is blue.",
+    "no commas here. only small letters!",
+    "The answer is 4.",
+    "First line.\n\n- second\n- third",
+)
+UNICODE = "Größe, 日本語, عربى, e\u0301 and 🙂🇪🇺\u200d, \ufffd — “done”."
+LONG = ("It was good, they said. " * 500)[:10_000]
+
+
+class Row(NamedTuple):
+    """A family: how it is made of the test's parts, and the metadata that it asks for."""
+
+    make: Callable[[Mapping[str, Any]], Any]
+    metadata: Mapping[str, Any] = {}
+
+
+def two_texts(prompt: str, response: str) -> float:
+    return response.count("o") / (1 + len(prompt))
+
+
+CONSTRAINTS = {"constraints": [{"type": "lowercase"}, {"type": "max_words", "value": 8}]}
+ROWS = {
+    "sentiment": Row(lambda parts: SentimentReward()),
+    "relevance": Row(lambda parts: RelevanceReward(parts["minilm"])),
+    "constraints": Row(lambda parts: ConstraintsReward(), CONSTRAINTS),
+    "classifier, BERT": Row(lambda parts: ClassifierReward(parts["classifiers"]["bert"])),
+    "classifier, DeBERTa-v2": Row(lambda parts: ClassifierReward(parts["classifiers"]["deberta"])),
+    "classifier, Llama": Row(
+        lambda parts: ClassifierReward(parts["classifiers"]["llama"], text_format="chat")
+    ),
+    "function of two texts": Row(lambda parts: as_reward_model(two_texts)),
+    "weighted sum": Row(lambda parts: WeightedSum([SentimentReward(), two()], [0.5, 2])),
+    "product": Row(lambda parts: Product([Clip(SentimentReward(), 0), two()])),
+    "gate": Row(lambda parts: Gate(SentimentReward(), ConstraintsReward()), CONSTRAINTS),
+    "ensemble": Row(lambda parts: Ensemble([SentimentReward(), two()], "mean-std")),
+    "clip": Row(lambda parts: Clip(SentimentReward(), -0.2, 0.3)),
+    "threshold": Row(lambda parts: Threshold(SentimentReward(), 0.1)),
+    "normalise": Row(lambda parts: Normalise(SentimentReward(), 0.1, 0.5)),
+    "length penalty": Row(lambda parts: LengthPenalty(SentimentReward(), 4)),
+    "repetition penalty": Row(lambda parts: RepetitionPenalty(SentimentReward())),
+    "disk cache": Row(lambda parts: CachedReward(SentimentReward(), parts["path"] / "scores")),
+    "time limit": Row(lambda parts: TimeLimit(SentimentReward(), 600)),
+}
+
+
+def two() -> Any:
+    return as_reward_model(two_texts)
+
+
+@pytest.fixture(scope="module")
+def parts(minilm, classifiers, tmp_path_factory):
+    return {
+        "minilm": minilm,
+        "classifiers": classifiers,
+        "path": tmp_path_factory.mktemp("contract"),
+    }
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def family(request, parts):
+    row = ROWS[request.param]
+    prompts = [Prompt.from_text(text, metadata=dict(row.metadata)) for text in TEXTS]
+    return row.make(parts), prompts
+
+
+def scores_of(reward, prompts, responses):
+    asked = [prompts[i % len(prompts)] for i in range(len(responses))]
+    return score_responses(reward, asked, list(responses)).total
+
+
+@pytest.mark.filterwarnings("ignore:.*cut .* text")
+class TestEveryFamily:
+    def test_a_batch_scores_as_its_responses_alone(self, family):
+        reward, prompts = family
+        together = scores_of(reward, prompts, RESPONSES)
+        alone = [
+            scores_of(reward, [prompts[i % len(prompts)]], [response])[0]
+            for i, response in enumerate(RESPONSES)
+        ]
+        np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
+
+    def test_the_order_is_kept(self, family):
+        reward, prompts = family
+        one = prompts[:1]
+        forth = scores_of(reward, one, RESPONSES)
+        back = scores_of(reward, one, RESPONSES[::-1])
+        np.testing.assert_allclose(forth, back[::-1], rtol=1e-5, atol=1e-5)
+
+    def test_unicode(self, family):
+        reward, prompts = family
+        scores = scores_of(reward, prompts, [UNICODE] * 3)
+        assert np.isfinite(scores).all()
+
+    def test_an_empty_response(self, family):
+        reward, prompts = family
+        assert np.isfinite(scores_of(reward, prompts, ["", " \n", ""])).all()
+
+    def test_a_response_of_10000_characters(self, family):
+        reward, prompts = family
+        assert len(LONG) == 10_000
+        both = scores_of(reward, prompts[:1], [LONG, RESPONSES[0]])
+        alone = scores_of(reward, prompts[:1], [RESPONSES[0]])
+        assert np.isfinite(both).all()
+        np.testing.assert_allclose(both[1:], alone, rtol=1e-5, atol=1e-5)
+
+    def test_the_same_scores_twice(self, family):
+        reward, prompts = family
+        first = scores_of(reward, prompts, RESPONSES)
+        np.testing.assert_array_equal(first, scores_of(reward, prompts, RESPONSES))
+
+    def test_the_checker_agrees(self, family):
+        reward, prompts = family
+        check_reward_model(reward, prompts, [*RESPONSES, UNICODE, ""])
