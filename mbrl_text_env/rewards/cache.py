@@ -69,8 +69,6 @@ class CachedReward(Combinator):
         self.key = identity(reward) if key is None else key
         self.num_found = 0
         self.num_computed = 0
-        if hasattr(reward, "score_steps"):
-            self.score_steps = self._score_steps
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
         """Return the reward's scores and parts, each float64[B].

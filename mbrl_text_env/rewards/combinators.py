@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from mbrl_text_env.rewards.base import (
     reward_name,
     reward_usage_bound,
     score_responses,
+    score_steps,
 )
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -31,7 +32,8 @@ class Combinator(ABC):
 
     A subclass says in `combine` how the totals make one. It applies to a prompt where all of its
     rewards do, costs what they cost together, and its parts are theirs: under their own names, or,
-    where two would have the same, as "reward/part".
+    where two would have the same, as "reward/part". Where all of its rewards score steps, so does
+    it, by combining the scores of each step.
 
     Args:
         rewards: At least one reward model, each with a name of its own.
@@ -40,6 +42,8 @@ class Combinator(ABC):
     Raises:
         ValueError: There are no rewards, or two have the same name.
     """
+
+    combines_steps: ClassVar[bool] = True
 
     def __init__(self, rewards: Sequence[RewardModel], name: str) -> None:
         self.rewards = tuple(rewards)
@@ -53,6 +57,8 @@ class Combinator(ABC):
                 f"Expected a name of its own for each reward, got {names}. Add up the weights of "
                 f"{repeated}, or give different rewards different names."
             )
+        if self.combines_steps and all(hasattr(reward, "score_steps") for reward in self.rewards):
+            self.score_steps = self._score_steps
 
     @abstractmethod
     def combine(
@@ -95,6 +101,12 @@ class Combinator(ABC):
     def flops_bound(self) -> float:
         """The most that one response can take."""
         return sum(reward_usage_bound(reward).reward_flops for reward in self.rewards)
+
+    def _score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
+        """float64[len(steps)], the combined score of each step."""
+        rewards: Sequence[Any] = self.rewards
+        totals = [score_steps(reward, prompt, steps) for reward in rewards]
+        return self.combine(totals, [prompt] * len(steps), steps)[0]
 
     def _flat_parts(self, scores: Sequence[Scores]) -> dict[str, FloatArray]:
         occurrences = Counter(part for inner in scores for part in inner.parts)

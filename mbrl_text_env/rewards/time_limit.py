@@ -49,8 +49,6 @@ class TimeLimit(Combinator):
             raise ValueError(f"TimeLimit: expected seconds above 0, got {seconds}.")
         super().__init__([reward], reward_name(reward))
         self.reward, self.seconds = reward, seconds
-        if hasattr(reward, "score_steps"):
-            self.score_steps = self._score_steps
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
         """Return the reward's scores and parts, each float64[B].

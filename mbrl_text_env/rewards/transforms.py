@@ -9,6 +9,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -281,6 +282,9 @@ class LengthPenalty(Combinator):
         array([0.3404])
     """
 
+    # The penalty is for a whole response.
+    combines_steps: ClassVar[bool] = False
+
     def __init__(
         self,
         reward: RewardModel,
@@ -330,6 +334,9 @@ class RepetitionPenalty(Combinator):
         >>> reward.score([Prompt.from_text("Hi")] * 2, ["so so so so", "as good as new"])
         array([-0.75, -0.25])
     """
+
+    # The penalty is for a whole response.
+    combines_steps: ClassVar[bool] = False
 
     def __init__(
         self, reward: RewardModel, weight: float = 1.0, n: int = 3, name: str | None = None

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
 from mbrl_text_env.checks import check_reward_model
-from mbrl_text_env.rewards.base import RewardError, applies_to, reward_usage_bound, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    applies_to,
+    reward_usage_bound,
+    score_responses,
+    score_steps,
+)
 from mbrl_text_env.rewards.combinators import Ensemble, Gate, Product, WeightedSum
 from mbrl_text_env.rewards.constraints import ConstraintsReward
 from mbrl_text_env.rewards.relevance import RelevanceReward
 from mbrl_text_env.rewards.sentiment import SentimentReward
+from mbrl_text_env.rewards.transforms import Clip, LengthPenalty
 from mbrl_text_env.types import Prompt
 
 PROMPT = Prompt.from_text("Count letters.")
@@ -187,3 +196,28 @@ def test_costs_and_prompts_are_those_of_all(make):
 def test_arguments_that_make_no_combination_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Steps(Count):
+    """Also counts the letter in each step."""
+
+    def score_steps(self, prompt, steps):
+        return self.score([prompt] * len(steps), steps)
+
+
+def test_steps_are_combined_where_all_rewards_score_them():
+    reward = WeightedSum([Steps("a"), Steps("b")], [1, 10])
+    assert score_steps(reward, PROMPT, ["aab", "b", ""]).tolist() == [12.0, 10.0, 0.0]
+    assert score_steps(Clip(reward, high=11), PROMPT, ["aab", "b"]).tolist() == [11.0, 10.0]
+    gate = Gate(Steps("a"), Steps("b"), closed=-1)
+    assert score_steps(gate, PROMPT, ["aab", "a"]).tolist() == [2.0, -1.0]
+    check_reward_model(Clip(Steps("a"), 0, 5), responses=["a"])
+    copied = pickle.loads(pickle.dumps(reward))  # noqa: S301 its own
+    assert score_steps(copied, PROMPT, ["ab"]).tolist() == [11.0]
+
+
+def test_steps_are_not_combined_where_that_says_nothing():
+    for reward in (WeightedSum([Steps("a"), Count("b")], [1, 1]), LengthPenalty(Steps("a"), 3)):
+        assert not hasattr(reward, "score_steps")
+        with pytest.raises(RewardError, match="scores whole responses only"):
+            score_steps(reward, PROMPT, ["a"])
