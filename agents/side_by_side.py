@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from mbrl_text_env.language_models.base import (
+    RequestSampler,
     SampleRequest,
-    SamplingParams,
-    check_sample_arguments,
     sample_requests,
 )
 from mbrl_text_env.ledger import Ledger, note_waiting
@@ -212,25 +211,7 @@ class _StandIn:
         return getattr(self._model, name)
 
 
-class _LanguageModel(_StandIn):
-    def sample(
-        self,
-        states: Sequence[TextState],
-        num_samples: int,
-        max_new_tokens: int,
-        *,
-        seeds: Sequence[int],
-        first_sample: int = 0,
-        params: SamplingParams = SamplingParams(),
-        ledgers: Sequence[Ledger] | None = None,
-    ) -> Any:
-        check_sample_arguments(states, num_samples, max_new_tokens, seeds)
-        requests = [
-            SampleRequest(state, num_samples, max_new_tokens, seed, first_sample, params)
-            for state, seed in zip(states, seeds, strict=True)
-        ]
-        return self.sample_requests(requests, ledgers=ledgers)
-
+class _LanguageModel(_StandIn, RequestSampler):
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -178,6 +179,46 @@ class LanguageModel(Tokenizer, Protocol):
             new_tokens: Length of each chunk sampled after it.
         """
         ...
+
+
+class RequestSampler(ABC):
+    """Gives `LanguageModel.sample` to models whose batches are made of requests."""
+
+    def sample(
+        self,
+        states: Sequence[TextState],
+        num_samples: int,
+        max_new_tokens: int,
+        *,
+        seeds: Sequence[int],
+        first_sample: int = 0,
+        params: SamplingParams = SamplingParams(),
+        ledgers: Sequence[Ledger] | None = None,
+    ) -> list[list[Chunk]]:
+        """Draw chunks; see `LanguageModel.sample`."""
+        check_sample_arguments(states, num_samples, max_new_tokens, seeds)
+        requests = [
+            SampleRequest(state, num_samples, max_new_tokens, seed, first_sample, params)
+            for state, seed in zip(states, seeds, strict=True)
+        ]
+        return self.sample_requests(requests, ledgers=ledgers)
+
+    @abstractmethod
+    def sample_requests(
+        self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
+    ) -> list[list[Chunk]]:
+        """Draw chunks for requests that differ in more than their state, in the same batches.
+
+        Args:
+            requests: What to sample.
+            ledgers: One a request.
+
+        Returns:
+            chunks[len(requests)][requests[i].num_samples].
+
+        Raises:
+            ValueError: See `LanguageModel.sample`.
+        """
 
 
 @dataclass(frozen=True)

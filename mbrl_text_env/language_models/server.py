@@ -31,8 +31,8 @@ from mbrl_text_env.language_models._http import (
 )
 from mbrl_text_env.language_models.base import (
     PromptTooLongError,
+    RequestSampler,
     SampleRequest,
-    SamplingParams,
     check_sample_arguments,
     check_unfinished,
     stream,
@@ -56,7 +56,7 @@ __all__ = [
 T = TypeVar("T")
 
 
-class ServerLM:
+class ServerLM(RequestSampler):
     """A language model behind one or more OpenAI-compatible servers.
 
     Each chunk is one request with a seed of its own, so it does not depend on the batch around it
@@ -205,45 +205,15 @@ class ServerLM:
         """Text of the ids, special tokens left out."""
         return self._tokenizer.decode(token_ids)
 
-    def sample(
-        self,
-        states: Sequence[TextState],
-        num_samples: int,
-        max_new_tokens: int,
-        *,
-        seeds: Sequence[int],
-        first_sample: int = 0,
-        params: SamplingParams = SamplingParams(),
-        ledgers: Sequence[Ledger] | None = None,
-    ) -> list[list[Chunk]]:
-        """Draw chunks; see `LanguageModel.sample`.
-
-        Raises:
-            ServerError: A server refuses, fails, or answers what it should not.
-            ServerUnavailableError: No server answers.
-        """
-        check_sample_arguments(states, num_samples, max_new_tokens, seeds)
-        requests = [
-            SampleRequest(state, num_samples, max_new_tokens, seed, first_sample, params)
-            for state, seed in zip(states, seeds, strict=True)
-        ]
-        return self.sample_requests(requests, ledgers=ledgers)
-
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """Draw chunks for requests that differ in more than their state, all at once.
-
-        Args:
-            requests: What to sample.
-            ledgers: One a request.
-
-        Returns:
-            chunks[len(requests)][requests[i].num_samples].
+        """Draw chunks, all at once; see `RequestSampler.sample_requests`.
 
         Raises:
             ValueError: See `LanguageModel.sample`.
-            ServerError: See `sample`.
+            ServerError: A server refuses, fails, or answers what it should not.
+            ServerUnavailableError: No server answers.
         """
         for r in requests:
             check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
@@ -272,7 +242,7 @@ class ServerLM:
 
         Raises:
             UnsupportedByServerError: The server cannot judge given tokens.
-            ServerError: See `sample`.
+            ServerError: See `sample_requests`.
         """
         check_unfinished(states)
         if len(chunks) != len(states):

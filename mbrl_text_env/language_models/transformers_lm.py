@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 from mbrl_text_env.language_models.base import (
     NextTokens,
     PromptTooLongError,
+    RequestSampler,
     SampleRequest,
-    SamplingParams,
     check_sample_arguments,
     check_unfinished,
 )
@@ -75,7 +75,7 @@ _PROBE_TOKENS = 12
 _PROBE_WINDOW = 64
 
 
-class TransformersLM:
+class TransformersLM(RequestSampler):
     """A causal language model of transformers.
 
     Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, other models whose layers
@@ -257,40 +257,10 @@ class TransformersLM:
         """Text of the ids, special tokens left out."""
         return self._tokenizer.decode(token_ids)
 
-    def sample(
-        self,
-        states: Sequence[TextState],
-        num_samples: int,
-        max_new_tokens: int,
-        *,
-        seeds: Sequence[int],
-        first_sample: int = 0,
-        params: SamplingParams = SamplingParams(),
-        ledgers: Sequence[Ledger] | None = None,
-    ) -> list[list[Chunk]]:
-        """Draw chunks; see `LanguageModel.sample`."""
-        check_sample_arguments(states, num_samples, max_new_tokens, seeds)
-        requests = [
-            SampleRequest(state, num_samples, max_new_tokens, seed, first_sample, params)
-            for state, seed in zip(states, seeds, strict=True)
-        ]
-        return self.sample_requests(requests, ledgers=ledgers)
-
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """Draw chunks for requests that differ in more than their state, in the same batches.
-
-        Args:
-            requests: What to sample.
-            ledgers: One a request.
-
-        Returns:
-            chunks[len(requests)][requests[i].num_samples].
-
-        Raises:
-            ValueError: See `LanguageModel.sample`.
-        """
+        """Draw chunks; see `RequestSampler.sample_requests`."""
         for r in requests:
             check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
         limits = [min(r.max_new_tokens, self._room(r.state)) for r in requests]
