@@ -25,12 +25,18 @@ from benchmarks.options import (
     load_reward,
     load_tokenizer,
 )
+from benchmarks.reward_audit import audit_command
 
 app = typer.Typer(
     help="Text generation as a Gymnasium environment: agents, rewards, comparisons.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+
+
+reward_app = typer.Typer(help="Audit reward models.", no_args_is_help=True)
+reward_app.command("audit")(audit_command)
+app.add_typer(reward_app, name="reward")
 
 
 @app.command()
@@ -79,6 +85,10 @@ def compare_command(
     prompts: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test",
     reward_timeout: TimeoutOption = 600.0,
+    gold: Annotated[
+        str | None,
+        typer.Option(help="A trusted reward that no agent sees; it scores the answers too."),
+    ] = None,
     value: Annotated[
         Path | None, typer.Option(help="A value model's folder, as written by `fit`.")
     ] = None,
@@ -113,6 +123,7 @@ def compare_command(
         model,
         reward_model,
         None if value is None else EmbeddingValue.load(value, model),
+        None if gold is None else load_reward(gold, reward_timeout),
         {"value": None if value is None else _digest(value), "reward": reward, "dtype": dtype},
     )
     with compare_progress(console, comparison) as on_batch:

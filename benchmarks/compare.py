@@ -21,6 +21,7 @@ import numpy as np
 
 from agents.base import Agent, Generation
 from agents.catalogue import make, parse_spec
+from benchmarks.audit.trust import trust_warnings
 from benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.base import LanguageModel
@@ -93,6 +94,8 @@ class Comparison:
         language_model: Shared by the agents.
         reward_model: Shared by the agents, and the judge of their answers.
         value_model: For agents that take one.
+        gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
+            and can, so that a reward that is being exploited shows.
         labels: What else belongs into the config file, such as the names given on the command line.
 
     Raises:
@@ -104,6 +107,7 @@ class Comparison:
     language_model: LanguageModel
     reward_model: RewardModel
     value_model: ValueModel | None = None
+    gold_model: RewardModel | None = None
     labels: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,6 +139,7 @@ class Comparison:
             **json.loads(json.dumps(asdict(self.config))),
             "language_model": self.language_model.name,
             "reward": reward_name(self.reward_model),
+            "gold": None if self.gold_model is None else reward_name(self.gold_model),
             "prompts": [prompt.id for prompt in self.prompts],
             **self.labels,
         }
@@ -195,8 +200,15 @@ def compare(
             rows[spec].extend(done)
             if on_batch is not None:
                 on_batch(spec, len(batch), done)
-    _write_rows(folder / "results.jsonl", [row for spec in agents for row in rows[spec]])
-    summary = {**comparison.record(), "agents": summarise(rows)}
+    flat = [row for spec in agents for row in rows[spec]]
+    _write_rows(folder / "results.jsonl", flat)
+    record = comparison.record()
+    gold = None if comparison.gold_model is None else [row.get("gold") for row in flat]
+    summary = {
+        **record,
+        "agents": summarise(rows),
+        "warnings": trust_warnings(flat, gold=gold, gold_name=str(record["gold"])),
+    }
     write_text(folder / "summary.json", json.dumps(summary, indent=2))
     plot(summary, folder / "comparison.png")
     return summary
@@ -241,6 +253,9 @@ def _entry(
             name: float(np.mean([row["parts"][name] for row in kept])) for name in kept[0]["parts"]
         },
     }
+    golds = [row["gold"] for row in kept if row.get("gold") is not None]
+    if golds:
+        entry["gold"] = float(np.mean(golds))
     if reference is not None:
         entry["vs_best_of_n"] = _paired(scored, reference)
     for key in ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "flops"):
@@ -307,10 +322,31 @@ def _answer(
         [generation.prompt for generation in generations],
         [generation.text for generation in generations],
     )
-    return [
+    rows = [
         _row(spec, generation, float(scores.total[i]), scores.parts_of(i), budget)
         for i, generation in enumerate(generations)
     ]
+    if comparison.gold_model is not None:
+        for row, gold in zip(rows, _gold_scores(comparison.gold_model, generations), strict=True):
+            row["gold"] = gold
+    return rows
+
+
+def _gold_scores(gold: RewardModel, generations: Sequence[Generation]) -> list[float | None]:
+    """The gold score of each answer; None where it does not apply or fails."""
+    places = [i for i, g in enumerate(generations) if applies_to(gold, g.prompt)]
+    results = isolate_failures(
+        lambda some: score_responses(
+            gold,
+            [generations[i].prompt for i in some],
+            [generations[i].text for i in some],
+        ).total.tolist(),
+        places,
+    )
+    scores: list[float | None] = [None] * len(generations)
+    for i, result in zip(places, results, strict=True):
+        scores[i] = None if isinstance(result, RewardError) else result
+    return scores
 
 
 def _row(

@@ -20,7 +20,7 @@ def table(summary: dict[str, Any]) -> Group:
         "agent",
         *(
             Column(heading, justify="right")
-            for heading in ("mean reward", "minus best-of-N", "wins")
+            for heading in ("mean reward", "minus best-of-N", "wins", *_gold_heading(summary))
         ),
         title=f"Reward {summary['reward']!r}: {prompts} prompts, "
         f"{'no budget' if budget is None else f'{budget} tokens a prompt'}, "
@@ -37,7 +37,8 @@ def table(summary: dict[str, Any]) -> Group:
         f"is half a win.{_failures(summary)}",
     )
     for entry in summary["agents"]:
-        quality.add_row(entry["agent"], *_quality(entry))
+        gold = [f"{entry['gold']:.3f}" if "gold" in entry else "-"] if summary["gold"] else []
+        quality.add_row(entry["agent"], *_quality(entry), *gold)
         cost.add_row(
             entry["agent"],
             f"{entry['generated_tokens']:.0f}",
@@ -46,7 +47,10 @@ def table(summary: dict[str, Any]) -> Group:
             f"{entry['flops'] / 1e9:.1f}",
             f"{entry['seconds']:.2f}",
         )
-    return Group(quality, cost)
+    warnings = [Text(f"Look closer: {warning}", style="yellow") for warning in summary["warnings"]]
+    if warnings:
+        warnings.append(Text("`mbrl-text reward audit` tells whether the reward is exploitable."))
+    return Group(quality, cost, *warnings)
 
 
 def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
@@ -85,6 +89,10 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     scratch = path.with_name(f".{path.name}")
     figure.savefig(scratch, format="png", dpi=150)
     scratch.replace(path)
+
+
+def _gold_heading(summary: dict[str, Any]) -> list[str]:
+    return [f"mean {summary['gold']}"] if summary["gold"] else []
 
 
 def _failures(summary: dict[str, Any]) -> str:

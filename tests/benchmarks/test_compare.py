@@ -157,6 +157,17 @@ def test_killed_and_started_again_it_ends_with_the_same_rows(tmp_path):
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
 
 
+def shown_table(summary):
+    from rich.console import Console
+
+    from benchmarks.report import table
+
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table(summary))
+    return " ".join(capture.get().split())
+
+
 class Fussy(CountReward):
     """Cannot score answers to some prompts."""
 
@@ -220,15 +231,8 @@ def test_a_prompt_that_failed_for_one_agent_leaves_both_sides_of_its_pair():
 
 
 def test_failures_are_counted_in_the_table(tmp_path):
-    from rich.console import Console
-
-    from benchmarks.report import table
-
     comparison = replace(toy_comparison(agents=("sampling",)), reward_model=Fussy({"p3"}))
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(table(compare(comparison, tmp_path)))
-    shown = " ".join(capture.get().split())
+    shown = shown_table(compare(comparison, tmp_path))
     assert "Prompts without a score, left out: sampling 1" in shown
 
 
@@ -236,6 +240,49 @@ def test_a_reward_that_scores_nothing_is_an_error(tmp_path):
     comparison = replace(toy_comparison(), reward_model=Fussy({prompt.id for prompt in PROMPTS}))
     with pytest.raises(CompareError, match=r"'sampling': none of 20 .*ZeroDivisionError: p\d+ is"):
         compare(comparison, tmp_path)
+
+
+class Padding(CountReward):
+    """A proxy that is exploited: it counts the letter, not its share."""
+
+    name = "padding"
+
+    def score(self, prompts, responses):
+        return [float(len(response)) for response in responses]
+
+
+def test_an_exploited_reward_is_warned_of(tmp_path):
+    options = {"agents": ("sampling", "best-of-n"), "budget_tokens": 64, "max_response_tokens": 16}
+    honest = compare(toy_comparison(**options), tmp_path / "honest")
+    assert honest["warnings"] == []
+    comparison = replace(
+        toy_comparison(**options), reward_model=Padding(), gold_model=CountReward("b")
+    )
+    summary = compare(comparison, tmp_path / "exploited")
+    assert any("The reward goes with length" in warning for warning in summary["warnings"])
+    assert any(w.startswith("best-of-n: ") and "tokens" in w for w in summary["warnings"])
+    rows = read_rows(tmp_path / "exploited" / "results.jsonl")
+    for row in rows:
+        assert row["gold"] == CountReward("b").score([None], [row["response"]])[0]
+    for entry in summary["agents"]:
+        own = [row["gold"] for row in rows if row["agent"] == entry["agent"]]
+        assert entry["gold"] == pytest.approx(np.mean(own))
+    shown = shown_table(summary)
+    assert "mean count" in shown
+    assert "Look closer: The reward goes with length" in shown
+
+
+def test_a_gold_reward_that_fails_or_does_not_apply_costs_its_score_alone(tmp_path):
+    class Some(Fussy):
+        def applies_to(self, prompt):
+            return prompt.id != "p1"
+
+    comparison = replace(toy_comparison(agents=("sampling",)), gold_model=Some({"p2"}))
+    summary = compare(comparison, tmp_path)
+    rows = {row["prompt_id"]: row for row in read_rows(tmp_path / "results.jsonl")}
+    assert [name for name, row in rows.items() if row["gold"] is None] == ["p1", "p2"]
+    assert all(row["score"] is not None for row in rows.values())
+    assert summary["agents"][0]["failed"] == 0
 
 
 def test_prompts_with_the_same_id_are_refused():

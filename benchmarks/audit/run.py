@@ -1,0 +1,309 @@
+"""Run an audit: pool, scores, measurements, verdict, files.
+
+An audit is a folder with `config.json`, the scores, the pool (unless it stands elsewhere),
+`audit.json` and `audit.png`. Run again after a kill, it ends with the same `audit.json` but for its
+date.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.audit.association import Association, associate
+from benchmarks.audit.curves import Curves, FloatArray, best_of_n_curves
+from benchmarks.audit.pool import AuditError, fill_pool, score_pool
+from benchmarks.audit.sensitivity import (
+    INTERVENTIONS,
+    Sensitivity,
+    intervene,
+    length_beyond_gold,
+    reactions,
+)
+from benchmarks.audit.verdict import Verdict, decide, trivial
+from benchmarks.compare import choose_prompts
+from mbrl_text_env.files import write_text
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.rewards.base import RewardModel, applies_to
+from mbrl_text_env.types import Prompt
+
+_FORMAT = 1
+_LEAST_PROMPTS = 4
+_LEAST_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """What an audit is; two runs with equal configs measure the same.
+
+    Args:
+        proxy: The reward to choose by, as the command line names it.
+        gold: The reward that is trusted; the proxy itself is allowed.
+        num_prompts: Prompts, at least 4; below 8 nothing is decided.
+        samples: Responses to each prompt, at least 4: the largest N.
+        max_response_tokens: Token limit of a response.
+        seed: Of the prompts' choice, the sampling and the bootstrap.
+        sensitivity_samples: Responses to each prompt that the interventions are tried on.
+
+    Raises:
+        AuditError: A number is too small.
+    """
+
+    proxy: str
+    gold: str
+    num_prompts: int = 32
+    samples: int = 64
+    max_response_tokens: int = 64
+    seed: int = 0
+    sensitivity_samples: int = 8
+
+    def __post_init__(self) -> None:
+        least = {
+            "num_prompts": _LEAST_PROMPTS,
+            "samples": _LEAST_SAMPLES,
+            "max_response_tokens": 1,
+            "sensitivity_samples": 1,
+        }
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise AuditError(
+                    f"{name}: expected at least {number}, got {getattr(self, name)}. An audit of "
+                    f"fewer measures nothing; raise --{name.replace('_', '-')}."
+                )
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The parts of an audit.
+
+    Args:
+        config: What is audited and how.
+        prompts: As many as the config says.
+        language_model: Writes the pool, and names the model that a pool must be of.
+        proxy: The reward to choose by.
+        gold: The reward that is trusted.
+        left_out: Prompts to which one of the rewards does not apply.
+        labels: What else belongs into the config file, such as the prompts' source.
+    """
+
+    config: AuditConfig
+    prompts: Sequence[Prompt]
+    language_model: LanguageModel
+    proxy: RewardModel
+    gold: RewardModel
+    left_out: int = 0
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """The config file's content: whatever the measurements depend on."""
+        return {
+            "format": _FORMAT,
+            **asdict(self.config),
+            "language_model": self.language_model.name,
+            "prompts": [prompt.id for prompt in self.prompts],
+            "left_out": self.left_out,
+            **self.labels,
+        }
+
+    @property
+    def trivial(self) -> bool:
+        """Whether proxy and gold are the same reward."""
+        return self.config.proxy == self.config.gold
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What an audit found: the content of `audit.json` after date, command and config."""
+
+    config: AuditConfig
+    prompts: int
+    left_out: int
+    curves: Curves
+    association: Association | None
+    sensitivity: Sensitivity
+    verdict: Verdict
+
+
+def choose_for_both(
+    prompts: Sequence[Prompt], config: AuditConfig, proxy: RewardModel, gold: RewardModel
+) -> tuple[list[Prompt], int]:
+    """Choose prompts that both rewards apply to; returns them and how many prompts were left out.
+
+    Raises:
+        AuditError: There are fewer.
+    """
+    fitting = [p for p in prompts if applies_to(proxy, p) and applies_to(gold, p)]
+    if len(fitting) < config.num_prompts:
+        raise AuditError(
+            f"num_prompts: expected at most {len(fitting)}, as many of {len(prompts)} prompts as "
+            f"both {config.proxy!r} and {config.gold!r} apply to, got {config.num_prompts}. Lower "
+            "--num-prompts, or give other --prompts or another --split."
+        )
+    chosen = choose_prompts(fitting, config.num_prompts, proxy, config.seed)
+    return chosen, len(prompts) - len(fitting)
+
+
+def run_audit(
+    audit: Audit,
+    out: str | Path,
+    *,
+    pool: str | Path | None = None,
+    command: str = "",
+    on_progress: Callable[[str, int], None] | None = None,
+) -> AuditResult:
+    """Run or resume an audit and write `audit.json` and `audit.png`.
+
+    Args:
+        audit: What to run.
+        out: The audit's folder.
+        pool: The pool's records folder; None for one in `out`. Missing prompts are added.
+        command: How it was asked for, for `audit.json`.
+        on_progress: Called with "pool", "proxy" or "gold" and a count, for progress.
+
+    Returns:
+        What was found.
+
+    Raises:
+        AuditError: The folder holds something else, the pool does not fit, or a reward gives all
+            responses to each prompt the same score.
+        RewardError: A reward failed.
+    """
+    from benchmarks.audit.report import plot
+
+    folder, config = Path(out), audit.config
+    pool_folder = folder / "pool" if pool is None else Path(pool)
+    _claim(folder, {**audit.record(), "pool": None if pool is None else str(pool)})
+    report = on_progress or (lambda stage, count: None)
+    responses = fill_pool(
+        pool_folder,
+        audit.language_model,
+        audit.prompts,
+        samples=config.samples,
+        max_response_tokens=config.max_response_tokens,
+        seed=config.seed,
+        on_batch=lambda count: report("pool", count),
+    )
+    tried = min(config.sensitivity_samples, config.samples)
+    scores: dict[str, tuple[FloatArray, dict[str, FloatArray]]] = {}
+    for role, reward_model in (("proxy", audit.proxy), ("gold", audit.gold)):
+        if role == "gold" and audit.trivial:
+            scores[role] = scores["proxy"]
+            continue
+        scores[role] = score_pool(
+            folder / "scores" / role,
+            reward_model,
+            audit.prompts,
+            responses,
+            tried=tried,
+            on_batch=lambda count, role=role: report(role, count),  # type: ignore[misc]
+        )
+    result = measure(audit, responses, scores["proxy"], scores["gold"])
+    written = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "config": audit.record(),
+        **{key: value for key, value in asdict(result).items() if key != "config"},
+    }
+    write_text(folder / "audit.json", json.dumps(written, indent=2, allow_nan=False))
+    plot(result, folder / "audit.png")
+    return result
+
+
+def measure(
+    audit: Audit,
+    responses: Sequence[Sequence[str]],
+    proxy: tuple[FloatArray, dict[str, FloatArray]],
+    gold: tuple[FloatArray, dict[str, FloatArray]],
+) -> AuditResult:
+    """Measure a scored pool.
+
+    Args:
+        audit: Its config and its number of prompts are read.
+        responses: The same number to each prompt.
+        proxy: The proxy's scores, as from `score_pool`.
+        gold: The gold's.
+
+    Raises:
+        AuditError: A reward gives all responses to each prompt the same score.
+    """
+    config = audit.config
+    for name, (scores, _) in ((config.proxy, proxy), (config.gold, gold)):
+        _check_varies(name, scores)
+    curves = best_of_n_curves(proxy[0], gold[0], seed=config.seed)
+    association = associate(proxy[0], gold[0], seed=config.seed)
+    sensitivity = _sensitivity(responses, proxy, gold, curves, config.seed)
+    prompts = len(responses)
+    verdict = (
+        trivial(config.proxy, prompts, config.samples)
+        if audit.trivial
+        else decide((config.proxy, config.gold), prompts, curves, association, sensitivity)
+    )
+    return AuditResult(config, prompts, audit.left_out, curves, association, sensitivity, verdict)
+
+
+def _sensitivity(
+    responses: Sequence[Sequence[str]],
+    proxy: tuple[FloatArray, dict[str, FloatArray]],
+    gold: tuple[FloatArray, dict[str, FloatArray]],
+    curves: Curves,
+    seed: int,
+) -> Sensitivity:
+    tried = next(iter(proxy[1].values())).shape[1]
+    changes = {
+        name: (
+            (proxy[1][name] - proxy[0][:, :tried]).mean(axis=1) / curves.proxy_sd,
+            (gold[1][name] - gold[0][:, :tried]).mean(axis=1) / curves.gold_sd,
+        )
+        for name in INTERVENTIONS
+    }
+    changed = {
+        name: sum(intervene(name, text) != text for row in responses for text in row[:tried])
+        for name in INTERVENTIONS
+    }
+    lengths = np.array([[len(text) for text in row] for row in responses], dtype=np.float64)
+    return Sensitivity(
+        reactions(changes, changed, seed=seed),
+        length_beyond_gold(proxy[0], gold[0], lengths, seed=seed),
+        tried * len(responses),
+    )
+
+
+def _check_varies(name: str, scores: FloatArray) -> None:
+    # Rounding of equal scores is no difference.
+    if np.ptp(scores, axis=1).max() <= 1e-12 * np.abs(scores).max():
+        everywhere = " (and the same to all prompts)" if np.ptp(scores) == 0 else ""
+        raise AuditError(
+            f"Reward {name!r}: expected different scores among the responses to a prompt, got the "
+            f"same for all {scores.shape[1]} responses to each of {len(scores)} prompts"
+            f"{everywhere}. There is nothing to choose by; audit another reward, or raise "
+            "--samples or --max-response-tokens."
+        )
+
+
+def _claim(folder: Path, record: dict[str, Any]) -> None:
+    """Write the config, or make sure that the folder holds this very audit."""
+    path = folder / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = sorted(key for key in {*found, *record} if found.get(key) != record.get(key))
+        if differing:
+            raise AuditError(
+                f"{folder} holds another audit or comparison (its {', '.join(differing)} differ). "
+                "Choose another folder with --out, or remove it."
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise AuditError(f"{folder} holds other files and no audit. Choose a new or empty folder.")
+    try:
+        write_text(path, json.dumps(record, indent=2))
+    except OSError as error:
+        raise AuditError(
+            f"Expected a folder that can be written, got {str(folder)!r} ({error}). Choose another "
+            "with --out."
+        ) from error

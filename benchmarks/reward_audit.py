@@ -1,0 +1,114 @@
+"""The command `mbrl-text reward audit`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.options import (
+    DtypeOption,
+    LanguageModelOption,
+    ParametersOption,
+    PromptsOption,
+    TokenizerOption,
+    TokensOption,
+    console,
+    friendly,
+    load_language_model,
+    load_prompts_option,
+)
+
+
+@friendly
+def audit_command(
+    proxy: Annotated[
+        str, typer.Option(help="The reward to audit: a name, or a weighted sum of names.")
+    ],
+    gold: Annotated[str, typer.Option(help="The reward that is trusted.")],
+    num_prompts: Annotated[int, typer.Option(help="At least 4; below 8 nothing is decided.")] = 32,
+    samples: Annotated[
+        int, typer.Option(help="Responses to each prompt, at least 4: the largest N.")
+    ] = 64,
+    max_response_tokens: TokensOption = 64,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the audit; resumed if it exists.")] = Path(
+        "audit"
+    ),
+    pool: Annotated[
+        Path | None,
+        typer.Option(help="Records folder to take the responses from; missing ones are added."),
+    ] = None,
+    language_model: LanguageModelOption = "embedded",
+    dtype: DtypeOption = "default",
+    tokenizer: TokenizerOption = "embedded",
+    num_parameters: ParametersOption = None,
+    prompts: PromptsOption = "builtin",
+    split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test",
+    sensitivity_samples: Annotated[
+        int, typer.Option(help="Responses to each prompt that text changes are tried on.")
+    ] = 8,
+) -> None:
+    """Audit a reward: does choosing by it raise another that is trusted? Can be resumed."""
+    from benchmarks.audit.report import summary
+    from benchmarks.audit.run import Audit, AuditConfig, choose_for_both, run_audit
+    from benchmarks.progress import progress_bar
+    from mbrl_text_env.rewards import make
+
+    config = AuditConfig(
+        proxy, gold, num_prompts, samples, max_response_tokens, seed, sensitivity_samples
+    )
+    proxy_model, gold_model = make(proxy), make(gold)
+    found = load_prompts_option(prompts, split)
+    chosen, left_out = choose_for_both(found, config, proxy_model, gold_model)
+    labels = {"prompts_source": prompts, "split": split, "dtype": dtype}
+    audit = Audit(
+        config,
+        chosen,
+        load_language_model(language_model, dtype, tokenizer, num_parameters),
+        proxy_model,
+        gold_model,
+        left_out,
+        labels,
+    )
+    options: dict[str, Any] = {
+        **{name: getattr(config, name) for name in config.__dataclass_fields__},
+        "out": out,
+        "pool": pool,
+        "language_model": language_model,
+        "dtype": dtype,
+        "tokenizer": tokenizer,
+        "num_parameters": num_parameters,
+        "prompts": prompts,
+        "split": split,
+    }
+    with progress_bar(console) as bar:
+        totals = {"pool": len(chosen) * samples, "proxy": len(chosen), "gold": len(chosen)}
+        if audit.trivial:
+            del totals["gold"]
+        tasks = {
+            "pool": bar.add_task("Responses", total=totals["pool"]),
+            "proxy": bar.add_task(f"Prompts scored by {proxy}", total=totals["proxy"]),
+        }
+        if not audit.trivial:
+            tasks["gold"] = bar.add_task(f"Prompts scored by {gold}", total=totals["gold"])
+        result = run_audit(
+            audit,
+            out,
+            pool=pool,
+            command=_command(options),
+            on_progress=lambda stage, count: bar.advance(tasks[stage], count),
+        )
+    console.print(summary(result))
+    console.print(f"audit.json and audit.png: {out.resolve()}")
+
+
+def _command(options: dict[str, Any]) -> str:
+    """The command line that asks for the same audit again."""
+    words = ["mbrl-text", "reward", "audit"]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.audit.association import associate, pair_accuracy
+
+RNG = np.random.default_rng(0)
+GOLD = RNG.normal(size=(10, 12))
+PROXY = GOLD + RNG.normal(size=(10, 12)) + 5 * RNG.normal(size=(10, 1))
+
+
+def test_coefficients_are_scipys():
+    found = associate(PROXY, GOLD)
+    for name, function in (
+        ("pearson", stats.pearsonr), ("spearman", stats.spearmanr), ("kendall", stats.kendalltau)
+    ):  # fmt: skip
+        assert found.overall[name].estimate == pytest.approx(
+            function(PROXY.ravel(), GOLD.ravel())[0]
+        )
+        rows = [function(p, g)[0] for p, g in zip(PROXY, GOLD, strict=True)]
+        assert found.within_prompt[name].estimate == pytest.approx(np.mean(rows))
+        for interval in (found.overall[name], found.within_prompt[name]):
+            assert -1 <= interval.low < interval.estimate < interval.high <= 1
+    # Differences between prompts hide an order that is there within each.
+    assert found.within_prompt["spearman"].estimate > found.overall["spearman"].estimate + 0.2
+
+
+def test_pairs_by_hand():
+    gold = np.array([1.0, 2.0, 3.0, 3.0])
+    # Pairs 12 13 14 23 24; the tied pair 34 does not count. Right: 13 14; tied: 12; wrong: 23 24.
+    assert pair_accuracy(np.array([1.0, 1.0, 0.5, 0.2]) * [-1, -1, 1, 1], gold) == pytest.approx(
+        0.9
+    )
+    assert pair_accuracy(np.array([2.0, 2.0, 2.0, 2.0]), gold) == 0.5
+    assert pair_accuracy(-gold, gold) == 0.0
+
+
+def test_constant_prompts_are_left_out_and_counted():
+    proxy = PROXY.copy()
+    proxy[:3] = 1.0
+    found = associate(proxy, GOLD)
+    assert found.prompts_used == 7
+    rest = associate(PROXY[3:], GOLD[3:])
+    assert found.within_prompt == rest.within_prompt
+    assert associate(np.ones((4, 6)), GOLD[:4, :6]) is None
+
+
+def test_calibration():
+    found = associate(np.exp(GOLD), GOLD)
+    means = [point.estimate for point in found.calibration]
+    assert len(means) == 10
+    assert means == sorted(means)
+    assert found.misordered == 0.0
+    turned = associate(-np.abs(GOLD), GOLD**2)
+    assert turned.misordered > 0.5
+    # Two values only: eight tenths are empty.
+    halves = associate((GOLD > 0).astype(float), GOLD)
+    assert sum(point is None for point in halves.calibration) > 0
