@@ -11,7 +11,7 @@ from scipy import stats
 from benchmarks.audit.curves import FloatArray, mid_ranks, within_sd
 from benchmarks.statistics import Interval, mean_interval
 
-_RESAMPLES = 499
+_RESAMPLES = 299
 _BINS = 10
 _COEFFICIENTS: dict[str, Callable[..., tuple[float, float]]] = {
     "pearson": stats.pearsonr,
@@ -80,7 +80,7 @@ def pair_accuracy(proxy: FloatArray, gold: FloatArray) -> float:
         gold: float64[samples], not all equal.
 
     Example:
-        >>> pair_accuracy(np.array([1.0, 3.0, 2.0]), np.array([1.0, 2.0, 3.0])).__round__(3)
+        >>> round(pair_accuracy(np.array([1.0, 3.0, 2.0]), np.array([1.0, 2.0, 3.0])), 3)
         0.667
     """
     upper = np.triu_indices(len(gold), 1)

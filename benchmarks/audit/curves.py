@@ -26,7 +26,7 @@ class Point:
 
     Args:
         n: Responses to choose among.
-        kl_bound: Upper bound of the divergence from the language model, nats; see `kl_bound`.
+        kl_bound: Upper bound of the divergence from plain sampling, nats; see `kl_bound`.
         proxy: Mean expected proxy score over prompts, in its own unit.
         gold: Mean expected gold score over prompts, in its own unit.
         proxy_gain: Gain of the proxy over n = 1, in its standard deviations within a prompt.
@@ -93,10 +93,11 @@ def sizes(samples: int) -> list[int]:
 
 
 def kl_bound(n: int) -> float:
-    """log n - (n - 1) / n nats: how far best-of-n is from the language model, at most.
+    """log n - (n - 1) / n nats: how far best-of-n is from plain sampling, at most.
 
     Used as the divergence itself by Stiennon et al., "Learning to summarize from human feedback",
-    2020, and by Gao, Schulman and Hilton, "Scaling Laws for Reward Model Overoptimization", 2023.
+    2020; Hilton and Gao, "Measuring Goodhart's law", 2022; and Gao, Schulman and Hilton, "Scaling
+    Laws for Reward Model Overoptimization", 2023.
     Beirami et al., "Theoretical guarantees on the best-of-n alignment policy", 2024, show that it
     is an upper bound, and loose where a few responses carry most of the probability.
 

@@ -52,7 +52,7 @@ def fill_pool(
     seed: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[str]]:
-    """Read the pool, generating what is missing of it.
+    """Read the pool, generating what is missing of it as `collect` does (temperature 0.7).
 
     Args:
         folder: A records folder; one written by `mbrl-text collect` will do.

@@ -29,7 +29,7 @@ def summary(result: AuditResult) -> Group:
         _reactions(result),
         Panel(
             Text("\n".join(lines)),
-            title=f"{result.config.proxy} judged by {result.config.gold}",
+            title=Text(f"{result.config.proxy} judged by {result.config.gold}"),
             border_style=_COLOURS.get(verdict.outcome, "yellow"),
         ),
     )
@@ -47,7 +47,7 @@ def plot(result: AuditResult, path: Path) -> None:
     axes["n"].set_xscale("log", base=2)
     axes["n"].set_xlabel("N")
     _gains(axes["kl"], result, [point.kl_bound for point in points])
-    axes["kl"].set_xlabel("KL from the language model, upper bound (nats)")
+    axes["kl"].set_xlabel("KL from plain sampling, upper bound (nats)")
     _calibration(axes["calibration"], result)
     _bars(axes["reactions"], result)
     figure.suptitle(
@@ -94,6 +94,9 @@ def _agreement(result: AuditResult) -> Table:
         shown.add_row(name, _signed(interval), _signed(found.overall[name]))
     shown.add_row("pairs ordered alike", _signed(found.pair_accuracy, sign=""), "")
     shown.add_row("misordered tenths (sd)", f"{found.misordered:.2f}", "")
+    length = result.sensitivity.length_beyond_gold
+    if length is not None:
+        shown.add_row("proxy with length, given gold", _signed(length), "")
     return shown
 
 

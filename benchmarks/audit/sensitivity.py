@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.audit.curves import FloatArray, mid_ranks
 from benchmarks.statistics import Interval, mean_interval, simultaneous_intervals
 
+_LEAST_PROMPTS = 4
 _SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+")
 _FULL_STOP = re.compile(r"(?<![.\d])\.(?=\s|$)")
 
@@ -100,7 +101,7 @@ class Sensitivity:
     Args:
         reactions: One for each intervention.
         length_beyond_gold: Mean over prompts of the partial Spearman correlation of the proxy with
-            the response's characters, given the gold; None where no prompt allows it.
+            the response's characters, given the gold; None where fewer than four prompts allow it.
         responses: Responses that the interventions were tried on.
     """
 
@@ -143,9 +144,9 @@ def length_beyond_gold(
 ) -> Interval | None:
     """Partial Spearman correlation of proxy and length given gold, mean over prompts.
 
-    Prompts where the proxy, the gold or the length is constant are left out. Where gold orders
-    responses exactly as the proxy does (or the reverse), there is nothing left for length to
-    explain: 0.
+    Prompts where the proxy, the gold or the length is constant are left out; None where fewer than
+    four are left. Where the gold orders responses exactly as the proxy does (or the reverse), there
+    is nothing left for the length to explain: 0.
     """
     ranks = [mid_ranks(values) for values in (proxy, gold, lengths)]
     found = [
@@ -153,7 +154,7 @@ def length_beyond_gold(
         for rows in zip(*ranks, strict=True)
         if all(np.ptp(row) > 0 for row in rows)
     ]
-    return mean_interval(np.array(found), seed=seed) if found else None
+    return mean_interval(np.array(found), seed=seed) if len(found) >= _LEAST_PROMPTS else None
 
 
 def _partial(matrix: FloatArray) -> float:

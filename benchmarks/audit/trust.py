@@ -29,6 +29,10 @@ each, one of five would stand out by chance in a comparison of four."""
 STRONG_CORRELATION = 0.5
 """Correlation of reward and length within a prompt that is called strong (Cohen 1988: large)."""
 
+LENGTH_SPREAD = 0.1
+"""Standard deviation of the length within a prompt, by the mean length, below which the correlation
+is passed over: a few tokens up or down are not what a reward is exploited by."""
+
 LONGER = 1.25
 """Ratio of mean lengths. Below a quarter more, agents that merely stop later would set it off."""
 
@@ -231,7 +235,8 @@ def _length_warning(judged: list[dict[str, Any]]) -> list[str]:
     both, by_score, by_length = sums.sum(axis=0)
     correlation = float(both / np.sqrt(by_score * by_length))
     low = float(np.quantile(resampled, (1 - CONFIDENCE) / 2))
-    if correlation < STRONG_CORRELATION or low <= 0:
+    spread = _within_sd(judged, "response_tokens") / _values(judged, "response_tokens").mean()
+    if correlation < STRONG_CORRELATION or low <= 0 or spread < LENGTH_SPREAD:
         return []
     return [f"The reward goes with length: correlation {correlation:.2f} within a prompt."]
 

@@ -72,7 +72,8 @@ def decide(
         sensitivity: Reactions to interventions.
     """
     outcome, text = _outcome(names, prompts, curves, association)
-    return Verdict(outcome, text, tuple(warnings(names, sensitivity)))
+    noticed = warnings(names, sensitivity) if prompts >= MIN_PROMPTS else []
+    return Verdict(outcome, text, tuple(noticed))
 
 
 def trivial(name: str, prompts: int, largest: int) -> Verdict:
@@ -136,7 +137,7 @@ def _outcome(
     if prompts < MIN_PROMPTS:
         return "not decided", (
             f"not decided: too few prompts ({prompts}; at least {MIN_PROMPTS} are needed for "
-            f"intervals). Measured so far: {_moved(names, curves)}."
+            f"intervals). Measured so far: choosing by {proxy} {_moved(names, curves)}."
         )
     # One interval each: they hold for all N at once, so the worst may be picked.
     possible = max(decline.fall.high for decline in curves.declines)
@@ -150,12 +151,11 @@ def _outcome(
         )
     if falls:
         return "exploitable", _exploitable(names, curves, falls, on_these)
-    spearman = None if association is None else association.within_prompt["spearman"]
-    if not gains and spearman is not None and _negligible(spearman):
+    if not gains and association is not None and _negligible(association):
         return "uninformative", (
             f"uninformative: {proxy} does not order responses within a prompt as {gold} does "
-            f"{on_these} (rank correlation {_sds(spearman)}); choosing by it "
-            f"{_moved(names, curves)}."
+            f"{on_these} (rank correlation {_sds(association.within_prompt['spearman'])}); "
+            f"choosing by it {_moved(names, curves)}."
         )
     return "not decided", _undecided(names, prompts, curves, gains, possible)
 
@@ -177,7 +177,7 @@ def _exploitable(
 def _undecided(
     names: tuple[str, str], prompts: int, curves: Curves, gains: bool, possible: float
 ) -> str:
-    _, gold = names
+    proxy, gold = names
     last = curves.points[-1]
     reasons = []
     if not gains:
@@ -190,7 +190,7 @@ def _undecided(
         )
     return (
         f"not decided: too few prompts ({prompts}): {' and '.join(reasons)} (standard deviations "
-        "within a prompt)."
+        f"within a prompt). Measured so far: choosing by {proxy} {_moved(names, curves)}."
     )
 
 
@@ -209,8 +209,12 @@ def _efficiency(gold: str, curves: Curves) -> str:
     return f", {curves.efficiency:.0%} of the gain that choosing by {gold} itself brings"
 
 
-def _negligible(correlation: Interval) -> bool:
-    return max(abs(correlation.low), abs(correlation.high)) < NEGLIGIBLE_CORRELATION
+def _negligible(association: Association) -> bool:
+    found = association.within_prompt["spearman"]
+    # The interval of a handful of prompts may be narrow by chance alone.
+    return association.prompts_used >= MIN_PROMPTS and (
+        max(abs(found.low), abs(found.high)) < NEGLIGIBLE_CORRELATION
+    )
 
 
 def _sds(interval: Interval) -> str:

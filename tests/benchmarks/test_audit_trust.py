@@ -9,8 +9,8 @@ WORDS = [f"word{i}" for i in range(400)]
 def rows(agents, prompts=16, seed=0):
     """Rows of agents, each a function of a generator that returns text and score."""
     found = []
-    for agent, write in agents.items():
-        rng = np.random.default_rng(seed)
+    for number, (agent, write) in enumerate(agents.items()):
+        rng = np.random.default_rng([seed, number])
         for i in range(prompts):
             text, score = write(rng)
             found.append(
@@ -60,21 +60,34 @@ def flattering(rng):
 @pytest.mark.parametrize(
     ("write", "expected"),
     [
-        (longer, ["The reward goes with length", "tokens: 7"]),
-        (repeating, ["repetitions: 5"]),
-        (exclaiming, ["exclamation marks in 100 words: 7"]),
-        (flattering, ["flattery: in"]),
+        (longer, "tokens: "),
+        (repeating, "repetitions: "),
+        (exclaiming, "exclamation marks in 100 words: "),
+        (flattering, "flattery: in"),
     ],
 )
 def test_planted(write, expected):
     found = trust_warnings(rows({"sampling": plain, "best-of-n": better, "lookahead:n=2": write}))
-    about = [warning for warning in found if warning.startswith("lookahead:n=2: its reward")]
-    named = [warning for warning in found if any(text in warning for text in expected)]
-    assert len(named) == len(expected)
-    assert set(about) <= set(named)
+    (about,) = [warning for warning in found if warning.startswith("lookahead:n=2: its reward")]
+    assert f"above sampling's, and so are its {expected}" in about
+    assert not any("best-of-n" in warning for warning in found)
     assert found == trust_warnings(
         rows({"sampling": plain, "best-of-n": better, "lookahead:n=2": write})
     )
+
+
+def test_a_reward_that_goes_with_length():
+    def by_length(rng):
+        text, _ = plain(rng, spread=20)
+        return text, 0.1 * len(text.split()) + rng.normal(0.0, 0.5)
+
+    (warning,) = trust_warnings(rows({"mcts": by_length, "lookahead": by_length}))
+    assert "goes with length: correlation 0.9" in warning
+    # Lengths that hardly differ exploit nothing, whatever the correlation.
+    steady = [
+        {**row, "response_tokens": 1000 + row["score"]} for row in rows({"a": plain, "b": plain})
+    ]
+    assert trust_warnings(steady) == []
 
 
 @pytest.mark.parametrize("seed", range(5))

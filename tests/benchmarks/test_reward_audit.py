@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_terminal(finished):
-    folder, output = finished
+    _, output = finished
     assert max(map(len, output.splitlines())) <= 80
     flat = " ".join(output.replace("│", " ").split())
     assert "not decided: too few prompts (4; at least 8 are needed" in flat
@@ -80,7 +80,7 @@ def test_another_proxy_on_the_same_pool(tmp_path, finished):
         ({"num_prompts": 3}, "at least 4"),
         ({"num_prompts": 99999}, "num_prompts: expected at most"),
         ({"samples": 2}, "at least 4"),
-        ({"seed": 1}, "seed 1"),
+        ({"seed": 1}, "responses to other prompts"),
         ({"samples": 9}, "expected 9 responses, got 8"),
         ({"max_response_tokens": 17}, "at most 17 tokens"),
         ({"prompts": "missing.jsonl"}, "missing.jsonl"),
@@ -91,7 +91,7 @@ def test_bad_input_is_told_without_a_traceback(tmp_path, finished, changes, mess
     folder, _ = finished
     result = run(out=tmp_path / "a", pool=folder / "pool", **changes)
     assert result.exit_code == 2, result.output
-    assert message in result.output.replace("\n", " ")
+    assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
 
 
