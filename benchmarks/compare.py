@@ -22,6 +22,7 @@ import numpy as np
 from agents.base import Agent, Generation
 from agents.catalogue import make, parse_spec
 from benchmarks.audit.trust import trust_warnings
+from benchmarks.folders import claim
 from benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.base import LanguageModel
@@ -186,7 +187,7 @@ def compare(
     from benchmarks.report import plot
 
     folder = Path(out)
-    _claim(folder, comparison.record())
+    claim(folder, comparison.record(), "comparison", CompareError)
     agents = {spec: comparison.agent(spec) for spec in comparison.config.agents}
     size = comparison.config.batch_prompts
     rows: dict[str, list[dict[str, Any]]] = {spec: [] for spec in agents}
@@ -384,34 +385,6 @@ def _failed_row(
         "prompt": prompt.text,
         "budget_tokens": comparison.config.budget_of(spec),
     }
-
-
-def _claim(folder: Path, record: dict[str, Any]) -> None:
-    """Write the config, or make sure that the folder holds this very comparison."""
-    path = folder / "config.json"
-    if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise CompareError(
-                f"{folder} holds other files and no comparison. Choose a new or empty folder."
-            )
-        try:
-            write_text(path, json.dumps(record, indent=2))
-        except OSError as error:
-            raise CompareError(
-                f"Expected a folder that can be written, got {str(folder)!r} ({error}). Choose "
-                "another with --out."
-            ) from error
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    differing = sorted(key for key in {*found, *record} if found.get(key) != record.get(key))
-    if differing:
-        changes = ", ".join(
-            f"{key}: {str(found.get(key))[:60]} there, {str(record.get(key))[:60]} here"
-            for key in differing
-        )
-        raise CompareError(
-            f"{folder} holds another comparison ({changes}). Choose another folder, or remove it."
-        )
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

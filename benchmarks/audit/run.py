@@ -28,6 +28,7 @@ from benchmarks.audit.sensitivity import (
 )
 from benchmarks.audit.verdict import Verdict, decide, trivial
 from benchmarks.compare import choose_prompts
+from benchmarks.folders import claim
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardModel, applies_to
@@ -178,7 +179,8 @@ def run_audit(
 
     folder, config = Path(out), audit.config
     pool_folder = folder / "pool" if pool is None else Path(pool)
-    _claim(folder, {**audit.record(), "pool": None if pool is None else str(pool)})
+    record = {**audit.record(), "pool": None if pool is None else str(pool)}
+    claim(folder, record, "audit", AuditError)
     report = on_progress or (lambda stage, count: None)
     responses = fill_pool(
         pool_folder,
@@ -284,26 +286,3 @@ def _check_varies(name: str, scores: FloatArray) -> None:
             f"{everywhere}. There is nothing to choose by; audit another reward, or raise "
             "--samples or --max-response-tokens."
         )
-
-
-def _claim(folder: Path, record: dict[str, Any]) -> None:
-    """Write the config, or make sure that the folder holds this very audit."""
-    path = folder / "config.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differing = sorted(key for key in {*found, *record} if found.get(key) != record.get(key))
-        if differing:
-            raise AuditError(
-                f"{folder} holds another audit or comparison (its {', '.join(differing)} differ). "
-                "Choose another folder with --out, or remove it."
-            )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise AuditError(f"{folder} holds other files and no audit. Choose a new or empty folder.")
-    try:
-        write_text(path, json.dumps(record, indent=2))
-    except OSError as error:
-        raise AuditError(
-            f"Expected a folder that can be written, got {str(folder)!r} ({error}). Choose another "
-            "with --out."
-        ) from error
