@@ -1,0 +1,305 @@
+"""Code that is right as far as tests can tell: the response is a program, and its tests are run."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbrl_text_env import sandbox
+from mbrl_text_env.sandbox import Limits, Program, ProgramResult
+from mbrl_text_env.types import FloatArray, Prompt
+
+
+class UnitTestError(ValueError):
+    """A prompt has no tests, malformed ones, or one that cannot be run apart from the solution."""
+
+
+class UnitTestReward:
+    """The fraction of its prompt's tests that the program in a response passes, in [0, 1].
+
+    `prompt.metadata["tests"]` is a list of
+
+    - Python statements such as `"assert add(1, 2) == 3"` (as in MBPP), which pass if they run to
+      their end; or
+    - cases `{"input": "1 2\\n", "output": "3\\n"}` (as in APPS), which pass if the program, given
+      the input, prints the output and exits with 0. White space at the ends of lines and of the
+      text is ignored. Lists of lines are taken for texts.
+
+    Optional, for statements: `"test_imports"`, imports that they need; `"setup"`, statements that
+    run between the solution and each test; each a text or a list of texts; and `"entry_point"`, the
+    name, or list of names, of what the solution is asked for, which matters only if it is also the
+    name of a builtin.
+
+    The program is the last fenced block marked as Python, else the last fenced block, else the
+    whole response. It has the standard library. An empty program scores 0, and so does one larger
+    than half of `limits.disk_bytes`. Every test runs in a box of its own, so that a test that never
+    ends or takes its processes down costs the others nothing.
+
+    What is guaranteed, where the sandbox is whole (`sandbox.facilities()`):
+
+    - A case passes only if the program has printed the output. The output is compared outside the
+      box and never enters it.
+    - A statement passes only if all of it has run, without an exception, in a process that the
+      solution cannot write to or read from. The solution's functions are called in a process that
+      was forked before the test was read; plain data crosses between the two (numbers, texts,
+      lists, tuples, sets, dicts, bytes and the like) and what else the solution returns stays where
+      it is, as a remote object. So no exit, `os._exit`, print, traceback, patched builtin or
+      module, `atexit`, search of frames and garbage for the test, file or signal makes a pass.
+      Builtins and the names of the imports and the setup are Python's, whatever the solution calls
+      by the same names.
+
+    What is not:
+
+    - Tests are no proof. A program may know the answers to well-known tests by heart, and a test
+      such as `assert f(1) != 2`, or `assert f(1) == g(1)` where all comes from the solution, is
+      easy to pass. A name that the test takes from neither Python nor its imports and setup is the
+      solution's. Remote objects are compared with each other as the solution's classes say.
+    - Arguments are copies. What the solution does to a list, dict, set, deque or bytearray that is
+      itself an argument is copied back after the call; objects of classes of the setup cannot be
+      handed over and raise an error.
+    - A program near a limit of time may pass in one run and not in another. The limits leave room.
+    - With `allow_weaker=True` on a machine without the sandbox nothing at all is guaranteed.
+
+    Sources: Austin et al., "Program Synthesis with Large Language Models", 2021 (MBPP); Hendrycks
+    et al., "Measuring Coding Challenge Competence With APPS", NeurIPS 2021. Deviation: they run the
+    tests and the solution in one process, which solutions can fool.
+
+    Args:
+        partial: True for the fraction of tests that pass; False for 1 if all do and else 0.
+        limits: The limits of each test; None for `Limits()`.
+        workers: How many tests run at a time; None for as many as there are processors.
+        allow_weaker: See `sandbox.run_program`.
+        name: What reports call it.
+
+    Example:
+        >>> from mbrl_text_env.types import Prompt
+        >>> tests = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
+        >>> prompt = Prompt.from_text("Write add(a, b).", metadata={"tests": tests})
+        >>> response = "```python\\ndef add(a, b):\\n    return 3\\n```"
+        >>> UnitTestReward().score([prompt], [response])  # doctest: +SKIP
+        array([0.5])
+    """
+
+    def __init__(
+        self,
+        partial: bool = True,
+        limits: Limits | None = None,
+        workers: int | None = None,
+        allow_weaker: bool = False,
+        name: str = "unit-tests",
+    ) -> None:
+        self.partial = partial
+        self.limits = limits
+        self.workers = workers
+        self.allow_weaker = allow_weaker
+        self.name = name
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether the prompt has tests."""
+        return bool(prompt.metadata.get("tests"))
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the fraction of its prompt's tests that each response passes.
+
+        Raises:
+            UnitTestError: A prompt has no tests or malformed ones; or a test hands the solution
+                what cannot be handed over. The message names the prompt.
+            ValueError: The numbers of prompts and responses differ.
+            SandboxUnavailable: This machine cannot shut untrusted code in.
+        """
+        if len(prompts) != len(responses):
+            raise ValueError(
+                f"Expected one prompt a response, got {len(prompts)} prompts and "
+                f"{len(responses)} responses. Repeat a prompt for each of its responses."
+            )
+        # Every prompt is read before any program is run, and every run is made once.
+        suites = [_suite(prompt) for prompt in prompts]
+        rows = [self._runs(*pair) for pair in zip(suites, responses, strict=True)]
+        wanted = dict.fromkeys(run for row in rows for run in row)
+        results = sandbox.run_programs(
+            [run.program() for run in wanted],
+            limits=self.limits,
+            workers=self.workers,
+            allow_weaker=self.allow_weaker,
+        )
+        result_of = dict(zip(wanted, results, strict=True))
+        scores = np.zeros(len(responses))
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            passed = [_passes(prompt, run, result_of[run]) for run in row]
+            if passed:
+                scores[i] = np.mean(passed) if self.partial else float(all(passed))
+        return scores
+
+    def _runs(self, suite: Sequence[_Case | _Statement], response: str) -> list[_Run]:
+        code = extract_code(response)
+        room = (self.limits or Limits()).disk_bytes // 2
+        if not code.strip() or len(code.encode(errors="surrogatepass")) > room:
+            return []
+        return [_Run(code, test) for test in suite]
+
+
+def extract_code(response: str) -> str:
+    """The program in a response: see `UnitTestReward`. A block that is not closed goes to the end.
+
+    Example:
+        >>> extract_code("Thus:\\n```python\\nprint(1)\\n```\\nIt prints 1.")
+        'print(1)\\n'
+        >>> extract_code("print(2)")
+        'print(2)'
+    """
+    blocks: list[tuple[str, list[str]]] = []
+    fence = ""
+    for line in response.splitlines(keepends=True):
+        text = line.strip()
+        mark = text[:3]
+        if fence:
+            if text.startswith(fence) and not text.strip(fence[0]):
+                fence = ""
+            else:
+                blocks[-1][1].append(line)
+        elif mark in ("```", "~~~"):
+            language = text.lstrip(mark[0])
+            # A line such as ```x = 1``` is inline code, and no fence.
+            if mark[0] not in language:
+                fence = text[: len(text) - len(language)]
+                blocks.append((language.strip().lower(), []))
+    python = [lines for language, lines in blocks if language.split(maxsplit=1)[:1] in _PYTHON]
+    chosen = python or [lines for _, lines in blocks]
+    return "".join(chosen[-1]) if chosen else response
+
+
+_PYTHON = (["python"], ["python3"], ["py"])
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What a program reads, and what it should print."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """A test in Python, as the judge reads it: JSON."""
+
+    orders: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    code: str
+    test: _Case | _Statement
+
+    def program(self) -> Program:
+        if isinstance(self.test, _Case):
+            return Program(self.code, self.test.input)
+        return Program(_judge(), self.test.orders, {"solution.py": self.code})
+
+
+@lru_cache(maxsize=1)
+def _judge() -> str:
+    return (Path(sandbox.__file__).parent / "_judge.py").read_text(encoding="utf-8")
+
+
+def _passes(prompt: Prompt, run: _Run, result: ProgramResult) -> bool:
+    if result.exit_code != 0:
+        return False
+    if isinstance(run.test, _Case):
+        return _lines(result.stdout) == _lines(run.test.output)
+    verdict = json.loads(result.stdout)
+    if verdict["verdict"] == "unsupported":
+        raise UnitTestError(
+            f"Prompt {prompt.id!r}: expected its tests to hand the solution plain data, functions, "
+            f"or what the solution has returned, but {verdict['detail']}. Change the test "
+            f"{json.loads(run.test.orders)['test']!r}, or leave out the prompt."
+        )
+    return bool(verdict["verdict"] == "passed")
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+def _suite(prompt: Prompt) -> list[_Case | _Statement]:
+    tests = prompt.metadata.get("tests")
+    if not isinstance(tests, list | tuple) or not tests:
+        raise UnitTestError(
+            f"Prompt {prompt.id!r}: expected metadata['tests'] to be a list of at least one test, "
+            f"got {tests!r}. Add tests, or leave out the prompts for which "
+            "`UnitTestReward.applies_to(prompt)` is False."
+        )
+    frame = {
+        "imports": _source(prompt, "test_imports"),
+        "setup": _source(prompt, "setup"),
+        "entry_points": _entry_points(prompt),
+    }
+    return [_test(prompt, index, test, frame) for index, test in enumerate(tests)]
+
+
+def _test(prompt: Prompt, index: int, test: Any, frame: Mapping[str, Any]) -> _Case | _Statement:
+    if isinstance(test, str) and test.strip():
+        _check_syntax(prompt, f"metadata['tests'][{index}]", test)
+        names = sorted(_names(test) | _names(frame["setup"]))
+        return _Statement(json.dumps({**frame, "test": test, "names": names}))
+    if isinstance(test, Mapping) and test.keys() == {"input", "output"}:
+        texts = [_text(test[key]) for key in ("input", "output")]
+        if None not in texts:
+            return _Case(str(texts[0]), str(texts[1]))
+    raise UnitTestError(
+        f"Prompt {prompt.id!r}: expected metadata['tests'][{index}] to be statements such as "
+        "'assert f(1) == 2', or a case {'input': text, 'output': text}, got "
+        f"{test!r}. Change it to one of them."
+    )
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return "\n".join(value)
+    return None
+
+
+def _source(prompt: Prompt, key: str) -> str:
+    value = prompt.metadata.get(key) or ""
+    source = _text(value)
+    if source is None:
+        raise UnitTestError(
+            f"Prompt {prompt.id!r}: expected metadata[{key!r}] to be Python statements, a text or "
+            f"a list of texts, got {value!r}. Change it, or leave it out."
+        )
+    _check_syntax(prompt, f"metadata[{key!r}]", source)
+    return source
+
+
+def _entry_points(prompt: Prompt) -> list[str]:
+    value = prompt.metadata.get("entry_point") or []
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(each, str) for each in names):
+        raise UnitTestError(
+            f"Prompt {prompt.id!r}: expected metadata['entry_point'] to be a name or a list of "
+            f"names, got {value!r}. Change it, or leave it out."
+        )
+    return list(names)
+
+
+def _names(source: str) -> set[str]:
+    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+
+
+def _check_syntax(prompt: Prompt, place: str, source: str) -> None:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise UnitTestError(
+            f"Prompt {prompt.id!r}: expected {place} to be Python statements, got "
+            f"{source!r} ({error}). Correct them."
+        ) from error
