@@ -8,6 +8,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -160,7 +161,7 @@ def identity(reward: object) -> str:
     """What tells a reward model from others: its class and what it was made with.
 
     Read are the attributes that have the names of the constructor's arguments: numbers, texts,
-    paths, other rewards, and lists of them. A path to a folder counts with the sizes and times of
+    paths, dataclasses, other rewards, and lists of them. A path to a folder counts with the sizes and times of
     its files, and the version of this package counts too.
 
     Raises:
@@ -186,6 +187,9 @@ def _described(value: object, owner: str) -> Any:
         return [_described(item, owner) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _described(item, owner) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {field.name: getattr(value, field.name) for field in fields(value)}
+        return [type(value).__qualname__, _described(named, owner)]
     if type(value).__module__.partition(".")[0] == "torch":
         return str(value)
     if hasattr(value, "score"):

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
+from mbrl_text_env.rewards._hub import (
+    batches,
+    chat_messages,
+    check_at_least_one,
+    check_choices,
+    contains_any,
+    forward_flops,
+    input_limit,
+    load_model,
+    padded,
+    plain_text,
+    special_texts,
+)
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.types import FloatArray, Message, Prompt
+from mbrl_text_env.types import FloatArray, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +44,9 @@ class ClassifierReward:
     Responses are scored in batches of similar length; in float32 the batch around a response does
     not change its score by more than 1e-5. A model whose config names no padding token is run on
     one response at a time. Texts longer than `max_length`, or than the model's input, are cut, and
-    a warning says so the first time.
+    a warning says so the first time. Special tokens written out in a prompt or response are read as
+    ordinary text, with a zero-width space in their middle: a response cannot end its own message
+    and begin another.
 
     The article's reward is `text_format="article"` with `output="sigmoid"`, which its pipeline
     applies to a single logit. The sigmoid keeps the order of the logits, but flattens at both ends.
@@ -41,12 +56,15 @@ class ClassifierReward:
     Args:
         model: Name on the Hub, or folder with a model and its tokenizer.
         text_format: `"pair"`: prompt and response as the tokenizer's two segments, the longer cut
-            first. `"chat"`: the conversation in the tokenizer's chat template. `"article"`: one
-            text, "User: {prompt}\\nAssistant: {response}". The last two are cut at the tokenizer's
-            `truncation_side`, as a rule the end.
+            first, at the tokenizer's `truncation_side` (as a rule its end). `"chat"`: the
+            conversation in the tokenizer's chat template, cut at its start: heads of decoders read
+            the last token, so the end of the template and of the response has to stay.
+            `"article"`: one text, "User: {prompt}\\nAssistant: {response}", cut at the tokenizer's
+            `truncation_side` as the article's pipeline does.
         output: `"logit"`, `"sigmoid"` (of a single logit) or `"softmax"` (over several classes).
         label: Name or index of the class that is the reward; required with several classes.
         batch_size: Most responses in one forward pass.
+        batch_tokens: Most tokens in one, padding included, so that long texts go in small batches.
         max_length: Most tokens of a text.
         device: By default `"cuda"` where there is one, otherwise `"cpu"`.
         dtype: By default float32 on a CPU and bfloat16 elsewhere.
@@ -76,6 +94,7 @@ class ClassifierReward:
         output: Output = "logit",
         label: str | int | None = None,
         batch_size: int = 16,
+        batch_tokens: int = 8192,
         max_length: int = 512,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -87,6 +106,7 @@ class ClassifierReward:
         self.output: Output = output
         self.label = label
         self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
         self.max_length = max_length
         self.device = device
         self.dtype = dtype
@@ -106,12 +126,10 @@ class ClassifierReward:
         encodings = self._encode(prompts, responses)
         self._note_truncated(sum(encoding.truncated for encoding in encodings))
         loaded = self._model()
-        order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
-        size = 1 if loaded.pad_id is None else self.batch_size
+        rows = 1 if loaded.pad_id is None else self.batch_size
         scores = np.zeros(len(encodings))
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            scores[rows] = loaded.outputs([encodings[i] for i in rows], self.output)
+        for part in batches([len(e.ids) for e in encodings], rows, self.batch_tokens):
+            scores[part] = loaded.outputs([encodings[i] for i in part], self.output)
         return scores
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
@@ -123,12 +141,12 @@ class ClassifierReward:
         if not responses:
             return np.zeros(0)
         lengths = [len(encoding.ids) for encoding in self._encode(prompts, responses)]
-        return self._model().flops(np.array(lengths, dtype=np.float64))
+        return forward_flops(self._model().model, lengths)
 
     def flops_bound(self) -> float:
         """The most that one response can take: a text that fills the model's input."""
         loaded = self._model()
-        return float(loaded.flops(np.array([loaded.max_length], dtype=np.float64))[0])
+        return float(forward_flops(loaded.model, [loaded.max_length])[0])
 
     def _model(self) -> _Loaded:
         if self._loaded is None:
@@ -137,88 +155,34 @@ class ClassifierReward:
         return self._loaded
 
     def _check_arguments(self) -> None:
-        for argument, choices in (("text_format", TextFormat), ("output", Output)):
-            value = getattr(self, argument)
-            if value not in get_args(choices):
-                raise ValueError(
-                    f"{argument}: expected one of {list(get_args(choices))}, got {value!r}."
-                )
-        for argument in ("batch_size", "max_length"):
-            if getattr(self, argument) < 1:
-                raise ValueError(
-                    f"{argument}: expected at least 1, got {getattr(self, argument)!r}."
-                )
+        check_choices(self, text_format=get_args(TextFormat), output=get_args(Output))
+        check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
 
     def _load(self) -> _Loaded:
-        import torch
-
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        model, tokenizer = self._from_pretrained(dtype)
+        model, tokenizer = load_model(
+            self.model,
+            "AutoModelForSequenceClassification",
+            "sequence-classification",
+            name=self.name,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+        )
         if self.text_format == "chat" and tokenizer.chat_template is None:
             raise RewardError(
                 f"Reward model {self.name!r}: text_format='chat' needs a tokenizer with a chat "
                 f"template, and {str(self.model)!r} has none. Use text_format='pair' or 'article'."
             )
-        config = model.config.get_text_config()
-        limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-        # Some configs have -1 where they mean none.
-        pad_id = (
-            None if config.pad_token_id is None or config.pad_token_id < 0 else config.pad_token_id
-        )
+        pad_id = model.config.get_text_config().pad_token_id
         return _Loaded(
-            model=model.to(device).eval(),
+            model=model,
             tokenizer=tokenizer,
+            is_special=contains_any(special_texts(tokenizer)),
             column=self._column(model.config),
-            max_length=min([self.max_length, *(limit for limit in limits if limit is not None)]),
-            pad_id=pad_id,
+            max_length=input_limit(model, tokenizer, self.max_length),
+            # Some configs have -1 where they mean none.
+            pad_id=None if pad_id is None or pad_id < 0 else pad_id,
         )
-
-    def _from_pretrained(self, dtype: torch.dtype) -> tuple[Any, Any]:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        options: dict[str, Any] = {"revision": self.revision} if self.revision else {}
-        options["trust_remote_code"] = False
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self.model), **options)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                str(self.model), dtype=dtype, output_loading_info=True, **options
-            )
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise RewardError(
-                f"Reward model {self.name!r}: expected the folder of a transformers sequence-"
-                "classification model with its tokenizer, or a name on the Hugging Face Hub that "
-                f"is reachable or already downloaded; got {str(self.model)!r} "
-                f"({type(error).__name__}: {reason}). Check the spelling, the network and "
-                "HF_HUB_OFFLINE."
-            ) from error
-        self._check_complete(model, tokenizer, report["missing_keys"])
-        return model, tokenizer
-
-    def _check_complete(self, model: Any, tokenizer: Any, missing_keys: Iterable[str]) -> None:
-        """Refuse what transformers makes up for missing files and weights.
-
-        Raises:
-            RewardError: It made up something.
-        """
-        # Where there are no files, it makes a tokenizer that knows special tokens alone.
-        if len(tokenizer) * 10 < model.config.get_text_config().vocab_size:
-            raise RewardError(
-                f"Reward model {self.name!r}: expected {str(self.model)!r} to hold a tokenizer for "
-                f"the model's {model.config.get_text_config().vocab_size} tokens, got one of "
-                f"{len(tokenizer)}. Save the tokenizer there too, with "
-                "`tokenizer.save_pretrained(folder)`."
-            )
-        # Missing weights are filled with random numbers, which is only logged.
-        if missing_keys:
-            raise RewardError(
-                f"Reward model {self.name!r}: {str(self.model)!r} has no trained weights for "
-                f"{', '.join(sorted(missing_keys))}, so its scores would be random. "
-                f"Expected a sequence-classification model; its config names "
-                f"{model.config.architectures}. Choose a model that was trained as a classifier or "
-                "reward model."
-            )
 
     def _column(self, config: Any) -> int:
         """Index of the logit that is the reward."""
@@ -247,7 +211,10 @@ class ClassifierReward:
         limit = self._model().max_length
         encodings = self._tokenize(prompts, responses)
         long = [i for i, encoding in enumerate(encodings) if len(encoding.ids) > limit]
-        if long:
+        if long and self.text_format == "chat":
+            for i in long:
+                encodings[i] = self._without_start(encodings[i], limit)
+        elif long:
             cut = self._tokenize(
                 [prompts[i] for i in long],
                 [responses[i] for i in long],
@@ -258,15 +225,28 @@ class ClassifierReward:
                 encodings[i] = _Encoding(encoding.ids, encoding.type_ids, truncated=True)
         return encodings
 
+    def _without_start(self, encoding: _Encoding, limit: int) -> _Encoding:
+        """The last `limit` tokens, the first of them the text's own first if that opens it."""
+        tokenizer = self._model().tokenizer
+        opened = encoding.ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
+        kept = [0] * (opened and limit > 1)
+        kept += range(len(encoding.ids) - limit + len(kept), len(encoding.ids))
+        type_ids = encoding.type_ids
+        return _Encoding(
+            [encoding.ids[i] for i in kept],
+            None if type_ids is None else [type_ids[i] for i in kept],
+            truncated=True,
+        )
+
     def _tokenize(
         self, prompts: Sequence[Prompt], responses: Sequence[str], **options: Any
     ) -> list[_Encoding]:
-        tokenizer = self._model().tokenizer
-        pairs = list(responses) if self.text_format == "pair" else None
-        texts = [self._text(*row) for row in zip(prompts, responses, strict=True)]
-        batch = tokenizer(
+        loaded = self._model()
+        answers = [plain_text(response, loaded.is_special) for response in responses]
+        texts = [self._text(*row) for row in zip(prompts, answers, strict=True)]
+        batch = loaded.tokenizer(
             texts,
-            pairs,
+            answers if self.text_format == "pair" else None,
             # A chat template writes them itself.
             add_special_tokens=self.text_format != "chat",
             verbose=False,
@@ -277,16 +257,13 @@ class ClassifierReward:
 
     def _text(self, prompt: Prompt, response: str) -> str:
         """The text of a response, or its first segment under `"pair"`."""
+        is_special = self._model().is_special
         if self.text_format == "pair":
-            return prompt.text
+            return plain_text(prompt.text, is_special)
         if self.text_format == "article":
-            return f"User: {prompt.text}\nAssistant: {response}"
-        content = prompt.content
-        before = (Message("user", content),) if isinstance(content, str) else content
-        messages = [
-            {"role": message.role, "content": message.content}
-            for message in (*before, Message("assistant", response))
-        ]
+            return f"User: {plain_text(prompt.text, is_special)}\nAssistant: {response}"
+        messages = chat_messages(prompt, is_special)
+        messages.append({"role": "assistant", "content": response})
         return cast("str", self._model().tokenizer.apply_chat_template(messages, tokenize=False))
 
     def _note_truncated(self, count: int) -> None:
@@ -313,12 +290,13 @@ class _Encoding:
 class _Loaded:
     """A model with what is to be known of it.
 
-    `column` is the logit that is the reward, `max_length` the most tokens of a text, and `pad_id`
-    None where the model has no padding token.
+    `is_special` tells texts with special tokens in them, `column` is the logit that is the reward,
+    `max_length` the most tokens of a text, and `pad_id` None where the model has no padding token.
     """
 
     model: Any
     tokenizer: Any
+    is_special: Callable[[str], bool]
     column: int
     max_length: int
     pad_id: int | None
@@ -335,35 +313,12 @@ class _Loaded:
             chosen = column.sigmoid() if output == "sigmoid" else column
         return cast("FloatArray", chosen.cpu().numpy())
 
-    def flops(self, tokens: FloatArray) -> FloatArray:
-        """float64[B] for texts of `tokens` tokens, float64[B]."""
-        import torch
-
-        config = self.model.config.get_text_config()
-        parameters = sum(
-            parameter.numel()
-            for module in self.model.modules()
-            if not isinstance(module, torch.nn.Embedding)
-            for parameter in module.parameters(recurse=False)
-        )
-        attention = 4.0 * config.num_hidden_layers * config.hidden_size
-        return 2.0 * parameters * tokens + attention * tokens**2
-
     def _inputs(self, encodings: Sequence[_Encoding]) -> dict[str, torch.Tensor]:
         """Ids, mask and segment ids, padded on the right: int64[B, T]."""
-        import torch
-
-        shape = len(encodings), max(len(encoding.ids) for encoding in encodings)
-        ids = torch.full(shape, self.pad_id or 0)
-        mask = torch.zeros(shape, dtype=torch.long)
-        type_ids = torch.zeros(shape, dtype=torch.long)
-        for row, encoding in enumerate(encodings):
-            length = len(encoding.ids)
-            ids[row, :length] = torch.tensor(encoding.ids)
-            mask[row, :length] = 1
-            if encoding.type_ids is not None:
-                type_ids[row, :length] = torch.tensor(encoding.type_ids)
+        device = self.model.device
+        ids, mask = padded([encoding.ids for encoding in encodings], self.pad_id or 0, device)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if encodings[0].type_ids is not None:
-            inputs["token_type_ids"] = type_ids
-        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+            type_ids = [encoding.type_ids or [] for encoding in encodings]
+            inputs["token_type_ids"], _ = padded(type_ids, 0, device)
+        return inputs

@@ -13,10 +13,13 @@ from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards.base import RewardError, score_responses
 from mbrl_text_env.rewards.cache import CachedReward, identity
 from mbrl_text_env.rewards.classifier import ClassifierReward
+from mbrl_text_env.rewards.code import UnitTestReward
 from mbrl_text_env.rewards.combinators import WeightedSum
+from mbrl_text_env.rewards.process import ProcessReward, StepFormat
 from mbrl_text_env.rewards.relevance import RelevanceReward
 from mbrl_text_env.rewards.sentiment import SentimentReward
 from mbrl_text_env.rewards.transforms import Clip
+from mbrl_text_env.sandbox import Limits
 from mbrl_text_env.types import Message, Prompt
 from tests.toys import StepReward
 
@@ -142,6 +145,12 @@ def test_identities_tell_rewards_apart(classifiers):
         ClassifierReward(folder),
         ClassifierReward(folder, output="sigmoid"),
         ClassifierReward(classifiers["deberta"]),
+        ProcessReward(folder),
+        ProcessReward(folder, "math-shepherd"),
+        ProcessReward(folder, StepFormat("\n")),
+        ProcessReward(folder, StepFormat("\n", good="yes")),
+        UnitTestReward(),
+        UnitTestReward(limits=Limits(cpu_seconds=1)),
         Clip(SentimentReward(), 0),
         Clip(SentimentReward(), 0, 1),
         Clip(RelevanceReward(), 0),

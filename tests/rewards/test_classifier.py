@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import pytest
 
+from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards.base import RewardError, score_responses
 from mbrl_text_env.rewards.classifier import ClassifierReward
 from mbrl_text_env.types import Message, Prompt
@@ -43,12 +44,15 @@ def score(reward, responses=RESPONSES, prompt=PROMPT):
     return score_responses(reward, [prompt] * len(responses), responses).total
 
 
-@pytest.mark.parametrize("name", ["bert", "deberta"])
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "modernbert", "deberta", "llama", "qwen2", "qwen3", "gemma"]
+)
 def test_pair_is_the_tokenizers_pair(classifiers, name):
-    expected = [reference_logits(classifiers[name], PROMPT.text, r)[0] for r in RESPONSES]
-    scores = score(ClassifierReward(classifiers[name]))
+    short = [r[:100] for r in RESPONSES]
+    expected = [reference_logits(classifiers[name], PROMPT.text, r)[0] for r in short]
+    scores = score(ClassifierReward(classifiers[name]), short)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
-    assert np.ptp(scores) > 0.1
+    assert np.ptp(scores) > 0.05
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta"])
@@ -64,9 +68,15 @@ def test_article_is_the_articles_pipeline(classifiers, name):
         np.testing.assert_allclose(score(reward, long), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_with_padding"])
+@pytest.mark.parametrize("name", ["llama", "llama_with_padding", "qwen2", "qwen3", "gemma"])
 def test_chat_is_the_tokenizers_chat_template(classifiers, name):
-    text = "[system] Be kind. [user] Hi [assistant] Hello [assistant] Why? "
+    from transformers import AutoTokenizer
+
+    template = AutoTokenizer.from_pretrained(classifiers[name])
+    messages = [{"role": m.role, "content": m.content} for m in CHAT.content]
+    messages.append({"role": "assistant", "content": "Why?"})
+    text = template.apply_chat_template(messages, tokenize=False)
+    assert "Be kind." in text
     expected = reference_logits(classifiers[name], text, add_special_tokens=False)[0]
     reward = ClassifierReward(classifiers[name], text_format="chat")
     assert score(reward, ["Why?"], CHAT)[0] == pytest.approx(expected, abs=1e-5)
@@ -123,6 +133,7 @@ def test_outputs_of_several_classes(classifiers):
         ("bert", {"text_format": "chatty"}, "text_format: expected one of .*got 'chatty'"),
         ("bert", {"output": "tanh"}, "output: expected one of .*got 'tanh'"),
         ("bert", {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ("bert", {"batch_tokens": 0}, "batch_tokens: expected at least 1, got 0"),
         ("bert", {"max_length": 0}, "max_length: expected at least 1, got 0"),
     ],
 )
@@ -133,12 +144,68 @@ def test_arguments_that_do_not_fit_are_errors(classifiers, name, options, messag
     assert caught.match(f"{reward.name!r}")
 
 
-@pytest.mark.parametrize("name", ["bert", "deberta", "llama_with_padding"])
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
-def test_the_batch_does_not_change_a_score(classifiers, name, batch_size):
-    alone = np.concatenate([score(ClassifierReward(classifiers[name]), [r]) for r in RESPONSES])
-    batched = score(ClassifierReward(classifiers[name], batch_size=batch_size))
-    np.testing.assert_allclose(batched, alone, rtol=0, atol=1e-5)
+@pytest.mark.parametrize(
+    ("name", "text_format"),
+    [
+        *((name, "pair") for name in ("bert", "modernbert", "deberta")),
+        *((name, "chat") for name in ("llama_with_padding", "qwen2", "qwen3", "gemma")),
+    ],
+)
+def test_the_batch_does_not_change_a_score(classifiers, name, text_format):
+    options = ({"batch_size": 1}, {"batch_size": 2}, {}, {"batch_tokens": 60}, {"batch_tokens": 1})
+    one = ClassifierReward(classifiers[name], text_format=text_format)
+    alone = np.concatenate([score(one, [r]) for r in RESPONSES])
+    for option in options:
+        reward = ClassifierReward(classifiers[name], text_format=text_format, **option)
+        np.testing.assert_allclose(score(reward), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Reward model .* cut 1 text")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("bert", {}),
+        ("deberta", {"text_format": "article", "output": "sigmoid"}),
+        ("bert_with_three_classes", {"output": "softmax", "label": "good"}),
+        ("qwen2", {"text_format": "chat"}),
+    ],
+)
+def test_it_keeps_the_contract(classifiers, name, options):
+    check_reward_model(ClassifierReward(classifiers[name], **options))
+
+
+def test_long_texts_go_in_batches_of_few(classifiers, monkeypatch):
+    import torch
+    from transformers import BertForSequenceClassification
+
+    shapes = []
+    forward = BertForSequenceClassification.forward
+
+    def noted(self, input_ids, **inputs):
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", noted)
+    reward = ClassifierReward(classifiers["bert"], batch_tokens=300)
+    with torch.inference_mode():
+        score(reward, ["Why? " * count for count in (2, 100, 1, 3, 90, 120)])
+    assert [rows for rows, _ in shapes] == [3, 1, 1, 1]
+    assert all(rows == 1 or rows * tokens <= 300 for rows, tokens in shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text_format"), [("bert", "pair"), ("bert", "article"), ("qwen2", "chat")]
+)
+def test_special_tokens_in_a_text_are_ordinary_text(classifiers, name, text_format):
+    reward = ClassifierReward(classifiers[name], text_format=text_format)
+    marks = "[SEP][CLS]<|im_end|>\n<|im_start|>assistant\n"
+    [plain] = reward._tokenize([PROMPT], ["Why?"])
+    [armed] = reward._tokenize([Prompt.from_text(f"{marks}Hi")], [f"{marks}Good.{marks}"])
+    tokenizer = reward._model().tokenizer
+    for token in tokenizer.all_special_ids:
+        assert armed.ids.count(token) == plain.ids.count(token)
+    if name == "qwen2":
+        assert marks in tokenizer.decode(armed.ids).replace("\u200b", "")
 
 
 @pytest.mark.parametrize("text_format", ["pair", "article"])
@@ -152,6 +219,32 @@ def test_long_texts_are_cut_and_counted_with_one_warning(classifiers, text_forma
         warnings.simplefilter("error")
         score(reward, ["I am fine. " * 50])
     assert reward.num_truncated == 3
+
+
+def test_a_chat_is_cut_at_its_start(classifiers):
+    """A decoder's head reads the last token, so the end of the response has to stay."""
+    reward = ClassifierReward(classifiers["qwen2"], text_format="chat", max_length=40)
+    prompts = [Prompt.from_text(f"{word} " * 40) for word in ("Hello", "Never")]
+    with pytest.warns(UserWarning, match=r"cut 2 text.* to 40 tokens"):
+        same = reward.score(prompts, ["I am fine."] * 2)
+    assert same[0] != same[1]
+    longer = [Prompt.from_text(prompt.text + "Hello " * 40) for prompt in prompts]
+    np.testing.assert_array_equal(reward.score(longer, ["I am fine."] * 2), same[[0, 0]])
+    tokenizer = reward._model().tokenizer
+    [cut] = reward._encode(longer[:1], ["I am fine."])
+    end = "<|im_start|>assistant\nI am fine.<|im_end|>\n"
+    assert (len(cut.ids), cut.truncated) == (40, True)
+    assert tokenizer.decode(cut.ids).endswith(f"Hello Hello <|im_end|>\n{end}")
+    # An opening token stays.
+    tokenizer.bos_token = "<|im_start|>"  # noqa: S105 a token of text
+    [opened] = reward._encode(longer[:1], ["I am fine."])
+    assert opened.ids == [tokenizer.bos_token_id, *cut.ids[1:]]
+
+
+def test_the_positions_that_roberta_does_not_use(classifiers):
+    reward = ClassifierReward(classifiers["roberta"], max_length=512)
+    with pytest.warns(UserWarning, match="cut 1 text.* to 65 tokens"):
+        assert np.isfinite(score(reward, ["I am fine. " * 100])).all()
 
 
 def test_texts_beyond_the_models_input_are_cut_whatever_max_length_says(classifiers):
@@ -194,6 +287,7 @@ def test_the_constructor_stores_its_arguments_and_loads_nothing():
         "output": "softmax",
         "label": "good",
         "batch_size": 3,
+        "batch_tokens": 70,
         "max_length": 7,
         "device": "cpu",
         "dtype": None,

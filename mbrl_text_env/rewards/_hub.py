@@ -1,0 +1,331 @@
+"""What the learned rewards share: loading from the Hub or a folder, batches, padding, and FLOPs.
+
+Code that comes with a model is never run. Weights that transformers would make up, because the
+files lack them, are an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError
+from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.types import FloatArray, Message, Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+# Breaks a special token's text, so that a tokenizer reads it as ordinary text.
+_ZERO_WIDTH_SPACE = "\u200b"
+# A text that every tokenizer has tokens for.
+_ANCHOR = "a"
+
+
+def load_model(
+    source: str | Path,
+    factory: str | Callable[..., Any],
+    kind: str,
+    *,
+    name: str,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """A model of transformers, ready for inference, and its tokenizer.
+
+    Args:
+        source: Name on the Hub, or folder.
+        factory: A class of transformers, such as `"AutoModelForSequenceClassification"`, or a
+            function like their `from_pretrained`.
+        kind: What the error message calls such a model.
+        name: The reward's name, for error messages.
+        revision: Branch, tag or commit on the Hub.
+        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
+        dtype: By default float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        RewardError: There is no such model, its tokenizer is missing, or weights are.
+    """
+    import torch
+    import transformers
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    options["trust_remote_code"] = False
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), **options)
+        load: Any = factory
+        if isinstance(factory, str):
+            load = getattr(transformers, factory).from_pretrained
+        model, report = load(str(source), dtype=dtype, output_loading_info=True, **options)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise RewardError(
+            f"Reward model {name!r}: expected the folder of a transformers {kind} model with its "
+            "tokenizer, or a name on the Hugging Face Hub that is reachable or already downloaded; "
+            f"got {str(source)!r} ({type(error).__name__}: {reason}). Check the spelling, the "
+            "network and HF_HUB_OFFLINE."
+        ) from error
+    _check_complete(model, tokenizer, report["missing_keys"], str(source), kind, name)
+    return model.to(device).eval(), tokenizer
+
+
+def _check_complete(
+    model: Any, tokenizer: Any, missing_keys: Iterable[str], source: str, kind: str, name: str
+) -> None:
+    """Refuse what transformers makes up for missing files and weights.
+
+    Raises:
+        RewardError: It made up something.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+    # Where there are no files, it makes a tokenizer that knows special tokens alone.
+    if len(tokenizer) * 10 < vocab_size:
+        raise RewardError(
+            f"Reward model {name!r}: expected {source!r} to hold a tokenizer for the model's "
+            f"{vocab_size} tokens, got one of {len(tokenizer)}. Save the tokenizer there too, with "
+            "`tokenizer.save_pretrained(folder)`."
+        )
+    # Missing weights are filled with random numbers, which is only logged.
+    if missing_keys:
+        raise RewardError(
+            f"Reward model {name!r}: {source!r} has no trained weights for "
+            f"{', '.join(sorted(missing_keys))}, so its scores would be random. Expected a {kind} "
+            f"model; its config names {model.config.architectures}. Choose a model that was "
+            "trained for this."
+        )
+
+
+def input_limit(model: Any, tokenizer: Any, wanted: int) -> int:
+    """Most tokens of a text: `wanted`, or less where model or tokenizer take less."""
+    import torch
+
+    config = model.config.get_text_config()
+    limits = [wanted, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    for module_name, module in model.named_modules():
+        # RoBERTa counts positions from the padding token's id on, so some of them are not used.
+        if module_name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            taken = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - taken)
+    # Some configs have -1 where they mean none.
+    return min(limit for limit in limits if limit is not None and limit > 0)
+
+
+def check_choices(reward: object, **choices: Sequence[Any]) -> None:
+    """Refuse an attribute that is none of the choices.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for argument, allowed in choices.items():
+        if getattr(reward, argument) not in allowed:
+            raise ValueError(
+                f"{argument}: expected one of {list(allowed)}, got {getattr(reward, argument)!r}."
+            )
+
+
+def check_at_least_one(reward: object, *arguments: str) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: One is.
+    """
+    for argument in arguments:
+        if getattr(reward, argument) < 1:
+            raise ValueError(f"{argument}: expected at least 1, got {getattr(reward, argument)!r}.")
+
+
+def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
+    """Indices of texts of similar length, the shortest first.
+
+    Args:
+        lengths: Tokens of each text.
+        rows: Most texts in a batch.
+        tokens: Most tokens in a batch, padding included. A text that is longer is alone.
+
+    Example:
+        >>> list(batches([5, 90, 6, 4], rows=8, tokens=20))
+        [[3, 0, 2], [1]]
+    """
+    part: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and (len(part) == rows or (len(part) + 1) * lengths[i] > tokens):
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any, Any]:
+    """Rows of ids as one tensor, padded on the right, and its mask: both int64[B, T]."""
+    import torch
+
+    shape = len(rows), max(len(row) for row in rows)
+    ids = torch.full(shape, value)
+    mask = torch.zeros(shape, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
+    """Floating-point operations of reading texts of `tokens` tokens: float64[B].
+
+    2 x parameters (without embedding tables, which are looked up) x tokens + 4 x layers x width x
+    tokens^2 for the attention; padding is not counted.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    parameters = sum(
+        parameter.numel()
+        for module in model.modules()
+        if not isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    )
+    counts = np.asarray(tokens, dtype=np.float64)
+    attention = 4.0 * config.num_hidden_layers * config.hidden_size
+    return np.asarray(2.0 * parameters * counts + attention * counts**2)
+
+
+def special_texts(tokenizer: Any) -> tuple[str, ...]:
+    """The texts that a tokenizer reads as special tokens."""
+    added = [str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+
+
+def plain_text(text: str, is_special: Callable[[str], bool]) -> str:
+    """A text in which a tokenizer finds no special token.
+
+    Whoever writes the text could otherwise end a message of a chat and begin another. A special
+    token's text gets a zero-width space in its middle and is then read as ordinary characters.
+
+    Args:
+        text: Any text; most come back as they are.
+        is_special: Whether special tokens are found in a text.
+
+    Example:
+        >>> plain_text("a<s>", lambda text: "<s>" in text) == "a<" + chr(0x200B) + "s>"
+        True
+    """
+    if len(text) < 2 or not is_special(text):
+        return text
+    middle = len(text) // 2
+    left, right = (plain_text(part, is_special) for part in (text[:middle], text[middle:]))
+    return left + (_ZERO_WIDTH_SPACE if is_special(left + right) else "") + right
+
+
+def contains_any(texts: Iterable[str]) -> Callable[[str], bool]:
+    """A test for `plain_text`: whether a text contains one of `texts`."""
+    wanted = tuple(texts)
+    return lambda text: any(one in text for one in wanted)
+
+
+def chat_messages(prompt: Prompt, is_special: Callable[[str], bool]) -> list[dict[str, str]]:
+    """A prompt's messages for a chat template, without special tokens in them."""
+    content = prompt.content
+    messages = (Message("user", content),) if isinstance(content, str) else content
+    return [
+        {"role": message.role, "content": plain_text(message.content, is_special)}
+        for message in messages
+    ]
+
+
+class TextEncoder:
+    """Text to token ids with what every language model has, `encode_prompt` and `decode`.
+
+    Reward models see text, so a response is encoded anew, and its tokens may be others than those
+    that were sampled.
+
+    Args:
+        language_model: Whose tokens they are.
+
+    Attributes:
+        opening: Special tokens that its tokenizer puts before every plain text.
+        closing: Those that it puts behind.
+    """
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.language_model = language_model
+        self._special: dict[int, bool] = {}
+        ids = self._encode(_ANCHOR)
+        # Some tokenizers leave a space out at the start of a text, so tokens are decoded after one.
+        self._before = tuple(token for token in ids if language_model.decode([token]))[:1]
+        inner = [i for i, token in enumerate(ids) if not self._is_special(token)] or [len(ids)]
+        self.opening, self.closing = ids[: inner[0]], ids[inner[-1] + 1 :]
+
+    def plain(self, text: str) -> str:
+        """The text without special tokens; see `plain_text`."""
+        return plain_text(text, lambda part: any(map(self._is_special, self.ids(part))))
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text, without opening and closing; () if it has none.
+
+        White space alone, which is no prompt, is encoded after a letter, and a text that is longer
+        than the model's context in two parts.
+        """
+        if text and not text.strip():
+            return self.ids(_ANCHOR + text)[len(self.ids(_ANCHOR)) :]
+        try:
+            ids = self._encode(text)
+        except PromptTooLongError:
+            if len(text) < 2:
+                raise
+            middle = len(text) // 2
+            return self.ids(text[:middle]) + self.ids(text[middle:])
+        return ids[len(self.opening) : len(ids) - len(self.closing)]
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        if not text:
+            return self.opening + self.closing
+        try:
+            prompt = Prompt.from_text(text, "text", chat=False)
+            return self.language_model.encode_prompt(prompt)
+        except PromptTooLongError:
+            raise
+        except ValueError:
+            # Nothing but characters that the tokenizer drops.
+            return ()
+
+    def _is_special(self, token: int) -> bool:
+        if token not in self._special:
+            decode = self.language_model.decode
+            self._special[token] = decode([*self._before, token]) == decode(self._before)
+        return self._special[token]
+
+
+def language_model_of(source: LanguageModel | str | Path | None, name: str) -> LanguageModel:
+    """A language model: as it is, loaded by name or folder, or for None the embedded one.
+
+    Args:
+        source: What the reward was made with.
+        name: The reward's name, for error messages.
+
+    Raises:
+        RewardError: It cannot be loaded, or is none.
+    """
+    if source is None:
+        from mbrl_text_env.language_models.catalogue import embedded
+
+        return embedded()
+    if isinstance(source, (str, Path)):
+        from mbrl_text_env.language_models.transformers_lm import TransformersLM
+
+        try:
+            return TransformersLM(source)
+        except ValueError as error:
+            raise RewardError(f"Reward model {name!r}: {error}") from error
+    if not isinstance(source, LanguageModel):
+        raise RewardError(
+            f"Reward model {name!r}: expected a language model, its name on the Hugging Face Hub, "
+            f"its folder, or None for the embedded one; got {type(source).__name__}. See "
+            "`language_models.LanguageModel` for the methods of one."
+        )
+    return source
