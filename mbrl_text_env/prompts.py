@@ -151,13 +151,15 @@ def reasoning_gym_prompts(
     """Generate questions with the package reasoning-gym.
 
     The ids are `<task>-<seed>-<index>`. The metadata has the `kind` (the task), the
-    `reference_answer`, and as `reasoning_gym` what the task says of the question, without values
-    that JSON cannot hold.
+    `reference_answer`, as `reasoning_gym` what the task says of the question, without values that
+    JSON cannot hold, and as `reasoning_gym_source` what the question can be made from again: task,
+    seed, size, index and config (if JSON can hold it), which `ReasoningGymReward` needs.
 
     Args:
         task: Name of a reasoning-gym dataset, such as `"chain_sum"`.
         size: Number of prompts.
-        seed: The prompts follow from it.
+        seed: The prompts follow from it. A few tasks of the package draw from sets, and follow from
+            the environment variable PYTHONHASHSEED too (`rewards.puzzles.UNREPEATABLE_TASKS`).
         chat: See `load_prompts`.
         **config: The task's own settings.
 
@@ -187,20 +189,22 @@ def reasoning_gym_prompts(
             f"Task {task!r}: expected settings that it takes, got {config} with size={size}, "
             f"seed={seed} ({type(error).__name__}: {error}). Change them."
         ) from error
-    return [_reasoning_prompt(task, seed, index, dataset[index], chat) for index in range(size)]
+    source = {"task": task, "seed": seed, "size": size, "config": config}
+    return [_reasoning_prompt(source, index, dataset[index], chat) for index in range(size)]
 
 
 def _reasoning_prompt(
-    task: str, seed: int, index: int, entry: dict[str, Any], chat: bool
+    source: dict[str, Any], index: int, entry: dict[str, Any], chat: bool
 ) -> Prompt:
+    task = source["task"]
     metadata = {
         "kind": task,
         "reference_answer": entry["answer"],
         "reasoning_gym": _json_only(entry["metadata"]),
+        **_json_only({"reasoning_gym_source": {**source, "index": index}}),
     }
-    return Prompt.from_text(
-        entry["question"], f"{task}-{seed}-{index}", chat=chat, metadata=metadata
-    )
+    prompt_id = f"{task}-{source['seed']}-{index}"
+    return Prompt.from_text(entry["question"], prompt_id, chat=chat, metadata=metadata)
 
 
 def _rows(source: str | Path) -> tuple[str, list[_Row]]:

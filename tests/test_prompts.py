@@ -299,6 +299,13 @@ def test_reasoning_gym_prompts():
         inner = prompt.metadata["reasoning_gym"]
         assert inner["expression"] == entry["metadata"]["expression"]
         assert json.loads(json.dumps(inner)) == inner
+    assert prompts[2].metadata["reasoning_gym_source"] == {
+        "task": "chain_sum",
+        "seed": 5,
+        "size": 3,
+        "config": {"max_terms": 3},
+        "index": 2,
+    }
     assert prompts == reasoning_gym_prompts("chain_sum", size=3, seed=5, max_terms=3)
     plain = reasoning_gym_prompts("chain_sum", size=1, seed=5, chat=False)[0]
     assert isinstance(plain.content, str)

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "adapters": ["FunctionReward", "as_reward_model", "to_trl"],
+        "answers": ["ExactMatchReward", "NumericReward"],
         "base": [
             "Aggregation",
             "ProcessRewardModel",
@@ -18,9 +19,18 @@ __getattr__, __dir__, __all__ = attach(
         "cache": ["CachedReward"],
         "catalogue": ["RewardSpecError", "available", "descriptions", "make", "register"],
         "classifier": ["ClassifierReward"],
+        "code": ["UnitTestError", "UnitTestReward"],
         "combinators": ["Ensemble", "Gate", "Product", "WeightedSum"],
-        "constraints": ["ConstraintsReward"],
+        "constraints": ["ConstraintsReward", "check_constraint", "prefix_verdict"],
+        "fluency": ["FluencyReward"],
+        "judge": ["YES_NO", "JudgeReward"],
+        "kl_penalty": ["KLPenalty"],
+        "mathematics": ["MathReward"],
+        "patterns": ["RegexReward"],
+        "process": ["PROCESS_FORMATS", "ProcessReward", "StepFormat"],
+        "puzzles": ["ReasoningGymReward"],
         "relevance": ["RelevanceReward"],
+        "schema": ["JSONSchemaReward"],
         "sentiment": ["SentimentReward"],
         "time_limit": ["TimeLimit"],
         "transforms": [

@@ -161,8 +161,8 @@ def identity(reward: object) -> str:
     """What tells a reward model from others: its class and what it was made with.
 
     Read are the attributes that have the names of the constructor's arguments: numbers, texts,
-    paths, dataclasses, other rewards, and lists of them. A path to a folder counts with the sizes and times of
-    its files, and the version of this package counts too.
+    paths, dataclasses, other rewards, and lists of them. A path to a folder counts with the sizes
+    and times of its files, and the version of this package counts too.
 
     Raises:
         ValueError: An argument is none of these, such as a function.

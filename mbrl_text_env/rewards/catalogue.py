@@ -68,14 +68,60 @@ _OWN: Mapping[str, RewardEntry] = {
         _own("relevance", "RelevanceReward"),
         "Cosine of the MiniLM embeddings of prompt and response, -1 to 1.",
     ),
+    "fluency": RewardEntry(
+        _own("fluency", "FluencyReward"),
+        "Mean log-probability of the response's tokens under the embedded language model.",
+    ),
+    "judge": RewardEntry(
+        _own("judge", "JudgeReward"),
+        "Verdict of the embedded language model, by the probabilities of its answers.",
+    ),
     "constraints": RewardEntry(
         _own("constraints", "ConstraintsReward"),
         "Share of the prompt's checkable constraints that the response satisfies.",
+    ),
+    "exact-match": RewardEntry(
+        _own("answers", "ExactMatchReward"),
+        "1 if the response is the prompt's reference answer.",
+    ),
+    "numeric": RewardEntry(
+        _own("answers", "NumericReward"),
+        "1 if the response's last number is the prompt's reference answer.",
+    ),
+    "math": RewardEntry(
+        _own("mathematics", "MathReward"),
+        "1 if the response is mathematically the prompt's reference answer (math-verify).",
+    ),
+    "regex": RewardEntry(
+        _own("patterns", "RegexReward"),
+        "1 if the response matches the prompt's pattern.",
+    ),
+    "json-schema": RewardEntry(
+        _own("schema", "JSONSchemaReward"),
+        "1 if the response is JSON that satisfies the prompt's schema.",
+    ),
+    "reasoning-gym": RewardEntry(
+        _own("puzzles", "ReasoningGymReward"),
+        "Score of the prompt's reasoning-gym task.",
+    ),
+    "unit-tests": RewardEntry(
+        _own("code", "UnitTestReward"),
+        "Share of the prompt's unit tests that the response's program passes, in a sandbox.",
     ),
     "classifier": RewardEntry(
         _own("classifier", "ClassifierReward", text_format="article"),
         "Logit of a reward model of the Hugging Face Hub, with the article's text format.",
         "NAME_OR_FOLDER",
+    ),
+    "process": RewardEntry(
+        _own("process", "ProcessReward"),
+        "Least step score of a process reward model in Qwen2.5-Math-PRM's format.",
+        "NAME_OR_FOLDER",
+    ),
+    "learned": RewardEntry(
+        _own("learned", "LearnedReward"),
+        "A reward model that `mbrl-text reward fit` wrote.",
+        "FOLDER",
     ),
 }
 _registered: dict[str, RewardEntry] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class KLPenalty(Combinator):
         reference: The model to stay close to; None for the embedded SmolLM2.
         weight: Taken off for each nat a token; above 0.
         name: What reports call it.
+        max_length: Most tokens of a response that count for the penalty.
 
     Raises:
         ValueError: `weight` is not a finite number above 0.
@@ -43,6 +45,9 @@ class KLPenalty(Combinator):
         'sentiment-kl'
     """
 
+    # The divergence is that of a whole response.
+    combines_steps: ClassVar[bool] = False
+
     def __init__(
         self,
         reward: RewardModel,
@@ -50,6 +55,8 @@ class KLPenalty(Combinator):
         reference: LanguageModel | str | Path | None = None,
         weight: float = 0.1,
         name: str | None = None,
+        *,
+        max_length: int = 2048,
     ) -> None:
         check_finite("KLPenalty", weight=weight)
         if not weight > 0:
@@ -57,10 +64,11 @@ class KLPenalty(Combinator):
         super().__init__([reward], f"{reward_name(reward)}-kl" if name is None else name)
         self.reward, self.policy, self.reference = reward, policy, reference
         self.weight = weight
-        self._models = FluencyReward(policy), FluencyReward(reference)
-
-    # The divergence is that of a whole response.
-    combines_steps = False
+        self.max_length = max_length
+        self._models = (
+            FluencyReward(policy, max_length=max_length),
+            FluencyReward(reference, max_length=max_length),
+        )
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the reward applies to the prompt and both models can read it."""

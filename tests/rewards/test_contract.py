@@ -13,21 +13,33 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.checks import check_reward_model
+from mbrl_text_env.prompts import reasoning_gym_prompts
 from mbrl_text_env.rewards import (
     CachedReward,
     ClassifierReward,
     Clip,
     ConstraintsReward,
     Ensemble,
+    ExactMatchReward,
+    FluencyReward,
     Gate,
+    JSONSchemaReward,
+    JudgeReward,
+    KLPenalty,
     LengthPenalty,
+    MathReward,
     Normalise,
+    NumericReward,
+    ProcessReward,
     Product,
+    ReasoningGymReward,
+    RegexReward,
     RelevanceReward,
     RepetitionPenalty,
     SentimentReward,
     Threshold,
     TimeLimit,
+    UnitTestReward,
     WeightedSum,
     as_reward_model,
     score_responses,
@@ -46,16 +58,22 @@ LONG = ("It was good, they said. " * 500)[:10_000]
 
 
 class Row(NamedTuple):
-    """A family: how it is made of the test's parts, and the metadata that it asks for."""
+    """A family: how it is made of the test's parts, and the metadata or prompts it asks for."""
 
     make: Callable[[Mapping[str, Any]], Any]
     metadata: Mapping[str, Any] = {}
+    prompts: Callable[[], list[Prompt]] | None = None
 
 
 def two_texts(prompt: str, response: str) -> float:
     return response.count("o") / (1 + len(prompt))
 
 
+def puzzles() -> list[Prompt]:
+    return reasoning_gym_prompts("chain_sum", size=3, seed=0)
+
+
+ANSWER = {"reference_answer": "4"}
 CONSTRAINTS = {"constraints": [{"type": "lowercase"}, {"type": "max_words", "value": 8}]}
 ROWS = {
     "sentiment": Row(lambda parts: SentimentReward()),
@@ -66,6 +84,21 @@ ROWS = {
     "classifier, Llama": Row(
         lambda parts: ClassifierReward(parts["classifiers"]["llama"], text_format="chat")
     ),
+    "process, Qwen's format": Row(
+        lambda parts: ProcessReward(parts["step_models"]["qwen"], "qwen")
+    ),
+    "process, Math-Shepherd's": Row(
+        lambda parts: ProcessReward(parts["step_models"]["math-shepherd"], "math-shepherd")
+    ),
+    "fluency": Row(lambda parts: FluencyReward(parts["smollm2"], max_length=128)),
+    "judge": Row(lambda parts: JudgeReward(parts["smollm2"], max_length=384)),
+    "exact match": Row(lambda parts: ExactMatchReward(), ANSWER),
+    "numeric answer": Row(lambda parts: NumericReward(), ANSWER),
+    "symbolic answer": Row(lambda parts: MathReward(), ANSWER),
+    "regular expression": Row(lambda parts: RegexReward(r"(?s).*\bgood\b.*")),
+    "JSON schema": Row(lambda parts: JSONSchemaReward({"type": "object"})),
+    "reasoning-gym": Row(lambda parts: ReasoningGymReward(), prompts=puzzles),
+    "unit tests": Row(lambda parts: UnitTestReward(), {"tests": ["assert answer == 4"]}),
     "function of two texts": Row(lambda parts: as_reward_model(two_texts)),
     "weighted sum": Row(lambda parts: WeightedSum([SentimentReward(), two()], [0.5, 2])),
     "product": Row(lambda parts: Product([Clip(SentimentReward(), 0), two()])),
@@ -76,6 +109,9 @@ ROWS = {
     "normalise": Row(lambda parts: Normalise(SentimentReward(), 0.1, 0.5)),
     "length penalty": Row(lambda parts: LengthPenalty(SentimentReward(), 4)),
     "repetition penalty": Row(lambda parts: RepetitionPenalty(SentimentReward())),
+    "KL penalty": Row(
+        lambda parts: KLPenalty(two(), parts["smollm2"], parts["smollm2"], max_length=128)
+    ),
     "disk cache": Row(lambda parts: CachedReward(SentimentReward(), parts["path"] / "scores")),
     "time limit": Row(lambda parts: TimeLimit(SentimentReward(), 600)),
 }
@@ -86,8 +122,10 @@ def two() -> Any:
 
 
 @pytest.fixture(scope="module")
-def parts(minilm, classifiers, tmp_path_factory):
+def parts(smollm2, minilm, classifiers, step_models, tmp_path_factory):
     return {
+        "step_models": step_models,
+        "smollm2": smollm2,
         "minilm": minilm,
         "classifiers": classifiers,
         "path": tmp_path_factory.mktemp("contract"),
@@ -97,8 +135,9 @@ def parts(minilm, classifiers, tmp_path_factory):
 @pytest.fixture(scope="module", params=ROWS)
 def family(request, parts):
     row = ROWS[request.param]
-    prompts = [Prompt.from_text(text, metadata=dict(row.metadata)) for text in TEXTS]
-    return row.make(parts), prompts
+    if row.prompts is not None:
+        return row.make(parts), row.prompts()
+    return row.make(parts), [Prompt.from_text(text, metadata=dict(row.metadata)) for text in TEXTS]
 
 
 def scores_of(reward, prompts, responses):
@@ -106,7 +145,7 @@ def scores_of(reward, prompts, responses):
     return score_responses(reward, asked, list(responses)).total
 
 
-@pytest.mark.filterwarnings("ignore:.*cut .* text")
+@pytest.mark.filterwarnings("ignore:.*cut .* (text|response)")
 class TestEveryFamily:
     def test_a_batch_scores_as_its_responses_alone(self, family):
         reward, prompts = family
