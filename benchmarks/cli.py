@@ -26,6 +26,7 @@ from benchmarks.options import (
     load_tokenizer,
 )
 from benchmarks.reward_audit import audit_command
+from benchmarks.reward_fit import fit_command as fit_reward_command
 
 app = typer.Typer(
     help="Text generation as a Gymnasium environment: agents, rewards, comparisons.",
@@ -34,7 +35,8 @@ app = typer.Typer(
 )
 
 
-reward_app = typer.Typer(help="Audit reward models.", no_args_is_help=True)
+reward_app = typer.Typer(help="Fit and audit reward models.", no_args_is_help=True)
+reward_app.command("fit")(fit_reward_command)
 reward_app.command("audit")(audit_command)
 app.add_typer(reward_app, name="reward")
 

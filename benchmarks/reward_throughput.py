@@ -25,6 +25,7 @@ from rich.table import Table
 
 from mbrl_text_env import rewards
 from mbrl_text_env.files import write_text
+from mbrl_text_env.language_models import embedded
 from mbrl_text_env.prompts import load_prompts, reasoning_gym_prompts
 from mbrl_text_env.rewards.base import RewardModel, score_responses
 from mbrl_text_env.types import Prompt
@@ -34,7 +35,6 @@ TEXT = (
     "the path is short, and at sunset it is long! Is it not wonderful, to see it change? In the "
     "end what is left of the light is red, warm and slow, and then the stars come out."
 )
-PROGRAM = "```python\ndef add(a, b):\n    return a + b\n```"
 
 
 class Family(NamedTuple):
@@ -43,13 +43,14 @@ class Family(NamedTuple):
     Args:
         make: Makes the reward.
         metadata: What its prompts need.
-        response: What is scored; None for English of 20 to 50 words.
+        response: The i-th text that is scored; None for English of 20 to 50 words. All differ, for
+            equal ones are scored once.
         prompts: The prompts' source; None for builtin ones.
     """
 
     make: Callable[[Path], RewardModel]
     metadata: Mapping[str, Any] = {}
-    response: str | None = None
+    response: Callable[[int], str] | None = None
     prompts: Callable[[int], list[Prompt]] | None = None
 
 
@@ -72,8 +73,11 @@ def _process(folder: Path) -> RewardModel:
 
 def _random_minilm(factory: Any, folder: Path, num_labels: int) -> None:
     import torch
+    from transformers.utils import logging
 
     from mbrl_text_env.language_models import embedded_encoder
+
+    logging.disable_progress_bar()
 
     encoder: Any = embedded_encoder()
     config = type(encoder[0].auto_model.config).from_dict(encoder[0].auto_model.config.to_dict())
@@ -88,6 +92,14 @@ def _ensemble(folder: Path) -> RewardModel:
     return rewards.Ensemble([rewards.SentimentReward(), rewards.RelevanceReward()], "mean-std")
 
 
+def _fraction(i: int) -> str:
+    return rf"It is $\frac{{{42 * (i + 1)}}}{{{i + 1}}}$."
+
+
+def _program(i: int) -> str:
+    return f"```python\ndef add(a, b):  # {i}\n    return a + b\n```"
+
+
 ANSWER = {"reference_answer": "42"}
 FAMILIES: Mapping[str, Family] = {
     "function": Family(lambda folder: rewards.as_reward_model(lambda prompt, response: 1.0)),
@@ -95,27 +107,27 @@ FAMILIES: Mapping[str, Family] = {
     "relevance": Family(lambda folder: rewards.RelevanceReward()),
     "classifier": Family(_classifier),
     "process": Family(_process),
-    "fluency": Family(lambda folder: rewards.FluencyReward()),
-    "judge": Family(lambda folder: rewards.JudgeReward()),
+    "fluency": Family(lambda folder: rewards.FluencyReward(embedded())),
+    "judge": Family(lambda folder: rewards.JudgeReward(embedded())),
     "constraints": Family(
         lambda folder: rewards.ConstraintsReward(),
         {"constraints": [{"type": "no_commas"}, {"type": "max_words", "value": 40}]},
     ),
     "exact-match": Family(lambda folder: rewards.ExactMatchReward(), ANSWER),
     "numeric": Family(lambda folder: rewards.NumericReward(), ANSWER),
-    "math": Family(lambda folder: rewards.MathReward(), ANSWER, r"It is $\frac{84}{2}$."),
+    "math": Family(lambda folder: rewards.MathReward(), ANSWER, _fraction),
     "regex": Family(lambda folder: rewards.RegexReward(r"(?s).*\bsky\b.*")),
     "json-schema": Family(
         lambda folder: rewards.JSONSchemaReward({"required": ["name"], "type": "object"}),
-        response='{"name": "Ada", "born": 1815}',
+        response=lambda i: f'{{"name": "Ada", "born": {1815 + i}}}',
     ),
     "reasoning-gym": Family(
         lambda folder: rewards.ReasoningGymReward(),
-        response="42",
+        response=str,
         prompts=lambda count: reasoning_gym_prompts("chain_sum", size=count, seed=0),
     ),
     "unit-tests": Family(
-        lambda folder: rewards.UnitTestReward(), {"tests": ["assert add(1, 2) == 3"]}, PROGRAM
+        lambda folder: rewards.UnitTestReward(), {"tests": ["assert add(1, 2) == 3"]}, _program
     ),
     "ensemble": Family(_ensemble),
     "cached": Family(
@@ -130,6 +142,9 @@ def measure(family: Family, folder: Path, responses: int, repeats: int) -> dict[
     prompts, texts = _prompts(family, responses), _responses(family, responses)
     pairs = list(zip(prompts, texts, strict=True))
 
+    # A text that was read a moment ago is in a language model's prefix cache.
+    forget = getattr(getattr(reward, "language_model", None), "clear_cache", lambda: None)
+
     def together() -> None:
         score_responses(reward, prompts, texts)
 
@@ -139,7 +154,7 @@ def measure(family: Family, folder: Path, responses: int, repeats: int) -> dict[
 
     # Loads what is loaded once. What is cached is then found: a cache is timed when it is warm.
     together()
-    times = [(_seconds(together), _seconds(alone)) for _ in range(repeats)]
+    times = [[_seconds(way, forget) for way in (together, alone)] for _ in range(repeats)]
     batched, single = (responses / min(column) for column in zip(*times, strict=True))
     return {"batched": batched, "single": single, "ratio": batched / single}
 
@@ -189,12 +204,13 @@ def _prompts(family: Family, count: int) -> list[Prompt]:
 def _responses(family: Family, count: int) -> list[str]:
     """Different responses of 20 to 50 words, or the family's own."""
     if family.response is not None:
-        return [family.response] * count
+        return [family.response(i) for i in range(count)]
     words = TEXT.split()
     return [" ".join(islice(cycle(words), i, i + 20 + 7 * i % 31)) for i in range(count)]
 
 
-def _seconds(function: Callable[[], None]) -> float:
+def _seconds(function: Callable[[], None], forget: Callable[[], None]) -> float:
+    forget()
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

@@ -11,7 +11,7 @@ from benchmarks import cli
 from benchmarks.llama_server import llama_server
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/language_models.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/language_models.md", "docs/rewards.md"]
 
 
 def blocks(language):
@@ -50,7 +50,9 @@ def test_make_targets(words):
 
 def smaller(words):
     """The same command with fewer and shorter responses."""
-    small = {"--num-prompts": "2", "--max-response-tokens": "12", "--budget-tokens": "50"}
+    small = {"--max-response-tokens": "12", "--budget-tokens": "50"}
+    # What is fitted on the collected responses needs several prompts.
+    small["--num-prompts"] = "2" if words[1] == "compare" else "8"
     words = [small.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     if words[1] in ("collect", "compare") and "--max-response-tokens" not in words:
         words += ["--max-response-tokens", "12"]

@@ -20,7 +20,7 @@ from benchmarks.compare import (
 )
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import BudgetError
-from mbrl_text_env.rewards import ConstraintsReward
+from mbrl_text_env.rewards import ConstraintsReward, as_reward_model
 from mbrl_text_env.types import Prompt
 from tests.toys import CountReward, FixedValue
 
@@ -288,3 +288,25 @@ def test_a_gold_reward_that_fails_or_does_not_apply_costs_its_score_alone(tmp_pa
 def test_prompts_with_the_same_id_are_refused():
     with pytest.raises(CompareError, match=r"\['p0'\] more than once"):
         replace(toy_comparison(), prompts=[PROMPTS[0], PROMPTS[0]])
+
+
+def test_a_reward_of_trl_is_compared_unchanged(tmp_path):
+    rewards = pytest.importorskip("trl.rewards")
+
+    def letters(text):
+        return [ord(letter) for letter in text]
+
+    function = rewards.get_repetition_penalty_reward(ngram_size=2)
+    reward = as_reward_model(function, encode=letters)
+    summary = compare(replace(toy_comparison(), reward_model=reward), tmp_path)
+    assert summary["reward"] == "repetition_penalty_reward"
+    for row in read_rows(tmp_path / "results.jsonl"):
+        response = row["response"]
+        completion = [[{"role": "assistant", "content": response}]]
+        assert (
+            row["score"]
+            == function(
+                prompts=[row["prompt"]], completions=completion, completion_ids=[letters(response)]
+            )[0]
+        )
+    assert min(row["score"] for row in read_rows(tmp_path / "results.jsonl")) < 0

@@ -19,6 +19,7 @@ from mbrl_text_env.rewards import (
     ClassifierReward,
     Clip,
     ConstraintsReward,
+    EmbeddingFeatures,
     Ensemble,
     ExactMatchReward,
     FluencyReward,
@@ -30,6 +31,7 @@ from mbrl_text_env.rewards import (
     MathReward,
     Normalise,
     NumericReward,
+    PreferencePair,
     ProcessReward,
     Product,
     ReasoningGymReward,
@@ -42,6 +44,7 @@ from mbrl_text_env.rewards import (
     UnitTestReward,
     WeightedSum,
     as_reward_model,
+    fit_reward,
     score_responses,
 )
 from mbrl_text_env.types import Prompt
@@ -67,6 +70,51 @@ class Row(NamedTuple):
 
 def two_texts(prompt: str, response: str) -> float:
     return response.count("o") / (1 + len(prompt))
+
+
+def trl_function(prompts, completions, **kwargs):
+    return list(map(two_messages, prompts, completions))
+
+
+def verifiers_function(completion, answer):
+    return float(answer in completion[-1]["content"])
+
+
+def verl_function(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(ground_truth in solution_str)}
+
+
+def openrlhf_function(queries, prompts, labels, **kwargs):
+    return {"rewards": [len(q) - len(p) for q, p in zip(queries, prompts, strict=True)]}
+
+
+def verifiers_rubric() -> Any:
+    verifiers = pytest.importorskip("verifiers")
+    return verifiers.Rubric(funcs=[verifiers_function, two_messages], weights=[1.0, 0.5])
+
+
+def two_messages(prompt, completion, **kwargs):
+    return two_texts(prompt[-1]["content"], completion[-1]["content"])
+
+
+def openenv_rubric() -> Any:
+    rubrics = pytest.importorskip("openenv.core.rubrics")
+
+    class Count(rubrics.Rubric):
+        def forward(self, action, observation):
+            return two_texts(observation, action)
+
+    return Count()
+
+
+def learned(minilm: Any) -> Any:
+    """A head that has learned to like rain."""
+    things = ("A lake", "Tea", "Snow", "A bee", "Night", "Bread", "Glass", "Sand")
+    pairs = [
+        PreferencePair(Prompt.from_text(f"Describe {thing}."), f"{thing} in rain.", f"{thing}!")
+        for thing in things
+    ]
+    return fit_reward(pairs, features=EmbeddingFeatures(minilm))
 
 
 def puzzles() -> list[Prompt]:
@@ -99,7 +147,14 @@ ROWS = {
     "JSON schema": Row(lambda parts: JSONSchemaReward({"type": "object"})),
     "reasoning-gym": Row(lambda parts: ReasoningGymReward(), prompts=puzzles),
     "unit tests": Row(lambda parts: UnitTestReward(), {"tests": ["assert answer == 4"]}),
+    "learned head": Row(lambda parts: learned(parts["minilm"])),
     "function of two texts": Row(lambda parts: as_reward_model(two_texts)),
+    "TRL's function": Row(lambda parts: as_reward_model(trl_function)),
+    "verifiers' function": Row(lambda parts: as_reward_model(verifiers_function), ANSWER),
+    "verl's function": Row(lambda parts: as_reward_model(verl_function), ANSWER),
+    "OpenRLHF's function": Row(lambda parts: as_reward_model(openrlhf_function)),
+    "verifiers' rubric": Row(lambda parts: as_reward_model(verifiers_rubric()), ANSWER),
+    "OpenEnv's rubric": Row(lambda parts: as_reward_model(openenv_rubric())),
     "weighted sum": Row(lambda parts: WeightedSum([SentimentReward(), two()], [0.5, 2])),
     "product": Row(lambda parts: Product([Clip(SentimentReward(), 0), two()])),
     "gate": Row(lambda parts: Gate(SentimentReward(), ConstraintsReward()), CONSTRAINTS),

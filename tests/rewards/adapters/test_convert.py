@@ -115,7 +115,8 @@ class TestWhatIsAccepted:
     def test_anything_else_is_an_error_that_shows_what_is_accepted(self, reward):
         message = (
             r"(?s)Expected a reward, got .*score\(prompts, responses\) -> float64\[B\].*"
-            r"f\(prompts, completions, \*\*kwargs\) -> list.*f\(prompt, response\) -> float"
+            r"f\(prompt, response\) -> float.*f\(prompts, completions, \*\*columns\) -> list.*"
+            r"verifiers.*OpenEnv.*verl.*OpenRLHF"
         )
         with pytest.raises(TypeError, match=message):
             as_reward_model(reward)
@@ -338,6 +339,10 @@ class TestToTRL:
         assert function.__name__ == "sentiment"
 
 
+def vowels(prompt, response):
+    return float(sum(response.count(vowel) for vowel in "aeiou"))
+
+
 class TestTRL:
     """TRL's own functions and trainer."""
 
@@ -404,7 +409,11 @@ class TestTRL:
         trainer = GRPOTrainer(
             model=model,
             processing_class=tokenizer,
-            reward_funcs=[to_trl(SentimentReward()), to_trl(ConstraintsReward())],
+            reward_funcs=[
+                to_trl(SentimentReward()),
+                to_trl(ConstraintsReward()),
+                to_trl(as_reward_model(vowels)),
+            ],
             train_dataset=Dataset.from_list(rows),
             args=GRPOConfig(
                 output_dir=str(tmp_path),
@@ -415,12 +424,15 @@ class TestTRL:
                 report_to=[],
                 use_cpu=True,
                 logging_steps=1,
+                learning_rate=0.01,
                 disable_tqdm=True,
                 save_strategy="no",
                 bf16=False,
             ),
         )
+        before = {name: weights.clone() for name, weights in model.state_dict().items()}
         trainer.train()
+        assert any(not torch.equal(model.state_dict()[name], before[name]) for name in before)
         logged = [entry for entry in trainer.state.log_history if "rewards/sentiment/mean" in entry]
         assert len(logged) == 2
         assert all(-1.0 <= entry["rewards/sentiment/mean"] <= 1.0 for entry in logged)

@@ -1,0 +1,107 @@
+"""`as_reward_model`: which adapter fits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from mbrl_text_env.rewards.adapters.common import callable_name, parameters
+from mbrl_text_env.rewards.adapters.functions import FunctionReward
+from mbrl_text_env.rewards.adapters.openenv import OpenEnvReward
+from mbrl_text_env.rewards.adapters.openrlhf import OpenRLHFFunctionReward
+from mbrl_text_env.rewards.adapters.trl import TRLFunctionReward
+from mbrl_text_env.rewards.adapters.verifiers import VerifiersFunctionReward, VerifiersReward
+from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward
+from mbrl_text_env.rewards.base import RewardModel
+
+ACCEPTED = """\
+  an object with a method score(prompts, responses) -> float64[B]
+  a function of two texts             f(prompt, response) -> float
+  a reward function of TRL            f(prompts, completions, **columns) -> list[float | None]
+  one of verifiers, or its Rubric     f(completion, answer, **kwargs) -> float
+  OpenEnv's Rubric                    rubric(action, observation) -> float
+  one of verl                         f(data_source, solution_str, ground_truth, extra_info=None)
+  one of OpenRLHF                     f(queries, prompts, labels, **kwargs)"""
+
+
+def as_reward_model(
+    reward: RewardModel | Callable[..., Any],
+    *,
+    encode: Callable[[str], Sequence[int]] | None = None,
+) -> RewardModel:
+    """Return a reward model for whatever scores responses.
+
+    Accepted are, recognised by their class or by the names of their parameters:
+
+    - an object with a method `score`, which is returned as it is;
+    - a function of two texts, `f(prompt, response) -> float`: see `FunctionReward`;
+    - a reward function of TRL (`completions` or `completion_ids`): see `TRLFunctionReward`;
+    - a `Rubric` of verifiers, or one of its reward functions (`completion`): see `VerifiersReward`;
+    - a `Rubric` of OpenEnv: see `OpenEnvReward`;
+    - a reward function of verl (`solution_str` or `solution_strs`): see `VerlFunctionReward`;
+    - one of OpenRLHF (`queries`): see `OpenRLHFFunctionReward`.
+
+    Args:
+        reward: One of these.
+        encode: Token ids of a response's text, for TRL's functions that read `completion_ids`
+            (usually for the length). Reward models see text only, so these are ids of the text
+            encoded anew, with whatever tokenizer is passed; they may differ from the sampled ones.
+
+    Raises:
+        TypeError: It is none of these, or needs what a reward model does not have: `completion_ids`
+            without `encode`, or the other responses of a group.
+
+    Example:
+        >>> from mbrl_text_env.types import Prompt
+        >>> def brevity(prompt, response):
+        ...     return -len(response.split())
+        >>> reward = as_reward_model(brevity)
+        >>> reward.name, reward.score([Prompt.from_text("Hi")], ["Hello you"])
+        ('brevity', array([-2.]))
+    """
+    if inspect.isclass(reward):
+        raise TypeError(
+            f"Expected a reward, got the class {reward.__name__}. Make an object of it: "
+            f"{reward.__name__}(...)."
+        )
+    if _is_rubric_of("verifiers", reward):
+        return VerifiersReward(reward)
+    if _is_rubric_of("openenv", reward):
+        return OpenEnvReward(reward)
+    if hasattr(reward, "score"):
+        return cast(RewardModel, reward)
+    named = parameters(reward)
+    if "completions" in named or "completion_ids" in named:
+        return TRLFunctionReward(reward, encode)
+    if "solution_str" in named or "solution_strs" in named:
+        return VerlFunctionReward(reward)
+    if "queries" in named:
+        return OpenRLHFFunctionReward(reward)
+    positional = _positional(named)
+    if "completion" in named and positional != ["prompt", "completion"]:
+        return VerifiersFunctionReward(reward)
+    if positional is not None and len(positional) == 2:
+        return FunctionReward(reward)
+    signature = f"({', '.join(map(str, named.values()))})" if named else ""
+    raise TypeError(
+        f"Expected a reward, got {type(reward).__name__} {callable_name(reward)}{signature}. "
+        f"Accepted are:\n{ACCEPTED}\nFor a name, call `mbrl_text_env.rewards.make`."
+    )
+
+
+def _is_rubric_of(package: str, reward: object) -> bool:
+    # By name: whoever has a rubric has imported its package, and nobody else should.
+    return any(
+        cls.__name__ == "Rubric" and cls.__module__.partition(".")[0] == package
+        for cls in type(reward).__mro__
+    )
+
+
+def _positional(named: Mapping[str, inspect.Parameter]) -> list[str] | None:
+    """Names of the required parameters; None if one of them cannot be passed by position."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p for p in named.values() if p.default is p.empty and p.kind not in variable]
+    if any(p.kind is p.KEYWORD_ONLY for p in needed):
+        return None
+    return [p.name for p in needed]

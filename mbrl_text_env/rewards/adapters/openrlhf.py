@@ -1,0 +1,162 @@
+"""OpenRLHF's reward functions, both ways.
+
+Source: examples/python/reward_func.py of OpenRLHF: `reward_func(queries, prompts, labels,
+**kwargs)`, where a query is a prompt and its response in one text. It returns one number a query,
+or a dict with "rewards" (what is learned from), "scores" (0 to 1, for filtering) and "extra_logs".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mbrl_text_env.rewards.adapters.common import (
+    accepted,
+    as_prompt,
+    callable_name,
+    check_count,
+    number,
+    reference_answer,
+)
+from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.types import FloatArray, Prompt
+
+END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "</s>")
+"""Stop tokens as text, which OpenRLHF leaves at the end of a query."""
+
+
+class OpenRLHFFunctionReward:
+    """A reward function of OpenRLHF as a reward model, called once a batch.
+
+    A query is the prompt's text with the response right behind it (OpenRLHF has applied the chat
+    template before; here there are no template marks). A label is the prompt's reference answer,
+    as for verl's functions, or None. Of a dict, "rewards" counts, or "scores" where that is alone.
+
+    Args:
+        function: `f(queries, prompts, labels, **kwargs) -> tensor | list | dict`.
+
+    Attributes:
+        name: The function's `__name__`.
+
+    Example:
+        >>> def reward_func(queries, prompts, labels, **kwargs):
+        ...     return {"rewards": [float(l in q) for q, l in zip(queries, labels)]}
+        >>> prompt = Prompt.from_text("2 + 2?", metadata={"reference_answer": "4"})
+        >>> OpenRLHFFunctionReward(reward_func).score([prompt], [" It is 4."])
+        array([1.])
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = callable_name(function)
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B].
+
+        Raises:
+            RewardError: The function returned no number, or not one a query.
+        """
+        offered = {
+            "queries": [p.text + r for p, r in zip(prompts, responses, strict=True)],
+            "prompts": [prompt.text for prompt in prompts],
+            "labels": [reference_answer(prompt) for prompt in prompts],
+        }
+        result = self.function(**accepted(self.function, offered))
+        if isinstance(result, Mapping):
+            result = result.get("rewards", result.get("scores"))
+        values = _as_list(result)
+        check_count(values, self.name, prompts, responses)
+        return np.array(
+            [
+                number(value, self.name, prompt, response)
+                for value, prompt, response in zip(values, prompts, responses, strict=True)
+            ],
+            dtype=np.float64,
+        )
+
+
+def to_openrlhf(
+    reward_model: RewardModel, *, end_texts: Sequence[str] = END_TEXTS
+) -> OpenRLHFReward:
+    """Return a reward model as OpenRLHF's `reward_func`.
+
+    It is named by a file, `--remote_rm_url my_reward.py`, whose content can be
+    `reward_func = to_openrlhf(make("sentiment"))`.
+
+    Args:
+        reward_model: The reward model.
+        end_texts: Stop tokens as text, taken off a response's end.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward_func = to_openrlhf(SentimentReward())
+        >>> reward_func(["How was it? Good.</s>"], ["How was it?"], [None])["rewards"]
+        tensor([0.4404])
+    """
+    return OpenRLHFReward(reward_model, tuple(end_texts))
+
+
+class OpenRLHFReward:
+    """A reward model that OpenRLHF can call; see `to_openrlhf`.
+
+    The response is what follows the prompt in a query. A label becomes the metadata
+    "reference_answer" and "ground_truth". Returned are float32 tensors: "rewards" and "scores",
+    both the total, and in "extra_logs" the parts.
+
+    Args:
+        reward_model: The reward model.
+        end_texts: See `to_openrlhf`.
+
+    Attributes:
+        __name__: The reward's name.
+    """
+
+    def __init__(self, reward_model: RewardModel, end_texts: tuple[str, ...] = END_TEXTS) -> None:
+        self.reward_model = reward_model
+        self.end_texts = end_texts
+        self.__name__ = reward_name(reward_model)
+
+    def __call__(
+        self,
+        queries: Sequence[str],
+        prompts: Sequence[str],
+        labels: Sequence[Any],
+        **ignored: Any,
+    ) -> dict[str, Any]:
+        """Score the responses in `queries`.
+
+        Raises:
+            RewardError: The reward model failed, or a query does not begin with its prompt.
+        """
+        import torch
+
+        asked, responses = [], []
+        for query, prompt, label in zip(queries, prompts, labels, strict=True):
+            truths = {} if label is None else {"ground_truth": label, "reference_answer": label}
+            asked.append(as_prompt(prompt, truths))
+            responses.append(self._response(query, prompt))
+        scores = score_responses(self.reward_model, asked, responses)
+        total = torch.tensor(scores.total, dtype=torch.float32)
+        logs = {name: torch.tensor(v, dtype=torch.float32) for name, v in scores.parts.items()}
+        return {"rewards": total, "scores": total, "extra_logs": logs}
+
+    def _response(self, query: str, prompt: str) -> str:
+        if not query.startswith(prompt):
+            raise RewardError(
+                f"Reward model {self.__name__!r}: expected a query that begins with its prompt "
+                f"{prompt[:80]!r}, got {query[:80]!r}. Pass prompts as they stand in the queries."
+            )
+        response = query[len(prompt) :]
+        for text in self.end_texts:
+            response = response.removesuffix(text)
+        return response
+
+
+def _as_list(result: Any) -> list[Any]:
+    # Tensors and arrays have `tolist`.
+    values = result.tolist() if hasattr(result, "tolist") else result
+    return (
+        list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    )

@@ -1,0 +1,227 @@
+"""TRL's reward functions, both ways.
+
+TRL's trainers call a reward function with keywords only: `prompts`, `completions`,
+`completion_ids`, one list for each further column of the data set, and `trainer_state`,
+`log_extra` and `log_metric` (`GRPOTrainer._calculate_rewards`). `TRLFunctionReward` makes that call
+from prompts and responses, `to_trl` answers it with a reward model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mbrl_text_env.rewards.adapters.common import (
+    accepted,
+    as_prompt,
+    awaited,
+    callable_name,
+    check_count,
+    number,
+    required,
+    trl_completion,
+    trl_prompt,
+)
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardModel,
+    applies_to,
+    reward_name,
+    score_responses,
+)
+from mbrl_text_env.types import FloatArray, Prompt
+
+_TEXT_COLUMNS = ("prompts", "completions", "completion_ids")
+# What the trainer adds to every call; not columns of the data.
+_TRAINER_KEYWORDS = ("trainer_state", "log_extra", "log_metric", "environments")
+
+
+class TRLFunctionReward:
+    """A reward function of TRL as a reward model, called once a batch with keywords only.
+
+    Passed are those of the following that the function names, or all if it takes `**kwargs`:
+
+    - `prompts` and `completions`: strings for prompts of plain text; for chats lists of messages,
+      `[{"role": "assistant", "content": response}]` being the completion. TRL does the same, by the
+      format of the data set. A batch of both kinds makes two calls.
+    - `completion_ids`: only with `encode`; see `as_reward_model`.
+    - The prompts' metadata, each key a column with one value a prompt. A key that other prompts of
+      the batch lack is None for them, as in a data set. A column that the function requires has to
+      be in every prompt's metadata: the reward does not apply to other prompts.
+    - `trainer_state` as None (there is no trainer), and `log_extra` and `log_metric`, which do
+      nothing.
+
+    Async functions are run to their end.
+
+    Args:
+        function: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`. None,
+            for a prompt that it does not apply to, is an error. Picklable if it is.
+        encode: Token ids of a response's text.
+
+    Attributes:
+        name: The function's `__name__`, which is TRL's key for its metrics.
+
+    Raises:
+        TypeError: It requires `completion_ids` and there is no `encode`.
+
+    Example:
+        >>> def mentions(completions, answer, **kwargs):
+        ...     return [float(a in c[0]["content"]) for c, a in zip(completions, answer)]
+        >>> prompt = Prompt.from_text("Capital of France?", metadata={"answer": "Paris"})
+        >>> TRLFunctionReward(mentions).score([prompt], ["It is Paris."])
+        array([1.])
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        encode: Callable[[str], Sequence[int]] | None = None,
+    ) -> None:
+        self.function = function
+        self.encode = encode
+        self.name = callable_name(function)
+        if encode is None and "completion_ids" in required(self.function):
+            raise TypeError(
+                f"Reward function {self.name!r} needs `completion_ids`, but a reward model sees "
+                "text only. Pass as_reward_model(function, encode=...), with a function that gives "
+                "the token ids of a text."
+            )
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether the prompt's metadata has the columns that the function requires."""
+        return not self._missing_columns(prompt)
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B].
+
+        Raises:
+            RewardError: A prompt lacks a column, or the function returned None for it, something
+                that is no number, or not one value a completion.
+        """
+        scores = np.zeros(len(responses))
+        plain = [isinstance(prompt.content, str) for prompt in prompts]
+        for kind in (True, False):
+            rows = [i for i, is_plain in enumerate(plain) if is_plain is kind]
+            if rows:
+                scores[rows] = self._score_alike(
+                    [prompts[i] for i in rows], [responses[i] for i in rows]
+                )
+        return scores
+
+    def _score_alike(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """Score prompts that are all chats, or all plain text."""
+        for prompt in prompts:
+            if missing := self._missing_columns(prompt):
+                raise RewardError(
+                    f"Reward model {self.name!r} requires {missing} in the metadata of a prompt; "
+                    f"prompt {prompt.id!r} has {sorted(prompt.metadata)}. Add the metadata, or "
+                    "leave out the prompts that it does not apply to."
+                )
+        values = list(awaited(self.function(**self._keywords(prompts, responses))))
+        check_count(values, self.name, prompts, responses)
+        return [
+            number(value, self.name, prompt, response)
+            for value, prompt, response in zip(values, prompts, responses, strict=True)
+        ]
+
+    def _keywords(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, Any]:
+        keys = {key: None for prompt in prompts for key in prompt.metadata}
+        offered: dict[str, Any] = {
+            **{
+                key: [prompt.metadata.get(key) for prompt in prompts]
+                for key in keys
+                if key not in _TEXT_COLUMNS
+            },
+            "trainer_state": None,
+            "log_extra": _ignore,
+            "log_metric": _ignore,
+            "prompts": [trl_prompt(prompt) for prompt in prompts],
+            "completions": [trl_completion(*row) for row in zip(prompts, responses, strict=True)],
+        }
+        if self.encode is not None:
+            offered["completion_ids"] = [list(self.encode(response)) for response in responses]
+        return accepted(self.function, offered)
+
+    def _missing_columns(self, prompt: Prompt) -> list[str]:
+        known = {*_TEXT_COLUMNS, *_TRAINER_KEYWORDS, *prompt.metadata}
+        return sorted(required(self.function) - known)
+
+
+def to_trl(reward_model: RewardModel) -> TRLReward:
+    """Return a reward model as a reward function of TRL.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> function = to_trl(SentimentReward())
+        >>> function(prompts=["How was it?"], completions=["It was good."])
+        [0.4404]
+        >>> trainer = GRPOTrainer(model, reward_funcs=function, ...)  # doctest: +SKIP
+    """
+    return TRLReward(reward_model)
+
+
+class TRLReward:
+    """A reward model that TRL's trainers can call; see `to_trl`.
+
+    The columns of the data set become the prompts' metadata, and a column `id` their ids. A row
+    that the reward model does not apply to gives None, which TRL leaves out of its sum; a failure
+    raises. Of a completion of several messages, the assistant's are scored, joined by line breaks.
+    Picklable if the reward model is.
+
+    Args:
+        reward_model: The reward model.
+
+    Attributes:
+        __name__: Its name, which is TRL's key for its metrics.
+    """
+
+    def __init__(self, reward_model: RewardModel) -> None:
+        self.reward_model = reward_model
+        self.__name__ = reward_name(reward_model)
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
+        """Score completions as `GRPOTrainer` asks for it.
+
+        Args:
+            prompts: B strings or lists of messages.
+            completions: B strings or lists of messages.
+            **columns: Lists of B values, and what the trainer adds.
+
+        Raises:
+            RewardError: The reward model failed.
+        """
+        dropped = (*_TEXT_COLUMNS, *_TRAINER_KEYWORDS)
+        columns = {key: values for key, values in columns.items() if key not in dropped}
+        converted = [
+            as_prompt(prompt, {key: values[i] for key, values in columns.items()})
+            for i, prompt in enumerate(prompts)
+        ]
+        rows = [i for i, prompt in enumerate(converted) if applies_to(self.reward_model, prompt)]
+        scores = score_responses(
+            self.reward_model,
+            [converted[i] for i in rows],
+            [_response(completions[i]) for i in rows],
+        )
+        values: list[float | None] = [None] * len(converted)
+        for place, i in enumerate(rows):
+            values[i] = float(scores.total[place])
+        return values
+
+
+def _ignore(*args: Any) -> None:
+    """Stand in for the trainer's log."""
+
+
+def _response(completion: Any) -> str:
+    if isinstance(completion, str):
+        return completion
+    # Calls of tools have no content.
+    return "\n".join(
+        message["content"] or ""
+        for message in completion
+        if message.get("role", "assistant") == "assistant"
+    )

@@ -1,0 +1,202 @@
+"""verl's reward functions, both ways.
+
+Source: `NaiveRewardManager` and `BatchRewardManager` in verl/workers/reward_manager, which call a
+`compute_score` with the keywords data_source, solution_str, ground_truth and extra_info, or with
+their plurals. It returns a number, or a dict with the number under "score".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mbrl_text_env.rewards.adapters.common import (
+    REFERENCE_KEYS,
+    accepted,
+    as_prompt,
+    callable_name,
+    check_count,
+    number,
+    parameters,
+    reference_answer,
+)
+from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.types import FloatArray, Prompt
+
+_NO_PROMPT = "(not passed by verl)"
+_PROMPT_KEYS = ("prompt", "raw_prompt", "question", "problem")
+
+
+class VerlFunctionReward:
+    """A `compute_score` of verl as a reward model, called once a response or, in plurals, a batch.
+
+    It gets `data_source` from the prompt's metadata ("" where there is none), `ground_truth` from
+    metadata["reward_model"]["ground_truth"] as in verl's own data, else from "ground_truth",
+    "reference_answer" or "answer", and as `extra_info` the metadata of that name, else all of them.
+    Of a dict that it returns, "score" (in old versions "reward") counts. The reward applies to
+    prompts that have a ground truth.
+
+    Args:
+        function: `f(data_source, solution_str, ground_truth, extra_info=None) -> float | dict`, or
+            `f(data_sources, solution_strs, ground_truths, extra_infos) -> list`.
+
+    Attributes:
+        name: The function's `__name__`.
+
+    Example:
+        >>> def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        ...     return {"score": float(ground_truth in solution_str), "acc": True}
+        >>> prompt = Prompt.from_text("2 + 2?", metadata={"reward_model": {"ground_truth": "4"}})
+        >>> VerlFunctionReward(compute_score).score([prompt], ["It is 4."])
+        array([1.])
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = callable_name(function)
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether the prompt's metadata have a ground truth."""
+        return reference_answer(prompt) is not None
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B].
+
+        Raises:
+            RewardError: A prompt has no ground truth, or the function raised or returned no number.
+        """
+        rows = [self._row(*pair) for pair in zip(prompts, responses, strict=True)]
+        if "solution_strs" in parameters(self.function):
+            columns = {f"{key}s": [row[key] for row in rows] for key in rows[0]} if rows else {}
+            columns["extra_infos"] = columns.pop("extra_infos", [])
+            values = list(self.function(**accepted(self.function, columns))) if rows else []
+            check_count(values, self.name, prompts, responses)
+        else:
+            values = [self._value(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        return np.array(
+            [
+                number(_score_of(value), self.name, prompt, response)
+                for value, prompt, response in zip(values, prompts, responses, strict=True)
+            ],
+            dtype=np.float64,
+        )
+
+    def _value(self, row: dict[str, Any], prompt: Prompt) -> Any:
+        try:
+            return self.function(**accepted(self.function, row))
+        except Exception as error:
+            raise RewardError(
+                f"Reward model {self.name!r}: raised {type(error).__name__}: {error} for prompt "
+                f"{prompt.id!r}, response {row['solution_str'][:80]!r}. Mend the function."
+            ) from error
+
+    def _row(self, prompt: Prompt, response: str) -> dict[str, Any]:
+        truth = reference_answer(prompt)
+        if truth is None:
+            raise RewardError(
+                f"Reward model {self.name!r}, prompt {prompt.id!r}: expected a ground truth in the "
+                f"metadata, under 'reward_model' or one of {list(REFERENCE_KEYS)}, got the keys "
+                f"{sorted(prompt.metadata)}. Add it, or leave out the prompt."
+            )
+        return {
+            "data_source": prompt.metadata.get("data_source", ""),
+            "solution_str": response,
+            "ground_truth": truth,
+            "extra_info": prompt.metadata.get("extra_info", dict(prompt.metadata)),
+        }
+
+
+def to_verl(reward_model: RewardModel, *, needs_prompt: bool = True) -> VerlReward:
+    """Return a reward model as verl's `compute_score`.
+
+    In verl's configuration it is named by a file, `custom_reward_function.path=my_reward.py`, whose
+    content can be `compute_score = to_verl(make("relevance"))`.
+
+    Args:
+        reward_model: The reward model.
+        needs_prompt: Whether the prompt has to be in `extra_info`; see `VerlReward`. False for a
+            reward that looks at the response alone.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> compute_score = to_verl(SentimentReward(), needs_prompt=False)
+        >>> compute_score(data_source="films", solution_str="It was good.", ground_truth=None)
+        0.4404
+    """
+    return VerlReward(reward_model, needs_prompt)
+
+
+class VerlReward:
+    """A reward model that verl can call, with one response or, in plurals, a batch; see `to_verl`.
+
+    verl does not pass the prompt: it is read from `extra_info`, under "prompt", "raw_prompt",
+    "question" or "problem", a text or a list of messages. The ground truth becomes the metadata
+    "ground_truth" and "reference_answer"; `data_source` and the rest of `extra_info` stand beside.
+
+    Args:
+        reward_model: The reward model.
+        needs_prompt: Whether a missing prompt is an error; otherwise it is a text that says so.
+
+    Attributes:
+        __name__: The reward's name.
+    """
+
+    def __init__(self, reward_model: RewardModel, needs_prompt: bool = True) -> None:
+        self.reward_model = reward_model
+        self.needs_prompt = needs_prompt
+        self.__name__ = reward_name(reward_model)
+
+    def __call__(
+        self,
+        data_source: Any = "",
+        solution_str: str | None = None,
+        ground_truth: Any = None,
+        extra_info: Mapping[str, Any] | None = None,
+        *,
+        data_sources: Sequence[Any] | None = None,
+        solution_strs: Sequence[str] | None = None,
+        ground_truths: Sequence[Any] | None = None,
+        extra_infos: Sequence[Mapping[str, Any] | None] | None = None,
+        **ignored: Any,
+    ) -> float | list[float]:
+        """Score one response, or the responses in `solution_strs`.
+
+        Raises:
+            RewardError: The reward model failed, or the prompt is missing.
+            TypeError: There is no response.
+        """
+        if solution_strs is not None:
+            none = [None] * len(solution_strs)
+            sources, truths, infos = (
+                data_sources or none,
+                ground_truths or none,
+                extra_infos or none,
+            )
+            prompts = [self._prompt(*row) for row in zip(sources, truths, infos, strict=True)]
+            scores = score_responses(self.reward_model, prompts, list(solution_strs))
+            return [float(score) for score in scores.total]
+        if solution_str is None:
+            raise TypeError("Expected solution_str or solution_strs, got neither.")
+        prompt = self._prompt(data_source, ground_truth, extra_info)
+        return float(score_responses(self.reward_model, [prompt], [solution_str]).total[0])
+
+    def _prompt(self, source: Any, truth: Any, info: Mapping[str, Any] | None) -> Prompt:
+        rest = dict(info or {})
+        key = next((key for key in _PROMPT_KEYS if rest.get(key) is not None), None)
+        if key is None and self.needs_prompt:
+            raise RewardError(
+                f"Reward model {self.__name__!r}: expected the prompt in extra_info, under one of "
+                f"{list(_PROMPT_KEYS)}, got the keys {sorted(rest)}. Add it to the data, or pass "
+                "to_verl(reward, needs_prompt=False) if the reward does not look at it."
+            )
+        content = rest.pop(key) if key is not None else _NO_PROMPT
+        truths = {} if truth is None else {"ground_truth": truth, "reference_answer": truth}
+        return as_prompt(content, {**rest, "data_source": source, **truths})
+
+
+def _score_of(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return value.get("score", value.get("reward"))
+    return value

@@ -1,0 +1,109 @@
+"""Real OpenEnv rubrics score through us as they do by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mbrl_text_env.checks import check_reward_model
+from mbrl_text_env.rewards import as_reward_model
+from mbrl_text_env.rewards.adapters import OpenEnvReward, TextAction, TextObservation
+from mbrl_text_env.rewards.base import RewardError, score_responses
+from mbrl_text_env.types import Prompt
+
+rubrics = pytest.importorskip("openenv.core.rubrics")
+
+PROMPTS = [Prompt.from_text("Ask for tea.", metadata={"word": "tea"}), Prompt.from_text("Hi")]
+RESPONSES = ["Tea, please.", "no"]
+
+
+class Polite(rubrics.Rubric):
+    def forward(self, action, observation):
+        return float("please" in action)
+
+
+class OnTopic(rubrics.Rubric):
+    def forward(self, action, observation):
+        return float(observation.metadata.get("word", "?") in action.lower())
+
+
+class Later(rubrics.Rubric):
+    async def forward(self, action, observation):
+        await asyncio.sleep(0)
+        return len(action) / 10
+
+
+class Whole(rubrics.TrajectoryRubric):
+    def score_trajectory(self, trajectory):
+        return float(len(trajectory))
+
+    def compute_step_rewards(self):
+        return [1.0] * len(self.trajectory)
+
+
+def by_itself(rubric, prompt, response):
+    if hasattr(rubric, "reset"):
+        rubric.reset()
+    result = rubric(TextAction(response), TextObservation(prompt))
+    return asyncio.run(result) if asyncio.iscoroutine(result) else result
+
+
+RUBRICS = {
+    "plain": Polite,
+    "metadata": OnTopic,
+    "async": Later,
+    "weighted": lambda: rubrics.WeightedSum([Polite(), OnTopic()], [0.7, 0.3]),
+    "weighted, async": lambda: rubrics.WeightedSum([Polite(), Later()], [0.5, 0.5]),
+    "sequential": lambda: rubrics.Sequential(rubrics.Gate(Polite()), OnTopic()),
+    "trajectory": Whole,
+}
+
+
+@pytest.mark.parametrize("make", RUBRICS.values(), ids=RUBRICS)
+def test_they_score_as_they_do_by_themselves(make):
+    reward = as_reward_model(make())
+    assert isinstance(reward, OpenEnvReward)
+    scores = score_responses(reward, PROMPTS, RESPONSES)
+    expected = [by_itself(make(), *row) for row in zip(PROMPTS, RESPONSES, strict=True)]
+    assert scores.total.tolist() == expected
+    check_reward_model(reward)
+
+
+def test_hooks_are_run():
+    seen = []
+    rubric = Polite()
+    rubric.register_forward_hook(lambda rubric, action, observation, score: seen.append(score))
+    score_responses(as_reward_model(rubric), PROMPTS, RESPONSES)
+    assert seen == [1.0, 0.0]
+
+
+def test_actions_of_an_environment_of_its_own():
+    class Typed(rubrics.Rubric):
+        def forward(self, action, observation):
+            return float(action["message"] == observation["expected"])
+
+    with pytest.raises(RewardError, match=r"'Typed': raised TypeError.*'Hi'.*convert="):
+        score_responses(as_reward_model(Typed()), PROMPTS[1:], RESPONSES[1:])
+    reward = OpenEnvReward(
+        Typed(), lambda prompt, response: ({"message": response}, {"expected": "no"}), name="typed"
+    )
+    assert reward.name == "typed"
+    assert score_responses(reward, PROMPTS, RESPONSES).total.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("result", "message"), [("x", "a number"), (None, "None")])
+def test_what_is_no_score(result, message):
+    class Bad(rubrics.Rubric):
+        def forward(self, action, observation):
+            return result
+
+    with pytest.raises(RewardError, match=message):
+        score_responses(as_reward_model(Bad()), PROMPTS, RESPONSES)
+
+
+def test_within_a_running_event_loop():
+    async def notebook():
+        return score_responses(as_reward_model(Later()), PROMPTS, RESPONSES).total.tolist()
+
+    assert asyncio.run(notebook()) == [1.2, 0.2]
