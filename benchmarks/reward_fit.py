@@ -67,9 +67,9 @@ def fit_command(
     max_length: Annotated[int, typer.Option(min=1, help="LoRA: most tokens of a text.")] = 512,
 ) -> None:
     """Fit a reward on preferences or scores, and measure it on prompts that were left out."""
-    from mbrl_text_env.rewards.fit_report import RewardFitError
-    from mbrl_text_env.rewards.fitting import fit_reward
-    from mbrl_text_env.rewards.learned import check_target
+    from mbrl_text_env.rewards.learning.fit_report import RewardFitError
+    from mbrl_text_env.rewards.learning.fitting import fit_reward
+    from mbrl_text_env.rewards.learning.learned import check_target
 
     for option, value, allowed in (("method", method, _METHODS), ("features", features, _FEATURES)):
         if value not in allowed:
@@ -82,7 +82,7 @@ def fit_command(
     data, data_name = _data(pairs, records, objective, split, pairs_per_prompt, min_gap, seed)
     with console.status(f"Fitting on {len(data)} {'records' if _scored(objective) else 'pairs'}"):
         if method == "lora":
-            from mbrl_text_env.rewards.reward_trainer import LoraSettings, fit_lora
+            from mbrl_text_env.rewards.learning.reward_trainer import LoraSettings, fit_lora
 
             settings = LoraSettings(
                 base=model,
@@ -169,8 +169,8 @@ def _data(
 ) -> tuple[Any, str]:
     """What to fit on, and where it comes from."""
     from mbrl_text_env.records import read_records
-    from mbrl_text_env.rewards.fit_report import RewardFitError
-    from mbrl_text_env.rewards.preferences import load_preferences, pairs_from_records
+    from mbrl_text_env.rewards.learning.fit_report import RewardFitError
+    from mbrl_text_env.rewards.learning.preferences import load_preferences, pairs_from_records
 
     if (pairs is None) == (records is None):
         raise RewardFitError(
@@ -192,7 +192,7 @@ def _data(
 
 
 def _features(kind: str, model: str, text_statistics: bool) -> Any:
-    from mbrl_text_env.rewards.features import EMBEDDED, EmbeddingFeatures, HiddenFeatures
+    from mbrl_text_env.rewards.learning.features import EMBEDDED, EmbeddingFeatures, HiddenFeatures
 
     source = None if model == EMBEDDED else model
     if kind == "hidden":

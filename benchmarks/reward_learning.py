@@ -34,7 +34,7 @@ from mbrl_text_env.files import write_text
 
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
-    from mbrl_text_env.rewards.preferences import PreferencePair
+    from mbrl_text_env.rewards.learning.preferences import PreferencePair
 
 PAIRS_PER_PROMPT = 12
 # Relevance has no ties, so that fewer answers make enough pairs.
@@ -111,7 +111,7 @@ def scored_for_relevance(records: Sequence[Record]) -> list[Record]:
 
 def chosen_pairs(records: Sequence[Record], count: int, seed: int) -> list[PreferencePair]:
     """At most `count` pairs, drawn over all prompts."""
-    from mbrl_text_env.rewards.preferences import pairs_from_records
+    from mbrl_text_env.rewards.learning.preferences import pairs_from_records
 
     pairs = pairs_from_records(records, pairs_per_prompt=PAIRS_PER_PROMPT, seed=seed)
     order = np.random.default_rng(seed).permutation(len(pairs))
@@ -120,8 +120,8 @@ def chosen_pairs(records: Sequence[Record], count: int, seed: int) -> list[Prefe
 
 def measure(pairs: Sequence[PreferencePair], gold: str, seed: int, splits: int) -> dict[str, Any]:
     """Fit and time once, then fit on other splits of the same pairs."""
-    from mbrl_text_env.rewards.features import EmbeddingFeatures
-    from mbrl_text_env.rewards.fitting import fit_reward
+    from mbrl_text_env.rewards.learning.features import EmbeddingFeatures
+    from mbrl_text_env.rewards.learning.fitting import fit_reward
 
     encoder = RememberedTexts()
     reports = []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mbrl_text_env
-from mbrl_text_env.rewards.constraints import CONSTRAINT_TYPES, check_constraint
+from mbrl_text_env.rewards.verifiable.constraints import CONSTRAINT_TYPES, check_constraint
 
 PATH = Path(mbrl_text_env.__file__).parent / "data" / "prompts.jsonl"
 SPLIT_SIZES = {

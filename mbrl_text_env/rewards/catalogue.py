@@ -20,7 +20,7 @@ from typing import Any
 
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel
-from mbrl_text_env.rewards.combinators import WeightedSum
+from mbrl_text_env.rewards.composite.combinators import WeightedSum
 
 GROUP = "mbrl_text_env.rewards"
 """The entry-point group in which other packages offer rewards."""
@@ -61,65 +61,65 @@ def _own(module: str, cls: str, **options: Any) -> Callable[..., Any]:
 
 _OWN: Mapping[str, RewardEntry] = {
     "sentiment": RewardEntry(
-        _own("sentiment", "SentimentReward"),
+        _own("evaluators.sentiment", "SentimentReward"),
         "Mean VADER sentiment of the response's sentences, -1 to 1.",
     ),
     "relevance": RewardEntry(
-        _own("relevance", "RelevanceReward"),
+        _own("evaluators.relevance", "RelevanceReward"),
         "Cosine of the MiniLM embeddings of prompt and response, -1 to 1.",
     ),
     "fluency": RewardEntry(
-        _own("fluency", "FluencyReward"),
+        _own("evaluators.fluency", "FluencyReward"),
         "Mean log-probability of the response's tokens under the embedded language model.",
     ),
     "judge": RewardEntry(
-        _own("judge", "JudgeReward"),
+        _own("evaluators.judge", "JudgeReward"),
         "Verdict of the embedded language model, by the probabilities of its answers.",
     ),
     "constraints": RewardEntry(
-        _own("constraints", "ConstraintsReward"),
+        _own("verifiable.constraints", "ConstraintsReward"),
         "Share of the prompt's checkable constraints that the response satisfies.",
     ),
     "exact-match": RewardEntry(
-        _own("answers", "ExactMatchReward"),
+        _own("verifiable.answers", "ExactMatchReward"),
         "1 if the response is the prompt's reference answer.",
     ),
     "numeric": RewardEntry(
-        _own("answers", "NumericReward"),
+        _own("verifiable.answers", "NumericReward"),
         "1 if the response's last number is the prompt's reference answer.",
     ),
     "math": RewardEntry(
-        _own("mathematics", "MathReward"),
+        _own("verifiable.mathematics", "MathReward"),
         "1 if the response is mathematically the prompt's reference answer (math-verify).",
     ),
     "regex": RewardEntry(
-        _own("patterns", "RegexReward"),
+        _own("verifiable.patterns", "RegexReward"),
         "1 if the response matches the prompt's pattern.",
     ),
     "json-schema": RewardEntry(
-        _own("schema", "JSONSchemaReward"),
+        _own("verifiable.schema", "JSONSchemaReward"),
         "1 if the response is JSON that satisfies the prompt's schema.",
     ),
     "reasoning-gym": RewardEntry(
-        _own("puzzles", "ReasoningGymReward"),
+        _own("verifiable.puzzles", "ReasoningGymReward"),
         "Score of the prompt's reasoning-gym task.",
     ),
     "unit-tests": RewardEntry(
-        _own("code", "UnitTestReward"),
+        _own("verifiable.code", "UnitTestReward"),
         "Share of the prompt's unit tests that the response's program passes, in a sandbox.",
     ),
     "classifier": RewardEntry(
-        _own("classifier", "ClassifierReward", text_format="article"),
+        _own("evaluators.classifier", "ClassifierReward", text_format="article"),
         "Logit of a reward model of the Hugging Face Hub, with the article's text format.",
         "NAME_OR_FOLDER",
     ),
     "process": RewardEntry(
-        _own("process", "ProcessReward"),
+        _own("evaluators.process", "ProcessReward"),
         "Least step score of a process reward model in Qwen2.5-Math-PRM's format.",
         "NAME_OR_FOLDER",
     ),
     "learned": RewardEntry(
-        _own("learned", "LearnedReward"),
+        _own("learning.learned", "LearnedReward"),
         "A reward model that `mbrl-text reward fit` wrote.",
         "FOLDER",
     ),

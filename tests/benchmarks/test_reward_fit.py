@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from benchmarks.reward_fit import fit_command, report_tables
 from benchmarks.reward_learning import chosen_pairs, measure
 from mbrl_text_env.records import Record, RecordWriter
-from mbrl_text_env.rewards.fitting import fit_reward
-from mbrl_text_env.rewards.learned import LearnedReward
-from mbrl_text_env.rewards.preferences import write_preferences
+from mbrl_text_env.rewards.learning.fitting import fit_reward
+from mbrl_text_env.rewards.learning.learned import LearnedReward
+from mbrl_text_env.rewards.learning.preferences import write_preferences
 from mbrl_text_env.types import Prompt, TextState
-from tests.rewards.test_fitting import BLAME, PRAISE, letters, pairs_of, records_of
-from tests.rewards.test_reward_trainer import causal  # noqa: F401
+from tests.rewards.learning.test_fitting import BLAME, PRAISE, letters, pairs_of, records_of
+from tests.rewards.learning.test_reward_trainer import causal  # noqa: F401
 
 app = typer.Typer()
 app.command("fit")(fit_command)

@@ -21,11 +21,11 @@ from mbrl_text_env.rewards.base import (
     score_responses,
     score_steps,
 )
-from mbrl_text_env.rewards.classifier import ClassifierReward
-from mbrl_text_env.rewards.combinators import WeightedSum
-from mbrl_text_env.rewards.constraints import ConstraintsReward
-from mbrl_text_env.rewards.relevance import RelevanceReward
-from mbrl_text_env.rewards.sentiment import SentimentReward
+from mbrl_text_env.rewards.composite.combinators import WeightedSum
+from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
+from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
+from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
+from mbrl_text_env.rewards.verifiable.constraints import ConstraintsReward
 from mbrl_text_env.types import Prompt
 
 PROMPTS = [Prompt.from_text("Say hi", id="p0"), Prompt.from_text("Say bye", id="p1")]

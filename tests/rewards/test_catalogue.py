@@ -19,12 +19,12 @@ from mbrl_text_env.rewards.catalogue import (
     make,
     register,
 )
-from mbrl_text_env.rewards.classifier import ClassifierReward
-from mbrl_text_env.rewards.combinators import WeightedSum
-from mbrl_text_env.rewards.constraints import ConstraintsReward
-from mbrl_text_env.rewards.relevance import RelevanceReward
-from mbrl_text_env.rewards.sentiment import SentimentReward
-from mbrl_text_env.rewards.transforms import Clip
+from mbrl_text_env.rewards.composite.combinators import WeightedSum
+from mbrl_text_env.rewards.composite.transforms import Clip
+from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
+from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
+from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
+from mbrl_text_env.rewards.verifiable.constraints import ConstraintsReward
 from mbrl_text_env.types import Prompt
 
 

@@ -17,9 +17,9 @@ from mbrl_text_env.rewards.adapters import (
     to_trl,
 )
 from mbrl_text_env.rewards.base import RewardError, applies_to, score_responses
-from mbrl_text_env.rewards.constraints import ConstraintsReward
-from mbrl_text_env.rewards.relevance import RelevanceReward
-from mbrl_text_env.rewards.sentiment import SentimentReward
+from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
+from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
+from mbrl_text_env.rewards.verifiable.constraints import ConstraintsReward
 from mbrl_text_env.types import Message, Prompt
 
 CHAT = Prompt.from_text("Capital of France?", id="chat", metadata={"answer": "Paris"})

@@ -1,0 +1,1 @@
+"""Rewards made of rewards: combinations, changes of scale, penalties, a cache, a time limit."""

@@ -1,0 +1,371 @@
+"""One reward, changed: clipped, put on another scale, or lowered by a penalty.
+
+Each keeps the scores of the reward inside it as parts for the report, and penalties add their own.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from mbrl_text_env.files import write_text
+from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.rewards.composite.combinators import Combinator, check_finite
+from mbrl_text_env.types import FloatArray, Prompt
+
+_FORMAT = 1
+
+
+class Transform(Combinator):
+    """A function of one reward's scores; a subclass gives it in `change`.
+
+    Args:
+        reward: The reward.
+        name: What reports call it.
+    """
+
+    def __init__(self, reward: RewardModel, name: str) -> None:
+        super().__init__([reward], name)
+        self.reward = reward
+
+    @abstractmethod
+    def change(self, scores: FloatArray) -> FloatArray:
+        """The changed scores, float64[B]."""
+
+    def combine(
+        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
+        """The changed scores."""
+        return self.change(totals[0]), {}
+
+
+class Clip(Transform):
+    """A reward kept within bounds.
+
+    Args:
+        reward: The reward.
+        low: The least score; None for no bound.
+        high: The greatest score; None for no bound.
+        name: What reports call it.
+
+    Raises:
+        ValueError: There is no bound, one is NaN, or `low` is above `high`.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> Clip(SentimentReward(), low=0.0).score([Prompt.from_text("Hi")], ["It was awful."])
+        array([0.])
+    """
+
+    def __init__(
+        self,
+        reward: RewardModel,
+        low: float | None = None,
+        high: float | None = None,
+        name: str | None = None,
+    ) -> None:
+        if low is None and high is None:
+            raise ValueError("Clip: expected at least one of low and high, got neither.")
+        floor = -np.inf if low is None else low
+        ceiling = np.inf if high is None else high
+        if not floor <= ceiling:
+            raise ValueError(f"Clip: expected low to be at most high, got {low} and {high}.")
+        super().__init__(reward, f"clip({reward_name(reward)})" if name is None else name)
+        self.low, self.high = low, high
+
+    def change(self, scores: FloatArray) -> FloatArray:
+        """The scores within the bounds."""
+        return np.clip(scores, self.low, self.high)
+
+
+class Threshold(Transform):
+    """1 where a reward reaches a threshold, 0 elsewhere.
+
+    Args:
+        reward: The reward.
+        threshold: The least score that makes 1.
+        name: What reports call it.
+
+    Raises:
+        ValueError: The threshold is not finite.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward = Threshold(SentimentReward(), 0.3)
+        >>> reward.score([Prompt.from_text("Hi")] * 2, ["It was good.", "It was."])
+        array([1., 0.])
+    """
+
+    def __init__(self, reward: RewardModel, threshold: float, name: str | None = None) -> None:
+        check_finite("Threshold", threshold=threshold)
+        default = f"{reward_name(reward)}>={threshold:g}"
+        super().__init__(reward, default if name is None else name)
+        self.threshold = threshold
+
+    def change(self, scores: FloatArray) -> FloatArray:
+        """1 or 0."""
+        return (scores >= self.threshold).astype(np.float64)
+
+
+class Normalise(Transform):
+    """A reward minus a mean, in units of a standard deviation; both are fixed.
+
+    Args:
+        reward: The reward.
+        mean: What becomes 0.
+        std: What becomes 1; above 0.
+        name: What reports call it.
+
+    Raises:
+        ValueError: A number is not finite, or `std` is not above 0.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward = Normalise(SentimentReward(), mean=0.2, std=0.4)
+        >>> reward.score([Prompt.from_text("Hi")], ["It was."]).round(3)
+        array([-0.5])
+    """
+
+    def __init__(
+        self, reward: RewardModel, mean: float = 0.0, std: float = 1.0, name: str | None = None
+    ) -> None:
+        check_finite("Normalise", mean=mean, std=std)
+        if not std > 0:
+            raise ValueError(f"Normalise: expected std to be above 0, got {std}.")
+        super().__init__(reward, f"normalised({reward_name(reward)})" if name is None else name)
+        self.mean, self.std = float(mean), float(std)
+
+    @classmethod
+    def fitted(
+        cls,
+        reward: RewardModel,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        name: str | None = None,
+    ) -> Normalise:
+        """Take mean and standard deviation from the scores of some responses.
+
+        Raises:
+            RewardError: All of them score the same, or there are fewer than two.
+        """
+        scores = score_responses(reward, prompts, responses).total
+        if len(scores) < 2 or not scores.std() > 0:
+            raise RewardError(
+                f"Reward model {reward_name(reward)!r}: expected at least two responses with "
+                f"different scores to normalise by, got {len(scores)} with {len(set(scores))} "
+                "different ones. Pass more responses, or mean and std."
+            )
+        return cls(reward, float(scores.mean()), float(scores.std()), name)
+
+    def change(self, scores: FloatArray) -> FloatArray:
+        """(score - mean) / std."""
+        return (scores - self.mean) / self.std
+
+
+class RunningNormalise(Transform):
+    """A reward normalised by the mean and standard deviation of what it has scored so far.
+
+    Each call first takes its scores into account, then normalises them, as the reward wrappers of
+    Gymnasium and stable-baselines3 do. So a score depends on what came before: it is for training,
+    and a comparison wants `frozen()`. Before two different scores were seen, the standard deviation
+    counts as 1. The statistics are pickled with it, and `save` and `load` keep them with a run.
+
+    Source: Welford's method for batches (Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
+    Algorithm for Computing Sample Variances", 1979).
+
+    Args:
+        reward: The reward.
+        name: What reports call it.
+
+    Attributes:
+        count: Scores seen.
+        mean: Their mean.
+        std: Their standard deviation, 1 where it is not known yet.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward = RunningNormalise(SentimentReward())
+        >>> reward.score([Prompt.from_text("Hi")] * 2, ["It was good.", "It was."])
+        array([ 1., -1.])
+        >>> reward.count, reward.frozen().mean
+        (2, 0.2202)
+    """
+
+    def __init__(self, reward: RewardModel, name: str | None = None) -> None:
+        super().__init__(reward, f"normalised({reward_name(reward)})" if name is None else name)
+        self.count = 0
+        self.mean = 0.0
+        self._squares = 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the scores so far."""
+        return float(np.sqrt(self._squares / self.count)) if self._squares > 0 else 1.0
+
+    def change(self, scores: FloatArray) -> FloatArray:
+        """Count the scores and normalise them."""
+        if len(scores):
+            total = self.count + len(scores)
+            delta = float(scores.mean()) - self.mean
+            self._squares += float(((scores - scores.mean()) ** 2).sum())
+            self._squares += delta**2 * self.count * len(scores) / total
+            self.mean += delta * len(scores) / total
+            self.count = total
+        return (scores - self.mean) / self.std
+
+    def frozen(self) -> Normalise:
+        """A reward that normalises by the present statistics and goes on doing so."""
+        return Normalise(self.reward, self.mean, self.std, self.name)
+
+    def save(self, path: str | Path) -> None:
+        """Write the statistics as JSON."""
+        statistics = {
+            "format": _FORMAT,
+            "reward": reward_name(self.reward),
+            "count": self.count,
+            "mean": self.mean,
+            "squares": self._squares,
+        }
+        write_text(path, json.dumps(statistics, indent=2))
+
+    def load(self, path: str | Path) -> RunningNormalise:
+        """Go on from statistics that `save` wrote; returns itself.
+
+        Raises:
+            RewardError: The file holds none, or those of another reward.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if found["format"] != _FORMAT or found["reward"] != reward_name(self.reward):
+                raise ValueError(
+                    f"it is of reward {found['reward']!r}, format {found['format']}, not of "
+                    f"{reward_name(self.reward)!r}, format {_FORMAT}"
+                )
+            count, mean = int(found["count"]), float(found["mean"])
+            squares = float(found["squares"])
+            if count < 0 or not np.isfinite([mean, squares]).all() or squares < 0:
+                raise ValueError(f"these are no statistics: {found}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RewardError(
+                f"Reward model {self.name!r}: expected statistics that `RunningNormalise.save` "
+                f"wrote, got {str(path)!r} ({type(error).__name__}: {error}). Give that file, or "
+                "start without."
+            ) from error
+        self.count, self.mean, self._squares = count, mean, squares
+        return self
+
+
+class LengthPenalty(Combinator):
+    """A reward minus a penalty for each word beyond a limit.
+
+    Source: the soft overlong punishment of Yu et al., "DAPO", 2025. Deviations: it counts words,
+    since a reward model sees text, and does not level off.
+
+    Args:
+        reward: The reward.
+        max_words: Words (runs without white space) that are free.
+        weight: Taken off for each further word; above 0.
+        name: What reports call it.
+
+    Raises:
+        ValueError: `max_words` is negative, or `weight` is not a finite number above 0.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward = LengthPenalty(SentimentReward(), max_words=2, weight=0.1)
+        >>> reward.score([Prompt.from_text("Hi")], ["It was good."]).round(4)
+        array([0.3404])
+    """
+
+    # The penalty is for a whole response.
+    combines_steps: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        reward: RewardModel,
+        max_words: int,
+        weight: float = 0.01,
+        name: str | None = None,
+    ) -> None:
+        check_finite("LengthPenalty", weight=weight)
+        if max_words < 0 or not weight > 0:
+            raise ValueError(
+                "LengthPenalty: expected max_words from 0 up and a weight above 0, got "
+                f"{max_words} and {weight}."
+            )
+        super().__init__([reward], f"{reward_name(reward)}-length" if name is None else name)
+        self.reward, self.max_words, self.weight = reward, max_words, weight
+
+    def combine(
+        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
+        """The reward minus the penalty, which is the part "length_penalty"."""
+        beyond = [max(0, len(response.split()) - self.max_words) for response in responses]
+        penalty = self.weight * np.array(beyond, dtype=np.float64)
+        return totals[0] - penalty, {"length_penalty": penalty}
+
+
+class RepetitionPenalty(Combinator):
+    """A reward minus a penalty for n-grams of words that occur again.
+
+    The penalty is `weight` times the share of a response's n-grams that are repetitions of an
+    earlier one. A response of fewer than n words has none.
+
+    Source: the repetition penalty of Yeo et al., "Demystifying Long Chain-of-Thought Reasoning in
+    LLMs", 2025. Deviation: it is added to another reward, and not a reward of its own.
+
+    Args:
+        reward: The reward.
+        weight: Of a response that only repeats; above 0.
+        n: Words in an n-gram, at least 1. Case is ignored.
+        name: What reports call it.
+
+    Raises:
+        ValueError: `n` is below 1, or `weight` is not a finite number above 0.
+
+    Example:
+        >>> from mbrl_text_env.rewards import FunctionReward
+        >>> reward = RepetitionPenalty(FunctionReward(lambda prompt, response: 0.0), n=1)
+        >>> reward.score([Prompt.from_text("Hi")] * 2, ["so so so so", "as good as new"])
+        array([-0.75, -0.25])
+    """
+
+    # The penalty is for a whole response.
+    combines_steps: ClassVar[bool] = False
+
+    def __init__(
+        self, reward: RewardModel, weight: float = 1.0, n: int = 3, name: str | None = None
+    ) -> None:
+        check_finite("RepetitionPenalty", weight=weight)
+        if n < 1 or not weight > 0:
+            raise ValueError(
+                f"RepetitionPenalty: expected n from 1 up and a weight above 0, got {n} and "
+                f"{weight}."
+            )
+        super().__init__([reward], f"{reward_name(reward)}-repetition" if name is None else name)
+        self.reward, self.weight, self.n = reward, weight, n
+
+    def combine(
+        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
+        """The reward minus the penalty, which is the part "repetition_penalty"."""
+        shares = [repeated_share(response, self.n) for response in responses]
+        penalty = self.weight * np.array(shares, dtype=np.float64)
+        return totals[0] - penalty, {"repetition_penalty": penalty}
+
+
+def repeated_share(text: str, n: int) -> float:
+    """The share of a text's n-grams of words that have occurred before, 0 to below 1.
+
+    Example:
+        >>> repeated_share("to be or not to be", 2)
+        0.2
+    """
+    words = text.casefold().split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0

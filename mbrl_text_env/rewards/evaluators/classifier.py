@@ -1,0 +1,324 @@
+"""Any sequence-classification model of transformers as a reward model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import numpy as np
+
+from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.evaluators._hub import (
+    batches,
+    chat_messages,
+    check_at_least_one,
+    check_choices,
+    contains_any,
+    forward_flops,
+    input_limit,
+    load_model,
+    padded,
+    plain_text,
+    special_texts,
+)
+from mbrl_text_env.types import FloatArray, Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+TextFormat = Literal["pair", "chat", "article"]
+Output = Literal["logit", "sigmoid", "softmax"]
+
+
+class ClassifierReward:
+    """The score that a sequence-classification model gives to a prompt and its response.
+
+    Most reward models on the Hugging Face Hub have one logit, trained on preferences. A model with
+    several classes needs `label`: the class whose logit or probability is the reward. Code that
+    comes with a model is never run (`trust_remote_code` is off), and safetensors weights are
+    preferred where a model has others too.
+
+    Responses are scored in batches of similar length; in float32 the batch around a response does
+    not change its score by more than 1e-5. A model whose config names no padding token is run on
+    one response at a time. Texts longer than `max_length`, or than the model's input, are cut, and
+    a warning says so the first time. Special tokens written out in a prompt or response are read as
+    ordinary text, with a zero-width space in their middle: a response cannot end its own message
+    and begin another.
+
+    The article's reward is `text_format="article"` with `output="sigmoid"`, which its pipeline
+    applies to a single logit. The sigmoid keeps the order of the logits, but flattens at both ends.
+
+    Source: Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020.
+
+    Args:
+        model: Name on the Hub, or folder with a model and its tokenizer.
+        text_format: `"pair"`: prompt and response as the tokenizer's two segments, the longer cut
+            first, at the tokenizer's `truncation_side` (as a rule its end). `"chat"`: the
+            conversation in the tokenizer's chat template, cut at its start: heads of decoders read
+            the last token, so the end of the template and of the response has to stay.
+            `"article"`: one text, "User: {prompt}\\nAssistant: {response}", cut at the tokenizer's
+            `truncation_side` as the article's pipeline does.
+        output: `"logit"`, `"sigmoid"` (of a single logit) or `"softmax"` (over several classes).
+        label: Name or index of the class that is the reward; required with several classes.
+        batch_size: Most responses in one forward pass.
+        batch_tokens: Most tokens in one, padding included, so that long texts go in small batches.
+        max_length: Most tokens of a text.
+        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
+        dtype: By default float32 on a CPU and bfloat16 elsewhere.
+        name: What reports call it; by default the last part of the model's name or folder.
+        revision: Branch, tag or commit on the Hub.
+
+    Attributes:
+        num_truncated: Texts that were cut so far.
+
+    Raises:
+        RewardError: At first use, when the model is loaded: there is none, its classification head
+            has no trained weights, `output` or `label` does not fit it, or `"chat"` meets a
+            tokenizer without a chat template.
+        ValueError: At first use: an argument is out of its range.
+
+    Example:
+        >>> reward = ClassifierReward("OpenAssistant/reward-model-deberta-v3-large-v2")
+        >>> reward.name
+        'reward-model-deberta-v3-large-v2'
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        text_format: TextFormat = "pair",
+        output: Output = "logit",
+        label: str | int | None = None,
+        batch_size: int = 16,
+        batch_tokens: int = 8192,
+        max_length: int = 512,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.model = model
+        self.text_format: TextFormat = text_format
+        self.output: Output = output
+        self.label = label
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self.max_length = max_length
+        self.device = device
+        self.dtype = dtype
+        self.name = Path(model).name if name is None else name
+        self.revision = revision
+        self.num_truncated = 0
+        self._loaded: _Loaded | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weights are not pickled; a copy loads them again when it is first used.
+        return {**self.__dict__, "_loaded": None}
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the model's output for each prompt and response."""
+        if not responses:
+            return np.zeros(0)
+        encodings = self._encode(prompts, responses)
+        self._note_truncated(sum(encoding.truncated for encoding in encodings))
+        loaded = self._model()
+        rows = 1 if loaded.pad_id is None else self.batch_size
+        scores = np.zeros(len(encodings))
+        for part in batches([len(e.ids) for e in encodings], rows, self.batch_tokens):
+            scores[part] = loaded.outputs([encodings[i] for i in part], self.output)
+        return scores
+
+    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the floating-point operations of scoring each response.
+
+        2 x parameters (without embedding tables, which are looked up) x tokens + 4 x layers x width
+        x tokens^2 for the attention; padding is not counted.
+        """
+        if not responses:
+            return np.zeros(0)
+        lengths = [len(encoding.ids) for encoding in self._encode(prompts, responses)]
+        return forward_flops(self._model().model, lengths)
+
+    def flops_bound(self) -> float:
+        """The most that one response can take: a text that fills the model's input."""
+        loaded = self._model()
+        return float(forward_flops(loaded.model, [loaded.max_length])[0])
+
+    def _model(self) -> _Loaded:
+        if self._loaded is None:
+            self._check_arguments()
+            self._loaded = self._load()
+        return self._loaded
+
+    def _check_arguments(self) -> None:
+        check_choices(self, text_format=get_args(TextFormat), output=get_args(Output))
+        check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
+
+    def _load(self) -> _Loaded:
+        model, tokenizer = load_model(
+            self.model,
+            "AutoModelForSequenceClassification",
+            "sequence-classification",
+            name=self.name,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        if self.text_format == "chat" and tokenizer.chat_template is None:
+            raise RewardError(
+                f"Reward model {self.name!r}: text_format='chat' needs a tokenizer with a chat "
+                f"template, and {str(self.model)!r} has none. Use text_format='pair' or 'article'."
+            )
+        pad_id = model.config.get_text_config().pad_token_id
+        return _Loaded(
+            model=model,
+            tokenizer=tokenizer,
+            is_special=contains_any(special_texts(tokenizer)),
+            column=self._column(model.config),
+            max_length=input_limit(model, tokenizer, self.max_length),
+            # Some configs have -1 where they mean none.
+            pad_id=None if pad_id is None or pad_id < 0 else pad_id,
+        )
+
+    def _column(self, config: Any) -> int:
+        """Index of the logit that is the reward."""
+        labels = [config.id2label[i] for i in range(config.num_labels)]
+        single = len(labels) == 1
+        if (self.output == "softmax" and single) or (self.output == "sigmoid" and not single):
+            raise RewardError(
+                f"Reward model {self.name!r}: output={self.output!r} does not fit a model with "
+                f"{len(labels)} output{'' if single else 's'}. Use output='logit' or "
+                f"{'sigmoid' if single else 'softmax'!r}."
+            )
+        if single and self.label is None:
+            return 0
+        if isinstance(self.label, str) and self.label in labels:
+            return labels.index(self.label)
+        if isinstance(self.label, int) and 0 <= self.label < len(labels):
+            return self.label
+        raise RewardError(
+            f"Reward model {self.name!r} has the classes {labels}: expected label= to be the name "
+            f"or the index of the one whose score is the reward, got {self.label!r}. Pass label=, "
+            "with output='softmax' or 'logit' if there are several."
+        )
+
+    def _encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[_Encoding]:
+        """Token ids of each text, cut to the model's input."""
+        limit = self._model().max_length
+        encodings = self._tokenize(prompts, responses)
+        long = [i for i, encoding in enumerate(encodings) if len(encoding.ids) > limit]
+        if long and self.text_format == "chat":
+            for i in long:
+                encodings[i] = self._without_start(encodings[i], limit)
+        elif long:
+            cut = self._tokenize(
+                [prompts[i] for i in long],
+                [responses[i] for i in long],
+                truncation=True,
+                max_length=limit,
+            )
+            for i, encoding in zip(long, cut, strict=True):
+                encodings[i] = _Encoding(encoding.ids, encoding.type_ids, truncated=True)
+        return encodings
+
+    def _without_start(self, encoding: _Encoding, limit: int) -> _Encoding:
+        """The last `limit` tokens, the first of them the text's own first if that opens it."""
+        tokenizer = self._model().tokenizer
+        opened = encoding.ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
+        kept = [0] * (opened and limit > 1)
+        kept += range(len(encoding.ids) - limit + len(kept), len(encoding.ids))
+        type_ids = encoding.type_ids
+        return _Encoding(
+            [encoding.ids[i] for i in kept],
+            None if type_ids is None else [type_ids[i] for i in kept],
+            truncated=True,
+        )
+
+    def _tokenize(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], **options: Any
+    ) -> list[_Encoding]:
+        loaded = self._model()
+        answers = [plain_text(response, loaded.is_special) for response in responses]
+        texts = [self._text(*row) for row in zip(prompts, answers, strict=True)]
+        batch = loaded.tokenizer(
+            texts,
+            answers if self.text_format == "pair" else None,
+            # A chat template writes them itself.
+            add_special_tokens=self.text_format != "chat",
+            verbose=False,
+            **options,
+        )
+        type_ids = batch.get("token_type_ids", [None] * len(texts))
+        return [_Encoding(*row) for row in zip(batch["input_ids"], type_ids, strict=True)]
+
+    def _text(self, prompt: Prompt, response: str) -> str:
+        """The text of a response, or its first segment under `"pair"`."""
+        is_special = self._model().is_special
+        if self.text_format == "pair":
+            return plain_text(prompt.text, is_special)
+        if self.text_format == "article":
+            return f"User: {plain_text(prompt.text, is_special)}\nAssistant: {response}"
+        messages = chat_messages(prompt, is_special)
+        messages.append({"role": "assistant", "content": response})
+        return cast("str", self._model().tokenizer.apply_chat_template(messages, tokenize=False))
+
+    def _note_truncated(self, count: int) -> None:
+        if count and not self.num_truncated:
+            warnings.warn(
+                f"Reward model {self.name!r} cut {count} text(s) to {self._model().max_length} "
+                "tokens, so the rest of them does not count. Raise max_length if the model's input "
+                "allows it, or shorten prompts and responses. `num_truncated` counts further ones.",
+                stacklevel=3,
+            )
+        self.num_truncated += count
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Tokens of one text: ids int[T], segment ids int[T] in architectures that have them."""
+
+    ids: list[int]
+    type_ids: list[int] | None
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model with what is to be known of it.
+
+    `is_special` tells texts with special tokens in them, `column` is the logit that is the reward,
+    `max_length` the most tokens of a text, and `pad_id` None where the model has no padding token.
+    """
+
+    model: Any
+    tokenizer: Any
+    is_special: Callable[[str], bool]
+    column: int
+    max_length: int
+    pad_id: int | None
+
+    def outputs(self, encodings: Sequence[_Encoding], output: Output) -> FloatArray:
+        """float64[B], from one forward pass."""
+        import torch
+
+        with torch.inference_mode():
+            logits = self.model(**self._inputs(encodings)).logits.double()
+            if output == "softmax":
+                logits = logits.softmax(dim=-1)
+            column = logits[:, self.column]
+            chosen = column.sigmoid() if output == "sigmoid" else column
+        return cast("FloatArray", chosen.cpu().numpy())
+
+    def _inputs(self, encodings: Sequence[_Encoding]) -> dict[str, torch.Tensor]:
+        """Ids, mask and segment ids, padded on the right: int64[B, T]."""
+        device = self.model.device
+        ids, mask = padded([encoding.ids for encoding in encodings], self.pad_id or 0, device)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if encodings[0].type_ids is not None:
+            type_ids = [encoding.type_ids or [] for encoding in encodings]
+            inputs["token_type_ids"], _ = padded(type_ids, 0, device)
+        return inputs

@@ -1,0 +1,1 @@
+"""Reward models that are learned: preferences, features, fits, and the folder they are kept in."""

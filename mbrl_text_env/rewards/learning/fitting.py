@@ -1,0 +1,220 @@
+"""Fit heads on frozen features: Bradley-Terry on preferences, regression on scores."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from mbrl_text_env.rewards.learning.features import EmbeddingFeatures, Features, Raw
+from mbrl_text_env.rewards.learning.fit_report import (
+    PairReport,
+    RegressionReport,
+    RewardFitError,
+    RewardFitReport,
+    pair_report,
+    regression_report,
+    split_by_group,
+)
+from mbrl_text_env.rewards.learning.head_fits import FITS, Problem
+from mbrl_text_env.rewards.learning.learned import Fitted, Head, HeadScorer, LearnedReward
+from mbrl_text_env.rewards.learning.preferences import PreferencePair
+from mbrl_text_env.types import FloatArray
+
+if TYPE_CHECKING:
+    from mbrl_text_env.records import Record
+
+Objective = Literal["bradley-terry", "regression"]
+HeadKind = Literal["linear", "mlp"]
+Rows = npt.NDArray[np.bool_]
+
+
+def fit_reward(
+    data: Sequence[PreferencePair] | Sequence[Record],
+    *,
+    objective: Objective = "bradley-terry",
+    head: HeadKind = "linear",
+    features: Features | None = None,
+    held_out: float = 0.2,
+    seed: int = 0,
+    name: str | None = None,
+    data_name: str | None = None,
+) -> LearnedReward:
+    """Fit a reward model: a head on features of a frozen model.
+
+    A share of the prompts is held out; the report's figures are those of their pairs or records,
+    and nothing of them is used in the fit. Prompts are told apart by their text. The strength of
+    the penalty is chosen by cross-validation on the others, by prompt as well.
+
+    Bradley-Terry: the probability that a response is preferred is sigmoid(r_chosen - r_rejected),
+    and the mean of its -log is made small. For a linear head that is a logistic regression on
+    differences of features without an intercept, which is convex. Margins are not used. Regression:
+    ridge regression of the scores.
+
+    Sources: Bradley and Terry, "Rank Analysis of Incomplete Block Designs", Biometrika 1952;
+    Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020. Deviation: only a
+    head is fitted, the model below it is frozen; `fit_lora` tunes a model.
+
+    Args:
+        data: Preference pairs, or for regression scored records of one reward model.
+        objective: `"bradley-terry"` or `"regression"`.
+        head: `"linear"`; or `"mlp"`, one hidden layer of 32 units, stopped early by the loss on a
+            fifth of the prompts that are fitted on.
+        features: By default `EmbeddingFeatures()`, on MiniLM, with counts. A copy is fitted.
+        held_out: Share of the prompts to measure on.
+        seed: The split and the initial weights of an MLP follow from it.
+        name: Of the reward; by default `learned(<data_name>)`.
+        data_name: What preferences or scores come from; by default the records' reward, or
+            "preferences".
+
+    Returns:
+        The reward, not saved yet, with its report in `report_`.
+
+    Raises:
+        RewardFitError: There is too little data (fewer than five prompts), all of it looks the same
+            to the features, or it does not fit the objective.
+        RewardError: The model that reads texts cannot be loaded.
+
+    Example:
+        >>> pairs = pairs_from_records(read_records("records"))  # doctest: +SKIP
+        >>> reward = fit_reward(pairs, data_name="relevance")  # doctest: +SKIP
+        >>> reward.report_.held_out.accuracy  # doctest: +SKIP
+        0.93
+        >>> reward.save("my-reward")  # doctest: +SKIP
+    """
+    _check_arguments(data, objective, head)
+    # A copy: whoever passes the same features to two fits gets two rewards.
+    features = EmbeddingFeatures() if features is None else copy.copy(features)
+    read = _read_pairs if objective == "bradley-terry" else _read_records
+    table = read(data, features)
+    test = split_by_group(table.groups, held_out, seed)
+    train = ~test
+    features.fit({key: values[table.rows(train)] for key, values in table.raw.items()})
+    inputs = features.transform(table.raw)
+    problem = table.problem(inputs).subset(train)
+    if problem.says_nothing():
+        raise RewardFitError(
+            f"Expected responses that the features tell apart, but {len(data)} rows look the same "
+            f"to {features.kind} features. Add data, or choose other features."
+        )
+    fitted, chosen = FITS[head](problem, seed)
+    if objective == "bradley-terry":
+        fitted = _centred(fitted, inputs[table.rows(train)])
+    scores = fitted(inputs)
+    origin = data_name or table.data_name
+    report = RewardFitReport(
+        objective=objective,
+        model=f"{head} on {features.kind}",
+        data=origin,
+        seed=seed,
+        num_fitted=int(train.sum()),
+        num_fitted_prompts=len(set(_picked(table.groups, train))),
+        fitted_accuracy=table.report(scores, train).accuracy,
+        held_out=table.report(scores, test),
+        chosen=chosen,
+    )
+    scorer = HeadScorer(features, fitted)
+    return LearnedReward(None, fitted=Fitted(name or f"learned({origin})", scorer, report))
+
+
+class _Pairs(NamedTuple):
+    """Pairs, with the chosen responses' rows first and then the rejected ones'."""
+
+    raw: Raw
+    groups: list[Hashable]
+    lengths: npt.NDArray[np.int64]
+    data_name: str = "preferences"
+
+    def rows(self, used: Rows) -> npt.NDArray[np.int64]:
+        return np.flatnonzero(np.concatenate([used, used]))
+
+    def problem(self, inputs: FloatArray) -> Problem:
+        chosen, rejected = np.split(inputs, 2)
+        return Problem(chosen, _numbered(self.groups), rejected=rejected)
+
+    def report(self, scores: FloatArray, used: Rows) -> PairReport:
+        chosen, rejected = np.split(scores, 2)
+        return pair_report(
+            chosen[used], rejected[used], _picked(self.groups, used), self.lengths[used]
+        )
+
+
+class _Scored(NamedTuple):
+    """Records, one row each."""
+
+    raw: Raw
+    groups: list[Hashable]
+    lengths: npt.NDArray[np.int64]
+    scores: FloatArray
+    data_name: str
+
+    def rows(self, used: Rows) -> npt.NDArray[np.int64]:
+        return np.flatnonzero(used)
+
+    def problem(self, inputs: FloatArray) -> Problem:
+        return Problem(inputs, _numbered(self.groups), targets=self.scores)
+
+    def report(self, scores: FloatArray, used: Rows) -> RegressionReport:
+        groups = _picked(self.groups, used)
+        return regression_report(scores[used], self.scores[used], groups, self.lengths[used])
+
+
+def _read_pairs(data: Sequence[Any], features: Features) -> _Pairs:
+    prompts = [pair.prompt for pair in data]
+    responses = [*(pair.chosen for pair in data), *(pair.rejected for pair in data)]
+    lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in data])
+    return _Pairs(features.read(prompts * 2, responses), [p.text for p in prompts], lengths)
+
+
+def _read_records(data: Sequence[Any], features: Features) -> _Scored:
+    responses = [record.response for record in data]
+    return _Scored(
+        features.read([record.prompt() for record in data], responses),
+        [record.prompt_text for record in data],
+        np.array([len(response) for response in responses]),
+        np.array([record.score for record in data], dtype=np.float64),
+        data[0].reward_name,
+    )
+
+
+def _centred(head: Head, inputs: FloatArray) -> Head:
+    """The head with a mean score of 0 on `inputs`; differences of scores stay as they are."""
+    *first, (weights, bias) = head.layers
+    return Head((*first, (weights, bias - head(inputs).mean())))
+
+
+def _numbered(groups: Sequence[Hashable]) -> npt.NDArray[np.int64]:
+    numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    return np.array([numbers[group] for group in groups], dtype=np.int64)
+
+
+def _picked(groups: Iterable[Hashable], used: Rows) -> list[Hashable]:
+    return [group for group, is_used in zip(groups, used, strict=True) if is_used]
+
+
+def _check_arguments(data: Sequence[Any], objective: str, head: str) -> None:
+    for argument, value, allowed in (
+        ("objective", objective, get_args(Objective)),
+        ("head", head, get_args(HeadKind)),
+    ):
+        if value not in allowed:
+            raise RewardFitError(f"{argument}: expected one of {list(allowed)}, got {value!r}.")
+    if not data:
+        raise RewardFitError("Expected data to fit a reward on, got none.")
+    is_pairs = all(isinstance(row, PreferencePair) for row in data)
+    if is_pairs != (objective == "bradley-terry"):
+        raise RewardFitError(
+            f"objective={objective!r} takes "
+            f"{'scored records' if is_pairs else 'preference pairs'}, got "
+            f"{type(data[0]).__name__}s. Make pairs of records with `pairs_from_records`, or "
+            "change the objective."
+        )
+    names = sorted({row.reward_name for row in data if not isinstance(row, PreferencePair)})
+    if len(names) > 1:
+        raise RewardFitError(
+            f"Expected scores of one reward model, got those of {names}. Score the responses with "
+            "one of them (`records.rescore`)."
+        )

@@ -1,0 +1,253 @@
+"""Preference pairs: what pairwise reward models are fitted on.
+
+They are read from files and datasets in TRL's preference format, or made from records whose scores
+are trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mbrl_text_env.files import write_text
+from mbrl_text_env.language_models.base import spawn_seed
+from mbrl_text_env.rewards.learning._preference_rows import (
+    RESPONSES,
+    PreferenceError,
+    fields_of,
+    file_rows,
+    hub_rows,
+    shorten,
+)
+from mbrl_text_env.types import Prompt
+
+if TYPE_CHECKING:
+    from mbrl_text_env.records import Record
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two responses to a prompt, of which one was preferred.
+
+    Args:
+        prompt: What both answer.
+        chosen: The preferred response. Either may be empty: a language model can end at once.
+        rejected: The other one.
+        margin: By how much, in the units of whoever judged; None where it is not known.
+
+    Raises:
+        PreferenceError: The responses are the same but for white space around them, or the margin
+            is no finite number of at least 0.
+
+    Example:
+        >>> pair = PreferencePair(Prompt.from_text("2 + 2?"), "4", "5")
+        >>> pair.flipped().chosen
+        '5'
+    """
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.chosen.strip() == self.rejected.strip():
+            raise PreferenceError(
+                f"Prompt {self.prompt.id!r}: expected two different responses, got "
+                f"{shorten(repr(self.chosen))} as chosen and as rejected. Leave the pair out."
+            )
+        if self.margin is not None and not 0 <= self.margin < math.inf:
+            raise PreferenceError(
+                f"Prompt {self.prompt.id!r}: expected a finite margin of at least 0, or none, got "
+                f"{self.margin!r}. Swap the responses, or leave the margin out."
+            )
+
+    def flipped(self) -> PreferencePair:
+        """The opposite preference."""
+        return PreferencePair(self.prompt, self.rejected, self.chosen, self.margin)
+
+
+def load_preferences(
+    source: str | Path,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    limit: int | None = None,
+) -> list[PreferencePair]:
+    """Read preference pairs in TRL's format.
+
+    A row has `chosen` and `rejected` and, with an explicit prompt, `prompt`; each is a string or a
+    list of `{"role": ..., "content": ...}`. Without a prompt (TRL's implicit prompt), or where both
+    begin with the same messages, `chosen` and `rejected` are whole conversations, and what they
+    share at the start is the prompt: messages, or characters of a string up to the last
+    "\\n\\nAssistant:" where there is one. Of a conversation exactly one message of the assistant
+    has to follow the prompt. Optional are `margin` (TRL's), `id`, `split`, and `metadata` (an
+    object, or one as a JSON string); other columns become metadata too. Prompts of equal content
+    get the same default id, `<name>-<row of the first>`.
+
+    Source of the format: TRL's documentation, "Dataset formats and types", "Preference".
+    Deviation: a string that is shared without "\\n\\nAssistant:" ends before the word in which the
+    responses begin to differ, where TRL may split a word.
+
+    Args:
+        source: A `.jsonl` file in UTF-8, one object a line; or the name of a dataset on the Hugging
+            Face Hub, or a folder that `datasets.load_dataset` reads.
+        split: Of a dataset, as `datasets` takes it (`"train[:100]"`); a file has all in one.
+        config: Name of the dataset's configuration.
+        limit: Read only so many rows, the first; None reads all.
+
+    Returns:
+        At least one pair, in the order of the source.
+
+    Raises:
+        PreferenceError: The source cannot be read (no such file, no network, not UTF-8), it has no
+            rows, or a row is no pair; the message names the file and line, or the dataset's row.
+
+    Example:
+        >>> pairs = load_preferences("pairs.jsonl")  # doctest: +SKIP
+        >>> pairs = load_preferences("trl-lib/ultrafeedback_binarized")  # doctest: +SKIP
+    """
+    if limit is not None and limit < 1:
+        raise PreferenceError(f"limit: expected 1 or more, or None for all, got {limit!r}.")
+    is_file = str(source).endswith(".jsonl")
+    name = str(source) if is_file else f"Dataset {str(source)!r}, split {split!r}"
+    rows = file_rows(Path(source)) if is_file else hub_rows(str(source), split, config, name)
+    first_ids: dict[Any, str] = {}
+    pairs = []
+    for number, (place, row) in enumerate(islice(rows, limit), start=1):
+        try:
+            fields = fields_of(row, f"{Path(source).stem}-{number}", first_ids)
+            pairs.append(PreferencePair(*fields))
+        except ValueError as error:
+            raise PreferenceError(f"{place}: {error}") from error
+    if not pairs:
+        raise PreferenceError(
+            f"{name}: expected at least one preference pair, got none. Add rows with `prompt`, "
+            "`chosen` and `rejected`."
+        )
+    return pairs
+
+
+def pairs_from_records(
+    records: Sequence[Record],
+    *,
+    pairs_per_prompt: int | None = None,
+    min_gap: float = 0.0,
+    seed: int = 0,
+) -> list[PreferencePair]:
+    """Make pairs from responses whose score is trusted: within a prompt, the higher is chosen.
+
+    Ties are left out, and so are responses that a prompt has twice. The scores' difference is the
+    pair's margin. The choice for a prompt follows from the seed and its text, whatever other
+    prompts there are.
+
+    Args:
+        records: Scored by one reward model.
+        pairs_per_prompt: Pairs that are drawn for a prompt, without replacement; None keeps all.
+        min_gap: Only pairs whose scores differ by more than this.
+        seed: The choice follows from it.
+
+    Returns:
+        At least one pair, prompt by prompt.
+
+    Raises:
+        PreferenceError: A number is out of its range, the records come from different reward
+            models, or no two responses to a prompt differ in score by more than `min_gap`.
+
+    Example:
+        >>> pairs = pairs_from_records(read_records("records"), seed=0)  # doctest: +SKIP
+    """
+    if not min_gap >= 0 or (pairs_per_prompt is not None and pairs_per_prompt < 1):
+        raise PreferenceError(
+            "Expected min_gap of at least 0 and pairs_per_prompt of at least 1, or None, got "
+            f"{min_gap!r} and {pairs_per_prompt!r}."
+        )
+    names = sorted({record.reward_name for record in records})
+    if len(names) > 1:
+        raise PreferenceError(
+            f"Expected scores of one reward model, got those of {names}. Score the responses with "
+            "one of them (`records.rescore`)."
+        )
+    groups: dict[str, dict[str, Record]] = {}
+    for record in records:
+        groups.setdefault(record.prompt_text, {}).setdefault(record.response.strip(), record)
+    pairs = []
+    for text, responses in groups.items():
+        found = _ordered(list(responses.values()), min_gap)
+        if pairs_per_prompt is not None and len(found) > pairs_per_prompt:
+            rng = np.random.default_rng(spawn_seed(seed, *text.encode()))
+            kept = sorted(rng.choice(len(found), pairs_per_prompt, replace=False))
+            found = [found[i] for i in kept]
+        # The prompt of the first: equal prompts may have different ids.
+        prompt = next(iter(responses.values())).prompt()
+        pairs += [
+            PreferencePair(prompt, better.response, worse.response, better.score - worse.score)
+            for better, worse in found
+        ]
+    if not pairs:
+        raise PreferenceError(
+            "Expected responses to a prompt whose scores differ by more than "
+            f"{min_gap}, got none in {len(records)} records of {len(groups)} prompts. Collect more "
+            "responses to each prompt, lower min_gap, or take another reward as gold."
+        )
+    return pairs
+
+
+def write_preferences(path: str | Path, pairs: Sequence[PreferencePair]) -> None:
+    """Write pairs as JSONL that `load_preferences`, `datasets` and TRL read; whole or not at all.
+
+    Prompts that are chats are written as messages and so are the responses to them, as TRL wants
+    it; prompts that are plain text and the responses to them as strings. Metadata is a JSON string,
+    since a dataset's columns have one type each.
+
+    Raises:
+        PreferenceError: There are no pairs, the path does not end in .jsonl, or cannot be written,
+            or a pair holds what JSON cannot.
+
+    Example:
+        >>> write_preferences("pairs.jsonl", pairs)  # doctest: +SKIP
+    """
+    if not pairs or Path(path).suffix != ".jsonl":
+        raise PreferenceError(
+            f"Expected at least one pair and a path that ends in .jsonl, got {len(pairs)} pairs "
+            f"and {str(path)!r}."
+        )
+    try:
+        lines = [json.dumps(_fields(pair), ensure_ascii=False, allow_nan=False) for pair in pairs]
+        write_text(path, "\n".join(lines) + "\n")
+    except (OSError, TypeError, ValueError) as error:
+        raise PreferenceError(
+            f"{path}: expected pairs of valid Unicode with JSON metadata and a place that can be "
+            f"written, got {type(error).__name__}: {error}. Change the path or the pairs."
+        ) from error
+
+
+def _ordered(records: Sequence[Record], min_gap: float) -> list[tuple[Record, Record]]:
+    """All pairs of responses to one prompt that are far enough apart, the better one first."""
+    pairs = [(a, b) if a.score > b.score else (b, a) for a, b in combinations(records, 2)]
+    return [(better, worse) for better, worse in pairs if better.score - worse.score > min_gap]
+
+
+def _fields(pair: PreferencePair) -> dict[str, Any]:
+    prompt = pair.prompt
+    fields: dict[str, Any] = {"id": prompt.id}
+    if isinstance(prompt.content, str):
+        fields.update(prompt=prompt.content, chosen=pair.chosen, rejected=pair.rejected)
+    else:
+        fields["prompt"] = [{"role": m.role, "content": m.content} for m in prompt.content]
+        for column in RESPONSES:
+            fields[column] = [{"role": "assistant", "content": getattr(pair, column)}]
+    if pair.margin is not None:
+        fields["margin"] = pair.margin
+    if prompt.split is not None:
+        fields["split"] = prompt.split
+    if prompt.metadata:
+        fields["metadata"] = json.dumps(dict(prompt.metadata), ensure_ascii=False, allow_nan=False)
+    return fields

@@ -1,0 +1,1 @@
+"""Rewards that a program can check: answers, patterns, schemas, constraints, puzzles, code."""

@@ -1,0 +1,114 @@
+"""Responses that match a regular expression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.verifiable.isolated import import_optional
+from mbrl_text_env.types import FloatArray, Prompt
+
+Match = Literal["full", "search"]
+"""Whether the whole response has to match, or a part of it."""
+
+
+class RegexReward:
+    r"""1 if the response matches a regular expression, else 0.
+
+    White space around the response is ignored, and a response of nothing else scores 0, whatever
+    the pattern. The syntax is that of the package `regex` in its compatible mode, Python's own with
+    additions such as `\p{L}`.
+
+    A pattern such as `(a+)+$` can take exponential time. A match that takes longer than `seconds`
+    is an error and no 0: it is the pattern that is at fault, which its author can mend, and a 0
+    would fall upon whatever responses a busy machine was slow with.
+
+    Args:
+        pattern: The pattern; None to read `prompt.metadata["pattern"]`.
+        match: `"full"` for the whole response, `"search"` for any part of it.
+        flags: Letters as in `(?ims)`: `i` ignore case, `m` `^` and `$` match at lines, `s` a dot
+            matches line breaks too, `x` verbose.
+        seconds: Wall-clock time that one match may take.
+
+    Raises:
+        RewardError: The pattern does not compile. When scoring: a prompt has none, or one that does
+            not compile, or the match took too long; the message names the prompt.
+        ValueError: `match`, `flags` or `seconds` is not one of the above.
+
+    Example:
+        >>> prompt = Prompt.from_text("Name a date.", "date")
+        >>> RegexReward(r"\d{4}-\d\d-\d\d").score([prompt] * 2, ["2024-02-29", "On 2024-02-29"])
+        array([1., 0.])
+    """
+
+    name = "regex"
+
+    def __init__(
+        self,
+        pattern: str | None = None,
+        *,
+        match: Match = "full",
+        flags: str = "",
+        seconds: float = 1.0,
+    ) -> None:
+        if match not in get_args(Match):
+            raise ValueError(f"match: expected 'full' or 'search', got {match!r}.")
+        if not set(flags) <= set("imsx"):
+            raise ValueError(f"flags: expected letters of 'imsx', got {flags!r}.")
+        if not 0 < seconds < float("inf"):
+            raise ValueError(f"seconds: expected a positive number, got {seconds!r}.")
+        self.pattern = pattern
+        self.match = match
+        self.flags = flags
+        self.seconds = seconds
+        if pattern is not None:
+            _compiled(pattern, flags, f"Reward model {self.name!r}")
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether there is a pattern, the constructor's or the prompt's."""
+        return self.pattern is not None or isinstance(prompt.metadata.get("pattern"), str)
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B] of zeros and ones."""
+        return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
+
+    def _score(self, prompt: Prompt, response: str) -> float:
+        context = f"Reward model {self.name!r}, prompt {prompt.id!r}"
+        given = prompt.metadata.get("pattern") if self.pattern is None else self.pattern
+        pattern = _compiled(given, self.flags, context)
+        text = response.strip()
+        matcher = pattern.fullmatch if self.match == "full" else pattern.search
+        try:
+            return float(bool(text) and matcher(text, timeout=self.seconds) is not None)
+        except TimeoutError as error:
+            raise RewardError(
+                f"{context}: expected the pattern {given!r} to be matched within {self.seconds:g} "
+                f"s, got no end with response {response[:80]!r}. Rewrite repetitions inside "
+                "repetitions, such as (a+)+ as a+, or make their branches exclude each other."
+            ) from error
+
+
+@lru_cache(maxsize=1000)
+def _compile(pattern: str, flags: str) -> Any:
+    regex = import_optional("regex", "regex", "verify")
+    return regex.compile(f"(?{flags}){pattern}" if flags else pattern)
+
+
+def _compiled(pattern: Any, flags: str, context: str) -> Any:
+    if not isinstance(pattern, str):
+        raise RewardError(
+            f"{context}: expected a regular expression, a string, got {pattern!r}. Pass "
+            "RegexReward(pattern), or put it into metadata['pattern']."
+        )
+    regex = import_optional("regex", "regex", "verify")
+    try:
+        return _compile(pattern, flags)
+    except (regex.error, OverflowError, RecursionError) as error:
+        raise RewardError(
+            f"{context}: expected a regular expression, got {pattern!r} ({error}). Mend it; "
+            "write signs with a meaning, such as ( and *, with a backslash before them."
+        ) from error

@@ -1,0 +1,69 @@
+"""A reward that hangs is given up on, and the others get their scores."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from mbrl_text_env.checks import check_reward_model
+from mbrl_text_env.rewards.base import RewardError, score_responses
+from mbrl_text_env.rewards.composite.time_limit import TimeLimit
+from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
+from mbrl_text_env.types import Prompt
+from tests.toys import StepReward
+
+PROMPT = Prompt.from_text("Wait.")
+
+
+class Hanging(StepReward):
+    """Waits at a response "hang" until it is told to go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.go_on = threading.Event()
+
+    def score(self, prompts, responses):
+        if "hang" in responses:
+            self.go_on.wait()
+        return super().score(prompts, responses)
+
+
+@pytest.fixture
+def hanging():
+    reward = Hanging()
+    yield reward
+    reward.go_on.set()
+
+
+def test_a_call_that_hangs_is_given_up_on(hanging):
+    limited = TimeLimit(hanging, seconds=0.05)
+    with pytest.raises(RewardError, match=r"within 0.05 seconds.*'Wait\.' and 1 more"):
+        score_responses(limited, [PROMPT] * 2, ["a", "hang"])
+    # What hung is left behind; other calls go on.
+    patient = TimeLimit(hanging, seconds=60)
+    assert score_responses(patient, [PROMPT], ["ab"]).total.tolist() == [0.5]
+
+
+def test_what_is_in_time_is_as_without():
+    limited = TimeLimit(StepReward(), seconds=60)
+    assert limited.name == "steps"
+    assert score_responses(limited, [PROMPT] * 2, ["ab", "a"]).total.tolist() == [0.5, 1.0]
+    assert limited.score_steps(PROMPT, ["aa", "b"]).tolist() == [2.0, 0.0]
+    check_reward_model(TimeLimit(SentimentReward(), seconds=60))
+    assert not hasattr(TimeLimit(SentimentReward(), seconds=60), "score_steps")
+
+
+def test_errors_come_through():
+    class Broken(StepReward):
+        def score(self, prompts, responses):
+            raise ZeroDivisionError("no")
+
+    with pytest.raises(RewardError, match="ZeroDivisionError: no"):
+        TimeLimit(Broken(), seconds=60).score([PROMPT], ["a"])
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_limits_that_are_none(seconds):
+    with pytest.raises(ValueError, match="TimeLimit: expected seconds"):
+        TimeLimit(StepReward(), seconds)

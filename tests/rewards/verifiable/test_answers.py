@@ -1,0 +1,348 @@
+"""Exact, numeric and mathematical answers against cases worked out by hand."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import threading
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mbrl_text_env.checks import check_reward_model
+from mbrl_text_env.rewards.base import RewardError, applies_to, score_responses
+from mbrl_text_env.rewards.verifiable.answers import (
+    ExactMatchReward,
+    NumericReward,
+    extract_answer,
+    last_number,
+)
+from mbrl_text_env.rewards.verifiable.mathematics import MathReward
+from mbrl_text_env.types import Prompt
+
+REWARDS = {"exact": ExactMatchReward, "numeric": NumericReward, "math": MathReward}
+
+
+def asked(reference, name="question") -> Prompt:
+    return Prompt.from_text("What is it?", name, metadata={"reference_answer": reference})
+
+
+def score(reward, reference, response) -> float:
+    return float(reward.score([asked(reference)], [response])[0])
+
+
+@pytest.mark.parametrize(
+    ("response", "extract", "expected"),
+    [
+        ("  all of it \n", None, "all of it"),
+        (" \n", None, None),
+        ("First.\nLast. \n\n", "last line", "Last."),
+        ("One line", "last line", "One line"),
+        ("<answer>a</answer> no: <answer> b\nc </answer>.", "<answer>", "b\nc"),
+        ("<answer>a</answer> <answer>b", "<answer>", None),
+        ("<final>a</final>", "<final>", "a"),
+        ("answer", "<answer>", None),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}.", r"\boxed", r"\frac{1}{2}"),
+        (r"\boxed {x}", r"\boxed{}", "x"),
+        (r"\boxed{\frac{1}{2}", r"\boxed", None),
+        (r"\boxed 5", r"\boxed", None),
+        ("2 + 2\n#### 4\n", "####", "4"),
+        ("#### 3\nNo.\n#### 4 apples\nDone.", "####", "4 apples"),
+        ("ANSWER:\n\n 42 \nBye", "Answer:", "42"),
+        ("no marker", "Answer:", None),
+        ("Answer: ", "Answer:", None),
+    ],
+)
+def test_where_the_answer_stands(response, extract, expected):
+    assert extract_answer(response, extract) == expected
+
+
+@pytest.mark.parametrize("reward", REWARDS.values())
+@pytest.mark.parametrize("extract", ["", " ", 3])
+def test_an_extract_that_says_nothing_is_refused(reward, extract):
+    with pytest.raises(ValueError, match="extract: expected None for the whole response"):
+        reward(extract)
+
+
+# The same text
+
+
+@pytest.mark.parametrize(
+    ("options", "reference", "response", "expected"),
+    [
+        ({}, "Paris", " PARIS\n", 1),
+        ({}, "Paris", "Paris.", 0),
+        ({}, "Paris", "It is Paris", 0),
+        ({}, ["Paris", "Paname"], "paname", 1),
+        ({}, "New  York", "new\nyork", 1),
+        ({}, "café", "CAFE\u0301", 1),
+        ({}, "Straße", "STRASSE", 1),
+        ({}, 42, "42", 1),
+        ({}, "", "", None),
+        ({"ignore_case": False}, "Paris", "paris", 0),
+        ({"ignore_case": False}, "Paris", "Paris", 1),
+        ({"ignore_punctuation": True}, "Paris", "¡“Paris”!", 1),
+        ({"ignore_punctuation": True}, "35", "3.5", 1),
+        ({"ignore_punctuation": True}, "日本", "日本。", 1),
+        ({"ignore_articles": True}, "The Seine", "a Seine", 1),
+        ({"ignore_articles": True}, "theme", "me", 0),
+        ({"extract": "####"}, "Paris", "I think so.\n#### Paris", 1),
+        ({"extract": "####"}, "Paris", "Paris", 0),
+    ],
+)
+def test_exact_match(options, reference, response, expected):
+    if expected is None:
+        with pytest.raises(RewardError, match=r"prompt 'question': expected .*got ''"):
+            score(ExactMatchReward(**options), reference, response)
+    else:
+        assert score(ExactMatchReward(**options), reference, response) == expected
+
+
+def test_exact_match_as_squad_evaluates_it():
+    reward = ExactMatchReward(ignore_punctuation=True, ignore_articles=True)
+    accepted = ["Denver Broncos", "The Denver Broncos!"]
+    assert [score(reward, accepted, r) for r in ("the  denver broncos.", "Broncos")] == [1, 0]
+
+
+def test_a_reference_of_which_nothing_is_left_is_an_error():
+    with pytest.raises(
+        RewardError, match=r"prompt 'question': .*something is left when normalised"
+    ):
+        score(ExactMatchReward(ignore_articles=True), "The", "the")
+
+
+@given(st.text())
+def test_a_text_matches_itself_and_an_empty_response_nothing(text):
+    if text.strip():
+        assert score(ExactMatchReward(), text, text) == 1
+        assert score(ExactMatchReward(), text, "") == 0
+
+
+# The same number
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("12 of 16 is 75%, or 3/4", "3/4"),
+        ("about 1,234,567.50 in all.", "1234567.5"),
+        ("1\u00a0234", "1234"),
+        ("1,2,3", "3"),
+        ("12,34", "34"),
+        ("-3.5", "-3.5"),
+        ("\u22127", "-7"),
+        ("5-3", "3"),
+        ("x = -2", "-2"),
+        ("-$1,000", "-1000"),
+        ("$1,000.", "1000"),
+        ("(7)", "7"),
+        (".5", "1/2"),
+        ("1e3", "1000"),
+        ("1.5E-3", "0.0015"),
+        (r"1.5 \times 10^{-3}", "0.0015"),
+        ("1.5 x 10^3", "1500"),
+        ("50 %", "1/2"),
+        (r"50\%", "1/2"),
+        (r"so \frac{3}{4}", "3/4"),
+        (r"\dfrac{-3}{4}", "-3/4"),
+        ("٣", "3"),
+        ("9" * 1000, "9" * 1000),
+        ("9" * 1001, None),
+        ("1e1000000000", None),
+        ("1/0", None),
+        ("It is 1/2.", "1/2"),
+        ("5 / 7.5", "7.5"),
+        ("x2 and b.5", None),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_the_last_number(text, expected):
+    assert last_number(text) == (None if expected is None else Fraction(expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "reference", "response", "expected"),
+    [
+        ({}, "1500", "6 * 250 = 1,500.", 1),
+        ({}, 0.5, "1/2", 1),
+        ({}, 1e20, "100000000000000000000", 1),
+        ({}, "9007199254740993", "9007199254740992", 0),
+        ({}, "1/3", "0.333", 0),
+        ({"abs_tol": 0.001}, "1/3", "0.333", 1),
+        ({"abs_tol": 0.0001}, "1/3", "0.333", 0),
+        ({"rel_tol": 0.01}, "1000", "1010", 1),
+        ({"rel_tol": 0.01}, "1000", "1011", 0),
+        ({"rel_tol": 0.01}, "-1000", "-990", 1),
+        ({"abs_tol": 5, "rel_tol": 0.01}, "100", "105", 1),
+        ({}, ["1", "2"], "2", 1),
+        ({}, "2", "2, not 3", 0),
+        ({"extract": "####"}, "2", "#### 2\nnot 3", 1),
+        ({}, "2", "two", 0),
+        ({}, "2", "", 0),
+    ],
+)
+def test_numeric(options, reference, response, expected):
+    assert score(NumericReward(**options), reference, response) == expected
+
+
+@given(st.fractions(), st.fractions())
+def test_numbers_are_compared_exactly(reference, value):
+    expected = float(reference == value)
+    assert score(NumericReward(), str(reference), f"It is {value}.") == expected
+
+
+@pytest.mark.parametrize("name", ["abs_tol", "rel_tol"])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_tolerances_that_are_none_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
+        NumericReward(**{name: value})
+
+
+def test_a_reference_that_is_no_number_is_an_error_whatever_the_response():
+    assert not applies_to(NumericReward(), asked("many"))
+    for response in ("3", ""):
+        with pytest.raises(
+            RewardError, match=r"prompt 'question': expected .*a number, got .*many"
+        ):
+            score(NumericReward(), ["3", "many"], response)
+
+
+# The same mathematics
+
+
+@pytest.mark.parametrize(
+    ("reference", "response", "expected"),
+    [
+        ("1/2", "0.5", 1),
+        ("1/2", r"\frac12", 1),
+        ("1/2", r"$\frac{2}{4}$", 1),
+        (r"\frac{1}{2}", "1/2", 1),
+        (r"\frac{1}{2}", "2", 0),
+        ("2", r"\frac{1}{2}", 0),
+        ("x^2 + 1", "1 + x**2", 1),
+        ("x**2 + 1", r"$x^2+1$", 1),
+        ("x**2 + 1", "x**2 - 1", 0),
+        ("(x+1)/2", r"So we get $\frac{x}{2} + \frac12$.", 1),
+        ("(x+1)^2", "x^2 + 2*x + 1", 1),
+        ("sqrt(8)", r"2\sqrt{2}", 1),
+        ("2*pi", r"$2\pi$", 1),
+        ("sin(x)", r"$\cos x$", 0),
+        ("42", "The answer is 42.", 1),
+        ("42", "The answer is 43.", 0),
+        ("42", r"Let me see. \boxed{42}", 1),
+        ("{1, 2}", r"$\{2, 1\}$", 1),
+        ("(1, 2)", "$(2, 1)$", 0),
+        ("x = 3", "3", 1),
+        ("3,000", "3000", 1),
+        ("50%", "0.5", 1),
+        ("1e6", "1000000", 1),
+        ("0.0015", "1.5e-3", 1),
+        ("3", r"\boxed{1} \boxed{2} \boxed{3}", 0),
+        ("3", "1 or 2 or 3, or 4", 0),
+        ("3", r"$\{1, 2, 3\}$", 0),
+        (["1", "-1"], "-1", 1),
+        ("7", "seven", 0),
+        ("7", "", 0),
+        ("7", "日本 🙂", 0),
+    ],
+)
+def test_math(reference, response, expected):
+    assert score(MathReward(), reference, response) == expected
+
+
+def test_math_after_a_marker():
+    reward = MathReward("Answer:")
+    assert score(reward, "x + 1", "4 apples.\nAnswer: 1 + x\n5 pears.") == 1
+    assert score(reward, "5", "5") == 0
+
+
+EXPLOSIONS = ["9^{9^{9^9}}", "$9^{9^{9^{9^9}}}$", "9**9**9**9", r"$\binom{10^{9}}{10^{8}}!!$"]
+
+
+@pytest.mark.parametrize("explosion", EXPLOSIONS)
+def test_a_response_that_explodes_scores_0_in_time_and_its_neighbours_are_right(explosion):
+    reward = MathReward(seconds=1.0)
+    prompts = [asked("9", str(i)) for i in range(4)]
+    reward.score(prompts[:1], ["9"])
+    began = time.monotonic()
+    scores = score_responses(reward, prompts, ["9", explosion, "18/2", "8"]).total
+    np.testing.assert_array_equal(scores, [1, 0, 1, 0])
+    # Two limits, and a start of the process on a busy machine.
+    assert time.monotonic() - began < 60
+
+
+def test_a_response_is_not_run_as_python(tmp_path):
+    target = tmp_path / "written"
+    attacks = [
+        f"__import__('pathlib').Path({str(target)!r}).touch()",
+        f"$__import__('os').system('touch {target}')$",
+        f"1 + open({str(target)!r}, 'w').close()",
+    ]
+    prompts = [asked("1", str(i)) for i in range(3)]
+    MathReward().score(prompts, attacks)
+    assert not target.exists()
+
+
+def test_math_in_threads_and_pickled():
+    reward = pickle.loads(pickle.dumps(MathReward(seconds=1.5)))  # noqa: S301 - our own
+    assert reward.seconds == 1.5
+    found: dict[int, list[float]] = {}
+
+    def work(number: int) -> None:
+        responses = [str(number), "9^{9^{9^9}}" if number == 2 else "x", f"{2 * number}/2"]
+        found[number] = reward.score([asked(str(number))] * 3, responses).tolist()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert found == {number: [1.0, 0.0, 1.0] for number in range(4)}
+
+
+def test_a_reference_that_is_no_mathematics_is_an_error_with_the_prompts_name():
+    with pytest.raises(RewardError, match=r"prompt 'question': .*nothing mathematical was found"):
+        score(MathReward(), "I do not know it", "3")
+    with pytest.raises(RewardError, match=r"prompt 'question': .*took longer than 0.5 s"):
+        score(MathReward(seconds=0.5), "9^{9^{9^9}} + x", "3")
+
+
+def test_without_math_verify_the_extra_is_named(monkeypatch):
+    from mbrl_text_env.rewards.verifiable.mathematics import load_math_verify
+
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(RewardError, match=r"pip install 'mbrl-text-env\[verify\]'"):
+        load_math_verify()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_a_limit_of_time_has_to_be_one(seconds):
+    with pytest.raises(ValueError, match="seconds: expected a positive number"):
+        MathReward(seconds=seconds)
+
+
+# All of them
+
+
+@pytest.mark.parametrize("reward", REWARDS.values(), ids=REWARDS)
+@pytest.mark.parametrize("extract", [None, "####"])
+def test_the_contract(reward, extract):
+    responses = ["7", "#### 7", "", "14/2", " \n", "日本 🙂 e\u0301", "7. " * 3333, "x" * 10_000]
+    check_reward_model(reward(extract), [asked("7"), asked(["8", 7], "two")], responses)
+
+
+@pytest.mark.parametrize("reward", REWARDS.values(), ids=REWARDS)
+@pytest.mark.parametrize("metadata", [{}, {"reference_answer": None}, {"reference_answer": []}])
+def test_a_prompt_without_a_reference_answer_is_named(reward, metadata):
+    prompt = Prompt.from_text("What?", "bare", metadata=metadata)
+    assert not applies_to(reward(), prompt)
+    assert applies_to(reward(), asked("7"))
+    with pytest.raises(
+        RewardError, match=r"prompt 'bare': expected metadata\['reference_answer'\]"
+    ):
+        reward().score([asked("7"), prompt], ["7", "7"])
