@@ -122,7 +122,7 @@ def _wheel_folder(module: str, distribution: str) -> Path:
 
 def _loaded(load: Callable[[Path], T]) -> T:
     """Load from the converted model; where that fails for the files' sake, convert anew."""
-    folder = _converted()
+    folder = embedded_folder()
     version = _version(folder)
     try:
         return load(folder)
@@ -134,10 +134,10 @@ def _loaded(load: Callable[[Path], T]) -> T:
         # Another process may have met the same damage and have mended it by now.
         if _version(folder) == version:
             shutil.rmtree(folder, ignore_errors=True)
-    return load(_converted())
+    return load(embedded_folder())
 
 
-def _converted() -> Path:
+def embedded_folder() -> Path:
     """Folder of the converted model; converts it where that has not been done."""
     folder = cache_folder() / f"{LANGUAGE_MODEL}-{_FORMAT}"
     if _is_complete(folder):

@@ -71,11 +71,11 @@ def load_model(
             f"got {str(source)!r} ({type(error).__name__}: {reason}). Check the spelling, the "
             "network and HF_HUB_OFFLINE."
         ) from error
-    _check_complete(model, tokenizer, report["missing_keys"], str(source), kind, name)
+    check_complete(model, tokenizer, report["missing_keys"], str(source), kind, name)
     return model.to(device).eval(), tokenizer
 
 
-def _check_complete(
+def check_complete(
     model: Any, tokenizer: Any, missing_keys: Iterable[str], source: str, kind: str, name: str
 ) -> None:
     """Refuse what transformers makes up for missing files and weights.

@@ -113,7 +113,7 @@ class ClassifierReward:
         self.name = Path(model).name if name is None else name
         self.revision = revision
         self.num_truncated = 0
-        self._loaded: _Loaded | None = None
+        self._loaded: LoadedClassifier | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Weights are not pickled; a copy loads them again when it is first used.
@@ -148,7 +148,7 @@ class ClassifierReward:
         loaded = self._model()
         return float(forward_flops(loaded.model, [loaded.max_length])[0])
 
-    def _model(self) -> _Loaded:
+    def _model(self) -> LoadedClassifier:
         if self._loaded is None:
             self._check_arguments()
             self._loaded = self._load()
@@ -158,7 +158,7 @@ class ClassifierReward:
         check_choices(self, text_format=get_args(TextFormat), output=get_args(Output))
         check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
 
-    def _load(self) -> _Loaded:
+    def _load(self) -> LoadedClassifier:
         model, tokenizer = load_model(
             self.model,
             "AutoModelForSequenceClassification",
@@ -174,7 +174,7 @@ class ClassifierReward:
                 f"template, and {str(self.model)!r} has none. Use text_format='pair' or 'article'."
             )
         pad_id = model.config.get_text_config().pad_token_id
-        return _Loaded(
+        return LoadedClassifier(
             model=model,
             tokenizer=tokenizer,
             is_special=contains_any(special_texts(tokenizer)),
@@ -287,7 +287,7 @@ class _Encoding:
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class LoadedClassifier:
     """A model with what is to be known of it.
 
     `is_special` tells texts with special tokens in them, `column` is the logit that is the reward,

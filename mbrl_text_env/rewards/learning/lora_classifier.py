@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
-    _check_complete as check_complete,
-)
-from mbrl_text_env.rewards.evaluators._hub import (
+    check_complete,
     contains_any,
     input_limit,
     load_model,
     special_texts,
 )
-from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward, _Loaded
+from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward, LoadedClassifier
 from mbrl_text_env.rewards.learning.features import EMBEDDED
 from mbrl_text_env.types import Prompt
 
@@ -54,17 +52,17 @@ class AdapterReward(ClassifierReward):
         """Token ids of each text as they are scored: int[B][T]."""
         return [encoding.ids for encoding in self._encode(prompts, responses)]
 
-    def _load(self) -> _Loaded:
+    def _load(self) -> LoadedClassifier:
         model, tokenizer = load_model(
             self.model, self._adapted, "LoRA-tuned classification", name=self.name
         )
         return self._use(model, tokenizer)
 
-    def _use(self, model: Any, tokenizer: Any) -> _Loaded:
+    def _use(self, model: Any, tokenizer: Any) -> LoadedClassifier:
         """What scoring needs of a model and its tokenizer."""
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.text_format = "article" if tokenizer.chat_template is None else "chat"
-        return _Loaded(
+        return LoadedClassifier(
             model=model,
             tokenizer=tokenizer,
             is_special=contains_any(special_texts(tokenizer)),
@@ -184,9 +182,9 @@ def _head_of(key: str, model: Any) -> str:
 def _path(base: str) -> str:
     if base != EMBEDDED:
         return base
-    from mbrl_text_env.language_models.catalogue import _converted
+    from mbrl_text_env.language_models.catalogue import embedded_folder
 
-    return str(_converted())
+    return str(embedded_folder())
 
 
 def write_adapter(folder: Path, model: Any, tokenizer: Any, base: str) -> None:
