@@ -5,7 +5,15 @@ from mbrl_text_env._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "adapters": ["FunctionReward", "as_reward_model", "to_openrlhf", "to_trl", "to_verl"],
+        "adapters": [
+            "FunctionReward",
+            "as_reward_model",
+            "to_openenv",
+            "to_openrlhf",
+            "to_trl",
+            "to_verifiers",
+            "to_verl",
+        ],
         "verifiable.answers": ["ExactMatchReward", "NumericReward"],
         "base": [
             "Aggregation",

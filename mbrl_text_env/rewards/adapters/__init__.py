@@ -2,10 +2,19 @@
 
 from mbrl_text_env.rewards.adapters.convert import as_reward_model
 from mbrl_text_env.rewards.adapters.functions import FunctionReward
-from mbrl_text_env.rewards.adapters.openenv import OpenEnvReward, TextAction, TextObservation
+from mbrl_text_env.rewards.adapters.openenv import (
+    OpenEnvReward,
+    TextAction,
+    TextObservation,
+    to_openenv,
+)
 from mbrl_text_env.rewards.adapters.openrlhf import OpenRLHFFunctionReward, to_openrlhf
 from mbrl_text_env.rewards.adapters.trl import TRLFunctionReward, TRLReward, to_trl
-from mbrl_text_env.rewards.adapters.verifiers import VerifiersFunctionReward, VerifiersReward
+from mbrl_text_env.rewards.adapters.verifiers import (
+    VerifiersFunctionReward,
+    VerifiersReward,
+    to_verifiers,
+)
 from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward, to_verl
 
 __all__ = [
@@ -20,7 +29,9 @@ __all__ = [
     "VerifiersReward",
     "VerlFunctionReward",
     "as_reward_model",
+    "to_openenv",
     "to_openrlhf",
     "to_trl",
+    "to_verifiers",
     "to_verl",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +20,9 @@ REFERENCE_KEYS = ("ground_truth", "reference_answer", "answer")
 
 verl's own data sets have it under "ground_truth" of "reward_model", which comes first of all.
 """
+
+_DEPTH = ContextVar("depth", default=0)
+"""How many async functions that score are waiting for each other here."""
 
 
 def parameters(function: object) -> Mapping[str, inspect.Parameter]:
@@ -36,23 +41,37 @@ def callable_name(function: object) -> str:
 
 
 def awaited(result: Any) -> Any:
-    """A result, waited for if it has to be."""
+    """A result, waited for if it has to be, also while an event loop runs (in notebooks)."""
     if not inspect.isawaitable(result):
         return result
 
+    depth = _DEPTH.get()
+
     async def wait() -> Any:
+        _DEPTH.set(depth + 1)
         return await result
 
-    # In a thread of its own: notebooks have an event loop running in the main one.
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(asyncio.run, wait()).result()
+    return asyncio.run_coroutine_threadsafe(wait(), _event_loop(os.getpid(), depth)).result()
+
+
+@functools.cache
+def _event_loop(process: int, depth: int) -> asyncio.AbstractEventLoop:
+    """A loop that runs in a thread of its own, for ever.
+
+    One loop for all calls, since clients of servers keep connections that belong to a loop. One a
+    process, since a fork has no threads; and one a depth, since an async function may score with
+    another, which its own loop could not run.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
 
 
 def number(value: Any, name: str, prompt: Prompt, response: str) -> float:
     """What a function returned for a response, as a number.
 
     Raises:
-        RewardError: It is None or no number.
+        RewardError: It is None or no number. (A text is none, whatever it looks like.)
     """
     if value is None:
         raise RewardError(
@@ -60,6 +79,8 @@ def number(value: Any, name: str, prompt: Prompt, response: str) -> float:
             f"response {response[:80]!r}. Leave out the prompts that it does not apply to."
         )
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError("a text")
         return float(value)
     except (TypeError, ValueError) as error:
         raise RewardError(
@@ -94,20 +115,27 @@ def reference_answer(prompt: Prompt) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def check_count(
-    values: Sequence[Any], name: str, prompts: Sequence[Prompt], responses: Sequence[str]
-) -> None:
-    """Refuse too few or too many values.
+def listed(
+    result: Any, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> list[Any]:
+    """What a batched function returned (a list, tensor or array), as a list.
 
     Raises:
-        RewardError: There is not one a response.
+        RewardError: It is none of these, or has not one value a response.
     """
-    if len(values) != len(responses):
-        first = f" for prompts from {prompts[0].id!r}, first response {responses[0][:80]!r}"
+    # Tensors and arrays have `tolist`.
+    plain = result.tolist() if hasattr(result, "tolist") else result
+    is_many = isinstance(plain, Iterable) and not isinstance(plain, str | bytes | Mapping)
+    values = list(plain) if is_many else None
+    if values is None or len(values) != len(responses):
+        got = f"{plain!r}"[:80] if values is None else len(values)
+        rows = zip(prompts[:1], responses[:1], strict=True)
+        first = [f" for prompts from {p.id!r}, first response {r[:80]!r}" for p, r in rows]
         raise RewardError(
             f"Reward model {name!r}: expected {len(responses)} values, one a completion, got "
-            f"{len(values)}{first if responses else ''}. Change the function."
+            f"{got}{''.join(first)}. Change the function."
         )
+    return values
 
 
 def trl_prompt(prompt: Prompt) -> Any:
@@ -123,9 +151,22 @@ def trl_completion(prompt: Prompt, response: str) -> Any:
     return [{"role": "assistant", "content": response}] if is_chat else response
 
 
+def said(completion: Any) -> str:
+    """What the assistant said in a completion, a text or messages, which line breaks join."""
+    if isinstance(completion, str):
+        return completion
+    # Calls of tools have no content.
+    return "\n".join(
+        message["content"] or ""
+        for message in completion
+        if message.get("role", "assistant") == "assistant"
+    )
+
+
 def as_prompt(content: Any, metadata: dict[str, Any]) -> Prompt:
     """A prompt from a text or messages; its id is the metadata's, or its text."""
     if not isinstance(content, str):
         content = tuple(Message(message["role"], message["content"]) for message in content)
     prompt = Prompt("prompt", content, metadata)
-    return replace(prompt, id=str(metadata.get("id") or prompt.text))
+    name = metadata.get("id")
+    return replace(prompt, id=prompt.text if name in (None, "") else str(name))

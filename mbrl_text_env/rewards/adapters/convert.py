@@ -9,10 +9,10 @@ from typing import Any, cast
 from mbrl_text_env.rewards.adapters.common import callable_name, parameters
 from mbrl_text_env.rewards.adapters.functions import FunctionReward
 from mbrl_text_env.rewards.adapters.openenv import OpenEnvReward
-from mbrl_text_env.rewards.adapters.openrlhf import OpenRLHFFunctionReward
-from mbrl_text_env.rewards.adapters.trl import TRLFunctionReward
+from mbrl_text_env.rewards.adapters.openrlhf import OpenRLHFFunctionReward, OpenRLHFReward
+from mbrl_text_env.rewards.adapters.trl import TRLFunctionReward, TRLReward
 from mbrl_text_env.rewards.adapters.verifiers import VerifiersFunctionReward, VerifiersReward
-from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward
+from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward, VerlReward
 from mbrl_text_env.rewards.base import RewardModel
 
 ACCEPTED = """\
@@ -34,10 +34,12 @@ def as_reward_model(
 
     Accepted are, recognised by their class or by the names of their parameters:
 
-    - an object with a method `score`, which is returned as it is;
+    - an object with a method `score`, which is returned as it is; what `to_trl`, `to_verl` and
+      `to_openrlhf` made of one becomes that one again;
     - a function of two texts, `f(prompt, response) -> float`: see `FunctionReward`;
     - a reward function of TRL (`completions` or `completion_ids`): see `TRLFunctionReward`;
-    - a `Rubric` of verifiers, or one of its reward functions (`completion`): see `VerifiersReward`;
+    - a `Rubric` of verifiers, or one of its reward functions (`completion` or `state`): see
+      `VerifiersReward`. A function of exactly `prompt` and `completion` is one of two texts;
     - a `Rubric` of OpenEnv: see `OpenEnvReward`;
     - a reward function of verl (`solution_str` or `solution_strs`): see `VerlFunctionReward`;
     - one of OpenRLHF (`queries`): see `OpenRLHFFunctionReward`.
@@ -69,6 +71,8 @@ def as_reward_model(
         return VerifiersReward(reward)
     if _is_rubric_of("openenv", reward):
         return OpenEnvReward(reward)
+    if isinstance(reward, TRLReward | VerlReward | OpenRLHFReward):
+        return reward.reward_model
     if hasattr(reward, "score"):
         return cast(RewardModel, reward)
     named = parameters(reward)
@@ -79,7 +83,10 @@ def as_reward_model(
     if "queries" in named:
         return OpenRLHFFunctionReward(reward)
     positional = _positional(named)
-    if "completion" in named and positional != ["prompt", "completion"]:
+    if not named.keys().isdisjoint({"completion", "state"}) and positional != [
+        "prompt",
+        "completion",
+    ]:
         return VerifiersFunctionReward(reward)
     if positional is not None and len(positional) == 2:
         return FunctionReward(reward)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mbrl_text_env.rewards.adapters.common import callable_name, number
+from mbrl_text_env.rewards.adapters.common import awaited, callable_name, number
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -16,7 +16,7 @@ class FunctionReward:
 
     Args:
         function: `f(prompt_text, response) -> float`. None, for a prompt that it does not apply to,
-            is an error. Picklable if it is.
+            is an error. May be async. Picklable if it is.
 
     Attributes:
         name: The function's `__name__`.
@@ -42,7 +42,7 @@ class FunctionReward:
 
     def _score(self, prompt: Prompt, response: str) -> float:
         try:
-            value = self.function(prompt.text, response)
+            value = awaited(self.function(prompt.text, response))
         except Exception as error:
             raise RewardError(
                 f"Reward model {self.name!r}: raised {type(error).__name__}: {error} for prompt "

@@ -1,18 +1,17 @@
-"""OpenEnv's rubrics as reward models.
+"""OpenEnv's rubrics as reward models, and reward models as rubrics.
 
 Source: `openenv.core.rubrics.Rubric` (RFC 004 of OpenEnv): `rubric(action, observation) -> float`.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.rewards.adapters.common import awaited, number
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.adapters.common import as_prompt, awaited, number
+from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
 from mbrl_text_env.types import FloatArray, Prompt
 
 
@@ -29,8 +28,9 @@ class TextAction(str):
 
 
 class TextObservation(str):
-    """A prompt as OpenEnv's observation: a text with `metadata`, `done` and `reward`."""
+    """A prompt as OpenEnv's observation: a text with `prompt`, `metadata`, `done` and `reward`."""
 
+    prompt: Prompt
     metadata: Mapping[str, Any]
     done: bool
     reward: float | None
@@ -38,17 +38,22 @@ class TextObservation(str):
     def __new__(cls, prompt: Prompt) -> TextObservation:
         """Make the observation at the end of a response to a prompt."""
         observation = super().__new__(cls, prompt.text)
-        observation.metadata = dict(prompt.metadata)
+        observation.prompt, observation.metadata = prompt, dict(prompt.metadata)
         observation.done, observation.reward = True, None
         return observation
+
+    def __getnewargs__(self) -> tuple[Prompt]:  # type: ignore[override]
+        """What copies and pickles are made of."""
+        return (self.prompt,)
 
 
 class OpenEnvReward:
     """A rubric of OpenEnv as a reward model, called once a response.
 
     An episode is one step: the action is the response, the observation what is known at the end,
-    with `done` True. Rubrics that collect a trajectory are reset before each. Hooks and async
-    rubrics are run as OpenEnv runs them.
+    with `done` True. Before each the rubric and those within it are reset, as by an environment, so
+    that those which collect a trajectory start anew. Hooks and async rubrics are run as OpenEnv
+    runs them.
 
     Args:
         rubric: A rubric, called as `rubric(action, observation)`.
@@ -86,11 +91,10 @@ class OpenEnvReward:
         )
 
     def _score(self, prompt: Prompt, response: str) -> float:
-        convert = self.convert or (lambda p, r: (TextAction(r), TextObservation(p)))
         try:
-            with contextlib.suppress(AttributeError):
-                self.rubric.reset()
-            value = awaited(self.rubric(*convert(prompt, response)))
+            for rubric in (self.rubric, *self.rubric.rubrics()):
+                rubric.reset()
+            value = awaited(self.rubric(*(self.convert or _texts)(prompt, response)))
         except Exception as error:
             raise RewardError(
                 f"Reward model {self.name!r}: raised {type(error).__name__}: {error} for prompt "
@@ -98,3 +102,52 @@ class OpenEnvReward:
                 "types of its environment, pass OpenEnvReward(rubric, convert=...)."
             ) from error
         return number(value, self.name, prompt, response)
+
+
+def to_openenv(
+    reward_model: RewardModel, read: Callable[[Any, Any], tuple[Prompt, str]] | None = None
+) -> Any:
+    """Return a reward model as a `Rubric` of OpenEnv, which an environment calls when it steps.
+
+    Args:
+        reward_model: The reward model.
+        read: Makes prompt and response of an action and an observation. By default both are texts:
+            the action is the response, the observation the prompt (a `TextObservation` has its
+            metadata too).
+
+    Raises:
+        ImportError: openenv-core is not installed.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> rubric = to_openenv(SentimentReward())  # doctest: +SKIP
+        >>> rubric("It was good.", "How was it?")  # doctest: +SKIP
+        0.4404
+    """
+    try:
+        from openenv.core.rubrics import Rubric
+    except ImportError as error:
+        raise ImportError("to_openenv needs OpenEnv: pip install openenv-core.") from error
+
+    class RewardModelRubric(Rubric):
+        def forward(self, action: Any, observation: Any) -> float:
+            prompt, response = (read or _read)(action, observation)
+            return float(score_responses(reward_model, [prompt], [response]).total[0])
+
+    RewardModelRubric.__name__ = reward_name(reward_model)
+    return RewardModelRubric()
+
+
+def _read(action: Any, observation: Any) -> tuple[Prompt, str]:
+    if not isinstance(action, str) or not isinstance(observation, str):
+        raise TypeError(
+            f"Expected texts, got a {type(action).__name__} as action and a "
+            f"{type(observation).__name__} as observation. Pass to_openenv(reward, read=...), a "
+            "function that makes prompt and response of them."
+        )
+    prompt = getattr(observation, "prompt", None) or as_prompt(observation, {})
+    return prompt, str(action)
+
+
+def _texts(prompt: Prompt, response: str) -> tuple[TextAction, TextObservation]:
+    return TextAction(response), TextObservation(prompt)

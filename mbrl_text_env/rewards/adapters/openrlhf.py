@@ -15,8 +15,9 @@ import numpy as np
 from mbrl_text_env.rewards.adapters.common import (
     accepted,
     as_prompt,
+    awaited,
     callable_name,
-    check_count,
+    listed,
     number,
     reference_answer,
 )
@@ -32,7 +33,8 @@ class OpenRLHFFunctionReward:
 
     A query is the prompt's text with the response right behind it (OpenRLHF has applied the chat
     template before; here there are no template marks). A label is the prompt's reference answer,
-    as for verl's functions, or None. Of a dict, "rewards" counts, or "scores" where that is alone.
+    as for verl's functions, or "", as where OpenRLHF's data have none. Of a dict, "rewards" counts,
+    or "scores" where that is alone. May be async.
 
     Args:
         function: `f(queries, prompts, labels, **kwargs) -> tensor | list | dict`.
@@ -58,16 +60,16 @@ class OpenRLHFFunctionReward:
         Raises:
             RewardError: The function returned no number, or not one a query.
         """
+        labels = map(reference_answer, prompts)
         offered = {
             "queries": [p.text + r for p, r in zip(prompts, responses, strict=True)],
             "prompts": [prompt.text for prompt in prompts],
-            "labels": [reference_answer(prompt) for prompt in prompts],
+            "labels": ["" if label is None else label for label in labels],
         }
-        result = self.function(**accepted(self.function, offered))
+        result = awaited(self.function(**accepted(self.function, offered)))
         if isinstance(result, Mapping):
             result = result.get("rewards", result.get("scores"))
-        values = _as_list(result)
-        check_count(values, self.name, prompts, responses)
+        values = listed(result, self.name, prompts, responses)
         return np.array(
             [
                 number(value, self.name, prompt, response)
@@ -102,8 +104,8 @@ class OpenRLHFReward:
     """A reward model that OpenRLHF can call; see `to_openrlhf`.
 
     The response is what follows the prompt in a query. A label becomes the metadata
-    "reference_answer" and "ground_truth". Returned are float32 tensors: "rewards" and "scores",
-    both the total, and in "extra_logs" the parts.
+    "reference_answer" and "ground_truth"; "" and None are none. Returned are float32 tensors:
+    "rewards" and "scores", both the total, and in "extra_logs" the parts.
 
     Args:
         reward_model: The reward model.
@@ -134,7 +136,8 @@ class OpenRLHFReward:
 
         asked, responses = [], []
         for query, prompt, label in zip(queries, prompts, labels, strict=True):
-            truths = {} if label is None else {"ground_truth": label, "reference_answer": label}
+            none = label in (None, "")
+            truths = {} if none else {"ground_truth": label, "reference_answer": label}
             asked.append(as_prompt(prompt, truths))
             responses.append(self._response(query, prompt))
         scores = score_responses(self.reward_model, asked, responses)
@@ -152,11 +155,3 @@ class OpenRLHFReward:
         for text in self.end_texts:
             response = response.removesuffix(text)
         return response
-
-
-def _as_list(result: Any) -> list[Any]:
-    # Tensors and arrays have `tolist`.
-    values = result.tolist() if hasattr(result, "tolist") else result
-    return (
-        list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
-    )

@@ -18,9 +18,10 @@ from mbrl_text_env.rewards.adapters.common import (
     as_prompt,
     awaited,
     callable_name,
-    check_count,
+    listed,
     number,
     required,
+    said,
     trl_completion,
     trl_prompt,
 )
@@ -119,8 +120,8 @@ class TRLFunctionReward:
                     f"prompt {prompt.id!r} has {sorted(prompt.metadata)}. Add the metadata, or "
                     "leave out the prompts that it does not apply to."
                 )
-        values = list(awaited(self.function(**self._keywords(prompts, responses))))
-        check_count(values, self.name, prompts, responses)
+        result = awaited(self.function(**self._keywords(prompts, responses)))
+        values = listed(result, self.name, prompts, responses)
         return [
             number(value, self.name, prompt, response)
             for value, prompt, response in zip(values, prompts, responses, strict=True)
@@ -204,7 +205,7 @@ class TRLReward:
         scores = score_responses(
             self.reward_model,
             [converted[i] for i in rows],
-            [_response(completions[i]) for i in rows],
+            [said(completions[i]) for i in rows],
         )
         values: list[float | None] = [None] * len(converted)
         for place, i in enumerate(rows):
@@ -212,16 +213,5 @@ class TRLReward:
         return values
 
 
-def _ignore(*args: Any) -> None:
+def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stand in for the trainer's log."""
-
-
-def _response(completion: Any) -> str:
-    if isinstance(completion, str):
-        return completion
-    # Calls of tools have no content.
-    return "\n".join(
-        message["content"] or ""
-        for message in completion
-        if message.get("role", "assistant") == "assistant"
-    )

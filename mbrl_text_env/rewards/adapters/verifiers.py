@@ -1,4 +1,4 @@
-"""The rubrics and reward functions of verifiers as reward models.
+"""The rubrics and reward functions of verifiers as reward models, and reward models as rubrics.
 
 Source: `verifiers.Rubric` in versions 0.1 to 0.3 (0.4 has tasks with `@reward` methods, which need
 a whole rollout, and no rubrics): functions that take by name what they need of `prompt`,
@@ -7,48 +7,73 @@ a whole rollout, and no rubrics): functions that take by name what they need of 
 
 from __future__ import annotations
 
-import copy
-import functools
+import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mbrl_text_env.rewards.adapters.common import (
     accepted,
+    as_prompt,
     awaited,
     callable_name,
     number,
-    parameters,
     reference_answer,
     required,
+    said,
     trl_completion,
     trl_prompt,
 )
-from mbrl_text_env.rewards.base import RewardError, Scores
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardModel,
+    Scores,
+    reward_name,
+    score_responses,
+)
 from mbrl_text_env.types import FloatArray, Prompt
+
+_OFFERED = {"prompt", "completion", "info", "state", "task"}
+"""What every function can ask for; `answer` and columns have to be in the prompt's metadata."""
+
+
+class TurnMessage(dict[str, Any]):
+    """A message as verifiers passes it: both `message["content"]` and `message.content`."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the value under a key."""
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class _FunctionError(Exception):
+    """What a reward function raised, with its name."""
 
 
 class VerifiersReward:
-    """A rubric of verifiers as a reward model, called once a response.
+    """A rubric of verifiers as a reward model.
 
     The state of a rollout has the prompt and the completion (messages for chats, texts for plain
     prompts), as `answer` the prompt's reference answer, as `info` the metadata of that name or all
-    of them, and the metadata as the row's columns. The parts are the rubric's metrics. Functions
-    and weights, groups of rubrics, async functions and parsers are run by verifiers itself. It
-    makes a 0 of a function that raises or returns no number; here that is an error.
+    of them, the metadata as the row's columns, and a `trajectory` of one step. There is no client,
+    model, token or timing. The parts are the rubric's metrics. Weights, groups of rubrics, async
+    functions and parsers are run by verifiers itself; the responses of a batch wait side by side.
+    Where verifiers makes a 0 of a function that raises or returns no number, there is an error.
 
-    A rubric with a function that requires `answer` applies to prompts that have one. Functions that
-    score a group of rollouts against each other are refused: a score must not depend on the rest
-    of the batch.
+    A rubric applies to prompts whose metadata have what its functions require: `answer` (see
+    `common.REFERENCE_KEYS`) and columns. Functions that score a group of rollouts against each
+    other are refused: a score must not depend on the rest of the batch.
 
     Args:
         rubric: The rubric.
         name: By default the rubric's functions, with "+" between them.
 
     Raises:
-        TypeError: The rubric scores groups.
+        TypeError: The rubric scores groups, or has no functions.
 
     Example:
         >>> import verifiers as vf  # doctest: +SKIP
@@ -60,6 +85,11 @@ class VerifiersReward:
     def __init__(self, rubric: Any, name: str | None = None) -> None:
         self.rubric = rubric
         functions = rubric._get_reward_funcs()
+        if not functions:
+            raise TypeError(
+                f"Expected a rubric with reward functions, got a {type(rubric).__name__} with "
+                "none. Add them with `rubric.add_reward_func(function)` first."
+            )
         self.name = "+".join(map(callable_name, functions)) if name is None else name
         if any(map(rubric._is_group_func, functions)):
             raise TypeError(
@@ -67,11 +97,10 @@ class VerifiersReward:
                 "scores groups against each other. A reward model's score must not depend on the "
                 "rest of the batch; use the functions that do not."
             )
-        self._needs_answer = any("answer" in required(function) for function in functions)
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt has a reference answer, if the rubric requires one."""
-        return not self._needs_answer or reference_answer(prompt) is not None
+        """Whether the prompt's metadata have what the rubric's functions require."""
+        return not _missing(self._needs(), prompt)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B]."""
@@ -81,9 +110,28 @@ class VerifiersReward:
         """Return the rubric's rewards, and its metrics as parts.
 
         Raises:
-            RewardError: A function raised or returned no number, or the answer is missing.
+            RewardError: A function raised or returned no number, or a prompt lacks something.
         """
-        states = [self._scored(*row) for row in zip(prompts, responses, strict=True)]
+        needs, strict = self._needs(), _strict(self.rubric)
+        for prompt in prompts:
+            _check_metadata(self.name, needs, prompt)
+
+        async def scored(prompt: Prompt, response: str) -> dict[str, Any]:
+            state = _rollout(prompt, response)
+            try:
+                await strict.score_rollout(state)
+            except Exception as error:
+                what = f"the rubric raised {type(error).__name__}: {error}"
+                known = isinstance(error, _FunctionError)
+                raise _failure(
+                    self.name, str(error) if known else what, prompt, response
+                ) from error
+            return state
+
+        async def all_scored() -> list[dict[str, Any]]:
+            return await asyncio.gather(*map(scored, prompts, responses))
+
+        states = awaited(all_scored())
         total = [
             number(state["reward"], self.name, prompt, response)
             for state, prompt, response in zip(states, prompts, responses, strict=True)
@@ -92,17 +140,8 @@ class VerifiersReward:
         parts = {name: np.array([float(s["metrics"][name]) for s in states]) for name in names}
         return Scores(np.array(total, dtype=np.float64), parts)
 
-    def _scored(self, prompt: Prompt, response: str) -> dict[str, Any]:
-        _check_answer(self, prompt)
-        state = _rollout(prompt, response)
-        errors: list[str] = []
-        awaited(_recording(self.rubric, errors).score_rollout(state))
-        if errors:
-            raise RewardError(
-                f"Reward model {self.name!r}: {errors[0]} for prompt {prompt.id!r}, response "
-                f"{response[:80]!r}. Mend the function."
-            )
-        return state
+    def _needs(self) -> set[str]:
+        return set().union(*(_needs_of(*pair) for pair in _functions(self.rubric)))
 
 
 class VerifiersFunctionReward:
@@ -129,7 +168,6 @@ class VerifiersFunctionReward:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = callable_name(function)
-        self._needs_answer = "answer" in required(function)
         if "parser" in required(function):
             raise TypeError(
                 f"Reward function {self.name!r} needs a parser, which a rubric has. Pass "
@@ -138,99 +176,167 @@ class VerifiersFunctionReward:
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt's metadata have what the function requires."""
-        offered = {*_offered(_rollout(prompt, ""))}
-        if self._needs_answer and reference_answer(prompt) is None:
-            return False
-        return required(self.function) <= offered
+        return not _missing(required(self.function) - _OFFERED, prompt)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B].
 
         Raises:
-            RewardError: The function raised or returned no number, or something is missing.
+            RewardError: The function raised or returned no number, or a prompt lacks something.
         """
         return np.array(
             [self._score(*row) for row in zip(prompts, responses, strict=True)], dtype=np.float64
         )
 
     def _score(self, prompt: Prompt, response: str) -> float:
-        _check_answer(self, prompt)
-        offered = _offered(_rollout(prompt, response))
+        _check_metadata(self.name, required(self.function) - _OFFERED, prompt)
+        state = _rollout(prompt, response)
+        named = {key: state[key] for key in ("prompt", "completion", "answer", "info", "task")}
+        offered = {**state["input"], **named, "state": state}
         try:
             value = awaited(self.function(**accepted(self.function, offered)))
         except Exception as error:
-            raise RewardError(
-                f"Reward model {self.name!r}: raised {type(error).__name__}: {error} for prompt "
-                f"{prompt.id!r}, response {response[:80]!r}. Mend the function, or add what it "
-                f"needs to the metadata, which have {sorted(prompt.metadata)}."
-            ) from error
+            what = f"raised {type(error).__name__}: {error}"
+            raise _failure(self.name, what, prompt, response) from error
         return number(value, self.name, prompt, response)
 
 
-def _check_answer(reward: Any, prompt: Prompt) -> None:
-    if reward._needs_answer and reference_answer(prompt) is None:
+def to_verifiers(reward_model: RewardModel) -> Any:
+    """Return a reward model as a `verifiers.Rubric` with one function.
+
+    The function reads the prompt, the assistant's messages of the completion, and as the prompt's
+    metadata the row's `info`, its columns and its `answer`, which is also the "reference_answer".
+    verifiers logs the error of a reward that fails or does not apply, and counts it as 0.
+
+    Raises:
+        ImportError: verifiers with rubrics (before 0.4) is not installed.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> rubric = to_verifiers(SentimentReward())  # doctest: +SKIP
+        >>> environment = verifiers.SingleTurnEnv(dataset, rubric=rubric)  # doctest: +SKIP
+    """
+    try:
+        from verifiers import Rubric
+    except ImportError as error:
+        raise ImportError(
+            "to_verifiers needs a version of verifiers that has rubrics: "
+            "pip install 'verifiers>=0.2,<0.4'."
+        ) from error
+
+    name = reward_name(reward_model)
+
+    def function(
+        prompt: Any, completion: Any, state: Any, answer: Any = None, info: Any = None
+    ) -> float:
+        row = {key: value for key, value in state["input"].items() if key != "prompt"}
+        truth = {} if answer in (None, "") else {"answer": answer, "reference_answer": answer}
+        asked = as_prompt(_content(prompt), {**row, **(info or {}), **truth})
+        response = said(_content(completion))
+        return float(score_responses(reward_model, [asked], [response]).total[0])
+
+    function.__name__ = name
+    return Rubric(funcs=[function])
+
+
+def _functions(rubric: Any) -> list[tuple[Any, Callable[..., Any]]]:
+    """The functions of a rubric, or of a group's rubrics, each with the rubric that calls it."""
+    if hasattr(rubric, "rubrics"):
+        return [pair for inner in rubric.rubrics for pair in _functions(inner)]
+    return [(rubric, function) for function in rubric.funcs]
+
+
+def _needs_of(rubric: Any, function: Callable[..., Any]) -> set[str]:
+    # Providers offer names that are known only when they are called.
+    if getattr(rubric, "score_object_providers", None):
+        return required(function) & {"answer"}
+    return required(function) - _OFFERED - set(rubric.class_objects)
+
+
+def _missing(needs: set[str], prompt: Prompt) -> list[str]:
+    has_answer = reference_answer(prompt) is not None
+    return sorted(
+        key for key in needs if not (has_answer if key == "answer" else key in prompt.metadata)
+    )
+
+
+def _check_metadata(name: str, needs: set[str], prompt: Prompt) -> None:
+    if missing := _missing(needs, prompt):
         raise RewardError(
-            f"Reward model {reward.name!r}, prompt {prompt.id!r}: expected a reference answer in "
-            f"the metadata, got the keys {sorted(prompt.metadata)}. Add 'answer', or leave out the "
-            "prompt."
+            f"Reward model {name!r}, prompt {prompt.id!r}: expected {missing} in the metadata, got "
+            f"the keys {sorted(prompt.metadata)}. Add them, or leave out the prompt."
         )
+
+
+def _failure(name: str, what: str, prompt: Prompt, response: str) -> RewardError:
+    return RewardError(
+        f"Reward model {name!r}: {what} for prompt {prompt.id!r}, response {response[:80]!r}. Mend "
+        "the function, or add what it needs to the metadata, which have the keys "
+        f"{sorted(prompt.metadata)}."
+    )
 
 
 def _rollout(prompt: Prompt, response: str) -> dict[str, Any]:
     """The state of a rollout of one turn."""
     metadata = dict(prompt.metadata)
-    said = trl_prompt(prompt)
+    asked, completion = _messages(trl_prompt(prompt)), _messages(trl_completion(prompt, response))
     answer = reference_answer(prompt)
+    step = {
+        "prompt": asked, "completion": completion, "response": None, "tokens": None,
+        "reward": None, "advantage": None, "is_truncated": False, "trajectory_id": prompt.id,
+        "extras": {},
+    }  # fmt: skip
     return {
-        "prompt": said,
-        "completion": trl_completion(prompt, response),
+        "prompt": asked,
+        "completion": completion,
         "answer": "" if answer is None else answer,
         "info": metadata.get("info", metadata),
         "task": metadata.get("task", "default"),
-        "input": {**metadata, "prompt": said, "example_id": prompt.id},
-        "trajectory": [],
+        "input": {**metadata, "prompt": asked, "example_id": prompt.id},
+        "example_id": prompt.id,
+        "trajectory": [step],
+        "is_completed": True,
+        "is_truncated": False,
+        "error": None,
         "metrics": {},
     }
 
 
-def _offered(state: dict[str, Any]) -> dict[str, Any]:
-    named = ("prompt", "completion", "answer", "info", "task")
-    return {**state["input"], **{key: state[key] for key in named}, "state": state}
+def _messages(content: Any) -> Any:
+    return content if isinstance(content, str) else [TurnMessage(each) for each in content]
 
 
-def _recording(rubric: Any, errors: list[str]) -> Any:
-    """A copy of a rubric that notes the errors that verifiers would make zeros of."""
-    recording = copy.copy(rubric)
+def _content(messages: Any) -> Any:
+    """Messages, or the text that verifiers keeps as one message of the role "text"."""
+    if isinstance(messages, str) or [message["role"] for message in messages] != ["text"]:
+        return messages
+    return messages[0]["content"]
+
+
+def _strict(rubric: Any) -> Any:
+    """A rubric that shares all it has with another and raises where that makes a zero of errors."""
+
+    class Strict(type(rubric)):  # type: ignore[misc]
+        async def _call_individual_reward_func(
+            self, func: Callable[..., Any], state: dict[str, Any], *ignored: Any
+        ) -> float:
+            try:
+                value = func(**accepted(func, self.score_objects(state)))
+                value = await value if inspect.isawaitable(value) else value
+                if isinstance(value, str | bytes):
+                    raise TypeError(f"expected a number, got {value!r}")
+                return float(value)
+            except Exception as error:
+                raise _FunctionError(
+                    f"{callable_name(func)} raised {type(error).__name__}: {error}"
+                ) from error
+
+        def __del__(self) -> None:
+            """Leave open what the other goes on using."""
+
+    # Not made by `__init__`, which would open processes and clients of its own.
+    strict = object.__new__(Strict)
+    strict.__dict__.update(vars(rubric))
     if hasattr(rubric, "rubrics"):
-        recording.rubrics = [_recording(inner, errors) for inner in rubric.rubrics]
-    recording.funcs = [_recorded(function, errors) for function in rubric.funcs]
-    return recording
-
-
-def _recorded(function: Callable[..., Any], errors: list[str]) -> Callable[..., Any]:
-    name = callable_name(function)
-
-    def checked(value: Any) -> Any:
-        if isinstance(value, str):
-            raise TypeError(f"expected a number, got {value!r}")
-        return float(value)
-
-    async def later(value: Awaitable[Any]) -> Any:
-        try:
-            return checked(await value)
-        except Exception as error:
-            errors.append(f"{name} raised {type(error).__name__}: {error}")
-            raise
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            value = function(*args, **kwargs)
-            return later(value) if inspect.isawaitable(value) else checked(value)
-        except Exception as error:
-            errors.append(f"{name} raised {type(error).__name__}: {error}")
-            raise
-
-    # verifiers looks at the signature, which is the function's.
-    call.__signature__ = inspect.Signature(list(parameters(function).values()))  # type: ignore[attr-defined]
-    return call
+        strict.rubrics = [_strict(inner) for inner in rubric.rubrics]
+    return strict

@@ -16,11 +16,14 @@ from mbrl_text_env.rewards.adapters.common import (
     REFERENCE_KEYS,
     accepted,
     as_prompt,
+    awaited,
     callable_name,
-    check_count,
+    listed,
     number,
     parameters,
     reference_answer,
+    required,
+    trl_prompt,
 )
 from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
 from mbrl_text_env.types import FloatArray, Prompt
@@ -34,13 +37,14 @@ class VerlFunctionReward:
 
     It gets `data_source` from the prompt's metadata ("" where there is none), `ground_truth` from
     metadata["reward_model"]["ground_truth"] as in verl's own data, else from "ground_truth",
-    "reference_answer" or "answer", and as `extra_info` the metadata of that name, else all of them.
-    Of a dict that it returns, "score" (in old versions "reward") counts. The reward applies to
-    prompts that have a ground truth.
+    "reference_answer" or "answer", and as `extra_info` the metadata of that name, else all of them;
+    the prompt stands in it under "prompt", unless something else does. Of a dict that is returned,
+    "score" (in old versions "reward") counts. A function whose parameter `ground_truth` has no
+    default applies to prompts that have a ground truth.
 
     Args:
         function: `f(data_source, solution_str, ground_truth, extra_info=None) -> float | dict`, or
-            `f(data_sources, solution_strs, ground_truths, extra_infos) -> list`.
+            `f(data_sources, solution_strs, ground_truths, extra_infos) -> list`. May be async.
 
     Attributes:
         name: The function's `__name__`.
@@ -58,8 +62,8 @@ class VerlFunctionReward:
         self.name = callable_name(function)
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt's metadata have a ground truth."""
-        return reference_answer(prompt) is not None
+        """Whether the prompt's metadata have a ground truth, if the function requires one."""
+        return not self._needs_truth() or reference_answer(prompt) is not None
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B].
@@ -71,8 +75,8 @@ class VerlFunctionReward:
         if "solution_strs" in parameters(self.function):
             columns = {f"{key}s": [row[key] for row in rows] for key in rows[0]} if rows else {}
             columns["extra_infos"] = columns.pop("extra_infos", [])
-            values = list(self.function(**accepted(self.function, columns))) if rows else []
-            check_count(values, self.name, prompts, responses)
+            result = awaited(self.function(**accepted(self.function, columns))) if rows else []
+            values = listed(result, self.name, prompts, responses)
         else:
             values = [self._value(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
         return np.array(
@@ -85,7 +89,7 @@ class VerlFunctionReward:
 
     def _value(self, row: dict[str, Any], prompt: Prompt) -> Any:
         try:
-            return self.function(**accepted(self.function, row))
+            return awaited(self.function(**accepted(self.function, row)))
         except Exception as error:
             raise RewardError(
                 f"Reward model {self.name!r}: raised {type(error).__name__}: {error} for prompt "
@@ -94,18 +98,22 @@ class VerlFunctionReward:
 
     def _row(self, prompt: Prompt, response: str) -> dict[str, Any]:
         truth = reference_answer(prompt)
-        if truth is None:
+        if truth is None and self._needs_truth():
             raise RewardError(
                 f"Reward model {self.name!r}, prompt {prompt.id!r}: expected a ground truth in the "
                 f"metadata, under 'reward_model' or one of {list(REFERENCE_KEYS)}, got the keys "
                 f"{sorted(prompt.metadata)}. Add it, or leave out the prompt."
             )
+        info = prompt.metadata.get("extra_info", prompt.metadata)
         return {
             "data_source": prompt.metadata.get("data_source", ""),
             "solution_str": response,
             "ground_truth": truth,
-            "extra_info": prompt.metadata.get("extra_info", dict(prompt.metadata)),
+            "extra_info": {"prompt": trl_prompt(prompt), **info},
         }
+
+    def _needs_truth(self) -> bool:
+        return not {"ground_truth", "ground_truths"}.isdisjoint(required(self.function))
 
 
 def to_verl(reward_model: RewardModel, *, needs_prompt: bool = True) -> VerlReward:

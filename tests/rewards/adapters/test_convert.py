@@ -14,7 +14,9 @@ from mbrl_text_env.rewards.adapters import (
     FunctionReward,
     TRLFunctionReward,
     as_reward_model,
+    to_openrlhf,
     to_trl,
+    to_verl,
 )
 from mbrl_text_env.rewards.base import RewardError, applies_to, score_responses
 from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
@@ -96,6 +98,18 @@ class TestWhatIsAccepted:
 
         assert asyncio.run(notebook()) == [3.0]
 
+    def test_an_async_function_of_two_texts(self):
+        async def letters(prompt, response):
+            await asyncio.sleep(0)
+            return len(response)
+
+        assert score(letters, [CHAT, PLAIN], ["abc", ""]) == [3.0, 0.0]
+
+    @pytest.mark.parametrize("convert", [to_trl, to_verl, to_openrlhf])
+    def test_what_was_made_of_a_reward_model_becomes_that_one(self, convert):
+        reward = ConstraintsReward()
+        assert as_reward_model(convert(reward)) is reward
+
     @pytest.mark.parametrize(
         ("reward", "name"),
         [
@@ -160,6 +174,7 @@ class TestFunctionErrors:
         [
             (None, "'f' does not apply to prompt 'chat': it returned None for response 'abc'"),
             ("good", "'f': expected a number for prompt 'chat', response 'abc', got 'good'"),
+            ("0.5", "'f': expected a number for prompt 'chat', response 'abc', got '0.5'"),
             ([1.0], r"expected a number .* got \[1.0\]"),
             (float("nan"), "'f': expected finite scores, got nan for prompt 'chat'"),
         ],
@@ -217,6 +232,7 @@ class TestTRLCalls:
         assert kwargs["trainer_state"] is None
         assert kwargs["log_extra"]("column", [1]) is None
         assert kwargs["log_metric"]("metric", 0.5) is None
+        assert kwargs["log_metric"](name="metric", value=0.5) is None
 
     def test_metadata_cannot_take_the_place_of_the_texts(self):
         prompt = Prompt.from_text(
@@ -271,6 +287,8 @@ class TestTRLCalls:
 
         with pytest.raises(RewardError, match=r"'first': expected 2 values.*got 1.*'plain'.*'x'"):
             score(first, [PLAIN, PLAIN], ["x", "y"])
+        with pytest.raises(RewardError, match=r"expected 1 values.*got None.*'plain'.*'x'"):
+            score(lambda completions: None, [PLAIN], ["x"])
 
     def test_an_exception_is_an_error_that_names_function_and_prompt(self):
         def broken(completions, **kwargs):
@@ -321,7 +339,7 @@ class TestToTRL:
         responses = ["It was good.", "It was terrible.", "Paris"]
         prompts = [CHAT, PLAIN, TURNS]
         for reward in (SentimentReward(), RelevanceReward()):
-            there = as_reward_model(to_trl(reward))
+            there = TRLFunctionReward(to_trl(reward))
             assert there.name == reward.name
             assert score(there, prompts, responses) == pytest.approx(
                 score(reward, prompts, responses), abs=1e-6

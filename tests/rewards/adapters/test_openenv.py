@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
+import sys
 
 import pytest
 
 from mbrl_text_env.checks import check_reward_model
-from mbrl_text_env.rewards import as_reward_model
-from mbrl_text_env.rewards.adapters import OpenEnvReward, TextAction, TextObservation
+from mbrl_text_env.rewards import ConstraintsReward, SentimentReward, as_reward_model
+from mbrl_text_env.rewards.adapters import (
+    OpenEnvReward,
+    TextAction,
+    TextObservation,
+    to_openenv,
+)
 from mbrl_text_env.rewards.base import RewardError, score_responses
 from mbrl_text_env.types import Prompt
 
@@ -43,8 +51,6 @@ class Whole(rubrics.TrajectoryRubric):
 
 
 def by_itself(rubric, prompt, response):
-    if hasattr(rubric, "reset"):
-        rubric.reset()
     result = rubric(TextAction(response), TextObservation(prompt))
     return asyncio.run(result) if asyncio.iscoroutine(result) else result
 
@@ -57,6 +63,7 @@ RUBRICS = {
     "weighted, async": lambda: rubrics.WeightedSum([Polite(), Later()], [0.5, 0.5]),
     "sequential": lambda: rubrics.Sequential(rubrics.Gate(Polite()), OnTopic()),
     "trajectory": Whole,
+    "trajectory within": lambda: rubrics.WeightedSum([Polite(), Whole()], [0.5, 0.5]),
 }
 
 
@@ -107,3 +114,54 @@ def test_within_a_running_event_loop():
         return score_responses(as_reward_model(Later()), PROMPTS, RESPONSES).total.tolist()
 
     assert asyncio.run(notebook()) == [1.2, 0.2]
+
+
+def test_an_error_while_resetting_is_an_error():
+    class Broken(Polite):
+        def reset(self):
+            self.missing.clear()
+
+    with pytest.raises(RewardError, match=r"'Broken': raised AttributeError.*'missing'"):
+        score_responses(as_reward_model(Broken()), PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])  # noqa: S301
+def test_actions_and_observations_can_be_copied(copied):
+    action, observation = copied(TextAction("tea")), copied(TextObservation(PROMPTS[0]))
+    assert (action, action.metadata) == ("tea", {})
+    assert (observation, observation.prompt) == ("Ask for tea.", PROMPTS[0])
+    assert (observation.metadata, observation.done) == ({"word": "tea"}, True)
+
+
+class TestToOpenEnv:
+    def test_it_is_a_rubric(self):
+        rubric = to_openenv(SentimentReward())
+        assert isinstance(rubric, rubrics.Rubric)
+        assert rubric("It was good.", "How was it?") == rubric.last_score == 0.4404
+        both = rubrics.WeightedSum([rubric, Polite()], [0.5, 0.5])
+        assert both("Good, please.", "?") == pytest.approx(0.5 * rubric.last_score + 0.5)
+
+    def test_there_and_back(self):
+        lowercase = {"constraints": [{"type": "lowercase"}]}
+        prompts = [Prompt.from_text("Greet.", metadata=lowercase), Prompt.from_text("Hi")]
+        for reward, asked in ((SentimentReward(), prompts), (ConstraintsReward(), prompts[:1])):
+            back = as_reward_model(to_openenv(reward))
+            assert isinstance(back, OpenEnvReward)
+            assert back.name == reward.name
+            for response in ("good day", "Good day"):
+                expected = score_responses(reward, asked, [response] * len(asked))
+                scores = score_responses(back, asked, [response] * len(asked))
+                assert scores.total.tolist() == expected.total.tolist()
+
+    def test_the_types_of_an_environment(self):
+        with pytest.raises(TypeError, match=r"got a dict as action.*read=\.\.\."):
+            to_openenv(SentimentReward())({"message": "Good."}, "How was it?")
+        rubric = to_openenv(
+            SentimentReward(), lambda a, o: (Prompt.from_text(o["asked"]), a["message"])
+        )
+        assert rubric({"message": "It was good."}, {"asked": "How was it?"}) == 0.4404
+
+    def test_without_openenv(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "openenv.core.rubrics", None)
+        with pytest.raises(ImportError, match="pip install openenv-core"):
+            to_openenv(SentimentReward())

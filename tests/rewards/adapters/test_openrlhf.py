@@ -56,7 +56,7 @@ def test_what_the_function_is_given():
     assert seen == {
         "queries": ["2 + 2? It is 4.", "2 * 4? It is 6.", "Why?"],
         "prompts": ["2 + 2? ", "2 * 4? ", "Why?"],
-        "labels": ["4", "8", None],
+        "labels": ["4", "8", ""],
     }
 
 
@@ -65,7 +65,8 @@ def test_what_the_function_is_given():
     [
         ([1.0], "expected 2 values.*got 1"),
         (torch.zeros(3), "expected 2 values.*got 3"),
-        ({"extra_logs": {}}, "expected 2 values.*got 1"),
+        ({"extra_logs": {}}, "expected 2 values.*got None"),
+        (torch.tensor(1.0), "expected 2 values.*got 1.0"),
         (["high", "low"], "expected a number.*'high'"),
         ([1.0, float("inf")], "finite"),
         ([1.0, None], "returned None"),
@@ -82,10 +83,6 @@ def test_what_is_no_score(result, message):
 class TestToOpenRLHF:
     def test_it_returns_what_openrlhf_expects(self):
         reward = WeightedSum([SentimentReward(), ConstraintsReward()], [1, 1])
-
-        class Some(WeightedSum):
-            pass
-
         function = to_openrlhf(SentimentReward())
         result = function(
             queries=["How was it? It was good.</s>", "And it? Bad.<|im_end|>"],
@@ -113,13 +110,15 @@ class TestToOpenRLHF:
 
         result = to_openrlhf(Answer())(["2+2? 4", "2+2? 5"], ["2+2?"] * 2, ["4", "4"])
         assert result["rewards"].tolist() == [1.0, 0.0]
+        # Without a label key OpenRLHF passes empty labels, which are no answers.
+        assert to_openrlhf(Answer())(["2+2? "], ["2+2?"], [""])["rewards"].tolist() == [0.0]
 
     def test_a_query_that_does_not_begin_with_its_prompt(self):
         with pytest.raises(RewardError, match=r"begins with its prompt 'How\?', got 'Why\? Good'"):
             to_openrlhf(SentimentReward())(["Why? Good"], ["How?"], [None])
 
     def test_there_and_back(self):
-        back = as_reward_model(to_openrlhf(SentimentReward()))
+        back = OpenRLHFFunctionReward(to_openrlhf(SentimentReward()))
         scores = score_responses(back, PROMPTS, ["It was good.", "It was bad."])
         expected = SentimentReward().score(PROMPTS, ["It was good.", "It was bad."])
         assert scores.total.tolist() == pytest.approx(expected.tolist())

@@ -33,7 +33,11 @@ def detailed(solution_str, ground_truth, **kwargs):
     return {"score": compute_score("", solution_str, ground_truth), "acc": True, "pred": "x"}
 
 
-@pytest.mark.parametrize("function", [compute_score, compute_scores, detailed])
+async def compute_score_later(data_source, solution_str, ground_truth, extra_info):
+    return {"score": compute_score(data_source, solution_str, ground_truth)}
+
+
+@pytest.mark.parametrize("function", [compute_score, compute_scores, detailed, compute_score_later])
 def test_all_forms_score(function):
     reward = as_reward_model(function)
     assert isinstance(reward, VerlFunctionReward)
@@ -42,6 +46,10 @@ def test_all_forms_score(function):
     assert scores.total.tolist() == [1.0, 0.0, 1.0]
     assert len(reward.score([], [])) == 0
     check_reward_model(reward, PROMPTS)
+
+
+def asked(text):
+    return {"prompt": [{"role": "user", "content": text}]}
 
 
 def test_what_the_function_is_given():
@@ -53,9 +61,9 @@ def test_what_the_function_is_given():
 
     score_responses(as_reward_model(spy), PROMPTS, RESPONSES)
     assert seen == [
-        ("sums", "It is 4.", "4", {"data_source": "sums", "ground_truth": "4"}),
-        ("", "It is 6.", "8", {"reward_model": {"ground_truth": "8", "style": "rule"}}),
-        ("", "2", "2", {"split": "test"}),
+        ("sums", "It is 4.", "4", {"data_source": "sums", "ground_truth": "4", **asked("2 + 2?")}),
+        ("", "It is 6.", "8", {**PROMPTS[1].metadata, **asked("2 * 4?")}),
+        ("", "2", "2", {"split": "test", **asked("1 + 1?")}),
     ]
 
 
@@ -66,6 +74,16 @@ def test_prompts_without_a_ground_truth():
     message = r"'compute_score', prompt 'Why\?'.*'reward_model' or one of.*got the keys \['kind'\]"
     with pytest.raises(RewardError, match=message):
         score_responses(reward, [prompt], ["Because."])
+
+
+def test_a_ground_truth_with_a_default_is_not_required():
+    def polite(solution_str, ground_truth=None, **kwargs):
+        return float(ground_truth is None and "please" in solution_str)
+
+    reward = as_reward_model(polite)
+    prompt = Prompt.from_text("Ask.")
+    assert applies_to(reward, prompt)
+    assert score_responses(reward, [prompt], ["Tea, please."]).total.tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -151,9 +169,9 @@ class TestToVerl:
             to_verl(SentimentReward(), needs_prompt=False)()
 
     def test_there_and_back(self):
-        constraints = {"constraints": [{"type": "lowercase"}], "ground_truth": "x"}
-        prompt = Prompt.from_text("Greet.", metadata={**constraints, "prompt": "Greet."})
-        back = as_reward_model(to_verl(ConstraintsReward()))
-        assert isinstance(back, VerlFunctionReward)
-        scores = score_responses(back, [prompt] * 2, ["good day", "Good day"])
+        reward = ConstraintsReward()
+        assert as_reward_model(to_verl(reward)) is reward
+        prompt = Prompt.from_text("Greet.", metadata={"constraints": [{"type": "lowercase"}]})
+        called = VerlFunctionReward(to_verl(reward))
+        scores = score_responses(called, [prompt] * 2, ["good day", "Good day"])
         assert scores.total.tolist() == [1.0, 0.0]
