@@ -16,7 +16,7 @@ from benchmarks.statistics import Interval
 if TYPE_CHECKING:
     from benchmarks.audit.run import AuditResult
 
-_COLOURS = {"faithful": "green", "exploitable": "red"}
+_COLOURS = {"faithful": "green", "open to exploits": "red", "exploitable": "red"}
 
 
 def summary(result: AuditResult) -> Group:

@@ -57,6 +57,9 @@ def test_each_planted_bonus_is_found(tmp_path, bonus, expected):
     assert expected <= exploits(result)
     named = {warning.partition(":")[0] for warning in result.verdict.warnings}
     assert expected <= named
+    # Sampling alone does not find most of them, and the verdict does not call that faithful.
+    assert result.verdict.outcome == "open to exploits"
+    assert "As to sampling alone, faithful up to N = 32" in result.verdict.text
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,9 @@ def test_a_traceback_is_seen_and_the_exit_code_is_pythons():
         ),
         (
             # The same with memory that is shared, and with a main thread that has ended.
+            # It is mapped before the thread starts, whose heap would take the addresses first.
             "import ctypes, mmap, os, threading\nos.fork() or os.fork()\n"
-            "def f():\n    m = mmap.mmap(-1, 45 << 20)\n"
+            "m = mmap.mmap(-1, 45 << 20)\ndef f():\n"
             "    for _ in range(45): m.write(b'a' * (1 << 20))\n"
             "    __import__('time').sleep(50)\n"
             "threading.stack_size(1 << 16)\nthreading.Thread(target=f).start()\n"
