@@ -16,7 +16,7 @@ from agents.side_by_side import Merging, run_side_by_side
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
-from mbrl_text_env.rewards.base import RewardModel, score_responses
+from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound, score_responses
 from mbrl_text_env.types import Chunk, Prompt, TextState
 
 # The article draws complete responses at this temperature.
@@ -53,6 +53,22 @@ class Decision:
 
     chunk: Chunk
     completion: Completion
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of several chunks to append.
+
+    Args:
+        index: Of the chunk.
+        completions: The complete response found behind each chunk; None where none was looked for,
+            because the budget did not allow it or the agent does not need it.
+        usage: What the choice cost.
+    """
+
+    index: int
+    completions: tuple[Completion | None, ...]
     usage: Usage
 
 
@@ -198,6 +214,66 @@ class Agent(ABC):
             for state, completion, ledger in zip(states, completions, ledgers, strict=True)
         ]
 
+    def choose(
+        self,
+        states: Sequence[TextState],
+        candidates: Sequence[Sequence[Chunk]],
+        budget: Budget | None = None,
+        *,
+        seed: int = 0,
+    ) -> list[Choice]:
+        """Choose one of the chunks that each state offers, as in the candidate view.
+
+        The budget of a decision is shared equally by the candidates: from the state behind each of
+        them the agent searches for a complete response, and the chunk with the best one is chosen
+        (the first of equals). Where the budget does not allow a response behind all of them, those
+        with the highest log-probability a token are looked at.
+
+        Args:
+            states: States that have not ended.
+            candidates: The chunks offered in each, at least one.
+            budget: Hard caps for each decision.
+            seed: The choices follow from it.
+
+        Raises:
+            ValueError: A state has ended, or one has no candidates.
+            BudgetError: The budget allows no complete response behind any candidate.
+
+        Example:
+            >>> env = gym.make("mbrl_text_env/CandidateChunks-v0")  # doctest: +SKIP
+            >>> view = env.unwrapped  # doctest: +SKIP
+            >>> [choice] = agent.choose([view.state], [view.candidates])  # doctest: +SKIP
+            >>> env.step(choice.index)  # doctest: +SKIP
+        """
+        for state, row in zip(states, candidates, strict=True):
+            if is_terminal(state) or not row:
+                raise ValueError(
+                    f"choose, prompt {state.prompt.id!r}: expected a state that has not ended and "
+                    f"at least one candidate, got finish_reason {state.finish_reason!r} and "
+                    f"{len(row)} candidates."
+                )
+        plans = [
+            _ChoicePlan(state, row, budget or Budget(), self)
+            for state, row in zip(states, candidates, strict=True)
+        ]
+        ended = self.scored(
+            [[Completion(after) for after in plan.ended.values()] for plan in plans],
+            [plan.ledger for plan in plans],
+        )
+        for plan, completions in zip(plans, ended, strict=True):
+            plan.found.update(zip(plan.ended, completions, strict=True))
+        searched = [(plan, i, ledger) for plan in plans for i, ledger in plan.shares().items()]
+        if searched:
+            completions = self._searched(
+                [plan.after[i] for plan, i, _ in searched],
+                [ledger for _, _, ledger in searched],
+                seed,
+            )
+            for (plan, i, ledger), completion in zip(searched, completions, strict=True):
+                plan.found[i] = completion
+                plan.ledger.charge(ledger.usage)
+        return [plan.choice() for plan in plans]
+
     def complete(
         self,
         states: Sequence[TextState],
@@ -312,6 +388,54 @@ class Agent(ABC):
         whole = end >= len(completion.state.response_ids)
         logprobs = completion.logprobs[: len(ids)]
         return Chunk(ids, logprobs, completion.state.finish_reason if whole else None)
+
+
+class _ChoicePlan:
+    """One decision of `Agent.choose`: which candidates are looked at, and with what."""
+
+    def __init__(
+        self, state: TextState, candidates: Sequence[Chunk], budget: Budget, agent: Agent
+    ) -> None:
+        self.state, self.candidates, self.agent = state, candidates, agent
+        self.ledger = Ledger(budget)
+        self.after = [transition(state, chunk, agent._limit(state)) for chunk in candidates]
+        self.found: dict[int, Completion] = {}
+        self.ended: dict[int, TextState] = {}
+        bound = reward_usage_bound(agent.reward_model)
+        for i in self._likely_first():
+            if is_terminal(self.after[i]) and self.ledger.affords(bound * (len(self.ended) + 1)):
+                self.ended[i] = self.after[i]
+
+    def shares(self) -> dict[int, Ledger]:
+        """An equal share of what is left for each candidate whose response can be finished."""
+        going = [i for i in self._likely_first() if not is_terminal(self.after[i])]
+        left = self.ledger.budget.after(self.ledger.usage)
+        while going and left is not None:
+            share = left.shared(len(going))
+            if share is not None and all(
+                Ledger(share).affords(self.agent.response_usage(self.after[i])) for i in going
+            ):
+                return {i: Ledger(share) for i in sorted(going)}
+            going.pop()
+        if not self.found:
+            raise BudgetError(
+                f"{self.ledger.budget} is too small for one response behind any of the "
+                f"{len(self.after)} candidates of prompt {self.state.prompt.id!r}. Raise the "
+                "budget or lower max_response_tokens."
+            )
+        return {}
+
+    def choice(self) -> Choice:
+        index = max(sorted(self.found), key=lambda i: _score(self.found[i]))
+        completions = tuple(self.found.get(i) for i in range(len(self.after)))
+        return Choice(index, completions, self.ledger.usage)
+
+    def _likely_first(self) -> list[int]:
+        def mean_logprob(i: int) -> float:
+            values = self.candidates[i].logprobs
+            return sum(values) / len(values) if values else 0.0
+
+        return sorted(range(len(self.candidates)), key=mean_logprob, reverse=True)
 
 
 def best(completions: Sequence[Completion]) -> Completion:

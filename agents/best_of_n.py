@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from agents.base import (
-    DEFAULT_PARAMS,
-    Agent,
-    Completion,
-    affordable,
-    best,
-    check_positive,
-    is_binding,
-)
+from agents.base import DEFAULT_PARAMS, check_positive
+from agents.planner import Planner
+from agents.search import Expansion, Search
+from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound
-from mbrl_text_env.types import TextState
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.values import ValueModel
 
 # The article's number.
 _N_WITHOUT_BUDGET = 4
@@ -24,23 +19,32 @@ _N_WITHOUT_BUDGET = 4
 _MOST_A_WAVE = 16
 
 
-class BestOfN(Agent):
+class BestOfN(Planner):
     """Sample responses until there are N or the budget allows no more; keep the best.
 
     A response is only begun if it could be finished and scored at its longest. What short responses
     leave over is spent on more of them. Sample k of a prompt is the same whatever N is, so a larger
-    budget never gives a lower score.
+    budget never gives a lower score. A response that was drawn before is not scored again.
+
+    With `keep` below 1 hopeless samples are pruned: all of them are drawn chunk by chunk, and after
+    each chunk the share `keep` with the highest values goes on.
+
+    Source of the pruning: Sun et al., "Fast Best-of-N Decoding via Speculative Rejection", 2024.
+    Deviation: there a share is dropped whenever memory is full, here after every chunk.
 
     Args:
         language_model: Proposes responses.
         reward_model: Scores them.
+        value_model: Says which samples are hopeless; only used where `keep` is below 1.
         n: N; None takes as many as the budget allows, or 4 (the article's number) without one.
+        keep: Share of the samples that goes on after each chunk, above 0 and up to 1.
         max_response_tokens: Token limit of a response.
-        chunk_tokens: Most tokens of the chunk that `act` returns.
+        chunk_tokens: Most tokens of the chunk that `act` returns, and of those between prunings.
         params: How tokens are drawn; by default temperature 0.7, as in the article.
 
     Raises:
-        ValueError: N or a limit is below 1.
+        ValueError: N or a limit is below 1, `keep` is out of range, or there is pruning without a
+            value model.
     """
 
     name = "best-of-n"
@@ -49,8 +53,10 @@ class BestOfN(Agent):
         self,
         language_model: LanguageModel,
         reward_model: RewardModel,
+        value_model: ValueModel | None = None,
         *,
         n: int | None = None,
+        keep: float = 1.0,
         max_response_tokens: int = 256,
         chunk_tokens: int = 16,
         params: SamplingParams = DEFAULT_PARAMS,
@@ -58,66 +64,70 @@ class BestOfN(Agent):
         super().__init__(
             language_model,
             reward_model,
+            value_model,
             max_response_tokens=max_response_tokens,
             chunk_tokens=chunk_tokens,
             params=params,
         )
         if n is not None:
             check_positive(n=n)
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep: expected a share above 0 and up to 1, got {keep}.")
+        if keep < 1 and value_model is None:
+            raise ValueError(
+                f"keep={keep}: expected a value model that says which samples are hopeless, got "
+                "none. Pass one, or keep=1.0."
+            )
         self.n = n
+        self.keep = keep
 
-    def search(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
-    ) -> list[Completion]:
-        """Sample in waves, each as large as the budget allows for certain."""
-        found: list[list[Completion]] = [[] for _ in states]
-        while True:
-            counts = [
-                self._next_count(state, ledger, len(row))
-                for state, ledger, row in zip(states, ledgers, found, strict=True)
-            ]
-            if not any(counts):
-                return [best(row) for row in found]
-            self._extend(found, states, ledgers, counts, seed)
-
-    def _extend(
-        self,
-        found: list[list[Completion]],
-        states: Sequence[TextState],
-        ledgers: Sequence[Ledger],
-        counts: Sequence[int],
-        seed: int,
-    ) -> None:
-        wave: list[list[Completion]] = [[] for _ in states]
-        # Number and index of the samples are one number a call, so equal ones go together.
-        for count, first in sorted({(c, len(row)) for c, row in zip(counts, found, strict=True)}):
-            if count:
-                chosen = [i for i, c in enumerate(counts) if (c, len(found[i])) == (count, first)]
-                drawn = self.complete(
-                    [states[i] for i in chosen],
-                    count,
-                    [ledgers[i] for i in chosen],
-                    seed,
-                    first_sample=first,
-                )
-                for i, row in zip(chosen, drawn, strict=True):
-                    wave[i] = row
-        for i, row in enumerate(self.scored(wave, ledgers)):
-            found[i].extend(row)
-
-    def _next_count(self, state: TextState, ledger: Ledger, have: int) -> int:
+    def plan(self, search: Search) -> None:
+        """Sample one wave after the other, or one set of samples that is pruned."""
+        root = search.tree.root
         wanted = self.n
-        if wanted is None and not is_binding(ledger.budget, self.samples_usage(state, 1)):
+        if wanted is None and not search.is_capped:
             wanted = _N_WITHOUT_BUDGET
-        left = _MOST_A_WAVE if wanted is None else min(wanted - have, _MOST_A_WAVE)
-        return affordable(ledger, lambda count: self.samples_usage(state, count), left)
+        if self.keep < 1:
+            self._pruned(search, wanted)
+            return
+        while wanted is None or root.samples < wanted:
+            left = _MOST_A_WAVE if wanted is None else min(wanted - root.samples, _MOST_A_WAVE)
+            drawn = root.samples
+            search.expand([Expansion(root, left)])
+            if wanted is None or root.samples == drawn:
+                return
 
-    def samples_usage(self, state: TextState, count: int) -> Usage:
-        """The most that `count` scored samples from `state` are charged."""
-        prefix = len(state.prompt_ids) + len(state.response_ids)
-        usage = self.language_model.usage(prefix, [self._room(state)] * count)
-        return usage + reward_usage_bound(self.reward_model) * count
+    def values(self) -> ValueModel | None:
+        """The value model, where there is pruning."""
+        return self.value_model if self.keep < 1 else None
 
-    def response_usage(self, state: TextState) -> Usage:
-        """The most that one scored response from `state` is charged."""
-        return self.samples_usage(state, 1)
+    def _pruned(self, search: Search, wanted: int | None) -> None:
+        root = search.tree.root
+        if wanted is None:
+            wanted = self._affordable(search)
+        elif root.samples >= wanted:
+            return
+        frontier = [root] * max(1, wanted)
+        while frontier:
+            counts = {node: frontier.count(node) for node in frontier}
+            rows = search.expand(
+                Expansion(node, count, self.chunk_tokens) for node, count in counts.items()
+            )
+            drawn = [node for row in rows for node in row]
+            frontier = _best_share(search, drawn, self.keep)
+
+    def _affordable(self, search: Search) -> int:
+        """How many samples can be begun if a share of them goes on after each chunk."""
+        root = search.tree.root
+        full = search.width(root, self.chunk_tokens) or 0
+        stages = math.ceil(search.room(root) / self.chunk_tokens)
+        shares = sum(self.keep**stage for stage in range(stages))
+        return int(full * stages / shares)
+
+
+def _best_share(search: Search, drawn: Sequence[Node], share: float) -> list[Node]:
+    """The unfinished nodes that go on, as often as they were drawn."""
+    ranked = search.ranked(drawn)
+    open_nodes = [node for node in drawn if not node.is_terminal]
+    kept = math.ceil(share * len(open_nodes))
+    return [node for best in ranked for node in open_nodes if node is best][:kept]

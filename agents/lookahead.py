@@ -1,20 +1,19 @@
-"""The article's lookahead: a learned value judges partial responses, the best are finished."""
+"""Lookahead with a value: the article's two stages, and chunk by chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from agents.base import DEFAULT_PARAMS, Agent, Completion, best, check_positive, is_binding
+from agents.base import DEFAULT_PARAMS, check_positive
+from agents.beam import beam_search
 from agents.best_of_n import BestOfN
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed
+from agents.planner import Planner
+from agents.search import Expansion, Search
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.mdp import is_terminal
 from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound
 from mbrl_text_env.types import TextState
-from mbrl_text_env.values import ValueModel, predict_values, value_usage_bound
+from mbrl_text_env.values import ValueModel, value_usage_bound
 
 PARTIAL_PARAMS = SamplingParams(temperature=0.9)
 
@@ -28,13 +27,18 @@ class _Plan:
     continuations: int
 
 
-class Lookahead(Agent):
+class Lookahead(Planner):
     """Two-stage lookahead with a value model.
 
     A round samples `num_partials` partial responses of `prefix_tokens`, lets the value model judge
     them, continues each of the best `keep` of them `continuations` times to the end, and lets the
     reward model choose. With the defaults and responses of 256 tokens that is 4 x 64 + 2 x 2 x 192
     = 1,024 tokens and 4 reward calls, as much as best-of-4.
+
+    With `chunkwise` the two stages become as many as there are chunks: at each, as many candidates
+    are drawn as the budget allows to the end (`num_partials` without one), and the best `keep` of
+    them go on (Mudgal et al., "Controlled Decoding from Language Models", 2024). That is
+    `BeamSearch` with a beam of `keep`.
 
     Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). As there, an
     agent whose value model is missing or not fitted falls back to best-of-`num_partials`.
@@ -51,6 +55,7 @@ class Lookahead(Agent):
         prefix_tokens: Tokens of a partial response.
         keep: Partial responses that are continued, at most `num_partials`.
         continuations: Continuations of each.
+        chunkwise: Whether to choose chunk by chunk instead of once.
         max_response_tokens: Token limit of a response.
         chunk_tokens: Most tokens of the chunk that `act` returns.
         params: How continuations are drawn (and the fallback's responses); temperature 0.7.
@@ -72,6 +77,7 @@ class Lookahead(Agent):
         prefix_tokens: int = 64,
         keep: int = 2,
         continuations: int = 2,
+        chunkwise: bool = False,
         max_response_tokens: int = 256,
         chunk_tokens: int = 16,
         params: SamplingParams = DEFAULT_PARAMS,
@@ -80,6 +86,7 @@ class Lookahead(Agent):
         super().__init__(
             language_model,
             reward_model,
+            value_model,
             max_response_tokens=max_response_tokens,
             chunk_tokens=chunk_tokens,
             params=params,
@@ -92,49 +99,37 @@ class Lookahead(Agent):
         )
         if keep > num_partials:
             raise ValueError(f"keep: expected at most num_partials ({num_partials}), got {keep}.")
-        self.value_model = value_model
         self.num_partials = num_partials
         self.prefix_tokens = prefix_tokens
         self.keep = keep
         self.continuations = continuations
+        self.chunkwise = chunkwise
         self.partial_params = partial_params
 
-    def search(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
-    ) -> list[Completion]:
-        """Search in rounds; without a budget there is one."""
-        value_model = self.value_model
-        if value_model is None or not value_model.is_fitted:
-            return self._fallback().search(states, ledgers, seed)
-        found: list[list[Completion]] = [[] for _ in states]
-        round_number = 0
-        while True:
-            plans = [
-                self._plan(state, ledger)
-                if not row or is_binding(ledger.budget, self.response_usage(state))
-                else None
-                for state, ledger, row in zip(states, ledgers, found, strict=True)
-            ]
-            if not any(plans):
-                return [best(row) for row in found]
-            for plan in dict.fromkeys(plan for plan in plans if plan is not None):
-                chosen = [i for i, other in enumerate(plans) if other == plan]
-                rows = self._round(
-                    [states[i] for i in chosen],
-                    [ledgers[i] for i in chosen],
-                    plan,
-                    value_model,
-                    spawn_seed(seed, round_number),
-                )
-                for i, row in zip(chosen, rows, strict=True):
-                    found[i].extend(row)
-            round_number += 1
+    def plan(self, search: Search) -> None:
+        """One round: the largest that the budget allows for certain."""
+        if search.value_model is None:
+            self._fallback().plan(search)
+            return
+        if self.chunkwise:
+            candidates = None if search.is_capped else self.num_partials
+            beam_search(search, self.chunk_tokens, self.keep, candidates)
+            return
+        plan = self._plan(search.tree.root.state, search.ledger)
+        if plan is None:
+            return
+        root = search.tree.root
+        size = self._prefix_size(root.state)
+        [row] = search.expand([Expansion(root, plan.partials, size, self.partial_params)])
+        kept = search.ranked(row)[: plan.keep]
+        for node in kept:
+            node.note = f"continued: value among the best {plan.keep} of {len(row)}"
+        search.expand(Expansion(node, plan.continuations) for node in kept)
 
-    def response_usage(self, state: TextState) -> Usage:
-        """The most that one response from `state` is charged, its value and score included."""
-        if self.value_model is None or not self.value_model.is_fitted:
-            return self._fallback().response_usage(state)
-        return self._round_usage(state, _Plan(1, 1, 1))
+    def values(self) -> ValueModel | None:
+        """The value model, once it is fitted."""
+        usable = self.value_model is not None and self.value_model.is_fitted
+        return self.value_model if usable else None
 
     def _fallback(self) -> BestOfN:
         assert self.reward_model is not None
@@ -145,68 +140,6 @@ class Lookahead(Agent):
             max_response_tokens=self.max_response_tokens,
             params=self.params,
         )
-
-    def _round(
-        self,
-        states: Sequence[TextState],
-        ledgers: Sequence[Ledger],
-        plan: _Plan,
-        value_model: ValueModel,
-        seed: int,
-    ) -> list[list[Completion]]:
-        """One round of the same plan for each state: scored completions by state."""
-        partials = self._partials(states, ledgers, plan, seed)
-        kept = self._kept(partials, ledgers, plan, value_model)
-        owners = [i for i, row in enumerate(kept) for _ in row]
-        stems = [stem for row in kept for stem in row]
-        tails = self.complete(
-            [stem.state for stem in stems],
-            plan.continuations,
-            [ledgers[i] for i in owners],
-            spawn_seed(seed, 1),
-        )
-        rows: list[list[Completion]] = [[] for _ in states]
-        for i, stem, row in zip(owners, stems, tails, strict=True):
-            # A partial response that ended by itself is one completion, however often continued.
-            row = row[:1] if is_terminal(stem.state) else row
-            rows[i].extend(Completion(c.state, stem.logprobs + c.logprobs) for c in row)
-        return self.scored(rows, ledgers)
-
-    def _partials(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger], plan: _Plan, seed: int
-    ) -> list[list[Completion]]:
-        """Partial responses; `Completion` here, though most have not ended."""
-        rows: list[list[Completion]] = [[] for _ in states]
-        sizes = [self._prefix_size(state) for state in states]
-        for size in dict.fromkeys(sizes):
-            chosen = [i for i, other in enumerate(sizes) if other == size]
-            drawn = self.language_model.sample(
-                [states[i] for i in chosen],
-                plan.partials,
-                size,
-                seeds=[spawn_seed(seed, 0)] * len(chosen),
-                params=self.partial_params,
-                ledgers=[ledgers[i] for i in chosen],
-            )
-            for i, chunks in zip(chosen, drawn, strict=True):
-                rows[i] = [self._completion(states[i], chunk) for chunk in chunks]
-        return rows
-
-    def _kept(
-        self,
-        partials: Sequence[Sequence[Completion]],
-        ledgers: Sequence[Ledger],
-        plan: _Plan,
-        value_model: ValueModel,
-    ) -> list[list[Completion]]:
-        """The partial responses of highest value, in one call of the value model."""
-        means = predict_values(
-            value_model,
-            [partial.state for row in partials for partial in row],
-            ledgers=[ledger for row, ledger in zip(partials, ledgers, strict=True) for _ in row],
-        ).mean.reshape(len(partials), plan.partials)
-        order = np.argsort(-means, axis=1, kind="stable")[:, : plan.keep]
-        return [[row[k] for k in ranks] for row, ranks in zip(partials, order, strict=True)]
 
     def _prefix_size(self, state: TextState) -> int:
         room = self._room(state)
@@ -229,9 +162,11 @@ class Lookahead(Agent):
         usage = self.language_model.usage
         # Where nothing is left to continue, the partial responses are complete.
         tails = [room - size] * plan.continuations if room > size else []
+        reward = reward_usage_bound(self.reward_model)
+        value = reward.maximum(value_usage_bound(self.value_model, state))
         return (
             usage(start, [size] * plan.partials)
-            + value_usage_bound(self.value_model) * plan.partials
+            + value * plan.partials
             + usage(start + size, tails) * (plan.keep if tails else 0)
-            + reward_usage_bound(self.reward_model) * (plan.keep * plan.continuations)
+            + reward * (plan.keep * plan.continuations)
         )

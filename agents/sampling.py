@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agents.base import Agent, Completion
+from agents.base import Agent, Choice, Completion
 from mbrl_text_env.language_models.base import stream
-from mbrl_text_env.ledger import Ledger
+from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.mdp import ChunkRules, transition
-from mbrl_text_env.types import TextState
+from mbrl_text_env.types import Chunk, TextState
 
 
 class Sampling(Agent):
@@ -26,6 +26,17 @@ class Sampling(Agent):
         """Sample once from each state."""
         return [row[0] for row in self.complete(states, 1, ledgers, seed)]
 
+    def choose(
+        self,
+        states: Sequence[TextState],
+        candidates: Sequence[Sequence[Chunk]],
+        budget: Budget | None = None,
+        *,
+        seed: int = 0,
+    ) -> list[Choice]:
+        """Choose the first candidate, which is a sample from the language model like the others."""
+        return [Choice(0, (None,) * len(row), Usage()) for row in candidates]
+
 
 class RandomAgent(Agent):
     """Random tokens, uniform over the vocabulary: the least that any agent can do.
@@ -41,6 +52,24 @@ class RandomAgent(Agent):
     ) -> list[Completion]:
         """Draw tokens from each state until a stop token or the limit."""
         return [self._random(state, seed) for state in states]
+
+    def choose(
+        self,
+        states: Sequence[TextState],
+        candidates: Sequence[Sequence[Chunk]],
+        budget: Budget | None = None,
+        *,
+        seed: int = 0,
+    ) -> list[Choice]:
+        """Choose each candidate with the same probability."""
+        indices = [
+            int(stream(seed, state, 0).integers(len(row)))
+            for state, row in zip(states, candidates, strict=True)
+        ]
+        return [
+            Choice(index, (None,) * len(row), Usage())
+            for index, row in zip(indices, candidates, strict=True)
+        ]
 
     def _random(self, state: TextState, seed: int) -> Completion:
         lm = self.language_model

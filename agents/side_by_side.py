@@ -263,8 +263,24 @@ class _RewardModel(_StandIn):
 
 
 class _ValueModel(_StandIn):
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        # Only value models that ask other models have this.
+        if name == "predict_with":
+            return self._predicted_with
+        return found
+
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
         estimate: ValueEstimate = self._ask(_Call(self._model, "predict", {"states": states}))
+        return estimate
+
+    def _predicted_with(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
+    ) -> ValueEstimate:
+        if ledgers is None:
+            ledgers = [Ledger() for _ in states]
+        batch = {"states": states, "ledgers": ledgers}
+        estimate: ValueEstimate = self._ask(_Call(self._model, "predict_with", batch))
         return estimate
 
 

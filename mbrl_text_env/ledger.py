@@ -52,8 +52,19 @@ class Usage:
             *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)),
         )
 
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(
+            *(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)),
+        )
+
     def __mul__(self, count: int) -> Usage:
         return Usage(*(getattr(self, f.name) * count for f in fields(self)))
+
+    def maximum(self, other: Usage) -> Usage:
+        """The larger of each amount: the most that one of two things is charged."""
+        return Usage(
+            *(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)),
+        )
 
     @property
     def flops(self) -> float:
@@ -110,6 +121,37 @@ class Budget:
     def is_capped(self) -> bool:
         """Whether any amount has a cap."""
         return any(getattr(self, f.name) is not None for f in fields(self))
+
+    def after(self, usage: Usage) -> Budget | None:
+        """What is left of the caps when `usage` is spent; None where nothing is.
+
+        Example:
+            >>> Budget(tokens=400).after(Usage(generated_tokens=100))
+            Budget(tokens=300, flops=None, reward_calls=None, seconds=None)
+        """
+        spent = {
+            "tokens": usage.generated_tokens,
+            "flops": usage.flops,
+            "reward_calls": usage.reward_calls,
+            "seconds": usage.seconds,
+        }
+        caps = {name: getattr(self, name) for name in spent}
+        left = {n: None if cap is None else cap - spent[n] for n, cap in caps.items()}
+        return Budget(**left) if all(x is None or x > 0 for x in left.values()) else None
+
+    def shared(self, count: int) -> Budget | None:
+        """An equal share for each of `count`; None where one gets nothing.
+
+        Example:
+            >>> Budget(tokens=400).shared(3).tokens
+            133
+        """
+        whole = {name: getattr(self, name) for name in ("tokens", "reward_calls")}
+        shares = {n: None if cap is None else cap // count for n, cap in whole.items()}
+        if 0 in shares.values():
+            return None
+        real = {name: getattr(self, name) for name in ("flops", "seconds")}
+        return Budget(**shares, **{n: c if c is None else c / count for n, c in real.items()})
 
 
 class Ledger:
@@ -188,6 +230,9 @@ def timed(ledgers: Sequence[Ledger] | None) -> Iterator[None]:
         yield
     finally:
         elapsed = time.perf_counter() - start - (getattr(_thread, "waited", 0.0) - waited)
+        if ledgers:
+            # A block around this one does not charge the same seconds again.
+            note_waiting(elapsed)
         share = elapsed / max(1, len(ledgers or ()))
         for ledger in ledgers or ():
             ledger.charge(Usage(seconds=share))

@@ -96,9 +96,9 @@ def transition(state: TextState, chunk: Chunk, max_response_tokens: int) -> Text
     Example:
         >>> state = TextState(Prompt.from_text("Hi"), prompt_ids=(5, 6))
         >>> transition(state, Chunk((1, 2, 3)), max_response_tokens=2)  # doctest: +ELLIPSIS
-        TextState(...response_ids=(1, 2), finish_reason='length', chunk_ends=(2,))
+        TextState(...response_ids=(1, 2), finish_reason='length', chunk_ends=(2,), ...)
     """
-    return append(state, chunk.token_ids, chunk.finish_reason, max_response_tokens)
+    return append(state, chunk.token_ids, chunk.finish_reason, max_response_tokens, chunk.logprobs)
 
 
 def append(
@@ -106,6 +106,7 @@ def append(
     token_ids: tuple[int, ...],
     finish_reason: FinishReason | None,
     max_response_tokens: int,
+    logprobs: tuple[float, ...] = (),
 ) -> TextState:
     """`transition` for the parts of a chunk; the environments' inner loop makes no `Chunk`."""
     check_not_terminal(state)
@@ -116,8 +117,13 @@ def append(
     length = len(response_ids)
     if finish_reason is None and length >= max_response_tokens:
         finish_reason = "length"
+    chunk_ends = (*state.chunk_ends, length)
+    logprob = None
+    if logprobs:
+        before = state.logprob if state.response_ids else 0.0
+        logprob = None if before is None else before + sum(logprobs[: len(token_ids)])
     return TextState(
-        state.prompt, state.prompt_ids, response_ids, finish_reason, (*state.chunk_ends, length)
+        state.prompt, state.prompt_ids, response_ids, finish_reason, chunk_ends, logprob
     )
 
 

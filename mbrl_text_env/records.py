@@ -197,7 +197,34 @@ class Record:
     def state(self) -> TextState:
         """The state at the end of the response, rebuilt."""
         return TextState(
-            self.prompt(), self.prompt_ids, self.response_ids, self.finish_reason, self.chunk_ends
+            self.prompt(),
+            self.prompt_ids,
+            self.response_ids,
+            self.finish_reason,
+            self.chunk_ends,
+            sum(self.logprobs) if self.logprobs else None,
+        )
+
+    def prefix_state(self, length: int) -> TextState:
+        """The state after the first `length` tokens; it has ended only if the response had.
+
+        Raises:
+            RecordsError: The response is shorter.
+        """
+        if not 0 <= length <= len(self.response_ids):
+            raise RecordsError(
+                f"Record of prompt {self.prompt_id!r}: expected a prefix of 0 to "
+                f"{len(self.response_ids)} tokens, got {length}."
+            )
+        if length == len(self.response_ids):
+            return self.state()
+        return TextState(
+            self.prompt(),
+            self.prompt_ids,
+            self.response_ids[:length],
+            None,
+            tuple(end for end in self.chunk_ends if end <= length),
+            sum(self.logprobs[:length]) if self.logprobs else None,
         )
 
 

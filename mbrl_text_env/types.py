@@ -102,6 +102,8 @@ class TextState:
         finish_reason: None while the response can go on.
         chunk_ends: int[C], lengths of the response after each chunk. Only process rewards read it
             (one score a chunk); it does not take part in comparisons.
+        logprob: Summed log-probability (nats) of the response under the language model itself, or
+            None where it is not known. Only value models read it; not compared either.
     """
 
     prompt: Prompt
@@ -109,6 +111,7 @@ class TextState:
     response_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     chunk_ends: tuple[int, ...] = field(default=(), compare=False)
+    logprob: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,9 +33,12 @@ class ValueEstimate:
 class ValueModel(Protocol):
     """Predicts the final reward of a prefix.
 
-    Two methods are optional, for a model whose computation is to be counted: `flops(states) ->
-    float64[B]`, and `flops_bound() -> float`, the most that one state can take. A model that learns
-    also has `fit(records)`.
+    Optional, for a model whose own computation is to be counted: `flops(states) -> float64[B]` and
+    `flops_bound() -> float`, the most that one state can take. For a model that asks other models
+    (a reward model, a language model): `predict_with(states, ledgers) -> ValueEstimate`, which
+    charges what it asks for to the ledgers (one a state, or None), `usage_bound(state) -> Usage`,
+    the most that one state is charged for that, and `expected_usage(state) -> Usage`, about what.
+    A model that learns also has `fit(records)`.
     """
 
     @property
@@ -63,8 +66,12 @@ def predict_values(
     name = type(value_model).__name__
     if not value_model.is_fitted:
         raise ValueModelError(f"{name} is not fitted. Call fit(records), or load a saved one.")
+    asks_others = getattr(value_model, "predict_with", None)
     with timed(ledgers):
-        estimate = value_model.predict(states)
+        if asks_others is not None:
+            estimate = asks_others(states, ledgers)
+        else:
+            estimate = value_model.predict(states)
     mean, std = np.asarray(estimate.mean, float), np.asarray(estimate.std, float)
     for label, values in (("mean", mean), ("std", std)):
         if values.shape != (len(states),) or not np.isfinite(values).all():
@@ -75,14 +82,26 @@ def predict_values(
     if (std < 0).any():
         raise ValueModelError(f"{name}: expected standard deviations of at least 0, got {std}.")
     if ledgers is not None:
-        flops_function = getattr(value_model, "flops", None)
-        flops = np.zeros(len(states)) if flops_function is None else flops_function(states)
-        for ledger, amount in zip(ledgers, flops, strict=True):
+        for ledger, amount in zip(ledgers, _flops(value_model, states), strict=True):
             ledger.charge(Usage(value_calls=1, value_flops=float(amount)))
     return ValueEstimate(mean, std)
 
 
-def value_usage_bound(value_model: ValueModel) -> Usage:
-    """The most that predicting one state is charged."""
-    bound = getattr(value_model, "flops_bound", None)
-    return Usage(value_calls=1, value_flops=0.0 if bound is None else float(bound()))
+def value_usage_bound(value_model: ValueModel, state: TextState) -> Usage:
+    """The most that predicting `state`, or one with as many tokens, is charged."""
+    own: Callable[[], float] | None = getattr(value_model, "flops_bound", None)
+    asked: Callable[[TextState], Usage] | None = getattr(value_model, "usage_bound", None)
+    usage = Usage(value_calls=1, value_flops=0.0 if own is None else float(own()))
+    return usage if asked is None else usage + asked(state)
+
+
+def expected_value_usage(value_model: ValueModel, state: TextState) -> Usage:
+    """About what predicting `state` is charged: for plans, where a bound would be too careful."""
+    asked: Callable[[TextState], Usage] | None = getattr(value_model, "expected_usage", None)
+    usage = Usage(value_calls=1, value_flops=float(_flops(value_model, [state])[0]))
+    return usage if asked is None else usage + asked(state)
+
+
+def _flops(value_model: Any, states: Sequence[TextState]) -> FloatArray:
+    function = getattr(value_model, "flops", None)
+    return np.zeros(len(states)) if function is None else np.asarray(function(states), float)

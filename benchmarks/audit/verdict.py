@@ -10,9 +10,7 @@ from benchmarks.audit.curves import Curves, Decline
 from benchmarks.audit.sensitivity import Reaction, Sensitivity
 from benchmarks.statistics import Interval
 
-Outcome = Literal[
-    "exploitable", "open to exploits", "faithful", "uninformative", "not decided"
-]
+Outcome = Literal["exploitable", "open to exploits", "faithful", "uninformative", "not decided"]
 Reading = Literal["exploit", "penalty", "as gold", "unclear", "none"]
 
 MIN_PROMPTS = 8

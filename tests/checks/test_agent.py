@@ -80,7 +80,7 @@ def test_a_response_may_need_a_larger_budget():
         """Writes a draft before the response."""
 
         def response_usage(self, state):
-            return self.samples_usage(state, 2)
+            return super().response_usage(state) * 2
 
     agent = Drafts(LM, CountReward(), **SIZES)
     checks.check_agent(agent, PROMPTS, budget_tokens=14)
@@ -92,8 +92,8 @@ def test_a_response_may_need_a_larger_budget():
 
 
 class Overspends(agents.BestOfN):
-    def _next_count(self, state, ledger, have):
-        return 0 if have else 4
+    def search(self, states, ledgers, seed):
+        return [row[0] for row in self.scored(self.complete(states, 4, ledgers, seed), ledgers)]
 
 
 class OverspendsQuietly(agents.BestOfN):

@@ -1,0 +1,143 @@
+"""Beam search over chunks, with independent subtrees for diversity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agents.base import DEFAULT_PARAMS, check_positive
+from agents.planner import Planner
+from agents.search import Expansion, Search
+from agents.tree import Node
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.values import ValueModel
+
+# Candidates a stage where neither the caller nor a budget says how many.
+_WITHOUT_BUDGET = 4
+
+
+class BeamSearch(Planner):
+    """Stage by stage, draw candidate chunks after each beam and keep the best partial responses.
+
+    With `beam_width=1` this is blockwise best-of-K. With `subtrees` above 1 the beams are divided
+    among as many independent searches, so that one early favourite does not crowd out the rest.
+
+    Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise best-of-K);
+    Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model
+    Parameters", 2024 (beam search with a value); Beeching et al., "Scaling test-time compute with
+    open models", 2024 (diverse verifier tree search, `subtrees`). Deviations: chunks have a fixed
+    number of tokens instead of ending with a line; responses that end leave the beam and are
+    scored; the number of candidates follows from the budget that is left, at every stage anew.
+
+    Args:
+        language_model: Proposes chunks.
+        reward_model: Scores complete responses.
+        value_model: Ranks partial ones; without one their order is that in which they were drawn.
+        beam_width: Partial responses that are kept at a stage, all subtrees together.
+        candidates: Chunks drawn at a stage, all beams together; None as many as the budget allows
+            to the end of the response, or 4 without one.
+        subtrees: Independent searches, at most `beam_width`.
+        max_response_tokens: Token limit of a response.
+        chunk_tokens: Tokens of a chunk.
+        params: How chunks are drawn.
+
+    Raises:
+        ValueError: A number is below 1, or there are more subtrees than beams.
+
+    Example:
+        >>> from mbrl_text_env.language_models import NGramLM
+        >>> from mbrl_text_env.ledger import Budget
+        >>> from mbrl_text_env.rewards import as_reward_model
+        >>> from mbrl_text_env.types import Prompt
+        >>> lm = NGramLM("abc", order=2, seed=1)
+        >>> reward = as_reward_model(lambda prompt, response: float(response.count("a")))
+        >>> beam = BeamSearch(lm, reward, beam_width=2, max_response_tokens=8, chunk_tokens=2)
+        >>> [answer] = beam.generate([Prompt.from_text("ab")], Budget(tokens=64))
+        >>> answer.usage.generated_tokens <= 64
+        True
+    """
+
+    name = "beam"
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        reward_model: RewardModel,
+        value_model: ValueModel | None = None,
+        *,
+        beam_width: int = 1,
+        candidates: int | None = None,
+        subtrees: int = 1,
+        max_response_tokens: int = 256,
+        chunk_tokens: int = 16,
+        params: SamplingParams = DEFAULT_PARAMS,
+    ) -> None:
+        super().__init__(
+            language_model,
+            reward_model,
+            value_model,
+            max_response_tokens=max_response_tokens,
+            chunk_tokens=chunk_tokens,
+            params=params,
+        )
+        check_positive(beam_width=beam_width, subtrees=subtrees)
+        if candidates is not None:
+            check_positive(candidates=candidates)
+        if subtrees > beam_width:
+            raise ValueError(
+                f"subtrees: expected at most beam_width ({beam_width}), got {subtrees}."
+            )
+        self.beam_width = beam_width
+        self.candidates = candidates
+        self.subtrees = subtrees
+
+    def plan(self, search: Search) -> None:
+        """One beam search from the root."""
+        beam_search(search, self.chunk_tokens, self.beam_width, self.candidates, self.subtrees)
+
+
+def beam_search(
+    search: Search,
+    chunk_tokens: int,
+    beam_width: int,
+    candidates: int | None = None,
+    subtrees: int = 1,
+) -> None:
+    """One beam search from the root of a search; see `BeamSearch` for the numbers."""
+    # Of each subtree: its beams. At the start there is one, the root, and all share it.
+    frontiers: list[list[Node]] = [[search.tree.root]] * subtrees
+    widths = [len(range(i, beam_width, subtrees)) for i in range(subtrees)]
+    while any(frontiers):
+        beams = [node for frontier in frontiers for node in frontier]
+        counts = _shared(candidates or _affordable(search, beams[0], chunk_tokens), len(beams))
+        rows = iter(
+            search.expand(
+                Expansion(node, count, chunk_tokens)
+                for node, count in zip(beams, counts, strict=True)
+                if count
+            )
+        )
+        drawn = iter([next(rows) if count else [] for count in counts])
+        frontiers = [
+            _kept(search, [next(drawn) for _ in frontier], width)
+            for frontier, width in zip(frontiers, widths, strict=True)
+        ]
+
+
+def _affordable(search: Search, node: Node, chunk_tokens: int) -> int:
+    width = search.width(node, chunk_tokens)
+    return _WITHOUT_BUDGET if width is None else width
+
+
+def _shared(total: int, count: int) -> list[int]:
+    """`total` in `count` parts that differ by at most 1."""
+    each, more = divmod(total, count)
+    return [each + (i < more) for i in range(count)]
+
+
+def _kept(search: Search, rows: Sequence[Sequence[Node]], width: int) -> list[Node]:
+    drawn = [node for row in rows for node in row]
+    kept = search.ranked(drawn)[:width]
+    for rank, node in enumerate(kept, start=1):
+        node.note = f"kept: number {rank} of {len(drawn)} candidates"
+    return kept

@@ -1,0 +1,132 @@
+"""Sequential Monte Carlo: particles that are resampled by what their value has gained."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from agents.base import DEFAULT_PARAMS, check_positive
+from agents.planner import Planner
+from agents.search import Expansion, Search
+from agents.tree import Node
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, stream
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.types import FloatArray
+from mbrl_text_env.values import ValueModel
+
+_WITHOUT_BUDGET = 4
+
+
+class ParticleFilter(Planner):
+    """Twisted sequential Monte Carlo over chunks.
+
+    Particles are partial responses. At each step every particle draws one chunk from the language
+    model and its weight is multiplied by exp((value after - value before) / `temperature`). When
+    the effective number of particles falls below half of them, they are resampled. What is sampled
+    tends to the language model's distribution times exp(reward / `temperature`); the answer is the
+    best of the responses.
+
+    Sources: Zhao et al., "Probabilistic Inference in Language Models via Twisted Sequential Monte
+    Carlo", 2024 (the target and the twist functions); Puri et al., "A Probabilistic Inference
+    Approach to Inference-Time Scaling of LLMs using Particle-Based Monte Carlo Methods", 2025 (the
+    use as a search); Kitagawa, "Monte Carlo Filter and Smoother", 1996 (systematic resampling).
+    Deviation: the root has no value, so the first weights come from the values alone.
+
+    Args:
+        language_model: Proposes chunks.
+        reward_model: Scores complete responses.
+        value_model: Estimates the final reward of partial ones.
+        particles: Their number; None as many as the budget allows, or 4 without one.
+        temperature: In units of the reward; small values follow the value more closely.
+        max_response_tokens: Token limit of a response.
+        chunk_tokens: Tokens of a chunk.
+        params: How chunks are drawn.
+
+    Raises:
+        ValueError: A number is below 1, or `temperature` is not above 0.
+    """
+
+    name = "particle-filter"
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        reward_model: RewardModel,
+        value_model: ValueModel | None = None,
+        *,
+        particles: int | None = None,
+        temperature: float = 0.1,
+        max_response_tokens: int = 256,
+        chunk_tokens: int = 16,
+        params: SamplingParams = DEFAULT_PARAMS,
+    ) -> None:
+        super().__init__(
+            language_model,
+            reward_model,
+            value_model,
+            max_response_tokens=max_response_tokens,
+            chunk_tokens=chunk_tokens,
+            params=params,
+        )
+        if particles is not None:
+            check_positive(particles=particles)
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a number above 0, got {temperature}.")
+        self.particles = particles
+        self.temperature = temperature
+
+    def plan(self, search: Search) -> None:
+        """Move one set of particles from the root to the end."""
+        root = search.tree.root
+        count = self.particles or search.width(root, self.chunk_tokens)
+        particles = [root] * (_WITHOUT_BUDGET if count is None else max(1, count))
+        rng = stream(search.seed, root.state, root.samples)
+        log_weights = np.zeros(len(particles))
+        while any(not particle.is_terminal for particle in particles):
+            moved = self._moved(search, particles)
+            if moved is None:
+                return
+            gains = [_worth(new) - _worth(old) for old, new in zip(particles, moved, strict=True)]
+            log_weights = log_weights + np.asarray(gains) / self.temperature
+            particles = moved
+            weights = np.exp(log_weights - log_weights.max())
+            weights /= weights.sum()
+            if 1.0 / (weights**2).sum() < len(particles) / 2:
+                chosen = systematic(weights, rng.random())
+                for particle in dict.fromkeys(particles):
+                    copies = sum(particles[i] is particle for i in chosen)
+                    particle.note = f"{copies} particles after resampling"
+                particles = [particles[i] for i in chosen]
+                log_weights = np.zeros(len(particles))
+
+    def _moved(self, search: Search, particles: list[Node]) -> list[Node] | None:
+        """Each particle after one more chunk; None where the budget does not allow all of them."""
+        going = [particle for particle in particles if not particle.is_terminal]
+        counts = {node: going.count(node) for node in going}
+        rows = search.expand(
+            Expansion(node, count, self.chunk_tokens) for node, count in counts.items()
+        )
+        children = {node: list(row) for node, row in zip(counts, rows, strict=True)}
+        if any(len(children[node]) < count for node, count in counts.items()):
+            return None
+        return [p if p.is_terminal else children[p].pop(0) for p in particles]
+
+
+def systematic(weights: FloatArray, uniform: float) -> list[int]:
+    """Systematic resampling: as many indices as weights, each floor or ceiling of n x its weight.
+
+    Args:
+        weights: float64[n], sum to 1.
+        uniform: In [0, 1).
+
+    Example:
+        >>> systematic(np.array([0.5, 0.25, 0.25, 0.0]), 0.5)
+        [0, 0, 1, 2]
+    """
+    places = (np.arange(len(weights)) + uniform) / len(weights)
+    # Rounding may leave the last sum a little below 1.
+    found = np.searchsorted(np.cumsum(weights), places, side="right")
+    return [min(int(i), len(weights) - 1) for i in found]
+
+
+def _worth(node: Node) -> float:
+    return 0.0 if node.worth is None else node.worth

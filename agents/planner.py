@@ -1,0 +1,139 @@
+"""Planners: agents that search a tree of chunks from each state, round after round."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from agents.base import DEFAULT_PARAMS, Agent, Completion, Generation
+from agents.search import Search
+from agents.tree import SearchTree
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.ledger import Budget, Ledger, Usage
+from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound
+from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.values import ValueModel
+
+# Chunks that may be drawn one after the other and lead nowhere new before a search gives up.
+_PATIENCE = 64
+
+
+class Planner(Agent):
+    """An agent that searches a tree; a subclass implements `plan`, one round of its search.
+
+    Without a budget there is one round. Under a budget, rounds are repeated until one of them can
+    afford nothing, or only states that are known are found, 64 times in a row; later rounds go on
+    in the same tree, with chunks not drawn before. The answer is always the best of all complete
+    responses that were paid for, so a misleading value costs samples, never a better response that
+    was seen.
+
+    Args:
+        language_model: Proposes chunks.
+        reward_model: Scores complete responses.
+        value_model: Estimates the final reward of partial ones.
+        max_response_tokens: Token limit of a response.
+        chunk_tokens: Tokens of a chunk.
+        params: How chunks are drawn.
+
+    Raises:
+        ValueError: A limit is below 1.
+
+    Example:
+        >>> class Deepening(Planner):  # three samples of one token, the best of them finished
+        ...     name = "deepening"
+        ...     def plan(self, search):
+        ...         [row] = search.expand([Expansion(search.tree.root, 3, tokens=1)])
+        ...         search.expand(Expansion(node) for node in search.ranked(row)[:1])
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        reward_model: RewardModel,
+        value_model: ValueModel | None = None,
+        *,
+        max_response_tokens: int = 256,
+        chunk_tokens: int = 16,
+        params: SamplingParams = DEFAULT_PARAMS,
+    ) -> None:
+        super().__init__(
+            language_model,
+            reward_model,
+            max_response_tokens=max_response_tokens,
+            chunk_tokens=chunk_tokens,
+            params=params,
+        )
+        self.value_model = value_model
+        self._watched: dict[TextState, SearchTree] | None = None
+
+    @abstractmethod
+    def plan(self, search: Search) -> None:
+        """Search for one round; `search.expand` returns fewer children when the budget ends."""
+
+    def search(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
+    ) -> list[Completion]:
+        """Search each state; see `Agent.search`."""
+        return [
+            self._search_one(state, ledger, seed)
+            for state, ledger in zip(states, ledgers, strict=True)
+        ]
+
+    def explore(
+        self, prompts: Sequence[Prompt], budget: Budget | None = None, *, seed: int = 0
+    ) -> list[tuple[Generation, SearchTree]]:
+        """`generate`, with the tree behind each answer.
+
+        Raises:
+            ValueError: There are no prompts, or two of them are equal.
+            BudgetError: The budget allows no complete response.
+
+        Example:
+            >>> [(answer, tree)] = planner.explore([prompt], Budget(tokens=400))  # doctest: +SKIP
+            >>> json.dumps(tree.to_dict(planner.language_model))  # doctest: +SKIP
+        """
+        watched = copy.copy(self)
+        watched._watched = {}
+        generations = watched.generate(prompts, budget, seed=seed)
+        trees = {state.prompt.id: tree for state, tree in watched._watched.items()}
+        if len(trees) < len(prompts):
+            raise ValueError(
+                f"explore: expected different prompts, got {len(prompts) - len(trees)} of "
+                f"{len(prompts)} more than once. Leave out the repetitions."
+            )
+        return [(generation, trees[generation.prompt.id]) for generation in generations]
+
+    def response_usage(self, state: TextState) -> Usage:
+        """The most that one scored response from `state` is charged."""
+        return super().response_usage(state) + reward_usage_bound(self.reward_model)
+
+    def values(self) -> ValueModel | None:
+        """What values partial responses in a search; None where nothing does."""
+        return self.value_model
+
+    def _search_one(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
+        assert self.reward_model is not None
+        search = Search(
+            state,
+            self.language_model,
+            self.reward_model,
+            self.values(),
+            ledger=ledger,
+            seed=seed,
+            params=self.params,
+            max_response_tokens=self.max_response_tokens,
+        )
+        idle = 0
+        while True:
+            known, drawn = len(search.tree.nodes), search.drawn
+            self.plan(search)
+            new = search.drawn - drawn
+            idle = 0 if len(search.tree.nodes) > known else idle + new
+            if not search.is_capped or not new or idle >= _PATIENCE:
+                break
+        found = search.finish()
+        assert found.score is not None
+        if self._watched is not None:
+            self._watched[state] = search.tree
+        return Completion(found.state, found.logprobs(), found.score, found.parts)

@@ -1,0 +1,127 @@
+"""Receding horizon: roll several chunks ahead, execute the first of the best plan, plan again."""
+
+from __future__ import annotations
+
+from agents.base import DEFAULT_PARAMS, check_positive
+from agents.planner import Planner
+from agents.search import Expansion, Search
+from agents.tree import Node
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.values import ValueModel
+
+_WITHOUT_BUDGET = 4
+
+
+class RecedingHorizon(Planner):
+    """Model-predictive control over chunks.
+
+    At each step, plans of `horizon` chunks are rolled out from the state reached so far. The plan
+    of highest value at its end (a complete one: of highest score) is chosen, its first chunk is
+    executed, and what is left of the plans that begin with this chunk competes with the plans that
+    are rolled out next.
+
+    Source: random-shooting model-predictive control, as in Nagabandi et al., "Neural Network
+    Dynamics for Model-Based Deep Reinforcement Learning with Model-Free Fine-Tuning", 2018.
+    Deviations: plans are drawn from the language model instead of uniformly; those that begin with
+    the executed chunk are kept; the objective is the value at the horizon, for text has no reward
+    before its end.
+
+    Args:
+        language_model: Proposes chunks.
+        reward_model: Scores complete responses.
+        value_model: Estimates the final reward of partial ones.
+        horizon: Chunks of a plan.
+        plans: Plans rolled out at a step; None as many as the budget allows to the end of the
+            response, or 4 without one.
+        max_response_tokens: Token limit of a response.
+        chunk_tokens: Tokens of a chunk.
+        params: How chunks are drawn.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+
+    name = "receding-horizon"
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        reward_model: RewardModel,
+        value_model: ValueModel | None = None,
+        *,
+        horizon: int = 2,
+        plans: int | None = None,
+        max_response_tokens: int = 256,
+        chunk_tokens: int = 16,
+        params: SamplingParams = DEFAULT_PARAMS,
+    ) -> None:
+        super().__init__(
+            language_model,
+            reward_model,
+            value_model,
+            max_response_tokens=max_response_tokens,
+            chunk_tokens=chunk_tokens,
+            params=params,
+        )
+        check_positive(horizon=horizon)
+        if plans is not None:
+            check_positive(plans=plans)
+        self.horizon = horizon
+        self.plans = plans
+
+    def plan(self, search: Search) -> None:
+        """Plan and execute from the root until the response ends."""
+        node = search.tree.root
+        while not node.is_terminal:
+            ends = self._rolled_out(search, node)
+            if not ends:
+                return
+            best = max(ends, key=_worth)
+            step = _first_step(node, best)
+            step.note = f"executed: {_worth(best):.4g} is the best at the end of {len(ends)} plans"
+            node = step
+
+    def _rolled_out(self, search: Search, node: Node) -> list[Node]:
+        """Ends of the plans from a node: new ones, and those that were there."""
+        count = self._count(search, node)
+        frontier = {node: count}
+        for ahead in range(1, self.horizon + 1):
+            rows = search.expand(
+                Expansion(stem, copies, self.chunk_tokens, valued=ahead == self.horizon)
+                for stem, copies in frontier.items()
+            )
+            drawn = [child for row in rows for child in row]
+            open_nodes = [child for child in drawn if not child.is_terminal]
+            frontier = {child: open_nodes.count(child) for child in open_nodes}
+            if not frontier:
+                break
+        return [end for end in _below(node) if end.worth is not None]
+
+    def _count(self, search: Search, node: Node) -> int:
+        if self.plans is not None:
+            return self.plans
+        width = search.width(node, self.chunk_tokens)
+        # Each of the chunks that are left is planned, and each plan has up to `horizon` of them.
+        left = -(-search.room(node) // self.chunk_tokens)
+        mean_length = sum(min(self.horizon, k) for k in range(1, left + 1)) / left
+        return _WITHOUT_BUDGET if width is None else max(1, int(width / mean_length))
+
+
+def _first_step(node: Node, end: Node) -> Node:
+    """The child of `node` on the way to `end`."""
+    return next(step for step in end.path() if step.parent is node)
+
+
+def _below(node: Node) -> list[Node]:
+    """All nodes that follow a node."""
+    found, queue = [], list(node.children)
+    while queue:
+        child = queue.pop()
+        found.append(child)
+        queue.extend(child.children)
+    return sorted(found, key=lambda each: each.index)
+
+
+def _worth(node: Node) -> float:
+    return float("-inf") if node.worth is None else node.worth

@@ -1,0 +1,332 @@
+"""The one search under all planners: expand, evaluate, stay within the budget, finish.
+
+A planner says which nodes get how many children of what length (`Expansion`); everything else is
+here. So every planner keeps its budget, ends with a complete and scored response, and leaves a tree
+that can be looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from agents.base import affordable, is_binding
+from agents.tree import Node, SearchTree
+from mbrl_text_env.language_models.base import (
+    LanguageModel,
+    SampleRequest,
+    SamplingParams,
+    sample_requests,
+)
+from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.mdp import response_limit, transition
+from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound, score_responses
+from mbrl_text_env.types import TextState
+from mbrl_text_env.values import (
+    ValueModel,
+    expected_value_usage,
+    predict_values,
+    value_usage_bound,
+)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Children that a node is to get.
+
+    Args:
+        node: A node that has not ended.
+        count: Chunks to draw, at least 1.
+        tokens: Most tokens of a chunk; None draws to the end of the response.
+        params: How they are drawn; None for the search's own.
+        valued: Whether partial responses among them are valued.
+    """
+
+    node: Node
+    count: int = 1
+    tokens: int | None = None
+    params: SamplingParams | None = None
+    valued: bool = True
+
+
+class Search:
+    """One state's search: a tree, what evaluates its nodes, and the ledger that pays for it.
+
+    Args:
+        state: Where it starts; it has not ended.
+        language_model: Draws chunks.
+        reward_model: Scores complete responses.
+        value_model: Estimates the final reward of partial ones; None leaves them without.
+        ledger: Charged for everything.
+        seed: All chunks follow from it, their node's tokens and their number.
+        params: How chunks are drawn.
+        max_response_tokens: Token limit of a response.
+
+    Attributes:
+        tree: What was found so far.
+        drawn: Chunks drawn so far, repetitions included.
+        limit: Most tokens of a response to this prompt.
+        is_capped: Whether the budget ends a search that goes on and on.
+
+    Example:
+        >>> def greedy(search):  # two candidates a chunk, the better one is kept
+        ...     frontier = [search.tree.root]
+        ...     while frontier:
+        ...         [row] = search.expand([Expansion(frontier[0], 2, tokens=16)])
+        ...         frontier = search.ranked(row)[:1]
+    """
+
+    def __init__(
+        self,
+        state: TextState,
+        language_model: LanguageModel,
+        reward_model: RewardModel,
+        value_model: ValueModel | None,
+        *,
+        ledger: Ledger,
+        seed: int,
+        params: SamplingParams,
+        max_response_tokens: int,
+    ) -> None:
+        self.tree = SearchTree(state)
+        self.language_model = language_model
+        self.reward_model = reward_model
+        self.value_model = value_model
+        self.ledger = ledger
+        self.seed = seed
+        self.params = params
+        self.drawn = 0
+        self.limit = response_limit(state, language_model, max_response_tokens)
+        self.is_capped = is_binding(ledger.budget, self.finish_usage(self.tree.root))
+
+    def room(self, node: Node) -> int:
+        """Tokens that a node's response can still have; 0 where it has ended."""
+        return 0 if node.is_terminal else max(0, self.limit - len(node.state.response_ids))
+
+    def expand(self, expansions: Iterable[Expansion]) -> list[list[Node]]:
+        """Draw chunks, add what they lead to, score what is complete and value the rest.
+
+        Where the budget does not allow all of it, every expansion gets fewer chunks, and then the
+        last ones get none. As long as there is no complete response, what finishing one takes is
+        kept back.
+
+        Returns:
+            The children drawn for each expansion, at most `count`; one that was drawn twice stands
+            there twice.
+        """
+        wanted = list(expansions)
+        counts = self._affordable_counts(wanted)
+        rows: list[list[Node]] = [[] for _ in wanted]
+        places = [i for i, count in enumerate(counts) if count]
+        if not places:
+            return rows
+        drawn = sample_requests(
+            self.language_model,
+            self._requests([(wanted[i], counts[i]) for i in places]),
+            ledgers=[self.ledger] * len(places),
+        )
+        for i, chunks in zip(places, drawn, strict=True):
+            node = wanted[i].node
+            for chunk in chunks:
+                after = transition(node.state, chunk, self.limit)
+                rows[i].append(self.tree.add(node, chunk, after))
+        self.drawn += sum(map(len, rows))
+        self.evaluate(
+            node
+            for expansion, row in zip(wanted, rows, strict=True)
+            for node in row
+            if expansion.valued or node.is_terminal
+        )
+        return rows
+
+    def evaluate(self, nodes: Iterable[Node]) -> None:
+        """Score the complete responses and value the partial ones that are not evaluated yet."""
+        new = [node for node in dict.fromkeys(nodes) if node.worth is None]
+        complete = [node for node in new if node.is_terminal]
+        unfinished = partial(new)
+        if complete:
+            scores = score_responses(
+                self.reward_model,
+                [node.state.prompt for node in complete],
+                [self.language_model.decode(node.state.response_ids) for node in complete],
+                ledgers=[self.ledger] * len(complete),
+            )
+            for i, node in enumerate(complete):
+                node.score, node.parts = float(scores.total[i]), scores.parts_of(i)
+        if unfinished and self.value_model is not None:
+            estimate = predict_values(
+                self.value_model,
+                [node.state for node in unfinished],
+                ledgers=[self.ledger] * len(unfinished),
+            )
+            for i, node in enumerate(unfinished):
+                node.value, node.std = float(estimate.mean[i]), float(estimate.std[i])
+
+    def ranked(self, nodes: Iterable[Node]) -> list[Node]:
+        """The partial responses among `nodes`, each once, those of highest value first."""
+        return sorted(partial(nodes), key=_value, reverse=True)
+
+    def finish(self) -> Node:
+        """Return the best complete response; finish the best partial one if there is none."""
+        if self.tree.best() is None:
+            node = self._most_promising()
+            self._draw_to_the_end(node)
+        best = self.tree.best()
+        assert best is not None
+        best.note = "best complete response"
+        self.tree.chosen = best
+        return best
+
+    def width(self, node: Node, tokens: int | None, at_most: int = 4096) -> int | None:
+        """About how many candidates a chunk the budget allows from a node to the end.
+
+        None where no cap says: there is none, or only one on seconds.
+
+        Args:
+            node: Where the candidates start.
+            tokens: Tokens of a chunk, each of which is evaluated; None for whole responses.
+            at_most: The largest answer wanted.
+        """
+        path = self.path_usage(node, tokens)
+        if not self.is_capped or not _is_countable(self.ledger, path):
+            return None
+        return affordable(self.ledger, lambda count: path * count, at_most)
+
+    def path_usage(self, node: Node, tokens: int | None) -> Usage:
+        """About what one response is charged that goes on from a node in chunks of `tokens`."""
+        room = self.room(node)
+        prefix = len(node.state.prompt_ids) + len(node.state.response_ids)
+        usage = self.language_model.usage
+        new = usage(prefix, [room]) - usage(prefix, [])
+        states = [
+            _stand_in(node.state, length) for length in range(tokens or room, room, tokens or room)
+        ]
+        if self.value_model is not None:
+            for state in states:
+                new += expected_value_usage(self.value_model, state)
+        return new + self._expected_reward_usage(_stand_in(node.state, room))
+
+    def finish_usage(self, node: Node) -> Usage:
+        """The most that finishing a node's response and scoring it is charged."""
+        return self._finish_usage(node.state, self.room(node))
+
+    def _requests(self, counted: Sequence[tuple[Expansion, int]]) -> list[SampleRequest]:
+        """What is asked of the language model; no chunk number of a node is asked for twice."""
+        first = {expansion.node: expansion.node.samples for expansion, _ in counted}
+        requests = []
+        for expansion, count in counted:
+            node = expansion.node
+            requests.append(
+                SampleRequest(
+                    node.state,
+                    count,
+                    self._length(expansion),
+                    self.seed,
+                    first[node],
+                    self.params if expansion.params is None else expansion.params,
+                )
+            )
+            first[node] += count
+        return requests
+
+    def _affordable_counts(self, wanted: Sequence[Expansion]) -> list[int]:
+        def capped(cap: int) -> list[int]:
+            return [min(expansion.count, cap) for expansion in wanted]
+
+        def leading(number: int) -> list[int]:
+            return [1 if i < number else 0 for i in range(len(wanted))]
+
+        most = max((expansion.count for expansion in wanted), default=0)
+        cap = affordable(self.ledger, lambda c: self._cost(wanted, capped(c)), most)
+        if cap:
+            return capped(cap)
+        number = affordable(self.ledger, lambda n: self._cost(wanted, leading(n)), len(wanted))
+        return leading(number)
+
+    def _cost(self, wanted: Sequence[Expansion], counts: Sequence[int]) -> Usage:
+        """The most that drawing and evaluating is charged, and finishing one response after it."""
+        total, reserve = Usage(), None
+        for expansion, count in zip(wanted, counts, strict=True):
+            if not count:
+                continue
+            node, length = expansion.node, self._length(expansion)
+            prefix = len(node.state.prompt_ids) + len(node.state.response_ids)
+            total += self.language_model.usage(prefix, [length] * count)
+            total += self._evaluation_bound(expansion) * count
+            left = self._finish_usage(_stand_in(node.state, length), self.room(node) - length)
+            if reserve is None or left.generated_tokens < reserve.generated_tokens:
+                reserve = left
+        if reserve is None or self.tree.best() is not None:
+            return total
+        return total + reserve
+
+    def _evaluation_bound(self, expansion: Expansion) -> Usage:
+        """The most that evaluating one child is charged: a score if it ends, or else a value."""
+        bound = reward_usage_bound(self.reward_model)
+        length = self._length(expansion)
+        if self.value_model is None or not expansion.valued or length == self.room(expansion.node):
+            return bound
+        after = _stand_in(expansion.node.state, length)
+        return bound.maximum(value_usage_bound(self.value_model, after))
+
+    def _finish_usage(self, state: TextState, room: int) -> Usage:
+        if room <= 0:
+            return Usage()
+        prefix = len(state.prompt_ids) + len(state.response_ids)
+        usage = self.language_model.usage(prefix, [room])
+        return usage + reward_usage_bound(self.reward_model)
+
+    def _expected_reward_usage(self, state: TextState) -> Usage:
+        flops = getattr(self.reward_model, "flops", None)
+        if flops is None:
+            return Usage(reward_calls=1)
+        text = self.language_model.decode(state.response_ids)
+        return Usage(reward_calls=1, reward_flops=float(flops([state.prompt], [text])[0]))
+
+    def _length(self, expansion: Expansion) -> int:
+        room = self.room(expansion.node)
+        return room if expansion.tokens is None else min(expansion.tokens, room)
+
+    def _most_promising(self) -> Node:
+        """The partial response of highest value that can be finished within the budget."""
+        nodes = [node for node in self.tree.nodes if not node.is_terminal]
+        for node in sorted(nodes, key=lambda n: (_value(n), n.depth), reverse=True):
+            if self.ledger.affords(self.finish_usage(node)):
+                return node
+        # Time has run out: the nearest end.
+        return min(nodes, key=self.room)
+
+    def _draw_to_the_end(self, node: Node) -> None:
+        request = self._requests([(Expansion(node), 1)])
+        [[chunk]] = sample_requests(self.language_model, request, ledgers=[self.ledger])
+        self.evaluate([self.tree.add(node, chunk, transition(node.state, chunk, self.limit))])
+
+
+def partial(nodes: Iterable[Node]) -> list[Node]:
+    """The responses among `nodes` that have not ended, each once."""
+    return [node for node in dict.fromkeys(nodes) if not node.is_terminal]
+
+
+def _value(node: Node) -> float:
+    return float("-inf") if node.value is None else node.value
+
+
+def _is_countable(ledger: Ledger, usage: Usage) -> bool:
+    """Whether some cap other than that on seconds limits how often `usage` can be spent."""
+    budget = ledger.budget
+    return any(
+        cap is not None and amount > 0
+        for cap, amount in (
+            (budget.tokens, usage.generated_tokens),
+            (budget.flops, usage.flops),
+            (budget.reward_calls, usage.reward_calls),
+        )
+    )
+
+
+def _stand_in(state: TextState, new_tokens: int) -> TextState:
+    """A state with as many more tokens, for costs: the prompt's, for they decode to real text."""
+    source = state.prompt_ids or (0,)
+    repeats = -(-new_tokens // len(source))
+    ids = (source * repeats)[:new_tokens]
+    return TextState(state.prompt, state.prompt_ids, state.response_ids + ids)
