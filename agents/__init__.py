@@ -5,12 +5,19 @@ from mbrl_text_env._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "base": ["Agent", "Completion", "Decision", "Generation"],
+        "adaptive": ["Adaptive"],
+        "base": ["Agent", "Choice", "Completion", "Decision", "Generation"],
+        "beam": ["BeamSearch"],
         "best_of_n": ["BestOfN"],
         "catalogue": ["available", "make"],
         "collection": ["collect"],
         "lookahead": ["Lookahead"],
+        "particle_filter": ["ParticleFilter"],
+        "planner": ["Planner"],
+        "receding_horizon": ["RecedingHorizon"],
         "sampling": ["RandomAgent", "Sampling"],
+        "search": ["Expansion", "Search"],
+        "tree": ["Node", "SearchTree"],
         "values": ["EmbeddingValue"],
     },
 )

@@ -7,16 +7,30 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from agents.adaptive import Adaptive
 from agents.base import Agent
+from agents.beam import BeamSearch
 from agents.best_of_n import BestOfN
 from agents.lookahead import Lookahead
+from agents.particle_filter import ParticleFilter
+from agents.receding_horizon import RecedingHorizon
 from agents.sampling import RandomAgent, Sampling
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.values import ValueModel
 
 _CLASSES: Mapping[str, Callable[..., Agent]] = {
-    cls.name: cls for cls in (RandomAgent, Sampling, BestOfN, Lookahead)
+    cls.name: cls
+    for cls in (
+        RandomAgent,
+        Sampling,
+        BestOfN,
+        Lookahead,
+        BeamSearch,
+        RecedingHorizon,
+        ParticleFilter,
+        Adaptive,
+    )
 }
 _SAMPLING = ("temperature", "top_p", "top_k")
 
@@ -79,7 +93,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """Split a spec into its name and options.
 
     Raises:
-        AgentSpecError: The name is unknown, or an option is not `key=number`.
+        AgentSpecError: The name is unknown, or an option is not `key=number`, or `key=word` where
+            the constructor takes a word.
 
     Example:
         >>> parse_spec("best-of-n:n=8")
@@ -93,11 +108,19 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     for item in items:
         key, _, value = item.partition("=")
-        options[key.strip()] = _number(spec, item, value)
+        options[key.strip()] = _value(spec, item, value, _takes_word(name, key.strip()))
     return name, options
 
 
-def _number(spec: str, item: str, value: str) -> int | float:
+def _takes_word(name: str, option: str) -> bool:
+    """Whether an agent's option is a word, such as `root_policy` of MCTS, and not a number."""
+    parameter = inspect.signature(_CLASSES[name]).parameters.get(option)
+    return parameter is not None and isinstance(parameter.default, str)
+
+
+def _value(spec: str, item: str, value: str, is_word: bool) -> int | float | str:
+    if is_word and value:
+        return value
     for kind in (int, float):
         try:
             return kind(value)

@@ -67,6 +67,17 @@ class ExactValue:
         return ValueEstimate(np.array(means), np.array(stds))
 
 
+class OptimalValue(ExactValue):
+    """The best final reward that a prefix can still have: what a perfect search would reach."""
+
+    def predict(self, states: Sequence[TextState]) -> ValueEstimate:
+        best = []
+        for state in states:
+            texts = [self.lm.decode(ids) for ids, _ in self.lm.responses(state, self.limit)]
+            best.append(max(self.reward.score([state.prompt] * len(texts), texts)))
+        return ValueEstimate(np.array(best), np.zeros(len(best)))
+
+
 class FixedValue:
     """The same function of the response's text for every state."""
 

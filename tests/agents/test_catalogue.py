@@ -13,7 +13,7 @@ def build(spec, value=None):
 
 
 def test_names_and_options():
-    assert set(available()) == {"random", "sampling", "best-of-n", "lookahead"}
+    assert {"random", "sampling", "best-of-n", "lookahead", "beam", "adaptive"} <= set(available())
     assert all(available().values())
     agent = build("best-of-n:n=8:temperature=1.5:top_k=3")
     assert (agent.n, agent.params.temperature, agent.params.top_k) == (8, 1.5, 3)

@@ -1,0 +1,226 @@
+"""What holds for every planner, on worlds whose answers are known by enumeration."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agents import (
+    Adaptive,
+    BeamSearch,
+    BestOfN,
+    Lookahead,
+    ParticleFilter,
+    RecedingHorizon,
+)
+from mbrl_text_env import checks
+from mbrl_text_env.language_models import NGramLM, SamplingParams
+from mbrl_text_env.ledger import Budget, BudgetError
+from mbrl_text_env.mdp import initial, is_terminal
+from mbrl_text_env.types import Prompt
+from mbrl_text_env.values import ValueEstimate
+from tests.toys import PROMPTS, CountReward, FixedValue, OptimalValue
+
+SIZES = {"max_response_tokens": 6, "chunk_tokens": 1, "params": SamplingParams()}
+# By name: constructor and options, one row a planner and mode.
+PLANNERS = {
+    "best-of-n, pruned": (BestOfN, {"keep": 0.5}),
+    "lookahead": (Lookahead, {"prefix_tokens": 3, "keep": 1}),
+    "lookahead, chunkwise": (Lookahead, {"chunkwise": True}),
+    "beam": (BeamSearch, {}),
+    "beam of 3": (BeamSearch, {"beam_width": 3}),
+    "beam, 2 subtrees": (BeamSearch, {"beam_width": 4, "subtrees": 2}),
+    "receding horizon": (RecedingHorizon, {}),
+    "particle filter": (ParticleFilter, {"temperature": 0.02}),
+    "adaptive": (Adaptive, {}),
+    "adaptive, cautious": (Adaptive, {"caution": 1.0}),
+}
+every_planner = pytest.mark.parametrize("name", PLANNERS)
+
+
+def build(name, lm, reward, value=None, **options):
+    cls, own = PLANNERS[name]
+    return cls(lm, reward, value, **{**SIZES, **own, **options})
+
+
+class TableReward(CountReward):
+    """Every response has a reward of its own, and one of them is the best."""
+
+    name = "table"
+
+    def __init__(self, seed=0, bumps=40):
+        super().__init__()
+        rng = np.random.default_rng(seed)
+        self.weights = rng.random((6, 4))
+        self.pairs = rng.random((4, 4))
+
+    def score(self, prompts, responses):
+        return [self._score(["abcd".index(c) for c in text]) for text in responses]
+
+    def _score(self, ids):
+        own = sum(self.weights[i, c] for i, c in enumerate(ids[:6]))
+        return float(own + sum(self.pairs[a, b] for a, b in itertools.pairwise(ids)))
+
+
+def optimum(lm, reward, prompt):
+    texts = [lm.decode(ids) for ids, _ in lm.responses(initial(prompt, lm), 6)]
+    return max(reward.score([prompt] * len(texts), texts)), len(texts)
+
+
+@every_planner
+def test_with_a_perfect_value_the_optimum_is_found(name):
+    """4^6 responses, of which best-of-N sees at most 100 with 600 tokens."""
+    lm, reward = NGramLM("abcd", seed=5, concentration=3.0, stop_probability=0.0), TableReward()
+    prompt = Prompt.from_text("ab")
+    best, count = optimum(lm, reward, prompt)
+    assert count == 4**6
+    # The last chunks of two stages and of best-of-N are a lottery: they need more draws.
+    budget = Budget(tokens=20_000 if name in ("lookahead", "best-of-n, pruned") else 600)
+    agent = build(name, lm, reward, OptimalValue(lm, reward, 6))
+    [answer] = agent.generate([prompt], budget, seed=0)
+    assert answer.completion.score == pytest.approx(best)
+
+
+def test_without_a_value_the_same_budget_does_not_find_it():
+    lm, reward = NGramLM("abcd", seed=5, concentration=3.0, stop_probability=0.0), TableReward()
+    prompt = Prompt.from_text("ab")
+    best, _ = optimum(lm, reward, prompt)
+    agent = BestOfN(lm, reward, **SIZES)
+    answers = [agent.generate([prompt], Budget(tokens=600), seed=s)[0] for s in range(8)]
+    assert all(a.completion.score < best for a in answers)
+
+
+@every_planner
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_misleading_value_never_costs_a_response_that_was_paid_for(name, seed):
+    lm, reward = NGramLM("abcd", seed=seed), TableReward(seed)
+    agent = build(name, lm, reward, FixedValue(lambda t: -reward.score([None], [t])[0], lm))
+    found = agent.explore(PROMPTS[:2], Budget(tokens=90), seed=seed)
+    for answer, tree in found:
+        complete = [node.score for node in tree.complete()]
+        assert answer.completion.score == max(complete)
+        assert tree.chosen.state == answer.completion.state
+        assert answer.usage.reward_calls == len(complete)
+
+
+@every_planner
+def test_planners_keep_the_contract_of_agents(name):
+    lm = NGramLM("abcde", 2, seed=1)
+    agent = build(name, lm, CountReward(), FixedValue(lambda t: t.count("a"), lm))
+    checks.check_agent(agent, PROMPTS)
+
+
+class CostlyValue(FixedValue):
+    """Charges what it computes."""
+
+    def flops(self, states):
+        return [7.0 + len(state.response_ids) for state in states]
+
+    def flops_bound(self):
+        return 40.0
+
+
+class CostlyReward(CountReward):
+    def flops(self, prompts, responses):
+        return [30.0 + len(response) for response in responses]
+
+    def flops_bound(self):
+        return 60.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(PLANNERS)),
+    seed=st.integers(0, 1000),
+    stop=st.sampled_from([0.0, 0.1, 0.6]),
+    limit=st.integers(1, 12),
+    chunk=st.integers(1, 5),
+    share=st.floats(0.3, 12.0),
+    cap=st.sampled_from(["tokens", "flops", "reward_calls", "all"]),
+    uncertain=st.booleans(),
+)
+def test_no_planner_overspends(name, seed, stop, limit, chunk, share, cap, uncertain):
+    lm = NGramLM("abc", seed=seed, stop_probability=stop)
+    value = CostlyValue(lambda t: t.count("a") - t.count("b"), lm)
+    if uncertain:
+        value.predict = lambda states: ValueEstimate(
+            np.array([float(len(s.response_ids) % 3) for s in states]), np.full(len(states), 0.3)
+        )
+    agent = build(name, lm, CostlyReward(), value, max_response_tokens=limit, chunk_tokens=chunk)
+    state = initial(PROMPTS[0], lm)
+    least = agent.response_usage(state)
+    caps = {
+        "tokens": max(1, int(share * least.generated_tokens)),
+        "flops": share * least.flops,
+        "reward_calls": max(1, int(share * least.reward_calls)),
+    }
+    budget = Budget(**(caps if cap == "all" else {cap: caps[cap]}))
+    allows_one = all(
+        value is None or value >= need
+        for value, need in (
+            (budget.tokens, least.generated_tokens),
+            (budget.flops, least.flops),
+            (budget.reward_calls, least.reward_calls),
+        )
+    )
+    if not allows_one:
+        with pytest.raises(BudgetError):
+            agent.generate(PROMPTS[:1], budget, seed=seed)
+        return
+    [answer] = agent.generate(PROMPTS[:1], budget, seed=seed)
+    usage = answer.usage
+    assert is_terminal(answer.completion.state)
+    assert answer.completion.score is not None
+    assert budget.tokens is None or usage.generated_tokens <= budget.tokens
+    assert budget.flops is None or usage.flops <= budget.flops
+    assert budget.reward_calls is None or usage.reward_calls <= budget.reward_calls
+
+
+@every_planner
+def test_larger_budgets_are_used(name):
+    """Nothing is left that would pay for another response, unless all has been seen."""
+    lm = NGramLM("abcdefgh", seed=2, concentration=5.0, stop_probability=0.0)
+    agent = build(name, lm, CountReward(), FixedValue(lambda t: t.count("a"), lm))
+    for tokens in (6, 50, 300):
+        [answer] = agent.generate(PROMPTS[:1], Budget(tokens=tokens))
+        assert tokens - 6 < answer.usage.generated_tokens <= tokens
+
+
+@every_planner
+def test_without_a_budget_there_is_one_round(name):
+    lm = NGramLM("abc", seed=2, stop_probability=0.0)
+    agent = build(name, lm, CountReward(), FixedValue(lambda t: t.count("a"), lm))
+    [answer] = agent.generate(PROMPTS[:1])
+    assert is_terminal(answer.completion.state)
+    assert answer.usage.generated_tokens < 200
+
+
+@every_planner
+def test_the_environment_is_played_one_chunk_at_a_time(name):
+    lm, reward = NGramLM("abc", seed=2), CountReward()
+    agent = build(name, lm, reward, FixedValue(lambda t: t.count("a"), lm), chunk_tokens=2)
+    env = world(lm, reward)
+    env.reset(seed=1)
+    terminated = truncated = False
+    total = 0.0
+    while not (terminated or truncated):
+        [decision] = agent.act([env.unwrapped.get_state()], Budget(tokens=40), seed=3)
+        _, value, terminated, truncated, _ = env.step(decision.chunk.token_ids)
+        total += value
+    text = lm.decode(env.unwrapped.get_state().response_ids)
+    assert total == pytest.approx(reward.score([None], [text])[0])
+
+
+def world(lm, reward):
+    import gymnasium as gym
+
+    return gym.make(
+        "mbrl_text_env/TextGeneration-v0",
+        prompts=PROMPTS,
+        tokenizer=lm,
+        reward_model=reward,
+        max_chunk_tokens=2,
+        max_response_tokens=6,
+    )
