@@ -241,8 +241,9 @@ class Agent(ABC):
 
         Example:
             >>> env = gym.make("mbrl_text_env/CandidateChunks-v0")  # doctest: +SKIP
-            >>> view = env.unwrapped  # doctest: +SKIP
-            >>> [choice] = agent.choose([view.state], [view.candidates])  # doctest: +SKIP
+            >>> state = env.unwrapped.get_state()  # doctest: +SKIP
+            >>> candidates = env.get_wrapper_attr("candidates")  # doctest: +SKIP
+            >>> [choice] = agent.choose([state], [candidates])  # doctest: +SKIP
             >>> env.step(choice.index)  # doctest: +SKIP
         """
         for state, row in zip(states, candidates, strict=True):
