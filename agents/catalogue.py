@@ -33,6 +33,7 @@ _CLASSES: Mapping[str, Callable[..., Agent]] = {
     )
 }
 _SAMPLING = ("temperature", "top_p", "top_k")
+_VALUE = "value"
 
 
 class AgentSpecError(ValueError):
@@ -48,17 +49,18 @@ def make(
     spec: str,
     language_model: LanguageModel,
     reward_model: RewardModel,
-    value_model: ValueModel | None = None,
+    value_model: ValueModel | Mapping[str, ValueModel] | None = None,
     **defaults: Any,
 ) -> Agent:
     """Make an agent from a text such as `"best-of-n:n=8:temperature=1.0"`.
 
     Args:
         spec: A name, then options of its constructor. `temperature`, `top_p` and `top_k` say how
-            complete responses are drawn.
+            complete responses are drawn, and `value` which of several value models is taken.
         language_model: Proposes tokens.
         reward_model: Scores responses.
-        value_model: For agents that take one.
+        value_model: For agents that take one; or several by name, of which an agent takes the one
+            that its option `value` names, or else the first.
         **defaults: Options that the spec does not name, such as `max_response_tokens`.
 
     Raises:
@@ -72,15 +74,16 @@ def make(
     cls = _CLASSES[name]
     known = inspect.signature(cls).parameters
     params = {key: options.pop(key) for key in _SAMPLING if key in options}
+    chosen = _chosen(spec, value_model, options.pop(_VALUE, None))
     unknown = [key for key in options if key not in known or key == "params"]
     if unknown:
         numeric = [key for key, p in known.items() if p.kind is p.KEYWORD_ONLY]
         raise AgentSpecError(
             f"Agent {name!r} has no option {unknown[0]!r}; it has "
-            f"{[k for k in numeric if not k.endswith('params')] + list(_SAMPLING)}."
+            f"{[k for k in numeric if not k.endswith('params')] + [*_SAMPLING, _VALUE]}."
         )
     if "value_model" in known:
-        options["value_model"] = value_model
+        options["value_model"] = chosen
     try:
         if params:
             options["params"] = SamplingParams(**params)
@@ -112,8 +115,24 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+def _chosen(
+    spec: str, models: ValueModel | Mapping[str, ValueModel] | None, name: str | None
+) -> ValueModel | None:
+    if isinstance(models, Mapping):
+        if name is None:
+            return next(iter(models.values()), None)
+        if name in models:
+            return models[name]
+    elif name is None:
+        return models
+    there = sorted(models) if isinstance(models, Mapping) else "no value models by name"
+    raise AgentSpecError(f"Agent {spec!r}: expected a value of {there}, got {name!r}.")
+
+
 def _takes_word(name: str, option: str) -> bool:
     """Whether an agent's option is a word, such as `root_policy` of MCTS, and not a number."""
+    if option == _VALUE:
+        return True
     parameter = inspect.signature(_CLASSES[name]).parameters.get(option)
     return parameter is not None and isinstance(parameter.default, str)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class CompareConfig:
         agents: Agent specs (see `agents.catalogue.make`). `budget_tokens` may stand among the
             options of one, if unequal budgets are allowed.
         budget_tokens: Generated tokens that each agent may spend on a prompt; None for no cap.
+        budget_flops: Floating-point operations of all models that it may spend; None for no cap.
+        budget_seconds: Wall time after which it begins nothing new; None for no cap.
         max_response_tokens: Token limit of a response.
         seed: Of the prompts' choice and of all sampling.
         batch_prompts: Prompts that are answered together.
@@ -66,6 +68,8 @@ class CompareConfig:
     seed: int = 0
     batch_prompts: int = 32
     allow_unequal_budgets: bool = False
+    budget_flops: float | None = None
+    budget_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.agents or len(set(self.agents)) != len(self.agents):
@@ -84,6 +88,10 @@ class CompareConfig:
         own = parse_spec(spec)[1].get("budget_tokens")
         return self.budget_tokens if own is None else int(own)
 
+    def caps(self, spec: str) -> Budget:
+        """All caps of an agent."""
+        return Budget(self.budget_of(spec), self.budget_flops, seconds=self.budget_seconds)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -94,7 +102,7 @@ class Comparison:
         prompts: The prompts; the agents answer all of them.
         language_model: Shared by the agents.
         reward_model: Shared by the agents, and the judge of their answers.
-        value_model: For agents that take one.
+        value_model: For agents that take one, or several by name (see `agents.catalogue.make`).
         gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
             and can, so that a reward that is being exploited shows.
         labels: What else belongs into the config file, such as the names given on the command line.
@@ -107,7 +115,7 @@ class Comparison:
     prompts: Sequence[Prompt]
     language_model: LanguageModel
     reward_model: RewardModel
-    value_model: ValueModel | None = None
+    value_model: ValueModel | Mapping[str, ValueModel] | None = None
     gold_model: RewardModel | None = None
     labels: dict[str, Any] = field(default_factory=dict)
 
@@ -310,7 +318,7 @@ def _answer(
     comparison: Comparison, spec: str, agent: Agent, prompts: Sequence[Prompt]
 ) -> list[dict[str, Any]]:
     config = comparison.config
-    budget = Budget(tokens=config.budget_of(spec))
+    budget = config.caps(spec)
     # No agent lives on prefixes that another one computed, and a run that is resumed computes what
     # it would have computed at once.
     clear_cache = getattr(comparison.language_model, "clear_cache", None)

@@ -42,3 +42,15 @@ def test_names_and_options():
 def test_bad_specs(spec, message):
     with pytest.raises(AgentSpecError, match=message):
         build(spec)
+
+
+def test_one_of_several_value_models_is_named():
+    first, second = FixedValue(len, LM), FixedValue(len, LM)
+    values = {"first": first, "second": second}
+    assert build("beam", values).value_model is first
+    assert build("beam:value=second:chunk_tokens=4", values).value_model is second
+    assert build("beam", {}).value_model is None
+    with pytest.raises(AgentSpecError, match=r"expected a value of \['first', 'second'\]"):
+        build("beam:value=third", values)
+    with pytest.raises(AgentSpecError, match="no value models by name, got 'first'"):
+        build("beam:value=first", first)
