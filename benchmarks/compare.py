@@ -195,6 +195,38 @@ def compare(
     from benchmarks.report import plot
 
     folder = Path(out)
+    rows = run(comparison, folder, on_batch=on_batch)
+    flat = [row for own in rows.values() for row in own]
+    _write_rows(folder / "results.jsonl", flat)
+    record = comparison.record()
+    gold = None if comparison.gold_model is None else [row.get("gold") for row in flat]
+    summary = {
+        **record,
+        "agents": summarise(rows),
+        "warnings": trust_warnings(flat, gold=gold, gold_name=str(record["gold"])),
+    }
+    write_text(folder / "summary.json", json.dumps(summary, indent=2))
+    plot(summary, folder / "comparison.png")
+    return summary
+
+
+def run(
+    comparison: Comparison,
+    folder: Path,
+    *,
+    on_batch: Callable[[str, int, list[dict[str, Any]]], None] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Run or resume a comparison and return its rows by agent; nothing is summarised.
+
+    Args:
+        comparison: What to run.
+        folder: The comparison's folder.
+        on_batch: As in `compare`.
+
+    Raises:
+        CompareError: The folder holds another comparison.
+        BudgetError: The budget allows no complete response.
+    """
     claim(folder, comparison.record(), "comparison", CompareError)
     agents = {spec: comparison.agent(spec) for spec in comparison.config.agents}
     size = comparison.config.batch_prompts
@@ -209,18 +241,7 @@ def compare(
             rows[spec].extend(done)
             if on_batch is not None:
                 on_batch(spec, len(batch), done)
-    flat = [row for spec in agents for row in rows[spec]]
-    _write_rows(folder / "results.jsonl", flat)
-    record = comparison.record()
-    gold = None if comparison.gold_model is None else [row.get("gold") for row in flat]
-    summary = {
-        **record,
-        "agents": summarise(rows),
-        "warnings": trust_warnings(flat, gold=gold, gold_name=str(record["gold"])),
-    }
-    write_text(folder / "summary.json", json.dumps(summary, indent=2))
-    plot(summary, folder / "comparison.png")
-    return summary
+    return rows
 
 
 def summarise(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def fill_pool(
     max_response_tokens: int,
     seed: int,
     on_batch: Callable[[int], None] | None = None,
-) -> list[list[str]]:
+) -> list[list[Record]]:
     """Read the pool, generating what is missing of it as `collect` does (temperature 0.7).
 
     Args:
@@ -64,7 +64,7 @@ def fill_pool(
         on_batch: Called with the number of responses that are there, for progress.
 
     Returns:
-        The responses, `samples` to each prompt.
+        The records, `samples` to each prompt.
 
     Raises:
         AuditError: The folder holds responses of another model, seed or token limit, to other
@@ -99,7 +99,7 @@ def fill_pool(
                 seed=seed,
                 on_batch=keep,
             )
-    return [[record.response for record in rows[prompt.id][:samples]] for prompt in prompts]
+    return [rows[prompt.id][:samples] for prompt in prompts]
 
 
 def score_pool(

@@ -182,7 +182,7 @@ def run_audit(
     record = {**audit.record(), "pool": None if pool is None else str(pool)}
     claim(folder, record, "audit", AuditError)
     report = on_progress or (lambda stage, count: None)
-    responses = fill_pool(
+    records = fill_pool(
         pool_folder,
         audit.language_model,
         audit.prompts,
@@ -191,6 +191,7 @@ def run_audit(
         seed=config.seed,
         on_batch=lambda count: report("pool", count),
     )
+    responses = [[record.response for record in row] for row in records]
     tried = min(config.sensitivity_samples, config.samples)
     scores: dict[str, tuple[FloatArray, dict[str, FloatArray]]] = {}
     for role, reward_model in (("proxy", audit.proxy), ("gold", audit.gold)):
