@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,15 +17,19 @@ from benchmarks.options import (
     TimeoutOption,
     TokenizerOption,
     TokensOption,
+    ValueOption,
     console,
     friendly,
     load_language_model,
     load_prompts_option,
     load_reward,
     load_tokenizer,
+    load_value_option,
+    value_digest,
 )
 from benchmarks.reward_audit import audit_command
 from benchmarks.reward_fit import fit_command as fit_reward_command
+from benchmarks.search_command import search_command
 
 app = typer.Typer(
     help="Text generation as a Gymnasium environment: agents, rewards, comparisons.",
@@ -39,6 +42,7 @@ reward_app = typer.Typer(help="Fit and audit reward models.", no_args_is_help=Tr
 reward_app.command("fit")(fit_reward_command)
 reward_app.command("audit")(audit_command)
 app.add_typer(reward_app, name="reward")
+app.command("search")(search_command)
 
 
 @app.command()
@@ -91,14 +95,11 @@ def compare_command(
         str | None,
         typer.Option(help="A trusted reward that no agent sees; it scores the answers too."),
     ] = None,
-    value: Annotated[
-        Path | None, typer.Option(help="A value model's folder, as written by `fit`.")
-    ] = None,
+    value: ValueOption = "prefix",
     batch_prompts: Annotated[int, typer.Option(min=1)] = 32,
     allow_unequal_budgets: bool = False,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
-    from agents.values import EmbeddingValue
     from benchmarks.compare import CompareConfig, Comparison, choose_prompts, compare
     from benchmarks.progress import compare_progress
     from benchmarks.report import table
@@ -114,19 +115,14 @@ def compare_command(
     reward_model = load_reward(reward, reward_timeout)
     chosen = choose_prompts(load_prompts_option(prompts, split), num_prompts, reward_model, seed)
     model = load_language_model(language_model, dtype, tokenizer, num_parameters)
-    if value is None and any(spec.startswith("lookahead") for spec in config.agents):
-        console.print(
-            "lookahead has no fitted value model (--value), so it falls back to best-of-4, as the "
-            "article's does. Make one with `mbrl-text collect` and `mbrl-text fit`."
-        )
     comparison = Comparison(
         config,
         chosen,
         model,
         reward_model,
-        None if value is None else EmbeddingValue.load(value, model),
+        load_value_option(value, reward_model, model),
         None if gold is None else load_reward(gold, reward_timeout),
-        {"value": None if value is None else _digest(value), "reward": reward, "dtype": dtype},
+        {"value": value_digest(value), "reward": reward, "dtype": dtype},
     )
     with compare_progress(console, comparison) as on_batch:
         summary = compare(comparison, out, on_batch=on_batch)
@@ -252,14 +248,6 @@ def _check_same_reward(records: Any, reward_model: Any, folder: Path) -> None:
             f"{reward_name(reward_model)!r}. Collect into another folder; `records.rescore` scores "
             "the same responses with another reward model."
         )
-
-
-def _digest(folder: Path) -> str:
-    """Names a value model in a comparison's config: another one is another comparison."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":

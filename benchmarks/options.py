@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -13,6 +15,7 @@ from rich.console import Console
 console = Console()
 errors = Console(stderr=True)
 
+_PREFIX = "prefix"
 _PUZZLES = "reasoning-gym:"
 _PUZZLES_A_SPLIT = 256
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
@@ -45,6 +48,13 @@ PromptsOption = Annotated[
     str,
     typer.Option(
         help="'builtin', a .jsonl or .csv file, or 'reasoning-gym:TASK' (256 questions a split)."
+    ),
+]
+ValueOption = Annotated[
+    str,
+    typer.Option(
+        help="'prefix' for the reward model on the prefix, or a value model's folder, as written "
+        "by `fit`."
     ),
 ]
 TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a response.")]
@@ -114,6 +124,25 @@ def load_reward(spec: str, timeout: float) -> Any:
     from mbrl_text_env.rewards import TimeLimit, make
 
     return TimeLimit(make(spec), timeout)
+
+
+def load_value_option(value: str, reward_model: Any, language_model: Any) -> Any:
+    """The value model of a `ValueOption`."""
+    from agents.values import EmbeddingValue, PrefixRewardValue
+
+    if value == _PREFIX:
+        return PrefixRewardValue(reward_model, language_model)
+    return EmbeddingValue.load(value, language_model)
+
+
+def value_digest(value: str) -> str:
+    """Names the value model of a `ValueOption` in a config: another one is another comparison."""
+    if value == _PREFIX:
+        return value
+    digest = hashlib.sha256()
+    for path in sorted(Path(value).iterdir()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _puzzles(task: str, split: str) -> Any:

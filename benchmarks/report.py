@@ -11,6 +11,8 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
+from mbrl_text_env.files import write_file
+
 
 def table(summary: dict[str, Any]) -> Group:
     """The comparison in two tables that fit a terminal of 80 columns: quality and cost."""
@@ -85,10 +87,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set_xlabel(f"mean reward ({summary['reward']}), 95% interval")
     axes.set_title(f"{len(summary['prompts'])} prompts, {summary['budget_tokens']} tokens a prompt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, format="png", dpi=150)
-    scratch.replace(path)
+    with write_file(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=150)
 
 
 def _gold_heading(summary: dict[str, Any]) -> list[str]:

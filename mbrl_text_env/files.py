@@ -12,14 +12,20 @@ from pathlib import Path
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically; folders above it are made."""
+    with write_file(path) as scratch, scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def write_file(path: str | Path) -> Iterator[Path]:
+    """Fill a scratch file that takes the place of `path` when the block ends without an error."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(target)
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield scratch
         scratch.replace(target)
     except BaseException:
         scratch.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from benchmarks.audit.verdict import reading
 from benchmarks.statistics import Interval
+from mbrl_text_env.files import write_file
 
 if TYPE_CHECKING:
     from benchmarks.audit.run import AuditResult
@@ -54,10 +55,8 @@ def plot(result: AuditResult, path: Path) -> None:
         f"{result.config.proxy} judged by {result.config.gold}: {result.verdict.outcome} "
         f"({result.prompts} prompts, {result.config.samples} responses each)"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, format="png", dpi=150)
-    scratch.replace(path)
+    with write_file(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=150)
 
 
 def _curves(result: AuditResult) -> Table:

@@ -44,11 +44,31 @@ def test_collect_fit_compare(tmp_path):
     assert "another comparison" in result.output
 
 
-def test_lookahead_without_a_value_says_so(tmp_path):
-    words = ["--agents", "lookahead", "--num-prompts", 1, "--budget-tokens", 8, "--out", tmp_path]
-    result = run("compare", *words, *SMALL)
+def test_without_a_fitted_value_the_reward_judges_prefixes(tmp_path):
+    words = ["--agents", "lookahead,adaptive:chunk_tokens=4", "--num-prompts", 1]
+    result = run("compare", *words, "--budget-tokens", 24, "--out", tmp_path, *SMALL)
     assert result.exit_code == 0, result.output
-    assert "falls back to best-of-4" in result.output.replace("\n", " ")
+    for row in read_rows(tmp_path / "results.jsonl"):
+        assert row["usage"]["value_calls"] > 0
+        assert row["usage"]["reward_calls"] > row["usage"]["value_calls"]
+
+
+def test_a_search_is_shown(tmp_path):
+    words = ["Why is the sky blue?", "--agent", "beam:chunk_tokens=2", "--budget-tokens", 40]
+    files = ["--json", tmp_path / "search.json", "--picture", tmp_path / "search.png"]
+    result = run("search", *words, *files, "--max-response-tokens", 8)
+    assert result.exit_code == 0, result.output
+    assert "Why is the sky blue?" in result.output
+    found = json.loads((tmp_path / "search.json").read_text())
+    chosen = found["nodes"][found["chosen"]]
+    assert f"score {chosen['score']:.3f}" in result.output
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_planners_search():
+    result = run("search", "Hi", "--agent", "sampling", "--max-response-tokens", 8)
+    assert result.exit_code == 2
+    assert "does not search" in result.output
 
 
 def test_lists():

@@ -1,0 +1,1 @@
+"""Agents against best-of-N at matched compute: pools, runs, analysis, figures."""

@@ -1,0 +1,104 @@
+"""The value models of a study by name, each made when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from agents.values import EmbeddingValue
+from agents.values.prefix_reward import PrefixRewardValue
+from benchmarks.audit.pool import fill_pool
+from benchmarks.compare import choose_prompts
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.prompts import load_prompts
+from mbrl_text_env.records import Record
+from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
+from mbrl_text_env.values import ValueModel
+
+_KINDS = ("prefix", "embedding")
+
+
+class ValueShelf(Mapping[str, ValueModel]):
+    """Value models for one reward, by name; the fitted ones are fitted on the training split.
+
+    Args:
+        language_model: Whose responses are valued.
+        reward_model: Whose scores are predicted.
+        folder: Where the records are kept; those that rewards share are generated once.
+        prompts: Prompts of the training split.
+        samples: Responses to each.
+        max_response_tokens: Token limit of a response.
+        seed: Of the choice of the prompts and of the sampling.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        reward_model: RewardModel,
+        folder: Path,
+        *,
+        prompts: int,
+        samples: int,
+        max_response_tokens: int,
+        seed: int,
+    ) -> None:
+        self.language_model = language_model
+        self.reward_model = reward_model
+        self.folder = folder
+        self.prompts = prompts
+        self.samples = samples
+        self.max_response_tokens = max_response_tokens
+        self.seed = seed
+        self._made: dict[str, ValueModel] = {}
+
+    def __getitem__(self, name: str) -> ValueModel:
+        if name not in _KINDS:
+            raise KeyError(name)
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_KINDS)
+
+    def __len__(self) -> int:
+        return len(_KINDS)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _KINDS
+
+    def _make(self, name: str) -> ValueModel:
+        if name == "prefix":
+            return PrefixRewardValue(self.reward_model, self.language_model)
+        return EmbeddingValue(self.language_model).fit(self.records())
+
+    def records(self) -> list[Record]:
+        """The scored responses that the value models are fitted on."""
+        chosen = choose_prompts(
+            load_prompts(split="train"), self.prompts, self.reward_model, self.seed
+        )
+        pool = fill_pool(
+            self.folder,
+            self.language_model,
+            chosen,
+            samples=self.samples,
+            max_response_tokens=self.max_response_tokens,
+            seed=self.seed,
+        )
+        records = [record for row in pool for record in row]
+        scores = score_responses(
+            self.reward_model,
+            [record.prompt() for record in records],
+            [record.response for record in records],
+        )
+        name = reward_name(self.reward_model)
+        return [
+            replace(
+                record,
+                score=float(scores.total[i]),
+                rewards=dict(scores.parts_of(i)),
+                reward_name=name,
+            )
+            for i, record in enumerate(records)
+        ]

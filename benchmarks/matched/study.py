@@ -1,0 +1,172 @@
+"""A study: agents x rewards x budgets on held-out prompts, in a folder that can be resumed.
+
+What is expensive is kept in the folder as it is made: the pool of samples that all rewards share,
+the records that value models are fitted on, and the rows of each agent at each budget.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from agents.catalogue import parse_spec
+from benchmarks.compare import CompareConfig, Comparison, choose_prompts, run
+from benchmarks.matched.pool import Pool, make_pool
+from benchmarks.matched.shelf import ValueShelf
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.prompts import load_prompts
+from mbrl_text_env.rewards.base import RewardModel
+
+Unit = Literal["tokens", "flops", "seconds"]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run.
+
+    Args:
+        agents: Agent specs by reward; their option `value` names a value model of `ValueShelf`.
+        budgets: Sizes of the budget for one prompt, in generated tokens of best-of-N.
+        unit: What is capped: the tokens themselves, or the FLOPs or seconds that best-of-N takes
+            for as many.
+        split: Of the prompts that are answered.
+        num_prompts: How many of them, for each reward.
+        samples: Of the pool, for each prompt.
+        train_prompts: Prompts of the training split that value models are fitted on.
+        train_samples: Responses to each of them.
+        max_response_tokens: Token limit of a response.
+        seed: Of everything.
+        batch_prompts: Prompts that are answered together.
+    """
+
+    agents: Mapping[str, tuple[str, ...]]
+    budgets: tuple[int, ...]
+    unit: Unit = "tokens"
+    split: str = "test"
+    num_prompts: int = 64
+    samples: int = 256
+    train_prompts: int = 64
+    train_samples: int = 8
+    max_response_tokens: int = 96
+    seed: int = 0
+    batch_prompts: int = 64
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "agents": {k: list(v) for k, v in self.agents.items()}}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One agent, reward and budget.
+
+    Args:
+        reward: The reward's name.
+        agent: The agent's spec.
+        budget: In generated tokens of best-of-N.
+        unit: What was capped.
+        rows: Those of `benchmarks.compare`, one a prompt.
+    """
+
+    reward: str
+    agent: str
+    budget: int
+    unit: Unit
+    rows: Sequence[dict[str, Any]]
+
+
+def run_study(
+    study: Study,
+    language_model: LanguageModel,
+    rewards: Mapping[str, RewardModel],
+    out: Path,
+    *,
+    on_progress: Progress = lambda message: None,
+) -> Iterator[tuple[str, Pool, list[Cell]]]:
+    """Run or resume a study, reward by reward.
+
+    Args:
+        study: What to run.
+        language_model: Shared by all agents.
+        rewards: The reward models by the names that `study.agents` uses.
+        out: The study's folder.
+        on_progress: Told what begins.
+
+    Yields:
+        A reward's name, its pool and its cells.
+
+    Raises:
+        CompareError: The folder holds runs of another study, or there are too few prompts.
+        AuditError: The pool in the folder is of another model, seed or size.
+    """
+    for name, specs in study.agents.items():
+        reward_model = rewards[name]
+        prompts = choose_prompts(
+            load_prompts(split=study.split), study.num_prompts, reward_model, study.seed
+        )
+        on_progress(f"{name}: pool of {study.samples} responses to each of {len(prompts)} prompts")
+        pool = make_pool(
+            out / "pool",
+            out / "scores" / name,
+            language_model,
+            reward_model,
+            prompts,
+            samples=study.samples,
+            max_response_tokens=study.max_response_tokens,
+            seed=study.seed,
+        )
+        shelf = ValueShelf(
+            language_model,
+            reward_model,
+            out / "train",
+            prompts=study.train_prompts,
+            samples=study.train_samples,
+            max_response_tokens=study.max_response_tokens,
+            seed=study.seed,
+        )
+        cells = []
+        for budget in study.budgets:
+            caps = _caps(study, pool, budget)
+            for spec in specs:
+                on_progress(f"{name}: {spec} at {budget:,} tokens' worth of {study.unit}")
+                comparison = Comparison(
+                    CompareConfig(
+                        (spec,),
+                        max_response_tokens=study.max_response_tokens,
+                        seed=study.seed,
+                        batch_prompts=study.batch_prompts,
+                        **caps,
+                    ),
+                    prompts,
+                    language_model,
+                    reward_model,
+                    shelf if "value" in parse_spec(spec)[1] else None,
+                )
+                folder = out / "runs" / name / f"{study.unit}-{budget}" / slug(spec)
+                rows = run(comparison, folder)[spec]
+                cells.append(Cell(name, spec, budget, study.unit, rows))
+        yield name, pool, cells
+
+
+def slug(spec: str) -> str:
+    """A folder's name for an agent's spec.
+
+    Example:
+        >>> slug("beam:chunk_tokens=8:value=prefix")
+        'beam-chunk_tokens-8-value-prefix'
+    """
+    return re.sub(r"[^\w.]+", "-", spec)
+
+
+def _caps(study: Study, pool: Pool, budget: int) -> dict[str, Any]:
+    """What best-of-N takes for as many tokens, in the study's unit."""
+    if study.unit == "tokens":
+        return {"budget_tokens": budget}
+    per_token = float(pool.flops.sum() / pool.tokens.sum())
+    if study.unit == "flops":
+        return {"budget_flops": float(pool.prompt_flops.mean()) + budget * per_token}
+    raise NotImplementedError
