@@ -397,6 +397,8 @@ def _row(
         "finish_reason": state.finish_reason,
         "logprob": sum(generation.completion.logprobs) if generation.completion.logprobs else None,
         "budget_tokens": budget.tokens,
+        "budget_flops": budget.flops,
+        "budget_seconds": budget.seconds,
         "usage": usage,
         "seconds": seconds,
     }

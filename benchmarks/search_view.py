@@ -78,7 +78,7 @@ def picture(search: Mapping[str, Any], path: Path) -> None:
             cmap="viridis",
             zorder=3,
         )
-        figure.colorbar(dots, label="score of a complete response, value of a partial one")
+        figure.colorbar(dots, label="score or value")
     for node in nodes[1:]:
         if node["chosen"]:
             axes.annotate(

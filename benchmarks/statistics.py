@@ -1,15 +1,25 @@
-"""Statistics of paired comparisons, on SciPy."""
+"""Statistics of paired comparisons, on SciPy.
+
+The unit is the prompt: prompts are a sample of the prompts one cares about, several seeds of a
+prompt are not several prompts. Where a prompt has several rows, take their mean (`prompt_means`)
+before a test or an interval.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import optimize, stats
 
 FloatArray = npt.NDArray[np.float64]
+Alternative = Literal["two-sided", "greater", "less"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,177 @@ class WinRate:
     def rate(self) -> float:
         """(wins + ties / 2) / all."""
         return (self.wins + 0.5 * self.ties) / (self.wins + self.ties + self.losses)
+
+    def decided(self, *, confidence: float = 0.95) -> Interval:
+        """Share of wins among the pairs that are not ties, with Wilson's score interval.
+
+        Above one half with its whole interval: the one wins more often than it loses. Without a
+        decided pair nothing is known, which is the interval from 0 to 1.
+
+        Source: Wilson, "Probable inference, the law of succession, and statistical inference",
+        JASA 1927, by `scipy.stats.binomtest`.
+
+        Example:
+            >>> found = WinRate(wins=8, ties=5, losses=2).decided()
+            >>> found.estimate, round(found.low, 3), round(found.high, 3)
+            (0.8, 0.49, 0.943)
+        """
+        pairs = self.wins + self.losses
+        if pairs == 0:
+            return Interval(0.5, 0.0, 1.0)
+        found = stats.binomtest(self.wins, pairs).proportion_ci(confidence, method="wilson")
+        return Interval(self.wins / pairs, float(found.low), float(found.high))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Values of two that belong together.
+
+    Args:
+        keys: What each pair has in common, such as (prompt_id, seed).
+        values: float64[K], of the first.
+        baseline: float64[K], of the second.
+        unpaired: Rows of either that the other has no counterpart of.
+    """
+
+    keys: tuple[tuple[Hashable, ...], ...]
+    values: FloatArray
+    baseline: FloatArray
+    unpaired: int
+
+    @property
+    def differences(self) -> FloatArray:
+        """float64[K], values minus baseline."""
+        return self.values - self.baseline
+
+
+@dataclass(frozen=True)
+class PermutationTest:
+    """A paired permutation test.
+
+    Args:
+        mean: Mean difference.
+        p_value: Probability of a mean this extreme or more, if signs were random.
+        exact: All sign patterns were counted, rather than a random sample of them.
+    """
+
+    mean: float
+    p_value: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class McNemarTest:
+    """An exact McNemar test of pass or fail.
+
+    Args:
+        wins: Pairs that pass while their baseline fails.
+        losses: Pairs that fail while their baseline passes.
+        p_value: Of a split this uneven or more, if either were equally likely.
+    """
+
+    wins: int
+    losses: int
+    p_value: float
+
+
+def checked(values: npt.ArrayLike, dimensions: int, name: str) -> FloatArray:
+    """`values` as a float64 array of so many dimensions.
+
+    Raises:
+        ValueError: There are others, no values, or one is not finite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != dimensions or not array.size or not np.isfinite(array).all():
+        raise ValueError(
+            f"{name}: expected finite values in {dimensions} dimension(s), got shape {array.shape} "
+            f"with {int((~np.isfinite(array)).sum())} values that are not finite."
+        )
+    return array
+
+
+def pair_rows(
+    rows: Iterable[Mapping[str, Any]],
+    baseline: Iterable[Mapping[str, Any]],
+    *,
+    value: str = "score",
+    keys: Sequence[str] = ("prompt_id", "seed"),
+) -> Pairs:
+    """Pair the rows of two by prompt and seed.
+
+    Rows whose value is None (a response that could not be scored) count as missing.
+
+    Args:
+        rows: With the fields of `keys` and `value`, as the rows of `benchmarks.compare`.
+        baseline: The same of the other.
+        value: The field to compare.
+        keys: The fields that two rows of a pair have in common.
+
+    Raises:
+        ValueError: Two rows of one side have the same keys, a row lacks a field, or no row has a
+            counterpart.
+
+    Example:
+        >>> own = [{"prompt_id": "a", "seed": 0, "score": 2.0}]
+        >>> other = [{"prompt_id": "a", "seed": s, "score": 1.0} for s in (0, 1)]
+        >>> pair_rows(own, other).differences, pair_rows(own, other).unpaired
+        (array([1.]), 1)
+    """
+    own, other = (_by_key(side, value, keys) for side in (rows, baseline))
+    both = [key for key in own if key in other]
+    if not both:
+        raise ValueError(
+            f"Expected rows with the same {', '.join(keys)} on both sides, got none among "
+            f"{len(own)} and {len(other)}. Run both on the same prompts and seeds."
+        )
+    return Pairs(
+        tuple(both),
+        checked([own[key] for key in both], 1, value),
+        checked([other[key] for key in both], 1, value),
+        len(own) + len(other) - 2 * len(both),
+    )
+
+
+def _by_key(
+    rows: Iterable[Mapping[str, Any]], value: str, keys: Sequence[str]
+) -> dict[tuple[Hashable, ...], float]:
+    listed = list(rows)
+    for row in listed:
+        missing = [name for name in (*keys, value) if name not in row]
+        if missing:
+            raise ValueError(f"A row lacks {missing}; it has {sorted(row)}.")
+    found = [tuple(row[name] for name in keys) for row in listed]
+    doubled = [key for key, count in Counter(found).items() if count > 1]
+    if doubled:
+        raise ValueError(
+            f"Expected one row for each {', '.join(keys)}, got several for {doubled[0]} (and for "
+            f"{len(doubled) - 1} others). Give the rows of one agent at one budget."
+        )
+    return {
+        key: row[value] for key, row in zip(found, listed, strict=True) if row[value] is not None
+    }
+
+
+def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArray:
+    """Mean of each prompt's rows, float64[P], in the order in which the prompts first appear.
+
+    Args:
+        values: float64[rows].
+        prompts: Each row's prompt.
+
+    Raises:
+        ValueError: The lengths differ, there are no values, or one is not finite.
+
+    Example:
+        >>> prompt_means([1.0, 3.0, 5.0], ["a", "a", "b"])
+        array([2., 5.])
+    """
+    rows = checked(values, 1, "values")
+    if len(rows) != len(prompts):
+        raise ValueError(f"Expected a prompt for each of {len(rows)} values, got {len(prompts)}.")
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    group = np.array([place[prompt] for prompt in prompts])
+    return np.bincount(group, weights=rows) / np.bincount(group)
 
 
 def mean_interval(
@@ -73,6 +254,70 @@ def mean_interval(
             if np.isfinite([found.low, found.high]).all():
                 break
     return Interval(mean, float(found.low), float(found.high))
+
+
+def clustered_interval(
+    values: npt.ArrayLike,
+    prompts: Sequence[Hashable],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> Interval:
+    """Mean over prompts, each with one or more rows, with its cluster bootstrap interval.
+
+    Prompts are resampled with all their rows, for the rows of a prompt are alike; an interval of
+    the rows as if they were independent would be too narrow. Each prompt counts as much as any
+    other, however many rows it has, so resampling prompts is resampling their means.
+
+    Source: Cameron, Gelbach and Miller, "Bootstrap-based improvements for inference with clustered
+    errors", 2008, section 2 (pairs cluster bootstrap); here with the interval of `mean_interval`.
+
+    Args:
+        values: float64[rows].
+        prompts: Each row's prompt.
+        confidence: Of the interval.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: See `prompt_means`.
+
+    Example:
+        >>> clustered_interval([1.0, 3.0, 2.0], ["a", "a", "b"])
+        Interval(estimate=2.0, low=2.0, high=2.0)
+    """
+    means = prompt_means(values, prompts)
+    return mean_interval(means, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def percentile_tail(units: int, confidence: float) -> float:
+    """Share of resamples to cut off at each end for a percentile interval of a mean.
+
+    A little less than (1 - confidence) / 2, for resamples of few units vary too little and a normal
+    tail is thinner than Student's: the expanded percentile interval.
+
+    Source: Hesterberg, "What teachers should know about the bootstrap", The American Statistician
+    2015, section 5.3.
+
+    Args:
+        units: What is resampled, such as prompts; at least 2.
+        confidence: Of the interval, between 0 and 1.
+
+    Raises:
+        ValueError: One of the two is out of range.
+
+    Example:
+        >>> round(percentile_tail(64, 0.95), 4)
+        0.022
+    """
+    if units < 2 or not 0 < confidence < 1:
+        raise ValueError(
+            "Expected two units or more and a confidence between 0 and 1, got "
+            f"{units} and {confidence}."
+        )
+    quantile = stats.t.ppf((1 - confidence) / 2, units - 1)
+    return float(stats.norm.cdf(math.sqrt(units / (units - 1)) * quantile))
 
 
 def simultaneous_intervals(
@@ -139,3 +384,201 @@ def win_rate(values: FloatArray, baseline: FloatArray, *, tolerance: float = 1e-
     wins = int((difference > tolerance).sum())
     losses = int((difference < -tolerance).sum())
     return WinRate(wins, len(values) - wins - losses, losses)
+
+
+def paired_permutation_test(
+    differences: npt.ArrayLike,
+    *,
+    alternative: Alternative = "two-sided",
+    resamples: int = 9999,
+    seed: int = 0,
+) -> PermutationTest:
+    """Test whether paired differences are as often and as far above 0 as below.
+
+    Under the null hypothesis each difference may as well have the other sign. All sign patterns are
+    counted where there are at most `resamples` of them, else as many random ones, with the pattern
+    seen among them, so the p-value is never 0 and the test never too often wrong. Differences of 0
+    have no sign: they change nothing, and are left out.
+
+    Source: Fisher, "The Design of Experiments", 1935, section 21; random patterns as in Phipson and
+    Smyth, "Permutation p-values should never be zero", 2010; by `scipy.stats.permutation_test`.
+
+    Args:
+        differences: float64[P], one a prompt: values minus baseline.
+        alternative: `"greater"`: the values are greater than the baseline.
+        resamples: Sign patterns at most.
+        seed: Of the random patterns.
+
+    Raises:
+        ValueError: There are no differences, or one is not finite.
+
+    Example:
+        >>> paired_permutation_test([1.0, 2.0, 0.5, 0.0], alternative="greater")
+        PermutationTest(mean=0.875, p_value=0.125, exact=True)
+    """
+    given = checked(differences, 1, "differences")
+    moving = given[given != 0]
+    largest = float(np.abs(given).max()) or 1.0
+    # SciPy wants two observations.
+    flipped = np.append(moving, np.zeros(max(0, 2 - len(moving)))) / largest
+
+    def statistic(values: FloatArray, axis: int) -> FloatArray:
+        # Sums that differ by rounding alone are equal.
+        return np.asarray(np.round(values.sum(axis=axis), 9))
+
+    found = stats.permutation_test(
+        (flipped,),
+        statistic,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        alternative=alternative,
+        rng=np.random.default_rng(seed),
+    )
+    exact = 2 ** len(flipped) <= resamples
+    return PermutationTest(float(given.mean()), float(found.pvalue), exact)
+
+
+def mcnemar_test(
+    passed: npt.ArrayLike, baseline: npt.ArrayLike, *, alternative: Alternative = "two-sided"
+) -> McNemarTest:
+    """Exact McNemar test of paired passes and fails.
+
+    Pairs in which both pass or both fail say nothing; of the others, each way is equally likely
+    under the null hypothesis.
+
+    Source: McNemar, "Note on the sampling error of the difference between correlated proportions or
+    percentages", Psychometrika 1947, with the exact binomial in place of chi-squared.
+
+    Args:
+        passed: bool[P].
+        baseline: bool[P], of the same prompts.
+        alternative: `"greater"`: passes more often than the baseline.
+
+    Raises:
+        ValueError: The arrays do not pair or are not of truth values.
+
+    Example:
+        >>> mcnemar_test([True, True, True, False], [False, False, True, False])
+        McNemarTest(wins=2, losses=0, p_value=0.5)
+    """
+    own, other = np.asarray(passed), np.asarray(baseline)
+    if own.shape != other.shape or own.ndim != 1 or not len(own):
+        raise ValueError(f"Expected pairs, got shapes {own.shape} and {other.shape}.")
+    if own.dtype != np.bool_ or other.dtype != np.bool_:
+        raise ValueError(
+            f"Expected passes as truth values, got {own.dtype} and {other.dtype}. Compare scores "
+            "with the threshold of a pass first."
+        )
+    wins, losses = int((own & ~other).sum()), int((other & ~own).sum())
+    if wins + losses == 0:
+        return McNemarTest(0, 0, 1.0)
+    found = stats.binomtest(wins, wins + losses, alternative=alternative)
+    return McNemarTest(wins, losses, float(found.pvalue))
+
+
+def holm(p_values: npt.ArrayLike) -> FloatArray:
+    """P-values of a family of tests, adjusted by Holm's method; in the order given.
+
+    Rejecting where the adjusted value is at most alpha makes one false rejection or more in the
+    family with probability alpha at most, however the tests depend on each other.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
+
+    Args:
+        p_values: float64[K], each 0 to 1.
+
+    Raises:
+        ValueError: There are none, or one is not between 0 and 1.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        array([0.03, 0.06, 0.06])
+    """
+    given = checked(p_values, 1, "p_values")
+    if given.min() < 0 or given.max() > 1:
+        raise ValueError(f"p_values: expected 0 to 1, got {given.min()} to {given.max()}.")
+    order = np.argsort(given, kind="stable")
+    scaled = given[order] * np.arange(len(given), 0, -1)
+    adjusted = np.empty_like(given)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted
+
+
+def smallest_detectable_effect(
+    prompts: int,
+    sd: float,
+    *,
+    alpha: float = 0.05,
+    power: float = 0.8,
+    alternative: Alternative = "two-sided",
+) -> float:
+    """Mean difference that a paired comparison of so many prompts finds with the given power.
+
+    A true difference smaller than this is likely to be missed: say so where a comparison finds
+    nothing.
+
+    Source: the power of the paired t-test by the noncentral t distribution (Cohen, "Statistical
+    Power Analysis for the Behavioral Sciences", 1988, chapter 2). A permutation test of the same
+    differences has nearly the same power.
+
+    Args:
+        prompts: Pairs, at least 2.
+        sd: Standard deviation of the differences, in their unit.
+        alpha: Level of the test.
+        power: Probability to find the effect; above `alpha`.
+        alternative: For one-sided tests either direction gives the same.
+
+    Returns:
+        The effect, from 0 up, in the unit of `sd`.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> round(smallest_detectable_effect(34, 1.0), 2)
+        0.5
+    """
+    if prompts < 2 or not 0 <= sd < math.inf or not 0 < alpha < power < 1:
+        raise ValueError(
+            "Expected two prompts or more, a standard deviation from 0 up and 0 < alpha < power < "
+            f"1, got prompts={prompts}, sd={sd}, alpha={alpha}, power={power}."
+        )
+    freedom = prompts - 1
+    sides = 2 if alternative == "two-sided" else 1
+    critical = stats.t.isf(alpha / sides, freedom)
+
+    def shortfall(centre: float) -> float:
+        found = stats.nct.sf(critical, freedom, centre)
+        if sides == 2:
+            found += stats.nct.cdf(-critical, freedom, centre)
+        return float(power - found)
+
+    highest = 2.0 * critical
+    while shortfall(highest) > 0:
+        highest *= 2.0
+    return float(optimize.brentq(shortfall, 0.0, highest)) * sd / math.sqrt(prompts)
+
+
+def detectable_effect(
+    differences: npt.ArrayLike,
+    *,
+    alpha: float = 0.05,
+    power: float = 0.8,
+    alternative: Alternative = "two-sided",
+) -> float:
+    """`smallest_detectable_effect` of paired differences float64[P], one a prompt.
+
+    Raises:
+        ValueError: There are fewer than two, or one is not finite.
+
+    Example:
+        >>> round(detectable_effect([1.0, -1.0] * 17), 2)
+        0.5
+    """
+    given = checked(differences, 1, "differences")
+    if len(given) < 2:
+        raise ValueError("differences: expected two or more, got 1.")
+    return smallest_detectable_effect(
+        len(given), float(given.std(ddof=1)), alpha=alpha, power=power, alternative=alternative
+    )

@@ -6,15 +6,13 @@ the expectation over all subsets of N responses, not a simulation of it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from benchmarks.scaling import expected_scores, kl_bound, sizes
 from benchmarks.statistics import Interval, simultaneous_intervals
 
 FloatArray = npt.NDArray[np.float64]
@@ -26,7 +24,8 @@ class Point:
 
     Args:
         n: Responses to choose among.
-        kl_bound: Upper bound of the divergence from plain sampling, nats; see `kl_bound`.
+        kl_bound: Upper bound of the divergence from plain sampling, nats; see
+            `benchmarks.scaling.kl_bound`.
         proxy: Mean expected proxy score over prompts, in its own unit.
         gold: Mean expected gold score over prompts, in its own unit.
         proxy_gain: Gain of the proxy over n = 1, in its standard deviations within a prompt.
@@ -79,90 +78,6 @@ class Curves:
     def at(self, n: int) -> Point:
         """The point of one N."""
         return next(point for point in self.points if point.n == n)
-
-
-def sizes(samples: int) -> list[int]:
-    """The N of a curve: powers of two up to `samples`, and `samples` itself.
-
-    Example:
-        >>> sizes(12)
-        [1, 2, 4, 8, 12]
-    """
-    powers = [2**power for power in range(samples.bit_length())]
-    return powers if powers[-1] == samples else [*powers, samples]
-
-
-def kl_bound(n: int) -> float:
-    """log n - (n - 1) / n nats: how far best-of-n is from plain sampling, at most.
-
-    Used as the divergence itself by Stiennon et al., "Learning to summarize from human feedback",
-    2020; Hilton and Gao, "Measuring Goodhart's law", 2022; and Gao, Schulman and Hilton, "Scaling
-    Laws for Reward Model Overoptimization", 2023.
-    Beirami et al., "Theoretical guarantees on the best-of-n alignment policy", 2024, show that it
-    is an upper bound, and loose where a few responses carry most of the probability.
-
-    Example:
-        >>> kl_bound(1)
-        0.0
-    """
-    return math.log(n) - (n - 1) / n
-
-
-def best_of_weights(proxy: npt.ArrayLike, n: int) -> FloatArray:
-    """Probability that each response is the one chosen from n, float64[samples].
-
-    n responses are drawn from the pool without replacement and the one with the highest proxy score
-    is chosen, at random among equals. The i-th lowest score is the highest of n with probability
-    C(i-1, n-1) / C(samples, n); equal scores share their probability equally. The mean score under
-    these weights is an unbiased estimate of the mean score of best-of-n.
-
-    Source: Nakano et al., "WebGPT: Browser-assisted question-answering with human feedback", 2021,
-    appendix I. Deviation: ties are shared.
-
-    Args:
-        proxy: float[samples], scores of one prompt's responses.
-        n: 1 up to the number of responses.
-
-    Raises:
-        ValueError: n is out of range.
-
-    Example:
-        >>> best_of_weights([0.1, 0.3, 0.2], 2).round(3)
-        array([0.   , 0.667, 0.333])
-    """
-    scores = np.asarray(proxy, dtype=np.float64)
-    samples = len(scores)
-    if not 1 <= n <= samples:
-        raise ValueError(f"n: expected 1 to {samples} (the responses of a prompt), got {n}.")
-    by_rank = _rank_weights(samples, n)
-    _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    shared = np.array([by_rank[end - c : end].mean() for end, c in zip(ends, counts, strict=True)])
-    return cast("FloatArray", shared[group])
-
-
-@lru_cache(maxsize=64)
-def _rank_weights(samples: int, n: int) -> FloatArray:
-    """Probability of each rank, lowest first, without ties."""
-    subsets = math.comb(samples, n)
-    # Division of Python's integers is exact up to the last rounding, however large they are.
-    return np.array([math.comb(rank, n - 1) / subsets for rank in range(samples)])
-
-
-def expected_scores(proxy: FloatArray, judged: FloatArray, ns: list[int]) -> FloatArray:
-    """Expected `judged` score of what the proxy chooses: float64[prompts, len(ns)].
-
-    Args:
-        proxy: float64[prompts, samples], the scores to choose by.
-        judged: float64[prompts, samples], the scores to read off; may be `proxy` itself.
-        ns: How many responses to choose among.
-    """
-    return np.array(
-        [
-            [best_of_weights(row, n) @ seen for n in ns]
-            for row, seen in zip(proxy, judged, strict=True)
-        ]
-    )
 
 
 def within_sd(scores: FloatArray) -> float:

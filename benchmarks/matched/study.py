@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from agents.catalogue import parse_spec
-from benchmarks.compare import CompareConfig, Comparison, choose_prompts, run
+from benchmarks.compare import BASELINE, CompareConfig, Comparison, choose_prompts, run
 from benchmarks.matched.pool import Pool, make_pool
 from benchmarks.matched.shelf import ValueShelf
 from mbrl_text_env.language_models.base import LanguageModel
@@ -104,22 +106,36 @@ def run_study(
         AuditError: The pool in the folder is of another model, seed or size.
     """
     for name, specs in study.agents.items():
-        reward_model = rewards[name]
-        prompts = choose_prompts(
+        runs = _Runs(study, language_model, name, rewards[name], out)
+        on_progress(f"{name}: pool of {study.samples} responses to each prompt")
+        pool = runs.pool()
+        cells = []
+        for budget in study.budgets:
+            caps = runs.caps(pool, budget)
+            for spec in specs:
+                on_progress(f"{name}: {spec} at {budget:,}")
+                rows = runs.answers(spec, f"{study.unit}-{budget}", caps)
+                cells.append(Cell(name, spec, budget, study.unit, rows))
+        yield name, pool, cells
+
+
+class _Runs:
+    """The runs of a study for one reward."""
+
+    def __init__(
+        self,
+        study: Study,
+        language_model: LanguageModel,
+        name: str,
+        reward_model: RewardModel,
+        out: Path,
+    ) -> None:
+        self.study, self.name, self.out = study, name, out
+        self.language_model, self.reward_model = language_model, reward_model
+        self.prompts = choose_prompts(
             load_prompts(split=study.split), study.num_prompts, reward_model, study.seed
         )
-        on_progress(f"{name}: pool of {study.samples} responses to each of {len(prompts)} prompts")
-        pool = make_pool(
-            out / "pool",
-            out / "scores" / name,
-            language_model,
-            reward_model,
-            prompts,
-            samples=study.samples,
-            max_response_tokens=study.max_response_tokens,
-            seed=study.seed,
-        )
-        shelf = ValueShelf(
+        self.shelf = ValueShelf(
             language_model,
             reward_model,
             out / "train",
@@ -128,28 +144,48 @@ def run_study(
             max_response_tokens=study.max_response_tokens,
             seed=study.seed,
         )
-        cells = []
-        for budget in study.budgets:
-            caps = _caps(study, pool, budget)
-            for spec in specs:
-                on_progress(f"{name}: {spec} at {budget:,} tokens' worth of {study.unit}")
-                comparison = Comparison(
-                    CompareConfig(
-                        (spec,),
-                        max_response_tokens=study.max_response_tokens,
-                        seed=study.seed,
-                        batch_prompts=study.batch_prompts,
-                        **caps,
-                    ),
-                    prompts,
-                    language_model,
-                    reward_model,
-                    shelf if "value" in parse_spec(spec)[1] else None,
-                )
-                folder = out / "runs" / name / f"{study.unit}-{budget}" / slug(spec)
-                rows = run(comparison, folder)[spec]
-                cells.append(Cell(name, spec, budget, study.unit, rows))
-        yield name, pool, cells
+
+    def pool(self) -> Pool:
+        """Best-of-N's pool."""
+        return make_pool(
+            self.out / "pool",
+            self.out / "scores" / self.name,
+            self.language_model,
+            self.reward_model,
+            self.prompts,
+            samples=self.study.samples,
+            max_response_tokens=self.study.max_response_tokens,
+            seed=self.study.seed,
+        )
+
+    def caps(self, pool: Pool, budget: int) -> dict[str, Any]:
+        """What best-of-N takes for `budget` tokens, in the study's unit."""
+        if self.study.unit == "tokens":
+            return {"budget_tokens": budget}
+        if self.study.unit == "flops":
+            per_token = float(pool.flops.sum() / pool.tokens.sum())
+            return {"budget_flops": float(pool.prompt_flops.mean()) + budget * per_token}
+        rows = self.answers(BASELINE, f"tokens-{budget}", {"budget_tokens": budget})
+        return {"budget_seconds": float(np.mean([row["seconds"] for row in rows]))}
+
+    def answers(self, spec: str, folder: str, caps: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows of an agent under a budget."""
+        study = self.study
+        config = CompareConfig(
+            (spec,),
+            max_response_tokens=study.max_response_tokens,
+            seed=study.seed,
+            batch_prompts=study.batch_prompts,
+            **caps,
+        )
+        comparison = Comparison(
+            config,
+            self.prompts,
+            self.language_model,
+            self.reward_model,
+            self.shelf if "value" in parse_spec(spec)[1] else None,
+        )
+        return run(comparison, self.out / "runs" / self.name / folder / slug(spec))[spec]
 
 
 def slug(spec: str) -> str:
@@ -160,13 +196,3 @@ def slug(spec: str) -> str:
         'beam-chunk_tokens-8-value-prefix'
     """
     return re.sub(r"[^\w.]+", "-", spec)
-
-
-def _caps(study: Study, pool: Pool, budget: int) -> dict[str, Any]:
-    """What best-of-N takes for as many tokens, in the study's unit."""
-    if study.unit == "tokens":
-        return {"budget_tokens": budget}
-    per_token = float(pool.flops.sum() / pool.tokens.sum())
-    if study.unit == "flops":
-        return {"budget_flops": float(pool.prompt_flops.mean()) + budget * per_token}
-    raise NotImplementedError

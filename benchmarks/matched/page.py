@@ -1,0 +1,69 @@
+"""The page of results: every figure with its command, seed and date."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mbrl_text_env.files import write_text
+
+_TEMPLATE = "results.md.jinja"
+
+
+def render(result: dict[str, Any], picture: Path, page: Path) -> None:
+    """Write the page.
+
+    Args:
+        result: What `benchmarks.matched_compute` writes as JSON.
+        picture: The plot, linked relative to the page.
+        page: A Markdown file.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("benchmarks.matched", "."),
+        autoescape=jinja2.select_autoescape(),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    text = environment.get_template(_TEMPLATE).render(
+        result=result,
+        study=result["study"],
+        by_reward=_by_reward(result["results"]),
+        best_of_n=_by_reward(result["best_of_n"]),
+        picture=Path(os.path.relpath(picture, page.parent)).as_posix(),
+        mean=_mean,
+        giga=_giga,
+        times=_times,
+        divergence=_divergence,
+    )
+    write_text(page, text)
+
+
+def _by_reward(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["reward"], []).append(row)
+    return found
+
+
+def _mean(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _giga(row: dict[str, Any]) -> str:
+    return f"{row['flops'] / 1e9:.0f}"
+
+
+def _times(row: dict[str, Any], key: str) -> str:
+    mark = "> " if row[f"{key}_is_lower_bound"] else ""
+    high = row[f"{key}_high"]
+    end = "more" if high is None else f"{high:.1f}"
+    return f"{mark}{row[key]:.1f} [{row[f'{key}_low']:.1f}, {end}]"
+
+
+def _divergence(row: dict[str, Any]) -> str:
+    if row.get("kl") is None:
+        return ""
+    return f"{row['kl']:.1f} ({row['kl_of_equal_best_of_n']:.1f})"

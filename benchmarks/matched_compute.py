@@ -1,0 +1,190 @@
+"""Planners against best-of-N at matched compute: `python -m benchmarks.matched_compute`.
+
+Agents answer held-out prompts at several budgets; best-of-N at every budget comes without bias from
+one pool of samples. Of each agent it is said how many times its compute best-of-N needs for the
+same mean reward. A run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from benchmarks.matched.study import Study
+from benchmarks.options import DtypeOption, LanguageModelOption, console, friendly
+from mbrl_text_env.files import write_text
+
+REWARDS = ("sentiment", "relevance", "constraints")
+DEFAULT = "adaptive:value=prefix"
+ARTICLE = "lookahead:value=embedding"
+AGENTS = (
+    DEFAULT,
+    ARTICLE,
+    "lookahead:value=prefix",
+    "lookahead:chunkwise=1:keep=1:value=prefix",
+    "beam:chunk_tokens=8:beam_width=2:value=prefix",
+    "receding-horizon:value=prefix",
+    "particle-filter:value=prefix",
+)
+QUICK_AGENTS = (DEFAULT, ARTICLE)
+BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
+# What an ablation changes, one thing at a time.
+ABLATIONS = (
+    "beam:chunk_tokens=4:beam_width=2:value=prefix",
+    "beam:chunk_tokens=16:beam_width=2:value=prefix",
+    "beam:chunk_tokens=32:beam_width=2:value=prefix",
+    "beam:chunk_tokens=8:beam_width=1:value=prefix",
+    "beam:chunk_tokens=8:beam_width=4:value=prefix",
+    "beam:chunk_tokens=8:beam_width=4:subtrees=4:value=prefix",
+    "beam:chunk_tokens=8:beam_width=2:value=embedding",
+    "lookahead:prefix_tokens=16:value=prefix",
+    "lookahead:prefix_tokens=32:value=prefix",
+)
+
+
+@friendly
+def main(
+    json_file: Annotated[Path, typer.Option("--json", help="Where the results go.")] = Path(
+        "matched-compute.json"
+    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder of pools and runs; resumed if it exists.")
+    ] = Path("matched-compute"),
+    rewards: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(REWARDS),
+    agents: Annotated[str, typer.Option(help="Agent specs, with commas.")] = ",".join(AGENTS),
+    budgets: Annotated[
+        str, typer.Option(help="Budgets a prompt, in generated tokens, with commas.")
+    ] = ",".join(map(str, BUDGETS)),
+    unit: Annotated[
+        str,
+        typer.Option(
+            help="What is capped: 'tokens', or the 'flops' that best-of-N takes for them."
+        ),
+    ] = "tokens",
+    num_prompts: Annotated[int, typer.Option(min=2)] = 64,
+    samples: Annotated[int, typer.Option(min=2, help="Of the pool, for each prompt.")] = 256,
+    split: str = "test",
+    max_response_tokens: Annotated[int, typer.Option(min=1)] = 96,
+    seed: int = 0,
+    language_model: LanguageModelOption = "embedded",
+    dtype: DtypeOption = "int8",
+    ablations: Annotated[bool, typer.Option(help="Also vary one thing at a time.")] = False,
+    page: Annotated[Path | None, typer.Option(help="Write a page of results there.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="16 prompts, one budget, the default planner and the article's.")
+    ] = False,
+) -> None:
+    """Compare planners with best-of-N at matched compute."""
+    names = tuple(name.strip() for name in rewards.split(","))
+    specs = tuple(spec.strip() for spec in agents.split(","))
+    specs = (*specs, *(spec for spec in ABLATIONS if ablations and spec not in specs))
+    study = Study(
+        dict.fromkeys(names, specs),
+        tuple(int(budget) for budget in budgets.split(",")),
+        unit=unit,  # type: ignore[arg-type]
+        split=split,
+        num_prompts=num_prompts,
+        samples=samples,
+        max_response_tokens=max_response_tokens,
+        seed=seed,
+    )
+    if quick:
+        study = replace(
+            study,
+            agents=dict.fromkeys(names, QUICK_AGENTS),
+            budgets=(512,),
+            num_prompts=16,
+            samples=32,
+            train_prompts=16,
+            train_samples=4,
+        )
+    run_and_write(study, language_model, dtype, out, json_file, page)
+
+
+def run_and_write(
+    study: Study, language_model: str, dtype: str, out: Path, json_file: Path, page: Path | None
+) -> dict[str, Any]:
+    """Run a study, print its table and write its results; those of a reward as soon as it is done.
+
+    Returns:
+        What the JSON file holds.
+    """
+    from benchmarks.matched.analysis import analyse, best_of_n_rows, falls
+    from benchmarks.matched.figures import plot_divergence, plot_scaling
+    from benchmarks.matched.page import render
+    from benchmarks.matched.study import run_study
+    from benchmarks.options import load_language_model
+    from mbrl_text_env.rewards import make
+
+    model = load_language_model(language_model, dtype)
+    models = {name: make(name) for name in study.agents}
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.matched_compute", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "language_model": model.name,
+        "dtype": dtype,
+        "study": study.as_dict(),
+        "results": [],
+        "best_of_n": [],
+        "falls": [],
+    }
+    rows, pools = {}, {}
+    for name, pool, cells in run_study(study, model, models, out, on_progress=console.print):
+        pools[name], rows[name] = pool, analyse(pool, cells)
+        result["results"] += rows[name]
+        result["best_of_n"] += best_of_n_rows(name, pool, study.budgets, study.unit)
+        result["falls"] += falls(cells)
+        write_text(json_file, json.dumps(result, indent=1))
+        console.print(table(rows[name]))
+    plot_scaling(rows, pools, json_file.with_suffix(".png"))
+    plot_divergence(rows, pools, json_file.with_name(f"{json_file.stem}-divergence.png"))
+    if page is not None:
+        render(result, json_file.with_suffix(".png"), page)
+    console.print(f"Results: {json_file.resolve()}")
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Rows of one reward for people to read."""
+    shown = Table(
+        "agent",
+        *(
+            Column(name, justify="right")
+            for name in ("budget", "mean", "FLOPs x", "tokens x", "tokens", "GFLOPs", "p (Holm)")
+        ),
+        title=f"{rows[0]['reward']}: {rows[0]['prompts']} prompts" if rows else "",
+        caption="x: how many times its compute best-of-N needs for the same mean; > where the pool "
+        "is too small to tell.",
+    )
+    for row in rows:
+        shown.add_row(
+            row["agent"],
+            f"{row['budget_tokens']:,}",
+            f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+            shown_multiplier(row, "multiplier"),
+            shown_multiplier(row, "multiplier_tokens"),
+            f"{row['tokens']:,.0f}",
+            f"{row['flops'] / 1e9:,.0f}",
+            f"{row['p_holm']:.2g}",
+        )
+    return shown
+
+
+def shown_multiplier(row: dict[str, Any], key: str) -> str:
+    """A multiplier with its interval."""
+    mark = "> " if row[f"{key}_is_lower_bound"] else ""
+    high = row[f"{key}_high"]
+    end = "more" if high is None else f"{high:.1f}"
+    return f"{mark}{row[key]:.1f} [{row[f'{key}_low']:.1f}, {end}]"
+
+
+if __name__ == "__main__":
+    typer.run(main)

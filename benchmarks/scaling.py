@@ -1,0 +1,684 @@
+"""Best-of-N at every N from one pool, and what an agent's reward would cost best-of-N.
+
+A pool of n responses to each of P prompts gives the mean best score of N responses without bias
+for every N up to n: an agent is compared with best-of-N at any cost without best-of-N being run
+again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special, stats
+
+from benchmarks.statistics import (
+    FloatArray,
+    Interval,
+    checked,
+    holm,
+    mean_interval,
+    paired_permutation_test,
+    percentile_tail,
+    simultaneous_intervals,
+)
+
+# Larger pools are read at this many sizes: so close to each other that between them the curve is
+# straight.
+_MOST_SIZES = 1024
+
+
+def sizes(samples: int) -> list[int]:
+    """The N of a curve: powers of two up to `samples`, and `samples` itself.
+
+    Example:
+        >>> sizes(12)
+        [1, 2, 4, 8, 12]
+    """
+    powers = [2**power for power in range(samples.bit_length())]
+    return powers if powers[-1] == samples else [*powers, samples]
+
+
+def kl_bound(n: float) -> float:
+    """log n - (n - 1) / n nats: how far best-of-n is from plain sampling, at most.
+
+    Used as the divergence itself by Stiennon et al., "Learning to summarize from human feedback",
+    2020; Hilton and Gao, "Measuring Goodhart's law", 2022; and Gao, Schulman and Hilton, "Scaling
+    Laws for Reward Model Overoptimization", 2023.
+    Beirami et al., "Theoretical guarantees on the best-of-n alignment policy", 2024, show that it
+    is an upper bound, and loose where a few responses carry most of the probability.
+
+    Example:
+        >>> kl_bound(1)
+        0.0
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_weights(proxy: npt.ArrayLike, n: int) -> FloatArray:
+    """Probability that each response is the one chosen from n, float64[samples].
+
+    n responses are drawn from the pool without replacement and the one with the highest proxy score
+    is chosen, at random among equals. The i-th lowest score is the highest of n with probability
+    C(i-1, n-1) / C(samples, n); equal scores share their probability equally. The mean score under
+    these weights is an unbiased estimate of the mean score of best-of-n.
+
+    Source: Nakano et al., "WebGPT: Browser-assisted question-answering with human feedback", 2021,
+    appendix I. Deviation: ties are shared.
+
+    Args:
+        proxy: float[samples], scores of one prompt's responses.
+        n: 1 up to the number of responses.
+
+    Raises:
+        ValueError: n is out of range.
+
+    Example:
+        >>> best_of_weights([0.1, 0.3, 0.2], 2).round(3)
+        array([0.   , 0.667, 0.333])
+    """
+    scores = np.asarray(proxy, dtype=np.float64)
+    by_rank = _rank_weights(len(scores), (n,))[0]
+    _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    shared = np.array([by_rank[end - c : end].mean() for end, c in zip(ends, counts, strict=True)])
+    return cast("FloatArray", shared[group])
+
+
+def expected_scores(proxy: FloatArray, judged: FloatArray, ns: Sequence[int]) -> FloatArray:
+    """Expected `judged` score of what the proxy chooses: float64[prompts, len(ns)].
+
+    Args:
+        proxy: float64[prompts, samples], the scores to choose by.
+        judged: float64[prompts, samples], the scores to read off; may be `proxy` itself.
+        ns: How many responses to choose among.
+    """
+    return np.array(
+        [
+            [best_of_weights(row, n) @ seen for n in ns]
+            for row, seen in zip(proxy, judged, strict=True)
+        ]
+    )
+
+
+def expected_best(scores: npt.ArrayLike, ns: Sequence[int]) -> FloatArray:
+    """Expected highest score of N responses from the pool: float64[prompts, len(ns)].
+
+    The same as `expected_scores(scores, scores, ns)`, for all prompts at once.
+
+    Args:
+        scores: float64[prompts, samples].
+        ns: Each 1 up to the number of samples.
+
+    Raises:
+        ValueError: A score is not finite, or an N is out of range.
+
+    Example:
+        >>> expected_best([[0.0, 3.0, 6.0]], [1, 2, 3]).round(3)
+        array([[3., 5., 6.]])
+    """
+    pool = checked(scores, 2, "scores")
+    weights = _rank_weights(pool.shape[1], tuple(map(int, ns)))
+    return np.sort(pool, axis=1) @ weights.T
+
+
+@lru_cache(maxsize=16)
+def _rank_weights(samples: int, ns: tuple[int, ...]) -> FloatArray:
+    """Probability of each rank, lowest first, without ties: float64[len(ns), samples].
+
+    From n / samples for the highest, each rank's probability follows from the one above it, so no
+    large binomial is ever computed.
+    """
+    for n in ns:
+        if not 1 <= n <= samples:
+            raise ValueError(f"n: expected 1 to {samples} (the responses of a prompt), got {n}.")
+    drawn = np.array(ns, dtype=np.float64)[:, None]
+    rank = np.arange(samples, 1, -1)
+    ratios = np.maximum(rank - drawn, 0) / (rank - 1)
+    falling = drawn / samples * np.cumprod(np.hstack([np.ones_like(drawn), ratios]), axis=1)
+    return falling[:, ::-1]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Best-of-N at one N.
+
+    Args:
+        n: Samples a prompt.
+        cost: Mean cost of a prompt.
+        mean: Mean best score; the intervals of all points of a curve hold at once.
+        kl_bound: See `kl_bound`, nats.
+    """
+
+    n: int
+    cost: float
+    mean: Interval
+    kl_bound: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class AtCost:
+    """Best-of-N at a given cost of each of P prompts.
+
+    Args:
+        means: float64[P], expected best score.
+        ns: float64[P], samples that the cost buys, within what the pool can tell.
+        too_dear: bool[P], the cost buys more samples than the pool has: `means` is too low there.
+        too_cheap: bool[P], the cost does not buy a sample: `means` is that of one sample.
+    """
+
+    means: FloatArray
+    ns: FloatArray
+    too_dear: npt.NDArray[np.bool_]
+    too_cheap: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """Best-of-N on P prompts, as their pool of n samples shows it.
+
+    N samples of a prompt cost `prompt_costs + N * mean sample cost`: the prompt is computed once,
+    and N is fixed beforehand, so a sample's cost does not decide whether another is drawn. That is
+    exactly the mean cost of N samples drawn from the pool, however much samples differ in cost.
+
+    Args:
+        scores: float64[P, n], n >= 2.
+        costs: float64[P, n], what each sample costs (tokens, FLOPs, ...), above 0 on average.
+        prompt_costs: float64[P] or one number, what the prompt costs once.
+
+    Raises:
+        ValueError: The shapes do not fit, a value is not finite, or samples cost nothing.
+
+    Example:
+        >>> costs = np.array([[10.0, 10.0], [10.0, 30.0]])
+        >>> pool = Baseline(np.array([[0.0, 1.0], [1.0, 3.0]]), costs)
+        >>> pool.mean_costs(2), pool.at_cost(30.0).means.round(3)
+        (30.0, array([1.   , 2.585]))
+    """
+
+    scores: FloatArray
+    costs: FloatArray
+    prompt_costs: FloatArray | float = 0.0
+
+    def __post_init__(self) -> None:
+        scores = checked(self.scores, 2, "scores")
+        costs = checked(self.costs, 2, "costs")
+        if scores.shape != costs.shape or scores.shape[1] < 2:
+            raise ValueError(
+                "Expected scores and costs of the same shape, with two samples a prompt at least, "
+                f"got {scores.shape} and {costs.shape}."
+            )
+        once = np.asarray(self.prompt_costs, dtype=np.float64)
+        if once.ndim and once.shape != scores.shape[:1]:
+            raise ValueError(
+                f"prompt_costs: expected one number or one for each of {len(scores)} prompts, got "
+                f"shape {once.shape}."
+            )
+        once = checked(np.broadcast_to(once, scores.shape[:1]), 1, "prompt_costs")
+        if (costs < 0).any() or (once < 0).any() or (costs.mean(axis=1) <= 0).any():
+            raise ValueError(
+                "Expected costs from 0 up, and above 0 on each prompt's average; got a lowest cost "
+                f"of {min(costs.min(), once.min())} and a lowest average of "
+                f"{costs.mean(axis=1).min()}."
+            )
+        for name, value in (("scores", scores), ("costs", costs), ("prompt_costs", once)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Prompts and samples of each."""
+        prompts, samples = np.shape(self.scores)
+        return prompts, samples
+
+    @cached_property
+    def ns(self) -> npt.NDArray[np.int64]:
+        """int64[L], sizes at which the curve is known: all of them, or 1,024 of a larger pool."""
+        samples = self.shape[1]
+        if samples <= _MOST_SIZES:
+            return np.arange(1, samples + 1)
+        return np.unique(np.geomspace(1, samples, _MOST_SIZES).round().astype(np.int64))
+
+    @cached_property
+    def curves(self) -> FloatArray:
+        """float64[P, L], each prompt's expected best score at each of `ns`."""
+        means = expected_best(self.scores, self.ns.tolist())
+        # Rounding makes no descent.
+        return cast("FloatArray", np.maximum.accumulate(means, axis=1))
+
+    @cached_property
+    def sample_costs(self) -> FloatArray:
+        """float64[P], mean cost of a prompt's sample."""
+        return cast("FloatArray", np.mean(self.costs, axis=1))
+
+    def mean_costs(self, n: float) -> float:
+        """Mean cost of N samples of a prompt, over prompts; N may be a fraction."""
+        return float(np.mean(self.prompt_costs + n * self.sample_costs))
+
+    def at_cost(self, costs: npt.ArrayLike) -> AtCost:
+        """Best-of-N within a cost of each prompt.
+
+        Each prompt has the N that its cost buys, a fraction as well, interpolated in log N. A real
+        best-of-N cannot buy a part of a sample; it does no better.
+
+        To compare an agent, give the costs that it was allowed, or use `at_mean_cost`. What it
+        spent is fair only if that was settled beforehand: an agent that stops when it is lucky
+        would meet the few samples of its lucky prompts, and seem better than it is.
+
+        Args:
+            costs: float64[P] or one number, the cost of a prompt.
+
+        Raises:
+            ValueError: The shape does not fit, or a cost is not finite.
+        """
+        given = checked(np.broadcast_to(np.asarray(costs, float), self.shape[:1]), 1, "costs")
+        return self._at((given - self.prompt_costs) / self.sample_costs)
+
+    def at_mean_cost(self, cost: float) -> AtCost:
+        """Best-of-N with the one N, a fraction as a rule, whose mean cost of a prompt is `cost`.
+
+        The comparison that `compute_multiplier` makes: the mean over prompts is an agent's where
+        its multiplier is 1.
+
+        Args:
+            cost: Mean cost of a prompt.
+
+        Raises:
+            ValueError: The cost is not finite.
+
+        Example:
+            >>> costs = np.array([[1.0, 1.0], [3.0, 3.0]])
+            >>> pool = Baseline(np.array([[0.0, 1.0], [1.0, 3.0]]), costs)
+            >>> pool.at_mean_cost(4.0).means
+            array([1., 3.])
+        """
+        given = checked([cost], 1, "cost")
+        n = (given - np.mean(self.prompt_costs)) / np.mean(self.sample_costs)
+        return self._at(np.broadcast_to(n, self.shape[:1]))
+
+    def _at(self, wanted: FloatArray) -> AtCost:
+        samples = self.shape[1]
+        # Costs are sums of many numbers: the last digits do not make a pool too small.
+        slack = 1e-9
+        ns = np.clip(wanted, 1, samples)
+        grid = np.log(self.ns)
+        means = [np.interp(np.log(n), grid, row) for n, row in zip(ns, self.curves, strict=True)]
+        return AtCost(np.array(means), ns, wanted > samples * (1 + slack), wanted < 1 - slack)
+
+    def curve(self, ns: Sequence[int] | None = None, *, seed: int = 0) -> tuple[CurvePoint, ...]:
+        """The mean over prompts with simultaneous 95% bands, at some N (powers of two if None).
+
+        Raises:
+            ValueError: There are fewer than two prompts, or an N is out of range.
+        """
+        chosen = sizes(self.shape[1]) if ns is None else list(ns)
+        bands = simultaneous_intervals(expected_best(self.scores, chosen), seed=seed)
+        return tuple(
+            CurvePoint(n, self.mean_costs(n), band, kl_bound(n))
+            for n, band in zip(chosen, bands, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """How many times an agent's compute best-of-N needs for the same mean reward.
+
+    Args:
+        estimate: Cost of best-of-N at `equal_n`, by the agent's cost.
+        low: Lower end of the interval; 0 where the agent may be below a single sample.
+        high: Upper end; infinite where the pool may be too small.
+        equal_n: The N at which best-of-N's mean reward is the agent's, a fraction as a rule;
+            within 1 and the pool's size.
+        cost: The agent's mean cost.
+        equal_cost: Best-of-N's mean cost at `equal_n`.
+        is_lower_bound: Best-of-N does not come up to the agent with the whole pool: the multiplier
+            is `estimate` or more.
+        is_upper_bound: The agent is below a single sample: the multiplier is `estimate` or less.
+        confidence: Of the interval.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    equal_n: float
+    cost: float
+    equal_cost: float
+    is_lower_bound: bool
+    is_upper_bound: bool
+    confidence: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values; an infinite `high` is None."""
+        return {**asdict(self), "high": self.high if math.isfinite(self.high) else None}
+
+
+def compute_multiplier(
+    rewards: npt.ArrayLike,
+    costs: npt.ArrayLike,
+    baseline: Baseline,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Multiplier:
+    """Compare an agent's mean reward and cost with best-of-N's whole curve.
+
+    The N at which best-of-N has the agent's mean reward, the same N for all prompts, is
+    interpolated in log N between whole N. Its mean cost by the agent's is the multiplier.
+
+    The interval is a bootstrap over prompts: an agent's reward and cost and the pool's row of a
+    prompt stay together, so the noise of the pool counts as well as the agent's. It is the expanded
+    percentile interval (see `benchmarks.statistics.percentile_tail`); at equal costs it holds
+    exactly those N at which the interval of the paired difference of means holds 0. A resample in
+    which the pool is too small counts as its bound at the lower end and as infinite at the upper;
+    one in which the agent is below a single sample counts as 0 and as its bound.
+
+    The agent's responses must not be taken from the pool itself.
+
+    Args:
+        rewards: float64[P], the agent's reward of each prompt (the mean over seeds, if several).
+        costs: float64[P], its cost of each prompt, in the baseline's unit.
+        baseline: The pool of the same prompts, in the same order.
+        confidence: Of the interval.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: The shapes do not fit, there are fewer than two prompts or no resamples, a value
+            is not finite, or the agent costs nothing.
+
+    Example:
+        >>> pool = Baseline(np.tile(np.arange(64.0), (8, 1)), np.ones((8, 64)))
+        >>> found = compute_multiplier(pool.at_cost(32.0).means, np.full(8, 4.0), pool)
+        >>> round(found.estimate, 6), round(found.equal_n, 6), found.is_lower_bound
+        (8.0, 32.0, False)
+    """
+    own, paid = checked(rewards, 1, "rewards"), checked(costs, 1, "costs")
+    prompts = baseline.shape[0]
+    if not len(own) == len(paid) == prompts >= 2:
+        raise ValueError(
+            "Expected a reward and a cost for each prompt of the pool, and two prompts at least; "
+            f"got {len(own)} rewards, {len(paid)} costs and a pool of {prompts} prompts."
+        )
+    if paid.min() < 0 or paid.mean() <= 0:
+        raise ValueError(
+            f"costs: expected numbers from 0 up, not all 0, got {paid.min()} to {paid.max()}."
+        )
+    if resamples < 1:
+        raise ValueError(f"resamples: expected 1 or more, got {resamples}.")
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    # The first row is the sample itself.
+    shares = np.vstack([np.ones(prompts), drawn]) / prompts
+    equal, above, below = _equal_n(shares @ baseline.curves, shares @ own, baseline.ns)
+    equal_costs = shares @ np.asarray(baseline.prompt_costs)
+    equal_costs += equal * (shares @ baseline.sample_costs)
+    # A resample of prompts on which the agent spent nothing says nothing finite.
+    with np.errstate(divide="ignore"):
+        ratios = equal_costs / (shares @ paid)
+    cut = int(percentile_tail(prompts, confidence) * resamples)
+    lows = np.sort(np.where(below, 0.0, ratios)[1:])
+    highs = np.sort(np.where(above, np.inf, ratios)[1:])
+    return Multiplier(
+        float(ratios[0]),
+        0.0 if below[0] else float(min(lows[cut], ratios[0])),
+        math.inf if above[0] else float(max(highs[-1 - cut], ratios[0])),
+        float(equal[0]),
+        float(paid.mean()),
+        float(equal_costs[0]),
+        bool(above[0]),
+        bool(below[0]),
+        confidence,
+    )
+
+
+def _equal_n(
+    means: FloatArray, rewards: FloatArray, ns: npt.NDArray[np.int64]
+) -> tuple[FloatArray, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Where each of R rising curves float64[R, L] first comes up to its reward float64[R].
+
+    Returns:
+        N within the curve's ends, whether the reward is above the curve, whether it is below.
+    """
+    slack = 1e-12 * max(1.0, float(np.abs(means).max()))
+    reached = means >= rewards[:, None] - slack
+    above, below = ~reached[:, -1], rewards < means[:, 0] - slack
+    first = np.where(above, means.shape[1] - 1, reached.argmax(axis=1))
+    before = np.maximum(first - 1, 0)
+    rows = np.arange(len(means))
+    left, right = means[rows, before], means[rows, first]
+    rise = right - left
+    share = np.clip((rewards - left) / np.where(rise > 0, rise, 1.0), 0.0, 1.0)
+    grid = np.log(ns)
+    return np.exp(grid[before] + share * (grid[first] - grid[before])), above, below
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the next larger budget does to the mean reward.
+
+    Args:
+        smaller: The smaller budget.
+        larger: The larger budget.
+        change: Mean reward at the larger minus that at the smaller.
+        p_value: Of a fall this large or larger, if the budget made no difference (one-sided).
+        adjusted: The same by Holm's method over all steps.
+    """
+
+    smaller: float
+    larger: float
+    change: float
+    p_value: float
+    adjusted: float
+
+
+def falls_with_budget(
+    budgets: Sequence[float],
+    rewards: npt.ArrayLike,
+    *,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> tuple[Step, ...]:
+    """Test whether the mean reward falls from one budget to the next larger.
+
+    Paired one-sided permutation tests between neighbours, adjusted by Holm's method. The reward
+    falls significantly somewhere if an `adjusted` is small.
+
+    Args:
+        budgets: B of them, ascending.
+        rewards: float64[B, P], the reward of each prompt at each budget.
+        resamples: Of a test; see `benchmarks.statistics.paired_permutation_test`.
+        seed: Of the tests.
+
+    Raises:
+        ValueError: The shapes do not fit, the budgets do not ascend, or a value is not finite.
+
+    Example:
+        >>> steps = falls_with_budget([1, 2], [[1.0, 2.0, 3.0], [0.0, 1.5, 2.0]])
+        >>> steps[0].p_value
+        0.125
+    """
+    table = checked(rewards, 2, "rewards")
+    ascending = all(a < b for a, b in pairwise(budgets))
+    if len(budgets) != len(table) or len(table) < 2 or not ascending:
+        raise ValueError(
+            "Expected two or more budgets, ascending, and a row of rewards for each; got budgets "
+            f"{list(budgets)} and rewards of shape {table.shape}."
+        )
+    changes = np.diff(table, axis=0)
+    found = [
+        paired_permutation_test(row, alternative="less", resamples=resamples, seed=seed).p_value
+        for row in changes
+    ]
+    return tuple(
+        Step(smaller, larger, float(row.mean()), p, float(adjusted))
+        for (smaller, larger), row, p, adjusted in zip(
+            pairwise(budgets), changes, found, holm(found), strict=True
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far an agent's choice is from plain sampling, in nats a response.
+
+    Args:
+        surprisal_excess: See `surprisal_excess`.
+        bound: See `contrastive_bound`, of the rewards: the divergence is this large at least.
+        cap: The highest that `bound` could be with this pool.
+        best_of_n: `kl_bound` of the N that has the agent's mean reward, to compare with; None where
+            it was not given.
+    """
+
+    surprisal_excess: Interval
+    bound: Interval
+    cap: float
+    best_of_n: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def divergence(
+    rewards: npt.ArrayLike,
+    logprobs: npt.ArrayLike,
+    plain_rewards: npt.ArrayLike,
+    plain_logprobs: npt.ArrayLike,
+    *,
+    equal_n: float | None = None,
+    seed: int = 0,
+) -> Divergence:
+    """Estimate an agent's divergence from plain sampling in two ways.
+
+    Args:
+        rewards: float64[P], of the responses that the agent chose.
+        logprobs: float64[P], their summed log-probabilities under the language model, nats.
+        plain_rewards: float64[P, n], of plain samples of the same prompts.
+        plain_logprobs: float64[P, n], the same of these.
+        equal_n: `Multiplier.equal_n`.
+        seed: Of the bootstraps.
+
+    Raises:
+        ValueError: The shapes do not fit, there are fewer than two prompts, or a value is not
+            finite.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> plain = rng.normal(size=(16, 8))
+        >>> found = divergence(np.full(16, 9.0), np.full(16, -2.0), plain, plain - 1.0, equal_n=8.0)
+        >>> round(found.bound.estimate, 2), round(found.cap, 2), round(found.best_of_n, 2)
+        (2.2, 2.2, 1.2)
+    """
+    bound = contrastive_bound(rewards, plain_rewards, seed=seed)
+    return Divergence(
+        surprisal_excess(logprobs, plain_logprobs, seed=seed),
+        bound,
+        math.log(np.shape(plain_rewards)[1] + 1),
+        None if equal_n is None else kl_bound(equal_n),
+    )
+
+
+def surprisal_excess(
+    logprobs: npt.ArrayLike, plain_logprobs: npt.ArrayLike, *, seed: int = 0
+) -> Interval:
+    """How much less likely the chosen responses are than plain samples, nats a response.
+
+    With p the language model and q what the agent writes, this is E_q[-log p] - E_p[-log p], paired
+    by prompt, with a bootstrap interval over prompts. It equals KL(q || p) + H(q) - H(p): a lower
+    bound of the divergence where the agent's responses vary less than the language model's, and
+    below 0 where it chooses the most likely ones. Text that the language model finds broken shows
+    as a large excess. Responses of different lengths differ in it by their length alone.
+
+    The log-probabilities must be those of the distribution that the plain samples were drawn from,
+    temperature included; else the excess compares likelihoods, and is no bound.
+
+    Args:
+        logprobs: float64[P], summed over each chosen response.
+        plain_logprobs: float64[P, n], the same of plain samples of the same prompts.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: The shapes do not fit, or a value is not finite.
+
+    Example:
+        >>> surprisal_excess([-5.0, -7.0], [[-3.0, -5.0], [-4.0, -8.0]]).estimate
+        1.0
+    """
+    own, plain = _beside(logprobs, plain_logprobs)
+    return mean_interval(plain.mean(axis=1) - own, seed=seed)
+
+
+def contrastive_bound(chosen: npt.ArrayLike, plain: npt.ArrayLike, *, seed: int = 0) -> Interval:
+    """Lower bound of the divergence from plain sampling, by any statistic of a response, nats.
+
+    For a statistic t such as the reward or the log-probability, and any function f, the mean of
+    log((n + 1) exp(f(chosen)) / sum of exp(f) over the chosen and its n plain samples) is at most
+    KL(q || p), for every n: under p the chosen could stand in any of the n + 1 places, so the
+    exponential's mean is 1, and Donsker and Varadhan's bound applies. Here f is
+    a times the log of t's mid-rank among the n + 1, from above or from below, which is nearly the
+    log-density ratio of best-of-N at a = N - 1: for best-of-N by t the bound comes up to `kl_bound`
+    while N is far below n. It cannot exceed log(n + 1). Of the plain form of the bound (with the
+    mean of exp(f) over the pool alone), estimates from a finite pool would be too high.
+
+    Each prompt's a is chosen by the other prompts, so the choice does not raise the estimate. The
+    chosen responses must not be taken from the plain samples.
+
+    Source: Donsker and Varadhan, 1975; van den Oord, Li and Vinyals, "Representation learning with
+    contrastive predictive coding", 2018; Poole et al., "On variational bounds of mutual
+    information", 2019. Deviations: a fixed family of rank functions in place of a learned critic,
+    and the choice from it by leaving one prompt out.
+
+    Args:
+        chosen: float64[P], the statistic of what the agent chose, one response a prompt.
+        plain: float64[P, n], of plain samples of the same prompts.
+        seed: Of the bootstrap over prompts.
+
+    Returns:
+        The bound with its interval; near 0 (below it by chance) where the two cannot be told apart.
+
+    Raises:
+        ValueError: The shapes do not fit, there are fewer than two prompts, or a value is not
+            finite.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> best_of_8 = rng.normal(size=(256, 8)).max(axis=1)
+        >>> found = contrastive_bound(best_of_8, rng.normal(size=(256, 128)))
+        >>> abs(found.estimate - kl_bound(8)) < 0.2
+        True
+    """
+    own, samples = _beside(chosen, plain)
+    if len(own) < 2:
+        raise ValueError("chosen: expected responses to two prompts or more, got 1.")
+    together = np.hstack([own[:, None], samples])
+    places = together.shape[1]
+    ranks = (stats.rankdata(together, axis=1) - 0.5) / places
+    powers = np.geomspace(0.25, 16 * places, 40)
+    columns = [np.zeros(len(own))]
+    for logs in (np.log(ranks), np.log(1 - ranks)):
+        columns += [
+            a * logs[:, 0] + math.log(places) - special.logsumexp(a * logs, axis=1) for a in powers
+        ]
+    table = np.stack(columns, axis=1)
+    by_others = (table.sum(axis=0) - table).argmax(axis=1)
+    return mean_interval(table[np.arange(len(own)), by_others], seed=seed)
+
+
+def _beside(chosen: npt.ArrayLike, plain: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+    own, samples = checked(chosen, 1, "chosen"), checked(plain, 2, "plain samples")
+    if len(own) != len(samples):
+        raise ValueError(
+            "Expected plain samples of the prompts that were answered; got "
+            f"{len(own)} responses and samples of {len(samples)} prompts."
+        )
+    return own, samples

@@ -1,0 +1,263 @@
+"""A study of a toy world: resumable, and its figures follow from its rows and its pool."""
+
+import json
+
+import numpy as np
+import pytest
+
+from agents.catalogue import make as make_agent
+from benchmarks.matched.analysis import analyse, best_of_n_rows, falls
+from benchmarks.matched.figures import plot_divergence, plot_scaling
+from benchmarks.matched.page import render
+from benchmarks.matched.pool import Pool, make_pool
+from benchmarks.matched.shelf import ValueShelf
+from benchmarks.matched.study import Cell, Study, run_study, slug
+from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.prompts import load_prompts
+from tests.toys import CountReward
+
+LM = NGramLM("abcdefgh", order=2, seed=1, concentration=4.0, stop_probability=0.05)
+PROMPTS = load_prompts(split="test", limit=6)
+AGENTS = ("beam:chunk_tokens=2:value=prefix", "best-of-n")
+STUDY = Study(
+    {"count": AGENTS},
+    budgets=(40, 120),
+    num_prompts=6,
+    samples=32,
+    train_prompts=4,
+    train_samples=3,
+    max_response_tokens=10,
+)
+
+
+class CostlyCount(CountReward):
+    def flops(self, prompts, responses):
+        return np.full(len(responses), 5.0)
+
+    def flops_bound(self):
+        return 5.0
+
+
+def pooled(folder, reward=None, samples=32, seed=0):
+    return make_pool(
+        folder / "pool",
+        folder / "scores",
+        LM,
+        reward or CostlyCount(),
+        PROMPTS,
+        samples=samples,
+        max_response_tokens=10,
+        seed=seed,
+    )
+
+
+def ran(folder, study=STUDY):
+    [(name, pool, cells)] = list(run_study(study, LM, {"count": CostlyCount()}, folder))
+    assert name == "count"
+    return pool, cells
+
+
+class TestPool:
+    def test_costs_and_scores_are_those_of_the_samples(self, tmp_path):
+        pool = pooled(tmp_path)
+        assert pool.scores.shape == pool.tokens.shape == pool.flops.shape == (6, 32)
+        start = initial(PROMPTS[0], LM)
+        alone = LM.usage(len(start.prompt_ids), [])
+        assert pool.prompt_flops[0] == alone.flops
+        length = int(pool.tokens[0, 0])
+        whole = LM.usage(len(start.prompt_ids), [length])
+        assert pool.flops[0, 0] == pytest.approx(whole.flops - alone.flops + 5.0)
+        agent = make_agent("best-of-n:n=32", LM, CostlyCount(), max_response_tokens=10)
+        best = agent.generate(PROMPTS, seed=0)
+        assert [g.completion.score for g in best] == pytest.approx(pool.scores.max(axis=1))
+        assert (pool.logprobs <= 0).all()
+
+    def test_it_is_made_once(self, tmp_path):
+        first, second = pooled(tmp_path), pooled(tmp_path, samples=16)
+        assert (second.scores == first.scores[:, :16]).all()
+
+    def test_rows(self, tmp_path):
+        pool = pooled(tmp_path)
+        part = pool.rows([PROMPTS[3].id, PROMPTS[1].id])
+        assert part.prompt_ids == (PROMPTS[3].id, PROMPTS[1].id)
+        assert (part.scores == pool.scores[[3, 1]]).all()
+        assert (part.prompt_flops == pool.prompt_flops[[3, 1]]).all()
+
+
+class TestStudy:
+    def test_a_cell_for_each_agent_and_budget(self, tmp_path):
+        pool, cells = ran(tmp_path)
+        assert [(c.agent, c.budget) for c in cells] == [
+            (agent, budget) for budget in (40, 120) for agent in AGENTS
+        ]
+        for cell in cells:
+            assert [row["prompt_id"] for row in cell.rows] == list(pool.prompt_ids)
+            assert all(row["usage"]["generated_tokens"] <= cell.budget for row in cell.rows)
+
+    def test_it_is_resumed(self, tmp_path):
+        _, first = ran(tmp_path)
+        removed = next((tmp_path / "runs").rglob("parts/*.jsonl"))
+        removed.unlink()
+        again = ran(tmp_path)[1]
+        for one, other in zip(first, again, strict=True):
+            assert [row["score"] for row in one.rows] == [row["score"] for row in other.rows]
+
+    def test_budgets_in_flops_are_what_best_of_n_spends(self, tmp_path):
+        study = Study(**{**vars(STUDY), "unit": "flops"})
+        pool, cells = ran(tmp_path, study)
+        per_token = pool.flops.sum() / pool.tokens.sum()
+        for cell in cells:
+            cap = pool.prompt_flops.mean() + cell.budget * per_token
+            spent = [row["usage"]["flops"] for row in cell.rows]
+            assert max(spent) <= cap
+            assert np.mean(spent) > 0.5 * cap
+
+    def test_budgets_in_seconds_are_what_best_of_n_takes(self, tmp_path):
+        study = Study(**{**vars(STUDY), "unit": "seconds", "budgets": (40,)})
+        _, cells = ran(tmp_path, study)
+        caps = {row["budget_seconds"] for cell in cells for row in cell.rows}
+        assert len(caps) == 1
+        assert 0 < caps.pop() < 60
+
+    def test_another_seed_needs_another_folder(self, tmp_path):
+        ran(tmp_path)
+        with pytest.raises(ValueError, match="seed"):
+            ran(tmp_path, Study(**{**vars(STUDY), "seed": 1}))
+
+    def test_slugs_differ(self):
+        specs = ("beam:chunk_tokens=2", "beam:chunk_tokens=2.5", "beam:beam_width=2")
+        assert len({slug(spec) for spec in specs}) == 3
+
+
+class TestShelf:
+    def shelf(self, folder):
+        return ValueShelf(
+            LM, CostlyCount(), folder, prompts=4, samples=3, max_response_tokens=10, seed=0
+        )
+
+    def test_names(self, tmp_path):
+        shelf = self.shelf(tmp_path)
+        assert "prefix" in shelf
+        assert next(iter(shelf)) == "prefix"
+        assert shelf["prefix"] is shelf["prefix"]
+        with pytest.raises(KeyError):
+            shelf["nothing"]
+        assert not list(tmp_path.iterdir())
+
+    def test_records_have_this_rewards_scores(self, tmp_path):
+        records = self.shelf(tmp_path).records()
+        assert len(records) == 12
+        assert {record.split for record in records} == {"train"}
+        for record in records:
+            assert record.score == CountReward().score([None], [record.response])[0]
+            assert record.reward_name == "count"
+
+
+def answered(pool, scores, *, budget=100, agent="agent", tokens=20.0, flops=None, failed=()):
+    rows = [
+        {
+            "prompt_id": name,
+            "score": None if name in failed else float(score),
+            "seconds": 0.5,
+            "logprob": -3.0,
+            "usage": {
+                "generated_tokens": tokens,
+                "flops": 10 * tokens if flops is None else flops,
+                "reward_calls": 2,
+            },
+        }
+        for name, score in zip(pool.prompt_ids, scores, strict=True)
+    ]
+    return Cell("count", agent, budget, "tokens", rows)
+
+
+def known_pool(prompts=24, samples=64, seed=0):
+    scores = np.random.default_rng(seed).normal(size=(prompts, samples))
+    cost = np.full((prompts, samples), 10.0)
+    names = tuple(f"p{i}" for i in range(prompts))
+    return Pool(names, scores, cost, 10 * cost, np.zeros(prompts), np.full(cost.shape, -2.0))
+
+
+class TestAnalysis:
+    def test_best_of_16_at_the_cost_of_two_has_a_multiplier_of_eight(self):
+        pool = known_pool()
+        scores = np.random.default_rng(1).normal(size=(24, 16)).max(axis=1)
+        [row] = analyse(pool, [answered(pool, scores)])
+        assert row["multiplier"] == pytest.approx(row["multiplier_tokens"])
+        assert row["multiplier_low"] < 8 < row["multiplier_high"]
+        assert row["low"] < row["mean"] < row["high"]
+        assert row["p_vs_best_of_n"] < 0.01
+        assert row["kl"] == pytest.approx(1.0)
+        assert (row["tokens"], row["flops"], row["seconds"]) == (20.0, 200.0, 0.5)
+
+    def test_reward_calls_count_in_flops_and_not_in_tokens(self):
+        pool = known_pool()
+        scores = np.random.default_rng(1).normal(size=(24, 16)).max(axis=1)
+        [row] = analyse(pool, [answered(pool, scores, flops=400.0)])
+        assert row["multiplier"] == pytest.approx(row["multiplier_tokens"] / 2)
+
+    def test_what_failed_is_left_out_on_both_sides(self):
+        pool = known_pool()
+        scores = np.random.default_rng(1).normal(size=24)
+        failed = pool.prompt_ids[:3]
+        [row] = analyse(pool, [answered(pool, scores, failed=failed)])
+        kept = pool.rows(pool.prompt_ids[3:])
+        [alone] = analyse(kept, [answered(kept, scores[3:])])
+        assert row.pop("failed") == 3
+        assert alone.pop("failed") == 0
+        assert row == alone
+
+    def test_p_values_are_corrected_over_the_cells(self):
+        pool = known_pool()
+        cells = [
+            answered(pool, np.random.default_rng(s).normal(size=24) + 0.5, agent=f"agent {s}")
+            for s in range(5)
+        ]
+        for row in analyse(pool, cells):
+            assert row["p_vs_best_of_n"] <= row["p_holm"] <= 5 * row["p_vs_best_of_n"] + 1e-9
+
+    def test_best_of_n_itself(self):
+        pool = known_pool()
+        rows = best_of_n_rows("count", pool, [20, 160, 10_000], "tokens")
+        assert [row["n"] for row in rows] == [2, 16]
+        assert rows[0]["mean"] < rows[1]["mean"]
+        assert rows[1]["flops"] == pytest.approx(1600.0)
+
+    def test_falls(self):
+        pool = known_pool()
+        scores = np.random.default_rng(1).normal(size=24)
+        rising = [answered(pool, scores + b / 100, budget=b, agent="up") for b in (100, 200)]
+        falling = [answered(pool, scores - b / 100, budget=b, agent="down") for b in (200, 100)]
+        found = {row["agent"]: row["adjusted"] for row in falls([*rising, *falling])}
+        assert found["down"] < 0.01
+        assert found["up"] > 0.9
+
+
+def test_page_and_plots(tmp_path):
+    pool, cells = ran(tmp_path / "study")
+    rows = analyse(pool, cells)
+    plot_scaling({"count": rows}, {"count": pool}, tmp_path / "plot.png")
+    plot_divergence({"count": rows}, {"count": pool}, tmp_path / "divergence.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5_000
+    assert (tmp_path / "divergence.png").stat().st_size > 5_000
+    result = {
+        "command": "python -m benchmarks.matched_compute --seed 0",
+        "date": "2026-01-01",
+        "language_model": LM.name,
+        "dtype": "float64",
+        "study": STUDY.as_dict(),
+        "results": rows,
+        "best_of_n": best_of_n_rows("count", pool, STUDY.budgets, "tokens"),
+        "falls": falls(cells),
+    }
+    assert json.loads(json.dumps(result, allow_nan=False)) is not None
+    render(result, tmp_path / "plot.png", tmp_path / "docs" / "page.md")
+    text = (tmp_path / "docs" / "page.md").read_text()
+    assert "python -m benchmarks.matched_compute --seed 0" in text
+    assert "(../plot.png)" in text
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        assert f"`{row['agent']}`" in line
+        assert f"{row['mean']:.3f}" in line

@@ -1,0 +1,450 @@
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from benchmarks.scaling import (
+    Baseline,
+    best_of_weights,
+    compute_multiplier,
+    contrastive_bound,
+    divergence,
+    expected_best,
+    expected_scores,
+    falls_with_budget,
+    kl_bound,
+    sizes,
+    surprisal_excess,
+)
+
+# Few different values, so that ties are common.
+SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=1, max_size=7)
+
+
+def by_brute_force(proxy, judged, n):
+    """Mean over all subsets; among tied best, each is chosen as often."""
+    means = []
+    for subset in itertools.combinations(range(len(proxy)), n):
+        top = max(proxy[i] for i in subset)
+        means.append(np.mean([judged[i] for i in subset if proxy[i] == top]))
+    return np.mean(means)
+
+
+@settings(max_examples=60)
+@given(SCORES, st.data())
+def test_equals_the_mean_over_all_subsets(proxy, data):
+    judged = data.draw(
+        st.lists(st.floats(-3, 3), min_size=len(proxy), max_size=len(proxy)), label="gold"
+    )
+    for n in range(1, len(proxy) + 1):
+        weights = best_of_weights(proxy, n)
+        assert weights.sum() == pytest.approx(1.0)
+        for scores in (judged, proxy):
+            assert weights @ scores == pytest.approx(by_brute_force(proxy, scores, n), abs=1e-12)
+
+
+def test_weights_by_hand():
+    assert best_of_weights([3.0, 1.0, 2.0], 2) == pytest.approx([2 / 3, 0, 1 / 3])
+    # Of the three pairs, one is of the tied two and two hold one of them.
+    assert best_of_weights([5.0, 1.0, 5.0], 2) == pytest.approx([0.5, 0, 0.5])
+    assert best_of_weights([5.0, 1.0, 5.0], 1) == pytest.approx([1 / 3] * 3)
+    assert best_of_weights([1.0] * 4, 3) == pytest.approx([0.25] * 4)
+
+
+def test_large_pools_do_not_overflow():
+    weights = best_of_weights(np.arange(3000.0), 1500)
+    assert weights.sum() == pytest.approx(1.0)
+    assert weights[-1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("n", [0, 4, -1])
+def test_n_out_of_range(n):
+    with pytest.raises(ValueError, match=rf"expected 1 to 3 .*got {n}"):
+        best_of_weights([1.0, 2.0, 3.0], n)
+
+
+def test_unbiased_for_best_of_n():
+    """Best of 4 uniform scores is 4/5 on average, read off pools of 8."""
+    pools = np.random.default_rng(0).uniform(size=(4000, 8))
+    means = expected_scores(pools, pools, [4])[:, 0]
+    assert means.mean() == pytest.approx(0.8, abs=4 * means.std() / math.sqrt(4000))
+
+
+def test_sizes_and_kl():
+    assert sizes(64) == [1, 2, 4, 8, 16, 32, 64]
+    assert sizes(5) == [1, 2, 4, 5]
+    assert kl_bound(2) == pytest.approx(0.1931, abs=1e-4)
+    assert kl_bound(64) == pytest.approx(3.1745, abs=1e-4)
+
+
+@settings(max_examples=60)
+@given(arrays(np.float64, (2, 6), elements=st.sampled_from([-1.0, 0.0, 0.5, 2.0])))
+def test_expected_best_is_the_mean_over_all_subsets(scores):
+    found = expected_best(scores, range(1, 7))
+    for row, means in zip(scores, found, strict=True):
+        for n, mean in enumerate(means, 1):
+            assert mean == pytest.approx(
+                np.mean([max(subset) for subset in itertools.combinations(row, n)])
+            )
+    assert found == pytest.approx(expected_scores(scores, scores, range(1, 7)))
+
+
+def test_expected_best_of_a_large_pool():
+    scores = np.arange(3000.0)[None]
+    # The highest of n from 0..m-1 is n (m + 1) / (n + 1) - 1 on average.
+    for n, mean in zip(
+        (1, 7, 1500, 3000), expected_best(scores, (1, 7, 1500, 3000))[0], strict=True
+    ):
+        assert mean == pytest.approx(n * 3001 / (n + 1) - 1)
+
+
+@settings(max_examples=25)
+@given(st.integers(2, 40), st.integers(0, 10**6))
+def test_curves_rise_from_the_mean_to_the_maximum(samples, seed):
+    scores = np.random.default_rng(seed).normal(size=(3, samples))
+    curves = Baseline(scores, np.ones_like(scores)).curves
+    assert (np.diff(curves, axis=1) >= 0).all()
+    assert curves[:, 0] == pytest.approx(scores.mean(axis=1))
+    assert curves[:, -1] == pytest.approx(scores.max(axis=1))
+
+
+class TestBaseline:
+    def test_costs_by_hand(self):
+        pool = Baseline(
+            np.zeros((2, 2)), np.array([[1.0, 3.0], [4.0, 6.0]]), np.array([10.0, 20.0])
+        )
+        assert pool.sample_costs.tolist() == [2.0, 5.0]
+        assert pool.mean_costs(1) == 15 + 3.5
+        assert pool.mean_costs(4) == 15 + 4 * 3.5
+
+    def test_the_expected_cost_is_that_of_all_subsets(self):
+        costs = np.random.default_rng(0).exponential(size=(1, 6))
+        subsets = list(itertools.combinations(costs[0], 4))
+        assert Baseline(costs, costs).mean_costs(4) == pytest.approx(
+            np.mean([sum(s) for s in subsets])
+        )
+
+    def test_at_cost_by_hand(self):
+        scores = np.array([[0.0, 3.0, 6.0], [0.0, 0.0, 3.0]])
+        pool = Baseline(scores, np.full((2, 3), 2.0), 1.0)
+        # (5 - 1) / 2 = 2 samples, (7 - 1) / 2 = 3.
+        found = pool.at_cost([5.0, 7.0])
+        assert found.ns.tolist() == [2.0, 3.0]
+        assert found.means == pytest.approx([5.0, 3.0])
+        assert not found.too_dear.any()
+        assert not found.too_cheap.any()
+        # Half way from 1 to 2 in log N.
+        between = pool.at_cost(1 + 2 * math.sqrt(2))
+        assert between.means == pytest.approx([4.0, 1.5])
+
+    def test_at_cost_beyond_the_pool_is_marked(self):
+        pool = Baseline(np.array([[0.0, 4.0], [0.0, 2.0]]), np.ones((2, 2)), 1.0)
+        found = pool.at_cost([3.5, 1.5])
+        assert found.too_dear.tolist() == [True, False]
+        assert found.too_cheap.tolist() == [False, True]
+        assert found.means.tolist() == [4.0, 1.0]
+
+    def test_at_mean_cost_has_one_n(self):
+        rng = np.random.default_rng(0)
+        pool = Baseline(
+            rng.normal(size=(5, 16)), rng.exponential(size=(5, 16)), rng.uniform(size=5)
+        )
+        found = pool.at_mean_cost(pool.mean_costs(6))
+        assert found.ns == pytest.approx([6.0] * 5)
+        assert found.means == pytest.approx(pool.curves[:, 5])
+
+    def test_large_pools_are_read_on_a_grid(self):
+        scores = np.random.default_rng(0).normal(size=(3, 5000))
+        pool = Baseline(scores, np.ones_like(scores))
+        assert len(pool.ns) <= 1024
+        assert (pool.ns[0], pool.ns[-1]) == (1, 5000)
+        found = pool.at_cost(3777.0).means
+        assert found == pytest.approx(expected_best(scores, [3777])[:, 0], abs=1e-5)
+
+    def test_curve(self):
+        rng = np.random.default_rng(0)
+        pool = Baseline(rng.normal(size=(8, 6)), np.full((8, 6), 3.0), 2.0)
+        points = pool.curve()
+        assert [point.n for point in points] == [1, 2, 4, 6]
+        assert [point.cost for point in points] == [5.0, 8.0, 14.0, 20.0]
+        assert points[2].mean.low < points[2].mean.estimate < points[2].mean.high
+        assert points[2].kl_bound == kl_bound(4)
+        assert points[2].mean.estimate == pytest.approx(pool.curves[:, 3].mean())
+        assert json.loads(json.dumps(points[0].as_dict()))["n"] == 1
+
+    @pytest.mark.parametrize(
+        ("scores", "costs", "prompt_costs", "message"),
+        [
+            (np.ones((2, 3)), np.ones((2, 2)), 0.0, "same shape"),
+            (np.ones((2, 1)), np.ones((2, 1)), 0.0, "two samples"),
+            (np.ones(3), np.ones(3), 0.0, "2 dimension"),
+            (np.full((2, 2), np.nan), np.ones((2, 2)), 0.0, "finite"),
+            (np.ones((2, 2)), np.ones((2, 2)), np.ones(3), "one for each of 2"),
+            (np.ones((2, 2)), np.ones((2, 2)), -1.0, "from 0 up"),
+            (np.ones((2, 2)), np.zeros((2, 2)), 1.0, "above 0"),
+        ],
+    )
+    def test_refusals(self, scores, costs, prompt_costs, message):
+        with pytest.raises(ValueError, match=message):
+            Baseline(scores, costs, prompt_costs)
+
+
+def pool_of(rng, prompts, samples, spread=1.0):
+    """Scores with prompts of different level, and costs that differ by sample."""
+    level = spread * rng.normal(size=(prompts, 1))
+    scores = rng.normal(size=(prompts, samples)) + level
+    return level, Baseline(scores, rng.integers(20, 97, size=scores.shape).astype(float), 30.0)
+
+
+def best_of(rng, level, n):
+    """Rewards and costs of a real best-of-n, with fresh samples."""
+    scores = rng.normal(size=(len(level), n)) + level
+    return scores.max(axis=1), 30 + rng.integers(20, 97, size=scores.shape).sum(axis=1)
+
+
+class TestMultiplier:
+    @pytest.mark.parametrize(("samples", "ratio"), [(8, 1), (4, 8)])
+    def test_best_of_n_against_itself_and_eight_times_as_much(self, samples, ratio):
+        """Estimates centre on the truth, and about 95 of 100 intervals hold it."""
+        rng = np.random.default_rng(0)
+        trials, covered, estimates = 1000, 0, []
+        for _ in range(trials):
+            level, pool = pool_of(rng, 48, 96)
+            rewards, _ = best_of(rng, level, samples * ratio)
+            _, costs = best_of(rng, level, samples)
+            truth = pool.mean_costs(samples * ratio) / (30 + samples * 58)
+            found = compute_multiplier(rewards, costs, pool, resamples=400)
+            covered += found.low <= truth <= found.high
+            estimates.append(found.estimate / truth)
+        assert 0.93 <= covered / trials <= 0.97
+        assert np.median(estimates) == pytest.approx(1.0, abs=0.05)
+
+    def test_by_hand(self):
+        """Best-of-N of 0, 3, 6 is 3, 5, 6; a reward of 5.5 is half way from 2 to 3 in log N."""
+        pool = Baseline(np.tile([0.0, 3.0, 6.0], (4, 1)), np.full((4, 3), 10.0), 5.0)
+        found = compute_multiplier(np.full(4, 5.5), np.full(4, 5.0), pool)
+        assert found.equal_n == pytest.approx(math.sqrt(6))
+        assert found.equal_cost == pytest.approx(5 + 10 * math.sqrt(6))
+        assert found.estimate == pytest.approx(1 + 2 * math.sqrt(6))
+        # All prompts are alike: nothing varies.
+        assert (found.low, found.high) == pytest.approx((found.estimate, found.estimate))
+        assert not found.is_lower_bound
+        assert not found.is_upper_bound
+
+    def test_above_the_pool_is_a_lower_bound(self):
+        _, pool = pool_of(np.random.default_rng(0), 16, 32)
+        found = compute_multiplier(pool.scores.max(axis=1) + 1, np.full(16, 300.0), pool)
+        assert found.is_lower_bound
+        assert not found.is_upper_bound
+        assert found.equal_n == 32
+        assert found.estimate == pytest.approx(pool.mean_costs(32) / 300)
+        assert found.high == math.inf
+        assert 0 < found.low <= found.estimate
+        data = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+        assert data["high"] is None
+        assert data["is_lower_bound"] is True
+
+    def test_near_the_end_of_the_pool_the_upper_end_is_open(self):
+        rng = np.random.default_rng(0)
+        _, pool = pool_of(rng, 16, 32)
+        rewards = pool.curves[:, 30] + 0.3 * rng.normal(size=16)
+        rewards += pool.curves[:, 30].mean() - rewards.mean()
+        found = compute_multiplier(rewards, np.full(16, 300.0), pool)
+        assert not found.is_lower_bound
+        assert found.high == math.inf
+
+    def test_below_a_single_sample_is_an_upper_bound(self):
+        _, pool = pool_of(np.random.default_rng(0), 16, 32)
+        found = compute_multiplier(pool.scores.min(axis=1) - 1, np.full(16, 300.0), pool)
+        assert found.is_upper_bound
+        assert not found.is_lower_bound
+        assert (found.equal_n, found.low) == (1.0, 0.0)
+        assert found.estimate == pytest.approx(pool.mean_costs(1) / 300)
+
+    def test_a_saturated_reward_is_reached(self):
+        """Where every sample has the full reward, one of them is as good as the agent."""
+        pool = Baseline(np.full((4, 8), 0.1), np.full((4, 8), 2.0))
+        found = compute_multiplier(np.full(4, 0.1), np.full(4, 1.0), pool)
+        assert (found.estimate, found.is_lower_bound, found.is_upper_bound) == (2.0, False, False)
+
+    @settings(max_examples=20)
+    @given(st.integers(0, 10**6), st.floats(0.1, 10))
+    def test_units_do_not_matter(self, seed, unit):
+        rng = np.random.default_rng(seed)
+        level, pool = pool_of(rng, 6, 12)
+        rewards, costs = best_of(rng, level, 3)
+        scaled = Baseline(3 * pool.scores - 1, unit * pool.costs, unit * pool.prompt_costs)
+        ours = compute_multiplier(rewards, costs, pool, resamples=100)
+        theirs = compute_multiplier(3 * rewards - 1, unit * costs, scaled, resamples=100)
+        for name in ("estimate", "low", "high", "equal_n"):
+            assert getattr(theirs, name) == pytest.approx(getattr(ours, name))
+
+    def test_agrees_with_a_slow_bootstrap(self):
+        rng = np.random.default_rng(0)
+        level, pool = pool_of(rng, 20, 64)
+        rewards, costs = best_of(rng, level, 8)
+        slow = []
+        for _ in range(1500):
+            rows = rng.integers(20, size=20)
+            drawn = Baseline(pool.scores[rows], pool.costs[rows], pool.prompt_costs[rows])
+            n = np.exp(np.interp(rewards[rows].mean(), drawn.curves.mean(axis=0), np.log(drawn.ns)))
+            slow.append(drawn.mean_costs(n) / costs[rows].mean())
+        found = compute_multiplier(rewards, costs, pool, resamples=4000)
+        # Expanded percentiles of 20 prompts at 95%: 1.6% of each end.
+        low, high = np.quantile(slow, [0.0159, 0.9841])
+        assert found.low == pytest.approx(low, rel=0.06)
+        assert found.high == pytest.approx(high, rel=0.06)
+
+    def test_at_mean_cost_is_where_the_multiplier_is_one(self):
+        _, pool = pool_of(np.random.default_rng(0), 12, 40)
+        same = pool.at_mean_cost(400.0).means
+        assert compute_multiplier(same, np.full(12, 400.0), pool).estimate == pytest.approx(1.0)
+
+    def test_costs_that_hang_on_luck_deceive_at_cost(self):
+        """An agent that stops at a good sample: its own costs make best-of-N look worse."""
+        rng = np.random.default_rng(0)
+        pool = Baseline(rng.normal(size=(400, 128)), np.ones((400, 128)))
+        drawn = rng.normal(size=(400, 64))
+        hits = drawn > 1.8
+        spent = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1.0, 64.0)
+        fair = pool.at_mean_cost(spent.mean()).means.mean()
+        assert pool.at_cost(spent).means.mean() < fair - 0.1
+
+    @pytest.mark.parametrize(
+        ("rewards", "costs", "message"),
+        [
+            (np.ones(3), np.ones(4), "each prompt of the pool"),
+            (np.ones(3), np.ones(3), "pool of 4 prompts"),
+            (np.full(4, np.nan), np.ones(4), "finite"),
+            (np.ones(4), np.zeros(4), "not all 0"),
+            (np.ones(4), np.array([-1.0, 1, 1, 1]), "from 0 up"),
+        ],
+    )
+    def test_refusals(self, rewards, costs, message):
+        pool = Baseline(np.ones((4, 2)), np.ones((4, 2)))
+        with pytest.raises(ValueError, match=message):
+            compute_multiplier(rewards, costs, pool)
+
+    def test_no_resamples(self):
+        pool = Baseline(np.ones((4, 2)), np.ones((4, 2)))
+        with pytest.raises(ValueError, match="resamples"):
+            compute_multiplier(np.ones(4), np.ones(4), pool, resamples=0)
+
+
+class TestFalls:
+    def test_by_hand(self):
+        """Of the 8 sign patterns of three falls one is as low; of a standstill all are."""
+        steps = falls_with_budget([1, 2, 4], [[1.0, 2.0, 3.0], [0.0, 1.5, 2.0], [0.0, 1.5, 2.0]])
+        assert [(s.smaller, s.larger) for s in steps] == [(1, 2), (2, 4)]
+        assert [s.p_value for s in steps] == [0.125, 1.0]
+        assert [s.adjusted for s in steps] == [0.25, 1.0]
+        assert steps[0].change == pytest.approx(-2.5 / 3)
+
+    def test_a_fall_is_found_and_a_rise_is_none(self):
+        rng = np.random.default_rng(0)
+        level = rng.normal(size=64)
+        rewards = np.array([level, level + 1, level + 0.4]) + 0.2 * rng.normal(size=(3, 64))
+        rise, fall = falls_with_budget([1, 2, 3], rewards)
+        assert rise.adjusted == 1.0
+        assert fall.adjusted < 0.001
+
+    def test_chance_is_rarely_called_a_fall(self):
+        """Over three steps without effect, a false alarm in at most some 5 of 100 studies."""
+        rng = np.random.default_rng(0)
+        alarms = 0
+        for _ in range(400):
+            steps = falls_with_budget([1, 2, 3, 4], rng.normal(size=(4, 9)), resamples=512)
+            alarms += any(step.adjusted <= 0.05 for step in steps)
+        assert 0.015 <= alarms / 400 <= 0.075
+
+    @pytest.mark.parametrize(
+        ("budgets", "rewards"),
+        [([2, 1], np.ones((2, 3))), ([1], np.ones((1, 3))), ([1, 2], np.ones((3, 3)))],
+    )
+    def test_refusals(self, budgets, rewards):
+        with pytest.raises(ValueError, match="ascending"):
+            falls_with_budget(budgets, rewards)
+
+
+class TestDivergence:
+    def test_surprisal_by_hand(self):
+        found = surprisal_excess([-5.0, -7.0], [[-3.0, -5.0], [-4.0, -8.0]])
+        assert found.estimate == 1.0  # (5 - 4 + 7 - 6) / 2
+
+    def test_surprisal_of_a_narrowed_distribution_is_a_lower_bound(self):
+        """Of a known distribution, tilted: entropy falls, and the excess is below the KL."""
+        rng = np.random.default_rng(0)
+        p = np.full(64, 1 / 64) * rng.uniform(0.5, 1.5, size=64)
+        p /= p.sum()
+        q = p * np.exp(2 * rng.normal(size=64))
+        q /= q.sum()
+        kl = (q * np.log(q / p)).sum()
+        draws = rng.choice(64, p=q, size=2000), rng.choice(64, p=p, size=(2000, 4))
+        found = surprisal_excess(np.log(p)[draws[0]], np.log(p)[draws[1]])
+        entropies = [-(x * np.log(x)).sum() for x in (p, q)]
+        truth = kl - (entropies[0] - entropies[1])
+        assert found.low < truth < found.high
+        assert found.high < kl
+
+    @pytest.mark.parametrize("n", [1, 4, 16])
+    def test_contrastive_bound_is_nearly_tight_for_best_of_n(self, n):
+        rng = np.random.default_rng(n)
+        found = [
+            contrastive_bound(rng.normal(size=(64, n)).max(axis=1), rng.normal(size=(64, 256)))
+            for _ in range(20)
+        ]
+        mean = np.mean([interval.estimate for interval in found])
+        assert kl_bound(n) - 0.15 < mean < kl_bound(n) + 0.02
+        assert np.mean([interval.low <= kl_bound(n) for interval in found]) >= 0.9
+
+    def test_contrastive_bound_of_a_discrete_choice_is_below_the_divergence(self):
+        """Pass or fail: the best of 4 passes with 1 - 0.7^4; ties are many."""
+        rng = np.random.default_rng(0)
+        passes = 1 - 0.7**4
+        kl = passes * math.log(passes / 0.3) + (1 - passes) * math.log((1 - passes) / 0.7)
+        found = [
+            contrastive_bound(
+                (rng.uniform(size=64) < passes).astype(float),
+                (rng.uniform(size=(64, 64)) < 0.3).astype(float),
+            ).estimate
+            for _ in range(40)
+        ]
+        assert kl - 0.15 < np.mean(found) <= kl + 0.02
+
+    def test_it_sees_choices_from_below_and_is_capped(self):
+        rng = np.random.default_rng(0)
+        plain = rng.normal(size=(64, 32))
+        below = contrastive_bound(rng.normal(size=(64, 8)).min(axis=1), plain)
+        assert below.low > 0.5
+        assert contrastive_bound(np.full(64, 99.0), plain).estimate == pytest.approx(
+            math.log(33), abs=1e-3
+        )
+
+    def test_units_do_not_matter(self):
+        rng = np.random.default_rng(0)
+        own, plain = rng.normal(size=8), rng.normal(size=(8, 16))
+        assert contrastive_bound(own, plain) == contrastive_bound(np.exp(own), np.exp(plain))
+
+    def test_together(self):
+        rng = np.random.default_rng(0)
+        plain = rng.normal(size=(16, 8))
+        found = divergence(plain[:, 0] + 2, np.full(16, -3.0), plain, plain, equal_n=8.0)
+        assert found.best_of_n == kl_bound(8)
+        assert found.cap == math.log(9)
+        assert found.bound.estimate <= found.cap
+        data = json.loads(json.dumps(found.as_dict()))
+        assert data["surprisal_excess"]["estimate"] == pytest.approx(3 + plain.mean())
+        assert divergence(plain[:, 0], plain[:, 0], plain, plain).best_of_n is None
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match="2 responses and samples of 3 prompts"):
+            surprisal_excess(np.ones(2), np.ones((3, 4)))
+        with pytest.raises(ValueError, match="two prompts"):
+            contrastive_bound(np.ones(1), np.ones((1, 4)))
+        with pytest.raises(ValueError, match="finite"):
+            contrastive_bound(np.array([np.nan, 1.0]), np.ones((2, 4)))
