@@ -21,9 +21,10 @@ class ParticleFilter(Planner):
 
     Particles are partial responses. At each step every particle draws one chunk from the language
     model and its weight is multiplied by exp((value after - value before) / `temperature`). When
-    the effective number of particles falls below half of them, they are resampled. What is sampled
-    tends to the language model's distribution times exp(reward / `temperature`); the answer is the
-    best of the responses.
+    the effective number of particles falls below half of them, and at the end, they are resampled.
+    What is sampled tends to the language model's distribution times exp(reward / `temperature`);
+    the answer is the best of the responses. A node's visit count is the number of particles that
+    have gone on from there, or ended there.
 
     Sources: Zhao et al., "Probabilistic Inference in Language Models via Twisted Sequential Monte
     Carlo", 2024 (the target and the twist functions); Puri et al., "A Probabilistic Inference
@@ -90,13 +91,13 @@ class ParticleFilter(Planner):
             particles = moved
             weights = np.exp(log_weights - log_weights.max())
             weights /= weights.sum()
-            if 1.0 / (weights**2).sum() < len(particles) / 2:
-                chosen = systematic(weights, rng.random())
-                for particle in dict.fromkeys(particles):
-                    copies = sum(particles[i] is particle for i in chosen)
-                    particle.note = f"{copies} particles after resampling"
-                particles = [particles[i] for i in chosen]
+            few = 1.0 / (weights**2).sum() < len(particles) / 2
+            if few or all(particle.is_terminal for particle in particles):
+                particles = [particles[i] for i in systematic(weights, rng.random())]
                 log_weights = np.zeros(len(particles))
+            for particle in particles:
+                particle.visits += 1
+                particle.total += _worth(particle)
 
     def _moved(self, search: Search, particles: list[Node]) -> list[Node] | None:
         """Each particle after one more chunk; None where the budget does not allow all of them."""
