@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.divergence import divergence
 from benchmarks.matched.pool import Pool
 from benchmarks.matched.study import Cell
-from benchmarks.scaling import Baseline, compute_multiplier, divergence, falls_with_budget
+from benchmarks.scaling import Baseline, compute_multiplier, falls_with_budget
 from benchmarks.statistics import holm, mean_interval, paired_permutation_test
 from mbrl_text_env.types import FloatArray
 
@@ -35,12 +36,13 @@ def analyse(pool: Pool, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One row a cell of one reward.
 
     A prompt that could not be scored is left out on both sides. `p_vs_best_of_n` is the two-sided
-    paired permutation test against best-of-N that spends the same FLOPs on each prompt, and
-    `p_holm` the same after Holm's correction over all cells given. `multiplier` is in FLOPs (see
+    paired permutation test against best-of-N that spends the same FLOPs in the mean, and `p_holm`
+    the same after Holm's correction over all cells given. `multiplier` is in FLOPs (see
     `benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens. `kl` is the
-    surprisal excess of the answers over the pool (`benchmarks.scaling.surprisal_excess`),
-    `kl_of_rewards` a lower bound from the rewards alone, and `kl_of_equal_best_of_n` the bound of
-    the best-of-N that has the same mean reward.
+    surprisal excess of the answers over the pool (`benchmarks.divergence.surprisal_excess`; by
+    log-probabilities at temperature 1, so it compares likelihoods), `kl_of_rewards` a lower bound
+    of the divergence from the rewards alone, and `kl_of_equal_best_of_n` the bound of the best-of-N
+    that has the same mean reward.
 
     Args:
         pool: Best-of-N's.
@@ -121,7 +123,8 @@ def _row(cell: Cell, answers: _Answers) -> dict[str, Any]:
     pool = answers.pool
     in_flops = _baseline(pool, pool.flops)
     interval = mean_interval(answers.scores)
-    matched = in_flops.at_cost(answers.flops)
+    # Not each prompt's own cost: that favours agents that stop where they were lucky.
+    matched = in_flops.at_mean_cost(float(answers.flops.mean()))
     difference = answers.scores - matched.means
     paired = mean_interval(difference)
     by_flops = compute_multiplier(answers.scores, answers.flops, in_flops)

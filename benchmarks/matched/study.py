@@ -41,7 +41,8 @@ class Study:
         train_prompts: Prompts of the training split that value models are fitted on.
         train_samples: Responses to each of them.
         max_response_tokens: Token limit of a response.
-        seed: Of everything.
+        seed: Of everything. Agents sample with the next one: what they answer must not be taken
+            from the pool that they are compared with.
         batch_prompts: Prompts that are answered together.
     """
 
@@ -174,7 +175,7 @@ class _Runs:
         config = CompareConfig(
             (spec,),
             max_response_tokens=study.max_response_tokens,
-            seed=study.seed,
+            seed=study.seed + 1,
             batch_prompts=study.batch_prompts,
             **caps,
         )
