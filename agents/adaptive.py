@@ -1,63 +1,84 @@
-"""A planner that spends where the value is uncertain."""
+"""A planner whose beams, candidates and chunks follow the budget and what the value can tell."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
-
-from agents.base import DEFAULT_PARAMS
+from agents.base import DEFAULT_PARAMS, check_positive
 from agents.planner import Planner
-from agents.search import Expansion, Search, partial
+from agents.search import Expansion, Search, partial, shares
 from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.rewards.base import RewardModel
-from mbrl_text_env.types import FloatArray
 from mbrl_text_env.values import ValueModel
 
-# Candidates a stage where no budget says how many.
-_WITHOUT_BUDGET = 4
-# Between which multiples of an equal share a stage spends, and in steps of which.
-_LEAST, _MOST, _STEP = 0.5, 2.0, 0.25
-# Between which multiples of `chunk_tokens` a chunk is long.
-_SHORTEST, _LONGEST = 0.5, 2.0
-# Standard deviations above its value that a partial response is given credit for.
-_OPTIMISM = 2.0
+# Candidates a stage where no budget says how many, and in the first round towards a target.
+_NARROW = 8
+# Values closer than this are the same.
+_SAME = 1e-9
 
 
 class Adaptive(Planner):
-    """Chunk by chunk as `BeamSearch`, with the effort where the value says that it pays.
+    """Beam search that stays broad where the value cannot tell and narrows where it can.
 
-    At each stage candidates are drawn until one more is expected to gain less than one more at an
-    average stage. If n candidates spread with standard deviation s, the next one gains about s
-    (e(n + 1) - e(n)), where e(n) is the mean of the largest of n standard normals; the average
-    stage has the mean s of the stages so far and an equal share of the budget. The chunk after a
-    stage of large spread is shorter, up to half of `chunk_tokens`, and after one of small spread
-    longer, up to twice. The candidate with the largest mean - `caution` x standard deviation goes
-    on. What is saved at one stage is spent at later ones and on further rounds, which go on in the
-    same tree.
+    A stage draws as many candidate chunks as the budget allows to the end of the response. Of n
+    candidates the best n / `candidates_per_beam` go on, and with them all whose value cannot be
+    told from that of the last one kept: those within `margin` standard deviations of it, and equal
+    ones in any case. So where the value says nothing, the search is as broad as best-of-N and loses
+    nothing; where it says much, all candidates of the next stage follow the few best; and a larger
+    budget means more beams, not only more candidates. After a stage whose candidates are all equal,
+    chunks are twice as long, up to `longest_chunk` tokens; after one that tells, they are
+    `chunk_tokens` again.
 
-    It stops early: at a response that scores `target`, and, in rounds after the first, on a path
-    whose value is two standard deviations below the best response that is known.
+    Half of the candidates are drawn as `params` say and half at `hot_temperature`: which of the two
+    is better depends on the reward, and the value tells.
 
-    Sources: the expected gain of one more candidate against its cost is the rule of Weitzman,
-    "Optimal Search for the Best Alternative", 1979, with Gaussian candidates; pessimism by the
-    standard deviation as in Kidambi et al., "MOReL", 2020. Deviation: the price of a candidate is
-    not given but taken from the average stage, so that the budget is what decides.
+    Partial responses are ranked by mean - `caution` x standard deviation. A partial response is
+    given up when a complete one is known that is better than its mean by more than `caution` + 2
+    standard deviations (only value models with an uncertainty can say so); what that saves is spent
+    on the rest, and on further rounds. With a `target` the search ends at the first response that
+    scores as much; so that it can, its rounds begin narrow, with 8 candidates a stage, and double.
+
+    Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise choice);
+    Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model
+    Parameters", 2024 (beam width by the budget); Kidambi et al., "MOReL: Model-Based Offline
+    Reinforcement Learning", 2020 (pessimism by the model's uncertainty). The rule for what goes on
+    is this project's: successive elimination (Even-Dar et al., "Action Elimination and Stopping
+    Conditions", 2006) applied to the candidates of a stage.
 
     Args:
         language_model: Proposes chunks.
         reward_model: Scores complete responses.
         value_model: Estimates the final reward of partial ones.
-        caution: k; 0 or more. It matters only where the value model's standard deviations differ.
+        candidates_per_beam: Candidates for each beam that goes on for certain.
+        margin: Standard deviations within which values cannot be told apart; 0 or more.
+        caution: k of mean - k x standard deviation; 0 or more.
+        hot_temperature: Temperature at which every second candidate is drawn.
         target: The score from which on a response is good enough; None spends the whole budget.
+        longest_chunk: Most tokens of a chunk; None for four times `chunk_tokens`.
         max_response_tokens: Token limit of a response.
-        chunk_tokens: Tokens of a chunk at an average stage.
+        chunk_tokens: Tokens of a chunk where the value can tell candidates apart.
         params: How chunks are drawn.
 
     Raises:
-        ValueError: A limit is below 1, or `caution` below 0.
+        ValueError: A count is below 1, `margin` or `caution` below 0, or `longest_chunk` below
+            `chunk_tokens`.
+
+    Example:
+        >>> from mbrl_text_env.language_models import NGramLM
+        >>> from mbrl_text_env.ledger import Budget
+        >>> from mbrl_text_env.rewards import as_reward_model
+        >>> from mbrl_text_env.types import Prompt
+        >>> from agents.values import PrefixRewardValue
+        >>> lm = NGramLM("abc", order=2, seed=1)
+        >>> reward = as_reward_model(lambda prompt, response: float(response.count("a")))
+        >>> planner = Adaptive(
+        ...     lm, reward, PrefixRewardValue(reward, lm), max_response_tokens=8, chunk_tokens=2
+        ... )
+        >>> [answer] = planner.generate([Prompt.from_text("ab")], Budget(tokens=64))
+        >>> answer.usage.generated_tokens <= 64
+        True
     """
 
     name = "adaptive"
@@ -68,8 +89,12 @@ class Adaptive(Planner):
         reward_model: RewardModel,
         value_model: ValueModel | None = None,
         *,
+        candidates_per_beam: int = 4,
+        margin: float = 0.1,
         caution: float = 0.0,
+        hot_temperature: float = 1.0,
         target: float | None = None,
+        longest_chunk: int | None = None,
         max_response_tokens: int = 256,
         chunk_tokens: int = 16,
         params: SamplingParams = DEFAULT_PARAMS,
@@ -82,89 +107,85 @@ class Adaptive(Planner):
             chunk_tokens=chunk_tokens,
             params=params,
         )
-        if not caution >= 0:
-            raise ValueError(f"caution: expected 0 or more, got {caution}.")
+        check_positive(candidates_per_beam=candidates_per_beam)
+        for name, number in (("margin", margin), ("caution", caution)):
+            if not number >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {number}.")
+        if longest_chunk is not None and longest_chunk < chunk_tokens:
+            raise ValueError(
+                f"longest_chunk: expected chunk_tokens ({chunk_tokens}) or more, got "
+                f"{longest_chunk}."
+            )
+        self.candidates_per_beam = candidates_per_beam
+        self.margin = margin
         self.caution = caution
+        self.hot_temperature = hot_temperature
         self.target = target
+        self.longest_chunk = longest_chunk
 
     def plan(self, search: Search) -> None:
-        """One path from the root to the end of a response."""
-        node, size = search.tree.root, self.chunk_tokens
-        spreads: list[float] = []
-        while not self._is_enough(search):
-            drawn = self._stage(search, node, size, spreads)
-            going = partial(drawn)
-            if not going:
-                return
-            best = max(going, key=self._cautious)
-            best.note = f"best of {len(drawn)} candidates of up to {size} tokens"
-            if self._is_hopeless(search, best):
-                best.note += "; given up: a better response is known"
-                return
-            node, size = best, self._next_size(spreads)
+        """One search from the root to the end of the responses."""
+        beams, size = [search.tree.root], self.chunk_tokens
+        while beams and not self._is_enough(search):
+            width = self._width(search, beams[0], size)
+            drawn = self._drawn(search, beams, width, size)
+            beams = self._kept(search, drawn, max(1, width // self.candidates_per_beam))
+            size = self._next_size(size, drawn)
 
-    def _stage(self, search: Search, node: Node, size: int, spreads: list[float]) -> list[Node]:
-        """Draw candidates while they are expected to pay; their spread is added to `spreads`."""
-        share = search.width(node, size)
-        share = _WITHOUT_BUDGET if share is None else max(1, share)
-        step = max(1, int(share * _STEP))
-        drawn: list[Node] = []
-        wanted = max(1, int(np.ceil(share * _LEAST)))
-        while wanted:
-            [row] = search.expand([Expansion(node, wanted, size)])
-            drawn += row
-            if len(row) < wanted:
-                break
-            spread = self._spread(drawn)
-            average = float(np.mean([*spreads, spread]))
-            pays = spread * _gain(len(drawn)) >= average * _gain(share) and spread > 0
-            wanted = step if pays and len(drawn) + step <= share * _MOST else 0
-        spreads.append(self._spread(drawn))
-        return drawn
+    def _width(self, search: Search, node: Node, size: int) -> int:
+        """Candidates of a stage."""
+        affordable = search.width(node, size)
+        if affordable is None:
+            return _NARROW
+        return affordable if self.target is None else min(affordable, _NARROW << search.round)
 
-    def _next_size(self, spreads: Sequence[float]) -> int:
-        """Tokens of the next chunk: fewer after a stage whose candidates differed a lot."""
-        average = float(np.mean(spreads))
-        ratio = average / spreads[-1] if spreads[-1] > 0 else (_LONGEST if average > 0 else 1.0)
-        return max(1, round(self.chunk_tokens * min(max(ratio, _SHORTEST), _LONGEST)))
+    def _drawn(self, search: Search, beams: Sequence[Node], width: int, size: int) -> list[Node]:
+        """Candidates after the beams, in equal shares; every second one is drawn hot."""
+        hot = replace(self.params, temperature=self.hot_temperature)
+        expansions = [
+            Expansion(beam, count, size, params)
+            for beam, both in zip(beams, shares(width, len(beams)), strict=True)
+            for params, count in zip((self.params, hot), shares(both, 2), strict=True)
+            if count
+        ]
+        return [node for row in search.expand(expansions) for node in row]
 
-    def _spread(self, nodes: Sequence[Node]) -> float:
-        worths = [self._cautious(node) for node in dict.fromkeys(nodes) if node.worth is not None]
-        return float(np.std(worths)) if len(worths) > 1 else 0.0
+    def _kept(self, search: Search, drawn: Sequence[Node], certain: int) -> list[Node]:
+        """The best `certain` candidates, and those that cannot be told from the last of them."""
+        ranked = sorted(self._hopeful(search, partial(drawn)), key=self._cautious, reverse=True)
+        if not ranked:
+            return []
+        last = ranked[min(certain, len(ranked)) - 1]
+        cut = self._cautious(last) - self.margin * last.std - _SAME
+        kept = [node for node in ranked if self._cautious(node) >= cut]
+        for rank, node in enumerate(kept, start=1):
+            told = "" if rank <= certain else ", not to be told from those before"
+            node.note = f"kept: number {rank} of {len(drawn)} candidates{told}"
+        return kept
+
+    def _hopeful(self, search: Search, nodes: Sequence[Node]) -> list[Node]:
+        best = search.tree.best()
+        if best is None or best.score is None:
+            return list(nodes)
+        return [
+            node
+            for node in nodes
+            if node.value is None
+            or node.std == 0
+            or node.value + (self.caution + 2.0) * node.std >= best.score
+        ]
+
+    def _next_size(self, size: int, drawn: Sequence[Node]) -> int:
+        worths = [self._cautious(node) for node in partial(drawn)]
+        tells = bool(worths) and max(worths) - min(worths) > _SAME
+        longest = 4 * self.chunk_tokens if self.longest_chunk is None else self.longest_chunk
+        return self.chunk_tokens if tells else min(2 * size, longest)
 
     def _cautious(self, node: Node) -> float:
-        if node.worth is None:
-            return float("-inf")
-        return node.worth - (0.0 if node.is_terminal else self.caution * node.std)
+        return float("-inf") if node.value is None else node.value - self.caution * node.std
 
     def _is_enough(self, search: Search) -> bool:
-        found = search.tree.best()
-        return self.target is not None and found is not None and _score(found) >= self.target
-
-    def _is_hopeless(self, search: Search, node: Node) -> bool:
-        """Only a value model that knows its uncertainty can say so."""
-        found = search.tree.best()
-        if found is None or node.value is None or node.std == 0:
+        best = search.tree.best()
+        if self.target is None or best is None or best.score is None:
             return False
-        return node.value + _OPTIMISM * node.std < _score(found)
-
-
-@functools.lru_cache
-def _gain(count: int) -> float:
-    """What one more of `count` standard normals adds to the mean of the largest."""
-    return _mean_of_largest(count + 1) - _mean_of_largest(count)
-
-
-@functools.lru_cache
-def _mean_of_largest(count: int) -> float:
-    """Mean of the largest of `count` independent standard normals."""
-    from scipy.stats import norm
-
-    grid: FloatArray = np.linspace(-10.0, 10.0, 4001)
-    density = count * norm.pdf(grid) * norm.cdf(grid) ** (count - 1)
-    return float(np.trapezoid(grid * density, grid))
-
-
-def _score(node: Node) -> float:
-    assert node.score is not None
-    return node.score
+        return best.score >= self.target

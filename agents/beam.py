@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from agents.base import DEFAULT_PARAMS, check_positive
 from agents.planner import Planner
-from agents.search import Expansion, Search
+from agents.search import Expansion, Search, shares
 from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.rewards.base import RewardModel
@@ -109,7 +109,7 @@ def beam_search(
     widths = [len(range(i, beam_width, subtrees)) for i in range(subtrees)]
     while any(frontiers):
         beams = [node for frontier in frontiers for node in frontier]
-        counts = _shared(candidates or _affordable(search, beams[0], chunk_tokens), len(beams))
+        counts = shares(candidates or _affordable(search, beams[0], chunk_tokens), len(beams))
         rows = iter(
             search.expand(
                 Expansion(node, count, chunk_tokens)
@@ -127,12 +127,6 @@ def beam_search(
 def _affordable(search: Search, node: Node, chunk_tokens: int) -> int:
     width = search.width(node, chunk_tokens)
     return _WITHOUT_BUDGET if width is None else width
-
-
-def _shared(total: int, count: int) -> list[int]:
-    """`total` in `count` parts that differ by at most 1."""
-    each, more = divmod(total, count)
-    return [each + (i < more) for i in range(count)]
 
 
 def _kept(search: Search, rows: Sequence[Sequence[Node]], width: int) -> list[Node]:

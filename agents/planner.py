@@ -128,6 +128,7 @@ class Planner(Agent):
         while True:
             known, drawn = len(search.tree.nodes), search.drawn
             self.plan(search)
+            search.round += 1
             new = search.drawn - drawn
             idle = 0 if len(search.tree.nodes) > known else idle + new
             if not search.is_capped or not new or idle >= _PATIENCE:

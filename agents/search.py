@@ -65,6 +65,7 @@ class Search:
     Attributes:
         tree: What was found so far.
         drawn: Chunks drawn so far, repetitions included.
+        round: Rounds of planning before this one.
         limit: Most tokens of a response to this prompt.
         is_capped: Whether the budget ends a search that goes on and on.
 
@@ -96,6 +97,7 @@ class Search:
         self.seed = seed
         self.params = params
         self.drawn = 0
+        self.round = 0
         self.limit = response_limit(state, language_model, max_response_tokens)
         self.is_capped = is_binding(ledger.budget, self.finish_usage(self.tree.root))
 
@@ -305,6 +307,17 @@ class Search:
 def partial(nodes: Iterable[Node]) -> list[Node]:
     """The responses among `nodes` that have not ended, each once."""
     return [node for node in dict.fromkeys(nodes) if not node.is_terminal]
+
+
+def shares(total: int, count: int) -> list[int]:
+    """`total` in `count` parts that differ by at most 1, the larger ones first.
+
+    Example:
+        >>> shares(5, 3)
+        [2, 2, 1]
+    """
+    each, more = divmod(total, count)
+    return [each + (i < more) for i in range(count)]
 
 
 def _value(node: Node) -> float:

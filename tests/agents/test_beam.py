@@ -1,7 +1,7 @@
 import pytest
 
 from agents import BeamSearch, Lookahead
-from agents.beam import _shared
+from agents.search import shares
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import Budget
 from tests.toys import PROMPTS, CountReward, FixedValue
@@ -68,11 +68,11 @@ def test_chunkwise_lookahead_is_a_beam():
 
 
 @pytest.mark.parametrize(
-    ("total", "count", "shares"),
+    ("total", "count", "expected"),
     [(5, 2, [3, 2]), (2, 3, [1, 1, 0]), (0, 2, [0, 0]), (6, 3, [2] * 3)],
 )
-def test_shares(total, count, shares):
-    assert _shared(total, count) == shares
+def test_shares(total, count, expected):
+    assert shares(total, count) == expected
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,9 @@ PLANNERS = {
     "beam, 2 subtrees": (BeamSearch, {"beam_width": 4, "subtrees": 2}),
     "receding horizon": (RecedingHorizon, {}),
     "particle filter": (ParticleFilter, {"temperature": 0.02}),
-    "adaptive": (Adaptive, {}),
-    "adaptive, cautious": (Adaptive, {"caution": 1.0}),
+    "adaptive": (Adaptive, {"candidates_per_beam": 32}),
+    "adaptive, cautious": (Adaptive, {"candidates_per_beam": 32, "caution": 1.0}),
+    "adaptive, with a target": (Adaptive, {"target": 1e9}),
 }
 every_planner = pytest.mark.parametrize("name", PLANNERS)
 
@@ -76,8 +77,10 @@ def test_with_a_perfect_value_the_optimum_is_found(name):
     prompt = Prompt.from_text("ab")
     best, count = optimum(lm, reward, prompt)
     assert count == 4**6
-    # The last chunks of two stages and of best-of-N are a lottery: they need more draws.
-    budget = Budget(tokens=20_000 if name in ("lookahead", "best-of-n, pruned") else 600)
+    # The last chunks of two stages and of best-of-N are a lottery, and rounds that begin narrow are
+    # repeated: they need more draws.
+    more = {"lookahead": 20_000, "best-of-n, pruned": 20_000, "adaptive, with a target": 3_000}
+    budget = Budget(tokens=more.get(name, 600))
     agent = build(name, lm, reward, OptimalValue(lm, reward, 6))
     [answer] = agent.generate([prompt], budget, seed=0)
     assert answer.completion.score == pytest.approx(best)
