@@ -1,7 +1,8 @@
-"""The demonstration: collect, fit the article's value predictor, compare it with best-of-N.
+"""The demonstration: collect, fit the article's value predictor, compare planners with best-of-N.
 
 Everything is real: the embedded language model writes, two reward models judge, and the comparison
-is on prompts that the predictor has not seen.
+is on prompts that the predictor has not seen. It ends with how many times a planner's compute
+best-of-N needs for the same reward.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from rich.text import Text
 
 from agents.collection import collect
 from agents.sampling import Sampling
-from agents.values import EmbeddingValue
+from agents.values import EmbeddingValue, PrefixRewardValue
 from benchmarks.compare import CompareConfig, Comparison, choose_prompts, compare, read_rows
+from benchmarks.matched.analysis import analyse
+from benchmarks.matched.pool import make_pool
+from benchmarks.matched.report import table as multiplier_table
+from benchmarks.matched.study import DEFAULT_PLANNER, Cell
 from benchmarks.progress import compare_progress, progress_bar
 from benchmarks.report import side_by_side, table
 from mbrl_text_env.language_models.base import LanguageModel
@@ -26,7 +31,7 @@ from mbrl_text_env.records import RecordWriter, has_records, read_records, resco
 from mbrl_text_env.rewards import make
 
 REWARDS = ("sentiment", "relevance")
-AGENTS = ("sampling", "best-of-n", "lookahead")
+AGENTS = ("sampling", "best-of-n", "lookahead:value=embedding", DEFAULT_PLANNER)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class DemoConfig:
         train_prompts: Prompts that responses are collected for.
         samples: Responses to each.
         test_prompts: Held-out prompts that the agents are compared on.
+        pool_samples: Responses to each of them that tell what best-of-N would score at any N.
         budget_tokens: Generated tokens for each prompt and agent.
         max_response_tokens: Token limit of a response.
         seed: Everything follows from it.
@@ -45,6 +51,7 @@ class DemoConfig:
     train_prompts: int = 48
     samples: int = 4
     test_prompts: int = 24
+    pool_samples: int = 32
     budget_tokens: int = 400
     max_response_tokens: int = 96
     seed: int = 0
@@ -65,7 +72,10 @@ def run_demo(
     summaries = {}
     for name in REWARDS:
         value = _fit(language_model, out, name, console)
-        summaries[name] = _compare(language_model, value, out, name, console, config)
+        comparison = _comparison(language_model, value, name, config)
+        with compare_progress(console, comparison) as on_batch:
+            summaries[name] = compare(comparison, out / f"compare-{name}", on_batch=on_batch)
+        summaries[name]["multipliers"] = _multipliers(comparison, out, name, console, config)
     for name, summary in summaries.items():
         _show(summary, out / f"compare-{name}", console)
     console.print(f"Records, value models, rows, summaries and plots: {out.resolve()}")
@@ -125,16 +135,11 @@ def _fit(language_model: LanguageModel, out: Path, name: str, console: Console) 
     return value
 
 
-def _compare(
-    language_model: LanguageModel,
-    value: EmbeddingValue,
-    out: Path,
-    name: str,
-    console: Console,
-    config: DemoConfig,
-) -> dict[str, Any]:
+def _comparison(
+    language_model: LanguageModel, value: EmbeddingValue, name: str, config: DemoConfig
+) -> Comparison:
     reward = make(name)
-    comparison = Comparison(
+    return Comparison(
         CompareConfig(
             AGENTS,
             budget_tokens=config.budget_tokens,
@@ -144,10 +149,35 @@ def _compare(
         choose_prompts(load_prompts(split="test"), config.test_prompts, reward, config.seed),
         language_model,
         reward,
-        value,
+        {"embedding": value, "prefix": PrefixRewardValue(reward, language_model)},
     )
-    with compare_progress(console, comparison) as on_batch:
-        return compare(comparison, out / f"compare-{name}", on_batch=on_batch)
+
+
+def _multipliers(
+    comparison: Comparison, out: Path, name: str, console: Console, config: DemoConfig
+) -> list[dict[str, Any]]:
+    """What best-of-N needs to come up to each agent, from a pool that the rewards share."""
+    with progress_bar(console) as bar:
+        total = len(comparison.prompts) * config.pool_samples
+        task = bar.add_task("Sampling what best-of-N would at any N", total=total)
+        pool = make_pool(
+            out / "pool",
+            out / f"pool-scores-{name}",
+            comparison.language_model,
+            comparison.reward_model,
+            comparison.prompts,
+            samples=config.pool_samples,
+            max_response_tokens=config.max_response_tokens,
+            # An agent is not compared with its own samples.
+            seed=config.seed + 1,
+            on_batch=lambda count: bar.advance(task, count),
+        )
+    rows = read_rows(out / f"compare-{name}" / "results.jsonl")
+    cells = [
+        Cell(name, agent, config.budget_tokens, "tokens", [r for r in rows if r["agent"] == agent])
+        for agent in AGENTS[1:]
+    ]
+    return analyse(pool, cells)
 
 
 def _show(summary: dict[str, Any], folder: Path, console: Console) -> None:
@@ -155,3 +185,4 @@ def _show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     first = rows[0]["prompt_id"]
     console.print(side_by_side([row for row in rows if row["prompt_id"] == first]))
     console.print(table(summary))
+    console.print(multiplier_table(summary["multipliers"]))

@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Column, Table
 
-from benchmarks.matched.study import Study
+from benchmarks.matched.study import DEFAULT_PLANNER, Study
 from benchmarks.options import DtypeOption, LanguageModelOption, console, friendly
 from mbrl_text_env.files import write_text
 
 REWARDS = ("sentiment", "relevance", "constraints")
-DEFAULT = "adaptive:value=prefix"
 ARTICLE = "lookahead:value=embedding"
 AGENTS = (
-    DEFAULT,
+    DEFAULT_PLANNER,
     ARTICLE,
     "lookahead:value=prefix",
     "lookahead:chunkwise=1:keep=1:value=prefix",
@@ -34,7 +32,7 @@ AGENTS = (
     "receding-horizon:value=prefix",
     "particle-filter:value=prefix",
 )
-QUICK_AGENTS = (DEFAULT, ARTICLE)
+QUICK_AGENTS = (DEFAULT_PLANNER, ARTICLE)
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
 # What an ablation changes, one thing at a time.
 ABLATIONS = (
@@ -120,6 +118,7 @@ def run_and_write(
     from benchmarks.matched.analysis import analyse, best_of_n_rows, falls
     from benchmarks.matched.figures import plot_divergence, plot_scaling
     from benchmarks.matched.page import render
+    from benchmarks.matched.report import table
     from benchmarks.matched.study import run_study
     from benchmarks.options import load_language_model
     from mbrl_text_env.rewards import make
@@ -150,40 +149,6 @@ def run_and_write(
         render(result, json_file.with_suffix(".png"), page)
     console.print(f"Results: {json_file.resolve()}")
     return result
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Rows of one reward for people to read."""
-    shown = Table(
-        "agent",
-        *(
-            Column(name, justify="right")
-            for name in ("budget", "mean", "FLOPs x", "tokens x", "tokens", "GFLOPs", "p (Holm)")
-        ),
-        title=f"{rows[0]['reward']}: {rows[0]['prompts']} prompts" if rows else "",
-        caption="x: how many times its compute best-of-N needs for the same mean; > where the pool "
-        "is too small to tell.",
-    )
-    for row in rows:
-        shown.add_row(
-            row["agent"],
-            f"{row['budget_tokens']:,}",
-            f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
-            shown_multiplier(row, "multiplier"),
-            shown_multiplier(row, "multiplier_tokens"),
-            f"{row['tokens']:,.0f}",
-            f"{row['flops'] / 1e9:,.0f}",
-            f"{row['p_holm']:.2g}",
-        )
-    return shown
-
-
-def shown_multiplier(row: dict[str, Any], key: str) -> str:
-    """A multiplier with its interval."""
-    mark = "> " if row[f"{key}_is_lower_bound"] else ""
-    high = row[f"{key}_high"]
-    end = "more" if high is None else f"{high:.1f}"
-    return f"{mark}{row[key]:.1f} [{row[f'{key}_low']:.1f}, {end}]"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmarks.matched.report import multiplier
 from mbrl_text_env.files import write_text
 
 _TEMPLATE = "results.md.jinja"
@@ -35,7 +36,7 @@ def render(result: dict[str, Any], picture: Path, page: Path) -> None:
         picture=Path(os.path.relpath(picture, page.parent)).as_posix(),
         mean=_mean,
         giga=_giga,
-        times=_times,
+        times=multiplier,
         divergence=_divergence,
     )
     write_text(page, text)
@@ -54,13 +55,6 @@ def _mean(row: dict[str, Any]) -> str:
 
 def _giga(row: dict[str, Any]) -> str:
     return f"{row['flops'] / 1e9:.0f}"
-
-
-def _times(row: dict[str, Any], key: str) -> str:
-    mark = "> " if row[f"{key}_is_lower_bound"] else ""
-    high = row[f"{key}_high"]
-    end = "more" if high is None else f"{high:.1f}"
-    return f"{mark}{row[key]:.1f} [{row[f'{key}_low']:.1f}, {end}]"
 
 
 def _divergence(row: dict[str, Any]) -> str:

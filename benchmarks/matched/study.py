@@ -10,17 +10,27 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from agents.catalogue import parse_spec
-from benchmarks.compare import BASELINE, CompareConfig, Comparison, choose_prompts, run
+from benchmarks.compare import (
+    BASELINE,
+    CompareConfig,
+    CompareError,
+    Comparison,
+    choose_prompts,
+    run,
+)
 from benchmarks.matched.pool import Pool, make_pool
 from benchmarks.matched.shelf import ValueShelf
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards.base import RewardModel
+
+DEFAULT_PLANNER = "adaptive:chunk_tokens=8:value=prefix"
+"""Chosen on the validation split; the same for every reward."""
 
 Unit = Literal["tokens", "flops", "seconds"]
 Progress = Callable[[str], None]
@@ -44,6 +54,9 @@ class Study:
         seed: Of everything. Agents sample with the next one: what they answer must not be taken
             from the pool that they are compared with.
         batch_prompts: Prompts that are answered together.
+
+    Raises:
+        CompareError: The unit is unknown, or a budget is smaller than a response.
     """
 
     agents: Mapping[str, tuple[str, ...]]
@@ -57,6 +70,15 @@ class Study:
     max_response_tokens: int = 96
     seed: int = 0
     batch_prompts: int = 64
+
+    def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise CompareError(f"unit: expected one of {get_args(Unit)}, got {self.unit!r}.")
+        if not self.budgets or min(self.budgets) < self.max_response_tokens:
+            raise CompareError(
+                f"budgets: expected one or more of at least {self.max_response_tokens} tokens (a "
+                f"response), got {list(self.budgets)}."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -9,7 +9,12 @@ from benchmarks.demo import AGENTS, REWARDS, DemoConfig, run_demo
 from mbrl_text_env.records import read_records
 
 SMALL = DemoConfig(
-    train_prompts=4, samples=2, test_prompts=2, budget_tokens=48, max_response_tokens=12
+    train_prompts=4,
+    samples=2,
+    test_prompts=2,
+    pool_samples=4,
+    budget_tokens=48,
+    max_response_tokens=12,
 )
 
 
@@ -22,6 +27,8 @@ def test_it_shows_and_keeps_everything_and_resumes(smollm2, tmp_path):
     assert set(summaries) == set(REWARDS)
     for reward, summary in summaries.items():
         assert [entry["agent"] for entry in summary["agents"]] == list(AGENTS)
+        assert [row["agent"] for row in summary["multipliers"]] == list(AGENTS[1:])
+        assert all(row["multiplier"] > 0 for row in summary["multipliers"])
         assert len(read_rows(tmp_path / f"compare-{reward}" / "results.jsonl")) == 2 * len(AGENTS)
         records = read_records(tmp_path / f"records-{reward}")
         assert len(records) == 8
@@ -31,6 +38,7 @@ def test_it_shows_and_keeps_everything_and_resumes(smollm2, tmp_path):
     prompts = {row["prompt_id"] for row in rows}
     assert not prompts & {record.prompt_id for record in records}
     assert "minus best-of-N" in shown
+    assert "x FLOPs" in shown
     assert "Prompt: " in shown
     assert str(tmp_path) in shown.replace("\n", "")
     again, _ = run()

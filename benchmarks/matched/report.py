@@ -1,0 +1,55 @@
+"""Rows of a study in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Column, Table
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Rows of one reward: mean, multipliers, cost and the test against best-of-N.
+
+    Args:
+        rows: Of `benchmarks.matched.analysis.analyse`, at least one.
+    """
+    shown = Table(
+        "agent",
+        *(
+            Column(name, justify="right")
+            for name in ("budget", "mean", "x FLOPs", "x tokens", "GFLOPs", "p")
+        ),
+        title=f"{rows[0]['reward']}: how many times its compute best-of-N needs for the same mean",
+        caption=f"{rows[0]['prompts']} prompts, 95% intervals; > where the pool is too small to "
+        "tell. p: paired against best-of-N at the same FLOPs, Holm's correction.",
+    )
+    for row in rows:
+        shown.add_row(
+            row["agent"],
+            f"{row['budget_tokens']:,}",
+            f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+            multiplier(row, "multiplier"),
+            multiplier(row, "multiplier_tokens"),
+            f"{row['flops'] / 1e9:,.0f}",
+            f"{row['p_holm']:.2g}",
+        )
+    return shown
+
+
+def multiplier(row: dict[str, Any], key: str) -> str:
+    """A multiplier with its interval.
+
+    Args:
+        row: Of `benchmarks.matched.analysis.analyse`.
+        key: `"multiplier"` (FLOPs) or `"multiplier_tokens"`.
+
+    Example:
+        >>> row = {"m": 8.25, "m_low": 4.0, "m_high": None, "m_is_lower_bound": True}
+        >>> multiplier(row, "m")
+        '> 8.2 [4.0, more]'
+    """
+    mark = "> " if row[f"{key}_is_lower_bound"] else ""
+    high = row[f"{key}_high"]
+    end = "more" if high is None else f"{high:.1f}"
+    return f"{mark}{row[key]:.1f} [{row[f'{key}_low']:.1f}, {end}]"

@@ -1,0 +1,76 @@
+"""The benchmark on the real models, small."""
+
+import json
+
+from typer.testing import CliRunner
+
+from benchmarks.matched.report import multiplier
+from benchmarks.matched.study import DEFAULT_PLANNER, Study
+from benchmarks.matched_compute import QUICK_AGENTS, run_and_write
+
+FIELDS = {
+    "reward",
+    "agent",
+    "budget_tokens",
+    "mean",
+    "low",
+    "high",
+    "tokens",
+    "flops",
+    "seconds",
+    "multiplier",
+    "multiplier_low",
+    "multiplier_high",
+    "multiplier_tokens",
+    "kl",
+    "p_vs_best_of_n",
+}
+
+
+def test_a_small_study_of_the_real_models(smollm2, tmp_path):
+    study = Study(
+        {"sentiment": QUICK_AGENTS},
+        budgets=(48,),
+        num_prompts=3,
+        samples=4,
+        train_prompts=3,
+        train_samples=2,
+        max_response_tokens=12,
+    )
+    path = tmp_path / "results.json"
+    result = run_and_write(
+        study, "embedded", "float32", tmp_path / "study", path, tmp_path / "page.md"
+    )
+    found = json.loads(path.read_text())
+    assert found == json.loads(json.dumps(result))
+    assert [row["agent"] for row in found["results"]] == list(QUICK_AGENTS)
+    for row in found["results"]:
+        assert row.keys() >= FIELDS
+        assert row["tokens"] <= row["budget_tokens"]
+        assert row["low"] <= row["mean"] <= row["high"]
+    assert (tmp_path / "results.png").exists()
+    assert (tmp_path / "results-divergence.png").exists()
+    page = (tmp_path / "page.md").read_text()
+    assert f"`{DEFAULT_PLANNER}`" in page
+    assert "results.png" in page
+
+
+def test_options_are_told():
+    import typer
+
+    from benchmarks.matched_compute import main
+
+    app = typer.Typer()
+    app.command()(main)
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    for option in ("--json", "--quick", "--ablations", "--budgets", "--unit"):
+        assert option in shown
+    wrong = CliRunner().invoke(app, ["--unit", "years"])
+    assert wrong.exit_code == 2
+
+
+def test_multipliers_are_shown_with_their_ends():
+    row = {"m": 2.04, "m_low": 1.5, "m_high": 3.0, "m_is_lower_bound": False}
+    assert multiplier(row, "m") == "2.0 [1.5, 3.0]"
+    row |= {"m_high": None, "m_is_lower_bound": True}
+    assert multiplier(row, "m") == "> 2.0 [1.5, more]"
