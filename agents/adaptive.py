@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from agents.base import DEFAULT_PARAMS, check_positive
 from agents.planner import Planner
@@ -31,9 +30,6 @@ class Adaptive(Planner):
     chunks are twice as long, up to `longest_chunk` tokens; after one that tells, they are
     `chunk_tokens` again.
 
-    Half of the candidates are drawn as `params` say and half at `hot_temperature`: which of the two
-    is better depends on the reward, and the value tells.
-
     Partial responses are ranked by mean - `caution` x standard deviation. A partial response is
     given up when a complete one is known that is better than its mean by more than `caution` + 2
     standard deviations (only value models with an uncertainty can say so); what that saves is spent
@@ -54,7 +50,6 @@ class Adaptive(Planner):
         candidates_per_beam: Candidates for each beam that goes on for certain.
         margin: Standard deviations within which values cannot be told apart; 0 or more.
         caution: k of mean - k x standard deviation; 0 or more.
-        hot_temperature: Temperature at which every second candidate is drawn.
         target: The score from which on a response is good enough; None spends the whole budget.
         longest_chunk: Most tokens of a chunk; None for four times `chunk_tokens`.
         max_response_tokens: Token limit of a response.
@@ -92,7 +87,6 @@ class Adaptive(Planner):
         candidates_per_beam: int = 4,
         margin: float = 0.1,
         caution: float = 0.0,
-        hot_temperature: float = 1.0,
         target: float | None = None,
         longest_chunk: int | None = None,
         max_response_tokens: int = 256,
@@ -119,7 +113,6 @@ class Adaptive(Planner):
         self.candidates_per_beam = candidates_per_beam
         self.margin = margin
         self.caution = caution
-        self.hot_temperature = hot_temperature
         self.target = target
         self.longest_chunk = longest_chunk
 
@@ -140,15 +133,11 @@ class Adaptive(Planner):
         return affordable if self.target is None else min(affordable, _NARROW << search.round)
 
     def _drawn(self, search: Search, beams: Sequence[Node], width: int, size: int) -> list[Node]:
-        """Candidates after the beams, in equal shares; every second one is drawn hot."""
-        hot = replace(self.params, temperature=self.hot_temperature)
-        expansions = [
-            Expansion(beam, count, size, params)
-            for beam, both in zip(beams, shares(width, len(beams)), strict=True)
-            for params, count in zip((self.params, hot), shares(both, 2), strict=True)
-            if count
-        ]
-        return [node for row in search.expand(expansions) for node in row]
+        counts = shares(width, len(beams))
+        rows = search.expand(
+            Expansion(beam, count, size) for beam, count in zip(beams, counts, strict=True) if count
+        )
+        return [node for row in rows for node in row]
 
     def _kept(self, search: Search, drawn: Sequence[Node], certain: int) -> list[Node]:
         """The best `certain` candidates, and those that cannot be told from the last of them."""

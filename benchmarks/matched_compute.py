@@ -23,16 +23,7 @@ from mbrl_text_env.files import write_text
 
 REWARDS = ("sentiment", "relevance", "constraints")
 ARTICLE = "lookahead:value=embedding"
-AGENTS = (
-    DEFAULT_PLANNER,
-    ARTICLE,
-    "lookahead:value=prefix",
-    "lookahead:chunkwise=1:keep=1:value=prefix",
-    "beam:chunk_tokens=8:beam_width=2:value=prefix",
-    "receding-horizon:value=prefix",
-    "particle-filter:value=prefix",
-)
-QUICK_AGENTS = (DEFAULT_PLANNER, ARTICLE)
+AGENTS = (DEFAULT_PLANNER, ARTICLE)
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
 # What an ablation changes, one thing at a time.
 ABLATIONS = (
@@ -97,7 +88,7 @@ def main(
     if quick:
         study = replace(
             study,
-            agents=dict.fromkeys(names, QUICK_AGENTS),
+            agents=dict.fromkeys(names, AGENTS),
             budgets=(512,),
             num_prompts=16,
             samples=32,

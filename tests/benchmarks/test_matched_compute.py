@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from benchmarks.matched.report import multiplier
 from benchmarks.matched.study import DEFAULT_PLANNER, Study
-from benchmarks.matched_compute import QUICK_AGENTS, run_and_write
+from benchmarks.matched_compute import AGENTS, run_and_write
 
 FIELDS = {
     "reward",
@@ -29,7 +29,7 @@ FIELDS = {
 
 def test_a_small_study_of_the_real_models(smollm2, tmp_path):
     study = Study(
-        {"sentiment": QUICK_AGENTS},
+        {"sentiment": AGENTS},
         budgets=(48,),
         num_prompts=3,
         samples=4,
@@ -43,7 +43,7 @@ def test_a_small_study_of_the_real_models(smollm2, tmp_path):
     )
     found = json.loads(path.read_text())
     assert found == json.loads(json.dumps(result))
-    assert [row["agent"] for row in found["results"]] == list(QUICK_AGENTS)
+    assert [row["agent"] for row in found["results"]] == list(AGENTS)
     for row in found["results"]:
         assert row.keys() >= FIELDS
         assert row["tokens"] <= row["budget_tokens"]
