@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from agents.base import DEFAULT_PARAMS, check_positive
@@ -26,9 +27,11 @@ class Adaptive(Planner):
     told from that of the last one kept: those within `margin` standard deviations of it, and equal
     ones in any case. So where the value says nothing, the search is as broad as best-of-N and loses
     nothing; where it says much, all candidates of the next stage follow the few best; and a larger
-    budget means more beams, not only more candidates. After a stage whose candidates are all equal,
-    chunks are twice as long, up to `longest_chunk` tokens; after one that tells, they are
-    `chunk_tokens` again.
+    budget means more beams, not only more candidates.
+
+    Chunks are as short as pays: `shortest_chunk` tokens, or as many as valuing a partial response
+    costs, so that no more is spent on values than on text. After a stage whose candidates are all
+    equal they are twice as long, up to `chunk_tokens`; after one that tells, short again.
 
     Partial responses are ranked by mean - `caution` x standard deviation. A partial response is
     given up when a complete one is known that is better than its mean by more than `caution` + 2
@@ -51,14 +54,13 @@ class Adaptive(Planner):
         margin: Standard deviations within which values cannot be told apart; 0 or more.
         caution: k of mean - k x standard deviation; 0 or more.
         target: The score from which on a response is good enough; None spends the whole budget.
-        longest_chunk: Most tokens of a chunk; None for four times `chunk_tokens`.
+        shortest_chunk: Fewest tokens of a chunk.
         max_response_tokens: Token limit of a response.
-        chunk_tokens: Tokens of a chunk where the value can tell candidates apart.
+        chunk_tokens: Most tokens of a chunk.
         params: How chunks are drawn.
 
     Raises:
-        ValueError: A count is below 1, `margin` or `caution` below 0, or `longest_chunk` below
-            `chunk_tokens`.
+        ValueError: A count is below 1, or `margin` or `caution` below 0.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -88,7 +90,7 @@ class Adaptive(Planner):
         margin: float = 0.1,
         caution: float = 0.0,
         target: float | None = None,
-        longest_chunk: int | None = None,
+        shortest_chunk: int = 4,
         max_response_tokens: int = 256,
         chunk_tokens: int = 16,
         params: SamplingParams = DEFAULT_PARAMS,
@@ -101,29 +103,26 @@ class Adaptive(Planner):
             chunk_tokens=chunk_tokens,
             params=params,
         )
-        check_positive(candidates_per_beam=candidates_per_beam)
+        check_positive(candidates_per_beam=candidates_per_beam, shortest_chunk=shortest_chunk)
         for name, number in (("margin", margin), ("caution", caution)):
             if not number >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {number}.")
-        if longest_chunk is not None and longest_chunk < chunk_tokens:
-            raise ValueError(
-                f"longest_chunk: expected chunk_tokens ({chunk_tokens}) or more, got "
-                f"{longest_chunk}."
-            )
         self.candidates_per_beam = candidates_per_beam
         self.margin = margin
         self.caution = caution
         self.target = target
-        self.longest_chunk = longest_chunk
+        self.shortest_chunk = shortest_chunk
 
     def plan(self, search: Search) -> None:
         """One search from the root to the end of the responses."""
-        beams, size = [search.tree.root], self.chunk_tokens
+        beams = [search.tree.root]
+        shortest = max(self.shortest_chunk, math.ceil(search.value_tokens(search.tree.root)))
+        size = shortest = min(shortest, self.chunk_tokens)
         while beams and not self._is_enough(search):
             width = self._width(search, beams[0], size)
             drawn = self._drawn(search, beams, width, size)
             beams = self._kept(search, drawn, max(1, width // self.candidates_per_beam))
-            size = self._next_size(size, drawn)
+            size = shortest if self._tells(drawn) else min(2 * size, self.chunk_tokens)
 
     def _width(self, search: Search, node: Node, size: int) -> int:
         """Candidates of a stage."""
@@ -164,11 +163,10 @@ class Adaptive(Planner):
             or node.value + (self.caution + 2.0) * node.std >= best.score
         ]
 
-    def _next_size(self, size: int, drawn: Sequence[Node]) -> int:
+    def _tells(self, drawn: Sequence[Node]) -> bool:
+        """Whether the value tells some of the candidates apart."""
         worths = [self._cautious(node) for node in partial(drawn)]
-        tells = bool(worths) and max(worths) - min(worths) > _SAME
-        longest = 4 * self.chunk_tokens if self.longest_chunk is None else self.longest_chunk
-        return self.chunk_tokens if tells else min(2 * size, longest)
+        return bool(worths) and max(worths) - min(worths) > _SAME
 
     def _cautious(self, node: Node) -> float:
         return float("-inf") if node.value is None else node.value - self.caution * node.std

@@ -208,6 +208,20 @@ class Search:
                 new += expected_value_usage(self.value_model, state)
         return new + self._expected_reward_usage(_stand_in(node.state, room))
 
+    def value_tokens(self, node: Node) -> float:
+        """About what valuing a partial response after a node costs, in generated tokens.
+
+        0 without a value model, or where one of the two says nothing of its FLOPs.
+        """
+        room = self.room(node)
+        prefix = len(node.state.prompt_ids) + len(node.state.response_ids)
+        usage = self.language_model.usage
+        drawing = (usage(prefix, [room]) - usage(prefix, [])).flops
+        if self.value_model is None or not drawing > 0:
+            return 0.0
+        halfway = _stand_in(node.state, room // 2)
+        return expected_value_usage(self.value_model, halfway).flops * room / drawing
+
     def finish_usage(self, node: Node) -> Usage:
         """The most that finishing a node's response and scoring it is charged."""
         return self._finish_usage(node.state, self.room(node))

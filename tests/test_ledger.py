@@ -1,6 +1,7 @@
 """Usage, budgets and ledgers: sums, hard caps and the shares of time."""
 
 import dataclasses
+import time
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,16 @@ class TestUsage:
     def test_a_multiple_is_a_repeated_sum(self, usage, count):
         assert usage * count == sum([usage] * count, Usage())
 
+    @given(usages, usages)
+    def test_a_difference_undoes_a_sum(self, first, second):
+        assert (first + second) - second == first
+
+    @given(usages, usages)
+    def test_the_maximum_is_taken_amount_by_amount(self, first, second):
+        most = first.maximum(second)
+        for name in AMOUNTS:
+            assert getattr(most, name) == max(getattr(first, name), getattr(second, name))
+
     def test_flops_are_those_of_all_models(self):
         usage = Usage(lm_flops=1.0, reward_flops=20.0, value_flops=300.0, dynamics_flops=4000.0)
         assert usage.flops == 4321.0
@@ -63,6 +74,20 @@ class TestBudget:
     def test_a_cap_that_is_not_positive(self, name, cap):
         with pytest.raises(BudgetError, match=rf"Budget\({name}={cap!r}\): expected a positive"):
             Budget(**{name: cap})
+
+    def test_what_is_left_after_some_was_spent(self):
+        budget = Budget(tokens=10, flops=8.0, seconds=2.0)
+        spent = Usage(generated_tokens=4, lm_flops=3.0, reward_flops=1.0, reward_calls=9, seconds=1)
+        assert budget.after(spent) == Budget(tokens=6, flops=4.0, seconds=1.0)
+        assert budget.after(Usage(generated_tokens=10)) is None
+        assert Budget().after(spent) == Budget()
+
+    def test_shares_are_never_more_than_the_whole(self):
+        budget = Budget(tokens=10, reward_calls=7, flops=9.0)
+        assert budget.shared(3) == Budget(tokens=3, reward_calls=2, flops=3.0)
+        assert budget.shared(7) == Budget(tokens=1, reward_calls=1, flops=9.0 / 7)
+        assert budget.shared(8) is None
+        assert Budget().shared(5) == Budget()
 
 
 class TestLedger:
@@ -147,6 +172,15 @@ class TestTimed:
         assert share > 0
         assert 4 * share <= alone.usage.seconds
         assert shared[0].usage == Usage(seconds=share)
+
+    def test_seconds_are_charged_once_where_a_block_stands_in_another(self):
+        inner, outer = Ledger(), Ledger()
+        started = time.perf_counter()
+        with timed([outer]), timed([inner]):
+            sum(range(200_000))
+        elapsed = time.perf_counter() - started
+        assert inner.usage.seconds + outer.usage.seconds <= elapsed
+        assert outer.usage.seconds < inner.usage.seconds
 
     def test_an_error_is_charged_too(self):
         ledger = Ledger()

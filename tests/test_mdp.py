@@ -91,6 +91,18 @@ def test_any_chunking_gives_the_same_state(parts, limit):
     assert is_terminal(by_chunk) == (len(by_chunk.response_ids) == limit)
 
 
+def test_log_probabilities_add_up_while_all_are_known():
+    state = transition(START, Chunk((1, 2), (-0.5, -1.5)), 8)
+    assert state.logprob == -2.0
+    assert transition(state, Chunk((3,), (-1.0,)), 8).logprob == -3.0
+    # The limit cuts tokens off, and what they cost with them.
+    assert transition(state, Chunk((3, 4), (-1.0, -4.0)), 3).logprob == -3.0
+    unknown = transition(state, Chunk((3,)), 8)
+    assert unknown.logprob is None
+    assert transition(unknown, Chunk((4,), (-1.0,)), 8).logprob is None
+    assert unknown == transition(state, Chunk((3,), (-9.0,)), 8)
+
+
 def test_states_pickle_and_ignore_chunk_ends():
     state = transition(START, RULES.chunk([3]), 8)
     restored = pickle.loads(pickle.dumps(state))  # noqa: S301 our own bytes

@@ -11,7 +11,13 @@ from benchmarks import cli
 from benchmarks.llama_server import llama_server
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/language_models.md", "docs/rewards.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/language_models.md",
+    "docs/planners.md",
+    "docs/rewards.md",
+]
 
 
 def blocks(language):

@@ -506,3 +506,27 @@ def test_records_load_with_datasets(tmp_path):
         {"name": "second", "value": 0.0},
     ]
     assert json.loads(found[0]["messages"]) == [{"role": "user", "content": "Question 0"}]
+
+
+def test_prefixes_are_the_states_on_the_way():
+    prompt = Prompt.from_text("Question", split="train")
+    record = Record.from_state(
+        TextState(prompt, (7, 8), (4, 5, 6), "stop", (2, 3)),
+        response="answer",
+        logprobs=(-0.5, -1.0, -2.0),
+        score=1.0,
+        rewards={},
+        reward_name="toy",
+        agent="sampling",
+        language_model="toy",
+        seed=0,
+    )
+    middle = record.prefix_state(2)
+    assert (middle.response_ids, middle.finish_reason) == ((4, 5), None)
+    assert (middle.chunk_ends, middle.logprob) == ((2,), -1.5)
+    assert record.prefix_state(0) == TextState(prompt, (7, 8))
+    assert record.prefix_state(3) == record.state()
+    assert record.state().logprob == -3.5
+    for length in (-1, 4):
+        with pytest.raises(RecordsError, match="a prefix of 0 to 3 tokens"):
+            record.prefix_state(length)

@@ -29,7 +29,7 @@ from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards.base import RewardModel
 
-DEFAULT_PLANNER = "adaptive:chunk_tokens=8:value=prefix"
+DEFAULT_PLANNER = "adaptive:value=prefix"
 """Chosen on the validation split; the same for every reward."""
 
 Unit = Literal["tokens", "flops", "seconds"]

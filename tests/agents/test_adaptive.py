@@ -8,7 +8,7 @@ from mbrl_text_env.values import ValueEstimate
 from tests.toys import PROMPTS, CountReward, FixedValue
 
 LM = NGramLM("abcdefgh", seed=3, concentration=50.0, stop_probability=0.0)
-SIZES = {"max_response_tokens": 16, "chunk_tokens": 2}
+SIZES = {"max_response_tokens": 16, "chunk_tokens": 8, "shortest_chunk": 2}
 
 
 class UncertainValue(FixedValue):
@@ -52,14 +52,31 @@ def test_chunks_grow_while_the_value_says_nothing():
     _, tree = searched(FixedValue(lambda text: 0.0, LM))
     lengths = sorted({len(node.state.response_ids) for node in tree.nodes})
     assert lengths == [0, 2, 6, 14, 16]
-    _, tree = searched(FixedValue(lambda text: 0.0, LM), longest_chunk=4)
+    _, tree = searched(FixedValue(lambda text: 0.0, LM), chunk_tokens=4)
     assert sorted({len(node.state.response_ids) for node in tree.nodes}) == [0, 2, 6, 10, 14, 16]
+
+
+class DearValue(FixedValue):
+    """Costs as much as five tokens."""
+
+    def flops(self, states):
+        return np.full(len(states), 5.0)
+
+    def flops_bound(self):
+        return 5.0
+
+
+def test_chunks_are_as_long_as_a_value_is_dear():
+    """A token of the toy takes one operation, its prefix aside."""
+    value = DearValue(lambda text: float(sum(map(ord, text))), LM)
+    _, tree = searched(value)
+    assert sorted({len(n.state.response_ids) for n in tree.nodes}) == [0, 5, 10, 15, 16]
 
 
 def test_where_the_value_tells_only_the_best_go_on():
     rank = {text: i for i, text in enumerate("abcdefgh")}
     value = FixedValue(lambda t: -sum(rank[c] * 9.0**-i for i, c in enumerate(t)), LM)
-    agent = Adaptive(LM, CountReward(), value, max_response_tokens=8, chunk_tokens=2)
+    agent = Adaptive(LM, CountReward(), value, max_response_tokens=8, shortest_chunk=2)
     [(_, tree)] = agent.explore(PROMPTS[:1], seed=2)
     for depth in range(1, 4):
         kept = going_on(tree, depth)
@@ -112,7 +129,7 @@ def test_hopeless_paths_are_given_up_once_a_response_is_known():
     """Narrow rounds towards a target out of reach: after the first, no path's value holds up."""
     sure, unsure = (
         searched(
-            UncertainValue(lambda text: -1.0, LM, std), target=9.0, tokens=16 * 40, longest_chunk=2
+            UncertainValue(lambda text: -1.0, LM, std), target=9.0, tokens=16 * 40, chunk_tokens=2
         )[1]
         for std in (0.01, 10.0)
     )
@@ -124,7 +141,10 @@ def test_it_is_best_of_n_or_better_with_the_prefix_reward():
     reward = CountReward()
     value = FixedValue(lambda text: reward.score([None], [text])[0], LM)
     budget = Budget(tokens=16 * 8)
-    planner, baseline = Adaptive(LM, reward, value, **SIZES), BestOfN(LM, reward, **SIZES)
+    planner, baseline = (
+        Adaptive(LM, reward, value, **SIZES),
+        BestOfN(LM, reward, max_response_tokens=16),
+    )
     scores = {
         agent.name: np.mean(
             [g.completion.score for s in range(10) for g in agent.generate(PROMPTS, budget, seed=s)]
@@ -140,7 +160,7 @@ def test_it_is_best_of_n_or_better_with_the_prefix_reward():
         {"candidates_per_beam": 0},
         {"margin": -0.1},
         {"caution": float("nan")},
-        {"longest_chunk": 1, "chunk_tokens": 2},
+        {"shortest_chunk": 0},
     ],
 )
 def test_bad_arguments(wrong):

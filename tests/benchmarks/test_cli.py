@@ -45,7 +45,7 @@ def test_collect_fit_compare(tmp_path):
 
 
 def test_without_a_fitted_value_the_reward_judges_prefixes(tmp_path):
-    words = ["--agents", "lookahead,adaptive:chunk_tokens=4", "--num-prompts", 1]
+    words = ["--agents", "lookahead,adaptive", "--num-prompts", 1]
     result = run("compare", *words, "--budget-tokens", 24, "--out", tmp_path, *SMALL)
     assert result.exit_code == 0, result.output
     for row in read_rows(tmp_path / "results.jsonl"):
