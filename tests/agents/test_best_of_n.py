@@ -1,12 +1,13 @@
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from agents import BestOfN
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.mdp import initial
-from tests.toys import PROMPTS, CountReward
+from tests.toys import PROMPTS, CountReward, FixedValue
 
 LM = NGramLM("abc", seed=3)
 
@@ -74,3 +75,54 @@ def test_bad_arguments():
     for wrong in (0, -1):
         with pytest.raises(ValueError, match="n: expected at least 1"):
             BestOfN(LM, CountReward(), n=wrong)
+
+
+class TestPruning:
+    LM = NGramLM("abcdefgh", seed=3, concentration=50.0, stop_probability=0.0)
+
+    def agent(self, **options):
+        value = FixedValue(lambda text: text.count("a"), self.LM)
+        return BestOfN(
+            self.LM, CountReward(), value, max_response_tokens=8, chunk_tokens=2, **options
+        )
+
+    def test_after_each_chunk_the_better_half_goes_on(self):
+        """8 chunks of 2, then 4, 2 and 1."""
+        [(answer, tree)] = self.agent(n=8, keep=0.5).explore(PROMPTS[:1])
+        assert answer.usage.generated_tokens == 2 * (8 + 4 + 2 + 1)
+        depths = [node.depth for node in tree.nodes for _ in range(node.copies)]
+        assert [depths.count(depth) for depth in (1, 2, 3, 4)] == [8, 4, 2, 1]
+        first = [node for node in tree.nodes if node.depth == 1]
+        pruned = [node.value for node in first if not node.children]
+        assert max(pruned) <= min(node.value for node in first if node.children)
+
+    def test_a_budget_buys_more_samples_with_pruning(self):
+        plain, pruned = (
+            self.agent(keep=keep).explore(PROMPTS[:1], Budget(tokens=160))[0][1]
+            for keep in (1.0, 0.5)
+        )
+        assert plain.root.samples == 20
+        assert pruned.root.samples > 30
+
+    def test_it_pays_with_a_good_value(self):
+        budget = Budget(tokens=160)
+        plain, pruned = (
+            np.mean(
+                [
+                    g.completion.score
+                    for seed in range(8)
+                    for g in self.agent(keep=keep).generate(PROMPTS, budget, seed=seed)
+                ]
+            )
+            for keep in (1.0, 0.5)
+        )
+        assert pruned > plain + 0.02
+
+    @pytest.mark.parametrize("keep", [0.0, -1.0, 1.1])
+    def test_shares_are_shares(self, keep):
+        with pytest.raises(ValueError, match="keep"):
+            self.agent(keep=keep)
+
+    def test_it_takes_a_value(self):
+        with pytest.raises(ValueError, match="expected a value model"):
+            BestOfN(self.LM, CountReward(), keep=0.5)

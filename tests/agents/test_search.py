@@ -1,0 +1,148 @@
+"""The search under all planners: what it draws, what it pays for, what it keeps back."""
+
+import numpy as np
+import pytest
+
+from agents.search import Expansion, Search, partial
+from mbrl_text_env.language_models import NGramLM, SamplingParams
+from mbrl_text_env.ledger import Budget, Ledger
+from mbrl_text_env.mdp import initial
+from tests.toys import PROMPTS, CountReward, FixedValue
+
+LM = NGramLM("abcdefgh", seed=3, concentration=50.0, stop_probability=0.0)
+
+
+class Dear(FixedValue):
+    def flops(self, states):
+        return np.full(len(states), 100.0)
+
+    def flops_bound(self):
+        return 100.0
+
+
+def begun(budget=None, value=None, limit=8, reward=None, lm=LM):
+    return Search(
+        initial(PROMPTS[0], lm),
+        lm,
+        reward or CountReward(),
+        value,
+        ledger=Ledger(budget),
+        seed=0,
+        params=SamplingParams(),
+        max_response_tokens=limit,
+    )
+
+
+def test_children_are_drawn_scored_and_valued():
+    search = begun(value=FixedValue(len, LM))
+    [row] = search.expand([Expansion(search.tree.root, 3, tokens=2)])
+    assert [node.value for node in row] == [2.0] * 3
+    ends = search.expand(Expansion(node) for node in row)
+    scores = CountReward().score([None] * 3, [LM.decode(n.state.response_ids) for [n] in ends])
+    assert [node.score for [node] in ends] == scores
+    usage = search.ledger.usage
+    assert usage.generated_tokens == 3 * 8 == search.drawn * 4
+    assert (usage.value_calls, usage.reward_calls) == (3, 3)
+
+
+def test_nothing_is_valued_where_that_is_not_wanted():
+    search = begun(value=FixedValue(len, LM))
+    [row] = search.expand([Expansion(search.tree.root, 3, tokens=2, valued=False)])
+    assert all(node.worth is None for node in row)
+    search.evaluate(row)
+    assert all(node.value == 2.0 for node in row)
+    search.evaluate(row)
+    assert search.ledger.usage.value_calls == 3
+
+
+def test_two_expansions_of_a_node_draw_different_chunks():
+    once = begun()
+    [row] = once.expand([Expansion(once.tree.root, 4, tokens=3)])
+    twice = begun()
+    rows = twice.expand([Expansion(twice.tree.root, 2, tokens=3)] * 2)
+    assert [n.state for n in row] == [n.state for part in rows for n in part]
+
+
+def test_where_not_all_is_affordable_every_expansion_gets_fewer():
+    search = begun(Budget(tokens=20))
+    root = search.tree.root
+    [row] = search.expand([Expansion(root, 2, tokens=1)])
+    a, b = row
+    # 18 tokens are left, 6 of them for finishing one of the two: 12 for chunks of 2.
+    rows = search.expand([Expansion(a, 9, tokens=2), Expansion(b, 9, tokens=2)])
+    assert [len(r) for r in rows] == [3, 3]
+
+
+def test_the_first_expansions_come_first_when_not_even_one_each_is_affordable():
+    search = begun(Budget(tokens=12))
+    [row] = search.expand([Expansion(search.tree.root, 3, tokens=1)])
+    rows = search.expand(Expansion(node, 1, tokens=2) for node in row)
+    # Two chunks of 2, and 5 tokens to finish the nearest response with.
+    assert [len(r) for r in rows] == [1, 1, 0]
+    assert search.expand([Expansion(row[0], 5)]) == [[]]
+
+
+def test_a_response_can_always_be_finished():
+    search = begun(Budget(tokens=8))
+    [row] = search.expand([Expansion(search.tree.root, 4, tokens=3)])
+    assert len(row) == 1
+    best = search.finish()
+    assert best.score is not None
+    assert list(best.path())[1] is row[0]
+    assert search.ledger.usage.generated_tokens == 8
+    assert search.tree.chosen is best
+
+
+def test_the_best_partial_response_is_finished():
+    search = begun(value=FixedValue(lambda text: text.count("a"), LM))
+    [row] = search.expand([Expansion(search.tree.root, 6, tokens=2)])
+    best = search.finish()
+    assert best.parent is max(row, key=lambda node: node.value)
+
+
+def test_ranked():
+    search = begun(value=FixedValue(lambda text: text.count("a"), LM))
+    [row] = search.expand([Expansion(search.tree.root, 20, tokens=2)])
+    ranked = search.ranked([*row, *row])
+    assert len(ranked) == len(set(row)) == len(partial(row))
+    values = [node.value for node in ranked]
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize(("tokens", "chunk", "width"), [(80, 2, 10), (80, None, 10), (7, 2, 0)])
+def test_width_is_what_the_budget_allows(tokens, chunk, width):
+    search = begun(Budget(tokens=tokens))
+    assert search.width(search.tree.root, chunk) == width
+
+
+def test_width_counts_values_and_scores():
+    value = Dear(len, LM)
+    plain, valued = begun(Budget(flops=2_000.0)), begun(Budget(flops=2_000.0), value)
+    root = plain.tree.root
+    # 8 operations a response, and three values of 100 on its way.
+    assert plain.width(root, 2) > 100
+    assert valued.width(valued.tree.root, 2) == 6
+    calls = begun(Budget(reward_calls=5))
+    assert calls.width(calls.tree.root, 2) == 5
+
+
+def test_without_a_cap_that_counts_there_is_no_width():
+    assert begun().width(begun().tree.root, 2) is None
+    timed = begun(Budget(seconds=60.0))
+    assert timed.width(timed.tree.root, 2) is None
+    assert timed.is_capped
+    assert not begun(Budget(flops=1e30)).is_capped
+
+
+def test_what_a_value_costs_in_tokens():
+    assert begun().value_tokens(begun().tree.root) == 0.0
+    free = begun(value=FixedValue(len, LM))
+    assert free.value_tokens(free.tree.root) == 0.0
+    dear = begun(value=Dear(len, LM))
+    assert dear.value_tokens(dear.tree.root) == pytest.approx(100.0)
+
+
+def test_ended_responses_have_no_room():
+    search = begun()
+    [[node]] = search.expand([Expansion(search.tree.root)])
+    assert (search.room(search.tree.root), search.room(node)) == (8, 0)
