@@ -16,10 +16,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     """
     shown = Table(
         "agent",
-        *(
-            Column(name, justify="right")
-            for name in ("budget", "mean", "x FLOPs", "x tokens", "GFLOPs", "p")
-        ),
+        *(Column(name, justify="right") for name in ("budget", "mean", "x FLOPs", "x tokens", "p")),
         title=f"{rows[0]['reward']}: how many times its compute best-of-N needs for the same mean",
         caption=f"{rows[0]['prompts']} prompts, 95% intervals; > where the pool is too small to "
         "tell. p: paired against best-of-N at the same FLOPs, Holm's correction.",
@@ -28,10 +25,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         shown.add_row(
             row["agent"],
             f"{row['budget_tokens']:,}",
-            f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+            f"{row['mean']:.3f}",
             multiplier(row, "multiplier"),
             multiplier(row, "multiplier_tokens"),
-            f"{row['flops'] / 1e9:,.0f}",
             f"{row['p_holm']:.2g}",
         )
     return shown
