@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,9 @@ settings.load_profile("fixed")
 
 # Tests never reach for the network; models come from the wheels.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell that starts a job in the background has it ignore Ctrl-C; tests send that signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
