@@ -79,6 +79,12 @@ def compare_command(
     budget_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that an agent may generate for a prompt.")
     ] = None,
+    budget_flops: Annotated[
+        float | None, typer.Option(help="FLOPs of all models that it may spend on a prompt.")
+    ] = None,
+    budget_seconds: Annotated[
+        float | None, typer.Option(help="Seconds after which it begins nothing new.")
+    ] = None,
     max_response_tokens: TokensOption = 96,
     seed: int = 0,
     out: Annotated[
@@ -111,6 +117,8 @@ def compare_command(
         seed=seed,
         batch_prompts=batch_prompts,
         allow_unequal_budgets=allow_unequal_budgets,
+        budget_flops=budget_flops,
+        budget_seconds=budget_seconds,
     )
     reward_model = load_reward(reward, reward_timeout)
     chosen = choose_prompts(load_prompts_option(prompts, split), num_prompts, reward_model, seed)

@@ -30,6 +30,7 @@ ABLATIONS = (
     "beam:chunk_tokens=4:beam_width=2:value=prefix",
     "beam:chunk_tokens=16:beam_width=2:value=prefix",
     "beam:chunk_tokens=32:beam_width=2:value=prefix",
+    "beam:chunk_tokens=8:beam_width=2:candidates=4:value=prefix",
     "beam:chunk_tokens=8:beam_width=1:value=prefix",
     "beam:chunk_tokens=8:beam_width=4:value=prefix",
     "beam:chunk_tokens=8:beam_width=4:subtrees=4:value=prefix",
@@ -134,10 +135,12 @@ def run_and_write(
         result["falls"] += falls(cells)
         write_text(json_file, json.dumps(result, indent=1))
         console.print(table(rows[name]))
-    plot_scaling(rows, pools, json_file.with_suffix(".png"))
-    plot_divergence(rows, pools, json_file.with_name(f"{json_file.stem}-divergence.png"))
+    scaling = json_file.with_suffix(".png")
+    divergence = json_file.with_name(f"{json_file.stem}-divergence.png")
+    plot_scaling(rows, pools, scaling)
+    plot_divergence(rows, pools, divergence)
     if page is not None:
-        render(result, json_file.with_suffix(".png"), page)
+        render(result, scaling, divergence, page)
     console.print(f"Results: {json_file.resolve()}")
     return result
 

@@ -17,7 +17,6 @@ from mbrl_text_env.files import write_file
 def table(summary: dict[str, Any]) -> Group:
     """The comparison in two tables that fit a terminal of 80 columns: quality and cost."""
     prompts = len(summary["prompts"])
-    budget = summary["budget_tokens"]
     quality = Table(
         "agent",
         *(
@@ -25,7 +24,7 @@ def table(summary: dict[str, Any]) -> Group:
             for heading in ("mean reward", "minus best-of-N", "wins", *_gold_heading(summary))
         ),
         title=f"Reward {summary['reward']!r}: {prompts} prompts, "
-        f"{'no budget' if budget is None else f'{budget} tokens a prompt'}, "
+        f"{shown_budget(summary)}, "
         f"{summary['language_model']}",
     )
     cost = Table(
@@ -53,6 +52,25 @@ def table(summary: dict[str, Any]) -> Group:
     if warnings:
         warnings.append(Text("`mbrl-text reward audit` tells whether the reward is exploitable."))
     return Group(quality, cost, *warnings)
+
+
+def shown_budget(summary: dict[str, Any]) -> str:
+    """A comparison's budget in words.
+
+    Example:
+        >>> shown_budget({"budget_tokens": 400, "budget_flops": None, "budget_seconds": 1.5})
+        '400 tokens, 1.5 seconds a prompt'
+    """
+    caps = [
+        f"{summary[key]:.4g} {unit}" if key != "budget_tokens" else f"{summary[key]} {unit}"
+        for key, unit in (
+            ("budget_tokens", "tokens"),
+            ("budget_flops", "FLOPs"),
+            ("budget_seconds", "seconds"),
+        )
+        if summary[key] is not None
+    ]
+    return f"{', '.join(caps)} a prompt" if caps else "no budget"
 
 
 def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
@@ -86,7 +104,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(entries)), [entry["agent"] for entry in entries])
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set_xlabel(f"mean reward ({summary['reward']}), 95% interval")
-    axes.set_title(f"{len(summary['prompts'])} prompts, {summary['budget_tokens']} tokens a prompt")
+    axes.set_title(f"{len(summary['prompts'])} prompts, {shown_budget(summary)}")
     with write_file(path) as scratch:
         figure.savefig(scratch, format="png", dpi=150)
 

@@ -12,12 +12,13 @@ from mbrl_text_env.files import write_text
 _TEMPLATE = "results.md.jinja"
 
 
-def render(result: dict[str, Any], picture: Path, page: Path) -> None:
+def render(result: dict[str, Any], scaling: Path, divergence: Path, page: Path) -> None:
     """Write the page.
 
     Args:
         result: What `benchmarks.matched_compute` writes as JSON.
-        picture: The plot, linked relative to the page.
+        scaling: The plot of reward against compute, linked relative to the page.
+        divergence: That of reward against divergence.
         page: A Markdown file.
     """
     import jinja2
@@ -33,11 +34,12 @@ def render(result: dict[str, Any], picture: Path, page: Path) -> None:
         study=result["study"],
         by_reward=_by_reward(result["results"]),
         best_of_n=_by_reward(result["best_of_n"]),
-        picture=Path(os.path.relpath(picture, page.parent)).as_posix(),
+        scaling=Path(os.path.relpath(scaling, page.parent)).as_posix(),
+        divergence_plot=Path(os.path.relpath(divergence, page.parent)).as_posix(),
         mean=_mean,
         giga=_giga,
         times=multiplier,
-        divergence=_divergence,
+        shown_divergence=_divergence,
     )
     write_text(page, text)
 

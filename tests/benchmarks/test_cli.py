@@ -150,3 +150,14 @@ def test_fit_needs_records(tmp_path):
     result = run("fit", "--records", tmp_path / "none", "--out", tmp_path / "value")
     assert result.exit_code == 2
     assert "none" in result.output
+
+
+def test_budgets_in_flops_and_seconds(tmp_path):
+    words = ["--agents", "sampling,best-of-n", "--num-prompts", 2, "--out", tmp_path]
+    caps = ["--budget-flops", 3e10, "--budget-seconds", 30]
+    result = run("compare", *words, *caps, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "3e+10 FLOPs, 30 seconds a prompt" in result.output.replace("\n", " ")
+    for row in read_rows(tmp_path / "results.jsonl"):
+        assert row["usage"]["flops"] <= 3e10
+        assert row["budget_tokens"] is None

@@ -252,10 +252,12 @@ def test_page_and_plots(tmp_path):
         "falls": falls(cells),
     }
     assert json.loads(json.dumps(result, allow_nan=False)) is not None
-    render(result, tmp_path / "plot.png", tmp_path / "docs" / "page.md")
-    text = (tmp_path / "docs" / "page.md").read_text()
+    page = tmp_path / "docs" / "page.md"
+    render(result, tmp_path / "plot.png", tmp_path / "divergence.png", page)
+    text = page.read_text()
     assert "python -m benchmarks.matched_compute --seed 0" in text
     assert "(../plot.png)" in text
+    assert "(../divergence.png)" in text
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(lines) == len(rows)
     for line, row in zip(lines, rows, strict=True):
