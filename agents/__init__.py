@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "catalogue": ["available", "make"],
         "collection": ["collect"],
         "lookahead": ["Lookahead"],
+        "mcts": ["MCTS"],
         "particle_filter": ["ParticleFilter"],
         "planner": ["Planner"],
         "receding_horizon": ["RecedingHorizon"],

@@ -12,6 +12,7 @@ from agents.base import Agent
 from agents.beam import BeamSearch
 from agents.best_of_n import BestOfN
 from agents.lookahead import Lookahead
+from agents.mcts import MCTS
 from agents.particle_filter import ParticleFilter
 from agents.receding_horizon import RecedingHorizon
 from agents.sampling import RandomAgent, Sampling
@@ -29,6 +30,7 @@ _CLASSES: Mapping[str, Callable[..., Agent]] = {
         BeamSearch,
         RecedingHorizon,
         ParticleFilter,
+        MCTS,
         Adaptive,
     )
 }

@@ -8,7 +8,7 @@ that can be looked at.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agents.base import affordable, is_binding
 from agents.tree import Node, SearchTree
@@ -239,11 +239,16 @@ class Search:
                     self._length(expansion),
                     self.seed,
                     first[node],
-                    self.params if expansion.params is None else expansion.params,
+                    self._params(expansion),
                 )
             )
             first[node] += count
         return requests
+
+    def _params(self, expansion: Expansion) -> SamplingParams:
+        """How an expansion is drawn; a stop text ends a chunk, but nothing drawn to the end."""
+        params = self.params if expansion.params is None else expansion.params
+        return params if expansion.tokens is not None else replace(params, stop=())
 
     def _affordable_counts(self, wanted: Sequence[Expansion]) -> list[int]:
         def capped(cap: int) -> list[int]:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents import (
+    MCTS,
     Adaptive,
     BeamSearch,
     BestOfN,
@@ -33,6 +34,8 @@ PLANNERS = {
     "beam of 3": (BeamSearch, {"beam_width": 3}),
     "beam, 2 subtrees": (BeamSearch, {"beam_width": 4, "subtrees": 2}),
     "receding horizon": (RecedingHorizon, {}),
+    "mcts": (MCTS, {}),
+    "mcts, gumbel": (MCTS, {"root_policy": "gumbel"}),
     "particle filter": (ParticleFilter, {"temperature": 0.02}),
     "adaptive": (Adaptive, {"candidates_per_beam": 32}),
     "adaptive, cautious": (Adaptive, {"candidates_per_beam": 32, "caution": 1.0}),

@@ -146,3 +146,14 @@ def test_ended_responses_have_no_room():
     search = begun()
     [[node]] = search.expand([Expansion(search.tree.root)])
     assert (search.room(search.tree.root), search.room(node)) == (8, 0)
+
+
+def test_stop_texts_end_chunks_and_not_what_is_drawn_to_the_end():
+    search = begun()
+    search.params = SamplingParams(stop=("a", "b", "c"))
+    [row] = search.expand([Expansion(search.tree.root, 12, tokens=6)])
+    assert min(len(node.chunk) for node in row) < 6
+    assert all(node.is_terminal for [node] in search.expand(Expansion(node) for node in row))
+    alone = begun()
+    alone.params = SamplingParams(stop=("a", "b", "c", "d"))
+    assert alone.finish().is_terminal

@@ -1,0 +1,356 @@
+"""Monte Carlo tree search over chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter, OrderedDict
+from typing import Any, get_args
+
+import numpy as np
+
+from agents.base import DEFAULT_PARAMS, check_positive
+from agents.mcts_policies import considered_visits, gumbel_root_scores, perturbed_log_priors
+from agents.mcts_simulator import Backup, LeafValue, RootPolicy, Simulator
+from agents.planner import Planner
+from agents.search import Search, partial
+from agents.tree import Node, SearchTree
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed, stream
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.values import ValueModel
+
+# Trees that are kept for the next decisions: one an episode that is under way.
+_TREES_KEPT = 256
+# Share of the most visited child's visits that makes a mean trustworthy.
+_ENOUGH = 0.25
+# Sets the random numbers of the root apart from those that draw chunks.
+_ROOT_NOISE = 1
+
+
+class MCTS(Planner):
+    """Monte Carlo tree search: simulations go where values are high or little is known.
+
+    The actions are chunks that the language model draws. A simulation goes down from a node by the
+    scores of `agents.mcts_policies` until it comes to a node that may have another chunk
+    (progressive widening: of n visits, `widening` x n ^ `widening_power` may draw one), draws it,
+    and adds the return of what the chunk leads to, a score or an estimate, to every node above.
+    After a decision's simulations the search moves to the best child, keeps what is known below it,
+    and goes on until the response has ended: no tokens are spent on a beginning once it is decided.
+    Where a response that ends with the next chunk scores at least the best child's mean, the search
+    begins again at the root instead.
+
+    Without a budget, each decision has `num_simulations`. Under one, the decisions share what is
+    left equally: a decision with k chunks to go has 1/k of it. Where every simulation ends in a
+    complete response (`leaf_value` "rollout" or "both"), no decision has fewer than
+    `num_simulations`, for a beginning that is judged by one or two continuations is not judged at
+    all, and nothing is lost when the budget ends before the last decision. Later rounds go on in
+    the same tree, from its root.
+
+    Root policies:
+
+    - `"puct"`: PUCT everywhere (Silver et al., "Mastering the Game of Go without Human Knowledge",
+      2017; Schrittwieser et al., "Mastering Atari, Go, Chess and Shogi by Planning with a Learned
+      Model", 2020). The search moves to the child of highest mean among those with at least a
+      quarter of the visits of the most visited one. (Most visits alone, as in these papers, follows
+      the prior where values are close; mean alone, a single lucky visit.)
+    - `"gumbel"`: at the node that is decided, `max_considered` chunks are considered by sequential
+      halving, with Gumbel noise; below it visits follow the improved policy (Danihelka et al.,
+      "Policy Improvement by Planning with Gumbel", 2022). The search moves to the considered child
+      that is best at the end. A node reached earlier keeps its chunks, and only those missing are
+      drawn; the schedule counts the visits of this decision alone.
+
+    Leaf values (without a value model, always by rollouts):
+
+    - `"value"`: the value model's estimate of the new state; the score where the response ended.
+    - `"rollout"`: the response is drawn to its end in one piece and scored. It may be the answer,
+      and all its chunks join the tree as if each had been drawn for itself, which they were.
+    - `"both"`: (1 - `rollout_weight`) x the estimate + `rollout_weight` x the score of one rollout
+      (Silver et al., "Mastering the Game of Go with Deep Neural Networks and Tree Search", 2016).
+      Nodes further down the rollout get the score alone.
+
+    Several simulations are under way at a time (`batch_size`), so that one call of the language
+    model serves them. Those that follow see a visit without success on the way of each of those
+    before (virtual loss: Chaslot et al., "Parallel Monte-Carlo Tree Search", 2008), which is taken
+    back when the returns come.
+
+    Deviations, all because a chunk is a sample and a response's score is certain: priors are shares
+    of the samples; there is no Dirichlet noise, for a widened root explores by itself; a response
+    that has ended is never visited again, since nothing is left to learn there, and a node of which
+    all children have ended draws another chunk. There is no discount, and rewards come at the end.
+    `Node.visits`, `Node.total` and `Node.note` tell all this in an exported tree; with backups by
+    maximum `total` is the visit count times the maximum, so that `Node.mean` is the value.
+
+    Args:
+        language_model: Proposes chunks.
+        reward_model: Scores complete responses.
+        value_model: Estimates the final reward of partial ones; None for rollouts.
+        num_simulations: Simulations of a decision where no budget says how many; the least of one
+            that ends in complete responses.
+        root_policy: `"puct"` or `"gumbel"`.
+        leaf_value: `"value"`, `"rollout"` or `"both"`.
+        rollout_weight: Share of the rollout in `"both"`, 0 to 1.
+        backup: A node's value is the `"mean"` of its returns, or the `"max"`.
+        c_puct: Weight of PUCT's bonus for little visited children, above 0.
+        widening: Chunks that a node may have drawn after its first visit, above 0.
+        widening_power: How their number grows with the visits, 0 to 1.
+        max_considered: Most chunks considered by the root policy `"gumbel"`.
+        batch_size: Simulations under way at a time: more are faster for a prompt by itself (the
+            calls of several prompts are merged in any case), and find a little less.
+        reuse_tree: Whether `act` goes on in the tree of the decision before, where it was made with
+            the same seed. Then a decision depends on the ones before it, and what they paid for is
+            not paid for again. The trees of the last 256 searches are kept. `generate` is not
+            changed by it.
+        max_response_tokens: Token limit of a response.
+        chunk_tokens: Tokens of a chunk.
+        params: How chunks are drawn.
+
+    Raises:
+        ValueError: A number is outside its range, or a word is none of those above.
+
+    Example:
+        >>> from mbrl_text_env.language_models import NGramLM
+        >>> from mbrl_text_env.ledger import Budget
+        >>> from mbrl_text_env.rewards import as_reward_model
+        >>> from mbrl_text_env.types import Prompt
+        >>> lm = NGramLM("abc", order=2, seed=1)
+        >>> reward = as_reward_model(lambda prompt, response: float(response.count("a")))
+        >>> planner = MCTS(lm, reward, max_response_tokens=8, chunk_tokens=2)
+        >>> [answer] = planner.generate([Prompt.from_text("ab")], Budget(tokens=64))
+        >>> answer.usage.generated_tokens <= 64
+        True
+    """
+
+    name = "mcts"
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        reward_model: RewardModel,
+        value_model: ValueModel | None = None,
+        *,
+        num_simulations: int = 8,
+        root_policy: RootPolicy = "puct",
+        leaf_value: LeafValue = "value",
+        rollout_weight: float = 0.5,
+        backup: Backup = "mean",
+        c_puct: float = 1.25,
+        widening: float = 2.0,
+        widening_power: float = 0.5,
+        max_considered: int = 16,
+        batch_size: int = 2,
+        reuse_tree: bool = False,
+        max_response_tokens: int = 256,
+        chunk_tokens: int = 16,
+        params: SamplingParams = DEFAULT_PARAMS,
+    ) -> None:
+        super().__init__(
+            language_model,
+            reward_model,
+            value_model,
+            max_response_tokens=max_response_tokens,
+            chunk_tokens=chunk_tokens,
+            params=params,
+        )
+        check_positive(
+            num_simulations=num_simulations, max_considered=max_considered, batch_size=batch_size
+        )
+        _check_word("root_policy", root_policy, RootPolicy)
+        _check_word("leaf_value", leaf_value, LeafValue)
+        _check_word("backup", backup, Backup)
+        _check_range("rollout_weight", rollout_weight, 0.0, 1.0)
+        _check_range("widening_power", widening_power, 0.0, 1.0)
+        for name, number in (("c_puct", c_puct), ("widening", widening)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, got {number}.")
+        self.num_simulations = num_simulations
+        self.root_policy: RootPolicy = root_policy
+        self.leaf_value: LeafValue = leaf_value
+        self.rollout_weight = rollout_weight
+        self.backup: Backup = backup
+        self.c_puct = c_puct
+        self.widening = widening
+        self.widening_power = widening_power
+        self.max_considered = max_considered
+        self.batch_size = batch_size
+        self.reuse_tree = reuse_tree
+        self._memory = _Memory()
+
+    def plan(self, search: Search) -> None:
+        """Decide chunk by chunk, from the root until the response ends or nothing is affordable."""
+        if self.reuse_tree and search.round == 0:
+            self._memory.recall(search, self.chunk_tokens)
+        simulator = Simulator(self, search)
+        node: Node | None = search.tree.root
+        while node is not None and not simulator.is_broke:
+            node = self._decide(simulator, node)
+        if self.reuse_tree:
+            self._memory.keep(search)
+
+    def _decide(self, simulator: Simulator, node: Node) -> Node | None:
+        """Simulate from a node and choose the child to go on from; None where there is none."""
+        count = self._simulations(simulator, node)
+        if self.root_policy == "puct":
+            simulator.run(node, count)
+            best = _robust(node)
+        else:
+            best = GumbelDecision(self, simulator, node, count).chosen()
+        if best is None or _is_better_ended(node, best):
+            return None
+        best.note = f"decided: {best.note}"
+        return best
+
+    def _simulations(self, simulator: Simulator, node: Node) -> int:
+        """Simulations of the decision at a node."""
+        search = simulator.search
+        # A simulation takes a chunk, so one whole path pays for one in each of the decisions left;
+        # or it takes a whole path itself.
+        ends_complete = simulator.rolls_out
+        width = search.width(node, None if ends_complete else self.chunk_tokens)
+        if width is None:
+            return self.num_simulations
+        if not ends_complete:
+            return max(1, width)
+        decisions = math.ceil(search.room(node) / self.chunk_tokens)
+        return max(self.num_simulations, width // decisions)
+
+
+class GumbelDecision:
+    """One decision by Gumbel-top-k and sequential halving.
+
+    Args:
+        planner: Its options.
+        simulator: Runs the simulations.
+        node: The node that is decided.
+        count: Simulations.
+    """
+
+    def __init__(self, planner: MCTS, simulator: Simulator, node: Node, count: int) -> None:
+        self.simulator, self.node = simulator, node
+        known = set(partial(node.children))
+        wanted = min(planner.max_considered, count)
+        new = max(0, wanted - node.samples)
+        self.counts: Counter[Node] = Counter()
+        simulator.complete([node] * new)
+        self.considered, self.perturbed = self._most_favoured(wanted)
+        # What was drawn now was visited with it, whatever else came of a chunk drawn twice.
+        self.counts.update(child for child in self.considered if child not in known)
+        self._halve(count - new, planner.batch_size)
+
+    def chosen(self) -> Node | None:
+        """The considered child that has the highest score of those visited most."""
+        if not self.considered:
+            return None
+        most = max(self.counts[child] for child in self.considered)
+        best = self.considered[int(np.argmax(self._scores(most)))]
+        best.note = (
+            f"the best of {len(self.considered)} considered, visited {best.visits} times, "
+            f"mean {best.mean:.4g}"
+        )
+        return best
+
+    def _most_favoured(self, count: int) -> tuple[list[Node], FloatArray]:
+        children = partial(self.node.children)
+        if not children:
+            return [], np.zeros(0)
+        seed = spawn_seed(self.simulator.search.seed, _ROOT_NOISE)
+        rng = stream(seed, self.node.state, self.node.visits)
+        noise = perturbed_log_priors([child.copies for child in children], rng)
+        first = np.sort(np.argsort(-noise, kind="stable")[:count])
+        return [children[i] for i in first], noise[first]
+
+    def _halve(self, count: int, batch_size: int) -> None:
+        """Visit the considered children by the schedule."""
+        if not self.considered:
+            return
+        schedule = considered_visits(len(self.considered), count + self.counts.total())
+        while self.counts.total() < len(schedule) and not self.simulator.is_broke:
+            turn = schedule[self.counts.total()]
+            # No further than this turn: who goes on depends on its returns.
+            left = schedule[self.counts.total() :].count(turn)
+            stems = []
+            for _ in range(min(left, batch_size)):
+                child = self.considered[int(np.argmax(self._scores(turn)))]
+                self.counts[child] += 1
+                stems.append(self.simulator.descend(child))
+            self.simulator.complete(stems)
+
+    def _scores(self, turn: int) -> FloatArray:
+        children = self.simulator.children(self.node, self.considered)
+        counts = np.array([self.counts[child] for child in self.considered])
+        return gumbel_root_scores(children, self.perturbed, counts, turn)
+
+
+class _Memory:
+    """The trees of the last decisions. Copies of an agent share them; a pickled one has none."""
+
+    def __init__(self) -> None:
+        self._trees: OrderedDict[tuple[int, TextState], SearchTree] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+    def keep(self, search: Search) -> None:
+        """Keep a search's tree."""
+        key = search.seed, search.tree.root.state
+        self._trees.pop(key, None)
+        self._trees[key] = search.tree
+        while len(self._trees) > _TREES_KEPT:
+            self._trees.popitem(last=False)
+
+    def recall(self, search: Search, chunk_tokens: int) -> None:
+        """Give a new search what the tree of the decision before holds below its state."""
+        state = search.tree.root.state
+        for tokens in range(1, min(chunk_tokens, len(state.response_ids)) + 1):
+            before = dataclasses.replace(state, response_ids=state.response_ids[:-tokens])
+            tree = self._trees.get((search.seed, before))
+            same = [node for node in tree.nodes if node.state == state] if tree else []
+            if same:
+                _graft(search.tree, search.tree.root, same[0])
+                return
+
+
+def _graft(tree: SearchTree, root: Node, source: Node) -> None:
+    """Copy all that is known of another tree's node, and of what follows it, to a root."""
+    going = [(root, source)]
+    while going:
+        node, known = going.pop()
+        for name in ("value", "std", "score", "parts", "visits", "total"):
+            setattr(node, name, getattr(known, name))
+        for child in known.children:
+            assert child.chunk is not None
+            copied = tree.add(node, child.chunk, child.state)
+            copied.copies = child.copies
+            going.append((copied, child))
+        node.samples = known.samples
+
+
+def _robust(node: Node) -> Node | None:
+    """The child that has not ended with the highest mean, of those that were visited enough."""
+    children = partial(node.children)
+    if not children:
+        return None
+    enough = _ENOUGH * max(child.visits for child in children)
+    tried = [child for child in children if child.visits >= enough]
+    best = max(tried, key=lambda child: (child.mean, child.visits))
+    visits = sum(child.visits for child in node.children)
+    best.note = (
+        f"mean {best.mean:.4g}, the highest of {len(tried)} children visited enough; "
+        f"{best.visits} of {visits} visits"
+    )
+    return best
+
+
+def _is_better_ended(node: Node, child: Node) -> bool:
+    """Whether a response that ends with the next chunk is as good as a child's mean."""
+    return any(end.is_terminal and end.mean >= child.mean for end in node.children)
+
+
+def _check_word(name: str, word: str, choices: Any) -> None:
+    if word not in get_args(choices):
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {word!r}.")
+
+
+def _check_range(name: str, number: float, low: float, high: float) -> None:
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {number}.")
