@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agents.values.fitted import FittedValue, Sources
+from agents.values.heads import LinesHead, fit_lines
+from agents.values.prefixes import LENGTHS, Samples, check_lengths, cut_prefixes, samples_of
+from agents.values.validation import Fitter
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound, score_responses
-from mbrl_text_env.types import TextState
+from mbrl_text_env.rewards.base import (
+    RewardModel,
+    Scores,
+    reward_usage_bound,
+    score_responses,
+)
+from mbrl_text_env.types import FloatArray, TextState
 from mbrl_text_env.values import ValueEstimate
 
+if TYPE_CHECKING:
+    from mbrl_text_env.records import Record
 
-class PrefixRewardValue:
-    """The reward model's score of the prefix's text, with standard deviation 0.
 
-    It needs no records. Every call of it is a call of the reward model and is charged as one.
+class PrefixRewardValue(FittedValue):
+    """The reward model's score of the prefix's text, as it is or calibrated on records.
+
+    It needs no records: without a fit, the mean is the prefix's score and the standard deviation 0.
+    `fit` calibrates it, with a line from score to final score for each prefix length and the
+    standard deviation of what that leaves; prefixes of different lengths can then be compared.
+    Every call of it is a call of the reward model and is charged as one.
 
     Args:
         reward_model: Scores the prefixes.
         tokenizer: Decodes them; a language model will do.
+        lengths: Prefix lengths in tokens that it is calibrated on.
+
+    Raises:
+        ValueError: `lengths` are not positive and increasing.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -33,36 +53,94 @@ class PrefixRewardValue:
         array([0.])
     """
 
-    is_fitted = True
+    kind = "prefix_reward"
+    head_type = LinesHead
 
-    def __init__(self, reward_model: RewardModel, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        reward_model: RewardModel,
+        tokenizer: Tokenizer,
+        *,
+        lengths: Sequence[int] = LENGTHS,
+    ) -> None:
+        check_lengths(lengths)
         self.reward_model = reward_model
         self.tokenizer = tokenizer
+        self.lengths = tuple(lengths)
 
-    def predict(self, states: Sequence[TextState]) -> ValueEstimate:
-        """Score the prefixes, uncharged."""
-        return self.predict_with(states, None)
+    @property
+    def is_fitted(self) -> bool:
+        """Always: the score of the prefix needs no records."""
+        return True
 
-    def predict_with(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
-    ) -> ValueEstimate:
-        """Score the prefixes, each charged to its ledger."""
-        scores = score_responses(
-            self.reward_model,
-            [state.prompt for state in states],
-            [self.tokenizer.decode(state.response_ids) for state in states],
-            ledgers=ledgers,
-        )
-        return ValueEstimate(np.asarray(scores.total, dtype=np.float64), np.zeros(len(states)))
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether `fit` was called."""
+        return hasattr(self, "head_")
+
+    def inputs(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
+    ) -> FloatArray:
+        """float64[B, 2]: the prefix's score and its length."""
+        scores = score_prefixes(self.reward_model, self.tokenizer, states, ledgers)
+        return np.column_stack([scores.total, [float(len(s.response_ids)) for s in states]])
+
+    def samples(self, records: Sequence[Record]) -> Samples:
+        """Prefixes of many lengths."""
+        states, owners = cut_prefixes(records, self.lengths)
+        return samples_of(self.inputs(states), owners, [len(s.response_ids) for s in states])
+
+    def fitters(self, samples: Samples) -> Mapping[str, Fitter]:
+        """One: a line for each length."""
+        return {"lines": fit_lines}
+
+    def final_scores(self, inputs: FloatArray) -> FloatArray:
+        """The rewards of the texts as they are."""
+        return inputs[:, 0]
+
+    def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
+        """The scores of the prefixes, calibrated where there was a fit."""
+        if self.is_calibrated:
+            return super().estimate(inputs, lengths)
+        return ValueEstimate(inputs[:, 0], np.zeros(len(inputs)))
 
     def usage_bound(self, state: TextState) -> Usage:
         """The most that one prefix is charged."""
         return reward_usage_bound(self.reward_model)
 
     def expected_usage(self, state: TextState) -> Usage:
-        """About what this prefix is charged."""
-        flops = getattr(self.reward_model, "flops", None)
-        if flops is None:
-            return Usage(reward_calls=1)
-        text = self.tokenizer.decode(state.response_ids)
-        return Usage(reward_calls=1, reward_flops=float(flops([state.prompt], [text])[0]))
+        """What this prefix is charged."""
+        return prefix_reward_usage(self.reward_model, self.tokenizer, state)
+
+    def settings(self) -> dict[str, Any]:
+        """The lengths."""
+        return {"lengths": list(self.lengths)}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> PrefixRewardValue:
+        """See `FittedValue.from_settings`."""
+        return cls(sources.reward(), sources.tokenizer, lengths=settings["lengths"])
+
+
+def score_prefixes(
+    reward_model: RewardModel,
+    tokenizer: Tokenizer,
+    states: Sequence[TextState],
+    ledgers: Sequence[Ledger] | None,
+) -> Scores:
+    """Score the states' texts, each charged to its ledger."""
+    return score_responses(
+        reward_model,
+        [state.prompt for state in states],
+        [tokenizer.decode(state.response_ids) for state in states],
+        ledgers=ledgers,
+    )
+
+
+def prefix_reward_usage(reward_model: RewardModel, tokenizer: Tokenizer, state: TextState) -> Usage:
+    """What scoring a state's text is charged."""
+    flops = getattr(reward_model, "flops", None)
+    if flops is None:
+        return Usage(reward_calls=1)
+    text = tokenizer.decode(state.response_ids)
+    return Usage(reward_calls=1, reward_flops=float(flops([state.prompt], [text])[0]))

@@ -77,11 +77,10 @@ def test_scores_that_are_noise_are_reported_as_such():
     assert abs(report.correlation) < 0.3
 
 
-def test_constant_scores_have_no_correlation():
+def test_constant_scores_are_no_signal():
     same = [record(r.prompt_text, r.response, 0.5) for r in learnable()]
-    value = EmbeddingValue(TOKENIZER, LetterEncoder()).fit(same)
-    assert np.isnan(value.report_.correlation)
-    assert value.predict([state("prompt 1", "ab")]).mean == pytest.approx([0.5])
+    with pytest.raises(FitError, match=r"0\.5 60 times: there is no signal"):
+        EmbeddingValue(TOKENIZER, LetterEncoder()).fit(same)
 
 
 def test_predictions_are_batched_and_empty_batches_are_empty():

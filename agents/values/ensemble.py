@@ -1,0 +1,267 @@
+"""Many heads on bootstrapped prompts: a mean, and a standard deviation that knows what is rare."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from agents.values.fitted import FittedValue, Sources
+from agents.values.heads import Arrays
+from agents.values.loading import value_class
+from agents.values.prefixes import FitError, Samples
+from agents.values.validation import (
+    Fitter,
+    Head,
+    Spread,
+    choose,
+    report,
+    root_mean_square,
+)
+from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.values import ValueEstimate
+
+if TYPE_CHECKING:
+    from mbrl_text_env.records import Record
+
+_TINY = 1e-12
+_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class EnsembleHead:
+    """The mean of members.
+
+    Args:
+        members: Heads on the same inputs.
+        scale: float64[1], what calibrates the standard deviation.
+    """
+
+    members: tuple[Head, ...]
+    scale: FloatArray
+
+    def predict(self, inputs: FloatArray) -> FloatArray:
+        """float64[B] for float64[B, d]."""
+        return self.votes(inputs).mean(axis=0)
+
+    def votes(self, inputs: FloatArray) -> FloatArray:
+        """float64[members, B]: what each member says."""
+        return np.stack([member.predict(inputs) for member in self.members])
+
+
+class EnsembleValue(FittedValue):
+    """Members fitted on prompts drawn with replacement; their disagreement is part of the spread.
+
+    The inputs of all members are those of the base and are paid for once, so an ensemble costs at
+    use what its base costs. The standard deviation joins the members' disagreement and the noise
+    that no member explains, by prefix length; it is scaled so that the errors on out-of-bag
+    prompts, predicted by the members that have not seen them, are of one standard deviation.
+
+    Source: Breiman, "Bagging predictors", 1996, and "Out-of-bag estimation", 1996. Deviation: whole
+    prompts are drawn, not rows.
+
+    Args:
+        base: A value model to be fitted, `FittedValue`; it is not changed itself.
+        num_members: At least 2; few leave prompts that are in every member's bag.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: There are fewer than 2 members, or the base is no `FittedValue`.
+
+    Example:
+        >>> value = EnsembleValue(StackedValue(lm, reward)).fit(records)  # doctest: +SKIP
+        >>> value.predict([state]).std  # doctest: +SKIP
+        array([0.21])
+    """
+
+    kind = "ensemble"
+
+    def __init__(self, base: FittedValue, num_members: int = 8, seed: int = 0) -> None:
+        if num_members < 2:
+            raise ValueError(f"num_members: expected at least 2, got {num_members}.")
+        if not isinstance(base, FittedValue) or isinstance(base, EnsembleValue):
+            raise ValueError(
+                f"base: expected a value model that is fitted on records (a FittedValue), got "
+                f"{type(base).__name__}. Subclass `agents.values.FittedValue`, which divides a "
+                "value model into inputs that members can share and a head of each."
+            )
+        self.base = base
+        self.num_members = num_members
+        self.seed = seed
+
+    def inputs(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
+    ) -> FloatArray:
+        """float64[B, d]: those of the base."""
+        return self._shared().inputs(states, ledgers)
+
+    def samples(self, records: Sequence[Record]) -> Samples:
+        """Those of the base."""
+        # A copy, so that one base can serve several ensembles.
+        self.base_ = copy.copy(self.base)
+        return self.base_.samples(records)
+
+    def fitters(self, samples: Samples) -> Mapping[str, Fitter]:
+        """Those of the base."""
+        return self._shared().fitters(samples)
+
+    def final_scores(self, inputs: FloatArray) -> FloatArray | None:
+        """Those of the base."""
+        return self._shared().final_scores(inputs)
+
+    def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
+        """Mean of the members; disagreement and noise, scaled."""
+        head = self.head_
+        assert isinstance(head, EnsembleHead)
+        votes = head.votes(inputs)
+        noise = self.spread_.at(lengths)
+        std = head.scale[0] * np.sqrt(votes.var(axis=0, ddof=1) + noise**2)
+        return ValueEstimate(votes.mean(axis=0), std)
+
+    def usage_bound(self, state: TextState) -> Usage:
+        """That of the base: the inputs are shared."""
+        return self._shared().usage_bound(state)
+
+    def expected_usage(self, state: TextState) -> Usage:
+        """That of the base."""
+        return self._shared().expected_usage(state)
+
+    def flops(self, states: Sequence[TextState]) -> FloatArray:
+        """float64[B]: those of the base; 0 where it has none."""
+        base: Any = self._shared()
+        return base.flops(states) if hasattr(base, "flops") else np.zeros(len(states))
+
+    def flops_bound(self) -> float:
+        """That of the base."""
+        base: Any = self._shared()
+        return float(base.flops_bound()) if hasattr(base, "flops_bound") else 0.0
+
+    def _fit(self, samples: Samples, records: Sequence[Record]) -> None:
+        fitters = self.fitters(samples)
+        self.chosen_, _ = choose(fitters, samples)
+        bags = list(_bags(samples, self.num_members, self.seed))
+        members = tuple(fitters[self.chosen_](samples.rows(bag)) for bag in bags)
+        out = _out_of_bag(members, bags, samples)
+        calibration = _calibrated(out, np.ones(len(out.mean), dtype=bool))
+        self.spread_ = calibration.noise
+        self.head_ = EnsembleHead(members, np.asarray([calibration.scale]))
+        # The report is of calibrations on other prompts than those that they are measured on.
+        std = np.zeros(len(out.mean))
+        for fold in range(_FOLDS):
+            own = out.samples.groups % _FOLDS == fold
+            if own.any():
+                rest = ~own if (~own).any() else own
+                std[own] = _calibrated(out, rest).std(out, own)
+        found = report(out.mean, std, out.samples, len(records))
+        self.report_ = replace(found, num_prompts=samples.num_prompts)
+
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments, and the base's kind and settings."""
+        base = self._shared()
+        return {
+            "base": {"kind": base.kind, "settings": base.settings()},
+            "num_members": self.num_members,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> EnsembleValue:
+        """See `FittedValue.from_settings`."""
+        kind = value_class(settings["base"]["kind"])
+        base = kind.from_settings(settings["base"]["settings"], sources)
+        value = cls(base, settings["num_members"], settings["seed"])
+        value.base_ = base
+        return value
+
+    def head_arrays(self, head: Any) -> Arrays:
+        """All members and the scale, as arrays by name."""
+        return {
+            "scale": head.scale,
+            **{
+                f"member{i}.{name}": values
+                for i, member in enumerate(head.members)
+                for name, values in self._shared().head_arrays(member).items()
+            },
+        }
+
+    def read_head(self, arrays: Arrays) -> EnsembleHead:
+        """Read `head_arrays`."""
+        members = []
+        for i in range(self.num_members):
+            start = f"member{i}."
+            own = {n.removeprefix(start): a for n, a in arrays.items() if n.startswith(start)}
+            members.append(self._shared().read_head(own))
+        return EnsembleHead(tuple(members), arrays["scale"])
+
+    def _shared(self) -> FittedValue:
+        return self.base_ if hasattr(self, "base_") else self.base
+
+
+@dataclass(frozen=True)
+class _OutOfBag:
+    """What members say of prompts that they have not seen.
+
+    Args:
+        mean, disagreement: float64[M], of the members that have not seen the row's prompt.
+        samples: The M rows of which at least two members have not seen the prompt.
+    """
+
+    mean: FloatArray
+    disagreement: FloatArray
+    samples: Samples
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    noise: Spread
+    scale: float
+
+    def std(self, out: _OutOfBag, rows: Any) -> FloatArray:
+        noise = self.noise.at(out.samples.lengths[rows])
+        return np.asarray(self.scale * np.sqrt(out.disagreement[rows] ** 2 + noise**2))
+
+
+def _calibrated(out: _OutOfBag, rows: Any) -> _Calibration:
+    lengths = out.samples.lengths[rows]
+    errors = (out.mean - out.samples.scores)[rows]
+    total = Spread.fit(errors, lengths)
+    explained = Spread.fit(out.disagreement[rows], lengths)
+    noise = np.sqrt(np.maximum(total.stds**2 - explained.stds**2, 0.0))
+    raw = _Calibration(Spread(total.knots, noise), 1.0)
+    return replace(raw, scale=root_mean_square(errors / np.maximum(raw.std(out, rows), _TINY)))
+
+
+def _bags(samples: Samples, count: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Row indices of prompts drawn with replacement, a bag for each member."""
+    rng = np.random.default_rng(seed)
+    rows_of = [np.flatnonzero(samples.groups == group) for group in np.unique(samples.groups)]
+    for _ in range(count):
+        drawn = rng.integers(len(rows_of), size=len(rows_of))
+        yield np.concatenate([rows_of[i] for i in drawn])
+
+
+def _out_of_bag(
+    members: Sequence[Head], bags: Sequence[npt.NDArray[np.int64]], samples: Samples
+) -> _OutOfBag:
+    unseen = np.ones((len(members), len(samples)), dtype=bool)
+    for i, bag in enumerate(bags):
+        unseen[i, bag] = False
+    votes = np.stack([member.predict(samples.inputs) for member in members])
+    rows = unseen.sum(axis=0) >= 2
+    if not rows.any():
+        raise FitError(
+            f"Expected prompts that at least 2 of {len(members)} members have not seen, got none: "
+            f"the records have {samples.num_prompts} prompts. Collect more prompts, or raise "
+            "num_members."
+        )
+    masked = np.ma.masked_array(votes[:, rows], ~unseen[:, rows])
+    return _OutOfBag(
+        np.asarray(masked.mean(axis=0)),
+        np.asarray(masked.std(axis=0, ddof=1)),
+        samples.rows(rows),
+    )

@@ -1,0 +1,275 @@
+"""What the value models that are fitted on records share.
+
+A value model is split in two: `inputs`, which asks the models that cost something (an encoder, the
+reward model, the language model) and is charged, and a head, which is arithmetic on these numbers.
+So whoever fits many heads, as validation and `EnsembleValue` do, pays for the inputs once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from agents.values.heads import Arrays, LinearHead, arrays_of, from_arrays
+from agents.values.prefixes import FitError, Samples, check_records
+from agents.values.storage import write_value
+from agents.values.validation import (
+    FitReport,
+    Fitter,
+    Head,
+    Spread,
+    choose,
+    cross_spread,
+    report,
+)
+from mbrl_text_env.language_models.base import LanguageModel, Tokenizer
+from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.values import ValueEstimate, ValueModelError
+
+if TYPE_CHECKING:
+    from mbrl_text_env.encoders import Encoder
+    from mbrl_text_env.records import Record
+    from mbrl_text_env.rewards.base import RewardModel
+
+V = TypeVar("V", bound="FittedValue")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The models that a value model that is read from a folder works with.
+
+    Args:
+        tokenizer: A language model, or a tokenizer alone for a value that needs no more.
+        reward_model: None for a value that needs none.
+        encoder: None for MiniLM.
+    """
+
+    tokenizer: Tokenizer
+    reward_model: RewardModel | None = None
+    encoder: Encoder | None = None
+
+    def reward(self) -> RewardModel:
+        """The reward model.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self.reward_model is None:
+            raise ValueError("a value that asks a reward model; pass the one it was fitted with")
+        return self.reward_model
+
+    def language_model(self) -> LanguageModel:
+        """The language model.
+
+        Raises:
+            ValueError: There is a tokenizer alone.
+        """
+        if not isinstance(self.tokenizer, LanguageModel):
+            raise ValueError("a value that asks a language model; pass the one it was fitted with")
+        return self.tokenizer
+
+
+class FittedValue(ABC):
+    """A value model that learns from records; a subclass says what it sees and how it is fitted.
+
+    Attributes:
+        head_: What makes the mean of the inputs, fitted.
+        spread_: `Spread`, the standard deviation by prefix length, of the errors on prompts left
+            out.
+        chosen_: Name of the head, where there were several to choose from.
+        report_: `FitReport` of the fit, on prompts left out.
+        reward_name_: The reward model whose scores it was fitted on.
+        language_model_name_: The language model that wrote the responses.
+
+    Example:
+        >>> class Length(FittedValue):  # ridge on the number of tokens
+        ...     kind = "length"
+        ...     def inputs(self, states, ledgers=None):
+        ...         return np.array([[len(s.response_ids)] for s in states], dtype=float)
+        ...     def samples(self, records):
+        ...         states, owners = cut_prefixes(records)
+        ...         lengths = [len(state.response_ids) for state in states]
+        ...         return samples_of(self.inputs(states), owners, lengths)
+        ...     def fitters(self, samples):
+        ...         return {"ridge": functools.partial(fit_ridge, alpha=1.0)}
+    """
+
+    kind: ClassVar[str]
+    head_type: ClassVar[type] = LinearHead
+    head_: Head
+
+    @abstractmethod
+    def inputs(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
+    ) -> FloatArray:
+        """float64[B, d]: what is seen of the states; other models' calls are charged."""
+
+    @abstractmethod
+    def samples(self, records: Sequence[Record]) -> Samples:
+        """What the model is fitted on; asks the models that cost something, uncharged."""
+
+    @abstractmethod
+    def fitters(self, samples: Samples) -> Mapping[str, Fitter]:
+        """Ways to fit the head, by name; the one that ranks best is taken."""
+
+    def final_scores(self, inputs: FloatArray) -> FloatArray | None:
+        """float64[B]: the rewards of the texts as they are, where the inputs tell them."""
+        return None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is something to predict with."""
+        return hasattr(self, "head_")
+
+    def fit(self: V, records: Sequence[Record]) -> V:
+        """Fit on scored responses.
+
+        Raises:
+            FitError: The records are fewer than two, of several reward models or language models,
+                without token ids, or all scored the same.
+        """
+        check_records(records)
+        samples = self.samples(records)
+        if np.ptp(samples.scores) == 0:
+            raise FitError(
+                "Expected prefixes of responses whose scores differ, got one score: there is no "
+                "signal to learn from. Collect more responses, and longer ones."
+            )
+        self._fit(samples, records)
+        self.reward_name_ = records[0].reward_name
+        self.language_model_name_ = records[0].language_model
+        return self
+
+    def _fit(self, samples: Samples, records: Sequence[Record]) -> None:
+        fitters = self.fitters(samples)
+        self.chosen_, guess = choose(fitters, samples)
+        self.head_ = fitters[self.chosen_](samples)
+        if guess is None:
+            deviations = samples.scores - samples.scores.mean()
+            self.spread_ = Spread.fit(deviations, samples.lengths)
+            self.report_ = report(None, None, samples, len(records))
+            return
+        self.spread_ = Spread.fit(guess.mean - samples.scores, samples.lengths)
+        std = cross_spread(guess, samples)
+        self.report_ = report(guess.mean, std, samples, len(records))
+
+    def predict(self, states: Sequence[TextState]) -> ValueEstimate:
+        """Mean and standard deviation, each float64[B]; uncharged.
+
+        Raises:
+            ValueModelError: The model is not fitted.
+        """
+        return self.predict_with(states, None)
+
+    def predict_with(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
+    ) -> ValueEstimate:
+        """`predict`, with what other models take charged to the ledgers, one a state.
+
+        A response that has ended is worth its score, where the model sees that, and no guess.
+
+        Raises:
+            ValueModelError: The model is not fitted.
+        """
+        if not self.is_fitted:
+            raise ValueModelError(
+                f"{type(self).__name__} is not fitted. Call fit(records), or load a saved one "
+                "with `agents.values.load_value`."
+            )
+        if not states:
+            return ValueEstimate(np.zeros(0), np.zeros(0))
+        inputs = self.inputs(states, ledgers)
+        estimate = self.estimate(inputs, [len(state.response_ids) for state in states])
+        final = self.final_scores(inputs)
+        if final is None:
+            return estimate
+        ended = np.asarray([state.finish_reason is not None for state in states])
+        return ValueEstimate(
+            np.where(ended, final, estimate.mean), np.where(ended, 0.0, estimate.std)
+        )
+
+    def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
+        """The values of prefixes by their inputs, float64[B, d], and lengths in tokens."""
+        return ValueEstimate(self.head_.predict(inputs), self.spread_.at(lengths))
+
+    def usage_bound(self, state: TextState) -> Usage:
+        """The most that other models' calls for one state are charged."""
+        return Usage()
+
+    def expected_usage(self, state: TextState) -> Usage:
+        """About what other models' calls for one state are charged."""
+        return self.usage_bound(state)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the fitted model, JSON and safetensors; one that is there is replaced.
+
+        Raises:
+            ValueModelError: The model is not fitted, or the folder holds something else.
+        """
+        config, arrays = self.stored()
+        write_value(folder, config, arrays)
+
+    def stored(self) -> tuple[dict[str, Any], Arrays]:
+        """What a folder keeps: JSON values, and arrays by name.
+
+        Raises:
+            ValueModelError: The model is not fitted.
+        """
+        if not hasattr(self, "head_"):
+            raise ValueModelError(
+                f"Only a fitted {type(self).__name__} can be saved. Call fit(records)."
+            )
+        config = {
+            "kind": self.kind,
+            "settings": self.settings(),
+            "chosen": self.chosen_,
+            "reward": self.reward_name_,
+            "language_model": self.language_model_name_,
+            "report": self.report_.to_dict(),
+        }
+        return config, {**self.head_arrays(self.head_), **arrays_of(self.spread_, "spread")}
+
+    @classmethod
+    def restored(cls: type[V], config: Mapping[str, Any], arrays: Arrays, sources: Sources) -> V:
+        """Make a value model of what `stored` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: Something is missing or wrong.
+        """
+        if config["kind"] != cls.kind:
+            raise ValueError(f"a value of kind {config['kind']!r}, expected {cls.kind!r}")
+        value = cls.from_settings(config["settings"], sources)
+        value.chosen_ = config["chosen"]
+        value.reward_name_ = config["reward"]
+        value.language_model_name_ = config["language_model"]
+        value.report_ = FitReport.from_dict(config["report"])
+        value.spread_ = from_arrays(Spread, arrays, "spread")
+        value.head_ = value.read_head(arrays)
+        return value
+
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments and fitted numbers, as JSON values; needed for saving alone."""
+        raise ValueModelError(
+            f"{type(self).__name__} cannot be saved: it has no `settings` and `from_settings`. "
+            "Add both."
+        )
+
+    @classmethod
+    def from_settings(cls: type[V], settings: Mapping[str, Any], sources: Sources) -> V:
+        """An object with these settings, without its head."""
+        raise ValueError(f"{cls.__name__} has no `from_settings`")
+
+    def head_arrays(self, head: Any) -> Arrays:
+        """A head as arrays by name."""
+        return arrays_of(head, "head")
+
+    def read_head(self, arrays: Arrays) -> Head:
+        """A head from `head_arrays`."""
+        head: Head = from_arrays(self.head_type, arrays, "head")
+        return head
