@@ -13,7 +13,7 @@ from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound
 from mbrl_text_env.types import Prompt, TextState
-from mbrl_text_env.values import ValueModel
+from mbrl_text_env.values import ValueModel, check_value_fits
 
 # Chunks that may be drawn one after the other and lead nowhere new before a search gives up.
 _PATIENCE = 64
@@ -64,6 +64,7 @@ class Planner(Agent):
             chunk_tokens=chunk_tokens,
             params=params,
         )
+        check_value_fits(value_model, language_model, reward_model)
         self.value_model = value_model
         self._watched: dict[TextState, SearchTree] | None = None
 

@@ -23,10 +23,10 @@ from benchmarks.options import (
     load_language_model,
     load_prompts_option,
     load_reward,
-    load_tokenizer,
     load_value_option,
     value_digest,
 )
+from benchmarks.report import fit_table
 from benchmarks.reward_audit import audit_command
 from benchmarks.reward_fit import fit_command as fit_reward_command
 from benchmarks.search_command import search_command
@@ -128,7 +128,7 @@ def compare_command(
         chosen,
         model,
         reward_model,
-        load_value_option(value, reward_model, model),
+        load_value_option(value, reward_model, model, max_response_tokens, seed),
         None if gold is None else load_reward(gold, reward_timeout),
         {"value": value_digest(value), "reward": reward, "dtype": dtype},
     )
@@ -193,26 +193,40 @@ def collect_command(
 def fit_command(
     records: Annotated[Path, typer.Option(help="Records folder, as written by `collect`.")],
     out: Annotated[Path, typer.Option(help="Folder for the value model.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
+            "'stacked-embedding', 'ensemble' or 'hidden-state'."
+        ),
+    ] = "stacked",
     language_model: LanguageModelOption = "embedded",
-    alpha: Annotated[float, typer.Option(help="Strength of the ridge penalty.")] = 1.0,
-    prefix_ratio: Annotated[float, typer.Option(help="Share of the words that is kept.")] = 0.5,
+    dtype: DtypeOption = "default",
+    tokenizer: TokenizerOption = "embedded",
+    max_response_tokens: TokensOption = 96,
+    seed: int = 0,
+    reward_timeout: TimeoutOption = 600.0,
 ) -> None:
-    """Fit the article's value predictor on scored records."""
-    from agents.values import EmbeddingValue
+    """Fit a value model on scored records, for the reward that scored them."""
+    from agents.values import FITTED, FittedValue, check_value_fits, make_value
     from mbrl_text_env.records import read_records
 
+    if kind not in FITTED:
+        raise typer.BadParameter(f"--kind: expected one of {', '.join(FITTED)}, got {kind!r}.")
     found = read_records(records)
-    value = EmbeddingValue(load_tokenizer(language_model), alpha=alpha, prefix_ratio=prefix_ratio)
-    report = value.fit(found).report_
+    if not found:
+        raise typer.BadParameter(f"--records: expected scored records, got none in {records}.")
+    reward_model = load_reward(found[0].reward_name, reward_timeout)
+    model = load_language_model(language_model, dtype, tokenizer)
+    value = make_value(
+        kind, model, reward_model, max_response_tokens=max_response_tokens, seed=seed
+    )
+    assert isinstance(value, FittedValue)
+    value.fit(found)
+    check_value_fits(value, model, reward_model)
     value.save(out)
-    shown = Table("measured on prompts left out", "", title=f"Value of {found[0].reward_name!r}")
-    shown.add_row("records", str(report.num_records))
-    shown.add_row("prompts", str(report.num_prompts))
-    shown.add_row("correlation", f"{report.correlation:.3f}")
-    shown.add_row("correlation within a prompt", f"{report.within_prompt:.3f}")
-    shown.add_row("standard deviation of the error", f"{report.std:.3f}")
-    console.print(shown)
-    console.print(f"Use it with `mbrl-text compare --value {out}`.")
+    console.print(fit_table(value, found[0].reward_name))
+    console.print(f"Use it with `mbrl-text compare --reward {found[0].reward_name} --value {out}`.")
 
 
 @app.command("prompts")

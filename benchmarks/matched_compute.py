@@ -25,8 +25,9 @@ REWARDS = ("sentiment", "relevance", "constraints")
 ARTICLE = "lookahead:value=embedding"
 AGENTS = (DEFAULT_PLANNER, ARTICLE)
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
-# What an ablation changes, one thing at a time.
+# One thing changed at a time, beginning with what is changed; then the other planners.
 ABLATIONS = (
+    "beam:chunk_tokens=8:beam_width=2:value=prefix",
     "beam:chunk_tokens=4:beam_width=2:value=prefix",
     "beam:chunk_tokens=16:beam_width=2:value=prefix",
     "beam:chunk_tokens=32:beam_width=2:value=prefix",
@@ -35,8 +36,16 @@ ABLATIONS = (
     "beam:chunk_tokens=8:beam_width=4:value=prefix",
     "beam:chunk_tokens=8:beam_width=4:subtrees=4:value=prefix",
     "beam:chunk_tokens=8:beam_width=2:value=embedding",
+    "beam:chunk_tokens=8:beam_width=2:value=hidden-state",
+    "beam:chunk_tokens=8:beam_width=2:value=stacked",
+    "beam:chunk_tokens=8:beam_width=2:value=ensemble",
+    "beam:chunk_tokens=8:beam_width=2:value=rollout",
     "lookahead:prefix_tokens=16:value=prefix",
     "lookahead:prefix_tokens=32:value=prefix",
+    "receding-horizon:value=prefix",
+    "particle-filter:value=prefix",
+    "mcts:value=prefix",
+    "mcts:root_policy=gumbel:value=prefix",
 )
 
 
@@ -66,7 +75,9 @@ def main(
     seed: int = 0,
     language_model: LanguageModelOption = "embedded",
     dtype: DtypeOption = "int8",
-    ablations: Annotated[bool, typer.Option(help="Also vary one thing at a time.")] = False,
+    ablations: Annotated[
+        bool, typer.Option(help="Also the other planners, values, chunk sizes and beams.")
+    ] = False,
     page: Annotated[Path | None, typer.Option(help="Write a page of results there.")] = None,
     quick: Annotated[
         bool, typer.Option(help="16 prompts, one budget, the default planner and the article's.")

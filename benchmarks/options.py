@@ -15,7 +15,6 @@ from rich.console import Console
 console = Console()
 errors = Console(stderr=True)
 
-_PREFIX = "prefix"
 _PUZZLES = "reasoning-gym:"
 _PUZZLES_A_SPLIT = 256
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
@@ -53,8 +52,8 @@ PromptsOption = Annotated[
 ValueOption = Annotated[
     str,
     typer.Option(
-        help="'prefix' for the reward model on the prefix, or a value model's folder, as written "
-        "by `fit`."
+        help="'prefix' for the reward model on the prefix, 'rollout' for the mean of a few "
+        "continuations, or a value model's folder, as written by `fit`."
     ),
 ]
 TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a response.")]
@@ -126,18 +125,24 @@ def load_reward(spec: str, timeout: float) -> Any:
     return TimeLimit(make(spec), timeout)
 
 
-def load_value_option(value: str, reward_model: Any, language_model: Any) -> Any:
+def load_value_option(
+    value: str, reward_model: Any, language_model: Any, max_response_tokens: int, seed: int
+) -> Any:
     """The value model of a `ValueOption`."""
-    from agents.values import EmbeddingValue, PrefixRewardValue
+    from agents.values import READY, load_value, make_value
 
-    if value == _PREFIX:
-        return PrefixRewardValue(reward_model, language_model)
-    return EmbeddingValue.load(value, language_model)
+    if value not in READY:
+        return load_value(value, language_model, reward_model)
+    return make_value(
+        value, language_model, reward_model, max_response_tokens=max_response_tokens, seed=seed
+    )
 
 
 def value_digest(value: str) -> str:
     """Names the value model of a `ValueOption` in a config: another one is another comparison."""
-    if value == _PREFIX:
+    from agents.values import READY
+
+    if value in READY:
         return value
     digest = hashlib.sha256()
     for path in sorted(Path(value).iterdir()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.panel import Panel
@@ -12,6 +12,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from mbrl_text_env.files import write_file
+
+if TYPE_CHECKING:
+    from agents.values import FittedValue
 
 
 def table(summary: dict[str, Any]) -> Group:
@@ -52,6 +55,32 @@ def table(summary: dict[str, Any]) -> Group:
     if warnings:
         warnings.append(Text("`mbrl-text reward audit` tells whether the reward is exploitable."))
     return Group(quality, cost, *warnings)
+
+
+def fit_table(value_model: FittedValue, reward: str) -> Group:
+    """What a value model's fit found on prompts left out: as a whole, and by prefix length."""
+    found = value_model.report_
+    whole = Table("measured on prompts left out", "", title=f"Value of {reward!r}")
+    for label, figure in (
+        ("records", f"{found.num_records}"),
+        ("prompts", f"{found.num_prompts}"),
+        ("prefixes", f"{found.num_prefixes}"),
+        ("head", value_model.chosen_),
+        ("correlation", f"{found.correlation:.3f}"),
+        ("correlation within a prompt", f"{found.within_prompt:.3f}"),
+        ("standard deviation of the error", f"{found.std:.3f}"),
+        ("errors within one predicted std (0.68)", f"{found.within_one_std:.3f}"),
+        ("errors within two (0.95)", f"{found.within_two_std:.3f}"),
+    ):
+        whole.add_row(label, figure)
+    if not found.by_length:
+        return Group(whole)
+    headings = ("prefix tokens", "prefixes", "correlation", "within a prompt", "error's std")
+    lengths = Table(*(Column(heading, justify="right") for heading in headings))
+    for row in found.by_length:
+        figures = (row.correlation, row.within_prompt, row.std)
+        lengths.add_row(str(row.length), str(row.num_prefixes), *(f"{f:.3f}" for f in figures))
+    return Group(whole, lengths)
 
 
 def shown_budget(summary: dict[str, Any]) -> str:

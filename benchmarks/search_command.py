@@ -63,7 +63,7 @@ def search_command(
         agent,
         model,
         reward_model,
-        load_value_option(value, reward_model, model),
+        load_value_option(value, reward_model, model, max_response_tokens, seed),
         max_response_tokens=max_response_tokens,
     )
     if not isinstance(planner, Planner):

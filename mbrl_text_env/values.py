@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mbrl_text_env.ledger import Ledger, Usage, timed
+from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.types import FloatArray, TextState
 
 
@@ -105,3 +106,34 @@ def expected_value_usage(value_model: ValueModel, state: TextState) -> Usage:
 def _flops(value_model: Any, states: Sequence[TextState]) -> FloatArray:
     function = getattr(value_model, "flops", None)
     return np.zeros(len(states)) if function is None else np.asarray(function(states), float)
+
+
+def check_value_fits(value_model: object, language_model: object, reward_model: object) -> None:
+    """Refuse a value model that was fitted on scores or responses of other models.
+
+    What a value model was fitted on it says as `reward_name_` and `language_model_name_`; one that
+    lacks these, or has None there, passes: that is for whoever wrote it to know.
+
+    Raises:
+        ValueModelError: It belongs to another reward model or another language model.
+
+    Example:
+        >>> check_value_fits(value, lm, SentimentReward())  # doctest: +SKIP
+    """
+    for label, attribute, got, change in (
+        ("reward model", "reward_name_", reward_name(reward_model), "re-score the records"),
+        ("language model", "language_model_name_", _name(language_model), "collect records"),
+    ):
+        expected = getattr(value_model, attribute, None)
+        if expected is not None and got is not None and expected != got:
+            raise ValueModelError(
+                f"{type(value_model).__name__} was fitted for the {label} {expected!r}, got "
+                f"{got!r}: it would predict something else. Use that {label}, or {change} with "
+                f"this one and fit a value model anew; or set `{attribute}` to None, if it is to "
+                "be used all the same."
+            )
+
+
+def _name(model: object) -> str | None:
+    """A tokenizer alone has no name, and nothing to compare."""
+    return getattr(model, "name", None)

@@ -5,6 +5,7 @@ from mbrl_text_env._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "catalogue": ["FITTED", "READY", "make_value"],
         "embedding": ["EmbeddingValue"],
         "ensemble": ["EnsembleValue"],
         "fitted": ["FittedValue"],

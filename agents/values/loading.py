@@ -1,17 +1,16 @@
-"""Value models out of folders, and whether they belong to what they are used with."""
+"""Value models out of folders."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
 
 from agents.values.fitted import FittedValue, Sources
 from agents.values.storage import reading
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardModel, reward_name
-from mbrl_text_env.values import ValueModel, ValueModelError
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.values import check_value_fits
 
 _CLASSES = {
     "embedding": "EmbeddingValue",
@@ -61,35 +60,3 @@ def load_value(
         value = kind.restored(config, arrays, Sources(language_model, reward_model, encoder))
     check_value_fits(value, language_model, reward_model)
     return value
-
-
-def check_value_fits(
-    value_model: ValueModel, language_model: LanguageModel, reward_model: RewardModel
-) -> None:
-    """Refuse a value model that was fitted on scores or responses of other models.
-
-    A value model that does not say what it was fitted on (`reward_name_`, `language_model_name_`)
-    passes: that is for whoever wrote it to know.
-
-    Raises:
-        ValueModelError: It belongs to another reward model or another language model.
-
-    Example:
-        >>> check_value_fits(value, lm, SentimentReward())  # doctest: +SKIP
-    """
-    for label, attribute, got, change in (
-        ("reward model", "reward_name_", reward_name(reward_model), "re-score the records"),
-        ("language model", "language_model_name_", _name(language_model), "collect records"),
-    ):
-        expected = getattr(value_model, attribute, None)
-        if expected is not None and got is not None and expected != got:
-            raise ValueModelError(
-                f"{type(value_model).__name__} was fitted for the {label} {expected!r}, got "
-                f"{got!r}: it would predict something else. Use that {label}, or {change} with "
-                "this one and fit a value model anew."
-            )
-
-
-def _name(model: Any) -> str | None:
-    """A tokenizer alone has no name, and nothing to compare."""
-    return getattr(model, "name", None)

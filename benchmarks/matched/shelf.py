@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from agents.values import EmbeddingValue
-from agents.values.prefix_reward import PrefixRewardValue
+from agents.values import FITTED, READY, FittedValue, make_value
 from benchmarks.audit.pool import fill_pool
 from benchmarks.compare import choose_prompts
 from mbrl_text_env.language_models.base import LanguageModel
@@ -16,7 +15,7 @@ from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
 from mbrl_text_env.values import ValueModel
 
-_KINDS = ("prefix", "embedding")
+_KINDS = (*READY, *FITTED)
 
 
 class ValueShelf(Mapping[str, ValueModel]):
@@ -69,9 +68,17 @@ class ValueShelf(Mapping[str, ValueModel]):
         return name in _KINDS
 
     def _make(self, name: str) -> ValueModel:
-        if name == "prefix":
-            return PrefixRewardValue(self.reward_model, self.language_model)
-        return EmbeddingValue(self.language_model).fit(self.records())
+        value = make_value(
+            name,
+            self.language_model,
+            self.reward_model,
+            max_response_tokens=self.max_response_tokens,
+            seed=self.seed,
+        )
+        if name not in FITTED:
+            return value
+        assert isinstance(value, FittedValue)
+        return value.fit(self.records())
 
     def records(self) -> list[Record]:
         """The scored responses that the value models are fitted on."""

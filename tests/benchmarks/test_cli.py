@@ -27,9 +27,13 @@ def test_collect_fit_compare(tmp_path):
     result = run("collect", "--out", records, "--reward", "relevance", "--num-prompts", 4, *SMALL)
     assert result.exit_code == 2
     assert "scored by ['sentiment']" in result.output.replace("\n", " ")
-    result = run("fit", "--records", records, "--out", value)
+    result = run("fit", "--records", records, "--out", value, "--kind", "embedding")
     assert result.exit_code == 0, result.output
     assert "correlation within a prompt" in result.output
+    result = run("fit", "--records", records, "--out", tmp_path / "stacked")
+    assert result.exit_code == 0, result.output
+    assert "prefix tokens" in result.output
+    assert "stacked" in (tmp_path / "stacked" / "value.json").read_text()
     words = ["--agents", "sampling,best-of-n,lookahead:prefix_tokens=4", "--reward", "sentiment"]
     words += ["--num-prompts", 2, "--budget-tokens", 32, "--out", out, "--value", value]
     result = run("compare", *words, *SMALL)

@@ -1,0 +1,52 @@
+"""Value models by name."""
+
+import pytest
+
+from agents import BeamSearch
+from agents.values import FITTED, READY, FittedValue, StackedValue, make_value
+from mbrl_text_env.values import ValueModelError
+from tests.agents.values.worlds import LM, PaidReward, prefixes, toy_records
+from tests.toys import CountReward, LetterEncoder
+
+
+def made(name):
+    return make_value(
+        name, LM, PaidReward(), encoder=LetterEncoder(), max_response_tokens=12, seed=3
+    )
+
+
+def test_the_ready_ones_predict_at_once():
+    assert READY == ("prefix", "rollout")
+    for name in READY:
+        assert made(name).predict(prefixes()).mean.shape == (len(prefixes()),)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_the_others_after_a_fit(name):
+    value = made(name)
+    assert isinstance(value, FittedValue)
+    assert value.fit(toy_records(PaidReward())) is value
+    assert value.predict(prefixes()).mean.shape == (len(prefixes()),)
+    assert value.reward_name_ == "paid"
+
+
+def test_settings_reach_the_models():
+    stacked = made("stacked-embedding")
+    assert (stacked.use_embedding, stacked.max_response_tokens, stacked.seed) == (True, 12, 3)
+    assert not made("stacked").use_embedding
+    assert isinstance(made("ensemble").base, StackedValue)
+    assert made("rollout").max_response_tokens == 12
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueModelError, match=r"'oracle'.*'prefix', 'rollout'.*'stacked'"):
+        made("oracle")
+
+
+def test_a_planner_refuses_the_value_of_another_reward():
+    value = made("stacked").fit(toy_records(PaidReward()))
+    BeamSearch(LM, PaidReward(), value)
+    with pytest.raises(ValueModelError, match="fitted for the reward model 'paid', got 'count'"):
+        BeamSearch(LM, CountReward(), value)
+    value.reward_name_ = None
+    BeamSearch(LM, CountReward(), value)
