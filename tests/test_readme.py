@@ -17,6 +17,7 @@ PAGES = [
     "docs/language_models.md",
     "docs/planners.md",
     "docs/rewards.md",
+    "docs/values.md",
 ]
 
 
@@ -40,7 +41,8 @@ def commands():
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python(code):
+def test_python(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     exec(compile(code, "documentation", "exec"), namespace)  # noqa: S102 our own documentation
     assert len(namespace) > 2
