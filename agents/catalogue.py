@@ -35,7 +35,7 @@ _CLASSES: Mapping[str, Callable[..., Agent]] = {
     )
 }
 _SAMPLING = ("temperature", "top_p", "top_k")
-_VALUE = "value"
+_VALUE, _POLICY = "value", "policy"
 
 
 class AgentSpecError(ValueError):
@@ -52,17 +52,22 @@ def make(
     language_model: LanguageModel,
     reward_model: RewardModel,
     value_model: ValueModel | Mapping[str, ValueModel] | None = None,
+    *,
+    policies: Mapping[str, LanguageModel] | None = None,
     **defaults: Any,
 ) -> Agent:
     """Make an agent from a text such as `"best-of-n:n=8:temperature=1.0"`.
 
     Args:
         spec: A name, then options of its constructor. `temperature`, `top_p` and `top_k` say how
-            complete responses are drawn, and `value` which of several value models is taken.
+            complete responses are drawn, `value` which of several value models is taken, and
+            `policy` which language model proposes.
         language_model: Proposes tokens.
         reward_model: Scores responses.
         value_model: For agents that take one; or several by name, of which an agent takes the one
             that its option `value` names, or else the first.
+        policies: Language models that take the place of `language_model` where the spec names one,
+            such as a base model's fine-tuned versions.
         **defaults: Options that the spec does not name, such as `max_response_tokens`.
 
     Raises:
@@ -77,19 +82,20 @@ def make(
     known = inspect.signature(cls).parameters
     params = {key: options.pop(key) for key in _SAMPLING if key in options}
     chosen = _chosen(spec, value_model, options.pop(_VALUE, None))
+    policy = _policy(spec, language_model, policies or {}, options.pop(_POLICY, None))
     unknown = [key for key in options if key not in known or key == "params"]
     if unknown:
         numeric = [key for key, p in known.items() if p.kind is p.KEYWORD_ONLY]
         raise AgentSpecError(
             f"Agent {name!r} has no option {unknown[0]!r}; it has "
-            f"{[k for k in numeric if not k.endswith('params')] + [*_SAMPLING, _VALUE]}."
+            f"{[k for k in numeric if not k.endswith('params')] + [*_SAMPLING, _VALUE, _POLICY]}."
         )
     if "value_model" in known:
         options["value_model"] = chosen
     try:
         if params:
             options["params"] = SamplingParams(**params)
-        return cls(language_model, reward_model, **{**defaults, **options})
+        return cls(policy, reward_model, **{**defaults, **options})
     except (TypeError, ValueError) as error:
         raise AgentSpecError(f"Agent {spec!r}: {error}") from error
 
@@ -131,9 +137,20 @@ def _chosen(
     raise AgentSpecError(f"Agent {spec!r}: expected a value of {there}, got {name!r}.")
 
 
+def _policy(
+    spec: str, base: LanguageModel, policies: Mapping[str, LanguageModel], name: str | None
+) -> LanguageModel:
+    if name is None:
+        return base
+    if name not in policies:
+        there = sorted(policies) or "no policies by name"
+        raise AgentSpecError(f"Agent {spec!r}: expected a policy of {there}, got {name!r}.")
+    return policies[name]
+
+
 def _takes_word(name: str, option: str) -> bool:
     """Whether an agent's option is a word, such as `root_policy` of MCTS, and not a number."""
-    if option == _VALUE:
+    if option in (_VALUE, _POLICY):
         return True
     parameter = inspect.signature(_CLASSES[name]).parameters.get(option)
     return parameter is not None and isinstance(parameter.default, str)

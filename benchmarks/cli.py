@@ -12,6 +12,7 @@ from benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     ParametersOption,
+    PolicyOption,
     PromptsOption,
     RewardOption,
     TimeoutOption,
@@ -21,6 +22,7 @@ from benchmarks.options import (
     console,
     friendly,
     load_language_model,
+    load_policies,
     load_prompts_option,
     load_reward,
     load_value_option,
@@ -102,6 +104,7 @@ def compare_command(
         typer.Option(help="A trusted reward that no agent sees; it scores the answers too."),
     ] = None,
     value: ValueOption = "prefix",
+    policy: PolicyOption = None,
     batch_prompts: Annotated[int, typer.Option(min=1)] = 32,
     allow_unequal_budgets: bool = False,
 ) -> None:
@@ -123,6 +126,7 @@ def compare_command(
     reward_model = load_reward(reward, reward_timeout)
     chosen = choose_prompts(load_prompts_option(prompts, split), num_prompts, reward_model, seed)
     model = load_language_model(language_model, dtype, tokenizer, num_parameters)
+    policies = load_policies(policy or [], model)
     comparison = Comparison(
         config,
         chosen,
@@ -131,6 +135,7 @@ def compare_command(
         load_value_option(value, reward_model, model, max_response_tokens, seed),
         None if gold is None else load_reward(gold, reward_timeout),
         {"value": value_digest(value), "reward": reward, "dtype": dtype},
+        policies,
     )
     with compare_progress(console, comparison) as on_batch:
         summary = compare(comparison, out, on_batch=on_batch)

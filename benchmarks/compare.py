@@ -100,12 +100,13 @@ class Comparison:
     Args:
         config: What is compared and how.
         prompts: The prompts; the agents answer all of them.
-        language_model: Shared by the agents.
+        language_model: Shared by the agents that name no other policy.
         reward_model: Shared by the agents, and the judge of their answers.
         value_model: For agents that take one, or several by name (see `agents.catalogue.make`).
         gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
             and can, so that a reward that is being exploited shows.
         labels: What else belongs into the config file, such as the names given on the command line.
+        policies: Further language models, by the names that specs use (`policy=tuned`).
 
     Raises:
         CompareError: Two prompts have the same id.
@@ -118,6 +119,7 @@ class Comparison:
     value_model: ValueModel | Mapping[str, ValueModel] | None = None
     gold_model: RewardModel | None = None
     labels: dict[str, Any] = field(default_factory=dict)
+    policies: Mapping[str, LanguageModel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ids = Counter(prompt.id for prompt in self.prompts)
@@ -138,11 +140,13 @@ class Comparison:
             self.language_model,
             self.reward_model,
             self.value_model,
+            policies=self.policies,
             max_response_tokens=self.config.max_response_tokens,
         )
 
     def record(self) -> dict[str, Any]:
         """The config file's content: whatever the rows depend on."""
+        policies = {name: model.name for name, model in self.policies.items()}
         return {
             "format": _FORMAT,
             **json.loads(json.dumps(asdict(self.config))),
@@ -151,6 +155,7 @@ class Comparison:
             "gold": None if self.gold_model is None else reward_name(self.gold_model),
             "prompts": [prompt.id for prompt in self.prompts],
             **self.labels,
+            **({"policies": policies} if policies else {}),
         }
 
 
@@ -342,7 +347,7 @@ def _answer(
     budget = config.caps(spec)
     # No agent lives on prefixes that another one computed, and a run that is resumed computes what
     # it would have computed at once.
-    clear_cache = getattr(comparison.language_model, "clear_cache", None)
+    clear_cache = getattr(agent.language_model, "clear_cache", None)
     if clear_cache is not None:
         clear_cache()
     generations = agent.generate(prompts, budget, seed=config.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -54,6 +54,12 @@ ValueOption = Annotated[
     typer.Option(
         help="'prefix' for the reward model on the prefix, 'rollout' for the mean of a few "
         "continuations, or a value model's folder, as written by `fit`."
+    ),
+]
+PolicyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=FOLDER of a LoRA adapter: agents with the option policy=NAME use it. Repeatable."
     ),
 ]
 TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a response.")]
@@ -138,14 +144,34 @@ def load_value_option(
     )
 
 
+def load_policies(items: Sequence[str], language_model: Any) -> dict[str, Any]:
+    """The policies of a `PolicyOption`, each the language model with an adapter."""
+    found = {}
+    for item in items:
+        name, _, folder = item.partition("=")
+        if not name or not folder:
+            raise typer.BadParameter(f"--policy: expected NAME=FOLDER, got {item!r}.")
+        if not hasattr(language_model, "with_adapter"):
+            raise typer.BadParameter(
+                "--policy: expected a language model that runs here (`TransformersLM`), got "
+                f"{language_model.name!r}; load the adapter in the server instead."
+            )
+        named = f"{language_model.name}+{name}-{_digest(folder)}"
+        found[name] = language_model.with_adapter(folder, named)
+    return found
+
+
 def value_digest(value: str) -> str:
     """Names the value model of a `ValueOption` in a config: another one is another comparison."""
     from agents.values import READY
 
-    if value in READY:
-        return value
+    return value if value in READY else _digest(value)
+
+
+def _digest(folder: str) -> str:
+    """Names the content of a folder."""
     digest = hashlib.sha256()
-    for path in sorted(Path(value).iterdir()):
+    for path in sorted(path for path in Path(folder).glob("*") if path.is_file()):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -44,6 +44,20 @@ def test_bad_specs(spec, message):
         build(spec)
 
 
+def test_a_policy_is_named():
+    tuned = NGramLM("abc", seed=9)
+
+    def built(spec):
+        return make(spec, LM, CountReward(), policies={"tuned": tuned}, max_response_tokens=9)
+
+    assert built("beam").language_model is LM
+    assert built("beam:policy=tuned:chunk_tokens=4").language_model is tuned
+    with pytest.raises(AgentSpecError, match=r"expected a policy of \['tuned'\], got 'other'"):
+        built("beam:policy=other")
+    with pytest.raises(AgentSpecError, match="no policies by name, got 'tuned'"):
+        build("beam:policy=tuned")
+
+
 def test_one_of_several_value_models_is_named():
     first, second = FixedValue(len, LM), FixedValue(len, LM)
     values = {"first": first, "second": second}

@@ -16,6 +16,7 @@ from benchmarks.compare import (
     choose_prompts,
     compare,
     read_rows,
+    run,
     summarise,
 )
 from mbrl_text_env.language_models import NGramLM
@@ -310,3 +311,16 @@ def test_a_reward_of_trl_is_compared_unchanged(tmp_path):
             )[0]
         )
     assert min(row["score"] for row in read_rows(tmp_path / "results.jsonl")) < 0
+
+
+def test_an_agent_may_use_a_policy_of_its_own(tmp_path):
+    tuned = NGramLM("abc", seed=11)
+    spec = "best-of-n:policy=tuned"
+    both = replace(toy_comparison(agents=("best-of-n", spec)), policies={"tuned": tuned})
+    alone = replace(toy_comparison(agents=("best-of-n",)), language_model=tuned)
+    rows = run(both, tmp_path / "both")
+    [expected] = run(alone, tmp_path / "alone").values()
+    assert [row["response"] for row in rows[spec]] == [row["response"] for row in expected]
+    assert [row["response"] for row in rows["best-of-n"]] != [row["response"] for row in expected]
+    with pytest.raises(CompareError, match="policies"):
+        run(replace(both, policies={"tuned": tuned, "more": tuned}), tmp_path / "both")
