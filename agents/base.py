@@ -400,6 +400,8 @@ class _ChoicePlan:
         self.state, self.candidates, self.agent = state, candidates, agent
         self.ledger = Ledger(budget)
         self.after = [transition(state, chunk, agent._limit(state)) for chunk in candidates]
+        # Equal candidates are looked at once.
+        self.first = [self.after.index(after) for after in self.after]
         self.found: dict[int, Completion] = {}
         self.ended: dict[int, TextState] = {}
         bound = reward_usage_bound(agent.reward_model)
@@ -428,7 +430,7 @@ class _ChoicePlan:
 
     def choice(self) -> Choice:
         index = max(sorted(self.found), key=lambda i: _score(self.found[i]))
-        completions = tuple(self.found.get(i) for i in range(len(self.after)))
+        completions = tuple(self.found.get(i) for i in self.first)
         return Choice(index, completions, self.ledger.usage)
 
     def _likely_first(self) -> list[int]:
@@ -436,7 +438,7 @@ class _ChoicePlan:
             values = self.candidates[i].logprobs
             return sum(values) / len(values) if values else 0.0
 
-        return sorted(range(len(self.candidates)), key=mean_logprob, reverse=True)
+        return sorted(sorted(set(self.first)), key=mean_logprob, reverse=True)
 
 
 def best(completions: Sequence[Completion]) -> Completion:

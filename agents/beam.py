@@ -32,7 +32,9 @@ class BeamSearch(Planner):
     Args:
         language_model: Proposes chunks.
         reward_model: Scores complete responses.
-        value_model: Ranks partial ones; without one their order is that in which they were drawn.
+        value_model: Ranks partial ones; without one their order is that in which they were drawn,
+            so that a beam search without a value model chooses among complete responses alone, and
+            wastes what the others cost.
         beam_width: Partial responses that are kept at a stage, all subtrees together.
         candidates: Chunks drawn at a stage, all beams together; None as many as the budget allows
             to the end of the response, or 4 without one.

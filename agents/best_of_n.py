@@ -103,10 +103,13 @@ class BestOfN(Planner):
 
     def _pruned(self, search: Search, wanted: int | None) -> None:
         root = search.tree.root
-        if wanted is None:
-            wanted = self._affordable(search)
-        elif root.samples >= wanted:
+        if wanted is not None and root.samples >= wanted:
             return
+        if search.is_capped:
+            # More would be begun than can be finished.
+            most = self._affordable(search)
+            wanted = most if wanted is None else min(wanted, most)
+        assert wanted is not None
         frontier = [root] * max(1, wanted)
         while frontier:
             counts = {node: frontier.count(node) for node in frontier}
@@ -129,5 +132,6 @@ def _best_share(search: Search, drawn: Sequence[Node], share: float) -> list[Nod
     """The unfinished nodes that go on, as often as they were drawn."""
     ranked = search.ranked(drawn)
     open_nodes = [node for node in drawn if not node.is_terminal]
-    kept = math.ceil(share * len(open_nodes))
+    # 0.28 x 25 is a little above 7 in floating point.
+    kept = math.ceil(share * len(open_nodes) - 1e-9)
     return [node for best in ranked for node in open_nodes if node is best][:kept]

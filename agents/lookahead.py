@@ -41,7 +41,8 @@ class Lookahead(Planner):
     `BeamSearch` with a beam of `keep`.
 
     Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). As there, an
-    agent whose value model is missing or not fitted falls back to best-of-`num_partials`.
+    agent whose value model is missing or not fitted falls back to best-of-N (of as many samples as
+    the budget allows, or `num_partials` without one).
     Deviations: a partial response is continued from its token ids, not from its text encoded again;
     one that has ended by itself is not continued; where a response is not longer than
     `prefix_tokens`, the prefix is a quarter of it (the article's share); under a budget, rounds are
@@ -50,7 +51,7 @@ class Lookahead(Planner):
     Args:
         language_model: Proposes tokens.
         reward_model: Scores complete responses.
-        value_model: Judges partial ones; None or unfitted for best-of-`num_partials`.
+        value_model: Judges partial ones; None or unfitted for best-of-N.
         num_partials: Partial responses a round.
         prefix_tokens: Tokens of a partial response.
         keep: Partial responses that are continued, at most `num_partials`.
@@ -109,7 +110,7 @@ class Lookahead(Planner):
     def plan(self, search: Search) -> None:
         """One round: the largest that the budget allows for certain."""
         if search.value_model is None:
-            self._fallback().plan(search)
+            self._fallback(search).plan(search)
             return
         if self.chunkwise:
             candidates = None if search.is_capped else self.num_partials
@@ -131,12 +132,12 @@ class Lookahead(Planner):
         usable = self.value_model is not None and self.value_model.is_fitted
         return self.value_model if usable else None
 
-    def _fallback(self) -> BestOfN:
+    def _fallback(self, search: Search) -> BestOfN:
         assert self.reward_model is not None
         return BestOfN(
             self.language_model,
             self.reward_model,
-            n=self.num_partials,
+            n=None if search.is_capped else self.num_partials,
             max_response_tokens=self.max_response_tokens,
             params=self.params,
         )

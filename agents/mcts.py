@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections import Counter, OrderedDict
 from typing import Any, get_args
 
@@ -286,6 +287,8 @@ class _Memory:
 
     def __init__(self) -> None:
         self._trees: OrderedDict[tuple[int, TextState], SearchTree] = OrderedDict()
+        # Searches side by side are threads.
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -293,10 +296,11 @@ class _Memory:
     def keep(self, search: Search) -> None:
         """Keep a search's tree."""
         key = search.seed, search.tree.root.state
-        self._trees.pop(key, None)
-        self._trees[key] = search.tree
-        while len(self._trees) > _TREES_KEPT:
-            self._trees.popitem(last=False)
+        with self._lock:
+            self._trees.pop(key, None)
+            self._trees[key] = search.tree
+            while len(self._trees) > _TREES_KEPT:
+                self._trees.popitem(last=False)
 
     def recall(self, search: Search, chunk_tokens: int) -> None:
         """Give a new search what the tree of the decision before holds below its state."""

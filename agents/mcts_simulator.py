@@ -182,7 +182,8 @@ def in_chunks(search: Search, ends: Sequence[Node], chunk_tokens: int) -> list[N
     """Put nodes between complete responses that were drawn in one piece and where they began.
 
     A chunk of a longer draw is distributed as one drawn for itself, so it is a child like any
-    other; beginnings that are there already are shared.
+    other; beginnings that are there already are shared. (But for stop texts, which end a chunk that
+    is drawn for itself, and nothing that is drawn to the end.)
 
     Args:
         search: Whose tree the responses are in.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from agents.base import DEFAULT_PARAMS, check_positive
 from agents.planner import Planner
 from agents.search import Expansion, Search
 from agents.tree import Node
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, stream
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed, stream
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.types import FloatArray
 from mbrl_text_env.values import ValueModel
 
 _WITHOUT_BUDGET = 4
+# Apart from the streams that chunks are drawn from.
+_RESAMPLING = 5
 
 
 class ParticleFilter(Planner):
@@ -80,12 +84,12 @@ class ParticleFilter(Planner):
         root = search.tree.root
         count = self.particles or search.width(root, self.chunk_tokens)
         particles = [root] * (_WITHOUT_BUDGET if count is None else max(1, count))
-        rng = stream(search.seed, root.state, root.samples)
+        rng = stream(spawn_seed(search.seed, _RESAMPLING), root.state, root.samples)
         log_weights = np.zeros(len(particles))
         while any(not particle.is_terminal for particle in particles):
             moved = self._moved(search, particles)
             if moved is None:
-                return
+                break
             gains = [_worth(new) - _worth(old) for old, new in zip(particles, moved, strict=True)]
             log_weights = log_weights + np.asarray(gains) / self.temperature
             particles = moved
@@ -95,9 +99,8 @@ class ParticleFilter(Planner):
             if few or all(particle.is_terminal for particle in particles):
                 particles = [particles[i] for i in systematic(weights, rng.random())]
                 log_weights = np.zeros(len(particles))
-            for particle in particles:
-                particle.visits += 1
-                particle.total += _worth(particle)
+            _count(particle for particle in particles if not particle.is_terminal)
+        _count(particle for particle in particles if particle.is_terminal)
 
     def _moved(self, search: Search, particles: list[Node]) -> list[Node] | None:
         """Each particle after one more chunk; None where the budget does not allow all of them."""
@@ -127,6 +130,12 @@ def systematic(weights: FloatArray, uniform: float) -> list[int]:
     # Rounding may leave the last sum a little below 1.
     found = np.searchsorted(np.cumsum(weights), places, side="right")
     return [min(int(i), len(weights) - 1) for i in found]
+
+
+def _count(particles: Iterable[Node]) -> None:
+    for particle in particles:
+        particle.visits += 1
+        particle.total += _worth(particle)
 
 
 def _worth(node: Node) -> float:

@@ -23,7 +23,7 @@ class Planner(Agent):
     """An agent that searches a tree; a subclass implements `plan`, one round of its search.
 
     Without a budget there is one round. Under a budget, rounds are repeated until one of them can
-    afford nothing, or only states that are known are found, 64 times in a row; later rounds go on
+    afford nothing, or 64 chunks in a row lead only to states that are known; later rounds go on
     in the same tree, with chunks not drawn before. The answer is always the best of all complete
     responses that were paid for, so a misleading value costs samples, never a better response that
     was seen.

@@ -19,7 +19,8 @@ class RecedingHorizon(Planner):
     At each step, plans of `horizon` chunks are rolled out from the state reached so far. The plan
     of highest value at its end (a complete one: of highest score) is chosen, its first chunk is
     executed, and what is left of the plans that begin with this chunk competes with the plans that
-    are rolled out next.
+    are rolled out next. Without a value model the horizon is the end of the response: the last
+    chunk of a plan is the whole rest, and its score decides.
 
     Source: random-shooting model-predictive control, as in Nagabandi et al., "Neural Network
     Dynamics for Model-Based Deep Reinforcement Learning with Model-Free Fine-Tuning", 2018.
@@ -88,7 +89,7 @@ class RecedingHorizon(Planner):
         frontier = {node: count}
         for ahead in range(1, self.horizon + 1):
             rows = search.expand(
-                Expansion(stem, copies, self.chunk_tokens, valued=ahead == self.horizon)
+                Expansion(stem, copies, self._tokens(search, ahead), valued=ahead == self.horizon)
                 for stem, copies in frontier.items()
             )
             drawn = [child for row in rows for child in row]
@@ -98,13 +99,19 @@ class RecedingHorizon(Planner):
                 break
         return [end for end in _below(node) if end.worth is not None]
 
+    def _tokens(self, search: Search, ahead: int) -> int | None:
+        """Of a plan's chunk number `ahead`; None for all that is left."""
+        is_last = ahead == self.horizon and search.value_model is None
+        return None if is_last else self.chunk_tokens
+
     def _count(self, search: Search, node: Node) -> int:
         if self.plans is not None:
             return self.plans
         width = search.width(node, self.chunk_tokens)
         # Each of the chunks that are left is planned, and each plan has up to `horizon` of them.
         left = -(-search.room(node) // self.chunk_tokens)
-        mean_length = sum(min(self.horizon, k) for k in range(1, left + 1)) / left
+        horizon = left if search.value_model is None else self.horizon
+        mean_length = sum(min(horizon, k) for k in range(1, left + 1)) / left
         return _WITHOUT_BUDGET if width is None else max(1, int(width / mean_length))
 
 

@@ -98,6 +98,7 @@ class Search:
         self.params = params
         self.drawn = 0
         self.round = 0
+        self._scores: dict[tuple[int, ...], tuple[float, dict[str, float]]] = {}
         self.limit = response_limit(state, language_model, max_response_tokens)
         self.is_capped = is_binding(ledger.budget, self.finish_usage(self.tree.root))
 
@@ -144,17 +145,8 @@ class Search:
     def evaluate(self, nodes: Iterable[Node]) -> None:
         """Score the complete responses and value the partial ones that are not evaluated yet."""
         new = [node for node in dict.fromkeys(nodes) if node.worth is None]
-        complete = [node for node in new if node.is_terminal]
+        self._score([node for node in new if node.is_terminal])
         unfinished = partial(new)
-        if complete:
-            scores = score_responses(
-                self.reward_model,
-                [node.state.prompt for node in complete],
-                [self.language_model.decode(node.state.response_ids) for node in complete],
-                ledgers=[self.ledger] * len(complete),
-            )
-            for i, node in enumerate(complete):
-                node.score, node.parts = float(scores.total[i]), scores.parts_of(i)
         if unfinished and self.value_model is not None:
             estimate = predict_values(
                 self.value_model,
@@ -226,6 +218,25 @@ class Search:
         """The most that finishing a node's response and scoring it is charged."""
         return self._finish_usage(node.state, self.room(node))
 
+    def _score(self, complete: Sequence[Node]) -> None:
+        """Score complete responses; one that was reached before on another way is known."""
+        by_ids: dict[tuple[int, ...], list[Node]] = {}
+        for node in complete:
+            by_ids.setdefault(node.state.response_ids, []).append(node)
+        new = [ids for ids in by_ids if ids not in self._scores]
+        if new:
+            scores = score_responses(
+                self.reward_model,
+                [self.tree.root.state.prompt] * len(new),
+                [self.language_model.decode(ids) for ids in new],
+                ledgers=[self.ledger] * len(new),
+            )
+            for i, ids in enumerate(new):
+                self._scores[ids] = float(scores.total[i]), scores.parts_of(i)
+        for ids, nodes in by_ids.items():
+            for node in nodes:
+                node.score, node.parts = self._scores[ids]
+
     def _requests(self, counted: Sequence[tuple[Expansion, int]]) -> list[SampleRequest]:
         """What is asked of the language model; no chunk number of a node is asked for twice."""
         first = {expansion.node: expansion.node.samples for expansion, _ in counted}
@@ -287,8 +298,12 @@ class Search:
         length = self._length(expansion)
         if self.value_model is None or not expansion.valued or length == self.room(expansion.node):
             return bound
-        after = _stand_in(expansion.node.state, length)
-        return bound.maximum(value_usage_bound(self.value_model, after))
+        # A stop text can end a chunk after its first token, and what is left to roll out is longer.
+        lengths = (1, length) if self._params(expansion).stop else (length,)
+        for tokens in lengths:
+            after = _stand_in(expansion.node.state, tokens)
+            bound = bound.maximum(value_usage_bound(self.value_model, after))
+        return bound
 
     def _finish_usage(self, state: TextState, room: int) -> Usage:
         if room <= 0:

@@ -209,7 +209,8 @@ class Ledger:
             spent["seconds"] = usage.seconds
         for name, amount in spent.items():
             cap = getattr(self.budget, name)
-            if cap is not None and amount > cap:
+            # Sums of floating-point numbers differ in the last digits with their order.
+            if cap is not None and amount > cap * (1 + 1e-12):
                 return f"{amount:,.12g} {name} of a budget of {cap:,.12g}"
         return None
 

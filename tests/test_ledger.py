@@ -128,6 +128,12 @@ class TestLedger:
         assert ledger.usage == spend(12)
         assert not ledger.affords(Usage())
 
+    def test_rounding_passes_no_cap(self):
+        ledger = Ledger(Budget(flops=0.3))
+        for _ in range(3):
+            ledger.charge(Usage(lm_flops=0.1))  # the sum is a little above 0.3
+        assert not ledger.affords(Usage(lm_flops=1e-6))
+
     def test_asking_costs_nothing(self):
         ledger = Ledger(Budget(tokens=5))
         ledger.affords(Usage(generated_tokens=4))

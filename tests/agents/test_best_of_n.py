@@ -118,6 +118,20 @@ class TestPruning:
         )
         assert pruned > plain + 0.02
 
+    def test_no_more_is_begun_than_can_be_finished(self):
+        """However many samples are asked for, a budget is spent on complete responses."""
+        budget = Budget(tokens=160)
+        trees = [
+            self.agent(n=n, keep=0.5).explore(PROMPTS[:1], budget)[0][1] for n in (None, 40, 1000)
+        ]
+        firsts = [sum(child.copies for child in tree.root.children) for tree in trees]
+        assert firsts[1:] == [min(40, firsts[0]), min(1000, firsts[0])]
+        assert all(len(tree.complete()) >= 2 for tree in trees)
+
+    def test_shares_are_not_raised_by_rounding(self):
+        [(_, tree)] = self.agent(n=25, keep=0.28).explore(PROMPTS[:1])
+        assert sum(node.samples for node in tree.root.children) == 7
+
     @pytest.mark.parametrize("keep", [0.0, -1.0, 1.1])
     def test_shares_are_shares(self, keep):
         with pytest.raises(ValueError, match="keep"):

@@ -41,6 +41,16 @@ def test_the_chunk_with_the_best_response_behind_it_is_chosen():
         assert is_terminal(completion.state)
 
 
+def test_equal_candidates_are_looked_at_once():
+    twice = [LETTERS[0], LETTERS[1], LETTERS[1], LETTERS[0]]
+    [choice] = beam().choose([STATE], [twice], Budget(tokens=120))
+    [once] = beam().choose([STATE], [LETTERS[:2]], Budget(tokens=120))
+    assert choice.index == once.index == 1
+    assert choice.usage.generated_tokens == once.usage.generated_tokens
+    assert [choice.completions[i] for i in (0, 1)] == list(once.completions)
+    assert choice.completions[2:] == choice.completions[1::-1]
+
+
 def test_chunks_that_end_the_response_are_scored_as_they_are():
     lm = NGramLM("abc", seed=3, stop_probability=0.5)
     stop = min(lm.stop_token_ids)

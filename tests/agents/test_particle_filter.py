@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents import ParticleFilter
+from agents import ParticleFilter, particle_filter
 from agents.particle_filter import systematic
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.mdp import initial
@@ -105,6 +105,34 @@ def test_a_good_particle_takes_the_place_of_the_others():
     [(answer, tree)] = agent.explore(PROMPTS[:1])
     assert tree.chosen.visits >= 14
     assert answer.text == "aaaa"
+
+
+def test_a_particle_that_has_ended_is_counted_once():
+    lm = NGramLM("abc", seed=3, stop_probability=0.4)
+    value = FixedValue(lambda t: t.count("a"), lm)
+    agent = ParticleFilter(lm, CountReward(), value, particles=6, chunk_tokens=1)
+    for seed in range(5):
+        [(_, tree)] = agent.explore(PROMPTS[:1], seed=seed)
+        assert sum(node.visits for node in tree.complete()) == 6
+
+
+def test_resampling_is_independent_of_the_chunks(monkeypatch):
+    """The uniform number must not come from a stream that a chunk was drawn from."""
+    used, drawn = [], []
+    real = particle_filter.stream
+    monkeypatch.setattr(particle_filter, "stream", lambda *args: used.append(args) or real(*args))
+    lm = NGramLM("abc", seed=3, stop_probability=0.0)
+    sample = lm.sample
+
+    def sampled(states, *args, seeds, **options):
+        drawn.extend(zip(seeds, states, strict=True))
+        return sample(states, *args, seeds=seeds, **options)
+
+    monkeypatch.setattr(lm, "sample", sampled)
+    ParticleFilter(lm, CountReward(), particles=4, max_response_tokens=4).explore(PROMPTS[:1])
+    [(seed, state, _)] = used
+    assert {seed_of for seed_of, root in drawn if root == state}
+    assert (seed, state) not in drawn
 
 
 @pytest.mark.parametrize("wrong", [{"particles": 0}, {"temperature": 0.0}, {"temperature": -1.0}])

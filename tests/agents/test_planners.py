@@ -16,6 +16,7 @@ from agents import (
     ParticleFilter,
     RecedingHorizon,
 )
+from agents.values import RolloutValue
 from mbrl_text_env import checks
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError
@@ -145,16 +146,27 @@ class CostlyReward(CountReward):
     chunk=st.integers(1, 5),
     share=st.floats(0.3, 12.0),
     cap=st.sampled_from(["tokens", "flops", "reward_calls", "all"]),
-    uncertain=st.booleans(),
+    kind=st.sampled_from(["certain", "uncertain", "rollouts"]),
+    stop_text=st.booleans(),
 )
-def test_no_planner_overspends(name, seed, stop, limit, chunk, share, cap, uncertain):
+def test_no_planner_overspends(name, seed, stop, limit, chunk, share, cap, kind, stop_text):
     lm = NGramLM("abc", seed=seed, stop_probability=stop)
     value = CostlyValue(lambda t: t.count("a") - t.count("b"), lm)
-    if uncertain:
+    if kind == "rollouts":
+        value = RolloutValue(lm, CostlyReward(), n=2, max_response_tokens=limit)
+    if kind == "uncertain":
         value.predict = lambda states: ValueEstimate(
             np.array([float(len(s.response_ids) % 3) for s in states]), np.full(len(states), 0.3)
         )
-    agent = build(name, lm, CostlyReward(), value, max_response_tokens=limit, chunk_tokens=chunk)
+    agent = build(
+        name,
+        lm,
+        CostlyReward(),
+        value,
+        max_response_tokens=limit,
+        chunk_tokens=chunk,
+        params=SamplingParams(stop=("a",) if stop_text else ()),
+    )
     state = initial(PROMPTS[0], lm)
     least = agent.response_usage(state)
     caps = {

@@ -52,6 +52,16 @@ def test_a_budget_is_divided_among_the_steps():
     assert drawn[0] < 20
 
 
+def test_without_a_value_scores_decide():
+    """Plans go to the end: a budget buys complete responses, not lost beginnings."""
+    agent = RecedingHorizon(LM, CountReward(), max_response_tokens=8, chunk_tokens=2)
+    [(answer, tree)] = agent.explore(PROMPTS[:1], Budget(tokens=200))
+    assert len(tree.complete()) >= 15
+    assert answer.completion.score == max(node.score for node in tree.complete())
+    executed = [node for node in tree.root.children if "executed" in node.note]
+    assert executed
+
+
 @pytest.mark.parametrize("wrong", [{"horizon": 0}, {"plans": 0}])
 def test_bad_arguments(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

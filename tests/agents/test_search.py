@@ -157,3 +157,15 @@ def test_stop_texts_end_chunks_and_not_what_is_drawn_to_the_end():
     alone = begun()
     alone.params = SamplingParams(stop=("a", "b", "c", "d"))
     assert alone.finish().is_terminal
+
+
+def test_a_response_that_was_reached_on_another_way_is_not_scored_again():
+    lm = NGramLM("a", stop_probability=0.0)
+    search = begun(lm=lm, limit=4)
+    root = search.tree.root
+    [[first], [whole]] = search.expand([Expansion(root, 1, tokens=2), Expansion(root, 1)])
+    [[end]] = search.expand([Expansion(first, 1)])
+    assert end.state.response_ids == whole.state.response_ids
+    assert end is not whole
+    assert (end.score, end.parts) == (whole.score, whole.parts)
+    assert search.ledger.usage.reward_calls == 1
