@@ -39,6 +39,10 @@ class Adaptive(Planner):
     on the rest, and on further rounds. With a `target` the search ends at the first response that
     scores as much; so that it can, its rounds begin narrow, with 8 candidates a stage, and double.
 
+    With a value model that gives no standard deviation (`PrefixRewardValue` without a fit),
+    `margin` and `caution` change nothing, nothing is given up, and only equal values are not told
+    apart.
+
     Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise choice);
     Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model
     Parameters", 2024 (beam width by the budget); Kidambi et al., "MOReL: Model-Based Offline

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,21 @@ from mbrl_text_env.files import write_text
 REWARDS = ("sentiment", "relevance", "constraints")
 ARTICLE = "lookahead:value=embedding"
 AGENTS = (DEFAULT_PLANNER, ARTICLE)
-BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a study is; see `benchmarks.matched.study.Study`."""
+
+    budgets: tuple[int, ...]
+    num_prompts: int
+    samples: int
+    train_prompts: int
+    train_samples: int
+
+
+FULL = Size((256, 512, 1024, 2048, 4096, 8192), 64, 256, 64, 8)
+QUICK = Size((512,), 16, 32, 16, 4)
 # One thing changed at a time, beginning with what is changed; then the other planners.
 ABLATIONS = (
     "beam:chunk_tokens=8:beam_width=2:value=prefix",
@@ -49,27 +63,51 @@ ABLATIONS = (
 )
 
 
+def _shown(size: Size) -> str:
+    return ",".join(map(str, size.budgets))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--budgets: expected numbers with commas, got {text!r}."
+        ) from error
+
+
 @friendly
 def main(
     json_file: Annotated[Path, typer.Option("--json", help="Where the results go.")] = Path(
         "matched-compute.json"
     ),
     out: Annotated[
-        Path, typer.Option(help="Folder of pools and runs; resumed if it exists.")
-    ] = Path("matched-compute"),
+        Path | None,
+        typer.Option(
+            help="Folder of pools and runs, resumed if it exists; by default matched-compute, or "
+            "matched-compute-quick."
+        ),
+    ] = None,
     rewards: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(REWARDS),
     agents: Annotated[str, typer.Option(help="Agent specs, with commas.")] = ",".join(AGENTS),
     budgets: Annotated[
-        str, typer.Option(help="Budgets a prompt, in generated tokens, with commas.")
-    ] = ",".join(map(str, BUDGETS)),
+        str | None,
+        typer.Option(help=f"Generated tokens a prompt, with commas; by default {_shown(FULL)}."),
+    ] = None,
     unit: Annotated[
         str,
         typer.Option(
-            help="What is capped: 'tokens', or the 'flops' that best-of-N takes for them."
+            help="What is capped: 'tokens', or the 'flops' or 'seconds' that best-of-N takes for "
+            "them."
         ),
     ] = "tokens",
-    num_prompts: Annotated[int, typer.Option(min=2)] = 64,
-    samples: Annotated[int, typer.Option(min=2, help="Of the pool, for each prompt.")] = 256,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=2, help=f"Of each reward; by default {FULL.num_prompts}.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=2, help=f"Of the pool, for each prompt; by default {FULL.samples}."),
+    ] = None,
     split: str = "test",
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 96,
     seed: int = 0,
@@ -80,33 +118,31 @@ def main(
     ] = False,
     page: Annotated[Path | None, typer.Option(help="Write a page of results there.")] = None,
     quick: Annotated[
-        bool, typer.Option(help="16 prompts, one budget, the default planner and the article's.")
+        bool,
+        typer.Option(
+            help=f"Smaller where nothing else is said: {QUICK.num_prompts} prompts, "
+            f"{_shown(QUICK)} tokens, a pool of {QUICK.samples}."
+        ),
     ] = False,
 ) -> None:
     """Compare planners with best-of-N at matched compute."""
     names = tuple(name.strip() for name in rewards.split(","))
     specs = tuple(spec.strip() for spec in agents.split(","))
     specs = (*specs, *(spec for spec in ABLATIONS if ablations and spec not in specs))
+    size = QUICK if quick else FULL
     study = Study(
         dict.fromkeys(names, specs),
-        tuple(int(budget) for budget in budgets.split(",")),
+        size.budgets if budgets is None else _numbers(budgets),
         unit=unit,  # type: ignore[arg-type]
         split=split,
-        num_prompts=num_prompts,
-        samples=samples,
+        num_prompts=num_prompts or size.num_prompts,
+        samples=samples or size.samples,
+        train_prompts=size.train_prompts,
+        train_samples=size.train_samples,
         max_response_tokens=max_response_tokens,
         seed=seed,
     )
-    if quick:
-        study = replace(
-            study,
-            agents=dict.fromkeys(names, AGENTS),
-            budgets=(512,),
-            num_prompts=16,
-            samples=32,
-            train_prompts=16,
-            train_samples=4,
-        )
+    out = out or Path("matched-compute-quick" if quick else "matched-compute")
     run_and_write(study, language_model, dtype, out, json_file, page)
 
 

@@ -375,15 +375,15 @@ def win_rate(values: FloatArray, baseline: FloatArray, *, tolerance: float = 1e-
     """Compare paired values; differences up to `tolerance` are ties.
 
     Raises:
-        ValueError: The arrays do not pair.
+        ValueError: The arrays do not pair, or a value is not finite.
     """
-    values, baseline = np.asarray(values), np.asarray(baseline)
-    if values.shape != baseline.shape or len(values) == 0:
-        raise ValueError(f"Expected pairs, got shapes {values.shape} and {baseline.shape}.")
-    difference = values - baseline
+    own, other = checked(values, 1, "values"), checked(baseline, 1, "baseline")
+    if own.shape != other.shape:
+        raise ValueError(f"Expected pairs, got shapes {own.shape} and {other.shape}.")
+    difference = own - other
     wins = int((difference > tolerance).sum())
     losses = int((difference < -tolerance).sum())
-    return WinRate(wins, len(values) - wins - losses, losses)
+    return WinRate(wins, len(own) - wins - losses, losses)
 
 
 def paired_permutation_test(

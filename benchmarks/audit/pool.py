@@ -50,6 +50,7 @@ def fill_pool(
     samples: int,
     max_response_tokens: int,
     seed: int,
+    shared: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[Record]]:
     """Read the pool, generating what is missing of it as `collect` does (temperature 0.7).
@@ -61,6 +62,8 @@ def fill_pool(
         samples: Responses to each prompt; of more, the first are taken.
         max_response_tokens: Token limit of a response.
         seed: Of the sampling.
+        shared: Whether the folder may hold responses to other prompts alone; otherwise that is
+            taken for a mistake.
         on_batch: Called with the number of responses that are there, for progress.
 
     Returns:
@@ -73,7 +76,9 @@ def fill_pool(
     """
     # One shard a batch: a kill leaves whole batches, never some of a prompt's responses.
     with RecordWriter(folder, shard_rows=_BATCH_PROMPTS * samples) as writer:
-        rows = _by_prompt(writer.existing(), prompts, folder)
+        rows = _by_prompt(writer.existing(), prompts)
+        if not (rows or shared):
+            _check_others(writer.existing(), prompts, folder)
         missing = [prompt for prompt in prompts if prompt.id not in rows]
         for prompt in prompts:
             if prompt.id in rows:
@@ -161,22 +166,23 @@ def _scores(
     }
 
 
-def _by_prompt(
-    records: Sequence[Record], prompts: Sequence[Prompt], folder: Path
-) -> dict[str, list[Record]]:
+def _by_prompt(records: Sequence[Record], prompts: Sequence[Prompt]) -> dict[str, list[Record]]:
     wanted = {prompt.id for prompt in prompts}
     rows: dict[str, list[Record]] = {}
     for record in records:
         if record.prompt_id in wanted:
             rows.setdefault(record.prompt_id, []).append(record)
-    if records and not rows:
+    return rows
+
+
+def _check_others(records: Sequence[Record], prompts: Sequence[Prompt], folder: Path) -> None:
+    if records:
         there = list(dict.fromkeys(record.prompt_id for record in records))
         raise AuditError(
             f"{folder} holds responses to other prompts ({', '.join(there[:3])}, ...; expected "
             f"{prompts[0].id}, ...). Give the --prompts, --split and --seed it was made with, or "
             "another --pool."
         )
-    return rows
 
 
 def _check_row(
@@ -204,7 +210,7 @@ def _check_row(
     if len(records) < samples:
         raise AuditError(
             f"{folder}, prompt {first.prompt_id!r}: expected {samples} responses, got "
-            f"{len(records)}. Lower --samples, or give another --pool."
+            f"{len(records)}. Ask for at most as many samples, or give another folder."
         )
 
 

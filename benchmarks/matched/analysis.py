@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from benchmarks.compare import CompareError
 from benchmarks.divergence import divergence
+from benchmarks.exchange import drawn_best, exchange_test
 from benchmarks.matched.pool import Pool
 from benchmarks.matched.study import Cell
-from benchmarks.scaling import Baseline, compute_multiplier, falls_with_budget
+from benchmarks.scaling import (
+    AtCost,
+    Baseline,
+    compute_multiplier,
+    expected_scores,
+    falls_with_budget,
+)
 from benchmarks.statistics import holm, mean_interval, paired_permutation_test
 from mbrl_text_env.types import FloatArray
 
@@ -28,6 +37,7 @@ class _Answers:
     flops: FloatArray
     seconds: FloatArray
     logprobs: FloatArray
+    lengths: FloatArray
     reward_calls: FloatArray
     failed: int
 
@@ -35,22 +45,33 @@ class _Answers:
 def analyse(pool: Pool, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One row a cell of one reward.
 
-    A prompt that could not be scored is left out on both sides. `p_vs_best_of_n` is the two-sided
-    paired permutation test against best-of-N that spends the same FLOPs in the mean, and `p_holm`
-    the same after Holm's correction over all cells given. `multiplier` is in FLOPs (see
-    `benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens. `kl` is the
-    surprisal excess of the answers over the pool (`benchmarks.divergence.surprisal_excess`; by
-    log-probabilities at temperature 1, so it compares likelihoods), `kl_of_rewards` a lower bound
-    of the divergence from the rewards alone, and `kl_of_equal_best_of_n` the bound of the best-of-N
-    that has the same mean reward.
+    A prompt that could not be scored is left out on both sides. `multiplier` is in FLOPs (see
+    `benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens.
+
+    `p_vs_best_of_n` compares with best-of-N that spends the same FLOPs in the mean, two-sided. It
+    is the larger p-value of two tests: the paired permutation test of the differences from
+    best-of-N's expected scores, which near the top of a reward's range is misled by their skew, and
+    `benchmarks.exchange.exchange_test` with best-of-N's own answers, which skew cannot mislead, but
+    unequal variances can. `p_holm` is the same after Holm's correction over all cells given. Both
+    are None where the pool is too small for that N.
+
+    `kl` is the surprisal excess of the answers over the pool
+    (`benchmarks.divergence.surprisal_excess`; by log-probabilities at temperature 1, so it compares
+    likelihoods), `kl_of_equal_best_of_n` that of the best-of-N which has the same mean reward, and
+    `kl_bound_of_equal_best_of_n` the bound of its divergence; `kl_of_rewards` is a lower bound of
+    the divergence from the rewards alone. `nats_per_token` is the answers' mean surprisal a token,
+    `nats_per_token_of_samples` the pool's.
 
     Args:
         pool: Best-of-N's.
         cells: Of the same reward.
     """
     rows = [_row(cell, _answers(pool, cell)) for cell in cells]
-    adjusted: Any = holm([row["p_vs_best_of_n"] for row in rows]) if rows else []
-    for row, p in zip(rows, adjusted, strict=True):
+    tested = [row for row in rows if row["p_vs_best_of_n"] is not None]
+    adjusted: Any = holm([row["p_vs_best_of_n"] for row in tested]) if tested else []
+    for row in rows:
+        row["p_holm"] = None
+    for row, p in zip(tested, adjusted, strict=True):
         row["p_holm"] = float(p)
     return rows
 
@@ -95,6 +116,8 @@ def falls(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             {r["prompt_id"]: r["score"] for r in c.rows if r["score"] is not None} for c in own
         ]
         common = [name for name in scored[0] if all(name in row for row in scored)]
+        if not common:
+            continue
         table = [[row[name] for name in common] for row in scored]
         for step in falls_with_budget([cell.budget for cell in own], table):
             found.append({"agent": agent, "reward": own[0].reward, **vars(step)})
@@ -114,12 +137,19 @@ def _answers(pool: Pool, cell: Cell) -> _Answers:
         column("flops"),
         np.array([row["seconds"] for row in scored]),
         np.array([np.nan if row["logprob"] is None else row["logprob"] for row in scored]),
+        np.array([row["response_tokens"] for row in scored], dtype=np.float64),
         column("reward_calls"),
         len(cell.rows) - len(scored),
     )
 
 
 def _row(cell: Cell, answers: _Answers) -> dict[str, Any]:
+    if len(answers.scores) < 2:
+        raise CompareError(
+            f"{cell.agent!r} at {cell.budget:,}, reward {cell.reward!r}: expected answers to two "
+            f"prompts or more that could be scored, got {len(answers.scores)} of {len(cell.rows)}. "
+            "The answers and their errors are in the study's folder; mend the reward model."
+        )
     pool = answers.pool
     in_flops = _baseline(pool, pool.flops)
     interval = mean_interval(answers.scores)
@@ -150,16 +180,25 @@ def _row(cell: Cell, answers: _Answers) -> dict[str, Any]:
         "multiplier_low": by_flops.low,
         "multiplier_high": by_flops.as_dict()["high"],
         "multiplier_is_lower_bound": by_flops.is_lower_bound,
+        "multiplier_is_upper_bound": by_flops.is_upper_bound,
         "multiplier_tokens": by_tokens.estimate,
         "multiplier_tokens_low": by_tokens.low,
         "multiplier_tokens_high": by_tokens.as_dict()["high"],
         "multiplier_tokens_is_lower_bound": by_tokens.is_lower_bound,
+        "multiplier_tokens_is_upper_bound": by_tokens.is_upper_bound,
         "difference": paired.estimate,
         "difference_low": paired.low,
         "difference_high": paired.high,
-        "beyond_pool": int(matched.too_dear.sum()),
-        "p_vs_best_of_n": float(paired_permutation_test(difference).p_value),
+        "p_vs_best_of_n": None if matched.too_dear.any() else _p_value(answers, matched),
     }
+
+
+def _p_value(answers: _Answers, matched: AtCost) -> float:
+    # The same N for all prompts: `at_mean_cost`.
+    drawn = drawn_best(answers.pool.scores, float(matched.ns[0]))
+    differences = answers.scores - matched.means
+    by_signs = paired_permutation_test(differences).p_value
+    return max(float(by_signs), exchange_test(answers.scores, drawn))
 
 
 def _divergence(answers: _Answers, equal_n: float) -> dict[str, Any]:
@@ -170,13 +209,28 @@ def _divergence(answers: _Answers, equal_n: float) -> dict[str, Any]:
     found = divergence(
         answers.scores, answers.logprobs, pool.scores, pool.logprobs, equal_n=equal_n
     )
+    excess = best_of_n_surprisal(pool, [math.floor(equal_n), math.ceil(equal_n)])
     return {
         "kl": found.surprisal_excess.estimate,
         "kl_low": found.surprisal_excess.low,
         "kl_high": found.surprisal_excess.high,
         "kl_of_rewards": found.bound.estimate,
-        "kl_of_equal_best_of_n": found.best_of_n,
+        "kl_of_equal_best_of_n": float(np.interp(equal_n % 1, [0, 1], excess)),
+        "kl_bound_of_equal_best_of_n": found.best_of_n,
+        "nats_per_token": float(-answers.logprobs.sum() / answers.lengths.sum()),
+        "nats_per_token_of_samples": float(-pool.logprobs.sum() / pool.tokens.sum()),
     }
+
+
+def best_of_n_surprisal(pool: Pool, ns: Sequence[int]) -> FloatArray:
+    """How much less likely best-of-N's answers are than plain samples, nats: float64[len(ns)].
+
+    Without bias from the pool, as its mean reward is; to be compared with an agent's surprisal
+    excess.
+    """
+    surprisal = -np.asarray(pool.logprobs)
+    chosen = expected_scores(pool.scores, surprisal, ns).mean(axis=0)
+    return np.asarray(chosen - surprisal.mean())
 
 
 def _baseline(pool: Pool, costs: FloatArray) -> Baseline:

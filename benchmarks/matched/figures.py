@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.matched.analysis import best_of_n_surprisal
 from benchmarks.matched.pool import Pool
 from benchmarks.scaling import Baseline
 from mbrl_text_env.files import write_file
@@ -61,7 +62,7 @@ def plot_scaling(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path
 
 
 def plot_divergence(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path) -> None:
-    """Mean reward against the divergence from the language model, with best-of-N's bound.
+    """Mean reward against surprisal, agents beside best-of-N, and the bound of its divergence.
 
     Args:
         rows: As in `plot_scaling`; those without an estimate (`kl`) are left out.
@@ -76,11 +77,16 @@ def plot_divergence(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: P
     ):
         pool = pools[reward]
         curve = Baseline(pool.scores, pool.flops, pool.prompt_flops).curve()
+        means = [point.mean.estimate for point in curve]
+        if np.isfinite(pool.logprobs).all():
+            excess = best_of_n_surprisal(pool, [point.n for point in curve])
+            axes.plot(excess, means, color="black", label="best-of-N")
         axes.plot(
             [point.kl_bound for point in curve],
-            [point.mean.estimate for point in curve],
-            color="black",
-            label="best-of-N, at its bound",
+            means,
+            color="0.6",
+            linestyle="--",
+            label="bound of best-of-N's divergence",
         )
         for agent in dict.fromkeys(row["agent"] for row in own):
             line = [r for r in own if r["agent"] == agent and r.get("kl") is not None]
@@ -93,7 +99,7 @@ def plot_divergence(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: P
                 linewidth=1,
                 label=agent,
             )
-        axes.set_xlabel("divergence from the language model, nats a response")
+        axes.set_xlabel("surprisal beyond that of plain samples, nats a response")
         axes.set_ylabel(f"mean {reward}")
         axes.legend(fontsize=6)
     with write_file(path) as scratch:

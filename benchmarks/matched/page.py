@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.matched.report import multiplier
+from benchmarks.matched.report import multiplier, p_value
 from mbrl_text_env.files import write_text
 
 _TEMPLATE = "results.md.jinja"
@@ -39,6 +39,7 @@ def render(result: dict[str, Any], scaling: Path, divergence: Path, page: Path) 
         mean=_mean,
         giga=_giga,
         times=multiplier,
+        p_value=p_value,
         shown_divergence=_divergence,
     )
     write_text(page, text)

@@ -92,6 +92,7 @@ def make_pool(
         prompts,
         samples=samples,
         max_response_tokens=max_response_tokens,
+        shared=True,
         seed=seed,
         on_batch=on_batch,
     )

@@ -28,9 +28,19 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['mean']:.3f}",
             multiplier(row, "multiplier"),
             multiplier(row, "multiplier_tokens"),
-            f"{row['p_holm']:.2g}",
+            p_value(row),
         )
     return shown
+
+
+def p_value(row: dict[str, Any]) -> str:
+    """The adjusted p-value; "pool too small" where there is none.
+
+    Example:
+        >>> p_value({"p_holm": 0.01234})
+        '0.012'
+    """
+    return "pool too small" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
 
 
 def multiplier(row: dict[str, Any], key: str) -> str:
@@ -41,11 +51,12 @@ def multiplier(row: dict[str, Any], key: str) -> str:
         key: `"multiplier"` (FLOPs) or `"multiplier_tokens"`.
 
     Example:
-        >>> row = {"m": 8.25, "m_low": 4.0, "m_high": None, "m_is_lower_bound": True}
-        >>> multiplier(row, "m")
+        >>> row = {"m": 8.25, "m_low": 4.0, "m_high": None}
+        >>> multiplier({**row, "m_is_lower_bound": True, "m_is_upper_bound": False}, "m")
         '> 8.2 [4.0, more]'
     """
     mark = "> " if row[f"{key}_is_lower_bound"] else ""
+    mark = "< " if row[f"{key}_is_upper_bound"] else mark
     high = row[f"{key}_high"]
     end = "more" if high is None else f"{high:.1f}"
     return f"{mark}{row[key]:.1f} [{row[f'{key}_low']:.1f}, {end}]"

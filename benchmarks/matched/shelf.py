@@ -91,6 +91,7 @@ class ValueShelf(Mapping[str, ValueModel]):
             chosen,
             samples=self.samples,
             max_response_tokens=self.max_response_tokens,
+            shared=True,
             seed=self.seed,
         )
         records = [record for row in pool for record in row]

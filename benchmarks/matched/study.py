@@ -6,6 +6,7 @@ the records that value models are fitted on, and the rows of each agent at each 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from agents.catalogue import parse_spec
+from agents.catalogue import make, parse_spec
 from benchmarks.compare import (
     BASELINE,
     CompareConfig,
@@ -23,14 +24,18 @@ from benchmarks.compare import (
     choose_prompts,
     run,
 )
+from benchmarks.folders import claim
 from benchmarks.matched.pool import Pool, make_pool
 from benchmarks.matched.shelf import ValueShelf
 from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards.base import RewardModel
 
 DEFAULT_PLANNER = "adaptive:value=prefix"
 """Chosen on the validation split; the same for every reward."""
+
+_FORMAT = 1
 
 Unit = Literal["tokens", "flops", "seconds"]
 Progress = Callable[[str], None]
@@ -84,6 +89,16 @@ class Study:
         """JSON values."""
         return {**asdict(self), "agents": {k: list(v) for k, v in self.agents.items()}}
 
+    def record(self, language_model: LanguageModel) -> dict[str, Any]:
+        """What all studies in one folder have in common."""
+        names = ("split", "train_prompts", "train_samples", "max_response_tokens", "seed")
+        return {
+            "format": _FORMAT,
+            "language_model": language_model.name,
+            "dtype": str(getattr(language_model, "dtype", None)),
+            **{name: getattr(self, name) for name in names},
+        }
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -114,6 +129,9 @@ def run_study(
 ) -> Iterator[tuple[str, Pool, list[Cell]]]:
     """Run or resume a study, reward by reward.
 
+    Studies with other agents, rewards, budgets or numbers of prompts may share a folder: they share
+    the pool, and what they have in common is run once.
+
     Args:
         study: What to run.
         language_model: Shared by all agents.
@@ -125,9 +143,12 @@ def run_study(
         A reward's name, its pool and its cells.
 
     Raises:
-        CompareError: The folder holds runs of another study, or there are too few prompts.
+        CompareError: The folder holds runs of another study (another language model, seed, response
+            limit or training set), there are too few prompts, or a budget in FLOPs does not pay for
+            a response to each prompt.
         AuditError: The pool in the folder is of another model, seed or size.
     """
+    claim(out, study.record(language_model), "study", CompareError)
     for name, specs in study.agents.items():
         runs = _Runs(study, language_model, name, rewards[name], out)
         on_progress(f"{name}: pool of {study.samples} responses to each prompt")
@@ -186,10 +207,31 @@ class _Runs:
         if self.study.unit == "tokens":
             return {"budget_tokens": budget}
         if self.study.unit == "flops":
-            per_token = float(pool.flops.sum() / pool.tokens.sum())
-            return {"budget_flops": float(pool.prompt_flops.mean()) + budget * per_token}
+            return {"budget_flops": self._flops(pool, budget)}
         rows = self.answers(BASELINE, f"tokens-{budget}", {"budget_tokens": budget})
         return {"budget_seconds": float(np.mean([row["seconds"] for row in rows]))}
+
+    def _flops(self, pool: Pool, budget: int) -> float:
+        once, per_token = (
+            float(pool.prompt_flops.mean()),
+            float(pool.flops.sum() / pool.tokens.sum()),
+        )
+        baseline = make(
+            BASELINE,
+            self.language_model,
+            self.reward_model,
+            max_response_tokens=self.study.max_response_tokens,
+        )
+        states = [initial(prompt, self.language_model) for prompt in self.prompts]
+        least = max(baseline.response_usage(state).flops for state in states)
+        if once + budget * per_token < least:
+            smallest = math.ceil((least - once) / per_token)
+            raise CompareError(
+                f"{self.name}, budget {budget:,}: expected FLOPs that pay for a response to each "
+                f"prompt, got {once + budget * per_token:.3g} for {least:.3g}. Ask for budgets of "
+                f"{smallest:,} or more."
+            )
+        return once + budget * per_token
 
     def answers(self, spec: str, folder: str, caps: dict[str, Any]) -> list[dict[str, Any]]:
         """Rows of an agent under a budget."""

@@ -1,15 +1,18 @@
 """A study of a toy world: resumable, and its figures follow from its rows and its pool."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from agents.catalogue import make as make_agent
+from benchmarks.compare import CompareError
 from benchmarks.matched.analysis import analyse, best_of_n_rows, falls
 from benchmarks.matched.figures import plot_divergence, plot_scaling
 from benchmarks.matched.page import render
 from benchmarks.matched.pool import Pool, make_pool
+from benchmarks.matched.report import multiplier, p_value
 from benchmarks.matched.shelf import ValueShelf
 from benchmarks.matched.study import Cell, Study, run_study, slug
 from mbrl_text_env.language_models import NGramLM
@@ -125,6 +128,34 @@ class TestStudy:
         with pytest.raises(ValueError, match="seed"):
             ran(tmp_path, Study(**{**vars(STUDY), "seed": 1}))
 
+    @pytest.mark.parametrize("name", ["train_prompts", "train_samples", "max_response_tokens"])
+    def test_another_training_set_or_limit_needs_another_folder(self, tmp_path, name):
+        ran(tmp_path, replace(STUDY, budgets=(40,)))
+        other = replace(STUDY, budgets=(40,), **{name: getattr(STUDY, name) - 1})
+        with pytest.raises(CompareError, match=f"another study .*{name}"):
+            ran(tmp_path, other)
+
+    def test_rewards_with_other_prompts_share_a_folder(self, tmp_path):
+        """A reward may apply to none of the prompts that were sampled for the one before."""
+        early = {prompt.id for prompt in load_prompts(split="test", limit=90)}
+
+        class Early(CostlyCount):
+            def applies_to(self, prompt):
+                return prompt.id in early
+
+        class Late(CostlyCount):
+            def applies_to(self, prompt):
+                return prompt.id not in early
+
+        study = replace(STUDY, agents={"early": AGENTS, "late": AGENTS}, budgets=(40,))
+        found = list(run_study(study, LM, {"early": Early(), "late": Late()}, tmp_path))
+        assert not {*found[0][1].prompt_ids} & {*found[1][1].prompt_ids}
+
+    def test_flops_that_pay_for_no_response_are_refused_at_once(self, tmp_path):
+        with pytest.raises(CompareError, match=r"budget 10.*budgets of \d+ or more"):
+            ran(tmp_path, replace(STUDY, unit="flops", budgets=(10,)))
+        assert not (tmp_path / "runs").exists()
+
     def test_slugs_differ(self):
         specs = ("beam:chunk_tokens=2", "beam:chunk_tokens=2.5", "beam:beam_width=2")
         assert len({slug(spec) for spec in specs}) == 3
@@ -161,6 +192,7 @@ def answered(pool, scores, *, budget=100, agent="agent", tokens=20.0, flops=None
             "score": None if name in failed else float(score),
             "seconds": 0.5,
             "logprob": -3.0,
+            "response_tokens": 10,
             "usage": {
                 "generated_tokens": tokens,
                 "flops": 10 * tokens if flops is None else flops,
@@ -216,6 +248,58 @@ class TestAnalysis:
         ]
         for row in analyse(pool, cells):
             assert row["p_vs_best_of_n"] <= row["p_holm"] <= 5 * row["p_vs_best_of_n"] + 1e-9
+
+    def test_without_a_p_value_where_the_pool_is_too_small(self):
+        """Best-of-64 as an agent, against a pool of 32: nothing can be said of equal compute."""
+        pool = known_pool(samples=32)
+        scores = np.random.default_rng(1).normal(size=(24, 64)).max(axis=1)
+        dear, cheap = analyse(
+            pool,
+            [answered(pool, scores, tokens=640.0), answered(pool, scores, tokens=20.0)],
+        )
+        assert dear["p_vs_best_of_n"] is dear["p_holm"] is None
+        assert cheap["p_holm"] == cheap["p_vs_best_of_n"] < 0.01
+        assert p_value(dear) == "pool too small"
+
+    def test_best_of_n_is_not_above_itself(self):
+        """Also near the top of a reward's range, where its scores are skewed."""
+        rng, above = np.random.default_rng(0), 0
+        for seed in range(60):
+            pool = known_pool(16, 64, seed)
+            skewed = replace(pool, scores=rng.beta(8, 0.6, size=(16, 64)))
+            scores = rng.beta(8, 0.6, size=(16, 6)).max(axis=1)
+            [row] = analyse(skewed, [answered(skewed, scores, tokens=60.0)])
+            above += row["p_vs_best_of_n"] < 0.05 and row["difference"] > 0
+        assert above <= 5
+
+    def test_agents_below_a_single_sample(self):
+        pool = known_pool()
+        [row] = analyse(pool, [answered(pool, np.full(24, -10.0))])
+        assert row["multiplier_is_upper_bound"]
+        assert multiplier(row, "multiplier").startswith("< ")
+
+    def test_surprisal_is_compared_with_that_of_best_of_n(self):
+        """A reward for length: best-of-N's own answers are as surprising as the agent's."""
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(1, 30, size=(24, 64)).astype(float)
+        pool = replace(known_pool(), scores=lengths, tokens=lengths, logprobs=-lengths)
+        best = rng.integers(1, 30, size=(24, 8)).astype(float).max(axis=1)
+        cell = answered(pool, best, tokens=100.0)
+        rows = [
+            {**row, "logprob": -n, "response_tokens": n}
+            for row, n in zip(cell.rows, best, strict=True)
+        ]
+        [row] = analyse(pool, [replace(cell, rows=rows)])
+        assert row["kl"] == pytest.approx(row["kl_of_equal_best_of_n"], abs=1.0)
+        assert row["kl"] > 5 * row["kl_bound_of_equal_best_of_n"]
+        assert row["nats_per_token"] == row["nats_per_token_of_samples"] == 1.0
+
+    def test_too_few_scored_answers_are_an_error_that_names_the_agent(self):
+        pool = known_pool(3)
+        cell = answered(pool, np.zeros(3), failed=pool.prompt_ids[1:])
+        with pytest.raises(CompareError, match=r"'agent' at 100.*got 1 of 3"):
+            analyse(pool, [cell])
+        assert falls([cell, answered(pool, np.zeros(3), budget=9, failed=pool.prompt_ids)]) == []
 
     def test_best_of_n_itself(self):
         pool = known_pool()

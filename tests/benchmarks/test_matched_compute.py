@@ -65,12 +65,41 @@ def test_options_are_told():
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
     for option in ("--json", "--quick", "--ablations", "--budgets", "--unit"):
         assert option in shown
-    wrong = CliRunner().invoke(app, ["--unit", "years"])
-    assert wrong.exit_code == 2
+    for words in (["--unit", "years"], ["--budgets", "many"], ["--budgets", "10"]):
+        assert CliRunner().invoke(app, words).exit_code == 2
+
+
+def test_quick_changes_only_what_is_not_given(monkeypatch):
+    import typer
+
+    from benchmarks import matched_compute
+
+    asked = []
+    monkeypatch.setattr(matched_compute, "run_and_write", lambda *args: asked.append(args))
+    app = typer.Typer()
+    app.command()(matched_compute.main)
+    words = [
+        "--quick",
+        "--agents",
+        "mcts:value=prefix",
+        "--budgets",
+        "1024",
+        "--rewards",
+        "numbers",
+    ]
+    for given in (words, ["--quick"], []):
+        assert CliRunner().invoke(app, given).exit_code == 0
+    studies, folders = [args[0] for args in asked], [str(args[3]) for args in asked]
+    assert studies[0].agents == {"numbers": ("mcts:value=prefix",)}
+    assert (studies[0].budgets, studies[0].num_prompts, studies[0].samples) == ((1024,), 16, 32)
+    assert (studies[1].budgets, studies[1].train_prompts) == ((512,), 16)
+    assert (studies[2].num_prompts, studies[2].samples, len(studies[2].budgets)) == (64, 256, 6)
+    assert folders == ["matched-compute-quick", "matched-compute-quick", "matched-compute"]
 
 
 def test_multipliers_are_shown_with_their_ends():
-    row = {"m": 2.04, "m_low": 1.5, "m_high": 3.0, "m_is_lower_bound": False}
+    row = {"m": 2.04, "m_low": 1.5, "m_high": 3.0}
+    row |= {"m_is_lower_bound": False, "m_is_upper_bound": False}
     assert multiplier(row, "m") == "2.0 [1.5, 3.0]"
     row |= {"m_high": None, "m_is_lower_bound": True}
     assert multiplier(row, "m") == "> 2.0 [1.5, more]"

@@ -1,0 +1,93 @@
+"""An agent's answers against best-of-N's own answers from a pool: an exact test by exchange."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.statistics import FloatArray, checked
+
+
+def drawn_best(scores: npt.ArrayLike, n: float, *, seed: int = 0) -> FloatArray:
+    """Best-of-n's scores, drawn from a pool: float64[prompts, answers].
+
+    The samples of a prompt are dealt into disjoint groups, so the answers are as independent as the
+    samples. Where n is a fraction, each group has the next smaller or the next larger size, at
+    random, so that n is the mean.
+
+    Args:
+        scores: float64[prompts, samples].
+        n: 1 up to the number of samples.
+        seed: Of the dealing.
+
+    Raises:
+        ValueError: n is out of range, or a score is not finite.
+
+    Example:
+        >>> drawn_best([[3.0, 3.0, 3.0, 3.0]], 2)
+        array([[3., 3.]])
+    """
+    pool = checked(scores, 2, "scores")
+    prompts, samples = pool.shape
+    if not 1 <= n <= samples:
+        raise ValueError(f"n: expected 1 to {samples} (the samples of a prompt), got {n}.")
+    rng = np.random.default_rng(seed)
+    # As many groups as there are of the larger size: a number that does not depend on the sizes.
+    count, size = samples // math.ceil(n), math.floor(n)
+    dealt = rng.permuted(pool, axis=1)[:, : count * math.ceil(n)]
+    groups = dealt.reshape(prompts, count, math.ceil(n))
+    larger = rng.random((prompts, count)) < n - size
+    best = groups[:, :, :size].max(axis=2)
+    return np.where(larger, groups.max(axis=2), best)
+
+
+def exchange_test(
+    own: npt.ArrayLike, others: npt.ArrayLike, *, resamples: int = 9999, seed: int = 0
+) -> float:
+    """Test whether an agent's answers score as if they were among others to the same prompts.
+
+    If they are, each prompt's own score may as well change places with any of the other answers to
+    it. The sum of the own scores is compared with those of random exchanges, that seen among them:
+    an exact two-sided test, whatever the scores' distributions. It is the stratified permutation
+    test with one observation against K in every stratum.
+
+    The hypothesis is that the distributions are equal. If only their means are, and the own scores
+    vary more than the others, it can be found wrong too often; `paired_permutation_test` of the
+    differences from the others' means cannot, but assumes that these are symmetric.
+
+    Source: van Elteren, "On the combination of independent two sample tests of Wilcoxon", 1960,
+    with scores in place of ranks; p-values as in Phipson and Smyth, 2010.
+
+    Args:
+        own: float64[P], the agent's score of each prompt.
+        others: float64[P, K], independent answers of the baseline to the same prompts.
+        resamples: Random exchanges.
+        seed: Of the exchanges.
+
+    Returns:
+        The p-value.
+
+    Raises:
+        ValueError: The shapes do not fit, or a value is not finite.
+
+    Example:
+        >>> exchange_test([9.0] * 8, [[0.0, 1.0]] * 8) < 0.01
+        True
+    """
+    mine, theirs = checked(own, 1, "own"), checked(others, 2, "others")
+    if len(mine) != len(theirs):
+        raise ValueError(
+            f"Expected other answers to the same prompts; got {len(mine)} scores and answers to "
+            f"{len(theirs)} prompts."
+        )
+    together = np.column_stack([mine, theirs])
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(together.shape[1], size=(resamples, len(mine)))
+    # Sums that differ by rounding alone are equal.
+    scale = float(np.abs(together).max()) or 1.0
+    sums = np.round(together[np.arange(len(mine)), chosen].sum(axis=1) / scale, 9)
+    seen = np.round(mine.sum() / scale, 9)
+    tails = [(1 + int(side.sum())) / (1 + resamples) for side in (sums >= seen, sums <= seen)]
+    return min(1.0, 2 * min(tails))
