@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _TINY = 1e-12
 _FOLDS = 5
+# Least share of the error that is noise. Two or three members may agree by chance; where all of the
+# error were disagreement, their rows would be infinitely sure and spoil the scale of all others.
+_LEAST_NOISE = 0.25
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,8 @@ def _calibrated(out: _OutOfBag, rows: Any) -> _Calibration:
     errors = (out.mean - out.samples.scores)[rows]
     total = Spread.fit(errors, lengths)
     explained = Spread.fit(out.disagreement[rows], lengths)
-    noise = np.sqrt(np.maximum(total.stds**2 - explained.stds**2, 0.0))
+    left = np.maximum(total.stds**2 - explained.stds**2, (_LEAST_NOISE * total.stds) ** 2)
+    noise = np.sqrt(left)
     raw = _Calibration(Spread(total.knots, noise), 1.0)
     return replace(raw, scale=root_mean_square(errors / np.maximum(raw.std(out, rows), _TINY)))
 

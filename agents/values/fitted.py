@@ -128,20 +128,27 @@ class FittedValue(ABC):
         return hasattr(self, "head_")
 
     def fit(self: V, records: Sequence[Record]) -> V:
-        """Fit on scored responses.
+        """Fit on scored responses; a fit that fails leaves the model as it was.
 
         Raises:
             FitError: The records are fewer than two, of several reward models or language models,
                 without token ids, or all scored the same.
         """
         check_records(records)
-        samples = self.samples(records)
-        if np.ptp(samples.scores) == 0:
-            raise FitError(
-                "Expected prefixes of responses whose scores differ, got one score: there is no "
-                "signal to learn from. Collect more responses, and longer ones."
-            )
-        self._fit(samples, records)
+        before = dict(vars(self))
+        try:
+            samples = self.samples(records)
+            if np.ptp(samples.scores) == 0:
+                raise FitError(
+                    "Expected prefixes of responses whose scores differ, got one score: there is "
+                    "no signal to learn from. Collect more responses, and longer ones."
+                )
+            self._fit(samples, records)
+        except BaseException:
+            # Half of a new fit and half of a former one would predict nonsense.
+            vars(self).clear()
+            vars(self).update(before)
+            raise
         self.reward_name_ = records[0].reward_name
         self.language_model_name_ = records[0].language_model
         return self

@@ -99,8 +99,15 @@ class BoostedHead:
         )
         sizes = {len(a) for a in (self.left, self.right, self.feature, self.threshold, self.value)}
         ends = [a.max(initial=0) for a in (self.roots, self.left, self.right)]
-        # A damaged file must not send `predict` round in circles.
-        if len(sizes) > 1 or not children_follow.all() or max(ends) >= max(1, len(nodes)):
+        least = min(a.min(initial=0) for a in (self.roots, self.feature))
+        # A damaged file must not send `predict` round in circles, nor to other trees' nodes.
+        if (
+            len(sizes) > 1
+            or len(self.initial) != 1
+            or least < 0
+            or max(ends) >= max(1, len(nodes))
+            or not children_follow.all()
+        ):
             raise ValueError("trees whose nodes do not form trees")
 
 
@@ -170,7 +177,7 @@ def fit_lines(samples: Samples) -> LinesHead:
         first, scores = samples.inputs[rows, 0], samples.scores[rows]
         variance = float(np.var(first))
         covariance = float(np.mean((first - first.mean()) * (scores - scores.mean())))
-        slope = covariance / variance if variance > _TINY * (1 + float(np.mean(first**2))) else 0.0
+        slope = covariance / variance if variance > _TINY**2 * np.mean(first**2) else 0.0
         knots.append(float(samples.lengths[rows].mean()))
         slopes.append(slope)
         intercepts.append(float(scores.mean() - slope * first.mean()))

@@ -166,17 +166,21 @@ def choose(fitters: Mapping[str, Fitter], samples: Samples) -> tuple[str, HeldOu
     """The name of the fitter that ranks best within prompts left out, and its predictions.
 
     Search chooses among partial responses to one prompt, so the correlation within a prompt
-    decides, where there is one; otherwise the squared error. The first of equals is taken.
+    decides, where there is one; otherwise the squared error. It decides too where all are further
+    off than the mean score would be: what they then rank by is chance. The first of equals is
+    taken.
     """
     found = {name: held_out(fitter, samples) for name, fitter in fitters.items()}
 
-    def merit(name: str) -> tuple[float, float]:
+    def merit(name: str) -> tuple[bool, float, float]:
         guess = found[name]
         if guess is None:
-            return 0.0, 0.0
+            return False, 0.0, 0.0
         within = within_prompt(guess.mean, samples)
         error = root_mean_square(guess.mean - samples.scores)
-        return (-1.0 if np.isnan(within) else within), -error
+        if error > np.std(samples.scores):
+            return False, -error, 0.0
+        return True, (-1.0 if np.isnan(within) else within), -error
 
     best = max(fitters, key=merit)
     return best, found[best]
@@ -241,13 +245,17 @@ def within_prompt(mean: FloatArray, samples: Samples) -> float:
     _, index = np.unique(cells, axis=1, return_inverse=True)
     index = index.reshape(-1)  # NumPy 2.0 gave it another shape
     counts = np.bincount(index)
-    centred = [v - (np.bincount(index, v) / counts)[index] for v in (mean, samples.scores)]
+    centred = []
+    for values in (mean, samples.scores):
+        rest = values - (np.bincount(index, values) / counts)[index]
+        # What rounding leaves of equal values is nothing.
+        centred.append(np.where(np.abs(rest) <= _TINY * np.abs(values).max(), 0.0, rest))
     return correlation(*centred)
 
 
 def correlation(a: FloatArray, b: FloatArray) -> float:
     """Pearson correlation; NaN where one of the two does not vary."""
-    if len(a) < 2 or np.ptp(a) < _TINY or np.ptp(b) < _TINY:
+    if len(a) < 2 or any(np.ptp(v) <= _TINY * np.abs(v).max() for v in (a, b)):
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
 

@@ -94,9 +94,20 @@ class _Trial:
 
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
         """Predict, with everything about the form of the answer checked."""
-        given = list(states)
         subject = f"{self.name}, predict"
-        estimate = self.called(self.model.predict, subject, given)
+        estimate = self.called(self.model.predict, subject, states)
+        return self.checked(estimate, subject, len(states))
+
+    def called(
+        self, function: Callable[..., Any], subject: str, states: Sequence[TextState]
+    ) -> Any:
+        """Call the model; an error of its own is a fault, and so is a changed list."""
+        given, failure = list(states), None
+        try:
+            estimate = function(given)
+        except Exception as error:
+            failure = error
+        # First, for it may be why the call failed.
         expect(
             given == list(states),
             subject,
@@ -104,25 +115,20 @@ class _Trial:
             "a changed list",
             "Work on a copy: planners go on using the list that they pass.",
         )
-        return self.checked(estimate, subject, len(states))
-
-    def called(self, function: Callable[..., Any], subject: str, *args: Any, **named: Any) -> Any:
-        """Call the model; an error of its own is a fault."""
-        try:
-            return function(*args, **named)
-        except CheckError:
-            raise
-        except Exception as error:
+        if failure is not None:
+            reason = f"{type(failure).__name__}: {failure}".rstrip(". ")
             raise CheckError(
-                f"{subject}: expected values of {len(args[0])} states, got "
-                f"{type(error).__name__}: {error}. Every state of a prompt that the model is meant "
-                "for has a value, an empty batch too."
-            ) from error
+                f"{subject}: expected values of {len(states)} states, got {reason}. Every state of "
+                "a prompt that the model is meant for has a value, an empty batch too."
+            ) from failure
+        return estimate
 
     def checked(self, estimate: Any, subject: str, count: int) -> ValueEstimate:
         """Refuse what is no estimate of `count` states."""
+        # An array has a `mean` and a `std` too, but they are methods.
+        parts = [getattr(estimate, label, None) for label in ("mean", "std")]
         expect(
-            hasattr(estimate, "mean") and hasattr(estimate, "std"),
+            all(part is not None and not callable(part) for part in parts),
             subject,
             "a `values.ValueEstimate`",
             estimate,

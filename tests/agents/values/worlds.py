@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from agents.values import (
     EmbeddingValue,
@@ -12,6 +14,7 @@ from agents.values import (
     HiddenStateValue,
     PrefixRewardValue,
     RolloutValue,
+    Samples,
     StackedValue,
 )
 from mbrl_text_env.language_models import NGramLM
@@ -102,3 +105,41 @@ def make_values(records: Sequence[Record] | None = None) -> dict[str, object]:
         ).fit(records),
         "hidden-ensemble": EnsembleValue(HiddenStateValue(LM, **lengths), 4).fit(records),
     }
+
+
+def written(
+    prompt: str, response: str, score: float, *, logprobs: Sequence[float] = (), **changes: object
+) -> Record:
+    """A record of a response and a score that a test made up."""
+    reward = str(changes.pop("reward_name", "count"))
+    asked = Prompt.from_text(prompt)
+    ids = LM.encode_prompt(Prompt.from_text(response)) if response else ()
+    record = Record.from_state(
+        TextState(asked, LM.encode_prompt(asked), ids, "length"),
+        response=response, score=score, rewards={reward: score}, reward_name=reward,
+        agent="sampling", language_model=LM.name, seed=0, logprobs=logprobs,
+    )  # fmt: skip
+    return replace(record, **changes)  # type: ignore[arg-type]
+
+
+def state_of(response: str, prompt: str = "abc", logprob: float | None = None) -> TextState:
+    """A state that a test made up."""
+    asked = Prompt.from_text(prompt)
+    ids = LM.encode_prompt(Prompt.from_text(response)) if response else ()
+    return TextState(asked, LM.encode_prompt(asked), ids, logprob=logprob)
+
+
+def samples(
+    inputs: ArrayLike,
+    scores: ArrayLike,
+    groups: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> Samples:
+    """Prefixes as numbers; all of length 0 and each of a prompt of its own unless it is said."""
+    count = len(np.asarray(scores))
+    return Samples(
+        np.asarray(inputs, dtype=float).reshape(count, -1),
+        np.asarray(scores, dtype=float),
+        np.asarray(np.zeros(count) if lengths is None else lengths, dtype=np.int64),
+        np.asarray(np.arange(count) if groups is None else groups, dtype=np.int64),
+    )
