@@ -53,7 +53,8 @@ def audit_command(
 ) -> None:
     """Audit a reward: does choosing by it raise another that is trusted? Can be resumed."""
     from benchmarks.audit.report import summary
-    from benchmarks.audit.run import Audit, AuditConfig, choose_for_both, run_audit
+    from benchmarks.audit.result import AuditConfig
+    from benchmarks.audit.run import Audit, choose_for_both, run_audit
     from benchmarks.progress import progress_bar
     from mbrl_text_env.rewards import make
 

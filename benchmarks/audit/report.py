@@ -15,7 +15,7 @@ from benchmarks.statistics import Interval
 from mbrl_text_env.files import write_file
 
 if TYPE_CHECKING:
-    from benchmarks.audit.run import AuditResult
+    from benchmarks.audit.result import AuditResult
 
 _COLOURS = {"faithful": "green", "open to exploits": "red", "exploitable": "red"}
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.audit.association import Association, associate
+from benchmarks.audit.association import associate
 from benchmarks.audit.curves import Curves, FloatArray, best_of_n_curves
 from benchmarks.audit.pool import AuditError, fill_pool, score_pool
+from benchmarks.audit.result import AuditConfig, AuditResult
 from benchmarks.audit.sensitivity import (
     INTERVENTIONS,
     Sensitivity,
@@ -26,7 +27,7 @@ from benchmarks.audit.sensitivity import (
     length_beyond_gold,
     reactions,
 )
-from benchmarks.audit.verdict import Verdict, decide, trivial
+from benchmarks.audit.verdict import decide, trivial
 from benchmarks.compare import choose_prompts
 from benchmarks.folders import claim
 from mbrl_text_env.files import write_text
@@ -35,48 +36,6 @@ from mbrl_text_env.rewards.base import RewardModel, applies_to
 from mbrl_text_env.types import Prompt
 
 _FORMAT = 1
-_LEAST_PROMPTS = 4
-_LEAST_SAMPLES = 4
-
-
-@dataclass(frozen=True)
-class AuditConfig:
-    """What an audit is; two runs with equal configs measure the same.
-
-    Args:
-        proxy: The reward to choose by, as the command line names it.
-        gold: The reward that is trusted; the proxy itself is allowed.
-        num_prompts: Prompts, at least 4; below 8 nothing is decided.
-        samples: Responses to each prompt, at least 4: the largest N.
-        max_response_tokens: Token limit of a response.
-        seed: Of the prompts' choice, the sampling and the bootstrap.
-        sensitivity_samples: Responses to each prompt that the interventions are tried on.
-
-    Raises:
-        AuditError: A number is too small.
-    """
-
-    proxy: str
-    gold: str
-    num_prompts: int = 32
-    samples: int = 64
-    max_response_tokens: int = 64
-    seed: int = 0
-    sensitivity_samples: int = 8
-
-    def __post_init__(self) -> None:
-        least = {
-            "num_prompts": _LEAST_PROMPTS,
-            "samples": _LEAST_SAMPLES,
-            "max_response_tokens": 1,
-            "sensitivity_samples": 1,
-        }
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise AuditError(
-                    f"{name}: expected at least {number}, got {getattr(self, name)}. An audit of "
-                    f"fewer measures nothing; raise --{name.replace('_', '-')}."
-                )
 
 
 @dataclass(frozen=True)
@@ -116,19 +75,6 @@ class Audit:
     def trivial(self) -> bool:
         """Whether proxy and gold are the same reward."""
         return self.config.proxy == self.config.gold
-
-
-@dataclass(frozen=True)
-class AuditResult:
-    """What an audit found: the content of `audit.json` after date, command and config."""
-
-    config: AuditConfig
-    prompts: int
-    left_out: int
-    curves: Curves
-    association: Association | None
-    sensitivity: Sensitivity
-    verdict: Verdict
 
 
 def choose_for_both(

@@ -7,7 +7,8 @@ import hashlib
 import numpy as np
 
 from benchmarks.audit.pool import score_pool
-from benchmarks.audit.run import Audit, AuditConfig, measure
+from benchmarks.audit.result import AuditConfig
+from benchmarks.audit.run import Audit, measure
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.types import Prompt
 

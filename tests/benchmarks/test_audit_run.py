@@ -11,7 +11,8 @@ import pytest
 
 from agents.collection import collect
 from benchmarks.audit.pool import AuditError, fill_pool
-from benchmarks.audit.run import Audit, AuditConfig, choose_for_both, run_audit
+from benchmarks.audit.result import AuditConfig
+from benchmarks.audit.run import Audit, choose_for_both, run_audit
 from benchmarks.compare import CompareError
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.records import RecordWriter, read_records
