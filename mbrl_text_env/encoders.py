@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from mbrl_text_env.types import FloatArray
+
+# What was found out about an encoder, for as long as it is there.
+_MOST_COUNTS = 65536
+_lock = threading.Lock()
+_counts: WeakKeyDictionary[Any, OrderedDict[str, int]] = WeakKeyDictionary()
+_sizes: WeakKeyDictionary[Any, tuple[float, float]] = WeakKeyDictionary()
 
 
 class Encoder(Protocol):
@@ -39,14 +48,7 @@ def encoder_flops(encoder: Encoder, texts: Sequence[str]) -> FloatArray:
     """
     if not _is_sentence_transformer(encoder) or not texts:
         return np.zeros(len(texts))
-    model: Any = encoder
-    tokens = [
-        len(ids)
-        for ids in model.tokenizer(list(texts), truncation=True, max_length=model.max_seq_length)[
-            "input_ids"
-        ]
-    ]
-    return _flops(model, np.asarray(tokens, dtype=np.float64))
+    return _flops(encoder, np.asarray(_token_counts(encoder, texts), dtype=np.float64))
 
 
 def encoder_flops_bound(encoder: Encoder) -> float:
@@ -57,13 +59,35 @@ def encoder_flops_bound(encoder: Encoder) -> float:
     return float(_flops(model, np.asarray([float(model.max_seq_length)]))[0])
 
 
-def _flops(model: Any, tokens: FloatArray) -> FloatArray:
-    transformer = model[0].auto_model
-    config = transformer.config
-    tables = sum(p.numel() for name, p in transformer.named_parameters() if "embeddings." in name)
-    parameters = sum(p.numel() for p in transformer.parameters()) - tables
-    attention = 4.0 * config.num_hidden_layers * config.hidden_size
-    return 2.0 * parameters * tokens + attention * tokens**2
+def _token_counts(encoder: Any, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text. Searches ask for one text at a time, and for the same ones again."""
+    with _lock:
+        known = _counts.setdefault(encoder, OrderedDict())
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            options = {"truncation": True, "max_length": encoder.max_seq_length}
+            ids = encoder.tokenizer(new, **options)["input_ids"]
+            known.update(zip(new, map(len, ids), strict=True))
+        counts = [known[text] for text in texts]
+        while len(known) > _MOST_COUNTS:
+            known.popitem(last=False)
+    return counts
+
+
+def _flops(encoder: Any, tokens: FloatArray) -> FloatArray:
+    size = _sizes.get(encoder)
+    if size is None:
+        transformer = encoder[0].auto_model
+        config = transformer.config
+        weights = {
+            name: p.numel()
+            for name, p in transformer.named_parameters()
+            if "embeddings." not in name
+        }
+        attention = 4.0 * config.num_hidden_layers * config.hidden_size
+        size = _sizes.setdefault(encoder, (2.0 * sum(weights.values()), attention))
+    linear, quadratic = size
+    return linear * tokens + quadratic * tokens**2
 
 
 def _is_sentence_transformer(encoder: object) -> bool:

@@ -99,3 +99,25 @@ def test_imports_run_one_way(package):
                 continue
             ours = {name.partition(".")[0] for name in modules} & set(MAY_IMPORT)
             assert ours <= MAY_IMPORT[package], f"{path}: line {node.lineno}"
+
+
+class TestAnotherPackageOfTheSameName:
+    """openai-agents, which verifiers requires, installs a package `agents` too."""
+
+    def run(self, folder: Path, code: str) -> subprocess.CompletedProcess:
+        (folder / "agents").mkdir()
+        (folder / "agents" / "__init__.py").write_text("planner = 'not ours'\n")
+        code = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(ROOT)!r}]\n{code}"
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder
+        )
+
+    def test_the_commands_find_ours(self, tmp_path):
+        done = self.run(tmp_path, "import benchmarks.cli, agents; print(agents.BestOfN.name)")
+        assert done.stdout == "best-of-n\n", done.stderr
+
+    def test_one_that_is_imported_already_is_an_error_that_says_what_to_do(self, tmp_path):
+        done = self.run(tmp_path, "import agents, benchmarks")
+        assert done.returncode == 1
+        assert "openai-agents has one of that name" in done.stderr
+        assert "environment of its own" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,13 +13,15 @@ from mbrl_text_env.encoders import Encoder, encode_texts, encoder_flops, encoder
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import FloatArray, Prompt
 
+_PROMPTS_KEPT = 4096
+
 
 class RelevanceReward:
     """Cosine of the embeddings of prompt and response, in [-1, 1].
 
     An empty response (nothing but white space) scores 0: it is about nothing. Texts beyond the
-    encoder's input (256 tokens for MiniLM) are cut by the encoder. Each distinct text is embedded
-    once a call.
+    encoder's input (256 tokens for MiniLM) are cut by the encoder. Each distinct response is
+    embedded once a call; the embeddings of the latest prompts are kept.
 
     Source: Reimers and Gurevych, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
     EMNLP 2019.
@@ -44,28 +47,28 @@ class RelevanceReward:
     def __init__(self, encoder: Encoder | str | None = None) -> None:
         self.encoder = encoder
         self._loaded: Encoder | None = None
+        self._questions: OrderedDict[str, npt.NDArray[np.float64]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}
+        return {**self.__dict__, "_loaded": None, "_questions": OrderedDict()}
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the cosine of each prompt and its response."""
         scores = np.zeros(len(responses))
         rows = [i for i, response in enumerate(responses) if response.strip()]
         if rows:
-            directions = self._directions(
-                [prompts[i].text for i in rows] + [responses[i] for i in rows]
-            )
-            questions, answers = np.split(directions, 2)
-            scores[rows] = (questions * answers).sum(axis=1)
+            questions = [prompts[i].text for i in rows]
+            answers = [responses[i] for i in rows]
+            scores[rows] = self._cosines(questions, answers)
         return scores
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the floating-point operations of embedding each prompt and response.
 
         2 x parameters (without the embedding tables) x tokens + 4 x layers x width x tokens^2 for
-        each of the two texts. An upper bound: a text that occurs twice in a call is embedded once,
-        and an empty response not at all. 0 if the encoder is not a SentenceTransformer.
+        each of the two texts. An upper bound: prompts whose embedding is kept are not embedded
+        again, responses that occur twice in a call once, and empty ones not at all. 0 if the
+        encoder is not a SentenceTransformer.
         """
         encoder = self._loaded_encoder()
         texts = [prompt.text for prompt in prompts]
@@ -74,6 +77,18 @@ class RelevanceReward:
     def flops_bound(self) -> float:
         """The most that one response can take: two texts that fill the encoder's input."""
         return 2.0 * encoder_flops_bound(self._loaded_encoder())
+
+    def _cosines(self, questions: Sequence[str], answers: Sequence[str]) -> FloatArray:
+        # A search asks for the same prompts again and again.
+        known = {text: self._questions[text] for text in questions if text in self._questions}
+        new = [text for text in dict.fromkeys(questions) if text not in known]
+        directions = self._directions([*new, *answers])
+        known.update(zip(new, directions, strict=False))
+        self._questions.update((text, known[text]) for text in new)
+        while len(self._questions) > _PROMPTS_KEPT:
+            self._questions.popitem(last=False)
+        kept = np.stack([known[text] for text in questions])
+        return cast("FloatArray", (kept * directions[len(new) :]).sum(axis=1))
 
     def _directions(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Embeddings of length 1: float64[len(texts), d]."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
 from mbrl_text_env.rewards.base import RewardError, score_responses
+from mbrl_text_env.rewards.evaluators import relevance
 from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.types import Prompt
 
@@ -71,6 +74,20 @@ def test_each_distinct_text_is_embedded_once_a_call():
     scores = RelevanceReward(encoder).score([a, b, a, b], ["ab", "ab", "aa", "b"])
     np.testing.assert_allclose(scores, [2**-0.5, 2**-0.5, 1.0, 1.0])
     assert encoder.texts == ["a", "b", "ab", "aa"]
+
+
+def test_prompts_are_embedded_once(monkeypatch):
+    encoder = LetterCounts()
+    reward = RelevanceReward(encoder)
+    a, b = Prompt.from_text("a"), Prompt.from_text("b")
+    first = reward.score([a], ["ab"])
+    np.testing.assert_allclose(reward.score([b, a], ["ab", "ab"]), [first[0], first[0]])
+    assert encoder.texts == ["a", "ab", "b", "ab"]
+    monkeypatch.setattr(relevance, "_PROMPTS_KEPT", 1)
+    for _ in range(2):
+        np.testing.assert_allclose(reward.score([a, b], ["aa", "aa"]), [1.0, 0.0])
+    again = pickle.loads(pickle.dumps(reward))  # noqa: S301, it was made here
+    np.testing.assert_allclose(again.score([a], ["aa"]), [1.0])
 
 
 def test_an_encoder_may_be_a_folder_or_a_loaded_one(minilm, tmp_path):
