@@ -146,6 +146,8 @@ def load_value_option(
 
 def load_policies(items: Sequence[str], language_model: Any) -> dict[str, Any]:
     """The policies of a `PolicyOption`, each the language model with an adapter."""
+    from agents.learning.lora import BASE, serve
+
     found = {}
     for item in items:
         name, _, folder = item.partition("=")
@@ -157,7 +159,13 @@ def load_policies(items: Sequence[str], language_model: Any) -> dict[str, Any]:
                 f"{language_model.name!r}; load the adapter in the server instead."
             )
         named = f"{language_model.name}+{name}-{_digest(folder)}"
-        found[name] = language_model.with_adapter(folder, named)
+        # An adapter from elsewhere does not say what it was trained on.
+        ours = (Path(folder) / BASE).is_file()
+        found[name] = (
+            serve(language_model, folder, named)
+            if ours
+            else language_model.with_adapter(folder, named)
+        )
     return found
 
 

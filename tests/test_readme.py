@@ -15,8 +15,10 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "docs/language_models.md",
+    "docs/model-free.md",
     "docs/planners.md",
     "docs/rewards.md",
+    "docs/self-training.md",
     "docs/values.md",
 ]
 

@@ -57,6 +57,23 @@ def test_without_a_fitted_value_the_reward_judges_prefixes(tmp_path):
         assert row["usage"]["reward_calls"] > row["usage"]["value_calls"]
 
 
+def test_policies_by_name(tmp_path, smollm2):
+    from agents.learning.lora import AdapterSettings, trainable, write
+
+    write(tmp_path / "tuned", trainable(smollm2, AdapterSettings(r=2)), smollm2)
+    agents = "best-of-n,best-of-n:policy=mine"
+    words = ["--agents", agents, "--num-prompts", 1, "--budget-tokens", 24]
+    policy = ["--policy", f"mine={tmp_path / 'tuned'}"]
+    result = run("compare", *words, *policy, "--out", tmp_path / "o", *SMALL)
+    assert result.exit_code == 0, result.output
+    rows = read_rows(tmp_path / "o" / "results.jsonl")
+    assert {row["agent"] for row in rows} == set(agents.split(","))
+    for wrong, message in ((["--policy", "mine"], "NAME=FOLDER"), ([], "no policies by name")):
+        result = run("compare", *words, *wrong, "--out", tmp_path / "p", *SMALL)
+        assert result.exit_code == 2
+        assert message in result.output.replace("\n", " ")
+
+
 def test_a_search_is_shown(tmp_path):
     words = ["Why is the sky blue?", "--agent", "beam:chunk_tokens=2", "--budget-tokens", 40]
     files = ["--json", tmp_path / "search.json", "--picture", tmp_path / "search.png"]

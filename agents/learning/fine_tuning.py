@@ -1,0 +1,328 @@
+"""Supervised fine-tuning of a policy on its own best responses, through TRL's `SFTTrainer`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from agents.learning.lora import (
+    AdapterSettings,
+    TuningError,
+    base_of,
+    check_above_zero,
+    check_target,
+    tokenizer_of,
+    trainable,
+    write,
+)
+from agents.learning.training import (
+    checkpoints_of,
+    claim,
+    common_arguments,
+    own_randomness,
+    run,
+    storage,
+)
+from mbrl_text_env.records import Record
+from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
+
+if TYPE_CHECKING:
+    from mbrl_text_env.language_models import TransformersLM
+
+# The loss before tuning is of this many examples, so that it does not cost an epoch.
+_LOSS_EXAMPLES = 64
+_SAVE_STEPS = 25
+# Forward, and the gradients of the activations; frozen weights have none.
+_PASSES = 2
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class FineTuneSettings(AdapterSettings):
+    """How a policy is fine-tuned; the defaults are the article's, except for `batch_size` (1).
+
+    Args:
+        r: See `AdapterSettings`.
+        alpha: See `AdapterSettings`.
+        targets: See `AdapterSettings`.
+        dropout: See `AdapterSettings`.
+        learning_rate: Its highest value; it falls linearly to 0.
+        epochs: Passes over the examples.
+        batch_size: Examples in one forward pass.
+        gradient_accumulation: Passes in one step of the optimizer.
+        max_length: Most tokens of prompt and response; longer examples are left out.
+        seed: Adapters and order of the examples follow from it.
+
+    Raises:
+        TuningError: A number is out of its range.
+    """
+
+    learning_rate: float = 2e-4
+    epochs: float = 1.0
+    batch_size: int = 4
+    gradient_accumulation: int = 4
+    max_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_above_zero(
+            self, "learning_rate", "epochs", "batch_size", "gradient_accumulation", "max_length"
+        )
+
+
+@dataclass(frozen=True)
+class FineTuneReport:
+    """What fine-tuning did and took.
+
+    Args:
+        num_examples: Records that were fitted.
+        steps: Steps of the optimizer.
+        loss_before: Mean loss (nats a response token, averaged over batches) of the first examples,
+            at most 64, before the first step.
+        losses: Mean loss (nats a response token) of each step's examples, before that step.
+        seconds: Wall time; of the last call alone where an earlier one was stopped.
+        tokens: Tokens of prompts and responses passed through the model in training.
+        flops: Floating-point operations of training: twice a forward pass (the frozen weights need
+            no gradients), padding not counted.
+    """
+
+    num_examples: int
+    steps: int
+    loss_before: float | None
+    losses: tuple[float, ...]
+    seconds: float
+    tokens: int
+    flops: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "losses": list(self.losses)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FineTuneReport:
+        """The report that `to_dict` described."""
+        return cls(**{**values, "losses": tuple(values["losses"])})
+
+
+class Example(NamedTuple):
+    """Token ids of prompt and response, and the label of each: -100 for the prompt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def fine_tune(
+    language_model: TransformersLM,
+    records: Sequence[Record],
+    folder: str | Path,
+    settings: FineTuneSettings = FineTuneSettings(),
+    *,
+    start_from: str | Path | None = None,
+) -> FineTuneReport:
+    """Raise the likelihood of recorded responses with a LoRA adapter.
+
+    Prompts are encoded by the language model's own template and responses are the recorded token
+    ids, with a stop token at the end where the response ended by itself; text is never encoded
+    anew. The loss is of the responses alone. Training is in float32; on a CPU the same records and
+    settings give the same adapter.
+
+    Checkpoints lie in `<folder>-checkpoints`, from which a call that was stopped goes on if
+    records and settings are the same; they are removed at the end. They hold the optimizer's state
+    in torch's format and `training_args.bin`, a pickle, which nothing here reads: keep checkpoints
+    of others out of that folder. The final folder has safetensors and JSON alone, and is there as a
+    whole or not at all.
+
+    Args:
+        language_model: The base.
+        records: At least two, with the token ids of their responses.
+        folder: Where the adapter is written, with `fine_tuning.json`; `serve` takes it.
+        settings: See `FineTuneSettings`.
+        start_from: Folder of an adapter to go on training; None for a new one.
+
+    Raises:
+        TuningError: There are fewer than two records, one has no token ids or is of another
+            language model, `start_from` is for another base, the checkpoints are of another run,
+            or there is no space left.
+        RewardError: `trl` or `peft` is not installed.
+        KeyboardInterrupt: It was stopped; a checkpoint is saved and the same call goes on.
+
+    Example:
+        >>> best = [r for r in read_records("records") if r.score > 0.9]  # doctest: +SKIP
+        >>> report = fine_tune(lm, best, "tuned")  # doctest: +SKIP
+        >>> report.losses[-1] < report.loss_before  # doctest: +SKIP
+        True
+        >>> policy = serve(lm, "tuned")  # doctest: +SKIP
+    """
+    target = Path(folder)
+    check_target(target)
+    for package in ("trl", "peft"):
+        required(package)
+    start = time.perf_counter()
+    examples = examples_of(language_model, records, settings.max_length)
+    checkpoints = checkpoints_of(target)
+    resumed = claim(checkpoints, _described(language_model, examples, settings, start_from))
+    with own_randomness(settings.seed):
+        model = trainable(language_model, settings, start_from)
+        trainer = _trainer(language_model, model, examples, settings, checkpoints)
+        with quiet():
+            loss_before = float(trainer.evaluate()["eval_loss"])
+        run(trainer, checkpoints, resumed)
+    lengths = [len(example.input_ids) for example in examples]
+    forward = sum(language_model.usage(length, []).lm_flops for length in lengths)
+    report = FineTuneReport(
+        num_examples=len(examples),
+        steps=int(trainer.state.global_step),
+        loss_before=loss_before,
+        losses=tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
+        seconds=time.perf_counter() - start,
+        tokens=round(settings.epochs * sum(lengths)),
+        flops=settings.epochs * _PASSES * forward,
+    )
+    with storage(target):
+        notes = {"fine_tuning.json": {"settings": asdict(settings), "report": report.to_dict()}}
+        write(target, trainer.model, language_model, notes)
+    shutil.rmtree(checkpoints)
+    return report
+
+
+def examples_of(
+    language_model: TransformersLM, records: Sequence[Record], max_length: int
+) -> list[Example]:
+    """What is learned from each record; longer ones than `max_length` are left out.
+
+    A response that ended by itself ends with a stop token, also where the record lacks it. The
+    template gives the prompt, so that a record whose prompt was sampled with a hint, which its own
+    prompt lacks, is learned without it.
+
+    Raises:
+        TuningError: A record has no token ids, is of another language model, or fewer than two
+            are left.
+    """
+    if len(records) < 2:
+        raise TuningError(
+            f"Expected at least two records to fine-tune on, got {len(records)}. Collect more, or "
+            "loosen the filter."
+        )
+    made = [_example(language_model, record) for record in records]
+    limit = min(max_length, language_model.context_length)
+    kept = [example for example in made if len(example.input_ids) <= limit]
+    if len(kept) < len(made):
+        warnings.warn(
+            f"{len(made) - len(kept)} of {len(made)} records have more than {limit} tokens of "
+            "prompt and response, and are left out. Raise max_length to keep them.",
+            stacklevel=3,
+        )
+    if len(kept) < 2:
+        raise TuningError(
+            f"Expected at least two records of at most {limit} tokens, got {len(kept)} of "
+            f"{len(made)}. Raise max_length, or collect shorter responses."
+        )
+    return kept
+
+
+def _example(language_model: TransformersLM, record: Record) -> Example:
+    # Tuned generations of a model are named "<base>+<adapter>"; they have the base's tokens.
+    if record.language_model.partition("+")[0] != language_model.name.partition("+")[0]:
+        raise TuningError(
+            f"Record of prompt {record.prompt_id!r}: expected a response of "
+            f"{language_model.name!r}, got one of {record.language_model!r}, whose token ids mean "
+            "other texts. Collect responses with this model."
+        )
+    response = list(record.response_ids)
+    if not response:
+        raise TuningError(
+            f"Record of prompt {record.prompt_id!r}: expected the token ids of its response, got "
+            "none. Leave it out, or collect it with `agents.collection.collect`."
+        )
+    if max(response) >= language_model.vocab_size or min(response) < 0:
+        raise TuningError(
+            f"Record of prompt {record.prompt_id!r}: expected token ids from 0 to "
+            f"{language_model.vocab_size - 1}, got {max(response)}. It is of another model."
+        )
+    stops = language_model.stop_token_ids
+    if record.finish_reason == "stop" and response[-1] not in stops and stops:
+        response.append(_stop_token(language_model))
+    prompt = list(language_model.encode_prompt(record.prompt()))
+    return Example(prompt + response, [_IGNORED] * len(prompt) + response)
+
+
+def _stop_token(language_model: TransformersLM) -> int:
+    """The token with which it ends its responses."""
+    own = tokenizer_of(language_model).eos_token_id
+    return int(own if own is not None else min(language_model.stop_token_ids))
+
+
+def _described(
+    language_model: TransformersLM,
+    examples: Sequence[Example],
+    settings: FineTuneSettings,
+    start_from: str | Path | None,
+) -> dict[str, Any]:
+    """Whatever the adapter depends on."""
+    digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+    return {
+        "settings": asdict(settings),
+        "base": base_of(language_model),
+        "examples": digest,
+        "start_from": adapter_digest(start_from),
+    }
+
+
+def adapter_digest(folder: str | Path | None) -> str | None:
+    """Tells one adapter's weights from another's; None for None.
+
+    Raises:
+        TuningError: There are none.
+    """
+    if folder is None:
+        return None
+    path = Path(folder) / "adapter_model.safetensors"
+    with storage(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _trainer(
+    language_model: TransformersLM,
+    model: Any,
+    examples: Sequence[Example],
+    settings: FineTuneSettings,
+    checkpoints: Path,
+) -> Any:
+    import trl
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
+
+    columns = {
+        "input_ids": [example.input_ids for example in examples],
+        "labels": [example.labels for example in examples],
+    }
+    dataset = Dataset.from_dict(columns)
+    with quiet():
+        arguments = trl.SFTConfig(
+            **common_arguments(checkpoints, settings.seed, _SAVE_STEPS),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            learning_rate=settings.learning_rate,
+            # Ids and labels are final: nothing is encoded, cut or packed.
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+        )
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            eval_dataset=dataset.select(range(min(len(dataset), _LOSS_EXAMPLES))),
+            processing_class=tokenizer_of(language_model),
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

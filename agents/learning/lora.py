@@ -1,0 +1,255 @@
+"""LoRA adapters of the language models that agents use: made, written, checked and served.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022; the defaults are
+the article's.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mbrl_text_env.files import write_folder
+from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
+
+if TYPE_CHECKING:
+    from mbrl_text_env.language_models import TransformersLM
+
+BASE = "base.json"
+"""The file of an adapter's folder that says which model it was trained on."""
+
+_FORMAT = 1
+# Values of each weight that its fingerprint is made of.
+_PROBES = 1024
+
+
+class TuningError(ValueError):
+    """Data, settings or folders that a policy cannot be tuned with."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The form of an adapter.
+
+    Args:
+        r: Rank of the adapters.
+        alpha: Their scale is `alpha / r`.
+        targets: Names of the modules that get adapters.
+        dropout: Of the adapters' input, while they are trained.
+
+    Raises:
+        TuningError: A number is out of its range, or there are no targets.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_above_zero(self, "r", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise TuningError(f"dropout: expected 0 or more and below 1, got {self.dropout!r}.")
+        if isinstance(self.targets, str) or not self.targets:
+            raise TuningError(
+                f"targets: expected names of modules such as ('q_proj',), got {self.targets!r}."
+            )
+        # JSON gives a list back.
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+
+def check_above_zero(settings: object, *names: str) -> None:
+    """Refuse settings that are not above 0.
+
+    Raises:
+        TuningError: One is not.
+    """
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise TuningError(f"{name}: expected more than 0, got {getattr(settings, name)!r}.")
+
+
+def trainable(
+    language_model: TransformersLM,
+    settings: AdapterSettings,
+    start_from: str | Path | None = None,
+) -> Any:
+    """A peft model of the language model's weights, for a trainer.
+
+    The frozen weights are the language model's own where these are float32 (also under int8
+    products), else a float32 copy. The language model itself does not change while this is trained.
+
+    Args:
+        language_model: Whose policy is tuned.
+        settings: The adapter's form; an adapter to start from keeps its own.
+        start_from: Folder of an adapter to go on from; None for a new one, which changes nothing
+            at first. A new adapter starts from torch's global random generator.
+
+    Raises:
+        TuningError: No module has the name of a target, or `start_from` is for another base.
+        RewardError: `peft` is not installed.
+    """
+    import torch
+
+    peft = required("peft")
+    model = _shared_copy(language_model.model).to(torch.float32)
+    if start_from is not None:
+        check_base(start_from, language_model)
+        with quiet():
+            return peft.PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+    )
+    try:
+        with quiet():
+            return peft.get_peft_model(model, config)
+    except ValueError as error:
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        raise TuningError(
+            f"targets: expected names among {sorted(linear)}, the linear layers of "
+            f"{language_model.name!r}; got {list(settings.targets)} ({error})."
+        ) from error
+
+
+def _shared_copy(model: Any) -> Any:
+    """A copy of a model's modules around the same weights."""
+    import torch
+
+    # Detached tensors share memory and version counter, so a write would be noticed in both.
+    shared: dict[int, Any] = {
+        id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    shared |= {id(b): b for b in model.buffers()}
+    return copy.deepcopy(model, shared)
+
+
+def tokenizer_of(language_model: TransformersLM) -> Any:
+    """A copy of its transformers tokenizer, for trainers, which change theirs."""
+    tokenizer = copy.deepcopy(language_model._tokenizer.tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def write(
+    folder: str | Path,
+    model: Any,
+    language_model: TransformersLM,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter's folder as a whole: safetensors, JSON, and the tokenizer.
+
+    Args:
+        folder: Takes the place of what is there.
+        model: What `trainable` made.
+        language_model: The model below it.
+        notes: JSON values to write beside it, by the name of the file.
+    """
+    for other in set(model.peft_config) - {"default"}:
+        # What trainers measure the divergence from.
+        model.delete_adapter(other)
+    with write_folder(folder) as scratch:
+        write_adapter(scratch, model, tokenizer_of(language_model), language_model.name)
+        _write_json(scratch / BASE, {"format": _FORMAT, **base_of(language_model)})
+        for name, note in (notes or {}).items():
+            _write_json(scratch / name, note)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text, encoding="utf-8")
+
+
+def check_target(folder: Path) -> None:
+    """Refuse to write over anything but an adapter.
+
+    Raises:
+        TuningError: There is a file, or a folder with other things in it.
+    """
+    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / BASE).is_file()
+    if is_other or (folder.exists() and not folder.is_dir()):
+        raise TuningError(
+            f"{folder}: expected a new folder, an empty one, or an adapter to replace, got "
+            f"{'a folder with other files' if is_other else 'a file'}. Choose another."
+        )
+
+
+def serve(
+    language_model: TransformersLM, folder: str | Path, name: str | None = None
+) -> TransformersLM:
+    """The language model with a tuned adapter; both can be used side by side.
+
+    Args:
+        language_model: The base that the adapter was trained on.
+        folder: As `fine_tune`, `train_grpo` and `train_rloo` write it.
+        name: What reports call it; by default the model's name and the folder's.
+
+    Raises:
+        TuningError: The folder holds no such adapter, or one for another base.
+
+    Example:
+        >>> fine_tune(lm, records, "tuned")  # doctest: +SKIP
+        >>> policy = serve(lm, "tuned")  # doctest: +SKIP
+    """
+    check_base(folder, language_model)
+    with quiet():
+        return language_model.with_adapter(folder, name)
+
+
+def check_base(folder: str | Path, language_model: TransformersLM) -> None:
+    """Refuse an adapter that was trained on another base.
+
+    Raises:
+        TuningError: It was, or the folder holds no whole adapter.
+    """
+    path = Path(folder) / BASE
+    try:
+        trained_on = json.loads(path.read_text(encoding="utf-8"))
+        if not (Path(folder) / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError("there is no adapter_model.safetensors")
+        fingerprint, name = trained_on["fingerprint"], trained_on["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TuningError(
+            f"{folder}: expected the folder of an adapter with a {BASE}, as it is written at the "
+            f"end of tuning ({type(error).__name__}: {error}). Check the path, or tune anew. An "
+            "adapter from elsewhere is served by `TransformersLM.with_adapter`."
+        ) from error
+    found = base_of(language_model)
+    if fingerprint != found["fingerprint"]:
+        raise TuningError(
+            f"{folder}: expected an adapter for {language_model.name!r}, got one that was trained "
+            f"on {name!r} ({fingerprint[:12]} there, {found['fingerprint'][:12]} here). Load that "
+            "model, or tune this one."
+        )
+
+
+def base_of(language_model: TransformersLM) -> dict[str, str]:
+    """Name and fingerprint of a language model.
+
+    The fingerprint is of the architecture, of all weights' names and shapes, and of values from
+    each of them as bfloat16: loaded as float32, bfloat16 or int8, a model has the same one. (As
+    float16 it may have another.)
+    """
+    import torch
+
+    model = language_model.model
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        flat = weight.detach().flatten()
+        probes = flat[:: max(1, len(flat) // _PROBES)].to(torch.bfloat16)
+        digest.update(probes.view(torch.int16).cpu().numpy().tobytes())
+    return {"name": language_model.name, "fingerprint": digest.hexdigest()}

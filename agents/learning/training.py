@@ -1,0 +1,183 @@
+"""Running a trainer of transformers: checkpoints to go on from, Ctrl-C, and full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.learning.lora import TuningError
+from mbrl_text_env.files import write_text
+from mbrl_text_env.rewards.learning.lora_classifier import quiet
+
+_RUN = "run.json"
+
+
+def checkpoints_of(folder: Path) -> Path:
+    """Where the checkpoints of a run lie: beside what it writes in the end."""
+    return folder.with_name(f"{folder.name}-checkpoints")
+
+
+def common_arguments(checkpoints: Path, seed: int, save_steps: int) -> dict[str, Any]:
+    """Arguments that all our trainers have in common."""
+    import torch
+
+    return {
+        "output_dir": str(checkpoints),
+        "save_strategy": "steps",
+        "save_steps": save_steps,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "seed": seed,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def claim(checkpoints: Path, record: Mapping[str, Any]) -> str | None:
+    """Make the folder of checkpoints, or find in it the last whole one of the same run.
+
+    Args:
+        checkpoints: The folder.
+        record: Whatever the run's result depends on. JSON values.
+
+    Returns:
+        The checkpoint to go on from; None where there is none.
+
+    Raises:
+        TuningError: The folder is of another run, or of something else, or cannot be written.
+    """
+    described = json.dumps(record, indent=2, sort_keys=True)
+    note = checkpoints / _RUN
+    with storage(checkpoints):
+        if checkpoints.is_dir() and any(checkpoints.iterdir()):
+            if not note.is_file() or note.read_text(encoding="utf-8") != described:
+                raise TuningError(
+                    f"{checkpoints}: expected checkpoints of the same data and settings to go on "
+                    "from, got others. Remove the folder to begin anew, or choose another folder "
+                    "for the adapter."
+                )
+        else:
+            write_text(note, described)
+        found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+        # The trainer writes its state last: a checkpoint without it was cut off.
+        whole = [path for path in found if _is_json(path / "trainer_state.json")]
+        for path in set(found) - set(whole):
+            shutil.rmtree(path)
+    return str(whole[-1]) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def run(trainer: Any, checkpoints: Path, resumed: str | None) -> None:
+    """Train to the end.
+
+    The first Ctrl-C lets the step under way end, and saves a checkpoint; a second one stops at
+    once.
+
+    Raises:
+        KeyboardInterrupt: It was stopped; the message says how to go on.
+        TuningError: A checkpoint could not be written.
+    """
+    with quiet(), storage(checkpoints), _stopping(trainer) as asked:
+        # peft looks for the base's own config, to see whether tokens were added.
+        warnings.filterwarnings("ignore", "Could not find a config file")
+        try:
+            trainer.train(resume_from_checkpoint=resumed)
+        except KeyboardInterrupt:
+            asked.append(True)
+    if asked:
+        raise KeyboardInterrupt(
+            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. The "
+            f"same call goes on from the last checkpoint in {checkpoints}; remove that folder to "
+            "begin anew."
+        )
+
+
+@contextmanager
+def _stopping(trainer: Any) -> Iterator[list[bool]]:
+    """Have Ctrl-C end the training after the step under way; the list says whether it was asked."""
+    from transformers import TrainerCallback
+
+    asked: list[bool] = []
+
+    class StopAfterStep(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if asked:
+                control.should_save = control.should_training_stop = True
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(True)
+        print("Stopping after this step; Ctrl-C again stops at once.", file=sys.stderr)
+        signal.signal(signal.SIGINT, before)
+
+    trainer.add_callback(StopAfterStep())
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread hears of signals.
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Say what to do where files cannot be written.
+
+    Raises:
+        TuningError: The block raised `OSError`, or what torch and safetensors make of one.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # Neither library keeps the type of the error.
+        written = isinstance(error, (OSError, SafetensorError)) or "PytorchStream" in str(error)
+        if not written:
+            raise
+        is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+        raise TuningError(
+            f"{path}: {'there is no space left' if is_full else 'it cannot be written or read'} "
+            f"({type(error).__name__}: {error}). Free some space, or choose a folder that can be "
+            "written; after that the same call goes on from the last whole checkpoint."
+        ) from error
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Seed the global generators, as trainers do, and put their states back."""
+    import torch
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002

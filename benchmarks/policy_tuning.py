@@ -1,0 +1,305 @@
+"""Does GRPO or RLOO raise what plain sampling scores on prompts that it has not seen?
+
+A LoRA adapter is trained on train prompts. Plain sampling, at the temperature that agents have by
+default, is scored on test prompts before and after, with the same seeds; the prompts are the pairs.
+Also measured is how fast responses are sampled, by the package's own decoding loop and by
+transformers' `generate`, which TRL takes by default. A run that was stopped goes on.
+
+python -m benchmarks.policy_tuning --reward sentiment --json policy_tuning.json
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks.folders import claim
+from benchmarks.options import (
+    DtypeOption,
+    LanguageModelOption,
+    errors,
+    friendly,
+    load_language_model,
+)
+from benchmarks.statistics import (
+    mean_interval,
+    paired_permutation_test,
+    prompt_means,
+    win_rate,
+)
+from mbrl_text_env.files import write_text
+
+if TYPE_CHECKING:
+    from agents.model_free import PolicyGradientSettings, StepReport
+    from mbrl_text_env.language_models import TransformersLM
+    from mbrl_text_env.rewards.base import RewardModel
+    from mbrl_text_env.types import Prompt
+
+_BATCH = 16
+
+
+class PolicyTuningError(ValueError):
+    """A measurement that cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What plain sampling scored.
+
+    Args:
+        prompts: Each response's prompt.
+        scores: Each response's score.
+        tokens: Mean length of a response.
+        distinct: Share of different bigrams of words among all, over all responses.
+    """
+
+    prompts: list[str]
+    scores: list[float]
+    tokens: float
+    distinct: float
+
+
+def sampled(
+    lm: TransformersLM,
+    reward: RewardModel,
+    prompts: Sequence[Prompt],
+    samples: int,
+    max_response_tokens: int,
+    seed: int,
+) -> Sampled:
+    """Score plain sampling, several responses to each prompt."""
+    from agents.base import DEFAULT_PARAMS
+    from mbrl_text_env.mdp import initial
+    from mbrl_text_env.rewards.base import score_responses
+
+    ids, texts, lengths = [], [], []
+    for start in range(0, len(prompts), _BATCH):
+        states = [initial(prompt, lm) for prompt in prompts[start : start + _BATCH]]
+        rows = lm.sample(
+            states, samples, max_response_tokens, seeds=[seed] * len(states), params=DEFAULT_PARAMS
+        )
+        for state, row in zip(states, rows, strict=True):
+            ids += [state.prompt] * len(row)
+            texts += [lm.decode(chunk.token_ids) for chunk in row]
+            lengths += [len(chunk) for chunk in row]
+    words = [text.split() for text in texts]
+    bigrams = [pair for row in words for pair in itertools.pairwise(row)]
+    return Sampled(
+        [prompt.id for prompt in ids],
+        score_responses(reward, ids, texts).total.tolist(),
+        float(np.mean(lengths)),
+        len(set(bigrams)) / max(1, len(bigrams)),
+    )
+
+
+def comparison(before: Sampled, after: Sampled, seed: int) -> dict[str, Any]:
+    """Paired statistics; the unit is the prompt."""
+    first, second = (prompt_means(side.scores, side.prompts) for side in (before, after))
+    difference = mean_interval(second - first, seed=seed)
+    test = paired_permutation_test(second - first, seed=seed)
+    wins = win_rate(second, first)
+    return {
+        "num_prompts": len(first),
+        "before": float(first.mean()),
+        "after": float(second.mean()),
+        "difference": difference.estimate,
+        "interval": [difference.low, difference.high],
+        "p_value": test.p_value,
+        "wins_ties_losses": [wins.wins, wins.ties, wins.losses],
+        **{
+            f"{name}_{when}": getattr(side, name)
+            for when, side in (("before", before), ("after", after))
+            for name in ("tokens", "distinct")
+        },
+    }
+
+
+def sampling_speeds(
+    lm: TransformersLM, prompts: Sequence[Prompt], settings: PolicyGradientSettings
+) -> dict[str, float]:
+    """Tokens a second of a step's sampling: ours, and `generate` in float32 as TRL calls it."""
+    import torch
+
+    from agents.learning.lora import tokenizer_of, trainable
+    from mbrl_text_env.language_models.base import SamplingParams
+    from mbrl_text_env.mdp import initial
+
+    states = [initial(prompt, lm) for prompt in prompts[: settings.prompts_per_step]]
+    count, limit = settings.num_generations, settings.max_completion_length
+
+    def own() -> int:
+        lm.clear_cache()
+        rows = lm.sample(
+            states,
+            count,
+            limit,
+            seeds=[0] * len(states),
+            params=SamplingParams(temperature=settings.temperature),
+        )
+        return sum(len(chunk) for row in rows for chunk in row)
+
+    model = trainable(lm, settings).eval()
+    tokenizer = tokenizer_of(lm)
+    rows = [list(state.prompt_ids) for state in states for _ in range(count)]
+    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    options = {"temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+
+    def generate() -> int:
+        with torch.inference_mode(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            found = model.generate(
+                **inputs,
+                max_new_tokens=limit,
+                do_sample=True,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=sorted(lm.stop_token_ids),
+                **options,
+            )
+        added = found[:, inputs["input_ids"].shape[1] :]
+        ends = torch.isin(added, torch.tensor(sorted(lm.stop_token_ids)))
+        # A response ends with its first stop token.
+        return int((ends.cumsum(1) - ends.long() == 0).sum())
+
+    return {"own": _speed(own), "generate": _speed(generate)}
+
+
+def _speed(sample: Callable[[], int]) -> float:
+    start = time.perf_counter()
+    tokens = sample()
+    return tokens / (time.perf_counter() - start)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What a file holds, or what is made and then kept in it. JSON values."""
+    if not path.is_file():
+        write_text(path, json.dumps(make()))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _show(step: StepReport) -> None:
+    print(
+        f"step {step.step}: reward {step.reward:.3f}, {step.mean_tokens:.0f} tokens",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _prompts(reward: RewardModel, split: str, limit: int | None) -> list[Prompt]:
+    """Builtin prompts that the reward applies to, in a fixed random order."""
+    from mbrl_text_env.prompts import load_prompts
+    from mbrl_text_env.rewards.base import applies_to, reward_name
+
+    found = [prompt for prompt in load_prompts(split=split) if applies_to(reward, prompt)]
+    if len(found) < (limit or 2):
+        raise PolicyTuningError(
+            f"Expected at least {limit or 2} {split} prompts that {reward_name(reward)!r} applies "
+            f"to, got {len(found)}. Lower --prompts, or choose another reward."
+        )
+    order = np.random.default_rng(0).permutation(len(found))
+    return [found[i] for i in order[:limit]]
+
+
+@friendly
+def main(
+    reward: Annotated[str, typer.Option(help="A reward's name, such as 'constraints'.")] = (
+        "sentiment"
+    ),
+    algorithm: Annotated[str, typer.Option(help="'grpo' or 'rloo'.")] = "grpo",
+    steps: Annotated[int, typer.Option(min=1)] = 60,
+    prompts_per_step: Annotated[int, typer.Option(min=1)] = 4,
+    num_generations: Annotated[int, typer.Option(min=2)] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-3,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling in training.")] = 0.7,
+    beta: Annotated[float, typer.Option(min=0.0, help="Weight of the KL divergence.")] = 0.0,
+    max_response_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    prompts: Annotated[int, typer.Option(min=2, help="Test prompts.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to each test prompt.")] = 4,
+    language_model: LanguageModelOption = "embedded",
+    dtype: DtypeOption = "int8",
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same one goes on.")] = Path(
+        "policy-tuning"
+    ),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+) -> None:
+    """Train, measure before and after, print."""
+    from agents.learning import serve
+    from agents.model_free import PolicyGradientSettings, train_grpo, train_rloo
+    from agents.model_free.trl import CURVE, LEDGER
+    from mbrl_text_env.rewards import make
+
+    trainers = {"grpo": train_grpo, "rloo": train_rloo}
+    if algorithm not in trainers:
+        raise typer.BadParameter(f"--algorithm: expected grpo or rloo, got {algorithm!r}.")
+    settings = PolicyGradientSettings(
+        steps=steps,
+        prompts_per_step=prompts_per_step,
+        num_generations=num_generations,
+        max_completion_length=max_response_tokens,
+        temperature=temperature,
+        learning_rate=learning_rate,
+        beta=beta,
+        batch_size=num_generations,
+        seed=seed,
+    )
+    record = {
+        "reward": reward,
+        "algorithm": algorithm,
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "test": [prompts, samples],
+        "language_model": [language_model, dtype],
+    }
+    claim(out, record, "measurement of tuning", PolicyTuningError)
+    lm = load_language_model(language_model, dtype)
+    reward_model = make(reward)
+    train, test = (
+        _prompts(reward_model, split, limit)
+        for split, limit in (("train", None), ("test", prompts))
+    )
+
+    def score(policy: TransformersLM) -> dict[str, Any]:
+        limits = samples, max_response_tokens, seed
+        return asdict(sampled(policy, reward_model, test, *limits))
+
+    before = Sampled(**kept(out / "before.json", lambda: score(lm)))
+    speeds = kept(out / "speeds.json", lambda: sampling_speeds(lm, train, settings))
+    adapter = out / "adapter"
+    if not (adapter / CURVE).is_file():
+        try:
+            trainers[algorithm](lm, reward_model, train, adapter, settings, on_step=_show)
+        except KeyboardInterrupt as stopped:
+            # Typer would end with no more than "Aborted".
+            errors.print(str(stopped), markup=False)
+            raise typer.Exit(130) from stopped
+    after = Sampled(**kept(out / "after.json", lambda: score(serve(lm, adapter))))
+    figures = {
+        **record,
+        "result": comparison(before, after, seed),
+        "num_train_prompts": len(train),
+        "tokens_per_second": speeds,
+        "ledger": json.loads((adapter / LEDGER).read_text(encoding="utf-8")),
+        "curve": json.loads((adapter / CURVE).read_text(encoding="utf-8")),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "cpus": os.cpu_count(),
+        "command": shlex.join(["python", "-m", "benchmarks.policy_tuning", *sys.argv[1:]]),
+    }
+    print(json.dumps({key: value for key, value in figures.items() if key != "curve"}, indent=2))
+    if json_file is not None:
+        write_text(json_file, json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)
