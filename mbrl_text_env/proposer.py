@@ -1,0 +1,350 @@
+"""What the candidate view shows: chunks that a language model proposes, described by numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mbrl_text_env.encoders import (
+    Encoder,
+    encode_texts,
+    encoder_flops,
+    encoder_flops_bound,
+    prefix_text,
+)
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.ledger import Ledger, Usage, timed
+from mbrl_text_env.mdp import is_terminal, response_limit, transition
+from mbrl_text_env.rewards.base import reward_usage_bound, score_responses
+from mbrl_text_env.task import TextTask, added_text
+from mbrl_text_env.types import Chunk, TextState
+
+# Mean log-probabilities below this one are shown as it: about one in five hundred million.
+_LEAST_LOGPROB = -20.0
+_SCALARS = 3
+
+
+class FeatureParts(NamedTuple):
+    """Parts of feature vectors, of whatever kind of array they were cut from.
+
+    Args:
+        position: [B, 1], the share of the response's tokens that are written.
+        scalars: [B, K, 3], of each candidate: mean log-probability (nats), share of
+            `chunk_tokens`, whether it ends the response.
+        prefix_reward: [B, 1], or [B, 0] without rewards of prefixes.
+        rewards: [B, K, 1], or [B, K, 0].
+        prefix_embedding: [B, d].
+        embeddings: [B, K, d], of the prefix with each candidate.
+    """
+
+    position: Any
+    scalars: Any
+    prefix_reward: Any
+    rewards: Any
+    prefix_embedding: Any
+    embeddings: Any
+
+
+@dataclass(frozen=True)
+class FeatureLayout:
+    """Where in a feature vector what is.
+
+    Args:
+        num_candidates: K.
+        embedding_size: d, 0 without embeddings.
+        prefix_rewards: Whether the rewards of the prefix and of each candidate are in it.
+
+    Example:
+        >>> layout = FeatureLayout(num_candidates=2, embedding_size=3, prefix_rewards=True)
+        >>> layout.size
+        19
+        >>> layout.split(np.arange(19.0)[None]).rewards.tolist()
+        [[[8.0], [9.0]]]
+    """
+
+    num_candidates: int
+    embedding_size: int = 0
+    prefix_rewards: bool = False
+
+    @property
+    def size(self) -> int:
+        """Length of a feature vector."""
+        k = self.num_candidates
+        return 1 + _SCALARS * k + self.prefix_rewards * (1 + k) + (1 + k) * self.embedding_size
+
+    def split(self, rows: Any) -> FeatureParts:
+        """Views of the parts of [B, size], a NumPy array or a torch tensor."""
+        count, k, d = len(rows), self.num_candidates, self.embedding_size
+        rewards = 1 + _SCALARS * k
+        embeddings = rewards + self.prefix_rewards * (1 + k)
+        return FeatureParts(
+            rows[:, :1],
+            rows[:, 1:rewards].reshape(count, k, _SCALARS),
+            rows[:, rewards : rewards + self.prefix_rewards],
+            rows[:, rewards + self.prefix_rewards : embeddings].reshape(
+                count, k, int(self.prefix_rewards)
+            ),
+            rows[:, embeddings : embeddings + d],
+            rows[:, embeddings + d :].reshape(count, k, d),
+        )
+
+
+Known = dict[TextState, float]
+"""Rewards of the prefixes that one environment has shown last."""
+
+
+class CandidateProposer:
+    """Proposes chunks and describes them; shared by the single and the vector view.
+
+    Features: the share of the response's tokens that are written and, for each candidate, its mean
+    log-probability, its share of `chunk_tokens`, and whether it ends the response. With
+    `prefix_rewards`, the rewards of the prefix and of the prefix with each candidate follow; with
+    an encoder, their embeddings.
+
+    Args:
+        language_model: Proposes chunks.
+        task: The environment's task.
+        num_candidates: K, at least 1.
+        chunk_tokens: Most tokens of a candidate; by default the environment's `max_chunk_tokens`.
+        params: How candidates are drawn.
+        encoder: `"embedded"` for MiniLM, `"language_model"` for the model's own features, any
+            object with `encode(texts)`, or None for no embeddings.
+        prefix_rewards: Whether the reward model scores the prefix with each candidate, as if the
+            response ended there. Every score is charged as a reward call.
+
+    Attributes:
+        layout: Where in the features what is.
+
+    Raises:
+        ValueError: K or `chunk_tokens` is out of range, or the model has no features.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        task: TextTask,
+        num_candidates: int,
+        chunk_tokens: int | None,
+        params: SamplingParams,
+        encoder: Encoder | str | None,
+        prefix_rewards: bool = False,
+    ) -> None:
+        limit = task.rules.max_chunk_tokens
+        chunk_tokens = limit if chunk_tokens is None else chunk_tokens
+        if num_candidates < 1:
+            raise ValueError(f"num_candidates: expected at least 1, got {num_candidates}.")
+        if not 1 <= chunk_tokens <= limit:
+            raise ValueError(
+                f"chunk_tokens: expected 1 to the environment's max_chunk_tokens ({limit}), got "
+                f"{chunk_tokens}."
+            )
+        self.language_model = language_model
+        self.task = task
+        self.num_candidates = num_candidates
+        self.chunk_tokens = chunk_tokens
+        self.params = params
+        self._encoder = self._checked_encoder(encoder)
+        self.layout = FeatureLayout(num_candidates, self._embedding_size(), bool(prefix_rewards))
+
+    def propose(
+        self,
+        states: Sequence[TextState],
+        seeds: Sequence[int],
+        ledgers: Sequence[Ledger],
+    ) -> list[list[Chunk]]:
+        """K chunks for each state in one call of the language model; none where it has ended."""
+        going = [i for i, state in enumerate(states) if not is_terminal(state)]
+        proposals: list[list[Chunk]] = [[] for _ in states]
+        if going:
+            drawn = self.language_model.sample(
+                [states[i] for i in going],
+                self.num_candidates,
+                self.chunk_tokens,
+                seeds=[seeds[i] for i in going],
+                params=self.params,
+                ledgers=[ledgers[i] for i in going],
+            )
+            for i, chunks in zip(going, drawn, strict=True):
+                proposals[i] = chunks
+        return proposals
+
+    def texts(
+        self, states: Sequence[TextState], proposals: Sequence[list[Chunk]]
+    ) -> list[list[str]]:
+        """The text that each candidate would add."""
+        decode = self.task.tokenizer.decode
+        return [
+            [
+                added_text(decode(state.response_ids), decode(state.response_ids + chunk.token_ids))
+                for chunk in chunks
+            ]
+            for state, chunks in zip(states, proposals, strict=True)
+        ]
+
+    def features(
+        self,
+        states: Sequence[TextState],
+        proposals: Sequence[list[Chunk]],
+        ledgers: Sequence[Ledger],
+        known: Sequence[Known] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Describe states and their candidates.
+
+        Args:
+            states: B states.
+            proposals: The candidates of each.
+            ledgers: One a state. Embeddings count as FLOPs of a value model, or as calls of the
+                language model where that embeds.
+            known: One a state: the rewards that are known from the call before, which are not asked
+                for again. Those of this call take their place.
+
+        Returns:
+            float32[B, layout.size]; the candidates of an ended state, and all rewards there, are
+            zeros.
+
+        Raises:
+            RewardError: A prefix could not be scored.
+        """
+        rows = np.zeros((len(states), self.layout.size), dtype=np.float32)
+        parts = self.layout.split(rows)
+        parts.position[:, 0] = [len(s.response_ids) / self.task.max_response_tokens for s in states]
+        for row, chunks in zip(parts.scalars, proposals, strict=True):
+            for k, chunk in enumerate(chunks):
+                row[k] = (
+                    max(chunk.logprob / len(chunk), _LEAST_LOGPROB),
+                    len(chunk) / self.chunk_tokens,
+                    chunk.finish_reason is not None,
+                )
+        if self.layout.prefix_rewards or self._encoder is not None:
+            children = self.children(states, proposals)
+            if self.layout.prefix_rewards:
+                known = [{} for _ in states] if known is None else known
+                self._score(states, children, parts, ledgers, known)
+            if self._encoder is not None:
+                self._embed(states, children, parts, ledgers)
+        return rows
+
+    def children(
+        self, states: Sequence[TextState], proposals: Sequence[list[Chunk]]
+    ) -> list[list[TextState]]:
+        """The state behind each candidate."""
+        rows = []
+        for state, chunks in zip(states, proposals, strict=True):
+            limit = response_limit(state, self.task.tokenizer, self.task.max_response_tokens)
+            rows.append([transition(state, chunk, limit) for chunk in chunks])
+        return rows
+
+    def features_bound(self, state: TextState) -> Usage:
+        """The most that describing a state and its candidates is charged."""
+        count = 1 + self.num_candidates
+        usage = Usage()
+        if self.layout.prefix_rewards:
+            usage += reward_usage_bound(self.task.reward_model) * count
+        if self._encoder is self.language_model:
+            tokens = len(state.prompt_ids) + len(state.response_ids) + self.chunk_tokens
+            usage += self.language_model.usage(tokens, []) * count
+        elif self._encoder is not None:
+            usage += Usage(value_flops=encoder_flops_bound(self._encoder) * count)
+        return usage
+
+    def _score(
+        self,
+        states: Sequence[TextState],
+        children: Sequence[Sequence[TextState]],
+        parts: FeatureParts,
+        ledgers: Sequence[Ledger],
+        known: Sequence[Known],
+    ) -> None:
+        """Fill in the rewards of prefixes, all that are new in one call."""
+        wanted = [
+            [state, *behind] if behind else []
+            for state, behind in zip(states, children, strict=True)
+        ]
+        new = [
+            (i, state)
+            for i, row in enumerate(wanted)
+            for state in dict.fromkeys(row)
+            if state not in known[i]
+        ]
+        decode = self.task.tokenizer.decode
+        scores = score_responses(
+            self.task.reward_model,
+            [state.prompt for _, state in new],
+            [decode(state.response_ids) for _, state in new],
+            ledgers=[ledgers[i] for i, _ in new],
+        )
+        for (i, state), score in zip(new, scores.total, strict=True):
+            known[i][state] = float(score)
+        for i, row in enumerate(wanted):
+            values = [known[i][state] for state in row]
+            if row:
+                parts.prefix_reward[i, 0] = values[0]
+                parts.rewards[i, :, 0] = values[1:]
+            shown = dict(zip(row, values, strict=True))
+            known[i].clear()
+            known[i].update(shown)
+
+    def _embed(
+        self,
+        states: Sequence[TextState],
+        children: Sequence[Sequence[TextState]],
+        parts: FeatureParts,
+        ledgers: Sequence[Ledger],
+    ) -> None:
+        wanted: list[TextState] = []
+        owners: list[int] = []
+        for i, (state, behind) in enumerate(zip(states, children, strict=True)):
+            wanted.extend([state, *behind])
+            owners.extend([i] * (1 + len(behind)))
+        vectors = iter(self._vectors(wanted, [ledgers[i] for i in owners]))
+        for i, behind in enumerate(children):
+            parts.prefix_embedding[i] = next(vectors)
+            for k in range(len(behind)):
+                parts.embeddings[i, k] = next(vectors)
+
+    def _vectors(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger]
+    ) -> npt.NDArray[np.float32]:
+        if self._encoder is self.language_model:
+            model: Any = self.language_model
+            vectors: npt.NDArray[np.float32] = model.features(states, ledgers=ledgers)
+            return vectors
+        decode = self.task.tokenizer.decode
+        texts = [prefix_text(s.prompt.text, decode(s.response_ids)) for s in states]
+        encoder: Any = self._encoder
+        with timed(ledgers):
+            vectors = encode_texts(encoder, texts)
+        for ledger, flops in zip(ledgers, encoder_flops(encoder, texts), strict=True):
+            ledger.charge(Usage(value_flops=float(flops)))
+        return vectors
+
+    def _checked_encoder(self, encoder: Encoder | str | None) -> Any:
+        if encoder == "embedded":
+            from mbrl_text_env.language_models.catalogue import embedded_encoder
+
+            return embedded_encoder()
+        if encoder == "language_model":
+            if not hasattr(self.language_model, "features"):
+                raise ValueError(
+                    f"encoder='language_model': {self.language_model.name!r} gives no features. "
+                    "Use 'embedded', None, or an encoder of your own."
+                )
+            return self.language_model
+        if isinstance(encoder, str) or (encoder is not None and not hasattr(encoder, "encode")):
+            raise ValueError(
+                "encoder: expected 'embedded', 'language_model', None, or an object with "
+                f"encode(texts), got {encoder!r}."
+            )
+        return encoder
+
+    def _embedding_size(self) -> int:
+        if self._encoder is None:
+            return 0
+        if self._encoder is self.language_model:
+            model: Any = self.language_model
+            return int(model.feature_size)
+        return int(encode_texts(self._encoder, ["size"]).shape[1])
