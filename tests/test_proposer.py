@@ -1,4 +1,4 @@
-"""What the candidate view shows: the layout of its features, rewards of prefixes, what it charges."""
+"""The candidate view's features: their layout, rewards of prefixes, and what they charge."""
 
 import gymnasium as gym
 import numpy as np

@@ -1,0 +1,214 @@
+"""A loop's value model: fitted for one policy, tried on the next, fitted anew or taken over."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from agents.learning.iteration_report import ValueReport
+from agents.learning.presets import LoopSettings
+from agents.learning.shift import check_value
+from agents.values import READY, FittedValue, load_value, make_value
+from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.records import Record
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.types import Prompt
+from mbrl_text_env.values import ValueModel, check_value_fits
+
+ValueFactory = Callable[[LanguageModel, RewardModel], FittedValue]
+"""Makes a value model to fit, of a class that `load_value` reads."""
+
+Sample = Callable[[Path, LanguageModel], list[Record]]
+"""Writes plain samples of a policy to a folder, and gives them back."""
+
+_MODEL, _RECORDS = "model", "records"
+
+
+@dataclass(frozen=True)
+class ValueBefore:
+    """The value model of an iteration, as the next one finds it.
+
+    Args:
+        folder: Of its stage.
+        policy: Whose responses it values.
+        report: How well it does.
+    """
+
+    folder: Path
+    policy: LanguageModel
+    report: ValueReport
+
+
+class _Charged:
+    """A reward model that charges a ledger for whatever it scores: fits charge nothing."""
+
+    def __init__(self, reward_model: RewardModel, ledger: Ledger) -> None:
+        self._reward_model = reward_model
+        self._ledger = ledger
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        found = getattr(self._reward_model, name)
+        if name not in ("score", "score_parts"):
+            return found
+
+        def charged(prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
+            flops = getattr(self._reward_model, "flops", None)
+            spent = 0.0 if flops is None else float(np.sum(flops(prompts, responses)))
+            self._ledger.charge(Usage(reward_calls=len(responses), reward_flops=spent))
+            return found(prompts, responses)
+
+        return charged
+
+
+class LoopValues:
+    """Makes, checks and reads a loop's value models.
+
+    Args:
+        settings: The loop's.
+        reward_model: What is predicted.
+        encoder: Of values that embed texts; None for MiniLM.
+        value_factory: Instead of the settings' kind.
+        value_model: Fitted for the base model already; None fits one.
+    """
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        reward_model: RewardModel,
+        encoder: Encoder | None = None,
+        value_factory: ValueFactory | None = None,
+        value_model: FittedValue | None = None,
+    ) -> None:
+        self.settings = settings
+        self.reward_model = reward_model
+        self.encoder = encoder
+        self.value_factory = value_factory
+        self.value_model = value_model
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the loop has a value model."""
+        return any(
+            given is not None
+            for given in (self.settings.value, self.value_factory, self.value_model)
+        )
+
+    @property
+    def _is_ready(self) -> bool:
+        """Whether it needs no fit, and is that of any policy."""
+        return (
+            self.settings.value in READY and self.value_factory is None and self.value_model is None
+        )
+
+    def load(self, folder: Path, policy: LanguageModel) -> ValueModel:
+        """The value model of a stage's folder.
+
+        Raises:
+            ValueModelError: It was fitted for another policy, or is damaged.
+        """
+        return self._made(policy) if self._is_ready else self._read(folder, policy)
+
+    def renew(
+        self,
+        folder: Path,
+        policy: LanguageModel,
+        fresh: Sequence[Record],
+        sample: Sample,
+        ledger: Ledger,
+        *,
+        iteration: int,
+        before: ValueBefore | None,
+    ) -> ValueReport:
+        """Make the value model of an iteration.
+
+        Args:
+            folder: Where it is written, with the records that it was fitted on.
+            policy: Whose responses it is to value.
+            fresh: Responses of this policy to prompts that no value is fitted on.
+            sample: Makes the records to fit on.
+            ledger: Is charged for the checks, and for what a fit asks of the reward model.
+            iteration: The iteration's number.
+            before: The value model of the iteration before; None for the base model's.
+        """
+        if self._is_ready:
+            found = check_value(self._made(policy), fresh, ledger=ledger)
+            return ValueReport(iteration, False, found, None, found, None)
+        if before is None:
+            first = self.value_model
+            if first is None:
+                first = self._fitted(sample(folder / _RECORDS, policy), policy, ledger)
+            check_value_fits(first, policy, self.reward_model)
+            first.save(folder / _MODEL)
+            found = check_value(self._read(folder, policy), fresh, ledger=ledger)
+            return ValueReport(iteration, self.value_model is None, found, None, found, None)
+        last = before.report
+        reference = last.after if last.fitted_at == iteration - 1 else last.when_fitted
+        old = check_value(self._carried(before, folder, policy), fresh, ledger=ledger)
+        ratio = old.error / reference.error if reference.error > 0 else float("inf")
+        if self._is_due(ratio):
+            records = sample(folder / _RECORDS, policy)
+            if len({record.score for record in records}) > 1:
+                self._fitted(records, policy, ledger).save(folder / _MODEL)
+                after = check_value(self._read(folder, policy), fresh, ledger=ledger)
+                return ValueReport(iteration, True, reference, old, after, ratio)
+            # What a policy ends in that has learned all there is.
+            warnings.warn(
+                f"Iteration {iteration}: all responses that a value model was to be fitted on "
+                f"score {records[0].score:.4g}; the one before is taken over.",
+                stacklevel=2,
+            )
+        if self.settings.stale_value == "error":
+            shutil.rmtree(folder)
+        return ValueReport(last.fitted_at, False, reference, old, old, ratio)
+
+    def _is_due(self, error_ratio: float) -> bool:
+        if self.settings.stale_value == "refit-if-worse":
+            return not error_ratio <= self.settings.error_factor
+        return self.settings.stale_value == "refit"
+
+    def _carried(self, before: ValueBefore, folder: Path, policy: LanguageModel) -> FittedValue:
+        """The old value model, taken for one of this policy's."""
+        old = self._read(before.folder, before.policy)
+        old.language_model_name_ = policy.name
+        # Written and read again: a value that looks into a policy then looks into this one.
+        old.save(folder / _MODEL)
+        return self._read(folder, policy)
+
+    def _fitted(
+        self, records: Sequence[Record], policy: LanguageModel, ledger: Ledger
+    ) -> FittedValue:
+        """Fitted, and to be saved and read again: this one goes on charging the ledger."""
+        value = self._made(policy, cast("RewardModel", _Charged(self.reward_model, ledger)))
+        assert isinstance(value, FittedValue)
+        return value.fit(records)
+
+    def _made(self, policy: LanguageModel, reward_model: RewardModel | None = None) -> ValueModel:
+        reward_model = self.reward_model if reward_model is None else reward_model
+        if self.value_factory is not None:
+            return self.value_factory(policy, reward_model)
+        if self.settings.value is None:
+            raise ValueError(
+                "value_model: expected settings.value or a value_factory beside it, which say what "
+                "is fitted for the next policies; got neither."
+            )
+        return make_value(
+            self.settings.value,
+            policy,
+            reward_model,
+            encoder=self.encoder,
+            max_response_tokens=self.settings.max_response_tokens,
+            seed=self.settings.seed,
+        )
+
+    def _read(self, folder: Path, policy: LanguageModel) -> FittedValue:
+        return load_value(folder / _MODEL, policy, self.reward_model, self.encoder)

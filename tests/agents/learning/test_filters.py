@@ -1,0 +1,130 @@
+"""Which answers are learned, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.learning import (
+    FilterError,
+    FilterSettings,
+    at_least,
+    best_of_prompt,
+    correct_only,
+    select,
+    top_fraction,
+    without_duplicates,
+)
+from agents.learning.filters import scores_described
+from tests.agents.values.worlds import written
+
+ROWS = [
+    written("ab", "a", 0.2),
+    written("ab", "b", 1.0),
+    written("ab", "c", 0.6),
+    written("c", "a", 0.6),
+    written("c", "b", 0.1),
+]
+
+
+def scores(records):
+    return [record.score for record in records]
+
+
+def test_threshold_includes_itself():
+    assert scores(at_least(ROWS, 0.6)) == [1.0, 0.6, 0.6]
+
+
+def test_correct_only():
+    assert scores(correct_only(ROWS)) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "expected"),
+    # 0.4 of 5 is 2 and of the two with 0.6 the first is taken; 0.5 of 5 is rounded up to 3.
+    [(0.2, [1.0]), (0.4, [1.0, 0.6]), (0.5, [1.0, 0.6, 0.6]), (1.0, [0.2, 1.0, 0.6, 0.6, 0.1])],
+)
+def test_top_fraction(fraction, expected):
+    assert scores(top_fraction(ROWS, fraction)) == expected
+    assert top_fraction(ROWS, 0.4)[1] is ROWS[2]
+
+
+def test_a_fraction_is_not_rounded_up_by_floating_point():
+    rows = [written("ab", "abcde"[i % 5], float(i)) for i in range(30)]
+    assert len(top_fraction(rows, 0.1)) == 3
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(1, [1.0, 0.6]), (2, [1.0, 0.6, 0.6, 0.1]), (9, scores(ROWS))]
+)
+def test_best_of_each_prompt(n, expected):
+    assert scores(best_of_prompt(ROWS, n)) == expected
+
+
+def test_duplicates_are_those_of_one_prompt():
+    again = replace(ROWS[1], seed=7)
+    assert without_duplicates([*ROWS, again]) == ROWS
+    # Response "a" is there twice, to two prompts.
+    assert ROWS[0].response == ROWS[3].response
+
+
+def test_a_chain():
+    rows = [*ROWS, replace(ROWS[1], seed=7)]
+    kept = select(rows, FilterSettings(threshold=0.1, top_fraction=0.6, best_of_prompt=1))
+    # Without the duplicate five pass the threshold, three of these are the best, one a prompt.
+    assert kept == [ROWS[1], ROWS[3]]
+    kept = select(rows, FilterSettings(distinct=False, best_of_prompt=2))
+    assert [record.seed for record in kept] == [0, 0, 0, 7]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.floats(0, 1)), min_size=2, max_size=20),
+    st.floats(0.01, 1),
+    st.integers(1, 4),
+)
+def test_what_is_kept_scores_no_less_than_what_is_dropped(rows, fraction, n):
+    records = [written(prompt, "abc", score) for prompt, score in rows]
+    kept = top_fraction(records, fraction)
+    assert len(kept) == pytest.approx(fraction * len(records), abs=1)
+    dropped = [r.score for r in records if not any(r is other for other in kept)]
+    assert min(scores(kept)) >= max(dropped, default=0)
+    best = best_of_prompt(records, n)
+    for prompt in "ab":
+        own = sorted((r.score for r in records if r.prompt_id == prompt), reverse=True)
+        assert sorted((r.score for r in best if r.prompt_id == prompt), reverse=True) == own[:n]
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [(FilterSettings(threshold=1.1), 0), (FilterSettings(threshold=0.7), 1)],
+)
+def test_too_little_is_left(settings, left):
+    with pytest.raises(FilterError) as caught:
+        select([*ROWS, ROWS[0]], settings)
+    message = str(caught.value)
+    assert f"at least two responses, got {left} of 6 (5 of them different)" in message
+    assert "The 6 scores of 2 prompts go from 0.1 to 1, quartiles 0.2, 0.4 and 0.6" in message
+    assert "Lower the threshold" in message
+
+
+def test_nothing_at_all():
+    with pytest.raises(FilterError, match=r"got 0 of 0 .* There are no scores"):
+        select([], FilterSettings())
+    assert scores_described(ROWS).endswith("the most frequent is 0.6 (2 times).")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"threshold": float("nan")},
+        {"top_fraction": 0.0},
+        {"top_fraction": 1.5},
+        {"best_of_prompt": 0},
+    ],
+)
+def test_settings_out_of_range(setting):
+    with pytest.raises(FilterError, match=next(iter(setting))):
+        FilterSettings(**setting)
