@@ -100,8 +100,8 @@ class Agent(ABC):
     of the same name.
 
     Several states are searched side by side: each is searched by a copy of the agent with one state
-    in its call of `search`, and what the searches ask of the language model, of the reward model
-    and of a `value_model` is answered in common batches (`agents.side_by_side`).
+    in its call of `search`, and what the searches ask of the language model, of the reward model,
+    of a `value_model` and of an `encoder` is answered in common batches (`agents.side_by_side`).
 
     Args:
         language_model: Proposes tokens.
@@ -364,6 +364,8 @@ class Agent(ABC):
             agent.reward_model = merging.reward_model(self.reward_model)
         if getattr(self, "value_model", None) is not None:
             agent.value_model = merging.value_model(self.value_model)  # type: ignore[attr-defined]
+        if getattr(self, "encoder", None) is not None:
+            agent.encoder = merging.encoder(self.encoder)  # type: ignore[attr-defined]
         return agent.search([state], [ledger], seed)[0]
 
     def response_usage(self, state: TextState) -> Usage:

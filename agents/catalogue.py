@@ -13,6 +13,7 @@ from agents.beam import BeamSearch
 from agents.best_of_n import BestOfN
 from agents.lookahead import Lookahead
 from agents.mcts import MCTS
+from agents.model_free.candidate_agent import CandidateAgent
 from agents.particle_filter import ParticleFilter
 from agents.receding_horizon import RecedingHorizon
 from agents.sampling import RandomAgent, Sampling
@@ -32,6 +33,7 @@ _CLASSES: Mapping[str, Callable[..., Agent]] = {
         ParticleFilter,
         MCTS,
         Adaptive,
+        CandidateAgent,
     )
 }
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -53,7 +55,7 @@ def make(
     reward_model: RewardModel,
     value_model: ValueModel | Mapping[str, ValueModel] | None = None,
     *,
-    policies: Mapping[str, LanguageModel] | None = None,
+    policies: Mapping[str, Any] | None = None,
     **defaults: Any,
 ) -> Agent:
     """Make an agent from a text such as `"best-of-n:n=8:temperature=1.0"`.
@@ -66,8 +68,10 @@ def make(
         reward_model: Scores responses.
         value_model: For agents that take one; or several by name, of which an agent takes the one
             that its option `value` names, or else the first.
-        policies: Language models that take the place of `language_model` where the spec names one,
-            such as a base model's fine-tuned versions.
+        policies: By the names that specs use (`policy=tuned`): language models that take the place
+            of `language_model`, such as a base model's fine-tuned versions; and for the agent
+            `candidates`, which has to name one, choices that were trained
+            (`agents.model_free.load_policy`).
         **defaults: Options that the spec does not name, such as `max_response_tokens`.
 
     Raises:
@@ -82,7 +86,8 @@ def make(
     known = inspect.signature(cls).parameters
     params = {key: options.pop(key) for key in _SAMPLING if key in options}
     chosen = _chosen(spec, value_model, options.pop(_VALUE, None))
-    policy = _policy(spec, language_model, policies or {}, options.pop(_POLICY, None))
+    chooses = _POLICY in known
+    policy = _policy(spec, policies or {}, options.pop(_POLICY, None), chooses)
     unknown = [key for key in options if key not in known or key == "params"]
     if unknown:
         numeric = [key for key, p in known.items() if p.kind is p.KEYWORD_ONLY]
@@ -95,7 +100,9 @@ def make(
     try:
         if params:
             options["params"] = SamplingParams(**params)
-        return cls(policy, reward_model, **{**defaults, **options})
+        if chooses:
+            options[_POLICY], policy = policy, None
+        return cls(policy or language_model, reward_model, **{**defaults, **options})
     except (TypeError, ValueError) as error:
         raise AgentSpecError(f"Agent {spec!r}: {error}") from error
 
@@ -137,14 +144,17 @@ def _chosen(
     raise AgentSpecError(f"Agent {spec!r}: expected a value of {there}, got {name!r}.")
 
 
-def _policy(
-    spec: str, base: LanguageModel, policies: Mapping[str, LanguageModel], name: str | None
-) -> LanguageModel:
-    if name is None:
-        return base
-    if name not in policies:
-        there = sorted(policies) or "no policies by name"
-        raise AgentSpecError(f"Agent {spec!r}: expected a policy of {there}, got {name!r}.")
+def _policy(spec: str, policies: Mapping[str, Any], name: str | None, chooses: bool) -> Any:
+    """The policy that a spec names; None where it names none and need not."""
+    if name is None and not chooses:
+        return None
+    # A language model samples; a trained choice among candidates does not.
+    there = sorted(key for key, policy in policies.items() if hasattr(policy, "sample") != chooses)
+    if name not in there:
+        kind = "choice of train_ppo or train_dqn" if chooses else "policy"
+        raise AgentSpecError(
+            f"Agent {spec!r}: expected a {kind} of {there or 'no policies by name'}, got {name!r}."
+        )
     return policies[name]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from mbrl_text_env.encoders import encode_texts
 from mbrl_text_env.language_models.base import (
     RequestSampler,
     SampleRequest,
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 # Threads that wait cost little; how many sequences are decoded together is the engine's affair.
 MOST_AT_ONCE = 256
-_SAMPLE = "sample_requests"
+_SAMPLE, _ENCODE = "sample_requests", "encode"
 
 
 def run_side_by_side(
@@ -98,6 +99,10 @@ class Merging:
     def value_model(self, model: Any) -> Any:
         """A value model."""
         return _stand_in(_ValueModel, model, self._ask)
+
+    def encoder(self, model: Any) -> Any:
+        """A text encoder."""
+        return _stand_in(_Encoder, model, self._ask)
 
 
 class _CancelledError(BaseException):
@@ -284,6 +289,15 @@ class _ValueModel(_StandIn):
         return estimate
 
 
+class _Encoder(_StandIn):
+    def encode(self, sentences: list[str], **options: Any) -> Any:
+        # How a SentenceTransformer is asked, `encode_texts` knows.
+        return self._ask(_Call(self._model, _ENCODE, {"sentences": sentences}))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._model[index]
+
+
 def _stand_in(kind: type[_StandIn], model: Any, ask: Callable[[_Call], Any]) -> Any:
     # Errors name a model by its class.
     return type(type(model).__name__, (kind,), {})(model, ask)
@@ -323,6 +337,8 @@ def _results(calls: Sequence[_Call]) -> list[Any]:
     ledgers = {"ledgers": batch.pop("ledgers")} if "ledgers" in batch else {}
     if first.method == _SAMPLE:
         everything: Any = sample_requests(first.model, batch["requests"], **ledgers)
+    elif first.method == _ENCODE:
+        everything = encode_texts(first.model, batch["sentences"])
     else:
         method = getattr(first.model, first.method)
         everything = method(*batch.values(), *first.common, **ledgers)

@@ -106,7 +106,7 @@ class Comparison:
         gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
             and can, so that a reward that is being exploited shows.
         labels: What else belongs into the config file, such as the names given on the command line.
-        policies: Further language models, by the names that specs use (`policy=tuned`).
+        policies: By the names that specs use (`policy=tuned`); see `agents.catalogue.make`.
 
     Raises:
         CompareError: Two prompts have the same id.
@@ -119,7 +119,7 @@ class Comparison:
     value_model: ValueModel | Mapping[str, ValueModel] | None = None
     gold_model: RewardModel | None = None
     labels: dict[str, Any] = field(default_factory=dict)
-    policies: Mapping[str, LanguageModel] = field(default_factory=dict)
+    policies: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ids = Counter(prompt.id for prompt in self.prompts)

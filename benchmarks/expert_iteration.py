@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
@@ -32,13 +33,7 @@ from benchmarks.options import (
     friendly,
     load_language_model,
 )
-from benchmarks.policy_tuning import kept
-from benchmarks.statistics import (
-    mean_interval,
-    paired_permutation_test,
-    prompt_means,
-    win_rate,
-)
+from benchmarks.paired import chosen_prompts, kept, paired
 from mbrl_text_env.files import write_folder, write_text
 from mbrl_text_env.records import Record, RecordWriter, read_records
 
@@ -112,6 +107,10 @@ def planned_answers(
     agent = make(
         with_.planner, policy, with_.reward, value, max_response_tokens=with_.max_response_tokens
     )
+    # Prompts that an earlier measurement left in the cache would cost this policy nothing.
+    clear = getattr(policy, "clear_cache", None)
+    if clear is not None:
+        clear()
     rows = []
     for start in range(0, len(with_.test), _BATCH):
         batch = with_.test[start : start + _BATCH]
@@ -120,24 +119,6 @@ def planned_answers(
             {"prompt": g.prompt.id, "score": g.completion.score, **g.usage.as_dict()} for g in found
         ]
     return rows
-
-
-def paired(
-    first: Sequence[float], second: Sequence[float], prompts: Sequence[str], seed: int
-) -> dict[str, Any]:
-    """Second against first, rows in the same order of prompts; the unit is the prompt."""
-    before, after = prompt_means(first, prompts), prompt_means(second, prompts)
-    difference = mean_interval(after - before, seed=seed)
-    wins = win_rate(after, before)
-    return {
-        "num_prompts": len(before),
-        "before": float(before.mean()),
-        "after": float(after.mean()),
-        "difference": difference.estimate,
-        "interval": [difference.low, difference.high],
-        "p_value": paired_permutation_test(after - before, seed=seed).p_value,
-        "wins_ties_losses": [wins.wins, wins.ties, wins.losses],
-    }
 
 
 def compared(first: Sequence[Record], second: Sequence[Record], seed: int) -> dict[str, Any]:
@@ -153,30 +134,32 @@ def values_compared(
 ) -> dict[str, Any]:
     """Correlation within prompts of two value models on the same fresh responses.
 
-    The interval of the difference is of a bootstrap over prompts (percentiles).
+    The interval of the difference is of a bootstrap over prompts (percentiles). None stands for
+    what is not defined, because a prediction or a score does not vary.
     """
-    from agents.learning import check_value
-
-    def correlations(rows: Sequence[Record]) -> list[float]:
-        return [check_value(value, rows).within_prompt for value in (first, refitted)]
-
     # Each response is scored and predicted once, and not once a resample.
     predicted = [_predictions(value, records) for value in (first, refitted)]
     rng = np.random.default_rng(seed)
     count = len(set(predicted[0].prompts))
+    before, after = (prediction.resampled(np.arange(count)) for prediction in predicted)
     differences = []
     for _ in range(_RESAMPLES):
         chosen = rng.integers(count, size=count)
         one, other = (prediction.resampled(chosen) for prediction in predicted)
         differences.append(other - one)
-    before, after = correlations(records)
-    low, high = np.nanquantile(differences, [0.025, 0.975])
+    defined = [difference for difference in differences if not math.isnan(difference)]
+    low, high = np.quantile(defined, [0.025, 0.975]) if defined else (math.nan, math.nan)
     return {
-        "first": before,
-        "refitted": after,
-        "difference": after - before,
-        "interval": [float(low), float(high)],
+        "first": _number(before),
+        "refitted": _number(after),
+        "difference": _number(after - before),
+        "interval": [_number(low), _number(high)],
     }
+
+
+def _number(value: float) -> float | None:
+    """As JSON, which has no NaN."""
+    return None if math.isnan(value) else float(value)
 
 
 @dataclass(frozen=True)
@@ -257,21 +240,6 @@ def _value(loop: ExpertIteration, iteration: int) -> ValueModel | None:
     return loop.value(iteration) if (folder / "value.json").is_file() else None
 
 
-def _chosen(reward: RewardModel, split: str, count: int) -> list[Prompt]:
-    """Builtin prompts that the reward applies to, in a fixed random order."""
-    from mbrl_text_env.prompts import load_prompts
-    from mbrl_text_env.rewards.base import applies_to, reward_name
-
-    found = [prompt for prompt in load_prompts(split=split) if applies_to(reward, prompt)]
-    if len(found) < count:
-        raise ExpertIterationError(
-            f"Expected at least {count} {split} prompts that {reward_name(reward)!r} applies to, "
-            f"got {len(found)}. Take fewer, or another reward."
-        )
-    order = np.random.default_rng(0).permutation(len(found))
-    return [found[i] for i in order[:count]]
-
-
 @friendly
 def main(
     reward: Annotated[str, typer.Option(help="A reward's name, such as 'constraints'.")] = (
@@ -334,7 +302,10 @@ def main(
     lm = load_language_model(language_model, dtype)
     reward_model = make(reward)
     counts = {"train": prompts, "validation": validation_prompts, "test": test_prompts}
-    chosen = {split: _chosen(reward_model, split, count) for split, count in counts.items()}
+    chosen = {
+        split: chosen_prompts(reward_model, split, count, ExpertIterationError)
+        for split, count in counts.items()
+    }
     loop = ExpertIteration(
         lm,
         reward_model,

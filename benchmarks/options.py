@@ -59,7 +59,8 @@ ValueOption = Annotated[
 PolicyOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="NAME=FOLDER of a LoRA adapter: agents with the option policy=NAME use it. Repeatable."
+        help="NAME=FOLDER of a LoRA adapter, or of a choice that PPO or DQN learned: agents with "
+        "the option policy=NAME use it. Repeatable."
     ),
 ]
 TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a response.")]
@@ -145,28 +146,32 @@ def load_value_option(
 
 
 def load_policies(items: Sequence[str], language_model: Any) -> dict[str, Any]:
-    """The policies of a `PolicyOption`, each the language model with an adapter."""
-    from agents.learning.lora import BASE, serve
-
+    """The policies of a `PolicyOption`: the language model with an adapter, or trained choices."""
     found = {}
     for item in items:
         name, _, folder = item.partition("=")
         if not name or not folder:
             raise typer.BadParameter(f"--policy: expected NAME=FOLDER, got {item!r}.")
-        if not hasattr(language_model, "with_adapter"):
-            raise typer.BadParameter(
-                "--policy: expected a language model that runs here (`TransformersLM`), got "
-                f"{language_model.name!r}; load the adapter in the server instead."
-            )
-        named = f"{language_model.name}+{name}-{_digest(folder)}"
-        # An adapter from elsewhere does not say what it was trained on.
-        ours = (Path(folder) / BASE).is_file()
-        found[name] = (
-            serve(language_model, folder, named)
-            if ours
-            else language_model.with_adapter(folder, named)
-        )
+        found[name] = _policy(name, folder, language_model)
     return found
+
+
+def _policy(name: str, folder: str, language_model: Any) -> Any:
+    from agents.learning.lora import BASE, adapted_name, serve
+
+    if (Path(folder) / "policy.json").is_file():
+        from agents.model_free import load_policy
+
+        return load_policy(folder, language_model, name=f"{name}-{_digest(folder)}")
+    if not hasattr(language_model, "with_adapter"):
+        raise typer.BadParameter(
+            "--policy: expected a language model that runs here (`TransformersLM`), got "
+            f"{language_model.name!r}; load the adapter in the server instead."
+        )
+    if (Path(folder) / BASE).is_file():
+        return serve(language_model, folder)
+    # An adapter from elsewhere does not say what it was trained on.
+    return language_model.with_adapter(folder, adapted_name(language_model, folder))
 
 
 def value_digest(value: str) -> str:

@@ -32,12 +32,7 @@ from benchmarks.options import (
     friendly,
     load_language_model,
 )
-from benchmarks.statistics import (
-    mean_interval,
-    paired_permutation_test,
-    prompt_means,
-    win_rate,
-)
+from benchmarks.paired import chosen_prompts, kept, paired
 from mbrl_text_env.files import write_text
 
 if TYPE_CHECKING:
@@ -105,18 +100,8 @@ def sampled(
 
 def comparison(before: Sampled, after: Sampled, seed: int) -> dict[str, Any]:
     """Paired statistics; the unit is the prompt."""
-    first, second = (prompt_means(side.scores, side.prompts) for side in (before, after))
-    difference = mean_interval(second - first, seed=seed)
-    test = paired_permutation_test(second - first, seed=seed)
-    wins = win_rate(second, first)
     return {
-        "num_prompts": len(first),
-        "before": float(first.mean()),
-        "after": float(second.mean()),
-        "difference": difference.estimate,
-        "interval": [difference.low, difference.high],
-        "p_value": test.p_value,
-        "wins_ties_losses": [wins.wins, wins.ties, wins.losses],
+        **paired(before.scores, after.scores, before.prompts, seed),
         **{
             f"{name}_{when}": getattr(side, name)
             for when, side in (("before", before), ("after", after))
@@ -180,34 +165,12 @@ def _speed(sample: Callable[[], int]) -> float:
     return tokens / (time.perf_counter() - start)
 
 
-def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """What a file holds, or what is made and then kept in it. JSON values."""
-    if not path.is_file():
-        write_text(path, json.dumps(make()))
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _show(step: StepReport) -> None:
     print(
         f"step {step.step}: reward {step.reward:.3f}, {step.mean_tokens:.0f} tokens",
         file=sys.stderr,
         flush=True,
     )
-
-
-def _prompts(reward: RewardModel, split: str, limit: int | None) -> list[Prompt]:
-    """Builtin prompts that the reward applies to, in a fixed random order."""
-    from mbrl_text_env.prompts import load_prompts
-    from mbrl_text_env.rewards.base import applies_to, reward_name
-
-    found = [prompt for prompt in load_prompts(split=split) if applies_to(reward, prompt)]
-    if len(found) < (limit or 2):
-        raise PolicyTuningError(
-            f"Expected at least {limit or 2} {split} prompts that {reward_name(reward)!r} applies "
-            f"to, got {len(found)}. Lower --prompts, or choose another reward."
-        )
-    order = np.random.default_rng(0).permutation(len(found))
-    return [found[i] for i in order[:limit]]
 
 
 @friendly
@@ -266,8 +229,8 @@ def main(
     lm = load_language_model(language_model, dtype)
     reward_model = make(reward)
     train, test = (
-        _prompts(reward_model, split, limit)
-        for split, limit in (("train", None), ("test", prompts))
+        chosen_prompts(reward_model, split, count, PolicyTuningError)
+        for split, count in (("train", None), ("test", prompts))
     )
 
     def score(policy: TransformersLM) -> dict[str, Any]:

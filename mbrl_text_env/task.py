@@ -15,6 +15,7 @@ import numpy as np
 
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import Tokenizer
+from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import ChunkRules, InvalidChunkError, append, initial, response_limit
 from mbrl_text_env.observations import (
     EmbeddingObservation,
@@ -84,6 +85,9 @@ class TextTask:
         max_chunk_tokens: C, the most tokens in one chunk.
         max_prompt_tokens: P, the size of `"tokens"` observations; by default the longest prompt's.
 
+    Attributes:
+        ledger: Is charged for every score, where it is set; None by default.
+
     Raises:
         ValueError: There are no prompts, a limit is below 1, or a mode is unknown.
         RewardError: `reward="process"` meets a reward model that scores whole responses only.
@@ -112,6 +116,7 @@ class TextTask:
         self.prompts = _prompts(prompts)
         self.tokenizer = tokenizer if tokenizer is not None else _default_tokenizer()
         self.reward_model = _reward_model(reward_model)
+        self.ledger: Ledger | None = None
         if reward == "process":
             check_process(self.reward_model)
         self.reward: RewardMode = reward
@@ -255,6 +260,7 @@ class TextTask:
                 self.reward_model,
                 [states[i].prompt for i in wanted],
                 [responses[i] for i in wanted],
+                ledgers=self._ledgers(len(wanted)),
             )
             for place, i in enumerate(wanted):
                 found[i] = float(scores.total[place]), scores.parts_of(place)
@@ -283,6 +289,7 @@ class TextTask:
             self.reward_model,
             [outcomes[i].state.prompt for i in missing],
             [outcomes[i].response for i in missing],
+            ledgers=self._ledgers(len(missing)),
         )
         for place, i in enumerate(missing):
             known[i] = float(scores.total[place])
@@ -293,7 +300,10 @@ class TextTask:
         texts = [self.tokenizer.decode(state.response_ids[:end]) for end in (0, *state.chunk_ends)]
         steps = [added_text(before, after) for before, after in pairwise(texts)]
         model = cast("ProcessRewardModel", self.reward_model)
-        return float(score_steps(model, state.prompt, steps)[-1])
+        return float(score_steps(model, state.prompt, steps, ledger=self.ledger)[-1])
+
+    def _ledgers(self, count: int) -> list[Ledger] | None:
+        return None if self.ledger is None else [self.ledger] * count
 
     def _observation(
         self, mode: ObservationMode, encoder: Encoder | None, max_prompt_tokens: int | None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from agents.learning.lora import (
     AdapterSettings,
     TuningError,
+    adapter_digest,
     base_of,
     check_above_zero,
     check_target,
@@ -274,19 +275,6 @@ def _described(
         "examples": digest,
         "start_from": adapter_digest(start_from),
     }
-
-
-def adapter_digest(folder: str | Path | None) -> str | None:
-    """Tells one adapter's weights from another's; None for None.
-
-    Raises:
-        TuningError: There are none.
-    """
-    if folder is None:
-        return None
-    path = Path(folder) / "adapter_model.safetensors"
-    with storage(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _trainer(

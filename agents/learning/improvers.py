@@ -119,12 +119,9 @@ class LoraImprover:
 
     def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
         """The base with the adapter, named after the adapter's weights."""
-        from agents.learning.fine_tuning import adapter_digest
         from agents.learning.lora import serve
 
-        digest = adapter_digest(folder)
-        assert digest is not None
-        return serve(_trainable(base), folder, f"{base.name}+{digest[:12]}")
+        return serve(_trainable(base), folder)
 
     def _settings(self) -> FineTuneSettings:
         from agents.learning.fine_tuning import FineTuneSettings

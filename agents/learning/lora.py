@@ -195,7 +195,8 @@ def serve(
     Args:
         language_model: The base that the adapter was trained on.
         folder: As `fine_tune`, `train_grpo` and `train_rloo` write it.
-        name: What reports call it; by default the model's name and the folder's.
+        name: What reports call it; by default the model's name and the beginning of the digest of
+            the adapter's weights, so that a value model knows whose responses it was fitted on.
 
     Raises:
         TuningError: The folder holds no such adapter, or one for another base.
@@ -206,7 +207,30 @@ def serve(
     """
     check_base(folder, language_model)
     with quiet():
-        return language_model.with_adapter(folder, name)
+        return language_model.with_adapter(folder, name or adapted_name(language_model, folder))
+
+
+def adapted_name(language_model: TransformersLM, folder: str | Path) -> str:
+    """The default name of a language model with an adapter; the same for the same weights."""
+    return f"{language_model.name}+{(adapter_digest(folder) or '')[:12]}"
+
+
+def adapter_digest(folder: str | Path | None) -> str | None:
+    """Tells one adapter's weights from another's; None for None.
+
+    Raises:
+        TuningError: There are none.
+    """
+    if folder is None:
+        return None
+    path = Path(folder) / "adapter_model.safetensors"
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise TuningError(
+            f"{folder}: expected the folder of an adapter, with {path.name} "
+            f"({type(error).__name__}: {error}). Check the path."
+        ) from error
 
 
 def check_base(folder: str | Path, language_model: TransformersLM) -> None:

@@ -116,32 +116,44 @@ def run(trainer: Any, checkpoints: Path, resumed: str | None) -> None:
 
 
 @contextmanager
-def _stopping(trainer: Any) -> Iterator[list[bool]]:
-    """Have Ctrl-C end the training after the step under way; the list says whether it was asked."""
-    from transformers import TrainerCallback
+def stop_asked(after: str) -> Iterator[list[bool]]:
+    """Have the first Ctrl-C be noted in the list and not raised; a second one stops at once.
 
+    Args:
+        after: What is still done, in the words of the message.
+    """
     asked: list[bool] = []
-
-    class StopAfterStep(TrainerCallback):  # type: ignore[misc, unused-ignore]
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if asked:
-                control.should_save = control.should_training_stop = True
-
-    def ask(number: int, frame: Any) -> None:
-        asked.append(True)
-        print("Stopping after this step; Ctrl-C again stops at once.", file=sys.stderr)
-        signal.signal(signal.SIGINT, before)
-
-    trainer.add_callback(StopAfterStep())
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread hears of signals.
         yield asked
         return
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(True)
+        print(f"Stopping after {after}; Ctrl-C again stops at once.", file=sys.stderr)
+        signal.signal(signal.SIGINT, before)
+
     before = signal.signal(signal.SIGINT, ask)
     try:
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _stopping(trainer: Any) -> Iterator[list[bool]]:
+    """Have Ctrl-C end the training after the step under way; the list says whether it was asked."""
+    from transformers import TrainerCallback
+
+    with stop_asked("this step") as asked:
+
+        class StopAfterStep(TrainerCallback):  # type: ignore[misc, unused-ignore]
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if asked:
+                    control.should_save = control.should_training_stop = True
+
+        trainer.add_callback(StopAfterStep())
+        yield asked
 
 
 @contextmanager

@@ -5,7 +5,18 @@ from mbrl_text_env._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "candidate_agent": ["CandidateAgent"],
+        "candidate_policy": ["CandidatePolicy", "CandidateView", "load_policy"],
         "policy_gradient": ["PolicyGradientReport", "PolicyGradientSettings", "StepReport"],
+        "sb3": [
+            "ChoiceReport",
+            "DQNSettings",
+            "PPOSettings",
+            "evaluate",
+            "train_dqn",
+            "train_ppo",
+        ],
         "trl": ["train_grpo", "train_rloo"],
+        "vec_env": ["VectorEnvAdapter"],
     },
 )

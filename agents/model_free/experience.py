@@ -14,7 +14,7 @@ from agents.model_free.policy_gradient import FLAT, USAGE, PolicyGradientSetting
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial, response_limit
-from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name, score_responses
+from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
 from mbrl_text_env.rewards.learning.lora_classifier import quiet
 from mbrl_text_env.types import Prompt
 
@@ -173,34 +173,3 @@ class Experience:
                 )
             warnings.warn(f"{said}: step {len(before) + 1} teaches nothing.", stacklevel=2)
         return float(flat.mean())
-
-
-def check_prompts(
-    prompts: Sequence[Prompt],
-    reward_model: RewardModel,
-    language_model: TransformersLM,
-    settings: PolicyGradientSettings,
-) -> None:
-    """Refuse prompts that cannot be trained on.
-
-    Raises:
-        TuningError: There are too few, two have one id, or the reward does not apply to one.
-    """
-    if len(prompts) < settings.prompts_per_step:
-        raise TuningError(
-            f"Expected at least prompts_per_step ({settings.prompts_per_step}) prompts, got "
-            f"{len(prompts)}. Pass more, or lower prompts_per_step."
-        )
-    if len({prompt.id for prompt in prompts}) < len(prompts):
-        raise TuningError(
-            f"Expected prompts with different ids, got {len({p.id for p in prompts})} ids for "
-            f"{len(prompts)} prompts. Leave out the doubles, or give them ids of their own."
-        )
-    for prompt in prompts:
-        if not applies_to(reward_model, prompt):
-            raise TuningError(
-                f"Prompt {prompt.id!r}: reward model {reward_name(reward_model)!r} does not apply "
-                f"to it; its metadata has {sorted(prompt.metadata)}. Add what the reward needs, or "
-                "leave out such prompts."
-            )
-        language_model.encode_prompt(prompt)

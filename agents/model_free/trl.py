@@ -15,8 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agents.learning.fine_tuning import adapter_digest
-from agents.learning.lora import base_of, check_target, tokenizer_of, trainable, write
+from agents.learning.lora import (
+    adapter_digest,
+    base_of,
+    check_target,
+    tokenizer_of,
+    trainable,
+    write,
+)
 from agents.learning.training import (
     checkpoints_of,
     claim,
@@ -25,12 +31,13 @@ from agents.learning.training import (
     run,
     storage,
 )
-from agents.model_free.experience import Experience, check_prompts
+from agents.model_free.experience import Experience
 from agents.model_free.policy_gradient import (
     PolicyGradientReport,
     PolicyGradientSettings,
     StepReport,
 )
+from agents.model_free.train_prompts import check_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
@@ -155,7 +162,7 @@ def _train(
     for package in ("trl", "peft"):
         required(package)
     reward_model = as_reward_model(reward)
-    check_prompts(prompts, reward_model, language_model, settings)
+    check_prompts(prompts, reward_model, language_model, settings.prompts_per_step)
     checkpoints = checkpoints_of(target)
     rows = [[p.id, p.text, json.dumps(dict(p.metadata), default=str)] for p in prompts]
     resumed = claim(

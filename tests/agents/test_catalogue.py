@@ -2,7 +2,9 @@ import pytest
 
 from agents import available, make
 from agents.catalogue import AgentSpecError, parse_spec
+from agents.model_free.candidate_policy import CandidatePolicy, CandidateScorer, CandidateView
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.proposer import FeatureLayout
 from tests.toys import CountReward, FixedValue
 
 LM = NGramLM("abc")
@@ -56,6 +58,32 @@ def test_a_policy_is_named():
         built("beam:policy=other")
     with pytest.raises(AgentSpecError, match="no policies by name, got 'tuned'"):
         build("beam:policy=tuned")
+
+
+def test_a_trained_choice_is_named():
+    layout = FeatureLayout(2, prefix_rewards=True)
+    view = CandidateView(2, 3, 9, encoder=None)
+    choice = CandidatePolicy(CandidateScorer(layout, ()), view, (), "ppo", "ngram", "count")
+    choice.language_model_name = LM.name
+    policies = {"tuned": NGramLM("abc", seed=9), "ppo": choice}
+
+    def built(spec):
+        return make(spec, LM, CountReward(), policies=policies, max_response_tokens=7)
+
+    agent = built("candidates:policy=ppo")
+    assert agent.policy is choice
+    assert agent.language_model is LM
+    assert (agent.max_response_tokens, agent.chunk_tokens) == (7, 3)
+    for spec in ("candidates", "candidates:policy=tuned"):
+        with pytest.raises(
+            AgentSpecError, match=r"a choice of train_ppo or train_dqn of \['ppo'\]"
+        ):
+            built(spec)
+    with pytest.raises(AgentSpecError, match=r"a policy of \['tuned'\], got 'ppo'"):
+        built("beam:policy=ppo")
+    choice.reward_name = "another"
+    with pytest.raises(AgentSpecError, match="trained with the reward 'another'"):
+        built("candidates:policy=ppo")
 
 
 def test_one_of_several_value_models_is_named():

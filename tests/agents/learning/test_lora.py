@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -79,7 +80,8 @@ def test_what_is_served_is_what_was_trained(folder):
     served = serve(lm, folder)
     torch.testing.assert_close(logits(served.model), logits(moved(lm)), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(served.model), logits(lm.model), atol=0.1)
-    assert served.name == f"{lm.name}+adapter"
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    assert served.name == f"{lm.name}+{hashlib.sha256(weights).hexdigest()[:12]}"
     assert serve(lm, folder, "mine").name == "mine"
 
 

@@ -292,7 +292,7 @@ class TestNoSignal:
 
 class TestRefused:
     def test_prompts(self, tmp_path):
-        with pytest.raises(TuningError, match="at least prompts_per_step"):
+        with pytest.raises(TuningError, match="as many as a step has"):
             train_grpo(tiny_lm(), CountReward(), PROMPTS[:1], tmp_path / "a", QUICK)
         with pytest.raises(TuningError, match="2 ids for 3 prompts"):
             train_grpo(tiny_lm(), CountReward(), PROMPTS[:2] + PROMPTS[:1], tmp_path / "a", QUICK)

@@ -1,0 +1,107 @@
+"""A trained choice among candidates as an agent: in comparisons, under budgets, in environments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from agents.planner import Planner
+from agents.search import Expansion, Search
+from agents.tree import Node
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.ledger import Usage
+from mbrl_text_env.proposer import CandidateProposer, Known
+from mbrl_text_env.rewards.base import RewardModel
+
+if TYPE_CHECKING:
+    # It needs torch; an agent that only looks it up by name does not.
+    from agents.model_free.candidate_policy import CandidatePolicy
+
+
+class CandidateAgent(Planner):
+    """Lets a trained policy choose among K proposed chunks, one after the other.
+
+    Each round is an episode: K chunks are drawn, the policy chooses one, and so on to the end. All
+    K are charged, and so is what the policy looks at. Without a budget there is one episode; under
+    one, episodes go on with other candidates while they can be paid, and the answer is the best of
+    all complete responses, like every planner's.
+
+    Args:
+        language_model: Proposes chunks.
+        reward_model: Scores complete responses and, where the policy sees them, prefixes.
+        policy: What `train_ppo` and `train_dqn` train. It says how many chunks of what length are
+            drawn at which temperature.
+        max_response_tokens: Token limit of a response; None for the policy's own.
+
+    Raises:
+        TuningError: The policy was trained with another language model or reward.
+
+    Example:
+        >>> agent = CandidateAgent(lm, reward, load_policy("ppo", lm, reward))  # doctest: +SKIP
+        >>> [answer] = agent.generate([prompt], Budget(tokens=800))  # doctest: +SKIP
+    """
+
+    name = "candidates"
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        reward_model: RewardModel,
+        policy: CandidatePolicy,
+        *,
+        max_response_tokens: int | None = None,
+    ) -> None:
+        policy.check_fits(language_model, reward_model)
+        view = policy.view
+        super().__init__(
+            language_model,
+            reward_model,
+            max_response_tokens=max_response_tokens or view.max_response_tokens,
+            chunk_tokens=view.chunk_tokens,
+            params=view.params,
+        )
+        self.policy = policy
+        # An encoder is an attribute so that searches side by side embed in common batches.
+        resolved = view.resolved(policy.encoder)
+        self.encoder = None if isinstance(resolved, str) else resolved
+
+    def plan(self, search: Search) -> None:
+        """One episode."""
+        node: Node | None = search.tree.root
+        proposer = self._proposer(search)
+        known: Known = {}
+        while node is not None and not node.is_terminal:
+            node = self._chosen(search, node, proposer, known)
+
+    def _chosen(
+        self, search: Search, node: Node, proposer: CandidateProposer, known: Known
+    ) -> Node | None:
+        """The child that the policy chooses; None where the budget does not allow the choice."""
+        count = self.policy.view.num_candidates
+        [row] = search.expand([Expansion(node, count, self.chunk_tokens, valued=False)])
+        looking = proposer.features_bound(node.state) + Usage(value_flops=self.policy.flops)
+        reserve = Usage() if search.tree.best() is not None else search.finish_usage(node)
+        if len(row) < count or not search.ledger.affords(looking + reserve):
+            return None
+        chunks = [child.chunk for child in row if child.chunk is not None]
+        features = proposer.features([node.state], [chunks], [search.ledger], [known])
+        search.ledger.charge(Usage(value_flops=self.policy.flops))
+        scores = self.policy.scores(features)[0]
+        best = int(np.argmax(scores))
+        for child, score in zip(row, scores, strict=True):
+            child.note = f"{self.policy.algorithm}: {score:.3g}"
+        row[best].note += ", chosen"
+        return row[best]
+
+    def _proposer(self, search: Search) -> CandidateProposer:
+        """Built on the search's models, so that its calls join those of other searches."""
+        view = replace(self.policy.view, max_response_tokens=self.max_response_tokens)
+        by_model = view.encoder == "language_model"
+        return view.proposer(
+            search.language_model,
+            search.reward_model,
+            [search.tree.root.state.prompt],
+            "language_model" if by_model else self.encoder,
+        )

@@ -1,0 +1,456 @@
+"""Policies that choose among the chunks that a language model proposes.
+
+A policy gives each candidate a score by the same small network, whatever its place, so that what is
+learned of one candidate is known of all. Only numbers are read from its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from agents.base import check_positive
+from agents.learning.lora import TuningError
+from agents.learning.training import storage
+from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.files import write_folder
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.ledger import Ledger
+from mbrl_text_env.mdp import is_terminal, response_limit, transition
+from mbrl_text_env.proposer import CandidateProposer, FeatureLayout, Known
+from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
+from mbrl_text_env.task import TextTask
+from mbrl_text_env.types import FloatArray, Prompt, TextState
+
+EncoderName = Literal["embedded", "language_model", "own"]
+"""MiniLM, the language model's own features, or an encoder that is passed in."""
+
+CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CandidateView:
+    """What a policy chooses from, and what it sees of it.
+
+    Args:
+        num_candidates: K, chunks to choose from; at least 2.
+        chunk_tokens: Most tokens of a chunk.
+        max_response_tokens: Token limit of a response.
+        temperature: At which candidates are drawn; by default as agents draw.
+        encoder: What embeds the prefix with each candidate; None for no embeddings.
+        prefix_rewards: Whether the reward model scores the prefix with each candidate.
+
+    Raises:
+        TuningError: A number is out of its range, or the encoder unknown.
+    """
+
+    num_candidates: int = 4
+    chunk_tokens: int = 16
+    max_response_tokens: int = 96
+    temperature: float = 0.7
+    encoder: EncoderName | None = "embedded"
+    prefix_rewards: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < 2:
+            raise TuningError(
+                "num_candidates: expected at least 2, for there is nothing to choose otherwise, "
+                f"got {self.num_candidates!r}."
+            )
+        if self.encoder is not None and self.encoder not in get_args(EncoderName):
+            raise TuningError(
+                f"encoder: expected one of {get_args(EncoderName)} or None, got {self.encoder!r}."
+            )
+        try:
+            check_positive(
+                chunk_tokens=self.chunk_tokens, max_response_tokens=self.max_response_tokens
+            )
+            SamplingParams(temperature=self.temperature)
+        except ValueError as error:
+            raise TuningError(str(error)) from error
+
+    @property
+    def params(self) -> SamplingParams:
+        """How candidates are drawn."""
+        return SamplingParams(temperature=self.temperature)
+
+    def resolved(self, encoder: Encoder | None) -> Encoder | str | None:
+        """The encoder itself, or `"language_model"`, as `CandidateProposer` takes it.
+
+        Args:
+            encoder: One's own, where the view's is `"own"`; otherwise None.
+
+        Raises:
+            TuningError: One was passed and the view's is another, or the other way round.
+        """
+        if (self.encoder == "own") != (encoder is not None):
+            wanted = "an object with encode(texts)" if encoder is None else "None"
+            raise TuningError(
+                f"encoder: expected {wanted}, for the view's encoder is {self.encoder!r}, got "
+                f"{encoder!r}."
+            )
+        if self.encoder == "embedded":
+            from mbrl_text_env.language_models import embedded_encoder
+
+            return embedded_encoder()
+        return encoder if self.encoder == "own" else self.encoder
+
+    def proposer(
+        self,
+        language_model: LanguageModel,
+        reward_model: RewardModel,
+        prompts: Sequence[Prompt],
+        encoder: Encoder | str | None,
+    ) -> CandidateProposer:
+        """What proposes and describes the candidates, with an encoder from `resolved`."""
+        task = TextTask(
+            prompts,
+            language_model,
+            reward_model,
+            max_response_tokens=self.max_response_tokens,
+            max_chunk_tokens=self.chunk_tokens,
+        )
+        return CandidateProposer(
+            language_model,
+            task,
+            self.num_candidates,
+            self.chunk_tokens,
+            self.params,
+            encoder,
+            self.prefix_rewards,
+        )
+
+
+class CandidateScorer(nn.Module):
+    """A score for each candidate, by one network.
+
+    It sees the share of the response that is written, the candidate's log-probability, length and
+    whether it ends the response and, where the view has them, the reward of the prefix, that of the
+    prefix with the candidate, the difference, and the latter's embedding (scaled to a root mean
+    square of 1).
+
+    Args:
+        layout: Of the features.
+        hidden: Sizes of hidden layers (tanh); none for a linear score.
+    """
+
+    def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.layout = layout
+        size = 1 + 3 + 3 * layout.prefix_rewards + layout.embedding_size
+        self.net = _mlp(size, hidden)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """float32[B, K] for float32[B, layout.size]."""
+        parts = self.layout.split(features)
+        k = self.layout.num_candidates
+        rows = [parts.position[:, None].expand(-1, k, -1), parts.scalars]
+        if self.layout.prefix_rewards:
+            before = parts.prefix_reward[:, None].expand(-1, k, -1)
+            rows += [before, parts.rewards, parts.rewards - before]
+        if self.layout.embedding_size:
+            rows.append(_scaled(parts.embeddings))
+        scores: torch.Tensor = self.net(torch.cat(rows, dim=-1))[..., 0]
+        return scores
+
+
+class StateValue(nn.Module):
+    """The value of a state, whatever the order of its candidates.
+
+    Args:
+        layout: Of the features.
+        hidden: Sizes of hidden layers (tanh).
+    """
+
+    def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.layout = layout
+        rewards = int(layout.prefix_rewards)
+        self.net = _mlp(1 + 3 + 3 * rewards + layout.embedding_size, hidden)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """float32[B, 1] for float32[B, layout.size]."""
+        parts = self.layout.split(features)
+        rows = [parts.position, parts.scalars.mean(dim=1)]
+        if self.layout.prefix_rewards:
+            rows += [parts.prefix_reward, parts.rewards.mean(dim=1), parts.rewards.amax(dim=1)]
+        if self.layout.embedding_size:
+            rows.append(_scaled(parts.prefix_embedding))
+        value: torch.Tensor = self.net(torch.cat(rows, dim=-1))
+        return value
+
+
+class CandidatePolicy:
+    """A trained choice among candidates.
+
+    Args:
+        scorer: Gives each candidate a score; the highest is chosen, the first of equals.
+        view: What it was trained on.
+        hidden: Sizes of the scorer's hidden layers.
+        algorithm: What trained it.
+        language_model_name: Whose candidates it was trained on; None fits any.
+        reward_name: The reward that it was trained for; None fits any.
+        encoder: The encoder of its features, where the view's is `"own"`.
+        name: What reports call it; by default the algorithm.
+
+    Example:
+        >>> policy = load_policy("ppo", language_model, reward_model)  # doctest: +SKIP
+        >>> policy.choose(observations)  # doctest: +SKIP
+        array([2, 0, 1])
+    """
+
+    def __init__(
+        self,
+        scorer: CandidateScorer,
+        view: CandidateView,
+        hidden: Sequence[int],
+        algorithm: str,
+        language_model_name: str | None,
+        reward_name: str | None,
+        encoder: Encoder | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.name = name or algorithm
+        self.scorer = scorer.eval()
+        self.view = view
+        self.hidden = tuple(hidden)
+        self.algorithm = algorithm
+        self.language_model_name = language_model_name
+        self.reward_name = reward_name
+        self.encoder = encoder
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of one choice."""
+        weights = sum(p.numel() for p in self.scorer.parameters())
+        return 2.0 * weights * self.view.num_candidates
+
+    def scores(self, features: npt.ArrayLike) -> FloatArray:
+        """Scores of the candidates.
+
+        Args:
+            features: float32[B, layout.size], as the candidate view shows.
+
+        Returns:
+            float64[B, K].
+
+        Raises:
+            TuningError: The features have another size.
+        """
+        rows = np.asarray(features, dtype=np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self.scorer.layout.size:
+            raise TuningError(
+                f"features: expected [B, {self.scorer.layout.size}], as the view that the policy "
+                f"was trained on shows ({self.view}), got {list(rows.shape)}."
+            )
+        with torch.inference_mode():
+            found = self.scorer(torch.from_numpy(rows))
+        return found.numpy().astype(np.float64)
+
+    def choose(self, features: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """int64[B], the candidate of the highest score in each row."""
+        return self.scores(features).argmax(axis=1)
+
+    def check_fits(self, language_model: LanguageModel, reward_model: object) -> None:
+        """Refuse another language model or reward than the policy was trained with.
+
+        Raises:
+            TuningError: It is another one.
+        """
+        for what, own, given in (
+            ("language model", self.language_model_name, language_model.name),
+            ("reward", self.reward_name, reward_name(reward_model)),
+        ):
+            if own is not None and own != given:
+                raise TuningError(
+                    f"The policy was trained with the {what} {own!r}, got {given!r}. Train one for "
+                    f"that, or set its {what.replace(' ', '_')}_name to None to use it all the "
+                    "same."
+                )
+
+    def save(self, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
+        """Write the policy's folder, whole or not at all: safetensors and JSON.
+
+        Args:
+            folder: Takes the place of a policy that is there.
+            notes: JSON values to write beside it, by the name of the file.
+
+        Raises:
+            TuningError: The folder holds something else, or cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        target = Path(folder)
+        check_policy_target(target)
+        config = {
+            "format": _FORMAT,
+            "algorithm": self.algorithm,
+            "language_model": self.language_model_name,
+            "reward": self.reward_name,
+            "hidden": list(self.hidden),
+            "embedding_size": self.scorer.layout.embedding_size,
+            "view": asdict(self.view),
+        }
+        with storage(target), write_folder(target) as scratch:
+            save_file(dict(self.scorer.state_dict()), scratch / WEIGHTS)
+            for name, note in {CONFIG: config, **(notes or {})}.items():
+                text = json.dumps(note, indent=2, allow_nan=False)
+                (scratch / name).write_text(text, encoding="utf-8")
+
+
+def check_policy_target(folder: Path) -> None:
+    """Refuse to write over anything but a policy.
+
+    Raises:
+        TuningError: There is a file, or a folder with other things in it.
+    """
+    if folder.is_file() or (
+        folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file()
+    ):
+        raise TuningError(
+            f"{folder}: expected a new folder, an empty one, or a policy to replace, got something "
+            "else. Choose another."
+        )
+
+
+def load_policy(
+    folder: str | Path,
+    language_model: LanguageModel | None = None,
+    reward_model: RewardModel | None = None,
+    *,
+    encoder: Encoder | None = None,
+    name: str | None = None,
+) -> CandidatePolicy:
+    """Read a policy that `train_ppo` or `train_dqn` wrote.
+
+    Args:
+        folder: The policy's folder.
+        language_model: Refused if the policy was trained with another; None is not checked.
+        reward_model: The same for the reward.
+        encoder: The encoder of the features, where it was one of one's own.
+        name: What reports call it; by default the algorithm.
+
+    Raises:
+        TuningError: The folder holds no whole policy, or one that does not fit.
+
+    Example:
+        >>> policy = load_policy("ppo", embedded(), make("sentiment"))  # doctest: +SKIP
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        if config["format"] != _FORMAT:
+            raise ValueError(f"format {config['format']!r}, this version reads {_FORMAT}")
+        view = CandidateView(**{f.name: config["view"][f.name] for f in fields(CandidateView)})
+        layout = FeatureLayout(view.num_candidates, config["embedding_size"], view.prefix_rewards)
+        scorer = CandidateScorer(layout, config["hidden"])
+        scorer.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        if not all(torch.isfinite(weights).all() for weights in scorer.parameters()):
+            raise ValueError("weights that are not finite")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise TuningError(
+            f"{folder}: expected the folder of a policy that train_ppo or train_dqn wrote "
+            f"({type(error).__name__}: {error}). Check the path, or train anew."
+        ) from error
+    policy = CandidatePolicy(
+        scorer,
+        view,
+        config["hidden"],
+        config["algorithm"],
+        config["language_model"],
+        config["reward"],
+        encoder,
+        name,
+    )
+    if language_model is not None:
+        policy.check_fits(language_model, reward_model or _Named(policy.reward_name))
+    elif reward_model is not None:
+        policy.check_fits(_Named(policy.language_model_name), reward_model)  # type: ignore[arg-type]
+    return policy
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Stands for a model that is not checked."""
+
+    name: Any
+
+
+Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
+"""From features float32[B, layout.size] to the candidates chosen, int64[B]."""
+
+
+def play(
+    proposer: CandidateProposer,
+    choose: Choose,
+    states: Sequence[TextState],
+    seeds: Sequence[int],
+    ledgers: Sequence[Ledger],
+) -> list[TextState]:
+    """Choose chunk after chunk until all responses have ended, all side by side.
+
+    Args:
+        proposer: Proposes and describes the candidates.
+        choose: The policy.
+        states: B states.
+        seeds: One a state: its candidates follow from it.
+        ledgers: One a state; charged for candidates and features.
+
+    Returns:
+        The B terminal states.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> play(
+        ...     proposer, lambda rows: rng.integers(4, size=len(rows)), states, seeds, ledgers
+        ... )  # doctest: +SKIP
+    """
+    found = list(states)
+    known: list[Known] = [{} for _ in states]
+    while going := [i for i, state in enumerate(found) if not is_terminal(state)]:
+        now = [found[i] for i in going]
+        paid = [ledgers[i] for i in going]
+        proposals = proposer.propose(now, [seeds[i] for i in going], paid)
+        features = proposer.features(now, proposals, paid, [known[i] for i in going])
+        task = proposer.task
+        for i, row, k in zip(going, proposals, choose(features).tolist(), strict=True):
+            limit = response_limit(found[i], task.tokenizer, task.max_response_tokens)
+            found[i] = transition(found[i], row[k], limit)
+    return found
+
+
+def score_states(
+    reward_model: RewardModel,
+    language_model: LanguageModel,
+    states: Sequence[TextState],
+    ledgers: Sequence[Ledger],
+) -> FloatArray:
+    """float64[B], the scores of complete responses."""
+    texts = [language_model.decode(state.response_ids) for state in states]
+    prompts = [state.prompt for state in states]
+    return score_responses(reward_model, prompts, texts, ledgers=ledgers).total
+
+
+def _mlp(size: int, hidden: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers += [nn.Linear(size, width), nn.Tanh()]
+        size = width
+    return nn.Sequential(*layers, nn.Linear(size, 1))
+
+
+def _scaled(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors with a root mean square of 1; those of zeros stay."""
+    size = vectors.square().mean(dim=-1, keepdim=True).sqrt()
+    return vectors / size.clamp_min(1e-6)
