@@ -29,8 +29,8 @@ class Adaptive(Planner):
     nothing; where it says much, all candidates of the next stage follow the few best; and a larger
     budget means more beams, not only more candidates.
 
-    Chunks are as short as pays: `shortest_chunk` tokens, or as many as valuing a partial response
-    costs, so that no more is spent on values than on text. After a stage whose candidates are all
+    Chunks are as short as pays: `shortest_chunk` tokens, or so many that what is spent on values is
+    at most `value_share` of what is spent on text. After a stage whose candidates are all
     equal they are twice as long, up to `chunk_tokens`; after one that tells, short again.
 
     Partial responses are ranked by mean - `caution` x standard deviation. A partial response is
@@ -58,13 +58,14 @@ class Adaptive(Planner):
         margin: Standard deviations within which values cannot be told apart; 0 or more.
         caution: k of mean - k x standard deviation; 0 or more.
         target: The score from which on a response is good enough; None spends the whole budget.
+        value_share: Most FLOPs spent on values, as a share of those spent on text.
         shortest_chunk: Fewest tokens of a chunk.
         max_response_tokens: Token limit of a response.
         chunk_tokens: Most tokens of a chunk.
         params: How chunks are drawn.
 
     Raises:
-        ValueError: A count is below 1, or `margin` or `caution` below 0.
+        ValueError: A count is below 1, `margin` or `caution` below 0, or `value_share` not above 0.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -92,6 +93,7 @@ class Adaptive(Planner):
         *,
         candidates_per_beam: int = 4,
         margin: float = 0.1,
+        value_share: float = 0.5,
         caution: float = 0.0,
         target: float | None = None,
         shortest_chunk: int = 4,
@@ -108,6 +110,8 @@ class Adaptive(Planner):
             params=params,
         )
         check_positive(candidates_per_beam=candidates_per_beam, shortest_chunk=shortest_chunk)
+        if not value_share > 0:
+            raise ValueError(f"value_share: expected a number above 0, got {value_share}.")
         for name, number in (("margin", margin), ("caution", caution)):
             if not number >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {number}.")
@@ -116,11 +120,13 @@ class Adaptive(Planner):
         self.caution = caution
         self.target = target
         self.shortest_chunk = shortest_chunk
+        self.value_share = value_share
 
     def plan(self, search: Search) -> None:
         """One search from the root to the end of the responses."""
         beams = [search.tree.root]
-        shortest = max(self.shortest_chunk, math.ceil(search.value_tokens(search.tree.root)))
+        pays = math.ceil(search.value_tokens(search.tree.root) / self.value_share)
+        shortest = max(self.shortest_chunk, pays)
         size = shortest = min(shortest, self.chunk_tokens)
         while beams and not self._is_enough(search):
             width = self._width(search, beams[0], size)

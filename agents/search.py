@@ -192,12 +192,13 @@ class Search:
         prefix = len(node.state.prompt_ids) + len(node.state.response_ids)
         usage = self.language_model.usage
         new = usage(prefix, [room]) - usage(prefix, [])
-        states = [
-            _stand_in(node.state, length) for length in range(tokens or room, room, tokens or room)
-        ]
-        if self.value_model is not None:
-            for state in states:
-                new += expected_value_usage(self.value_model, state)
+        lengths = range(tokens or room, room, tokens or room)
+        if self.value_model is not None and lengths:
+            # What a value takes grows about evenly with the length: the ends tell of all.
+            half = len(lengths) // 2
+            for at, count in ((0, len(lengths) - half), (-1, half)):
+                state = _stand_in(node.state, lengths[at])
+                new += expected_value_usage(self.value_model, state) * count
         return new + self._expected_reward_usage(_stand_in(node.state, room))
 
     def value_tokens(self, node: Node) -> float:

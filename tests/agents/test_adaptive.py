@@ -66,11 +66,14 @@ class DearValue(FixedValue):
         return 5.0
 
 
-def test_chunks_are_as_long_as_a_value_is_dear():
+@pytest.mark.parametrize(
+    ("value_share", "lengths"), [(1.0, [0, 5, 10, 15, 16]), (0.5, [0, 10, 16]), (0.3, [0, 16])]
+)
+def test_chunks_are_as_long_as_a_value_is_dear(value_share, lengths):
     """A token of the toy takes one operation, its prefix aside."""
     value = DearValue(lambda text: float(sum(map(ord, text))), LM)
-    _, tree = searched(value)
-    assert sorted({len(n.state.response_ids) for n in tree.nodes}) == [0, 5, 10, 15, 16]
+    _, tree = searched(value, value_share=value_share, chunk_tokens=16)
+    assert sorted({len(n.state.response_ids) for n in tree.nodes}) == lengths
 
 
 def test_where_the_value_tells_only_the_best_go_on():
@@ -159,6 +162,7 @@ def test_it_is_best_of_n_or_better_with_the_prefix_reward():
     [
         {"candidates_per_beam": 0},
         {"margin": -0.1},
+        {"value_share": 0.0},
         {"caution": float("nan")},
         {"shortest_chunk": 0},
     ],
