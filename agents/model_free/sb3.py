@@ -7,11 +7,13 @@ environments are stepped together, with one call of the language model.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
@@ -183,6 +185,38 @@ class DQNSettings(ChoiceSettings):
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The policy's choices on the validation prompts, after so much training.
+
+    Args:
+        steps: Environment steps so far.
+        scores: Mean score of each validation prompt.
+        usage: What candidates, features and scores of the training took so far.
+        training_flops: Floating-point operations of the network that chooses so far.
+        wall_seconds: Of the training so far, measurements aside.
+        own_usage: What this measurement took.
+    """
+
+    steps: int
+    scores: tuple[float, ...]
+    usage: Usage
+    training_flops: float
+    wall_seconds: float
+    own_usage: Usage
+
+    @property
+    def mean(self) -> float:
+        """Mean over the prompts."""
+        return float(np.mean(self.scores))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Measured:
+        """Read what `dataclasses.asdict` and JSON made of it."""
+        usages = {name: Usage(**values[name]) for name in ("usage", "own_usage")}
+        return cls(**{**values, "scores": tuple(values["scores"]), **usages})
+
+
+@dataclass(frozen=True)
 class ChoiceReport:
     """What training did and took.
 
@@ -190,19 +224,20 @@ class ChoiceReport:
         algorithm: `"ppo"` or `"dqn"`.
         steps: Environment steps.
         curve: (steps, score) of each episode, in the order in which they ended.
-        validation: (steps, mean score) of the policy's choices on the validation prompts.
+        validation: The measurements on the validation prompts, of which the first is before any
+            training.
         usage: What candidates, features and scores took.
-        validation_usage: The same of the measurements on the validation prompts.
         training_flops: Floating-point operations of the network that chooses, updates included.
+        wall_seconds: Of the training, measurements aside.
     """
 
     algorithm: str
     steps: int
     curve: tuple[tuple[int, float], ...]
-    validation: tuple[tuple[int, float], ...]
+    validation: tuple[Measured, ...]
     usage: Usage
-    validation_usage: Usage
     training_flops: float
+    wall_seconds: float
 
     def ledger(self) -> dict[str, Any]:
         """What training took, as JSON values."""
@@ -212,7 +247,7 @@ class ChoiceReport:
             **self.usage.as_dict(),
             "training_flops": self.training_flops,
             "total_flops": self.usage.flops + self.training_flops,
-            "validation": self.validation_usage.as_dict(),
+            "wall_seconds": self.wall_seconds,
         }
 
 
@@ -429,8 +464,8 @@ class _Training:
         self.settings = settings
         self.encoder = encoder
         self.curve: list[tuple[int, float]] = []
-        self.validated: list[tuple[int, float]] = []
-        self.usage, self.validation_usage = Usage(), Usage()
+        self.validated: list[Measured] = []
+        self.usage, self.wall_seconds = Usage(), 0.0
 
     def run(
         self,
@@ -466,7 +501,7 @@ class _Training:
                     "folder to begin anew."
                 )
             watch.note()
-            if self.validation and self.validated[-1][0] < model.num_timesteps:
+            if self.validation and self.validated[-1].steps < model.num_timesteps:
                 self.validate(model)
         report = self._report(model)
         notes = {LEDGER: report.ledger(), CURVE: self._curves()}
@@ -498,25 +533,32 @@ class _Training:
             seed=spawn_seed(self.settings.seed, _VALIDATION_STREAM),
             ledger=ledger,
         )
-        self.validated.append((model.num_timesteps, float(scores.mean())))
-        self.validation_usage += ledger.usage
+        self.validated.append(
+            Measured(
+                model.num_timesteps,
+                tuple(scores.mean(axis=1).tolist()),
+                self.usage,
+                self._training_flops(model),
+                self.wall_seconds,
+                ledger.usage,
+            )
+        )
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint keeps of this, as JSON values."""
         return {
             **self._curves(),
             "usage": asdict(self.usage),
-            "validation_usage": asdict(self.validation_usage),
+            "wall_seconds": self.wall_seconds,
         }
 
     def _recall(self, notes: dict[str, Any]) -> None:
         self.curve = [(int(steps), float(score)) for steps, score in notes["episodes"]]
-        self.validated = [(int(steps), float(score)) for steps, score in notes["validation"]]
-        self.usage = Usage(**notes["usage"])
-        self.validation_usage = Usage(**notes["validation_usage"])
+        self.validated = [Measured.from_json(row) for row in notes["validation"]]
+        self.usage, self.wall_seconds = Usage(**notes["usage"]), notes["wall_seconds"]
 
     def _curves(self) -> dict[str, Any]:
-        return {"episodes": self.curve, "validation": self.validated}
+        return {"episodes": self.curve, "validation": [asdict(row) for row in self.validated]}
 
     def _env(self) -> CandidateChunksVector:
         settings = self.settings
@@ -561,8 +603,8 @@ class _Training:
             tuple(self.curve),
             tuple(self.validated),
             self.usage,
-            self.validation_usage,
             self._training_flops(model),
+            self.wall_seconds,
         )
 
     def _training_flops(self, model: BaseAlgorithm) -> float:
@@ -593,22 +635,25 @@ class _Watch(BaseCallback):
         # How often it was due; unknown before the first rollout of this call.
         self._saves: int | None = None
         # What going on from a checkpoint took is not part of the training.
-        self._noted = env.ledger.usage
+        self._noted, self._since = env.ledger.usage, time.perf_counter()
 
     def note(self) -> None:
-        """Take over what the environment was charged since the last time."""
-        usage = self.env.ledger.usage
+        """Take over what was spent since the last time."""
+        usage, now = self.env.ledger.usage, time.perf_counter()
         self.training.usage += usage - self._noted
-        self._noted = usage
+        self.training.wall_seconds += now - self._since
+        self._noted, self._since = usage, now
 
     def _on_rollout_start(self) -> None:
         """Everything is between two rollouts: trained, and not yet begun again."""
         training, steps = self.training, self.num_timesteps
         settings = training.settings
         if training.validation:
-            seen = training.validated[-1][0] if training.validated else -settings.eval_steps
+            seen = training.validated[-1].steps if training.validated else -settings.eval_steps
             if steps - seen >= settings.eval_steps:
+                self.note()
                 training.validate(self.model)
+                self._since = time.perf_counter()
         saves = steps // settings.save_steps
         is_due = self._saves is not None and saves > self._saves
         self._saves = saves

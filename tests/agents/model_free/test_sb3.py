@@ -28,6 +28,7 @@ from agents.model_free import (
     train_ppo,
 )
 from agents.model_free import sb3 as module
+from agents.model_free.sb3 import Measured
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import Prompt
 from tests.agents.model_free.choice_worlds import (
@@ -113,17 +114,24 @@ class TestReport:
         assert len(report.curve) == report.steps // 4
         # Each step pays for a score of the chunk, and for those of new prefixes.
         assert report.steps < report.usage.reward_calls <= report.steps * 6 + 5 * 16
-        assert [steps for steps, _ in report.validation] == [
+        assert [point.steps for point in report.validation] == [
             *range(0, settings.total_steps, 512),
             settings.total_steps,
         ]
-        assert report.validation_usage.generated_tokens == len(report.validation) * 4 * 4 * 2
+        for point in report.validation:
+            assert point.own_usage.generated_tokens == 4 * 4 * 2
+            assert point.usage.generated_tokens == (point.steps + settings.num_envs) * 4 * 2
+            assert len(point.scores) == 1
+        assert report.validation[0].training_flops == 0
+        assert report.validation[-1].training_flops == report.training_flops
+        assert 0 < report.validation[1].wall_seconds < report.wall_seconds
         assert report.training_flops > 0
         written = json.loads((folder / "ledger.json").read_text())
         assert written["generated_tokens"] == report.usage.generated_tokens
         assert written["total_flops"] == report.usage.flops + report.training_flops
         curve = json.loads((folder / "curve.json").read_text())
         assert [tuple(row) for row in curve["episodes"]] == list(report.curve)
+        assert [Measured.from_json(row) for row in curve["validation"]] == list(report.validation)
 
     def test_episodes_are_scores(self, trained):
         _, _, report = trained
@@ -170,12 +178,15 @@ class Stop(BaseCallback):
 
 def same(one: Path, other: Path):
     """Policies, curves and ledgers, times aside."""
-    for name in ("policy.safetensors", "curve.json"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert (one / "policy.safetensors").read_bytes() == (other / "policy.safetensors").read_bytes()
+    curves = [json.loads((folder / "curve.json").read_text()) for folder in (one, other)]
+    assert curves[0]["episodes"] == curves[1]["episodes"]
+    seen = [[(r["steps"], r["scores"]) for r in curve["validation"]] for curve in curves]
+    assert seen[0] == seen[1]
     ledgers = [json.loads((folder / "ledger.json").read_text()) for folder in (one, other)]
     for ledger in ledgers:
-        for row in (ledger, ledger["validation"]):
-            row.pop("seconds")
+        for name in ("seconds", "wall_seconds"):
+            ledger.pop(name)
     calls = [ledger.pop("reward_calls") for ledger in ledgers]
     assert ledgers[0] == ledgers[1]
     # Prefixes that were known are scored once more after a stop.

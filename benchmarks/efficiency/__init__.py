@@ -1,0 +1,1 @@
+"""What training and search gain for what they take: methods, analysis, figure."""
