@@ -27,12 +27,12 @@ from agents.learning.training import (
     checkpoints_of,
     claim,
     common_arguments,
-    own_randomness,
     run,
     storage,
 )
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
+from mbrl_text_env.training import own_randomness
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
-import random
-import shutil
 import signal
 import sys
 import threading
@@ -15,13 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from agents.learning.lora import TuningError
-from mbrl_text_env.files import write_text
 from mbrl_text_env.rewards.learning.lora_classifier import quiet
-
-_RUN = "run.json"
+from mbrl_text_env.training import claim_checkpoints
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -62,32 +55,8 @@ def claim(checkpoints: Path, record: Mapping[str, Any]) -> str | None:
     Raises:
         TuningError: The folder is of another run, or of something else, or cannot be written.
     """
-    described = json.dumps(record, indent=2, sort_keys=True)
-    note = checkpoints / _RUN
     with storage(checkpoints):
-        if checkpoints.is_dir() and any(checkpoints.iterdir()):
-            if not note.is_file() or note.read_text(encoding="utf-8") != described:
-                raise TuningError(
-                    f"{checkpoints}: expected checkpoints of the same data and settings to go on "
-                    "from, got others. Remove the folder to begin anew, or choose another folder "
-                    "for the adapter."
-                )
-        else:
-            write_text(note, described)
-        found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-        # The trainer writes its state last: a checkpoint without it was cut off.
-        whole = [path for path in found if _is_json(path / "trainer_state.json")]
-        for path in set(found) - set(whole):
-            shutil.rmtree(path)
-    return str(whole[-1]) if whole else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+        return claim_checkpoints(checkpoints, record, TuningError)
 
 
 def run(trainer: Any, checkpoints: Path, resumed: str | None) -> None:
@@ -178,18 +147,3 @@ def storage(path: Path) -> Iterator[None]:
             f"({type(error).__name__}: {error}). Free some space, or choose a folder that can be "
             "written; after that the same call goes on from the last whole checkpoint."
         ) from error
-
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Seed the global generators, as trainers do, and put their states back."""
-    import torch
-
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002

@@ -20,7 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from agents.learning.loop_prompts import prompts_digest
 from agents.learning.lora import TuningError, check_above_zero
-from agents.learning.training import checkpoints_of, claim, own_randomness, stop_asked
+from agents.learning.training import checkpoints_of, claim, stop_asked
 from agents.model_free.candidate_policy import (
     CandidatePolicy,
     CandidateView,
@@ -39,6 +39,7 @@ from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel, reward_name
+from mbrl_text_env.training import own_randomness
 from mbrl_text_env.types import FloatArray, Prompt
 from mbrl_text_env.vector import TextGenerationVectorEnv
 

@@ -27,7 +27,6 @@ from agents.learning.training import (
     checkpoints_of,
     claim,
     common_arguments,
-    own_randomness,
     run,
     storage,
 )
@@ -41,6 +40,7 @@ from agents.model_free.train_prompts import check_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
+from mbrl_text_env.training import own_randomness
 from mbrl_text_env.types import Prompt
 
 if TYPE_CHECKING:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.files import write_folder, write_text
+from mbrl_text_env.files import write_folder
 from mbrl_text_env.rewards.learning.features import EMBEDDED
 from mbrl_text_env.rewards.learning.fit_report import (
     PairReport,
@@ -33,8 +31,7 @@ from mbrl_text_env.rewards.learning.lora_classifier import (
     write_adapter,
 )
 from mbrl_text_env.rewards.learning.preferences import PreferencePair
-
-_SETTINGS = "fit.json"
+from mbrl_text_env.training import claim_checkpoints, own_randomness
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ def fit_lora(
     name = name or f"learned({data_name})"
     checkpoints = target.with_name(f"{target.name}-checkpoints")
     resumed = _prepare(checkpoints, settings, fitted_on)
-    with quiet(), _own_randomness(settings.seed):
+    with quiet(), own_randomness(settings.seed):
         base = load_base(settings.base, settings.max_length, name)
         trainer = _trainer(peft, trl, base, settings, fitted_on, checkpoints)
         trainer.train(resume_from_checkpoint=resumed)
@@ -254,43 +251,4 @@ def _prepare(
     """
     rows = [[pair.prompt.text, pair.chosen, pair.rejected, pair.margin] for pair in pairs]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    described = json.dumps({**asdict(settings), "pairs": digest}, indent=2)
-    note = checkpoints / _SETTINGS
-    if checkpoints.is_dir() and any(checkpoints.iterdir()):
-        if not note.is_file() or note.read_text(encoding="utf-8") != described:
-            raise RewardFitError(
-                f"{checkpoints}: expected checkpoints of the same pairs and settings to go on "
-                "from, got others. Remove the folder to begin anew, or choose another folder for "
-                "the reward."
-            )
-    else:
-        write_text(note, described)
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    # The Trainer writes its state last: a checkpoint without it was cut off.
-    whole = [path for path in found if _is_json(path / "trainer_state.json")]
-    for path in set(found) - set(whole):
-        shutil.rmtree(path)
-    return str(whole[-1]) if whole else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Seed the global generators, as the Trainer does, and put their states back."""
-    import torch
-
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+    return claim_checkpoints(checkpoints, {**asdict(settings), "pairs": digest}, RewardFitError)

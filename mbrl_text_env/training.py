@@ -1,0 +1,78 @@
+"""What all trainings have in common: checkpoints to go on from, and randomness of their own."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbrl_text_env.files import write_text
+
+_RUN = "run.json"
+
+
+def claim_checkpoints(
+    checkpoints: Path, record: Mapping[str, Any], error: type[Exception]
+) -> str | None:
+    """Make the folder of checkpoints, or find in it the last whole one of the same run.
+
+    Checkpoints that were cut off are removed.
+
+    Args:
+        checkpoints: The folder.
+        record: Whatever the run's result depends on. JSON values.
+        error: What is raised.
+
+    Returns:
+        The checkpoint to go on from; None where there is none.
+
+    Raises:
+        error: The folder is of another run, or of something else.
+        OSError: It cannot be written.
+    """
+    described = json.dumps(record, indent=2, sort_keys=True)
+    note = checkpoints / _RUN
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        if not note.is_file() or note.read_text(encoding="utf-8") != described:
+            raise error(
+                f"{checkpoints}: expected checkpoints of the same data and settings to go on from, "
+                "got others. Remove the folder to begin anew, or choose another folder for the "
+                "result."
+            )
+    else:
+        write_text(note, described)
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    # Trainers write their state last: a checkpoint without it was cut off.
+    whole = [path for path in found if _is_json(path / "trainer_state.json")]
+    for path in set(found) - set(whole):
+        shutil.rmtree(path)
+    return str(whole[-1]) if whole else None
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Seed the global generators, as trainers do, and put their states back."""
+    import torch
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
