@@ -162,12 +162,7 @@ class Run:
         models = self.test.language_model, self.test.reward
         if not (folder / CURVE).is_file():
             errors.print(f"{name}: {settings.total_steps:,} steps")
-            try:
-                trainers[name](*models, self.prompts, folder, settings)
-            except KeyboardInterrupt as stopped:
-                # Typer would end with no more than "Aborted".
-                errors.print(str(stopped), markup=False)
-                raise typer.Exit(130) from stopped
+            trainers[name](*models, self.prompts, folder, settings)
         return load_policy(folder, *models)
 
     def _scores(self, name: str, policy: CandidatePolicy, choice: str = "") -> dict[str, Any]:

@@ -320,14 +320,9 @@ def main(
     with_ = Measurement(
         reward_model, chosen["test"], samples, planner, flops, max_response_tokens, seed
     )
-    try:
-        result = loop.run()
-        last = result.iterations[-1].iteration
-        measured = figures_of(loop, last, result.best, out, with_)
-    except KeyboardInterrupt as stopped:
-        # Typer would end with no more than "Aborted".
-        errors.print(str(stopped) or "Stopped; the same command goes on.", markup=False)
-        raise typer.Exit(130) from stopped
+    result = loop.run()
+    last = result.iterations[-1].iteration
+    measured = figures_of(loop, last, result.best, out, with_)
     figures = {
         **record,
         "result": measured,

@@ -67,7 +67,10 @@ TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a respons
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Print the errors that are the user's to mend without a traceback, and exit with 2."""
+    """Print the errors that are the user's to mend without a traceback, and exit with 2.
+
+    Ctrl-C exits with 130 and says how to go on, where what was stopped knows.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -79,6 +82,10 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             errors.print(f"{type(error).__name__}: {error}", style="red", markup=False)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt as stopped:
+            # Typer would end with no more than "Aborted".
+            errors.print(str(stopped) or "Stopped; the same command goes on.", markup=False)
+            raise typer.Exit(130) from stopped
 
     return wrapped
 

@@ -28,7 +28,6 @@ from benchmarks.folders import claim
 from benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
-    errors,
     friendly,
     load_language_model,
 )
@@ -241,12 +240,7 @@ def main(
     speeds = kept(out / "speeds.json", lambda: sampling_speeds(lm, train, settings))
     adapter = out / "adapter"
     if not (adapter / CURVE).is_file():
-        try:
-            trainers[algorithm](lm, reward_model, train, adapter, settings, on_step=_show)
-        except KeyboardInterrupt as stopped:
-            # Typer would end with no more than "Aborted".
-            errors.print(str(stopped), markup=False)
-            raise typer.Exit(130) from stopped
+        trainers[algorithm](lm, reward_model, train, adapter, settings, on_step=_show)
     after = Sampled(**kept(out / "after.json", lambda: score(serve(lm, adapter))))
     figures = {
         **record,

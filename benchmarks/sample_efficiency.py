@@ -112,12 +112,7 @@ def main(
         raise typer.BadParameter(f"--methods: expected some of {METHODS}, got {unknown[0]!r}.")
     study = _Study(reward, language_model, dtype, seed, QUICK if quick else FULL)
     folder = out or Path("sample-efficiency-quick" if quick else "sample-efficiency")
-    try:
-        run(study, names, folder, json_file)
-    except KeyboardInterrupt as stopped:
-        # Typer would end with no more than "Aborted".
-        errors.print(str(stopped) or "Stopped; the same command goes on.", markup=False)
-        raise typer.Exit(130) from stopped
+    run(study, names, folder, json_file)
 
 
 def run(study: _Study, methods: tuple[str, ...], out: Path, json_file: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ config.json                 what the loop depends on
     collected.json, collected/      answers to the train prompts: records
     selected.json, selected/        those that are tuned on: records
     policy.json, policy/            the adapter
-    validation.json, validation/    plain samples on the validation prompts: records, watch/
+    validation.json, validation/    plain samples on the validation prompts: records
     value.json, value/              the value model, and the records that it was fitted on
     scores.json, ledger.json        the iteration's figures, and what each stage took
 ```
