@@ -198,6 +198,13 @@ def main(
     chunk_tokens: Annotated[int, typer.Option(min=1)] = 16,
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 96,
     num_envs: Annotated[int, typer.Option(min=1)] = 16,
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="What embeds the candidates: 'embedded' (MiniLM), 'language_model' or 'none'. "
+            "Embedding a candidate takes more than drawing it from a small model."
+        ),
+    ] = "embedded",
     prompts: Annotated[int, typer.Option(min=2, help="Test prompts.")] = 64,
     episodes: Annotated[int, typer.Option(min=1, help="Of each test prompt.")] = 4,
     language_model: LanguageModelOption = "embedded",
@@ -220,6 +227,7 @@ def main(
         chunk_tokens=chunk_tokens,
         max_response_tokens=max_response_tokens,
         num_envs=num_envs,
+        encoder=None if encoder == "none" else encoder,
         seed=seed,
     )
     record = {

@@ -106,7 +106,8 @@ def main(
     quick: Annotated[bool, typer.Option(help="Everything smaller: some minutes.")] = False,
 ) -> None:
     """Train, search, measure; write a table, a plot and JSON."""
-    names = tuple(name.strip() for name in methods.split(","))
+    # Points of a method that is named twice would count twice.
+    names = tuple(dict.fromkeys(name.strip() for name in methods.split(",")))
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise typer.BadParameter(f"--methods: expected some of {METHODS}, got {unknown[0]!r}.")
@@ -125,15 +126,17 @@ def run(study: _Study, methods: tuple[str, ...], out: Path, json_file: Path) -> 
     from benchmarks.efficiency.figure import plot
     from mbrl_text_env.rewards import make
 
-    claim(out, json.loads(json.dumps(asdict(study))), "study", SampleEfficiencyError)
-    reward_model = make(study.reward)
-    size = study.size
+    reward_model, size = make(study.reward), study.size
+    train = chosen_prompts(reward_model, "train", None, SampleEfficiencyError)
     test = chosen_prompts(reward_model, "test", size.test_prompts, SampleEfficiencyError)
     held = chosen_prompts(reward_model, "validation", _VALIDATION_PROMPTS, SampleEfficiencyError)
+    language_model = load_language_model(study.language_model, study.dtype)
+    # Last: a name that is misspelt does not take the folder.
+    claim(out, json.loads(json.dumps(asdict(study))), "study", SampleEfficiencyError)
     bench = Bench(
-        load_language_model(study.language_model, study.dtype),
+        language_model,
         reward_model,
-        chosen_prompts(reward_model, "train", None, SampleEfficiencyError),
+        train,
         held,
         test,
         size,

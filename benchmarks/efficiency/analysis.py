@@ -19,9 +19,10 @@ def rows_of(points: Sequence[Point]) -> list[dict[str, Any]]:
     lowest and highest mean of a seed. `total` is the training and one answer to each test prompt.
 
     `pays_after` is the number of answers from which training was worth it: best-of-N of the same
-    mean reward (between two of its points, as if the reward rose linearly with the logarithm of
-    the FLOPs) has taken more FLOPs by then. None where best-of-N's points do not reach that reward,
-    or begin above it, or an answer takes no less than best-of-N's.
+    mean reward (where it first gets there; between two of its points, as if the reward rose
+    linearly with the logarithm of the FLOPs) has taken more FLOPs by then. None where best-of-N has
+    fewer than two points, or they do not reach that reward or begin above it, or an answer takes
+    no less than best-of-N's.
     """
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in points:
@@ -71,6 +72,9 @@ def _pays_after(row: dict[str, Any], baseline: Sequence[dict[str, Any]]) -> floa
     if not reached[0] <= row["mean"] <= reached[-1]:
         return None
     costs = np.log([other["use"]["flops"] for other in line])
-    equal = float(np.exp(np.interp(row["mean"], reached, costs)))
+    # Of equal means, such as the highest score there is, the first one was enough.
+    after = int(np.searchsorted(reached, row["mean"]))
+    around = slice(max(0, after - 1), after + 1)
+    equal = float(np.exp(np.interp(row["mean"], reached[around], costs[around])))
     saved = equal - row["use"]["flops"]
     return float(row["training"]["flops"] / saved) if saved > 0 else None

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.base import Agent
 from agents.catalogue import make
@@ -24,6 +24,9 @@ from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardModel, score_responses
 from mbrl_text_env.types import Prompt
+
+if TYPE_CHECKING:
+    from agents.model_free import CandidatePolicy
 
 BEST_OF_N, SAMPLING = "best-of-n", "sampling"
 CHOICES = ("ppo", "dqn")
@@ -203,7 +206,7 @@ def searched(bench: Bench, seed: int) -> list[Point]:
 
 def chosen(bench: Bench, algorithm: str, seed: int) -> list[Point]:
     """PPO or DQN, measured several times on its way."""
-    from agents.model_free import DQNSettings, PPOSettings, train_dqn, train_ppo
+    from agents.model_free import DQNSettings, PPOSettings, load_policy, train_dqn, train_ppo
 
     size = bench.size
     train: Any = train_ppo if algorithm == "ppo" else train_dqn
@@ -212,6 +215,8 @@ def chosen(bench: Bench, algorithm: str, seed: int) -> list[Point]:
         "num_candidates": size.num_candidates,
         "chunk_tokens": size.chunk_tokens,
         "max_response_tokens": size.max_response_tokens,
+        # Embedding a candidate takes more than drawing it from a small model.
+        "encoder": None,
         "total_steps": size.choice_steps,
         "eval_steps": every,
         "eval_episodes": size.samples,
@@ -223,16 +228,10 @@ def chosen(bench: Bench, algorithm: str, seed: int) -> list[Point]:
         settings = PPOSettings(**common, rollout_steps=rollout, batch_size=min(128, rollout))
     else:
         settings = DQNSettings(**common, learning_starts=min(256, every))
+    models, folder = (bench.language_model, bench.reward_model), bench.out / f"{algorithm}-{seed}"
     _fresh(bench.language_model)
-    report = train(
-        bench.language_model,
-        bench.reward_model,
-        bench.train,
-        bench.out / f"{algorithm}-{seed}",
-        settings,
-        validation=bench.test,
-    )
-    answers = len(bench.test) * size.samples
+    report = train(*models, bench.train, folder, settings, validation=bench.test)
+    use = _choosing(bench, load_policy(folder, *models), seed)
     return [
         Point(
             algorithm,
@@ -242,11 +241,26 @@ def chosen(bench: Bench, algorithm: str, seed: int) -> list[Point]:
             Spent.of(
                 point.usage.as_dict(), more_flops=point.training_flops, seconds=point.wall_seconds
             ),
-            Spent.of(point.own_usage.as_dict()) * (1 / answers),
+            use,
         )
         for point in report.validation
         if point.steps
     ]
+
+
+def _choosing(bench: Bench, policy: CandidatePolicy, seed: int) -> Spent:
+    """What an answer takes whose chunks a policy chooses.
+
+    The measurements in training do not say: their prompts are in the cache from the one before, and
+    the answers to a prompt share it.
+    """
+    from agents.model_free import evaluate
+
+    _fresh(bench.language_model)
+    ledger, start = Ledger(), time.perf_counter()
+    evaluate(policy, bench.language_model, bench.reward_model, bench.test, seed=seed, ledger=ledger)
+    seconds = time.perf_counter() - start
+    return Spent.of(ledger.usage.as_dict(), seconds=seconds) * (1 / len(bench.test))
 
 
 def tuned(bench: Bench, seed: int) -> list[Point]:
@@ -331,13 +345,15 @@ def sampled(bench: Bench, policy: LanguageModel, seed: int) -> tuple[tuple[float
     """Plain sampling on the test prompts: mean score of each, and what a response takes."""
     size = bench.size
     agent = Sampling(policy, bench.reward_model, max_response_tokens=size.max_response_tokens)
-    _fresh(policy)
     ledgers = [Ledger() for _ in bench.test]
     states = [initial(prompt, policy) for prompt in bench.test]
-    start = time.perf_counter()
-    rows = agent.complete(states, size.samples, ledgers, seed)
+    rows, start = [], time.perf_counter()
+    for sample in range(size.samples):
+        # Each response takes its whole prompt, as the answers of an agent do.
+        _fresh(policy)
+        rows.append(agent.complete(states, 1, ledgers, seed, first_sample=sample))
     seconds = time.perf_counter() - start
-    flat = [completion.state for row in rows for completion in row]
+    flat = [completion.state for found in zip(*rows, strict=True) for [completion] in found]
     texts = [policy.decode(state.response_ids) for state in flat]
     scores = score_responses(bench.reward_model, [s.prompt for s in flat], texts).total
     usage = sum((ledger.usage for ledger in ledgers), Usage())
