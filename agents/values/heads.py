@@ -164,7 +164,7 @@ class LinesHead:
     intercepts: FloatArray
 
     def predict(self, inputs: FloatArray) -> FloatArray:
-        """float64[B] for float64[B, 2 or more]."""
+        """float64[B] for float64[B, 2]."""
         first, lengths = inputs[:, 0], inputs[:, 1]
         slopes = np.interp(lengths, self.knots, self.slopes)
         return np.asarray(np.interp(lengths, self.knots, self.intercepts) + slopes * first)

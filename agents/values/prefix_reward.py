@@ -30,10 +30,6 @@ class PrefixRewardValue(FittedValue):
     """The reward model's score of the prefix's text, as it is or calibrated on records.
 
     It needs no records: without a fit, the mean is the prefix's score and the standard deviation 0.
-    A reward model that knows what is still within reach (`within_reach`, as constraints do) makes
-    it the middle between that and the prefix's score: what is broken for good is then told from
-    what is not done yet.
-
     `fit` calibrates it, with a line from score to final score for each prefix length and the
     standard deviation of what that leaves; prefixes of different lengths can then be compared.
     Every call of it is a call of the reward model and is charged as one.
@@ -85,15 +81,9 @@ class PrefixRewardValue(FittedValue):
     def inputs(
         self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
     ) -> FloatArray:
-        """float64[B, 3]: the estimate without a fit, the prefix's length, and its score."""
-        scores = score_prefixes(self.reward_model, self.tokenizer, states, ledgers).total
-        lengths = [float(len(s.response_ids)) for s in states]
-        reach = getattr(self.reward_model, "within_reach", None)
-        estimates = scores
-        if reach is not None:
-            texts = [self.tokenizer.decode(state.response_ids) for state in states]
-            estimates = (scores + reach([state.prompt for state in states], texts)) / 2
-        return np.column_stack([estimates, lengths, scores])
+        """float64[B, 2]: the prefix's score and its length."""
+        scores = score_prefixes(self.reward_model, self.tokenizer, states, ledgers)
+        return np.column_stack([scores.total, [float(len(s.response_ids)) for s in states]])
 
     def samples(self, records: Sequence[Record]) -> Samples:
         """Prefixes of many lengths."""
@@ -106,10 +96,10 @@ class PrefixRewardValue(FittedValue):
 
     def final_scores(self, inputs: FloatArray) -> FloatArray:
         """The rewards of the texts as they are."""
-        return inputs[:, 2]
+        return inputs[:, 0]
 
     def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
-        """The estimates as they are, or calibrated where there was a fit."""
+        """The scores of the prefixes, calibrated where there was a fit."""
         if self.is_calibrated:
             return super().estimate(inputs, lengths)
         return ValueEstimate(inputs[:, 0], np.zeros(len(inputs)))

@@ -30,12 +30,10 @@ class RewardError(RuntimeError):
 class RewardModel(Protocol):
     """Scores responses; higher is better.
 
-    Five methods are optional: `score_parts(prompts, responses) -> Scores` for a reward made of
-    several; `applies_to(prompt) -> bool` for one that needs something of the prompt; for one whose
-    computation is to be counted, `flops(prompts, responses) -> float64[B]` and
-    `flops_bound() -> float`, the most that one response can take; and, for one that can tell,
-    `within_reach(prompts, prefixes) -> float64[B]`, the highest score that a response can have
-    which begins with the prefix, or more where that is not known.
+    Four methods are optional: `score_parts(prompts, responses) -> Scores` for a reward made of
+    several; `applies_to(prompt) -> bool` for one that needs something of the prompt; and, for one
+    whose computation is to be counted, `flops(prompts, responses) -> float64[B]` and
+    `flops_bound() -> float`, the most that one response can take.
 
     Example:
         >>> class Brevity:

@@ -89,22 +89,6 @@ def test_each_prefix_is_one_reward_call():
     assert PrefixRewardValue(CountReward(), LM).expected_usage(states[0]) == Usage(reward_calls=1)
 
 
-def test_what_is_within_reach_counts_half():
-    """Broken for good, not done yet, and done are told apart; what has ended is worth its score."""
-    reward, tokenizer = make_reward("constraints"), CharTokenizer("abcdefghijklmnopqrstuvwxyz .,")
-    constraints = [{"type": "no_commas"}, {"type": "ends_with", "value": "bye."}]
-    prompt = Prompt("one", "ask", {"constraints": constraints})
-
-    def state(text, finish_reason=None):
-        ids = tokenizer.encode_prompt(Prompt.from_text(text))
-        return TextState(prompt, (1,), ids, finish_reason)
-
-    value = PrefixRewardValue(reward, tokenizer)
-    states = [state("well"), state("well,"), state("good bye."), state("well,", "stop")]
-    assert value.predict(states).mean.tolist() == [0.75, 0.25, 1.0, 0.0]
-    assert value.predict(states).std.tolist() == [0.0] * 4
-
-
 def test_what_it_refuses():
     with pytest.raises(ValueError, match="lengths: expected"):
         PrefixRewardValue(CountReward(), LM, lengths=(4, 2))

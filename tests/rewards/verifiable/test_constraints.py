@@ -559,26 +559,6 @@ def test_the_scores_of_steps_never_rise_and_end_at_the_score(steps, constraints)
         assert scores[i] == 1 - sum(broken) / len(broken)
 
 
-@settings(max_examples=100)
-@given(
-    st.lists(MIXTURES, min_size=2, max_size=4),
-    st.lists(st.sampled_from([row[0] for row in RULES if row[2]]), min_size=1, max_size=4),
-)
-def test_no_response_scores_more_than_was_within_reach(pieces, constraints):
-    prompt, reward = _prompt(constraints), ConstraintsReward()
-    texts = list(itertools.accumulate(pieces))
-    reached = reward.within_reach([prompt] * len(texts), texts)
-    scores = reward.score([prompt] * len(texts), texts)
-    for i, bound in enumerate(reached):
-        assert (scores[i:] <= bound).all()
-
-
-def test_within_reach_by_hand():
-    prompt = _prompt([{"type": "no_commas"}, {"type": "ends_with", "value": "Bye."}])
-    found = ConstraintsReward().within_reach([prompt] * 3, ["", "Hello, ", "Hello. Bye."])
-    np.testing.assert_array_equal(found, [1.0, 0.5, 1.0])
-
-
 def test_steps_of_a_prompt_without_constraints_are_an_error_with_its_id():
     with pytest.raises(ConstraintError, match=r"Prompt 'plain': expected .*constraints"):
         ConstraintsReward().score_steps(Prompt("plain", "Hello"), ["Hi"])

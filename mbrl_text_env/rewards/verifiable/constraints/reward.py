@@ -51,30 +51,6 @@ class ConstraintsReward:
         fractions = [_fraction(*pair) for pair in zip(prompts, responses, strict=True)]
         return np.array(fractions, dtype=np.float64)
 
-    def within_reach(
-        self, prompts: Sequence[Prompt], prefixes: Sequence[str]
-    ) -> npt.NDArray[np.float64]:
-        """Return float64[B], the fraction of constraints that each prefix has not broken for good.
-
-        No response that begins with the prefix scores more (`prefix_verdict` is sound).
-
-        Raises:
-            ConstraintError: A prompt has no constraints or a malformed one.
-
-        Example:
-            >>> from mbrl_text_env.types import Prompt
-            >>> constraints = [{"type": "no_commas"}, {"type": "ends_with", "value": "Bye."}]
-            >>> prompt = Prompt.from_text("Greet me.", metadata={"constraints": constraints})
-            >>> ConstraintsReward().within_reach([prompt] * 2, ["Hello", "Hello, "])
-            array([1. , 0.5])
-        """
-        # An empty step ends the response; what counts is the score before it.
-        rows = [
-            self.score_steps(prompt, [prefix, ""])
-            for prompt, prefix in zip(prompts, prefixes, strict=True)
-        ]
-        return np.array([row[0] for row in rows], dtype=np.float64)
-
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> npt.NDArray[np.float64]:
         """Return float64[len(steps)]: how much of the score is still within reach.
 
