@@ -36,7 +36,7 @@ from mbrl_text_env.files import write_text
 
 if TYPE_CHECKING:
     from agents.model_free import CandidatePolicy
-    from agents.model_free.sb3 import ChoiceSettings
+    from agents.model_free.choice_settings import ChoiceSettings
     from mbrl_text_env.language_models import LanguageModel
     from mbrl_text_env.rewards.base import RewardModel
     from mbrl_text_env.types import Prompt
@@ -141,7 +141,7 @@ class Run:
 
     def training(self) -> dict[str, Any]:
         """What the training of each policy took, and the scores of its episodes."""
-        from agents.model_free.sb3 import CURVE, LEDGER
+        from agents.model_free.sb3_training import CURVE, LEDGER
 
         found = {}
         for name in self.settings:
@@ -155,7 +155,7 @@ class Run:
     def _policy(self, name: str) -> CandidatePolicy:
         """Trained now, unless it has been."""
         from agents.model_free import load_policy, train_dqn, train_ppo
-        from agents.model_free.sb3 import CURVE
+        from agents.model_free.sb3_training import CURVE
 
         trainers: dict[str, Any] = {"ppo": train_ppo, "dqn": train_dqn}
         folder, settings = self.folder / name, self.settings[name]

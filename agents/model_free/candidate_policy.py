@@ -7,7 +7,7 @@ learned of one candidate is known of all. Only numbers are read from its folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,12 +23,10 @@ from agents.learning.training import storage
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.files import write_folder
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import is_terminal, response_limit, transition
-from mbrl_text_env.proposer import CandidateProposer, FeatureLayout, Known
-from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
+from mbrl_text_env.proposer import CandidateProposer, FeatureLayout
+from mbrl_text_env.rewards.base import RewardModel, reward_name
 from mbrl_text_env.task import TextTask
-from mbrl_text_env.types import FloatArray, Prompt, TextState
+from mbrl_text_env.types import FloatArray, Prompt
 
 EncoderName = Literal["embedded", "language_model", "own"]
 """MiniLM, the language model's own features, or an encoder that is passed in."""
@@ -385,61 +383,6 @@ class _Named:
     """Stands for a model that is not checked."""
 
     name: Any
-
-
-Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
-"""From features float32[B, layout.size] to the candidates chosen, int64[B]."""
-
-
-def play(
-    proposer: CandidateProposer,
-    choose: Choose,
-    states: Sequence[TextState],
-    seeds: Sequence[int],
-    ledgers: Sequence[Ledger],
-) -> list[TextState]:
-    """Choose chunk after chunk until all responses have ended, all side by side.
-
-    Args:
-        proposer: Proposes and describes the candidates.
-        choose: The policy.
-        states: B states.
-        seeds: One a state: its candidates follow from it.
-        ledgers: One a state; charged for candidates and features.
-
-    Returns:
-        The B terminal states.
-
-    Example:
-        >>> rng = np.random.default_rng(0)
-        >>> play(
-        ...     proposer, lambda rows: rng.integers(4, size=len(rows)), states, seeds, ledgers
-        ... )  # doctest: +SKIP
-    """
-    found = list(states)
-    known: list[Known] = [{} for _ in states]
-    while going := [i for i, state in enumerate(found) if not is_terminal(state)]:
-        now = [found[i] for i in going]
-        paid = [ledgers[i] for i in going]
-        proposals = proposer.propose(now, [seeds[i] for i in going], paid)
-        features = proposer.features(now, proposals, paid, [known[i] for i in going])
-        task = proposer.task
-        for i, row, k in zip(going, proposals, choose(features).tolist(), strict=True):
-            limit = response_limit(found[i], task.tokenizer, task.max_response_tokens)
-            found[i] = transition(found[i], row[k], limit)
-    return found
-
-
-def score_states(
-    reward_model: RewardModel,
-    language_model: LanguageModel,
-    states: Sequence[TextState],
-    ledgers: Sequence[Ledger],
-) -> FloatArray:
-    """float64[B], the scores of complete responses."""
-    texts = [language_model.decode(state.response_ids) for state in states]
-    prompts = [state.prompt for state in states]
-    return score_responses(reward_model, prompts, texts, ledgers=ledgers).total
 
 
 def _mlp(size: int, hidden: Sequence[int]) -> nn.Sequential:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from agents.learning import TuningError
 from agents.model_free import CandidateAgent, CandidateView, load_policy
-from agents.model_free.candidate_policy import play
+from agents.model_free.episodes import play
 from mbrl_text_env import checks
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import Budget, Ledger

@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 
 from agents.learning import TuningError
 from agents.model_free import CandidatePolicy, CandidateView, load_policy
-from agents.model_free.candidate_policy import CandidateScorer, StateValue, play
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import initial, is_terminal
+from agents.model_free.candidate_policy import CandidateScorer, StateValue
 from mbrl_text_env.proposer import FeatureLayout
-from tests.agents.model_free.choice_worlds import LM, PROMPTS, VIEW, LetterShares, reward
+from tests.agents.model_free.choice_worlds import LM, VIEW, LetterShares, reward
 
 LAYOUT = FeatureLayout(4, 0, True)
 
@@ -153,40 +151,3 @@ class TestFolder:
 def test_views_out_of_range(change):
     with pytest.raises(TuningError, match=next(iter(change))):
         CandidateView(**{**VIEW, **change})
-
-
-class TestPlay:
-    def test_the_greedy_choice_by_hand(self):
-        """Each step takes the candidate with most "a" so far."""
-        found = greedy()
-        proposer = found.view.proposer(LM, reward(), PROMPTS, None)
-        states = [initial(prompt, LM) for prompt in PROMPTS]
-        ledgers = [Ledger(), Ledger()]
-        ended = play(proposer, found.choose, states, [7, 8], ledgers)
-        for state, seed, end in zip(states, (7, 8), ended, strict=True):
-            while not is_terminal(state):
-                [row] = proposer.propose([state], [seed], [Ledger()])
-                [children] = proposer.children([state], [row])
-                state = max(children, key=lambda s: LM.decode(s.response_ids).count("a"))
-            assert end == state
-        for ledger in ledgers:
-            assert ledger.usage.generated_tokens == 4 * 4 * 2
-
-    def test_alone_equals_together(self):
-        found = greedy()
-        proposer = found.view.proposer(LM, reward(), PROMPTS, None)
-        states = [initial(prompt, LM) for prompt in PROMPTS]
-        together = play(proposer, found.choose, states, [1, 2], [Ledger(), Ledger()])
-        alone = [
-            play(proposer, found.choose, [state], [seed], [Ledger()])[0]
-            for state, seed in zip(states, (1, 2), strict=True)
-        ]
-        assert together == alone
-
-    def test_what_has_ended_stays(self):
-        found = greedy()
-        proposer = found.view.proposer(LM, reward(), PROMPTS, None)
-        [end] = play(proposer, found.choose, [initial(PROMPTS[0], LM)], [1], [Ledger()])
-        ledger = Ledger()
-        assert play(proposer, found.choose, [end], [1], [ledger]) == [end]
-        assert ledger.usage.generated_tokens == 0

@@ -21,14 +21,13 @@ from agents.learning import TuningError
 from agents.model_free import (
     CandidatePolicy,
     DQNSettings,
+    Measured,
     PPOSettings,
     evaluate,
     load_policy,
     train_dqn,
     train_ppo,
 )
-from agents.model_free import sb3 as module
-from agents.model_free.sb3 import Measured
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import Prompt
 from tests.agents.model_free.choice_worlds import (
@@ -355,7 +354,3 @@ def test_the_real_models(algorithm, smollm2, tmp_path):
     assert isinstance(policy, CandidatePolicy)
     scores = evaluate(policy, smollm2, make("sentiment"), prompts)
     assert np.isfinite(scores).all()
-
-
-def test_the_module_names_its_files():
-    assert (module.LEDGER, module.CURVE) == ("ledger.json", "curve.json")

@@ -1,0 +1,121 @@
+"""Episodes in which something chooses among candidates, all side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from agents.model_free.candidate_policy import CandidatePolicy
+from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
+from mbrl_text_env.ledger import Ledger
+from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
+from mbrl_text_env.proposer import CandidateProposer, Known
+from mbrl_text_env.rewards.base import RewardModel, score_responses
+from mbrl_text_env.types import FloatArray, Prompt, TextState
+
+Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
+"""From features float32[B, layout.size] to the candidates chosen, int64[B]."""
+
+
+def play(
+    proposer: CandidateProposer,
+    choose: Choose,
+    states: Sequence[TextState],
+    seeds: Sequence[int],
+    ledgers: Sequence[Ledger],
+) -> list[TextState]:
+    """Choose chunk after chunk until all responses have ended, all side by side.
+
+    Args:
+        proposer: Proposes and describes the candidates.
+        choose: The policy.
+        states: B states.
+        seeds: One a state: its candidates follow from it.
+        ledgers: One a state; charged for candidates and features.
+
+    Returns:
+        The B terminal states.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> play(
+        ...     proposer, lambda rows: rng.integers(4, size=len(rows)), states, seeds, ledgers
+        ... )  # doctest: +SKIP
+    """
+    found = list(states)
+    known: list[Known] = [{} for _ in states]
+    while going := [i for i, state in enumerate(found) if not is_terminal(state)]:
+        now = [found[i] for i in going]
+        paid = [ledgers[i] for i in going]
+        proposals = proposer.propose(now, [seeds[i] for i in going], paid)
+        features = proposer.features(now, proposals, paid, [known[i] for i in going])
+        task = proposer.task
+        for i, row, k in zip(going, proposals, choose(features).tolist(), strict=True):
+            limit = response_limit(found[i], task.tokenizer, task.max_response_tokens)
+            found[i] = transition(found[i], row[k], limit)
+    return found
+
+
+def score_states(
+    reward_model: RewardModel,
+    language_model: LanguageModel,
+    states: Sequence[TextState],
+    ledgers: Sequence[Ledger],
+) -> FloatArray:
+    """float64[B], the scores of complete responses."""
+    texts = [language_model.decode(state.response_ids) for state in states]
+    prompts = [state.prompt for state in states]
+    return score_responses(reward_model, prompts, texts, ledgers=ledgers).total
+
+
+def evaluate(
+    policy: CandidatePolicy,
+    language_model: LanguageModel,
+    reward_model: RewardModel,
+    prompts: Sequence[Prompt],
+    *,
+    episodes: int = 1,
+    seed: int = 0,
+    ledger: Ledger | None = None,
+    choose: Callable[[Any], Any] | None = None,
+) -> FloatArray:
+    """Scores of episodes in which the policy chooses.
+
+    Args:
+        policy: Chooses, unless `choose` does; it says what is proposed and seen in any case.
+        language_model: Proposes.
+        reward_model: Scores.
+        prompts: P prompts.
+        episodes: E, of each prompt.
+        seed: Of the candidates: two policies with one seed are offered the same at the start.
+        ledger: Is charged.
+        choose: Instead of the policy: from features to candidates, such as a random choice to
+            compare with.
+
+    Returns:
+        float64[P, E].
+
+    Raises:
+        TuningError: The policy was trained with other models.
+        RewardError: The reward failed.
+
+    Example:
+        >>> chosen = evaluate(policy, lm, reward, test_prompts, episodes=4)  # doctest: +SKIP
+        >>> rng = np.random.default_rng(0)  # doctest: +SKIP
+        >>> random = evaluate(
+        ...     policy, lm, reward, test_prompts, episodes=4,
+        ...     choose=lambda rows: rng.integers(4, size=len(rows)),
+        ... )  # doctest: +SKIP
+    """
+    policy.check_fits(language_model, reward_model)
+    encoder = policy.view.resolved(policy.encoder)
+    proposer = policy.view.proposer(language_model, reward_model, prompts, encoder)
+    states = [initial(prompt, language_model) for prompt in prompts for _ in range(episodes)]
+    seeds = [spawn_seed(seed, e) for _ in prompts for e in range(episodes)]
+    ledgers = [ledger if ledger is not None else Ledger()] * len(states)
+    ended = play(proposer, choose or policy.choose, states, seeds, ledgers)
+    scores = score_states(reward_model, language_model, ended, ledgers)
+    return scores.reshape(len(prompts), episodes)
