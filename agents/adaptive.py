@@ -128,7 +128,7 @@ class Adaptive(Planner):
         pays = math.ceil(search.value_tokens(search.tree.root) / self.value_share)
         shortest = max(self.shortest_chunk, pays)
         size = shortest = min(shortest, self.chunk_tokens)
-        while beams and not self._is_enough(search):
+        while beams and not search.has_reached(self.target):
             width = self._width(search, beams[0], size)
             drawn = self._drawn(search, beams, width, size)
             beams = self._kept(search, drawn, max(1, width // self.candidates_per_beam))
@@ -180,9 +180,3 @@ class Adaptive(Planner):
 
     def _cautious(self, node: Node) -> float:
         return float("-inf") if node.value is None else node.value - self.caution * node.std
-
-    def _is_enough(self, search: Search) -> bool:
-        best = search.tree.best()
-        if self.target is None or best is None or best.score is None:
-            return False
-        return best.score >= self.target

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from agents.side_by_side import Merging, run_side_by_side
+from agents.side_by_side import MOST_AT_ONCE, Merging, run_side_by_side
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
@@ -351,8 +351,27 @@ class Agent(ABC):
             [
                 functools.partial(self._search_alone, state, ledger, seed)
                 for state, ledger in zip(states, ledgers, strict=True)
-            ]
+            ],
+            self._most_at_once(states[0], ledgers[0].budget),
         )
+
+    def _most_at_once(self, state: TextState, budget: Budget) -> int:
+        """Searches side by side whose texts the language model's prefix cache can hold.
+
+        With more of them a search would find its own prefixes gone, and compute them again and
+        again.
+        """
+        kept = getattr(self.language_model, "cache_tokens", 0)
+        if not kept:
+            return MOST_AT_ONCE
+        prefix = len(state.prompt_ids) + len(state.response_ids)
+        caps: list[float] = [] if budget.tokens is None else [budget.tokens]
+        if budget.flops is not None:
+            new = self.language_model.usage(prefix, [1]) - self.language_model.usage(prefix, [])
+            caps += [budget.flops / new.flops] if new.flops > 0 else []
+        if not caps:
+            return MOST_AT_ONCE
+        return max(1, min(MOST_AT_ONCE, int(kept / (prefix + min(caps)))))
 
     def _search_alone(
         self, state: TextState, ledger: Ledger, seed: int, merging: Merging

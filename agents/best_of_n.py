@@ -29,6 +29,9 @@ class BestOfN(Planner):
     With `keep` below 1 hopeless samples are pruned: all of them are drawn chunk by chunk, and after
     each chunk the share `keep` with the highest values goes on.
 
+    With a `target` sampling ends with the wave in which a response scores as much. Waves begin with
+    one response and double, so at most about as much is drawn again as was needed.
+
     Source of the pruning: Sun et al., "Fast Best-of-N Decoding via Speculative Rejection", 2024.
     Deviation: there a share is dropped whenever memory is full, here after every chunk.
 
@@ -38,13 +41,14 @@ class BestOfN(Planner):
         value_model: Says which samples are hopeless; only used where `keep` is below 1.
         n: N; None takes as many as the budget allows, or 4 (the article's number) without one.
         keep: Share of the samples that goes on after each chunk, above 0 and up to 1.
+        target: The score from which on a response is good enough; None draws all of them.
         max_response_tokens: Token limit of a response.
         chunk_tokens: Most tokens of the chunk that `act` returns, and of those between prunings.
         params: How tokens are drawn; by default temperature 0.7, as in the article.
 
     Raises:
-        ValueError: N or a limit is below 1, `keep` is out of range, or there is pruning without a
-            value model.
+        ValueError: N or a limit is below 1, `keep` is out of range, there is pruning without a
+            value model, or pruning and a `target` (its samples are drawn together).
     """
 
     name = "best-of-n"
@@ -57,6 +61,7 @@ class BestOfN(Planner):
         *,
         n: int | None = None,
         keep: float = 1.0,
+        target: float | None = None,
         max_response_tokens: int = 256,
         chunk_tokens: int = 16,
         params: SamplingParams = DEFAULT_PARAMS,
@@ -78,8 +83,14 @@ class BestOfN(Planner):
                 f"keep={keep}: expected a value model that says which samples are hopeless, got "
                 "none. Pass one, or keep=1.0."
             )
+        if keep < 1 and target is not None:
+            raise ValueError(
+                f"Expected keep=1.0 with a target, got keep={keep}: samples that are pruned are "
+                "drawn together, so there is nothing to end early."
+            )
         self.n = n
         self.keep = keep
+        self.target = target
 
     def plan(self, search: Search) -> None:
         """Sample one wave after the other, or one set of samples that is pruned."""
@@ -90,8 +101,9 @@ class BestOfN(Planner):
         if self.keep < 1:
             self._pruned(search, wanted)
             return
-        while wanted is None or root.samples < wanted:
-            left = _MOST_A_WAVE if wanted is None else min(wanted - root.samples, _MOST_A_WAVE)
+        while (wanted is None or root.samples < wanted) and not search.has_reached(self.target):
+            most = _MOST_A_WAVE if self.target is None else min(max(1, root.samples), _MOST_A_WAVE)
+            left = most if wanted is None else min(wanted - root.samples, most)
             drawn = root.samples
             search.expand([Expansion(root, left)])
             if wanted is None or root.samples == drawn:

@@ -171,6 +171,13 @@ class Search:
         self.tree.chosen = best
         return best
 
+    def has_reached(self, target: float | None) -> bool:
+        """Whether a complete response scores at least `target`; False where that is None."""
+        best = self.tree.best()
+        if target is None or best is None or best.score is None:
+            return False
+        return best.score >= target
+
     def width(self, node: Node, tokens: int | None, at_most: int = 4096) -> int | None:
         """About how many candidates a chunk the budget allows from a node to the end.
 

@@ -48,10 +48,10 @@ def exchange_test(
 ) -> float:
     """Test whether an agent's answers score as if they were among others to the same prompts.
 
-    If they are, each prompt's own score may as well change places with any of the other answers to
+    If they are, each prompt's own scores may as well change places with any of the other answers to
     it. The sum of the own scores is compared with those of random exchanges, that seen among them:
     an exact two-sided test, whatever the scores' distributions. It is the stratified permutation
-    test with one observation against K in every stratum.
+    test with S observations against K in every stratum.
 
     The hypothesis is that the distributions are equal. If only their means are, and the own scores
     vary more than the others, it can be found wrong too often; `paired_permutation_test` of the
@@ -61,7 +61,7 @@ def exchange_test(
     with scores in place of ranks; p-values as in Phipson and Smyth, 2010.
 
     Args:
-        own: float64[P], the agent's score of each prompt.
+        own: float64[P] or float64[P, S], the scores of the agent's answers to each prompt.
         others: float64[P, K], independent answers of the baseline to the same prompts.
         resamples: Random exchanges.
         seed: Of the exchanges.
@@ -76,7 +76,9 @@ def exchange_test(
         >>> exchange_test([9.0] * 8, [[0.0, 1.0]] * 8) < 0.01
         True
     """
-    mine, theirs = checked(own, 1, "own"), checked(others, 2, "others")
+    given = np.asarray(own)
+    mine = checked(given[:, None] if given.ndim == 1 else given, 2, "own")
+    theirs = checked(others, 2, "others")
     if len(mine) != len(theirs):
         raise ValueError(
             f"Expected other answers to the same prompts; got {len(mine)} scores and answers to "
@@ -84,10 +86,13 @@ def exchange_test(
         )
     together = np.column_stack([mine, theirs])
     rng = np.random.default_rng(seed)
-    chosen = rng.integers(together.shape[1], size=(resamples, len(mine)))
+    sums = np.zeros(resamples)
+    for row in together:
+        order = rng.random((resamples, len(row))).argsort(axis=1)
+        sums += row[order[:, : mine.shape[1]]].sum(axis=1)
     # Sums that differ by rounding alone are equal.
     scale = float(np.abs(together).max()) or 1.0
-    sums = np.round(together[np.arange(len(mine)), chosen].sum(axis=1) / scale, 9)
+    sums = np.round(sums / scale, 9)
     seen = np.round(mine.sum() / scale, 9)
     tails = [(1 + int(side.sum())) / (1 + resamples) for side in (sums >= seen, sums <= seen)]
     return min(1.0, 2 * min(tails))

@@ -111,6 +111,10 @@ def main(
     split: str = "test",
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 96,
     seed: int = 0,
+    answers: Annotated[
+        int,
+        typer.Option(min=1, help="Of each agent to each prompt, with seeds of their own."),
+    ] = 1,
     language_model: LanguageModelOption = "embedded",
     dtype: DtypeOption = "int8",
     ablations: Annotated[
@@ -141,6 +145,7 @@ def main(
         train_samples=size.train_samples,
         max_response_tokens=max_response_tokens,
         seed=seed,
+        answers=answers,
     )
     out = out or Path("matched-compute-quick" if quick else "matched-compute")
     run_and_write(study, language_model, dtype, out, json_file, page)

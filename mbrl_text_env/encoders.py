@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,6 +15,8 @@ from mbrl_text_env.types import FloatArray
 
 # What was found out about an encoder, for as long as it is there.
 _MOST_COUNTS = 65536
+# What a CPU multiplies best still lies in its caches.
+_CPU_BATCH = 16
 _lock = threading.Lock()
 _counts: WeakKeyDictionary[Any, OrderedDict[str, int]] = WeakKeyDictionary()
 _sizes: WeakKeyDictionary[Any, tuple[float, float]] = WeakKeyDictionary()
@@ -35,8 +37,12 @@ def prefix_text(prompt: str, response: str) -> str:
 
 def encode_texts(encoder: Encoder, texts: Sequence[str]) -> npt.NDArray[np.float32]:
     """Embed texts without a progress bar: float32[B, d]."""
-    # SentenceTransformer shows a bar whenever logging is verbose; other encoders know no such flag.
-    options = {"show_progress_bar": False} if _is_sentence_transformer(encoder) else {}
+    options: dict[str, Any] = {}
+    if _is_sentence_transformer(encoder):
+        # It shows a bar whenever logging is verbose; other encoders know no such flag.
+        options["show_progress_bar"] = False
+        if cast("Any", encoder).device.type == "cpu":
+            options["batch_size"] = _CPU_BATCH
     return np.asarray(encoder.encode(list(texts), **options), dtype=np.float32)
 
 

@@ -35,6 +35,10 @@ def _prefix(models: _Models) -> PrefixRewardValue:
     return PrefixRewardValue(models.reward_model, models.language_model)
 
 
+def _prefix_in_bfloat16(models: _Models) -> PrefixRewardValue:
+    return PrefixRewardValue(models.reward_model, models.language_model, dtype="bfloat16")
+
+
 def _hidden_state(models: _Models) -> HiddenStateValue:
     return HiddenStateValue(models.language_model)
 
@@ -60,7 +64,11 @@ def _rollout(models: _Models) -> RolloutValue:
 
 
 # What needs no records, and what does; `calibrated` is `prefix` after a fit.
-_READY: Mapping[str, Callable[[_Models], ValueModel]] = {"prefix": _prefix, "rollout": _rollout}
+_READY: Mapping[str, Callable[[_Models], ValueModel]] = {
+    "prefix": _prefix,
+    "prefix-bfloat16": _prefix_in_bfloat16,
+    "rollout": _rollout,
+}
 _FITTED: Mapping[str, Callable[[_Models], FittedValue]] = {
     "calibrated": _prefix,
     "embedding": _embedding,

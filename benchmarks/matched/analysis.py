@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,16 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class _Answers:
-    """An agent's scored answers beside the pool's rows of the same prompts."""
+    """Means of an agent's answers to each prompt, beside the pool's rows of the same prompts.
+
+    Args:
+        pool: Best-of-N's.
+        each: float64[P, answers], the score of each answer.
+        scores: float64[P], as are the rest.
+    """
 
     pool: Pool
+    each: FloatArray
     scores: FloatArray
     tokens: FloatArray
     flops: FloatArray
@@ -45,7 +52,8 @@ class _Answers:
 def analyse(pool: Pool, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One row a cell of one reward.
 
-    A prompt that could not be scored is left out on both sides. `multiplier` is in FLOPs (see
+    The unit is the prompt: of several answers to it the means are taken. A prompt with an answer
+    that could not be scored is left out on both sides. `multiplier` is in FLOPs (see
     `benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens.
 
     `p_vs_best_of_n` compares with best-of-N that spends the same FLOPs in the mean, two-sided. It
@@ -112,44 +120,60 @@ def falls(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         own = sorted((c for c in cells if c.agent == agent), key=lambda cell: cell.budget)
         if len(own) < 2:
             continue
-        scored = [
-            {r["prompt_id"]: r["score"] for r in c.rows if r["score"] is not None} for c in own
-        ]
-        common = [name for name in scored[0] if all(name in row for row in scored)]
+        scored = [_by_prompt(cell) for cell in own]
+        common = [name for name in scored[0] if all(name in rows for rows in scored)]
         if not common:
             continue
-        table = [[row[name] for name in common] for row in scored]
+        table = [
+            [np.mean([row["score"] for row in rows[name]]) for name in common] for rows in scored
+        ]
         for step in falls_with_budget([cell.budget for cell in own], table):
             found.append({"agent": agent, "reward": own[0].reward, **vars(step)})
     return found
 
 
 def _answers(pool: Pool, cell: Cell) -> _Answers:
-    scored = [row for row in cell.rows if row["score"] is not None]
+    scored = _by_prompt(cell)
 
-    def column(name: str) -> FloatArray:
-        return np.array([row["usage"][name] for row in scored], dtype=np.float64)
+    def table(value: Callable[[dict[str, Any]], float]) -> FloatArray:
+        return np.array([[value(row) for row in rows] for rows in scored.values()], dtype=float)
 
+    def spent(name: str) -> FloatArray:
+        return table(lambda row: row["usage"][name]).mean(axis=1)
+
+    if len(scored) < 2:
+        raise CompareError(
+            f"{cell.agent!r} at {cell.budget:,}, reward {cell.reward!r}: expected two prompts or "
+            f"more whose answers could be scored, got {len(scored)} of "
+            f"{len({row['prompt_id'] for row in cell.rows})}. The answers and their errors are in "
+            "the study's folder; mend the reward model."
+        )
+    each = table(lambda row: row["score"])
     return _Answers(
-        pool.rows([row["prompt_id"] for row in scored]),
-        np.array([row["score"] for row in scored]),
-        column("generated_tokens"),
-        column("flops"),
-        np.array([row["seconds"] for row in scored]),
-        np.array([np.nan if row["logprob"] is None else row["logprob"] for row in scored]),
-        np.array([row["response_tokens"] for row in scored], dtype=np.float64),
-        column("reward_calls"),
-        len(cell.rows) - len(scored),
+        pool.rows(list(scored)),
+        each,
+        each.mean(axis=1),
+        spent("generated_tokens"),
+        spent("flops"),
+        table(lambda row: row["seconds"]).mean(axis=1),
+        table(lambda row: np.nan if row["logprob"] is None else row["logprob"]).mean(axis=1),
+        table(lambda row: row["response_tokens"]).mean(axis=1),
+        spent("reward_calls"),
+        sum(row["score"] is None for row in cell.rows),
     )
 
 
+def _by_prompt(cell: Cell) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each prompt whose answers could all be scored."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in cell.rows:
+        rows.setdefault(row["prompt_id"], []).append(row)
+    return {
+        name: own for name, own in rows.items() if all(row["score"] is not None for row in own)
+    }
+
+
 def _row(cell: Cell, answers: _Answers) -> dict[str, Any]:
-    if len(answers.scores) < 2:
-        raise CompareError(
-            f"{cell.agent!r} at {cell.budget:,}, reward {cell.reward!r}: expected answers to two "
-            f"prompts or more that could be scored, got {len(answers.scores)} of {len(cell.rows)}. "
-            "The answers and their errors are in the study's folder; mend the reward model."
-        )
     pool = answers.pool
     in_flops = _baseline(pool, pool.flops)
     interval = mean_interval(answers.scores)
@@ -168,6 +192,7 @@ def _row(cell: Cell, answers: _Answers) -> dict[str, Any]:
         "unit": cell.unit,
         "budget_tokens": cell.budget,
         "prompts": len(answers.scores),
+        "answers": answers.each.shape[1],
         "failed": answers.failed,
         "mean": interval.estimate,
         "low": interval.low,
@@ -198,7 +223,7 @@ def _p_value(answers: _Answers, matched: AtCost) -> float:
     drawn = drawn_best(answers.pool.scores, float(matched.ns[0]))
     differences = answers.scores - matched.means
     by_signs = paired_permutation_test(differences).p_value
-    return max(float(by_signs), exchange_test(answers.scores, drawn))
+    return max(float(by_signs), exchange_test(answers.each, drawn))
 
 
 def _divergence(answers: _Answers, equal_n: float) -> dict[str, Any]:

@@ -56,9 +56,10 @@ class Study:
         train_prompts: Prompts of the training split that value models are fitted on.
         train_samples: Responses to each of them.
         max_response_tokens: Token limit of a response.
-        seed: Of everything. Agents sample with the next one: what they answer must not be taken
+        seed: Of everything. Agents sample with the next ones: what they answer must not be taken
             from the pool that they are compared with.
-        batch_prompts: Prompts that are answered together.
+        answers: Of each agent to each prompt, each with a seed of its own.
+        batch_prompts: Most prompts that are answered together.
 
     Raises:
         CompareError: The unit is unknown, or a budget is smaller than a response.
@@ -74,6 +75,7 @@ class Study:
     train_samples: int = 8
     max_response_tokens: int = 96
     seed: int = 0
+    answers: int = 1
     batch_prompts: int = 64
 
     def __post_init__(self) -> None:
@@ -84,6 +86,8 @@ class Study:
                 f"budgets: expected one or more of at least {self.max_response_tokens} tokens (a "
                 f"response), got {list(self.budgets)}."
             )
+        if self.answers < 1:
+            raise CompareError(f"answers: expected at least 1, got {self.answers}.")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -109,7 +113,7 @@ class Cell:
         agent: The agent's spec.
         budget: In generated tokens of best-of-N.
         unit: What was capped.
-        rows: Those of `benchmarks.compare`, one a prompt.
+        rows: Those of `benchmarks.compare`, one for each answer to a prompt.
     """
 
     reward: str
@@ -158,7 +162,7 @@ def run_study(
             caps = runs.caps(pool, budget)
             for spec in specs:
                 on_progress(f"{name}: {spec} at {budget:,}")
-                rows = runs.answers(spec, f"{study.unit}-{budget}", caps)
+                rows = runs.answers(spec, budget, caps)
                 cells.append(Cell(name, spec, budget, study.unit, rows))
         yield name, pool, cells
 
@@ -208,7 +212,7 @@ class _Runs:
             return {"budget_tokens": budget}
         if self.study.unit == "flops":
             return {"budget_flops": self._flops(pool, budget)}
-        rows = self.answers(BASELINE, f"tokens-{budget}", {"budget_tokens": budget})
+        rows = self.answered(BASELINE, f"tokens-{budget}", 0, {"budget_tokens": budget})
         return {"budget_seconds": float(np.mean([row["seconds"] for row in rows]))}
 
     def _flops(self, pool: Pool, budget: int) -> float:
@@ -233,13 +237,24 @@ class _Runs:
             )
         return once + budget * per_token
 
-    def answers(self, spec: str, folder: str, caps: dict[str, Any]) -> list[dict[str, Any]]:
-        """Rows of an agent under a budget."""
+    def answers(self, spec: str, budget: int, caps: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows of an agent under a budget, one for each answer to each prompt."""
+        folder = f"{self.study.unit}-{budget}"
+        return [
+            row
+            for number in range(self.study.answers)
+            for row in self.answered(spec, folder, number, caps)
+        ]
+
+    def answered(
+        self, spec: str, folder: str, number: int, caps: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Rows of an agent's answers of one number."""
         study = self.study
         config = CompareConfig(
             (spec,),
             max_response_tokens=study.max_response_tokens,
-            seed=study.seed + 1,
+            seed=study.seed + 1 + number,
             batch_prompts=study.batch_prompts,
             **caps,
         )
@@ -250,7 +265,9 @@ class _Runs:
             self.reward_model,
             self.shelf if "value" in parse_spec(spec)[1] else None,
         )
-        return run(comparison, self.out / "runs" / self.name / folder / slug(spec))[spec]
+        again = f"-again-{number}" if number else ""
+        place = self.out / "runs" / self.name / folder / f"{slug(spec)}{again}"
+        return run(comparison, place)[spec]
 
 
 def slug(spec: str) -> str:

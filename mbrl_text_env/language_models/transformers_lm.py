@@ -193,6 +193,13 @@ class TransformersLM(RequestSampler):
         """Bytes of the prefixes that are kept."""
         return self._cache.nbytes
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of prefixes that can be kept; 0 where no prefixes are."""
+        if self._network is None:
+            return 0
+        return self._cache.max_bytes // self._network.shape.bytes_per_token
+
     def clear_cache(self) -> None:
         """Forget all prefixes."""
         with self._lock:

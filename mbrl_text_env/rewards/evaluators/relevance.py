@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from mbrl_text_env.autocast import exact_products
 from mbrl_text_env.encoders import Encoder, encode_texts, encoder_flops, encoder_flops_bound
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import FloatArray, Prompt
@@ -82,13 +83,15 @@ class RelevanceReward:
         # A search asks for the same prompts again and again.
         known = {text: self._questions[text] for text in questions if text in self._questions}
         new = [text for text in dict.fromkeys(questions) if text not in known]
-        directions = self._directions([*new, *answers])
-        known.update(zip(new, directions, strict=False))
+        if new:
+            # They are used again outside a block that multiplies less exactly.
+            with exact_products():
+                known.update(zip(new, self._directions(new), strict=True))
         self._questions.update((text, known[text]) for text in new)
         while len(self._questions) > _PROMPTS_KEPT:
             self._questions.popitem(last=False)
         kept = np.stack([known[text] for text in questions])
-        return cast("FloatArray", (kept * directions[len(new) :]).sum(axis=1))
+        return cast("FloatArray", (kept * self._directions(answers)).sum(axis=1))
 
     def _directions(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Embeddings of length 1: float64[len(texts), d]."""
