@@ -36,12 +36,12 @@ from mbrl_text_env.files import write_text
 
 FULL = Size(
     test_prompts=64,
-    samples=4,
+    samples=2,
     max_response_tokens=48,
     budgets=(96, 192, 384, 768),
     planner=DEFAULT_PLANNER,
     choice_steps=2048,
-    choice_points=4,
+    choice_points=2,
     num_candidates=4,
     chunk_tokens=16,
     grpo_stages=3,
