@@ -44,11 +44,11 @@ FULL = Size(
     choice_points=2,
     num_candidates=4,
     chunk_tokens=16,
-    grpo_stages=3,
+    grpo_stages=2,
     grpo_steps=12,
     grpo_responses=32,
-    iterations=3,
-    loop_prompts=128,
+    iterations=2,
+    loop_prompts=64,
     cheap_seeds=3,
 )
 QUICK = Size(
