@@ -13,7 +13,7 @@ from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.values import ValueModel
 
-# Candidates a stage where no budget says how many, and in the first round towards a target.
+# Candidates a stage where no budget says how many.
 _NARROW = 8
 # Values closer than this are the same.
 _SAME = 1e-9
@@ -37,7 +37,8 @@ class Adaptive(Planner):
     given up when a complete one is known that is better than its mean by more than `caution` + 2
     standard deviations (only value models with an uncertainty can say so); what that saves is spent
     on the rest, and on further rounds. With a `target` the search ends at the first response that
-    scores as much; so that it can, its rounds begin narrow, with 8 candidates a stage, and double.
+    scores as much; so that it can, its rounds begin with a single response, and each has twice as
+    many candidates a stage as the one before.
 
     With a value model that gives no standard deviation (`PrefixRewardValue` without a fit),
     `margin` and `caution` change nothing, nothing is given up, and only equal values are not told
@@ -139,7 +140,7 @@ class Adaptive(Planner):
         affordable = search.width(node, size)
         if affordable is None:
             return _NARROW
-        return affordable if self.target is None else min(affordable, _NARROW << search.round)
+        return affordable if self.target is None else min(affordable, 1 << search.round)
 
     def _drawn(self, search: Search, beams: Sequence[Node], width: int, size: int) -> list[Node]:
         counts = shares(width, len(beams))

@@ -356,22 +356,8 @@ class Agent(ABC):
         )
 
     def _most_at_once(self, state: TextState, budget: Budget) -> int:
-        """Searches side by side whose texts the language model's prefix cache can hold.
-
-        With more of them a search would find its own prefixes gone, and compute them again and
-        again.
-        """
-        kept = getattr(self.language_model, "cache_tokens", 0)
-        if not kept:
-            return MOST_AT_ONCE
-        prefix = len(state.prompt_ids) + len(state.response_ids)
-        caps: list[float] = [] if budget.tokens is None else [budget.tokens]
-        if budget.flops is not None:
-            new = self.language_model.usage(prefix, [1]) - self.language_model.usage(prefix, [])
-            caps += [budget.flops / new.flops] if new.flops > 0 else []
-        if not caps:
-            return MOST_AT_ONCE
-        return max(1, min(MOST_AT_ONCE, int(kept / (prefix + min(caps)))))
+        """Searches that are under way at a time."""
+        return MOST_AT_ONCE
 
     def _search_alone(
         self, state: TextState, ledger: Ledger, seed: int, merging: Merging

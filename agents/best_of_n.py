@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from agents.base import DEFAULT_PARAMS, check_positive
 from agents.planner import Planner
 from agents.search import Expansion, Search
+from agents.side_by_side import MOST_AT_ONCE
 from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.ledger import Budget
 from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.types import TextState
 from mbrl_text_env.values import ValueModel
 
 # The article's number.
@@ -112,6 +115,10 @@ class BestOfN(Planner):
     def values(self) -> ValueModel | None:
         """The value model, where there is pruning."""
         return self.value_model if self.keep < 1 else None
+
+    def _most_at_once(self, state: TextState, budget: Budget) -> int:
+        """Samples that are not pruned have nothing in common but the prompt."""
+        return MOST_AT_ONCE if self.keep == 1 else super()._most_at_once(state, budget)
 
     def _pruned(self, search: Search, wanted: int | None) -> None:
         root = search.tree.root

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from agents.base import DEFAULT_PARAMS, Agent, Completion, Generation
 from agents.search import Search
+from agents.side_by_side import MOST_AT_ONCE
 from agents.tree import SearchTree
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, Ledger, Usage
@@ -17,6 +18,8 @@ from mbrl_text_env.values import ValueModel, check_value_fits
 
 # Chunks that may be drawn one after the other and lead nowhere new before a search gives up.
 _PATIENCE = 64
+# Fewer searches side by side would make batches too small, whatever the cache can hold.
+_FEWEST_AT_ONCE = 8
 
 
 class Planner(Agent):
@@ -112,6 +115,23 @@ class Planner(Agent):
     def values(self) -> ValueModel | None:
         """What values partial responses in a search; None where nothing does."""
         return self.value_model
+
+    def _most_at_once(self, state: TextState, budget: Budget) -> int:
+        """Searches side by side whose texts the language model's prefix cache can hold, about.
+
+        With many more of them a search would find its own prefixes gone, and compute them again
+        and again.
+        """
+        kept = getattr(self.language_model, "cache_tokens", 0)
+        prefix = len(state.prompt_ids) + len(state.response_ids)
+        caps: list[float] = [] if budget.tokens is None else [budget.tokens]
+        if budget.flops is not None:
+            usage = self.language_model.usage
+            each = (usage(prefix, [1]) - usage(prefix, [])).flops
+            caps += [budget.flops / each] if each > 0 else []
+        if not kept or not caps:
+            return MOST_AT_ONCE
+        return max(_FEWEST_AT_ONCE, min(MOST_AT_ONCE, int(kept / (prefix + min(caps)))))
 
     def _search_one(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
         assert self.reward_model is not None

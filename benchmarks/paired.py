@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def chosen_prompts(
-    reward: RewardModel, split: str, count: int | None, error: type[Exception]
+    reward: RewardModel,
+    split: str,
+    count: int | None,
+    error: type[Exception],
+    prepare: Callable[[Sequence[Prompt]], list[Prompt]] = list,
 ) -> list[Prompt]:
     """Builtin prompts that the reward applies to, in a fixed random order.
 
@@ -27,6 +31,7 @@ def chosen_prompts(
         split: Of the builtin prompts.
         count: How many; None for all, which must be two or more.
         error: What is raised.
+        prepare: Leaves out or changes some of the builtin prompts first.
 
     Raises:
         error: There are fewer.
@@ -34,7 +39,7 @@ def chosen_prompts(
     from mbrl_text_env.prompts import load_prompts
     from mbrl_text_env.rewards.base import applies_to, reward_name
 
-    found = [prompt for prompt in load_prompts(split=split) if applies_to(reward, prompt)]
+    found = [prompt for prompt in prepare(load_prompts(split=split)) if applies_to(reward, prompt)]
     least = 2 if count is None else count
     if len(found) < least:
         raise error(

@@ -10,13 +10,14 @@ python -m benchmarks.policy_tuning --reward sentiment --json policy_tuning.json
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +33,7 @@ from benchmarks.options import (
     load_language_model,
 )
 from benchmarks.paired import chosen_prompts, kept, paired
-from mbrl_text_env.files import write_text
+from mbrl_text_env.files import write_file, write_text
 
 if TYPE_CHECKING:
     from agents.model_free import PolicyGradientSettings, StepReport
@@ -41,10 +42,54 @@ if TYPE_CHECKING:
     from mbrl_text_env.types import Prompt
 
 _BATCH = 16
+# Steps of the running mean in the plot.
+_LATEST = 5
 
 
 class PolicyTuningError(ValueError):
     """A measurement that cannot be made as asked."""
+
+
+def constrained(
+    prompts: Sequence[Prompt], constraints: Sequence[str], instruction: str
+) -> list[Prompt]:
+    """Prompts without constraints of their own, all with the same ones and a sentence that asks.
+
+    Args:
+        prompts: Some may have constraints; they are left out.
+        constraints: As JSON, such as `{"type": "no_commas"}`.
+        instruction: Stands at the end of each prompt.
+
+    Raises:
+        PolicyTuningError: A constraint is no JSON object, or there is no instruction.
+    """
+    from mbrl_text_env.types import Prompt
+
+    parsed = []
+    for text in constraints:
+        try:
+            constraint = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PolicyTuningError(f"--constraint: expected JSON, got {text!r} ({error}).") from (
+                error
+            )
+        if not isinstance(constraint, dict) or "type" not in constraint:
+            raise PolicyTuningError(
+                f'--constraint: expected an object such as {{"type": "no_commas"}}, got {text!r}.'
+            )
+        parsed.append(constraint)
+    if not instruction.strip():
+        raise PolicyTuningError("--instruction: expected the sentence that asks for it, got none.")
+    return [
+        Prompt.from_text(
+            f"{prompt.text} {instruction}",
+            prompt.id,
+            metadata={**prompt.metadata, "constraints": parsed},
+            split=prompt.split,
+        )
+        for prompt in prompts
+        if not prompt.metadata.get("constraints")
+    ]
 
 
 @dataclass(frozen=True)
@@ -158,6 +203,29 @@ def sampling_speeds(
     return {"own": _speed(own), "generate": _speed(generate)}
 
 
+def plot_curve(curve: Sequence[Mapping[str, float]], reward: str, path: Path) -> None:
+    """Mean reward of each step's responses, and the mean of the latest steps.
+
+    Args:
+        curve: A row a step, with `step` and `reward`.
+        reward: The reward's name.
+        path: A PNG.
+    """
+    from matplotlib.figure import Figure
+
+    steps, means = ([row[key] for row in curve] for key in ("step", "reward"))
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, means, color="0.7", marker="o", markersize=3, label="a step")
+    latest = [float(np.mean(means[max(0, i - _LATEST) : i])) for i in range(1, len(means) + 1)]
+    axes.plot(steps, latest, label=f"mean of the latest {_LATEST}")
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"mean {reward}")
+    axes.legend()
+    with write_file(path) as scratch:
+        figure.savefig(scratch, dpi=130, format="png")
+
+
 def _speed(sample: Callable[[], int]) -> float:
     start = time.perf_counter()
     tokens = sample()
@@ -177,6 +245,16 @@ def main(
     reward: Annotated[str, typer.Option(help="A reward's name, such as 'constraints'.")] = (
         "sentiment"
     ),
+    constraint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSON of a constraint that prompts without any are given, for reward "
+            "'constraints'; may be repeated."
+        ),
+    ] = None,
+    instruction: Annotated[
+        str, typer.Option(help="The sentence that asks for it, put behind each prompt.")
+    ] = "",
     algorithm: Annotated[str, typer.Option(help="'grpo' or 'rloo'.")] = "grpo",
     steps: Annotated[int, typer.Option(min=1)] = 60,
     prompts_per_step: Annotated[int, typer.Option(min=1)] = 4,
@@ -194,7 +272,8 @@ def main(
         "policy-tuning"
     ),
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
+        Path | None,
+        typer.Option("--json", help="Write the figures here, and the learning curve beside them."),
     ] = None,
 ) -> None:
     """Train, measure before and after, print."""
@@ -219,6 +298,7 @@ def main(
     )
     record = {
         "reward": reward,
+        **({"constraints": [*constraint, instruction]} if constraint else {}),
         "algorithm": algorithm,
         "settings": json.loads(json.dumps(asdict(settings))),
         "test": [prompts, samples],
@@ -227,8 +307,11 @@ def main(
     claim(out, record, "measurement of tuning", PolicyTuningError)
     lm = load_language_model(language_model, dtype)
     reward_model = make(reward)
+    prepare: Callable[[Sequence[Prompt]], list[Prompt]] = list
+    if constraint:
+        prepare = functools.partial(constrained, constraints=constraint, instruction=instruction)
     train, test = (
-        chosen_prompts(reward_model, split, count, PolicyTuningError)
+        chosen_prompts(reward_model, split, count, PolicyTuningError, prepare)
         for split, count in (("train", None), ("test", prompts))
     )
 
@@ -256,6 +339,7 @@ def main(
     print(json.dumps({key: value for key, value in figures.items() if key != "curve"}, indent=2))
     if json_file is not None:
         write_text(json_file, json.dumps(figures, indent=2))
+        plot_curve(figures["curve"], reward, json_file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

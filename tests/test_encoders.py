@@ -43,15 +43,39 @@ class TestEncodeTexts:
         alone = np.concatenate([encode_texts(minilm, [text]) for text in TEXTS])
         np.testing.assert_allclose(encode_texts(minilm, tuple(TEXTS)), alone, atol=1e-5)
 
-    def test_shows_no_progress_bar(self, minilm, capfd, caplog):
+    @pytest.mark.parametrize("dtype", [None, "bfloat16"])
+    def test_shows_no_progress_bar(self, minilm, capfd, caplog, dtype):
         with caplog.at_level(logging.DEBUG, logger="sentence_transformers"):
-            encode_texts(minilm, TEXTS)
+            encode_texts(minilm, TEXTS, dtype)
         assert capfd.readouterr().err == ""
 
-    def test_other_encoders(self):
-        found = encode_texts(CountingEncoder(), ["aha", "hm"])
+    @pytest.mark.parametrize("dtype", [None, "bfloat16"])
+    def test_other_encoders(self, dtype):
+        found = encode_texts(CountingEncoder(), ["aha", "hm"], dtype)
         assert found.dtype == np.float32
         assert found.tolist() == [[3.0, 2.0], [2.0, 0.0]]
+
+    @pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 0.01), ("float16", 0.001)])
+    def test_a_reduced_format_is_close(self, minilm, dtype, most):
+        exact, found = encode_texts(minilm, TEXTS), encode_texts(minilm, TEXTS, dtype)
+        assert found.dtype == np.float32
+        assert most / 100 < np.abs(found - exact).max() < most
+
+    def test_a_reduced_format_lasts_for_one_call(self, minilm):
+        exact = encode_texts(minilm, TEXTS)
+        encode_texts(minilm, TEXTS, "bfloat16")
+        np.testing.assert_array_equal(encode_texts(minilm, TEXTS), exact)
+
+    def test_other_encoders_multiply_as_they_do(self):
+        """A third has 24 bits in float32, and 8 in bfloat16."""
+        import torch
+
+        class Thirds:
+            def encode(self, sentences):
+                sizes = torch.tensor([[float(len(text))] for text in sentences])
+                return (sizes @ torch.tensor([[1 / 3]])).numpy()
+
+        assert encode_texts(Thirds(), ["a"], "bfloat16").tolist() == [[float(np.float32(1 / 3))]]
 
 
 class TestFlops:

@@ -14,7 +14,7 @@ from agents.values.rollout import RolloutValue
 from agents.values.stacked import StackedValue
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardModel, reduced
 from mbrl_text_env.values import ValueModel, ValueModelError
 
 
@@ -36,7 +36,8 @@ def _prefix(models: _Models) -> PrefixRewardValue:
 
 
 def _prefix_in_bfloat16(models: _Models) -> PrefixRewardValue:
-    return PrefixRewardValue(models.reward_model, models.language_model, dtype="bfloat16")
+    reward = reduced(models.reward_model, "bfloat16")
+    return PrefixRewardValue(reward, models.language_model)
 
 
 def _hidden_state(models: _Models) -> HiddenStateValue:

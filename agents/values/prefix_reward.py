@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from agents.values.fitted import FittedValue, Sources
 from agents.values.heads import LinesHead, fit_lines
 from agents.values.prefixes import LENGTHS, Samples, check_lengths, cut_prefixes, samples_of
 from agents.values.validation import Fitter
-from mbrl_text_env.autocast import Dtype, reduced_products
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards.base import (
@@ -35,20 +34,13 @@ class PrefixRewardValue(FittedValue):
     standard deviation of what that leaves; prefixes of different lengths can then be compared.
     Every call of it is a call of the reward model and is charged as one.
 
-    An estimate need not be exact: with `dtype="bfloat16"` neural reward models multiply in that
-    format while they score prefixes (`torch.autocast`), which takes a third of the time on
-    processors that are made for it (MiniLM on a CPU with AVX512-BF16), and more on others. Complete
-    responses are scored as ever.
-
     Args:
         reward_model: Scores the prefixes.
         tokenizer: Decodes them; a language model will do.
         lengths: Prefix lengths in tokens that it is calibrated on.
-        dtype: `"bfloat16"` or `"float16"`, the format of the reward model's matrix products; None
-            leaves it to the reward model.
 
     Raises:
-        ValueError: `lengths` are not positive and increasing, or `dtype` is another.
+        ValueError: `lengths` are not positive and increasing.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -70,15 +62,11 @@ class PrefixRewardValue(FittedValue):
         tokenizer: Tokenizer,
         *,
         lengths: Sequence[int] = LENGTHS,
-        dtype: Dtype | None = None,
     ) -> None:
         check_lengths(lengths)
-        if dtype is not None and dtype not in get_args(Dtype):
-            raise ValueError(f"dtype: expected one of {get_args(Dtype)} or None, got {dtype!r}.")
         self.reward_model = reward_model
         self.tokenizer = tokenizer
         self.lengths = tuple(lengths)
-        self.dtype = dtype
 
     @property
     def is_fitted(self) -> bool:
@@ -94,8 +82,7 @@ class PrefixRewardValue(FittedValue):
         self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
     ) -> FloatArray:
         """float64[B, 2]: the prefix's score and its length."""
-        with reduced_products(self.dtype):
-            scores = score_prefixes(self.reward_model, self.tokenizer, states, ledgers)
+        scores = score_prefixes(self.reward_model, self.tokenizer, states, ledgers)
         return np.column_stack([scores.total, [float(len(s.response_ids)) for s in states]])
 
     def samples(self, records: Sequence[Record]) -> Samples:
@@ -126,18 +113,13 @@ class PrefixRewardValue(FittedValue):
         return prefix_reward_usage(self.reward_model, self.tokenizer, state)
 
     def settings(self) -> dict[str, Any]:
-        """The lengths and the format."""
-        return {"lengths": list(self.lengths), "dtype": self.dtype}
+        """The lengths."""
+        return {"lengths": list(self.lengths)}
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> PrefixRewardValue:
         """See `FittedValue.from_settings`."""
-        return cls(
-            sources.reward(),
-            sources.tokenizer,
-            lengths=settings["lengths"],
-            dtype=settings.get("dtype"),
-        )
+        return cls(sources.reward(), sources.tokenizer, lengths=settings["lengths"])
 
 
 def score_prefixes(

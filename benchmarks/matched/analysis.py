@@ -168,9 +168,7 @@ def _by_prompt(cell: Cell) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in cell.rows:
         rows.setdefault(row["prompt_id"], []).append(row)
-    return {
-        name: own for name, own in rows.items() if all(row["score"] is not None for row in own)
-    }
+    return {name: own for name, own in rows.items() if all(row["score"] is not None for row in own)}
 
 
 def _row(cell: Cell, answers: _Answers) -> dict[str, Any]:

@@ -30,10 +30,11 @@ class RewardError(RuntimeError):
 class RewardModel(Protocol):
     """Scores responses; higher is better.
 
-    Four methods are optional: `score_parts(prompts, responses) -> Scores` for a reward made of
+    Five methods are optional: `score_parts(prompts, responses) -> Scores` for a reward made of
     several; `applies_to(prompt) -> bool` for one that needs something of the prompt; and, for one
     whose computation is to be counted, `flops(prompts, responses) -> float64[B]` and
-    `flops_bound() -> float`, the most that one response can take.
+    `flops_bound() -> float`, the most that one response can take; and `reduced(dtype) ->
+    RewardModel`, the same reward in a number format that is faster and less exact (see `reduced`).
 
     Example:
         >>> class Brevity:
@@ -124,6 +125,20 @@ def applies_to(reward_model: object, prompt: Prompt) -> bool:
     """Whether a reward model can score answers to `prompt`."""
     test: Callable[[Prompt], bool] | None = getattr(reward_model, "applies_to", None)
     return test is None or test(prompt)
+
+
+def reduced(reward_model: RewardModel, dtype: str) -> RewardModel:
+    """A reward model in a faster, less exact number format, for estimates; itself if it has none.
+
+    The two keep nothing in common that depends on the format, so using the one never changes what
+    the other says.
+
+    Args:
+        reward_model: The reward model.
+        dtype: Such as `"bfloat16"`.
+    """
+    make: Callable[[str], RewardModel] | None = getattr(reward_model, "reduced", None)
+    return reward_model if make is None else make(dtype)
 
 
 def reward_usage_bound(reward_model: object) -> Usage:

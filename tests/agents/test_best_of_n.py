@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agents import BestOfN
 from mbrl_text_env.language_models import NGramLM
@@ -76,6 +78,89 @@ def test_a_time_limit_ends_the_search(monkeypatch):
     assert generation.completion.score is not None
     # The cap is looked at before a wave, and a wave is two calls.
     assert 0.05 <= generation.usage.seconds <= 0.06
+
+
+WAVES = list(itertools.accumulate((1, 1, 2, 4, 8, 16, 16, 16)))
+"""Samples drawn after each wave towards a target."""
+
+
+class TestTarget:
+    LM = NGramLM("abcdefgh", seed=3, concentration=50.0, stop_probability=0.1)
+
+    def agent(self, **options):
+        return BestOfN(self.LM, CountReward(), max_response_tokens=8, **options)
+
+    def sampled(self, seed, n):
+        """The scores of the first n samples."""
+        start, params = initial(PROMPTS[0], self.LM), self.agent().params
+        [chunks] = self.LM.sample([start], n, 8, seeds=[seed], params=params)
+        texts = [self.LM.decode(chunk.token_ids) for chunk in chunks]
+        return CountReward().score([None] * n, texts)
+
+    def explored(self, seed=0, budget=None, **options):
+        [found] = self.agent(**options).explore(PROMPTS[:1], budget, seed=seed)
+        return found
+
+    @given(seed=st.integers(0, 999), n=st.integers(1, 40), target=st.floats(0.0, 0.8))
+    def test_it_ends_with_the_wave_that_reaches_the_target(self, seed, n, target):
+        scores = self.sampled(seed, n)
+        reached = next((i + 1 for i, score in enumerate(scores) if score >= target), n)
+        answer, tree = self.explored(seed, n=n, target=target)
+        drawn = min(n, next(count for count in WAVES if count >= reached))
+        assert tree.root.samples == drawn
+        assert answer.completion.score == max(scores[:drawn])
+        assert (answer.completion.score >= target) == (max(scores) >= target)
+
+    def test_waves_begin_with_one_and_double(self, monkeypatch):
+        counts, sample = [], self.LM.sample
+
+        def counted(states, num_samples, *args, **options):
+            counts.append((options["first_sample"], num_samples))
+            return sample(states, num_samples, *args, **options)
+
+        monkeypatch.setattr(self.LM, "sample", counted)
+        self.explored(n=60, target=2.0)
+        assert [count for _, count in counts] == [1, 1, 2, 4, 8, 16, 16, 12]
+        assert [first for first, _ in counts] == [0, *WAVES[:7]]
+
+    def test_a_score_as_high_as_the_target_will_do(self):
+        scores = self.sampled(0, 64)
+        best, place = max(scores), scores.index(max(scores))
+        drawn = next(count for count in WAVES if count > place)
+        assert drawn < 64
+        for target, samples in ((best, drawn), (np.nextafter(best, 2.0), 64)):
+            assert self.explored(n=64, target=target)[1].root.samples == samples
+
+    @given(seed=st.integers(0, 999), tokens=st.integers(8, 400))
+    def test_out_of_reach_a_budget_buys_what_it_buys_without(self, seed, tokens):
+        plain, other = (
+            self.explored(seed, Budget(tokens=tokens), target=target) for target in (None, 2.0)
+        )
+        assert other[1].root.samples == plain[1].root.samples
+        assert other[0].usage.generated_tokens == plain[0].usage.generated_tokens
+        assert other[0].completion == plain[0].completion
+
+    def test_without_budget_and_n_it_takes_at_most_four(self):
+        assert self.explored(target=2.0)[1].root.samples == 4
+        assert self.explored(target=0.0)[1].root.samples == 1
+
+    def test_samples_are_those_without_a_target(self):
+        _, plain = self.explored(n=32)
+        _, tree = self.explored(n=32, target=0.45)
+        found, others = ([node.state.response_ids for node in t.complete()] for t in (tree, plain))
+        assert 1 < len(found) < len(others)
+        assert found == others[: len(found)]
+
+    def test_what_is_left_of_a_budget_is_not_spent(self):
+        answer, tree = self.explored(budget=Budget(tokens=800), target=0.3)
+        assert answer.completion.score >= 0.3
+        assert answer.usage.generated_tokens < 200
+        assert answer.usage.lm_calls == 1 + WAVES.index(tree.root.samples)
+
+    def test_not_with_pruning(self):
+        value = FixedValue(len, self.LM)
+        with pytest.raises(ValueError, match=r"keep=1\.0 with a target, got keep=0\.5"):
+            BestOfN(self.LM, CountReward(), value, keep=0.5, target=1.0)
 
 
 def test_bad_arguments():

@@ -15,13 +15,15 @@ from agents import (
     Lookahead,
     ParticleFilter,
     RecedingHorizon,
+    Sampling,
 )
+from agents.side_by_side import MOST_AT_ONCE
 from agents.values import RolloutValue
 from mbrl_text_env import checks
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError
 from mbrl_text_env.mdp import initial, is_terminal
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Prompt, TextState
 from mbrl_text_env.values import ValueEstimate
 from tests.toys import PROMPTS, CountReward, FixedValue, OptimalValue
 
@@ -242,3 +244,104 @@ def world(lm, reward):
         max_chunk_tokens=2,
         max_response_tokens=6,
     )
+
+
+class CachingLM(NGramLM):
+    """Says how many tokens of prefixes it keeps; remembers which prompts are asked together."""
+
+    def __init__(self, cache_tokens=None, stop_probability=0.0, **options):
+        super().__init__("abcd", seed=3, stop_probability=stop_probability, **options)
+        if cache_tokens is not None:
+            self.cache_tokens = cache_tokens
+        self.asked = []
+
+    def sample(self, states, *args, **options):
+        self.asked.append(tuple(dict.fromkeys(state.prompt.id for state in states)))
+        return super().sample(states, *args, **options)
+
+    def together(self):
+        """Prompts that were searched together, one group after the other."""
+        return [len(ids) for ids, _ in itertools.groupby(self.asked)]
+
+
+class TestSearchesSideBySide:
+    """16 prompts of 2 tokens; with a budget of 18 each of them has 20 tokens to keep."""
+
+    PROMPTS = tuple(Prompt.from_text(a + b) for a, b in itertools.product("abcd", repeat=2))
+
+    def together(self, cache_tokens, budget, prompts=PROMPTS, **options):
+        """Without a stop token all beam searches of a group take the same steps."""
+        lm = CachingLM(cache_tokens, **options)
+        value = FixedValue(lambda t: t.count("a"), lm)
+        agent = build("beam", lm, CountReward(), value, chunk_tokens=2)
+        agent.generate(prompts, budget)
+        return lm.together()
+
+    @pytest.mark.parametrize(
+        ("cache_tokens", "sizes"),
+        [(320, [16]), (319, [15, 1]), (200, [10, 6]), (199, [9, 7]), (180, [9, 7])],
+    )
+    def test_no_more_than_the_cache_can_hold(self, cache_tokens, sizes):
+        assert self.together(cache_tokens, Budget(tokens=18)) == sizes
+
+    @pytest.mark.parametrize("cache_tokens", [179, 60, 1])
+    def test_never_fewer_than_eight(self, cache_tokens):
+        assert self.together(cache_tokens, Budget(tokens=18)) == [8, 8]
+
+    def test_never_more_than_threads_are_good_for(self):
+        prompts = [Prompt.from_text("ab", f"p{i}") for i in range(MOST_AT_ONCE + 3)]
+        assert self.together(10**9, Budget(tokens=18), prompts) == [MOST_AT_ONCE, 3]
+
+    def test_flops_are_as_many_tokens_as_they_buy(self):
+        """12 x 20 tokens."""
+        assert self.together(240, Budget(flops=36.0), flops_per_token=2.0) == [12, 4]
+        assert self.together(240, Budget(tokens=18, flops=1e3), flops_per_token=2.0) == [12, 4]
+        assert self.together(240, Budget(tokens=999, flops=36.0), flops_per_token=2.0) == [12, 4]
+        assert self.together(240, Budget(flops=1.0), flops_per_token=0.0) == [16]
+
+    @pytest.mark.parametrize("budget", [None, Budget(reward_calls=9)])
+    def test_all_where_no_budget_says_what_a_search_keeps(self, budget):
+        assert self.together(1, budget)[0] == 16
+
+    @pytest.mark.parametrize("cache_tokens", [0, None])
+    def test_all_where_nothing_is_kept(self, cache_tokens):
+        assert self.together(cache_tokens, Budget(tokens=18)) == [16]
+
+    def test_a_decision_keeps_the_response_so_far(self):
+        """2 tokens of the prompt, 3 of the response and a budget of 15."""
+        for cache_tokens, sizes in ((240, [12, 4]), (239, [11, 5])):
+            lm = CachingLM(cache_tokens)
+            states = [TextState(p, lm.encode_prompt(p), (1, 1, 1)) for p in self.PROMPTS]
+            agent = build("beam", lm, CountReward(), FixedValue(len, lm))
+            agent.act(states, Budget(tokens=15))
+            assert lm.together() == sizes
+
+    @pytest.mark.parametrize(
+        ("options", "most"), [({}, 16), ({"n": 2}, 16), ({"target": 0.5}, 16), ({"keep": 0.5}, 8)]
+    )
+    def test_whole_samples_are_not_limited(self, options, most):
+        """They have nothing in common but the prompt, unless they are pruned chunk by chunk."""
+        lm = CachingLM(1)
+        agent = BestOfN(lm, CountReward(), FixedValue(len, lm), **SIZES, **options)
+        agent.generate(self.PROMPTS, Budget(tokens=18))
+        assert max(lm.together()) == most
+
+    def test_agents_that_do_not_plan_are_not_limited(self):
+        lm = CachingLM(1)
+        Sampling(lm, max_response_tokens=6).generate(self.PROMPTS, Budget(tokens=18))
+        assert lm.together() == [16]
+
+    @every_planner
+    @settings(max_examples=4, deadline=None)
+    @given(limit=st.sampled_from([(1, 8), (320, 10), (511, 15)]), seed=st.integers(0, 99))
+    def test_the_answers_do_not_depend_on_it(self, name, limit, seed):
+        """Searches that end early make room for others: 32 tokens each to keep."""
+        found = []
+        for cache_tokens, most in (limit, (0, 16)):
+            lm = CachingLM(cache_tokens, stop_probability=0.15)
+            value = FixedValue(lambda t: t.count("a"), lm)
+            agent = build(name, lm, CountReward(), value, chunk_tokens=2)
+            answers = agent.generate(self.PROMPTS, Budget(tokens=30), seed=seed)
+            found.append([(a.completion, a.usage.generated_tokens) for a in answers])
+            assert max(map(len, lm.asked)) == most
+        assert found[0] == found[1]

@@ -100,6 +100,19 @@ def test_the_best_partial_response_is_finished():
     assert best.parent is max(row, key=lambda node: node.value)
 
 
+def test_a_target_is_reached_by_a_complete_response_alone():
+    search = begun(value=FixedValue(lambda text: 9.0, LM))
+    assert not search.has_reached(0.0)
+    search.expand([Expansion(search.tree.root, 3, tokens=2)])
+    assert not search.has_reached(0.0)
+    search.expand([Expansion(search.tree.root, 3)])
+    best = max(node.score for node in search.tree.complete())
+    assert best > 0
+    assert search.has_reached(best)
+    assert not search.has_reached(np.nextafter(best, 2.0))
+    assert not search.has_reached(None)
+
+
 def test_ranked():
     search = begun(value=FixedValue(lambda text: text.count("a"), LM))
     [row] = search.expand([Expansion(search.tree.root, 20, tokens=2)])

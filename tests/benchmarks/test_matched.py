@@ -8,6 +8,7 @@ import pytest
 
 from agents.catalogue import make as make_agent
 from benchmarks.compare import CompareError
+from benchmarks.exchange import drawn_best, exchange_test
 from benchmarks.matched.analysis import analyse, best_of_n_rows, falls
 from benchmarks.matched.figures import plot_divergence, plot_scaling
 from benchmarks.matched.page import render
@@ -15,7 +16,10 @@ from benchmarks.matched.pool import Pool, make_pool
 from benchmarks.matched.report import multiplier, p_value
 from benchmarks.matched.shelf import ValueShelf
 from benchmarks.matched.study import Cell, Study, run_study, slug
+from benchmarks.scaling import expected_best
+from benchmarks.statistics import paired_permutation_test
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.ledger import Budget
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from tests.toys import CountReward
@@ -156,6 +160,42 @@ class TestStudy:
             ran(tmp_path, replace(STUDY, unit="flops", budgets=(10,)))
         assert not (tmp_path / "runs").exists()
 
+    def test_each_answer_has_a_seed_and_a_folder_of_its_own(self, tmp_path):
+        study = replace(STUDY, budgets=(40,), answers=3)
+        pool, cells = ran(tmp_path, study)
+        for cell in cells:
+            assert [(row["seed"], row["prompt_id"]) for row in cell.rows] == [
+                (seed, name) for seed in (1, 2, 3) for name in pool.prompt_ids
+            ]
+        runs = tmp_path / "runs" / "count" / "tokens-40"
+        slugs = [slug(agent) for agent in AGENTS]
+        assert {folder.name for folder in runs.iterdir()} == {
+            f"{name}{again}" for name in slugs for again in ("", "-again-1", "-again-2")
+        }
+        prompts = {prompt.id: prompt for prompt in load_prompts(split="test")}
+        agent = make_agent("best-of-n", LM, CostlyCount(), max_response_tokens=10)
+        asked = [prompts[name] for name in pool.prompt_ids]
+        expected = [agent.generate(asked, Budget(tokens=40), seed=seed) for seed in (1, 2, 3)]
+        texts = [[g.text for g in row] for row in expected]
+        assert [row["response"] for row in cells[1].rows] == [t for row in texts for t in row]
+        assert texts[0] != texts[1] != texts[2] != texts[0]
+
+    def test_more_answers_go_on_from_the_first_ones(self, tmp_path):
+        study = replace(STUDY, agents={"count": ("best-of-n",)}, budgets=(40,))
+        ran(tmp_path, study)
+        # What is read again has this mark, and what is made anew has not.
+        [part] = (tmp_path / "runs").rglob("parts/*.jsonl")
+        rows = [json.loads(line) for line in part.read_text().splitlines()]
+        part.write_text("".join(json.dumps({**row, "marked": True}) + "\n" for row in rows))
+        for answers in (3, 2, 1):
+            _, [cell] = ran(tmp_path, replace(study, answers=answers))
+            marks = [row.get("marked", False) for row in cell.rows]
+            assert marks == [True] * 6 + [False] * 6 * (answers - 1)
+
+    def test_no_answers_are_refused(self):
+        with pytest.raises(CompareError, match="answers: expected at least 1, got 0"):
+            replace(STUDY, answers=0)
+
     def test_slugs_differ(self):
         specs = ("beam:chunk_tokens=2", "beam:chunk_tokens=2.5", "beam:beam_width=2")
         assert len({slug(spec) for spec in specs}) == 3
@@ -204,6 +244,20 @@ def answered(pool, scores, *, budget=100, agent="agent", tokens=20.0, flops=None
     return Cell("count", agent, budget, "tokens", rows)
 
 
+def several(*cells, **changes):
+    """One cell of several answers to each prompt; of `changes` each has its own, if it is given."""
+    rows = []
+    for i, cell in enumerate(cells):
+        own = {name: values[i] for name, values in changes.items()}
+        rows += [{**row, **own} for row in cell.rows]
+    return replace(cells[0], rows=rows)
+
+
+def eighths(rng, *shape):
+    """Random numbers whose sums and means are exact."""
+    return np.round(8 * rng.normal(size=shape)) / 8
+
+
 def known_pool(prompts=24, samples=64, seed=0):
     scores = np.random.default_rng(seed).normal(size=(prompts, samples))
     cost = np.full((prompts, samples), 10.0)
@@ -238,6 +292,58 @@ class TestAnalysis:
         [alone] = analyse(kept, [answered(kept, scores[3:])])
         assert row.pop("failed") == 3
         assert alone.pop("failed") == 0
+        assert row == alone
+
+    def test_of_several_answers_the_means_are_taken(self):
+        """Two answers around the one: the same row, but for what the test sees of each."""
+        pool, rng = known_pool(), np.random.default_rng(1)
+        scores, away = eighths(rng, 24) + 1, eighths(rng, 24)
+        both = several(
+            answered(pool, scores + away, tokens=10.0),
+            answered(pool, scores - away, tokens=30.0),
+            seconds=(0.25, 0.75), logprob=(-2.0, -4.0), response_tokens=(4, 16),
+        )  # fmt: skip
+        in_turn = sorted(both.rows, key=lambda row: pool.prompt_ids.index(row["prompt_id"]))
+        one, two, other = (
+            analyse(pool, [cell])[0]
+            for cell in (answered(pool, scores), both, replace(both, rows=in_turn))
+        )
+        assert other == two
+        assert (one.pop("answers"), two.pop("answers")) == (1, 2)
+        assert (one["mean"], one["prompts"]) == (scores.mean(), 24)
+        for row in (one, two):
+            assert row.pop("p_holm") == row.pop("p_vs_best_of_n")
+        assert two == one
+
+    def test_the_p_value_sees_each_answer(self):
+        """Answers far apart, with means that are always a little above that of two samples."""
+        pool = known_pool()
+        expected = expected_best(pool.scores, [2])
+        each = expected + np.array([3.1, -2.9, 0.1])
+        cell = several(*(answered(pool, column) for column in each.T))
+        by_signs = paired_permutation_test(each.mean(axis=1) - expected[:, 0]).p_value
+        by_exchange = exchange_test(each, drawn_best(pool.scores, 2))
+        [row] = analyse(pool, [cell])
+        assert by_signs < 0.001 < by_exchange == row["p_vs_best_of_n"]
+        assert by_exchange != exchange_test(each.mean(axis=1), drawn_best(pool.scores, 2))
+
+    def test_a_prompt_with_an_answer_that_failed_is_left_out_on_both_sides(self):
+        pool, rng = known_pool(), np.random.default_rng(1)
+        first, second = eighths(rng, 24), eighths(rng, 24)
+        names = pool.prompt_ids
+        [row] = analyse(
+            pool,
+            [
+                several(
+                    answered(pool, first, failed=names[:1]),
+                    answered(pool, second, failed=names[:3]),
+                )
+            ],
+        )
+        kept = pool.rows(names[3:])
+        [alone] = analyse(kept, [several(answered(kept, first[3:]), answered(kept, second[3:]))])
+        assert (row.pop("failed"), alone.pop("failed")) == (4, 0)
+        assert row["prompts"] == 21
         assert row == alone
 
     def test_p_values_are_corrected_over_the_cells(self):
@@ -300,6 +406,9 @@ class TestAnalysis:
         with pytest.raises(CompareError, match=r"'agent' at 100.*got 1 of 3"):
             analyse(pool, [cell])
         assert falls([cell, answered(pool, np.zeros(3), budget=9, failed=pool.prompt_ids)]) == []
+        twice = several(answered(pool, np.zeros(3)), cell)
+        with pytest.raises(CompareError, match=r"'agent' at 100.*got 1 of 3"):
+            analyse(pool, [twice])
 
     def test_best_of_n_itself(self):
         pool = known_pool()
@@ -316,6 +425,26 @@ class TestAnalysis:
         found = {row["agent"]: row["adjusted"] for row in falls([*rising, *falling])}
         assert found["down"] < 0.01
         assert found["up"] > 0.9
+
+    def test_falls_of_means(self):
+        """Answers that differ a lot, and whose means fall by little."""
+        pool, rng = known_pool(), np.random.default_rng(1)
+        single, double = [], []
+        for budget, fall in ((128, 0.0), (256, 0.125)):
+            scores, away = eighths(rng, 24) - fall, 8 * eighths(rng, 24)
+            single.append(answered(pool, scores, budget=budget))
+            both = [answered(pool, scores + by, budget=budget) for by in (away, -away)]
+            double.append(several(*both))
+        assert falls(double) == falls(single) != []
+        failed = several(
+            answered(pool, np.zeros(24), budget=512),
+            answered(pool, np.zeros(24), budget=512, failed=pool.prompt_ids[2:]),
+        )
+        kept = [
+            replace(cell, rows=[r for r in cell.rows if r["prompt_id"] in ("p0", "p1")])
+            for cell in (*double, failed)
+        ]
+        assert falls([*double, failed]) == falls(kept)
 
 
 def test_page_and_plots(tmp_path):

@@ -1,6 +1,7 @@
 """The benchmark on the real models, small."""
 
 import json
+from dataclasses import replace
 
 from typer.testing import CliRunner
 
@@ -63,9 +64,10 @@ def test_options_are_told():
     app = typer.Typer()
     app.command()(main)
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
-    for option in ("--json", "--quick", "--ablations", "--budgets", "--unit"):
+    for option in ("--json", "--quick", "--ablations", "--budgets", "--unit", "--answers"):
         assert option in shown
-    for words in (["--unit", "years"], ["--budgets", "many"], ["--budgets", "10"]):
+    wrong = (["--unit", "years"], ["--budgets", "many"], ["--budgets", "10"], ["--answers", "0"])
+    for words in wrong:
         assert CliRunner().invoke(app, words).exit_code == 2
 
 
@@ -87,14 +89,16 @@ def test_quick_changes_only_what_is_not_given(monkeypatch):
         "--rewards",
         "numbers",
     ]
-    for given in (words, ["--quick"], []):
+    for given in (words, ["--quick"], [], ["--answers", "3"]):
         assert CliRunner().invoke(app, given).exit_code == 0
     studies, folders = [args[0] for args in asked], [str(args[3]) for args in asked]
     assert studies[0].agents == {"numbers": ("mcts:value=prefix",)}
     assert (studies[0].budgets, studies[0].num_prompts, studies[0].samples) == ((1024,), 16, 32)
     assert (studies[1].budgets, studies[1].train_prompts) == ((512,), 16)
     assert (studies[2].num_prompts, studies[2].samples, len(studies[2].budgets)) == (64, 256, 6)
-    assert folders == ["matched-compute-quick", "matched-compute-quick", "matched-compute"]
+    assert [study.answers for study in studies] == [1, 1, 1, 3]
+    assert studies[3] == replace(studies[2], answers=3)
+    assert folders == ["matched-compute-quick"] * 2 + ["matched-compute"] * 2
 
 
 def test_multipliers_are_shown_with_their_ends():

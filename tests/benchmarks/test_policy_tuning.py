@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.paired import chosen_prompts, kept, paired
-from benchmarks.policy_tuning import Sampled, comparison, main, sampled
+from benchmarks.policy_tuning import Sampled, comparison, main, plot_curve, sampled
 from mbrl_text_env.language_models import TableLM, TransformersLM
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards import make
@@ -232,6 +232,16 @@ class TestCommand:
         shown = {name: value for name, value in figures.items() if name != "curve"}
         assert json.loads(result.stdout) == shown
         assert "step 2: reward" in result.stderr
+
+    def test_the_curve_is_plotted(self, finished):
+        import matplotlib.image
+
+        out, figures, _ = finished
+        written = matplotlib.image.imread(out.with_suffix(".png"))
+        # The latest steps' mean and the steps themselves are drawn on white.
+        assert (written[..., :3] < 1).any()
+        plot_curve(figures["curve"], figures["reward"], out.with_name("again.png"))
+        assert (matplotlib.image.imread(out.with_name("again.png")) == written).all()
 
     def test_a_second_run_makes_nothing(self, command, finished):
         out, figures, first = finished

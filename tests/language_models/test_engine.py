@@ -217,6 +217,28 @@ class TestCache:
         assert lm.cache_stats.evicted_tokens > 100
 
     @pytest.mark.parametrize("family", CACHED)
+    def test_the_tokens_that_it_can_keep(self, make, family):
+        """Half of the bytes are for prefixes: 20 tokens of 40, or of 41."""
+        assert [make(family, kv_tokens=n).cache_tokens for n in (80, 40, 41, 1)] == [40, 20, 20, 0]
+        lm, whole = make(family, kv_tokens=40), state_of(random_ids(20, 1))
+        lm.features([whole])
+        assert lm.cached_bytes == lm.cache_tokens * token_bytes(lm)
+        kept = []
+        for seed in range(12):
+            lm.features([state_of(random_ids(3 + seed, 100 + seed))])
+            kept.append(lm._cache.num_tokens)
+        assert 10 < max(kept) <= lm.cache_tokens
+        lm.clear_cache()
+        lm.features([state_of(random_ids(21, 2))])
+        assert lm.cached_bytes == 0
+
+    def test_without_a_cache_no_tokens_are_kept(self, make):
+        assert make("llama").cache_tokens == 2**31 // token_bytes(make("llama"))
+        assert make("llama", kv_bytes=2**31).cache_tokens == 2**30 // token_bytes(make("llama"))
+        assert make("llama", prefix_cache=False).cache_tokens == 0
+        assert make("lfm2").cache_tokens == 0
+
+    @pytest.mark.parametrize("family", CACHED)
     def test_a_second_call_computes_one_token(self, make, family):
         lm, state = make(family), state_of(random_ids(20, 1))
         ledgers = [Ledger() for _ in range(4)]

@@ -16,6 +16,7 @@ from mbrl_text_env.rewards.base import (
     RewardModel,
     Scores,
     applies_to,
+    reduced,
     reward_name,
     reward_usage_bound,
     score_responses,
@@ -178,6 +179,22 @@ def test_defaults_of_the_optional_methods():
     assert applies_to(Stub([]), PROMPTS[0])
     assert not applies_to(ConstraintsReward(), PROMPTS[0])
     assert reward_name(object()) == "object"
+
+
+def test_a_reward_without_another_format_is_its_own_reduced_form():
+    reward = Stub([])
+    assert reduced(reward, "bfloat16") is reward
+
+
+def test_a_reward_says_what_its_reduced_form_is():
+    class Rounded(Stub):
+        def reduced(self, dtype):
+            return Rounded([dtype])
+
+    assert reduced(Rounded([]), "bfloat16").result == ["bfloat16"]
+    relevance = RelevanceReward()
+    found = reduced(relevance, "float16")
+    assert (found.dtype, relevance.dtype) == ("float16", None)
 
 
 CONSTRAINTS = [{"type": "max_words", "value": 5}, {"type": "no_commas"}]

@@ -10,6 +10,7 @@ from mbrl_text_env.rewards.base import (
     RewardError,
     RewardModel,
     Scores,
+    reduced,
     reward_name,
     score_responses,
     score_steps,
@@ -49,6 +50,10 @@ class TimeLimit(Combinator):
             raise ValueError(f"TimeLimit: expected seconds above 0, got {seconds}.")
         super().__init__([reward], reward_name(reward))
         self.reward, self.seconds = reward, seconds
+
+    def reduced(self, dtype: str) -> TimeLimit:
+        """The reward in another format, within the same time; see `rewards.base.reduced`."""
+        return TimeLimit(reduced(self.reward, dtype), self.seconds)
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
         """Return the reward's scores and parts, each float64[B].

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.autocast import exact_products
-from mbrl_text_env.encoders import Encoder, encode_texts, encoder_flops, encoder_flops_bound
+from mbrl_text_env.encoders import (
+    Encoder,
+    ReducedDtype,
+    encode_texts,
+    encoder_flops,
+    encoder_flops_bound,
+)
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -30,8 +36,11 @@ class RelevanceReward:
     Args:
         encoder: None for the embedded all-MiniLM-L6-v2; a SentenceTransformer's name on the Hub or
             folder; or an object with `encode(list[str]) -> float[B, d]`. It is loaded at first use.
+        dtype: What a SentenceTransformer multiplies in: `"bfloat16"` or `"float16"`; None for its
+            own format. See `reduced`.
 
     Raises:
+        ValueError: `dtype` is another.
         RewardError: At first use: the encoder cannot be loaded, or does not return one vector a
             text. A zero vector, which has no direction, makes a score that `score_responses`
             refuses.
@@ -45,13 +54,30 @@ class RelevanceReward:
 
     name = "relevance"
 
-    def __init__(self, encoder: Encoder | str | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder | str | None = None, *, dtype: ReducedDtype | None = None
+    ) -> None:
+        _check_dtype(dtype)
         self.encoder = encoder
+        self.dtype = dtype
         self._loaded: Encoder | None = None
         self._questions: OrderedDict[str, npt.NDArray[np.float64]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None, "_questions": OrderedDict()}
+
+    def reduced(self, dtype: ReducedDtype = "bfloat16") -> RelevanceReward:
+        """The same reward with the encoder's products in another format, for values of prefixes.
+
+        With bfloat16 MiniLM embeds in less than half the time on a CPU with AVX512-BF16; the
+        cosines differ by less than 0.01. On a CPU without such instructions it is slower.
+        """
+        _check_dtype(dtype)
+        # A copy leaves out what is kept of prompts, which depends on the format.
+        other = copy.copy(self)
+        other.dtype = dtype
+        other._loaded = self._loaded
+        return other
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the cosine of each prompt and its response."""
@@ -83,20 +109,19 @@ class RelevanceReward:
         # A search asks for the same prompts again and again.
         known = {text: self._questions[text] for text in questions if text in self._questions}
         new = [text for text in dict.fromkeys(questions) if text not in known]
-        if new:
-            # They are used again outside a block that multiplies less exactly.
-            with exact_products():
-                known.update(zip(new, self._directions(new), strict=True))
+        directions = self._directions([*new, *answers])
+        known.update(zip(new, directions, strict=False))
         self._questions.update((text, known[text]) for text in new)
         while len(self._questions) > _PROMPTS_KEPT:
             self._questions.popitem(last=False)
         kept = np.stack([known[text] for text in questions])
-        return cast("FloatArray", (kept * self._directions(answers)).sum(axis=1))
+        return cast("FloatArray", (kept * directions[len(new) :]).sum(axis=1))
 
     def _directions(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Embeddings of length 1: float64[len(texts), d]."""
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        embeddings = encode_texts(self._loaded_encoder(), list(place)).astype(np.float64)
+        embeddings = encode_texts(self._loaded_encoder(), list(place), self.dtype)
+        embeddings = embeddings.astype(np.float64)
         if embeddings.ndim != 2 or len(embeddings) != len(place):
             raise RewardError(
                 f"Reward model {self.name!r}: expected the encoder to return one vector a text, "
@@ -110,6 +135,11 @@ class RelevanceReward:
         if self._loaded is None:
             self._loaded = _load(self.encoder)
         return self._loaded
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in get_args(ReducedDtype):
+        raise ValueError(f"dtype: expected one of {get_args(ReducedDtype)} or None, got {dtype!r}.")
 
 
 def _load(encoder: Encoder | str | None) -> Encoder:

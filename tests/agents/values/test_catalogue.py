@@ -1,11 +1,13 @@
 """Value models by name."""
 
+import numpy as np
 import pytest
 
 from agents import BeamSearch
 from agents.values import FITTED, READY, FittedValue, StackedValue, make_value
+from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.values import ValueModelError
-from tests.agents.values.worlds import LM, PaidReward, prefixes, toy_records
+from tests.agents.values.worlds import LM, PaidReward, prefixes, state_of, toy_records
 from tests.toys import CountReward, LetterEncoder
 
 
@@ -16,7 +18,7 @@ def made(name):
 
 
 def test_the_ready_ones_predict_at_once():
-    assert READY == ("prefix", "rollout")
+    assert READY == ("prefix", "prefix-bfloat16", "rollout")
     for name in READY:
         assert made(name).predict(prefixes()).mean.shape == (len(prefixes()),)
 
@@ -38,8 +40,25 @@ def test_settings_reach_the_models():
     assert made("rollout").max_response_tokens == 12
 
 
+def test_in_bfloat16_prefixes_have_the_reduced_reward(minilm):
+    reward, states = RelevanceReward(minilm), [state_of("abcde"), state_of("dabbed")]
+    rows = [state.prompt for state in states], [LM.decode(s.response_ids) for s in states]
+    exact = RelevanceReward(minilm).score(*rows)
+    rounded = RelevanceReward(minilm, dtype="bfloat16").score(*rows)
+    assert np.abs(rounded - exact).max() > 1e-5
+    for name, expected in (("prefix-bfloat16", rounded), ("prefix", exact)):
+        found = make_value(name, LM, reward).predict(states)
+        assert found.mean.tolist() == expected.tolist()
+    assert make_value("calibrated", LM, reward).reward_model is reward
+
+
+def test_a_reward_without_a_reduced_form_is_used_as_it_is():
+    reward = PaidReward()
+    assert make_value("prefix-bfloat16", LM, reward).reward_model is reward
+
+
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueModelError, match=r"'oracle'.*'prefix', 'rollout'.*'stacked'"):
+    with pytest.raises(ValueModelError, match=r"'oracle'.*'prefix', .*'rollout'.*'stacked'"):
         made("oracle")
 
 

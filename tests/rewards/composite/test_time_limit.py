@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards.base import RewardError, score_responses
 from mbrl_text_env.rewards.composite.time_limit import TimeLimit
+from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
 from mbrl_text_env.types import Prompt
 from tests.toys import StepReward
@@ -67,3 +69,21 @@ def test_errors_come_through():
 def test_limits_that_are_none(seconds):
     with pytest.raises(ValueError, match="TimeLimit: expected seconds"):
         TimeLimit(StepReward(), seconds)
+
+
+def test_the_reduced_form_is_as_patient_and_really_reduced(minilm):
+    """Although it scores in a thread of its own, where no setting of the caller's holds."""
+    exact = TimeLimit(RelevanceReward(minilm), seconds=60)
+    reduced = exact.reduced("bfloat16")
+    assert (type(reduced), reduced.seconds, reduced.name) == (TimeLimit, 60, "relevance")
+    rows = [PROMPT] * 2, ["Patience is a virtue.", "The sky is blue."]
+    difference = score_responses(reduced, *rows).total - score_responses(exact, *rows).total
+    assert 1e-5 < np.abs(difference).max() < 0.01
+
+
+def test_what_has_no_reduced_form_is_limited_as_it_is():
+    reward = StepReward()
+    reduced = TimeLimit(reward, seconds=60).reduced("bfloat16")
+    assert reduced.reward is reward
+    assert score_responses(reduced, [PROMPT], ["ab"]).total.tolist() == [0.5]
+    assert reduced.score_steps(PROMPT, ["aa", "b"]).tolist() == [2.0, 0.0]

@@ -134,5 +134,70 @@ def test_an_encoder_that_returns_something_else_is_an_error():
         def encode(self, sentences):
             return np.ones(len(sentences))
 
-    with pytest.raises(RewardError, match=r"one vector a text, shape \(1, d\), got shape \(1,\)"):
+    with pytest.raises(RewardError, match=r"one vector a text, shape \(2, d\), got shape \(2,\)"):
         RelevanceReward(Flat()).score([SKY], ["Because."])
+
+
+class TestReduced:
+    PROMPTS = (SKY, SKY, CAKE, CAKE)
+    ANSWERS = ("The sky is blue because air scatters light.", "Mix flour and eggs; bake.") * 2
+
+    def scores(self, reward):
+        return reward.score(self.PROMPTS, self.ANSWERS)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_scores_are_close_to_the_exact_ones(self, minilm, dtype):
+        exact, rounded = (self.scores(RelevanceReward(minilm, dtype=d)) for d in (None, dtype))
+        assert 1e-5 < np.abs(rounded - exact).max() < 0.01
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_an_exact_one_has_a_reduced_form(self, minilm, dtype):
+        reward = RelevanceReward(minilm)
+        reduced = reward.reduced(dtype)
+        assert (reduced.dtype, reward.dtype) == (dtype, None)
+        expected = self.scores(RelevanceReward(minilm, dtype=dtype))
+        np.testing.assert_array_equal(self.scores(reduced), expected)
+
+    def test_using_the_one_changes_no_score_of_the_other(self, minilm):
+        untouched, alone = RelevanceReward(minilm), RelevanceReward(minilm, dtype="bfloat16")
+        # In the first call prompts are embedded; later they are known.
+        exact = [self.scores(untouched) for _ in range(2)]
+        rounded = [self.scores(alone) for _ in range(2)]
+        for first in (0, 1):
+            reward = RelevanceReward(minilm)
+            pair = [reward, reward.reduced("bfloat16")]
+            for i in range(2):
+                found = {which: self.scores(pair[which]) for which in (first, 1 - first)}
+                np.testing.assert_array_equal(found[0], exact[i])
+                np.testing.assert_array_equal(found[1], rounded[i])
+
+    def test_name_and_flops_stay(self, minilm):
+        reduced = RelevanceReward(minilm).reduced("bfloat16")
+        assert reduced.name == "relevance"
+        flops = reduced.flops([Prompt.from_text("hello")], ["hello world"])
+        assert flops.tolist() == [minilm_flops(3) + minilm_flops(4)]
+        assert reduced.flops_bound() == 2 * minilm_flops(256)
+
+    @pytest.mark.parametrize(
+        "make", [RelevanceReward, lambda dtype: RelevanceReward().reduced(dtype)]
+    )
+    def test_a_pickled_copy_keeps_the_format(self, make):
+        reduced = make(dtype="bfloat16")
+        scores = self.scores(reduced)
+        again = pickle.loads(pickle.dumps(reduced))  # noqa: S301, it was made here
+        assert again.dtype == "bfloat16"
+        np.testing.assert_array_equal(self.scores(again), scores)
+
+    def test_other_encoders_have_no_other_format(self):
+        reduced = RelevanceReward(LetterCounts()).reduced("bfloat16")
+        scores = reduced.score([Prompt.from_text("a")] * 3, ["aaa", "b", "aaabbbb"])
+        np.testing.assert_allclose(scores, [1.0, 0.0, 3 / 5], rtol=1e-12)
+        assert reduced.flops_bound() == 0.0
+
+    @pytest.mark.parametrize("dtype", ["int8", "float32", ""])
+    def test_other_formats_are_refused(self, dtype):
+        message = rf"dtype: expected one of \('bfloat16', 'float16'\) or None, got '{dtype}'"
+        with pytest.raises(ValueError, match=message):
+            RelevanceReward(LetterCounts(), dtype=dtype)
+        with pytest.raises(ValueError, match=message):
+            RelevanceReward(LetterCounts()).reduced(dtype)
