@@ -9,7 +9,14 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.paired import chosen_prompts, kept, paired
-from benchmarks.policy_tuning import Sampled, comparison, main, plot_curve, sampled
+from benchmarks.policy_tuning import (
+    Sampled,
+    comparison,
+    constrained,
+    main,
+    plot_curve,
+    sampled,
+)
 from mbrl_text_env.language_models import TableLM, TransformersLM
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards import make
@@ -281,6 +288,9 @@ class TestCommand:
             ({"prompts": 99999}, "PolicyTuningError: Expected at least 99999 test prompts"),
             ({"reward": "sentimant"}, "Did you mean 'sentiment'"),
             ({"dtype": "int4"}, "--dtype: expected one of"),
+            ({"constraint": "no_commas"}, "--constraint: expected JSON, got 'no_commas'"),
+            ({"constraint": '["no_commas"]'}, "--constraint: expected an object such as"),
+            ({"constraint": '{"type": "no_commas"}'}, "--instruction: expected the sentence"),
         ],
     )
     def test_bad_input_is_told_without_a_traceback(self, command, tmp_path, changes, message):
@@ -289,3 +299,32 @@ class TestCommand:
         assert message in said(result)
         assert "Traceback" not in result.output
         assert not (tmp_path / "run.json").exists()
+
+    def test_a_constraint_of_ones_own(self, command, tmp_path):
+        out = tmp_path / "run"
+        result = command.run(
+            out,
+            reward="constraints",
+            constraint='{"type": "max_words", "value": 4}',
+            instruction="Be brief.",
+        )
+        assert result.exit_code == 0, result.output
+        figures = json.loads(out.with_suffix(".json").read_text())
+        assert figures["constraints"] == ['{"type": "max_words", "value": 4}', "Be brief."]
+        assert 0 <= figures["result"]["before"] <= 1
+        builtin = [p for p in load_prompts(split="train") if not p.metadata.get("constraints")]
+        assert figures["num_train_prompts"] == len(builtin)
+
+
+def test_constraints_are_given_to_prompts_without_any():
+    prompts = [
+        Prompt.from_text("Praise the sea.", "a", metadata={"kind": "review"}, split="test"),
+        Prompt.from_text("No commas.", "b", metadata={"constraints": [{"type": "no_commas"}]}),
+    ]
+    [found] = constrained(prompts, ['{"type": "max_words", "value": 2}'], "Two words.")
+    assert (found.id, found.text, found.split) == ("a", "Praise the sea. Two words.", "test")
+    assert found.metadata == {
+        "kind": "review",
+        "constraints": [{"type": "max_words", "value": 2}],
+    }
+    assert make("constraints").score([found] * 2, ["Blue sea", "The blue sea"]).tolist() == [1, 0]
