@@ -27,6 +27,7 @@ def plot(rows: Sequence[dict[str, Any]], reward: str, path: Path) -> None:
         path: A PNG.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     panels = figure.subplots(2, 2, sharey=True).ravel()
@@ -49,6 +50,8 @@ def plot(rows: Sequence[dict[str, Any]], reward: str, path: Path) -> None:
                     linewidth=0,
                 )
         axes.set_xscale("log")
+        # Less than two decades would have the minor ticks named, one name over the other.
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{label}, training and {rows[0]['prompts']} answers")
         axes.set_ylabel(f"mean {reward}")
     panels[0].legend(fontsize=8)
