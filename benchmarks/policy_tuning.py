@@ -282,6 +282,10 @@ def main(
     from agents.model_free.trl import CURVE, LEDGER
     from mbrl_text_env.rewards import make
 
+    if instruction and not constraint:
+        raise typer.BadParameter(
+            f"--instruction: expected a --constraint that it asks for, got {instruction!r} alone."
+        )
     trainers = {"grpo": train_grpo, "rloo": train_rloo}
     if algorithm not in trainers:
         raise typer.BadParameter(f"--algorithm: expected grpo or rloo, got {algorithm!r}.")

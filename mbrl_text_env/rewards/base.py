@@ -31,7 +31,7 @@ class RewardModel(Protocol):
     """Scores responses; higher is better.
 
     Five methods are optional: `score_parts(prompts, responses) -> Scores` for a reward made of
-    several; `applies_to(prompt) -> bool` for one that needs something of the prompt; and, for one
+    several; `applies_to(prompt) -> bool` for one that needs something of the prompt; for one
     whose computation is to be counted, `flops(prompts, responses) -> float64[B]` and
     `flops_bound() -> float`, the most that one response can take; and `reduced(dtype) ->
     RewardModel`, the same reward in a number format that is faster and less exact (see `reduced`).

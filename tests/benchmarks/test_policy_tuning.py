@@ -291,6 +291,7 @@ class TestCommand:
             ({"constraint": "no_commas"}, "--constraint: expected JSON, got 'no_commas'"),
             ({"constraint": '["no_commas"]'}, "--constraint: expected an object such as"),
             ({"constraint": '{"type": "no_commas"}'}, "--instruction: expected the sentence"),
+            ({"instruction": "Be brief."}, "--instruction: expected a --constraint"),
         ],
     )
     def test_bad_input_is_told_without_a_traceback(self, command, tmp_path, changes, message):
