@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from agents.base import DEFAULT_PARAMS, check_positive
+from agents.base import DEFAULT_PARAMS, check_positive, check_target
 from agents.planner import Planner
 from agents.search import Expansion, Search, partial, shares
 from agents.tree import Node
@@ -66,7 +66,8 @@ class Adaptive(Planner):
         params: How chunks are drawn.
 
     Raises:
-        ValueError: A count is below 1, `margin` or `caution` below 0, or `value_share` not above 0.
+        ValueError: A count is below 1, `margin` or `caution` below 0, `value_share` not above 0, or
+            `target` is NaN.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -111,6 +112,7 @@ class Adaptive(Planner):
             params=params,
         )
         check_positive(candidates_per_beam=candidates_per_beam, shortest_chunk=shortest_chunk)
+        check_target(target)
         if not value_share > 0:
             raise ValueError(f"value_share: expected a number above 0, got {value_share}.")
         for name, number in (("margin", margin), ("caution", caution)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -486,6 +487,16 @@ def check_positive(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}.")
+
+
+def check_target(target: float | None) -> None:
+    """Refuse a target that no score reaches because it is not a number.
+
+    Raises:
+        ValueError: It is NaN.
+    """
+    if target is not None and math.isnan(target):
+        raise ValueError("target: expected a score, or None to spend the whole budget, got nan.")
 
 
 def _score(completion: Completion) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from agents.base import DEFAULT_PARAMS, check_positive
+from agents.base import DEFAULT_PARAMS, check_positive, check_target
 from agents.planner import Planner
 from agents.search import Expansion, Search
 from agents.side_by_side import MOST_AT_ONCE
@@ -51,7 +51,8 @@ class BestOfN(Planner):
 
     Raises:
         ValueError: N or a limit is below 1, `keep` is out of range, there is pruning without a
-            value model, or pruning and a `target` (its samples are drawn together).
+            value model, or pruning and a `target` (its samples are drawn together), or `target` is
+            NaN.
     """
 
     name = "best-of-n"
@@ -79,6 +80,7 @@ class BestOfN(Planner):
         )
         if n is not None:
             check_positive(n=n)
+        check_target(target)
         if not 0 < keep <= 1:
             raise ValueError(f"keep: expected a share above 0 and up to 1, got {keep}.")
         if keep < 1 and value_model is None:

@@ -165,6 +165,7 @@ def test_it_is_best_of_n_or_better_with_the_prefix_reward():
         {"value_share": 0.0},
         {"caution": float("nan")},
         {"shortest_chunk": 0},
+        {"target": float("nan")},
     ],
 )
 def test_bad_arguments(wrong):

@@ -90,6 +90,10 @@ class TestTarget:
     def agent(self, **options):
         return BestOfN(self.LM, CountReward(), max_response_tokens=8, **options)
 
+    def test_it_is_a_number(self):
+        with pytest.raises(ValueError, match="target: expected a score"):
+            self.agent(target=float("nan"))
+
     def sampled(self, seed, n):
         """The scores of the first n samples."""
         start, params = initial(PROMPTS[0], self.LM), self.agent().params
