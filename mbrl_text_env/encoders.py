@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -48,18 +49,46 @@ def encode_texts(
         texts: B texts.
         dtype: What a SentenceTransformer multiplies in; None for its own format.
     """
-    options: dict[str, Any] = {}
-    if _is_sentence_transformer(encoder):
-        # It shows a bar whenever logging is verbose; other encoders know no such flag.
-        options["show_progress_bar"] = False
-        if cast("Any", encoder).device.type == "cpu":
-            options["batch_size"] = _CPU_BATCH
-        if dtype is not None:
-            import torch
+    if not _is_sentence_transformer(encoder):
+        return np.asarray(encoder.encode(list(texts)), dtype=np.float32)
+    model: Any = encoder
+    with _products_in(dtype, model.device.type):
+        if len(texts) > 1 and _is_text_model_on_cpu(model):
+            return _encoded_by_length(model, texts)
+        # It shows a bar whenever logging is verbose.
+        return np.asarray(model.encode(list(texts), show_progress_bar=False), dtype=np.float32)
 
-            with torch.autocast(cast("Any", encoder).device.type, dtype=getattr(torch, dtype)):
-                return np.asarray(encoder.encode(list(texts), **options), dtype=np.float32)
-    return np.asarray(encoder.encode(list(texts), **options), dtype=np.float32)
+
+def _encoded_by_length(model: Any, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    """In batches of texts with about as many tokens, so that little is padded.
+
+    A SentenceTransformer itself sorts by characters, and pads more.
+    """
+    order = np.argsort(_token_counts(model, texts), kind="stable")
+    batches = np.split(order, range(_CPU_BATCH, len(order), _CPU_BATCH))
+    found = [
+        np.asarray(model.encode([texts[i] for i in rows], show_progress_bar=False))
+        for rows in batches
+    ]
+    embeddings = np.empty((len(texts), found[0].shape[1]), dtype=np.float32)
+    embeddings[order] = np.concatenate(found)
+    return embeddings
+
+
+def _is_text_model_on_cpu(model: Any) -> bool:
+    from torch import nn
+
+    # What stands in for a model in another thread is no module: it passes all texts on at once.
+    is_model = isinstance(model, nn.Module) and model.device.type == "cpu"
+    return is_model and hasattr(model[0], "auto_model")
+
+
+def _products_in(dtype: ReducedDtype | None, device: str) -> contextlib.AbstractContextManager[Any]:
+    if dtype is None:
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.autocast(device, dtype=getattr(torch, dtype))
 
 
 def encoder_flops(encoder: Encoder, texts: Sequence[str]) -> FloatArray:

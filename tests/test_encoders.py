@@ -43,6 +43,23 @@ class TestEncodeTexts:
         alone = np.concatenate([encode_texts(minilm, [text]) for text in TEXTS])
         np.testing.assert_allclose(encode_texts(minilm, tuple(TEXTS)), alone, atol=1e-5)
 
+    def test_batches_hold_texts_of_about_as_many_tokens(self, minilm, monkeypatch):
+        """Long words of one token each, and short ones of many: characters do not tell."""
+        texts = ["international " * n for n in range(1, 21)] + ["qzxj" * n for n in range(1, 21)]
+        counts = {text: len(minilm.tokenizer(text)["input_ids"]) for text in texts}
+        expected = np.concatenate([encode_texts(minilm, [text]) for text in texts])
+        batches = []
+
+        def watched(sentences, **options):
+            batches.append(sorted(counts[text] for text in sentences))
+            return type(minilm).encode(minilm, sentences, **options)
+
+        monkeypatch.setattr(minilm, "encode", watched)
+        found = encode_texts(minilm, texts)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert [len(batch) for batch in batches] == [16, 16, 8]
+        assert sum(batches, []) == sorted(counts.values())
+
     @pytest.mark.parametrize("dtype", [None, "bfloat16"])
     def test_shows_no_progress_bar(self, minilm, capfd, caplog, dtype):
         with caplog.at_level(logging.DEBUG, logger="sentence_transformers"):
