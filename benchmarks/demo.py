@@ -17,7 +17,7 @@ from rich.text import Text
 
 from agents.collection import collect
 from agents.sampling import Sampling
-from agents.values import EmbeddingValue, PrefixRewardValue
+from agents.values import EmbeddingValue, make_value
 from benchmarks.compare import CompareConfig, Comparison, choose_prompts, compare, read_rows
 from benchmarks.matched.analysis import analyse
 from benchmarks.matched.pool import make_pool
@@ -149,7 +149,7 @@ def _comparison(
         choose_prompts(load_prompts(split="test"), config.test_prompts, reward, config.seed),
         language_model,
         reward,
-        {"embedding": value, "prefix": PrefixRewardValue(reward, language_model)},
+        {"embedding": value, "prefix": make_value("prefix", language_model, reward)},
     )
 
 

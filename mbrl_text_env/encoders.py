@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -89,6 +89,18 @@ def _products_in(dtype: ReducedDtype | None, device: str) -> contextlib.Abstract
     import torch
 
     return torch.autocast(device, dtype=getattr(torch, dtype))
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products in bfloat16.
+
+    Without them bfloat16 is slower than float32.
+    """
+    import torch
+
+    # Versions of torch that cannot tell count as a processor that cannot.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def encoder_flops(encoder: Encoder, texts: Sequence[str]) -> FloatArray:

@@ -1,11 +1,18 @@
 """Embedding texts, and the arithmetic of what it costs."""
 
+import itertools
 import logging
 
 import numpy as np
 import pytest
 
-from mbrl_text_env.encoders import encode_texts, encoder_flops, encoder_flops_bound, prefix_text
+from mbrl_text_env.encoders import (
+    encode_texts,
+    encoder_flops,
+    encoder_flops_bound,
+    multiplies_bfloat16,
+    prefix_text,
+)
 
 TEXTS = ["A short text.", "Another one, which is a little longer than the first.", "Grüße!"]
 
@@ -58,7 +65,7 @@ class TestEncodeTexts:
         found = encode_texts(minilm, texts)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert [len(batch) for batch in batches] == [16, 16, 8]
-        assert sum(batches, []) == sorted(counts.values())
+        assert list(itertools.chain(*batches)) == sorted(counts.values())
 
     @pytest.mark.parametrize("dtype", [None, "bfloat16"])
     def test_shows_no_progress_bar(self, minilm, capfd, caplog, dtype):
@@ -93,6 +100,24 @@ class TestEncodeTexts:
                 return (sizes @ torch.tensor([[1 / 3]])).numpy()
 
         assert encode_texts(Thirds(), ["a"], "bfloat16").tolist() == [[float(np.float32(1 / 3))]]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_bf16": False, "avx2": True}, False),
+        ({}, False),
+    ],
+)
+def test_processors_that_multiply_bfloat16(monkeypatch, capabilities, expected):
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert multiplies_bfloat16() is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert multiplies_bfloat16() is False
 
 
 class TestFlops:

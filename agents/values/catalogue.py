@@ -12,7 +12,7 @@ from agents.values.hidden_state import HiddenStateValue
 from agents.values.prefix_reward import PrefixRewardValue
 from agents.values.rollout import RolloutValue
 from agents.values.stacked import StackedValue
-from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.encoders import Encoder, multiplies_bfloat16
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardModel, reduced
 from mbrl_text_env.values import ValueModel, ValueModelError
@@ -32,12 +32,14 @@ def _embedding(models: _Models) -> EmbeddingValue:
 
 
 def _prefix(models: _Models) -> PrefixRewardValue:
-    return PrefixRewardValue(models.reward_model, models.language_model)
-
-
-def _prefix_in_bfloat16(models: _Models) -> PrefixRewardValue:
-    reward = reduced(models.reward_model, "bfloat16")
+    reward = models.reward_model
+    if multiplies_bfloat16():
+        reward = reduced(reward, "bfloat16")
     return PrefixRewardValue(reward, models.language_model)
+
+
+def _exact_prefix(models: _Models) -> PrefixRewardValue:
+    return PrefixRewardValue(models.reward_model, models.language_model)
 
 
 def _hidden_state(models: _Models) -> HiddenStateValue:
@@ -64,14 +66,14 @@ def _rollout(models: _Models) -> RolloutValue:
     )
 
 
-# What needs no records, and what does; `calibrated` is `prefix` after a fit.
+# What needs no records, and what does; `calibrated` is `prefix-exact` after a fit.
 _READY: Mapping[str, Callable[[_Models], ValueModel]] = {
     "prefix": _prefix,
-    "prefix-bfloat16": _prefix_in_bfloat16,
+    "prefix-exact": _exact_prefix,
     "rollout": _rollout,
 }
 _FITTED: Mapping[str, Callable[[_Models], FittedValue]] = {
-    "calibrated": _prefix,
+    "calibrated": _exact_prefix,
     "embedding": _embedding,
     "hidden-state": _hidden_state,
     "stacked": _stacked,

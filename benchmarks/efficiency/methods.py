@@ -376,13 +376,13 @@ def answered(
 
 
 def _agent(bench: Bench, spec: str) -> Agent:
-    from agents.values import PrefixRewardValue
+    from agents.values import make_value
 
     return make(
         spec,
         bench.language_model,
         bench.reward_model,
-        {"prefix": PrefixRewardValue(bench.reward_model, bench.language_model)},
+        {"prefix": make_value("prefix", bench.language_model, bench.reward_model)},
         max_response_tokens=bench.size.max_response_tokens,
     )
 

@@ -17,6 +17,7 @@ from mbrl_text_env.rewards.base import (
     RewardModel,
     Scores,
     applies_to,
+    reduced,
     reward_name,
     reward_usage_bound,
     score_responses,
@@ -164,6 +165,11 @@ class WeightedSum(Combinator):
         for weight, total in zip(self.weights, totals, strict=True):
             summed += weight * total
         return summed, {}
+
+    def reduced(self, dtype: str) -> WeightedSum:
+        """The sum of the rewards in another format; see `rewards.base.reduced`."""
+        rewards = [reduced(reward, dtype) for reward in self.rewards]
+        return WeightedSum(rewards, self.weights, self.name)
 
 
 class Product(Combinator):

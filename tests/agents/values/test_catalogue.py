@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agents import BeamSearch
-from agents.values import FITTED, READY, FittedValue, StackedValue, make_value
+from agents.values import FITTED, READY, FittedValue, StackedValue, catalogue, make_value
 from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.values import ValueModelError
 from tests.agents.values.worlds import LM, PaidReward, prefixes, state_of, toy_records
@@ -18,7 +18,7 @@ def made(name):
 
 
 def test_the_ready_ones_predict_at_once():
-    assert READY == ("prefix", "prefix-bfloat16", "rollout")
+    assert READY == ("prefix", "prefix-exact", "rollout")
     for name in READY:
         assert made(name).predict(prefixes()).mean.shape == (len(prefixes()),)
 
@@ -40,21 +40,24 @@ def test_settings_reach_the_models():
     assert made("rollout").max_response_tokens == 12
 
 
-def test_in_bfloat16_prefixes_have_the_reduced_reward(minilm):
+@pytest.mark.parametrize("fast", [True, False])
+def test_prefixes_have_the_reduced_reward_where_it_is_faster(minilm, monkeypatch, fast):
+    monkeypatch.setattr(catalogue, "multiplies_bfloat16", lambda: fast)
     reward, states = RelevanceReward(minilm), [state_of("abcde"), state_of("dabbed")]
     rows = [state.prompt for state in states], [LM.decode(s.response_ids) for s in states]
     exact = RelevanceReward(minilm).score(*rows)
     rounded = RelevanceReward(minilm, dtype="bfloat16").score(*rows)
     assert np.abs(rounded - exact).max() > 1e-5
-    for name, expected in (("prefix-bfloat16", rounded), ("prefix", exact)):
+    for name, expected in (("prefix", rounded if fast else exact), ("prefix-exact", exact)):
         found = make_value(name, LM, reward).predict(states)
         assert found.mean.tolist() == expected.tolist()
     assert make_value("calibrated", LM, reward).reward_model is reward
 
 
-def test_a_reward_without_a_reduced_form_is_used_as_it_is():
+def test_a_reward_without_a_reduced_form_is_used_as_it_is(monkeypatch):
+    monkeypatch.setattr(catalogue, "multiplies_bfloat16", lambda: True)
     reward = PaidReward()
-    assert make_value("prefix-bfloat16", LM, reward).reward_model is reward
+    assert make_value("prefix", LM, reward).reward_model is reward
 
 
 def test_unknown_names_are_refused():

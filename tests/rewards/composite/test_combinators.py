@@ -82,6 +82,21 @@ def test_parts_whose_names_clash_are_told_apart():
     assert scores.parts_of(0) == {"left/a": 1.0, "left/b": 2.0, "right/b": 3.0, "a": 1.0}
 
 
+def test_the_reduced_form_is_the_sum_of_reduced_rewards(minilm):
+    """A reward without such a form is summed as it is; the sum itself does not change."""
+    vowels = Count("e")
+    exact = WeightedSum([RelevanceReward(minilm), vowels], [2.0, 0.5], "both")
+    rounded = exact.reduced("bfloat16")
+    assert (rounded.name, rounded.weights) == ("both", (2.0, 0.5))
+    assert rounded.rewards[1] is vowels
+    rows = [PROMPT], ["the sky is blue"]
+    found, expected = score_responses(rounded, *rows), score_responses(exact, *rows)
+    relevance = RelevanceReward(minilm, dtype="bfloat16").score(*rows)
+    assert found.parts["relevance"].tolist() == relevance.tolist()
+    assert found.total[0] == pytest.approx(2.0 * relevance[0] + 0.5 * expected.parts["e"][0])
+    assert 1e-5 < abs(found.total[0] - expected.total[0]) < 0.02
+
+
 def test_it_applies_where_all_of_its_rewards_do():
     reward = WeightedSum([SentimentReward(), ConstraintsReward()], [1, 1])
     assert not applies_to(reward, PROMPT)
