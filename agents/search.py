@@ -161,10 +161,14 @@ class Search:
         return sorted(partial(nodes), key=_value, reverse=True)
 
     def finish(self) -> Node:
-        """Return the best complete response; finish the best partial one if there is none."""
+        """Return the best complete response.
+
+        If there is none, the best partial one is finished, and what the budget still allows is
+        spent as best-of-N would: values may have cost more than it held, and left most of it.
+        """
         if self.tree.best() is None:
-            node = self._most_promising()
-            self._draw_to_the_end(node)
+            self._draw_to_the_end(self._most_promising())
+            self._spend_the_rest()
         best = self.tree.best()
         assert best is not None
         best.note = "best complete response"
@@ -344,6 +348,11 @@ class Search:
         request = self._requests([(Expansion(node), 1)])
         [[chunk]] = sample_requests(self.language_model, request, ledgers=[self.ledger])
         self.evaluate([self.tree.add(node, chunk, transition(node.state, chunk, self.limit))])
+
+    def _spend_the_rest(self) -> None:
+        root = self.tree.root
+        while (count := self.width(root, None)) and any(self.expand([Expansion(root, count)])):
+            pass
 
 
 def partial(nodes: Iterable[Node]) -> list[Node]:

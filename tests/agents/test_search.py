@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from agents.beam import beam_search
 from agents.search import Expansion, Search, partial
+from agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.ledger import Budget, Ledger
 from mbrl_text_env.mdp import initial
@@ -98,6 +100,32 @@ def test_the_best_partial_response_is_finished():
     [row] = search.expand([Expansion(search.tree.root, 6, tokens=2)])
     best = search.finish()
     assert best.parent is max(row, key=lambda node: node.value)
+
+
+def test_what_values_leave_is_spent_on_whole_responses():
+    """Rollouts after a chunk of 2 take 10 x 6 tokens, more than there are."""
+    search = begun(Budget(tokens=53))
+    search.value_model = RolloutValue(LM, CountReward(), n=10, max_response_tokens=8)
+    beam_search(search, chunk_tokens=2, beam_width=1)
+    assert search.drawn == 0
+    best = search.finish()
+    # Six of 8 tokens; the 5 tokens after them are no response.
+    assert search.ledger.usage.generated_tokens == 48
+    assert best.score == max(node.score for node in search.tree.nodes if node.is_terminal)
+    assert best.score > search.tree.nodes[1].score
+
+
+def test_nothing_is_spent_after_a_planner_has_an_answer():
+    search = begun(Budget(tokens=53))
+    [[node]] = search.expand([Expansion(search.tree.root)])
+    assert search.finish() is node
+    assert search.ledger.usage.generated_tokens == 8
+
+
+def test_without_a_cap_one_response_is_finished():
+    search = begun()
+    search.finish()
+    assert search.ledger.usage.generated_tokens == 8
 
 
 def test_a_target_is_reached_by_a_complete_response_alone():
