@@ -18,7 +18,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +60,7 @@ class Measurement:
 
     Args:
         reward: What is optimised.
-        test: Prompts that the loop does not see.
+        test: The prompts that are answered; the loop does not see them.
         samples: Plain samples to each.
         planner: Spec of the planner.
         flops: Cap on each of the planner's answers.
@@ -157,6 +157,57 @@ def values_compared(
     }
 
 
+def refitted(
+    kind: str,
+    policies: Sequence[LanguageModel],
+    tests: Sequence[Sequence[Record]],
+    out: Path,
+    with_: Measurement,
+    training: Measurement,
+) -> list[dict[str, Any]]:
+    """What refitting would gain a value model of another kind than the loop's.
+
+    One is fitted on plain samples of the base policy, one on those of each later policy, as many;
+    both are tried on the later policy's responses to the test prompts.
+
+    Args:
+        kind: See `make_value`.
+        policies: The base and those of the iterations.
+        tests: Their fresh responses.
+        out: Keeps the samples, and the figures of each iteration.
+        with_: What the figures are measured with.
+        training: The same with the prompts and samples that are fitted on.
+    """
+    from agents.values import FittedValue, make_value
+
+    fitted: dict[int, ValueModel] = {}
+
+    def value(i: int) -> ValueModel:
+        if i not in fitted:
+            records = sampled(out / f"fit-{i:02d}", policies[i], training)
+            made = make_value(
+                kind,
+                policies[i],
+                with_.reward,
+                max_response_tokens=with_.max_response_tokens,
+                seed=with_.seed,
+            )
+            assert isinstance(made, FittedValue)
+            fitted[i] = made.fit(records)
+        return fitted[i]
+
+    return [
+        {
+            "iteration": i,
+            **kept(
+                out / f"refit-{kind}-{i:02d}.json",
+                lambda i=i: values_compared(value(0), value(i), tests[i], with_.seed),  # type: ignore[misc]
+            ),
+        }
+        for i in range(1, len(policies))
+    ]
+
+
 def _number(value: float) -> float | None:
     """As JSON, which has no NaN."""
     return None if math.isnan(value) else float(value)
@@ -195,11 +246,18 @@ def _predictions(value: ValueModel, records: Sequence[Record]) -> _Predictions:
 
 
 def figures_of(
-    loop: ExpertIteration, last: int, best: int, out: Path, with_: Measurement
+    loop: ExpertIteration,
+    last: int,
+    best: int,
+    out: Path,
+    with_: Measurement,
+    training: Measurement,
+    refits: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All figures, for a loop that has ended."""
+    """All figures, for a loop that has ended; see `refitted` for the last two arguments."""
     seed = with_.seed
-    tests = [sampled(out / f"test-{i:02d}", loop.policy(i), with_) for i in range(last + 1)]
+    policies = [loop.policy(i) for i in range(last + 1)]
+    tests = [sampled(out / f"test-{i:02d}", policy, with_) for i, policy in enumerate(policies)]
     found: dict[str, Any] = {
         "sampling": [float(np.mean([r.score for r in records])) for records in tests],
         "against_the_one_before": [compared(a, b, seed) for a, b in itertools.pairwise(tests)],
@@ -212,6 +270,11 @@ def figures_of(
             for i in range(1, last + 1)
             if (value := _value(loop, i)) is not None
         ]
+    if refits:
+        found["refits"] = {
+            "responses": training.samples,
+            **{kind: refitted(kind, policies, tests, out, with_, training) for kind in refits},
+        }
     # Of the policies with a value model of their own, the one that validation prefers.
     tuned = best if best > 0 and _value(loop, best) is not None else 1
     rows = [
@@ -263,6 +326,16 @@ def main(
     budget_responses: Annotated[
         int, typer.Option(min=1, help="FLOPs of the planners, in plain responses.")
     ] = 8,
+    refits: Annotated[
+        str,
+        typer.Option(
+            help="Kinds of value model, with commas, that are fitted on each policy's samples, to "
+            "see what refitting would gain them."
+        ),
+    ] = "",
+    refit_samples: Annotated[
+        int, typer.Option(min=2, help="Responses to each train prompt that those are fitted on.")
+    ] = 16,
     language_model: LanguageModelOption = "embedded",
     dtype: DtypeOption = "int8",
     seed: int = 0,
@@ -276,7 +349,13 @@ def main(
     """Run the loop, measure each of its policies, print."""
     from agents.learning import ExpertIteration, FineTuneSettings, LoraImprover
     from agents.learning import planned as planned_settings
+    from agents.values import FITTED
     from mbrl_text_env.rewards import make
+
+    kinds = [kind.strip() for kind in refits.split(",") if kind.strip()]
+    for kind in kinds:
+        if kind not in FITTED:
+            raise typer.BadParameter(f"--refits: expected some of {FITTED}, got {kind!r}.")
 
     settings = planned_settings(
         planner,
@@ -322,7 +401,8 @@ def main(
     )
     result = loop.run()
     last = result.iterations[-1].iteration
-    measured = figures_of(loop, last, result.best, out, with_)
+    training = replace(with_, test=chosen["train"], samples=refit_samples)
+    measured = figures_of(loop, last, result.best, out, with_, training, kinds)
     figures = {
         **record,
         "result": measured,
