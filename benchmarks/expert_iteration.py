@@ -160,23 +160,21 @@ def values_compared(
 def refitted(
     kind: str,
     policies: Sequence[LanguageModel],
-    tests: Sequence[Sequence[Record]],
     out: Path,
-    with_: Measurement,
-    training: Measurement,
+    train: Measurement,
+    test: Measurement,
 ) -> list[dict[str, Any]]:
-    """What refitting would gain a value model of another kind than the loop's.
+    """What refitting gains a value model, on more samples than the loop's.
 
     One is fitted on plain samples of the base policy, one on those of each later policy, as many;
-    both are tried on the later policy's responses to the test prompts.
+    both are tried on fresh responses of the later policy to the test prompts.
 
     Args:
         kind: See `make_value`.
         policies: The base and those of the iterations.
-        tests: Their fresh responses.
         out: Keeps the samples, and the figures of each iteration.
-        with_: What the figures are measured with.
-        training: The same with the prompts and samples that are fitted on.
+        train: Prompts and samples that are fitted on.
+        test: Those that are tried on.
     """
     from agents.values import FittedValue, make_value
 
@@ -184,25 +182,20 @@ def refitted(
 
     def value(i: int) -> ValueModel:
         if i not in fitted:
-            records = sampled(out / f"fit-{i:02d}", policies[i], training)
-            made = make_value(
-                kind,
-                policies[i],
-                with_.reward,
-                max_response_tokens=with_.max_response_tokens,
-                seed=with_.seed,
-            )
+            limit, seed = train.max_response_tokens, train.seed
+            made = make_value(kind, policies[i], train.reward, max_response_tokens=limit, seed=seed)
             assert isinstance(made, FittedValue)
-            fitted[i] = made.fit(records)
+            fitted[i] = made.fit(sampled(out / f"fit-{i:02d}", policies[i], train))
         return fitted[i]
+
+    def figures(i: int) -> dict[str, Any]:
+        fresh = sampled(out / f"fresh-{i:02d}", policies[i], test)
+        return values_compared(value(0), value(i), fresh, test.seed)
 
     return [
         {
             "iteration": i,
-            **kept(
-                out / f"refit-{kind}-{i:02d}.json",
-                lambda i=i: values_compared(value(0), value(i), tests[i], with_.seed),  # type: ignore[misc]
-            ),
+            **kept(out / f"{kind}-{i:02d}.json", lambda i=i: figures(i)),  # type: ignore[misc]
         }
         for i in range(1, len(policies))
     ]
@@ -251,13 +244,10 @@ def figures_of(
     best: int,
     out: Path,
     with_: Measurement,
-    training: Measurement,
-    refits: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All figures, for a loop that has ended; see `refitted` for the last two arguments."""
+    """All figures, for a loop that has ended."""
     seed = with_.seed
-    policies = [loop.policy(i) for i in range(last + 1)]
-    tests = [sampled(out / f"test-{i:02d}", policy, with_) for i, policy in enumerate(policies)]
+    tests = [sampled(out / f"test-{i:02d}", loop.policy(i), with_) for i in range(last + 1)]
     found: dict[str, Any] = {
         "sampling": [float(np.mean([r.score for r in records])) for records in tests],
         "against_the_one_before": [compared(a, b, seed) for a, b in itertools.pairwise(tests)],
@@ -270,11 +260,6 @@ def figures_of(
             for i in range(1, last + 1)
             if (value := _value(loop, i)) is not None
         ]
-    if refits:
-        found["refits"] = {
-            "responses": training.samples,
-            **{kind: refitted(kind, policies, tests, out, with_, training) for kind in refits},
-        }
     # Of the policies with a value model of their own, the one that validation prefers.
     tuned = best if best > 0 and _value(loop, best) is not None else 1
     rows = [
@@ -334,7 +319,11 @@ def main(
         ),
     ] = "",
     refit_samples: Annotated[
-        int, typer.Option(min=2, help="Responses to each train prompt that those are fitted on.")
+        int,
+        typer.Option(
+            min=2,
+            help="Responses to each prompt that those are fitted on, and that they are tried on.",
+        ),
     ] = 16,
     language_model: LanguageModelOption = "embedded",
     dtype: DtypeOption = "int8",
@@ -401,8 +390,13 @@ def main(
     )
     result = loop.run()
     last = result.iterations[-1].iteration
-    training = replace(with_, test=chosen["train"], samples=refit_samples)
-    measured = figures_of(loop, last, result.best, out, with_, training, kinds)
+    measured = figures_of(loop, last, result.best, out, with_)
+    if kinds:
+        sides = [replace(with_, test=chosen[s], samples=refit_samples) for s in ("train", "test")]
+        policies = [loop.policy(i) for i in range(last + 1)]
+        folder = out / f"refits-{refit_samples}"
+        rows = {kind: refitted(kind, policies, folder, *sides) for kind in kinds}
+        measured["refits"] = {"samples": refit_samples, **rows}
     figures = {
         **record,
         "result": measured,

@@ -225,16 +225,17 @@ class TestCommand:
         """Another kind of value than the loop's, on more samples of the same policies."""
         out, figures, _ = finished
         found = figures["result"]["refits"]
-        assert set(found) == {"responses", "hidden-state"}
-        assert found["responses"] == 3
+        assert set(found) == {"samples", "hidden-state"}
+        assert found["samples"] == 3
         reward = make(f"{command.reward}:letters")
         train = chosen_prompts(reward, "train", 4, ExpertIterationError)
+        test = chosen_prompts(reward, "test", 3, ExpertIterationError)
         base = TransformersLM(command.model)
 
         def value(iteration):
             root = out / "loop" / f"{iteration:02d}"
             policy = LoraImprover().serve(base, root / "policy") if iteration else base
-            records = read_records(out / f"fit-{iteration:02d}")
+            records = read_records(out / "refits-3" / f"fit-{iteration:02d}")
             assert [r.prompt_id for r in records] == [p.id for p in train for _ in range(3)]
             assert {r.language_model for r in records} == {policy.name}
             return make_value("hidden-state", policy, reward, seed=0).fit(records)
@@ -242,7 +243,8 @@ class TestCommand:
         first = value(0)
         assert [row["iteration"] for row in found["hidden-state"]] == [1, 2]
         for row in found["hidden-state"]:
-            records = read_records(out / f"test-{row['iteration']:02d}")
+            records = read_records(out / "refits-3" / f"fresh-{row['iteration']:02d}")
+            assert [r.prompt_id for r in records] == [p.id for p in test for _ in range(3)]
             expected = values_compared(first, value(row["iteration"]), records, 0)
             for key, number in expected.items():
                 assert row[key] == pytest.approx(number, abs=1e-4)
