@@ -392,10 +392,12 @@ def main(
     last = result.iterations[-1].iteration
     measured = figures_of(loop, last, result.best, out, with_)
     if kinds:
-        sides = [replace(with_, test=chosen[s], samples=refit_samples) for s in ("train", "test")]
-        policies = [loop.policy(i) for i in range(last + 1)]
+        # Other numbers of samples are other measurements, and have folders of their own.
         folder = out / f"refits-{refit_samples}"
-        rows = {kind: refitted(kind, policies, folder, *sides) for kind in kinds}
+        test = replace(with_, samples=refit_samples)
+        train = replace(test, test=chosen["train"])
+        policies = [loop.policy(i) for i in range(last + 1)]
+        rows = {kind: refitted(kind, policies, folder, train, test) for kind in kinds}
         measured["refits"] = {"samples": refit_samples, **rows}
     figures = {
         **record,

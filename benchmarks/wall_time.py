@@ -1,8 +1,9 @@
 """Wall time of agents at an equal token budget, as a ratio to best-of-N's in the same run.
 
 In each round best-of-N and then each agent answer all prompts together, from an empty prefix cache,
-with a seed of the round; a machine that is slower in one round is slower for all of them. The
-ratios are of one round each. Run it on a machine that does nothing else.
+with a seed of the round. The ratios are of one round each, so that a machine which gets slower does
+so for all; what changes within a round is left in them. Run it where nothing else runs, and look at
+the range.
 
 python -m benchmarks.wall_time --json wall_time.json
 """
