@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,8 +13,13 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env import sandbox
+from mbrl_text_env.rewards.verifiable.programs import extract_code
+from mbrl_text_env.rewards.verifiable.statements import StatementError, granted, names_of, parse
 from mbrl_text_env.sandbox import Limits, Program, ProgramResult
 from mbrl_text_env.types import FloatArray, Prompt
+
+_LIMITS = Limits(memory_bytes=512 * 2**20)
+"""Programs that recurse often start a thread with a stack of 256 MiB, of which they use little."""
 
 
 class UnitTestError(ValueError):
@@ -96,7 +101,7 @@ class UnitTestReward:
         name: str = "unit-tests",
     ) -> None:
         self.partial = partial
-        self.limits = limits
+        self.limits = limits or _LIMITS
         self.workers = workers
         self.allow_weaker = allow_weaker
         self.name = name
@@ -138,44 +143,11 @@ class UnitTestReward:
         return scores
 
     def _runs(self, suite: Sequence[_Case | _Statement], response: str) -> list[_Run]:
-        code = extract_code(response)
-        room = (self.limits or Limits()).disk_bytes // 2
+        code = extract_code(response, "|".join({test.marks for test in suite} - {""}))
+        room = self.limits.disk_bytes // 2
         if not code.strip() or len(code.encode(errors="surrogatepass")) > room:
             return []
         return [_Run(code, test) for test in suite]
-
-
-def extract_code(response: str) -> str:
-    """The program in a response: see `UnitTestReward`. A block that is not closed goes to the end.
-
-    Example:
-        >>> extract_code("Thus:\\n```python\\nprint(1)\\n```\\nIt prints 1.")
-        'print(1)\\n'
-        >>> extract_code("print(2)")
-        'print(2)'
-    """
-    blocks: list[tuple[str, list[str]]] = []
-    fence = ""
-    for line in response.splitlines(keepends=True):
-        text = line.strip()
-        mark = text[:3]
-        if fence:
-            if text.startswith(fence) and not text.strip(fence[0]):
-                fence = ""
-            else:
-                blocks[-1][1].append(line)
-        elif mark in ("```", "~~~"):
-            language = text.lstrip(mark[0])
-            # A line such as ```x = 1``` is inline code, and no fence.
-            if mark[0] not in language:
-                fence = text[: len(text) - len(language)]
-                blocks.append((language.strip().lower(), []))
-    python = [lines for language, lines in blocks if language.split(maxsplit=1)[:1] in _PYTHON]
-    chosen = python or [lines for _, lines in blocks]
-    return "".join(chosen[-1]) if chosen else response
-
-
-_PYTHON = (["python"], ["python3"], ["py"])
 
 
 @dataclass(frozen=True)
@@ -185,12 +157,18 @@ class _Case:
     input: str
     output: str
 
+    @property
+    def marks(self) -> str:
+        """A pattern of what a program has that can pass."""
+        return r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0" if self.input.strip() else ""
+
 
 @dataclass(frozen=True)
 class _Statement:
     """A test in Python, as the judge reads it: JSON."""
 
     orders: str
+    marks: str
 
 
 @dataclass(frozen=True)
@@ -201,12 +179,17 @@ class _Run:
     def program(self) -> Program:
         if isinstance(self.test, _Case):
             return Program(self.code, self.test.input)
-        return Program(_judge(), self.test.orders, {"solution.py": self.code})
+        files = {"solution.py": self.code, f"{_FOLDER}/_solution.py": _source_of("_solution.py")}
+        # The orders are for the judge alone.
+        return Program(_source_of("_judge.py"), self.test.orders, files, stdin_path=False)
 
 
-@lru_cache(maxsize=1)
-def _judge() -> str:
-    return (Path(sandbox.__file__).parent / "_judge.py").read_text(encoding="utf-8")
+_FOLDER = "mbrl_text_env/sandbox"
+
+
+@lru_cache(maxsize=2)
+def _source_of(file: str) -> str:
+    return (Path(sandbox.__file__).parent / file).read_text(encoding="utf-8")
 
 
 def _passes(prompt: Prompt, run: _Run, result: ProgramResult) -> bool:
@@ -225,7 +208,8 @@ def _passes(prompt: Prompt, run: _Run, result: ProgramResult) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.strip().splitlines()]
+    # A mark of byte order is not seen, and is no part of a line.
+    return [line.rstrip() for line in text.strip("\ufeff\n\r\t\v\f ").split("\n")]
 
 
 def _suite(prompt: Prompt) -> list[_Case | _Statement]:
@@ -247,8 +231,15 @@ def _suite(prompt: Prompt) -> list[_Case | _Statement]:
 def _test(prompt: Prompt, index: int, test: Any, frame: Mapping[str, Any]) -> _Case | _Statement:
     if isinstance(test, str) and test.strip():
         _check_syntax(prompt, f"metadata['tests'][{index}]", test)
-        names = sorted(_names(test) | _names(frame["setup"]))
-        return _Statement(json.dumps({**frame, "test": test, "names": names}))
+        try:
+            return _statement(test, **frame)
+        except StatementError as error:
+            raise UnitTestError(
+                f"Prompt {prompt.id!r}: expected tests that run no code made from data, but "
+                f"metadata['tests'][{index}] or what belongs to it has {error}. It would run what "
+                "the solution says in the process that judges. Compare values instead, or leave "
+                "out the prompt."
+            ) from error
     if isinstance(test, Mapping) and test.keys() == {"input", "output"}:
         texts = [_text(test[key]) for key in ("input", "output")]
         if None not in texts:
@@ -258,6 +249,21 @@ def _test(prompt: Prompt, index: int, test: Any, frame: Mapping[str, Any]) -> _C
         "'assert f(1) == 2', or a case {'input': text, 'output': text}, got "
         f"{test!r}. Change it to one of them."
     )
+
+
+def _statement(test: str, imports: str, setup: str, entry_points: Sequence[str]) -> _Statement:
+    names = names_of([imports, setup, test], entry_points)
+    orders = {
+        "imports": f"{names.imports}\n{imports}",
+        "setup": setup,
+        "test": test,
+        "names": sorted(names.solution),
+        "any_name": names.any_will_do,
+        "granted": granted(imports, "Solution" in names.solution),
+    }
+    listed = "|".join(map(re.escape, sorted(names.solution)))
+    marks = rf"^(?:(?:async[ \t]+)?def|class)[ \t]+(?:{listed})\b|^(?:{listed})[ \t]*=(?!=)"
+    return _Statement(json.dumps(orders), marks if listed else "")
 
 
 def _text(value: Any) -> str | None:
@@ -291,13 +297,9 @@ def _entry_points(prompt: Prompt) -> list[str]:
     return list(names)
 
 
-def _names(source: str) -> set[str]:
-    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-
-
 def _check_syntax(prompt: Prompt, place: str, source: str) -> None:
     try:
-        ast.parse(source)
+        parse(source)
     except (SyntaxError, ValueError) as error:
         raise UnitTestError(
             f"Prompt {prompt.id!r}: expected {place} to be Python statements, got "
