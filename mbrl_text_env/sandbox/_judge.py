@@ -127,7 +127,7 @@ class Judge(Peer):
         except Exception as error:
             raise Breach(str(error)[:200]) from None
 
-    def ask(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
+    def ask(self, operation: str, /, *arguments: Any, **keywords: Any) -> Any:
         try:
             request = {
                 "operation": operation,
@@ -173,7 +173,8 @@ class Judge(Peer):
     def call_back(self, message: Any) -> None:
         function = self.shared[message["callback"]]
         try:
-            reply = {"result": self.encode(function(*message["arguments"]))}
+            arguments, keywords = message["arguments"]
+            reply = {"result": self.encode(function(*arguments, **keywords))}
         except (Exception, Unsupported) as error:
             reply = {"error": kinds_of(type(error)), "text": str(error)[:1000]}
         try:
@@ -204,9 +205,7 @@ class Judge(Peer):
         space = {name: self.ranked(name, own[name]) for name in orders["names"] if name in own}
         # Else the test would be passed by Python's builtin of that name.
         missing = [name for name in orders["names"] if name not in own and hasattr(builtins, name)]
-        if orders["any_name"]:
-            space = own = {name: own[name] for name in space}
-        if missing and not (orders["any_name"] and own):
+        if missing:
             raise NameError(f"the solution has no {', '.join(missing)}")
         space["__name__"] = "test"
         for part in ("imports", "setup", "test"):
@@ -235,7 +234,7 @@ class Remote:
         object.__setattr__(self, "_number", number)
         object.__setattr__(self, "_rank", rank)
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+    def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
         rank = object.__getattribute__(self, "_rank")
         return _with_rank(max(0, rank - 1), _ask("call", self, *arguments, **keywords))
 
@@ -283,7 +282,7 @@ class Remote:
         return _ask("deepcopy", self)
 
 
-def _ask(operation: str, target: Remote, *arguments: Any, **keywords: Any) -> Any:
+def _ask(operation: str, target: Remote, /, *arguments: Any, **keywords: Any) -> Any:
     judge: Judge = object.__getattribute__(target, "_judge")
     return judge.ask(operation, target, *arguments, **keywords)
 

@@ -304,9 +304,10 @@ class _Callback:
     def __init__(self, peer: Solution, number: int) -> None:
         self._peer, self._number = peer, number
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
         peer = self._peer
-        peer.send({"callback": self._number, "arguments": list(map(peer.encode, arguments))})
+        given = [peer.encode(list(arguments)), peer.encode(keywords)]
+        peer.send({"callback": self._number, "arguments": given})
         message = peer.receive()
         while "operation" in message:
             peer.answer(message)
@@ -340,7 +341,7 @@ ASKED = (
     "bool", "str", "repr", "format", "iter", "next", "len", "getitem", "setitem", "delitem",
 )  # fmt: skip
 _OPERATIONS: dict[str, Any] = {
-    "call": lambda target, *arguments, **keywords: target(*arguments, **keywords),
+    "call": lambda target, /, *arguments, **keywords: target(*arguments, **keywords),
     "getattr": getattr,
     "setattr": setattr,
     "delattr": delattr,

@@ -213,6 +213,25 @@ def _lines(text: str) -> list[str]:
 
 
 def _suite(prompt: Prompt) -> list[_Case | _Statement]:
+    """The tests of a prompt, read."""
+    suite, unsure = _read(prompt, _entry_points(prompt))
+    if not unsure:
+        return suite
+    # These use builtins alone: the one that all of them use is what the solution is asked for.
+    names = frozenset.intersection(*unsure)
+    if len(names) == 1:
+        return _read(prompt, list(names))[0]
+    raise UnitTestError(
+        f"Prompt {prompt.id!r}: expected tests to use what the solution is asked for, but one "
+        f"takes {', '.join(map(repr, sorted(names))) or 'nothing'} from it. Say in "
+        "metadata['entry_point'] what is asked for, or change the test."
+    )
+
+
+def _read(
+    prompt: Prompt, entry_points: Sequence[str]
+) -> tuple[list[_Case | _Statement], list[frozenset[str]]]:
+    """The tests, and for each that does not tell which names are the solution's, what may be."""
     tests = prompt.metadata.get("tests")
     if not isinstance(tests, list | tuple) or not tests:
         raise UnitTestError(
@@ -223,12 +242,15 @@ def _suite(prompt: Prompt) -> list[_Case | _Statement]:
     frame = {
         "imports": _source(prompt, "test_imports"),
         "setup": _source(prompt, "setup"),
-        "entry_points": _entry_points(prompt),
+        "entry_points": entry_points,
     }
-    return [_test(prompt, index, test, frame) for index, test in enumerate(tests)]
+    pairs = [_test(prompt, index, test, frame) for index, test in enumerate(tests)]
+    return [test for test, _ in pairs], [names for _, names in pairs if names is not None]
 
 
-def _test(prompt: Prompt, index: int, test: Any, frame: Mapping[str, Any]) -> _Case | _Statement:
+def _test(
+    prompt: Prompt, index: int, test: Any, frame: Mapping[str, Any]
+) -> tuple[_Case | _Statement, frozenset[str] | None]:
     if isinstance(test, str) and test.strip():
         _check_syntax(prompt, f"metadata['tests'][{index}]", test)
         try:
@@ -243,7 +265,7 @@ def _test(prompt: Prompt, index: int, test: Any, frame: Mapping[str, Any]) -> _C
     if isinstance(test, Mapping) and test.keys() == {"input", "output"}:
         texts = [_text(test[key]) for key in ("input", "output")]
         if None not in texts:
-            return _Case(str(texts[0]), str(texts[1]))
+            return _Case(str(texts[0]), str(texts[1])), None
     raise UnitTestError(
         f"Prompt {prompt.id!r}: expected metadata['tests'][{index}] to be statements such as "
         "'assert f(1) == 2', or a case {'input': text, 'output': text}, got "
@@ -251,19 +273,21 @@ def _test(prompt: Prompt, index: int, test: Any, frame: Mapping[str, Any]) -> _C
     )
 
 
-def _statement(test: str, imports: str, setup: str, entry_points: Sequence[str]) -> _Statement:
+def _statement(
+    test: str, imports: str, setup: str, entry_points: Sequence[str]
+) -> tuple[_Statement, frozenset[str] | None]:
     names = names_of([imports, setup, test], entry_points)
     orders = {
         "imports": f"{names.imports}\n{imports}",
         "setup": setup,
         "test": test,
         "names": sorted(names.solution),
-        "any_name": names.any_will_do,
         "granted": granted(imports, "Solution" in names.solution),
     }
     listed = "|".join(map(re.escape, sorted(names.solution)))
     marks = rf"^(?:(?:async[ \t]+)?def|class)[ \t]+(?:{listed})\b|^(?:{listed})[ \t]*=(?!=)"
-    return _Statement(json.dumps(orders), marks if listed else "")
+    sure = names.certain and names.solution
+    return _Statement(json.dumps(orders), marks), None if sure else names.solution
 
 
 def _text(value: Any) -> str | None:

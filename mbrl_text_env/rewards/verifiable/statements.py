@@ -10,6 +10,7 @@ import builtins
 import importlib
 import re
 import symtable
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,6 +50,14 @@ _RUN_MODULES = frozenset(
 )  # fmt: skip
 
 
+_PYTHON = frozenset(
+    name
+    for name, value in vars(builtins).items()
+    # Not what `site` and interactive shells add.
+    if isinstance(value, type | types.BuiltinFunctionType) or name in ("exit", "quit")
+)
+
+
 class StatementError(ValueError):
     """The test runs code that is made from data; the message names the means."""
 
@@ -60,13 +69,12 @@ class Names:
     Args:
         solution: Names that are the solution's.
         imports: Imports of what the test takes for granted.
-        any_will_do: Whether only some of `solution` need to be the solution's; the others are
-            Python's then.
+        certain: False where only one of `solution` is the solution's, and the others Python's.
     """
 
     solution: frozenset[str]
     imports: str
-    any_will_do: bool
+    certain: bool
 
 
 def parse(source: str) -> ast.Module:
@@ -88,9 +96,9 @@ def names_of(parts: Sequence[str], entry_points: Sequence[str]) -> Names:
 
     Names that the parts define or import are their own. Of the rest, the entry points are the
     solution's, and so is every name that is neither a builtin nor one of those that tests take for
-    granted (`List`, `Counter`, `math.` and the like). If there is none of these, the builtins are:
-    a test of `solve` that calls `abs` means Python's `abs`, and a test that calls nothing but `abs`
-    means the solution's.
+    granted (`List`, `Counter`, `math.` and the like). If there is none of these, it is one of the
+    builtins: a test of `solve` that calls `abs` means Python's `abs`, and a test that calls nothing
+    but `abs` means the solution's.
 
     Args:
         parts: The imports, the setup and the test.
@@ -108,18 +116,18 @@ def names_of(parts: Sequence[str], entry_points: Sequence[str]) -> Names:
         for name, is_bound in _globals(part):
             (bound if is_bound else used).add(name)
     entries = {match[0] for each in entry_points if (match := re.match(r"[^\W\d]\w*", each))}
-    free = {name for name in used - bound | entries if not name.startswith("__")}
+    free = {name for name in used - bound | used & entries if not name.startswith("__")}
     modules = {name for name in _modules(parts) & free if name not in entries}
     classes = (free & _CLASSES.keys()) - modules - entries
-    python = {name for name in free if hasattr(builtins, name)} - entries
+    python = (free & _PYTHON) - entries
     solution = free - modules - classes - python
-    any_will_do = not solution
-    if any_will_do:
+    certain = bool(solution or entries)
+    if not certain:
         solution = (classes | python) or modules
     _check(parts, used - solution)
     imports = [f"import {name}" for name in sorted(modules - solution)]
     imports += [f"from {_CLASSES[name]} import {name}" for name in sorted(classes - solution)]
-    return Names(frozenset(solution), "\n".join(imports), any_will_do)
+    return Names(frozenset(solution), "\n".join(imports), certain)
 
 
 def granted(imports: str, is_class: bool) -> list[str]:
