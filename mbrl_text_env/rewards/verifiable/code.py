@@ -34,18 +34,21 @@ class UnitTestReward:
     - Python statements such as `"assert add(1, 2) == 3"` (as in MBPP), which pass if they run to
       their end; or
     - cases `{"input": "1 2\\n", "output": "3\\n"}` (as in APPS), which pass if the program, given
-      the input, prints the output and exits with 0. White space at the ends of lines and of the
-      text is ignored. Lists of lines are taken for texts.
+      the input as by `python program.py < input`, prints the output and exits with 0. White space
+      at the ends of lines and of the text is ignored. Lists of lines are taken for texts.
 
-    Optional, for statements: `"test_imports"`, imports that they need; `"setup"`, statements that
-    run between the solution and each test; each a text or a list of texts; and `"entry_point"`, the
-    name, or list of names, of what the solution is asked for, which matters only if it is also the
-    name of a builtin.
+    Optional, for statements: `"test_imports"`, imports that they need, which the solution finds
+    done as well; `"setup"`, statements that run between the solution and each test; each a text or
+    a list of texts; and `"entry_point"`, the name, or list of names, of what the solution is asked
+    for, which matters only if it is also the name of a builtin.
 
     The program is the last fenced block marked as Python, else the last fenced block, else the
-    whole response. It has the standard library. An empty program scores 0, and so does one larger
-    than half of `limits.disk_bytes`. Every test runs in a box of its own, so that a test that never
-    ends or takes its processes down costs the others nothing.
+    whole response; of several Python blocks, the last one that defines what the tests ask for, or
+    reads input where there is some. It has the standard library, and integers of any length become
+    texts. For statements it finds the names of `typing`, and a `class Solution` what LeetCode
+    imports. An empty program scores 0, and so does one larger than half of `limits.disk_bytes`.
+    Every test runs in a box of its own, so that a test that never ends or takes its processes down
+    costs the others nothing.
 
     What is guaranteed, where the sandbox is whole (`sandbox.facilities()`):
 
@@ -53,22 +56,28 @@ class UnitTestReward:
       box and never enters it.
     - A statement passes only if all of it has run, without an exception, in a process that the
       solution cannot write to or read from. The solution's functions are called in a process that
-      was forked before the test was read; plain data crosses between the two (numbers, texts,
-      lists, tuples, sets, dicts, bytes and the like) and what else the solution returns stays where
-      it is, as a remote object. So no exit, `os._exit`, print, traceback, patched builtin or
-      module, `atexit`, search of frames and garbage for the test, file or signal makes a pass.
-      Builtins and the names of the imports and the setup are Python's, whatever the solution calls
-      by the same names.
+      was forked before the test was read. What comes back is data of a closed set of types
+      (numbers, texts, bytes, lists, tuples, sets, dicts, deques, ranges, `decimal`, `fractions`,
+      `datetime`, `pathlib`, `uuid`); all else stays where it is, as a remote object. Nothing that
+      the solution says can name, replace or run anything in the process that decides, and what is
+      no proper answer fails the test, whatever the test catches.
+    - Which names are the solution's follows from the tests alone. Builtins, what the tests import
+      and define, and what tests take for granted (`math.isclose`, `Counter`) are Python's.
+    - A remote object is compared with plain data as the plain value that its class is made from,
+      by the judge; if it has none, it is equal to none. So is arithmetic with plain data.
+    - Tests that run code made from data (`eval`, `exec`, `subprocess` and the like) are refused
+      before anything runs. Functions of a test that the solution calls, run in the judge: they get
+      data and remote objects.
 
     What is not:
 
     - Tests are no proof. A program may know the answers to well-known tests by heart, and a test
       such as `assert f(1) != 2`, or `assert f(1) == g(1)` where all comes from the solution, is
-      easy to pass. A name that the test takes from neither Python nor its imports and setup is the
-      solution's. Remote objects are compared with each other as the solution's classes say.
-    - Arguments are copies. What the solution does to a list, dict, set, deque or bytearray that is
-      itself an argument is copied back after the call; objects of classes of the setup cannot be
-      handed over and raise an error.
+      easy to pass. Remote objects are compared with each other as the solution's classes say.
+    - Arguments and results are copies. What the solution does to a list, dict, set, deque or
+      bytearray that is itself an argument is copied back after the call; objects of classes of the
+      setup cannot be handed over and raise an error. `v * 2`, where `v` is a remote object without
+      a plain value, and `x in v`, where it cannot be iterated over, raise TypeError.
     - A program near a limit of time may pass in one run and not in another. The limits leave room.
     - With `allow_weaker=True` on a machine without the sandbox nothing at all is guaranteed.
 
@@ -78,7 +87,7 @@ class UnitTestReward:
 
     Args:
         partial: True for the fraction of tests that pass; False for 1 if all do and else 0.
-        limits: The limits of each test; None for `Limits()`.
+        limits: The limits of each test; None for `Limits()` with 512 MiB of memory.
         workers: How many tests run at a time; None for as many as there are processors.
         allow_weaker: See `sandbox.run_program`.
         name: What reports call it.
@@ -114,8 +123,10 @@ class UnitTestReward:
         """Return float64[B], the fraction of its prompt's tests that each response passes.
 
         Raises:
-            UnitTestError: A prompt has no tests or malformed ones; or a test hands the solution
-                what cannot be handed over. The message names the prompt.
+            UnitTestError: A prompt has no tests or malformed ones; a test runs code made from
+                data, or takes nothing from the solution, or does not tell which of several
+                builtins is the solution's; or hands the solution what cannot be handed over. The
+                message names the prompt.
             ValueError: The numbers of prompts and responses differ.
             SandboxUnavailable: This machine cannot shut untrusted code in.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mbrl_text_env.rewards.verifiable.code import UnitTestReward
+from mbrl_text_env.rewards.verifiable.code import UnitTestError, UnitTestReward
 from mbrl_text_env.rewards.verifiable.statements import names_of
 from mbrl_text_env.sandbox import Limits, facilities
 from mbrl_text_env.types import Prompt
@@ -190,6 +190,12 @@ STATEMENTS = {
         "assert f(1) == 2", {},
         "```python\ndef f(x):\n    return x + 1\n```\nUse it:\n"
         "```python\nprint(f(int(input())))\n```"),
+    "arguments by name": (
+        "assert f(target=3, operation=lambda x, y: x - y, self=1) == 2", {},
+        "def f(operation, target, self): return operation(y=self, x=target)"),
+    "a builtin beside others": (
+        "assert list(map(str, [1])) == ['1']", {"entry_point": "map"},
+        "def map(f, x): return [f(y) for y in x]"),
     "a helper of the test": (
         "def check(candidate):\n    assert candidate(2) == 4\ncheck(f)", {"entry_point": "f"},
         "def f(x): return 2 * x\ndef check(candidate): pass"),
@@ -222,6 +228,32 @@ def test_the_limits_have_room_for_a_stack_of_256_mib():
     case, program = RIGHT["a stack of 256 MiB"]
     prompt = Prompt.from_text("Sum.", metadata={"tests": [case]})
     assert UnitTestReward().score([prompt], [program]).tolist() == [1.0]
+
+
+@needs_box
+def test_the_builtin_that_all_tests_use_is_what_is_asked_for():
+    tests = ["assert sum([1, 2]) == 3", "assert sum(list(range(3))) == 3", "assert sum([]) in {0}"]
+    prompt = Prompt.from_text("Sum.", metadata={"tests": tests})
+    answers = ["def sum(x): return x[0] + sum(x[1:]) if x else 0", "def list(x): return x", ""]
+    scores = UnitTestReward(limits=LIMITS).score([prompt] * 3, answers)
+    assert scores.tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        (
+            "assert sorted(list((3, 1))) == [1, 3]",
+            "one takes 'list', 'sorted' from it.*entry_point",
+        ),
+        ("assert 1 + 1 == 2", "one takes nothing from it"),
+        ("from solution import f\nassert f(1) == 2", "one takes nothing from it"),
+    ],
+)
+def test_tests_that_do_not_tell_what_is_asked_for_are_errors(test, message):
+    prompt = Prompt.from_text("Write it.", id="p1", metadata={"tests": [test]})
+    with pytest.raises(UnitTestError, match=f"'p1'.*{message}"):
+        UnitTestReward().score([prompt], [""])
 
 
 @pytest.mark.parametrize(
