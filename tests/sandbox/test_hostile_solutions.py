@@ -12,7 +12,7 @@ from tests.sandbox.hostile_solutions import TASKS, attacks
 missing = [f"{each.name} ({each.problem})" for each in facilities() if each.problem]
 needs_box = pytest.mark.skipif(bool(missing), reason=f"this machine lacks: {', '.join(missing)}")
 
-LIMITS = Limits(cpu_seconds=2, wall_seconds=4)
+LIMITS = Limits(cpu_seconds=0.8, wall_seconds=15)
 ROWS = attacks()
 NAMES = [name for name, _, _ in ROWS]
 
