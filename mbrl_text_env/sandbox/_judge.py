@@ -16,6 +16,7 @@ The judge alone has the standard output, on which it says how the test ended.
 # ruff: noqa: SIM105 - importing pathlib and contextlib would take as long as most tests.
 
 import builtins
+import itertools
 import json
 import operator
 import os
@@ -41,6 +42,14 @@ from mbrl_text_env.sandbox._solution import (
 
 # The program's folder, which the solution can write to: nothing is imported from it any more.
 del sys.path[0]
+
+
+_MOST_ITEMS = 1_000_000
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_ITERATORS = (
+    *(type(iter(each)) for each in ([], (), {}, set(), "", range(0))),
+    enumerate, filter, map, reversed, types.GeneratorType, zip,
+)  # fmt: skip
 
 
 class Unsupported(BaseException):
@@ -76,6 +85,13 @@ class Judge(Peer):
     def refer(self, value: Any) -> Any:
         if type(value) is Remote:
             return {"object": object.__getattribute__(value, "_number")}
+        if isinstance(value, _VIEWS):
+            return self.encode(list(value))
+        if isinstance(value, _ITERATORS):
+            items = list(itertools.islice(value, _MOST_ITEMS + 1))
+            if len(items) > _MOST_ITEMS:
+                raise Unsupported("an iterator without an end cannot cross to the solution")
+            return {"iterator": self.encode(items)}
         path = path_of(value)
         if path:
             return {"path": path}
@@ -86,6 +102,8 @@ class Judge(Peer):
     def resolve(self, tag: str, content: Any) -> Any:
         if tag == "object" and type(content) is int and content >= 0:
             return self.remote(content, 0)
+        if tag == "coroutine" and type(content) is int and content >= 0:
+            return _wait_for(self.remote(content, 0))
         if tag == "exception" and all(type(name) is str for name in content):
             return self.exception_class(content)
         raise ValueError(f"an unknown tag {tag!r}")
@@ -287,6 +305,10 @@ def _ask(operation: str, target: Remote, /, *arguments: Any, **keywords: Any) ->
     return judge.ask(operation, target, *arguments, **keywords)
 
 
+async def _wait_for(coroutine: Remote) -> Any:
+    return _ask("await", coroutine)
+
+
 def _with_rank(rank: int, value: Any) -> Any:
     if type(value) is not Remote or not rank:
         return value
@@ -360,7 +382,7 @@ _CODE = (
     "cpython.run_command", "cpython.run_file", "cpython.run_interactivehook",
 )  # fmt: skip
 # Modules that do so themselves: to import modules, and with names and texts that they have checked.
-_MAKERS = ("_frozen_importlib", "_frozen_importlib_external", "collections", "dataclasses")
+_MAKERS = ("_frozen_importlib", "_frozen_importlib_external", "collections", "dataclasses", "types")
 # Modules that parse what they are given, and run nothing.
 _PARSERS = ("ast", "typing")
 

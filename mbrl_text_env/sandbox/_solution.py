@@ -239,11 +239,15 @@ class Solution(Peer):
     def refer(self, value: Any) -> Any:
         if isinstance(value, type) and issubclass(value, Exception) and not path_of(value):
             return {"exception": kinds_of(value)}
+        if type(value) is types.CoroutineType:
+            return {"coroutine": self.share(value)}
         return {"object": self.share(value)}
 
     def resolve(self, tag: str, content: Any) -> Any:
         if tag == "object":
             return self.shared[content]
+        if tag == "iterator":
+            return iter(self.decode(content))
         if tag == "path":
             module, _, names = content.partition(":")
             return operator.attrgetter(names)(__import__(module, fromlist=["."]))
@@ -351,6 +355,7 @@ _OPERATIONS: dict[str, Any] = {
     "path": lambda value: path_of(value),
     "copy": lambda value: __import__("copy").copy(value),
     "deepcopy": lambda value: __import__("copy").deepcopy(value),
+    "await": lambda value: __import__("asyncio").run(value),
     "hash": hash,
     "eq": operator.eq,
     **{name: getattr(operator, name) for name in (*COMPARED, *CALCULATED)},

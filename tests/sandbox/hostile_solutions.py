@@ -96,6 +96,12 @@ os._exit(0)"""
 # Programs by task, separated by lines of "---"; those of "@" begin with `GRAB`.
 SNIPPETS = {
     "@set": """
+named()
+forever({"coroutine": 0})
+---
+named()
+forever({"iterator": [5, 9]})
+---
 named(__builtins__={"dict": [["set", {"builtin": "exec"}]]})
 forever(@FORGE@)
 ---

@@ -73,7 +73,7 @@ def test_the_means_may_be_what_is_asked_for():
 @needs_box
 def test_no_solution_can_end_a_batch_with_an_error():
     """A test that hands over what cannot cross is an error, but not where a solution led it."""
-    tests = ["assert solve(3).union(map(int, '12')) == {1, 2}", "assert solve(3)[:1] is not None"]
+    tests = ["assert solve(3).union(memoryview(b'a')) == {97}", "assert solve(3)[:1] is not None"]
     hostile = """
 class A:
     def __getattr__(self, name): return solve

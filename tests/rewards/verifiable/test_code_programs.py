@@ -190,6 +190,12 @@ STATEMENTS = {
         "assert f(1) == 2", {},
         "```python\ndef f(x):\n    return x + 1\n```\nUse it:\n"
         "```python\nprint(f(int(input())))\n```"),
+    "a coroutine": (
+        "import asyncio\nassert asyncio.run(f(1)) == 2", {},
+        "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1"),
+    "iterators as arguments": (
+        "assert f(iter([1, 2]), (x for x in 'ab'), {3: 4}.keys()) == [1, 'a', 3]", {},
+        "def f(x, y, z): return [next(x), next(y), *z]"),
     "arguments by name": (
         "assert f(target=3, operation=lambda x, y: x - y, self=1) == 2", {},
         "def f(operation, target, self): return operation(y=self, x=target)"),
