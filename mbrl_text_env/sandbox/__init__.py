@@ -13,8 +13,9 @@ What is protected, and how (Linux 5.14 or newer on x86_64 or aarch64, for root a
   (`PYTHONHASHSEED` and `PYTHONCOERCECLOCALE`, both 0) and no open files but the three standard
   ones; if the caller is root, it is "nobody" to the rest of the system. Of the host's files it
   sees, read-only, the interpreter, the standard library, the folders of the system's shared
-  libraries, the loader's cache and four devices (null, zero, random, urandom). There is no /proc,
-  no /sys, no home, no other program, and no installed package.
+  libraries, the loader's cache and four devices (null, zero, random, urandom); `/dev/stdin` is a
+  copy of its input. There is no /proc, no /sys, no home, no other program, and no installed
+  package.
 - The host's files. All that can be written is a tmpfs of limited size and number of files, which is
   the program's folder, /tmp and /dev/shm, and disappears with the box. It is noexec.
 - The network, and the host's sockets: an empty network namespace, and no sockets but AF_UNIX.

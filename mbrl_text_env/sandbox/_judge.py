@@ -2,346 +2,369 @@
 
 Two processes. The judge runs the test; the solution runs in another process, which was forked off
 before the judge had read the test and holds nothing of the judge's but two pipes between them. What
-the test calls by the solution's names are remote objects. Plain data crosses the pipes as JSON;
-everything else stays where it is, and a reference crosses.
+the test calls by the solution's names are remote objects.
+
+What the solution says is data, and nothing else. `Judge.decode` builds values of a closed set of
+types and handles (`Remote`), whose operations ask the solution again. No class, function, module or
+name of the judge's can be named. Anything else that comes is a breach: the test has then failed,
+whatever it catches. Comparisons with plain data and arithmetic with it are the judge's own; a value
+is asked for once. Code that is made from data is refused by an audit hook (`_guard`).
 
 The judge alone has the standard output, on which it says how the test ended.
 """
 
-# ruff: noqa: PTH123, SIM105 - importing pathlib and contextlib would take as long as most tests.
+# ruff: noqa: SIM105 - importing pathlib and contextlib would take as long as most tests.
 
-# The first entry is the program's folder, which the solution can write to.
+import builtins
+import itertools
+import json
+import operator
+import os
+import signal
 import sys
+import types
+from typing import Any
 
+from mbrl_text_env.sandbox._solution import (
+    ASKED,
+    BY_VALUE,
+    CALCULATED,
+    COMPARED,
+    MUTABLE,
+    UNARY,
+    Peer,
+    Solution,
+    builtin_exception,
+    exception_of,
+    kinds_of,
+    path_of,
+)
+
+# The program's folder, which the solution can write to: nothing is imported from it any more.
 del sys.path[0]
 
-import builtins  # noqa: E402
-import collections  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import types  # noqa: E402
-from typing import Any  # noqa: E402
 
-_MOST_BYTES = 32 << 20
-_BY_VALUE = (collections.Counter, collections.OrderedDict, collections.defaultdict)
-# How a value is taken apart, by its class; `_BUILD` puts it together again. Classes are told by
-# their names, for importing the modules of the rare ones would take longer than most tests.
-_TAKE_APART: dict[str, tuple[str, Any]] = {
-    "builtins.tuple": ("tuple", list),
-    "builtins.set": ("set", list),
-    "builtins.frozenset": ("frozenset", list),
-    "collections.deque": ("deque", list),
-    "builtins.bytes": ("bytes", bytes.hex),
-    "builtins.bytearray": ("bytearray", bytearray.hex),
-    "builtins.complex": ("complex", lambda value: [value.real, value.imag]),
-    "builtins.range": ("range", lambda value: [value.start, value.stop, value.step]),
-    "decimal.Decimal": ("decimal", str),
-    "fractions.Fraction": ("fraction", lambda value: [value.numerator, value.denominator]),
-}
-_BUILD: dict[str, Any] = {
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "deque": collections.deque,
-    "bytes": bytes.fromhex,
-    "bytearray": bytearray.fromhex,
-    "complex": lambda parts: complex(*parts),
-    "range": lambda parts: range(*parts),
-    "decimal": lambda text: __import__("decimal").Decimal(text),
-    "fraction": lambda parts: __import__("fractions").Fraction(*parts),
-}
-_MUTABLE = (list, dict, set, bytearray, collections.deque)
+_MOST_ITEMS = 1_000_000
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_ITERATORS = (
+    *(type(iter(each)) for each in ([], (), {}, set(), "", range(0))),
+    enumerate, filter, map, reversed, types.GeneratorType, zip,
+)  # fmt: skip
 
 
-class Unsupported(Exception):  # noqa: N818
+class Unsupported(BaseException):
     """The test hands the solution something that cannot cross."""
 
 
-class Peer:
-    """What both sides share: messages of plain data."""
+class Breach(BaseException):
+    """The solution is gone, or has sent what is no message; or data was to be run as code.
 
-    def __init__(self, source: int, target: int) -> None:
-        self.source, self.target = source, target
-        self.shared: list[Any] = []
+    That it has happened is kept, for a test may catch everything.
+    """
 
-    def send(self, message: Any) -> None:
-        data = json.dumps(message).encode()
-        view = memoryview(len(data).to_bytes(8, "little") + data)
-        while view:
-            view = view[os.write(self.target, view) :]
+    happened = False
 
-    def receive(self) -> Any:
-        size = int.from_bytes(self._read(8), "little")
-        if size > _MOST_BYTES:
-            raise ConnectionError(f"a message of {size} bytes")
-        return json.loads(self._read(size))
-
-    def _read(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            block = os.read(self.source, min(size - len(data), 1 << 16))
-            if not block:
-                raise ConnectionError("the other process is gone")
-            data += block
-        return bytes(data)
-
-    def encode(self, value: Any) -> Any:
-        kind = type(value)
-        if value is None or kind in (bool, str, float):
-            return value
-        if kind is int:
-            # Hexadecimal numbers may be long; decimal ones are limited to 4300 digits.
-            return value if abs(value) < 1 << 62 else {"int": hex(value)}
-        if kind is list:
-            return [self.encode(item) for item in value]
-        if kind is dict or kind in _BY_VALUE:
-            return {"dict": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
-        if isinstance(value, tuple) and hasattr(kind, "_fields"):
-            value, kind = tuple(value), tuple
-        full_name = f"{kind.__module__}.{kind.__qualname__}"
-        if full_name in _TAKE_APART:
-            tag, take_apart = _TAKE_APART[full_name]
-            return {tag: self.encode(take_apart(value))}
-        if kind in (type, types.BuiltinFunctionType):
-            name = value.__name__
-            if getattr(builtins, name, None) is value:
-                return {"builtin": name}
-        return self.refer(value)
-
-    def decode(self, data: Any) -> Any:
-        if isinstance(data, list):
-            return [self.decode(item) for item in data]
-        if not isinstance(data, dict):
-            return data
-        ((tag, content),) = data.items()
-        if tag == "int":
-            return int(content, 16)
-        if tag == "dict":
-            return {self.decode(key): self.decode(value) for key, value in content}
-        if tag == "builtin":
-            return getattr(builtins, content)
-        if tag in _BUILD:
-            return _BUILD[tag](self.decode(content))
-        return self.resolve(tag, content)
-
-    def share(self, value: Any) -> int:
-        self.shared.append(value)
-        return len(self.shared) - 1
-
-    def refer(self, value: Any) -> Any:
-        raise NotImplementedError
-
-    def resolve(self, tag: str, content: Any) -> Any:
-        raise NotImplementedError
-
-
-# --- The solution's side ---
-
-
-class Solution(Peer):
-    """Serves the names of the solution. Whatever the solution does to it, it stays on this side."""
-
-    def refer(self, value: Any) -> Any:
-        if isinstance(value, types.ModuleType) and "." not in value.__name__:
-            return {"module": value.__name__}
-        return {"object": self.share(value)}
-
-    def resolve(self, tag: str, content: Any) -> Any:
-        return self.shared[content] if tag == "object" else _Callback(self, content)
-
-    def serve(self) -> None:
-        with open("solution.py", "rb") as file:
-            source = file.read()
-        module = types.ModuleType("solution")
-        sys.modules["solution"] = module
-        exec(compile(source, "solution.py", "exec"), module.__dict__)  # noqa: S102
-        while True:
-            self.answer(self.receive(), module.__dict__)
-
-    def answer(self, request: Any, names: dict[str, Any] | None = None) -> None:
-        arguments: list[Any] = []
-        try:
-            arguments = [self.decode(each) for each in request["arguments"]]
-            keywords = {key: self.decode(each) for key, each in request["keywords"].items()}
-            operation = request["operation"]
-            if operation == "names":
-                assert names is not None
-                result = {name: names[name] for name in arguments if name in names}
-            else:
-                result = _OPERATIONS[operation](*arguments, **keywords)
-            reply = {"result": self.encode(result)}
-        except Exception as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__]
-            reply = {"error": kinds, "text": str(error)[:1000]}
-        # What the call did to its arguments is seen by the test too.
-        reply["arguments"] = [
-            self.encode(each) if isinstance(each, _MUTABLE) else None for each in arguments
-        ]
-        self.send(reply)
-
-
-class _Callback:
-    """A function of the test, for the solution to call."""
-
-    def __init__(self, peer: Solution, number: int) -> None:
-        self._peer, self._number = peer, number
-
-    def __call__(self, *arguments: Any) -> Any:
-        peer = self._peer
-        peer.send({"callback": self._number, "arguments": list(map(peer.encode, arguments))})
-        message = peer.receive()
-        while "operation" in message:
-            peer.answer(message)
-            message = peer.receive()
-        if "error" in message:
-            raise _exception(message)
-        return peer.decode(message["result"])
-
-
-def _value(value: Any) -> Any:
-    """An object of a class that was made from a plain one, as the plain one."""
-    kinds: tuple[Any, ...] = (int, float, str, list, tuple, dict, set, frozenset, bytes)
-    for kind in kinds:
-        if isinstance(value, kind):
-            return kind(value)
-    return value
-
-
-_OPERATIONS: dict[str, Any] = {
-    "call": lambda target, *arguments, **keywords: target(*arguments, **keywords),
-    "getattr": getattr,
-    "setattr": setattr,
-    "isinstance": lambda kind, value: isinstance(value, kind),
-    "value": _value,
-    "bool": bool,
-    "str": str,
-    "repr": repr,
-    "iter": iter,
-    "next": next,
-    "len": len,
-    "getitem": lambda target, key: target[key],
-    "setitem": lambda target, key, value: target.__setitem__(key, value),
-    "eq": lambda left, right: left == right,
-    "lt": lambda left, right: left < right,
-    "le": lambda left, right: left <= right,
-    "add": lambda left, right: left + right,
-    "sub": lambda left, right: left - right,
-    "mul": lambda left, right: left * right,
-}
-
-
-# --- The judge's side ---
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        Breach.happened = True
 
 
 class Judge(Peer):
     """Runs the test, and asks the solution."""
 
+    def __init__(self, source: int, target: int) -> None:
+        super().__init__(source, target)
+        # Why the test cannot be run, if that is so.
+        self.unsupported = ""
+        self.remotes: dict[tuple[int, int], Remote] = {}
+        self.values: dict[int, tuple[int, Any]] = {}
+        self.exceptions: dict[str, Any] = {}
+        # How many questions have been asked that may have changed an object.
+        self.age = 0
+
     def refer(self, value: Any) -> Any:
-        if isinstance(value, Remote):
+        if type(value) is Remote:
             return {"object": object.__getattribute__(value, "_number")}
-        if callable(value):
+        if isinstance(value, _VIEWS):
+            return self.encode(list(value))
+        if isinstance(value, _ITERATORS):
+            items = list(itertools.islice(value, _MOST_ITEMS + 1))
+            if len(items) > _MOST_ITEMS:
+                raise Unsupported("an iterator without an end cannot cross to the solution")
+            return {"iterator": self.encode(items)}
+        path = path_of(value)
+        if path:
+            return {"path": path}
+        if callable(value) and _is_own(value):
             return {"function": self.share(value)}
         raise Unsupported(f"an object of type {type(value).__name__} cannot cross to the solution")
 
     def resolve(self, tag: str, content: Any) -> Any:
-        if tag == "module" and content in sys.stdlib_module_names:
-            # The judge's own: what the test does with it is not for the solution to decide.
-            return __import__(content)
-        return Remote(self, int(content))
+        if tag == "object" and type(content) is int and content >= 0:
+            return self.remote(content, 0)
+        if tag == "coroutine" and type(content) is int and content >= 0:
+            return _wait_for(self.remote(content, 0))
+        if tag == "exception" and all(type(name) is str for name in content):
+            return self.exception_class(content)
+        raise ValueError(f"an unknown tag {tag!r}")
 
-    def ask(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
-        self.send(
-            {
+    def remote(self, number: int, rank: int) -> Any:
+        """The handle of an object: one, for what is the same object stays the same."""
+        key = (number, rank)
+        if key not in self.remotes:
+            self.remotes[key] = Remote(self, number, rank)
+        return self.remotes[key]
+
+    def exception_class(self, names: list[str]) -> Any:
+        """An empty class in the place of an exception class of the solution's."""
+        name, *bases = names
+        if builtin_exception(name):
+            return builtin_exception(name)
+        if name not in self.exceptions:
+            self.exceptions[name] = type(name, (self.exception_class(bases),), {})
+        return self.exceptions[name]
+
+    def hear(self) -> Any:
+        """The next message. All that is wrong with it ends the test."""
+        try:
+            message = self.receive()
+            if type(message) is not dict:
+                raise ValueError(f"a message that is a {type(message).__name__}")
+            if "callback" in message:
+                number = message["callback"]
+                if type(number) is not int or not 0 <= number < len(self.shared):
+                    raise ValueError(f"a call of the function {number!r}")
+            message["arguments"] = self.decode(message["arguments"])
+            if type(message["arguments"]) is not list:
+                raise ValueError("arguments that are no list")
+            if "result" in message:
+                message["result"] = self.decode(message["result"])
+            if message.get("values") is not None:
+                message["values"] = self.decode(message["values"])
+            return message
+        except Exception as error:
+            raise Breach(str(error)[:200]) from None
+
+    def ask(self, operation: str, /, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            request = {
                 "operation": operation,
                 "arguments": list(map(self.encode, arguments)),
                 "keywords": {key: self.encode(value) for key, value in keywords.items()},
             }
-        )
-        message = self.receive()
+        except Unsupported as error:
+            if type(arguments[0]) is Remote and object.__getattribute__(arguments[0], "_rank"):
+                self.unsupported = str(error)
+                raise
+            # The test may have expected plain data, which would have taken it.
+            raise TypeError(str(error)) from None
+        self.age += operation != "value"
+        try:
+            self.send(request)
+        except OSError as error:
+            raise Breach(str(error)) from None
+        message = self.hear()
         while "callback" in message:
             self.call_back(message)
-            message = self.receive()
-        for mine, theirs in zip(arguments, message["arguments"], strict=True):
-            if isinstance(mine, _MUTABLE):
-                _replace(mine, self.decode(theirs))
+            message = self.hear()
+        if len(message["arguments"]) == len(arguments):
+            for mine, theirs in zip(arguments, message["arguments"], strict=True):
+                if type(mine) in MUTABLE:
+                    _replace(mine, theirs)
         if "error" in message:
-            raise _exception(message, stops=operation == "next")
-        return self.decode(message["result"])
+            raise self.error(message, stops=operation == "next")
+        if "result" not in message:
+            raise Breach("an answer without a result")
+        return message["result"]
+
+    def error(self, message: Any, *, stops: bool) -> BaseException:
+        """What was raised, as the nearest of the kinds that the test can name."""
+        try:
+            known = {
+                name: self.exceptions[name] for name in message["error"] if name in self.exceptions
+            }
+            error = exception_of(message["error"], message["text"], message["values"], known, stops)
+        except Exception as problem:
+            raise Breach(str(problem)[:200]) from None
+        return error
 
     def call_back(self, message: Any) -> None:
         function = self.shared[message["callback"]]
         try:
-            reply = {"result": self.encode(function(*map(self.decode, message["arguments"])))}
-        except Exception as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__]
-            reply = {"error": kinds, "text": str(error)[:1000]}
-        self.send(reply)
+            arguments, keywords = message["arguments"]
+            reply = {"result": self.encode(function(*arguments, **keywords))}
+        except (Exception, Unsupported) as error:
+            reply = {"error": kinds_of(type(error)), "text": str(error)[:1000]}
+        try:
+            self.send(reply)
+        except OSError as error:
+            raise Breach(str(error)) from None
+
+    def plain(self, remote: Any) -> Any:
+        """The value of an object whose class was made from a plain one, or the object.
+
+        It is asked for once, or once after each question that may have changed it; else an object
+        could be equal to one thing after another.
+        """
+        number = object.__getattribute__(remote, "_number")
+        age, value = self.values.get(number, (-1, remote))
+        if age == self.age or type(value) in (int, float, complex, str, tuple, frozenset, bytes):
+            return value
+        value = self.ask("value", remote)
+        self.values[number] = self.age, value
+        return value
 
     def run(self, orders: Any) -> None:
-        space: dict[str, Any] = {"__name__": "test"}
+        # First of all: the solution starts with it.
+        self.send(orders["granted"])
         own = self.ask("names", *orders["names"])
-        # A test of `solve` that calls `abs` means Python's `abs`; a test that calls nothing of the
-        # solution's but `sum` means the solution's `sum`.
-        wanted = set(orders["entry_points"])
-        if not wanted and all(hasattr(builtins, name) for name in own):
-            wanted = set(own)
-        own = {k: v for k, v in own.items() if k in wanted or not hasattr(builtins, k)}
-        space.update(own)
+        if type(own) is not dict:
+            raise Breach("names that are no dict")
+        space = {name: self.ranked(name, own[name]) for name in orders["names"] if name in own}
+        # Else the test would be passed by Python's builtin of that name.
+        missing = [name for name in orders["names"] if name not in own and hasattr(builtins, name)]
+        if missing:
+            raise NameError(f"the solution has no {', '.join(missing)}")
+        space["__name__"] = "test"
         for part in ("imports", "setup", "test"):
             exec(compile(orders[part], f"<{part}>", "exec"), space)  # noqa: S102
 
+    def ranked(self, name: str, value: Any) -> Any:
+        """A name's value. What is handed to it is the test's choice, and to what it returns is not:
+        but for the objects of a class, which has a name in capitals."""
+        if type(value) is not Remote:
+            return value
+        return self.remote(object.__getattribute__(value, "_number"), 1 + name[:1].isupper())
+
 
 class Remote:
-    """Something of the solution's. Compared with plain data, it is what its plain base is."""
+    """Something of the solution's.
 
-    def __init__(self, judge: Judge, number: int) -> None:
+    Beside plain data it is what its plain base is, and the judge compares and calculates; among
+    remote objects the solution does. The rank is 2 for what the test names in capitals, 1 for what
+    else it names and for attributes and objects of those, and 0 for the rest.
+    """
+
+    __slots__ = ("_judge", "_number", "_rank")
+
+    def __init__(self, judge: Judge, number: int, rank: int) -> None:
         object.__setattr__(self, "_judge", judge)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_rank", rank)
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return _ask("call", self, *arguments, **keywords)
+    def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
+        rank = object.__getattribute__(self, "_rank")
+        return _with_rank(max(0, rank - 1), _ask("call", self, *arguments, **keywords))
 
     def __getattr__(self, name: str) -> Any:
-        return _ask("getattr", self, name)
+        rank = object.__getattribute__(self, "_rank")
+        return _with_rank(min(1, rank), _ask("getattr", self, name))
 
     def __setattr__(self, name: str, value: Any) -> None:
         _ask("setattr", self, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        _ask("delattr", self, name)
+
     def __instancecheck__(self, instance: Any) -> bool:
-        return bool(isinstance(instance, Remote) and _ask("isinstance", self, instance) is True)
+        return type(instance) is Remote and _ask("isinstance", self, instance) is True
+
+    def __subclasscheck__(self, kind: Any) -> bool:
+        return type(kind) is Remote and _ask("issubclass", self, kind) is True
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Remote):
+        if type(other) is Remote:
             return _ask("eq", self, other) is True
-        value = _ask("value", self)
-        return not isinstance(value, Remote) and bool(value == other)
+        path = path_of(other)
+        if path:
+            return bool(_ask("path", self) == path)
+        value = _plain(self)
+        return type(value) is not Remote and bool(value == other)
 
     def __hash__(self) -> int:
-        return hash(object.__getattribute__(self, "_number"))
+        value = _plain(self)
+        return int(_ask("hash", self)) if type(value) is Remote else hash(value)
 
     def __bool__(self) -> bool:
         return _ask("bool", self) is True
 
+    def __contains__(self, item: Any) -> bool:
+        value = _plain(self)
+        # The judge looks for it: what the solution gives is compared item by item.
+        return item in (list(self) if type(value) is Remote else value)
 
-def _ask(operation: str, target: Remote, *arguments: Any, **keywords: Any) -> Any:
+    def __copy__(self) -> Any:
+        return _ask("copy", self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _ask("deepcopy", self)
+
+
+def _ask(operation: str, target: Remote, /, *arguments: Any, **keywords: Any) -> Any:
     judge: Judge = object.__getattribute__(target, "_judge")
     return judge.ask(operation, target, *arguments, **keywords)
 
 
-def _forward(operation: str, *, remote_only: bool) -> Any:
+async def _wait_for(coroutine: Remote) -> Any:
+    return _ask("await", coroutine)
+
+
+def _with_rank(rank: int, value: Any) -> Any:
+    if type(value) is not Remote or not rank:
+        return value
+    judge: Judge = object.__getattribute__(value, "_judge")
+    return judge.remote(object.__getattribute__(value, "_number"), rank)
+
+
+def _plain(target: Remote) -> Any:
+    judge: Judge = object.__getattribute__(target, "_judge")
+    return judge.plain(target)
+
+
+def _asked(name: str) -> Any:
+    return lambda self, *arguments: _ask(name, self, *arguments)
+
+
+def _unary(name: str) -> Any:
     def method(self: Remote, *arguments: Any) -> Any:
-        # Numbers are not the solution's to calculate with: abs(f(2) - 1.41) is the judge's matter.
-        if remote_only and not all(isinstance(each, Remote) for each in arguments):
-            return NotImplemented
-        return _ask(operation, self, *arguments)
+        value = _plain(self)
+        if type(value) is Remote:
+            return _ask(name, self, *arguments)
+        return UNARY[name](value, *arguments)
 
     return method
 
 
-for _name in ("str", "repr", "iter", "next", "len", "getitem", "setitem"):
-    setattr(Remote, f"__{_name}__", _forward(_name, remote_only=False))
-for _name in ("lt", "le", "add", "sub", "mul"):
-    setattr(Remote, f"__{_name}__", _forward(_name, remote_only=True))
+def _binary(name: str, *, swapped: bool) -> Any:
+    function = getattr(operator, name)
+
+    def method(self: Remote, other: Any) -> Any:
+        if type(other) is Remote:
+            return _ask(name, *((other, self) if swapped else (self, other)))
+        value = _plain(self)
+        # Numbers are not the solution's to calculate with: abs(f(2) - 1.41) is the judge's matter.
+        if type(value) is Remote:
+            return NotImplemented
+        return function(other, value) if swapped else function(value, other)
+
+    return method
+
+
+for _name in ASKED:
+    setattr(Remote, f"__{_name}__", _asked(_name))
+for _name in UNARY:
+    setattr(Remote, f"__{_name}__", _unary(_name))
+for _name in (*COMPARED, *CALCULATED):
+    setattr(Remote, f"__{_name.rstrip('_')}__", _binary(_name, swapped=False))
+for _name in CALCULATED:
+    setattr(Remote, f"__r{_name.rstrip('_')}__", _binary(_name, swapped=True))
+
+
+def _is_own(value: Any) -> bool:
+    """Whether a callable is the test's, or a method of plain data: the solution may call it."""
+    if type(value) is types.BuiltinFunctionType:
+        return type(value.__self__) in (*MUTABLE, *BY_VALUE, str, tuple, frozenset)
+    return "test" in (getattr(value, "__module__", None), type(value).__module__)
 
 
 def _replace(mine: Any, theirs: Any) -> None:
@@ -351,22 +374,33 @@ def _replace(mine: Any, theirs: Any) -> None:
     (mine.extend if hasattr(mine, "extend") else mine.update)(theirs)
 
 
-def _exception(message: Any, *, stops: bool = True) -> Exception:
-    """What was raised on the other side, as the nearest of Python's own kinds.
+# Events of sys.addaudithook by which data becomes code, or another program.
+_CODE = (
+    "compile", "exec", "code.__new__", "function.__new__", "marshal.loads", "marshal.load",
+    "pickle.find_class", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn",
+    "os.spawn", "subprocess.Popen", "ctypes.dlopen", "ctypes.call_function", "pty.spawn",
+    "cpython.run_command", "cpython.run_file", "cpython.run_interactivehook",
+)  # fmt: skip
+# Modules that do so themselves: to import modules, and with names and texts that they have checked.
+_MAKERS = ("_frozen_importlib", "_frozen_importlib_external", "collections", "dataclasses", "types")
+# Modules that parse what they are given, and run nothing.
+_PARSERS = ("ast", "typing")
 
-    Only an iterator may stop (`stops`): a function that did would end a loop of the test over
-    `map(function, cases)` before the test has looked at anything.
-    """
-    for name in message["error"]:
-        kind = getattr(builtins, name, None)
-        if name in ("StopIteration", "StopAsyncIteration") and not stops:
-            break
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            try:
-                return kind(message["text"])
-            except TypeError:  # UnicodeDecodeError and its like want more.
-                continue
-    return RuntimeError(message["text"])
+
+def _guard() -> None:
+    """From here on no code is made of data in this process, however the test may handle it."""
+    get_frame, modules, own = sys._getframe, sys.modules, globals()
+
+    def hook(event: str, _: Any) -> None:
+        if event not in _CODE:
+            return
+        by = get_frame(1).f_globals
+        names = _MAKERS + _PARSERS if event == "compile" else _MAKERS
+        if by is own or any(name in modules and by is vars(modules[name]) for name in names):
+            return
+        raise Breach(f"{event} in the judging process")
+
+    sys.addaudithook(hook)
 
 
 def _keep_only(*kept: int) -> None:
@@ -395,17 +429,21 @@ def main() -> None:
     silence = os.open(os.devnull, os.O_RDWR)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
+    # The solution's signals end the judge, and do not raise in the middle of the test.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Only now, when the solution has a memory of its own.
     orders = json.loads(sys.stdin.buffer.read())
     judge = Judge(answers, ask)
+    _guard()
+    verdict = "failed"
     try:
         judge.run(orders)
-        verdict = {"verdict": "passed", "detail": ""}
-    except Unsupported as error:
-        verdict = {"verdict": "unsupported", "detail": str(error)}
-    except BaseException as error:
-        verdict = {"verdict": "failed", "detail": f"{type(error).__name__}: {error}"[:500]}
-    os.write(report, json.dumps(verdict).encode())
+        verdict = "failed" if Breach.happened else "passed"
+    except BaseException:  # noqa: S110 - whatever it is, the test has not run to its end
+        pass
+    if judge.unsupported:
+        verdict = "unsupported"
+    os.write(report, json.dumps({"verdict": verdict, "detail": judge.unsupported}).encode())
     os._exit(0)
 
 

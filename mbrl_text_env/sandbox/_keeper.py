@@ -292,7 +292,8 @@ def _build(orders: dict[str, Any]) -> None:
     private = _kernel.MS_REC | _kernel.MS_PRIVATE
     _step("private mounts", _kernel.mount, "none", "/", "none", private)
     os.umask(0o022)
-    options = "mode=755,size=64k,nr_inodes=512"
+    room = len(orders["stdin"]) // 1024 + 64 if orders["stdin_path"] else 64
+    options = f"mode=755,size={room}k,nr_inodes=512"
     _step("mounting a tmpfs", _kernel.mount, "box", _STAGE, "tmpfs", _kernel.MS_NOSUID, options)
     for path in orders["binds"]:
         _step(f"mounting {path}", _bind, path)
@@ -301,6 +302,10 @@ def _build(orders: dict[str, Any]) -> None:
         _step(f"hiding {path}", _kernel.mount, "box", _STAGE + path, "tmpfs", 0, options)
     for path, target in orders["links"]:
         os.symlink(target, _STAGE + path)
+    if orders["stdin_path"]:
+        # There is no /proc to which this name could lead.
+        with open(f"{_STAGE}/dev/stdin", "wb") as file:
+            file.write(orders["stdin"])
     folders = [_STAGE + path for path in (_WORK, "/tmp", "/dev/shm")]  # noqa: S108 - of the box
     for folder in folders:
         os.makedirs(folder)

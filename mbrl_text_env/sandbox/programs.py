@@ -71,6 +71,8 @@ class Program:
         stdin: What it reads from standard input.
         files: Texts or bytes by their paths in the program's folder.
         limits: Its own limits; None for those of the call.
+        stdin_path: Whether it finds its standard input as the file `/dev/stdin`, too, as after
+            `python main.py < input`. False where a part of the program is not to read it.
 
     Raises:
         ValueError: A path is absolute, leads out of the folder, or is "main.py".
@@ -80,6 +82,7 @@ class Program:
     stdin: str = ""
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     limits: Limits | None = None
+    stdin_path: bool = True
 
     def __post_init__(self) -> None:
         for path in self.files:

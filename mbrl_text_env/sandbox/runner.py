@@ -32,6 +32,7 @@ from mbrl_text_env.sandbox.programs import (
 _PACKAGE = Path(__file__).parent
 # How long the keeper may take beyond the program's limit before it is given up.
 _GRACE_SECONDS = 30.0
+_OPTIONS = ("-X", "utf8", "-X", "int_max_str_digits=0")
 # The packages are entered by their folders alone, for their `__init__` would import numpy and more.
 _BOOT = """
 import sys
@@ -201,11 +202,14 @@ def _orders(program: Program, limits: Limits, folder: str | None) -> dict[str, A
         "probe": False,
         "strong": folder is None,
         "folder": folder,
-        "argv": [executable(), "-S", "-s", "-B", "-X", "utf8", "main.py"],
+        # Integers of any length become texts, as in the Python for which most tests were written:
+        # what that takes is limited as all else is. `site` gives programs `exit` and `quit`.
+        "argv": [executable(), "-s", "-B", *_OPTIONS, "main.py"],
         # Strings would otherwise have other hashes in each run, and sets another order; and the
         # locale would depend on the machine.
         "environment": {"PYTHONHASHSEED": "0", "PYTHONCOERCECLOCALE": "0"},
         "stdin": program.stdin.encode(errors="surrogatepass"),
+        "stdin_path": program.stdin_path,
         "files": {
             path: content.encode(errors="surrogatepass") if isinstance(content, str) else content
             for path, content in files.items()
