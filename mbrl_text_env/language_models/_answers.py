@@ -1,6 +1,7 @@
 """What servers answer, read into one form: OpenAI's with each engine's additions, and SGLang's.
 
-Every function raises `ValueError` with what was expected and what came; the caller adds where from.
+Every function raises `ValueError` with what was expected and what came (the caller adds where
+from), or `AbortedError` where asking again may help.
 """
 
 from __future__ import annotations
@@ -10,8 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# Ends that a server's own trouble made; the same request may be answered the next time.
+_ABORTED = frozenset({"abort", "error"})
 # Log-probabilities are rounded: a certain token may come out a hair above 0.
 _ROUNDING = 1e-6
+
+
+class AbortedError(Exception):
+    """An answer that was given up by the server; the next attempt may pass."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,8 @@ def _answer(
     cached_tokens: Any,
     generated_tokens: Any,
 ) -> Answer:
+    if reason in _ABORTED:
+        raise AbortedError(f"the server gave up (finish_reason {reason!r})")
     if ids is not None:
         ids = tuple(_list(ids, "token ids"))
         if not all(type(i) is int and i >= 0 for i in ids):
@@ -219,6 +228,8 @@ def _logprobs(values: Sequence[Any]) -> tuple[float, ...]:
 
 def _choice(data: Any) -> dict[str, Any]:
     choices = _list(_field(data, "choices", "the answer"), "choices")
+    if not choices:
+        raise AbortedError("an answer without choices")
     if len(choices) != 1 or not isinstance(choices[0], dict):
         raise ValueError(f"expected one choice, got {len(choices)}")
     return choices[0]

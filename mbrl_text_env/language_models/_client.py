@@ -593,6 +593,8 @@ class Client:
     def _read(self, url: str, path: str, read: Callable[[], T]) -> T:
         try:
             return read()
+        except _answers.AbortedError as error:
+            raise TransientError(str(error), is_counted=True) from None
         except _MALFORMED as error:
             reason = self._key.scrub(f"{type(error).__name__}: {error}")
             raise MalformedAnswerError(f"{url}{path}: {reason}.") from None

@@ -26,6 +26,8 @@ _LONGEST_PAUSE = 2.0
 _CONNECT_SECONDS = 5.0
 # Busy, restarting, or loading its model: no fault of the request's.
 _NOT_READY = frozenset({429, 502, 503, 504})
+# Gave up waiting, another request was in the way, or too early: the next attempt may pass.
+_PASSING = frozenset({408, 409, 425})
 _SHOWN_CHARACTERS = 400
 
 
@@ -79,7 +81,7 @@ class Patience:
     """How long to wait for what.
 
     Args:
-        timeout: Seconds for one answer.
+        timeout: Seconds for one whole answer.
         max_wait: Seconds to go on while no server answers anything.
         max_attempts: Times that a request is sent which the servers fail to answer.
     """
@@ -233,33 +235,47 @@ class Fleet:
             MalformedAnswerError: The answer is no JSON.
         """
         try:
-            response = await self._client.request(method, endpoint.url + path, json=body)
+            # httpx limits the pauses between bytes; this limits the whole answer.
+            async with asyncio.timeout(self._patience.timeout):
+                response = await self._client.request(method, endpoint.url + path, json=body)
         except httpx.ConnectTimeout:
             raise TransientError("no connection in time", is_counted=False) from None
         except httpx.ConnectError as error:
             raise TransientError(
                 f"no connection ({self._key.scrub(str(error))})", is_counted=False
             ) from None
-        except httpx.TimeoutException:
+        except (httpx.TimeoutException, TimeoutError):
             raise TransientError(
                 f"no answer within {self._patience.timeout:g} s", is_counted=True
             ) from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise TransientError(
-                f"the connection broke ({self._key.scrub(str(error))})", is_counted=True
+                f"the connection broke, or the answer cannot be decoded "
+                f"({self._key.scrub(str(error))})",
+                is_counted=True,
             ) from None
-        self._check_status(endpoint, response)
+        self._check_status(endpoint, response, response.status_code)
+        data = self._parsed(endpoint.url + path, response)
+        if isinstance(data, dict) and data.get("error"):
+            # Gateways answer 200 and put the status of the server behind them into the body.
+            said = data["error"]
+            code = said.get("code") if isinstance(said, dict) else None
+            self._check_status(endpoint, response, code if isinstance(code, int) else 500)
+        return data
+
+    def _parsed(self, address: str, response: httpx.Response) -> Any:
         try:
             return response.json()
         except ValueError:
-            raise MalformedAnswerError(
-                f"{endpoint.url}{path}: expected JSON, got "
-                f"{self._key.scrub(response.text)[:_SHOWN_CHARACTERS]!r}. Is this the address of "
-                "an OpenAI-compatible server?"
-            ) from None
+            shown = self._key.scrub(response.text)[:_SHOWN_CHARACTERS]
+        if not shown.strip() or shown.lstrip().startswith(("{", "[")):
+            raise TransientError(f"an answer that was cut off: {shown!r}", is_counted=True)
+        raise MalformedAnswerError(
+            f"{address}: expected JSON, got {shown!r}. Is this the address of an "
+            "OpenAI-compatible server?"
+        )
 
-    def _check_status(self, endpoint: Endpoint, response: httpx.Response) -> None:
-        status = response.status_code
+    def _check_status(self, endpoint: Endpoint, response: httpx.Response, status: int) -> None:
         if status < 300:
             return
         if status < 400:
@@ -269,7 +285,7 @@ class Fleet:
                 "API key would go along; pass the address that it points to."
             )
         reason = self._key.scrub(_reason(response))[:_SHOWN_CHARACTERS]
-        if status >= 500 or status in _NOT_READY:
+        if status >= 500 or status in _NOT_READY | _PASSING:
             raise TransientError(
                 f"status {status}: {reason}",
                 is_counted=status not in _NOT_READY,

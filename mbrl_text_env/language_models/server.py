@@ -82,7 +82,8 @@ class ServerLM(RequestSampler):
 
     Every loss is warned of once, and listed in `losses`.
 
-    Requests are retried with growing pauses when a connection fails, and on 429 and 5xx; a server
+    Requests are retried with growing pauses when a connection fails, and when an answer is late,
+    cut off, or an error that may pass (408, 409, 425, 429 and 5xx, also inside a 200). A server
     that fails is left aside while others take over. A request counts once, however often it was
     sent. The API key is read from the environment whenever it is sent, and stands in no message.
 
@@ -94,7 +95,7 @@ class ServerLM(RequestSampler):
         name: What reports call it; by default the last part of the model's name.
         mode: `"completions"`, `"chat"`, or `"auto"` for chat only where there are no completions.
         max_concurrency: Most requests to one server at a time.
-        timeout: Seconds for one answer.
+        timeout: Seconds for one whole answer, whatever the server sends meanwhile.
         max_wait: Seconds to go on trying while no server answers.
         max_attempts: Times that a request is sent which the servers fail to answer.
         api_key_env: Name of the environment variable that holds the API key, if there is one.

@@ -14,7 +14,8 @@ import traceback
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.types import Chunk, Message, Prompt, TextState
 from tests.language_models.fake_server import (
+    MODELS,
     FakeServer,
     Reply,
     Request,
@@ -490,6 +492,47 @@ class TestRetries:
         assert (usage.prompt_tokens, usage.generated_tokens, usage.lm_calls) == (5, 6, 1)
         assert usage.flops == 2 * 1000 * (5 + 6)
 
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            *(Reply({"detail": "later"}, status) for status in (408, 409, 425, 500)),
+            Reply(""),
+            Reply("  \n"),
+            Reply('{"choices": [{"text": "cut'),
+            Reply("nonsense", headers={"Content-Encoding": "gzip"}),
+            Reply({"error": {"message": "rate limit", "code": 429}}),
+            Reply({"error": {"message": "overloaded", "code": "engine"}}),
+            Reply({"error": "upstream"}),
+            Reply({"choices": []}),
+            Reply({"choices": [{"text": "", "token_ids": [], "finish_reason": "abort"}]}),
+            Reply({"choices": [{"text": "a", "token_ids": [1000], "finish_reason": "error"}]}),
+        ],
+    )
+    def test_a_fault_that_passes_is_asked_again(self, fakes, clients, fault):
+        faults = iter([fault])
+        server = fakes(lambda request: next(faults, None) or vllm(request))
+        [[chunk]] = clients(server, max_wait=10).sample([state_of(5)], 1, 2, seeds=[0])
+        assert chunk.token_ids == tuple(sampled_ids(server.bodies()[0]))
+        assert len(server.requests) == 2
+
+    @pytest.mark.parametrize(
+        ("error", "expected"),
+        [
+            ({"message": "no such model", "code": 404}, r"status 404.*no such model"),
+            ({"message": "bad key", "code": 401}, "refuses the API key"),
+        ],
+    )
+    def test_an_error_in_a_good_answer_is_read_like_a_status(self, fakes, clients, error, expected):
+        server = fakes(lambda _: Reply({"error": error}))
+        with pytest.raises(ServerError, match=expected):
+            clients(server, mode="completions").sample([state_of(5)], 1, 2, seeds=[0])
+
+    def test_a_fault_that_stays_is_an_error(self, fakes, clients):
+        server = fakes(lambda _: Reply({"choices": []}))
+        with pytest.raises(ServerError, match=r"failed 2 times.*an answer without choices"):
+            clients(server, max_attempts=2).sample([state_of(5)], 1, 2, seeds=[0])
+        assert len(server.requests) == 2
+
     @pytest.mark.parametrize("wanted", ["3600", "Wed, 21 Oct 2090 07:28:00 GMT"])
     def test_a_pause_beyond_max_wait_is_an_error_at_once(self, fakes, clients, wanted):
         server = fakes(lambda _: Reply({"detail": "quota"}, 429, {"Retry-After": wanted}))
@@ -518,6 +561,40 @@ class TestRetries:
             lm.sample([state_of(5)], 1, 1, seeds=[0])
         answered.set()
         assert len(server.requests) == 2
+
+    def test_blanks_that_keep_the_connection_alive_do_not_count_as_an_answer(self, clients):
+        """Some servers send white space while they work."""
+        closed = threading.Event()
+
+        class Dripping(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(MODELS).encode())
+
+            def do_POST(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                with suppress(OSError):  # The client hangs up.
+                    while not closed.wait(0.02):
+                        self.wfile.write(b"\n")
+                        self.wfile.flush()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}"
+            lm = clients(url, timeout=0.2, max_attempts=2)
+            with pytest.raises(ServerError, match=r"failed 2 times.*no answer within 0.2 s"):
+                lm.sample([state_of(5)], 1, 1, seeds=[0])
+        finally:
+            closed.set()
+            server.shutdown()
+            server.server_close()
 
     def test_a_dead_server_among_several(self, fakes, clients):
         server = fakes(vllm)
@@ -873,7 +950,7 @@ class TestFormats:
             ({"token_ids": ["a", "b"]}, "expected token ids"),
             ({"token_ids": [1000, 60_000]}, "Is the tokenizer that of the server's model"),
             ({"ids": [1000, 1001, 1002]}, "at most 2 token ids"),
-            ({"ids": [1000], "finish_reason": "abort"}, "without a stop token"),
+            ({"ids": [1000], "finish_reason": "length"}, "without a stop token"),
             ({"token_ids": None, "logprobs": None, "text": None}, "token ids or text"),
             ({"token_ids": None, "logprobs": None, "text": ""}, "without a stop token"),
             *(
@@ -900,9 +977,8 @@ class TestFormats:
         ("content", "expected"),
         [
             ("<html>Hello</html>", "expected JSON, got '<html>Hello</html>'"),
-            ("", "expected JSON"),
             ([], "expected the field 'choices'"),
-            ({"choices": []}, "expected one choice, got 0"),
+            ({"choices": [{}, {}]}, "expected one choice, got 2"),
             ({"choices": "x"}, "expected a list for choices"),
             ({"choices": [{"text": "a", "logprobs": [1]}]}, "AttributeError"),
         ],
