@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from mbrl_text_env.rewards.base import (
     reward_name,
     score_responses,
 )
-from mbrl_text_env.runs import claimed, digest, prompt_digests, writing
+from mbrl_text_env.runs import claimed, prompt_digests, writing
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 
@@ -252,16 +252,19 @@ def run(
     rows: dict[str, list[dict[str, Any]]] = {spec: [] for spec in agents}
     with claimed(folder, comparison.depends_on(), "comparison", CompareError, grows=("prompts",)):
         with writing(folder, CompareError):
-            there = _read_parts(folder / "parts")
+            parts = _read_parts(folder / "parts")
+        there = _by_key(row for part in parts.values() for row in part)
         for start in range(0, len(comparison.prompts), size):
             batch = comparison.prompts[start : start + size]
-            for spec, agent in agents.items():
+            for number, (spec, agent) in enumerate(agents.items()):
                 missing = [prompt for prompt in batch if (spec, prompt.id) not in there]
                 if missing:
                     made = _answer_all(comparison, spec, agent, missing)
-                    name = _part_name(spec, [prompt.id for prompt in missing])
+                    name = f"{start:06d}-{number:02d}.jsonl"
+                    # With other prompts the part may hold rows of another batch: they stay.
+                    parts[name] = [*parts.get(name, []), *made]
                     with writing(folder, CompareError):
-                        _write_rows(folder / "parts" / name, made)
+                        _write_rows(folder / "parts" / name, parts[name])
                     there.update(_by_key(made))
                 done = [there[spec, prompt.id] for prompt in batch]
                 rows[spec].extend(done)
@@ -270,26 +273,25 @@ def run(
     return rows
 
 
-def _part_name(spec: str, prompt_ids: Sequence[str]) -> str:
-    """By its content: a part that lacks rows is not taken for a whole one."""
-    return f"{digest(json.dumps([spec, *prompt_ids]).encode())}.jsonl"
-
-
-def _read_parts(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of all whole parts, by agent and prompt."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+def _read_parts(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each part; lines that are damaged or cut off are left out."""
+    parts = {}
     for path in sorted(folder.glob("*.jsonl")):
-        try:
-            part = read_rows(path)
-            whole = _part_name(part[0]["agent"], [row["prompt_id"] for row in part]) == path.name
-        except (ValueError, LookupError, TypeError):
-            continue
-        if whole:
-            rows.update(_by_key(part))
-    return rows
+        lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+        parts[path.name] = [row for row in map(_row_of, lines) if row is not None]
+    return parts
 
 
-def _by_key(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+def _row_of(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    is_row = isinstance(row, dict) and {"agent", "prompt_id", "score"} <= set(row)
+    return row if is_row else None
+
+
+def _by_key(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["agent"], row["prompt_id"]): row for row in rows}
 
 

@@ -118,7 +118,8 @@ def writing(folder: str | Path, error: type[Exception]) -> Iterator[None]:
         why = getattr(reason, "strerror", None) or reason
         raise error(
             f"Expected a folder that can be written, got {str(folder)!r} ({why}). Free some space "
-            "or change its permissions; then the same command goes on. Or choose another folder (--out)."
+            "or change its permissions; then the same command goes on. Or choose another folder "
+            "(--out)."
         ) from reason
 
 
