@@ -43,10 +43,11 @@ def claim_checkpoints(
     others = any(path.name != _RUN for path in checkpoints.iterdir())
     if others and not note.is_file():
         raise error(
-            f"{checkpoints}: expected checkpoints to go on from, got a folder with other files. "
-            "Remove it to begin anew, or choose another folder for the result."
+            f"{checkpoints}: expected checkpoints of the same training to go on from, got a folder "
+            "with other files. Remove the folder to begin anew, or choose another folder for the "
+            "result."
         )
-    claim_file(note, record, "training's checkpoints", error)
+    claim_file(note, record, "training", error)
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     # Trainers write their state last: a checkpoint without it was cut off.
     whole = [path for path in found if _is_json(path / "trainer_state.json")]

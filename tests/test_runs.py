@@ -146,10 +146,7 @@ class TestIdentity:
         path = tmp_path / f"mine_{form}.py"
         texts = {
             "function": "A = {}\ndef f(prompt, response): return A\n",
-            "class": "class f:
-  name = 'f'
-  def score(self, p, r): return [{}.0] * len(r)
-",
+            "class": "class f:\n  name = 'f'\n  def score(self, p, r): return [{}.0] * len(r)\n",
         }
         found = set()
         for number in (1, 2, 1):

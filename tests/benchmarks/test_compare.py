@@ -386,7 +386,7 @@ def test_rows_of_other_parts_are_not_taken(tmp_path, changes):
 
 def test_a_comparison_that_cannot_be_run_leaves_the_folder_free(tmp_path):
     for bad in ({"agents": ("best-of-n:N=4",)}, {"budget_tokens": 7}, {"agents": ("nobody",)}):
-        with pytest.raises(ValueError, match="N|too small|nobody"):
+        with pytest.raises(ValueError, match=r"N|too small|nobody"):
             run(toy_comparison(**bad), tmp_path / "a")
         assert not (tmp_path / "a").exists()
     run(toy_comparison(), tmp_path / "a")
