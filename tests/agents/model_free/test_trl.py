@@ -204,7 +204,7 @@ class TestStopped:
         assert len(reward.calls) == 4
         self.check_same(whole, tmp_path / "a", report)
 
-    def test_ctrl_c(self, whole, tmp_path):
+    def test_ctrl_c(self, whole, tmp_path, monkeypatch):
         own_score = CountReward.score
 
         def stopping(self, prompts, responses):
@@ -213,12 +213,10 @@ class TestStopped:
             return own_score(self, prompts, responses)
 
         train = whole[0]
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(KeyboardInterrupt, match=r"Stopped after step 3 of 6.*same call"),
-        ):
-            patch.setattr(CountReward, "score", stopping)
+        monkeypatch.setattr(CountReward, "score", stopping)
+        with pytest.raises(KeyboardInterrupt, match=r"Stopped after step 3 of 6.*same call"):
             train(tiny_lm(), CountReward("e"), PROMPTS, tmp_path / "a", self.SETTINGS)
+        monkeypatch.undo()
         with pytest.raises(TuningError, match="holds another training"):
             train(tiny_lm(), CountReward("e"), PROMPTS[:4], tmp_path / "a", self.SETTINGS)
         report = train(tiny_lm(), CountReward("e"), PROMPTS, tmp_path / "a", self.SETTINGS)
