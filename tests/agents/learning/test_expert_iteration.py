@@ -32,6 +32,7 @@ from agents.learning.iteration_folder import STAGES, Stage
 from agents.learning.iteration_report import fallen, without_signal
 from agents.sampling import Sampling
 from agents.values import StackedValue
+from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models import SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError
 from mbrl_text_env.mdp import initial
@@ -232,6 +233,9 @@ class Stopping(CountReward):
 
     left = 0
 
+    def identity(self):
+        return identity(CountReward())
+
     def score(self, prompts, responses):
         self.left -= 1
         if self.left == 0:
@@ -297,11 +301,15 @@ class TestKills:
         script = textwrap.dedent(
             """
             import os, signal, sys
+            from mbrl_text_env.identity import identity
             from tests.agents.learning.test_expert_iteration import SETTINGS
             from tests.agents.learning.worlds import make_loop
             from tests.toys import CountReward
 
             class Deadly(CountReward):
+                def identity(self):
+                    return identity(CountReward())
+
                 def score(self, prompts, responses):
                     if armed and os.path.exists(sys.argv[1] + "/01/collected/shard-00000.parquet"):
                         os.kill(os.getpid(), signal.SIGKILL)
