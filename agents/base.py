@@ -338,14 +338,7 @@ class Agent(ABC):
         self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
     ) -> list[Completion]:
         for state, ledger in zip(states, ledgers, strict=True):
-            least = self.response_usage(state)
-            if not ledger.affords(least):
-                raise BudgetError(
-                    f"{ledger.budget} is too small for one response to prompt "
-                    f"{state.prompt.id!r}: that can take {least.generated_tokens} tokens, "
-                    f"{least.flops:.3g} FLOPs and {least.reward_calls} reward calls. Raise the "
-                    "budget or lower max_response_tokens."
-                )
+            self._check_affords(state, ledger)
         if len(states) == 1:
             return self.search(states, ledgers, seed)
         return run_side_by_side(
@@ -355,6 +348,31 @@ class Agent(ABC):
             ],
             self._most_at_once(states[0], ledgers[0].budget),
         )
+
+    def check_budget(self, prompts: Sequence[Prompt], budget: Budget | None) -> None:
+        """Make sure beforehand that a budget allows a complete response to each prompt.
+
+        Prompts that the language model refuses are passed over; `generate` says what is wrong.
+
+        Raises:
+            BudgetError: It does not.
+        """
+        for prompt in prompts:
+            try:
+                state = initial(prompt, self.language_model)
+            except ValueError:
+                continue
+            self._check_affords(state, Ledger(budget))
+
+    def _check_affords(self, state: TextState, ledger: Ledger) -> None:
+        least = self.response_usage(state)
+        if not ledger.affords(least):
+            raise BudgetError(
+                f"{ledger.budget} is too small for one response to prompt "
+                f"{state.prompt.id!r}: that can take {least.generated_tokens} tokens, "
+                f"{least.flops:.3g} FLOPs and {least.reward_calls} reward calls. Raise the "
+                "budget or lower max_response_tokens."
+            )
 
     def _most_at_once(self, state: TextState, budget: Budget) -> int:
         """Searches that are under way at a time."""

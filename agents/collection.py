@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from agents.base import DEFAULT_PARAMS, Completion, check_positive
 from agents.best_of_n import BestOfN
+from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial
-from mbrl_text_env.records import Record, RecordWriter
+from mbrl_text_env.records import Record, RecordsError, RecordWriter
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardModel,
     isolate_failures,
     reward_name,
 )
+from mbrl_text_env.runs import prompt_digest
 from mbrl_text_env.types import Prompt
+
+# Of the samples and what is kept of them; changes when the same arguments give other records.
+_FORMAT = 1
 
 
 def collect(
@@ -35,14 +42,19 @@ def collect(
 ) -> dict[str, str]:
     """Sample responses to prompts, score them all, and write every one of them.
 
-    Low scores are kept too: a value model learns from the whole range. After every batch the
-    records are on the disk. A prompt with a response that the reward model cannot score is left out
-    with a warning; the others are not lost.
+    Low scores are kept too: a value model learns from the whole range. The records of a batch are
+    written together. What is there already is not sampled again: a collection that was killed goes
+    on, and one with more prompts or more samples adds what is missing; the samples are those of a
+    collection that had asked for all of them at once. (Their usage is that of the call that drew
+    them: a prompt that is asked again is computed again.)
+
+    A prompt with a response that the reward model cannot score is left out with a warning; the
+    others are not lost.
 
     Args:
         language_model: Proposes responses.
         reward_model: Scores them.
-        prompts: At least one.
+        prompts: At least one, of different ids.
         writer: Takes the records.
         samples_per_prompt: Responses to each prompt; the article takes 4.
         max_response_tokens: Token limit of a response.
@@ -56,6 +68,7 @@ def collect(
 
     Raises:
         ValueError: There are no prompts, or a count is below 1.
+        RecordsError: The folder holds records of other models, settings or prompts, or some twice.
         RewardError: Not one prompt could be scored.
     """
     check_positive(
@@ -72,43 +85,128 @@ def collect(
         max_response_tokens=max_response_tokens,
         params=params,
     )
+    writer.go_on(
+        collection_run(
+            language_model,
+            reward_model,
+            max_response_tokens=max_response_tokens,
+            seed=seed,
+            params=params,
+        )
+    )
+    missing = missing_samples(writer.existing(), prompts, samples_per_prompt)
     failed: dict[str, str] = {}
     for start in range(0, len(prompts), batch_prompts):
-        batch = prompts[start : start + batch_prompts]
-        states = [initial(prompt, language_model) for prompt in batch]
-        ledgers = [Ledger() for _ in batch]
-        drawn = agent.complete(states, samples_per_prompt, ledgers, seed)
-        pairs = list(zip(drawn, ledgers, strict=True))
-        rows = isolate_failures(
-            lambda some: agent.scored([row for row, _ in some], [ledger for _, ledger in some]),
-            pairs,
-        )
-        records = [
-            _record(completion, agent, ledger, seed)
-            for row, ledger in zip(rows, ledgers, strict=True)
-            if not isinstance(row, RewardError)
-            for completion in row
-        ]
-        for prompt, row in zip(batch, rows, strict=True):
-            if isinstance(row, RewardError):
-                warnings.warn(f"Left out prompt {prompt.id!r}: {row}", stacklevel=2)
-                failed[prompt.id] = str(row)
+        batch = [p for p in prompts[start : start + batch_prompts] if missing[p.id]]
+        if not batch:
+            continue
+        records = _sampled(agent, batch, missing, seed, failed)
         if len(failed) == len(prompts):
             raise RewardError(
                 f"None of {len(prompts)} prompts could be scored. The first error: "
                 f"{next(iter(failed.values()))}"
             )
-        writer.extend(records)
-        writer.flush()
+        writer.append_together(records)
         if on_batch is not None:
             on_batch(records)
     return failed
 
 
-def _record(completion: Completion, agent: BestOfN, ledger: Ledger, seed: int) -> Record:
+def collection_run(
+    language_model: LanguageModel,
+    reward_model: RewardModel,
+    *,
+    max_response_tokens: int,
+    seed: int,
+    params: SamplingParams = DEFAULT_PARAMS,
+) -> dict[str, Any]:
+    """Whatever the records of `collect` depend on, apart from their prompts; JSON values."""
+    return {
+        "format": _FORMAT,
+        "language_model": identity(language_model),
+        "reward": identity(reward_model),
+        "max_response_tokens": max_response_tokens,
+        "seed": seed,
+        "params": identity(asdict(params)),
+    }
+
+
+def missing_samples(
+    records: Sequence[Record], prompts: Sequence[Prompt], samples: int
+) -> dict[str, list[int]]:
+    """The samples, numbers from 0 to `samples`, that records of `collect` lack, by prompt.
+
+    Raises:
+        RecordsError: Some records are of a prompt of the same id and other content, or are there
+            twice.
+    """
+    wanted = {prompt.id: prompt_digest(prompt) for prompt in prompts}
+    there: dict[str, set[int | None]] = {name: set() for name in wanted}
+    for record in records:
+        name = record.prompt_id
+        if name not in wanted:
+            continue
+        if prompt_digest(record.prompt()) != wanted[name]:
+            raise RecordsError(
+                f"The folder holds responses to another prompt {name!r}: expected the text, "
+                f"metadata and split of this one, got the text {record.prompt_text[:60]!r}. "
+                "Choose another folder, or give the prompt another id."
+            )
+        if record.sample in there[name]:
+            raise RecordsError(
+                f"The folder holds sample {record.sample} of prompt {name!r} twice. Move the shard "
+                "that was copied into it out of the folder."
+            )
+        there[name].add(record.sample)
+    return {name: [k for k in range(samples) if k not in found] for name, found in there.items()}
+
+
+def _sampled(
+    agent: BestOfN,
+    batch: Sequence[Prompt],
+    missing: Mapping[str, list[int]],
+    seed: int,
+    failed: dict[str, str],
+) -> list[Record]:
+    """Records of the missing samples; prompts that cannot be scored are noted in `failed`."""
+    # What a run computes does not depend on whether it was stopped before.
+    clear_cache = getattr(agent.language_model, "clear_cache", None)
+    if clear_cache is not None:
+        clear_cache()
+    ledgers = {prompt.id: Ledger() for prompt in batch}
+    drawn: dict[str, list[Completion]] = {}
+    spans: dict[tuple[int, int], list[Prompt]] = {}
+    for prompt in batch:
+        span = missing[prompt.id][0], missing[prompt.id][-1] + 1
+        spans.setdefault(span, []).append(prompt)
+    for (first, end), prompts in spans.items():
+        states = [initial(prompt, agent.language_model) for prompt in prompts]
+        own = [ledgers[prompt.id] for prompt in prompts]
+        rows = agent.complete(states, end - first, own, seed, first_sample=first)
+        for prompt, found in zip(prompts, rows, strict=True):
+            drawn[prompt.id] = [found[k - first] for k in missing[prompt.id]]
+    scored = isolate_failures(
+        lambda some: agent.scored([drawn[p.id] for p in some], [ledgers[p.id] for p in some]),
+        list(batch),
+    )
+    records = []
+    for prompt, row in zip(batch, scored, strict=True):
+        if isinstance(row, RewardError):
+            warnings.warn(f"Left out prompt {prompt.id!r}: {row}", stacklevel=3)
+            failed[prompt.id] = str(row)
+            continue
+        amounts = ledgers[prompt.id].usage.as_dict()
+        usage = {key: amount / len(row) for key, amount in amounts.items()}
+        for completion, sample in zip(row, missing[prompt.id], strict=True):
+            records.append(_record(completion, agent, usage, seed, sample))
+    return records
+
+
+def _record(
+    completion: Completion, agent: BestOfN, usage: Mapping[str, float], seed: int, sample: int
+) -> Record:
     state, lm = completion.state, agent.language_model
     assert completion.score is not None
-    share = {key: amount / (agent.n or 1) for key, amount in ledger.usage.as_dict().items()}
     return Record.from_state(
         state,
         response=lm.decode(state.response_ids),
@@ -119,5 +217,6 @@ def _record(completion: Completion, agent: BestOfN, ledger: Ledger, seed: int) -
         agent="sampling",
         language_model=lm.name,
         seed=seed,
-        usage=share,
+        usage=usage,
+        sample=sample,
     )

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.folders import claim
 from benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
@@ -33,6 +32,8 @@ from benchmarks.options import (
 from benchmarks.paired import chosen_prompts, kept, paired
 from benchmarks.statistics import holm
 from mbrl_text_env.files import write_text
+from mbrl_text_env.identity import identity
+from mbrl_text_env.runs import claimed, prompt_digests
 
 if TYPE_CHECKING:
     from agents.model_free import CandidatePolicy
@@ -236,25 +237,30 @@ def main(
         "test": [prompts, episodes],
         "language_model": [language_model, dtype],
     }
-    claim(out, record, "measurement of choices", ChoiceTuningError)
     lm, reward_model = load_language_model(language_model, dtype), make(reward)
     train = chosen_prompts(reward_model, "train", None, ChoiceTuningError)
     held_out = chosen_prompts(reward_model, "test", prompts, ChoiceTuningError)
-    run = Run(out, settings, train, Test(lm, reward_model, held_out, episodes, seed))
-    results = run.results()
-    shown = {**record, "result": comparison(results, [prompt.id for prompt in held_out], seed)}
-    figures = {
-        **shown,
-        "use": {name: found["usage"] for name, found in results.items()},
-        "training": run.training(),
-        "num_train_prompts": len(train),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "cpus": os.cpu_count(),
-        "command": shlex.join(["python", "-m", "benchmarks.choice_tuning", *sys.argv[1:]]),
+    depends_on = {
+        **record,
+        "models": [identity(lm), identity(reward_model)],
+        "data": {"train": prompt_digests(train), "test": prompt_digests(held_out)},
     }
-    print(json.dumps(shown, indent=2))
-    if json_file is not None:
-        write_text(json_file, json.dumps(figures, indent=2))
+    with claimed(out, depends_on, "measurement of choices", ChoiceTuningError):
+        run = Run(out, settings, train, Test(lm, reward_model, held_out, episodes, seed))
+        results = run.results()
+        shown = {**record, "result": comparison(results, [prompt.id for prompt in held_out], seed)}
+        figures = {
+            **shown,
+            "use": {name: found["usage"] for name, found in results.items()},
+            "training": run.training(),
+            "num_train_prompts": len(train),
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "cpus": os.cpu_count(),
+            "command": shlex.join(["python", "-m", "benchmarks.choice_tuning", *sys.argv[1:]]),
+        }
+        print(json.dumps(shown, indent=2))
+        if json_file is not None:
+            write_text(json_file, json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

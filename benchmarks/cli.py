@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -161,7 +161,7 @@ def collect_command(
     reward_timeout: TimeoutOption = 600.0,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
-    from agents.collection import collect
+    from agents.collection import collect, missing_samples
     from benchmarks.compare import choose_prompts
     from benchmarks.progress import progress_bar
     from mbrl_text_env.records import RecordWriter
@@ -169,28 +169,28 @@ def collect_command(
     reward_model = load_reward(reward, reward_timeout)
     chosen = choose_prompts(load_prompts_option(prompts, split), num_prompts, reward_model, seed)
     with RecordWriter(out) as writer, progress_bar(console) as bar:
-        existing = writer.existing()
-        _check_same_reward(existing, reward_model, out)
-        done = {record.prompt_id for record in existing if record.seed == seed}
-        left = [prompt for prompt in chosen if prompt.id not in done]
-        task = bar.add_task("Collecting", total=len(left) * samples)
-        failed: dict[str, str] = {}
-        if left:
-            failed = collect(
-                load_language_model(language_model, dtype, tokenizer, num_parameters),
-                reward_model,
-                left,
-                writer,
-                samples_per_prompt=samples,
-                max_response_tokens=max_response_tokens,
-                seed=seed,
-                on_batch=lambda records: bar.advance(task, len(records)),
-            )
-    added = len(left) - len(failed)
+        missing = missing_samples(writer.existing(), chosen, samples)
+        left = [name for name, numbers in missing.items() if numbers]
+        task = bar.add_task("Collecting", total=sum(map(len, missing.values())))
+        failed = collect(
+            load_language_model(language_model, dtype, tokenizer, num_parameters),
+            reward_model,
+            chosen,
+            writer,
+            samples_per_prompt=samples,
+            max_response_tokens=max_response_tokens,
+            seed=seed,
+            on_batch=lambda records: bar.advance(task, len(records)),
+        )
+    added = sum(len(missing[name]) for name in left if name not in failed)
     console.print(
-        f"{added * samples} responses to {added} prompts added ({len(done)} prompts were there, "
-        f"{len(failed)} could not be scored): {out.resolve()}"
+        f"{added} responses to {len(left) - len(failed)} prompts added "
+        f"({len(chosen) - len(left)} prompts were there, {len(failed)} could not be scored): "
+        f"{out.resolve()}"
     )
+    if failed:
+        # Not all was done; the same command tries these prompts again.
+        raise typer.Exit(1)
 
 
 @app.command("fit")
@@ -262,19 +262,6 @@ def rewards_command() -> None:
     for name, description in descriptions().items():
         shown.add_row(name, description)
     console.print(shown)
-
-
-def _check_same_reward(records: Any, reward_model: Any, folder: Path) -> None:
-    from mbrl_text_env.records import RecordsError
-    from mbrl_text_env.rewards.base import reward_name
-
-    others = sorted({record.reward_name for record in records} - {reward_name(reward_model)})
-    if others:
-        raise RecordsError(
-            f"{folder} holds records scored by {others}, and these would be scored by "
-            f"{reward_name(reward_model)!r}. Collect into another folder; `records.rescore` scores "
-            "the same responses with another reward model."
-        )
 
 
 if __name__ == "__main__":

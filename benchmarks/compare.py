@@ -1,8 +1,9 @@
 """Run agents on the same prompts at the same budget with the same seed.
 
-A comparison is a folder. It is worked off in batches of prompts; the rows of a batch are written
-whole, so a run that was killed goes on with the first batch that is missing and ends with the same
-rows.
+A comparison is a folder. The rows of a batch of prompts are written as a whole, so a run that was
+killed goes on with the first batch that is missing and ends with the same rows. A part that is
+damaged or lacks rows is made again. With more prompts, those that are missing are answered; with
+fewer, the rows that are there are used.
 
 A prompt whose answers the reward model cannot score costs that prompt alone: its row has the error
 and no score, it is left out on both sides of every paired difference, and it is counted.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ import numpy as np
 from agents.base import Agent, Generation
 from agents.catalogue import make, parse_spec
 from benchmarks.audit.trust import trust_warnings
-from benchmarks.folders import claim
 from benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.files import write_text
+from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.rewards.base import (
@@ -35,11 +36,12 @@ from mbrl_text_env.rewards.base import (
     reward_name,
     score_responses,
 )
+from mbrl_text_env.runs import claimed, prompt_digests, writing
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 
 BASELINE = "best-of-n"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class CompareError(ValueError):
@@ -145,7 +147,7 @@ class Comparison:
         )
 
     def record(self) -> dict[str, Any]:
-        """The config file's content: whatever the rows depend on."""
+        """What the comparison is called by, for people; `depends_on` tells it from others."""
         policies = {name: model.name for name, model in self.policies.items()}
         return {
             "format": _FORMAT,
@@ -156,6 +158,15 @@ class Comparison:
             "prompts": [prompt.id for prompt in self.prompts],
             **self.labels,
             **({"policies": policies} if policies else {}),
+        }
+
+    def depends_on(self) -> dict[str, Any]:
+        """The config file's content: whatever the rows depend on."""
+        parts = ("language_model", "reward_model", "value_model", "gold_model", "policies")
+        return {
+            **self.record(),
+            "prompts": prompt_digests(self.prompts),
+            "models": {name: identity(getattr(self, name)) for name in parts},
         }
 
 
@@ -202,7 +213,8 @@ def compare(
     folder = Path(out)
     rows = run(comparison, folder, on_batch=on_batch)
     flat = [row for own in rows.values() for row in own]
-    _write_rows(folder / "results.jsonl", flat)
+    with writing(folder, CompareError):
+        _write_rows(folder / "results.jsonl", flat)
     record = comparison.record()
     gold = None if comparison.gold_model is None else [row.get("gold") for row in flat]
     summary = {
@@ -210,8 +222,9 @@ def compare(
         "agents": summarise(rows),
         "warnings": trust_warnings(flat, gold=gold, gold_name=str(record["gold"])),
     }
-    write_text(folder / "summary.json", json.dumps(summary, indent=2))
-    plot(summary, folder / "comparison.png")
+    with writing(folder, CompareError):
+        write_text(folder / "summary.json", json.dumps(summary, indent=2))
+        plot(summary, folder / "comparison.png")
     return summary
 
 
@@ -232,21 +245,54 @@ def run(
         CompareError: The folder holds another comparison.
         BudgetError: The budget allows no complete response.
     """
-    claim(folder, comparison.record(), "comparison", CompareError)
     agents = {spec: comparison.agent(spec) for spec in comparison.config.agents}
+    for spec, agent in agents.items():
+        agent.check_budget(comparison.prompts, comparison.config.caps(spec))
     size = comparison.config.batch_prompts
     rows: dict[str, list[dict[str, Any]]] = {spec: [] for spec in agents}
-    for start in range(0, len(comparison.prompts), size):
-        batch = comparison.prompts[start : start + size]
-        for number, (spec, agent) in enumerate(agents.items()):
-            part = folder / "parts" / f"{start:06d}-{number:02d}.jsonl"
-            if not part.exists():
-                _write_rows(part, _answer_all(comparison, spec, agent, batch))
-            done = read_rows(part)
-            rows[spec].extend(done)
-            if on_batch is not None:
-                on_batch(spec, len(batch), done)
+    with claimed(folder, comparison.depends_on(), "comparison", CompareError, grows=("prompts",)):
+        with writing(folder, CompareError):
+            parts = _read_parts(folder / "parts")
+        there = _by_key(row for part in parts.values() for row in part)
+        for start in range(0, len(comparison.prompts), size):
+            batch = comparison.prompts[start : start + size]
+            for number, (spec, agent) in enumerate(agents.items()):
+                missing = [prompt for prompt in batch if (spec, prompt.id) not in there]
+                if missing:
+                    made = _answer_all(comparison, spec, agent, missing)
+                    name = f"{start:06d}-{number:02d}.jsonl"
+                    # With other prompts the part may hold rows of another batch: they stay.
+                    parts[name] = [*parts.get(name, []), *made]
+                    with writing(folder, CompareError):
+                        _write_rows(folder / "parts" / name, parts[name])
+                    there.update(_by_key(made))
+                done = [there[spec, prompt.id] for prompt in batch]
+                rows[spec].extend(done)
+                if on_batch is not None:
+                    on_batch(spec, len(batch), done)
     return rows
+
+
+def _read_parts(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each part; lines that are damaged or cut off are left out."""
+    parts = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+        parts[path.name] = [row for row in map(_row_of, lines) if row is not None]
+    return parts
+
+
+def _row_of(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    is_row = isinstance(row, dict) and {"agent", "prompt_id", "score"} <= set(row)
+    return row if is_row else None
+
+
+def _by_key(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["agent"], row["prompt_id"]): row for row in rows}
 
 
 def summarise(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

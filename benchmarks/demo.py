@@ -7,6 +7,7 @@ best-of-N needs for the same reward.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from agents.collection import collect
+from agents.collection import collect, missing_samples
 from agents.sampling import Sampling
 from agents.values import EmbeddingValue, make_value
 from benchmarks.compare import CompareConfig, Comparison, choose_prompts, compare, read_rows
@@ -103,24 +104,25 @@ def _collect(
     reward = make(first)
     prompts = choose_prompts(load_prompts(split="train"), config.train_prompts, reward, config.seed)
     source = out / f"records-{first}"
-    if not has_records(source, expected=len(prompts) * config.samples):
-        with progress_bar(console) as bar, RecordWriter(source) as writer:
-            done = {record.prompt_id for record in writer.existing()}
-            left = [prompt for prompt in prompts if prompt.id not in done]
-            task = bar.add_task("Collecting scored responses", total=len(left) * config.samples)
-            collect(
-                language_model,
-                reward,
-                left,
-                writer,
-                samples_per_prompt=config.samples,
-                max_response_tokens=config.max_response_tokens,
-                seed=config.seed,
-                on_batch=lambda records: bar.advance(task, len(records)),
-            )
+    with progress_bar(console) as bar, RecordWriter(source) as writer:
+        missing = missing_samples(writer.existing(), prompts, config.samples)
+        total = sum(map(len, missing.values()))
+        task = bar.add_task("Collecting scored responses", total=total)
+        collect(
+            language_model,
+            reward,
+            prompts,
+            writer,
+            samples_per_prompt=config.samples,
+            max_response_tokens=config.max_response_tokens,
+            seed=config.seed,
+            on_batch=lambda records: bar.advance(task, len(records)),
+        )
     for name in others:
-        if not (out / f"records-{name}").exists():
-            rescore(source, make(name), out / f"records-{name}")
+        target = out / f"records-{name}"
+        if not has_records(target, expected=len(read_records(source))):
+            shutil.rmtree(target, ignore_errors=True)
+            rescore(source, make(name), target)
 
 
 def _fit(language_model: LanguageModel, out: Path, name: str, console: Console) -> EmbeddingValue:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.folders import claim
 from benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
@@ -35,7 +34,9 @@ from benchmarks.options import (
 )
 from benchmarks.paired import chosen_prompts, kept, paired
 from mbrl_text_env.files import write_folder, write_text
+from mbrl_text_env.identity import identity
 from mbrl_text_env.records import Record, RecordWriter, read_records
+from mbrl_text_env.runs import claimed, prompt_digests
 
 if TYPE_CHECKING:
     from agents.learning import ExpertIteration
@@ -366,7 +367,6 @@ def main(
         "reward": reward,
         "language_model": [language_model, dtype],
     }
-    claim(out, record, "measurement of expert iteration", ExpertIterationError)
     lm = load_language_model(language_model, dtype)
     reward_model = make(reward)
     counts = {"train": prompts, "validation": validation_prompts, "test": test_prompts}
@@ -374,45 +374,51 @@ def main(
         split: chosen_prompts(reward_model, split, count, ExpertIterationError)
         for split, count in counts.items()
     }
-    loop = ExpertIteration(
-        lm,
-        reward_model,
-        chosen["train"],
-        chosen["validation"],
-        out / "loop",
-        settings,
-        improver=LoraImprover(tuning),
-        on_stage=lambda i, stage: errors.print(f"iteration {i}: {stage}"),
-    )
-    flops = lm.usage(_PROMPT_TOKENS, [max_response_tokens] * budget_responses).flops
-    with_ = Measurement(
-        reward_model, chosen["test"], samples, planner, flops, max_response_tokens, seed
-    )
-    result = loop.run()
-    last = result.iterations[-1].iteration
-    measured = figures_of(loop, last, result.best, out, with_)
-    if kinds:
-        # Other numbers of samples are other measurements, and have folders of their own.
-        folder = out / f"refits-{refit_samples}"
-        test = replace(with_, samples=refit_samples)
-        train = replace(test, test=chosen["train"])
-        policies = [loop.policy(i) for i in range(last + 1)]
-        rows = {kind: refitted(kind, policies, folder, train, test) for kind in kinds}
-        measured["refits"] = {"samples": refit_samples, **rows}
-    figures = {
+    depends_on = {
         **record,
-        "result": measured,
-        "best": result.best,
-        "stopped": result.stopped,
-        "iterations": [report.to_dict() for report in result.iterations],
-        "usage": [report.usage for report in result.iterations],
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "cpus": os.cpu_count(),
-        "command": shlex.join(["python", "-m", "benchmarks.expert_iteration", *sys.argv[1:]]),
+        "models": [identity(lm), identity(reward_model)],
+        "data": {split: prompt_digests(some) for split, some in chosen.items()},
     }
-    print(json.dumps({**record, "result": measured}, indent=2))
-    if json_file is not None:
-        write_text(json_file, json.dumps(figures, indent=2))
+    with claimed(out, depends_on, "measurement of expert iteration", ExpertIterationError):
+        loop = ExpertIteration(
+            lm,
+            reward_model,
+            chosen["train"],
+            chosen["validation"],
+            out / "loop",
+            settings,
+            improver=LoraImprover(tuning),
+            on_stage=lambda i, stage: errors.print(f"iteration {i}: {stage}"),
+        )
+        flops = lm.usage(_PROMPT_TOKENS, [max_response_tokens] * budget_responses).flops
+        with_ = Measurement(
+            reward_model, chosen["test"], samples, planner, flops, max_response_tokens, seed
+        )
+        result = loop.run()
+        last = result.iterations[-1].iteration
+        measured = figures_of(loop, last, result.best, out, with_)
+        if kinds:
+            # Other numbers of samples are other measurements, and have folders of their own.
+            folder = out / f"refits-{refit_samples}"
+            test = replace(with_, samples=refit_samples)
+            train = replace(test, test=chosen["train"])
+            policies = [loop.policy(i) for i in range(last + 1)]
+            rows = {kind: refitted(kind, policies, folder, train, test) for kind in kinds}
+            measured["refits"] = {"samples": refit_samples, **rows}
+        figures = {
+            **record,
+            "result": measured,
+            "best": result.best,
+            "stopped": result.stopped,
+            "iterations": [report.to_dict() for report in result.iterations],
+            "usage": [report.usage for report in result.iterations],
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "cpus": os.cpu_count(),
+            "command": shlex.join(["python", "-m", "benchmarks.expert_iteration", *sys.argv[1:]]),
+        }
+        print(json.dumps({**record, "result": measured}, indent=2))
+        if json_file is not None:
+            write_text(json_file, json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

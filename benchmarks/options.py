@@ -83,6 +83,10 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             errors.print(f"{type(error).__name__}: {error}", style="red", markup=False)
             raise typer.Exit(2) from error
+        except SystemExit as left:
+            # Code of the user's that calls `sys.exit`: not all was done, whatever it says.
+            errors.print(f"The program was left by other code (SystemExit: {left}).", markup=False)
+            raise typer.Exit(2) from left
         except KeyboardInterrupt as stopped:
             # Typer would end with no more than "Aborted".
             errors.print(str(stopped) or "Stopped; the same command goes on.", markup=False)

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.folders import claim
 from benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
@@ -34,6 +33,8 @@ from benchmarks.options import (
 )
 from benchmarks.paired import chosen_prompts, kept, paired
 from mbrl_text_env.files import write_file, write_text
+from mbrl_text_env.identity import identity
+from mbrl_text_env.runs import claimed, prompt_digests
 
 if TYPE_CHECKING:
     from agents.model_free import PolicyGradientSettings, StepReport
@@ -308,7 +309,6 @@ def main(
         "test": [prompts, samples],
         "language_model": [language_model, dtype],
     }
-    claim(out, record, "measurement of tuning", PolicyTuningError)
     lm = load_language_model(language_model, dtype)
     reward_model = make(reward)
     prepare: Callable[[Sequence[Prompt]], list[Prompt]] = list
@@ -319,31 +319,40 @@ def main(
         for split, count in (("train", None), ("test", prompts))
     )
 
-    def score(policy: TransformersLM) -> dict[str, Any]:
-        limits = samples, max_response_tokens, seed
-        return asdict(sampled(policy, reward_model, test, *limits))
-
-    before = Sampled(**kept(out / "before.json", lambda: score(lm)))
-    speeds = kept(out / "speeds.json", lambda: sampling_speeds(lm, train, settings))
-    adapter = out / "adapter"
-    if not (adapter / CURVE).is_file():
-        trainers[algorithm](lm, reward_model, train, adapter, settings, on_step=_show)
-    after = Sampled(**kept(out / "after.json", lambda: score(serve(lm, adapter))))
-    figures = {
+    depends_on = {
         **record,
-        "result": comparison(before, after, seed),
-        "num_train_prompts": len(train),
-        "tokens_per_second": speeds,
-        "ledger": json.loads((adapter / LEDGER).read_text(encoding="utf-8")),
-        "curve": json.loads((adapter / CURVE).read_text(encoding="utf-8")),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "cpus": os.cpu_count(),
-        "command": shlex.join(["python", "-m", "benchmarks.policy_tuning", *sys.argv[1:]]),
+        "models": [identity(lm), identity(reward_model)],
+        "data": {"train": prompt_digests(train), "test": prompt_digests(test)},
     }
-    print(json.dumps({key: value for key, value in figures.items() if key != "curve"}, indent=2))
-    if json_file is not None:
-        write_text(json_file, json.dumps(figures, indent=2))
-        plot_curve(figures["curve"], reward, json_file.with_suffix(".png"))
+    with claimed(out, depends_on, "measurement of tuning", PolicyTuningError):
+
+        def score(policy: TransformersLM) -> dict[str, Any]:
+            limits = samples, max_response_tokens, seed
+            return asdict(sampled(policy, reward_model, test, *limits))
+
+        before = Sampled(**kept(out / "before.json", lambda: score(lm)))
+        speeds = kept(out / "speeds.json", lambda: sampling_speeds(lm, train, settings))
+        adapter = out / "adapter"
+        if not (adapter / CURVE).is_file():
+            trainers[algorithm](lm, reward_model, train, adapter, settings, on_step=_show)
+        after = Sampled(**kept(out / "after.json", lambda: score(serve(lm, adapter))))
+        figures = {
+            **record,
+            "result": comparison(before, after, seed),
+            "num_train_prompts": len(train),
+            "tokens_per_second": speeds,
+            "ledger": json.loads((adapter / LEDGER).read_text(encoding="utf-8")),
+            "curve": json.loads((adapter / CURVE).read_text(encoding="utf-8")),
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "cpus": os.cpu_count(),
+            "command": shlex.join(["python", "-m", "benchmarks.policy_tuning", *sys.argv[1:]]),
+        }
+        print(
+            json.dumps({key: value for key, value in figures.items() if key != "curve"}, indent=2)
+        )
+        if json_file is not None:
+            write_text(json_file, json.dumps(figures, indent=2))
+            plot_curve(figures["curve"], reward, json_file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

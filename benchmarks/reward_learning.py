@@ -74,21 +74,18 @@ def collected(folder: Path, samples: int, tokens: int, seed: int) -> list[Record
 
     prompts = load_prompts(kind="instruct")
     with RecordWriter(folder) as writer:
-        done = {record.prompt_id for record in writer.existing() if record.seed == seed}
-        left = [prompt for prompt in prompts if prompt.id not in done]
-        if left:
-            collect(
-                embedded(),
-                ConstraintsReward(),
-                left,
-                writer,
-                samples_per_prompt=samples,
-                max_response_tokens=tokens,
-                batch_prompts=8,
-                seed=seed,
-                on_batch=lambda records: print(f"{len(records)} answers", file=sys.stderr),
-            )
-        return [record for record in writer.existing() if record.seed == seed]
+        collect(
+            embedded(),
+            ConstraintsReward(),
+            prompts,
+            writer,
+            samples_per_prompt=samples,
+            max_response_tokens=tokens,
+            batch_prompts=8,
+            seed=seed,
+            on_batch=lambda records: print(f"{len(records)} answers", file=sys.stderr),
+        )
+        return writer.existing()
 
 
 def scored_for_relevance(records: Sequence[Record]) -> list[Record]:

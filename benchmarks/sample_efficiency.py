@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.efficiency.methods import METHODS, Bench, Size
-from benchmarks.folders import claim
 from benchmarks.matched.study import DEFAULT_PLANNER
 from benchmarks.options import (
     DtypeOption,
@@ -33,6 +32,8 @@ from benchmarks.options import (
 )
 from benchmarks.paired import chosen_prompts
 from mbrl_text_env.files import write_text
+from mbrl_text_env.identity import identity
+from mbrl_text_env.runs import claimed, prompt_digests
 
 FULL = Size(
     test_prompts=64,
@@ -132,36 +133,42 @@ def run(study: _Study, methods: tuple[str, ...], out: Path, json_file: Path) -> 
     held = chosen_prompts(reward_model, "validation", _VALIDATION_PROMPTS, SampleEfficiencyError)
     language_model = load_language_model(study.language_model, study.dtype)
     # Last: a name that is misspelt does not take the folder.
-    claim(out, json.loads(json.dumps(asdict(study))), "study", SampleEfficiencyError)
-    bench = Bench(
-        language_model,
-        reward_model,
-        train,
-        held,
-        test,
-        size,
-        study.seed,
-        out,
-        lambda message: errors.print(message, markup=False),
-    )
-    points, result = [], {}
-    for method in methods:
-        points += bench.points([method])
-        rows = rows_of(points)
-        result = {
-            "command": shlex.join(["python", "-m", "benchmarks.sample_efficiency", *sys.argv[1:]]),
-            "date": date.today().isoformat(),
-            "study": json.loads(json.dumps(asdict(study))),
-            "threads": os.environ.get("OMP_NUM_THREADS"),
-            "cpus": os.cpu_count(),
-            "results": rows,
-            "points": [asdict(point) for point in points],
-        }
-        write_text(json_file, json.dumps(result, indent=1))
-    plot(rows, study.reward, json_file.with_suffix(".png"))
-    console.print(_table(rows, study.reward))
-    console.print(f"Results: {json_file.resolve()}")
-    return result
+    depends_on = {
+        **asdict(study),
+        "models": [identity(language_model), identity(reward_model)],
+        "data": [prompt_digests(some) for some in (train, held, test)],
+    }
+    command = shlex.join(["python", "-m", "benchmarks.sample_efficiency", *sys.argv[1:]])
+    with claimed(out, depends_on, "study", SampleEfficiencyError):
+        bench = Bench(
+            language_model,
+            reward_model,
+            train,
+            held,
+            test,
+            size,
+            study.seed,
+            out,
+            lambda message: errors.print(message, markup=False),
+        )
+        points, result = [], {}
+        for method in methods:
+            points += bench.points([method])
+            rows = rows_of(points)
+            result = {
+                "command": command,
+                "date": date.today().isoformat(),
+                "study": json.loads(json.dumps(asdict(study))),
+                "threads": os.environ.get("OMP_NUM_THREADS"),
+                "cpus": os.cpu_count(),
+                "results": rows,
+                "points": [asdict(point) for point in points],
+            }
+            write_text(json_file, json.dumps(result, indent=1))
+        plot(rows, study.reward, json_file.with_suffix(".png"))
+        console.print(_table(rows, study.reward))
+        console.print(f"Results: {json_file.resolve()}")
+        return result
 
 
 def _table(rows: list[dict[str, Any]], reward: str) -> Any:

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import io
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -247,7 +248,12 @@ def _jsonl_rows(name: str, data: bytes) -> Iterator[_Row]:
 
 def _parsed(place: str, line: str) -> dict[str, Any]:
     try:
-        fields = json.loads(line, parse_constant=_refuse_constant)
+        fields = json.loads(
+            line,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_without_repeats,
+        )
         # JSON can escape halves of characters, which no tokenizer and no file takes.
         json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -264,6 +270,21 @@ def _parsed(place: str, line: str) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is larger than any float64")
+    return number
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    return fields
 
 
 def _csv_rows(name: str, data: bytes) -> Iterator[_Row]:

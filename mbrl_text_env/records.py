@@ -27,12 +27,16 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from mbrl_text_env.files import write_folder
+from mbrl_text_env.identity import identity
 from mbrl_text_env.rewards.base import RewardModel, score_responses
 from mbrl_text_env.rewards.base import reward_name as name_of
+from mbrl_text_env.runs import refuse_others
 from mbrl_text_env.types import FinishReason, Message, Prompt, Split, TextState
 
 _VERSION_KEY = b"mbrl_text_env.records_version"
-_VERSION = b"1"
+_VERSION = b"2"
+# What the rows of a shard depend on, apart from their prompts: JSON.
+_RUN_KEY = b"mbrl_text_env.run"
 # Parquet maps are not understood by every reader; a list of name and value is.
 _AMOUNTS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))
 _SCHEMA = pa.schema(
@@ -55,9 +59,13 @@ _SCHEMA = pa.schema(
         ("language_model", pa.string()),
         ("seed", pa.int64()),
         ("usage", _AMOUNTS),
+        ("sample", pa.int64()),  # null where it is not one of several samples
     ],
     metadata={_VERSION_KEY: _VERSION},
 )
+# The same without the number of the sample.
+_UNNUMBERED = pa.schema([column for column in _SCHEMA if column.name != "sample"])
+_SCHEMAS = {b"1": _UNNUMBERED, _VERSION: _SCHEMA}
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
 _SCRATCH_SUFFIX = ".tmp"
 _LOCK_SECONDS = 1.0
@@ -95,6 +103,7 @@ class Record:
         metadata: The prompt's metadata. JSON values.
         messages: The prompt's chat messages; None where the prompt is plain text, `prompt_text`.
         chunk_ends: int[C], lengths of the response after each chunk.
+        sample: Which of the samples to the prompt it is, from 0; None where there is one alone.
 
     Raises:
         RecordsError: A score is not finite, `rewards` has a part `"total"`, or there are
@@ -128,6 +137,7 @@ class Record:
     metadata: dict[str, Any] = field(hash=False)
     messages: tuple[Message, ...] | None = None
     chunk_ends: tuple[int, ...] = ()
+    sample: int | None = None
 
     def __post_init__(self) -> None:
         if "total" in self.rewards:
@@ -161,6 +171,7 @@ class Record:
         seed: int,
         logprobs: Sequence[float] = (),
         usage: Mapping[str, float] | None = None,
+        sample: int | None = None,
     ) -> Record:
         """Make the record of a scored state; see the class for the arguments.
 
@@ -187,6 +198,7 @@ class Record:
             metadata=dict(prompt.metadata),
             messages=None if isinstance(prompt.content, str) else prompt.content,
             chunk_ends=state.chunk_ends,
+            sample=sample,
         )
 
     def prompt(self) -> Prompt:
@@ -258,6 +270,7 @@ class RecordWriter:
         self._lock = FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS)
         self._pending: list[pa.RecordBatch] = []
         self._next_shard = 0
+        self._run: bytes | None = None
 
     def __enter__(self) -> RecordWriter:
         with _writable(self.folder):
@@ -306,6 +319,34 @@ class RecordWriter:
         for record in records:
             self.append(record)
 
+    def append_together(self, records: Iterable[Record]) -> None:
+        """Write records at once: a kill leaves all of them or none; see `append`."""
+        self._check_open()
+        self._pending += [_batch(record) for record in records]
+        self.flush()
+
+    def go_on(self, run: Mapping[str, Any]) -> None:
+        """Write records of this run from now on; the folder holds no others.
+
+        Args:
+            run: Whatever the records depend on, apart from their prompts. JSON values. It is kept
+                in each shard.
+
+        Raises:
+            RecordsError: The folder holds records of another run, or some that do not say of which;
+                the message says what differs. Or the writer is not open.
+        """
+        self._check_open()
+        for shard in _shards(self.folder):
+            found = _run_of(shard)
+            if found is None:
+                raise RecordsError(
+                    f"{shard} holds records that do not say what they depend on, so nothing can be "
+                    "added to them. Choose another folder."
+                )
+            refuse_others(self.folder, found, run, "collection", RecordsError)
+        self._run = json.dumps(run).encode()
+
     def flush(self) -> None:
         """Write what was added since the last shard.
 
@@ -317,6 +358,9 @@ class RecordWriter:
         if not self._pending:
             return
         table = pa.Table.from_batches(self._pending).combine_chunks()
+        if self._run is not None:
+            metadata = {**(table.schema.metadata or {}), _RUN_KEY: self._run}
+            table = table.replace_schema_metadata(metadata)
         with _writable(self.folder):
             _write_shard(table, self.folder / f"shard-{self._next_shard:05d}.parquet")
         self._next_shard += 1
@@ -430,10 +474,29 @@ def rescore(
     target = Path(target)
     with _writable(target):
         _check_target(Path(source), target)
-    records = iter_records(source)
+    records, run = iter_records(source), run_of(source)
     with _writable(target), write_folder(target) as scratch, RecordWriter(scratch) as writer:
+        if run is not None:
+            writer.go_on({**run, "reward": identity(reward_model)})
         while batch := list(islice(records, batch_size)):
             writer.extend(_rescored(batch, reward_model))
+
+
+def run_of(folder: str | Path) -> dict[str, Any] | None:
+    """What the records of a folder depend on (`RecordWriter.go_on`); None where it is not known.
+
+    Raises:
+        RecordsError: A shard is damaged.
+    """
+    found = [_run_of(shard) for shard in _shards(folder)]
+    return found[0] if found and all(run == found[0] for run in found) else None
+
+
+def _run_of(shard: Path) -> dict[str, Any] | None:
+    with _opened(shard) as file:
+        run = (file.schema_arrow.metadata or {}).get(_RUN_KEY)
+    found: dict[str, Any] | None = None if run is None else json.loads(run)
+    return found
 
 
 def _rescored(records: Sequence[Record], reward_model: RewardModel) -> Iterator[Record]:
@@ -555,21 +618,22 @@ def _opened(shard: Path) -> Iterator[pq.ParquetFile]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _DamagedShardError(
             f"{shard}: expected a whole shard of records, but it is damaged or cut off ({error}). "
-            "Restore it from a copy, or move it out of the folder."
+            "Restore it from a copy, or move it out of the folder: `collect` draws it again."
         ) from error
 
 
 def _check_schema(shard: Path, schema: pa.Schema) -> None:
     version = (schema.metadata or {}).get(_VERSION_KEY)
-    if version != _VERSION:
+    known = None if version is None else _SCHEMAS.get(version)
+    if version is None or known is None:
         got = "no version" if version is None else f"version {version.decode(errors='replace')}"
         raise RecordsError(
             f"{shard}: expected records of version {_VERSION.decode()}, got {got}. Read it with "
             "the release of mbrl-text-env that wrote it, or move it out of the folder."
         )
-    if not schema.equals(_SCHEMA):
+    if not schema.equals(known):
         raise _DamagedShardError(
-            f"{shard}: expected the columns of version {_VERSION.decode()} ({_SCHEMA.names}), got "
+            f"{shard}: expected the columns of version {version.decode()} ({known.names}), got "
             f"{schema.names} or other types. Restore it from a copy, or move it out of the folder."
         )
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.files import write_text
+from mbrl_text_env.files import remove_scratch
+from mbrl_text_env.runs import claim_file
 
 _RUN = "run.json"
 
@@ -36,17 +37,17 @@ def claim_checkpoints(
         error: The folder is of another run, or of something else.
         OSError: It cannot be written.
     """
-    described = json.dumps(record, indent=2, sort_keys=True)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_scratch(checkpoints)
     note = checkpoints / _RUN
-    if checkpoints.is_dir() and any(checkpoints.iterdir()):
-        if not note.is_file() or note.read_text(encoding="utf-8") != described:
-            raise error(
-                f"{checkpoints}: expected checkpoints of the same data and settings to go on from, "
-                "got others. Remove the folder to begin anew, or choose another folder for the "
-                "result."
-            )
-    else:
-        write_text(note, described)
+    others = any(path.name != _RUN for path in checkpoints.iterdir())
+    if others and not note.is_file():
+        raise error(
+            f"{checkpoints}: expected checkpoints of the same training to go on from, got a folder "
+            "with other files. Remove the folder to begin anew, or choose another folder for the "
+            "result."
+        )
+    claim_file(note, record, "training", error)
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     # Trainers write their state last: a checkpoint without it was cut off.
     whole = [path for path in found if _is_json(path / "trainer_state.json")]

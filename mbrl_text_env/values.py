@@ -69,10 +69,16 @@ def predict_values(
         raise ValueModelError(f"{name} is not fitted. Call fit(records), or load a saved one.")
     asks_others = getattr(value_model, "predict_with", None)
     with timed(ledgers):
-        if asks_others is not None:
-            estimate = asks_others(states, ledgers)
-        else:
-            estimate = value_model.predict(states)
+        try:
+            if asks_others is not None:
+                estimate = asks_others(states, ledgers)
+            else:
+                estimate = value_model.predict(states)
+        except SystemExit as left:
+            raise ValueModelError(
+                f"{name}: predicting for prompt {states[0].prompt.id!r} left the program "
+                f"(SystemExit: {left}). A value model returns numbers or raises an error."
+            ) from left
     mean, std = np.asarray(estimate.mean, float), np.asarray(estimate.std, float)
     for label, values in (("mean", mean), ("std", std)):
         if values.shape != (len(states),) or not np.isfinite(values).all():

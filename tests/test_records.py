@@ -357,16 +357,16 @@ def test_a_folder_of_damaged_shards_alone_is_an_error(tmp_path):
         read_records(tmp_path, skip_damaged=True)
 
 
-@pytest.mark.parametrize("version", [None, "2"])
+@pytest.mark.parametrize("version", [None, "3"])
 def test_an_unknown_version_is_an_error(tmp_path, version):
     write(tmp_path, 1)
     shard = tmp_path / "shard-00000.parquet"
     metadata = {} if version is None else {"mbrl_text_env.records_version": version}
     pq.write_table(pq.read_table(shard).replace_schema_metadata(metadata), shard)
     for skip_damaged in (False, True):
-        with pytest.raises(RecordsError, match=f"version 1, got .*{version or 'no version'}"):
+        with pytest.raises(RecordsError, match=f"version 2, got .*{version or 'no version'}"):
             read_records(tmp_path, skip_damaged=skip_damaged)
-    with pytest.raises(RecordsError, match="version 1"), RecordWriter(tmp_path):
+    with pytest.raises(RecordsError, match="version 2"), RecordWriter(tmp_path):
         pass
 
 

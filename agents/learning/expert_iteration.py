@@ -48,11 +48,12 @@ from agents.learning.shift import Divergence, check_gold, divergence, from_json,
 from agents.sampling import Sampling
 from agents.values import FittedValue
 from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record, RecordWriter, read_records
-from mbrl_text_env.rewards.base import RewardModel, reward_name
+from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 
@@ -427,15 +428,17 @@ class ExpertIteration:
         for name in _ADJUSTABLE:
             settings.pop(name)
         models: dict[str, Any] = {
-            "language_model": self.language_model.name,
-            "reward": reward_name(self.reward_model),
-            "gold": None if self.gold_model is None else reward_name(self.gold_model),
+            "language_model": identity(self.language_model),
+            "reward": identity(self.reward_model),
+            "gold": identity(self.gold_model),
+            "value_model": identity(self.value_model),
+            "encoder": identity(self.encoder),
             "improver": dict(self.improver.described()),
         }
-        given = {
-            name: getattr(getattr(self, name), "__qualname__", None)
-            for name in ("agent_factory", "value_factory", "hint")
+        given = ("agent_factory", "value_factory", "hint")
+        return {
+            "settings": identity(settings),
+            **models,
+            **{name: identity(getattr(self, name)) for name in given},
+            **{name: prompts_digest(getattr(self, name)) for name in ("train", "validation")},
         }
-        prompts = {name: prompts_digest(getattr(self, name)) for name in ("train", "validation")}
-        own_value = self.value_model is not None
-        return {"settings": settings, **models, **given, **prompts, "value_model": own_value}

@@ -25,11 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mbrl_text_env.files import write_text
+from mbrl_text_env.runs import claimed
 
-CONFIG = "config.json"
 STAGES = ("collected", "selected", "policy", "validation", "value")
 """In the order in which they are made; the first three are not there for the base model."""
 
@@ -128,32 +126,8 @@ class LoopFolder:
         Raises:
             LoopError: The folder is of another loop, or of something else, or in use.
         """
-        config = self.path / CONFIG
-        described = json.loads(json.dumps(record))
-        is_other = self.path.is_dir() and any(
-            not path.name.startswith(".") for path in self.path.iterdir()
-        )
-        if (is_other and not config.is_file()) or self.path.is_file():
-            raise LoopError(
-                f"{self.path}: expected a new or empty folder, or one of an earlier call of this "
-                "loop, got one with other files, or a file. Choose another."
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock", timeout=1.0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise LoopError(
-                f"{self.path}: another process runs a loop there. Wait until it ends, or choose "
-                "another folder."
-            ) from error
-        try:
-            if not config.is_file():
-                write_json(config, described)
-            _check_same(config, described)
+        with claimed(self.path, record, "loop", LoopError):
             yield
-        finally:
-            lock.release()
 
 
 @contextmanager
@@ -180,22 +154,6 @@ def told_where(folder: str | Path, where: str) -> Iterator[None]:
             "kept. Free some space, or mend the folder's permissions; after that the same call "
             "goes on with this stage."
         ) from error
-
-
-def _check_same(config: Path, record: Mapping[str, Any]) -> None:
-    there = read_json(config)
-    for key in sorted({*there, *record}):
-        if there.get(key) != record.get(key):
-            raise LoopError(
-                f"{config.parent}: it holds another loop: {key} is {_short(there.get(key))} there "
-                f"and {_short(record.get(key))} here. Go on with the same, or choose another "
-                "folder."
-            )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbrl_text_env.files import write_folder
+from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ def adapter_digest(folder: str | Path | None) -> str | None:
         return None
     path = Path(folder) / "adapter_model.safetensors"
     try:
+        recover_folder(folder)
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise TuningError(
@@ -241,6 +242,7 @@ def check_base(folder: str | Path, language_model: TransformersLM) -> None:
     """
     path = Path(folder) / BASE
     try:
+        recover_folder(folder)
         trained_on = json.loads(path.read_text(encoding="utf-8"))
         if not (Path(folder) / "adapter_model.safetensors").is_file():
             raise FileNotFoundError("there is no adapter_model.safetensors")

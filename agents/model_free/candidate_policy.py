@@ -21,7 +21,7 @@ from agents.base import check_positive
 from agents.learning.lora import TuningError
 from agents.learning.training import storage
 from mbrl_text_env.encoders import Encoder
-from mbrl_text_env.files import write_folder
+from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.proposer import CandidateProposer, FeatureLayout
 from mbrl_text_env.rewards.base import RewardModel, reward_name
@@ -347,6 +347,7 @@ def load_policy(
     from safetensors.torch import load_file
 
     try:
+        recover_folder(folder)
         config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
         if config["format"] != _FORMAT:
             raise ValueError(f"format {config['format']!r}, this version reads {_FORMAT}")

@@ -24,6 +24,7 @@ from agents.model_free.train_prompts import check_prompts
 from agents.model_free.vec_env import VectorEnvAdapter
 from mbrl_text_env.candidates import CandidateChunksVector
 from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -188,9 +189,8 @@ class Training:
         return {
             "algorithm": self.algorithm,
             "settings": {**asdict(self.settings), "hidden": list(self.settings.hidden)},
-            "language_model": self.language_model.name,
-            "dtype": str(getattr(self.language_model, "dtype", None)),
-            "reward": reward_name(self.reward_model),
+            "language_model": identity(self.language_model),
+            "reward": identity(self.reward_model),
             "prompts": prompts_digest(self.prompts),
             "validation": prompts_digest(self.validation),
         }

@@ -37,6 +37,7 @@ from agents.model_free.policy_gradient import (
     StepReport,
 )
 from agents.model_free.train_prompts import check_prompts
+from mbrl_text_env.identity import identity
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
@@ -172,7 +173,7 @@ def _train(
             "settings": asdict(settings),
             "base": base_of(language_model),
             "dtype": str(language_model.dtype),
-            "reward": reward_name(reward_model),
+            "reward": identity(reward_model),
             "prompts": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
             "start_from": adapter_digest(start_from),
         },

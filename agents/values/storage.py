@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from agents.values.heads import Arrays
-from mbrl_text_env.files import write_folder
+from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.values import ValueModelError
 
 _CONFIG, _WEIGHTS = "value.json", "value.safetensors"
@@ -27,6 +27,7 @@ def write_value(folder: str | Path, config: dict[str, Any], arrays: Arrays) -> N
     Raises:
         ValueModelError: The folder holds something else, or cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     target = Path(folder)
@@ -37,7 +38,7 @@ def write_value(folder: str | Path, config: dict[str, Any], arrays: Arrays) -> N
             text = json.dumps({"format": _FORMAT, **config}, indent=2, allow_nan=False)
             (scratch / _CONFIG).write_text(text, encoding="utf-8")
             save_file(arrays, scratch / _WEIGHTS)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueModelError(
             f"Expected a new folder, or one with a value model to replace, got {str(folder)!r} "
             f"({error}). Choose another."
@@ -55,6 +56,7 @@ def reading(folder: str | Path) -> Iterator[tuple[dict[str, Any], Arrays]]:
     from safetensors.numpy import load_file
 
     try:
+        recover_folder(folder)
         config = json.loads((Path(folder) / _CONFIG).read_text(encoding="utf-8"))
         if config["format"] != _FORMAT:
             raise ValueError(f"format {config['format']!r}, this version reads {_FORMAT}")

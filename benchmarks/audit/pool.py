@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from agents.collection import collect
+from agents.collection import collect, collection_run, missing_samples
 from benchmarks.audit.curves import FloatArray
 from benchmarks.audit.sensitivity import INTERVENTIONS, intervene
 from mbrl_text_env.files import write_text
+from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.mdp import initial, response_limit
-from mbrl_text_env.records import Record, RecordWriter
+from mbrl_text_env.records import Record, RecordWriter, run_of
 from mbrl_text_env.rewards.base import RewardModel, score_responses
+from mbrl_text_env.runs import prompt_digest, refuse_others, writing
 from mbrl_text_env.types import Prompt
 
 # Responses are lost by the batch when an audit is killed.
@@ -56,7 +57,7 @@ def fill_pool(
     """Read the pool, generating what is missing of it as `collect` does (temperature 0.7).
 
     Args:
-        folder: A records folder; one written by `mbrl-text collect` will do.
+        folder: A records folder; one written by `mbrl-text collect` will do, whatever the reward.
         language_model: Writes the responses.
         prompts: The prompts.
         samples: Responses to each prompt; of more, the first are taken.
@@ -70,41 +71,39 @@ def fill_pool(
         The records, `samples` to each prompt.
 
     Raises:
-        AuditError: The folder holds responses of another model, seed or token limit, to other
-            prompts, or fewer to a prompt.
-        RecordsError: The folder cannot be read or written.
+        AuditError: The folder holds responses of another model, seed or token limit, or to other
+            prompts alone.
+        RecordsError: The folder cannot be read or written, holds responses to other prompts of the
+            same ids, or lacks some and holds records that another reward has scored.
     """
-    # One shard a batch: a kill leaves whole batches, never some of a prompt's responses.
-    with RecordWriter(folder, shard_rows=_BATCH_PROMPTS * samples) as writer:
-        rows = _by_prompt(writer.existing(), prompts)
-        if not (rows or shared):
-            _check_others(writer.existing(), prompts, folder)
-        missing = [prompt for prompt in prompts if prompt.id not in rows]
-        for prompt in prompts:
-            if prompt.id in rows:
-                _check_row(folder, rows[prompt.id], prompt, language_model, samples, seed)
-                _check_limit(folder, rows[prompt.id], language_model, max_response_tokens)
+    options: dict[str, Any] = {"max_response_tokens": max_response_tokens, "seed": seed}
+    with RecordWriter(folder) as writer:
+        existing = writer.existing()
+        if existing:
+            if not shared:
+                _check_others(existing, prompts, folder)
+            run = run_of(folder) or {}
+            wanted = collection_run(language_model, _Characters(), **options)
+            # What the responses were scored by does not matter here.
+            run["reward"] = wanted["reward"] = ""
+            refuse_others(folder, run, wanted, "pool", AuditError)
+        missing = missing_samples(existing, prompts, samples)
         report = on_batch or (lambda count: None)
-        report((len(prompts) - len(missing)) * samples)
-
-        def keep(records: list[Record]) -> None:
-            for record in records:
-                rows.setdefault(record.prompt_id, []).append(record)
-            report(len(records))
-
-        if missing:
+        report(len(prompts) * samples - sum(map(len, missing.values())))
+        if any(missing.values()):
             collect(
                 language_model,
                 _Characters(),
-                missing,
+                prompts,
                 writer,
                 samples_per_prompt=samples,
-                max_response_tokens=max_response_tokens,
                 batch_prompts=_BATCH_PROMPTS,
-                seed=seed,
-                on_batch=keep,
+                on_batch=lambda records: report(len(records)),
+                **options,
             )
-    return [rows[prompt.id][:samples] for prompt in prompts]
+            existing = writer.existing()
+    place = {(record.prompt_id, record.sample): record for record in existing}
+    return [[place[prompt.id, k] for k in range(samples)] for prompt in prompts]
 
 
 def score_pool(
@@ -133,14 +132,18 @@ def score_pool(
         RewardError: The reward model failed; the message names the prompt.
     """
     rows = []
+    reward = identity(reward_model)
     for prompt, texts in zip(prompts, responses, strict=True):
         changed = {name: [intervene(name, t) for t in texts[:tried]] for name in INTERVENTIONS}
         # Named by what was scored: scores of other texts are never taken for these.
-        key = json.dumps([prompt.id, prompt.text, texts, changed]).encode()
+        key = json.dumps([prompt.id, prompt_digest(prompt), texts, changed, reward]).encode()
         path = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
-        if not path.exists():
-            write_text(path, json.dumps(_scores(reward_model, prompt, texts, changed)))
-        rows.append(json.loads(path.read_text(encoding="utf-8")))
+        row = _kept(path)
+        if row is None:
+            row = _scores(reward_model, prompt, texts, changed)
+            with writing(folder, AuditError):
+                write_text(path, json.dumps(row))
+        rows.append(row)
         if on_batch is not None:
             on_batch(1)
     plain = np.array([row["pool"] for row in rows], dtype=np.float64)
@@ -148,6 +151,15 @@ def score_pool(
         name: np.array([row["interventions"][name] for row in rows], dtype=np.float64)
         for name in INTERVENTIONS
     }
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """The scores of a file; None where there are none, or they are damaged."""
+    try:
+        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return row if isinstance(row, dict) and {"pool", "interventions"} <= set(row) else None
 
 
 def _scores(
@@ -166,64 +178,12 @@ def _scores(
     }
 
 
-def _by_prompt(records: Sequence[Record], prompts: Sequence[Prompt]) -> dict[str, list[Record]]:
-    wanted = {prompt.id for prompt in prompts}
-    rows: dict[str, list[Record]] = {}
-    for record in records:
-        if record.prompt_id in wanted:
-            rows.setdefault(record.prompt_id, []).append(record)
-    return rows
-
-
 def _check_others(records: Sequence[Record], prompts: Sequence[Prompt], folder: Path) -> None:
-    if records:
+    wanted = {prompt.id for prompt in prompts}
+    if not any(record.prompt_id in wanted for record in records):
         there = list(dict.fromkeys(record.prompt_id for record in records))
         raise AuditError(
             f"{folder} holds responses to other prompts ({', '.join(there[:3])}, ...; expected "
             f"{prompts[0].id}, ...). Give the --prompts, --split and --seed it was made with, or "
             "another --pool."
-        )
-
-
-def _check_row(
-    folder: Path,
-    records: Sequence[Record],
-    prompt: Prompt,
-    language_model: LanguageModel,
-    samples: int,
-    seed: int,
-) -> None:
-    """Make sure that a prompt's records are what this audit would have generated."""
-    first = records[0]
-    differences: dict[str, tuple[set[Any], Any]] = {
-        "prompt text": ({r.prompt_text for r in records}, prompt.text),
-        "language model": ({r.language_model for r in records}, language_model.name),
-        "agent": ({r.agent for r in records}, "sampling"),
-        "seed": ({r.seed for r in records}, seed),
-    }
-    for what, (there, here) in differences.items():
-        if there != {here}:
-            raise AuditError(
-                f"{folder}, prompt {first.prompt_id!r}: expected responses of {what} {here!r}, got "
-                f"{sorted(map(str, there))}. Give the options it was made with, or another --pool."
-            )
-    if len(records) < samples:
-        raise AuditError(
-            f"{folder}, prompt {first.prompt_id!r}: expected {samples} responses, got "
-            f"{len(records)}. Ask for at most as many samples, or give another folder."
-        )
-
-
-def _check_limit(
-    folder: Path, records: Sequence[Record], language_model: LanguageModel, max_tokens: int
-) -> None:
-    """Make sure that responses were cut where this audit would have cut them."""
-    limit = response_limit(initial(records[0].prompt(), language_model), language_model, max_tokens)
-    longest = max(len(record.response_ids) for record in records)
-    cut = {len(record.response_ids) for record in records if record.finish_reason == "length"}
-    if longest > limit or cut - {limit}:
-        raise AuditError(
-            f"{folder}, prompt {records[0].prompt_id!r}: expected responses of at most {limit} "
-            f"tokens, got a pool cut at {max(cut, default=longest)}. Give the "
-            "--max-response-tokens it was made with, or another --pool."
         )

@@ -29,13 +29,14 @@ from benchmarks.audit.sensitivity import (
 )
 from benchmarks.audit.verdict import decide, trivial
 from benchmarks.compare import choose_prompts
-from benchmarks.folders import claim
 from mbrl_text_env.files import write_text
+from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardModel, applies_to
+from mbrl_text_env.runs import claimed, prompt_digests, writing
 from mbrl_text_env.types import Prompt
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,30 @@ def run_audit(
             responses to each prompt the same score.
         RewardError: A reward failed.
     """
+    folder = Path(out)
+    pool_folder = folder / "pool" if pool is None else Path(pool)
+    record = {
+        **audit.record(),
+        "prompts": prompt_digests(audit.prompts),
+        "pool": None if pool is None else str(pool),
+        "models": {
+            name: identity(getattr(audit, name)) for name in ("language_model", "proxy", "gold")
+        },
+    }
+    with claimed(folder, record, "audit", AuditError):
+        return _run(audit, folder, pool_folder, command, on_progress)
+
+
+def _run(
+    audit: Audit,
+    folder: Path,
+    pool_folder: Path,
+    command: str,
+    on_progress: Callable[[str, int], None] | None,
+) -> AuditResult:
     from benchmarks.audit.report import plot
 
-    folder, config = Path(out), audit.config
-    pool_folder = folder / "pool" if pool is None else Path(pool)
-    record = {**audit.record(), "pool": None if pool is None else str(pool)}
-    claim(folder, record, "audit", AuditError)
+    config = audit.config
     report = on_progress or (lambda stage, count: None)
     records = fill_pool(
         pool_folder,
@@ -159,8 +178,9 @@ def run_audit(
         "config": audit.record(),
         **{key: value for key, value in asdict(result).items() if key != "config"},
     }
-    write_text(folder / "audit.json", json.dumps(written, indent=2, allow_nan=False))
-    plot(result, folder / "audit.png")
+    with writing(folder, AuditError):
+        write_text(folder / "audit.json", json.dumps(written, indent=2, allow_nan=False))
+        plot(result, folder / "audit.png")
     return result
 
 

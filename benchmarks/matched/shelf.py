@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from agents.values import FITTED, READY, FittedValue, make_value
 from benchmarks.audit.pool import fill_pool
@@ -50,6 +51,11 @@ class ValueShelf(Mapping[str, ValueModel]):
         self.max_response_tokens = max_response_tokens
         self.seed = seed
         self._made: dict[str, ValueModel] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """What the values follow from; none is made for it."""
+        names = ("prompts", "samples", "max_response_tokens", "seed")
+        return {name: getattr(self, name) for name in names}
 
     def __getitem__(self, name: str) -> ValueModel:
         if name not in _KINDS:

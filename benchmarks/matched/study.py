@@ -24,18 +24,19 @@ from benchmarks.compare import (
     choose_prompts,
     run,
 )
-from benchmarks.folders import claim
 from benchmarks.matched.pool import Pool, make_pool
 from benchmarks.matched.shelf import ValueShelf
+from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.runs import claimed
 
 DEFAULT_PLANNER = "adaptive:value=prefix"
 """Chosen on the validation split; the same for every reward."""
 
-_FORMAT = 1
+_FORMAT = 2
 
 Unit = Literal["tokens", "flops", "seconds"]
 Progress = Callable[[str], None]
@@ -98,8 +99,7 @@ class Study:
         names = ("split", "train_prompts", "train_samples", "max_response_tokens", "seed")
         return {
             "format": _FORMAT,
-            "language_model": language_model.name,
-            "dtype": str(getattr(language_model, "dtype", None)),
+            "language_model": identity(language_model),
             **{name: getattr(self, name) for name in names},
         }
 
@@ -152,19 +152,19 @@ def run_study(
             a response to each prompt.
         AuditError: The pool in the folder is of another model, seed or size.
     """
-    claim(out, study.record(language_model), "study", CompareError)
-    for name, specs in study.agents.items():
-        runs = _Runs(study, language_model, name, rewards[name], out)
-        on_progress(f"{name}: pool of {study.samples} responses to each prompt")
-        pool = runs.pool()
-        cells = []
-        for budget in study.budgets:
-            caps = runs.caps(pool, budget)
-            for spec in specs:
-                on_progress(f"{name}: {spec} at {budget:,}")
-                rows = runs.answers(spec, budget, caps)
-                cells.append(Cell(name, spec, budget, study.unit, rows))
-        yield name, pool, cells
+    with claimed(out, study.record(language_model), "study", CompareError):
+        for name, specs in study.agents.items():
+            runs = _Runs(study, language_model, name, rewards[name], out)
+            on_progress(f"{name}: pool of {study.samples} responses to each prompt")
+            pool = runs.pool()
+            cells = []
+            for budget in study.budgets:
+                caps = runs.caps(pool, budget)
+                for spec in specs:
+                    on_progress(f"{name}: {spec} at {budget:,}")
+                    rows = runs.answers(spec, budget, caps)
+                    cells.append(Cell(name, spec, budget, study.unit, rows))
+            yield name, pool, cells
 
 
 class _Runs:

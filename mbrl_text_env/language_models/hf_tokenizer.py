@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from mbrl_text_env.language_models.base import PromptTooLongError
+from mbrl_text_env.runs import digest
 from mbrl_text_env.types import Prompt
 
 if TYPE_CHECKING:
@@ -62,6 +64,20 @@ class HFTokenizer:
         # Read-only. Gymnasium deep-copies the arguments of an environment whenever its spec is
         # read through a wrapper.
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this tokenizer from others: how it encodes, and where responses end."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        known: dict[str, Any] = {"vocab": self.tokenizer.get_vocab()}
+        if backend is not None:
+            # Padding and truncation are set anew by each call.
+            known = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+        described = [known, self.tokenizer.chat_template]
+        return {
+            "content": digest(json.dumps(described, sort_keys=True).encode()),
+            "stop_token_ids": sorted(self.stop_token_ids),
+            "context_length": self.context_length,
+        }
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt: chat messages through the chat template, plain text as it is.

@@ -178,6 +178,15 @@ class ServerLM(RequestSampler):
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from others: its names, addresses and tokenizer."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "urls": list(self.base_urls),
+            "tokenizer": self._tokenizer.identity(),
+        }
+
     @property
     def losses(self) -> tuple[str, ...]:
         """What the servers could not give so far, in words."""

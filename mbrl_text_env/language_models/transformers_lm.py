@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM
 
+from mbrl_text_env.identity import weights_digest
 from mbrl_text_env.language_models.base import (
     NextTokens,
     PromptTooLongError,
@@ -177,6 +178,7 @@ class TransformersLM(RequestSampler):
         self._cache: PrefixCache[Span] = PrefixCache(kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
         self._weights = self._weights_version()
+        self._digests: tuple[Any, str] | None = None
         self._network = self._make_network()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformersLM:
@@ -199,6 +201,18 @@ class TransformersLM(RequestSampler):
         if self._network is None:
             return 0
         return self._cache.max_bytes // self._network.shape.bytes_per_token
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from others: its name, weights, number format and tokenizer."""
+        version = self._weights_version()
+        if self._digests is None or self._digests[0] != version:
+            self._digests = version, weights_digest(self.model)
+        return {
+            "name": self.name,
+            "weights": self._digests[1],
+            "dtype": str(self.dtype),
+            "tokenizer": self._tokenizer.identity(),
+        }
 
     def clear_cache(self) -> None:
         """Forget all prefixes."""

@@ -262,9 +262,11 @@ def score_steps(
 def _guarded(function: Callable[..., Any], context: str, *args: Any) -> Any:
     try:
         return function(*args)
-    except RewardError:
+    except (RewardError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # `sys.exit` in a reward, or in a library that it calls, must not end a run as if all were
+        # well.
         # The whole batch was passed at once, so the first response stands for it in the message.
         responses = args[-1]
         raise RewardError(

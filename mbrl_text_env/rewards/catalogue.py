@@ -265,7 +265,7 @@ def _named(name: str) -> RewardModel:
 def _made(name: str, factory: Callable[..., Any], *arguments: str) -> RewardModel:
     try:
         return as_reward_model(factory(*arguments))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardSpecError(
             f"Reward {name!r} cannot be made: {type(error).__name__}: {error}"
         ) from error
@@ -299,7 +299,7 @@ def _loaded(name: str) -> Callable[..., Any]:
         )
     try:
         factory: Callable[..., Any] = points[0].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardSpecError(
             f"Reward {name!r}, offered by {_packages(points)}: importing {points[0].value!r} "
             f"raised {type(error).__name__}: {error}. Mend or uninstall that package."
@@ -325,7 +325,7 @@ def _from_file(path: Path, name: str) -> RewardModel:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardSpecError(
             f"Reward {spec!r}: running the file raised {type(error).__name__}: {error}."
         ) from error

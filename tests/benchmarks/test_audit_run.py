@@ -15,7 +15,7 @@ from benchmarks.audit.result import AuditConfig
 from benchmarks.audit.run import Audit, choose_for_both, run_audit
 from benchmarks.compare import CompareError
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.records import RecordWriter, read_records
+from mbrl_text_env.records import RecordsError, RecordWriter, read_records
 from mbrl_text_env.rewards import ConstraintsReward
 from mbrl_text_env.types import Prompt
 from tests.toys import CountReward
@@ -132,13 +132,12 @@ def test_missing_prompts_are_added_to_a_pool(tmp_path, finished):
         ({"prompts": [replace(p, id=f"q{p.id}") for p in PROMPTS]}, "responses to other prompts"),
         (
             {"prompts": [Prompt.from_text("bab", id=p.id) for p in PROMPTS]},
-            "prompt text 'bab'",
+            "another prompt",
         ),
-        ({"seed": 1}, r"seed 1, got \['0'\]"),
-        ({"samples": 7}, "expected 7 responses, got 6"),
-        ({"max_response_tokens": 9}, "at most 9 tokens, got a pool cut at 8"),
-        ({"max_response_tokens": 7}, "at most 7 tokens, got a pool cut at 8"),
-        ({"language_model": "other"}, "language model 'other'"),
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"max_response_tokens": 9}, "max_response_tokens: 8 there, 9 here"),
+        ({"max_response_tokens": 7}, "max_response_tokens: 8 there, 7 here"),
+        ({"language_model": "other"}, "language_model.name: .* there, other here"),
     ],
 )
 def test_a_pool_of_something_else(tmp_path, finished, changes, message):
@@ -146,7 +145,7 @@ def test_a_pool_of_something_else(tmp_path, finished, changes, message):
         other = NGramLM("abc.! ", seed=3)
         other.name = "other"
         changes = {"language_model": other}
-    with pytest.raises(AuditError, match=message):
+    with pytest.raises((AuditError, RecordsError), match=message):
         run_audit(toy_audit(**changes), tmp_path / "a", pool=finished / "pool")
 
 

@@ -324,3 +324,69 @@ def test_an_agent_may_use_a_policy_of_its_own(tmp_path):
     assert [row["response"] for row in rows["best-of-n"]] != [row["response"] for row in expected]
     with pytest.raises(CompareError, match="policies"):
         run(replace(both, policies={"tuned": tuned, "more": tuned}), tmp_path / "both")
+
+
+def answered_for(tmp_path, prompts, **changes):
+    comparison = replace(toy_comparison(agents=AGENTS[:2], **changes), prompts=prompts)
+    compare(comparison, tmp_path)
+    return without_times(tmp_path)
+
+
+def test_more_prompts_are_added_and_fewer_are_served(tmp_path):
+    whole = answered_for(tmp_path / "whole", PROMPTS)
+    some = answered_for(tmp_path / "a", PROMPTS[:8])
+    times = {row["seconds"] for row in read_rows(tmp_path / "a" / "results.jsonl")}
+    assert answered_for(tmp_path / "a", PROMPTS) == whole
+    kept = {row["seconds"] for row in read_rows(tmp_path / "a" / "results.jsonl")}
+    assert times <= kept
+    assert answered_for(tmp_path / "a", PROMPTS[:8]) == some
+    # Other prompts between them, in another order.
+    shuffled = [PROMPTS[i] for i in np.random.default_rng(0).permutation(20)]
+    again = answered_for(tmp_path / "a", shuffled)
+    assert [row["prompt_id"] for row in again[:20]] == [prompt.id for prompt in shuffled]
+    assert answered_for(tmp_path / "a", PROMPTS) == whole
+
+
+@pytest.mark.parametrize("change", ["empty", "cut off", "line less", "gone", "zeros"])
+def test_a_damaged_part_is_made_again(tmp_path, change):
+    whole = answered_for(tmp_path, PROMPTS)
+    for path in sorted((tmp_path / "parts").iterdir())[1:3]:
+        content = path.read_bytes()
+        damaged = {
+            "empty": b"",
+            "cut off": content[: len(content) // 2],
+            "line less": b"".join(content.splitlines(keepends=True)[:-1]),
+            "zeros": bytes(len(content)),
+        }
+        if change == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(damaged[change])
+    assert answered_for(tmp_path, PROMPTS) == whole
+    assert answered_for(tmp_path, PROMPTS) == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts": [Prompt.from_text("aba", id=p.id) for p in PROMPTS]},
+        {"prompts": [replace(p, metadata={"reference_answer": "4"}) for p in PROMPTS]},
+        {"language_model": NGramLM("abc", seed=4)},
+        {"reward_model": CountReward("b")},
+        {"gold_model": CountReward("b")},
+        {"value_model": FixedValue(lambda text: text.count("b"), LM)},
+        {"policies": {"other": NGramLM("abc", seed=4)}},
+    ],
+)
+def test_rows_of_other_parts_are_not_taken(tmp_path, changes):
+    run(toy_comparison(), tmp_path)
+    with pytest.raises(CompareError, match="holds another comparison"):
+        run(replace(toy_comparison(), **changes), tmp_path)
+
+
+def test_a_comparison_that_cannot_be_run_leaves_the_folder_free(tmp_path):
+    for bad in ({"agents": ("best-of-n:N=4",)}, {"budget_tokens": 7}, {"agents": ("nobody",)}):
+        with pytest.raises(ValueError, match=r"N|too small|nobody"):
+            run(toy_comparison(**bad), tmp_path / "a")
+        assert not (tmp_path / "a").exists()
+    run(toy_comparison(), tmp_path / "a")

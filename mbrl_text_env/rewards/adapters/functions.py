@@ -43,7 +43,9 @@ class FunctionReward:
     def _score(self, prompt: Prompt, response: str) -> float:
         try:
             value = awaited(self.function(prompt.text, response))
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise RewardError(
                 f"Reward model {self.name!r}: raised {type(error).__name__}: {error} for prompt "
                 f"{prompt.id!r}, response {response[:80]!r}. Mend the function."

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mbrl_text_env.identity import identity as part_identity
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardModel,
@@ -70,6 +71,10 @@ class CachedReward(Combinator):
         self.key = identity(reward) if key is None else key
         self.num_found = 0
         self.num_computed = 0
+
+    def identity(self) -> Any:
+        """That of the reward: scores that are looked up are the same."""
+        return part_identity(self.reward)
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
         """Return the reward's scores and parts, each float64[B].

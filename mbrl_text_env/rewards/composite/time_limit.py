@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from mbrl_text_env.identity import identity
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardModel,
@@ -50,6 +51,10 @@ class TimeLimit(Combinator):
             raise ValueError(f"TimeLimit: expected seconds above 0, got {seconds}.")
         super().__init__([reward], reward_name(reward))
         self.reward, self.seconds = reward, seconds
+
+    def identity(self) -> Any:
+        """That of the reward: the limit does not change its scores."""
+        return identity(self.reward)
 
     def reduced(self, dtype: str) -> TimeLimit:
         """The reward in another format, within the same time; see `rewards.base.reduced`."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mbrl_text_env.encoders import Encoder
-from mbrl_text_env.files import write_folder
+from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardError, applies_to
 from mbrl_text_env.rewards.learning.features import (
@@ -23,6 +23,7 @@ from mbrl_text_env.rewards.learning.features import (
 )
 from mbrl_text_env.rewards.learning.fit_report import RewardFitReport
 from mbrl_text_env.rewards.learning.text_statistics import STATISTICS
+from mbrl_text_env.runs import writing
 from mbrl_text_env.types import FloatArray, Prompt
 
 CONFIG = "reward.json"
@@ -179,18 +180,12 @@ class LearnedReward:
         """
         target = Path(folder)
         check_target(target)
-        try:
-            with write_folder(target) as scratch:
-                if isinstance(self.fitted.scorer, HeadScorer):
-                    _write_head(scratch, self.fitted, self.fitted.scorer)
-                else:
-                    assert self.folder is not None
-                    shutil.copytree(self.folder, scratch, dirs_exist_ok=True)
-        except OSError as error:
-            raise RewardError(
-                f"{target}: expected a folder that can be written, got {type(error).__name__}: "
-                f"{error}. Choose another, or change its permissions."
-            ) from error
+        with writing(target, RewardError), write_folder(target) as scratch:
+            if isinstance(self.fitted.scorer, HeadScorer):
+                _write_head(scratch, self.fitted, self.fitted.scorer)
+            else:
+                assert self.folder is not None
+                shutil.copytree(self.folder, scratch, dirs_exist_ok=True)
 
     @classmethod
     def load(
@@ -273,6 +268,7 @@ def _read(
     from safetensors import SafetensorError
 
     try:
+        recover_folder(folder)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if config["format"] != _FORMAT:
             raise ValueError(f"format {config['format']!r}, and this version reads {_FORMAT}")

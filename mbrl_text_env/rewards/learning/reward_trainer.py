@@ -31,6 +31,7 @@ from mbrl_text_env.rewards.learning.lora_classifier import (
     write_adapter,
 )
 from mbrl_text_env.rewards.learning.preferences import PreferencePair
+from mbrl_text_env.runs import writing
 from mbrl_text_env.training import claim_checkpoints, own_randomness
 
 
@@ -147,13 +148,14 @@ def fit_lora(
         raise RewardFitError("use_margin=True: expected a margin on every pair, got some without.")
     name = name or f"learned({data_name})"
     checkpoints = target.with_name(f"{target.name}-checkpoints")
-    resumed = _prepare(checkpoints, settings, fitted_on)
+    with writing(checkpoints, RewardFitError):
+        resumed = _prepare(checkpoints, settings, fitted_on)
     with quiet(), own_randomness(settings.seed):
         base = load_base(settings.base, settings.max_length, name)
         trainer = _trainer(peft, trl, base, settings, fitted_on, checkpoints)
         trainer.train(resume_from_checkpoint=resumed)
     steps = int(trainer.state.global_step)
-    with write_folder(target) as scratch:
+    with writing(target, RewardFitError), write_folder(target) as scratch:
         write_adapter(scratch, trainer.model, base.tokenizer, settings.base)
         # What is measured is what was written.
         scorer = AdapterReward(scratch, settings.base, settings.max_length, name)

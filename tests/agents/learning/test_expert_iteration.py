@@ -32,6 +32,7 @@ from agents.learning.iteration_folder import STAGES, Stage
 from agents.learning.iteration_report import fallen, without_signal
 from agents.sampling import Sampling
 from agents.values import StackedValue
+from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models import SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError
 from mbrl_text_env.mdp import initial
@@ -232,6 +233,9 @@ class Stopping(CountReward):
 
     left = 0
 
+    def identity(self):
+        return identity(CountReward())
+
     def score(self, prompts, responses):
         self.left -= 1
         if self.left == 0:
@@ -297,11 +301,15 @@ class TestKills:
         script = textwrap.dedent(
             """
             import os, signal, sys
+            from mbrl_text_env.identity import identity
             from tests.agents.learning.test_expert_iteration import SETTINGS
             from tests.agents.learning.worlds import make_loop
             from tests.toys import CountReward
 
             class Deadly(CountReward):
+                def identity(self):
+                    return identity(CountReward())
+
                 def score(self, prompts, responses):
                     if armed and os.path.exists(sys.argv[1] + "/01/collected/shard-00000.parquet"):
                         os.kill(os.getpid(), signal.SIGKILL)
@@ -579,13 +587,13 @@ class TestRefused:
             ({"gold_model": None}, "gold"),
         ):
             merged = {"settings": SETTINGS, **options, **change}
-            with pytest.raises(LoopError, match=f"it holds another loop: {key} is"):
+            with pytest.raises(LoopError, match=rf"holds another loop \({key}"):
                 make_loop(folder, merged.pop("settings"), **merged).run()
 
     def test_other_folders(self, tmp_path):
         (tmp_path / "precious.txt").write_text("mine")
         for folder in (tmp_path, tmp_path / "precious.txt"):
-            with pytest.raises(LoopError, match="Choose another"):
+            with pytest.raises(LoopError, match=r"[Cc]hoose a"):
                 make_loop(folder, SETTINGS).run()
         assert (tmp_path / "precious.txt").read_text() == "mine"
 
@@ -593,7 +601,7 @@ class TestRefused:
         inner = []
 
         def twice(iteration, name):
-            with pytest.raises(LoopError, match="another process runs a loop there"):
+            with pytest.raises(LoopError, match="another process works on this loop"):
                 make_loop(tmp_path / "a", replace(SETTINGS, iterations=1)).run()
             inner.append(name)
             raise KeyboardInterrupt

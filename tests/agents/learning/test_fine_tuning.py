@@ -212,7 +212,7 @@ class TestStopped:
             with pytest.raises(KeyboardInterrupt):
                 fine_tune(tiny_lm(), RECORDS, tmp_path / "a", QUICK)
         for records, settings in ((RECORDS[1:], QUICK), (RECORDS, replace(QUICK, seed=2))):
-            with pytest.raises(TuningError, match="checkpoints of the same data and settings"):
+            with pytest.raises(TuningError, match="holds another training"):
                 fine_tune(tiny_lm(), records, tmp_path / "a", settings)
 
     @pytest.mark.parametrize("where", ["checkpoint", "adapter"])

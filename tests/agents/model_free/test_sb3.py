@@ -268,9 +268,9 @@ class TestStopped:
 
         with pytest.raises(MemoryError):
             train("ppo", tmp_path / "p", callbacks=[Stop(528, die)])
-        with pytest.raises(TuningError, match="same data and settings"):
+        with pytest.raises(TuningError, match="holds another training"):
             train("ppo", tmp_path / "p", changes=change)
-        with pytest.raises(TuningError, match="same data and settings"):
+        with pytest.raises(TuningError, match="holds another training"):
             train("ppo", tmp_path / "p", prompts=[Prompt("four", "b")])
 
     def test_no_space_left(self, tmp_path, monkeypatch):

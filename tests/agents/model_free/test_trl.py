@@ -204,17 +204,20 @@ class TestStopped:
         assert len(reward.calls) == 4
         self.check_same(whole, tmp_path / "a", report)
 
-    def test_ctrl_c(self, whole, tmp_path):
-        class Stopping(CountReward):
-            def score(self, prompts, responses):
-                if len(self.calls) == 2:
-                    os.kill(os.getpid(), signal.SIGINT)
-                return super().score(prompts, responses)
+    def test_ctrl_c(self, whole, tmp_path, monkeypatch):
+        own_score = CountReward.score
+
+        def stopping(self, prompts, responses):
+            if len(self.calls) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return own_score(self, prompts, responses)
 
         train = whole[0]
+        monkeypatch.setattr(CountReward, "score", stopping)
         with pytest.raises(KeyboardInterrupt, match=r"Stopped after step 3 of 6.*same call"):
-            train(tiny_lm(), Stopping("e"), PROMPTS, tmp_path / "a", self.SETTINGS)
-        with pytest.raises(TuningError, match="same data and settings"):
+            train(tiny_lm(), CountReward("e"), PROMPTS, tmp_path / "a", self.SETTINGS)
+        monkeypatch.undo()
+        with pytest.raises(TuningError, match="holds another training"):
             train(tiny_lm(), CountReward("e"), PROMPTS[:4], tmp_path / "a", self.SETTINGS)
         report = train(tiny_lm(), CountReward("e"), PROMPTS, tmp_path / "a", self.SETTINGS)
         self.check_same(whole, tmp_path / "a", report)

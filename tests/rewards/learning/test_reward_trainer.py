@@ -159,7 +159,7 @@ class TestStopped:
         self.stop_after(monkeypatch, 3)
         with pytest.raises(KeyboardInterrupt):
             self.run(causal, tmp_path / "reward")
-        with pytest.raises(RewardFitError, match="checkpoints of the same data and settings"):
+        with pytest.raises(RewardFitError, match="holds another training"):
             self.run(causal, tmp_path / "reward", learning_rate=1e-3)
 
     def test_other_folders_are_left_alone(self, causal, tmp_path):
