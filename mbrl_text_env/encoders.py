@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
+from mbrl_text_env.language_models.content import contains_any, control_texts, plain_text
 from mbrl_text_env.types import FloatArray
 
 # What was found out about an encoder, for as long as it is there.
@@ -52,6 +53,7 @@ def encode_texts(
     if not _is_sentence_transformer(encoder):
         return np.asarray(encoder.encode(list(texts)), dtype=np.float32)
     model: Any = encoder
+    texts = _without_marks(model, texts)
     with _products_in(dtype, model.device.type):
         if len(texts) > 1 and _is_text_model_on_cpu(model):
             return _encoded_by_length(model, texts)
@@ -129,12 +131,22 @@ def _token_counts(encoder: Any, texts: Sequence[str]) -> list[int]:
         new = [text for text in dict.fromkeys(texts) if text not in known]
         if new:
             options = {"truncation": True, "max_length": encoder.max_seq_length}
-            ids = encoder.tokenizer(new, **options)["input_ids"]
+            ids = encoder.tokenizer(_without_marks(encoder, new), **options)["input_ids"]
             known.update(zip(new, map(len, ids), strict=True))
         counts = [known[text] for text in texts]
         while len(known) > _MOST_COUNTS:
             known.popitem(last=False)
     return counts
+
+
+def _without_marks(encoder: Any, texts: Sequence[str]) -> list[str]:
+    """Texts in which the encoder's tokenizer finds no special token, such as "[SEP]"."""
+    tokenizer = getattr(encoder, "tokenizer", None)
+    if not hasattr(tokenizer, "added_tokens_decoder"):
+        # What is no model of text has another kind of tokenizer, or none.
+        return list(texts)
+    is_special = contains_any(control_texts(tokenizer))
+    return [plain_text(text, is_special) for text in texts]
 
 
 def _flops(encoder: Any, tokens: FloatArray) -> FloatArray:

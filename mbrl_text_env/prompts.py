@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
+from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import Message, Prompt, Split
 
 _SPLITS = get_args(Split)
@@ -46,7 +47,7 @@ def load_prompts(
     A row of a `.jsonl` file is an object with the prompt in `text`, `prompt` or `messages`: a
     string, or a list of `{"role": ..., "content": ...}`. A `.csv` file has a header with a column
     `text` or `prompt`. Optional in both: `id` (by default `<file stem>-<line number>`) and `split`.
-    Everything else in a row is the prompt's metadata.
+    Everything else in a row is the prompt's metadata, but for what is null.
 
     Args:
         source: `"builtin"`, or the path of a `.jsonl` or `.csv` file in UTF-8.
@@ -100,7 +101,8 @@ def hub_prompts(
     """Load prompts with `datasets.load_dataset`, in TRL's prompt format.
 
     The ids are `<last part of the name>-<split>-<row>`. The other columns are the metadata; values
-    that JSON cannot hold (images, dates) are left out.
+    that JSON cannot hold (images, dates) are left out, and keys whose value is None, which Arrow
+    gives to every row where one row has them.
 
     Args:
         dataset_name: Name on the Hub, or a local folder.
@@ -138,10 +140,12 @@ def hub_prompts(
     base = split.partition("[")[0]
     prompts = []
     for index, row in enumerate(dataset):
-        content = _content(f"{name}, row {index}", row.pop(column), chat)
+        place = f"{name}, row {index}"
+        row = plain_values(row)
+        content = _content(place, row.pop(column, None), chat)
         prompt_id = f"{Path(dataset_name).name}-{split}-{index}"
         prompt_split = cast(Split, base) if base in _SPLITS else None
-        prompts.append(Prompt(prompt_id, content, _json_only(row), prompt_split))
+        prompts.append(_made(place, prompt_id, content, _json_only(row), prompt_split))
     return prompts
 
 
@@ -248,8 +252,9 @@ def _jsonl_rows(name: str, data: bytes) -> Iterator[_Row]:
 def _parsed(place: str, line: str) -> dict[str, Any]:
     try:
         fields = json.loads(line, parse_constant=_refuse_constant)
-        # JSON can escape halves of characters, which no tokenizer and no file takes.
-        json.dumps(fields, ensure_ascii=False).encode()
+        # JSON can escape halves of characters, which no tokenizer and no file takes, and write
+        # numbers that are too large for Python and become infinity, which no file takes either.
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise PromptError(
             f"{place}: expected one JSON object, got {_shorten(line)} ({error}). Mend the line."
@@ -322,16 +327,31 @@ def _decoded(name: str, data: bytes) -> str:
 
 
 def _prompt(row: _Row, chat: bool) -> Prompt:
-    keys = [key for key in _CONTENT_KEYS if key in row.fields]
+    # Files that are written from tables give every row the keys of all, null where one is missing.
+    fields = {key: value for key, value in row.fields.items() if value is not None}
+    keys = [key for key in _CONTENT_KEYS if key in fields]
     if len(keys) != 1:
         raise PromptError(
             f"{row.place}: expected one of the fields {', '.join(_CONTENT_KEYS)}, got "
             f"{keys or list(row.fields)}. Keep one, or rename the field that holds the prompt."
         )
-    content = _content(row.place, row.fields[keys[0]], chat)
+    content = _content(row.place, fields[keys[0]], chat)
     named = {*keys, "id", "split"}
-    metadata = {key: value for key, value in row.fields.items() if key not in named}
-    return Prompt(_id(row), content, metadata, _split(row))
+    metadata = {key: value for key, value in fields.items() if key not in named}
+    return _made(row.place, _id(row), content, metadata, _split(row))
+
+
+def _made(
+    place: str,
+    prompt_id: str,
+    content: str | tuple[Message, ...],
+    metadata: dict[str, Any],
+    split: Split | None,
+) -> Prompt:
+    try:
+        return Prompt(prompt_id, content, metadata, split)
+    except ValueError as error:
+        raise PromptError(f"{place}: {error}") from error
 
 
 def _content(place: str, value: Any, chat: bool) -> str | tuple[Message, ...]:

@@ -29,11 +29,7 @@ def control_texts(tokenizer: Any) -> tuple[str, ...]:
     """
     added = {str(token.content): token for token in tokenizer.added_tokens_decoder.values()}
     template = _template_source(tokenizer)
-    written = (
-        text
-        for text, token in added.items()
-        if token.special or (text.strip() and text in template)
-    )
+    written = (t for t in added if added[t].special or (t.strip() and t in template))
     return tuple(dict.fromkeys([*map(str, tokenizer.all_special_tokens), *written]))
 
 
@@ -127,9 +123,8 @@ class ContentEncoder:
     @functools.cached_property
     def _turn_marks(self) -> _Marks:
         """Marks in an assistant's message, in which templates look for the marks of reasoning."""
-        special = {
-            str(t.content) for t in self.tokenizer.added_tokens_decoder.values() if t.special
-        }
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {str(token.content) for token in added if token.special}
         try:
             turn = self._rendered([Message("user", "a")], ["a"])
         except Exception:

@@ -90,6 +90,10 @@ class HFTokenizer:
         check_known(prompt, ids, self.vocab_size, self)
         return tuple(ids)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text alone: control tokens that are written out in it are characters."""
+        return self._content.text(text)
+
     def _chat(self, prompt: Prompt, messages: Sequence[Message]) -> list[int]:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(

@@ -22,6 +22,7 @@ from mbrl_text_env.rewards.adapters.common import (
     reference_answer,
 )
 from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
 END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "</s>")
@@ -124,7 +125,7 @@ class OpenRLHFReward:
         self,
         queries: Sequence[str],
         prompts: Sequence[str],
-        labels: Sequence[Any],
+        labels: Sequence[Any] | None = None,
         **ignored: Any,
     ) -> dict[str, Any]:
         """Score the responses in `queries`.
@@ -135,8 +136,9 @@ class OpenRLHFReward:
         import torch
 
         asked, responses = [], []
-        for query, prompt, label in zip(queries, prompts, labels, strict=True):
-            none = label in (None, "")
+        given = [None] * len(queries) if labels is None else map(plain_values, labels)
+        for query, prompt, label in zip(queries, prompts, given, strict=True):
+            none = label is None or label == ""
             truths = {} if none else {"ground_truth": label, "reference_answer": label}
             asked.append(as_prompt(prompt, truths))
             responses.append(self._response(query, prompt))

@@ -8,7 +8,7 @@ from prompts and responses, `to_trl` answers it with a reward model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,9 @@ class TRLFunctionReward:
         return accepted(self.function, offered)
 
     def _missing_columns(self, prompt: Prompt) -> list[str]:
-        known = {*_TEXT_COLUMNS, *_TRAINER_KEYWORDS, *prompt.metadata}
+        # A column that is None is one that the row does not have.
+        given = (key for key, value in prompt.metadata.items() if value is not None)
+        known = {*_TEXT_COLUMNS, *_TRAINER_KEYWORDS, *given}
         return sorted(required(self.function) - known)
 
 
@@ -196,7 +198,12 @@ class TRLReward:
             RewardError: The reward model failed.
         """
         dropped = (*_TEXT_COLUMNS, *_TRAINER_KEYWORDS)
-        columns = {key: values for key, values in columns.items() if key not in dropped}
+        columns = {
+            key: self._column(key, values, len(prompts))
+            for key, values in columns.items()
+            if key not in dropped and values is not None
+        }
+        completions = self._column("completions", completions, len(prompts))
         converted = [
             as_prompt(prompt, {key: values[i] for key, values in columns.items()})
             for i, prompt in enumerate(prompts)
@@ -211,6 +218,16 @@ class TRLReward:
         for place, i in enumerate(rows):
             values[i] = float(scores.total[place])
         return values
+
+    def _column(self, key: str, values: Any, rows: int) -> list[Any]:
+        is_list = hasattr(values, "__iter__") and not isinstance(values, (str, bytes, Mapping))
+        column = list(values) if is_list else []
+        if len(column) != rows:
+            raise RewardError(
+                f"Reward model {self.__name__!r}: expected {key} to be a list with one value for "
+                f"each of {rows} prompts, got {values!r:.80}. Pass columns as lists."
+            )
+        return column
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -33,6 +33,7 @@ from mbrl_text_env.rewards.base import (
     reward_name,
     score_responses,
 )
+from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
 _OFFERED = {"prompt", "completion", "info", "state", "task"}
@@ -230,7 +231,9 @@ def to_verifiers(reward_model: RewardModel) -> Any:
         prompt: Any, completion: Any, state: Any, answer: Any = None, info: Any = None
     ) -> float:
         row = {key: value for key, value in state["input"].items() if key != "prompt"}
-        truth = {} if answer in (None, "") else {"answer": answer, "reference_answer": answer}
+        answer = plain_values(answer)
+        none = answer is None or answer == ""
+        truth = {} if none else {"answer": answer, "reference_answer": answer}
         asked = as_prompt(_content(prompt), {**row, **(info or {}), **truth})
         response = said(_content(completion))
         return float(score_responses(reward_model, [asked], [response]).total[0])
@@ -256,7 +259,9 @@ def _needs_of(rubric: Any, function: Callable[..., Any]) -> set[str]:
 def _missing(needs: set[str], prompt: Prompt) -> list[str]:
     has_answer = reference_answer(prompt) is not None
     return sorted(
-        key for key in needs if not (has_answer if key == "answer" else key in prompt.metadata)
+        key
+        for key in needs
+        if not (has_answer if key == "answer" else prompt.metadata.get(key) is not None)
     )
 
 
@@ -278,7 +283,7 @@ def _failure(name: str, what: str, prompt: Prompt, response: str) -> RewardError
 
 def _rollout(prompt: Prompt, response: str) -> dict[str, Any]:
     """The state of a rollout of one turn."""
-    metadata = dict(prompt.metadata)
+    metadata = {key: value for key, value in prompt.metadata.items() if value is not None}
     asked, completion = _messages(trl_prompt(prompt)), _messages(trl_completion(prompt, response))
     answer = reference_answer(prompt)
     step = {

@@ -26,6 +26,7 @@ from mbrl_text_env.rewards.adapters.common import (
     trl_prompt,
 )
 from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
 _NO_PROMPT = "(not passed by verl)"
@@ -104,12 +105,16 @@ class VerlFunctionReward:
                 f"metadata, under 'reward_model' or one of {list(REFERENCE_KEYS)}, got the keys "
                 f"{sorted(prompt.metadata)}. Add it, or leave out the prompt."
             )
-        info = prompt.metadata.get("extra_info", prompt.metadata)
+        info = prompt.metadata.get("extra_info")
+        source = prompt.metadata.get("data_source")
         return {
-            "data_source": prompt.metadata.get("data_source", ""),
+            "data_source": "" if source is None else source,
             "solution_str": response,
             "ground_truth": truth,
-            "extra_info": {"prompt": trl_prompt(prompt), **info},
+            "extra_info": {
+                "prompt": trl_prompt(prompt),
+                **(prompt.metadata if info is None else info),
+            },
         }
 
     def _needs_truth(self) -> bool:
@@ -177,21 +182,21 @@ class VerlReward:
         """
         if solution_strs is not None:
             none = [None] * len(solution_strs)
-            sources, truths, infos = (
-                data_sources or none,
-                ground_truths or none,
-                extra_infos or none,
-            )
-            prompts = [self._prompt(*row) for row in zip(sources, truths, infos, strict=True)]
-            scores = score_responses(self.reward_model, prompts, list(solution_strs))
+            # verl passes arrays, which are neither true nor false.
+            columns = [
+                none if column is None else column
+                for column in (data_sources, ground_truths, extra_infos)
+            ]
+            prompts = [self._prompt(*row) for row in zip(*columns, strict=True)]
+            scores = score_responses(self.reward_model, prompts, [str(s) for s in solution_strs])
             return [float(score) for score in scores.total]
         if solution_str is None:
             raise TypeError("Expected solution_str or solution_strs, got neither.")
         prompt = self._prompt(data_source, ground_truth, extra_info)
-        return float(score_responses(self.reward_model, [prompt], [solution_str]).total[0])
+        return float(score_responses(self.reward_model, [prompt], [str(solution_str)]).total[0])
 
     def _prompt(self, source: Any, truth: Any, info: Mapping[str, Any] | None) -> Prompt:
-        rest = dict(info or {})
+        rest = plain_values({} if info is None else info)
         key = next((key for key in _PROMPT_KEYS if rest.get(key) is not None), None)
         if key is None and self.needs_prompt:
             raise RewardError(
