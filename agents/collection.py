@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from agents.base import DEFAULT_PARAMS, Completion, check_positive
 from agents.best_of_n import BestOfN
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial
+from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.records import Record, RecordWriter
 from mbrl_text_env.rewards.base import (
     RewardError,
-    RewardModel,
+    RewardLike,
     isolate_failures,
     reward_name,
 )
@@ -22,8 +23,8 @@ from mbrl_text_env.types import Prompt
 
 def collect(
     language_model: LanguageModel,
-    reward_model: RewardModel,
-    prompts: Sequence[Prompt],
+    reward_model: RewardLike,
+    prompts: str | Prompt | Iterable[str | Prompt],
     writer: RecordWriter,
     *,
     samples_per_prompt: int = 4,
@@ -41,8 +42,8 @@ def collect(
 
     Args:
         language_model: Proposes responses.
-        reward_model: Scores them.
-        prompts: At least one.
+        reward_model: Scores them; whatever `as_reward_model` takes.
+        prompts: At least one; texts too, and one alone.
         writer: Takes the records.
         samples_per_prompt: Responses to each prompt; the article takes 4.
         max_response_tokens: Token limit of a response.
@@ -63,6 +64,7 @@ def collect(
         max_response_tokens=max_response_tokens,
         batch_prompts=batch_prompts,
     )
+    prompts = as_prompts(prompts)
     if not prompts:
         raise ValueError("collect: expected at least one prompt, got none.")
     agent = BestOfN(

@@ -12,7 +12,7 @@ from agents.side_by_side import MOST_AT_ONCE
 from agents.tree import SearchTree
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, Ledger, Usage
-from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound
+from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound
 from mbrl_text_env.types import Prompt, TextState
 from mbrl_text_env.values import ValueModel, check_value_fits
 
@@ -53,7 +53,7 @@ class Planner(Agent):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         value_model: ValueModel | None = None,
         *,
         max_response_tokens: int = 256,

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import io
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -147,6 +147,45 @@ def hub_prompts(
         prompt_split = cast(Split, base) if base in _SPLITS else None
         prompts.append(_made(place, prompt_id, content, _json_only(row), prompt_split))
     return prompts
+
+
+def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:
+    """Return prompts as a list, where texts stand for prompts and one stands for a list of one.
+
+    A text becomes the one user message of a chat, and its own id.
+
+    Raises:
+        PromptError: Something else is among them, or the name of a file is the only text.
+
+    Example:
+        >>> [prompt.text for prompt in as_prompts("Why is the sky blue?")]
+        ['Why is the sky blue?']
+    """
+    if isinstance(prompts, str) and (prompts == "builtin" or prompts.endswith((".jsonl", ".csv"))):
+        raise PromptError(
+            f"prompts: expected prompts or their texts, got {prompts!r}, which looks like a file. "
+            f"Pass load_prompts({prompts!r})."
+        )
+    if isinstance(prompts, (str, Prompt)):
+        return as_prompts([prompts])
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
+        raise _no_prompt(prompts)
+    return [_as_prompt(prompt) for prompt in prompts]
+
+
+def _as_prompt(prompt: Any) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
+    if isinstance(prompt, str):
+        return Prompt.from_text(str(prompt))
+    raise _no_prompt(prompt)
+
+
+def _no_prompt(found: object) -> PromptError:
+    return PromptError(
+        f"prompts: expected a sequence of Prompt, or of texts, got {found!r:.80}. Make them with "
+        "`Prompt.from_text(text)` or `load_prompts(file)`."
+    )
 
 
 def reasoning_gym_prompts(

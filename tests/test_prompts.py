@@ -269,7 +269,7 @@ def test_values_that_are_not_json_are_left_out(tmp_path, dataset_folder):
     folder = tmp_path / "dated"
     folder.mkdir()
     pq.write_table(table, folder / "train.parquet")
-    assert hub_prompts(str(folder))[0].metadata == {"answer": None}
+    assert hub_prompts(str(folder))[0].metadata == {}
 
 
 def test_the_reason_why_a_dataset_does_not_load_is_told(dataset_folder):

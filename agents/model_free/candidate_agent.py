@@ -13,7 +13,7 @@ from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Usage
 from mbrl_text_env.proposer import CandidateProposer, Known
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardLike
 
 if TYPE_CHECKING:
     # It needs torch; an agent that only looks it up by name does not.
@@ -48,7 +48,7 @@ class CandidateAgent(Planner):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         policy: CandidatePolicy,
         *,
         max_response_tokens: int | None = None,

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, RewardLike, RewardModel
 from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import Message, Prompt
 
@@ -66,6 +66,13 @@ def _event_loop(process: int, depth: int) -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
     return loop
+
+
+def adapted(reward: RewardLike) -> RewardModel:
+    """`as_reward_model`, which imports what uses this."""
+    from mbrl_text_env.rewards.adapters.convert import as_reward_model
+
+    return as_reward_model(reward)
 
 
 def number(value: Any, name: str, prompt: Prompt, response: str) -> float:
@@ -156,7 +163,8 @@ def said(completion: Any) -> str:
     if isinstance(completion, str):
         return str(completion)
     return "\n".join(
-        _content_text(message["content"])
+        # Calls of tools have no content.
+        _content_text(message.get("content"))
         for message in plain_values(completion)
         if message.get("role", "assistant") == "assistant"
     )
@@ -176,7 +184,7 @@ def as_prompt(content: Any, metadata: Mapping[str, Any]) -> Prompt:
 
 
 def _content_text(content: Any) -> str:
-    """A message's content: a text, nothing (calls of tools), or the texts among its parts."""
+    """A message's content: a text, nothing, or the texts among its parts."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part["text"] for part in content if part.get("type") == "text")

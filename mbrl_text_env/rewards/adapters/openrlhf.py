@@ -14,6 +14,7 @@ import numpy as np
 
 from mbrl_text_env.rewards.adapters.common import (
     accepted,
+    adapted,
     as_prompt,
     awaited,
     callable_name,
@@ -21,7 +22,12 @@ from mbrl_text_env.rewards.adapters.common import (
     number,
     reference_answer,
 )
-from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardLike,
+    reward_name,
+    score_responses,
+)
 from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -81,7 +87,7 @@ class OpenRLHFFunctionReward:
 
 
 def to_openrlhf(
-    reward_model: RewardModel, *, end_texts: Sequence[str] = END_TEXTS
+    reward_model: RewardLike, *, end_texts: Sequence[str] = END_TEXTS
 ) -> OpenRLHFReward:
     """Return a reward model as OpenRLHF's `reward_func`.
 
@@ -89,7 +95,7 @@ def to_openrlhf(
     `reward_func = to_openrlhf(make("sentiment"))`.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
         end_texts: Stop tokens as text, taken off a response's end.
 
     Example:
@@ -109,17 +115,17 @@ class OpenRLHFReward:
     "rewards" and "scores", both the total, and in "extra_logs" the parts.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
         end_texts: See `to_openrlhf`.
 
     Attributes:
         __name__: The reward's name.
     """
 
-    def __init__(self, reward_model: RewardModel, end_texts: tuple[str, ...] = END_TEXTS) -> None:
-        self.reward_model = reward_model
+    def __init__(self, reward_model: RewardLike, end_texts: tuple[str, ...] = END_TEXTS) -> None:
+        self.reward_model = adapted(reward_model)
         self.end_texts = end_texts
-        self.__name__ = reward_name(reward_model)
+        self.__name__ = reward_name(self.reward_model)
 
     def __call__(
         self,

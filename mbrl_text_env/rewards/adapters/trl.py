@@ -15,6 +15,7 @@ import numpy as np
 
 from mbrl_text_env.rewards.adapters.common import (
     accepted,
+    adapted,
     as_prompt,
     awaited,
     callable_name,
@@ -27,7 +28,7 @@ from mbrl_text_env.rewards.adapters.common import (
 )
 from mbrl_text_env.rewards.base import (
     RewardError,
-    RewardModel,
+    RewardLike,
     applies_to,
     reward_name,
     score_responses,
@@ -152,7 +153,7 @@ class TRLFunctionReward:
         return sorted(required(self.function) - known)
 
 
-def to_trl(reward_model: RewardModel) -> TRLReward:
+def to_trl(reward_model: RewardLike) -> TRLReward:
     """Return a reward model as a reward function of TRL.
 
     Example:
@@ -174,15 +175,15 @@ class TRLReward:
     Picklable if the reward model is.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
 
     Attributes:
         __name__: Its name, which is TRL's key for its metrics.
     """
 
-    def __init__(self, reward_model: RewardModel) -> None:
-        self.reward_model = reward_model
-        self.__name__ = reward_name(reward_model)
+    def __init__(self, reward_model: RewardLike) -> None:
+        self.reward_model = adapted(reward_model)
+        self.__name__ = reward_name(self.reward_model)
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any

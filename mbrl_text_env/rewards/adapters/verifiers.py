@@ -16,6 +16,7 @@ import numpy as np
 
 from mbrl_text_env.rewards.adapters.common import (
     accepted,
+    adapted,
     as_prompt,
     awaited,
     callable_name,
@@ -28,7 +29,7 @@ from mbrl_text_env.rewards.adapters.common import (
 )
 from mbrl_text_env.rewards.base import (
     RewardError,
-    RewardModel,
+    RewardLike,
     Scores,
     reward_name,
     score_responses,
@@ -202,7 +203,7 @@ class VerifiersFunctionReward:
         return number(value, self.name, prompt, response)
 
 
-def to_verifiers(reward_model: RewardModel) -> Any:
+def to_verifiers(reward_model: RewardLike) -> Any:
     """Return a reward model as a `verifiers.Rubric` with one function.
 
     The function reads the prompt, the assistant's messages of the completion, and as the prompt's
@@ -225,7 +226,8 @@ def to_verifiers(reward_model: RewardModel) -> Any:
             "pip install 'verifiers>=0.2,<0.4'."
         ) from error
 
-    name = reward_name(reward_model)
+    scorer = adapted(reward_model)
+    name = reward_name(scorer)
 
     def function(
         prompt: Any, completion: Any, state: Any, answer: Any = None, info: Any = None
@@ -236,7 +238,7 @@ def to_verifiers(reward_model: RewardModel) -> Any:
         truth = {} if none else {"answer": answer, "reference_answer": answer}
         asked = as_prompt(_content(prompt), {**row, **(info or {}), **truth})
         response = said(_content(completion))
-        return float(score_responses(reward_model, [asked], [response]).total[0])
+        return float(score_responses(scorer, [asked], [response]).total[0])
 
     function.__name__ = name
     return Rubric(funcs=[function])

@@ -15,6 +15,7 @@ import numpy as np
 from mbrl_text_env.rewards.adapters.common import (
     REFERENCE_KEYS,
     accepted,
+    adapted,
     as_prompt,
     awaited,
     callable_name,
@@ -25,7 +26,12 @@ from mbrl_text_env.rewards.adapters.common import (
     required,
     trl_prompt,
 )
-from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardLike,
+    reward_name,
+    score_responses,
+)
 from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -121,14 +127,14 @@ class VerlFunctionReward:
         return not {"ground_truth", "ground_truths"}.isdisjoint(required(self.function))
 
 
-def to_verl(reward_model: RewardModel, *, needs_prompt: bool = True) -> VerlReward:
+def to_verl(reward_model: RewardLike, *, needs_prompt: bool = True) -> VerlReward:
     """Return a reward model as verl's `compute_score`.
 
     In verl's configuration it is named by a file, `custom_reward_function.path=my_reward.py`, whose
     content can be `compute_score = to_verl(make("relevance"))`.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
         needs_prompt: Whether the prompt has to be in `extra_info`; see `VerlReward`. False for a
             reward that looks at the response alone.
 
@@ -149,17 +155,17 @@ class VerlReward:
     "ground_truth" and "reference_answer"; `data_source` and the rest of `extra_info` stand beside.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
         needs_prompt: Whether a missing prompt is an error; otherwise it is a text that says so.
 
     Attributes:
         __name__: The reward's name.
     """
 
-    def __init__(self, reward_model: RewardModel, needs_prompt: bool = True) -> None:
-        self.reward_model = reward_model
+    def __init__(self, reward_model: RewardLike, needs_prompt: bool = True) -> None:
+        self.reward_model = adapted(reward_model)
         self.needs_prompt = needs_prompt
-        self.__name__ = reward_name(reward_model)
+        self.__name__ = reward_name(self.reward_model)
 
     def __call__(
         self,
