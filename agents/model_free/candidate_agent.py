@@ -13,6 +13,7 @@ from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Usage
 from mbrl_text_env.proposer import CandidateProposer, Known
+from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class CandidateAgent(Planner):
         *,
         max_response_tokens: int | None = None,
     ) -> None:
+        reward_model = as_reward_model(reward_model)
         policy.check_fits(language_model, reward_model)
         view = policy.view
         super().__init__(

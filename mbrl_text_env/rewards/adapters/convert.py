@@ -102,9 +102,14 @@ def as_reward_model(
         return FunctionReward(function)
     signature = f"({', '.join(map(str, named.values()))})" if named else ""
     raise TypeError(
-        f"Expected a reward, got {type(reward).__name__} {callable_name(reward)}{signature}. "
-        f"Accepted are:\n{ACCEPTED}"
+        f"Expected a reward, got {_described(reward)}{signature}. Accepted are:\n{ACCEPTED}"
     )
+
+
+def _described(reward: object) -> str:
+    if callable(reward):
+        return f"{type(reward).__name__} {callable_name(reward)}"
+    return f"{reward!r:.80}" if reward is None else f"{type(reward).__name__} {reward!r:.80}"
 
 
 def _is_rubric_of(package: str, reward: object) -> bool:
