@@ -16,7 +16,7 @@ from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward, VerlReward
 from mbrl_text_env.rewards.base import RewardLike, RewardModel
 
 ACCEPTED = """\
-  a name, or a weighted sum of names      "sentiment", "my_rewards.py:brevity"
+  a name, or a sum of names           "sentiment", "0.5*sentiment+relevance", "my_file.py:brevity"
   an object with a method score(prompts, responses) -> float64[B]
   a function of two texts             f(prompt, response) -> float
   a reward function of TRL            f(prompts, completions, **columns) -> list[float | None]
