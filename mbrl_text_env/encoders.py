@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.language_models.content import contains_any, control_texts, plain_text
+from mbrl_text_env.language_models.content import control_test, plain_text
 from mbrl_text_env.types import FloatArray
 
 # What was found out about an encoder, for as long as it is there.
@@ -22,6 +22,7 @@ _CPU_BATCH = 16
 _lock = threading.Lock()
 _counts: WeakKeyDictionary[Any, OrderedDict[str, int]] = WeakKeyDictionary()
 _sizes: WeakKeyDictionary[Any, tuple[float, float]] = WeakKeyDictionary()
+_tests: WeakKeyDictionary[Any, Callable[[str], bool]] = WeakKeyDictionary()
 
 ReducedDtype = Literal["bfloat16", "float16"]
 """Number formats that are faster than a model's own, and less exact."""
@@ -145,7 +146,9 @@ def _without_marks(encoder: Any, texts: Sequence[str]) -> list[str]:
     if not hasattr(tokenizer, "added_tokens_decoder"):
         # What is no model of text has another kind of tokenizer, or none.
         return list(texts)
-    is_special = contains_any(control_texts(tokenizer))
+    is_special = _tests.get(encoder)
+    if is_special is None:
+        is_special = _tests.setdefault(encoder, control_test(tokenizer))
     return [plain_text(text, is_special) for text in texts]
 
 

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from mbrl_text_env.types import Message
@@ -33,10 +33,16 @@ def control_texts(tokenizer: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*map(str, tokenizer.all_special_tokens), *written]))
 
 
-def contains_any(texts: Iterable[str]) -> Callable[[str], bool]:
-    """A test for `plain_text`: whether a text contains one of `texts`."""
-    wanted = tuple(texts)
-    return lambda text: any(one in text for one in wanted)
+def control_test(tokenizer: Any, *others: str) -> Callable[[str], bool]:
+    """A test for `plain_text`: whether a tokenizer finds control tokens, or `others`, in a text."""
+    texts = control_texts(tokenizer)
+    pattern = _pattern([*texts, *others])
+    if not _finds_hidden(tokenizer, texts):
+        return lambda text: pattern.search(text) is not None
+    control = _control_ids(tokenizer, texts)
+    return lambda text: (
+        pattern.search(text) is not None or not control.isdisjoint(_ids(tokenizer, text))
+    )
 
 
 def plain_text(text: str, is_special: Callable[[str], bool]) -> str:
@@ -85,10 +91,10 @@ class ContentEncoder:
     def text(self, text: str) -> list[int]:
         """Token ids of a text, with nothing before or behind it."""
         if not self._careful and not self._marks.contained_in(text):
-            return self._ids(text)
+            return _ids(self.tokenizer, text)
         apart = self._apart
         if apart is None:
-            return self._ids(plain_text(text, self._marks.contained_in))
+            return _ids(self.tokenizer, plain_text(text, self._is_control))
         return apart.encode(apart.plain(text))
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
@@ -103,7 +109,7 @@ class ContentEncoder:
         rendered = self._rendered(messages, contents)
         self._check_complete(messages, contents, rendered)
         if apart is None:
-            return self._ids(rendered)
+            return _ids(self.tokenizer, rendered)
         return apart.encode(held.put_back(apart.renamed(rendered)))
 
     @functools.cached_property
@@ -112,9 +118,13 @@ class ContentEncoder:
 
         What it puts behind a text, as for classification, is not for texts that go on.
         """
-        inner, whole = self._ids("a"), list(self.tokenizer("a")["input_ids"])
+        inner, whole = _ids(self.tokenizer, "a"), list(self.tokenizer("a")["input_ids"])
         places = (i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
         return whole[: next(places, 0)]
+
+    @functools.cached_property
+    def _is_control(self) -> Callable[[str], bool]:
+        return control_test(self.tokenizer)
 
     @functools.cached_property
     def _marks(self) -> _Marks:
@@ -134,16 +144,7 @@ class ContentEncoder:
 
     @functools.cached_property
     def _careful(self) -> bool:
-        """Whether control tokens are found in texts that do not contain them as they are written.
-
-        So it is where a text is normalized before, or a model of words or pieces has them.
-        """
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return False
-        tokens = self.tokenizer.added_tokens_decoder.values()
-        normalized = any(t.normalized and str(t.content) in self._marks.texts for t in tokens)
-        return normalized or type(backend.model).__name__ != "BPE"
+        return _finds_hidden(self.tokenizer, self._marks.texts)
 
     @functools.cached_property
     def _apart(self) -> _Apart | None:
@@ -160,10 +161,10 @@ class ContentEncoder:
         return self._careful or any(self._marks_in(m).meet(m.content) for m in messages)
 
     def _kept_apart(self, message: Message, apart: _Apart | None, held: _Held) -> str:
-        marks = self._marks_in(message)
-        if apart is None:
-            return plain_text(message.content, marks.contained_in)
-        return marks.replace(apart.plain(message.content), held)
+        if apart is not None:
+            return self._marks_in(message).replace(apart.plain(message.content), held)
+        # There is no such copy, or no need of one.
+        return plain_text(message.content, self._is_control) if self._careful else message.content
 
     def _check_complete(
         self, messages: Sequence[Message], contents: Sequence[str], rendered: str
@@ -184,10 +185,6 @@ class ContentEncoder:
             _rows(messages, contents), add_generation_prompt=True, tokenize=False
         )
         return text
-
-    def _ids(self, text: str) -> list[int]:
-        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
-        return list(encoded["input_ids"])
 
 
 class _Held:
@@ -211,9 +208,8 @@ class _Marks:
     """The texts of control tokens, and how they are found."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self.texts = tuple(sorted({text for text in texts if text}, key=len, reverse=True))
-        # The longest comes first, as in a tokenizer. Without any, nothing is found.
-        self.pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
+        self.texts = tuple(texts)
+        self.pattern = _pattern(self.texts)
         self._starts = tuple({t[:k] for t in self.texts for k in range(1, len(t))})
         self._ends = tuple({t[k:] for t in self.texts for k in range(1, len(t))})
 
@@ -287,6 +283,38 @@ class _Apart:
     def plain(self, text: str) -> str:
         """The text, changed only where a model of words or pieces has a control token itself."""
         return plain_text(text, lambda part: not self._control.isdisjoint(self.encode(part)))
+
+
+def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds the first of the texts, and of those that begin at one place the longest."""
+    wanted = sorted({text for text in texts if text}, key=len, reverse=True)
+    # Without any, nothing is found.
+    return re.compile("|".join(map(re.escape, wanted)) or r"(?!)")
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _control_ids(tokenizer: Any, texts: Iterable[str]) -> set[int]:
+    # Any text may have unknown words.
+    return {tokenizer.convert_tokens_to_ids(t) for t in texts if t != tokenizer.unk_token}
+
+
+def _finds_hidden(tokenizer: Any, texts: Collection[str]) -> bool:
+    """Whether control tokens may be found in texts that do not contain them as they are written.
+
+    So it is where a text is normalized before, or where a model of words or pieces has them.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return True
+    tokens = tokenizer.added_tokens_decoder.values()
+    if any(token.normalized and str(token.content) in texts for token in tokens):
+        return True
+    # BERT's words have no punctuation, which all marks have.
+    kinds = type(backend.model).__name__, type(backend.pre_tokenizer).__name__
+    return kinds != ("WordPiece", "BertPreTokenizer") and kinds[0] != "BPE"
 
 
 def _rows(messages: Sequence[Message], contents: Sequence[str]) -> list[dict[str, str]]:

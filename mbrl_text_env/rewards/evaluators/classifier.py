@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
-from mbrl_text_env.language_models.content import contains_any, control_texts, plain_text
+from mbrl_text_env.language_models.content import control_test, plain_text
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     batches,
@@ -177,7 +177,7 @@ class ClassifierReward:
         return LoadedClassifier(
             model=model,
             tokenizer=tokenizer,
-            is_special=contains_any(control_texts(tokenizer)),
+            is_special=control_test(tokenizer),
             column=self._column(model.config),
             max_length=input_limit(model, tokenizer, self.max_length),
             # Some configs have -1 where they mean none.
