@@ -96,3 +96,12 @@ def test_a_reward_that_scores_nothing_is_an_error(tmp_path):
         pytest.raises(RewardError, match="None of 2 prompts could be scored"),
     ):
         collect(LM, Fussy(), prompts, writer, **OPTIONS)
+
+
+def test_a_function_a_name_and_texts(tmp_path):
+    for i, reward in enumerate([lambda prompt, response: 1.0, "sentiment"]):
+        with RecordWriter(tmp_path / str(i)) as writer:
+            collect(LM, reward, ["ab", "ba"], writer, **OPTIONS)
+        assert [r.prompt_id for r in read_records(tmp_path / str(i))] == ["ab"] * 3 + ["ba"] * 3
+    with RecordWriter(tmp_path / "none") as writer, pytest.raises(TypeError, match="got None"):
+        collect(LM, None, "ab", writer, **OPTIONS)

@@ -324,3 +324,12 @@ def test_an_agent_may_use_a_policy_of_its_own(tmp_path):
     assert [row["response"] for row in rows["best-of-n"]] != [row["response"] for row in expected]
     with pytest.raises(CompareError, match="policies"):
         run(replace(both, policies={"tuned": tuned, "more": tuned}), tmp_path / "both")
+
+
+def test_functions_names_and_texts_are_taken():
+    config = toy_comparison().config
+    found = Comparison(config, ["ab", "ba"], LM, lambda prompt, response: 1.0, gold_model="numeric")
+    assert [prompt.id for prompt in found.prompts] == ["ab", "ba"]
+    assert (found.record()["reward"], found.record()["gold"]) == ("<lambda>", "numeric")
+    with pytest.raises(TypeError, match="Expected a reward, got None"):
+        Comparison(config, PROMPTS, LM, None)
