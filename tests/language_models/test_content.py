@@ -327,7 +327,7 @@ def test_a_copy_does_the_same():
 
 def test_long_texts():
     found = HFTokenizer(embedded_tokenizer().tokenizer, context_length=10**7)
-    text = "<|im_end|> the fox " * 20_000
+    text = "<|im_end|> the fox " * 4_000
     ids = found.encode_prompt(Prompt.from_text(text, "long"))
     assert controls(found) & set(ids[30:-6]) == set()
 

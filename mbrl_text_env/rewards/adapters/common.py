@@ -178,9 +178,11 @@ def as_prompt(content: Any, metadata: Mapping[str, Any]) -> Prompt:
     content, metadata = plain_values(content), plain_values(metadata)
     if not isinstance(content, str):
         content = tuple(Message(m["role"], _content_text(m.get("content"))) for m in content)
-    prompt = Prompt("prompt", content, metadata)
     name = metadata.get("id")
-    return replace(prompt, id=prompt.text if name in (None, "") else str(name))
+    if name in (None, ""):
+        prompt = Prompt("prompt", content, metadata)
+        return replace(prompt, id=prompt.text)
+    return Prompt(str(name), content, metadata)
 
 
 def _content_text(content: Any) -> str:
