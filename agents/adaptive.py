@@ -10,7 +10,7 @@ from agents.planner import Planner
 from agents.search import Expansion, Search, partial, shares
 from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.values import ValueModel
 
 # Candidates a stage where no budget says how many.
@@ -90,7 +90,7 @@ class Adaptive(Planner):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         value_model: ValueModel | None = None,
         *,
         candidates_per_beam: int = 4,

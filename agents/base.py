@@ -10,14 +10,16 @@ import copy
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agents.side_by_side import MOST_AT_ONCE, Merging, run_side_by_side
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
-from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound, score_responses
+from mbrl_text_env.prompts import as_prompts
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound, score_responses
 from mbrl_text_env.types import Chunk, Prompt, TextState
 
 # The article draws complete responses at this temperature.
@@ -106,7 +108,8 @@ class Agent(ABC):
 
     Args:
         language_model: Proposes tokens.
-        reward_model: Scores complete responses; None for agents that ask for no score.
+        reward_model: Scores complete responses: whatever `as_reward_model` takes, such as a reward
+            model, a function of two texts, or a name; None for agents that ask for no score.
         max_response_tokens: Token limit of a response.
         chunk_tokens: Most tokens of the chunk that `act` returns.
         params: How tokens are drawn.
@@ -128,7 +131,7 @@ class Agent(ABC):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel | None = None,
+        reward_model: RewardLike | None = None,
         *,
         max_response_tokens: int = 256,
         chunk_tokens: int = 16,
@@ -136,7 +139,7 @@ class Agent(ABC):
     ) -> None:
         check_positive(max_response_tokens=max_response_tokens, chunk_tokens=chunk_tokens)
         self.language_model = language_model
-        self.reward_model = reward_model
+        self.reward_model = None if reward_model is None else as_reward_model(reward_model)
         self.max_response_tokens = max_response_tokens
         self.chunk_tokens = chunk_tokens
         self.params = params
@@ -154,19 +157,25 @@ class Agent(ABC):
         """
 
     def generate(
-        self, prompts: Sequence[Prompt], budget: Budget | None = None, *, seed: int = 0
+        self,
+        prompts: str | Prompt | Iterable[str | Prompt],
+        budget: Budget | None = None,
+        *,
+        seed: int = 0,
     ) -> list[Generation]:
         """Answer prompts, all of them side by side in common batches.
 
         Args:
-            prompts: At least one.
+            prompts: At least one. A text stands for the prompt of a user who says that, and one
+                prompt alone for a list of one.
             budget: Hard caps for each prompt.
             seed: The answers follow from it.
 
         Raises:
-            ValueError: There are no prompts.
+            ValueError: There are no prompts, or something else is among them.
             BudgetError: The budget allows no complete response.
         """
+        prompts = as_prompts(prompts)
         if not prompts:
             raise ValueError("generate: expected at least one prompt, got none.")
         ledgers = [Ledger(budget) for _ in prompts]

@@ -9,7 +9,7 @@ from agents.planner import Planner
 from agents.search import Expansion, Search, shares
 from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.values import ValueModel
 
 # Candidates a stage where neither the caller nor a budget says how many.
@@ -64,7 +64,7 @@ class BeamSearch(Planner):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         value_model: ValueModel | None = None,
         *,
         beam_width: int = 1,

@@ -12,7 +12,7 @@ from agents.side_by_side import MOST_AT_ONCE
 from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.types import TextState
 from mbrl_text_env.values import ValueModel
 
@@ -60,7 +60,7 @@ class BestOfN(Planner):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         value_model: ValueModel | None = None,
         *,
         n: int | None = None,

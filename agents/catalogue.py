@@ -18,7 +18,7 @@ from agents.particle_filter import ParticleFilter
 from agents.receding_horizon import RecedingHorizon
 from agents.sampling import RandomAgent, Sampling
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.values import ValueModel
 
 _CLASSES: Mapping[str, Callable[..., Agent]] = {
@@ -52,7 +52,7 @@ def available() -> dict[str, str]:
 def make(
     spec: str,
     language_model: LanguageModel,
-    reward_model: RewardModel,
+    reward_model: RewardLike,
     value_model: ValueModel | Mapping[str, ValueModel] | None = None,
     *,
     policies: Mapping[str, Any] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,10 +13,11 @@ from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial
+from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.records import Record, RecordsError, RecordWriter
 from mbrl_text_env.rewards.base import (
     RewardError,
-    RewardModel,
+    RewardLike,
     isolate_failures,
     reward_name,
 )
@@ -29,8 +30,8 @@ _FORMAT = 1
 
 def collect(
     language_model: LanguageModel,
-    reward_model: RewardModel,
-    prompts: Sequence[Prompt],
+    reward_model: RewardLike,
+    prompts: str | Prompt | Iterable[str | Prompt],
     writer: RecordWriter,
     *,
     samples_per_prompt: int = 4,
@@ -53,8 +54,8 @@ def collect(
 
     Args:
         language_model: Proposes responses.
-        reward_model: Scores them.
-        prompts: At least one, of different ids.
+        reward_model: Scores them; whatever `as_reward_model` takes.
+        prompts: At least one, of different ids; texts too, and one alone.
         writer: Takes the records.
         samples_per_prompt: Responses to each prompt; the article takes 4.
         max_response_tokens: Token limit of a response.
@@ -76,6 +77,7 @@ def collect(
         max_response_tokens=max_response_tokens,
         batch_prompts=batch_prompts,
     )
+    prompts = as_prompts(prompts)
     if not prompts:
         raise ValueError("collect: expected at least one prompt, got none.")
     agent = BestOfN(
@@ -114,7 +116,7 @@ def collect(
 
 def collection_run(
     language_model: LanguageModel,
-    reward_model: RewardModel,
+    reward_model: RewardLike,
     *,
     max_response_tokens: int,
     seed: int,

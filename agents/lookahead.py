@@ -11,7 +11,7 @@ from agents.planner import Planner
 from agents.search import Expansion, Search
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound
+from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound
 from mbrl_text_env.types import TextState
 from mbrl_text_env.values import ValueModel, value_usage_bound
 
@@ -71,7 +71,7 @@ class Lookahead(Planner):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         value_model: ValueModel | None = None,
         *,
         num_partials: int = 4,

@@ -17,7 +17,7 @@ from agents.planner import Planner
 from agents.search import Search, partial
 from agents.tree import Node, SearchTree
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed, stream
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.types import FloatArray, TextState
 from mbrl_text_env.values import ValueModel
 
@@ -127,7 +127,7 @@ class MCTS(Planner):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         value_model: ValueModel | None = None,
         *,
         num_simulations: int = 8,

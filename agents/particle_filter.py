@@ -11,7 +11,7 @@ from agents.planner import Planner
 from agents.search import Expansion, Search
 from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed, stream
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.types import FloatArray
 from mbrl_text_env.values import ValueModel
 
@@ -55,7 +55,7 @@ class ParticleFilter(Planner):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         value_model: ValueModel | None = None,
         *,
         particles: int | None = None,

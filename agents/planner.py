@@ -12,7 +12,8 @@ from agents.side_by_side import MOST_AT_ONCE
 from agents.tree import SearchTree
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, Ledger, Usage
-from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound
 from mbrl_text_env.types import Prompt, TextState
 from mbrl_text_env.values import ValueModel, check_value_fits
 
@@ -53,7 +54,7 @@ class Planner(Agent):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         value_model: ValueModel | None = None,
         *,
         max_response_tokens: int = 256,
@@ -62,12 +63,13 @@ class Planner(Agent):
     ) -> None:
         super().__init__(
             language_model,
-            reward_model,
+            # None is no reward to plan for.
+            as_reward_model(reward_model),
             max_response_tokens=max_response_tokens,
             chunk_tokens=chunk_tokens,
             params=params,
         )
-        check_value_fits(value_model, language_model, reward_model)
+        check_value_fits(value_model, language_model, self.reward_model)
         self.value_model = value_model
         self._watched: dict[TextState, SearchTree] | None = None
 

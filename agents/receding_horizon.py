@@ -7,7 +7,7 @@ from agents.planner import Planner
 from agents.search import Expansion, Search
 from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.values import ValueModel
 
 _WITHOUT_BUDGET = 4
@@ -48,7 +48,7 @@ class RecedingHorizon(Planner):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         value_model: ValueModel | None = None,
         *,
         horizon: int = 2,

@@ -28,6 +28,8 @@ from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Budget
+from mbrl_text_env.prompts import as_prompts
+from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardModel,
@@ -101,9 +103,10 @@ class Comparison:
 
     Args:
         config: What is compared and how.
-        prompts: The prompts; the agents answer all of them.
+        prompts: The prompts; the agents answer all of them. Texts stand for prompts.
         language_model: Shared by the agents that name no other policy.
-        reward_model: Shared by the agents, and the judge of their answers.
+        reward_model: Shared by the agents, and the judge of their answers; whatever
+            `as_reward_model` takes.
         value_model: For agents that take one, or several by name (see `agents.catalogue.make`).
         gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
             and can, so that a reward that is being exploited shows.
@@ -124,6 +127,10 @@ class Comparison:
     policies: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "reward_model", as_reward_model(self.reward_model))
+        if self.gold_model is not None:
+            object.__setattr__(self, "gold_model", as_reward_model(self.gold_model))
+        object.__setattr__(self, "prompts", as_prompts(self.prompts))
         ids = Counter(prompt.id for prompt in self.prompts)
         repeated = sorted(name for name, count in ids.items() if count > 1)
         if repeated:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
+from mbrl_text_env.language_models.content import control_test, plain_text
 from mbrl_text_env.types import FloatArray
 
 # What was found out about an encoder, for as long as it is there.
@@ -21,6 +22,7 @@ _CPU_BATCH = 16
 _lock = threading.Lock()
 _counts: WeakKeyDictionary[Any, OrderedDict[str, int]] = WeakKeyDictionary()
 _sizes: WeakKeyDictionary[Any, tuple[float, float]] = WeakKeyDictionary()
+_tests: WeakKeyDictionary[Any, Callable[[str], bool]] = WeakKeyDictionary()
 
 ReducedDtype = Literal["bfloat16", "float16"]
 """Number formats that are faster than a model's own, and less exact."""
@@ -52,6 +54,7 @@ def encode_texts(
     if not _is_sentence_transformer(encoder):
         return np.asarray(encoder.encode(list(texts)), dtype=np.float32)
     model: Any = encoder
+    texts = _without_marks(model, texts)
     with _products_in(dtype, model.device.type):
         if len(texts) > 1 and _is_text_model_on_cpu(model):
             return _encoded_by_length(model, texts)
@@ -129,12 +132,24 @@ def _token_counts(encoder: Any, texts: Sequence[str]) -> list[int]:
         new = [text for text in dict.fromkeys(texts) if text not in known]
         if new:
             options = {"truncation": True, "max_length": encoder.max_seq_length}
-            ids = encoder.tokenizer(new, **options)["input_ids"]
+            ids = encoder.tokenizer(_without_marks(encoder, new), **options)["input_ids"]
             known.update(zip(new, map(len, ids), strict=True))
         counts = [known[text] for text in texts]
         while len(known) > _MOST_COUNTS:
             known.popitem(last=False)
     return counts
+
+
+def _without_marks(encoder: Any, texts: Sequence[str]) -> list[str]:
+    """Texts in which the encoder's tokenizer finds no special token, such as "[SEP]"."""
+    tokenizer = getattr(encoder, "tokenizer", None)
+    if not hasattr(tokenizer, "added_tokens_decoder"):
+        # What is no model of text has another kind of tokenizer, or none.
+        return list(texts)
+    is_special = _tests.get(encoder)
+    if is_special is None:
+        is_special = _tests.setdefault(encoder, control_test(tokenizer))
+    return [plain_text(text, is_special) for text in texts]
 
 
 def _flops(encoder: Any, tokens: FloatArray) -> FloatArray:

@@ -8,13 +8,14 @@ import importlib
 import io
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
+from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import Message, Prompt, Split
 
 _SPLITS = get_args(Split)
@@ -47,7 +48,7 @@ def load_prompts(
     A row of a `.jsonl` file is an object with the prompt in `text`, `prompt` or `messages`: a
     string, or a list of `{"role": ..., "content": ...}`. A `.csv` file has a header with a column
     `text` or `prompt`. Optional in both: `id` (by default `<file stem>-<line number>`) and `split`.
-    Everything else in a row is the prompt's metadata.
+    Everything else in a row is the prompt's metadata, but for what is null.
 
     Args:
         source: `"builtin"`, or the path of a `.jsonl` or `.csv` file in UTF-8.
@@ -101,7 +102,8 @@ def hub_prompts(
     """Load prompts with `datasets.load_dataset`, in TRL's prompt format.
 
     The ids are `<last part of the name>-<split>-<row>`. The other columns are the metadata; values
-    that JSON cannot hold (images, dates) are left out.
+    that JSON cannot hold (images, dates) are left out, and keys whose value is None, which Arrow
+    gives to every row where one row has them.
 
     Args:
         dataset_name: Name on the Hub, or a local folder.
@@ -139,11 +141,52 @@ def hub_prompts(
     base = split.partition("[")[0]
     prompts = []
     for index, row in enumerate(dataset):
-        content = _content(f"{name}, row {index}", row.pop(column), chat)
+        place = f"{name}, row {index}"
+        row = plain_values(row)
+        content = _content(place, row.pop(column, None), chat)
         prompt_id = f"{Path(dataset_name).name}-{split}-{index}"
         prompt_split = cast(Split, base) if base in _SPLITS else None
-        prompts.append(Prompt(prompt_id, content, _json_only(row), prompt_split))
+        prompts.append(_made(place, prompt_id, content, _json_only(row), prompt_split))
     return prompts
+
+
+def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:
+    """Return prompts as a list, where texts stand for prompts and one stands for a list of one.
+
+    A text becomes the one user message of a chat, and its own id.
+
+    Raises:
+        PromptError: Something else is among them, or the name of a file is the only text.
+
+    Example:
+        >>> [prompt.text for prompt in as_prompts("Why is the sky blue?")]
+        ['Why is the sky blue?']
+    """
+    if isinstance(prompts, str) and (prompts == "builtin" or prompts.endswith((".jsonl", ".csv"))):
+        raise PromptError(
+            f"prompts: expected prompts or their texts, got {prompts!r}, which looks like a file. "
+            f"Pass load_prompts({prompts!r})."
+        )
+    if isinstance(prompts, (str, Prompt)):
+        return as_prompts([prompts])
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
+        raise _no_prompt(prompts)
+    return [_as_prompt(prompt) for prompt in prompts]
+
+
+def _as_prompt(prompt: Any) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
+    if isinstance(prompt, str):
+        return Prompt.from_text(str(prompt))
+    raise _no_prompt(prompt)
+
+
+def _no_prompt(found: object) -> PromptError:
+    return PromptError(
+        f"prompts: expected a sequence of Prompt, or of texts, got {found!r:.80}. Make them with "
+        "`Prompt.from_text(text)` or `load_prompts(file)`."
+    )
 
 
 def reasoning_gym_prompts(
@@ -343,16 +386,31 @@ def _decoded(name: str, data: bytes) -> str:
 
 
 def _prompt(row: _Row, chat: bool) -> Prompt:
-    keys = [key for key in _CONTENT_KEYS if key in row.fields]
+    # Files that are written from tables give every row the keys of all, null where one is missing.
+    fields = {key: value for key, value in row.fields.items() if value is not None}
+    keys = [key for key in _CONTENT_KEYS if key in fields]
     if len(keys) != 1:
         raise PromptError(
             f"{row.place}: expected one of the fields {', '.join(_CONTENT_KEYS)}, got "
             f"{keys or list(row.fields)}. Keep one, or rename the field that holds the prompt."
         )
-    content = _content(row.place, row.fields[keys[0]], chat)
+    content = _content(row.place, fields[keys[0]], chat)
     named = {*keys, "id", "split"}
-    metadata = {key: value for key, value in row.fields.items() if key not in named}
-    return Prompt(_id(row), content, metadata, _split(row))
+    metadata = {key: value for key, value in fields.items() if key not in named}
+    return _made(row.place, _id(row), content, metadata, _split(row))
+
+
+def _made(
+    place: str,
+    prompt_id: str,
+    content: str | tuple[Message, ...],
+    metadata: dict[str, Any],
+    split: Split | None,
+) -> Prompt:
+    try:
+        return Prompt(prompt_id, content, metadata, split)
+    except ValueError as error:
+        raise PromptError(f"{place}: {error}") from error
 
 
 def _content(place: str, value: Any, chat: bool) -> str | tuple[Message, ...]:

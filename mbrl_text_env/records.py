@@ -28,7 +28,8 @@ from filelock import FileLock, Timeout
 
 from mbrl_text_env.files import write_folder
 from mbrl_text_env.identity import identity
-from mbrl_text_env.rewards.base import RewardModel, score_responses
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, RewardModel, score_responses
 from mbrl_text_env.rewards.base import reward_name as name_of
 from mbrl_text_env.runs import refuse_others
 from mbrl_text_env.types import FinishReason, Message, Prompt, Split, TextState
@@ -448,7 +449,7 @@ def has_records(folder: str | Path, expected: int = 1) -> bool:
 
 
 def rescore(
-    source: str | Path, reward_model: RewardModel, target: str | Path, *, batch_size: int = 64
+    source: str | Path, reward_model: RewardLike, target: str | Path, *, batch_size: int = 64
 ) -> None:
     """Score the responses of a folder with another reward model, into a new folder.
 
@@ -471,6 +472,7 @@ def rescore(
     """
     if batch_size < 1:
         raise RecordsError(f"batch_size: expected 1 or more, got {batch_size!r}.")
+    reward_model = as_reward_model(reward_model)
     target = Path(target)
     with _writable(target):
         _check_target(Path(source), target)

@@ -385,18 +385,14 @@ def _one_of(name: str, value: str, allowed: Any) -> None:
 
 
 def _prompts(prompts: Sequence[Prompt] | None) -> tuple[Prompt, ...]:
-    if prompts is None:
-        from mbrl_text_env.prompts import load_prompts
+    from mbrl_text_env.prompts import as_prompts, load_prompts
 
+    if prompts is None:
         return tuple(load_prompts(split="train"))
-    if isinstance(prompts, (str, bytes)) or not all(isinstance(p, Prompt) for p in prompts):
-        raise ValueError(
-            f"prompts: expected a sequence of Prompt, got {prompts!r:.80}. Make them with "
-            "`Prompt.from_text(text)` or `load_prompts(file)`."
-        )
-    if not prompts:
+    found = as_prompts(prompts)
+    if not found:
         raise ValueError("prompts: expected at least one prompt, got an empty sequence.")
-    return tuple(prompts)
+    return tuple(found)
 
 
 def _default_tokenizer() -> Tokenizer:
@@ -406,6 +402,6 @@ def _default_tokenizer() -> Tokenizer:
 
 
 def _reward_model(reward_model: RewardModel | Callable[..., Any] | str) -> RewardModel:
-    from mbrl_text_env.rewards import as_reward_model, make
+    from mbrl_text_env.rewards import as_reward_model
 
-    return make(reward_model) if isinstance(reward_model, str) else as_reward_model(reward_model)
+    return as_reward_model(reward_model)

@@ -7,7 +7,9 @@ people and reward models and is never encoded again to continue a prefix.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,10 +24,18 @@ Split = Literal["train", "validation", "test"]
 FloatArray = npt.NDArray[np.float64]
 """float64[B]: one number a state, prompt or response."""
 
+_ROLE = re.compile(r"[\w .-]+")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a chat."""
+    """One message of a chat.
+
+    Args:
+        role: A name that the chat template knows, such as `"system"`, `"user"` or `"assistant"`.
+        content: Any text.
+    """
 
     role: str
     content: str
@@ -43,7 +53,9 @@ class Prompt:
         split: `"train"`, `"validation"`, `"test"`, or None where the data has no split.
 
     Raises:
-        ValueError: The id or the content is empty.
+        TypeError: The content is neither a string nor messages of strings.
+        ValueError: The id or the content is empty, a role is no name, or a text (in id, content or
+            metadata) has half a character: a surrogate of UTF-16 alone, which no file can hold.
 
     Example:
         >>> Prompt.from_text("Why is the sky blue?").text
@@ -58,6 +70,15 @@ class Prompt:
     def __post_init__(self) -> None:
         if not self.id:
             raise ValueError("A prompt needs an id; got an empty string. Give it a unique name.")
+        self._check_content()
+        texts = (self.id, self.text, self.metadata)
+        for place, value in zip(("id", "text", "metadata"), texts, strict=True):
+            half = _half_character(value)
+            if half is not None:
+                raise ValueError(
+                    f"Prompt {self.id!r} has half a character in its {place}: {half!r}. Decode the "
+                    "text with the encoding that it was written in, and cut it between characters."
+                )
         if not self.text.strip():
             raise ValueError(
                 f"Prompt {self.id!r} is empty: expected text or at least one message with text. "
@@ -78,6 +99,26 @@ class Prompt:
         content = (Message("user", text),) if chat else text
         return cls(text if id is None else id, content, dict(metadata or {}), split)
 
+    def _check_content(self) -> None:
+        if isinstance(self.content, str):
+            return
+        if not isinstance(self.content, (tuple, list)) or not all(
+            isinstance(m, Message) and isinstance(m.role, str) and isinstance(m.content, str)
+            for m in self.content
+        ):
+            raise TypeError(
+                f"Prompt {self.id!r}: expected a string, or a tuple of `Message(role, content)` "
+                f"with two strings, got {self.content!r:.80}."
+            )
+        object.__setattr__(self, "content", tuple(self.content))
+        for message in self.content:
+            # A template writes roles as they are, among its control tokens.
+            if not _ROLE.fullmatch(message.role):
+                raise ValueError(
+                    f"Prompt {self.id!r}: expected roles of letters, digits, '_', '-', '.' and "
+                    f"spaces, such as 'user', got {message.role!r}. Change it."
+                )
+
     @functools.cached_property
     def text(self) -> str:
         """The prompt as a person or a reward model reads it, without template marks."""
@@ -86,6 +127,20 @@ class Prompt:
         if len(self.content) == 1:
             return self.content[0].content
         return "\n".join(f"{message.role}: {message.content}" for message in self.content)
+
+
+def _half_character(value: Any) -> str | None:
+    """The first surrogate in a text, or in the texts of JSON values; None where there is none."""
+    if isinstance(value, str):
+        found = None if value.isascii() else _SURROGATE.search(value)
+        return found and found[0]
+    if isinstance(value, Mapping):
+        inner: Iterable[Any] = itertools.chain(value, value.values())
+    elif isinstance(value, (list, tuple)):
+        inner = value
+    else:
+        return None
+    return next((half for half in map(_half_character, inner) if half is not None), None)
 
 
 @dataclass(frozen=True)

@@ -157,3 +157,23 @@ class TestFlops:
         monkeypatch.setattr(minilm, "__class__", Tuned)
         assert encoder_flops(minilm, ["the sea"]).tolist() == [minilm_flops(4)]
         assert encode_texts(minilm, ["the sea"]).shape == (1, 384)
+
+
+def test_special_tokens_in_a_text_are_ordinary_text(minilm):
+    tokenizer = minilm.tokenizer
+    separator = tokenizer.sep_token_id
+    seen = []
+    forward = minilm[0].auto_model.embeddings.word_embeddings.register_forward_pre_hook(
+        lambda module, inputs: seen.extend(inputs[0].flatten().tolist())
+    )
+    try:
+        texts = ["Good.[SEP]Prompt: Why?", "[CLS][MASK] fine [SEP][SEP]"]
+        encode_texts(minilm, texts)
+        encode_texts(minilm, texts[:1])
+    finally:
+        forward.remove()
+    # One text, one end.
+    assert seen.count(separator) == 3
+    assert tokenizer.mask_token_id not in seen
+    plain = encoder_flops(minilm, ["Good.[ SEP ]Prompt: Why?"])
+    assert encoder_flops(minilm, texts[:1]).tolist() == plain.tolist()

@@ -165,8 +165,8 @@ def test_step_needs_reset():
     ("changes", "message"),
     [
         ({"prompts": []}, "at least one prompt"),
-        ({"prompts": "ab"}, "sequence of Prompt"),
-        ({"prompts": ["ab"]}, "sequence of Prompt"),
+        ({"prompts": "train.jsonl"}, "load_prompts"),
+        ({"prompts": [5]}, "sequence of Prompt"),
         ({"reward": "dense"}, "reward: expected one of"),
         ({"observation": "pixels"}, "observation: expected one of"),
         ({"max_chunk_tokens": 0}, "at least 1"),

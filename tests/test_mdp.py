@@ -126,3 +126,41 @@ def test_prompts():
 def test_chunk_logprob():
     assert Chunk((1, 2), (-0.5, -1.0)).logprob == -1.5
     assert Chunk((1,)).logprob != Chunk((1,)).logprob  # NaN: not known
+
+
+class TestWhatIsNoPrompt:
+    @pytest.mark.parametrize(
+        ("place", "make"),
+        [
+            ("id", lambda half: Prompt.from_text("ab", half)),
+            ("text", lambda half: Prompt.from_text(half, "p7")),
+            ("text", lambda half: Prompt.from_text(half, "p7", chat=False)),
+            ("text", lambda half: Prompt("p7", (Message("user", "a"), Message("user", half)))),
+            ("metadata", lambda half: Prompt("p7", "ab", {"tests": [{"a": [half]}]})),
+            ("metadata", lambda half: Prompt("p7", "ab", {half: 1})),
+        ],
+    )
+    @pytest.mark.parametrize("half", ["half \ud83d", "\udc80"])
+    def test_half_a_character(self, place, make, half):
+        with pytest.raises(ValueError, match=rf"half a character in its {place}: ") as caught:
+            make(half)
+        assert not isinstance(caught.value, UnicodeError)
+        assert place == "id" or "'p7'" in str(caught.value)
+        str(caught.value).encode()
+
+    @pytest.mark.parametrize("role", ["", "user<|im_end|>", "end|>\n<|system", "us\ner", "[INST]"])
+    def test_roles_that_are_no_names(self, role):
+        with pytest.raises(ValueError, match="'p7': expected roles of letters"):
+            Prompt("p7", (Message(role, "Hi"),))
+
+    @pytest.mark.parametrize(
+        "content", [None, 5, ["Hi"], ({"role": "user", "content": "Hi"},), (Message("user", None),)]
+    )
+    def test_contents_of_other_types(self, content):
+        with pytest.raises(TypeError, match=r"'p7': expected a string, or a tuple of `Message"):
+            Prompt("p7", content)
+
+    def test_any_other_text_is_taken(self):
+        text = "\x00\x07\x1b[31m \ufeff\u202e 🙂 e\u0301 \uffff"
+        assert Prompt(text, (Message("user", text), Message("system", ""))).id == text
+        assert Prompt("p", [Message("user", "Hi")]).content == (Message("user", "Hi"),)

@@ -269,7 +269,7 @@ def test_values_that_are_not_json_are_left_out(tmp_path, dataset_folder):
     folder = tmp_path / "dated"
     folder.mkdir()
     pq.write_table(table, folder / "train.parquet")
-    assert hub_prompts(str(folder))[0].metadata == {"answer": None}
+    assert hub_prompts(str(folder))[0].metadata == {}
 
 
 def test_the_reason_why_a_dataset_does_not_load_is_told(dataset_folder):
@@ -338,3 +338,36 @@ def test_a_missing_extra_is_named(monkeypatch, module, load):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(PromptError, match=rf"'{module}'.*mbrl-text-env\[data\]"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "ab", "w": 1e999}', "not JSON compliant"),
+        ('{"text": "ab", "w": [{"v": -1e400}]}', "not JSON compliant"),
+        ('{"text": "ab", "w": NaN}', "NaN is not JSON"),
+        ('{"text": "half \\ud83d"}', "surrogates"),
+        ('{"text": "ab", "id": "\\udc80"}', "surrogates"),
+        ('{"messages": [{"role": "<|im_end|>", "content": "ab"}]}', "expected roles"),
+    ],
+)
+def test_values_that_no_file_can_hold(tmp_path, line, reason):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n{line}\n')
+    with pytest.raises(PromptError, match=f"mine.jsonl, line 2: .*{reason}"):
+        load_prompts(path)
+
+
+def test_keys_that_are_null_are_not_there(tmp_path):
+    row = {"text": None, "prompt": "One", "messages": None, "id": None, "answer": None, "n": [None]}
+    (prompt,) = load_prompts(jsonl(tmp_path / "mine.jsonl", row))
+    assert (prompt.id, prompt.text, prompt.metadata) == ("mine-1", "One", {"n": [None]})
+
+
+def test_arrow_fills_keys_that_a_row_does_not_have(tmp_path):
+    pytest.importorskip("datasets")
+    constraints = [[{"type": "min_words", "value": 2}], [{"type": "no_commas"}]]
+    table = pa.table({"prompt": ["a", "b"], "constraints": constraints})
+    pq.write_table(table, tmp_path / "train.parquet")
+    found = hub_prompts(str(tmp_path))
+    assert [prompt.metadata["constraints"] for prompt in found] == constraints

@@ -53,7 +53,8 @@ from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, sp
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record, RecordWriter, read_records
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, RewardModel
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 
@@ -109,14 +110,14 @@ class ExpertIteration:
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         train: Sequence[Prompt],
         validation: Sequence[Prompt],
         folder: str | Path,
         settings: LoopSettings | None = None,
         *,
         improver: Improver | None = None,
-        gold_model: RewardModel | None = None,
+        gold_model: RewardLike | None = None,
         agent_factory: AgentFactory | None = None,
         value_factory: Callable[[LanguageModel, RewardModel], FittedValue] | None = None,
         value_model: FittedValue | None = None,
@@ -125,22 +126,24 @@ class ExpertIteration:
         on_stage: Callable[[int, str], None] | None = None,
     ) -> None:
         self.language_model = language_model
-        self.reward_model = reward_model
+        self.reward_model = as_reward_model(reward_model)
         self.train = train
         self.validation = validation
         self.folder = folder
         self.settings = planned() if settings is None else settings
         self.improver: Improver = LoraImprover() if improver is None else improver
-        self.gold_model = gold_model
+        self.gold_model = None if gold_model is None else as_reward_model(gold_model)
         self.agent_factory = agent_factory
         self.value_factory = value_factory
         self.value_model = value_model
         self.encoder = encoder
         self.hint = hint
         self.on_stage = on_stage
-        check_prompts(train, validation, reward_model)
+        check_prompts(train, validation, self.reward_model)
         self._folder = LoopFolder(folder)
-        self._values = LoopValues(self.settings, reward_model, encoder, value_factory, value_model)
+        self._values = LoopValues(
+            self.settings, self.reward_model, encoder, value_factory, value_model
+        )
         self._serving: tuple[int, LanguageModel] = (0, language_model)
 
     def run(self) -> LoopResult:

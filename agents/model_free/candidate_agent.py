@@ -13,7 +13,8 @@ from agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Usage
 from mbrl_text_env.proposer import CandidateProposer, Known
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike
 
 if TYPE_CHECKING:
     # It needs torch; an agent that only looks it up by name does not.
@@ -48,11 +49,12 @@ class CandidateAgent(Planner):
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         policy: CandidatePolicy,
         *,
         max_response_tokens: int | None = None,
     ) -> None:
+        reward_model = as_reward_model(reward_model)
         policy.check_fits(language_model, reward_model)
         view = policy.view
         super().__init__(

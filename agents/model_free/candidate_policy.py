@@ -24,7 +24,8 @@ from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.proposer import CandidateProposer, FeatureLayout
-from mbrl_text_env.rewards.base import RewardModel, reward_name
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, RewardModel, reward_name
 from mbrl_text_env.task import TextTask
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -323,7 +324,7 @@ def check_policy_target(folder: Path) -> None:
 def load_policy(
     folder: str | Path,
     language_model: LanguageModel | None = None,
-    reward_model: RewardModel | None = None,
+    reward_model: RewardLike | None = None,
     *,
     encoder: Encoder | None = None,
     name: str | None = None,
@@ -372,10 +373,11 @@ def load_policy(
         encoder,
         name,
     )
+    reward = None if reward_model is None else as_reward_model(reward_model)
     if language_model is not None:
-        policy.check_fits(language_model, reward_model or _Named(policy.reward_name))
-    elif reward_model is not None:
-        policy.check_fits(_Named(policy.language_model_name), reward_model)  # type: ignore[arg-type]
+        policy.check_fits(language_model, reward or _Named(policy.reward_name))
+    elif reward is not None:
+        policy.check_fits(_Named(policy.language_model_name), reward)  # type: ignore[arg-type]
     return policy
 
 

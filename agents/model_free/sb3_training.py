@@ -27,6 +27,7 @@ from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.training import own_randomness
@@ -58,7 +59,7 @@ class Training:
         self.algorithm = algorithm
         self.language_model = language_model
         self.reward_model = as_reward_model(reward)
-        self.prompts, self.validation = prompts, validation
+        self.prompts, self.validation = as_prompts(prompts), as_prompts(validation)
         self.folder = folder
         self.settings = settings
         self.encoder = encoder

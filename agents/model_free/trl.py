@@ -38,6 +38,7 @@ from agents.model_free.policy_gradient import (
 )
 from agents.model_free.train_prompts import check_prompts
 from mbrl_text_env.identity import identity
+from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
@@ -162,7 +163,7 @@ def _train(
     check_target(target)
     for package in ("trl", "peft"):
         required(package)
-    reward_model = as_reward_model(reward)
+    reward_model, prompts = as_reward_model(reward), as_prompts(prompts)
     check_prompts(prompts, reward_model, language_model, settings.prompts_per_step)
     checkpoints = checkpoints_of(target)
     rows = [[p.id, p.text, json.dumps(dict(p.metadata), default=str)] for p in prompts]

@@ -14,7 +14,8 @@ from agents.values.rollout import RolloutValue
 from agents.values.stacked import StackedValue
 from mbrl_text_env.encoders import Encoder, multiplies_bfloat16
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardModel, reduced
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, RewardModel, reduced
 from mbrl_text_env.values import ValueModel, ValueModelError
 
 
@@ -87,7 +88,7 @@ READY, FITTED = tuple(_READY), tuple(_FITTED)
 def make_value(
     name: str,
     language_model: LanguageModel,
-    reward_model: RewardModel,
+    reward_model: RewardLike,
     *,
     encoder: Encoder | None = None,
     max_response_tokens: int = 256,
@@ -116,4 +117,7 @@ def make_value(
             f"Unknown value model {name!r}. Expected one of {sorted(READY)}, or, fitted on "
             f"records, of {sorted(FITTED)}."
         )
-    return kinds[name](_Models(language_model, reward_model, encoder, max_response_tokens, seed))
+    models = _Models(
+        language_model, as_reward_model(reward_model), encoder, max_response_tokens, seed
+    )
+    return kinds[name](models)

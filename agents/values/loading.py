@@ -9,7 +9,8 @@ from agents.values.fitted import FittedValue, Sources
 from agents.values.storage import reading
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.values import check_value_fits
 
 _CLASSES = {
@@ -36,7 +37,7 @@ def value_class(kind: str) -> type[FittedValue]:
 def load_value(
     folder: str | Path,
     language_model: LanguageModel,
-    reward_model: RewardModel,
+    reward_model: RewardLike,
     encoder: Encoder | None = None,
 ) -> FittedValue:
     """Read a value model of any kind, for the models that it was fitted with.
@@ -55,6 +56,7 @@ def load_value(
         >>> StackedValue(lm, reward).fit(records).save("value")  # doctest: +SKIP
         >>> value = load_value("value", lm, reward)  # doctest: +SKIP
     """
+    reward_model = as_reward_model(reward_model)
     with reading(folder) as (config, arrays):
         kind = value_class(config["kind"])
         value = kind.restored(config, arrays, Sources(language_model, reward_model, encoder))

@@ -13,7 +13,9 @@ from agents.values.prefixes import LENGTHS, Samples, check_lengths, cut_prefixes
 from agents.values.validation import Fitter
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
+    RewardLike,
     RewardModel,
     Scores,
     reward_usage_bound,
@@ -58,13 +60,13 @@ class PrefixRewardValue(FittedValue):
 
     def __init__(
         self,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         tokenizer: Tokenizer,
         *,
         lengths: Sequence[int] = LENGTHS,
     ) -> None:
         check_lengths(lengths)
-        self.reward_model = reward_model
+        self.reward_model = as_reward_model(reward_model)
         self.tokenizer = tokenizer
         self.lengths = tuple(lengths)
 

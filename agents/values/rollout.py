@@ -16,7 +16,8 @@ from mbrl_text_env.language_models.base import (
 )
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import is_terminal, response_limit, transition
-from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound, score_responses
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound, score_responses
 from mbrl_text_env.types import TextState
 from mbrl_text_env.values import ValueEstimate
 
@@ -61,7 +62,7 @@ class RolloutValue:
     def __init__(
         self,
         language_model: LanguageModel,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         *,
         n: int = 4,
         max_response_tokens: int = 256,
@@ -70,7 +71,7 @@ class RolloutValue:
     ) -> None:
         check_positive(n=n, max_response_tokens=max_response_tokens)
         self.language_model = language_model
-        self.reward_model = reward_model
+        self.reward_model = as_reward_model(reward_model)
         self.n = n
         self.max_response_tokens = max_response_tokens
         self.params = params

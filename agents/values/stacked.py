@@ -29,7 +29,8 @@ from agents.values.validation import Fitter, held_out
 from mbrl_text_env.encoders import Encoder, encoder_flops, encoder_flops_bound
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.rewards.base import RewardModel, Scores, reward_usage_bound
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, Scores, reward_usage_bound
 from mbrl_text_env.types import FloatArray, TextState
 from mbrl_text_env.values import ValueModelError
 
@@ -159,7 +160,7 @@ class StackedValue(FittedValue):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        reward_model: RewardModel,
+        reward_model: RewardLike,
         encoder: Encoder | None = None,
         *,
         use_embedding: bool = False,
@@ -178,7 +179,7 @@ class StackedValue(FittedValue):
             )
         check_lengths(lengths)
         self.tokenizer = tokenizer
-        self.reward_model = reward_model
+        self.reward_model = as_reward_model(reward_model)
         self.encoder = encoder
         self.use_embedding = use_embedding
         self.level_1: LevelOne = level_1

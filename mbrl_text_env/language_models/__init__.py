@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
             "PromptTooLongError",
             "SamplingParams",
             "Tokenizer",
+            "UnknownTokenError",
         ],
         "catalogue": ["embedded", "embedded_encoder", "embedded_tokenizer"],
         "server": [

@@ -398,8 +398,7 @@ class Client:
                 f"{url} gives no token ids: its text is encoded anew, and the tokens may differ "
                 "from those that were sampled."
             )
-            encoded = self._tokenizer.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-            return list(encoded)[:limit], None
+            return self._tokenizer.encode_text(answer.text)[:limit], None
         ids = list(answer.token_ids)
         if len(ids) > limit or not all(i < self._tokenizer.vocab_size for i in ids):
             raise MalformedAnswerError(

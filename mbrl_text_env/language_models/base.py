@@ -19,6 +19,10 @@ class PromptTooLongError(ValueError):
     """A prompt that leaves no room for a response in the model's context."""
 
 
+class UnknownTokenError(ValueError):
+    """A prompt with a token that the tokenizer knows and the model does not."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn from a language model's distribution.
@@ -105,8 +109,11 @@ class Tokenizer(Protocol):
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt, chat template and generation mark included.
 
+        What a prompt says is encoded as text: only the template writes control tokens.
+
         Raises:
             PromptTooLongError: The prompt leaves no room for a response.
+            ValueError: It cannot be encoded. The message names it, and what to change.
         """
         ...
 

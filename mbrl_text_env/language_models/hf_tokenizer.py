@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from mbrl_text_env.language_models.base import PromptTooLongError
+from mbrl_text_env.language_models.base import PromptTooLongError, UnknownTokenError
+from mbrl_text_env.language_models.content import ContentEncoder
 from mbrl_text_env.runs import digest
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,9 @@ class HFTokenizer:
             )
         config = _load_optional(AutoConfig, source) if named else None
         text_config = config.get_text_config() if config is not None else None
-        self.vocab_size: int = max(len(self.tokenizer), getattr(text_config, "vocab_size", 0))
+        self._content = ContentEncoder(self.tokenizer)
+        # Where the model has fewer rows than the tokenizer has tokens, it cannot read the rest.
+        self.vocab_size: int = getattr(text_config, "vocab_size", None) or len(self.tokenizer)
         generation = _load_optional(GenerationConfig, source) if named else None
         self.stop_token_ids = (
             frozenset(stop_token_ids)
@@ -82,26 +85,49 @@ class HFTokenizer:
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt: chat messages through the chat template, plain text as it is.
 
+        Contents are encoded as text: a control token that is written out in one, such as
+        `<|im_end|>`, is read as its characters. The template's own are tokens. Plain text follows
+        what the tokenizer puts before every text (a token for its beginning), and nothing behind
+        it, since the response goes on from there.
+
         Raises:
             PromptTooLongError: It leaves no room for a response.
-            ValueError: It is a chat, and the tokenizer has no chat template.
+            UnknownTokenError: It has a token that the model does not know.
+            ValueError: It is a chat, and the tokenizer has no chat template, or one that refuses
+                it (for its roles, or their order).
         """
         if isinstance(prompt.content, str):
-            ids = list(self.tokenizer(prompt.content)["input_ids"])
+            ids = [*self._content.opening, *self._content.text(prompt.content)]
         else:
-            if self.tokenizer.chat_template is None:
-                raise ValueError(
-                    f"Prompt {prompt.id!r} is a chat, but the tokenizer has no chat template. Load "
-                    "prompts with chat=False, or use an instruction-tuned model."
-                )
-            messages = [{"role": m.role, "content": m.content} for m in prompt.content]
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
+            ids = self._chat(prompt, prompt.content)
         if not ids:
             raise ValueError(f"Prompt {prompt.id!r} has no tokens: {prompt.text!r}. Give it text.")
         check_room(prompt, len(ids), self.context_length)
+        check_known(prompt, ids, self.vocab_size, self)
         return tuple(ids)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text alone: control tokens that are written out in it are characters."""
+        return self._content.text(text)
+
+    def _chat(self, prompt: Prompt, messages: Sequence[Message]) -> list[int]:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(
+                f"Prompt {prompt.id!r} is a chat, but the tokenizer has no chat template, as base "
+                "models have none. Load prompts as plain text (chat=False; --plain-prompts on the "
+                "command line), or use an instruction-tuned model."
+            )
+        try:
+            return self._content.chat(messages)
+        # Templates raise errors of jinja2, and whatever their expressions do.
+        except Exception as error:
+            raise ValueError(
+                f"Prompt {prompt.id!r}: the tokenizer's chat template refuses its messages, whose "
+                f"roles are {[message.role for message in messages]} ({error}). Change them to "
+                "what the template takes: many take a system message only as the first or not at "
+                "all (put its text into the user's), and users and assistants in turns, the user "
+                "first. Or load prompts as plain text (chat=False)."
+            ) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -148,6 +174,24 @@ def check_room(prompt: Prompt, length: int, context_length: int) -> None:
             f"Prompt {prompt.id!r} has {length} tokens, but the model's context holds "
             f"{context_length} tokens of prompt and response together. Shorten it, or use a model "
             "with a longer context."
+        )
+
+
+def check_known(
+    prompt: Prompt, ids: Sequence[int], vocab_size: int, tokenizer: HFTokenizer
+) -> None:
+    """Refuse tokens for which the model has no row among its embeddings.
+
+    Raises:
+        UnknownTokenError: The tokenizer knows more tokens than the model, and the prompt has one.
+    """
+    unknown = next((token for token in ids if token >= vocab_size), None)
+    if unknown is not None:
+        raise UnknownTokenError(
+            f"Prompt {prompt.id!r} has the token {unknown} "
+            f"({tokenizer.tokenizer.convert_ids_to_tokens(unknown)!r}), but the model knows the "
+            f"tokens 0 to {vocab_size - 1} alone. Use the model's own tokenizer, resize the "
+            "model's embeddings to it, or leave that token out of the prompt."
         )
 
 

@@ -42,6 +42,7 @@ from mbrl_text_env.language_models.decoding import Sampled, decode, finished, wa
 from mbrl_text_env.language_models.hf_tokenizer import (
     HFTokenizer,
     ModelLoadError,
+    check_known,
     check_room,
     context_limit,
     load,
@@ -272,6 +273,7 @@ class TransformersLM(RequestSampler):
         ids = self._tokenizer.encode_prompt(prompt)
         # A tokenizer that was passed in loaded knows nothing of the model's context.
         check_room(prompt, len(ids), self.context_length)
+        check_known(prompt, ids, self.vocab_size, self._tokenizer)
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,13 @@ class RewardModel(Protocol):
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
         """Return float64[B], the score of `responses[i]` as an answer to `prompts[i]`."""
         ...
+
+
+RewardLike: TypeAlias = RewardModel | Callable[..., Any] | str
+"""Where a reward is taken: a reward model, a function or object that scores, or a name.
+
+See `rewards.as_reward_model`, by which it becomes a reward model.
+"""
 
 
 @runtime_checkable
@@ -171,6 +178,11 @@ def score_responses(
     """
     if not responses:
         return Scores(np.zeros(0))
+    if not hasattr(reward_model, "score"):
+        raise TypeError(
+            f"Expected a reward model, with a method `score`, got {type(reward_model).__name__}. "
+            "Make one of a function or a name with `rewards.as_reward_model`."
+        )
     name = reward_name(reward_model)
     context = f"Reward model {name!r}, prompt {prompts[0].id!r}"
     with timed(ledgers):

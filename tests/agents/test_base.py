@@ -4,11 +4,12 @@ from hypothesis import strategies as st
 
 from agents import BestOfN, Lookahead, RandomAgent, Sampling
 from agents.base import Completion, affordable, best
+from agents.catalogue import available, make
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
 from mbrl_text_env.mdp import initial, is_terminal, transition
-from mbrl_text_env.types import Chunk
+from mbrl_text_env.types import Chunk, Prompt
 from tests.toys import PROMPTS, CountReward, ExactValue, FixedValue, toy_options
 
 LM = NGramLM("abc", order=2, seed=3, stop_probability=0.15)
@@ -185,3 +186,34 @@ def test_a_cap_on_what_costs_nothing_is_none(agent):
     agent.language_model = free
     (generation,) = agent.generate(PROMPTS[:1], Budget(flops=1.0))
     assert 1 <= generation.usage.reward_calls <= 4
+
+
+def count_a(prompt, response):
+    return float(response.count("a"))
+
+
+@pytest.mark.parametrize("name", sorted(set(available()) - {"candidates"}))
+def test_functions_and_names_are_rewards_and_texts_are_prompts(name):
+    agents = [make(name, LM, reward, max_response_tokens=4) for reward in (count_a, "sentiment")]
+    for agent in agents:
+        answers = [
+            [(g.prompt, g.text) for g in agent.generate(prompts, Budget(tokens=60), seed=1)]
+            for prompts in ("ab", ["ab"], Prompt.from_text("ab"), (p for p in ["ab"]))
+        ]
+        assert all(answer == answers[0] for answer in answers)
+        assert answers[0][0][0] == Prompt.from_text("ab")
+    if agents[0].reward_model is not None:
+        assert [agent.reward_model.name for agent in agents] == ["count_a", "sentiment"]
+
+
+def test_what_is_no_reward_and_no_prompt():
+    for reward in (None, 5):
+        with pytest.raises(TypeError, match="Expected a reward, got"):
+            BestOfN(LM, reward)
+    agent = BestOfN(LM, count_a, n=2, max_response_tokens=4)
+    for prompts in (None, 5, [None], [["ab"]], {"text": "ab"}, b"ab"):
+        with pytest.raises(ValueError, match="prompts: expected a sequence of Prompt, or of texts"):
+            agent.generate(prompts)
+    for name in ("builtin", "prompts.jsonl"):
+        with pytest.raises(ValueError, match=r"looks like a file.*load_prompts"):
+            agent.generate(name)

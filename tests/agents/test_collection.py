@@ -174,3 +174,12 @@ def test_a_rescored_folder_is_gone_on_with_by_its_new_reward(tmp_path):
     assert collected(tmp_path / "b", reward=CountReward("b"), samples_per_prompt=5) == whole
     with pytest.raises(RecordsError, match=r"reward\.letter"):
         collected(tmp_path / "b")
+
+
+def test_a_function_a_name_and_texts(tmp_path):
+    for i, reward in enumerate([lambda prompt, response: 1.0, "sentiment"]):
+        with RecordWriter(tmp_path / str(i)) as writer:
+            collect(LM, reward, ["ab", "ba"], writer, **OPTIONS)
+        assert [r.prompt_id for r in read_records(tmp_path / str(i))] == ["ab"] * 3 + ["ba"] * 3
+    with RecordWriter(tmp_path / "none") as writer, pytest.raises(TypeError, match="got None"):
+        collect(LM, None, "ab", writer, **OPTIONS)

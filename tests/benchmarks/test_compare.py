@@ -390,3 +390,12 @@ def test_a_comparison_that_cannot_be_run_leaves_the_folder_free(tmp_path):
             run(toy_comparison(**bad), tmp_path / "a")
         assert not (tmp_path / "a").exists()
     run(toy_comparison(), tmp_path / "a")
+
+
+def test_functions_names_and_texts_are_taken():
+    config = toy_comparison().config
+    found = Comparison(config, ["ab", "ba"], LM, lambda prompt, response: 1.0, gold_model="numeric")
+    assert [prompt.id for prompt in found.prompts] == ["ab", "ba"]
+    assert (found.record()["reward"], found.record()["gold"]) == ("<lambda>", "numeric")
+    with pytest.raises(TypeError, match="Expected a reward, got None"):
+        Comparison(config, PROMPTS, LM, None)

@@ -27,7 +27,7 @@ from mbrl_text_env.language_models import (
     TransformersLM,
     embedded_tokenizer,
 )
-from mbrl_text_env.language_models.base import stream
+from mbrl_text_env.language_models.base import UnknownTokenError, stream
 from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
 from mbrl_text_env.language_models.sampling import draw
 from mbrl_text_env.ledger import Ledger, Usage
@@ -592,6 +592,15 @@ class TestHFTokenizer:
             assert len(found.encode_prompt(Prompt("p", word * (CONTEXT_LENGTH - 1)))) == 95
             with pytest.raises(PromptTooLongError, match=r"'p' has 96 tokens, but .* holds 96"):
                 found.encode_prompt(Prompt("p", word * CONTEXT_LENGTH))
+
+    def test_a_token_that_the_model_does_not_know(self, tiny, tokenizer):
+        larger = copy.deepcopy(tokenizer)
+        larger.add_tokens([f"zyzzyva{i}" for i in range(10, 40)])
+        lm = TransformersLM(tiny("llama").model, tokenizer=larger)
+        assert len(larger) > lm.vocab_size
+        assert lm.encode_prompt(Prompt("p", "The fox"))
+        with pytest.raises(UnknownTokenError, match=r"'p7'.*'zyzzyva39'.*knows the tokens 0 to"):
+            lm.encode_prompt(Prompt.from_text("The zyzzyva39", "p7"))
 
     def test_a_shorter_context_of_ones_own(self, tiny, tokenizer):
         lm = TransformersLM(

@@ -12,7 +12,8 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, RewardLike, RewardModel
+from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import Message, Prompt
 
 REFERENCE_KEYS = ("ground_truth", "reference_answer", "answer")
@@ -65,6 +66,13 @@ def _event_loop(process: int, depth: int) -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
     return loop
+
+
+def adapted(reward: RewardLike) -> RewardModel:
+    """`as_reward_model`, which imports what uses this."""
+    from mbrl_text_env.rewards.adapters.convert import as_reward_model
+
+    return as_reward_model(reward)
 
 
 def number(value: Any, name: str, prompt: Prompt, response: str) -> float:
@@ -123,8 +131,7 @@ def listed(
     Raises:
         RewardError: It is none of these, or has not one value a response.
     """
-    # Tensors and arrays have `tolist`.
-    plain = result.tolist() if hasattr(result, "tolist") else result
+    plain = result if isinstance(result, Mapping) else plain_values(result)
     is_many = isinstance(plain, Iterable) and not isinstance(plain, str | bytes | Mapping)
     values = list(plain) if is_many else None
     if values is None or len(values) != len(responses):
@@ -154,19 +161,32 @@ def trl_completion(prompt: Prompt, response: str) -> Any:
 def said(completion: Any) -> str:
     """What the assistant said in a completion, a text or messages, which line breaks join."""
     if isinstance(completion, str):
-        return completion
-    # Calls of tools have no content.
+        return str(completion)
     return "\n".join(
-        message["content"] or ""
-        for message in completion
+        # Calls of tools have no content.
+        _content_text(message.get("content"))
+        for message in plain_values(completion)
         if message.get("role", "assistant") == "assistant"
     )
 
 
-def as_prompt(content: Any, metadata: dict[str, Any]) -> Prompt:
-    """A prompt from a text or messages; its id is the metadata's, or its text."""
+def as_prompt(content: Any, metadata: Mapping[str, Any]) -> Prompt:
+    """A prompt from a text or messages, and metadata; its id is the metadata's, or its text.
+
+    Both may come from tables: see `plain_values`. A value that is None is not given.
+    """
+    content, metadata = plain_values(content), plain_values(metadata)
     if not isinstance(content, str):
-        content = tuple(Message(message["role"], message["content"]) for message in content)
-    prompt = Prompt("prompt", content, metadata)
+        content = tuple(Message(m["role"], _content_text(m.get("content"))) for m in content)
     name = metadata.get("id")
-    return replace(prompt, id=prompt.text if name in (None, "") else str(name))
+    if name in (None, ""):
+        prompt = Prompt("prompt", content, metadata)
+        return replace(prompt, id=prompt.text)
+    return Prompt(str(name), content, metadata)
+
+
+def _content_text(content: Any) -> str:
+    """A message's content: a text, nothing, or the texts among its parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part["text"] for part in content if part.get("type") == "text")

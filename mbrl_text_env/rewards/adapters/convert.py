@@ -13,9 +13,10 @@ from mbrl_text_env.rewards.adapters.openrlhf import OpenRLHFFunctionReward, Open
 from mbrl_text_env.rewards.adapters.trl import TRLFunctionReward, TRLReward
 from mbrl_text_env.rewards.adapters.verifiers import VerifiersFunctionReward, VerifiersReward
 from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward, VerlReward
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardLike, RewardModel
 
 ACCEPTED = """\
+  a name, or a sum of names           "sentiment", "0.5*sentiment+relevance", "my_file.py:brevity"
   an object with a method score(prompts, responses) -> float64[B]
   a function of two texts             f(prompt, response) -> float
   a reward function of TRL            f(prompts, completions, **columns) -> list[float | None]
@@ -26,7 +27,7 @@ ACCEPTED = """\
 
 
 def as_reward_model(
-    reward: RewardModel | Callable[..., Any],
+    reward: RewardLike,
     *,
     encode: Callable[[str], Sequence[int]] | None = None,
 ) -> RewardModel:
@@ -34,6 +35,8 @@ def as_reward_model(
 
     Accepted are, recognised by their class or by the names of their parameters:
 
+    - a name, or a weighted sum of names, such as `"sentiment"` or `"0.5*sentiment+relevance"`: see
+      `rewards.make`;
     - an object with a method `score`, which is returned as it is; what `to_trl`, `to_verl` and
       `to_openrlhf` made of one becomes that one again;
     - a function of two texts, `f(prompt, response) -> float`: see `FunctionReward`;
@@ -51,6 +54,7 @@ def as_reward_model(
             encoded anew, with whatever tokenizer is passed; they may differ from the sampled ones.
 
     Raises:
+        RewardSpecError: It is a name that is not known.
         TypeError: It is none of these, or needs what a reward model does not have: `completion_ids`
             without `encode`, or the other responses of a group.
 
@@ -62,6 +66,11 @@ def as_reward_model(
         >>> reward.name, reward.score([Prompt.from_text("Hi")], ["Hello you"])
         ('brevity', array([-2.]))
     """
+    if isinstance(reward, str):
+        # It looks up names of rewards that are made with this.
+        from mbrl_text_env.rewards.catalogue import make
+
+        return make(reward)
     if inspect.isclass(reward):
         raise TypeError(
             f"Expected a reward, got the class {reward.__name__}. Make an object of it: "
@@ -73,28 +82,34 @@ def as_reward_model(
         return OpenEnvReward(reward)
     if isinstance(reward, TRLReward | VerlReward | OpenRLHFReward):
         return reward.reward_model
-    if hasattr(reward, "score"):
+    if callable(getattr(reward, "score", None)):
         return cast(RewardModel, reward)
-    named = parameters(reward)
+    function = cast("Callable[..., Any]", reward)
+    named = parameters(function)
     if "completions" in named or "completion_ids" in named:
-        return TRLFunctionReward(reward, encode)
+        return TRLFunctionReward(function, encode)
     if "solution_str" in named or "solution_strs" in named:
-        return VerlFunctionReward(reward)
+        return VerlFunctionReward(function)
     if "queries" in named:
-        return OpenRLHFFunctionReward(reward)
+        return OpenRLHFFunctionReward(function)
     positional = _positional(named)
     if not named.keys().isdisjoint({"completion", "state"}) and positional != [
         "prompt",
         "completion",
     ]:
-        return VerifiersFunctionReward(reward)
+        return VerifiersFunctionReward(function)
     if positional is not None and len(positional) == 2:
-        return FunctionReward(reward)
+        return FunctionReward(function)
     signature = f"({', '.join(map(str, named.values()))})" if named else ""
     raise TypeError(
-        f"Expected a reward, got {type(reward).__name__} {callable_name(reward)}{signature}. "
-        f"Accepted are:\n{ACCEPTED}\nFor a name, call `mbrl_text_env.rewards.make`."
+        f"Expected a reward, got {_described(reward)}{signature}. Accepted are:\n{ACCEPTED}"
     )
+
+
+def _described(reward: object) -> str:
+    if callable(reward):
+        return f"{type(reward).__name__} {callable_name(reward)}"
+    return f"{reward!r:.80}" if reward is None else f"{type(reward).__name__} {reward!r:.80}"
 
 
 def _is_rubric_of(package: str, reward: object) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.rewards.adapters.common import as_prompt, awaited, number
-from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.rewards.adapters.common import adapted, as_prompt, awaited, number
+from mbrl_text_env.rewards.base import RewardError, RewardLike, reward_name, score_responses
 from mbrl_text_env.types import FloatArray, Prompt
 
 
@@ -105,12 +105,12 @@ class OpenEnvReward:
 
 
 def to_openenv(
-    reward_model: RewardModel, read: Callable[[Any, Any], tuple[Prompt, str]] | None = None
+    reward_model: RewardLike, read: Callable[[Any, Any], tuple[Prompt, str]] | None = None
 ) -> Any:
     """Return a reward model as a `Rubric` of OpenEnv, which an environment calls when it steps.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
         read: Makes prompt and response of an action and an observation. By default both are texts:
             the action is the response, the observation the prompt (a `TextObservation` has its
             metadata too).
@@ -129,12 +129,14 @@ def to_openenv(
     except ImportError as error:
         raise ImportError("to_openenv needs OpenEnv: pip install openenv-core.") from error
 
+    scorer = adapted(reward_model)
+
     class RewardModelRubric(Rubric):
         def forward(self, action: Any, observation: Any) -> float:
             prompt, response = (read or _read)(action, observation)
-            return float(score_responses(reward_model, [prompt], [response]).total[0])
+            return float(score_responses(scorer, [prompt], [response]).total[0])
 
-    RewardModelRubric.__name__ = reward_name(reward_model)
+    RewardModelRubric.__name__ = reward_name(scorer)
     return RewardModelRubric()
 
 

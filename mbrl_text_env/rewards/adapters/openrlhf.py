@@ -14,6 +14,7 @@ import numpy as np
 
 from mbrl_text_env.rewards.adapters.common import (
     accepted,
+    adapted,
     as_prompt,
     awaited,
     callable_name,
@@ -21,7 +22,13 @@ from mbrl_text_env.rewards.adapters.common import (
     number,
     reference_answer,
 )
-from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardLike,
+    reward_name,
+    score_responses,
+)
+from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
 END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "</s>")
@@ -80,7 +87,7 @@ class OpenRLHFFunctionReward:
 
 
 def to_openrlhf(
-    reward_model: RewardModel, *, end_texts: Sequence[str] = END_TEXTS
+    reward_model: RewardLike, *, end_texts: Sequence[str] = END_TEXTS
 ) -> OpenRLHFReward:
     """Return a reward model as OpenRLHF's `reward_func`.
 
@@ -88,7 +95,7 @@ def to_openrlhf(
     `reward_func = to_openrlhf(make("sentiment"))`.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
         end_texts: Stop tokens as text, taken off a response's end.
 
     Example:
@@ -108,23 +115,23 @@ class OpenRLHFReward:
     "rewards" and "scores", both the total, and in "extra_logs" the parts.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
         end_texts: See `to_openrlhf`.
 
     Attributes:
         __name__: The reward's name.
     """
 
-    def __init__(self, reward_model: RewardModel, end_texts: tuple[str, ...] = END_TEXTS) -> None:
-        self.reward_model = reward_model
+    def __init__(self, reward_model: RewardLike, end_texts: tuple[str, ...] = END_TEXTS) -> None:
+        self.reward_model = adapted(reward_model)
         self.end_texts = end_texts
-        self.__name__ = reward_name(reward_model)
+        self.__name__ = reward_name(self.reward_model)
 
     def __call__(
         self,
         queries: Sequence[str],
         prompts: Sequence[str],
-        labels: Sequence[Any],
+        labels: Sequence[Any] | None = None,
         **ignored: Any,
     ) -> dict[str, Any]:
         """Score the responses in `queries`.
@@ -135,8 +142,9 @@ class OpenRLHFReward:
         import torch
 
         asked, responses = [], []
-        for query, prompt, label in zip(queries, prompts, labels, strict=True):
-            none = label in (None, "")
+        given = [None] * len(queries) if labels is None else map(plain_values, labels)
+        for query, prompt, label in zip(queries, prompts, given, strict=True):
+            none = label is None or label == ""
             truths = {} if none else {"ground_truth": label, "reference_answer": label}
             asked.append(as_prompt(prompt, truths))
             responses.append(self._response(query, prompt))

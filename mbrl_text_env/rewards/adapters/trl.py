@@ -8,13 +8,14 @@ from prompts and responses, `to_trl` answers it with a reward model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mbrl_text_env.rewards.adapters.common import (
     accepted,
+    adapted,
     as_prompt,
     awaited,
     callable_name,
@@ -27,7 +28,7 @@ from mbrl_text_env.rewards.adapters.common import (
 )
 from mbrl_text_env.rewards.base import (
     RewardError,
-    RewardModel,
+    RewardLike,
     applies_to,
     reward_name,
     score_responses,
@@ -146,11 +147,13 @@ class TRLFunctionReward:
         return accepted(self.function, offered)
 
     def _missing_columns(self, prompt: Prompt) -> list[str]:
-        known = {*_TEXT_COLUMNS, *_TRAINER_KEYWORDS, *prompt.metadata}
+        # A column that is None is one that the row does not have.
+        given = (key for key, value in prompt.metadata.items() if value is not None)
+        known = {*_TEXT_COLUMNS, *_TRAINER_KEYWORDS, *given}
         return sorted(required(self.function) - known)
 
 
-def to_trl(reward_model: RewardModel) -> TRLReward:
+def to_trl(reward_model: RewardLike) -> TRLReward:
     """Return a reward model as a reward function of TRL.
 
     Example:
@@ -172,15 +175,15 @@ class TRLReward:
     Picklable if the reward model is.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
 
     Attributes:
         __name__: Its name, which is TRL's key for its metrics.
     """
 
-    def __init__(self, reward_model: RewardModel) -> None:
-        self.reward_model = reward_model
-        self.__name__ = reward_name(reward_model)
+    def __init__(self, reward_model: RewardLike) -> None:
+        self.reward_model = adapted(reward_model)
+        self.__name__ = reward_name(self.reward_model)
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
@@ -196,7 +199,12 @@ class TRLReward:
             RewardError: The reward model failed.
         """
         dropped = (*_TEXT_COLUMNS, *_TRAINER_KEYWORDS)
-        columns = {key: values for key, values in columns.items() if key not in dropped}
+        columns = {
+            key: self._column(key, values, len(prompts))
+            for key, values in columns.items()
+            if key not in dropped and values is not None
+        }
+        completions = self._column("completions", completions, len(prompts))
         converted = [
             as_prompt(prompt, {key: values[i] for key, values in columns.items()})
             for i, prompt in enumerate(prompts)
@@ -211,6 +219,16 @@ class TRLReward:
         for place, i in enumerate(rows):
             values[i] = float(scores.total[place])
         return values
+
+    def _column(self, key: str, values: Any, rows: int) -> list[Any]:
+        is_list = hasattr(values, "__iter__") and not isinstance(values, (str, bytes, Mapping))
+        column = list(values) if is_list else []
+        if len(column) != rows:
+            raise RewardError(
+                f"Reward model {self.__name__!r}: expected {key} to be a list with one value for "
+                f"each of {rows} prompts, got {values!r:.80}. Pass columns as lists."
+            )
+        return column
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

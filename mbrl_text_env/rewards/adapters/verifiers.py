@@ -16,6 +16,7 @@ import numpy as np
 
 from mbrl_text_env.rewards.adapters.common import (
     accepted,
+    adapted,
     as_prompt,
     awaited,
     callable_name,
@@ -28,11 +29,12 @@ from mbrl_text_env.rewards.adapters.common import (
 )
 from mbrl_text_env.rewards.base import (
     RewardError,
-    RewardModel,
+    RewardLike,
     Scores,
     reward_name,
     score_responses,
 )
+from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
 _OFFERED = {"prompt", "completion", "info", "state", "task"}
@@ -201,7 +203,7 @@ class VerifiersFunctionReward:
         return number(value, self.name, prompt, response)
 
 
-def to_verifiers(reward_model: RewardModel) -> Any:
+def to_verifiers(reward_model: RewardLike) -> Any:
     """Return a reward model as a `verifiers.Rubric` with one function.
 
     The function reads the prompt, the assistant's messages of the completion, and as the prompt's
@@ -224,16 +226,19 @@ def to_verifiers(reward_model: RewardModel) -> Any:
             "pip install 'verifiers>=0.2,<0.4'."
         ) from error
 
-    name = reward_name(reward_model)
+    scorer = adapted(reward_model)
+    name = reward_name(scorer)
 
     def function(
         prompt: Any, completion: Any, state: Any, answer: Any = None, info: Any = None
     ) -> float:
         row = {key: value for key, value in state["input"].items() if key != "prompt"}
-        truth = {} if answer in (None, "") else {"answer": answer, "reference_answer": answer}
+        answer = plain_values(answer)
+        none = answer is None or answer == ""
+        truth = {} if none else {"answer": answer, "reference_answer": answer}
         asked = as_prompt(_content(prompt), {**row, **(info or {}), **truth})
         response = said(_content(completion))
-        return float(score_responses(reward_model, [asked], [response]).total[0])
+        return float(score_responses(scorer, [asked], [response]).total[0])
 
     function.__name__ = name
     return Rubric(funcs=[function])
@@ -256,7 +261,9 @@ def _needs_of(rubric: Any, function: Callable[..., Any]) -> set[str]:
 def _missing(needs: set[str], prompt: Prompt) -> list[str]:
     has_answer = reference_answer(prompt) is not None
     return sorted(
-        key for key in needs if not (has_answer if key == "answer" else key in prompt.metadata)
+        key
+        for key in needs
+        if not (has_answer if key == "answer" else prompt.metadata.get(key) is not None)
     )
 
 
@@ -278,7 +285,7 @@ def _failure(name: str, what: str, prompt: Prompt, response: str) -> RewardError
 
 def _rollout(prompt: Prompt, response: str) -> dict[str, Any]:
     """The state of a rollout of one turn."""
-    metadata = dict(prompt.metadata)
+    metadata = {key: value for key, value in prompt.metadata.items() if value is not None}
     asked, completion = _messages(trl_prompt(prompt)), _messages(trl_completion(prompt, response))
     answer = reference_answer(prompt)
     step = {

@@ -15,6 +15,7 @@ import numpy as np
 from mbrl_text_env.rewards.adapters.common import (
     REFERENCE_KEYS,
     accepted,
+    adapted,
     as_prompt,
     awaited,
     callable_name,
@@ -25,7 +26,13 @@ from mbrl_text_env.rewards.adapters.common import (
     required,
     trl_prompt,
 )
-from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardLike,
+    reward_name,
+    score_responses,
+)
+from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
 _NO_PROMPT = "(not passed by verl)"
@@ -104,26 +111,30 @@ class VerlFunctionReward:
                 f"metadata, under 'reward_model' or one of {list(REFERENCE_KEYS)}, got the keys "
                 f"{sorted(prompt.metadata)}. Add it, or leave out the prompt."
             )
-        info = prompt.metadata.get("extra_info", prompt.metadata)
+        info = prompt.metadata.get("extra_info")
+        source = prompt.metadata.get("data_source")
         return {
-            "data_source": prompt.metadata.get("data_source", ""),
+            "data_source": "" if source is None else source,
             "solution_str": response,
             "ground_truth": truth,
-            "extra_info": {"prompt": trl_prompt(prompt), **info},
+            "extra_info": {
+                "prompt": trl_prompt(prompt),
+                **(prompt.metadata if info is None else info),
+            },
         }
 
     def _needs_truth(self) -> bool:
         return not {"ground_truth", "ground_truths"}.isdisjoint(required(self.function))
 
 
-def to_verl(reward_model: RewardModel, *, needs_prompt: bool = True) -> VerlReward:
+def to_verl(reward_model: RewardLike, *, needs_prompt: bool = True) -> VerlReward:
     """Return a reward model as verl's `compute_score`.
 
     In verl's configuration it is named by a file, `custom_reward_function.path=my_reward.py`, whose
     content can be `compute_score = to_verl(make("relevance"))`.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
         needs_prompt: Whether the prompt has to be in `extra_info`; see `VerlReward`. False for a
             reward that looks at the response alone.
 
@@ -144,17 +155,17 @@ class VerlReward:
     "ground_truth" and "reference_answer"; `data_source` and the rest of `extra_info` stand beside.
 
     Args:
-        reward_model: The reward model.
+        reward_model: The reward model, or whatever `as_reward_model` takes.
         needs_prompt: Whether a missing prompt is an error; otherwise it is a text that says so.
 
     Attributes:
         __name__: The reward's name.
     """
 
-    def __init__(self, reward_model: RewardModel, needs_prompt: bool = True) -> None:
-        self.reward_model = reward_model
+    def __init__(self, reward_model: RewardLike, needs_prompt: bool = True) -> None:
+        self.reward_model = adapted(reward_model)
         self.needs_prompt = needs_prompt
-        self.__name__ = reward_name(reward_model)
+        self.__name__ = reward_name(self.reward_model)
 
     def __call__(
         self,
@@ -177,21 +188,21 @@ class VerlReward:
         """
         if solution_strs is not None:
             none = [None] * len(solution_strs)
-            sources, truths, infos = (
-                data_sources or none,
-                ground_truths or none,
-                extra_infos or none,
-            )
-            prompts = [self._prompt(*row) for row in zip(sources, truths, infos, strict=True)]
-            scores = score_responses(self.reward_model, prompts, list(solution_strs))
+            # verl passes arrays, which are neither true nor false.
+            columns = [
+                none if column is None else column
+                for column in (data_sources, ground_truths, extra_infos)
+            ]
+            prompts = [self._prompt(*row) for row in zip(*columns, strict=True)]
+            scores = score_responses(self.reward_model, prompts, [str(s) for s in solution_strs])
             return [float(score) for score in scores.total]
         if solution_str is None:
             raise TypeError("Expected solution_str or solution_strs, got neither.")
         prompt = self._prompt(data_source, ground_truth, extra_info)
-        return float(score_responses(self.reward_model, [prompt], [solution_str]).total[0])
+        return float(score_responses(self.reward_model, [prompt], [str(solution_str)]).total[0])
 
     def _prompt(self, source: Any, truth: Any, info: Mapping[str, Any] | None) -> Prompt:
-        rest = dict(info or {})
+        rest = plain_values({} if info is None else info)
         key = next((key for key in _PROMPT_KEYS if rest.get(key) is not None), None)
         if key is None and self.needs_prompt:
             raise RewardError(

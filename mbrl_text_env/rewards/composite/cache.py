@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.identity import identity as part_identity
+from mbrl_text_env.rewards.adapters.convert import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardError,
-    RewardModel,
+    RewardLike,
     Scores,
     reward_name,
     score_responses,
@@ -64,7 +65,8 @@ class CachedReward(Combinator):
         array([0.4404])
     """
 
-    def __init__(self, reward: RewardModel, path: str | Path, *, key: str | None = None) -> None:
+    def __init__(self, reward: RewardLike, path: str | Path, *, key: str | None = None) -> None:
+        reward = as_reward_model(reward)
         super().__init__([reward], reward_name(reward))
         self.reward = reward
         self.path = Path(path)

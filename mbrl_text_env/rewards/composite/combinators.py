@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
+from mbrl_text_env.rewards.adapters.convert import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardError,
-    RewardModel,
+    RewardLike,
     Scores,
     applies_to,
     reduced,
@@ -46,8 +47,8 @@ class Combinator(ABC):
 
     combines_steps: ClassVar[bool] = True
 
-    def __init__(self, rewards: Sequence[RewardModel], name: str) -> None:
-        self.rewards = tuple(rewards)
+    def __init__(self, rewards: Sequence[RewardLike], name: str) -> None:
+        self.rewards = tuple(as_reward_model(reward) for reward in rewards)
         self.name = name
         names = [reward_name(reward) for reward in self.rewards]
         if not names:
@@ -144,8 +145,9 @@ class WeightedSum(Combinator):
     """
 
     def __init__(
-        self, rewards: Sequence[RewardModel], weights: Sequence[float], name: str | None = None
+        self, rewards: Sequence[RewardLike], weights: Sequence[float], name: str | None = None
     ) -> None:
+        rewards = [as_reward_model(reward) for reward in rewards]
         self.weights = tuple(float(weight) for weight in weights)
         if not rewards or len(rewards) != len(self.weights):
             raise ValueError(
@@ -193,7 +195,8 @@ class Product(Combinator):
         array([0.4404, 0.    ])
     """
 
-    def __init__(self, rewards: Sequence[RewardModel], name: str | None = None) -> None:
+    def __init__(self, rewards: Sequence[RewardLike], name: str | None = None) -> None:
+        rewards = [as_reward_model(reward) for reward in rewards]
         names = ",".join(reward_name(reward) for reward in rewards)
         super().__init__(rewards, f"product({names})" if name is None else name)
 
@@ -243,14 +246,15 @@ class Gate(Combinator):
 
     def __init__(
         self,
-        reward: RewardModel,
-        condition: RewardModel,
+        reward: RewardLike,
+        condition: RewardLike,
         *,
         threshold: float = 1.0,
         closed: float = 0.0,
         name: str | None = None,
     ) -> None:
         check_finite("Gate", threshold=threshold, closed=closed)
+        reward, condition = as_reward_model(reward), as_reward_model(condition)
         default = f"{reward_name(reward)} if {reward_name(condition)}"
         super().__init__([reward, condition], default if name is None else name)
         self.reward, self.condition = reward, condition
@@ -298,7 +302,7 @@ class Ensemble(Combinator):
 
     def __init__(
         self,
-        rewards: Sequence[RewardModel],
+        rewards: Sequence[RewardLike],
         rule: EnsembleRule = "mean",
         *,
         k: float = 1.0,
@@ -307,6 +311,7 @@ class Ensemble(Combinator):
         if rule not in get_args(EnsembleRule):
             raise ValueError(f"rule: expected one of {list(get_args(EnsembleRule))}, got {rule!r}.")
         check_finite("Ensemble", k=k)
+        rewards = [as_reward_model(reward) for reward in rewards]
         if k < 0 or len(rewards) < 2:
             raise ValueError(
                 f"Ensemble: expected at least two rewards and k from 0 up, got {len(rewards)} "
@@ -340,7 +345,7 @@ def check_finite(owner: str, **numbers: float) -> None:
             raise ValueError(f"{owner}: expected {name} to be a finite number, got {number!r}.")
 
 
-def _formula(rewards: Sequence[RewardModel], weights: Sequence[float]) -> str:
+def _formula(rewards: Sequence[object], weights: Sequence[float]) -> str:
     return "+".join(
         reward_name(reward) if weight == 1.0 else f"{weight:g}*{reward_name(reward)}"
         for reward, weight in zip(rewards, weights, strict=True)

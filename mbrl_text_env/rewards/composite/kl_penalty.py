@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardModel, reward_name
+from mbrl_text_env.rewards.adapters.convert import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, reward_name
 from mbrl_text_env.rewards.composite.combinators import Combinator, check_finite
 from mbrl_text_env.rewards.evaluators.fluency import FluencyReward
 from mbrl_text_env.types import FloatArray, Prompt
@@ -50,7 +51,7 @@ class KLPenalty(Combinator):
 
     def __init__(
         self,
-        reward: RewardModel,
+        reward: RewardLike,
         policy: LanguageModel | str | Path,
         reference: LanguageModel | str | Path | None = None,
         weight: float = 0.1,
@@ -61,6 +62,7 @@ class KLPenalty(Combinator):
         check_finite("KLPenalty", weight=weight)
         if not weight > 0:
             raise ValueError(f"KLPenalty: expected a weight above 0, got {weight}.")
+        reward = as_reward_model(reward)
         super().__init__([reward], f"{reward_name(reward)}-kl" if name is None else name)
         self.reward, self.policy, self.reference = reward, policy, reference
         self.weight = weight

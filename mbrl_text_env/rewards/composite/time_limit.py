@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mbrl_text_env.identity import identity
+from mbrl_text_env.rewards.adapters.convert import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardError,
-    RewardModel,
+    RewardLike,
     Scores,
     reduced,
     reward_name,
@@ -45,10 +46,11 @@ class TimeLimit(Combinator):
         array([0.4404])
     """
 
-    def __init__(self, reward: RewardModel, seconds: float) -> None:
+    def __init__(self, reward: RewardLike, seconds: float) -> None:
         check_finite("TimeLimit", seconds=seconds)
         if not seconds > 0:
             raise ValueError(f"TimeLimit: expected seconds above 0, got {seconds}.")
+        reward = as_reward_model(reward)
         super().__init__([reward], reward_name(reward))
         self.reward, self.seconds = reward, seconds
 

@@ -14,7 +14,14 @@ from typing import ClassVar
 import numpy as np
 
 from mbrl_text_env.files import write_text
-from mbrl_text_env.rewards.base import RewardError, RewardModel, reward_name, score_responses
+from mbrl_text_env.rewards.adapters.convert import as_reward_model
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardLike,
+    RewardModel,
+    reward_name,
+    score_responses,
+)
 from mbrl_text_env.rewards.composite.combinators import Combinator, check_finite
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -64,7 +71,7 @@ class Clip(Transform):
 
     def __init__(
         self,
-        reward: RewardModel,
+        reward: RewardLike,
         low: float | None = None,
         high: float | None = None,
         name: str | None = None,
@@ -75,6 +82,7 @@ class Clip(Transform):
         ceiling = np.inf if high is None else high
         if not floor <= ceiling:
             raise ValueError(f"Clip: expected low to be at most high, got {low} and {high}.")
+        reward = as_reward_model(reward)
         super().__init__(reward, f"clip({reward_name(reward)})" if name is None else name)
         self.low, self.high = low, high
 
@@ -101,8 +109,9 @@ class Threshold(Transform):
         array([1., 0.])
     """
 
-    def __init__(self, reward: RewardModel, threshold: float, name: str | None = None) -> None:
+    def __init__(self, reward: RewardLike, threshold: float, name: str | None = None) -> None:
         check_finite("Threshold", threshold=threshold)
+        reward = as_reward_model(reward)
         default = f"{reward_name(reward)}>={threshold:g}"
         super().__init__(reward, default if name is None else name)
         self.threshold = threshold
@@ -132,11 +141,12 @@ class Normalise(Transform):
     """
 
     def __init__(
-        self, reward: RewardModel, mean: float = 0.0, std: float = 1.0, name: str | None = None
+        self, reward: RewardLike, mean: float = 0.0, std: float = 1.0, name: str | None = None
     ) -> None:
         check_finite("Normalise", mean=mean, std=std)
         if not std > 0:
             raise ValueError(f"Normalise: expected std to be above 0, got {std}.")
+        reward = as_reward_model(reward)
         super().__init__(reward, f"normalised({reward_name(reward)})" if name is None else name)
         self.mean, self.std = float(mean), float(std)
 
@@ -196,7 +206,8 @@ class RunningNormalise(Transform):
         (2, 0.2202)
     """
 
-    def __init__(self, reward: RewardModel, name: str | None = None) -> None:
+    def __init__(self, reward: RewardLike, name: str | None = None) -> None:
+        reward = as_reward_model(reward)
         super().__init__(reward, f"normalised({reward_name(reward)})" if name is None else name)
         self.count = 0
         self.mean = 0.0
@@ -287,7 +298,7 @@ class LengthPenalty(Combinator):
 
     def __init__(
         self,
-        reward: RewardModel,
+        reward: RewardLike,
         max_words: int,
         weight: float = 0.01,
         name: str | None = None,
@@ -298,6 +309,7 @@ class LengthPenalty(Combinator):
                 "LengthPenalty: expected max_words from 0 up and a weight above 0, got "
                 f"{max_words} and {weight}."
             )
+        reward = as_reward_model(reward)
         super().__init__([reward], f"{reward_name(reward)}-length" if name is None else name)
         self.reward, self.max_words, self.weight = reward, max_words, weight
 
@@ -339,7 +351,7 @@ class RepetitionPenalty(Combinator):
     combines_steps: ClassVar[bool] = False
 
     def __init__(
-        self, reward: RewardModel, weight: float = 1.0, n: int = 3, name: str | None = None
+        self, reward: RewardLike, weight: float = 1.0, n: int = 3, name: str | None = None
     ) -> None:
         check_finite("RepetitionPenalty", weight=weight)
         if n < 1 or not weight > 0:
@@ -347,6 +359,7 @@ class RepetitionPenalty(Combinator):
                 f"RepetitionPenalty: expected n from 1 up and a weight above 0, got {n} and "
                 f"{weight}."
             )
+        reward = as_reward_model(reward)
         super().__init__([reward], f"{reward_name(reward)}-repetition" if name is None else name)
         self.reward, self.weight, self.n = reward, weight, n
 

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError
+from mbrl_text_env.language_models.base import (
+    LanguageModel,
+    PromptTooLongError,
+    UnknownTokenError,
+)
+from mbrl_text_env.language_models.content import plain_text
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import FloatArray, Message, Prompt
 
 if TYPE_CHECKING:
     import torch
 
-# Breaks a special token's text, so that a tokenizer reads it as ordinary text.
-_ZERO_WIDTH_SPACE = "\u200b"
 # A text that every tokenizer has tokens for.
 _ANCHOR = "a"
 
@@ -175,6 +178,22 @@ def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any,
     return ids.to(device), mask.to(device)
 
 
+def check_rows(ids: Iterable[int], model: Any, tokenizer: Any, name: str) -> None:
+    """Refuse tokens for which a model has no row among its embeddings.
+
+    Raises:
+        RewardError: The tokenizer knows more tokens than the model, and a text has one of them.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    unknown = next((token for token in ids if token >= rows), None)
+    if unknown is not None:
+        raise RewardError(
+            f"Reward model {name!r}: a text has the token {unknown} "
+            f"({tokenizer.convert_ids_to_tokens(unknown)!r}), but the model knows the tokens 0 to "
+            f"{rows - 1} alone. Use the model's own tokenizer, or resize the model's embeddings."
+        )
+
+
 def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
     """Floating-point operations of reading texts of `tokens` tokens: float64[B].
 
@@ -193,39 +212,6 @@ def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
     counts = np.asarray(tokens, dtype=np.float64)
     attention = 4.0 * config.num_hidden_layers * config.hidden_size
     return np.asarray(2.0 * parameters * counts + attention * counts**2)
-
-
-def special_texts(tokenizer: Any) -> tuple[str, ...]:
-    """The texts that a tokenizer reads as special tokens."""
-    added = [str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
-
-
-def plain_text(text: str, is_special: Callable[[str], bool]) -> str:
-    """A text in which a tokenizer finds no special token.
-
-    Whoever writes the text could otherwise end a message of a chat and begin another. A special
-    token's text gets a zero-width space in its middle and is then read as ordinary characters.
-
-    Args:
-        text: Any text; most come back as they are.
-        is_special: Whether special tokens are found in a text.
-
-    Example:
-        >>> plain_text("a<s>", lambda text: "<s>" in text) == "a<" + chr(0x200B) + "s>"
-        True
-    """
-    if len(text) < 2 or not is_special(text):
-        return text
-    middle = len(text) // 2
-    left, right = (plain_text(part, is_special) for part in (text[:middle], text[middle:]))
-    return left + (_ZERO_WIDTH_SPACE if is_special(left + right) else "") + right
-
-
-def contains_any(texts: Iterable[str]) -> Callable[[str], bool]:
-    """A test for `plain_text`: whether a text contains one of `texts`."""
-    wanted = tuple(texts)
-    return lambda text: any(one in text for one in wanted)
 
 
 def chat_messages(prompt: Prompt, is_special: Callable[[str], bool]) -> list[dict[str, str]]:
@@ -261,10 +247,6 @@ class TextEncoder:
         inner = [i for i, token in enumerate(ids) if not self._is_special(token)] or [len(ids)]
         self.opening, self.closing = ids[: inner[0]], ids[inner[-1] + 1 :]
 
-    def plain(self, text: str) -> str:
-        """The text without special tokens; see `plain_text`."""
-        return plain_text(text, lambda part: any(map(self._is_special, self.ids(part))))
-
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text, without opening and closing; () if it has none.
 
@@ -288,7 +270,7 @@ class TextEncoder:
         try:
             prompt = Prompt.from_text(text, "text", chat=False)
             return self.language_model.encode_prompt(prompt)
-        except PromptTooLongError:
+        except (PromptTooLongError, UnknownTokenError):
             raise
         except ValueError:
             # Nothing but characters that the tokenizer drops.

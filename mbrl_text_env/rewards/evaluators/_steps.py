@@ -10,13 +10,9 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from mbrl_text_env.language_models.content import control_test, plain_text
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import (
-    chat_messages,
-    contains_any,
-    plain_text,
-    special_texts,
-)
+from mbrl_text_env.rewards.evaluators._hub import chat_messages
 from mbrl_text_env.types import Prompt
 
 StepOutput = Literal["class", "token"]
@@ -114,9 +110,8 @@ class StepEncoder:
         self.name = name
         self.max_length = max_length
         tag = step_format.step_end.strip()
-        special = special_texts(tokenizer)
         # White space is part of any text, and a single character cannot be broken.
-        self._is_special = contains_any([*special, tag] if len(tag) > 1 else special)
+        self._is_special = control_test(tokenizer, *([tag] if len(tag) > 1 else []))
         self._check_fields()
         if step_format.chat and tokenizer.chat_template is None:
             raise self.error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,19 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
+from mbrl_text_env.language_models.content import control_test, plain_text
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     batches,
     chat_messages,
     check_at_least_one,
     check_choices,
-    contains_any,
+    check_rows,
     forward_flops,
     input_limit,
     load_model,
     padded,
-    plain_text,
-    special_texts,
 )
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -177,7 +177,7 @@ class ClassifierReward:
         return LoadedClassifier(
             model=model,
             tokenizer=tokenizer,
-            is_special=contains_any(special_texts(tokenizer)),
+            is_special=control_test(tokenizer),
             column=self._column(model.config),
             max_length=input_limit(model, tokenizer, self.max_length),
             # Some configs have -1 where they mean none.
@@ -252,6 +252,7 @@ class ClassifierReward:
             verbose=False,
             **options,
         )
+        check_rows(itertools.chain(*batch["input_ids"]), loaded.model, loaded.tokenizer, self.name)
         type_ids = batch.get("token_type_ids", [None] * len(texts))
         return [_Encoding(*row) for row in zip(batch["input_ids"], type_ids, strict=True)]
 

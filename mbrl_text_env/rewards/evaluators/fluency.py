@@ -22,8 +22,7 @@ class FluencyReward:
 
     It is minus the logarithm of the response's perplexity. Reward models see text only, so the
     response is encoded anew: its tokens, and so its score, may differ from those that were sampled.
-    Special tokens written out in it are read as ordinary text, with a zero-width space in their
-    middle.
+    Special tokens written out in it are read as ordinary text.
 
     An empty mean would be 0, the best score there is. So a response without tokens scores the
     log-probability that the model ends right there: that of all its stop tokens together. The end
@@ -145,7 +144,7 @@ class FluencyReward:
         states, texts = [], []
         for prompt, response in zip(prompts, responses, strict=True):
             prefix = self._prefix(prompt)
-            ids = loaded.encoder.ids(loaded.encoder.plain(response))
+            ids = loaded.encoder.ids(response)
             room = loaded.language_model.context_length - len(prefix)
             states.append(TextState(prompt, prefix))
             texts.append(_Tokens(ids, min(len(ids), room, self.max_length)))

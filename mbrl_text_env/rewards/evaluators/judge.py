@@ -52,10 +52,10 @@ class JudgeReward:
     answer is judged as the next tokens after the question by `logprobs`, which language models in
     this process and servers (`ServerLM`) share.
 
-    Prompt and response stand in one user message. Special tokens written out in them are read as
-    ordinary text, with a zero-width space in their middle, so that neither can end the message or
-    write the judge's answer; rubric and template are taken as they are. What a response says in
-    plain words the judge still reads: nothing here keeps it from asking for a good mark.
+    Prompt and response stand in one user message. Special tokens written out in them, or in rubric
+    and template, are read as ordinary text, so that nothing can end the message or write the
+    judge's answer. What a response says in plain words the judge still reads: nothing here keeps it
+    from asking for a good mark.
 
     A response that does not fit into `max_length` with the rest is cut at its end, and a warning
     says so the first time. So it does where all answers together have a probability below
@@ -186,11 +186,10 @@ class JudgeReward:
     def _question(self, prompt: Prompt, response: str) -> _Question:
         """The judge's prompt, in which the response is as long as there is room for."""
         loaded = self._model()
-        text = loaded.encoder.plain(response)
-        ids = self._ids(prompt, text)
+        ids = self._ids(prompt, response)
         if ids is not None:
             return _Question(ids, truncated=False)
-        kept, tokens = self._room(prompt), loaded.encoder.ids(text)
+        kept, tokens = self._room(prompt), loaded.encoder.ids(response)
         while kept > 0:
             # A character of several tokens may have been cut in two.
             cut = loaded.language_model.decode(tokens[:kept]).rstrip("\ufffd")
@@ -227,7 +226,7 @@ class JudgeReward:
         loaded = self._model()
         text = self.template.format(
             rubric=self._rubric(prompt),
-            prompt=loaded.encoder.plain(prompt.text),
+            prompt=prompt.text,
             response=response,
         )
         try:
@@ -241,7 +240,8 @@ class JudgeReward:
         return ids if len(ids) <= loaded.question_limit else None
 
     def _rubric(self, prompt: Prompt) -> str:
-        rubric = prompt.metadata.get("rubric", self.rubric)
+        given = prompt.metadata.get("rubric")
+        rubric = self.rubric if given is None else given
         if not isinstance(rubric, str) or not rubric.strip():
             raise RewardError(
                 f"Reward model {self.name!r}: expected text under 'rubric' in the metadata of "

@@ -15,6 +15,7 @@ from mbrl_text_env.rewards.evaluators._hub import (
     batches,
     check_at_least_one,
     check_choices,
+    check_rows,
     forward_flops,
     input_limit,
     load_model,
@@ -160,6 +161,8 @@ class ProcessReward:
             return scores
         loaded = self._model()
         texts = [loaded.encode(prompts[i], steps[i]) for i in asked]
+        for text in texts:
+            check_rows(text.ids, loaded.model, loaded.encode.tokenizer, self.name)
         self._note_truncated(sum(text.truncated for text in texts))
         for part in batches([len(t.ids) for t in texts], self.batch_size, self.batch_tokens):
             for k, row in zip(part, loaded.outputs([texts[k] for k in part]), strict=True):

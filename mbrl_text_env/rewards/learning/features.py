@@ -317,7 +317,7 @@ class HiddenFeatures(Features):
             except ValueError as error:
                 raise RewardError(f"Prompt {prompt.id!r} cannot be encoded: {error}") from error
             room = model.context_length - len(prompt_ids)
-            ids = encoder.ids(encoder.plain(response))[:room]
+            ids = encoder.ids(response)[:room]
             states.append(TextState(prompt, prompt_ids, ids))
         return states
 

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mbrl_text_env.language_models.content import control_test
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     check_complete,
-    contains_any,
     input_limit,
     load_model,
-    special_texts,
 )
 from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward, LoadedClassifier
 from mbrl_text_env.rewards.learning.features import EMBEDDED
@@ -65,7 +64,7 @@ class AdapterReward(ClassifierReward):
         return LoadedClassifier(
             model=model,
             tokenizer=tokenizer,
-            is_special=contains_any(special_texts(tokenizer)),
+            is_special=control_test(tokenizer),
             column=0,
             max_length=input_limit(model, tokenizer, self.max_length),
             pad_id=tokenizer.pad_token_id,

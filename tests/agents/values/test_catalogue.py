@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from agents import BeamSearch
-from agents.values import FITTED, READY, FittedValue, StackedValue, catalogue, make_value
+from agents.values import (
+    FITTED,
+    READY,
+    FittedValue,
+    PrefixRewardValue,
+    StackedValue,
+    catalogue,
+    make_value,
+)
 from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.values import ValueModelError
 from tests.agents.values.worlds import LM, PaidReward, prefixes, state_of, toy_records
@@ -72,3 +80,13 @@ def test_a_planner_refuses_the_value_of_another_reward():
         BeamSearch(LM, CountReward(), value)
     value.reward_name_ = None
     BeamSearch(LM, CountReward(), value)
+
+
+@pytest.mark.parametrize("name", [*READY, *FITTED])
+def test_functions_and_names_are_rewards(name):
+    for reward in (lambda prompt, response: 1.0, "sentiment"):
+        make_value(name, LM, reward, encoder=LetterEncoder())
+    with pytest.raises(TypeError, match="Expected a reward, got None"):
+        make_value(name, LM, None)
+    value = PrefixRewardValue("sentiment", LM)
+    assert value.reward_model.name == "sentiment"

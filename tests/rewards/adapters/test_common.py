@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mbrl_text_env.rewards.adapters import FunctionReward, as_reward_model
-from mbrl_text_env.rewards.adapters.common import as_prompt, awaited, listed, number
+from mbrl_text_env.rewards.adapters.common import as_prompt, awaited, listed, number, said
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import Prompt
 
@@ -99,3 +99,13 @@ class TestNumbers:
 )
 def test_prompts_are_named_by_their_id_or_text(metadata, name):
     assert as_prompt("Why?", metadata).id == name
+
+
+def test_messages_and_metadata_of_tables():
+    messages = np.array([{"role": "user", "content": "Hi", "name": None}], dtype=object)
+    parts = [{"type": "text", "text": "H"}, {"type": "image"}, {"type": "text", "text": "i"}]
+    for content in ("Hi", messages, [{"role": "user", "content": parts}]):
+        prompt = as_prompt(content, {"answer": np.int64(4), "hint": None, "id": np.int64(7)})
+        assert (prompt.text, prompt.id, prompt.metadata) == ("Hi", "7", {"answer": 4, "id": 7})
+    calls = [{"role": "assistant", "content": None}, {"role": "assistant", "content": "Hi"}]
+    assert said(np.array(calls, dtype=object)) == "\nHi"

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import functools
 import pickle
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -123,9 +124,7 @@ class TestWhatIsAccepted:
     def test_it_is_named_as_trl_names_it(self, reward, name):
         assert as_reward_model(reward).name == name
 
-    @pytest.mark.parametrize(
-        "reward", [3, "sentiment", None, len, max, lambda: 0.0, lambda p, r, m: 0.0, print]
-    )
+    @pytest.mark.parametrize("reward", [3, None, len, max, lambda: 0.0, lambda p, r, m: 0.0, print])
     def test_anything_else_is_an_error_that_shows_what_is_accepted(self, reward):
         message = (
             r"(?s)Expected a reward, got .*score\(prompts, responses\) -> float64\[B\].*"
@@ -459,3 +458,56 @@ class TestTRL:
         shares = shares[np.isfinite(shares)]
         assert shares.size
         assert ((shares >= 0.0) & (shares <= 1.0)).all()
+
+
+class TestColumnsOfDatasets:
+    """Arrow gives every row the keys of all rows, None where a row has none."""
+
+    CONSTRAINTS: ClassVar = [
+        [
+            {"type": "min_words", "value": 2, "keyword": None},
+            {"type": "keyword_count", "keyword": "a", "value": 1},
+        ],
+        [{"type": "no_commas", "keyword": None, "value": None}],
+    ]
+
+    @pytest.mark.parametrize("convert", [list, lambda rows: np.array(rows, dtype=object)])
+    def test_arguments_that_are_none_are_not_given(self, convert):
+        function = to_trl(ConstraintsReward())
+        columns = {"constraints": convert(self.CONSTRAINTS), "rubric": None, "id": [None, 7]}
+        found = function(prompts=["Say a.", "Say c."], completions=["a b", "c"], **columns)
+        assert found == [1.0, 1.0]
+        prompt = Prompt.from_text("Say c.", metadata={"constraints": self.CONSTRAINTS[1]})
+        assert score(ConstraintsReward(), [prompt] * 2, ["c", "c, d"]) == [1.0, 0.0]
+
+    @pytest.mark.parametrize("column", [["Paris"], "Paris", 5, {"a": 1}])
+    def test_a_column_that_is_no_list_of_a_value_each(self, column):
+        with pytest.raises(RewardError, match="'sentiment': expected answer to be a list"):
+            to_trl("sentiment")(prompts=["a", "b"], completions=["a", "b"], answer=column)
+
+    def test_a_required_column_that_is_none_is_missing(self):
+        prompt = Prompt.from_text("Capital?", metadata={"answer": None})
+        assert not applies_to(as_reward_model(has_answer), prompt)
+
+
+class TestNames:
+    def test_a_name_is_looked_up(self):
+        assert as_reward_model("sentiment").name == "sentiment"
+        assert as_reward_model("2*sentiment").name == "2*sentiment"
+        assert to_verl("sentiment").__name__ == "sentiment"
+        assert to_trl(brevity).__name__ == "brevity"
+
+    def test_a_name_that_is_not_known(self):
+        with pytest.raises(ValueError, match="Did you mean 'sentiment'"):
+            as_reward_model("sentimant")
+
+    @pytest.mark.parametrize("reward", [None, 5, b"sentiment", ["sentiment"]])
+    def test_what_is_none(self, reward):
+        with pytest.raises(
+            TypeError, match=r"(?s)Expected a reward, got .*a function of two texts"
+        ):
+            as_reward_model(reward)
+
+    def test_a_function_that_was_not_adapted(self):
+        with pytest.raises(TypeError, match="as_reward_model"):
+            score_responses(brevity, [CHAT], ["a"])

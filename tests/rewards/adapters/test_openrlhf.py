@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from mbrl_text_env.checks import check_reward_model
-from mbrl_text_env.rewards import ConstraintsReward, SentimentReward, WeightedSum, as_reward_model
+from mbrl_text_env.rewards import (
+    ConstraintsReward,
+    ExactMatchReward,
+    SentimentReward,
+    WeightedSum,
+    as_reward_model,
+)
 from mbrl_text_env.rewards.adapters import OpenRLHFFunctionReward, to_openrlhf
 from mbrl_text_env.rewards.base import RewardError, score_responses
 from mbrl_text_env.types import Prompt
@@ -122,3 +129,22 @@ class TestToOpenRLHF:
         scores = score_responses(back, PROMPTS, ["It was good.", "It was bad."])
         expected = SentimentReward().score(PROMPTS, ["It was good.", "It was bad."])
         assert scores.total.tolist() == pytest.approx(expected.tolist())
+
+    @pytest.mark.parametrize(
+        "labels",
+        [
+            ["4", "5"],
+            np.array(["4", "5"], dtype=object),
+            torch.tensor([4, 5]),
+            [np.array(["4", "four"]), np.int64(5)],
+        ],
+    )
+    def test_labels_of_all_kinds(self, labels):
+        reward_func = to_openrlhf(ExactMatchReward())
+        found = reward_func(queries=["2+2? 4", "2+3? 5"], prompts=["2+2?", "2+3?"], labels=labels)
+        assert found["rewards"].tolist() == [1.0, 1.0]
+
+    @pytest.mark.parametrize("labels", [None, [None], [""]])
+    def test_no_labels(self, labels):
+        found = to_openrlhf("sentiment")(["How? Good."], ["How?"], labels)
+        assert found["rewards"].tolist() == pytest.approx([0.4404])

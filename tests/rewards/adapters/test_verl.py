@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import numpy as np
 import pytest
 
 from mbrl_text_env.checks import check_reward_model
-from mbrl_text_env.rewards import ConstraintsReward, SentimentReward, as_reward_model, to_verl
+from mbrl_text_env.rewards import (
+    ConstraintsReward,
+    ExactMatchReward,
+    SentimentReward,
+    as_reward_model,
+    to_verl,
+)
 from mbrl_text_env.rewards.adapters import VerlFunctionReward
 from mbrl_text_env.rewards.base import RewardError, applies_to, score_responses
 from mbrl_text_env.types import Message, Prompt
@@ -175,3 +184,46 @@ class TestToVerl:
         called = VerlFunctionReward(to_verl(reward))
         scores = score_responses(called, [prompt] * 2, ["good day", "Good day"])
         assert scores.total.tolist() == [1.0, 0.0]
+
+
+class TestRowsOfParquet:
+    """verl passes what NumPy makes of its data: arrays of objects, and scalars."""
+
+    ROWS: ClassVar = {
+        "data_sources": ["sums"] * 3,
+        "solution_strs": ["4", "5", "4"],
+        "ground_truths": ["4", np.int64(5), np.array(["4", "four"], dtype=object)],
+        "extra_infos": [{"prompt": "2 + 2?", "hint": None}] * 3,
+    }
+
+    @pytest.mark.parametrize("names", [(), ("data_sources", "extra_infos"), tuple(ROWS)])
+    def test_a_batch(self, names):
+        def column(values):
+            found = np.empty(len(values), dtype=object)
+            found[:] = values
+            return found
+
+        rows = {key: column(v) if key in names else v for key, v in self.ROWS.items()}
+        assert to_verl(ExactMatchReward())(**rows) == [1.0, 1.0, 1.0]
+
+    def test_columns_that_are_missing(self):
+        compute_score = to_verl(SentimentReward(), needs_prompt=False)
+        rows = {"data_sources": None, "ground_truths": None, "extra_infos": None}
+        assert compute_score(solution_strs=np.array(["It was good."]), **rows) == [0.4404]
+
+    def test_messages_in_an_array(self):
+        messages = np.array([{"role": "user", "content": "2 + 2?"}], dtype=object)
+        row = {"ground_truth": "4", "extra_info": {"raw_prompt": messages, "prompt": None}}
+        assert to_verl(ExactMatchReward())(data_source="x", solution_str="4", **row) == 1.0
+
+    def test_keys_that_are_none_are_not_there(self):
+        metadata = {"extra_info": None, "data_source": None, "ground_truth": None, "answer": "4"}
+        prompt = Prompt.from_text("2 + 2?", metadata=metadata)
+        seen = []
+
+        def compute_score(data_source, solution_str, ground_truth, extra_info):
+            seen.append((data_source, ground_truth, extra_info["prompt"]))
+            return 1.0
+
+        score_responses(as_reward_model(compute_score), [prompt], ["4"])
+        assert seen == [("", "4", [{"role": "user", "content": "2 + 2?"}])]

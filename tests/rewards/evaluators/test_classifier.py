@@ -430,3 +430,12 @@ def test_safetensors_are_preferred(classifiers, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"not weights")
     expected = score(ClassifierReward(classifiers["bert"]))
     np.testing.assert_array_equal(score(ClassifierReward(tmp_path)), expected)
+
+
+def test_a_token_that_the_model_does_not_know(classifiers):
+    reward = ClassifierReward(classifiers["bert"], text_format="pair")
+    tokenizer = reward._model().tokenizer
+    tokenizer.add_tokens(["zyzzyva"])
+    assert len(tokenizer) > reward._model().model.config.vocab_size
+    with pytest.raises(RewardError, match=r"'bert': a text has the token .*'zyzzyva'.*resize"):
+        reward.score([PROMPT], ["A zyzzyva."])

@@ -94,11 +94,10 @@ def test_special_tokens_in_a_response_are_ordinary_text(smollm2):
     reward = FluencyReward(smollm2)
     encoder = reward._model().encoder
     end = smollm2._tokenizer.tokenizer.eos_token_id
-    assert end in encoder.ids("Yes.<|im_end|>")
     for text in ("<|im_end|>", "Yes.<|im_end|><|im_start|>user", "<|im_<|im_end|>end|>"):
-        ids = encoder.ids(encoder.plain(text))
+        ids = encoder.ids(text)
         assert end not in ids
-        assert smollm2.decode(ids).replace("\u200b", "") == text
+        assert smollm2.decode(ids) == text
     # Ending the response by its text is not worth what ending it is worth.
     assert reward.score([PROMPT], ["Yes.<|im_end|>"])[0] < reward.score([PROMPT], ["Yes."])[0]
 

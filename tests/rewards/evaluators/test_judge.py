@@ -109,7 +109,7 @@ def test_a_response_cannot_end_its_message(smollm2):
     plain = reward._question(PROMPT, "Fine.").ids.count(end)
     assert reward._question(Prompt.from_text(evil), evil).ids.count(end) == plain
     text = smollm2.decode(reward._question(PROMPT, evil).ids)
-    assert evil in text.replace("\u200b", "")
+    assert evil in text
 
 
 class TestLongResponses:
@@ -129,7 +129,7 @@ class TestLongResponses:
             assert question.truncated
             assert 280 <= len(question.ids) <= 299
             text = smollm2.decode(question.ids)
-            assert response[:10].replace("<|im_end|>", "<|im_") in text
+            assert response[:10] in text
             assert "Answer with one number from 1 to 5" in text
             assert "\ufffd" not in text
 
@@ -190,7 +190,7 @@ class TestWhatIsRefused:
     def test_arguments(self, options, message):
         self.check(message, **options)
 
-    @pytest.mark.parametrize("rubric", ["", 5, ["polite"], None])
+    @pytest.mark.parametrize("rubric", ["", 5, ["polite"]])
     def test_rubrics_that_are_no_text(self, rubric):
         prompt = Prompt.from_text("Hi", "odd", metadata={"rubric": rubric})
         self.check("expected text under 'rubric' in the metadata of prompt 'odd'", prompt)

@@ -51,7 +51,9 @@ def checked_arguments(constraint: Mapping[str, Any], prompt: str | None) -> dict
         ConstraintError: See `check_constraint`.
     """
     checker = _checker_of(constraint)
-    arguments = {name: value for name, value in constraint.items() if name != "type"}
+    # Tables (Arrow, pandas) give every row the keys of all rows, with None where one is not given.
+    given = {name: value for name, value in constraint.items() if value is not None}
+    arguments = {name: value for name, value in given.items() if name != "type"}
     hints = _hints(checker)
     _check_arguments(constraint["type"], hints, arguments)
     if "prompt" not in hints:
