@@ -45,9 +45,9 @@ del sys.path[0]
 
 
 _MOST_ITEMS = 1_000_000
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
-_ITERATORS = (
-    *(type(iter(each)) for each in ([], (), {}, set(), "", range(0))),
+_VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_ITERATORS: tuple[Any, ...] = (
+    type(iter([])), type(iter(())), type(iter({})), type(iter("")), type(iter(range(0))),
     enumerate, filter, map, reversed, types.GeneratorType, zip,
 )  # fmt: skip
 
