@@ -177,7 +177,7 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         proposals = self.proposer.propose(states, [self._seed], ledgers)
         self.candidates = proposals[0]
         (features,) = self.proposer.features(states, proposals, ledgers, self._known)
-        return features, {**info, "candidates": self.proposer.texts(states, proposals)[0]}
+        return features, {**info, "candidates": tuple(self.proposer.texts(states, proposals)[0])}
 
 
 class CandidateChunksVector(_VectorWrapper):
@@ -319,9 +319,9 @@ class CandidateChunksVector(_VectorWrapper):
         texts = self.proposer.texts(states, self.candidates)
         rows: list[dict[str, Any] | None] = [None] * len(states)
         for i in np.flatnonzero(shown).tolist():
-            rows[i] = {"candidates": texts[i]}
+            rows[i] = {"candidates": tuple(texts[i])}
             if failures[i] is not None:
-                rows[i] = {"candidates": texts[i], "reward_error": str(failures[i])}
+                rows[i] = {"candidates": tuple(texts[i]), "reward_error": str(failures[i])}
         return features, _joined(infos, stack_infos(rows))
 
     def _with_final_view(self, infos: dict[str, Any]) -> dict[str, Any]:
@@ -336,7 +336,7 @@ class CandidateChunksVector(_VectorWrapper):
         for i, state in enumerate(finals):
             if state is not None:
                 final_obs[i] = next(views)
-                rows[i] = {"candidates": [""] * self.proposer.num_candidates}
+                rows[i] = {"candidates": ("",) * self.proposer.num_candidates}
         final_info = {**infos["final_info"], **stack_infos(rows)}
         return {**infos, "final_obs": final_obs, "final_info": final_info}
 

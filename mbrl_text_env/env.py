@@ -25,7 +25,7 @@ class TextGenerationEnv(gym.Env[Any, Any]):
 
     `info` has the same keys and types from the first step to the last: `prompt_id`, `prompt`,
     `response`, `finish_reason` (`""`, `"stop"` or `"length"`), `chunk_cut`, and `score` and
-    `score_parts`, which are NaN until the end. The parts of a reward that does not name them
+    `score_parts`, which are 0 until the end. The parts of a reward that does not name them
     beforehand (`part_names`) are there at the end only. The environment holds no language model.
 
     Args:

@@ -293,7 +293,8 @@ class TextTask:
         if state.finish_reason is None:
             state = replace(state, finish_reason="length")
         response = self.tokenizer.decode(state.response_ids)
-        info = {**self._info(state, response, cut), "reward_error": str(error)}
+        nothing = float("nan"), dict.fromkeys(self._part_names, float("nan"))
+        info = {**self._info(state, response, cut, nothing), "reward_error": str(error)}
         return Outcome(state, response, failed_reward, None, info)
 
     def _info(
@@ -304,17 +305,16 @@ class TextTask:
         score: tuple[float, dict[str, float]] | None = None,
     ) -> dict[str, Any]:
         """What the user is told: the same keys and types from the first step to the last."""
-        ended = score is not None and state.finish_reason is not None
-        nothing = dict.fromkeys(self._part_names, float("nan"))
-        total, parts = score if score is not None and ended else (float("nan"), nothing)
+        if score is None or state.finish_reason is None:
+            score = 0.0, dict.fromkeys(self._part_names, 0.0)
         return {
             "prompt_id": state.prompt.id,
             "prompt": state.prompt.text,
             "response": response,
             "finish_reason": state.finish_reason or "",
             "chunk_cut": cut,
-            "score": total,
-            "score_parts": parts,
+            "score": score[0],
+            "score_parts": score[1],
         }
 
     def _scores(

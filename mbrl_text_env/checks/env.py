@@ -332,10 +332,11 @@ def _check_info(info: Any, state: TextState, trial: _Trial, where: str) -> None:
     ended = where == "step" and state.finish_reason is not None
     numbers = [info["score"], *info["score_parts"].values()]
     expect(
-        all(isinstance(number, float) and math.isfinite(number) == ended for number in numbers),
+        all(isinstance(number, float) and math.isfinite(number) for number in numbers)
+        and (ended or not any(numbers)),
         subject,
         "a finite float as 'score', and floats by name as 'score_parts', when the response has "
-        "ended, and NaN before",
+        "ended, and 0.0 before",
         {name: info[name] for name in ("score", "score_parts")},
         "Score the complete response once, at its end. Convert numbers with float().",
     )
