@@ -7,8 +7,8 @@ import mbrl_text_env  # noqa: F401 registers the environments
 from tests.neighbours.common import CANDIDATES, EMBEDDED, TEXT, VIEW
 
 pytest.importorskip("ray.rllib")
-from ray.rllib.algorithms.ppo import PPOConfig  # noqa: E402
-from ray.tune.registry import register_env  # noqa: E402
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.tune.registry import register_env
 
 
 @pytest.mark.parametrize(

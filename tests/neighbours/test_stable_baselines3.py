@@ -8,8 +8,8 @@ import mbrl_text_env  # noqa: F401 registers the environments
 from tests.neighbours.common import CANDIDATES, PADDED, TEXT, VIEW
 
 pytest.importorskip("stable_baselines3")
-from stable_baselines3 import DQN, PPO  # noqa: E402
-from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.env_util import make_vec_env
 
 
 def test_make_vec_env():

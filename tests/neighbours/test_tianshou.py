@@ -8,9 +8,9 @@ import mbrl_text_env  # noqa: F401 registers the environments
 from tests.neighbours.common import CANDIDATES, PADDED, TEXT, VIEW
 
 pytest.importorskip("tianshou")
-from tianshou.algorithm.algorithm_base import Policy  # noqa: E402
-from tianshou.data import Batch, Collector, VectorReplayBuffer  # noqa: E402
-from tianshou.env import DummyVectorEnv  # noqa: E402
+from tianshou.algorithm.algorithm_base import Policy
+from tianshou.data import Batch, Collector, VectorReplayBuffer
+from tianshou.env import DummyVectorEnv
 
 
 class RandomPolicy(Policy):
