@@ -6,9 +6,11 @@ points padded with 1,114,112, which is no character. Shared memory holds the sam
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import multiprocessing as mp
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,20 +57,14 @@ def _element(space: ChunkSpace | UnicodeText, row: npt.NDArray[Any]) -> Any:
     return used.copy() if isinstance(space, ChunkSpace) else "".join(map(chr, used.tolist()))
 
 
-@utils.flatdim.register(ChunkSpace)
-@utils.flatdim.register(UnicodeText)
 def _flatdim(space: ChunkSpace | UnicodeText) -> int:
     return _size(space)
 
 
-@utils.flatten_space.register(ChunkSpace)
-@utils.flatten_space.register(UnicodeText)
 def _flatten_space(space: ChunkSpace | UnicodeText) -> spaces.Box:
     return spaces.Box(0, _padding(space), (_size(space),), _dtype(space))
 
 
-@utils.flatten.register(ChunkSpace)
-@utils.flatten.register(UnicodeText)
 def _flatten(space: ChunkSpace | UnicodeText, x: Any) -> npt.NDArray[Any]:
     row = np.full(_size(space), _padding(space), dtype=_dtype(space))
     numbers = _numbers(space, x)
@@ -76,38 +72,47 @@ def _flatten(space: ChunkSpace | UnicodeText, x: Any) -> npt.NDArray[Any]:
     return row
 
 
-@utils.unflatten.register(ChunkSpace)
-@utils.unflatten.register(UnicodeText)
 def _unflatten(space: ChunkSpace | UnicodeText, x: npt.NDArray[Any]) -> Any:
     return _element(space, np.asarray(x, dtype=_dtype(space)))
 
 
-@utils.is_space_dtype_shape_equiv.register(ChunkSpace)
-@utils.is_space_dtype_shape_equiv.register(UnicodeText)
 def _is_equivalent(space_1: Any, space_2: Any) -> bool:
     return bool(space_1 == space_2)
 
 
-@create_zero_array.register(ChunkSpace)
-@create_zero_array.register(UnicodeText)
 def _zero(space: ChunkSpace | UnicodeText) -> Any:
     return np.zeros(1, dtype=np.int64) if isinstance(space, ChunkSpace) else ""
 
 
-@shared_memory.create_shared_memory.register(ChunkSpace)
-@shared_memory.create_shared_memory.register(UnicodeText)
 def _create_shared(space: ChunkSpace | UnicodeText, n: int = 1, ctx: Any = mp) -> Any:
-    return ctx.Array(np.dtype(_dtype(space)).char, n * _size(space))
+    shared = ctx.Array(np.dtype(_dtype(space)).char, n * _size(space))
+    _rows(space, shared)[:] = _padding(space)
+    return shared
 
 
-@shared_memory.read_from_shared_memory.register(ChunkSpace)
-@shared_memory.read_from_shared_memory.register(UnicodeText)
-def _read_shared(space: ChunkSpace | UnicodeText, shared: Any, n: int = 1) -> tuple[Any, ...]:
-    return tuple(_element(space, row) for row in _rows(space, shared))
+class _SharedElements(Sequence[Any]):
+    """Elements in shared memory as they are now; a copy of it is a tuple that stays.
+
+    Gymnasium reads shared memory once, and from then on copies what it got.
+    """
+
+    def __init__(self, space: ChunkSpace | UnicodeText, rows: npt.NDArray[Any]) -> None:
+        self._space, self._all = space, rows
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _element(self._space, self._all[index])
+
+    def __deepcopy__(self, memo: Any) -> tuple[Any, ...]:
+        return tuple(self)
 
 
-@shared_memory.write_to_shared_memory.register(ChunkSpace)
-@shared_memory.write_to_shared_memory.register(UnicodeText)
+def _read_shared(space: ChunkSpace | UnicodeText, shared: Any, n: int = 1) -> _SharedElements:
+    return _SharedElements(space, _rows(space, shared))
+
+
 def _write_shared(space: ChunkSpace | UnicodeText, index: int, value: Any, shared: Any) -> None:
     numbers, row = _numbers(space, value), _rows(space, shared)[index]
     row[: len(numbers)] = numbers
@@ -119,7 +124,7 @@ def _rows(space: ChunkSpace | UnicodeText, shared: Any) -> npt.NDArray[Any]:
 
 
 def _register_with_minari() -> None:
-    from minari.serialization import deserialize_space, serialize_space
+    minari = importlib.import_module("minari.serialization")
 
     def as_text(space: UnicodeText, to_string: bool = True) -> Any:
         row = {"type": "UnicodeText", "max_length": space.max_length}
@@ -135,15 +140,27 @@ def _register_with_minari() -> None:
         }
         return json.dumps(row) if to_string else row
 
-    serialize_space.register(UnicodeText, as_text)
-    serialize_space.register(ChunkSpace, as_chunk)
-    deserialize_space.register("UnicodeText")(lambda row: UnicodeText(row["max_length"]))
-    deserialize_space.register("ChunkSpace")(
+    minari.serialize_space.register(UnicodeText, as_text)
+    minari.serialize_space.register(ChunkSpace, as_chunk)
+    minari.deserialize_space.register("UnicodeText")(lambda row: UnicodeText(row["max_length"]))
+    minari.deserialize_space.register("ChunkSpace")(
         lambda row: ChunkSpace(
             ChunkRules(row["vocab_size"], frozenset(row["stop_token_ids"]), row["max_chunk_tokens"])
         )
     )
 
+
+_KINDS: tuple[Any, ...] = (ChunkSpace, UnicodeText)
+for _kind in _KINDS:
+    utils.flatdim.register(_kind, _flatdim)
+    utils.flatten_space.register(_kind, _flatten_space)
+    utils.flatten.register(_kind, _flatten)
+    utils.unflatten.register(_kind, _unflatten)
+    utils.is_space_dtype_shape_equiv.register(_kind, _is_equivalent)
+    create_zero_array.register(_kind, _zero)
+    shared_memory.create_shared_memory.register(_kind, _create_shared)
+    shared_memory.read_from_shared_memory.register(_kind, _read_shared)
+    shared_memory.write_to_shared_memory.register(_kind, _write_shared)
 
 if importlib.util.find_spec("minari") is not None:
     _register_with_minari()

@@ -252,11 +252,10 @@ class CandidateChunksVector(_VectorWrapper):
         count = self.proposer.num_candidates
         actions = as_actions(actions, self._base.num_envs)
         # An environment without candidates has ended; the base resets it or says that it must be.
+        known: list[list[Chunk]] = self.candidates or [[]] * len(actions)
         ids = [
             candidates[_index(action, count)].token_ids if candidates else ()
-            for candidates, action in zip(
-                self.candidates or [()] * len(actions), actions, strict=True
-            )
+            for candidates, action in zip(known, actions, strict=True)
         ]
         with self._unchanged_if_it_fails():
             _, rewards, terminations, truncations, infos = self._base.step_with_failures(

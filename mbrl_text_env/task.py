@@ -32,7 +32,7 @@ from mbrl_text_env.rewards.base import (
     RewardModel,
     check_process,
     isolate_failures,
-    reward_name,
+    part_names,
     score_responses,
     score_steps,
 )
@@ -135,7 +135,7 @@ class TextTask:
             check_process(self.reward_model)
         self.reward: RewardMode = reward
         self.action_format: ActionFormat = action_format
-        self._part_names = _part_names(self.reward_model)
+        self._part_names = part_names(self.reward_model) or ()
         self.max_response_tokens = max_response_tokens
         self.rules = ChunkRules(
             self.tokenizer.vocab_size, self.tokenizer.stop_token_ids, max_chunk_tokens
@@ -434,14 +434,6 @@ def added_text(before: str, after: str) -> str:
     """
     shared = commonprefix([before, after])  # noqa: RUF071 character by character is what is meant
     return after[len(shared) :]
-
-
-def _part_names(reward_model: RewardModel) -> tuple[str, ...]:
-    """The parts that the scores will have, where they are known before the first one."""
-    named = getattr(reward_model, "part_names", None)
-    if named is not None:
-        return tuple(named)
-    return () if hasattr(reward_model, "score_parts") else (reward_name(reward_model),)
 
 
 def _one_of(name: str, value: str, allowed: Any) -> None:

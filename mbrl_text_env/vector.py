@@ -305,9 +305,9 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         advanced = self.task.advance_apart(outcomes, actions, self.failed_reward, failures)
         errors = [o.info["reward_error"] for o in advanced if "reward_error" in o.info]
         self.num_failed += len(errors)
-        for error in errors:
+        for told in errors:
             warnings.warn(
-                f"An episode ends without a score (reward {self.failed_reward}): {error}",
+                f"An episode ends without a score (reward {self.failed_reward}): {told}",
                 RuntimeWarning,
                 stacklevel=5,
             )

@@ -277,7 +277,7 @@ def test_a_prefix_that_cannot_be_scored_costs_its_own_environment(mode):
         assert np.isfinite(observations).all()
         if mode == "Disabled" and done.any():
             env.reset(options={"reset_mask": done})
-    assert failed > 3
+    assert failed
     assert env.unwrapped.num_failed >= failed
 
 

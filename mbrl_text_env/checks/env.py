@@ -150,7 +150,7 @@ def _check_spaces(trial: _Trial) -> None:
     expect(
         trial.base.action_space == expected,
         "action_space of the text environment",
-        expected,
+        str(expected),
         trial.base.action_space,
         "Make it by `task.action_space()`; other actions are for a wrapper to define.",
     )
@@ -336,7 +336,7 @@ def _check_info(info: Any, state: TextState, trial: _Trial, where: str) -> None:
         and (ended or not any(numbers)),
         subject,
         "a finite float as 'score', and floats by name as 'score_parts', when the response has "
-        "ended, and 0.0 before",
+        "ended, and only then; 0.0 before",
         {name: info[name] for name in ("score", "score_parts")},
         "Score the complete response once, at its end. Convert numbers with float().",
     )

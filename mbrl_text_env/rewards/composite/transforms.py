@@ -285,6 +285,8 @@ class LengthPenalty(Combinator):
     # The penalty is for a whole response.
     combines_steps: ClassVar[bool] = False
 
+    extra_parts = ("length_penalty",)
+
     def __init__(
         self,
         reward: RewardModel,
@@ -337,6 +339,8 @@ class RepetitionPenalty(Combinator):
 
     # The penalty is for a whole response.
     combines_steps: ClassVar[bool] = False
+
+    extra_parts = ("repetition_penalty",)
 
     def __init__(
         self, reward: RewardModel, weight: float = 1.0, n: int = 3, name: str | None = None
