@@ -109,7 +109,7 @@ class _SharedElements(Sequence[Any]):
         return tuple(self)
 
 
-def _read_shared(space: ChunkSpace | UnicodeText, shared: Any, n: int = 1) -> _SharedElements:
+def _read_shared(space: ChunkSpace | UnicodeText, shared: Any, n: int = 1) -> Any:
     return _SharedElements(space, _rows(space, shared))
 
 
