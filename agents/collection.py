@@ -18,6 +18,7 @@ from mbrl_text_env.records import Record, RecordsError, RecordWriter
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
+    RewardModel,
     isolate_failures,
     reward_name,
 )
@@ -90,7 +91,7 @@ def collect(
     writer.go_on(
         collection_run(
             language_model,
-            reward_model,
+            agent.reward_model,
             max_response_tokens=max_response_tokens,
             seed=seed,
             params=params,
@@ -116,7 +117,7 @@ def collect(
 
 def collection_run(
     language_model: LanguageModel,
-    reward_model: RewardLike,
+    reward_model: RewardModel,
     *,
     max_response_tokens: int,
     seed: int,

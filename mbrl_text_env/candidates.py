@@ -7,10 +7,10 @@ stable-baselines3 takes as it is.
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,15 +22,23 @@ from gymnasium.vector import AutoresetMode, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
 from mbrl_text_env.encoders import Encoder
-from mbrl_text_env.env import TextGenerationEnv
+from mbrl_text_env.env import TextGenerationEnv, unchanged_if_it_fails
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, Tokenizer
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import check_not_terminal
 from mbrl_text_env.observations import feature_box
 from mbrl_text_env.proposer import CandidateProposer, Known
+from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.spaces import as_index
 from mbrl_text_env.task import TextTask
 from mbrl_text_env.types import Chunk, TextState
-from mbrl_text_env.vector import TextGenerationVectorEnv, stack_infos
+from mbrl_text_env.vector import TextGenerationVectorEnv, as_actions, stack_infos
+
+if TYPE_CHECKING:
+    _VectorWrapper = VectorWrapper[Any, Any, Any, Any, Any]
+else:
+    # Before Gymnasium 1.4 it takes no parameters.
+    _VectorWrapper = VectorWrapper
 
 CANDIDATES_ID = "mbrl_text_env/CandidateChunks-v0"
 _VIEW_OPTIONS = ("num_candidates", "chunk_tokens", "params", "encoder", "prefix_rewards")
@@ -48,8 +56,8 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Choose among K chunks that a language model proposes: `Discrete(K)` and `Box`.
 
     The proposals at a state follow from the state and from a seed that `reset` draws, so the same
-    episode seed shows the same candidates. Their texts are in `info["candidates"]`. What proposing
-    costs is charged to `ledger`.
+    episode seed shows the same candidates. Their texts are in `info["candidates"]`, K empty ones
+    where the response has ended. What proposing costs is charged to `ledger`.
 
     Args:
         env: A `TextGenerationEnv`, wrapped or not.
@@ -71,6 +79,8 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         >>> import gymnasium as gym, mbrl_text_env
         >>> env = gym.make("mbrl_text_env/CandidateChunks-v0", num_candidates=4)  # doctest: +SKIP
     """
+
+    kept_if_a_step_fails = ("_seed", "candidates")
 
     def __init__(
         self,
@@ -118,9 +128,10 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Begin a response; see `TextGenerationEnv.reset`."""
-        _, info = self.env.reset(seed=seed, options=options)
-        self._seed = _draw_seed(self._base.np_random)
-        return self._show(info)
+        with unchanged_if_it_fails(self):
+            _, info = self.env.reset(seed=seed, options=options)
+            self._seed = _draw_seed(self._base.np_random)
+            return self._show(info)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Append candidate `action`.
@@ -128,12 +139,15 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         Raises:
             EpisodeEndedError: The response has ended.
             ValueError: There is no such candidate.
+            RewardError: The response or a prefix could not be scored. The state has not changed
+                then, nor after any other error.
         """
         check_not_terminal(self._base.get_state())
         index = _index(action, self.proposer.num_candidates)
         chunk = self.candidates[index]
-        _, reward, terminated, truncated, info = self.env.step(chunk.token_ids)
-        observation, info = self._show(info)
+        with unchanged_if_it_fails(self):
+            _, reward, terminated, truncated, info = self.env.step(chunk.token_ids)
+            observation, info = self._show(info)
         return observation, reward, terminated, truncated, info
 
     @property
@@ -153,20 +167,25 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             TypeError: It is no `CandidateState`.
         """
         _check_states([state])
-        _, info = self._base.set_state(state.text_state)
-        self._seed = state.seed
-        return self._show(info)
+        with unchanged_if_it_fails(self):
+            _, info = self._base.set_state(state.text_state)
+            self._seed = state.seed
+            return self._show(info)
 
     def _show(self, info: dict[str, Any]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         states, ledgers = [self._base.get_state()], [self.ledger]
         proposals = self.proposer.propose(states, [self._seed], ledgers)
         self.candidates = proposals[0]
         (features,) = self.proposer.features(states, proposals, ledgers, self._known)
-        return features, {**info, "candidates": self.proposer.texts(states, proposals)[0]}
+        return features, {**info, "candidates": tuple(self.proposer.texts(states, proposals)[0])}
 
 
-class CandidateChunksVector(VectorWrapper[Any, Any, Any, Any, Any]):
+class CandidateChunksVector(_VectorWrapper):
     """The vector form of `CandidateChunks`: one language-model call a step for all environments.
+
+    With `on_reward_error="record"`, rewards of prefixes that cannot be scored cost their own
+    environment alone: the observation has zeros for them, the info a `reward_error`, and the next
+    step ends the episode without a score; see `TextGenerationVectorEnv`.
 
     Args:
         env: A `TextGenerationVectorEnv`.
@@ -194,6 +213,7 @@ class CandidateChunksVector(VectorWrapper[Any, Any, Any, Any, Any]):
         if not isinstance(env, TextGenerationVectorEnv):
             raise TypeError(f"Expected a TextGenerationVectorEnv, got {type(env).__name__}.")
         self._base = env
+        self.autoreset_mode = env.autoreset_mode
         self.proposer = CandidateProposer(
             _language_model(language_model, env.task),
             env.task,
@@ -211,29 +231,40 @@ class CandidateChunksVector(VectorWrapper[Any, Any, Any, Any, Any]):
         self.candidates: list[list[Chunk]] = []
         self._seeds = [0] * env.num_envs
         self._known: list[Known] = [{} for _ in range(env.num_envs)]
+        self._failures: list[RewardError | None] = [None] * env.num_envs
 
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Reset; see `TextGenerationVectorEnv.reset`."""
-        _, infos = self._base.reset(seed=seed, options=options)
-        self._draw_seeds()
-        return self._show(infos, self._base.episode_started)
+        with self._unchanged_if_it_fails():
+            _, infos = self._base.reset(seed=seed, options=options)
+            self._draw_seeds()
+            return self._show(infos, self._base.episode_started)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Append candidate `actions[i]` in environment i."""
+        """Append candidate `actions[i]` in environment i.
+
+        Raises:
+            ValueError: The number of actions is not N, or there is no such candidate.
+            EpisodeEndedError, RewardError: See `TextGenerationVectorEnv.step`.
+        """
         count = self.proposer.num_candidates
-        indices = [_index(action, count) for action in actions]
+        actions = as_actions(actions, self._base.num_envs)
         # An environment without candidates has ended; the base resets it or says that it must be.
+        known: list[list[Chunk]] = self.candidates or [[]] * len(actions)
         ids = [
-            candidates[index].token_ids if candidates else ()
-            for candidates, index in zip(self.candidates, indices, strict=True)
+            candidates[_index(action, count)].token_ids if candidates else ()
+            for candidates, action in zip(known, actions, strict=True)
         ]
-        _, rewards, terminations, truncations, infos = self._base.step(ids)
-        if self._base.autoreset_mode == AutoresetMode.SAME_STEP:
-            infos = self._with_final_view(infos)
-        self._draw_seeds()
-        observations, infos = self._show(infos, self._everyone())
+        with self._unchanged_if_it_fails():
+            _, rewards, terminations, truncations, infos = self._base.step_with_failures(
+                ids, self._failures
+            )
+            if self.autoreset_mode == AutoresetMode.SAME_STEP:
+                infos = self._with_final_view(infos)
+            self._draw_seeds()
+            observations, infos = self._show(infos, self._everyone())
         return observations, rewards, terminations, truncations, infos
 
     def get_states(self) -> list[CandidateState]:
@@ -251,9 +282,20 @@ class CandidateChunksVector(VectorWrapper[Any, Any, Any, Any, Any]):
             ValueError: Their number is not N, or a response is longer than the limit.
         """
         _check_states(states)
-        _, infos = self._base.set_states([state.text_state for state in states])
-        self._seeds = [state.seed for state in states]
-        return self._show(infos, self._everyone())
+        with self._unchanged_if_it_fails():
+            _, infos = self._base.set_states([state.text_state for state in states])
+            self._seeds = [state.seed for state in states]
+            return self._show(infos, self._everyone())
+
+    @contextmanager
+    def _unchanged_if_it_fails(self) -> Iterator[None]:
+        kept = self.candidates, list(self._seeds), self._failures
+        try:
+            with self._base.unchanged_if_it_fails():
+                yield
+        except BaseException:
+            self.candidates, self._seeds, self._failures = kept
+            raise
 
     def _everyone(self) -> npt.NDArray[np.bool_]:
         return np.ones(self._base.num_envs, dtype=np.bool_)
@@ -269,12 +311,17 @@ class CandidateChunksVector(VectorWrapper[Any, Any, Any, Any, Any]):
         """Propose anew everywhere; `shown` are the environments whose info is asked for."""
         states, ledgers = self._base.states, [self.ledger] * self._base.num_envs
         self.candidates = self.proposer.propose(states, self._seeds, ledgers)
+        failures: list[RewardError | None] = [None] * len(states)
+        isolated = failures if self._base.on_reward_error == "record" else None
+        features = self.proposer.features(states, self.candidates, ledgers, self._known, isolated)
+        self._failures = failures
         texts = self.proposer.texts(states, self.candidates)
-        rows = [
-            {"candidates": row} if show else None for row, show in zip(texts, shown, strict=True)
-        ]
-        features = self.proposer.features(states, self.candidates, ledgers, self._known)
-        return features, {**infos, **stack_infos(rows)}
+        rows: list[dict[str, Any] | None] = [None] * len(states)
+        for i in np.flatnonzero(shown).tolist():
+            rows[i] = {"candidates": tuple(texts[i])}
+            if failures[i] is not None:
+                rows[i] = {"candidates": tuple(texts[i]), "reward_error": str(failures[i])}
+        return features, _joined(infos, stack_infos(rows))
 
     def _with_final_view(self, infos: dict[str, Any]) -> dict[str, Any]:
         """Show the states in which episodes ended as this view does."""
@@ -288,7 +335,7 @@ class CandidateChunksVector(VectorWrapper[Any, Any, Any, Any, Any]):
         for i, state in enumerate(finals):
             if state is not None:
                 final_obs[i] = next(views)
-                rows[i] = {"candidates": []}
+                rows[i] = {"candidates": ("",) * self.proposer.num_candidates}
         final_info = {**infos["final_info"], **stack_infos(rows)}
         return {**infos, "final_obs": final_obs, "final_info": final_info}
 
@@ -352,16 +399,23 @@ def _check_states(states: Sequence[object]) -> None:
             )
 
 
+def _joined(infos: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Two vector infos as one; their environments differ where both have a key."""
+    joined = {**infos, **more}
+    for key in (infos.keys() & more.keys()) - {f"_{key}" for key in infos}:
+        own = more[f"_{key}"]
+        joined[key] = np.where(own, more[key], infos[key])
+        joined[f"_{key}"] = own | infos[f"_{key}"]
+    return joined
+
+
 def _draw_seed(generator: np.random.Generator) -> int:
     return int(generator.integers(2**63))
 
 
 def _index(action: Any, count: int) -> int:
-    try:
-        index = operator.index(action)
-    except TypeError:
-        index = -1
-    if not 0 <= index < count:
+    index = as_index(action)
+    if index is None or not 0 <= index < count:
         raise ValueError(
             f"Invalid action: expected the index of a candidate, 0 to {count - 1}, got {action!r}."
         )

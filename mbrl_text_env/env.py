@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
 
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import Tokenizer
+from mbrl_text_env.rendering import as_frame, as_text, show
 from mbrl_text_env.rewards.base import RewardModel
-from mbrl_text_env.task import ObservationMode, Outcome, RewardMode, TextTask
+from mbrl_text_env.task import ActionFormat, ObservationMode, Outcome, RewardMode, TextTask
 from mbrl_text_env.types import Prompt, TextState
 
 
@@ -21,8 +23,10 @@ class TextGenerationEnv(gym.Env[Any, Any]):
     `terminated`, the token limit with `truncated`; either way the response is scored, once. A chunk
     that would pass the limit is cut there, and `info["chunk_cut"]` is True.
 
-    `info` has `prompt_id`, `prompt`, `response`, `finish_reason` and `chunk_cut`, and at the end
-    `score` and `score_parts`. The environment holds no language model.
+    `info` has the same keys and types from the first step to the last: `prompt_id`, `prompt`,
+    `response`, `finish_reason` (`""`, `"stop"` or `"length"`), `chunk_cut`, and `score` and
+    `score_parts`, which are 0 until the end. The parts of a reward that does not name them
+    beforehand (`part_names`) are there at the end only. The environment holds no language model.
 
     Args:
         prompts: Prompts to draw from; by default the train split of the package's own.
@@ -35,8 +39,11 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         max_response_tokens: Token limit of a response.
         max_chunk_tokens: Most tokens in one chunk.
         max_prompt_tokens: Size of `"tokens"` observations; by default the longest prompt's.
-        render_mode: `"ansi"` (`render` returns a string), `"human"` (Rich prints after every step),
-            or None.
+        action_format: `"chunk"`: token ids, 1 to `max_chunk_tokens` of them. `"padded"`: a
+            `MultiDiscrete` of `max_chunk_tokens` ids, for libraries that know no other spaces; what
+            follows the vocabulary's size (the padding) or a stop token is not looked at.
+        render_mode: `"ansi"` (`render` returns a string), `"rgb_array"` (a frame, uint8[480, 640,
+            3]), `"human"` (Rich prints after every step), or None.
 
     Example:
         >>> import gymnasium as gym, mbrl_text_env
@@ -44,7 +51,11 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         >>> observation, info = env.reset(seed=0)  # doctest: +SKIP
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
+    metadata: dict[str, Any] = {  # noqa: RUF012
+        "render_modes": ["ansi", "human", "rgb_array"],
+        "render_fps": 4,
+    }
+    kept_if_a_step_fails = ("_outcome",)
 
     def __init__(
         self,
@@ -58,6 +69,7 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         max_response_tokens: int = 128,
         max_chunk_tokens: int = 16,
         max_prompt_tokens: int | None = None,
+        action_format: ActionFormat = "chunk",
         render_mode: str | None = None,
     ) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
@@ -75,6 +87,7 @@ class TextGenerationEnv(gym.Env[Any, Any]):
             max_response_tokens=max_response_tokens,
             max_chunk_tokens=max_chunk_tokens,
             max_prompt_tokens=max_prompt_tokens,
+            action_format=action_format,
         )
         self.render_mode = render_mode
         self.action_space = self.task.action_space()
@@ -90,7 +103,7 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         return self._show(self.task.start(prompt))
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Append a chunk of token ids (int64[n], or a list or tuple of ints).
+        """Append a chunk of token ids (an integer array or tensor [n], or a list or tuple of ints).
 
         Raises:
             ResetNeeded: There was no `reset` before.
@@ -121,8 +134,8 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         """
         return self._show(self.task.resume(self.task.check_state(state)))
 
-    def render(self) -> str | None:
-        """The prompt and the response: returned as a string, or printed."""
+    def render(self) -> Any:
+        """The prompt and the response: returned as a string or a frame, or printed."""
         if self.render_mode is None:
             gym.logger.warn(
                 "render() does nothing without a render mode: gym.make(id, render_mode=...)"
@@ -130,8 +143,10 @@ class TextGenerationEnv(gym.Env[Any, Any]):
             return None
         outcome = self._current()
         if self.render_mode == "ansi":
-            return _as_text(outcome)
-        _print(outcome)
+            return as_text(outcome)
+        if self.render_mode == "rgb_array":
+            return as_frame(outcome)
+        show(outcome)
         return None
 
     def _current(self) -> Outcome:
@@ -145,27 +160,24 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         (observation,) = self.task.observe([outcome])
         self._outcome = outcome
         if self.render_mode == "human":
-            _print(outcome)
+            show(outcome)
         return observation, outcome.info
 
 
-def _as_text(outcome: Outcome) -> str:
-    ending = outcome.state.finish_reason or "..."
-    score = "" if outcome.score is None else f", score {outcome.score:.3f}"
-    return f"Prompt: {outcome.state.prompt.text}\nResponse: {outcome.response} [{ending}{score}]\n"
-
-
-def _print(outcome: Outcome) -> None:
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.text import Text
-
-    score = "" if outcome.score is None else f"score {outcome.score:.3f}"
-    tokens = f"{len(outcome.state.response_ids)} tokens"
-    Console().print(
-        Panel(
-            Text(outcome.response),
-            title=Text(outcome.state.prompt.text),
-            subtitle=f"{outcome.state.finish_reason or 'going on'}, {tokens} {score}",
-        )
-    )
+@contextmanager
+def unchanged_if_it_fails(env: gym.Env[Any, Any]) -> Iterator[None]:
+    """Put back what a step has changed, in all layers of an environment, where it raises."""
+    kept, layer = [], env
+    while True:
+        names = getattr(type(layer), "kept_if_a_step_fails", ())
+        kept.append((layer, {name: getattr(layer, name) for name in names}))
+        if not isinstance(layer, gym.Wrapper):
+            break
+        layer = layer.env
+    try:
+        yield
+    except BaseException:
+        for layer, values in kept:
+            for name, value in values.items():
+                setattr(layer, name, value)
+        raise

@@ -19,7 +19,12 @@ from mbrl_text_env.encoders import (
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.mdp import is_terminal, response_limit, transition
-from mbrl_text_env.rewards.base import reward_usage_bound, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    isolate_failures,
+    reward_usage_bound,
+    score_responses,
+)
 from mbrl_text_env.task import TextTask, added_text
 from mbrl_text_env.types import Chunk, TextState
 
@@ -175,13 +180,14 @@ class CandidateProposer:
     def texts(
         self, states: Sequence[TextState], proposals: Sequence[list[Chunk]]
     ) -> list[list[str]]:
-        """The text that each candidate would add."""
+        """The K texts that the candidates would add; empty ones where there are none."""
         decode = self.task.tokenizer.decode
         return [
             [
                 added_text(decode(state.response_ids), decode(state.response_ids + chunk.token_ids))
                 for chunk in chunks
             ]
+            or [""] * self.num_candidates
             for state, chunks in zip(states, proposals, strict=True)
         ]
 
@@ -191,6 +197,7 @@ class CandidateProposer:
         proposals: Sequence[list[Chunk]],
         ledgers: Sequence[Ledger],
         known: Sequence[Known] | None = None,
+        failures: list[RewardError | None] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Describe states and their candidates.
 
@@ -201,13 +208,15 @@ class CandidateProposer:
                 language model where that embeds.
             known: One a state: the rewards that are known from the call before, which are not asked
                 for again. Those of this call take their place.
+            failures: One a state. Where it is given, a prefix that cannot be scored costs its own
+                state alone: its error is put there, and its rewards are zeros.
 
         Returns:
             float32[B, layout.size]; the candidates of an ended state, and all rewards there, are
             zeros.
 
         Raises:
-            RewardError: A prefix could not be scored.
+            RewardError: A prefix could not be scored, and there is no list of failures.
         """
         rows = np.zeros((len(states), self.layout.size), dtype=np.float32)
         parts = self.layout.split(rows)
@@ -223,7 +232,7 @@ class CandidateProposer:
             children = self.children(states, proposals)
             if self.layout.prefix_rewards:
                 known = [{} for _ in states] if known is None else known
-                self._score(states, children, parts, ledgers, known)
+                self._score(states, children, parts, ledgers, known, failures)
             if self._encoder is not None:
                 self._embed(states, children, parts, ledgers)
         return rows
@@ -258,6 +267,7 @@ class CandidateProposer:
         parts: FeatureParts,
         ledgers: Sequence[Ledger],
         known: Sequence[Known],
+        failures: list[RewardError | None] | None,
     ) -> None:
         """Fill in the rewards of prefixes, all that are new in one call."""
         wanted = [
@@ -271,15 +281,24 @@ class CandidateProposer:
             if state not in known[i]
         ]
         decode = self.task.tokenizer.decode
-        scores = score_responses(
-            self.task.reward_model,
-            [state.prompt for _, state in new],
-            [decode(state.response_ids) for _, state in new],
-            ledgers=[ledgers[i] for i, _ in new],
-        )
-        for (i, state), score in zip(new, scores.total, strict=True):
-            known[i][state] = float(score)
+
+        def score(some: Sequence[tuple[int, TextState]]) -> list[float]:
+            return score_responses(
+                self.task.reward_model,
+                [state.prompt for _, state in some],
+                [decode(state.response_ids) for _, state in some],
+                ledgers=[ledgers[i] for i, _ in some],
+            ).total.tolist()
+
+        found = score(new) if failures is None else isolate_failures(score, new)
+        for (i, state), value in zip(new, found, strict=True):
+            if not isinstance(value, RewardError):
+                known[i][state] = value
+            elif failures is not None and failures[i] is None:
+                failures[i] = value
         for i, row in enumerate(wanted):
+            if failures is not None and failures[i] is not None:
+                continue
             values = [known[i][state] for state in row]
             if row:
                 parts.prefix_reward[i, 0] = values[0]

@@ -1,13 +1,19 @@
-"""Gymnasium spaces for chunks of tokens and for Unicode text."""
+"""Gymnasium spaces for chunks of tokens and for Unicode text.
+
+Both are registered with Gymnasium's functions for spaces (`flatten`, shared memory, ...) in
+`_space_functions.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from gymnasium import spaces
 
 from mbrl_text_env.mdp import ChunkRules
 
@@ -42,8 +48,8 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
 
     @property
     def is_np_flattenable(self) -> bool:
-        """Chunks differ in length, so they are not."""
-        return False
+        """`flatten` gives int64[C], padded with `vocab_size`."""
+        return True
 
     def sample(self, mask: None = None, probability: None = None) -> npt.NDArray[np.int64]:
         """Draw a chunk, int64[n]. Masks are not supported.
@@ -83,19 +89,65 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
         return f"ChunkSpace({rules.vocab_size}, stop={stops}, max_tokens={rules.max_chunk_tokens})"
 
 
+def padded_chunk_space(rules: ChunkRules) -> spaces.MultiDiscrete:
+    """Chunks as arrays of a fixed length, int64[C], for libraries without spaces of their own.
+
+    A chunk ends before the first `vocab_size`, which is the padding, and after the first stop
+    token; what follows is not looked at. The first id cannot be padding. So each element of the
+    space is a chunk, and `gymnasium.spaces.flatten(ChunkSpace(rules), chunk)` is its padded form.
+    """
+    sizes = np.full(rules.max_chunk_tokens, rules.vocab_size + 1)
+    sizes[0] = rules.vocab_size
+    return spaces.MultiDiscrete(sizes)
+
+
+def unpadded(ids: Sequence[int], rules: ChunkRules) -> list[int]:
+    """The chunk that padded ids stand for; see `padded_chunk_space`."""
+    chunk: list[int] = []
+    for token in ids:
+        if token == rules.vocab_size:
+            break
+        chunk.append(token)
+        if token in rules.stop_token_ids:
+            break
+    return chunk
+
+
 def as_token_ids(action: Any) -> list[int] | None:
-    """An action as a list of ints, or None where it is not a flat sequence of integers."""
+    """An action as a list of ints, or None where it is not a flat sequence of integers.
+
+    Sequences are NumPy arrays and torch tensors of one axis, lists and tuples.
+    """
+    action = _as_numpy(action)
     if isinstance(action, np.ndarray):
         return action.tolist() if action.ndim == 1 and action.dtype.kind in "iu" else None
     if not isinstance(action, (list, tuple)):
         return None
+    ids = [as_index(i) for i in action]
+    return None if None in ids else ids  # type: ignore[return-value]
+
+
+def as_index(value: Any) -> int | None:
+    """An integer of Python, NumPy or torch (arrays of one element too) as an int, or else None."""
+    value = _as_numpy(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        is_one = value.size == 1 and value.dtype.kind in "iu"
+        return int(value.item()) if is_one else None
     # bool is an int to Python, but True as a token id is a mistake.
-    if all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in action):
-        return [int(i) for i in action]
-    return None
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
-class UnicodeText(gym.Space[str]):
+def _as_numpy(value: Any) -> Any:
+    """A torch tensor as an array, wherever it lies; anything else as it is."""
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+
+
+class UnicodeText(spaces.Text):
     """Strings of any Unicode characters, the empty string included.
 
     `gymnasium.spaces.Text` knows only a fixed set of characters and by default no empty string.
@@ -106,27 +158,30 @@ class UnicodeText(gym.Space[str]):
     """
 
     # Letters, digits and white space of several scripts; sampling need not reach all of Unicode.
-    _CHARACTERS = tuple(
-        "abcdefghijklmnopqrstuvwxyz ABCDEFG 0123456789 .,;:!?'\n äöüßéñ Жя 日本語 🙂"
-    )
+    _CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFG 0123456789 .,;:!?'\n äöüßéñ Жя 日本語 🙂"
+    _MOST_FLAT = 2**16
 
     def __init__(self, max_length: int, seed: int | np.random.Generator | None = None) -> None:
         if max_length < 0:
             raise ValueError(f"Expected max_length of at least 0, got {max_length}.")
-        self.max_length = max_length
-        super().__init__((), None, seed)
+        super().__init__(max_length, min_length=0, charset=self._CHARACTERS, seed=seed)
+
+    @property
+    def flat_length(self) -> int:
+        """Characters that `flatten` and shared memory have room for: at most 65,536."""
+        return min(self.max_length, self._MOST_FLAT)
 
     @property
     def is_np_flattenable(self) -> bool:
-        """Strings are no arrays of numbers."""
-        return False
+        """`flatten` gives int32[flat_length], code points padded with 1,114,112."""
+        return True
 
-    def sample(self, mask: None = None, probability: None = None) -> str:
+    def sample(self, mask: Any = None, probability: Any = None) -> str:
         """Draw a string of at most 32 characters. Masks are not supported."""
         if mask is not None or probability is not None:
             raise ValueError("UnicodeText.sample takes no mask.")
         length = int(self.np_random.integers(0, min(self.max_length, 32) + 1))
-        return "".join(self.np_random.choice(self._CHARACTERS, length))
+        return "".join(self.np_random.choice(list(self._CHARACTERS), length))
 
     def contains(self, x: Any) -> bool:
         """Whether `x` is a string of at most `max_length` characters."""
@@ -137,3 +192,7 @@ class UnicodeText(gym.Space[str]):
 
     def __repr__(self) -> str:
         return f"UnicodeText({self.max_length})"
+
+
+# Below the classes that it registers.
+from mbrl_text_env import _space_functions  # noqa: E402, F401

@@ -5,6 +5,8 @@ All methods are batched. The single environment is a batch of one, so both give 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -12,6 +14,7 @@ from os.path import commonprefix
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
+from gymnasium import spaces
 
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import Tokenizer
@@ -29,14 +32,21 @@ from mbrl_text_env.rewards.base import (
     RewardModel,
     check_process,
     isolate_failures,
+    part_names,
     score_responses,
     score_steps,
 )
-from mbrl_text_env.spaces import ChunkSpace, as_token_ids
+from mbrl_text_env.spaces import (
+    ChunkSpace,
+    as_token_ids,
+    padded_chunk_space,
+    unpadded,
+)
 from mbrl_text_env.types import Prompt, TextState
 
 RewardMode = Literal["terminal", "delta", "process"]
 ObservationMode = Literal["text", "tokens", "embedding"]
+ActionFormat = Literal["chunk", "padded"]
 
 
 class Outcome(NamedTuple):
@@ -84,6 +94,8 @@ class TextTask:
         max_response_tokens: Token limit of a response.
         max_chunk_tokens: C, the most tokens in one chunk.
         max_prompt_tokens: P, the size of `"tokens"` observations; by default the longest prompt's.
+        action_format: `"chunk"`: a `ChunkSpace`. `"padded"`: arrays of the fixed length C, for
+            libraries that know Gymnasium's own spaces only; see `spaces.padded_chunk_space`.
 
     Attributes:
         ledger: Is charged for every score, where it is set; None by default.
@@ -105,7 +117,9 @@ class TextTask:
         max_response_tokens: int = 128,
         max_chunk_tokens: int = 16,
         max_prompt_tokens: int | None = None,
+        action_format: ActionFormat = "chunk",
     ) -> None:
+        _one_of("action_format", action_format, ActionFormat)
         _one_of("reward", reward, RewardMode)
         _one_of("observation", observation, ObservationMode)
         if max_response_tokens < 1 or max_chunk_tokens < 1:
@@ -120,15 +134,21 @@ class TextTask:
         if reward == "process":
             check_process(self.reward_model)
         self.reward: RewardMode = reward
+        self.action_format: ActionFormat = action_format
+        self._part_names = part_names(self.reward_model) or ()
         self.max_response_tokens = max_response_tokens
         self.rules = ChunkRules(
             self.tokenizer.vocab_size, self.tokenizer.stop_token_ids, max_chunk_tokens
         )
         self.observation = self._observation(observation, encoder, max_prompt_tokens)
 
-    def action_space(self) -> ChunkSpace:
-        """A new space of chunks."""
-        return ChunkSpace(self.rules)
+    def action_space(self) -> ChunkSpace | spaces.MultiDiscrete:
+        """A new space of chunks, in the action format."""
+        return (
+            ChunkSpace(self.rules)
+            if self.action_format == "chunk"
+            else padded_chunk_space(self.rules)
+        )
 
     def choose_prompt(
         self, generator: np.random.Generator, options: dict[str, Any] | None
@@ -159,7 +179,7 @@ class TextTask:
     def resume(self, state: TextState) -> Outcome:
         """Go on from any state."""
         response = self.tokenizer.decode(state.response_ids)
-        return Outcome(state, response, 0.0, None, _info(state, response, cut=False))
+        return Outcome(state, response, 0.0, None, self._info(state, response, cut=False))
 
     def advance(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
         """Step each state with its action: one reward call for all.
@@ -183,25 +203,42 @@ class TextTask:
                 response,
                 reward,
                 score[0] if score else None,
-                _info(state, response, cut, score),
+                self._info(state, response, cut, score),
             )
             for state, response, cut, score, reward in zip(
                 states, responses, cuts, scores, rewards, strict=True
             )
         ]
 
-    def advance_apart(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
+    def advance_apart(
+        self,
+        outcomes: Sequence[Outcome],
+        actions: Sequence[Any],
+        failed_reward: float,
+        errors: Sequence[RewardError | None] | None = None,
+    ) -> list[Outcome]:
         """Step each state with its action so that a failure of the reward model costs one of them.
 
-        Where it fails, the episode ends without a score: the reward is NaN, and
-        `info["reward_error"]` says why. Everything else is as in `advance`.
+        Where it fails, the episode ends without a score, and `info["reward_error"]` says why.
+        Everything else is as in `advance`.
+
+        Args:
+            outcomes: Where the environments are.
+            actions: One each.
+            failed_reward: The reward of an episode that ends so.
+            errors: What has failed already, one an outcome, so that nothing is scored there.
         """
+        errors = [None] * len(outcomes) if errors is None else errors
         rows = list(zip(outcomes, actions, strict=True))
-        results = isolate_failures(
-            lambda some: self.advance([row[0] for row in some], [row[1] for row in some]), rows
+        going = [row for row, error in zip(rows, errors, strict=True) if error is None]
+        advanced = iter(
+            isolate_failures(
+                lambda some: self.advance([row[0] for row in some], [row[1] for row in some]), going
+            )
         )
+        results = [next(advanced) if error is None else error for error in errors]
         return [
-            self._failed(*row, result) if isinstance(result, RewardError) else result
+            self._failed(*row, result, failed_reward) if isinstance(result, RewardError) else result
             for row, result in zip(rows, results, strict=True)
         ]
 
@@ -231,19 +268,54 @@ class TextTask:
 
     def _append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
         """The state after an action, and whether the action was cut."""
-        ids = _token_ids(action)
+        ids = self._token_ids(action)
         limit = response_limit(before, self.tokenizer, self.max_response_tokens)
         state = append(before, tuple(ids), self.rules.finish_reason(ids), limit)
         return state, len(state.response_ids) - len(before.response_ids) < len(ids)
 
-    def _failed(self, outcome: Outcome, action: Any, error: RewardError) -> Outcome:
+    def _token_ids(self, action: Any) -> list[int]:
+        ids = as_token_ids(action)
+        if ids is None:
+            raise InvalidChunkError(
+                "Invalid action: expected the token ids of a chunk (an integer array or tensor of "
+                f"one axis, or a list or tuple of ints), got "
+                f"{type(action).__name__} {action!r:.80}."
+            )
+        if self.action_format == "padded" and len(ids) <= self.rules.max_chunk_tokens:
+            return unpadded(ids, self.rules)
+        return ids
+
+    def _failed(
+        self, outcome: Outcome, action: Any, error: RewardError, failed_reward: float
+    ) -> Outcome:
         """The end of an episode whose response cannot be scored."""
         state, cut = self._append(outcome.state, action)
         if state.finish_reason is None:
             state = replace(state, finish_reason="length")
         response = self.tokenizer.decode(state.response_ids)
-        info = {**_info(state, response, cut), "reward_error": str(error)}
-        return Outcome(state, response, float("nan"), None, info)
+        nothing = float("nan"), dict.fromkeys(self._part_names, float("nan"))
+        info = {**self._info(state, response, cut, nothing), "reward_error": str(error)}
+        return Outcome(state, response, failed_reward, None, info)
+
+    def _info(
+        self,
+        state: TextState,
+        response: str,
+        cut: bool,
+        score: tuple[float, dict[str, float]] | None = None,
+    ) -> dict[str, Any]:
+        """What the user is told: the same keys and types from the first step to the last."""
+        if score is None or state.finish_reason is None:
+            score = 0.0, dict.fromkeys(self._part_names, 0.0)
+        return {
+            "prompt_id": state.prompt.id,
+            "prompt": state.prompt.text,
+            "response": response,
+            "finish_reason": state.finish_reason or "",
+            "chunk_cut": cut,
+            "score": score[0],
+            "score_parts": score[1],
+        }
 
     def _scores(
         self, states: Sequence[TextState], responses: Sequence[str]
@@ -297,8 +369,7 @@ class TextTask:
 
     def _process_reward(self, state: TextState) -> float:
         """The score of the last chunk among the chunks of the response."""
-        texts = [self.tokenizer.decode(state.response_ids[:end]) for end in (0, *state.chunk_ends)]
-        steps = [added_text(before, after) for before, after in pairwise(texts)]
+        steps = step_texts(state, self.tokenizer)
         model = cast("ProcessRewardModel", self.reward_model)
         return float(score_steps(model, state.prompt, steps, ledger=self.ledger)[-1])
 
@@ -337,6 +408,20 @@ class TextTask:
         )
 
 
+def step_texts(state: TextState, tokenizer: Tokenizer) -> list[str]:
+    """The text of each chunk of a response; joined, they are the response.
+
+    A character whose bytes two chunks share belongs to the chunk that completes it.
+    """
+    response = tokenizer.decode(state.response_ids)
+    ends = [0]
+    for end in state.chunk_ends[:-1]:
+        prefix = tokenizer.decode(state.response_ids[:end])
+        shared = commonprefix([prefix, response])  # noqa: RUF071 character by character is what is meant
+        ends.append(max(ends[-1], len(shared)))
+    return [response[start:end] for start, end in pairwise([*ends, len(response)])]
+
+
 def added_text(before: str, after: str) -> str:
     """What decoding more tokens has added to a text.
 
@@ -349,34 +434,6 @@ def added_text(before: str, after: str) -> str:
     """
     shared = commonprefix([before, after])  # noqa: RUF071 character by character is what is meant
     return after[len(shared) :]
-
-
-def _info(
-    state: TextState,
-    response: str,
-    cut: bool,
-    score: tuple[float, dict[str, float]] | None = None,
-) -> dict[str, Any]:
-    info: dict[str, Any] = {
-        "prompt_id": state.prompt.id,
-        "prompt": state.prompt.text,
-        "response": response,
-        "finish_reason": state.finish_reason,
-        "chunk_cut": cut,
-    }
-    if score is not None and state.finish_reason is not None:
-        info["score"], info["score_parts"] = score
-    return info
-
-
-def _token_ids(action: Any) -> list[int]:
-    ids = as_token_ids(action)
-    if ids is None:
-        raise InvalidChunkError(
-            "Invalid action: expected the token ids of a chunk (an integer array of one axis, or a "
-            f"list or tuple of ints), got {type(action).__name__} {action!r:.80}."
-        )
-    return ids
 
 
 def _one_of(name: str, value: str, allowed: Any) -> None:
@@ -405,3 +462,16 @@ def _reward_model(reward_model: RewardModel | Callable[..., Any] | str) -> Rewar
     from mbrl_text_env.rewards import as_reward_model
 
     return as_reward_model(reward_model)
+
+
+def _one_thread() -> None:
+    """A forked process has none of its parent's threads: OpenMP would wait for them for ever."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    if "threadpoolctl" in sys.modules:
+        sys.modules["threadpoolctl"].threadpool_limits(1)
+
+
+# For environments that `AsyncVectorEnv` and others make or use in forked processes.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_one_thread)

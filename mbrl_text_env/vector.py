@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal, get_args
 
@@ -17,8 +19,10 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.mdp import EpisodeEndedError, is_terminal
+from mbrl_text_env.rendering import as_frame, as_text
 from mbrl_text_env.rewards.base import RewardError, RewardModel
-from mbrl_text_env.task import ObservationMode, Outcome, RewardMode, TextTask
+from mbrl_text_env.spaces import as_index
+from mbrl_text_env.task import ActionFormat, ObservationMode, Outcome, RewardMode, TextTask
 from mbrl_text_env.types import Prompt, TextState
 
 BoolArray = npt.NDArray[np.bool_]
@@ -32,19 +36,22 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
     It returns what `gymnasium.vector.SyncVectorEnv` over N single environments with the same seeds
     would, but scores all responses in one call.
 
-    A response that the reward model cannot score does not cost the others theirs: its episode ends
-    (`truncated`, unless it ended by itself) with the reward NaN, `info["reward_error"]` says why,
-    `num_failed` counts it, and a warning names it. Leave such steps out of what is learned from, or
-    ask for the exception with `on_reward_error="raise"`.
+    A response that the reward model cannot score raises, and no state is changed. With
+    `on_reward_error="record"` it does not cost the others theirs: its episode ends (`truncated`,
+    unless it ended by itself) with the reward `failed_reward`, `info["reward_error"]` says why,
+    `num_failed` counts it, and a warning names it.
 
     Args:
         num_envs: N, at least 1.
-        on_reward_error: `"record"`, as said above, or `"raise"`: the `RewardError` of the first
-            failure; no state is changed then.
+        on_reward_error: `"raise"` or `"record"`, as said above.
+        failed_reward: With `"record"`, the reward of an episode that ends without a score: a finite
+            number for whatever learns from it. By default NaN, which makes all weights of a network
+            NaN, and Gymnasium's `NormalizeReward` too: leave such steps out.
         autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
-        render_mode: None or `"ansi"` (`render` returns a tuple of N strings).
+        render_mode: None, `"ansi"` (`render` returns a tuple of N strings) or `"rgb_array"` (of N
+            frames).
         prompts, tokenizer, reward_model, reward, observation, encoder, max_response_tokens,
-            max_chunk_tokens, max_prompt_tokens: As in `TextGenerationEnv`.
+            max_chunk_tokens, max_prompt_tokens, action_format: As in `TextGenerationEnv`.
 
     Attributes:
         states: The N current states.
@@ -54,7 +61,10 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         num_failed: Responses that could not be scored so far.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012
+    metadata: dict[str, Any] = {  # noqa: RUF012
+        "render_modes": ["ansi", "rgb_array"],
+        "render_fps": 4,
+    }
 
     def __init__(
         self,
@@ -69,14 +79,19 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         max_response_tokens: int = 128,
         max_chunk_tokens: int = 16,
         max_prompt_tokens: int | None = None,
-        on_reward_error: OnRewardError = "record",
+        action_format: ActionFormat = "chunk",
+        on_reward_error: OnRewardError = "raise",
+        failed_reward: float = math.nan,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}.")
-        if render_mode not in (None, "ansi"):
-            raise ValueError(f"render_mode: expected None or 'ansi', got {render_mode!r}.")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(
+                f"render_mode: expected None or one of {self.metadata['render_modes']}, got "
+                f"{render_mode!r}."
+            )
         self.task = TextTask(
             prompts,
             tokenizer,
@@ -87,13 +102,22 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
             max_response_tokens=max_response_tokens,
             max_chunk_tokens=max_chunk_tokens,
             max_prompt_tokens=max_prompt_tokens,
+            action_format=action_format,
         )
         if on_reward_error not in get_args(OnRewardError):
             raise ValueError(
                 f"on_reward_error: expected one of {list(get_args(OnRewardError))}, got "
                 f"{on_reward_error!r}."
             )
+        if math.isinf(failed_reward) or (
+            on_reward_error == "raise" and failed_reward == failed_reward
+        ):
+            raise ValueError(
+                "failed_reward: expected a finite number (or NaN) together with "
+                f"on_reward_error='record', got {failed_reward} and {on_reward_error!r}."
+            )
         self.on_reward_error: OnRewardError = on_reward_error
+        self.failed_reward = float(failed_reward)
         self.num_failed = 0
         self.num_envs = num_envs
         self.render_mode = render_mode
@@ -137,10 +161,18 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         """
         rest = dict(options or {})
         mask = self._mask(rest.pop("reset_mask", None))
-        self._seed(seed, mask)
+        with self.unchanged_if_it_fails():
+            return self._reset(self._seeds(seed), mask, rest)
+
+    def _reset(
+        self, seeds: Sequence[int | None], mask: BoolArray, options: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        for i in np.flatnonzero(mask).tolist():
+            if seeds[i] is not None:
+                self._generators[i] = seeding.np_random(seeds[i])[0]
         outcomes: list[Outcome | None] = [*self._outcomes] or [None] * self.num_envs
         for i in np.flatnonzero(mask).tolist():
-            prompt = self.task.choose_prompt(self.generator(i), rest)
+            prompt = self.task.choose_prompt(self.generator(i), options)
             outcomes[i] = self.task.start(prompt)
         if any(outcome is None for outcome in outcomes):
             raise gym.error.ResetNeeded("The first reset() must reset every sub-environment.")
@@ -157,21 +189,45 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
 
         Raises:
             ValueError: The number of actions is not N.
+            InvalidChunkError: An action is not a chunk.
             EpisodeEndedError: Under `Disabled`, a sub-environment has ended and was not reset.
+            RewardError: The reward failed, and `on_reward_error` is `"raise"`. No state has changed
+                then, nor after any other error.
         """
+        return self.step_with_failures(actions, [None] * self.num_envs)
+
+    def step_with_failures(
+        self, actions: Any, failures: Sequence[RewardError | None]
+    ) -> tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
+        """`step` where the reward has failed already in some sub-environments: these end."""
         before = self._current()
-        actions = list(actions)
-        if len(actions) != self.num_envs:
-            raise ValueError(f"Expected {self.num_envs} actions, got {len(actions)}.")
+        actions = as_actions(actions, self.num_envs)
         ended = np.fromiter((is_terminal(o.state) for o in before), np.bool_, self.num_envs)
-        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
-            return self._step_next(actions, ended)
-        if ended.any():
+        if self.autoreset_mode != AutoresetMode.NEXT_STEP and ended.any():
             raise EpisodeEndedError(
                 f"Sub-environments {np.flatnonzero(ended).tolist()} have ended. Reset them with "
                 "reset(options={'reset_mask': terminations | truncations})."
             )
-        return self._step_same(actions)
+        with self.unchanged_if_it_fails():
+            if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+                return self._step_next(actions, ended, failures)
+            return self._step_same(actions, failures)
+
+    @contextmanager
+    def unchanged_if_it_fails(self) -> Iterator[None]:
+        """Put everything back that a step or reset has changed where it raises."""
+        names = ("_outcomes", "_generators", "episode_started", "final_states", "num_failed")
+        kept = {name: getattr(self, name) for name in names}
+        kept["_generators"] = list(self._generators)
+        positions = [(g, g.bit_generator.state) for g in self._generators if g is not None]
+        try:
+            yield
+        except BaseException:
+            for name, value in kept.items():
+                setattr(self, name, value)
+            for generator, position in positions:
+                generator.bit_generator.state = position
+            raise
 
     def set_states(self, states: Sequence[TextState]) -> tuple[Any, dict[str, Any]]:
         """Go on from N states; returns what `reset` would.
@@ -181,23 +237,27 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         """
         if len(states) != self.num_envs:
             raise ValueError(f"Expected {self.num_envs} states, got {len(states)}.")
-        self._outcomes = [self.task.resume(self.task.check_state(state)) for state in states]
-        self.episode_started = np.ones(self.num_envs, dtype=np.bool_)
-        return self._observations(), stack_infos([o.info for o in self._outcomes])
+        with self.unchanged_if_it_fails():
+            self._outcomes = [self.task.resume(self.task.check_state(state)) for state in states]
+            self.episode_started = np.ones(self.num_envs, dtype=np.bool_)
+            return self._observations(), stack_infos([o.info for o in self._outcomes])
 
-    def render(self) -> tuple[str, ...] | None:
-        """Prompt and response of every sub-environment."""
-        from mbrl_text_env.env import _as_text
-
+    def render(self) -> tuple[Any, ...] | None:
+        """Prompt and response of every sub-environment, as text or as a frame."""
         if self.render_mode is None:
             return None
-        return tuple(_as_text(outcome) for outcome in self._current())
+        draw = as_text if self.render_mode == "ansi" else as_frame
+        return tuple(draw(outcome) for outcome in self._current())
 
     def _step_next(
-        self, actions: list[Any], ended: BoolArray
+        self, actions: list[Any], ended: BoolArray, failures: Sequence[RewardError | None]
     ) -> tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
         going = [i for i in range(self.num_envs) if not ended[i]]
-        advanced = self._advance([self._outcomes[i] for i in going], [actions[i] for i in going])
+        advanced = self._advance(
+            [self._outcomes[i] for i in going],
+            [actions[i] for i in going],
+            [failures[i] for i in going],
+        )
         outcomes = list(self._outcomes)
         for i, outcome in zip(going, advanced, strict=True):
             outcomes[i] = outcome
@@ -207,9 +267,9 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         return self._results(outcomes, stack_infos([outcome.info for outcome in outcomes]))
 
     def _step_same(
-        self, actions: list[Any]
+        self, actions: list[Any], failures: Sequence[RewardError | None]
     ) -> tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
-        finals = self._advance(self._outcomes, actions)
+        finals = self._advance(self._outcomes, actions, failures)
         self._outcomes = finals
         if self.autoreset_mode == AutoresetMode.DISABLED:
             self.episode_started = np.zeros(self.num_envs, dtype=np.bool_)
@@ -226,20 +286,30 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
             rows[i].update(final_obs=observations[i], final_info=finals[i].info)
         return self._results(finals, stack_infos(rows))
 
-    def _advance(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
-        try:
-            return self.task.advance(outcomes, actions)
-        except RewardError:
-            if self.on_reward_error == "raise":
-                raise
-        advanced = self.task.advance_apart(outcomes, actions)
+    def _advance(
+        self,
+        outcomes: Sequence[Outcome],
+        actions: Sequence[Any],
+        failures: Sequence[RewardError | None],
+    ) -> list[Outcome]:
+        if not any(failures):
+            try:
+                return self.task.advance(outcomes, actions)
+            except RewardError as error:
+                if self.on_reward_error == "raise":
+                    raise RewardError(
+                        f"{error} No environment has been stepped. To end such episodes and go on, "
+                        "set on_reward_error='record' and failed_reward to the reward that they "
+                        "get."
+                    ) from error
+        advanced = self.task.advance_apart(outcomes, actions, self.failed_reward, failures)
         errors = [o.info["reward_error"] for o in advanced if "reward_error" in o.info]
         self.num_failed += len(errors)
-        for error in errors:
+        for told in errors:
             warnings.warn(
-                f"An episode ends without a score (reward NaN): {error}",
+                f"An episode ends without a score (reward {self.failed_reward}): {told}",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return advanced
 
@@ -279,16 +349,29 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
             )
         return mask
 
-    def _seed(self, seed: int | Sequence[int | None] | None, mask: BoolArray) -> None:
-        if seed is None or isinstance(seed, int):
-            seeds = [None if seed is None else seed + i for i in range(self.num_envs)]
-        else:
-            seeds = list(seed)
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        first = as_index(seed)
+        seeds = list(seed) if first is None else [first + i for i in range(self.num_envs)]  # type: ignore[arg-type]
         if len(seeds) != self.num_envs:
             raise ValueError(f"Expected {self.num_envs} seeds, got {len(seeds)}.")
-        for i in np.flatnonzero(mask):
-            if seeds[i] is not None:
-                self._generators[i] = seeding.np_random(seeds[i])[0]
+        return seeds
+
+
+def as_actions(actions: Any, num_envs: int) -> list[Any]:
+    """One action for each environment.
+
+    Raises:
+        ValueError: Their number is another one.
+    """
+    try:
+        found = list(actions)
+    except TypeError:
+        raise ValueError(f"Expected {num_envs} actions, got {actions!r:.80}.") from None
+    if len(found) != num_envs:
+        raise ValueError(f"Expected {num_envs} actions, got {len(found)}.")
+    return found
 
 
 def stack_infos(rows: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:

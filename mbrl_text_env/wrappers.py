@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
-from mbrl_text_env.env import TextGenerationEnv
+from mbrl_text_env.env import TextGenerationEnv, unchanged_if_it_fails
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import is_terminal
 from mbrl_text_env.types import Chunk, TextState
@@ -51,8 +51,9 @@ class PotentialShaping(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step and shape the reward; `info["unshaped_reward"]` is the one before."""
         before = self._potential(self._base.get_state())
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        shaping = self.discount * self._potential(self._base.get_state()) - before
+        with unchanged_if_it_fails(self.env):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            shaping = self.discount * self._potential(self._base.get_state()) - before
         info = {**info, "unshaped_reward": float(reward)}
         return observation, float(reward) + shaping, terminated, truncated, info
 
@@ -107,11 +108,12 @@ class KLPenalty(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step and charge the penalty; `info["kl"]` is the log-probability ratio in nats."""
         before = self._base.get_state()
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        ids = self._base.get_state().response_ids[len(before.response_ids) :]
-        ratio = -_logprob(self.reference, before, ids)
-        if self.policy is not None:
-            ratio += _logprob(self.policy, before, ids)
+        with unchanged_if_it_fails(self.env):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            ids = self._base.get_state().response_ids[len(before.response_ids) :]
+            ratio = -_logprob(self.reference, before, ids)
+            if self.policy is not None:
+                ratio += _logprob(self.policy, before, ids)
         return (
             observation,
             float(reward) - self.coefficient * ratio,

@@ -3,6 +3,7 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ import mbrl_text_env  # noqa: F401 registers the environments
 from mbrl_text_env.language_models import CharTokenizer, PromptTooLongError
 from mbrl_text_env.mdp import EpisodeEndedError, InvalidChunkError
 from mbrl_text_env.rewards import RewardError
+from mbrl_text_env.task import step_texts
 from mbrl_text_env.types import Prompt, TextState
 from tests.toys import PROMPTS, CountReward, LetterEncoder, StepReward, toy_options
 
@@ -181,7 +183,62 @@ def test_bad_arguments(changes, message):
 
 def test_unknown_render_mode():
     with pytest.raises(ValueError, match="render_mode"):
-        make().__class__(**toy_options(), render_mode="rgb_array")
+        make().__class__(**toy_options(), render_mode="video")
+
+
+def test_a_video_is_recorded_frame_by_frame():
+    env = gym.wrappers.RenderCollection(make(render_mode="rgb_array"))
+    env.reset(seed=0)
+    env.step([1, 2])
+    first, second = env.render()
+    assert first.shape == second.shape
+    assert (first != second).any()
+
+
+def test_info_keeps_one_shape():
+    env = make()
+    infos = [env.reset(seed=0)[1], env.step([1])[4], env.step([0])[4]]
+    assert infos[-1]["finish_reason"] == "stop"
+    assert infos[0]["finish_reason"] == ""
+    kinds = [{key: type(value) for key, value in info.items()} for info in infos]
+    assert kinds[0] == kinds[1] == kinds[2]
+    assert infos[0]["score_parts"].keys() == infos[2]["score_parts"].keys()
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 6], [1, 2], [1, 2, 0], torch.tensor([1, 0, 3])])
+def test_padded_actions(ids):
+    env = make(action_format="padded")
+    assert env.action_space == gym.spaces.MultiDiscrete([6, 7, 7])
+    env.reset(seed=0)
+    env.step(ids)
+    expected = {3: (1, 0)}.get(int(ids[2]) if len(ids) > 2 else -1)
+    stop = len(ids) > 2 and int(ids[2]) == 0
+    assert env.unwrapped.get_state().response_ids == (expected or (1, 2, 0)[: 3 if stop else 2])
+
+
+@pytest.mark.parametrize("ids", [[6, 1, 1], [7, 1, 1], [-1, 1, 1], [1, 1, 1, 1], [1.0, 2.0, 3.0]])
+def test_padded_actions_that_are_none(ids):
+    env = make(action_format="padded")
+    env.reset(seed=0)
+    with pytest.raises(InvalidChunkError):
+        env.step(np.array(ids))
+
+
+def test_the_steps_of_a_response_are_the_response():
+    tokenizer = Bytes()
+    text = "a🙂é\ufffd日!"
+    ids = tuple(text.encode())
+    for size in (1, 2, 3, 5):
+        ends = (*range(size, len(ids), size), len(ids))
+        state = TextState(Prompt.from_text("x"), (1,), ids, None, ends)
+        steps = step_texts(state, tokenizer)
+        assert "".join(steps) == text
+        assert len(steps) == len(ends)
+
+
+class Bytes:
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
 
 
 def test_a_prompt_longer_than_the_context():

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "docs/environments.md",
     "docs/language_models.md",
     "docs/model-free.md",
     "docs/planners.md",

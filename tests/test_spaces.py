@@ -2,12 +2,23 @@ import json
 
 import numpy as np
 import pytest
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+import torch
+from gymnasium.spaces import Dict, flatdim, flatten, flatten_space, unflatten
+from gymnasium.vector.utils import (
+    batch_space,
+    concatenate,
+    create_empty_array,
+    create_shared_memory,
+    iterate,
+    read_from_shared_memory,
+    write_to_shared_memory,
+)
+from gymnasium.wrappers.utils import create_zero_array
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mbrl_text_env.mdp import ChunkRules
-from mbrl_text_env.spaces import ChunkSpace, UnicodeText
+from mbrl_text_env.spaces import ChunkSpace, UnicodeText, padded_chunk_space, unpadded
 
 
 def space(vocab=10, stops=(0,), size=4, seed=0):
@@ -38,7 +49,19 @@ def test_samples_reach_every_length_and_token():
     assert not {token for chunk in drawn for token in chunk[:-1]} & {2, 4}
 
 
-@pytest.mark.parametrize("good", [[5], (1, 2, 0), np.array([3, 4], dtype=np.int32), [np.int64(3)]])
+@pytest.mark.parametrize(
+    "good",
+    [
+        [5],
+        (1, 2, 0),
+        np.array([3, 4], dtype=np.int32),
+        np.array([3], np.uint64),
+        [np.int64(3)],
+        torch.tensor([3, 4]),
+        torch.tensor([3], dtype=torch.uint8),
+        [torch.tensor(3)],
+    ],
+)
 def test_contains(good):
     assert good in space()
 
@@ -59,6 +82,12 @@ def test_contains(good):
         None,
         [True],
         np.array(1),
+        torch.tensor([1.0]),
+        torch.tensor([True]),
+        torch.tensor([[1]]),
+        torch.tensor(-1),
+        [torch.tensor(1.5)],
+        np.array([2**63], np.uint64),
     ],
 )
 def test_does_not_contain(bad):
@@ -112,3 +141,51 @@ def test_unicode_text():
     with pytest.raises(ValueError, match="max_length"):
         UnicodeText(-1)
     assert texts.from_jsonable(texts.to_jsonable(["ä", ""])) == ["ä", ""]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "elements"),
+    [
+        (space(), [[5], [1, 2, 3, 4], [7, 0]]),
+        (UnicodeText(6), ["", "aé日🙂\x00\ud800", "six!!!"]),
+    ],
+)
+def test_spaces_in_gymnasiums_functions(chosen, elements):
+    flat = flatten_space(chosen)
+    assert flatdim(chosen) == flat.shape[0]
+    shared = create_shared_memory(chosen, len(elements))
+    for index, element in enumerate(elements):
+        row = flatten(chosen, element)
+        assert row in flat
+        assert list(unflatten(chosen, row)) == list(element)
+        # A longer element that was there before leaves nothing.
+        write_to_shared_memory(chosen, index, elements[1], shared)
+        write_to_shared_memory(chosen, index, element, shared)
+    read = read_from_shared_memory(chosen, shared, len(elements))
+    assert [list(element) for element in read] == [list(element) for element in elements]
+    assert create_zero_array(chosen) in chosen
+    both = Dict(a=chosen, b=chosen)
+    drawn = {"a": elements[0], "b": elements[1]}
+    again = unflatten(both, flatten(both, drawn))
+    assert {key: list(value) for key, value in again.items()} == {
+        key: list(value) for key, value in drawn.items()
+    }
+
+
+def test_texts_that_do_not_fit_are_refused():
+    texts = UnicodeText(10**6)
+    assert flatdim(texts) == 2**16
+    with pytest.raises(ValueError, match=r"65536 characters, got 70000.*shared_memory=False"):
+        flatten(texts, "a" * 70_000)
+
+
+def test_padded_chunks():
+    rules = ChunkRules(10, frozenset({0}), 4)
+    padded = padded_chunk_space(rules)
+    padded.seed(0)
+    for _ in range(200):
+        assert rules.fault(unpadded(padded.sample().tolist(), rules)) is None
+    for chunk in ([5], [1, 2, 3, 4], [7, 0]):
+        row = flatten(space(), chunk)
+        assert row in padded
+        assert unpadded(row.tolist(), rules) == chunk

@@ -2,7 +2,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import data_equivalence
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -171,7 +171,7 @@ class Fussy(StepReward):
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 @pytest.mark.parametrize("reward", ["terminal", "delta", "process"])
 def test_a_response_that_cannot_be_scored_costs_its_episode_alone(reward, mode):
-    options = toy_options(reward=reward, reward_model=Fussy())
+    options = toy_options(reward=reward, reward_model=Fussy(), on_reward_error="record")
     sound = gym.make_vec(
         TEXT, num_envs=5, autoreset_mode=mode, **{**options, "reward_model": StepReward()}
     )
@@ -203,7 +203,7 @@ def test_a_response_that_cannot_be_scored_costs_its_episode_alone(reward, mode):
 @pytest.mark.parametrize("reward", ["delta", "process"])
 def test_an_episode_without_a_score_ends_there(reward):
     options = toy_options(reward=reward, reward_model=Fussy(), prompts=[Prompt.from_text("c")])
-    vector = gym.make_vec(TEXT, num_envs=2, **options)
+    vector = gym.make_vec(TEXT, num_envs=2, on_reward_error="record", **options)
     vector.reset(seed=0)
     _, rewards, terminated, truncated, _ = vector.step([[1], [2]])
     assert np.isnan(rewards).all()
@@ -216,10 +216,10 @@ def test_an_episode_without_a_score_ends_there(reward):
 
 def test_failures_are_raised_where_asked_for_and_change_nothing():
     options = toy_options(reward="delta", reward_model=Fussy(), prompts=[Prompt.from_text("c")])
-    vector = gym.make_vec(TEXT, num_envs=2, on_reward_error="raise", **options)
+    vector = gym.make_vec(TEXT, num_envs=2, **options)
     vector.reset(seed=0)
     before = vector.unwrapped.states
-    with pytest.raises(RewardError, match="too hard"):
+    with pytest.raises(RewardError, match=r"too hard.*on_reward_error='record' and failed_reward"):
         vector.step([[1], [2]])
     assert vector.unwrapped.states == before
     with pytest.raises(ValueError, match=r"'record', 'raise'.*'ignore'"):
@@ -228,7 +228,60 @@ def test_failures_are_raised_where_asked_for_and_change_nothing():
 
 def test_a_failure_is_warned_of():
     options = toy_options(reward="delta", reward_model=Fussy(), prompts=[Prompt.from_text("c")])
-    vector = gym.make_vec(TEXT, num_envs=1, **options)
+    vector = gym.make_vec(TEXT, num_envs=1, on_reward_error="record", **options)
     vector.reset(seed=0)
     with pytest.warns(RuntimeWarning, match="ends without a score.*too hard"):
         vector.step([[1]])
+
+
+@pytest.mark.filterwarnings("ignore:.*An episode ends without a score")
+def test_the_reward_of_an_episode_without_a_score_is_the_users():
+    options = toy_options(reward_model=Fussy(), prompts=[Prompt.from_text("c")])
+    recorded = {"on_reward_error": "record", "failed_reward": -2.0, "autoreset_mode": "SameStep"}
+    vector = gym.make_vec(TEXT, num_envs=2, **recorded, **options)
+    normal = gym.wrappers.vector.NormalizeReward(vector)
+    normal.reset(seed=0)
+    for _ in range(4):
+        assert np.isfinite(normal.step([[0], [1]])[1]).all()
+    assert vector.unwrapped.num_failed == 4
+    plain = gym.wrappers.vector.NormalizeReward(gym.make_vec(TEXT, num_envs=2, **options))
+    plain.reset(seed=0)
+    with pytest.raises(RewardError, match="failed_reward"):
+        plain.step([[0], [1]])
+    for bad in ({"failed_reward": 0.0}, {**recorded, "failed_reward": float("inf")}):
+        with pytest.raises(ValueError, match="failed_reward"):
+            gym.make_vec(TEXT, num_envs=2, **{**bad, **options})
+
+
+def test_a_prompt_that_cannot_be_shown_leaves_everything():
+    options = toy_options(observation="tokens", max_prompt_tokens=3)
+    vector = gym.make_vec(TEXT, num_envs=2, **options)
+    vector.reset(seed=0)
+    states = vector.unwrapped.states
+    with pytest.raises(ValueError, match="larger max_prompt_tokens"):
+        vector.reset(options={"prompt": Prompt.from_text("abcde")})
+    assert vector.unwrapped.states == states
+
+
+def test_frames():
+    env = gym.make_vec(TEXT, num_envs=2, render_mode="rgb_array", **toy_options())
+    env.reset(seed=0)
+    before = env.render()
+    env.step([[1, 1], [2]])
+    after = env.render()
+    assert [frame.shape for frame in after] == [(480, 640, 3)] * 2
+    assert all((one != other).any() for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_worker_processes_show_the_same(shared_memory):
+    make = lambda: gym.make(TEXT, **toy_options())  # noqa: E731
+    env = AsyncVectorEnv([make] * 2, context="fork", shared_memory=shared_memory)
+    try:
+        reference = SyncVectorEnv([make] * 2)
+        for one in (env, reference):
+            one.reset(seed=3)
+        for actions in ([[1], [2, 3]], [[1, 1], [0]], [[2], [3]]):
+            assert data_equivalence(env.step(actions), reference.step(actions), exact=True)
+    finally:
+        env.close()

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
+from mbrl_text_env.rewards.base import RewardError
+
 
 class VectorEnvAdapter(VecEnv):
     """A Gymnasium vector environment for stable-baselines3, which otherwise steps one by one.
@@ -64,12 +66,19 @@ class VectorEnvAdapter(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> Any:
-        """Step all environments; returns observations, float32 rewards, dones and infos."""
+        """Step all environments; returns observations, float32 rewards, dones and infos.
+
+        Raises:
+            RewardError: A reward is NaN or infinite, which would make all weights NaN.
+        """
         observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
+        _check_rewards(rewards)
         dones = np.logical_or(terminated, truncated)
-        rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        now = {key: infos[key] for key in infos if key not in ("final_obs", "final_info")}
+        rows = [{**_row(now, i), "TimeLimit.truncated": False} for i in range(self.num_envs)]
         for i in np.flatnonzero(dones).tolist():
             cut = bool(truncated[i]) and not terminated[i]
+            self.reset_infos[i] = _row(now, i)
             rows[i] = {
                 **_row(infos["final_info"], i),
                 "terminal_observation": infos["final_obs"][i],
@@ -80,6 +89,11 @@ class VectorEnvAdapter(VecEnv):
     def close(self) -> None:
         """Close the environment."""
         self.env.close()
+
+    def get_images(self) -> Sequence[Any]:
+        """A frame of each environment; None where frames are not rendered."""
+        frames = self.env.render() if self.render_mode == "rgb_array" else None
+        return [None] * self.num_envs if frames is None else list(frames)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The vector environment's attribute, once for each environment asked for."""
@@ -116,5 +130,17 @@ def _row(stacked: Mapping[str, Any], index: int) -> dict[str, Any]:
     for key, values in stacked.items():
         if key.startswith("_") or not stacked[f"_{key}"][index]:
             continue
-        row[key] = _row(values, index) if isinstance(values, Mapping) else values[index]
+        value = _row(values, index) if isinstance(values, Mapping) else values[index]
+        row[key] = value.item() if isinstance(value, np.generic) else value
     return row
+
+
+def _check_rewards(rewards: Any) -> None:
+    bad = np.flatnonzero(~np.isfinite(rewards))
+    if bad.size:
+        raise RewardError(
+            f"Expected finite rewards, got {np.asarray(rewards)[bad].tolist()} from environments "
+            f"{bad.tolist()}: what learns from them would be NaN for ever. Make the environment "
+            "with failed_reward=0.0 (the reward of an episode whose response cannot be scored), or "
+            "with on_reward_error='raise'."
+        )

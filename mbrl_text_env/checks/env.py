@@ -18,12 +18,14 @@ from mbrl_text_env.mdp import EpisodeEndedError, InvalidChunkError
 from mbrl_text_env.spaces import ChunkSpace
 from mbrl_text_env.types import TextState
 
-_INFO: dict[str, Any] = {
+_INFO: dict[str, type] = {
     "prompt_id": str,
     "prompt": str,
     "response": str,
-    "finish_reason": (str, type(None)),
+    "finish_reason": str,
     "chunk_cut": bool,
+    "score": float,
+    "score_parts": dict,
 }
 _TOLERANCE = 1e-9
 _MOST_SEEDS = 64
@@ -144,12 +146,12 @@ def _check_spaces(trial: _Trial) -> None:
         expect(
             isinstance(space, gym.Space), name, "a gymnasium.Space", space, "Set it in __init__."
         )
-    space, rules = trial.base.action_space, trial.base.task.rules
+    expected = trial.base.task.action_space()
     expect(
-        isinstance(space, ChunkSpace) and space.rules == rules,
+        trial.base.action_space == expected,
         "action_space of the text environment",
-        f"ChunkSpace({rules})",
-        space,
+        str(expected),
+        trial.base.action_space,
         "Make it by `task.action_space()`; other actions are for a wrapper to define.",
     )
 
@@ -315,7 +317,7 @@ def _check_info(info: Any, state: TextState, trial: _Trial, where: str) -> None:
         expect(
             name in info and isinstance(info[name], kind),
             subject,
-            f"{name!r}, a {getattr(kind, '__name__', 'str or None')}",
+            f"{name!r}, a {kind.__name__}",
             info,
             "Pass on what the text environment puts there.",
         )
@@ -324,27 +326,20 @@ def _check_info(info: Any, state: TextState, trial: _Trial, where: str) -> None:
         "prompt_id": state.prompt.id,
         "prompt": state.prompt.text,
         "response": trial.base.task.tokenizer.decode(state.response_ids),
-        "finish_reason": state.finish_reason,
+        "finish_reason": state.finish_reason or "",
     }
     expect(shown == actual, subject, f"what the state says, {actual}", shown, "Do not edit it.")
     ended = where == "step" and state.finish_reason is not None
-    named = {"score", "score_parts"} & info.keys()
+    numbers = [info["score"], *info["score_parts"].values()]
     expect(
-        named == ({"score", "score_parts"} if ended else set()),
+        all(isinstance(number, float) and math.isfinite(number) for number in numbers)
+        and (ended or not any(numbers)),
         subject,
-        "'score' and 'score_parts' when the response has ended, and only then",
-        info,
-        "Score the complete response once, at its end.",
+        "a finite float as 'score', and floats by name as 'score_parts', when the response has "
+        "ended, and only then; 0.0 before",
+        {name: info[name] for name in ("score", "score_parts")},
+        "Score the complete response once, at its end. Convert numbers with float().",
     )
-    if ended:
-        numbers = [info["score"], *info["score_parts"].values()]
-        expect(
-            all(isinstance(number, float) and math.isfinite(number) for number in numbers),
-            subject,
-            "a finite float as 'score', and floats by name as 'score_parts'",
-            {name: info[name] for name in sorted(named)},
-            "Convert them with float().",
-        )
 
 
 def _check_transition(trial: _Trial, step: _Step) -> None:

@@ -128,6 +128,17 @@ def reward_name(reward_model: object) -> str:
     return str(getattr(reward_model, "name", type(reward_model).__name__))
 
 
+def part_names(reward_model: object) -> tuple[str, ...] | None:
+    """The names of the parts that every score will have, or None where they are not known.
+
+    A reward model that has `score_parts` may have them as `part_names`.
+    """
+    if not hasattr(reward_model, "score_parts"):
+        return (reward_name(reward_model),)
+    named = getattr(reward_model, "part_names", None)
+    return None if named is None else tuple(named)
+
+
 def applies_to(reward_model: object, prompt: Prompt) -> bool:
     """Whether a reward model can score answers to `prompt`."""
     test: Callable[[Prompt], bool] | None = getattr(reward_model, "applies_to", None)

@@ -242,7 +242,7 @@ class ForgetsThePrompt(TextGenerationEnv):
 class ScoresAtReset(TextGenerationEnv):
     def reset(self, **options):
         observation, info = super().reset(**options)
-        return observation, {**info, "score": 0.0}
+        return observation, {**info, "score": 1.0}
 
 
 class EditsTheResponse(TextGenerationEnv):

@@ -18,6 +18,7 @@ from mbrl_text_env.rewards.base import (
     RewardLike,
     Scores,
     applies_to,
+    part_names,
     reduced,
     reward_name,
     reward_usage_bound,
@@ -46,6 +47,8 @@ class Combinator(ABC):
     """
 
     combines_steps: ClassVar[bool] = True
+    extra_parts: ClassVar[tuple[str, ...]] = ()
+    """Names of the parts that `combine` adds."""
 
     def __init__(self, rewards: Sequence[RewardLike], name: str) -> None:
         self.rewards = tuple(as_reward_model(reward) for reward in rewards)
@@ -87,6 +90,15 @@ class Combinator(ABC):
         scores = [score_responses(reward, prompts, responses) for reward in self.rewards]
         total, extra = self.combine([inner.total for inner in scores], prompts, responses)
         return Scores(total, {**self._flat_parts(scores), **extra})
+
+    @property
+    def part_names(self) -> tuple[str, ...] | None:
+        """The parts that every score has, or None where a reward does not name its own."""
+        named = [part_names(reward) for reward in self.rewards]
+        if None in named:
+            return None
+        scores = [Scores(np.zeros(0), dict.fromkeys(names or (), np.zeros(0))) for names in named]
+        return (*self._flat_parts(scores), *self.extra_parts)
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether all of the rewards can score answers to `prompt`."""
@@ -299,6 +311,8 @@ class Ensemble(Combinator):
         >>> Ensemble([short, long], "mean-std").score([Prompt.from_text("Hi")], ["Hello"])
         array([3.])
     """
+
+    extra_parts = ("disagreement",)
 
     def __init__(
         self,

@@ -49,6 +49,8 @@ class KLPenalty(Combinator):
     # The divergence is that of a whole response.
     combines_steps: ClassVar[bool] = False
 
+    extra_parts = ("kl_penalty",)
+
     def __init__(
         self,
         reward: RewardLike,

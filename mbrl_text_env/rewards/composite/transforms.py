@@ -296,6 +296,8 @@ class LengthPenalty(Combinator):
     # The penalty is for a whole response.
     combines_steps: ClassVar[bool] = False
 
+    extra_parts = ("length_penalty",)
+
     def __init__(
         self,
         reward: RewardLike,
@@ -349,6 +351,8 @@ class RepetitionPenalty(Combinator):
 
     # The penalty is for a whole response.
     combines_steps: ClassVar[bool] = False
+
+    extra_parts = ("repetition_penalty",)
 
     def __init__(
         self, reward: RewardLike, weight: float = 1.0, n: int = 3, name: str | None = None

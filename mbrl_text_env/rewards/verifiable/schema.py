@@ -58,6 +58,7 @@ class JSONSchemaReward:
     """
 
     name = "json-schema"
+    part_names = ("parses", "valid")
 
     def __init__(
         self,

@@ -3,13 +3,16 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import VectorWrapper
+from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import mbrl_text_env  # noqa: F401 registers the environments
 from agents.model_free import VectorEnvAdapter
 from mbrl_text_env.candidates import CandidateChunksVector
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.rewards import RewardError
 from tests.toys import toy_options
 
 ID = "mbrl_text_env/CandidateChunks-v0"
@@ -35,6 +38,15 @@ def test_it_steps_as_stable_baselines3_own_loop_over_single_environments():
         for one, other in zip(found[:3], expected[:3], strict=True):
             assert one.dtype == other.dtype
             assert one.tolist() == other.tolist()
+        assert [info["response"] for info in ours.reset_infos] == [
+            info["response"] for info in theirs.reset_infos
+        ]
+        assert [info["prompt_id"] for info in ours.reset_infos] == [
+            info["prompt_id"] for info in theirs.reset_infos
+        ]
+        for one, other in zip(found[3], expected[3], strict=True):
+            assert one.keys() == other.keys()
+            assert (one["prompt_id"], one["score"]) == (other["prompt_id"], other["score"])
         for i in np.flatnonzero(found[2]):
             ended += 1
             row, wanted = found[3][i], expected[3][i]
@@ -52,7 +64,7 @@ def test_a_token_limit_is_an_end_unless_it_is_asked_for():
         )
         env.reset()
         infos = [env.step(np.array([0]))[3][0] for _ in range(6)]
-        cut = [info["TimeLimit.truncated"] for info in infos if info]
+        cut = [i["TimeLimit.truncated"] for i in infos if "terminal_observation" in i]
         assert cut
         assert set(cut) == {bootstraps}
 
@@ -106,3 +118,29 @@ def test_seeds_are_used_once():
 def test_other_reset_modes_are_refused():
     with pytest.raises(ValueError, match="'SameStep'"):
         VectorEnvAdapter(vector(autoreset_mode="NextStep"))
+
+
+@pytest.mark.filterwarnings("ignore:.*An episode ends without a score")
+def test_rewards_that_are_no_numbers_reach_no_learner():
+    class Picky:
+        name = "picky"
+
+        def score(self, prompts, responses):
+            if any("bb" in response for response in responses):
+                raise ZeroDivisionError
+            return [response.count("a") / 8 for response in responses]
+
+    options = {"reward_model": Picky(), "on_reward_error": "record"}
+    model = DQN("MlpPolicy", VectorEnvAdapter(vector(**options)), seed=0, device="cpu")
+    with pytest.raises(RewardError, match=r"got \[nan\].*failed_reward=0\.0"):
+        model.learn(300)
+    env = VectorEnvAdapter(vector(**options, failed_reward=-1.0))
+    model = DQN("MlpPolicy", env, learning_starts=8, train_freq=1, seed=0, device="cpu").learn(300)
+    assert env.env.unwrapped.num_failed > 2
+    assert all(torch.isfinite(weights).all() for weights in model.policy.parameters())
+
+
+def test_frames():
+    env = VectorEnvAdapter(vector(2, render_mode="rgb_array"))
+    env.reset()
+    assert env.render().shape == (960, 640, 3)
