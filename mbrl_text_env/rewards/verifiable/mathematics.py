@@ -177,8 +177,7 @@ def _compare_by_size() -> None:
 
 def _is_close(a: Any, b: Any) -> bool:
     """Whether two expressions, equal to some decimals, are equal in parts of their size."""
-    from math_verify.grader import get_pct_val
-    from sympy import Float, MatrixBase, Rational
+    from math_verify.grader import Float, MatrixBase, Rational, get_pct_val
 
     if isinstance(a, MatrixBase) or isinstance(b, MatrixBase):
         # Their elements were compared one by one.
