@@ -31,8 +31,8 @@ class Planner(Agent):
     not afford another response, or many chunks in a row (64, or 8 times those before) lead only to
     states that are known; later rounds go on in the same tree, with chunks not drawn before. Where
     a round of the planner is too expensive and a response is not, plain samples spend the rest.
-    The answer is always the best of all complete responses that were paid for, so a misleading value
-    costs samples, never a better response that was seen.
+    The answer is always the best of all complete responses that were paid for, so a misleading
+    value costs samples, never a better response that was seen.
 
     Args:
         language_model: Proposes chunks.
