@@ -117,9 +117,11 @@ class Lookahead(Planner):
             beam_search(search, self.chunk_tokens, self.keep, candidates)
             return
         plan = self._plan(search.tree.root.state, search.ledger)
-        if plan is None:
-            return
         root = search.tree.root
+        if plan is None:
+            # A response may still be affordable where a round is not.
+            search.expand([Expansion(root)])
+            return
         size = self._prefix_size(root.state)
         [row] = search.expand([Expansion(root, plan.partials, size, self.partial_params)])
         kept = search.ranked(row)[: plan.keep]

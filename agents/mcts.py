@@ -58,8 +58,9 @@ class MCTS(Planner):
     - `"gumbel"`: at the node that is decided, `max_considered` chunks are considered by sequential
       halving, with Gumbel noise; below it visits follow the improved policy (Danihelka et al.,
       "Policy Improvement by Planning with Gumbel", 2022). The search moves to the considered child
-      that is best at the end. A node reached earlier keeps its chunks, and only those missing are
-      drawn; the schedule counts the visits of this decision alone.
+      that is best at the end. A node reached earlier keeps its chunks that have not ended the
+      response, and only those missing are drawn; the schedule counts the visits of this decision
+      alone.
 
     Leaf values (without a value model, always by rollouts):
 
@@ -230,7 +231,8 @@ class GumbelDecision:
         self.simulator, self.node = simulator, node
         known = set(partial(node.children))
         wanted = min(planner.max_considered, count)
-        new = max(0, wanted - node.samples)
+        # Chunks that ended the response are not visited again, so others take their place.
+        new = max(0, wanted - sum(child.copies for child in known))
         self.counts: Counter[Node] = Counter()
         simulator.complete([node] * new)
         self.considered, self.perturbed = self._most_favoured(wanted)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from agents.base import DEFAULT_PARAMS, Agent, Completion, Generation
-from agents.search import Search
+from agents.search import Expansion, Search
 from agents.side_by_side import MOST_AT_ONCE
 from agents.tree import SearchTree
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
@@ -17,8 +17,10 @@ from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound
 from mbrl_text_env.types import Prompt, TextState
 from mbrl_text_env.values import ValueModel, check_value_fits
 
-# Chunks that may be drawn one after the other and lead nowhere new before a search gives up.
+# Chunks that may be drawn one after the other and lead nowhere new before a search gives up: so
+# many, or this many times those that were drawn before. What is new may be rare, and worth it.
 _PATIENCE = 64
+_PERSISTENCE = 8
 # Fewer searches side by side would make batches too small, whatever the cache can hold.
 _FEWEST_AT_ONCE = 8
 
@@ -26,11 +28,12 @@ _FEWEST_AT_ONCE = 8
 class Planner(Agent):
     """An agent that searches a tree; a subclass implements `plan`, one round of its search.
 
-    Without a budget there is one round. Under a budget, rounds are repeated until one of them can
-    afford nothing, or 64 chunks in a row lead only to states that are known; later rounds go on
-    in the same tree, with chunks not drawn before. The answer is always the best of all complete
-    responses that were paid for, so a misleading value costs samples, never a better response that
-    was seen.
+    Without a budget there is one round. Under a budget, rounds are repeated until what is left does
+    not afford another response, or many chunks in a row (64, or 8 times those before) lead only to
+    states that are known; later rounds go on in the same tree, with chunks not drawn before. Where
+    a round of the planner is too expensive and a response is not, plain samples spend the rest.
+    The answer is always the best of all complete responses that were paid for, so a misleading
+    value costs samples, never a better response that was seen.
 
     Args:
         language_model: Proposes chunks.
@@ -147,15 +150,18 @@ class Planner(Agent):
             params=self.params,
             max_response_tokens=self.max_response_tokens,
         )
-        idle = 0
-        while True:
+        idle, going = 0, True
+        while going:
             known, drawn = len(search.tree.nodes), search.drawn
+            search.is_short = False
             self.plan(search)
             search.round += 1
+            if search.is_capped and search.is_short and len(search.tree.nodes) == known:
+                search.expand([Expansion(search.tree.root)])
             new = search.drawn - drawn
             idle = 0 if len(search.tree.nodes) > known else idle + new
-            if not search.is_capped or not new or idle >= _PATIENCE:
-                break
+            patience = max(_PATIENCE, _PERSISTENCE * (search.drawn - idle))
+            going = search.is_capped and new > 0 and idle < patience
         found = search.finish()
         assert found.score is not None
         if self._watched is not None:

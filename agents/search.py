@@ -68,6 +68,7 @@ class Search:
         round: Rounds of planning before this one.
         limit: Most tokens of a response to this prompt.
         is_capped: Whether the budget ends a search that goes on and on.
+        is_short: Whether the budget did not allow all that was asked for in this round.
 
     Example:
         >>> def greedy(search):  # two candidates a chunk, the better one is kept
@@ -98,6 +99,7 @@ class Search:
         self.params = params
         self.drawn = 0
         self.round = 0
+        self.is_short = False
         self._scores: dict[tuple[int, ...], tuple[float, dict[str, float]]] = {}
         self.limit = response_limit(state, language_model, max_response_tokens)
         self.is_capped = is_binding(ledger.budget, self.finish_usage(self.tree.root))
@@ -119,6 +121,7 @@ class Search:
         """
         wanted = list(expansions)
         counts = self._affordable_counts(wanted)
+        self.is_short |= sum(counts) < sum(expansion.count for expansion in wanted)
         rows: list[list[Node]] = [[] for _ in wanted]
         places = [i for i, count in enumerate(counts) if count]
         if not places:
@@ -195,7 +198,9 @@ class Search:
         path = self.path_usage(node, tokens)
         if not self.is_capped or not _is_countable(self.ledger, path):
             return None
-        return affordable(self.ledger, lambda count: path * count, at_most)
+        count = affordable(self.ledger, lambda count: path * count, at_most)
+        self.is_short |= not count
+        return count
 
     def path_usage(self, node: Node, tokens: int | None) -> Usage:
         """About what one response is charged that goes on from a node in chunks of `tokens`."""

@@ -21,7 +21,7 @@ from agents.side_by_side import MOST_AT_ONCE
 from agents.values import RolloutValue
 from mbrl_text_env import checks
 from mbrl_text_env.language_models import NGramLM, SamplingParams
-from mbrl_text_env.ledger import Budget, BudgetError
+from mbrl_text_env.ledger import Budget, BudgetError, Ledger
 from mbrl_text_env.mdp import initial, is_terminal
 from mbrl_text_env.types import Prompt, TextState
 from mbrl_text_env.values import ValueEstimate
@@ -44,11 +44,19 @@ PLANNERS = {
     "adaptive, cautious": (Adaptive, {"candidates_per_beam": 32, "caution": 1.0}),
     "adaptive, with a target": (Adaptive, {"target": 1e9}),
 }
+# With those that make nothing of a value.
+SEARCHES = {
+    **PLANNERS,
+    "best-of-n": (BestOfN, {}),
+    "mcts, rollouts": (MCTS, {"leaf_value": "rollout"}),
+    "mcts, gumbel rollouts": (MCTS, {"root_policy": "gumbel", "leaf_value": "rollout"}),
+}
 every_planner = pytest.mark.parametrize("name", PLANNERS)
+every_search = pytest.mark.parametrize("name", SEARCHES)
 
 
 def build(name, lm, reward, value=None, **options):
-    cls, own = PLANNERS[name]
+    cls, own = SEARCHES[name]
     return cls(lm, reward, value, **{**SIZES, **own, **options})
 
 
@@ -206,6 +214,46 @@ def test_larger_budgets_are_used(name):
     for tokens in (6, 50, 300):
         [answer] = agent.generate(PROMPTS[:1], Budget(tokens=tokens))
         assert tokens - 6 < answer.usage.generated_tokens <= tokens
+
+
+@every_search
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    stop=st.sampled_from([0.05, 0.3, 0.5, 0.7]),
+    chunk=st.sampled_from([1, 3, 16]),
+    limit=st.sampled_from([5, 12]),
+    share=st.floats(1.0, 20.0),
+    cap=st.sampled_from(["tokens", "flops", "reward_calls"]),
+    valued=st.booleans(),
+)
+def test_what_is_left_does_not_afford_another_response(
+    name, seed, stop, chunk, limit, share, cap, valued
+):
+    """With 16 letters something new can always be drawn, also where most responses are short."""
+    lm = NGramLM("abcdefghijklmnop", seed=seed, concentration=50.0, stop_probability=stop)
+    value = CostlyValue(lambda t: t.count("a") - t.count("b"), lm)
+    options = {"max_response_tokens": limit, "chunk_tokens": chunk}
+    needs_value = SEARCHES[name][1].get("keep") == 0.5
+    agent = build(name, lm, CostlyReward(), value if valued or needs_value else None, **options)
+    least = agent.response_usage(initial(PROMPTS[0], lm))
+    caps = {"tokens": least.generated_tokens, "flops": least.flops, "reward_calls": 1}
+    budget = Budget(**{cap: int(share * caps[cap]) + 1})
+    [answer] = agent.generate(PROMPTS[:1], budget, seed=seed)
+    ledger = Ledger(budget)
+    ledger.charge(answer.usage)
+    assert not ledger.affords(least)
+
+
+@every_search
+@pytest.mark.parametrize("budget", [Budget(tokens=2_000), Budget(reward_calls=100)])
+def test_a_world_whose_responses_are_all_known_ends_the_search(name, budget):
+    """3 responses: nothing, "a" and "aa"."""
+    lm = NGramLM("a", seed=1, stop_probability=0.4)
+    agent = build(name, lm, CountReward(), FixedValue(len, lm), max_response_tokens=2)
+    [answer] = agent.generate(PROMPTS[:1], budget)
+    assert answer.text.startswith("a")
+    assert answer.usage.reward_calls <= 3
 
 
 @every_planner

@@ -12,7 +12,8 @@ of accepted ones, and take `extract`, which says where in a response its answer 
 | other text       | what follows its last occurrence, in any case, to the end of the line, or, |
 |                  | if that is blank, on the next line that is not: "####", "Answer:"         |
 
-A response without such a place has no answer and scores 0, like an empty one.
+Emphasis around such a text ("**Answer:** 42") is no part of the answer. A response without such a
+place has no answer and scores 0, like an empty one.
 """
 
 from __future__ import annotations
@@ -26,27 +27,41 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.verifiable.numerals import (
+    decimal_commas,
+    improper,
+    joined_thousands,
+    plain_numerals,
+)
 from mbrl_text_env.types import FloatArray, Prompt
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([+-]?\d+)\}\{(\d+)\}")
+_LATEX_FRACTION = re.compile(r"(\d\s*)?\\[dt]?frac\{([+-]?\d+)\}\{(\d+)\}")
 _NUMBER = re.compile(
     r"""
-    (?<![\w.])(?P<sign>[-+\u2212])?[$€£¥]?\ ?
-    (?P<integer>\d{1,3}(?:[,\u00a0\u202f]\d{3})+(?!\d)|\d+|(?=\.\d))
+    (?<![\w.^])(?<!\^\{)(?<!\*\*)(?P<sign>[-+])?[$€£¥₹₽₩₪₫฿₺₴]?\ ?
+    (?P<integer>[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:\ \d{3}){2,}(?!\d)|\d+|(?=\.\d))
     (?:
         \ ?/\ ?(?P<denominator>\d+)(?!\d|\.\d)
         |
         (?P<decimals>\.\d+)?
         (?:
-            (?:[eE]|\ ?(?:\\times|[x*\u00b7\u00d7])\ ?10(?:\^|\*\*)\{?)
-            (?P<exponent>[-+\u2212]?\d+)\}?
+            (?:[eE]|\ ?(?:\\times|\\cdot|[x*\u00b7\u00d7])\ ?10(?:\^|\*\*)\{?)
+            (?P<exponent>[-+]?\d+)\}?
+            |
+            (?:\^|\*\*)\{?(?P<power>[-+]?\d+)\}?
         )?
     )
     (?:\ ?\\?(?P<percent>%))?
     """,
     re.VERBOSE,
 )
+_ITEM = re.compile(r"-\s+(\S+)")
+_CHOICE = re.compile(r"[A-Za-z]")
+_CHOSEN = re.compile(
+    r"(?:\\(?:text|mathrm|textbf|mathbf)\s*)?[\s()\[\]{}*_`$\"'.:,]*([A-Za-z])[\s()\[\]{}*_`$\"'.:,]*"
+)
+_EMPHASIS = re.compile(r"(\*\*\*|\*\*|\*|___|__|_|`)(?=\S)(.*\S)\1", re.DOTALL)
 # Numbers of more digits are no answers; reading them takes time that grows with their square.
 _MAX_DIGITS = 1000
 
@@ -81,9 +96,12 @@ class ExactMatchReward:
     """1 if the answer is the reference answer, else 0.
 
     Compared are texts in Unicode's composed form (NFC), without white space around them and with
-    one space for any other, and changed by the options. With both `ignore_punctuation` and
-    `ignore_articles` that is the exact match of SQuAD, except that the punctuation and symbols of
-    all scripts are removed and not ASCII's alone. Note that then "3.5" is "35".
+    one space for any other, and changed by the options. Emphasis of Markdown around the whole
+    answer ("**Paris**") is ignored where the reference has none. Where the reference is one letter,
+    as for multiple choice, so are brackets and full stops: "(B)", "B." and `\\text{B}` are "B".
+    With both `ignore_punctuation` and `ignore_articles` that is the exact match of SQuAD, except
+    that the punctuation and symbols of all scripts are removed and not ASCII's alone. Note that
+    then "3.5" is "35".
 
     Source: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP
     2016, and its evaluation script.
@@ -128,13 +146,22 @@ class ExactMatchReward:
         return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
 
     def _score(self, prompt: Prompt, response: str) -> float:
-        accepted = {self._normal(text) for text in references(prompt, self.name)}
+        given = references(prompt, self.name)
+        accepted = {self._normal(text) for text in given}
         if "" in accepted:
             raise unusable_reference(
                 self.name, prompt, "a text of which something is left when normalised"
             )
         answer = extract_answer(response, self.extract)
-        return float(answer is not None and self._normal(answer) in accepted)
+        if answer is None:
+            return 0.0
+        emphasised, chosen = _EMPHASIS.fullmatch(answer), _CHOSEN.fullmatch(answer)
+        readings = [answer, *([emphasised[2]] if emphasised else [])]
+        choices = {self._normal(text) for text in given if _CHOICE.fullmatch(text.strip())}
+        return float(
+            any(self._normal(reading) in accepted for reading in readings)
+            or (chosen is not None and self._normal(chosen[1]) in choices)
+        )
 
     def _normal(self, text: str) -> str:
         text = unicodedata.normalize("NFC", text)
@@ -150,11 +177,13 @@ class ExactMatchReward:
 class NumericReward:
     r"""1 if the answer's last number is the reference answer, within a tolerance, else 0.
 
-    Read are integers, decimals (with a point), groups of three digits (`1,234,567`), fractions
-    (`3/4`, `\frac{3}{4}`), powers of ten (`1.5e-3`, `1.5 \times 10^{-3}`), percent (a hundredth),
-    signs and a currency before the number. A minus after a letter or digit is none: of "5-3" the
-    last number is 3. Numbers are compared exactly, as fractions, whatever their size; those of more
-    than 1000 digits, or beyond the power 1000 of ten, are wrong.
+    Read are integers, decimals, groups of three digits (`1,234,567`), fractions (`3/4`,
+    `\frac{3}{4}`), mixed numbers (`1 1/2`), powers (`2^5`, `1.5e-3`, `1.5 \times 10^{-3}`), percent
+    (a hundredth), signs and a currency before the number, and Unicode's own forms of all these
+    (`½`, `10³`). Commas are thousands or decimal as `rewards.verifiable.numerals` says: "1,22" is
+    1.22 and "1,222" is 1222. A minus after a letter or digit is none: of "5-3" the last number is
+    3. Numbers are compared exactly, as fractions, whatever their size; those of more than 1000
+    digits, or beyond the power 1000 of ten, are wrong.
 
     Args:
         extract: Where in the response the answer stands; see the module. The last number in it
@@ -196,8 +225,10 @@ class NumericReward:
         if len(numbers) < len(accepted):
             raise unusable_reference(self.name, prompt, "a number")
         answer = extract_answer(response, self.extract)
-        value = None if answer is None else last_number(answer)
-        return float(value is not None and any(self._equal(value, number) for number in numbers))
+        # "- 73" is a negative number or an item of a list.
+        item = _ITEM.fullmatch(answer or "")
+        values = [last_number(text) for text in (answer, item and item[1]) if text]
+        return float(any(v is not None and self._equal(v, n) for v in values for n in numbers))
 
     def _equal(self, value: Fraction, reference: Fraction) -> bool:
         tolerance = max(Fraction(self.abs_tol), Fraction(self.rel_tol) * abs(reference))
@@ -211,8 +242,13 @@ def last_number(text: str) -> Fraction | None:
         >>> last_number("12 of 16 is 75%, or 3/4")
         Fraction(3, 4)
     """
-    matches = list(_NUMBER.finditer(_LATEX_FRACTION.sub(r" \1/\2", text)))
+    text = _LATEX_FRACTION.sub(_plain_fraction, joined_thousands(plain_numerals(text).strip()))
+    matches = list(_NUMBER.finditer(decimal_commas(improper(text))))
     return _value(matches[-1]) if matches else None
+
+
+def _plain_fraction(match: re.Match[str]) -> str:
+    return f"{match[1] or ''} {match[2]}/{match[3]}"
 
 
 def has_reference(prompt: Prompt) -> bool:
@@ -297,19 +333,34 @@ def _in_braces(response: str, command: str) -> str | None:
 
 
 def _after(response: str, marker: str) -> str | None:
-    places = list(re.finditer(re.escape(marker), response, re.IGNORECASE))
-    return response[places[-1].end() :].strip().partition("\n")[0] if places else None
+    # "**Answer:** 42" and "**Answer**: 42" are emphasised, and so is "**Answer: 42**".
+    stem, colon = (marker[:-1], ":") if marker.endswith(":") else (marker, "")
+    pattern = re.compile(rf"([*_]*){re.escape(stem)}[*_]*{colon}([*_]*)", re.IGNORECASE)
+    places = list(pattern.finditer(response))
+    if not places:
+        return None
+    answer = response[places[-1].end() :].strip().partition("\n")[0]
+    opening, closing = places[-1][1], places[-1][2]
+    if answer and not response[places[-1].end()].isspace():
+        # "Answer:**42**" opens an emphasis of its own.
+        answer, closing = closing + answer, ""
+    is_open = opening and not closing and _EMPHASIS.fullmatch(answer) is None
+    return answer.removesuffix(opening) if is_open else answer
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
     integer, denominator = re.sub(r"\D", "", match["integer"]), match["denominator"]
     decimals = (match["decimals"] or "").lstrip(".")
-    exponent = (match["exponent"] or "0").replace("\u2212", "-")
-    if len(integer + decimals + (denominator or "")) > _MAX_DIGITS or len(exponent) > 5:
+    exponent, power = match["exponent"] or "0", match["power"] or "1"
+    digits = len(integer + decimals + (denominator or ""))
+    if digits > _MAX_DIGITS or max(len(exponent), len(power)) > 5:
         return None
     if abs(int(exponent)) > _MAX_DIGITS or (denominator and not int(denominator)):
         return None
     value = Fraction(int(integer + decimals or "0"), int(denominator or 1))
     value *= Fraction(10) ** (int(exponent) - len(decimals))
+    if digits * abs(int(power)) > _MAX_DIGITS or (not value and int(power) < 0):
+        return None
+    value **= int(power)
     value /= 100 if match["percent"] else 1
-    return -value if match["sign"] in ("-", "\u2212") else value
+    return -value if match["sign"] == "-" else value

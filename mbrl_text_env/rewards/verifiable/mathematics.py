@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +16,14 @@ from mbrl_text_env.rewards.verifiable.answers import (
     references,
     unusable_reference,
 )
+from mbrl_text_env.rewards.verifiable.formulas import readings, reference_reading, symbols_of
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
 from mbrl_text_env.types import FloatArray, Prompt
 
-_DELIMITED = re.compile(r"\$|\\[(\[]|\\boxed|\\begin")
-_LATEX_COMMAND = re.compile(r"\\[A-Za-z]+")
-_FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|log|ln|exp|pi|infty"
-_BARE_FUNCTION = re.compile(rf"(?<![A-Za-z\\])({_FUNCTIONS})(?![A-Za-z])")
-_POWER_OF_TEN = re.compile(r"(\d)[eE]([-+]?\d+)")
-_WORD = re.compile(r"[^\W\d_]{2,}")
-# Reading a formula takes more than linear time; an answer is not longer.
-_MAX_FORMULA = 1000
+_WHOLE = re.compile(r"\$[^$]+\$(?: and \$[^$]+\$)*")
+# Parts of their size by which two numbers may differ: one of them with a point, or both exact.
+_FLOAT_TOLERANCE = 1e-5
+_EXACT_TOLERANCE = 1e-12
 _SOME_NUMBER = "12345.678"
 _HERE = "mbrl_text_env.rewards.verifiable.mathematics"
 
@@ -34,18 +32,27 @@ class MathReward:
     r"""1 if the answer is mathematically the reference answer, else 0, by math-verify.
 
     LaTeX (`\frac{1}{2}`, with or without `$`), plain expressions (`x**2 + 1`, `sqrt(2)`), sets,
-    intervals, equations and numbers are compared as `math_verify.verify` does, numbers to six
-    decimals. Without `extract`, math-verify looks for the answer in the response by itself:
-    "final answer is", `\boxed{}`, the last formula, the last number. Variables of plain expressions
-    are single letters.
+    intervals, matrices, equations and numbers are compared as `math_verify.verify` does. Numbers
+    with a point are compared to six decimals and in parts of their size (1e-5), exact ones exactly.
+    Without `extract`, math-verify looks for the answer in prose by itself: "final answer is",
+    `\boxed{}`, the last formula, the last number. Variables of plain expressions are single
+    letters. An answer that is a formula is read as a whole or not at all, without emphasis,
+    a label ("Answer:"), currencies, and full stops around it; `rewards.verifiable.numerals` says
+    how commas and points are read. Where a response can mean two things, either counts: "73!" is a
+    factorial or an exclamation, "- 73" a negative number or an item of a list.
+
+    A reference answer that would be read in part ("18 apples and 5 pears") is refused. It is a
+    formula, several joined by "and" or "or" (all of which the response has to have, in any order),
+    one in `\boxed`, or a number with its unit.
 
     Algebra on a text such as `9^{9^{9^9}}` does not end, and math-verify's own limits are signals,
     which reach the main thread only. So it is done in a process that is killed after `seconds`
     (`rewards.verifiable.isolated`), with a limit of memory; a response that exceeds either scores
     0. Threads wait for each other. Not killed, a comparison takes some milliseconds.
 
-    Source: math-verify, https://github.com/huggingface/Math-Verify. Deviation: expressions without
-    LaTeX and without words are read as LaTeX too, for math-verify reads plain arithmetic alone.
+    Source: math-verify, https://github.com/huggingface/Math-Verify. Deviations: expressions without
+    LaTeX and without words are read as LaTeX too, for math-verify reads plain arithmetic alone; it
+    takes numbers below 1e-6 for equal, and what it can read of a formula for all of it.
 
     Args:
         extract: Where in the response the answer stands; see `rewards.verifiable.answers`.
@@ -54,8 +61,8 @@ class MathReward:
     Raises:
         ValueError: `seconds` is not positive.
         RewardError: When scoring: the extra `verify` is not installed, or a prompt has no reference
-            answer or one that math-verify cannot read, or not compare with a number in time. The
-            message names the prompt.
+            answer or one that cannot be read as a whole, or not be compared with a number in time.
+            The message names the prompt.
 
     Example:
         >>> prompt = Prompt.from_text("Half of x + 1?", metadata={"reference_answer": "(x+1)/2"})
@@ -125,23 +132,78 @@ def grade(accepted: list[str], answer: str) -> bool:
     """Whether math-verify finds an answer equal to an accepted one; for the helper process.
 
     It sets no limit of time: use `MathReward`.
+
+    Raises:
+        ValueError: An accepted answer is read in part or not at all.
     """
-    from math_verify import parse, verify
+    from math_verify import verify
 
-    target = parse(_as_latex(answer), parsing_timeout=None)
-    golds = [parse(_as_latex(text), parsing_timeout=None) for text in accepted]
-    return any(verify(gold, target, timeout_seconds=None) for gold in golds)
-
-
-def _as_latex(text: str) -> str:
-    """Formulas without prose between dollars; all else as it is."""
-    formula = text.strip().rstrip(".")
-    bare = _LATEX_COMMAND.sub(" ", _BARE_FUNCTION.sub(" ", formula.replace("sqrt", " ")))
-    if len(formula) > _MAX_FORMULA or _DELIMITED.search(text) or _WORD.search(bare):
-        return text
-    formula = _POWER_OF_TEN.sub(r"\1 \\cdot 10^{\2}", formula)
-    return f"${_BARE_FUNCTION.sub(_command, formula).replace('**', '^')}$"
+    _compare_by_size()
+    golds = {text: _parsed(reference_reading(text)) for text in accepted}
+    unread = [text for text, gold in golds.items() if not gold]
+    if unread:
+        raise ValueError(f"nothing mathematical was found in it, or in a part of it: {unread[0]!r}")
+    return any(
+        verify(gold, _parsed(reading), timeout_seconds=None)
+        for text, gold in golds.items()
+        for reading in readings(answer, symbols_of(text))
+    )
 
 
-def _command(match: re.Match[str]) -> str:
-    return f"\\{match[0]} "
+def _parsed(text: str | None) -> list[Any]:
+    """What math-verify reads; of a formula that is one as a whole, all or nothing."""
+    from math_verify import LatexExtractionConfig, parse
+
+    if text is None:
+        return []
+    if _WHOLE.fullmatch(text):
+        latex = [LatexExtractionConfig()]
+        return list(parse(text, latex, fallback_mode="no_fallback", parsing_timeout=None))
+    return list(parse(text, parsing_timeout=None))
+
+
+@lru_cache(maxsize=1)
+def _compare_by_size() -> None:
+    """Let math-verify compare numbers relative to their size, wherever they stand."""
+    from math_verify import grader
+
+    plain = grader.sympy_numeric_eq
+
+    def numeric_eq(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
+        return bool(plain(a, b, float_rounding, numeric_precision)) and _is_close(a, b)
+
+    grader.sympy_numeric_eq = numeric_eq
+
+
+def _is_close(a: Any, b: Any) -> bool:
+    """Whether two expressions, equal to some decimals, are equal in parts of their size."""
+    from math_verify.grader import Float, MatrixBase, Rational, get_pct_val
+
+    if isinstance(a, MatrixBase) or isinstance(b, MatrixBase):
+        # Their elements were compared one by one.
+        return True
+    tolerance = _FLOAT_TOLERANCE if a.has(Float) or b.has(Float) else _EXACT_TOLERANCE
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    # Somewhere that nothing vanishes.
+    place = {symbol: Rational(137 + 10 * i, 100) for i, symbol in enumerate(symbols)}
+    for x, y in ((a, b), (get_pct_val(a, a), get_pct_val(b, b))):
+        try:
+            u, v = (_evaluated(each.doit().subs(place)) for each in (x, y))
+        except (TypeError, ValueError, AttributeError):
+            # No numbers: math-verify's word for it.
+            return True
+        if abs(u - v) <= tolerance * max(abs(u), abs(v)):
+            return True
+    return False
+
+
+def _evaluated(expression: Any) -> Any:
+    """An expression as a number of 30 digits.
+
+    Raises:
+        TypeError: It is none.
+    """
+    number = expression.evalf(30)
+    if not number.is_number:
+        raise TypeError(f"expected a number, got {number}")
+    return number

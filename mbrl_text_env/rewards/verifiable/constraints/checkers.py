@@ -6,8 +6,9 @@ its signature says. One that has a parameter `prompt` is given the text of the p
 Most types follow IFEval: Zhou et al., "Instruction-Following Evaluation for Large Language
 Models", 2023, and its code, https://github.com/google-research/google-research (folder
 instruction_following_eval). Each docstring says how it deviates. Common to all: words are counted
-in any script, texts are compared in Unicode's composed form, counts given as "less than n" there
-are "at most" here, and what needs a tokenizer of NLTK there is done by rules that are written here.
+in any script that puts spaces between them, texts are compared in Unicode's composed form, curly
+apostrophes are straight ones, counts given as "less than n" there are "at most" here, and what
+needs a tokenizer of NLTK there is done by rules that are written here.
 """
 
 # ruff: noqa: RUF001 - the commas, quotation marks and full stops of other scripts are meant.
@@ -30,17 +31,17 @@ from mbrl_text_env.rewards.verifiable.constraints.counting import (
     count_paragraphs,
     count_placeholders,
     count_sections,
-    count_sentences,
     count_words,
     list_numbers,
     normal,
     paragraphs_of,
     words_of,
 )
+from mbrl_text_env.rewards.verifiable.constraints.sentences import count_sentences
 from mbrl_text_env.rewards.verifiable.isolated import import_optional
 
 Letter = NewType("Letter", str)
-"""An argument that is one letter."""
+"""An argument that is one letter, digit or mark."""
 
 LanguageCode = NewType("LanguageCode", str)
 """An argument that is one of `LANGUAGES`."""
@@ -58,8 +59,8 @@ COMMAS = frozenset(",，、،")
 DOUBLE_QUOTES = {'"': '"', "“": "”"}
 RESPONSE_SPLITTER = "******"
 
-_POSTSCRIPT = re.compile(r"^[ \t]*P\.S\.", re.MULTILINE)
-_TITLE = re.compile(r"<<([^<>\n]+)>>")
+_POSTSCRIPT = re.compile(r"^[ \t>#*_]*P\.S\.", re.MULTILINE)
+_TITLE = re.compile(r"<<((?:(?!<<|>>)[^\n])+)>>")
 
 
 def max_words(response: str, value: int) -> bool:
@@ -70,7 +71,8 @@ def max_words(response: str, value: int) -> bool:
 def min_words(response: str, value: int) -> bool:
     """At least `value` words: runs without white space that have a letter or a digit in them.
 
-    IFEval's `number_words` counts runs of letters, digits and underscores: "don't" is two there.
+    A Chinese, Japanese or Thai text without spaces is one word. IFEval's `number_words` counts runs
+    of letters, digits and underscores: "don't" is two there.
     """
     return count_words(response) >= value
 
@@ -79,9 +81,12 @@ def num_sentences(response: str, value: int) -> bool:
     """Exactly `value` sentences.
 
     A sentence ends at a full stop, question mark, exclamation mark or ellipsis that is followed by
-    white space, at their Chinese and Japanese forms, at a blank line and at the end. Numbers of a
-    list, titles such as "Dr." and marks without any words do not count. Speech that ends in a mark
-    of its own ('"Stop!" she said.') does.
+    white space, at the full stops of other scripts (Chinese, Japanese, Hindi, Arabic, Urdu and
+    more), at a blank line and at the end. Numbers of a list, English titles such as "Dr." and marks
+    without any words do not count. Initials ("J. K. Rowling") and abbreviations such as "U.S.",
+    "Ph.D." and "Inc." end a sentence where a word follows that usually begins one, such as "The";
+    "p.m." and "etc." where a capital letter follows. Speech that ends in a mark of its own
+    ('"Stop!" she said.') does.
 
     IFEval's `number_sentences` asks NLTK's punkt, and only for less than or at least a number.
     """
@@ -102,9 +107,10 @@ def num_paragraphs(response: str, value: int) -> bool:
 
 
 def num_bullets(response: str, value: int) -> bool:
-    """Exactly `value` lines that start with "- " or "* " and go on; indentation is ignored.
+    """Exactly `value` lines that start with "-" or "*" and white space, and go on.
 
-    IFEval's `number_bullet_lists` asks for no space after the mark.
+    Indentation is ignored. A rule across the page, such as "* * *", is none. IFEval's
+    `number_bullet_lists` asks for no space after the mark.
     """
     return count_bullets(response) == value
 
@@ -112,13 +118,16 @@ def num_bullets(response: str, value: int) -> bool:
 def keywords(response: str, value: list[str]) -> bool:
     """Every word or phrase of `value` occurs as whole words, in any case.
 
-    IFEval's `existence` finds them inside of other words, too.
+    Marks of Markdown around it (`**river**`, `_river_`) are no part of it. Where a script has no
+    spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), a phrase is found wherever
+    its characters stand, in longer words too; a Korean one also with particles after it. IFEval's
+    `existence` finds all of them inside of other words.
     """
     return all(count_occurrences(word, response) for word in value)
 
 
 def keyword_count(response: str, keyword: str, value: int) -> bool:
-    """`keyword` occurs at least `value` times as a whole word, in any case.
+    """`keyword` occurs at least `value` times as a whole word, in any case; see `keywords`.
 
     IFEval's `frequency` counts it inside of other words, too.
     """
@@ -126,7 +135,7 @@ def keyword_count(response: str, keyword: str, value: int) -> bool:
 
 
 def forbidden_words(response: str, value: list[str]) -> bool:
-    """No word or phrase of `value` occurs as whole words, in any case, as in IFEval."""
+    """No word or phrase of `value` occurs as whole words, in any case; see `keywords`."""
     return not any(count_occurrences(word, response) for word in value)
 
 
@@ -178,11 +187,11 @@ def quoted(response: str) -> bool:
 
 def title(response: str) -> bool:
     """There is a title in <<double angle brackets>>, on one line and not blank, as in IFEval."""
-    return any(text.strip() for text in _TITLE.findall(response))
+    return any(text.strip("<> \t") for text in _TITLE.findall(response))
 
 
 def postscript(response: str) -> bool:
-    """There is a line that starts with "P.S."; indentation is ignored.
+    """There is a line that starts with "P.S."; indentation and marks such as `**` are ignored.
 
     IFEval's also takes "p. s." and the middle of a line.
     """
@@ -235,7 +244,10 @@ def exact_keyword_count(response: str, keyword: str, value: int) -> bool:
 
 
 def min_letter_count(response: str, letter: Letter, value: int) -> bool:
-    """`letter`, small or capital, occurs at least `value` times, as in IFEval."""
+    """`letter`, small or capital, occurs at least `value` times, as in IFEval.
+
+    It may be a digit or a mark, such as "#", too.
+    """
     return count_letter(response, letter) >= value
 
 
@@ -327,8 +339,8 @@ def two_responses(response: str) -> bool:
 def paragraph_first_word(response: str, index: int, value: str) -> bool:
     """Paragraph `index`, the first being 1, begins with the word `value`, in any case.
 
-    Marks around the word are ignored. IFEval's `nth_paragraph_first_word` also asks for a number of
-    paragraphs; add `num_paragraphs` for that.
+    Marks around the word are ignored, and bullets, headings and dashes before it. IFEval's
+    `nth_paragraph_first_word` also asks for a number of paragraphs; add `num_paragraphs` for that.
     """
     paragraphs = paragraphs_of(response.strip())
     return index <= len(paragraphs) and (
@@ -339,6 +351,7 @@ def paragraph_first_word(response: str, index: int, value: str) -> bool:
 def one_of(response: str, value: list[str]) -> bool:
     """The response is one of the options and nothing else, in any case, marks aside.
 
+    An option of nothing but marks has to be there as it is.
     IFEval's `constrained_response` asks only that an option is in it, so that an answer that names
     several passes.
     """

@@ -128,7 +128,7 @@ def _is_texts(value: object) -> bool:
 
 
 def _is_letter(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 1 and value.isalpha()
+    return isinstance(value, str) and len(value) == 1 and not value.isspace()
 
 
 def _is_language(value: object) -> bool:
@@ -139,6 +139,6 @@ _ARGUMENT_KINDS: Mapping[Any, tuple[str, Callable[[object], bool]]] = {
     int: ("an integer of at least 1", _is_count),
     str: ("a string that is not blank", _is_text),
     list[str]: ("a list of at least one string, none of them blank", _is_texts),
-    Letter: ("one letter", _is_letter),
+    Letter: ("one letter, digit or mark", _is_letter),
     LanguageCode: (f"a language's code, one of {', '.join(sorted(LANGUAGES))}", _is_language),
 }

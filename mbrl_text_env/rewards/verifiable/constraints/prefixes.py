@@ -5,10 +5,11 @@ continuations differ, or that the rule does not see that they do not; the latter
 whose last letters could still be changed by a combining accent, where nothing of ASCII follows.
 """
 
+# ruff: noqa: RUF001 - the marks of other scripts are meant.
+
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,16 +32,20 @@ from mbrl_text_env.rewards.verifiable.constraints.counting import (
     count_occurrences,
     count_paragraphs,
     count_sections,
-    count_sentences,
     count_words,
+    is_of_marks,
     list_numbers,
     normal,
     paragraphs_of,
+    without_open_rule,
     words_of,
 )
+from mbrl_text_env.rewards.verifiable.constraints.sentences import count_sentences
 
 Verdict = bool | None
 
+# Like ASCII's, they do not merge with an accent after them.
+_WIDE_MARKS = frozenset("\u3000。，、！？；：")
 _JSON_SPACE = " \t\n\r"
 _JSON = json.JSONDecoder(parse_constant=refuse_constant)
 
@@ -101,12 +106,14 @@ def _settled_text(prefix: str) -> str:
 
 
 def _settled_phrases(prefix: str) -> str:
-    """The prefix before its last ASCII character that is no letter or digit.
+    """The prefix before its last mark or space that nothing after it changes.
 
     Phrases in it are complete, and what follows is no part of their last words.
     """
     for end in range(len(prefix) - 1, -1, -1):
-        if prefix[end].isascii() and not (prefix[end].isalnum() or prefix[end] == "_"):
+        character = prefix[end]
+        is_letter = character.isalnum() or character == "_"
+        if (character.isascii() and not is_letter) or character in _WIDE_MARKS:
             return prefix[:end]
     return ""
 
@@ -116,7 +123,8 @@ def _occurrences(prefix: str, keyword: str) -> int:
 
 
 def _sentences(prefix: str) -> int:
-    # "2" may become the number of a list, and "p.s" an abbreviation, while no space follows.
+    # "2" may become the number of a list, and "p.s" an abbreviation, while no space follows; and
+    # whether "U.S." ends a sentence depends on the next word alone.
     return count_sentences(_settled_words(prefix))
 
 
@@ -129,7 +137,8 @@ def _forbidden_words(prefix: str, value: list[str]) -> Verdict:
 
 
 def _starts_with(prefix: str, value: str) -> Verdict:
-    begun = unicodedata.normalize("NFC", _settled_text(prefix)).lstrip()
+    # With something after it, so that its own white space stays.
+    begun = normal(f"{_settled_text(prefix)}.")[:-1]
     wanted = normal(value)
     if begun.startswith(wanted):
         return True
@@ -175,14 +184,18 @@ def _paragraph_first_word(prefix: str, index: int, value: str) -> Verdict:
     if index > len(paragraphs):
         return None
     paragraph, ended = paragraphs[index - 1], index < len(paragraphs)
-    first = bare_words(paragraph if ended else _settled_words(paragraph))[:1]
-    return first == bare_words(value)[:1] if first or ended else None
+    begun = paragraph if ended else _settled_words(paragraph)
+    if is_of_marks(begun) and not ended:
+        return None
+    return bare_words(begun)[:1] == bare_words(value)[:1]
 
 
 def _one_of(prefix: str, value: list[str]) -> Verdict:
-    begun = bare_words(_settled_words(prefix))
-    open_ = any(bare_words(option)[: len(begun)] == begun for option in value)
-    return None if open_ else False
+    settled = _settled_words(prefix)
+    if is_of_marks(settled):
+        return None
+    begun = bare_words(settled)
+    return None if any(bare_words(option)[: len(begun)] == begun for option in value) else False
 
 
 def _quoted(prefix: str) -> Verdict:
@@ -203,7 +216,7 @@ PREFIX_RULES: Mapping[str, Callable[..., Verdict]] = {
     "num_paragraphs": lambda p, value: _at_most(count_paragraphs(p), value),
     "max_paragraphs": lambda p, value: _at_most(count_paragraphs(p), value),
     "min_paragraphs": lambda p, value: _at_least(count_paragraphs(p), value),
-    "num_bullets": lambda p, value: _at_most(count_bullets(p), value),
+    "num_bullets": lambda p, value: _at_most(count_bullets(without_open_rule(p)), value),
     "numbered_list": _numbered_list,
     "keywords": _keywords,
     "keyword_count": lambda p, keyword, value: _at_least(_occurrences(p, keyword), value),
