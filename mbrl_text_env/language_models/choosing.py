@@ -36,7 +36,7 @@ from mbrl_text_env.language_models.prefix_cache import PrefixCache, Tokens
 logger = logging.getLogger(__name__)
 
 # How far a way of computing may be from the model's own, as a share of the largest logit.
-_TOLERANCES = {torch.float32: 3e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
+TOLERANCES = {torch.float32: 3e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
 _PROBE_TOKENS = 12
 _PROBE_WINDOW = 64
 _STEPS = 3
@@ -195,7 +195,7 @@ class _Trial:
         difference = float((logits - expected).abs().max())
         scale = max(1.0, float(expected.abs().max()))
         # "<=" is false for NaN, which is a difference too.
-        return difference <= _TOLERANCES[self._model.dtype] * scale
+        return difference <= TOLERANCES[self._model.dtype] * scale
 
     def _compare(self, logits: torch.Tensor, expected: torch.Tensor, subject: str) -> None:
         if not self._near(logits, expected):

@@ -59,7 +59,9 @@ class OwnPasses:
     """
 
     def __init__(self, model: Any) -> None:
-        prefix = type(model).base_model_prefix
+        # What some classes name as their body is the body of a class around them.
+        names = (type(model).base_model_prefix, "model", "transformer")
+        prefix = next((name for name in names if name in model._modules), names[0])
         body = model._modules.get(prefix)
         cache = cache_parameter(model)
         if body is None or cache is None:

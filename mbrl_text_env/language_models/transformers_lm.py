@@ -9,9 +9,12 @@ tokens (floating-point ties aside).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import pickle
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +32,7 @@ from mbrl_text_env.language_models.base import (
     check_unfinished,
 )
 from mbrl_text_env.language_models.batches import CachedBatch, kv_rows, plain_hidden
-from mbrl_text_env.language_models.choosing import choose_engine, plain_batch
+from mbrl_text_env.language_models.choosing import TOLERANCES, choose_engine, plain_batch
 from mbrl_text_env.language_models.decoding import Sampled, decode, finished, is_done, waiting
 from mbrl_text_env.language_models.hf_tokenizer import (
     HFTokenizer,
@@ -51,6 +54,71 @@ if TYPE_CHECKING:
 
 # Logits are large: a pass of the output layer takes this many tokens.
 _LOGIT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What makes a language model again.
+
+    Args:
+        model: Name or folder.
+        options: Of the constructor.
+        adapters: Folder and name of each adapter, in the order in which they were added.
+    """
+
+    model: Any
+    options: dict[str, Any]
+    adapters: tuple[tuple[Any, str], ...] = ()
+
+
+def _restore(recipe: _Recipe) -> TransformersLM:
+    lm = TransformersLM(recipe.model, **recipe.options)
+    for folder, name in recipe.adapters:
+        lm = lm.with_adapter(folder, name)
+    return lm
+
+
+def _from_anywhere(source: Any) -> Any:
+    """A folder by a path that holds in every working directory; a name on the Hub as it is."""
+    is_path = isinstance(source, (str, Path))
+    return str(Path(source).resolve()) if is_path and Path(source).exists() else source
+
+
+def _merged(adapted: Any) -> Any:
+    """The transformers model that a peft model computes, its adapter merged.
+
+    Raises:
+        ValueError: Merging gives another model.
+    """
+    model = adapted.get_base_model()
+    ids = torch.arange(min(12, model.config.get_text_config().vocab_size), device=model.device)[
+        None
+    ]
+    with torch.inference_mode():
+        expected = adapted(input_ids=ids, use_cache=False).logits.float()
+    head, embedding = (
+        getattr(layer, "base_layer", layer)
+        for layer in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    touched = {id(head), id(embedding)} & {
+        id(module.base_layer) for module in model.modules() if hasattr(module, "base_layer")
+    }
+    if touched and head.weight is embedding.weight:
+        # An adapter on one of two tied layers changes that one alone.
+        head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)
+    # Merging with safety checks works on copies of the weights that change.
+    merged = adapted.merge_and_unload(safe_merge=True)
+    if head.weight is not embedding.weight:
+        merged.config.get_text_config().tie_word_embeddings = False
+    with torch.inference_mode():
+        difference = merged(input_ids=ids, use_cache=False).logits.float() - expected
+    bound = TOLERANCES[model.dtype] * max(1.0, float(expected.abs().max()))
+    if not float(difference.abs().max()) <= bound:
+        raise ValueError(
+            f"merged, a logit differs by {float(difference.abs().max()):.3g} from that of the "
+            "adapter beside its base; merge it with peft yourself, save the model and load it"
+        )
+    return merged
 
 
 class TransformersLM(RequestSampler):
@@ -107,6 +175,14 @@ class TransformersLM(RequestSampler):
             if value < 1:
                 raise ValueError(f"{option}: expected at least 1, got {value}.")
         named = isinstance(model, (str, Path))
+        # What makes this model again in another process.
+        self._recipe: _Recipe | None = None
+        if named:
+            options = {"name": name, "device": device, "dtype": dtype, "batch_size": batch_size}
+            options |= {"kv_bytes": kv_bytes, "prefix_cache": prefix_cache}
+            source = _from_anywhere(model)
+            kept = tokenizer if tokenizer is None else _from_anywhere(tokenizer)
+            self._recipe = _Recipe(source, {**options, "tokenizer": kept})
         if tokenizer is None:
             if not named:
                 raise ValueError(
@@ -153,7 +229,7 @@ class TransformersLM(RequestSampler):
         self._lock = threading.RLock()
         self._cache: PrefixCache[Span] = PrefixCache(kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
-        self._weights = self._weights_version()
+        self._weights = self._loaded = self._weights_version()
         with torch.inference_mode():
             self._engine = choose_engine(self.model, dtype, self.name)
         self._network = self._engine.network
@@ -163,6 +239,16 @@ class TransformersLM(RequestSampler):
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformersLM:
         # A shared, read-only engine: environments and agents that are copied go on using this one.
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._recipe is None or self._weights_version() != self._loaded:
+            came = "was made from a module in memory" if self._recipe is None else "was trained"
+            raise pickle.PicklingError(
+                f"Language model {self.name!r} goes to another process as the name or folder that "
+                f"it is loaded from, but this one {came}. Save it with `lm.model.save_pretrained` "
+                "(and its tokenizer), and load it by folder: TransformersLM(folder)."
+            )
+        return _restore, (self._recipe,)
 
     @property
     def cache_stats(self) -> CacheStats:
@@ -213,9 +299,8 @@ class TransformersLM(RequestSampler):
         shared |= {id(b): b for b in self.model.buffers()}
         clone = copy.deepcopy(self.model, shared)
         try:
-            # Merging with safety checks works on copies of the weights that change.
-            adapted: Any = PeftModel.from_pretrained(clone, str(folder))
-            adapted = adapted.merge_and_unload(safe_merge=True)
+            adapted: Any = PeftModel.from_pretrained(clone, str(folder)).eval()
+            merged = _merged(adapted)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise ModelLoadError(
@@ -223,16 +308,21 @@ class TransformersLM(RequestSampler):
                 f"({type(error).__name__}: {reason}). An adapter fits the model that it was "
                 "trained on; check `base_model_name_or_path` in its adapter_config.json."
             ) from error
-        return TransformersLM(
-            adapted,
+        name = name or f"{self.name}+{Path(str(folder)).name}"
+        adapted_model = TransformersLM(
+            merged,
             tokenizer=self._tokenizer,
-            name=name or f"{self.name}+{Path(str(folder)).name}",
+            name=name,
             device=self.device,
             dtype=self.dtype,
             batch_size=self.batch_size,
             kv_bytes=self.kv_bytes,
             prefix_cache=self.prefix_cache,
         )
+        if self._recipe is not None and self._weights_version() == self._loaded:
+            adapters = (*self._recipe.adapters, (_from_anywhere(folder), name))
+            adapted_model._recipe = dataclasses.replace(self._recipe, adapters=adapters)
+        return adapted_model
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
