@@ -222,10 +222,7 @@ class TransformersLM(RequestSampler):
         # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
         lookup = 0 if config.tie_word_embeddings else self.vocab_size * config.hidden_size
         self.num_parameters: int = self.model.num_parameters() - lookup
-        # The heads together are as wide as the model, unless the config gives their size.
-        head_size = getattr(config, "head_dim", None)
-        width = config.num_attention_heads * head_size if head_size else config.hidden_size
-        self._attention_width: int = config.num_hidden_layers * width
+        self._attention_width = _attention_width(config)
         self._lock = threading.RLock()
         self._cache: PrefixCache[Span] = PrefixCache(kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
@@ -669,6 +666,18 @@ def _chosen(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
     ids = torch.tensor(tokens, dtype=torch.long, device=logits.device)
     chosen = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
     return [float(value) for value in chosen]
+
+
+def _attention_width(config: Any) -> int:
+    """What the heads of all layers have together."""
+    # Some families give each layer a config of its own.
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    width = 0
+    for layer in layers:
+        # The heads together are as wide as the model, unless the config gives their size.
+        size = getattr(layer, "head_dim", None)
+        width += layer.num_attention_heads * size if size else config.hidden_size
+    return width
 
 
 def _prefix(state: TextState) -> Tokens:
