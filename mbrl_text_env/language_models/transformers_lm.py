@@ -8,7 +8,6 @@ tokens (floating-point ties aside).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import pickle
@@ -23,6 +22,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM
 
+from mbrl_text_env.language_models.adapters import is_tied, merged_adapter
 from mbrl_text_env.language_models.base import (
     NextTokens,
     PromptTooLongError,
@@ -32,7 +32,7 @@ from mbrl_text_env.language_models.base import (
     check_unfinished,
 )
 from mbrl_text_env.language_models.batches import CachedBatch, kv_rows, plain_hidden
-from mbrl_text_env.language_models.choosing import TOLERANCES, choose_engine, plain_batch
+from mbrl_text_env.language_models.choosing import choose_engine, plain_batch
 from mbrl_text_env.language_models.decoding import Sampled, decode, finished, is_done, waiting
 from mbrl_text_env.language_models.hf_tokenizer import (
     HFTokenizer,
@@ -82,43 +82,6 @@ def _from_anywhere(source: Any) -> Any:
     """A folder by a path that holds in every working directory; a name on the Hub as it is."""
     is_path = isinstance(source, (str, Path))
     return str(Path(source).resolve()) if is_path and Path(source).exists() else source
-
-
-def _merged(adapted: Any) -> Any:
-    """The transformers model that a peft model computes, its adapter merged.
-
-    Raises:
-        ValueError: Merging gives another model.
-    """
-    model = adapted.get_base_model()
-    ids = torch.arange(min(12, model.config.get_text_config().vocab_size), device=model.device)[
-        None
-    ]
-    with torch.inference_mode():
-        expected = adapted(input_ids=ids, use_cache=False).logits.float()
-    head, embedding = (
-        getattr(layer, "base_layer", layer)
-        for layer in (model.get_output_embeddings(), model.get_input_embeddings())
-    )
-    touched = {id(head), id(embedding)} & {
-        id(module.base_layer) for module in model.modules() if hasattr(module, "base_layer")
-    }
-    if touched and head.weight is embedding.weight:
-        # An adapter on one of two tied layers changes that one alone.
-        head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)
-    # Merging with safety checks works on copies of the weights that change.
-    merged = adapted.merge_and_unload(safe_merge=True)
-    if head.weight is not embedding.weight:
-        merged.config.get_text_config().tie_word_embeddings = False
-    with torch.inference_mode():
-        difference = merged(input_ids=ids, use_cache=False).logits.float() - expected
-    bound = TOLERANCES[model.dtype] * max(1.0, float(expected.abs().max()))
-    if not float(difference.abs().max()) <= bound:
-        raise ValueError(
-            f"merged, a logit differs by {float(difference.abs().max()):.3g} from that of the "
-            "adapter beside its base; merge it with peft yourself, save the model and load it"
-        )
-    return merged
 
 
 class TransformersLM(RequestSampler):
@@ -220,7 +183,7 @@ class TransformersLM(RequestSampler):
         )
         self.feature_size: int = config.hidden_size
         # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
-        lookup = 0 if config.tie_word_embeddings else self.vocab_size * config.hidden_size
+        lookup = 0 if is_tied(self.model) else self.vocab_size * config.hidden_size
         self.num_parameters: int = self.model.num_parameters() - lookup
         self._attention_width = _attention_width(config)
         self._lock = threading.RLock()
@@ -286,18 +249,8 @@ class TransformersLM(RequestSampler):
         Raises:
             ModelLoadError: There is no adapter, or it belongs to another model.
         """
-        from peft import PeftModel
-
-        # Detached, not `.data`: these share the version counter, so training is noticed here too.
-        shared: dict[int, Any] = {
-            id(p): torch.nn.Parameter(p.detach(), requires_grad=False)
-            for p in self.model.parameters()
-        }
-        shared |= {id(b): b for b in self.model.buffers()}
-        clone = copy.deepcopy(self.model, shared)
         try:
-            adapted: Any = PeftModel.from_pretrained(clone, str(folder)).eval()
-            merged = _merged(adapted)
+            merged = merged_adapter(self.model, folder)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise ModelLoadError(

@@ -223,7 +223,9 @@ def largest_error(model: Any, tokenizer: Any) -> tuple[str, float]:
     return way_of(lm), max(errors)
 
 
-def _errors(lm: TransformersLM, states: Sequence[TextState], chunks: Sequence[Chunk]) -> list[float]:
+def _errors(
+    lm: TransformersLM, states: Sequence[TextState], chunks: Sequence[Chunk]
+) -> list[float]:
     errors = []
     seeds = list(range(len(states)))
     for params in (SamplingParams(), SamplingParams(temperature=0)):
