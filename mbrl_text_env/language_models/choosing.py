@@ -161,7 +161,8 @@ class _Trial:
         self._model, self._own = model, own
         config = model.config.get_text_config()
         window = getattr(config, "sliding_window", None) or 0
-        most = getattr(config, "max_position_embeddings", None) or 2**31
+        # Beyond a switch, the model itself judges a prefix and its continuation by other angles.
+        most = length_switch(config) or getattr(config, "max_position_embeddings", None) or 2**31
         longest = min(_PROBE_TOKENS + (window if window <= _PROBE_WINDOW else 0), most - _STEPS)
         lengths = [max(1, longest), max(1, longest // 2), max(1, longest // 4), max(1, longest)]
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, longest + _STEPS))

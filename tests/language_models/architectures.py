@@ -241,7 +241,8 @@ def _errors(
         errors.append(_off(best, found.logprobs))
         errors.append(_off([float(expected[i]) for i in found.token_ids], found.logprobs))
     for state, row in zip(states, lm.features(states), strict=True):
-        logits = lm._to_logits(torch.from_numpy(row)[None])[0].log_softmax(-1)
+        with torch.inference_mode():
+            logits = lm._to_logits(torch.from_numpy(row)[None])[0].log_softmax(-1)
         errors.append(float((logits - _reference(lm, state.prompt_ids)[-1]).abs().max()))
     return errors
 
