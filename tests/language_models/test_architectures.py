@@ -102,7 +102,7 @@ def longrope(limit: int = 64):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("limit", [9, 14, 24])
+@pytest.mark.parametrize("limit", [14, 24])
 def test_longrope_across_its_original_length(limit, tokenizer):
     """Prefixes of 5, 12 and 21 tokens with 6 more: below the limit, across it and beyond it."""
     _, error = largest_error(longrope(limit), tokenizer)
