@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from mbrl_text_env.language_models.kv import KVBatch, KVShape, Span
-from mbrl_text_env.language_models.networks import Network
+from mbrl_text_env.language_models.networks import Network, OwnPasses
 from mbrl_text_env.language_models.prefix_cache import PrefixCache, Tokens, common_length
 
 # A forward pass over prefixes has at most this many tokens, padding included, so that what it makes
@@ -229,75 +229,118 @@ class DynamicBatch:
     Convolutions and other recurrent layers beside attention are kept as transformers keeps them.
 
     Args:
-        model: The transformers model.
-        context_length: Most tokens of a row.
+        own: Passes of the transformers model.
+        config: The model's config.
+        device: Where it is.
     """
 
     refills = False
 
-    def __init__(self, model: Any, context_length: int) -> None:
-        self._model, self._context_length = model, context_length
+    def __init__(self, own: OwnPasses, config: Any, device: torch.device) -> None:
+        self._own, self._config, self._device = own, config, device
 
     def add(
         self, sequences: Sequence[Tokens], copies: Sequence[int], hold: bool = False
     ) -> Prefilled:
         """See `Batch.add`; the batch is empty before."""
-        inputs = padded_inputs(sequences, self._model.device)
-        self._cache: Any = DynamicCache(config=self._model.config)
-        self._logits = self._forward(**inputs)
-        self._mask, self._positions = inputs["attention_mask"], inputs["position_ids"][:, -1:]
+        inputs = padded_inputs(sequences, self._device)
+        self._cache: Any = DynamicCache(config=self._config)
+        self._hidden = self._own.hidden(self._cache, **inputs)[:, -1]
+        self._mask = inputs.get("attention_mask")
+        self._positions = torch.tensor([[len(s) - 1] for s in sequences], device=self._device)
         rows = [i for i, count in enumerate(copies) for _ in range(count)]
-        self._select(rows)
+        if rows != list(range(len(sequences))):
+            self._select(rows)
         return Prefilled(rows, [len(sequence) for sequence in sequences])
 
     def append(self, tokens: Sequence[int]) -> None:
         """See `Batch.append`."""
-        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        self._positions = (self._positions + 1).clamp(max=self._context_length - 1)
-        ids = torch.tensor(tokens, device=self._mask.device)[:, None]
-        self._logits = self._forward(ids, self._mask, self._positions)
+        self._positions = self._positions + 1
+        inputs = {
+            "input_ids": torch.tensor(tokens, device=self._device)[:, None],
+            "position_ids": self._positions,
+        }
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+            inputs["attention_mask"] = self._mask
+        self._hidden = self._own.hidden(self._cache, **inputs)[:, -1]
 
     def drop(self, row: int) -> None:
         """See `Batch.drop`."""
-        rows = list(range(len(self._mask)))
+        rows = list(range(len(self._positions)))
         last = rows.pop()
         if row != last:
             rows[row] = last
-        self._select(rows)
+        if rows:
+            self._select(rows)
 
     def keep(self, row: int, sequence: Tokens) -> None:
         """Nothing is kept."""
 
     def logits(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Batch.logits`."""
-        return self._logits
-
-    def _forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
-    ) -> torch.Tensor:
-        out = self._model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: torch.Tensor = out.logits[:, -1].float()
-        return logits
+        return self._own.logits(self._hidden)
 
     def _select(self, rows: Sequence[int]) -> None:
-        index = torch.tensor(rows, dtype=torch.long, device=self._mask.device)
+        index = torch.tensor(rows, dtype=torch.long, device=self._device)
         # The beam search's reordering: unlike the cache's other methods on the batch, every kind of
         # layer has it, those of hybrid models too.
         self._cache.reorder_cache(index)
-        self._mask, self._positions = self._mask[index], self._positions[index]
-        self._logits = self._logits[index]
+        self._positions, self._hidden = self._positions[index], self._hidden[index]
+        if self._mask is not None:
+            self._mask = self._mask[index]
+
+
+class PlainBatch:
+    """One row, computed anew for each token: right for every model that can be asked at all.
+
+    Args:
+        own: Passes of the transformers model.
+        device: Where it is.
+    """
+
+    refills = False
+
+    def __init__(self, own: OwnPasses, device: torch.device) -> None:
+        self._own, self._device = own, device
+
+    def add(
+        self, sequences: Sequence[Tokens], copies: Sequence[int], hold: bool = False
+    ) -> Prefilled:
+        """See `Batch.add`; there is one sequence, once."""
+        [self._sequence] = sequences
+        return Prefilled([0], [len(self._sequence)])
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """See `Batch.append`."""
+        self._sequence = (*self._sequence, *tokens)
+
+    def drop(self, row: int) -> None:
+        """See `Batch.drop`."""
+        self._sequence = ()
+
+    def keep(self, row: int, sequence: Tokens) -> None:
+        """Nothing is kept."""
+
+    def logits(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Batch.logits`."""
+        [hidden] = plain_hidden(self._own, [self._sequence], self._device)
+        return self._own.logits(hidden[-1:])
+
+
+def plain_hidden(
+    own: OwnPasses, sequences: Sequence[Tokens], device: torch.device
+) -> list[torch.Tensor]:
+    """Hidden states [tokens, hidden_size] of each sequence, in one pass without any cache."""
+    hidden = own.hidden(**padded_inputs(sequences, device))
+    return [row[len(row) - len(s) :] for row, s in zip(hidden, sequences, strict=True)]
 
 
 def padded_inputs(sequences: Sequence[Tokens], device: torch.device) -> dict[str, torch.Tensor]:
-    """Sequences padded on the left, with their mask and positions."""
+    """Sequences padded on the left, with mask and positions where there is padding."""
     width = max(map(len, sequences))
+    if all(len(sequence) == width for sequence in sequences):
+        return {"input_ids": torch.tensor(sequences, device=device)}
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, sequence in enumerate(sequences):

@@ -103,7 +103,7 @@ def decode(
         _draw(active, logits, buffers[1][: len(active)])
         # From the last row on: a row that leaves is replaced by the last one.
         for row in reversed(range(len(active))):
-            if not _is_done(active[row], tokenizer):
+            if not is_done(active[row], tokenizer):
                 continue
             if active[row].tokens[-1] not in tokenizer.stop_token_ids:
                 batch.keep(row, active[row].sequence)
@@ -131,8 +131,8 @@ def _admit(queue: list[Sampled], batch: Batch, free: int, computed: list[int]) -
     del queue[:free]
     groups: dict[Tokens, list[Sampled]] = {}
     for chunk in chosen:
-        groups.setdefault(_ids(chunk.state), []).append(chunk)
-    hold = bool(queue) and _ids(queue[0].state) in groups
+        groups.setdefault(chunk.sequence, []).append(chunk)
+    hold = bool(queue) and queue[0].sequence in groups
     found = batch.add(list(groups), [len(group) for group in groups.values()], hold)
     for group, count in zip(groups.values(), found.computed, strict=True):
         computed[group[0].request] += count
@@ -157,7 +157,8 @@ def _draw(active: Sequence[Sampled], logits: torch.Tensor, scratch: torch.Tensor
             active[row].logprobs.append(logprob)
 
 
-def _is_done(chunk: Sampled, tokenizer: Tokenizer) -> bool:
+def is_done(chunk: Sampled, tokenizer: Tokenizer) -> bool:
+    """Whether the chunk has all of its tokens."""
     if len(chunk.tokens) == chunk.limit or chunk.tokens[-1] in tokenizer.stop_token_ids:
         return True
     return has_stop_text(tokenizer, chunk.tokens, chunk.params)

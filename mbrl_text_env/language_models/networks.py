@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Sequence
+import inspect
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutput
 
-from mbrl_text_env.language_models.kv import KVBatch, KVShape, KVWindow
+from mbrl_text_env.language_models.kv import KVShape, KVWindow
 from mbrl_text_env.language_models.products import Product, make_product
 
 # Grouped or full attention, rotary positions, gated feed-forward, a norm before each: one forward
@@ -43,6 +45,98 @@ class Network(Protocol):
         ...
 
 
+class OwnPasses:
+    """A transformers model in two halves: hidden states from tokens, and logits from those.
+
+    Both are the model's own code. What families do to hidden states and logits on the way
+    (multipliers, a further layer, soft caps, scales) is therefore done, whatever it is.
+
+    Args:
+        model: A causal language model.
+
+    Raises:
+        UnsupportedNetworkError: It does not consist of these halves.
+    """
+
+    def __init__(self, model: Any) -> None:
+        # What some classes name as their body is the body of a class around them.
+        names = (type(model).base_model_prefix, "model", "transformer")
+        prefix = next((name for name in names if name in model._modules), names[0])
+        body = model._modules.get(prefix)
+        cache = cache_parameter(model)
+        if body is None or cache is None:
+            raise UnsupportedNetworkError(
+                f"{type(model).__name__} has no {prefix!r} that makes hidden states with a cache."
+            )
+        self._body, self._cache = body, cache
+        parameters = inspect.signature(body.forward).parameters
+        kinds = {parameter.kind for parameter in parameters.values()}
+        # Families whose positions follow from the mask take none.
+        self._takes_positions = "position_ids" in parameters or (
+            inspect.Parameter.VAR_KEYWORD in kinds
+        )
+        # The same modules but for the body, so that trained weights are seen.
+        self._output = copy.copy(model)
+        self._given = _Given(body)
+        self._output._modules = {**model._modules, prefix: self._given}
+
+    def hidden(self, cache: Cache | None = None, **inputs: Any) -> torch.Tensor:
+        """Last hidden states, [rows, width, hidden_size].
+
+        Args:
+            cache: Keys and values before these tokens, which are added to it; None without.
+            **inputs: `input_ids` and what else the model takes.
+        """
+        if cache is not None:
+            inputs[self._cache] = cache
+        if not self._takes_positions:
+            inputs.pop("position_ids", None)
+        out = self._body(**inputs, use_cache=cache is not None)
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32[n, V] of hidden states [n, hidden_size]."""
+        self._given.hidden = hidden[None]
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        try:
+            logits: torch.Tensor = self._output(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            self._given.hidden = None
+        return logits.float()
+
+
+class _Given(torch.nn.Module):
+    """Stands where the body of a model stands, and answers with hidden states that are given."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.hidden: torch.Tensor | None = None
+        # In a tuple, so that it is no module of this one.
+        self._body = (body,)
+
+    def __getattr__(self, name: str) -> Any:
+        # Multipliers and embeddings that the output layer uses.
+        return getattr(self._body[0], name)
+
+    @property
+    def decoder(self) -> _Given:
+        """Some models call a part of their body."""
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> _Outputs:
+        return _Outputs(last_hidden_state=self.hidden)
+
+
+class _Outputs(BaseModelOutput):
+    """Nothing but the last hidden state."""
+
+    def __getattr__(self, name: str) -> None:
+        # Caches, router logits and the like, which models hand on.
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class ModuleNetwork:
     """The modules of a transformers model, whatever they are.
 
@@ -55,42 +149,33 @@ class ModuleNetwork:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._config = model.config.get_text_config()
-        self._windows = _windows(self._config)
-        self._head = model.get_output_embeddings()
-        if self._head is None:
-            raise UnsupportedNetworkError(f"{type(model).__name__} has no output embeddings.")
+        self._own = OwnPasses(model)
+        self._windows = _windows(model.config.get_text_config())
 
     @functools.cached_property
     def shape(self) -> KVShape:
         """Found by a forward pass over one token."""
         recorder = _Recorder()
         ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
-        out = self._model.base_model(input_ids=ids, past_key_values=recorder, use_cache=True)
+        hidden = self._own.hidden(recorder, input_ids=ids)
         layers = [recorder.shapes.get(i) for i in range(len(recorder.shapes))]
         if not layers or None in layers:
             raise UnsupportedNetworkError(
                 f"{type(self._model).__name__} keeps no keys and values in some layers."
             )
-        hidden = out.last_hidden_state
         return KVShape(tuple(layers), hidden.shape[-1], hidden.dtype, hidden.device)  # type: ignore[arg-type]
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow) -> torch.Tensor:
         """See `Network.forward`."""
         masks = {kind: window.bias(size) for kind, size in self._windows.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        hidden: torch.Tensor = self._model.base_model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=_WindowCache(window),
-            use_cache=True,
-        ).last_hidden_state
-        return hidden
+        return self._own.hidden(
+            _WindowCache(window), input_ids=ids, position_ids=positions, attention_mask=mask
+        )
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Network.logits`."""
-        return scaled_logits(self._head(hidden), self._config)
+        return self._own.logits(hidden)
 
 
 class LlamaNetwork:
@@ -108,7 +193,6 @@ class LlamaNetwork:
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         config = model.config
         self._model = model
-        self._config = config
         self._window = _windows(config).get(_SLIDING)
         on_cpu = model.device.type == "cpu"
         self._compute_dtype = torch.float32 if on_cpu else model.dtype
@@ -141,7 +225,7 @@ class LlamaNetwork:
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Network.logits`."""
-        return scaled_logits(self._head(hidden, out)[0], self._config)
+        return self._head(hidden, out)[0].float()
 
 
 class _LlamaLayer:
@@ -258,40 +342,30 @@ def is_llama_like(model: Any) -> bool:
     return len(linear) == wanted and all(type(m) is torch.nn.Linear for m in linear)
 
 
-def scaled_logits(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """float32 logits after what some families do to them: Cohere, Granite, Gemma."""
-    logits = logits.float()
-    if (factor := getattr(config, "logit_scale", None)) is not None:
-        logits = logits * factor
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        logits = logits / divisor
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+def cache_parameter(model: Any) -> str | None:
+    """The parameter of `forward` that takes keys and values; None where there is none.
+
+    It is called `cache` from transformers 5.24 on.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in parameters), None)
 
 
-def reference_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    """float32[len(ids), V]: what the model itself makes of a sequence, without any cache."""
-    tensor = torch.tensor([list(ids)], device=model.device)
-    logits: torch.Tensor = model(input_ids=tensor, use_cache=False).logits[0]
-    return logits.float()
+def length_switch(config: Any) -> int | None:
+    """Tokens beyond which "longrope" models turn all positions by other angles; None for others.
 
-
-def stepwise_logits(network: Network, ids: Sequence[int]) -> torch.Tensor:
-    """float32[len(ids), V]: the first half in one pass, the rest token by token."""
-    batch = KVBatch(network.shape, 1, len(ids))
-    tensor = torch.tensor([list(ids)], device=network.shape.device)
-    half = (len(ids) + 1) // 2
-    bounds = [(0, half), *((i, i + 1) for i in range(half, len(ids)))]
-    batch.columns = half
-    batch.add(half, [])
-    hidden = []
-    for start, end in bounds:
-        batch.columns = end
-        positions = torch.arange(start, end, device=tensor.device)[None]
-        window = batch.window(slice(0, 1), start, end)
-        hidden.append(network.forward(tensor[:, start:end], positions, window)[0])
-    return network.logits(torch.cat(hidden))
+    Up to this length they use their short factors, beyond it the long ones, for the whole sequence.
+    Keys of one kind are of no use beside keys of the other.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            limit: int | None = kind.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return limit
+    return None
 
 
 def _windows(config: Any) -> dict[str, int | None]:

@@ -8,13 +8,12 @@ tokens (floating-point ties aside).
 
 from __future__ import annotations
 
-import copy
-import inspect
-import logging
+import dataclasses
 import math
+import pickle
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mbrl_text_env.identity import weights_digest
+from mbrl_text_env.language_models.adapters import is_tied, merged_adapter
 from mbrl_text_env.language_models.base import (
     NextTokens,
     PromptTooLongError,
@@ -32,13 +32,9 @@ from mbrl_text_env.language_models.base import (
     check_sample_arguments,
     check_unfinished,
 )
-from mbrl_text_env.language_models.batches import (
-    CachedBatch,
-    DynamicBatch,
-    kv_rows,
-    padded_inputs,
-)
-from mbrl_text_env.language_models.decoding import Sampled, decode, finished, waiting
+from mbrl_text_env.language_models.batches import CachedBatch, kv_rows, plain_hidden
+from mbrl_text_env.language_models.choosing import choose_engine, plain_batch
+from mbrl_text_env.language_models.decoding import Sampled, decode, finished, is_done, waiting
 from mbrl_text_env.language_models.hf_tokenizer import (
     HFTokenizer,
     ModelLoadError,
@@ -49,16 +45,7 @@ from mbrl_text_env.language_models.hf_tokenizer import (
     stop_ids,
 )
 from mbrl_text_env.language_models.kv import KVBatch, Span
-from mbrl_text_env.language_models.networks import (
-    LlamaNetwork,
-    ModuleNetwork,
-    Network,
-    UnsupportedNetworkError,
-    is_llama_like,
-    reference_logits,
-    scaled_logits,
-    stepwise_logits,
-)
+from mbrl_text_env.language_models.networks import LlamaNetwork, Network, length_switch
 from mbrl_text_env.language_models.prefix_cache import CacheStats, PrefixCache, Tokens
 from mbrl_text_env.language_models.sampling import top_tokens
 from mbrl_text_env.ledger import Ledger, Usage, timed
@@ -67,14 +54,36 @@ from mbrl_text_env.types import Chunk, Prompt, TextState
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 # Logits are large: a pass of the output layer takes this many tokens.
 _LOGIT_ROWS = 256
-# How far our forward pass may be from the model's own, as a share of the largest logit.
-_TOLERANCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.15}
-_PROBE_TOKENS = 12
-_PROBE_WINDOW = 64
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What makes a language model again.
+
+    Args:
+        model: Name or folder.
+        options: Of the constructor.
+        adapters: Folder and name of each adapter, in the order in which they were added.
+    """
+
+    model: Any
+    options: dict[str, Any]
+    adapters: tuple[tuple[Any, str], ...] = ()
+
+
+def _restore(recipe: _Recipe) -> TransformersLM:
+    lm = TransformersLM(recipe.model, **recipe.options)
+    for folder, name in recipe.adapters:
+        lm = lm.with_adapter(folder, name)
+    return lm
+
+
+def _from_anywhere(source: Any) -> Any:
+    """A folder by a path that holds in every working directory; a name on the Hub as it is."""
+    is_path = isinstance(source, (str, Path))
+    return str(Path(source).resolve()) if is_path and Path(source).exists() else source
 
 
 class TransformersLM(RequestSampler):
@@ -131,6 +140,14 @@ class TransformersLM(RequestSampler):
             if value < 1:
                 raise ValueError(f"{option}: expected at least 1, got {value}.")
         named = isinstance(model, (str, Path))
+        # What makes this model again in another process.
+        self._recipe: _Recipe | None = None
+        if named:
+            options = {"name": name, "device": device, "dtype": dtype, "batch_size": batch_size}
+            options |= {"kv_bytes": kv_bytes, "prefix_cache": prefix_cache}
+            source = _from_anywhere(model)
+            kept = tokenizer if tokenizer is None else _from_anywhere(tokenizer)
+            self._recipe = _Recipe(source, {**options, "tokenizer": kept})
         if tokenizer is None:
             if not named:
                 raise ValueError(
@@ -151,7 +168,6 @@ class TransformersLM(RequestSampler):
         stored: Any = "auto" if dtype == torch.int8 else dtype
         loaded: Any = load(AutoModelForCausalLM, model, dtype=stored) if named else model
         loaded = loaded.get_base_model() if hasattr(loaded, "peft_config") else loaded
-        _check_cache(loaded)
         self.model = loaded.to(self.device)
         if dtype != torch.int8:
             self.model = self.model.to(dtype)
@@ -169,22 +185,33 @@ class TransformersLM(RequestSampler):
         )
         self.feature_size: int = config.hidden_size
         # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
-        lookup = 0 if config.tie_word_embeddings else self.vocab_size * config.hidden_size
+        lookup = 0 if is_tied(self.model) else self.vocab_size * config.hidden_size
         self.num_parameters: int = self.model.num_parameters() - lookup
-        # The heads together are as wide as the model, unless the config gives their size.
-        head_size = getattr(config, "head_dim", None)
-        width = config.num_attention_heads * head_size if head_size else config.hidden_size
-        self._attention_width: int = config.num_hidden_layers * width
+        self._attention_width = _attention_width(config)
         self._lock = threading.RLock()
         self._cache: PrefixCache[Span] = PrefixCache(kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
-        self._weights = self._weights_version()
         self._digests: tuple[Any, str] | None = None
-        self._network = self._make_network()
+        self._weights = self._loaded = self._weights_version()
+        with torch.inference_mode():
+            self._engine = choose_engine(self.model, dtype, self.name)
+        self._network = self._engine.network
+        # Beyond this length no keys and values of shorter prefixes can be used.
+        self._switch = length_switch(config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformersLM:
         # A shared, read-only engine: environments and agents that are copied go on using this one.
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._recipe is None or self._weights_version() != self._loaded:
+            came = "was made from a module in memory" if self._recipe is None else "was trained"
+            raise pickle.PicklingError(
+                f"Language model {self.name!r} goes to another process as the name or folder that "
+                f"it is loaded from, but this one {came}. Save it with `lm.model.save_pretrained` "
+                "(and its tokenizer), and load it by folder: TransformersLM(folder)."
+            )
+        return _restore, (self._recipe,)
 
     @property
     def cache_stats(self) -> CacheStats:
@@ -237,19 +264,8 @@ class TransformersLM(RequestSampler):
         Raises:
             ModelLoadError: There is no adapter, or it belongs to another model.
         """
-        from peft import PeftModel
-
-        # Detached, not `.data`: these share the version counter, so training is noticed here too.
-        shared: dict[int, Any] = {
-            id(p): torch.nn.Parameter(p.detach(), requires_grad=False)
-            for p in self.model.parameters()
-        }
-        shared |= {id(b): b for b in self.model.buffers()}
-        clone = copy.deepcopy(self.model, shared)
         try:
-            # Merging with safety checks works on copies of the weights that change.
-            adapted: Any = PeftModel.from_pretrained(clone, str(folder))
-            adapted = adapted.merge_and_unload(safe_merge=True)
+            merged = merged_adapter(self.model, folder)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise ModelLoadError(
@@ -257,16 +273,21 @@ class TransformersLM(RequestSampler):
                 f"({type(error).__name__}: {reason}). An adapter fits the model that it was "
                 "trained on; check `base_model_name_or_path` in its adapter_config.json."
             ) from error
-        return TransformersLM(
-            adapted,
+        name = name or f"{self.name}+{Path(str(folder)).name}"
+        adapted_model = TransformersLM(
+            merged,
             tokenizer=self._tokenizer,
-            name=name or f"{self.name}+{Path(str(folder)).name}",
+            name=name,
             device=self.device,
             dtype=self.dtype,
             batch_size=self.batch_size,
             kv_bytes=self.kv_bytes,
             prefix_cache=self.prefix_cache,
         )
+        if self._recipe is not None and self._weights_version() == self._loaded:
+            adapters = (*self._recipe.adapters, (_from_anywhere(folder), name))
+            adapted_model._recipe = dataclasses.replace(self._recipe, adapters=adapters)
+        return adapted_model
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
@@ -318,9 +339,7 @@ class TransformersLM(RequestSampler):
         with timed(ledgers), self._lock, torch.inference_mode():
             computed = [0] * len(states)
             for i, logits, count in self._logits_after(sequences, firsts):
-                ids = torch.tensor(chunks[i].token_ids, dtype=torch.long, device=logits.device)
-                chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
-                found[i] = tuple((chosen - logits.logsumexp(-1)).tolist())
+                found[i] = tuple(_chosen(logits, chunks[i].token_ids))
                 computed[i] = count
         self._charge_passes(sequences, computed, ledgers)
         return found
@@ -400,11 +419,19 @@ class TransformersLM(RequestSampler):
             prefix_tokens: Tokens of the state's prompt and response, none of them cached.
             new_tokens: Length of each chunk sampled after it.
         """
+        switch = math.inf if self._switch is None else self._switch
         passes = 1
-        if self._network is None:
+        if self._network is None or prefix_tokens > switch:
             # Without a cache, samples that do not fit into one batch do not share their prefix.
-            passes = max(1, math.ceil(len(new_tokens) / self.batch_size))
-        return self._usage(prefix_tokens, passes * prefix_tokens, new_tokens)
+            passes = max(1, math.ceil(len(new_tokens) / self._plain_rows))
+        computed = passes * prefix_tokens
+        if self._network is None or prefix_tokens + max(new_tokens, default=0) > switch + 1:
+            computed += sum(self._repeated(prefix_tokens, new) for new in new_tokens)
+        if prefix_tokens <= switch:
+            # What crosses the switch is computed anew there, and judged as a whole.
+            lengths = [prefix_tokens + new for new in new_tokens]
+            computed += sum(2 * length for length in lengths if length > switch + 1)
+        return self._usage(prefix_tokens, computed, new_tokens)
 
     def _usage(self, prefix: int, computed: int, new_tokens: Sequence[int]) -> Usage:
         new = sum(new_tokens)
@@ -437,49 +464,6 @@ class TransformersLM(RequestSampler):
         ):
             ledger.charge(self._usage(len(sequence), count, []))
 
-    def _make_network(self) -> Network | None:
-        """The leanest network that computes what the model computes; None for hybrid models."""
-        makers: list[Any] = [lambda: ModuleNetwork(self.model)]
-        with torch.inference_mode():
-            if is_llama_like(self.model):
-                makers.insert(0, lambda: LlamaNetwork(self.model, self.model.dtype))
-                if self.dtype == torch.int8 and self.device.type == "cpu":
-                    # Its rounding is its own: what has to agree is the network around it.
-                    self._check(LlamaNetwork(self.model, self.model.dtype))
-                    return LlamaNetwork(self.model, torch.int8)
-            if self.dtype == torch.int8:
-                raise ValueError(
-                    f"dtype=torch.int8 is for Llama, Mistral, Qwen2 and Qwen3 models without "
-                    f"adapters, on a CPU; {type(self.model).__name__} is on {self.device}. Leave "
-                    "dtype out, or choose torch.bfloat16."
-                )
-            for make in makers:
-                try:
-                    network: Network = make()
-                    self._check(network)
-                except Exception as error:
-                    # Whatever a family does in its own way, the next one down may be right about.
-                    logger.info("%s runs without it: %s", self.name, error)
-                    continue
-                return network
-        return None
-
-    def _check(self, network: Network) -> None:
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None) or 0
-        count = _PROBE_TOKENS + (window if window <= _PROBE_WINDOW else 0)
-        generator = np.random.default_rng(0)
-        ids = generator.integers(0, self.vocab_size, min(count, self.context_length)).tolist()
-        expected = reference_logits(self.model, ids)
-        difference = float((stepwise_logits(network, ids) - expected).abs().max())
-        # "not" and "<=", so that NaN is a difference too.
-        if not difference <= _TOLERANCES[self.model.dtype] * max(1.0, float(expected.abs().max())):
-            warnings.warn(
-                f"{type(network).__name__} does not compute {type(self.model).__name__} (a logit "
-                f"differs by {difference:.3g}); a slower way is taken.",
-                stacklevel=2,
-            )
-            raise UnsupportedNetworkError(type(self.model).__name__)
-
     def _weights_version(self) -> tuple[tuple[int, int], ...]:
         return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
 
@@ -510,34 +494,79 @@ class TransformersLM(RequestSampler):
     def _run(self, queue: Sequence[Sampled]) -> list[int]:
         """Sample the queue; returns the prefix tokens computed for each request."""
         computed = [0] * (1 + max((chunk.request for chunk in queue), default=-1))
-        if not queue:
-            return computed
         self._refresh()
-        if self._network is None:
-            for part in _whole_requests(queue, self.batch_size):
-                batch = DynamicBatch(self.model, self.context_length)
-                decode(part, batch, len(part), self, computed)
+        switch = self._switch
+        if switch is None:
+            self._decode(queue, computed, self._network)
             return computed
-        longest = len(queue[0].sequence)
+        near = [chunk for chunk in queue if len(chunk.sequence) <= switch]
+        limits = [chunk.limit for chunk in near]
+        for chunk in near:
+            chunk.limit = min(chunk.limit, switch + 1 - len(chunk.sequence))
+        self._decode(near, computed, self._network)
+        for chunk, limit in zip(near, limits, strict=True):
+            chunk.limit = limit
+        crossing = [chunk for chunk in near if not is_done(chunk, self)]
+        far = [chunk for chunk in queue if chunk.tokens == []] + crossing
+        self._decode(far, computed, None)
+        # As `logprobs` gives them: a pass over the whole sequence, with its angles.
+        sequences = [chunk.sequence[:-1] for chunk in crossing]
+        firsts = [len(_prefix(chunk.state)) - 1 for chunk in crossing]
+        for i, logits, count in self._logits_after(sequences, firsts):
+            crossing[i].logprobs[:] = _chosen(logits, crossing[i].tokens)
+            computed[crossing[i].request] += count
+        return computed
+
+    def _decode(
+        self, queue: Sequence[Sampled], computed: list[int], network: Network | None
+    ) -> None:
+        """Sample chunks, over kept keys and values where a network is given."""
+        if not queue:
+            return
+        if network is None:
+            before = [(len(chunk.sequence), len(chunk.tokens)) for chunk in queue]
+            for part in _whole_requests(queue, self._plain_rows):
+                decode(part, plain_batch(self._engine, self.model), len(part), self, computed)
+            for chunk, (prefix, start) in zip(queue, before, strict=True):
+                computed[chunk.request] += self._repeated(prefix, len(chunk.tokens) - start)
+            return
+        longest = max(len(chunk.sequence) for chunk in queue)
         capacity = max(len(chunk.sequence) + chunk.limit for chunk in queue)
         # Room to go on without moving anything while rows come and go.
         capacity += capacity // 4 if len(queue) > self.batch_size else 0
         cached, rows = self._cached_batch(min(self.batch_size, len(queue)), longest, capacity)
         decode(queue, cached, rows, self, computed)
-        return computed
+
+    @property
+    def _plain_rows(self) -> int:
+        """Most rows side by side where no network is used."""
+        return 1 if self._engine.alone else self.batch_size
+
+    def _repeated(self, prefix: int, new: int) -> int:
+        """Tokens computed again for `new` tokens after a prefix, where nothing is kept of them."""
+        if self._engine.steps:
+            return 0
+        return sum(prefix + place - 1 for place in range(1, new))
 
     def _hidden(
         self, sequences: Sequence[Tokens], firsts: Sequence[int]
     ) -> Iterator[tuple[int, torch.Tensor, int]]:
         """Index, hidden states from place `firsts[i]` to the end, and tokens computed for it."""
-        if not sequences:
-            return
         self._refresh()
+        switch = math.inf if self._switch is None else self._switch
+        near = [i for i in range(len(sequences)) if len(sequences[i]) <= switch]
+        far = [i for i in range(len(sequences)) if len(sequences[i]) > switch]
         if self._network is None:
-            yield from self._hidden_without_cache(sequences, firsts)
-            return
+            yield from self._hidden_without_cache(near, sequences, firsts)
+        else:
+            yield from self._hidden_with_cache(near, sequences, firsts)
+        yield from self._hidden_without_cache(far, sequences, firsts)
+
+    def _hidden_with_cache(
+        self, indices: Sequence[int], sequences: Sequence[Tokens], firsts: Sequence[int]
+    ) -> Iterator[tuple[int, torch.Tensor, int]]:
         owners: dict[Tokens, list[int]] = {}
-        for i in sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), sequences[i])):
+        for i in sorted(indices, key=lambda i: (-len(sequences[i]), sequences[i])):
             owners.setdefault(sequences[i], []).append(i)
         unique = list(owners)
         while unique:
@@ -552,16 +581,14 @@ class TransformersLM(RequestSampler):
                     count = 0
 
     def _hidden_without_cache(
-        self, sequences: Sequence[Tokens], firsts: Sequence[int]
+        self, indices: Sequence[int], sequences: Sequence[Tokens], firsts: Sequence[int]
     ) -> Iterator[tuple[int, torch.Tensor, int]]:
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            inputs = padded_inputs([sequences[i] for i in part], self.device)
-            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-            for row, i in enumerate(part):
-                kept = len(sequences[i]) - firsts[i]
-                yield i, hidden[row, hidden.shape[1] - kept :], len(sequences[i])
+        order = sorted(indices, key=lambda i: len(sequences[i]))
+        for start in range(0, len(order), self._plain_rows):
+            part = order[start : start + self._plain_rows]
+            found = plain_hidden(self._engine.own, [sequences[i] for i in part], self.device)
+            for i, hidden in zip(part, found, strict=True):
+                yield i, hidden[firsts[i] :], len(sequences[i])
 
     def _logits_after(
         self, sequences: Sequence[Tokens], firsts: Sequence[int]
@@ -572,10 +599,7 @@ class TransformersLM(RequestSampler):
             yield i, torch.cat(logits), count
 
     def _to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._network is not None:
-            return self._network.logits(hidden)
-        head = self.model.get_output_embeddings()
-        return scaled_logits(head(hidden), self.model.config.get_text_config())
+        return (self._network or self._engine.own).logits(hidden)
 
     def _room(self, state: TextState) -> int:
         room = self.context_length - len(_prefix(state))
@@ -606,14 +630,24 @@ def _whole_requests(queue: Sequence[Sampled], size: int) -> Iterator[list[Sample
         yield part
 
 
+def _chosen(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities of one token a row."""
+    ids = torch.tensor(tokens, dtype=torch.long, device=logits.device)
+    chosen = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return [float(value) for value in chosen]
+
+
+def _attention_width(config: Any) -> int:
+    """What the heads of all layers have together."""
+    # Some families give each layer a config of its own.
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    width = 0
+    for layer in layers:
+        # The heads together are as wide as the model, unless the config gives their size.
+        size = getattr(layer, "head_dim", None)
+        width += layer.num_attention_heads * size if size else config.hidden_size
+    return width
+
+
 def _prefix(state: TextState) -> Tokens:
     return state.prompt_ids + state.response_ids
-
-
-def _check_cache(model: Any) -> None:
-    """Refuse models whose state is no key-value cache; they would go on without any memory."""
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise ModelLoadError(
-            f"{type(model).__name__} keeps no key-value cache, so its prefixes cannot be shared "
-            "among samples. Use a model with attention, such as Llama, Qwen, Gemma or GPT-2."
-        )

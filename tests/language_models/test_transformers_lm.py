@@ -526,11 +526,11 @@ class TestLoading:
 
     def test_models_without_a_cache_of_keys_and_values(self, tmp_path, tokenizer):
         """They would ignore the cache and go on from the last token alone."""
-        config = transformers.MambaConfig(
-            vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, state_size=4
+        config = transformers.RwkvConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16
         )
         save_model(tmp_path, config, tokenizer)
-        with pytest.raises(ModelLoadError, match="MambaForCausalLM keeps no key-value cache"):
+        with pytest.raises(ModelLoadError, match="RwkvForCausalLM keeps no key-value cache"):
             TransformersLM(tmp_path)
 
     def test_copies_share_the_engine(self, tiny):

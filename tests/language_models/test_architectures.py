@@ -1,0 +1,123 @@
+"""Every causal family of transformers is computed as transformers computes it, or refused."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+import transformers
+
+from mbrl_text_env.language_models import TransformersLM
+from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
+from mbrl_text_env.types import Prompt, TextState
+from tests.language_models.architectures import FAMILIES, largest_error, tiny_model
+
+# One of each way, and of each thing that families do in their own way.
+EXPECTED = {
+    "cohere2": "prefix cache",  # a scale of the logits
+    "gemma2": "prefix cache",  # soft caps, windows
+    "gpt_oss": "prefix cache",  # attention sinks, experts
+    "granite": "prefix cache",  # multipliers everywhere
+    "mixtral": "prefix cache",
+    "modernbert-decoder": "prefix cache",  # a layer before the output layer
+    "bloom": "no prefix cache",  # positions by the mask alone
+    "falcon_h1": "no prefix cache",  # recurrent layers beside attention
+    "llama4_text": "no prefix cache",  # attention in chunks
+    "bart": "no prefix cache, one sequence at a time",  # positions by the column
+}
+# What is large for its size, or takes seconds to be built, is left to the whole sweep.
+REFUSED = {"rwkv": "keeps no key-value cache", "cpmant": "no causal language model"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_it_agrees_with_transformers(family, tokenizer):
+    way, error = largest_error(tiny_model(family), tokenizer)
+    assert error < 1e-3
+    assert way == EXPECTED[family]
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_it_is_refused(family, tokenizer):
+    with pytest.raises(ModelLoadError, match=REFUSED[family]):
+        largest_error(tiny_model(family), tokenizer)
+
+
+def test_an_encoder_is_refused(tokenizer):
+    """It sees what follows, so its logits are no predictions."""
+    config = transformers.BertConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ModelLoadError, match="is_decoder=True"):
+        largest_error(model, tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_agrees_or_is_refused(family, tokenizer):
+    try:
+        model = tiny_model(family)
+    except ValueError as error:
+        pytest.skip(f"could not be made tiny: {error}")
+    try:
+        _, error = largest_error(model, tokenizer)
+    except ModelLoadError as refusal:
+        pytest.skip(f"refused: {refusal}")
+    assert error < 1e-3
+
+
+def longrope(limit: int = 64):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
+    config = transformers.Phi3Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=2,
+        sliding_window=None,
+        original_max_position_embeddings=limit,
+        rope_parameters={**rope, "original_max_position_embeddings": limit},
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("limit", [14, 24])
+def test_longrope_across_its_original_length(limit, tokenizer):
+    """Prefixes of 5, 12 and 21 tokens with 6 more: below the limit, across it and beyond it."""
+    _, error = largest_error(longrope(limit), tokenizer)
+    assert error < 1e-3
+
+
+def test_a_module_in_memory_cannot_be_pickled(tokenizer):
+    lm = TransformersLM(longrope(), tokenizer=tokenizer)
+    with pytest.raises(pickle.PicklingError, match="save_pretrained"):
+        pickle.dumps(lm)
+
+
+def test_a_folder_is_pickled_as_its_recipe(model_folder):
+    lm = TransformersLM(model_folder("llama"), batch_size=3)
+    again = pickle.loads(pickle.dumps(lm))  # noqa: S301 - made here
+    state = TextState(Prompt("p", "x"), (5, 6, 7))
+    assert again.batch_size == 3
+    assert again.sample([state], 2, 4, seeds=[0]) == lm.sample([state], 2, 4, seeds=[0])
