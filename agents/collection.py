@@ -15,6 +15,7 @@ from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.records import Record, RecordsError, RecordWriter
+from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
@@ -78,7 +79,7 @@ def collect(
         max_response_tokens=max_response_tokens,
         batch_prompts=batch_prompts,
     )
-    prompts = as_prompts(prompts)
+    prompts, reward_model = as_prompts(prompts), as_reward_model(reward_model)
     if not prompts:
         raise ValueError("collect: expected at least one prompt, got none.")
     agent = BestOfN(
@@ -91,7 +92,7 @@ def collect(
     writer.go_on(
         collection_run(
             language_model,
-            agent.reward_model,
+            reward_model,
             max_response_tokens=max_response_tokens,
             seed=seed,
             params=params,
