@@ -87,6 +87,9 @@ def test_where_they_do_not_apply():
         score_responses(reward, [unreadable], [r"\boxed{1}"])
 
 
+@pytest.mark.skipif(
+    not hasattr(rewards, "get_repetition_penalty_reward"), reason="TRL is too old for it"
+)
 def test_a_comparison(tmp_path):
     reward = as_reward_model(rewards.get_repetition_penalty_reward(ngram_size=1), encode=list)
     prompts = [Prompt.from_text("ab" * (i + 1), id=f"p{i}") for i in range(4)]
