@@ -117,7 +117,8 @@ json_values = st.recursive(
     max_leaves=5,
 )
 amounts = st.dictionaries(unicode_text.filter(lambda name: name != "total"), numbers, max_size=3)
-messages = st.lists(st.builds(Message, unicode_text, visible_text), min_size=1, max_size=3)
+roles = st.sampled_from(["system", "user", "assistant", "tool", "my role-2.0"])
+messages = st.lists(st.builds(Message, roles, visible_text), min_size=1, max_size=3)
 prompts = st.builds(
     Prompt,
     unicode_text.filter(bool),

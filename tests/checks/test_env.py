@@ -14,7 +14,7 @@ from mbrl_text_env.candidates import CandidateChunks
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.mdp import InvalidChunkError, is_terminal
 from mbrl_text_env.spaces import ChunkSpace
-from mbrl_text_env.types import Message, Prompt
+from mbrl_text_env.types import Prompt
 from mbrl_text_env.wrappers import KLPenalty, PotentialShaping
 from tests.checks.common import CANDIDATES, LM, TEXT, broken
 from tests.toys import PROMPTS, CountReward, FixedValue, LetterEncoder, StepReward, toy_options
@@ -281,9 +281,13 @@ class LambdaInState(TextGenerationEnv):
         super().__init__(**{**options, "prompts": [prompt]})
 
 
-class ListInState(TextGenerationEnv):
+class UnhashablePrompt(Prompt):
+    __hash__ = None
+
+
+class UnhashableState(TextGenerationEnv):
     def __init__(self, **options):
-        super().__init__(**{**options, "prompts": [Prompt("ab", [Message("user", "ab")])]})
+        super().__init__(**{**options, "prompts": [UnhashablePrompt("ab", "ab")]})
 
 
 @pytest.mark.parametrize(
@@ -314,7 +318,7 @@ class ListInState(TextGenerationEnv):
         broken(HidesItsActions, "action_space of the text environment"),
         broken(UnlimitedChunks, "expected that an empty chunk is no element"),
         broken(LambdaInState, "a state that can be pickled"),
-        broken(ListInState, "a state that can be hashed"),
+        broken(UnhashableState, "a state that can be hashed"),
     ],
 )
 def test_broken_environments_fail(cls, match):

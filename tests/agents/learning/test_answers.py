@@ -48,7 +48,10 @@ def test_plain_samples_are_those_of_collect(tmp_path):
             seed=5,
         )  # fmt: skip
     theirs = read_records(tmp_path / "b")
-    assert [replace(r, usage={}) for r in mine] == [replace(r, usage={}) for r in theirs]
+    assert [r.sample for r in theirs] == [*range(3)] * len(TRAIN)
+    assert [replace(r, usage={}) for r in mine] == [
+        replace(r, usage={}, sample=None) for r in theirs
+    ]
 
 
 @pytest.mark.parametrize("agent", [sampling(), best_of()])

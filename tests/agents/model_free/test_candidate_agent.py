@@ -41,12 +41,12 @@ def test_it_acts_in_the_candidate_view_as_it_does_alone():
         reward_model=reward(), encoder=None, prefix_rewards=True, **options,
     )  # fmt: skip
     observation, _ = env.reset(seed=0)
-    score = None
-    while score is None:
+    has_ended = False
+    while not has_ended:
         [action] = greedy().choose(observation[None])
-        observation, *_, info = env.step(int(action))
-        score = info.get("score")
-    assert score > 0.5
+        observation, _, terminated, truncated, info = env.step(int(action))
+        has_ended = terminated or truncated
+    assert info["score"] > 0.5
 
 
 @settings(deadline=None, max_examples=40)

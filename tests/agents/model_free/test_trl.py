@@ -186,18 +186,20 @@ class TestStopped:
         for one, other in zip(got.curve, expected.curve, strict=True):
             assert one.reward == pytest.approx(other.reward)
 
-    def test_a_kill(self, whole, tmp_path):
+    def test_a_kill(self, whole, tmp_path, monkeypatch):
         """An error in the fourth step; the step before it is the last one saved but one."""
+        own_score = CountReward.score
 
-        class Failing(CountReward):
-            def score(self, prompts, responses):
-                if len(self.calls) == 3:
-                    raise OSError("the server is gone")
-                return super().score(prompts, responses)
+        def failing(self, prompts, responses):
+            if len(self.calls) == 3:
+                raise OSError("the server is gone")
+            return own_score(self, prompts, responses)
 
         train = whole[0]
-        with pytest.raises(RewardError, match="the server is gone"):
-            train(tiny_lm(), Failing("e"), PROMPTS, tmp_path / "a", self.SETTINGS)
+        with monkeypatch.context() as patch:
+            patch.setattr(CountReward, "score", failing)
+            with pytest.raises(RewardError, match="the server is gone"):
+                train(tiny_lm(), CountReward("e"), PROMPTS, tmp_path / "a", self.SETTINGS)
         assert not (tmp_path / "a").exists()
         reward = CountReward("e")
         report = train(tiny_lm(), reward, PROMPTS, tmp_path / "a", self.SETTINGS)
