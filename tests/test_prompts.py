@@ -274,7 +274,7 @@ def test_values_that_are_not_json_are_left_out(tmp_path, dataset_folder):
 
 def test_the_reason_why_a_dataset_does_not_load_is_told(dataset_folder):
     text_file(Path(dataset_folder) / "train.jsonl", "{")
-    with pytest.raises(PromptError, match="JSON"):
+    with pytest.raises(PromptError, match=r"JSON|Expected object"):
         hub_prompts(dataset_folder)
 
 

@@ -167,7 +167,8 @@ class TransformersLM(RequestSampler):
         # int8 products are made from the weights in the format that they came in.
         stored: Any = "auto" if dtype == torch.int8 else dtype
         loaded: Any = load(AutoModelForCausalLM, model, dtype=stored) if named else model
-        loaded = loaded.get_base_model() if hasattr(loaded, "peft_config") else loaded
+        # Older releases of PEFT leave their `peft_config` on the base model too.
+        loaded = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded
         self.model = loaded.to(self.device)
         if dtype != torch.int8:
             self.model = self.model.to(dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 import numpy as np
@@ -89,7 +89,7 @@ class Scores:
         return {name: float(values[index]) for name, values in self.parts.items()}
 
 
-class Aggregation(str, Enum):
+class Aggregation(StrEnum):
     """How the scores of a response's steps make one score; search and reports share it.
 
     Example:

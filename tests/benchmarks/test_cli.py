@@ -26,7 +26,7 @@ def test_collect_fit_compare(tmp_path):
     assert "2 responses to 1 prompts added" in result.output.replace("\n", " ")
     result = run("collect", "--out", records, "--reward", "relevance", "--num-prompts", 4, *SMALL)
     assert result.exit_code == 2
-    assert "scored by ['sentiment']" in result.output.replace("\n", " ")
+    assert "sentiment there, relevance here" in " ".join(result.output.split())
     result = run("fit", "--records", records, "--out", value, "--kind", "embedding")
     assert result.exit_code == 0, result.output
     assert "correlation within a prompt" in result.output

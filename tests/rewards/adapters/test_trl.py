@@ -39,21 +39,23 @@ FUNCTIONS = {
             r"<think>\boxed{\frac{2}{3}}</think> \boxed{1}": 0.0,
         },
     ),
-    # Two of four words are half of the cosine: midway between 0.5 and 1, and their opposites.
-    "get_cosine_scaled_reward": (
-        rewards.get_cosine_scaled_reward(max_len=4),
-        {r"is \boxed{\frac{2}{3}}": 0.75, r"is \boxed{1}": -0.75},
-    ),
-    "get_repetition_penalty_reward": (
-        rewards.get_repetition_penalty_reward(ngram_size=2),
-        {"a b c d": 0.0, "a a a a a": -0.75},
-    ),
     # 4 words are free of punishment, 10 are too long; 7 stand midway.
     "get_soft_overlong_punishment": (
         rewards.get_soft_overlong_punishment(max_completion_len=10, soft_punish_cache=6),
         {"a a a a": 0.0, "a a a a a a a": -0.5},
     ),
 }
+if hasattr(rewards, "get_cosine_scaled_reward"):  # younger than the oldest TRL that is taken
+    # Two of four words are half of the cosine: midway between 0.5 and 1, and their opposites.
+    FUNCTIONS["get_cosine_scaled_reward"] = (
+        rewards.get_cosine_scaled_reward(max_len=4),
+        {r"is \boxed{\frac{2}{3}}": 0.75, r"is \boxed{1}": -0.75},
+    )
+if hasattr(rewards, "get_repetition_penalty_reward"):
+    FUNCTIONS["get_repetition_penalty_reward"] = (
+        rewards.get_repetition_penalty_reward(ngram_size=2),
+        {"a b c d": 0.0, "a a a a a": -0.75},
+    )
 
 
 def test_the_table_has_all_of_them():
@@ -85,6 +87,9 @@ def test_where_they_do_not_apply():
         score_responses(reward, [unreadable], [r"\boxed{1}"])
 
 
+@pytest.mark.skipif(
+    not hasattr(rewards, "get_repetition_penalty_reward"), reason="TRL is too old for it"
+)
 def test_a_comparison(tmp_path):
     reward = as_reward_model(rewards.get_repetition_penalty_reward(ngram_size=1), encode=list)
     prompts = [Prompt.from_text("ab" * (i + 1), id=f"p{i}") for i in range(4)]

@@ -1,0 +1,63 @@
+"""What the metadata promises is what is tested, and the source distribution can test itself."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def lower_bounds(requirements):
+    found = [re.match(r"([\w-]+)>=([\w.]+)", requirement) for requirement in requirements]
+    return {match[1].lower(): match[2] for match in found if match}
+
+
+def release(version):
+    """A version as numbers, without the zeros at its end: 1.26 and 1.26.0 are one release."""
+    return re.sub(r"(\.0)+$", "", version)
+
+
+def test_the_oldest_releases_are_the_lower_bounds():
+    extras = PROJECT["optional-dependencies"]
+    short = [r for name, rows in extras.items() if name != "test" for r in rows]
+    promised = lower_bounds([*PROJECT["dependencies"], *short])
+    pinned = dict(
+        line.lower().split("==")
+        for line in (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    )
+    assert {name: release(v) for name, v in promised.items()} == {
+        name.removeprefix(" "): release(v) for name, v in pinned.items()
+    }
+
+
+def test_every_requirement_has_a_lower_bound():
+    for requirement in PROJECT["dependencies"]:
+        assert ">=" in requirement, requirement
+
+
+def test_the_metadata_has_the_projects_addresses():
+    assert {"Repository", "Documentation", "Changelog", "Issues"} <= set(PROJECT["urls"])
+
+
+def test_the_source_distribution_holds_what_its_tests_need(tmp_path):
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=ignored)
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+    needed = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "constraints.txt"]
+    needed += ["constraints-oldest.txt", "pyproject.toml", "setup.cfg", "tests/short.txt"]
+    for folder in ("tests", "docs", "mbrl_text_env", "agents", "benchmarks"):
+        paths = (path for path in (source / folder).rglob("*") if path.is_file())
+        needed += [path.relative_to(source).as_posix() for path in paths]
+    assert set(needed) <= held, sorted(set(needed) - held)
