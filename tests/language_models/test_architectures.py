@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
 import transformers
@@ -110,17 +108,3 @@ def test_longrope_across_its_original_length(limit, tokenizer):
     """Prefixes of 5, 12 and 21 tokens with 6 more: below the limit, across it and beyond it."""
     _, error = largest_error(longrope(limit), tokenizer)
     assert error < 1e-3
-
-
-def test_a_module_in_memory_cannot_be_pickled(tokenizer):
-    lm = TransformersLM(longrope(), tokenizer=tokenizer)
-    with pytest.raises(pickle.PicklingError, match="save_pretrained"):
-        pickle.dumps(lm)
-
-
-def test_a_folder_is_pickled_as_its_recipe(model_folder):
-    lm = TransformersLM(model_folder("llama"), batch_size=3)
-    again = pickle.loads(pickle.dumps(lm))  # noqa: S301 - made here
-    state = TextState(Prompt("p", "x"), (5, 6, 7))
-    assert again.batch_size == 3
-    assert again.sample([state], 2, 4, seeds=[0]) == lm.sample([state], 2, 4, seeds=[0])
