@@ -6,9 +6,7 @@ import pytest
 import torch
 import transformers
 
-from mbrl_text_env.language_models import TransformersLM
 from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
-from mbrl_text_env.types import Prompt, TextState
 from tests.language_models.architectures import FAMILIES, largest_error, tiny_model
 from tests.language_models.sweep import FAILED, NOT_TINY, REFUSED, WRONG, in_a_process, page
 
