@@ -170,6 +170,14 @@ class _Trial:
             tuple(row[: length + _STEPS].tolist()) for row, length in zip(ids, lengths, strict=True)
         ]
         self._expected = [self._reference(sequence) for sequence in self._sequences]
+        width = self._expected[0].shape[-1]
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+        if weight is not None and len(weight) < width:
+            raise ModelLoadError(
+                f"{type(model).__name__} gives {width} logits, but its input embedding has "
+                f"{len(weight)} rows, so it may draw tokens that it cannot read. Check vocab_size "
+                "and the sizes of its embeddings in its config."
+            )
         prefix = self._reference(self._sequences[0][:-_STEPS])
         if not self._near(self._expected[0][: len(prefix)], prefix):
             raise ModelLoadError(
