@@ -102,7 +102,8 @@ class TransformersLM(RequestSampler):
 
     Raises:
         ModelLoadError: Nothing could be loaded from the name or folder, or the model keeps no
-            key-value cache (RWKV, Mamba and other purely recurrent ones; hybrids are fine).
+            key-value cache (RWKV and, before transformers 5.24, Mamba; hybrids are fine), or no
+            way of computing it is right.
         ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
             or int8 is asked for where it is not offered.
 
