@@ -102,8 +102,7 @@ class TransformersLM(RequestSampler):
 
     Raises:
         ModelLoadError: Nothing could be loaded from the name or folder, or the model keeps no
-            key-value cache (RWKV and, before transformers 5.24, Mamba; hybrids are fine), or no
-            way of computing it is right.
+            key-value cache (RWKV; Mamba before transformers 5.24), or is computed rightly in no way.
         ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
             or int8 is asked for where it is not offered.
 
@@ -318,8 +317,7 @@ class TransformersLM(RequestSampler):
     ) -> list[tuple[float, ...]]:
         """Log-probabilities of given chunks; see `LanguageModel.logprobs`.
 
-        They are those of the model's own forward pass over the state and the chunk. For longrope
-        models this pass may turn positions by other angles than a pass over the state alone.
+        They are those of the model's own forward pass over state and chunk together.
         """
         check_unfinished(states)
         if len(chunks) != len(states):
@@ -571,8 +569,7 @@ class TransformersLM(RequestSampler):
     def _judging(self, prefix: Tokens, tokens: Sequence[int]) -> Tokens:
         """What a pass goes over to judge tokens after a prefix.
 
-        Nothing is asked of what follows the last one, so that it can be left out; but not where it
-        is the one that takes a longrope model across its switch, and all angles with it.
+        The last one is left out, unless it takes a longrope model across its switch.
         """
         crosses = len(prefix) + len(tokens) - 1 == self._switch
         return (*prefix, *(tokens if crosses else tokens[:-1]))
