@@ -102,7 +102,7 @@ class TransformersLM(RequestSampler):
 
     Raises:
         ModelLoadError: Nothing could be loaded from the name or folder, or the model keeps no
-            key-value cache (RWKV; Mamba before transformers 5.24), or is computed rightly in no way.
+            key-value cache (RWKV; Mamba before transformers 5.24), or no way is right.
         ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
             or int8 is asked for where it is not offered.
 
