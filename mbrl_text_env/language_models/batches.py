@@ -332,7 +332,7 @@ def plain_hidden(
     own: OwnPasses, sequences: Sequence[Tokens], device: torch.device
 ) -> list[torch.Tensor]:
     """Hidden states [tokens, hidden_size] of each sequence, in one pass without any cache."""
-    hidden = own.hidden(**padded_inputs(sequences, device))
+    hidden = own.hidden(None, **padded_inputs(sequences, device))
     return [row[len(row) - len(s) :] for row, s in zip(hidden, sequences, strict=True)]
 
 

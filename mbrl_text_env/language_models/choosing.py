@@ -170,6 +170,14 @@ class _Trial:
             tuple(row[: length + _STEPS].tolist()) for row, length in zip(ids, lengths, strict=True)
         ]
         self._expected = [self._reference(sequence) for sequence in self._sequences]
+        width = self._expected[0].shape[-1]
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+        if weight is not None and len(weight) < width:
+            raise ModelLoadError(
+                f"{type(model).__name__} gives {width} logits, but its input embedding has "
+                f"{len(weight)} rows, so it may draw tokens that it cannot read. Check vocab_size "
+                "and the sizes of its embeddings in its config."
+            )
         prefix = self._reference(self._sequences[0][:-_STEPS])
         if not self._near(self._expected[0][: len(prefix)], prefix):
             raise ModelLoadError(
@@ -264,5 +272,6 @@ class _Trial:
                 self._compare(self._own.logits(hidden), self._expected[i], "A padded batch")
 
     def _groups(self, alone: bool) -> Iterator[Sequence[int]]:
-        everything = range(len(self._sequences))
-        yield from ([i] for i in everything) if alone else [list(everything)]
+        everything = list(range(len(self._sequences)))
+        # The first and the last are of one length: without padding, models find positions alone.
+        yield from ([i] for i in everything) if alone else [everything, [0, everything[-1]]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -155,6 +155,25 @@ def _draw(active: Sequence[Sampled], logits: torch.Tensor, scratch: torch.Tensor
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             active[row].tokens.append(token)
             active[row].logprobs.append(logprob)
+
+
+def whole_requests(queue: Sequence[Sampled], size: int) -> Iterator[list[Sampled]]:
+    """Batches in which each request is as little divided as possible."""
+    part: list[Sampled] = []
+    groups: dict[int, list[Sampled]] = {}
+    for chunk in queue:
+        groups.setdefault(chunk.request, []).append(chunk)
+    for group in groups.values():
+        if part and len(part) + len(group) > size:
+            yield part
+            part = []
+        for start in range(0, len(group), size):
+            if part and len(part) + len(group[start : start + size]) > size:
+                yield part
+                part = []
+            part = part + group[start : start + size]
+    if part:
+        yield part
 
 
 def is_done(chunk: Sampled, tokenizer: Tokenizer) -> bool:

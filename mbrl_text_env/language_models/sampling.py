@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mbrl_text_env.language_models.base import SamplingParams
@@ -110,3 +112,11 @@ def _inverse(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 def _first_above(cumulative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     places = torch.searchsorted(cumulative, targets, right=True)
     return places.clamp(max=cumulative.shape[-1] - 1)
+
+
+def chosen_logprobs(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities of one token a row; rows that follow the last are left out."""
+    ids = torch.tensor(tokens, dtype=torch.long, device=logits.device)
+    logits = logits[: len(tokens)]
+    chosen = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return [float(value) for value in chosen]

@@ -13,7 +13,6 @@ import math
 import pickle
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,15 @@ from mbrl_text_env.language_models.base import (
 )
 from mbrl_text_env.language_models.batches import CachedBatch, kv_rows, plain_hidden
 from mbrl_text_env.language_models.choosing import choose_engine, plain_batch
-from mbrl_text_env.language_models.decoding import Sampled, decode, finished, is_done, waiting
+from mbrl_text_env.language_models.decoding import (
+    Sampled,
+    decode,
+    finished,
+    is_done,
+    waiting,
+    whole_requests,
+)
+from mbrl_text_env.language_models.flops import attention_width, pass_usage
 from mbrl_text_env.language_models.hf_tokenizer import (
     HFTokenizer,
     ModelLoadError,
@@ -47,7 +54,8 @@ from mbrl_text_env.language_models.hf_tokenizer import (
 from mbrl_text_env.language_models.kv import KVBatch, Span
 from mbrl_text_env.language_models.networks import LlamaNetwork, Network, length_switch
 from mbrl_text_env.language_models.prefix_cache import CacheStats, PrefixCache, Tokens
-from mbrl_text_env.language_models.sampling import top_tokens
+from mbrl_text_env.language_models.recipe import Recipe, from_anywhere
+from mbrl_text_env.language_models.sampling import chosen_logprobs, top_tokens
 from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.types import Chunk, Prompt, TextState
 
@@ -58,32 +66,11 @@ if TYPE_CHECKING:
 _LOGIT_ROWS = 256
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """What makes a language model again.
-
-    Args:
-        model: Name or folder.
-        options: Of the constructor.
-        adapters: Folder and name of each adapter, in the order in which they were added.
-    """
-
-    model: Any
-    options: dict[str, Any]
-    adapters: tuple[tuple[Any, str], ...] = ()
-
-
-def _restore(recipe: _Recipe) -> TransformersLM:
+def _restore(recipe: Recipe) -> TransformersLM:
     lm = TransformersLM(recipe.model, **recipe.options)
     for folder, name in recipe.adapters:
         lm = lm.with_adapter(folder, name)
     return lm
-
-
-def _from_anywhere(source: Any) -> Any:
-    """A folder by a path that holds in every working directory; a name on the Hub as it is."""
-    is_path = isinstance(source, (str, Path))
-    return str(Path(source).resolve()) if is_path and Path(source).exists() else source
 
 
 class TransformersLM(RequestSampler):
@@ -115,7 +102,7 @@ class TransformersLM(RequestSampler):
 
     Raises:
         ModelLoadError: Nothing could be loaded from the name or folder, or the model keeps no
-            key-value cache (RWKV, Mamba and other purely recurrent ones; hybrids are fine).
+            key-value cache (RWKV; Mamba before transformers 5.24), or no way is right.
         ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
             or int8 is asked for where it is not offered.
 
@@ -141,13 +128,13 @@ class TransformersLM(RequestSampler):
                 raise ValueError(f"{option}: expected at least 1, got {value}.")
         named = isinstance(model, (str, Path))
         # What makes this model again in another process.
-        self._recipe: _Recipe | None = None
+        self._recipe: Recipe | None = None
         if named:
             options = {"name": name, "device": device, "dtype": dtype, "batch_size": batch_size}
             options |= {"kv_bytes": kv_bytes, "prefix_cache": prefix_cache}
-            source = _from_anywhere(model)
-            kept = tokenizer if tokenizer is None else _from_anywhere(tokenizer)
-            self._recipe = _Recipe(source, {**options, "tokenizer": kept})
+            source = from_anywhere(model)
+            kept = tokenizer if tokenizer is None else from_anywhere(tokenizer)
+            self._recipe = Recipe(source, {**options, "tokenizer": kept})
         if tokenizer is None:
             if not named:
                 raise ValueError(
@@ -188,7 +175,7 @@ class TransformersLM(RequestSampler):
         # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
         lookup = 0 if is_tied(self.model) else self.vocab_size * config.hidden_size
         self.num_parameters: int = self.model.num_parameters() - lookup
-        self._attention_width = _attention_width(config)
+        self._attention_width = attention_width(config)
         self._lock = threading.RLock()
         self._cache: PrefixCache[Span] = PrefixCache(kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
@@ -286,7 +273,7 @@ class TransformersLM(RequestSampler):
             prefix_cache=self.prefix_cache,
         )
         if self._recipe is not None and self._weights_version() == self._loaded:
-            adapters = (*self._recipe.adapters, (_from_anywhere(folder), name))
+            adapters = (*self._recipe.adapters, (from_anywhere(folder), name))
             adapted_model._recipe = dataclasses.replace(self._recipe, adapters=adapters)
         return adapted_model
 
@@ -319,7 +306,7 @@ class TransformersLM(RequestSampler):
             requests, chunks, computed, ledgers or (), strict=ledgers is not None
         ):
             prefix = len(_prefix(request.state))
-            ledger.charge(self._usage(prefix, count, [len(chunk) for chunk in row]))
+            ledger.charge(self._usage(prefix, count, [len(c) for c in row]))
         return chunks
 
     def logprobs(
@@ -329,18 +316,21 @@ class TransformersLM(RequestSampler):
         *,
         ledgers: Sequence[Ledger] | None = None,
     ) -> list[tuple[float, ...]]:
-        """Log-probabilities of given chunks; see `LanguageModel.logprobs`."""
+        """Log-probabilities of given chunks; see `LanguageModel.logprobs`.
+
+        They are those of the model's own forward pass over state and chunk together.
+        """
         check_unfinished(states)
         if len(chunks) != len(states):
             raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
-        # The last token is judged, but nothing is asked of what follows it.
-        sequences = [_prefix(s) + c.token_ids[:-1] for s, c in zip(states, chunks, strict=True)]
+        pairs = zip(states, chunks, strict=True)
+        sequences = [self._judging(_prefix(s), c.token_ids) for s, c in pairs]
         firsts = [len(_prefix(state)) - 1 for state in states]
         found: list[tuple[float, ...]] = [()] * len(states)
         with timed(ledgers), self._lock, torch.inference_mode():
             computed = [0] * len(states)
             for i, logits, count in self._logits_after(sequences, firsts):
-                found[i] = tuple(_chosen(logits, chunks[i].token_ids))
+                found[i] = tuple(chosen_logprobs(logits, chunks[i].token_ids))
                 computed[i] = count
         self._charge_passes(sequences, computed, ledgers)
         return found
@@ -359,12 +349,13 @@ class TransformersLM(RequestSampler):
             float32[len(chunks[i]), V] for each state, V numbers a token: mind the memory.
         """
         check_unfinished(states)
-        sequences = [_prefix(s) + c.token_ids[:-1] for s, c in zip(states, chunks, strict=True)]
+        pairs = zip(states, chunks, strict=True)
+        sequences = [self._judging(_prefix(s), c.token_ids) for s, c in pairs]
         firsts = [len(_prefix(state)) - 1 for state in states]
         found: list[torch.Tensor] = [torch.empty(0)] * len(states)
         with self._lock:
             for i, logits, _ in self._logits_after(sequences, firsts):
-                found[i] = logits.log_softmax(-1)
+                found[i] = logits[: len(chunks[i])].log_softmax(-1)
         return found
 
     def next_tokens(
@@ -429,30 +420,14 @@ class TransformersLM(RequestSampler):
         if self._network is None or prefix_tokens + max(new_tokens, default=0) > switch + 1:
             computed += sum(self._repeated(prefix_tokens, new) for new in new_tokens)
         if prefix_tokens <= switch:
-            # What crosses the switch is computed anew there, and judged as a whole.
+            # What crosses the switch is judged as a whole, and computed anew there if it goes on.
             lengths = [prefix_tokens + new for new in new_tokens]
-            computed += sum(2 * length for length in lengths if length > switch + 1)
+            computed += sum(length for length in lengths if length > switch)
+            computed += sum(length for length in lengths if length > switch + 1)
         return self._usage(prefix_tokens, computed, new_tokens)
 
     def _usage(self, prefix: int, computed: int, new_tokens: Sequence[int]) -> Usage:
-        new = sum(new_tokens)
-        # Scores and weighted values: 2 x 2 x context x width for each layer and token. The prefix's
-        # last tokens are the ones that are computed; a token attends to those before it.
-        if computed <= prefix:
-            attended = (prefix**2 - (prefix - computed) ** 2) / 2
-        else:
-            attended = computed * prefix / 2
-        attended += sum(n * prefix + n * n / 2 for n in new_tokens)
-        flops = (
-            2.0 * self.num_parameters * (computed + new) + 4.0 * self._attention_width * attended
-        )
-        return Usage(
-            prompt_tokens=computed,
-            cached_tokens=max(0, prefix - computed),
-            generated_tokens=new,
-            lm_calls=1,
-            lm_flops=flops,
-        )
+        return pass_usage(prefix, computed, new_tokens, self.num_parameters, self._attention_width)
 
     def _charge_passes(
         self,
@@ -507,14 +482,15 @@ class TransformersLM(RequestSampler):
         self._decode(near, computed, self._network)
         for chunk, limit in zip(near, limits, strict=True):
             chunk.limit = limit
-        crossing = [chunk for chunk in near if not is_done(chunk, self)]
-        far = [chunk for chunk in queue if chunk.tokens == []] + crossing
+        going_on = [chunk for chunk in near if not is_done(chunk, self)]
+        far = [chunk for chunk in queue if chunk.tokens == []] + going_on
         self._decode(far, computed, None)
         # As `logprobs` gives them: a pass over the whole sequence, with its angles.
-        sequences = [chunk.sequence[:-1] for chunk in crossing]
+        crossing = [chunk for chunk in near if len(chunk.sequence) > switch]
+        sequences = [self._judging(_prefix(chunk.state), chunk.tokens) for chunk in crossing]
         firsts = [len(_prefix(chunk.state)) - 1 for chunk in crossing]
         for i, logits, count in self._logits_after(sequences, firsts):
-            crossing[i].logprobs[:] = _chosen(logits, crossing[i].tokens)
+            crossing[i].logprobs[:] = chosen_logprobs(logits, crossing[i].tokens)
             computed[crossing[i].request] += count
         return computed
 
@@ -526,7 +502,7 @@ class TransformersLM(RequestSampler):
             return
         if network is None:
             before = [(len(chunk.sequence), len(chunk.tokens)) for chunk in queue]
-            for part in _whole_requests(queue, self._plain_rows):
+            for part in whole_requests(queue, self._plain_rows):
                 decode(part, plain_batch(self._engine, self.model), len(part), self, computed)
             for chunk, (prefix, start) in zip(queue, before, strict=True):
                 computed[chunk.request] += self._repeated(prefix, len(chunk.tokens) - start)
@@ -591,6 +567,14 @@ class TransformersLM(RequestSampler):
             for i, hidden in zip(part, found, strict=True):
                 yield i, hidden[firsts[i] :], len(sequences[i])
 
+    def _judging(self, prefix: Tokens, tokens: Sequence[int]) -> Tokens:
+        """What a pass goes over to judge tokens after a prefix.
+
+        The last one is left out, unless it takes a longrope model across its switch.
+        """
+        crosses = len(prefix) + len(tokens) - 1 == self._switch
+        return (*prefix, *(tokens if crosses else tokens[:-1]))
+
     def _logits_after(
         self, sequences: Sequence[Tokens], firsts: Sequence[int]
     ) -> Iterator[tuple[int, torch.Tensor, int]]:
@@ -610,44 +594,6 @@ class TransformersLM(RequestSampler):
                 f"tokens and fill the model's context of {self.context_length}."
             )
         return room
-
-
-def _whole_requests(queue: Sequence[Sampled], size: int) -> Iterator[list[Sampled]]:
-    """Batches in which each request is as little divided as possible."""
-    part: list[Sampled] = []
-    groups: dict[int, list[Sampled]] = {}
-    for chunk in queue:
-        groups.setdefault(chunk.request, []).append(chunk)
-    for group in groups.values():
-        if part and len(part) + len(group) > size:
-            yield part
-            part = []
-        for start in range(0, len(group), size):
-            if part and len(part) + len(group[start : start + size]) > size:
-                yield part
-                part = []
-            part = part + group[start : start + size]
-    if part:
-        yield part
-
-
-def _chosen(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
-    """Log-probabilities of one token a row."""
-    ids = torch.tensor(tokens, dtype=torch.long, device=logits.device)
-    chosen = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return [float(value) for value in chosen]
-
-
-def _attention_width(config: Any) -> int:
-    """What the heads of all layers have together."""
-    # Some families give each layer a config of its own.
-    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
-    width = 0
-    for layer in layers:
-        # The heads together are as wide as the model, unless the config gives their size.
-        size = getattr(layer, "head_dim", None)
-        width += layer.num_attention_heads * size if size else config.hidden_size
-    return width
 
 
 def _prefix(state: TextState) -> Tokens:

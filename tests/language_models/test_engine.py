@@ -650,6 +650,31 @@ class TestAdapters:
             [other] = base.next_tokens([state], 5)
             assert np.abs(np.subtract(found.logprobs, other.logprobs)).max() > 1e-3
 
+    @pytest.mark.parametrize("target", ["q_proj", "lm_head", "embed_tokens"])
+    def test_on_tied_embeddings(self, target, tokenizer, tmp_path):
+        """An adapter on one of two tied layers changes that one alone."""
+        peft = pytest.importorskip("peft")
+        config = make_config("llama", 0, tie_word_embeddings=True)
+        folder = save_model(tmp_path / "base", config, tokenizer)
+        wanted = peft.LoraConfig(r=4, target_modules=[target], task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(
+            transformers.AutoModelForCausalLM.from_pretrained(folder), wanted
+        )
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.3, generator=generator)
+        adapted.save_pretrained(tmp_path / "adapter")
+        base = TransformersLM(folder)
+        lm, states = base.with_adapter(tmp_path / "adapter"), random_states()
+        plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        own = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+        for state, found in zip(states, lm.next_tokens(states, 5), strict=True):
+            with torch.inference_mode():
+                logs = own(torch.tensor([prefix(state)])).logits[0, -1].log_softmax(-1)
+            np.testing.assert_allclose(found.logprobs, logs.topk(5).values, atol=1e-4)
+        assert_right(base, states)
+
     def test_only_what_changes_is_held_twice(self, make, adapter):
         base = make("llama")
         lm = base.with_adapter(adapter)
