@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import typer
-from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.panel import Panel
 from rich.segment import Segment
 from rich.style import Style
@@ -62,15 +62,14 @@ class PlainConsole(Console):
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
-
-    @property
-    def size(self) -> ConsoleDimensions:
-        """Columns and lines."""
-        found = super().size
-        if "COLUMNS" in os.environ or _is_terminal(self.file):
-            return found
-        return ConsoleDimensions(_UNLIMITED, found.height)
+        has_width = "COLUMNS" in os.environ or (sys.stderr if stderr else sys.stdout).isatty()
+        super().__init__(
+            stderr=stderr,
+            width=None if has_width else _UNLIMITED,
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
 
     def on_broken_pipe(self) -> None:
         """The reader has gone, as `head` does: nothing more is printed."""
@@ -84,7 +83,7 @@ class PlainConsole(Console):
             options.setdefault("soft_wrap", True)
         super().print(*objects, **options)
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Make a string renderable."""
         return super().render_str(visible(text), **options)
 
@@ -104,21 +103,21 @@ errors = PlainConsole(stderr=True)
 class CommandLine(TyperGroup):
     """Commands whose usage errors and warnings go through the door too, each in one line."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         """Run a command and exit: 0 if all was done, 2 for what the user can change."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+        if not options.pop("standalone_mode", True):
+            return super().main(*args, standalone_mode=False, **options)  # type: ignore[misc]
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            sys.exit(self._code(*args, **extra))
+            sys.exit(self._code(*args, **options))
 
-    def _code(self, *args: Any, **extra: Any) -> int:
+    def _code(self, *args: Any, **options: Any) -> int:
         for stream in (sys.stdout, sys.stderr):
             # An encoding that lacks a character shows its escape.
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return super().main(*args, standalone_mode=False, **extra) or 0
+            return super().main(*args, standalone_mode=False, **options) or 0  # type: ignore[misc]
         except UsageError as error:
             # Without a message it was the help, which has been printed.
             if error.format_message():
@@ -139,10 +138,3 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
-
-
-def _is_terminal(file: Any) -> bool:
-    try:
-        return bool(file.isatty())
-    except (AttributeError, ValueError):
-        return False
