@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,13 +12,17 @@ from benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     ParametersOption,
+    PlainOption,
     PolicyOption,
     PromptsOption,
     RewardOption,
+    ServerModelOption,
     TimeoutOption,
     TokenizerOption,
     TokensOption,
     ValueOption,
+    WaitOption,
+    chosen_prompts,
     console,
     friendly,
     load_language_model,
@@ -26,14 +30,17 @@ from benchmarks.options import (
     load_prompts_option,
     load_reward,
     load_value_option,
+    that_fit,
     value_digest,
 )
 from benchmarks.report import fit_table
 from benchmarks.reward_audit import audit_command
 from benchmarks.reward_fit import fit_command as fit_reward_command
 from benchmarks.search_command import search_command
+from benchmarks.terminal import CommandLine
 
 app = typer.Typer(
+    cls=CommandLine,
     help="Text generation as a Gymnasium environment: agents, rewards, comparisons.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -96,6 +103,9 @@ def compare_command(
     dtype: DtypeOption = "default",
     tokenizer: TokenizerOption = "embedded",
     num_parameters: ParametersOption = None,
+    server_model: ServerModelOption = None,
+    max_wait: WaitOption = 60.0,
+    plain_prompts: PlainOption = False,
     prompts: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test",
     reward_timeout: TimeoutOption = 600.0,
@@ -109,7 +119,7 @@ def compare_command(
     allow_unequal_budgets: bool = False,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
-    from benchmarks.compare import CompareConfig, Comparison, choose_prompts, compare
+    from benchmarks.compare import CompareConfig, Comparison, compare
     from benchmarks.progress import compare_progress
     from benchmarks.report import table
 
@@ -124,12 +134,14 @@ def compare_command(
         budget_seconds=budget_seconds,
     )
     reward_model = load_reward(reward, reward_timeout)
-    chosen = choose_prompts(load_prompts_option(prompts, split), num_prompts, reward_model, seed)
-    model = load_language_model(language_model, dtype, tokenizer, num_parameters)
+    asked = chosen_prompts(prompts, split, num_prompts, reward_model, seed, plain_prompts)
+    model = load_language_model(
+        language_model, dtype, tokenizer, num_parameters, server_model, max_wait
+    )
     policies = load_policies(policy or [], model)
     comparison = Comparison(
         config,
-        chosen,
+        that_fit(asked, model),
         model,
         reward_model,
         load_value_option(value, reward_model, model, max_response_tokens, seed),
@@ -156,24 +168,30 @@ def collect_command(
     dtype: DtypeOption = "default",
     tokenizer: TokenizerOption = "embedded",
     num_parameters: ParametersOption = None,
+    server_model: ServerModelOption = None,
+    max_wait: WaitOption = 60.0,
+    plain_prompts: PlainOption = False,
     prompts: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "train",
     reward_timeout: TimeoutOption = 600.0,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
     from agents.collection import collect, missing_samples
-    from benchmarks.compare import choose_prompts
     from benchmarks.progress import progress_bar
     from mbrl_text_env.records import RecordWriter
 
     reward_model = load_reward(reward, reward_timeout)
-    chosen = choose_prompts(load_prompts_option(prompts, split), num_prompts, reward_model, seed)
+    asked = chosen_prompts(prompts, split, num_prompts, reward_model, seed, plain_prompts)
+    model = load_language_model(
+        language_model, dtype, tokenizer, num_parameters, server_model, max_wait
+    )
+    chosen = that_fit(asked, model)
     with RecordWriter(out) as writer, progress_bar(console) as bar:
         missing = missing_samples(writer.existing(), chosen, samples)
         left = [name for name, numbers in missing.items() if numbers]
         task = bar.add_task("Collecting", total=sum(map(len, missing.values())))
         failed = collect(
-            load_language_model(language_model, dtype, tokenizer, num_parameters),
+            model,
             reward_model,
             chosen,
             writer,
@@ -188,7 +206,7 @@ def collect_command(
         f"({len(chosen) - len(left)} prompts were there, {len(failed)} could not be scored): "
         f"{out.resolve()}"
     )
-    if failed:
+    if failed or len(chosen) < len(asked):
         # Not all was done; the same command tries these prompts again.
         raise typer.Exit(1)
 
@@ -209,7 +227,16 @@ def fit_command(
     dtype: DtypeOption = "default",
     tokenizer: TokenizerOption = "embedded",
     max_response_tokens: TokensOption = 96,
+    num_parameters: ParametersOption = None,
+    server_model: ServerModelOption = None,
+    max_wait: WaitOption = 60.0,
     seed: int = 0,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="The reward that scored the records; by default the one of the name in them."
+        ),
+    ] = None,
     reward_timeout: TimeoutOption = 600.0,
 ) -> None:
     """Fit a value model on scored records, for the reward that scored them."""
@@ -221,8 +248,10 @@ def fit_command(
     found = read_records(records)
     if not found:
         raise typer.BadParameter(f"--records: expected scored records, got none in {records}.")
-    reward_model = load_reward(found[0].reward_name, reward_timeout)
-    model = load_language_model(language_model, dtype, tokenizer)
+    reward_model = _reward_of(found[0].reward_name, reward, reward_timeout)
+    model = load_language_model(
+        language_model, dtype, tokenizer, num_parameters, server_model, max_wait
+    )
     value = make_value(
         kind, model, reward_model, max_response_tokens=max_response_tokens, seed=seed
     )
@@ -231,7 +260,9 @@ def fit_command(
     check_value_fits(value, model, reward_model)
     value.save(out)
     console.print(fit_table(value, found[0].reward_name))
-    console.print(f"Use it with `mbrl-text compare --reward {found[0].reward_name} --value {out}`.")
+    console.print(
+        f"Use it with `mbrl-text compare --reward {reward or found[0].reward_name} --value {out}`."
+    )
 
 
 @app.command("prompts")
@@ -262,6 +293,40 @@ def rewards_command() -> None:
     for name, description in descriptions().items():
         shown.add_row(name, description)
     console.print(shown)
+
+
+def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
+    """The reward that scored records, or its name alone where it cannot be made from that."""
+    from mbrl_text_env.records import RecordsError
+    from mbrl_text_env.rewards import RewardSpecError
+    from mbrl_text_env.rewards.base import reward_name
+
+    if spec is None:
+        try:
+            return load_reward(name, timeout)
+        except RewardSpecError:
+            return _NameOfReward(name)
+    reward_model = load_reward(spec, timeout)
+    if reward_name(reward_model) != name:
+        raise RecordsError(
+            f"--reward {spec!r} is called {reward_name(reward_model)!r}, and the records were "
+            f"scored by {name!r}. Give the reward that scored them."
+        )
+    return reward_model
+
+
+class _NameOfReward:
+    """Stands for a reward that scored records, for values that do not ask it again."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def score(self, prompts: Any, responses: Any) -> Any:
+        """Refuse."""
+        raise ValueError(
+            f"the records say no more of their reward than the name {self.name!r}, and this kind "
+            "of value scores prefixes by it: pass --reward, as it was given to `collect`"
+        )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.console import Console
 
-console = Console()
-errors = Console(stderr=True)
+from benchmarks.terminal import console, errors, plain
+from mbrl_text_env._lazy import missing_extra
 
 _PUZZLES = "reasoning-gym:"
 _PUZZLES_A_SPLIT = 256
@@ -36,8 +35,25 @@ ParametersOption = Annotated[
     int | None,
     typer.Option(min=1, help="Of a server's model, where it does not say; FLOPs follow from it."),
 ]
+ServerModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Name to ask a server for, where it lists several models."),
+]
+WaitOption = Annotated[
+    float, typer.Option(min=0.0, help="Seconds to go on trying while no server answers.")
+]
+PlainOption = Annotated[
+    bool,
+    typer.Option(
+        "--plain-prompts", help="Prompts as plain text, for models without a chat template."
+    ),
+]
 RewardOption = Annotated[
-    str, typer.Option(help="A name, or a weighted sum such as '0.5*sentiment+0.5*relevance'.")
+    str,
+    typer.Option(
+        help="A name, a weighted sum such as '0.5*sentiment+0.5*relevance', or a function or class "
+        "in a file: 'my_rewards.py:brevity'."
+    ),
 ]
 TimeoutOption = Annotated[
     float,
@@ -68,31 +84,48 @@ TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a respons
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Print the errors that are the user's to mend without a traceback, and exit with 2.
+    """Print the errors that the user can correct without a traceback, and exit with 2.
 
     Ctrl-C exits with 130 and says how to go on, where what was stopped knows.
     """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        # Every error of ours that names what to change is one of these two.
         try:
             command(*args, **kwargs)
-        except (ValueError, RuntimeError) as error:
-            if not type(error).__module__.startswith(("mbrl_text_env", "agents", "benchmarks")):
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            if not _is_users(error):
                 raise
-            errors.print(f"{type(error).__name__}: {error}", style="red", markup=False)
+            errors.print(f"{type(error).__name__}: {error}", style="red")
             raise typer.Exit(2) from error
         except SystemExit as left:
             # Code of the user's that calls `sys.exit`: not all was done, whatever it says.
-            errors.print(f"The program was left by other code (SystemExit: {left}).", markup=False)
+            errors.print(f"The program was left by other code (SystemExit: {left}).")
             raise typer.Exit(2) from left
         except KeyboardInterrupt as stopped:
             # Typer would end with no more than "Aborted".
-            errors.print(str(stopped) or "Stopped; the same command goes on.", markup=False)
+            errors.print(str(stopped) or "Stopped; the same command goes on.")
             raise typer.Exit(130) from stopped
 
     return wrapped
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is one of ours, which name what to change, or of files and packages."""
+    is_ours = type(error).__module__.startswith(("mbrl_text_env", "agents", "benchmarks"))
+    return is_ours or isinstance(error, OSError) or missing_extra(error) is not None
+
+
+def text_prompt(text: str, is_plain: bool) -> Any:
+    """The prompt of a text on the command line."""
+    from mbrl_text_env.types import Prompt
+
+    if not text.strip():
+        raise typer.BadParameter("PROMPT: expected a text to answer, got an empty one.")
+    try:
+        return Prompt.from_text(text, chat=not is_plain)
+    except ValueError as error:
+        raise typer.BadParameter(f"PROMPT: {error}") from error
 
 
 def load_language_model(
@@ -100,13 +133,19 @@ def load_language_model(
     dtype: str = "default",
     tokenizer: str = "embedded",
     num_parameters: int | None = None,
+    model: str | None = None,
+    max_wait: float = 60.0,
 ) -> Any:
     """The language model of a `LanguageModelOption`, with its number format or its tokenizer."""
     if name.startswith(("http://", "https://")):
         from mbrl_text_env.language_models import ServerLM
 
         return ServerLM(
-            name.split(","), tokenizer=load_tokenizer(tokenizer), num_parameters=num_parameters
+            name.split(","),
+            tokenizer=load_tokenizer(tokenizer),
+            num_parameters=num_parameters,
+            model=model,
+            max_wait=max_wait,
         )
     import torch
     from transformers.utils import logging
@@ -117,7 +156,7 @@ def load_language_model(
         raise typer.BadParameter(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}.")
     options = {} if dtype == "default" else {"dtype": getattr(torch, dtype)}
     logging.disable_progress_bar()
-    with console.status(f"Loading the language model ({name})"):
+    with console.status(plain(f"Loading the language model ({name})")):
         return embedded(**options) if name == "embedded" else TransformersLM(name, **options)
 
 
@@ -135,6 +174,47 @@ def load_prompts_option(source: str, split: str, kind: str | None = None) -> Any
     if source.startswith(_PUZZLES):
         return _puzzles(source.removeprefix(_PUZZLES), split)
     return load_prompts(source, split=None if split == "all" else split, kind=kind)
+
+
+def chosen_prompts(
+    source: str, split: str, count: int, reward_model: Any, seed: int, is_plain: bool
+) -> Any:
+    """`count` prompts of a `PromptsOption` that the reward applies to; all of a shorter file."""
+    from benchmarks.compare import choose_prompts
+    from mbrl_text_env.rewards.base import applies_to
+
+    found = load_prompts_option(source, split)
+    there = sum(applies_to(reward_model, prompt) for prompt in found)
+    if source != "builtin" and 0 < there < count:
+        errors.print(f"{there} prompts of {source} can be used; --num-prompts asked for {count}.")
+        count = there
+    chosen = choose_prompts(found, count, reward_model, seed)
+    return [as_plain(prompt) for prompt in chosen] if is_plain else chosen
+
+
+def that_fit(prompts: Sequence[Any], language_model: Any) -> list[Any]:
+    """The prompts that leave room for a response; the others are named and left out."""
+    from mbrl_text_env.language_models import PromptTooLongError
+
+    fitting = []
+    for prompt in prompts:
+        try:
+            language_model.encode_prompt(prompt)
+        except PromptTooLongError as error:
+            errors.print(f"Left out: {error}", style="yellow")
+            last = error
+        else:
+            fitting.append(prompt)
+    if not fitting:
+        raise last
+    return fitting
+
+
+def as_plain(prompt: Any) -> Any:
+    """A chat prompt as plain text."""
+    if isinstance(prompt.content, str):
+        return prompt
+    return replace(prompt, content="\n\n".join(message.content for message in prompt.content))
 
 
 def load_reward(spec: str, timeout: float) -> Any:

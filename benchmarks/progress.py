@@ -22,7 +22,7 @@ from benchmarks.compare import Comparison
 def progress_bar(console: Console) -> Progress:
     """A bar with counts, the time that has passed and the time that is left."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

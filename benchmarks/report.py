@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
-from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
+from benchmarks.terminal import panel, plain
 from mbrl_text_env.files import write_file
 
 if TYPE_CHECKING:
     from agents.values import FittedValue
+
+
+_ANSWER_WIDTH = 44
 
 
 def table(summary: dict[str, Any]) -> Group:
@@ -104,19 +107,16 @@ def shown_budget(summary: dict[str, Any]) -> str:
 
 def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
     """One prompt's responses beside each other; all rows are of the same prompt."""
-    grid = Table.grid(*(Column(ratio=1) for _ in rows), expand=True)
+    # No wider than can be read, also where the output has no width.
+    grid = Table.grid(*(Column(max_width=_ANSWER_WIDTH) for _ in rows))
     grid.add_row(
         *(
-            Panel(
-                Text(row["response"].strip()),
-                title=Text(row["agent"]),
-                subtitle=f"score {row['score']:.3f}",
-            )
+            panel(row["response"].strip(), row["agent"], f"score {row['score']:.3f}")
             for row in rows
             if row["score"] is not None
         )
     )
-    return Group(Text(f"Prompt: {rows[0]['prompt']}", style="bold"), grid)
+    return Group(plain(f"Prompt: {rows[0]['prompt']}", style="bold"), grid)
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:

@@ -12,13 +12,18 @@ from benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     ParametersOption,
+    PlainOption,
     PromptsOption,
+    ServerModelOption,
     TokenizerOption,
     TokensOption,
+    WaitOption,
+    as_plain,
     console,
     friendly,
     load_language_model,
     load_prompts_option,
+    that_fit,
 )
 
 
@@ -45,6 +50,9 @@ def audit_command(
     dtype: DtypeOption = "default",
     tokenizer: TokenizerOption = "embedded",
     num_parameters: ParametersOption = None,
+    server_model: ServerModelOption = None,
+    max_wait: WaitOption = 60.0,
+    plain_prompts: PlainOption = False,
     prompts: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test",
     sensitivity_samples: Annotated[
@@ -64,11 +72,16 @@ def audit_command(
     proxy_model, gold_model = make(proxy), make(gold)
     found = load_prompts_option(prompts, split)
     chosen, left_out = choose_for_both(found, config, proxy_model, gold_model)
+    if plain_prompts:
+        chosen = [as_plain(prompt) for prompt in chosen]
+    model = load_language_model(
+        language_model, dtype, tokenizer, num_parameters, server_model, max_wait
+    )
     labels = {"prompts_source": prompts, "split": split, "dtype": dtype}
     audit = Audit(
         config,
-        chosen,
-        load_language_model(language_model, dtype, tokenizer, num_parameters),
+        that_fit(chosen, model),
+        model,
         proxy_model,
         gold_model,
         left_out,
@@ -82,6 +95,8 @@ def audit_command(
         "dtype": dtype,
         "tokenizer": tokenizer,
         "num_parameters": num_parameters,
+        "model": server_model,
+        "plain_prompts": plain_prompts or None,
         "prompts": prompts,
         "split": split,
     }
@@ -110,6 +125,8 @@ def _command(options: dict[str, Any]) -> str:
     """The command line that asks for the same audit again."""
     words = ["mbrl-text", "reward", "audit"]
     for name, value in options.items():
-        if value is not None:
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
+        elif value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)

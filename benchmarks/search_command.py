@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.panel import Panel
-from rich.text import Text
 
 from benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     ParametersOption,
+    PlainOption,
     RewardOption,
+    ServerModelOption,
     TimeoutOption,
     TokenizerOption,
     TokensOption,
     ValueOption,
+    WaitOption,
     console,
     friendly,
     load_language_model,
     load_reward,
     load_value_option,
+    text_prompt,
 )
+from benchmarks.terminal import panel
 
 
 @friendly
@@ -40,6 +43,9 @@ def search_command(
     dtype: DtypeOption = "default",
     tokenizer: TokenizerOption = "embedded",
     num_parameters: ParametersOption = None,
+    server_model: ServerModelOption = None,
+    max_wait: WaitOption = 60.0,
+    plain_prompts: PlainOption = False,
     reward_timeout: TimeoutOption = 600.0,
     children: Annotated[int, typer.Option(min=1, help="Children shown of a node.")] = 4,
     json_file: Annotated[
@@ -55,9 +61,11 @@ def search_command(
     from benchmarks.search_view import draw_tree, picture
     from mbrl_text_env.files import write_text
     from mbrl_text_env.ledger import Budget
-    from mbrl_text_env.types import Prompt
 
-    model = load_language_model(language_model, dtype, tokenizer, num_parameters)
+    asked = text_prompt(prompt, plain_prompts)
+    model = load_language_model(
+        language_model, dtype, tokenizer, num_parameters, server_model, max_wait
+    )
     reward_model = load_reward(reward, reward_timeout)
     planner = make(
         agent,
@@ -69,12 +77,12 @@ def search_command(
     if not isinstance(planner, Planner):
         raise AgentSpecError(f"Agent {agent!r} does not search: expected a planner.")
     budget = Budget(tokens=budget_tokens)
-    [(answer, tree)] = planner.explore([Prompt.from_text(prompt)], budget, seed=seed)
+    [(answer, tree)] = planner.explore([asked], budget, seed=seed)
     search = tree.to_dict(model)
     console.print(draw_tree(search, most_children=children))
     console.print(
-        Panel(
-            Text(answer.text.strip()),
+        panel(
+            answer.text.strip(),
             title=f"{reward} {answer.completion.score:.3f}",
             subtitle=f"{answer.usage.generated_tokens:,} tokens, {answer.usage.flops:.3g} FLOPs, "
             f"{answer.usage.reward_calls} reward calls",

@@ -6,8 +6,52 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+_EXTRAS = {
+    "stable_baselines3": "rl",
+    "trl": "train",
+    "peft": "train",
+    "datasets": "data",
+    "httpx": "server",
+    "reasoning_gym": "data",
+    "math_verify": "verify",
+    "jsonschema": "verify",
+    "langdetect": "verify",
+    "regex": "verify",
+}
+
+
+class MissingExtraError(ImportError):
+    """A package that only an extra of this one brings."""
+
+
+def missing_extra(error: BaseException) -> str | None:
+    """The extra that brings the package which an import lacked; None for other errors."""
+    name = getattr(error, "name", None) if isinstance(error, ImportError) else None
+    return _EXTRAS.get((name or "").partition(".")[0])
+
+
+@contextmanager
+def extras() -> Iterator[None]:
+    """Name the extra where an import in the block lacks a package.
+
+    Raises:
+        MissingExtraError: A package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = missing_extra(error)
+        if extra is None:
+            raise
+        raise MissingExtraError(
+            f"Expected the package {error.name!r} to be installed. Install it with "
+            f"`pip install 'mbrl-text-env[{extra}]'`.",
+            name=error.name,
+        ) from error
 
 
 def attach(
@@ -24,6 +68,7 @@ def attach(
     def get(name: str) -> Any:
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
+        with extras():
+            return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
 
     return get, lambda: sorted(module_of), sorted(module_of)

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
             "SampleRequest",
             "FeatureModel",
             "LanguageModel",
+            "PromptEncodingError",
             "PromptTooLongError",
             "SamplingParams",
             "Tokenizer",

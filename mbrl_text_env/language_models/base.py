@@ -15,11 +15,15 @@ from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.types import Chunk, Prompt, TextState
 
 
-class PromptTooLongError(ValueError):
+class PromptEncodingError(ValueError):
+    """A prompt that a tokenizer or its chat template does not take."""
+
+
+class PromptTooLongError(PromptEncodingError):
     """A prompt that leaves no room for a response in the model's context."""
 
 
-class UnknownTokenError(ValueError):
+class UnknownTokenError(PromptEncodingError):
     """A prompt with a token that the tokenizer knows and the model does not."""
 
 

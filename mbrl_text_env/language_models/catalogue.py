@@ -48,8 +48,9 @@ def cache_folder() -> Path:
 
     The environment variable `MBRL_TEXT_ENV_CACHE`, or the user's cache folder of the platform.
     """
-    configured = os.environ.get(CACHE_VARIABLE)
-    return Path(configured or platformdirs.user_cache_dir("mbrl-text-env"))
+    configured = os.environ.get(CACHE_VARIABLE, "").strip()
+    # A value from a .env file has not gone through a shell.
+    return Path(configured or platformdirs.user_cache_dir("mbrl-text-env")).expanduser().absolute()
 
 
 def embedded(**options: Any) -> TransformersLM:
@@ -143,6 +144,18 @@ def embedded_folder() -> Path:
     if _is_complete(folder):
         return folder
     source = embedded_gguf()
+    try:
+        return _converted(source, folder)
+    except OSError as error:
+        from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
+
+        raise ModelLoadError(
+            f"Expected a folder for converted models that can be written, got {folder.parent} "
+            f"({error}). Set {CACHE_VARIABLE} to another one."
+        ) from error
+
+
+def _converted(source: Path, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
         if not _is_complete(folder):

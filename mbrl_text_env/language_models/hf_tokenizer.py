@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from mbrl_text_env.language_models.base import PromptTooLongError, UnknownTokenError
+from mbrl_text_env.language_models.base import (
+    PromptEncodingError,
+    PromptTooLongError,
+    UnknownTokenError,
+)
 from mbrl_text_env.language_models.content import ContentEncoder
 from mbrl_text_env.runs import digest
 from mbrl_text_env.types import Message, Prompt
@@ -101,7 +105,9 @@ class HFTokenizer:
         else:
             ids = self._chat(prompt, prompt.content)
         if not ids:
-            raise ValueError(f"Prompt {prompt.id!r} has no tokens: {prompt.text!r}. Give it text.")
+            raise PromptEncodingError(
+                f"Prompt {prompt.id!r} has no tokens: {prompt.text!r}. Give it text."
+            )
         check_room(prompt, len(ids), self.context_length)
         check_known(prompt, ids, self.vocab_size, self)
         return tuple(ids)
@@ -112,7 +118,7 @@ class HFTokenizer:
 
     def _chat(self, prompt: Prompt, messages: Sequence[Message]) -> list[int]:
         if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError(
+            raise PromptEncodingError(
                 f"Prompt {prompt.id!r} is a chat, but the tokenizer has no chat template, as base "
                 "models have none. Load prompts as plain text (chat=False; --plain-prompts on the "
                 "command line), or use an instruction-tuned model."
@@ -121,7 +127,7 @@ class HFTokenizer:
             return self._content.chat(messages)
         # Templates raise errors of jinja2, and whatever their expressions do.
         except Exception as error:
-            raise ValueError(
+            raise PromptEncodingError(
                 f"Prompt {prompt.id!r}: the tokenizer's chat template refuses its messages, whose "
                 f"roles are {[message.role for message in messages]} ({error}). Change them to "
                 "what the template takes: many take a system message only as the first or not at "

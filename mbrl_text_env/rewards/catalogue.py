@@ -7,15 +7,18 @@ package offers under the entry-point group `mbrl_text_env.rewards`, or a functio
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -321,20 +324,34 @@ def _from_file(path: Path, name: str) -> RewardModel:
     spec = f"{path}:{name}"
     if not path.is_file():
         raise RewardSpecError(f"Reward {spec!r}: there is no file {str(path)!r}.")
-    module_spec: Any = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise RewardSpecError(
-            f"Reward {spec!r}: running the file raised {type(error).__name__}: {error}."
-        ) from error
+    module = _run_file(path.resolve(), spec)
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, vars(module))
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise RewardSpecError(f"Reward {spec!r}: the file has no {name!r}.{hint}")
     found = getattr(module, name)
     return _made(spec, found if inspect.isclass(found) else lambda: found)
+
+
+def _run_file(path: Path, spec: str) -> ModuleType:
+    """Run a Python file as a module of its own, which may import the files beside it."""
+    name = f"reward_file_{path.stem}_{hashlib.blake2b(bytes(path), digest_size=6).hexdigest()}"
+    module_spec: Any = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None:
+        raise RewardSpecError(f"Reward {spec!r}: expected a Python file (.py), got {path.name!r}.")
+    module = importlib.util.module_from_spec(module_spec)
+    # Dataclasses look their module up; functions may import neighbours when they are called.
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise RewardSpecError(
+            f"Reward {spec!r}: running the file raised {type(error).__name__}: {error}."
+        ) from error
+    return module
 
 
 def _first_line(factory: Callable[..., Any]) -> str:

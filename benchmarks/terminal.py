@@ -1,0 +1,140 @@
+"""The one door through which `mbrl-text` prints.
+
+Prompts, responses, names, paths and errors are other people's text. None of it is read as Rich's
+markup, as emoji codes or as control sequences of a terminal: what could move the cursor, colour,
+overwrite or reorder the line is shown as an escape, such as `\\x1b`. Where the output is no
+terminal, no line is wrapped or cut.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import typer
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.panel import Panel
+from rich.segment import Segment
+from rich.style import Style
+from rich.text import Text
+from typer.core import TyperGroup
+
+# Controls (C0, C1) but for tabs and line ends, marks that change the direction of writing, line
+# separators, and halves of characters, which no stream takes.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_UNLIMITED = 2**16
+# Typer brings a copy of click's in its newer versions and imports click in the older ones.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def visible(text: str) -> str:
+    r"""A text with its control characters as escapes; tabs and line ends stay.
+
+    Example:
+        >>> visible("red \x1b[31m, back \r\u202e")
+        'red \\x1b[31m, back \\r\\u202e'
+    """
+    return _UNSAFE.sub(lambda found: _escaped(found[0]), text.replace("\r\n", "\n"))
+
+
+def plain(text: str, style: str | Style = "") -> Text:
+    """A text for Rich that stands for itself; rows and columns are laid out by what is shown."""
+    return Text(visible(text), style=style)
+
+
+def panel(content: str, title: str, subtitle: str = "") -> Panel:
+    """A frame around a text, as wide as it needs."""
+    return Panel(plain(content), title=plain(title), subtitle=plain(subtitle) or None, expand=False)
+
+
+class PlainConsole(Console):
+    """A console of Rich's that prints texts as they are.
+
+    A string is one line, however long it is: a terminal wraps it itself, so that paths can be
+    copied. Tables are as wide as the terminal, or as COLUMNS says, and as they need where there is
+    neither.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        has_width = "COLUMNS" in os.environ or (sys.stderr if stderr else sys.stdout).isatty()
+        super().__init__(
+            stderr=stderr,
+            width=None if has_width else _UNLIMITED,
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
+
+    def on_broken_pipe(self) -> None:
+        """The reader has gone, as `head` does: nothing more is printed."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print strings, or what Rich can render."""
+        if all(isinstance(item, str) for item in objects):
+            options.setdefault("soft_wrap", True)
+        super().print(*objects, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make a string renderable."""
+        return super().render_str(visible(text), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render; what came as a Rich text is made visible here."""
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else visible(segment.text)
+            yield segment if text == segment.text else Segment(text, segment.style)
+
+
+console = PlainConsole()
+errors = PlainConsole(stderr=True)
+
+
+class CommandLine(TyperGroup):
+    """Commands whose usage errors and warnings go through the door too, each in one line."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run a command and exit: 0 if all was done, 2 for what the user can change."""
+        if not options.pop("standalone_mode", True):
+            return super().main(*args, standalone_mode=False, **options)  # type: ignore[misc]
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            sys.exit(self._code(*args, **options))
+
+    def _code(self, *args: Any, **options: Any) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            # An encoding that lacks a character shows its escape.
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return super().main(*args, standalone_mode=False, **options) or 0  # type: ignore[misc]
+        except UsageError as error:
+            # Without a message it was the help, which has been printed.
+            if error.format_message():
+                command = error.ctx.command_path if error.ctx else "mbrl-text"
+                errors.print(
+                    f"Error: {error.format_message()} (`{command} --help` lists what there is.)",
+                    style="red",
+                )
+            return int(error.exit_code)
+        except typer.Abort:
+            errors.print("Aborted.")
+            return 130
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    errors.print(f"{category.__name__}: {message}", style="yellow")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
