@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -321,8 +322,14 @@ def _from_file(path: Path, name: str) -> RewardModel:
     spec = f"{path}:{name}"
     if not path.is_file():
         raise RewardSpecError(f"Reward {spec!r}: there is no file {str(path)!r}.")
-    module_spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    module_name = f"_reward_file_{path.stem}"
+    module_spec: Any = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(module_spec)
+    # As Python does for a script: what it defines can be looked up, and files beside it imported.
+    sys.modules[module_name] = module
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
