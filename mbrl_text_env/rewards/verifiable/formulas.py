@@ -44,7 +44,7 @@ _MONEY = re.compile(
 # Tags, commands and spaces that change how a formula looks and not what it says.
 _LOOKS = re.compile(
     r"</?(?:b|strong|em|i|u|mark)>|\\(?:underline|boldsymbol|bm|pmb|bf|displaystyle)(?![A-Za-z])"
-    r"|(?:\\+|\\quad|\\,|~)\s*(?=\$*$)"
+    r"|(?:(?<!\\)\\+|\\quad|\\,|~)\s*(?=\$*$)"
 )
 _CLOCK = re.compile(r"(?<![\d:.])\d{1,2} ?: ?[0-5]\d(?: ?: ?[0-5]\d)?(?![\d:])(?!\.\d)")
 _BOXED = re.compile(r".*?\\boxed\s*\{(.*)\}[\s.$\\\])]*", re.DOTALL)
