@@ -9,6 +9,7 @@ and folders of models count by their content, functions by the file that defines
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -228,7 +229,37 @@ def _with_neighbours(defined: Any, path: Path) -> list[Path]:
             ):  # fmt: skip
                 found.add(other)
                 waiting.append(list(vars(module).values()))
+    # A number that was imported does not say where it comes from; the import does.
+    unread = list(found)
+    while unread:
+        new = _imported(unread.pop(), folder) - found
+        found |= new
+        unread += new
     return sorted(found)
+
+
+def _imported(path: Path, folder: Path) -> set[Path]:
+    """Files below a folder that a file of it imports by name."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return set()
+    names: set[tuple[Path, str]] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {(folder, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = path.parents[min(node.level, len(path.parents)) - 1] if node.level else folder
+            start = f"{node.module}." if node.module else ""
+            names |= {(base, f"{start}{alias.name}") for alias in node.names}
+    files = (
+        file
+        for base, name in names
+        for stop in range(1, name.count(".") + 2)
+        for stem in [base.joinpath(*name.split(".")[:stop])]
+        for file in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py")
+    )
+    return {file.resolve() for file in files if file.is_file() and folder in file.parents}
 
 
 def _globals(defined: Any) -> list[Any]:

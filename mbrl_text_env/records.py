@@ -11,11 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,9 +20,24 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from mbrl_text_env._shards import (
+    RUN_KEY,
+    SCHEMA,
+    SCRATCH_SUFFIX,
+    DamagedShardError,
+    RecordsError,
+    count_rows,
+    damage,
+    number_of,
+    read_shard,
+    run_of_shard,
+    shards_of,
+    what_is,
+    writable,
+    write_shard,
+)
 from mbrl_text_env.files import write_folder
 from mbrl_text_env.identity import identity
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -34,50 +46,7 @@ from mbrl_text_env.rewards.base import reward_name as name_of
 from mbrl_text_env.runs import refuse_others
 from mbrl_text_env.types import FinishReason, Message, Prompt, Split, TextState
 
-_VERSION_KEY = b"mbrl_text_env.records_version"
-_VERSION = b"2"
-# What the rows of a shard depend on, apart from their prompts: JSON.
-_RUN_KEY = b"mbrl_text_env.run"
-# Parquet maps are not understood by every reader; a list of name and value is.
-_AMOUNTS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))
-_SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("prompt_text", pa.string()),
-        ("messages", pa.string()),  # JSON; null where the prompt is plain text
-        ("metadata", pa.string()),  # JSON
-        ("split", pa.string()),
-        ("prompt_ids", pa.list_(pa.int64())),
-        ("response_ids", pa.list_(pa.int64())),
-        ("chunk_ends", pa.list_(pa.int64())),
-        ("logprobs", pa.list_(pa.float64())),
-        ("finish_reason", pa.string()),
-        ("response", pa.string()),
-        ("rewards", _AMOUNTS),
-        ("score", pa.float64()),
-        ("reward_name", pa.string()),
-        ("agent", pa.string()),
-        ("language_model", pa.string()),
-        ("seed", pa.int64()),
-        ("usage", _AMOUNTS),
-        ("sample", pa.int64()),  # null where it is not one of several samples
-    ],
-    metadata={_VERSION_KEY: _VERSION},
-)
-# The same without the number of the sample.
-_UNNUMBERED = pa.schema([column for column in _SCHEMA if column.name != "sample"])
-_SCHEMAS = {b"1": _UNNUMBERED, _VERSION: _SCHEMA}
-_SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
-_SCRATCH_SUFFIX = ".tmp"
 _LOCK_SECONDS = 1.0
-
-
-class RecordsError(ValueError):
-    """Records that cannot be read or written as asked."""
-
-
-class _DamagedShardError(RecordsError):
-    """A shard that is not a whole Parquet file of records."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +243,7 @@ class RecordWriter:
         self._run: bytes | None = None
 
     def __enter__(self) -> RecordWriter:
-        with _writable(self.folder):
+        with writable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire()
@@ -338,8 +307,8 @@ class RecordWriter:
                 the message says what differs. Or the writer is not open.
         """
         self._check_open()
-        for shard in _shards(self.folder):
-            found = _run_of(shard)
+        for shard in shards_of(self.folder):
+            found = run_of_shard(shard)
             if found is None:
                 raise RecordsError(
                     f"{shard} holds records that do not say what they depend on, so nothing can be "
@@ -360,10 +329,10 @@ class RecordWriter:
             return
         table = pa.Table.from_batches(self._pending).combine_chunks()
         if self._run is not None:
-            metadata = {**(table.schema.metadata or {}), _RUN_KEY: self._run}
+            metadata = {**(table.schema.metadata or {}), RUN_KEY: self._run}
             table = table.replace_schema_metadata(metadata)
-        with _writable(self.folder):
-            _write_shard(table, self.folder / f"shard-{self._next_shard:05d}.parquet")
+        with writable(self.folder):
+            write_shard(table, self.folder / f"shard-{self._next_shard:05d}.parquet")
         self._next_shard += 1
         self._pending.clear()
 
@@ -373,15 +342,15 @@ class RecordWriter:
         Raises:
             RecordsError: A shard is damaged.
         """
-        return read_records(self.folder) if _shards(self.folder) else []
+        return read_records(self.folder) if shards_of(self.folder) else []
 
     def _take_over(self) -> None:
-        for scratch in self.folder.glob(f"shard-*{_SCRATCH_SUFFIX}"):
+        for scratch in self.folder.glob(f"shard-*{SCRATCH_SUFFIX}"):
             scratch.unlink()
-        shards = _shards(self.folder)
+        shards = shards_of(self.folder)
         for shard in shards:
-            _count_rows(shard)
-        self._next_shard = _number(shards[-1]) + 1 if shards else 0
+            count_rows(shard)
+        self._next_shard = number_of(shards[-1]) + 1 if shards else 0
 
     def _check_open(self) -> None:
         if not self._lock.is_locked:
@@ -411,19 +380,19 @@ def read_records(folder: str | Path, *, skip_damaged: bool = False) -> list[Reco
 
 def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[Record]:
     """Read records one shard at a time; see `read_records`, which takes and raises the same."""
-    shards = _shards(folder)
+    shards = shards_of(folder)
     if not shards:
         raise RecordsError(
             f"{folder}: expected a folder with record shards (shard-00000.parquet, ...), got none "
-            f"({_what_is(Path(folder))}). Write some with `RecordWriter`, or give another folder."
+            f"({what_is(Path(folder))}). Write some with `RecordWriter`, or give another folder."
         )
     any_sound = False
     for shard in shards:
         try:
-            table = _read_shard(shard)
-        except _DamagedShardError as error:
+            table = read_shard(shard)
+        except DamagedShardError as error:
             if not skip_damaged:
-                raise _damage(shards) from error
+                raise damage(shards) from error
             warnings.warn(f"Left out a damaged shard: {error}", stacklevel=2)
             continue
         any_sound = True
@@ -445,7 +414,7 @@ def has_records(folder: str | Path, expected: int = 1) -> bool:
         >>> has_records("nowhere")
         False
     """
-    return sum(map(_count_rows, _shards(folder))) >= expected
+    return sum(map(count_rows, shards_of(folder))) >= expected
 
 
 def rescore(
@@ -474,10 +443,10 @@ def rescore(
         raise RecordsError(f"batch_size: expected 1 or more, got {batch_size!r}.")
     reward_model = as_reward_model(reward_model)
     target = Path(target)
-    with _writable(target):
+    with writable(target):
         _check_target(Path(source), target)
     records, run = iter_records(source), run_of(source)
-    with _writable(target), write_folder(target) as scratch, RecordWriter(scratch) as writer:
+    with writable(target), write_folder(target) as scratch, RecordWriter(scratch) as writer:
         if run is not None:
             writer.go_on({**run, "reward": identity(reward_model)})
         while batch := list(islice(records, batch_size)):
@@ -490,15 +459,8 @@ def run_of(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         RecordsError: A shard is damaged.
     """
-    found = [_run_of(shard) for shard in _shards(folder)]
+    found = [run_of_shard(shard) for shard in shards_of(folder)]
     return found[0] if found and all(run == found[0] for run in found) else None
-
-
-def _run_of(shard: Path) -> dict[str, Any] | None:
-    with _opened(shard) as file:
-        run = (file.schema_arrow.metadata or {}).get(_RUN_KEY)
-    found: dict[str, Any] | None = None if run is None else json.loads(run)
-    return found
 
 
 def _rescored(records: Sequence[Record], reward_model: RewardModel) -> Iterator[Record]:
@@ -524,7 +486,7 @@ def _check_target(source: Path, target: Path) -> None:
         )
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise RecordsError(
-            f"target: expected a new or empty folder, got {str(target)!r} ({_what_is(target)}). "
+            f"target: expected a new or empty folder, got {str(target)!r} ({what_is(target)}). "
             "Choose another, or remove it."
         )
 
@@ -532,7 +494,7 @@ def _check_target(source: Path, target: Path) -> None:
 def _batch(record: Record) -> pa.RecordBatch:
     # Converted when it is added, so that an unfit record fails by itself and not with its shard.
     try:
-        return pa.RecordBatch.from_pylist([_row(record)], schema=_SCHEMA)
+        return pa.RecordBatch.from_pylist([_row(record)], schema=SCHEMA)
     except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
         raise RecordsError(
             f"Record of prompt {record.prompt_id!r}: expected 64-bit integers, valid Unicode text "
@@ -542,7 +504,7 @@ def _batch(record: Record) -> pa.RecordBatch:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in _SCHEMA.names}
+    row = {name: getattr(record, name) for name in SCHEMA.names}
     messages = record.messages
     row["messages"] = None if messages is None else _json([vars(m) for m in messages])
     row["metadata"] = _json(record.metadata)
@@ -568,107 +530,3 @@ def _json(value: Any) -> str:
 
 def _amounts(values: Mapping[str, float]) -> list[dict[str, Any]]:
     return [{"name": name, "value": float(value)} for name, value in values.items()]
-
-
-def _write_shard(table: pa.Table, path: Path) -> None:
-    scratch = path.with_name(path.name + _SCRATCH_SUFFIX)
-    try:
-        with scratch.open("wb") as file:
-            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
-def _shards(folder: str | Path) -> list[Path]:
-    try:
-        found = [path for path in Path(folder).iterdir() if _SHARD_NAME.fullmatch(path.name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise RecordsError(
-            f"{folder}: expected a folder that can be read, got {error}. Change its permissions, "
-            "or give another folder."
-        ) from error
-    return sorted(found, key=_number)
-
-
-def _number(shard: Path) -> int:
-    # The names are matched when they are listed.
-    return int(shard.stem.removeprefix("shard-"))
-
-
-def _read_shard(shard: Path) -> pa.Table:
-    with _opened(shard) as file:
-        return file.read()
-
-
-def _count_rows(shard: Path) -> int:
-    with _opened(shard) as file:
-        return int(file.metadata.num_rows)
-
-
-@contextmanager
-def _opened(shard: Path) -> Iterator[pq.ParquetFile]:
-    try:
-        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            _check_schema(shard, file.schema_arrow)
-            yield file
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _DamagedShardError(
-            f"{shard}: expected a whole shard of records, but it is damaged or cut off ({error}). "
-            "Restore it from a copy, or move it out of the folder: `collect` draws it again."
-        ) from error
-
-
-def _check_schema(shard: Path, schema: pa.Schema) -> None:
-    version = (schema.metadata or {}).get(_VERSION_KEY)
-    known = None if version is None else _SCHEMAS.get(version)
-    if version is None or known is None:
-        got = "no version" if version is None else f"version {version.decode(errors='replace')}"
-        raise RecordsError(
-            f"{shard}: expected records of version {_VERSION.decode()}, got {got}. Read it with "
-            "the release of mbrl-text-env that wrote it, or move it out of the folder."
-        )
-    if not schema.equals(known):
-        raise _DamagedShardError(
-            f"{shard}: expected the columns of version {version.decode()} ({known.names}), got "
-            f"{schema.names} or other types. Restore it from a copy, or move it out of the folder."
-        )
-
-
-def _damage(shards: Sequence[Path]) -> RecordsError:
-    rows = 0
-    damaged = []
-    for shard in shards:
-        try:
-            rows += _read_shard(shard).num_rows
-        except _DamagedShardError as error:
-            damaged.append(str(error))
-    return RecordsError(
-        f"{' '.join(damaged)} The sound shards hold {rows} records; `skip_damaged=True` reads "
-        "these."
-    )
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RecordsError(
-            f"Expected a folder that can be written, got {str(folder)!r} ({_what_is(folder)}; "
-            f"{error}). Choose another folder, or change its permissions."
-        ) from error
-
-
-def _what_is(path: Path) -> str:
-    try:
-        if path.is_dir():
-            return "a folder"
-        return "a file" if path.exists() else "not there"
-    except OSError:
-        return "out of reach"

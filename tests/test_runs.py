@@ -165,6 +165,19 @@ class TestIdentity:
             found.add(json.dumps(identity(make(f"{tmp_path}/mine_main.py:f"))))
         assert len(found) == 2
 
+    def test_numbers_that_a_file_imports_count(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        (tmp_path / "mine_rooms").mkdir()
+        (tmp_path / "mine_weights.py").write_text("from mine_rooms.deep import WEIGHT\n")
+        (tmp_path / "mine_judge.py").write_text(
+            "from mine_weights import WEIGHT\ndef f(prompt, response): return WEIGHT\n"
+        )
+        found = set()
+        for number in (1, 2, 1):
+            (tmp_path / "mine_rooms" / "deep.py").write_text(f"WEIGHT = {number}\n")
+            found.add(json.dumps(identity(make(f"{tmp_path}/mine_judge.py:f"))))
+        assert len(found) == 2
+
     def test_what_a_function_holds_counts(self):
         def weighed(weight):
             return as_reward_model(lambda prompt, response: weight * len(response))

@@ -255,6 +255,20 @@ def test_own_names_cannot_be_taken_by_a_package(packages):
     assert isinstance(make("sentiment"), SentimentReward)
 
 
+def test_a_file_with_a_dataclass_that_imports_its_neighbour(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "neighbour_of_mine.py").write_text("SCALE = 2.0\n")
+    (tmp_path / "json.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from neighbour_of_mine import SCALE\n\n"
+        "@dataclass\nclass Brevity:\n    scale: float = SCALE\n    name: str = 'brevity'\n"
+        "    def score(self, prompts, responses):\n        return [self.scale] * len(responses)\n"
+    )
+    reward = make(f"{tmp_path}/json.py:Brevity")
+    assert score_responses(reward, [Prompt.from_text("Hi")], ["a"]).total == [2.0]
+    assert sys.modules["json"].__file__ != str(tmp_path / "json.py")
+
+
 def test_functions_and_classes_of_a_file(tmp_path):
     path = tmp_path / "my_rewards.py"
     path.write_text(

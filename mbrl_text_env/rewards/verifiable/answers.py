@@ -16,6 +16,8 @@ Emphasis around such a text ("**Answer:** 42") is no part of the answer. A respo
 place has no answer and scores 0, like an empty one.
 """
 
+# ruff: noqa: RUF001 - the quotation marks and brackets of other scripts are meant.
+
 from __future__ import annotations
 
 import re
@@ -36,10 +38,12 @@ from mbrl_text_env.rewards.verifiable.numerals import (
 from mbrl_text_env.types import FloatArray, Prompt
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_LATEX_FRACTION = re.compile(r"(\d\s*)?\\[dt]?frac\{([+-]?\d+)\}\{(\d+)\}")
+_LATEX_FRACTION = re.compile(
+    r"(\d)?\s*\\[dtc]?frac\s*(?:\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))"
+)
 _NUMBER = re.compile(
     r"""
-    (?<![\w.^])(?<!\^\{)(?<!\*\*)(?P<sign>[-+])?[$€£¥₹₽₩₪₫฿₺₴]?\ ?
+    (?<![\w.^])(?<!\^\{)(?<![\w)}\]]\*\*)(?P<sign>(?<![\d)]\ )[-+]|[-+](?!\ ))?[$€£¥₹₽₩₪₫฿₺₴]?\ ?
     (?P<integer>[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:\ \d{3}){2,}(?!\d)|\d+|(?=\.\d))
     (?:
         \ ?/\ ?(?P<denominator>\d+)(?!\d|\.\d)
@@ -52,14 +56,26 @@ _NUMBER = re.compile(
             (?:\^|\*\*)\{?(?P<power>[-+]?\d+)\}?
         )?
     )
-    (?:\ ?\\?(?P<percent>%))?
+    (?:\ ?\\?(?P<percent>%|per\ ?cent\b))?
     """,
     re.VERBOSE,
 )
 _ITEM = re.compile(r"-\s+(\S+)")
 _CHOICE = re.compile(r"[A-Za-z]")
+_CHOICE_MARKS = r"[\s()\[\]{}<>*_`$\"'“”‘’［］（）.:,]*"
+_CHOICE_LABEL = (
+    r"(?:the\s+)?(?:(?:correct|final|best|right)\s+)?(?:answer|option|choice)"
+    r"(?:\s+is)?(?:\s+(?:option|choice))?(?=[\s:*(])"
+)
 _CHOSEN = re.compile(
-    r"(?:\\(?:text|mathrm|textbf|mathbf)\s*)?[\s()\[\]{}*_`$\"'.:,]*([A-Za-z])[\s()\[\]{}*_`$\"'.:,]*"
+    rf"{_CHOICE_MARKS}(?:{_CHOICE_LABEL}{_CHOICE_MARKS})?"
+    rf"(?:\\(?:text|mathrm|textbf|mathbf|boxed)\s*{_CHOICE_MARKS}){{0,3}}(?<!\w)([A-Za-z])(?!\w)"
+    rf"(?:{_CHOICE_MARKS}|[\s*_}}]*[).:\]）］–—-]+[\s*_}}\\]+(.+))",
+    re.IGNORECASE | re.DOTALL,
+)
+# What follows a chosen letter takes it back, or names another one.
+_NOT_CHOSEN = re.compile(
+    r"\b[A-Z]\b|\b[a-z]\)|\b(?:not|or|and\s+[a-z]|wrong|incorrect|false|isn't|either)\b"
 )
 _EMPHASIS = re.compile(r"(\*\*\*|\*\*|\*|___|__|_|`)(?=\S)(.*\S)\1", re.DOTALL)
 # Numbers of more digits are no answers; reading them takes time that grows with their square.
@@ -98,7 +114,8 @@ class ExactMatchReward:
     Compared are texts in Unicode's composed form (NFC), without white space around them and with
     one space for any other, and changed by the options. Emphasis of Markdown around the whole
     answer ("**Paris**") is ignored where the reference has none. Where the reference is one letter,
-    as for multiple choice, so are brackets and full stops: "(B)", "B." and `\\text{B}` are "B".
+    as for multiple choice, so are brackets, full stops, a label, and the text of the choice: "(B)",
+    "Option B", `\\text{B}` and "B) Paris" are "B". "B) or C)" is not.
     With both `ignore_punctuation` and `ignore_articles` that is the exact match of SQuAD, except
     that the punctuation and symbols of all scripts are removed and not ASCII's alone. Note that
     then "3.5" is "35".
@@ -160,7 +177,11 @@ class ExactMatchReward:
         choices = {self._normal(text) for text in given if _CHOICE.fullmatch(text.strip())}
         return float(
             any(self._normal(reading) in accepted for reading in readings)
-            or (chosen is not None and self._normal(chosen[1]) in choices)
+            or (
+                chosen is not None
+                and self._normal(chosen[1]) in choices
+                and not _NOT_CHOSEN.search(chosen[2] or "")
+            )
         )
 
     def _normal(self, text: str) -> str:
@@ -248,7 +269,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def _plain_fraction(match: re.Match[str]) -> str:
-    return f"{match[1] or ''} {match[2]}/{match[3]}"
+    return f"{match[1] or ''} {match[2] or match[4]}/{match[3] or match[5]}"
 
 
 def has_reference(prompt: Prompt) -> bool:
@@ -323,7 +344,9 @@ def _in_braces(response: str, command: str) -> str | None:
     _, found, after = response.rpartition(command.rstrip("{}"))
     after = after.lstrip()
     if not found or not after.startswith("{"):
-        return None
+        # TeX takes one digit of "\\boxed 72"; writers mean the number.
+        bare = re.match(r"[-+]?\d[\d.,]*", after)
+        return bare[0].rstrip(".,") if found and bare else None
     depth = 0
     for place, character in enumerate(after):
         depth += (character == "{") - (character == "}")

@@ -30,7 +30,7 @@ _FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|log|ln|exp|pi|infty"
 _BARE_FUNCTION = re.compile(rf"(?<![A-Za-z\\])({_FUNCTIONS})(?![A-Za-z])")
 _POWER_OF_TEN = re.compile(r"(\d)[eE]([-+]?\d+)")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
-_SIGNED_POWER = re.compile(r"\^\s*([-+]\s?\d+(?:\.\d+)?|[-+][A-Za-z])")
+_PLAIN_POWER = re.compile(r"\^\s*([-+]?\s?\d+\.\d+|[-+]\s?\d+|[-+][A-Za-z])")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _LABEL = re.compile(
     r"(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b)?|ans\.?|result|solution|a(?=\s*[*_]*\s*:))"
@@ -41,6 +41,23 @@ _EMPHASIS = re.compile(r"(\*\*\*|\*\*|\*|___|__|_|`)(?=\S)(.*\S)\1", re.DOTALL)
 _MONEY = re.compile(
     rf"(-?)[{re.escape(CURRENCIES)}]\s?(-?[\d.,' ]*\d)|(-?\d[\d.,' ]*)\s?[{re.escape(CURRENCIES)}]"
 )
+# Tags, commands and spaces that change how a formula looks and not what it says.
+_LOOKS = re.compile(
+    r"</?(?:b|strong|em|i|u|mark)>|\\(?:underline|boldsymbol|bm|pmb|bf|displaystyle)(?![A-Za-z])"
+    r"|(?:(?<!\\)\\+|\\quad|\\,|~)\s*(?=\$*$)"
+)
+_CLOCK = re.compile(r"(?<![\d:.])\d{1,2} ?: ?[0-5]\d(?: ?: ?[0-5]\d)?(?![\d:])(?!\.\d)")
+_BOXED = re.compile(r".*?\\boxed\s*\{(.*)\}[\s.$\\\])]*", re.DOTALL)
+_ABOUT = re.compile(r"(?:\\(?:approx|simeq|sim)(?![A-Za-z])|[≈~])\s*(?=[-+\d.\\$])")
+_CHOICE = re.compile(
+    r"(?:\\text(?:bf)?\s*\{)?\(?([A-Ea-e])[).]\}?\s*\}?(?:\\ |\\quad|\\,|~|\s)\s*(\S.*)"
+)
+_ONES = (
+    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|"
+    "sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|"
+    "hundred|thousand|million|billion"
+)
+_SPELLED = re.compile(rf"(?:(?:{_ONES}|and)[\s-]+)+\(([^()]+)\)", re.IGNORECASE)
 _LISTED = re.compile(r"\s*,?\s*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*|\s*;\s*")
 _DIGITS = re.compile(r"[-+]?[\d.,]*\d")
 _NUMBER = r"-?\d(?:[\d.,'’]|(?<=\d) (?=\d{3}))*(?:/\d+)?"
@@ -77,6 +94,12 @@ _SIGNS = {
     "∪": r" \cup ",
     "∩": r" \cap ",
     "°": r"^\circ ",
+    r"\colon": ":",
+    "~": r"\, ",
+    r"\langle": "(",
+    r"\rangle": ")",
+    r"\degree": r"^\circ ",
+    r"\varnothing": r"\emptyset ",
     "**": "^",
 }
 _ROOT = re.compile(r"√\s*(\d+|[A-Za-z]|\([^()]*\))")
@@ -100,9 +123,15 @@ def readings(answer: str, symbols: frozenset[str] = frozenset()) -> list[str]:
         ['So it is 7.']
     """
     text = _plain(answer)
+    boxed = _BOXED.fullmatch(text) if text.count(r"\boxed") == 1 else None
+    text = _plain(boxed[1]) if boxed else text
+    choice = _CHOICE.fullmatch(text)
+    is_one = choice and choice[1] not in symbols and not _LISTED.search(choice[2])
+    if choice and is_one and _formula(_plain(choice[2]), symbols) is not None:
+        text = _plain(choice[2])
     formula = _formula(text, symbols)
     if formula is None:
-        return [_ROMAN.sub(r"{\1}", improper(plain_numerals(answer)))]
+        return [_ROMAN.sub(r"{\1}", improper(_LOOKS.sub("", plain_numerals(answer))))]
     decimal = _latex(decimal_commas(formula))
     found = [decimal, _latex(formula)] if "," in formula else [decimal]
     for pattern in (r"(.*\d)!+", r"[-*•]\s+(\S.*)", _MEASURE):
@@ -126,7 +155,7 @@ def reference_reading(reference: str) -> str | None:
     """
     text = _plain(reference)
     if text.count(r"\boxed") == 1:
-        inside = re.fullmatch(r".*?\\boxed\s*\{(.*)\}[\s.$\\\])]*", text, re.DOTALL)
+        inside = _BOXED.fullmatch(text)
         text = _plain(inside[1]) if inside else text
     formula = _formula(text, frozenset())
     if formula is not None:
@@ -138,6 +167,17 @@ def reference_reading(reference: str) -> str | None:
     if quantity is None or _NO_UNITS.intersection(words):
         return None
     return _latex(improper(text[: quantity.end(1)].lstrip(CURRENCIES + " "), r"\frac{{{}}}{{{}}}"))
+
+
+def clock_time(text: str) -> tuple[int, ...] | None:
+    """The last time of day in a text ("10:30", "09:05:00"); None where there is none.
+
+    Example:
+        >>> clock_time("It is 9:05 a.m."), clock_time("9:5")
+        ((9, 5), None)
+    """
+    found = _CLOCK.findall(text)
+    return tuple(map(int, re.findall(r"\d+", found[-1]))) if found else None
 
 
 def symbols_of(reference: str) -> frozenset[str]:
@@ -152,19 +192,21 @@ def _inside(match: re.Match[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without a label, emphasis and a full stop around it."""
-    text = plain_numerals(text).strip()
+    """Without a label, emphasis, other looks and a full stop around it."""
+    text = _LOOKS.sub("", plain_numerals(text).strip()).strip()
     for _ in range(3):
         match = _EMPHASIS.fullmatch(text)
         text = match[2] if match else text
         label = _LABEL.match(text)
         rest = text[label.end() :] if label else ""
-        text = (rest or text).strip().removesuffix(".").strip()
+        text = (rest or text).strip().removesuffix(".").removesuffix("。").strip()
         # The label took the first mark of a pair.
         text = re.sub(r"(?<=[^*_\s])[*_]+$", "", text) if rest else text
         span = _SPAN.fullmatch(text)
         inside = _DELIMITERS.sub("", text) if span else text
         text = text if _DELIMITED.search(inside) else inside.strip()
+        about, spelled = _ABOUT.match(text), _SPELLED.fullmatch(text)
+        text = text[about.end() :] if about else spelled[1] if spelled else text
     alone = _NUMBER_IN_MARKS.fullmatch(text.removeprefix("\\$"))
     return alone[1].strip(" .,'") if alone else text
 
@@ -218,7 +260,7 @@ def _latex(formula: str) -> str:
     formula = _ROOT.sub(lambda match: rf"\sqrt{{{match[1].strip('()')}}}", formula)
     for sign, command in _SIGNS.items():
         formula = formula.replace(sign, command)
-    formula = _SIGNED_POWER.sub(r"^{\1}", _ROMAN.sub(r"{\1}", formula))
+    formula = _PLAIN_POWER.sub(r"^{\1}", _ROMAN.sub(r"{\1}", formula))
     return f"${_BARE_FUNCTION.sub(_command, formula)}$"
 
 

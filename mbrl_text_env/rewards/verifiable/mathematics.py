@@ -16,7 +16,12 @@ from mbrl_text_env.rewards.verifiable.answers import (
     references,
     unusable_reference,
 )
-from mbrl_text_env.rewards.verifiable.formulas import readings, reference_reading, symbols_of
+from mbrl_text_env.rewards.verifiable.formulas import (
+    clock_time,
+    readings,
+    reference_reading,
+    symbols_of,
+)
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -24,6 +29,7 @@ _WHOLE = re.compile(r"\$[^$]+\$(?: and \$[^$]+\$)*")
 # Parts of their size by which two numbers may differ: one of them with a point, or both exact.
 _FLOAT_TOLERANCE = 1e-5
 _EXACT_TOLERANCE = 1e-12
+_INTERVAL = re.compile(r"\[[^\[\]]*[\])]|\([^()]*\]|\\infty|∞")
 _SOME_NUMBER = "12345.678"
 _HERE = "mbrl_text_env.rewards.verifiable.mathematics"
 
@@ -144,7 +150,16 @@ def grade(accepted: list[str], answer: str) -> bool:
     if unread:
         raise ValueError(f"nothing mathematical was found in it, or in a part of it: {unread[0]!r}")
     return any(
-        verify(gold, _parsed(reading), timeout_seconds=None)
+        # Else "10:30" would be a third.
+        clock_time(answer) == clock_time(text)
+        if re.fullmatch(r"[\d: ]+", text) and clock_time(text)
+        else verify(
+            gold,
+            _parsed(reading),
+            timeout_seconds=None,
+            # "(1, 2)" may be a point, and then "1 < x < 2" is not it.
+            allow_set_relation_comp=_INTERVAL.search(text) is not None,
+        )
         for text, gold in golds.items()
         for reading in readings(answer, symbols_of(text))
     )

@@ -23,6 +23,12 @@ CURRENCIES = "$€£¥₹₽₩₪₫฿₺₴"
 
 _SUPERSCRIPT = re.compile("[⁺⁻⁰¹²³⁴-⁹]+")
 _MINUS = str.maketrans({"−": "-", "－": "-", "﹣": "-"})
+# A dash, "negative" or "minus" before a number, where no subtraction or range can be meant.
+_SIGN = re.compile(
+    r"(?:(?<![\w)\]}%])(?<![\d)\]}%]\s)(?<!\b[A-Za-z]\s)–(?=[\d.$€£])|\bnegative\s+(?=[\d.$€£])"
+    r"|(?:(?<=^)|(?<=\bis\s)|(?<=\bequals\s)|(?<=[=:]\s)|(?<=[*($]))minus\s+(?=[\d.$€£]))",
+    re.IGNORECASE,
+)
 _SPACES = re.compile(r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f]|\\[,!:; ]|\{,\}|,\\!)(?=\d{3}(?!\d))")
 _MIXED = re.compile(r"(?<![\w.,/^{])(-?)(\d{1,9})[ \u00a0](\d{1,9})/(\d{1,9})(?![\d./^]\d|\w)")
 _POINTS = re.compile(
@@ -40,7 +46,7 @@ def plain_numerals(text: str) -> str:
         >>> plain_numerals("1½ of 10³, 1\u202f000")
         '1 1/2 of 10^{3}, 1,000'
     """
-    text = _SUPERSCRIPT.sub(_power, text.translate(_MINUS))
+    text = _SIGN.sub("-", _SUPERSCRIPT.sub(_power, text.translate(_MINUS)))
     text = "".join(map(_fraction, " " + text, text))
     return _SPACES.sub(",", text)
 

@@ -349,7 +349,7 @@ class TestKills:
                 loop.improver = Full()
             if where == "records":
                 make_loop(tmp_path / "a", replace(SETTINGS, iterations=1), **options).run()
-                patch.setattr("mbrl_text_env.records._write_shard", fail)
+                patch.setattr("mbrl_text_env.records.write_shard", fail)
             if where == "note":
                 patch.setattr("agents.learning.iteration_folder.write_text", fail)
             # Records have an error of their own, which names the folder too.
