@@ -397,8 +397,9 @@ class TextTask:
     def _named_prompt(self, wanted: object) -> Prompt:
         if isinstance(wanted, Prompt):
             return wanted
-        if isinstance(wanted, int) and 0 <= wanted < len(self.prompts):
-            return self.prompts[wanted]
+        index = isinstance(wanted, int | np.integer) and not isinstance(wanted, bool)
+        if index and 0 <= cast("int", wanted) < len(self.prompts):
+            return self.prompts[cast("int", wanted)]
         for prompt in self.prompts:
             if prompt.id == wanted:
                 return prompt

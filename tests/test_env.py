@@ -362,3 +362,11 @@ def test_the_context_ends_a_response_too():
     env.reset(options={"prompt": "ab"})
     _, _, terminated, truncated, info = env.step([1, 2, 3])
     assert (terminated, truncated, info["response"]) == (False, True, "abc")
+
+
+def test_a_prompt_is_named_by_a_numpy_index_and_not_by_a_truth_value():
+    env = make()
+    expected = env.reset(options={"prompt": 1})[1]["prompt_id"]
+    assert env.reset(options={"prompt": np.int64(1)})[1]["prompt_id"] == expected
+    with pytest.raises(ValueError, match="options"):
+        env.reset(options={"prompt": True})

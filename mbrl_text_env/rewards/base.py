@@ -303,10 +303,9 @@ def _checked(
     raw: Any, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> FloatArray:
     try:
-        if np.asarray(raw).dtype.kind in "US":
-            raise TypeError("texts, which may or may not look like numbers")
-        scores = np.asarray(raw, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        scores = _as_floats(raw)
+    except Exception as error:
+        # Whatever refuses to be numbers: tensors and other arrays raise errors of their own.
         raise RewardError(
             f"Reward model {name!r}: expected {len(responses)} numbers, got {_shorten(repr(raw))} "
             f"for prompt {prompts[0].id!r}, response {_shorten(responses[0])!r} ({error})."
@@ -328,6 +327,28 @@ def _checked(
     return scores
 
 
+def _as_floats(raw: Any) -> FloatArray:
+    if isinstance(raw, list | tuple):
+        raw = [_from_tensor(item) if hasattr(item, "detach") else item for item in raw]
+        masked = any(item is np.ma.masked for item in raw)
+    else:
+        raw = _from_tensor(raw) if hasattr(raw, "detach") else raw
+        masked = np.ma.is_masked(raw)
+    if masked:
+        raise TypeError("masked values, which have no score")
+    kind = np.asarray(raw).dtype.kind
+    if kind in "USMm":
+        raise TypeError("dates or durations" if kind in "Mm" else "texts, which may be no numbers")
+    return np.asarray(raw, dtype=np.float64)
+
+
+def _from_tensor(tensor: Any) -> Any:
+    """An array of a tensor: NumPy knows neither bfloat16 nor gradients nor other devices."""
+    if tensor.is_complex():
+        raise TypeError("complex numbers")
+    return tensor.detach().cpu().double().numpy()
+
+
 def _charge(
     reward_model: Any,
     prompts: Sequence[Prompt],
@@ -340,7 +361,9 @@ def _charge(
     flops = np.zeros(len(responses))
     if flops_function is not None:
         name = f"{reward_name(reward_model)}.flops"
-        flops = _checked(flops_function(prompts, responses), name, prompts, responses)
+        context = f"Reward model {name!r}, prompt {prompts[0].id!r}"
+        raw = _guarded(flops_function, context, prompts, responses)
+        flops = _checked(raw, name, prompts, responses)
     for ledger, amount in zip(ledgers, flops, strict=True):
         ledger.charge(Usage(reward_calls=1, reward_flops=float(amount)))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
+import torch
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.ledger import Budget, BudgetExceededError, Ledger
@@ -312,3 +314,56 @@ class TestContract:
         score_responses(reward, prompts, responses, ledgers=ledgers)
         bound = reward_usage_bound(reward).reward_flops
         assert max(ledger.usage.reward_flops for ledger in ledgers) <= bound
+
+
+class Returns:
+    """Returns what a function makes of the number of responses."""
+
+    name = "returns"
+
+    def __init__(self, make):
+        self.make = make
+
+    def score(self, prompts, responses):
+        return self.make(len(responses))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: torch.ones(n, dtype=torch.bfloat16),
+        lambda n: torch.ones(n).to(torch.float8_e4m3fn),
+        lambda n: torch.ones(n, requires_grad=True),
+        lambda n: [torch.tensor(1.0, dtype=torch.bfloat16)] * n,
+        lambda n: [torch.tensor(1.0, requires_grad=True)] * n,
+    ],
+)
+def test_tensors_of_every_number_format_are_scores(make):
+    scores = score_responses(Returns(make), [Prompt.from_text("a")] * 2, ["b", "c"])
+    assert scores.total.dtype == np.float64
+    assert scores.total.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: [10**400] * n,
+        lambda n: torch.ones(n, device="meta"),
+        lambda n: torch.ones(n, dtype=torch.complex64),
+        lambda n: np.array(["2020-01-01"] * n, dtype="datetime64[D]"),
+        lambda n: np.ma.masked_all(n),
+        lambda n: [np.ma.masked] * n,
+        lambda n: torch.full((n,), float("nan"), dtype=torch.bfloat16),
+    ],
+)
+def test_what_is_no_number_is_a_reward_error(make):
+    with pytest.raises(RewardError, match="returns"):
+        score_responses(Returns(make), [Prompt.from_text("a")] * 2, ["b", "c"])
+
+
+def test_an_exit_while_computation_is_counted_is_a_reward_error():
+    reward = Returns(np.ones)
+    reward.flops = lambda prompts, responses: sys.exit(0)
+    reward.flops_bound = lambda: 1.0
+    with pytest.raises(RewardError, match="SystemExit"):
+        score_responses(reward, [Prompt.from_text("a")], ["b"], ledgers=[Ledger()])
