@@ -32,6 +32,7 @@ def summary(result: AuditResult) -> Group:
             Text("\n".join(lines)),
             title=Text(f"{result.config.proxy} judged by {result.config.gold}"),
             border_style=_COLOURS.get(verdict.outcome, "yellow"),
+            width=80,
         ),
     )
 

@@ -178,7 +178,7 @@ class TestDamage:
         cache.write_text("a file where the folder should be")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with pytest.raises(OSError, match="cache"):
+            with pytest.raises(ModelLoadError, match=f"cache.*{CACHE_VARIABLE}"):
                 embedded()
         assert quick_conversion == []
 
