@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -171,9 +172,11 @@ def _value(spec: str, item: str, value: str, is_word: bool) -> int | float | str
         return value
     for kind in (int, float):
         try:
-            return kind(value)
+            number = kind(value)
         except ValueError:
             continue
+        if math.isfinite(number):
+            return number
     raise AgentSpecError(
         f"Agent {spec!r}: expected options as name=number, such as n=8; got {item!r}."
     )
