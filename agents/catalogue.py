@@ -90,6 +90,10 @@ def make(
     chooses = _POLICY in known
     policy = _policy(spec, policies or {}, options.pop(_POLICY, None), chooses)
     unknown = [key for key in options if key not in known or key == "params"]
+    for key, value in options.items():
+        annotation = known[key].annotation if key in known else None
+        if isinstance(value, float) and annotation in ("int", "int | None"):
+            raise AgentSpecError(f"Agent {spec!r}: {key}: expected a whole number, got {value}.")
     if unknown:
         numeric = [key for key, p in known.items() if p.kind is p.KEYWORD_ONLY]
         raise AgentSpecError(

@@ -49,8 +49,12 @@ def plain(text: str, style: str | Style = "") -> Text:
 
 
 def panel(content: str, title: str, subtitle: str = "") -> Panel:
-    """A frame around a text, as wide as it needs."""
-    return Panel(plain(content), title=plain(title), subtitle=plain(subtitle) or None, expand=False)
+    """A frame around a text, as wide as it and its titles need, where there is room."""
+    text, above, below = plain(content), plain(title), plain(subtitle)
+    width = max(text.__rich_measure__(errors, errors.options).maximum, above.cell_len + 2)
+    return Panel(
+        text, title=above, subtitle=below or None, width=max(width, below.cell_len + 2) + 4
+    )
 
 
 class PlainConsole(Console):

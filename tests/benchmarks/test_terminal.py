@@ -64,6 +64,12 @@ class TestDoor:
         assert visible(HOSTILE) in found
         assert not {"\x1b", "\x07", "\r", "\u202e", "\x9b"} & set(found)
 
+    def test_titles_are_not_cut_while_there_is_room(self):
+        found = printed(panel("x", "above " * 9 + "END", "below " * 30 + "END"))
+        assert "above END" in found
+        assert "below END" in found
+        assert max(map(len, printed(panel("x", "a" * 90, "b" * 90), width=60).splitlines())) == 60
+
     def test_a_string_is_one_line(self):
         path = "/folder/" * 60
         assert printed(path, width=40) == path + "\n"
@@ -127,6 +133,7 @@ class TestMistakes:
             (["--seed", -1], "--seed"),
             (["--reward-timeout", "inf"], "--reward-timeout"),
             (["--agents", "best-of-n:n=inf"], "n=inf"),
+            (["--agents", "best-of-n:n=2.5"], "whole number"),
             (["--agents", "lookahead:prefix_tokens=nan"], "prefix_tokens=nan"),
         ],
     )
