@@ -74,10 +74,17 @@ class TestDoor:
         path = "/folder/" * 60
         assert printed(path, width=40) == path + "\n"
 
-    def test_tables_are_not_cut_in_a_pipe(self, tmp_path):
+    @pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}])
+    def test_tables_are_not_cut_in_a_pipe(self, tmp_path, monkeypatch, variables):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
         text = "word " * 80 + "END"
         done = run("prompts", "--source", jsonl(tmp_path / "p.jsonl", text))
         assert text in done.output
+        monkeypatch.setenv("COLUMNS", "60")
+        done = run("prompts", "--source", tmp_path / "p.jsonl")
+        assert max(len(line) for line in done.output.splitlines()) == 60
 
 
 def test_a_reader_that_goes_is_no_traceback():
