@@ -267,7 +267,7 @@ class TestCommand:
         assert "another measurement of choices (test: [3, 2] there, [3, 3] here)" in said(found)
         found = command.run(out, seed=1)
         assert found.exit_code == 2
-        assert "another measurement of choices (settings: " in said(found)
+        assert "another measurement of choices (settings.dqn.seed: 0" in said(found)
         assert made(out) == before
         (tmp_path / "precious.txt").write_text("mine")
         found = command.run(tmp_path)
