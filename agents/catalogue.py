@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -89,6 +90,10 @@ def make(
     chooses = _POLICY in known
     policy = _policy(spec, policies or {}, options.pop(_POLICY, None), chooses)
     unknown = [key for key in options if key not in known or key == "params"]
+    for key, value in options.items():
+        annotation = known[key].annotation if key in known else None
+        if isinstance(value, float) and annotation in ("int", "int | None"):
+            raise AgentSpecError(f"Agent {spec!r}: {key}: expected a whole number, got {value}.")
     if unknown:
         numeric = [key for key, p in known.items() if p.kind is p.KEYWORD_ONLY]
         raise AgentSpecError(
@@ -171,9 +176,11 @@ def _value(spec: str, item: str, value: str, is_word: bool) -> int | float | str
         return value
     for kind in (int, float):
         try:
-            return kind(value)
+            number = kind(value)
         except ValueError:
             continue
+        if math.isfinite(number):
+            return number
     raise AgentSpecError(
         f"Agent {spec!r}: expected options as name=number, such as n=8; got {item!r}."
     )

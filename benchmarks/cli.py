@@ -16,6 +16,7 @@ from benchmarks.options import (
     PolicyOption,
     PromptsOption,
     RewardOption,
+    SeedOption,
     ServerModelOption,
     TimeoutOption,
     TokenizerOption,
@@ -62,7 +63,7 @@ def demo(
     test_prompts: Annotated[int, typer.Option(min=1)] = 24,
     budget_tokens: Annotated[int, typer.Option(min=1)] = 400,
     max_response_tokens: TokensOption = 96,
-    seed: int = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Collect, fit the article's value predictor, and compare three agents for two rewards."""
     from benchmarks.demo import DemoConfig, run_demo
@@ -95,7 +96,7 @@ def compare_command(
         float | None, typer.Option(help="Seconds after which it begins nothing new.")
     ] = None,
     max_response_tokens: TokensOption = 96,
-    seed: int = 0,
+    seed: SeedOption = 0,
     out: Annotated[
         Path, typer.Option(help="Folder of the comparison; resumed if it exists.")
     ] = Path("comparison"),
@@ -163,7 +164,7 @@ def collect_command(
     num_prompts: Annotated[int, typer.Option(min=1)] = 48,
     samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 4,
     max_response_tokens: TokensOption = 96,
-    seed: int = 0,
+    seed: SeedOption = 0,
     language_model: LanguageModelOption = "embedded",
     dtype: DtypeOption = "default",
     tokenizer: TokenizerOption = "embedded",
@@ -230,7 +231,7 @@ def fit_command(
     num_parameters: ParametersOption = None,
     server_model: ServerModelOption = None,
     max_wait: WaitOption = 60.0,
-    seed: int = 0,
+    seed: SeedOption = 0,
     reward: Annotated[
         str | None,
         typer.Option(

@@ -16,6 +16,7 @@ from mbrl_text_env._lazy import missing_extra
 
 _PUZZLES = "reasoning-gym:"
 _PUZZLES_A_SPLIT = 256
+_YEAR = 365 * 86400.0
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
 
 LanguageModelOption = Annotated[
@@ -57,7 +58,11 @@ RewardOption = Annotated[
 ]
 TimeoutOption = Annotated[
     float,
-    typer.Option(min=0.001, help="Seconds that the reward model may take for one batch."),
+    typer.Option(
+        min=0.001,
+        max=_YEAR,
+        help="Seconds that the reward model may take for one batch.",
+    ),
 ]
 PromptsOption = Annotated[
     str,
@@ -80,6 +85,7 @@ PolicyOption = Annotated[
         "the option policy=NAME use it. Repeatable."
     ),
 ]
+SeedOption = Annotated[int, typer.Option(min=0, help="All sampling follows from it.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a response.")]
 
 
@@ -172,7 +178,7 @@ def load_prompts_option(source: str, split: str, kind: str | None = None) -> Any
     from mbrl_text_env.prompts import load_prompts
 
     if source.startswith(_PUZZLES):
-        return _puzzles(source.removeprefix(_PUZZLES), split)
+        return _puzzles(source.removeprefix(_PUZZLES), split, kind)
     return load_prompts(source, split=None if split == "all" else split, kind=kind)
 
 
@@ -185,11 +191,16 @@ def chosen_prompts(
 
     found = load_prompts_option(source, split)
     there = sum(applies_to(reward_model, prompt) for prompt in found)
-    if source != "builtin" and 0 < there < count:
-        errors.print(f"{there} prompts of {source} can be used; --num-prompts asked for {count}.")
-        count = there
-    chosen = choose_prompts(found, count, reward_model, seed)
+    chosen = choose_prompts(found, as_many_as_are(there, count, source), reward_model, seed)
     return [as_plain(prompt) for prompt in chosen] if is_plain else chosen
+
+
+def as_many_as_are(there: int, asked: int, source: str) -> int:
+    """How many prompts to take of those that are there; a file of the user's may have fewer."""
+    if source == "builtin" or not 0 < there < asked:
+        return asked
+    errors.print(f"{there} prompts of {source} can be used; --num-prompts asked for {asked}.")
+    return there
 
 
 def that_fit(prompts: Sequence[Any], language_model: Any) -> list[Any]:
@@ -207,6 +218,9 @@ def that_fit(prompts: Sequence[Any], language_model: Any) -> list[Any]:
             fitting.append(prompt)
     if not fitting:
         raise last
+    if len(fitting) < len(prompts):
+        count = len(prompts) - len(fitting)
+        errors.print(f"{count} of {len(prompts)} prompts are too long and left out.")
     return fitting
 
 
@@ -281,7 +295,7 @@ def _digest(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _puzzles(task: str, split: str) -> Any:
+def _puzzles(task: str, split: str, kind: str | None) -> Any:
     """Generated questions; the splits differ in the seed."""
     from mbrl_text_env.prompts import PromptError, reasoning_gym_prompts
     from mbrl_text_env.types import Split
@@ -289,6 +303,8 @@ def _puzzles(task: str, split: str) -> Any:
     splits: tuple[Split, ...] = get_args(Split)
     if split not in (*splits, "all"):
         raise PromptError(f"split: expected one of {[*splits, 'all']}, got {split!r}.")
+    if kind not in (None, task):
+        raise PromptError(f"kind: expected {task!r}, as all of these are, or none, got {kind!r}.")
     return [
         replace(prompt, split=name)
         for seed, name in enumerate(splits)

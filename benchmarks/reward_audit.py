@@ -14,10 +14,12 @@ from benchmarks.options import (
     ParametersOption,
     PlainOption,
     PromptsOption,
+    SeedOption,
     ServerModelOption,
     TokenizerOption,
     TokensOption,
     WaitOption,
+    as_many_as_are,
     as_plain,
     console,
     friendly,
@@ -38,7 +40,7 @@ def audit_command(
         int, typer.Option(help="Responses to each prompt, at least 4: the largest N.")
     ] = 64,
     max_response_tokens: TokensOption = 64,
-    seed: int = 0,
+    seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="Folder of the audit; resumed if it exists.")] = Path(
         "audit"
     ),
@@ -65,12 +67,20 @@ def audit_command(
     from benchmarks.audit.run import Audit, choose_for_both, run_audit
     from benchmarks.progress import progress_bar
     from mbrl_text_env.rewards import make
+    from mbrl_text_env.rewards.base import applies_to
 
-    config = AuditConfig(
-        proxy, gold, num_prompts, samples, max_response_tokens, seed, sensitivity_samples
-    )
     proxy_model, gold_model = make(proxy), make(gold)
     found = load_prompts_option(prompts, split)
+    there = sum(applies_to(proxy_model, p) and applies_to(gold_model, p) for p in found)
+    config = AuditConfig(
+        proxy,
+        gold,
+        as_many_as_are(there, num_prompts, prompts),
+        samples,
+        max_response_tokens,
+        seed,
+        sensitivity_samples,
+    )
     chosen, left_out = choose_for_both(found, config, proxy_model, gold_model)
     if plain_prompts:
         chosen = [as_plain(prompt) for prompt in chosen]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.options import console, friendly
+from benchmarks.options import SeedOption, console, friendly
 
 _METHODS = ("head", "lora")
 _FEATURES = ("embedding", "hidden")
@@ -56,7 +56,7 @@ def fit_command(
         float, typer.Option(min=0.0, help="Pairs of records differ in score by more than this.")
     ] = 0.0,
     held_out: Annotated[float, typer.Option(help="Share of the prompts to measure on.")] = 0.2,
-    seed: int = 0,
+    seed: SeedOption = 0,
     name: Annotated[str | None, typer.Option(help="What reports call the reward.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8,
     max_steps: Annotated[

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.terminal import console
 from mbrl_text_env import rewards
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models import embedded
@@ -180,7 +180,7 @@ def main(
             figures[name] = measure(FAMILIES[name], Path(folder), responses, repeats)
             shown = [f"{figures[name][key]:.3g}" for key in ("batched", "single", "ratio")]
             table.add_row(name, *shown)
-    Console().print(table)
+    console.print(table)
     if json_file is not None:
         content = {
             "command": shlex.join(["python", "-m", "benchmarks.reward_throughput", *sys.argv[1:]]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from benchmarks.options import (
     ParametersOption,
     PlainOption,
     RewardOption,
+    SeedOption,
     ServerModelOption,
     TimeoutOption,
     TokenizerOption,
@@ -38,7 +41,7 @@ def search_command(
     value: ValueOption = "prefix",
     budget_tokens: Annotated[int, typer.Option(min=1)] = 400,
     max_response_tokens: TokensOption = 96,
-    seed: int = 0,
+    seed: SeedOption = 0,
     language_model: LanguageModelOption = "embedded",
     dtype: DtypeOption = "default",
     tokenizer: TokenizerOption = "embedded",
@@ -89,6 +92,19 @@ def search_command(
         )
     )
     if json_file is not None:
-        write_text(json_file, json.dumps(search, indent=1))
+        with _written("--json", json_file):
+            write_text(json_file, json.dumps(search, indent=1))
     if picture_file is not None:
-        picture(search, picture_file)
+        with _written("--picture", picture_file):
+            picture(search, picture_file)
+
+
+@contextmanager
+def _written(option: str, path: Path) -> Iterator[None]:
+    """Name the option of a file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{option}: expected a file that can be written, got {str(path)!r} ({error.strerror})."
+        ) from error

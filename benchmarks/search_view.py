@@ -10,6 +10,7 @@ import numpy as np
 from rich.text import Text
 from rich.tree import Tree
 
+from benchmarks.terminal import visible
 from mbrl_text_env.files import write_file
 
 Nodes = Sequence[Mapping[str, Any]]
@@ -152,5 +153,5 @@ def _rank(node: Mapping[str, Any]) -> tuple[bool, float]:
 
 
 def _short(text: str, width: int = _TEXT_WIDTH) -> str:
-    line = " ".join(text.split())
+    line = visible(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 3] + "..."

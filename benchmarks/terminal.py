@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.panel import Panel
 from rich.segment import Segment
 from rich.style import Style
@@ -49,8 +49,12 @@ def plain(text: str, style: str | Style = "") -> Text:
 
 
 def panel(content: str, title: str, subtitle: str = "") -> Panel:
-    """A frame around a text, as wide as it needs."""
-    return Panel(plain(content), title=plain(title), subtitle=plain(subtitle) or None, expand=False)
+    """A frame around a text, as wide as it and its titles need, where there is room."""
+    text, above, below = plain(content), plain(title), plain(subtitle)
+    width = max(text.__rich_measure__(errors, errors.options).maximum, above.cell_len + 2)
+    return Panel(
+        text, title=above, subtitle=below or None, width=max(width, below.cell_len + 2) + 4
+    )
 
 
 class PlainConsole(Console):
@@ -62,14 +66,15 @@ class PlainConsole(Console):
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
-        has_width = "COLUMNS" in os.environ or (sys.stderr if stderr else sys.stdout).isatty()
-        super().__init__(
-            stderr=stderr,
-            width=None if has_width else _UNLIMITED,
-            markup=False,
-            emoji=False,
-            highlight=False,
-        )
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Columns and lines. Colours may be asked for in a pipe too: they say nothing of a width."""
+        found = super().size
+        if self._width is not None or "COLUMNS" in os.environ or self.file.isatty():
+            return found
+        return ConsoleDimensions(_UNLIMITED, found.height)
 
     def on_broken_pipe(self) -> None:
         """The reader has gone, as `head` does: nothing more is printed."""

@@ -85,7 +85,9 @@ def load_prompts(
         raise PromptError(
             f"{name}: expected prompts with split={split!r} and kind={kind!r}, got none of "
             f"{len(prompts)}. Their splits are {_distinct(p.split for p in prompts)}, their kinds "
-            f"{_distinct(p.metadata.get('kind') for p in prompts)}. Change the filters."
+            f"{_distinct(p.metadata.get('kind') for p in prompts)}. Change the filters: split=None "
+            "(`--split all` on the command line) keeps all splits, kind=None (no `--kind`) all "
+            "kinds."
         )
     return kept[:limit]
 

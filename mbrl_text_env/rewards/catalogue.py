@@ -346,7 +346,10 @@ def _run_file(path: Path, spec: str) -> ModuleType:
         sys.path.append(str(path.parent))
     try:
         module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        del sys.modules[name]
+        raise
+    except BaseException as error:
         del sys.modules[name]
         raise RewardSpecError(
             f"Reward {spec!r}: running the file raised {type(error).__name__}: {error}."

@@ -64,14 +64,27 @@ class TestDoor:
         assert visible(HOSTILE) in found
         assert not {"\x1b", "\x07", "\r", "\u202e", "\x9b"} & set(found)
 
+    def test_titles_are_not_cut_while_there_is_room(self):
+        found = printed(panel("x", "above " * 9 + "END", "below " * 30 + "END"))
+        assert "above END" in found
+        assert "below END" in found
+        assert max(map(len, printed(panel("x", "a" * 90, "b" * 90), width=60).splitlines())) == 60
+
     def test_a_string_is_one_line(self):
         path = "/folder/" * 60
         assert printed(path, width=40) == path + "\n"
 
-    def test_tables_are_not_cut_in_a_pipe(self, tmp_path):
+    @pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}])
+    def test_tables_are_not_cut_in_a_pipe(self, tmp_path, monkeypatch, variables):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
         text = "word " * 80 + "END"
         done = run("prompts", "--source", jsonl(tmp_path / "p.jsonl", text))
         assert text in done.output
+        monkeypatch.setenv("COLUMNS", "60")
+        done = run("prompts", "--source", tmp_path / "p.jsonl")
+        assert max(len(line) for line in done.output.splitlines()) == 60
 
 
 def test_a_reader_that_goes_is_no_traceback():
@@ -101,6 +114,8 @@ class TestMistakes:
     def test_files_and_folders(self, base, tmp_path):
         (tmp_path / "latin.jsonl").write_bytes(b"caf\xe9\n")
         (tmp_path / "file").write_text("x")
+        plain_model = ["--language-model", base, "--plain-prompts", "--budget-tokens", 8]
+        plain_model += ["--max-response-tokens", 4]
         for words, told in (
             (["compare", "--prompts", tmp_path / "none.jsonl"], "none.jsonl"),
             (["compare", "--prompts", tmp_path], ".jsonl or .csv"),
@@ -108,6 +123,8 @@ class TestMistakes:
             (["compare", "--language-model", tmp_path, *SMALL], "ModelLoadError"),
             (["compare", "--reward", f"{tmp_path}/none.py:f"], "there is no file"),
             (["fit", "--records", tmp_path / "none", "--out", tmp_path / "v"], "none"),
+            (["search", "Hi", *plain_model, "--json", tmp_path], "--json: expected a file"),
+            (["search", "Hi", *plain_model, "--picture", tmp_path], "--picture: expected a file"),
             (["collect", "--language-model", base, "--plain-prompts", "--num-prompts", "1",
               "--out", tmp_path / "file"], "can be written"),
             (["compare", "--language-model", base, "--plain-prompts", *SMALL,
@@ -116,6 +133,22 @@ class TestMistakes:
             done = run(*words)
             assert done.exit_code == 2, (words, done.output)
             assert told in done.output
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (["--seed", -1], "--seed"),
+            (["--reward-timeout", "inf"], "--reward-timeout"),
+            (["--agents", "best-of-n:n=inf"], "n=inf"),
+            (["--agents", "best-of-n:n=2.5"], "whole number"),
+            (["--agents", "lookahead:prefix_tokens=nan"], "prefix_tokens=nan"),
+        ],
+    )
+    def test_numbers_that_are_none(self, words, told, base, tmp_path):
+        small = ["compare", "--language-model", base, "--plain-prompts", *SMALL]
+        done = run(*small, *words, "--out", tmp_path / "out")
+        assert done.exit_code == 2, done.output
+        assert told in done.output
 
     def test_a_cache_that_cannot_be_written_names_the_setting(self, monkeypatch):
         monkeypatch.setenv(CACHE_VARIABLE, "/proc/none")
@@ -138,6 +171,30 @@ class TestPrompts:
         done = run(*words, "--plain-prompts")
         assert done.exit_code == 0, done.output
 
+    def test_a_filter_that_leaves_nothing_names_the_option(self, tmp_path):
+        file = tmp_path / "p.jsonl"
+        file.write_text(json.dumps({"text": "One.", "split": "train", "kind": "a"}) + "\n")
+        done = run("compare", "--prompts", file, "--out", tmp_path / "out")
+        assert done.exit_code == 2
+        assert "--split all" in done.output
+        for source in (file, "builtin"):
+            done = run("prompts", "--source", source, "--kind", "nonsense")
+            assert done.exit_code == 2
+            assert "--kind" in done.output
+        done = run("prompts", "--source", "reasoning-gym:chain_sum", "--kind", "nonsense")
+        assert done.exit_code == 2
+        assert "chain_sum" in done.output
+
+    def test_an_audit_of_fewer_prompts_than_asked_for(self, base, tmp_path):
+        file = jsonl(tmp_path / "p.jsonl", *"abcd")
+        words = ["--language-model", base, "--plain-prompts", "--prompts", file, "--split", "all"]
+        words += ["--max-response-tokens", 4, "--samples", 4, "--sensitivity-samples", 1]
+        (tmp_path / "r.py").write_text("def f(prompt, response): return float(len(response))\n")
+        rewards = ["--proxy", f"{tmp_path}/r.py:f", "--gold", "sentiment"]
+        done = run("reward", "audit", *rewards, *words, "--out", tmp_path / "out")
+        assert "4 prompts of" in done.output
+        assert "num_prompts" not in done.output
+
     def test_fewer_prompts_than_asked_for(self, base, tmp_path):
         file = jsonl(tmp_path / "p.jsonl", "One.", "Two.")
         words = ["compare", "--language-model", base, "--plain-prompts", "--prompts", file]
@@ -154,6 +211,7 @@ class TestPrompts:
         done = run("compare", *words, "--agents", "sampling", "--out", tmp_path / "out")
         assert done.exit_code == 0, done.output
         assert "Left out: Prompt 'p-2'" in done.output
+        assert "1 of 2 prompts are too long" in done.output
         done = run("collect", *words, "--out", tmp_path / "records", "--samples", 1)
         assert done.exit_code == 1, "not all was done"
         assert "1 responses to 1 prompts added" in done.output
@@ -188,7 +246,8 @@ class TestRewardFiles:
     @pytest.mark.parametrize(
         ("code", "told"),
         [("def f(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError"), ("x = 1", "has no 'f'"),
-         ("import sys; sys.exit(0)", "SystemExit")],
+         ("import sys; sys.exit(0)", "SystemExit"),
+         ("class End(BaseException): pass\nraise End", "End")],
     )  # fmt: skip
     def test_broken_ones(self, tmp_path, code, told):
         (tmp_path / "r.py").write_text(code)
