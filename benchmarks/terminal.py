@@ -70,11 +70,15 @@ class PlainConsole(Console):
 
     @property
     def size(self) -> ConsoleDimensions:
-        """Columns and lines. Colours may be asked for in a pipe too: they say nothing of a width."""
+        """Columns and lines; colours may be asked for in a pipe too and say nothing of a width."""
         found = super().size
         if self._width is not None or "COLUMNS" in os.environ or self.file.isatty():
             return found
         return ConsoleDimensions(_UNLIMITED, found.height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
 
     def on_broken_pipe(self) -> None:
         """The reader has gone, as `head` does: nothing more is printed."""
