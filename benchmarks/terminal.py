@@ -68,9 +68,9 @@ class PlainConsole(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
 
-    @property
+    @property  # type: ignore[misc]  # Rich's can be set, which nothing here does.
     def size(self) -> ConsoleDimensions:
-        """Columns and lines. Colours may be asked for in a pipe too: they say nothing of a width."""
+        """Columns and lines; that a pipe takes colours says nothing of its width."""
         found = super().size
         if self._width is not None or "COLUMNS" in os.environ or self.file.isatty():
             return found
