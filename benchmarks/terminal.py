@@ -68,17 +68,13 @@ class PlainConsole(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
 
-    @property
+    @property  # type: ignore[misc]  # Rich's can be set, which nothing here does.
     def size(self) -> ConsoleDimensions:
-        """Columns and lines; colours may be asked for in a pipe too and say nothing of a width."""
+        """Columns and lines; that a pipe takes colours says nothing of its width."""
         found = super().size
         if self._width is not None or "COLUMNS" in os.environ or self.file.isatty():
             return found
         return ConsoleDimensions(_UNLIMITED, found.height)
-
-    @size.setter
-    def size(self, new_size: tuple[int, int]) -> None:
-        self._width, self._height = new_size
 
     def on_broken_pipe(self) -> None:
         """The reader has gone, as `head` does: nothing more is printed."""
