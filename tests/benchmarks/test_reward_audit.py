@@ -39,7 +39,7 @@ def finished(tmp_path_factory):
 
 def test_the_terminal(finished):
     _, output = finished
-    assert max(map(len, output.splitlines())) <= 100
+    assert max(map(len, output.splitlines())) <= 80
     flat = " ".join(output.replace("│", " ").split())
     assert "not decided: too few prompts (4; at least 8 are needed" in flat
     assert "Best of N by the proxy: 4 prompts, 8 responses each" in flat
