@@ -27,7 +27,6 @@ from typing import Any
 
 from mbrl_text_env.sandbox._solution import (
     ASKED,
-    BY_VALUE,
     CALCULATED,
     COMPARED,
     MUTABLE,
@@ -44,11 +43,14 @@ from mbrl_text_env.sandbox._solution import (
 del sys.path[0]
 
 
-_MOST_ITEMS = 1_000_000
+# So many of an iterator's items are sent at once, and the rest as the solution asks for them.
+_MOST_ITEMS = 10_000
 _VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
-_ITERATORS: tuple[Any, ...] = (
-    type(iter([])), type(iter(())), type(iter({})), type(iter("")), type(iter(range(0))),
-    enumerate, filter, map, reversed, types.GeneratorType, zip,
+# What a test can hold because the solution has given something else than was asked for. It is no
+# fault of the test's, which would be an error for the caller.
+_CAUSED = (type, types.CoroutineType, types.FunctionType, types.MethodWrapperType)
+_PLAIN = (
+    *MUTABLE, bytes, complex, float, frozenset, int, range, str, tuple,
 )  # fmt: skip
 
 
@@ -79,6 +81,7 @@ class Judge(Peer):
         self.remotes: dict[tuple[int, int], Remote] = {}
         self.values: dict[int, tuple[int, Any]] = {}
         self.exceptions: dict[str, Any] = {}
+        self.paths: dict[str, object] = {}
         # How many questions have been asked that may have changed an object.
         self.age = 0
 
@@ -87,16 +90,25 @@ class Judge(Peer):
             return {"object": object.__getattribute__(value, "_number")}
         if isinstance(value, _VIEWS):
             return self.encode(list(value))
-        if isinstance(value, _ITERATORS):
-            items = list(itertools.islice(value, _MOST_ITEMS + 1))
-            if len(items) > _MOST_ITEMS:
-                raise Unsupported("an iterator without an end cannot cross to the solution")
-            return {"iterator": self.encode(items)}
+        if hasattr(type(value), "__next__"):
+            items = list(itertools.islice(value, _MOST_ITEMS))
+            is_all = len(items) < _MOST_ITEMS
+            # It may have no end.
+            return {
+                "iterator": [self.encode(items), None if is_all else self.share(value.__next__)]
+            }
         path = path_of(value)
         if path:
             return {"path": path}
+        if any(value is each for each in self.exceptions.values()):
+            return {"exception": value.__name__}
+        if isinstance(value, Exception):
+            values = [list(value.args), vars(value)]
+            return {"raised": [kinds_of(type(value)), str(value)[:1000], self.encode(values)]}
         if callable(value) and _is_own(value):
             return {"function": self.share(value)}
+        if type(value) in _CAUSED:
+            raise Breach(f"a {type(value).__name__} where the solution was to give a value")
         raise Unsupported(f"an object of type {type(value).__name__} cannot cross to the solution")
 
     def resolve(self, tag: str, content: Any) -> Any:
@@ -137,7 +149,10 @@ class Judge(Peer):
             message["arguments"] = self.decode(message["arguments"])
             if type(message["arguments"]) is not list:
                 raise ValueError("arguments that are no list")
-            if "result" in message:
+            if "given" in message:
+                if type(message["given"]) is not int or message["given"] < 0:
+                    raise ValueError("a result that was not given")
+            elif "result" in message:
                 message["result"] = self.decode(message["result"])
             if message.get("values") is not None:
                 message["values"] = self.decode(message["values"])
@@ -167,12 +182,15 @@ class Judge(Peer):
         while "callback" in message:
             self.call_back(message)
             message = self.hear()
-        if len(message["arguments"]) == len(arguments):
-            for mine, theirs in zip(arguments, message["arguments"], strict=True):
+        given = [*arguments, *keywords.values()]
+        if len(message["arguments"]) == len(given):
+            for mine, theirs in zip(given, message["arguments"], strict=True):
                 if type(mine) in MUTABLE:
                     _replace(mine, theirs)
         if "error" in message:
-            raise self.error(message, stops=operation == "next")
+            raise self.error(message, stops=operation in ("next", "send"))
+        if message.get("given", len(given)) < len(given):
+            return given[message["given"]]
         if "result" not in message:
             raise Breach("an answer without a result")
         return message["result"]
@@ -225,9 +243,18 @@ class Judge(Peer):
         missing = [name for name in orders["names"] if name not in own and hasattr(builtins, name)]
         if missing:
             raise NameError(f"the solution has no {', '.join(missing)}")
-        space["__name__"] = "test"
+        space.update(__name__="test", __same__=self.same, __kind__=_kind_of)
+        space.setdefault("isinstance", _is_instance)
         for part in ("imports", "setup", "test"):
-            exec(compile(orders[part], f"<{part}>", "exec"), space)  # noqa: S102
+            exec(_compiled(orders[part], f"<{part}>"), space)  # noqa: S102
+
+    def same(self, value: Any) -> Any:
+        """What stands for an object, or a class of Python's, in whatever way it has come."""
+        is_remote = type(value) is Remote
+        path = _ask("path", value) if is_remote else path_of(value)
+        if type(path) is str and path:
+            return self.paths.setdefault(path, object())
+        return self.remote(object.__getattribute__(value, "_number"), 0) if is_remote else value
 
     def ranked(self, name: str, value: Any) -> Any:
         """A name's value. What is handed to it is the test's choice, and to what it returns is not:
@@ -256,7 +283,14 @@ class Remote:
         rank = object.__getattribute__(self, "_rank")
         return _with_rank(max(0, rank - 1), _ask("call", self, *arguments, **keywords))
 
-    def __getattr__(self, name: str) -> Any:
+    # Not `__getattr__`: what the handle has is not what the object has.
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":
+            return Remote
+        if name in ("__deepcopy__", "__reduce__", "__reduce_ex__"):
+            return object.__getattribute__(self, name)
+        if name in ("__next__", "send"):  # These may stop, as no other function may.
+            return lambda *arguments: _ask(name.strip("_"), self, *arguments)
         rank = object.__getattribute__(self, "_rank")
         return _with_rank(min(1, rank), _ask("getattr", self, name))
 
@@ -292,6 +326,19 @@ class Remote:
         value = _plain(self)
         # The judge looks for it: what the solution gives is compared item by item.
         return item in (list(self) if type(value) is Remote else value)
+
+    def __enter__(self) -> Any:
+        return _ask("enter", self)
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        """The solution hears of an error and cannot take it back: it may be the test's verdict."""
+        if error is None:
+            _ask("exit", self, None, None, None)
+            return
+        try:
+            _ask("exit", self, kind, error if isinstance(error, Exception) else None, None)
+        except Exception:  # noqa: S110 - the one that is raised already goes on
+            pass
 
     def __copy__(self) -> Any:
         return _ask("copy", self)
@@ -360,10 +407,65 @@ for _name in CALCULATED:
     setattr(Remote, f"__r{_name.rstrip('_')}__", _binary(_name, swapped=True))
 
 
+# Not data, of which the judge decides itself.
+_ABSTRACT = ("collections.abc", "types", "typing")
+
+
+def _is_instance(value: Any, kinds: Any) -> bool:
+    if type(value) is not Remote:
+        return isinstance(value, kinds)
+    plain = _plain(value)
+    for kind in kinds if type(kinds) is tuple else (kinds,):
+        if type(kind) is Remote or type(plain) is not Remote:
+            is_one = isinstance(value if type(kind) is Remote else plain, kind)
+        else:
+            path = path_of(kind)
+            is_one = path.startswith(_ABSTRACT) and _ask("isinstance", value, kind) is True
+        if is_one:
+            return True
+    return False
+
+
+def _kind_of(value: Any) -> Any:
+    return _ask("getattr", value, "__class__") if type(value) is Remote else type(value)
+
+
+def _compiled(source: str, name: str) -> Any:
+    """The statements, in which `is`, `type(x)` and `x.__class__` see objects and not handles."""
+    if not any(word in source for word in ("is", "type", "__class__")):
+        return compile(source, name, "exec")
+    import ast
+
+    def called(function: str, argument: ast.expr) -> ast.expr:
+        return ast.Call(ast.Name(function, ast.Load()), [argument], [])
+
+    class Handles(ast.NodeTransformer):
+        def visit_Compare(self, node: ast.Compare) -> ast.AST:
+            self.generic_visit(node)
+            if any(isinstance(each, ast.Is | ast.IsNot) for each in node.ops):
+                node.left = called("__same__", node.left)
+                node.comparators = [called("__same__", each) for each in node.comparators]
+            return node
+
+        def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+            self.generic_visit(node)
+            is_kind = node.attr == "__class__" and isinstance(node.ctx, ast.Load)
+            return called("__kind__", node.value) if is_kind else node
+
+        def visit_Call(self, node: ast.Call) -> ast.AST:
+            self.generic_visit(node)
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            is_kind = name == "type" and len(node.args) == 1 and not node.keywords
+            return called("__kind__", node.args[0]) if is_kind else node
+
+    tree = ast.fix_missing_locations(Handles().visit(ast.parse(source, name)))
+    return compile(tree, name, "exec")
+
+
 def _is_own(value: Any) -> bool:
     """Whether a callable is the test's, or a method of plain data: the solution may call it."""
     if type(value) is types.BuiltinFunctionType:
-        return type(value.__self__) in (*MUTABLE, *BY_VALUE, str, tuple, frozenset)
+        return isinstance(value.__self__, _PLAIN)
     return "test" in (getattr(value, "__module__", None), type(value).__module__)
 
 

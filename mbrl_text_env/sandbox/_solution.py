@@ -20,26 +20,15 @@ _MOST_BYTES = 32 << 20
 _MOST_DEPTH = 300
 BY_VALUE = (dict, collections.Counter, collections.OrderedDict, collections.defaultdict)
 MUTABLE = (list, dict, set, bytearray, collections.deque)
+_DICTS: dict[str, Any] = {
+    "dict": dict, "Counter": collections.Counter, "OrderedDict": collections.OrderedDict,
+}  # fmt: skip
 _COLLECTIONS: dict[str, Any] = {
     "tuple": tuple,
     "set": set,
     "frozenset": frozenset,
     "deque": collections.deque,
 }
-
-
-class Named(tuple[Any, ...]):
-    """A named tuple that has crossed: a tuple with fields."""
-
-    _fields: tuple[str, ...]
-
-    @classmethod
-    def of(cls, fields: list[str], items: list[Any]) -> Any:
-        named = cls(items)
-        if len(fields) != len(items) or not all(map(str.isidentifier, fields)):
-            raise ValueError(f"fields {fields}")
-        named.__dict__.update(zip(fields, named, strict=True), _fields=tuple(fields))
-        return named
 
 
 def _of(module: str, name: str, method: str = "") -> Any:
@@ -100,6 +89,7 @@ class Peer:
         self.source, self.target = source, target
         self.shared: list[Any] = []
         self.numbers: dict[int, int] = {}
+        self.named: dict[tuple[str, ...], Any] = {}
 
     def send(self, message: Any) -> None:
         data = json.dumps(message).encode()
@@ -131,9 +121,13 @@ class Peer:
         if kind is list:
             return [self.encode(item) for item in value]
         if kind in BY_VALUE:
-            return {"dict": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
-        if kind is Named or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
-            return {"named": [list(value._fields), [self.encode(item) for item in value]]}
+            pairs = [[self.encode(key), self.encode(item)] for key, item in value.items()]
+            if kind is collections.defaultdict:
+                return {"defaultdict": [self.encode(value.default_factory), pairs]}
+            return {kind.__name__: pairs}
+        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            items = [self.encode(item) for item in value]
+            return {"named": [[kind.__name__, *value._fields], items]}
         if _COLLECTIONS.get(kind.__name__) is kind:
             return {kind.__name__: [self.encode(item) for item in value]}
         # Newer versions of Python have some of the classes in submodules.
@@ -151,16 +145,27 @@ class Peer:
         if type(data) is not dict:
             return data  # JSON has no more kinds than texts, numbers, true, false and null.
         ((tag, content),) = data.items()
-        if tag == "dict":
-            return dict(self.decode(pair, depth + 1) for pair in content)
+        if tag in _DICTS:
+            return _DICTS[tag](dict(self.decode(pair, depth + 1) for pair in content))
+        if tag == "defaultdict":
+            factory, pairs = content
+            made = (self.decode(pair, depth + 1) for pair in pairs)
+            return collections.defaultdict(self.decode(factory), made)
         if tag == "named":
-            fields, items = content
-            return Named.of(fields, self.decode(items, depth + 1))
+            names, items = content
+            return self.named_tuple(names)._make(self.decode(items, depth + 1))
         if tag in _COLLECTIONS and type(content) is list:
             return _COLLECTIONS[tag](self.decode(content, depth + 1))
         if tag in _ATOMS and type(content) is str:
             return _ATOMS[tag][1](content)
         return self.resolve(tag, content)
+
+    def named_tuple(self, names: list[str]) -> Any:
+        """The class of that name and these fields, which `namedtuple` checks."""
+        key = tuple(names)
+        if key not in self.named:
+            self.named[key] = collections.namedtuple(key[0], key[1:])
+        return self.named[key]
 
     def share(self, value: Any) -> int:
         """The number of an object, the same each time; the object is kept."""
@@ -177,7 +182,13 @@ class Peer:
 
 
 def kinds_of(kind: Any) -> list[str]:
-    return [each.__name__ for each in kind.__mro__]
+    """The names of a class and its bases; one that only has the name of a builtin gets another."""
+    names = [each.__name__ for each in kind.__mro__]
+    known = [builtin_exception(name) for name in names]
+    return [
+        name if own in (None, each) else f"solution.{name}"
+        for name, own, each in zip(names, known, kind.__mro__, strict=True)
+    ]
 
 
 def builtin_exception(name: str) -> Any:
@@ -204,7 +215,7 @@ def exception_of(
         for given in (arguments, [text]):
             try:
                 error: BaseException = kind(*given)
-            except TypeError:  # UnicodeDecodeError and its like want more.
+            except Exception:  # UnicodeDecodeError and its like want more. # noqa: S112
                 continue
             if given is not arguments or str(error) == text:
                 error.__dict__.update(attributes)
@@ -236,8 +247,13 @@ def path_of(value: Any) -> str:
 class Solution(Peer):
     """Serves the names of the solution. Whatever the solution does to it, it stays on this side."""
 
+    def __init__(self, source: int, target: int) -> None:
+        super().__init__(source, target)
+        self.exceptions: dict[str, Any] = {}
+
     def refer(self, value: Any) -> Any:
         if isinstance(value, type) and issubclass(value, Exception) and not path_of(value):
+            self.exceptions[value.__name__] = value
             return {"exception": kinds_of(value)}
         if type(value) is types.CoroutineType:
             return {"coroutine": self.share(value)}
@@ -247,7 +263,13 @@ class Solution(Peer):
         if tag == "object":
             return self.shared[content]
         if tag == "iterator":
-            return iter(self.decode(content))
+            items, more = content
+            return _items(self.decode(items), more if more is None else _Callback(self, more))
+        if tag == "exception":
+            return self.exceptions[content]
+        if tag == "raised":
+            names, text, values = content
+            return exception_of(names, text, self.decode(values), self.exceptions)
         if tag == "path":
             module, _, names = content.partition(":")
             return operator.attrgetter(names)(__import__(module, fromlist=["."]))
@@ -275,6 +297,7 @@ class Solution(Peer):
 
     def answer(self, request: Any, names: dict[str, Any] | None = None) -> None:
         arguments: list[Any] = []
+        keywords: dict[str, Any] = {}
         try:
             arguments = [self.decode(each) for each in request["arguments"]]
             keywords = {key: self.decode(each) for key, each in request["keywords"].items()}
@@ -284,16 +307,24 @@ class Solution(Peer):
                 result = {name: names[name] for name in arguments if name in names}
             else:
                 result = _OPERATIONS[operation](*arguments, **keywords)
-            reply = {"result": self.encode(result)}
+            # A list that was given is no other list when it comes back.
+            given = [*arguments, *keywords.values()]
+            same = [i for i, each in enumerate(given) if each is result]
+            is_given = same and isinstance(result, MUTABLE)
+            reply: dict[str, Any] = (
+                {"given": same[0]} if is_given else {"result": self.encode(result)}
+            )
         except (Exception, SystemExit) as error:
             reply = self.describe(error)
         # What the call did to its arguments is seen by the test too.
         reply["arguments"] = [
-            self.encode(each) if isinstance(each, MUTABLE) else None for each in arguments
+            self.encode(each) if isinstance(each, MUTABLE) else None
+            for each in (*arguments, *keywords.values())
         ]
         self.send(reply)
 
     def describe(self, error: BaseException) -> dict[str, Any]:
+        self.exceptions[type(error).__name__] = type(error)
         reply = {"error": kinds_of(type(error)), "text": str(error)[:1000], "values": None}
         try:
             reply["values"] = [self.encode(list(error.args)), self.encode(dict(vars(error)))]
@@ -321,8 +352,21 @@ class _Callback:
         return peer.decode(message["result"])
 
 
+def _items(items: list[Any], more: Any) -> Any:
+    """What an iterator of the test gives: what was sent, and then what it still has."""
+    yield from items
+    while more:
+        try:
+            item = more()
+        except StopIteration:
+            return
+        yield item
+
+
 def _value(value: Any) -> Any:
     """An object of a class that was made from a plain one, as the plain one."""
+    if isinstance(value, type({}.keys())):
+        return set(value)
     kinds: tuple[Any, ...] = (
         int, float, complex, str, list, tuple, dict, set, frozenset, bytes, bytearray,
     )  # fmt: skip
@@ -355,6 +399,9 @@ _OPERATIONS: dict[str, Any] = {
     "path": lambda value: path_of(value),
     "copy": lambda value: __import__("copy").copy(value),
     "deepcopy": lambda value: __import__("copy").deepcopy(value),
+    "send": lambda value, item: value.send(item),
+    "enter": lambda value: type(value).__enter__(value),
+    "exit": lambda value, *raised: type(value).__exit__(value, *raised),
     "await": lambda value: __import__("asyncio").run(value),
     "hash": hash,
     "eq": operator.eq,

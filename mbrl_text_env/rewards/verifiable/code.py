@@ -63,6 +63,7 @@ class UnitTestReward:
       no proper answer fails the test, whatever the test catches.
     - Which names are the solution's follows from the tests alone. Builtins, what the tests import
       and define, and what tests take for granted (`math.isclose`, `Counter`) are Python's.
+    - `is`, `type(x)`, `x.__class__` and `hasattr` see the solution's objects, not the handles.
     - A remote object is compared with plain data as the plain value that its class is made from,
       by the judge; if it has none, it is equal to none. So is arithmetic with plain data.
     - Tests that run code made from data (`eval`, `exec`, `subprocess` and the like) are refused
@@ -75,9 +76,13 @@ class UnitTestReward:
       such as `assert f(1) != 2`, or `assert f(1) == g(1)` where all comes from the solution, is
       easy to pass. Remote objects are compared with each other as the solution's classes say.
     - Arguments and results are copies. What the solution does to a list, dict, set, deque or
-      bytearray that is itself an argument is copied back after the call; objects of classes of the
-      setup cannot be handed over and raise an error. `v * 2`, where `v` is a remote object without
-      a plain value, and `x in v`, where it cannot be iterated over, raise TypeError.
+      bytearray that is itself an argument is copied back after the call, and such an argument that
+      is returned is the same object. What is inside of it is not: a test that a copy is deep can be
+      passed by a shallow one. Objects of classes of the setup cannot be handed over and raise an
+      error. A class of the test cannot have a class of the solution's as its base,
+      `redirect_stdout` sees nothing of what the solution prints, and a solution's `__exit__` cannot
+      hold back an error: right solutions fail such tests. `v * 2`, where `v` is a remote object
+      without a plain value, and `x in v`, where it cannot be iterated over, raise TypeError.
     - A program near a limit of time may pass in one run and not in another. The limits leave room.
     - With `allow_weaker=True` on a machine without the sandbox nothing at all is guaranteed.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 # What may stand before a fence: white space, marks of quotes, and those of an item of a list.
 _FENCE = re.compile(r"((?:[ \t]|>|[-*+][ \t]|\d{1,9}[.)][ \t])*)(`{3,}|~{3,})(.*)", re.DOTALL)
-_QUOTE = re.compile(r"[ \t]*>[ \t]?")
+_QUOTES = re.compile(r"[ \t]*+>[ \t]?")
 _PYTHON = ("python", "python3", "py", "{.python}")
 
 
@@ -20,9 +20,13 @@ class _Block:
 
     def line(self, line: str) -> str:
         """A line without the marks of the quote that the block stands in."""
-        for _ in range(self.quotes):
-            line = _QUOTE.sub("", line, count=1) if _QUOTE.match(line) else line
-        return line
+        # One match, however many quotes are in each other: a response can have thousands.
+        start = 0
+        for _, mark in zip(range(self.quotes), _QUOTES.finditer(line), strict=False):
+            if mark.start() != start:
+                break
+            start = mark.end()
+        return line[start:]
 
     def code(self) -> str:
         """The lines, less what the first one is indented by: no program begins so."""
