@@ -186,6 +186,11 @@ def choose_prompts(
         CompareError: There are fewer.
     """
     fitting = [prompt for prompt in prompts if applies_to(reward_model, prompt)]
+    if not fitting:
+        raise CompareError(
+            f"Reward {reward_name(reward_model)!r} applies to none of {len(prompts)} prompts: they "
+            "lack what it reads of a prompt's metadata. Give other prompts, or another reward."
+        )
     if not 1 <= count <= len(fitting):
         raise CompareError(
             f"Expected 1 to {len(fitting)} prompts (as many as reward "

@@ -130,9 +130,9 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     for place, entry in enumerate(entries):
         below, above = entry["mean"] - entry["low"], entry["high"] - entry["mean"]
         axes.errorbar(entry["mean"], place, xerr=[[below], [above]], fmt="o", capsize=4)
-    axes.set_yticks(range(len(entries)), [entry["agent"] for entry in entries])
+    axes.set_yticks(range(len(entries)), [entry["agent"] for entry in entries], parse_math=False)
     axes.set_ylim(len(entries) - 0.5, -0.5)
-    axes.set_xlabel(f"mean reward ({summary['reward']}), 95% interval")
+    axes.set_xlabel(f"mean reward ({summary['reward']}), 95% interval", parse_math=False)
     axes.set_title(f"{len(summary['prompts'])} prompts, {shown_budget(summary)}")
     with write_file(path) as scratch:
         figure.savefig(scratch, format="png", dpi=150)

@@ -54,7 +54,8 @@ def plot(result: AuditResult, path: Path) -> None:
     _bars(axes["reactions"], result)
     figure.suptitle(
         f"{result.config.proxy} judged by {result.config.gold}: {result.verdict.outcome} "
-        f"({result.prompts} prompts, {result.config.samples} responses each)"
+        f"({result.prompts} prompts, {result.config.samples} responses each)",
+        parse_math=False,
     )
     with write_file(path) as scratch:
         figure.savefig(scratch, format="png", dpi=150)
@@ -132,7 +133,8 @@ def _gains(axes: Any, result: AuditResult, places: list[float]) -> None:
         )
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_ylabel("gain over N = 1 (sd within a prompt)")
-    axes.legend()
+    for label in axes.legend().get_texts():
+        label.set_parse_math(False)
 
 
 def _calibration(axes: Any, result: AuditResult) -> None:
@@ -141,8 +143,9 @@ def _calibration(axes: Any, result: AuditResult) -> None:
         if interval is not None:
             _bar(axes.errorbar, place + 1, interval, "tab:orange", vertical=True)
     axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set_xlabel(f"tenth of {result.config.proxy} within a prompt, lowest first")
-    axes.set_ylabel(f"mean {result.config.gold} (sd within a prompt)")
+    tenths = f"tenth of {result.config.proxy} within a prompt, lowest first"
+    axes.set_xlabel(tenths, parse_math=False)
+    axes.set_ylabel(f"mean {result.config.gold} (sd within a prompt)", parse_math=False)
 
 
 def _bars(axes: Any, result: AuditResult) -> None:

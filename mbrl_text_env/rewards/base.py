@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mbrl_text_env.ledger import Ledger, Usage, timed
+from mbrl_text_env.rewards._files import place_of
 from mbrl_text_env.types import FloatArray, Prompt
 
 T = TypeVar("T")
@@ -294,8 +295,9 @@ def _guarded(function: Callable[..., Any], context: str, *args: Any) -> Any:
         responses = args[-1]
         raise RewardError(
             f"{context} and {len(responses) - 1} more in its batch: scoring raised "
-            f"{type(error).__name__}: {error}. First response: {_shorten(responses[0])!r}. Mend "
-            "the reward model, or leave out the prompts that it cannot score."
+            f"{type(error).__name__}: {error}{place_of(error)}. First response: "
+            f"{_shorten(responses[0])!r}. Mend the reward model, or leave out the prompts that it "
+            "cannot score."
         ) from error
 
 

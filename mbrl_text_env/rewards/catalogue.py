@@ -7,20 +7,17 @@ package offers under the entry-point group `mbrl_text_env.rewards`, or a functio
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import re
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from mbrl_text_env.rewards._files import place_of, run_file
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.rewards.composite.combinators import WeightedSum
@@ -205,7 +202,7 @@ def make(spec: str) -> RewardModel:
             `"classifier:OpenAssistant/reward-model-deberta-v3-large-v2"`; a function or class in a
             Python file, such as `"my_rewards.py:brevity"`, whose code is then run; or a sum of
             them, such as `"0.5*sentiment+0.5*relevance"` or `"sentiment+relevance"`. Names with "+"
-            or "*" in them cannot be written here: make the objects. No model is loaded yet.
+            or "*" in them cannot be written in a sum: make the objects. No model is loaded yet.
 
     Raises:
         RewardSpecError: A name is unknown or cannot be loaded, a weight is no finite number, or a
@@ -215,6 +212,10 @@ def make(spec: str) -> RewardModel:
         >>> make("0.5*sentiment+0.5*relevance").weights
         (0.5, 0.5)
     """
+    whole = _PYTHON_FILE.fullmatch(spec.strip())
+    if whole and _path(whole).is_file():
+        # A path may have a "+" or "*" in it.
+        return _from_file(_path(whole), whole["function"])
     terms = [term.strip() for term in spec.split("+")]
     if len(terms) == 1 and "*" not in spec:
         return _named(terms[0])
@@ -249,7 +250,12 @@ def _weight_and_name(term: str) -> tuple[float, str]:
 def _named(name: str) -> RewardModel:
     in_file = _PYTHON_FILE.fullmatch(name)
     if in_file:
-        return _from_file(Path(in_file["path"]), in_file["function"])
+        return _from_file(_path(in_file), in_file["function"])
+    if name.rstrip(":").endswith(".py"):
+        raise RewardSpecError(
+            f"Reward {name!r}: expected the name of a function or class of the file too, such as "
+            f"'{name.rstrip(':')}:brevity'."
+        )
     key, _, argument = (part.strip() for part in name.partition(":"))
     entry = _known().get(key)
     if entry is not None and bool(argument) == (entry.argument is not None):
@@ -319,42 +325,32 @@ def _packages(points: list[EntryPoint]) -> str:
     return " and ".join(point.dist.name if point.dist else "a package" for point in points)
 
 
+def _path(in_file: re.Match[str]) -> Path:
+    # No shell expands what stands behind an equals sign, as in --reward=~/mine.py:brevity.
+    return Path(in_file["path"]).expanduser()
+
+
 def _from_file(path: Path, name: str) -> RewardModel:
     """A reward, a class of rewards, or a function of a Python file."""
     spec = f"{path}:{name}"
     if not path.is_file():
-        raise RewardSpecError(f"Reward {spec!r}: there is no file {str(path)!r}.")
-    module = _run_file(path.resolve(), spec)
+        reason = "that is a folder" if path.is_dir() else f"there is no file {str(path)!r}"
+        raise RewardSpecError(f"Reward {spec!r}: {reason}.")
+    try:
+        module = run_file(path.resolve())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise RewardSpecError(
+            f"Reward {spec!r}: running the file raised {type(error).__name__}: {error}"
+            f"{place_of(error)}."
+        ) from error
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, vars(module))
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise RewardSpecError(f"Reward {spec!r}: the file has no {name!r}.{hint}")
     found = getattr(module, name)
     return _made(spec, found if inspect.isclass(found) else lambda: found)
-
-
-def _run_file(path: Path, spec: str) -> ModuleType:
-    """Run a Python file as a module of its own, which may import the files beside it."""
-    name = f"reward_file_{path.stem}_{hashlib.blake2b(bytes(path), digest_size=6).hexdigest()}"
-    module_spec: Any = importlib.util.spec_from_file_location(name, path)
-    if module_spec is None:
-        raise RewardSpecError(f"Reward {spec!r}: expected a Python file (.py), got {path.name!r}.")
-    module = importlib.util.module_from_spec(module_spec)
-    # Dataclasses look their module up; functions may import neighbours when they are called.
-    sys.modules[name] = module
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    try:
-        module_spec.loader.exec_module(module)
-    except KeyboardInterrupt:
-        del sys.modules[name]
-        raise
-    except BaseException as error:
-        del sys.modules[name]
-        raise RewardSpecError(
-            f"Reward {spec!r}: running the file raised {type(error).__name__}: {error}."
-        ) from error
-    return module
 
 
 def _first_line(factory: Callable[..., Any]) -> str:

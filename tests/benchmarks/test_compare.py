@@ -19,6 +19,7 @@ from benchmarks.compare import (
     run,
     summarise,
 )
+from benchmarks.report import plot
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import BudgetError
 from mbrl_text_env.rewards import ConstraintsReward, as_reward_model
@@ -65,6 +66,12 @@ def test_rows_summary_and_plot(tmp_path):
     assert entries["best-of-n"]["vs_best_of_n"]["ties"] == len(PROMPTS)
     assert json.loads((tmp_path / "a" / "summary.json").read_text()) == summary
     assert (tmp_path / "a" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_are_no_formulas(tmp_path):
+    summary = compare(toy_comparison(), tmp_path / "a")
+    plot({**summary, "reward": "cost in $ per_{ $^"}, tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_twice_gives_the_same_rows_whatever_the_batches(tmp_path):
@@ -134,6 +141,7 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 from tests.benchmarks.test_compare import toy_comparison
+from benchmarks.report import plot
 from benchmarks.compare import compare
 compare(toy_comparison(), sys.argv[1], on_batch=lambda *a: (print(flush=True), time.sleep(0.3)))
 """

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from benchmarks.cli import app
 from benchmarks.options import load_language_model
 from benchmarks.terminal import PlainConsole, panel, plain, visible
+from mbrl_text_env import Prompt
 from mbrl_text_env.language_models.catalogue import CACHE_VARIABLE, cache_folder
-from mbrl_text_env.rewards import RewardSpecError, make
+from mbrl_text_env.rewards import RewardError, RewardSpecError, make
 from tests.language_models.conftest import make_config, save_model, train_tokenizer
 
 RUN = CliRunner()
@@ -238,10 +239,37 @@ class TestRewardFiles:
             (tmp_path / folder).mkdir()
             (tmp_path / folder / "r.py").write_text(f"def f(prompt, response): return {value}\n")
         first, second = (make(f"{tmp_path}/{folder}/r.py:f") for folder in ("a", "b"))
-        from mbrl_text_env import Prompt
-
         prompt = Prompt.from_text("x")
         assert [r.score([prompt], ["y"])[0] for r in (first, second)] == [1.0, 2.0]
+
+    def test_neighbours_of_one_name(self, tmp_path):
+        for folder, value in (("a", 1.0), ("b", 2.0)):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "shared_name_beside.py").write_text(f"K = {value}\n")
+            code = "from shared_name_beside import K\ndef f(prompt, response): return K\n"
+            (tmp_path / folder / "r.py").write_text(code)
+        rewards = [make(f"{tmp_path}/{folder}/r.py:f") for folder in ("a", "b", "a")]
+        prompt = Prompt.from_text("x")
+        assert [r.score([prompt], ["y"])[0] for r in rewards] == [1.0, 2.0, 1.0]
+
+    def test_paths(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "a+b*c").mkdir()
+        (tmp_path / "a+b*c" / "r.py").write_text("def f(prompt, response): return 1.0\n")
+        assert make("~/a+b*c/r.py:f").name == make(f"{tmp_path}/a+b*c/r.py:f").name == "f"
+        (tmp_path / "d.py").mkdir()
+        for spec, told in (("d.py:f", "is a folder"), ("r.py", "name of a function")):
+            with pytest.raises(RewardSpecError, match=told):
+                make(f"{tmp_path}/{spec}")
+
+    def test_errors_name_the_line(self, tmp_path):
+        (tmp_path / "r.py").write_text("x = 1\n\nraise KeyError('k')\n")
+        with pytest.raises(RewardSpecError, match=r"r\.py, line 3\)"):
+            make(f"{tmp_path}/r.py:f")
+        code = "def f(prompt, response):\n    return g()\ndef g():\n    return {}['k']\n"
+        (tmp_path / "q.py").write_text(code)
+        with pytest.raises(RewardError, match=r"q\.py, line 4\)"):
+            make(f"{tmp_path}/q.py:f").score([Prompt.from_text("x")], ["y"])
 
     @pytest.mark.parametrize(
         ("code", "told"),

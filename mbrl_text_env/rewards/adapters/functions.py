@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mbrl_text_env.rewards._files import place_of
 from mbrl_text_env.rewards.adapters.common import awaited, callable_name, number
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import FloatArray, Prompt
@@ -47,7 +48,8 @@ class FunctionReward:
             raise
         except BaseException as error:
             raise RewardError(
-                f"Reward model {self.name!r}: raised {type(error).__name__}: {error} for prompt "
-                f"{prompt.id!r}, response {response[:80]!r}. Mend the function."
+                f"Reward model {self.name!r}: raised {type(error).__name__}: {error}"
+                f"{place_of(error)} for prompt {prompt.id!r}, response {response[:80]!r}. Mend "
+                "the function."
             ) from error
         return number(value, self.name, prompt, response)

@@ -163,7 +163,8 @@ class TestFunctionErrors:
             return 1 / len(response)
 
         message = (
-            r"'picky': raised ZeroDivisionError: division by zero for prompt 'plain', response"
+            r"'picky': raised ZeroDivisionError: division by zero \(.*test_convert\.py, line \d+\) "
+            r"for prompt 'plain', response"
         )
         with pytest.raises(RewardError, match=message):
             score(picky, [CHAT, PLAIN], ["a", ""])
