@@ -59,6 +59,7 @@ class DamagedShardError(RecordsError):
 
 
 def run_of_shard(shard: Path) -> dict[str, Any] | None:
+    """What the records of a shard depend on; None in shards that do not say it."""
     with opened(shard) as file:
         run = (file.schema_arrow.metadata or {}).get(RUN_KEY)
     found: dict[str, Any] | None = None if run is None else json.loads(run)
@@ -66,6 +67,7 @@ def run_of_shard(shard: Path) -> dict[str, Any] | None:
 
 
 def write_shard(table: pa.Table, path: Path) -> None:
+    """Write a shard, whole or not at all."""
     scratch = path.with_name(path.name + SCRATCH_SUFFIX)
     try:
         with scratch.open("wb") as file:
@@ -79,6 +81,7 @@ def write_shard(table: pa.Table, path: Path) -> None:
 
 
 def shards_of(folder: str | Path) -> list[Path]:
+    """The shards of a folder in the order of writing; none where there is no folder."""
     try:
         found = [path for path in Path(folder).iterdir() if SHARD_NAME.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError):
@@ -92,22 +95,31 @@ def shards_of(folder: str | Path) -> list[Path]:
 
 
 def number_of(shard: Path) -> int:
+    """A shard's number."""
     # The names are matched when they are listed.
     return int(shard.stem.removeprefix("shard-"))
 
 
 def read_shard(shard: Path) -> pa.Table:
+    """The rows of a shard."""
     with opened(shard) as file:
         return file.read()
 
 
 def count_rows(shard: Path) -> int:
+    """How many rows a shard has, from its footer alone."""
     with opened(shard) as file:
         return int(file.metadata.num_rows)
 
 
 @contextmanager
 def opened(shard: Path) -> Iterator[pq.ParquetFile]:
+    """A shard that can be read.
+
+    Raises:
+        DamagedShardError: It is damaged, or has other columns.
+        RecordsError: Its version is not known.
+    """
     try:
         with pq.ParquetFile(shard, page_checksum_verification=True) as file:
             _check_schema(shard, file.schema_arrow)
@@ -136,6 +148,7 @@ def _check_schema(shard: Path, schema: pa.Schema) -> None:
 
 
 def damage(shards: Sequence[Path]) -> RecordsError:
+    """The error that names the damaged shards, and how many records the others hold."""
     rows = 0
     damaged = []
     for shard in shards:
@@ -151,6 +164,7 @@ def damage(shards: Sequence[Path]) -> RecordsError:
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
+    """Say in one line that a folder cannot be written."""
     try:
         yield
     except OSError as error:
@@ -161,6 +175,7 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def what_is(path: Path) -> str:
+    """What stands at a path, in words."""
     try:
         if path.is_dir():
             return "a folder"

@@ -169,5 +169,5 @@ def _flops(encoder: Any, tokens: FloatArray) -> FloatArray:
 
 
 def _is_sentence_transformer(encoder: object) -> bool:
-    # By name: sentence_transformers is slow to import, and whoever has one has imported it.
+    # By name: sentence_transformers is slow to import, and a caller with one has imported it.
     return any(cls.__name__ == "SentenceTransformer" for cls in type(encoder).__mro__)

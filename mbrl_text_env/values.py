@@ -118,7 +118,7 @@ def check_value_fits(value_model: object, language_model: object, reward_model: 
     """Refuse a value model that was fitted on scores or responses of other models.
 
     What a value model was fitted on it says as `reward_name_` and `language_model_name_`; one that
-    lacks these, or has None there, passes: that is for whoever wrote it to know.
+    lacks these, or has None there, passes: its author has to know.
 
     Raises:
         ValueModelError: It belongs to another reward model or another language model.

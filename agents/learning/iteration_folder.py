@@ -151,7 +151,7 @@ def told_where(folder: str | Path, where: str) -> Iterator[None]:
     except OSError as error:
         raise LoopError(
             f"{folder}, {where}: it cannot be written or read ({error}). All stages before it are "
-            "kept. Free some space, or mend the folder's permissions; after that the same call "
+            "kept. Free some space, or fix the folder's permissions; after that the same call "
             "goes on with this stage."
         ) from error
 

@@ -2,7 +2,7 @@
 
 A value model is split in two: `inputs`, which asks the models that cost something (an encoder, the
 reward model, the language model) and is charged, and a head, which is arithmetic on these numbers.
-So whoever fits many heads, as validation and `EnsembleValue` do, pays for the inputs once.
+So fitting many heads, as validation and `EnsembleValue` do, pays for the inputs once.
 """
 
 from __future__ import annotations

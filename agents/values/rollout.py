@@ -28,9 +28,9 @@ _ROLLOUTS = 7
 class RolloutValue:
     """The mean score of `n` continuations to the end, and the standard deviation of their scores.
 
-    It needs no records, has no bias but that of the sampling parameters, and is dear: n responses
-    a state, charged to the language model and to the reward. A response that has ended is scored
-    once.
+    It needs no records, has no bias but that of the sampling parameters, and is expensive: n
+    responses a state, charged to the language model and to the reward. A response that has ended is
+    scored once.
 
     Args:
         language_model: Continues.

@@ -146,7 +146,7 @@ def _answers(pool: Pool, cell: Cell) -> _Answers:
             f"{cell.agent!r} at {cell.budget:,}, reward {cell.reward!r}: expected two prompts or "
             f"more whose answers could be scored, got {len(scored)} of "
             f"{len({row['prompt_id'] for row in cell.rows})}. The answers and their errors are in "
-            "the study's folder; mend the reward model."
+            "the study's folder; fix the reward model."
         )
     each = table(lambda row: row["score"])
     return _Answers(

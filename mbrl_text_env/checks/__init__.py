@@ -1,4 +1,4 @@
-"""Checkers of the contracts, for whoever writes an environment, a model or an agent of their own.
+"""Checkers of the contracts, for authors of an environment, a model or an agent.
 
 Each runs an implementation through what its protocol promises and raises `CheckError` at the first
 fault, with what was expected, what came and what to change. One that passes works with everything

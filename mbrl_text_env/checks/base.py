@@ -80,7 +80,7 @@ def counted(thing: object, counters: Mapping[str, Callable[..., None]]) -> Itera
     Raises:
         CheckError: The thing's attributes cannot be set.
     """
-    # It is put over the methods, not around the object: whoever else holds the object counts too.
+    # It is put over the methods, not around the object: other holders of the object count too.
     before = dict(getattr(thing, "__dict__", {}))
     busy = False
 

@@ -132,7 +132,7 @@ def _loaded(load: Callable[[Path], T]) -> T:
             raise
         warnings.warn(f"{folder} is damaged ({error}); converting the model anew.", stacklevel=3)
     with filelock.FileLock(f"{folder}.lock"):
-        # Another process may have met the same damage and have mended it by now.
+        # Another process may have met the same damage and have repaired it by now.
         if _version(folder) == version:
             shutil.rmtree(folder, ignore_errors=True)
     return load(embedded_folder())

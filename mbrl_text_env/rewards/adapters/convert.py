@@ -113,7 +113,7 @@ def _described(reward: object) -> str:
 
 
 def _is_rubric_of(package: str, reward: object) -> bool:
-    # By name: whoever has a rubric has imported its package, and nobody else should.
+    # By name: a caller with a rubric has imported its package; others need not.
     return any(
         cls.__name__ == "Rubric" and cls.__module__.partition(".")[0] == package
         for cls in type(reward).__mro__

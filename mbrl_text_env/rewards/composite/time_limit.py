@@ -99,7 +99,7 @@ class TimeLimit(Combinator):
             raise RewardError(
                 f"Reward model {self.name!r}: expected scores within {self.seconds:g} seconds, got "
                 f"none for prompt {prompts[0].id!r}{others}. Allow more time, score smaller "
-                "batches, or mend the reward model."
+                "batches, or fix the reward model."
             )
         if errors:
             raise errors[0]

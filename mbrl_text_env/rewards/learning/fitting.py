@@ -86,7 +86,7 @@ def fit_reward(
         >>> reward.save("my-reward")  # doctest: +SKIP
     """
     _check_arguments(data, objective, head)
-    # A copy: whoever passes the same features to two fits gets two rewards.
+    # A copy: the same features in two fits give two rewards.
     features = EmbeddingFeatures() if features is None else copy.copy(features)
     read = _read_pairs if objective == "bradley-terry" else _read_records
     table = read(data, features)

@@ -40,7 +40,7 @@ class PreferencePair:
         prompt: What both answer.
         chosen: The preferred response. Either may be empty: a language model can end at once.
         rejected: The other one.
-        margin: By how much, in the units of whoever judged; None where it is not known.
+        margin: By how much, in the units of the judge; None where it is not known.
 
     Raises:
         PreferenceError: The responses are the same but for white space around them, or the margin

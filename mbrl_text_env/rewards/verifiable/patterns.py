@@ -24,7 +24,7 @@ class RegexReward:
     additions such as `\p{L}`.
 
     A pattern such as `(a+)+$` can take exponential time. A match that takes longer than `seconds`
-    is an error and no 0: it is the pattern that is at fault, which its author can mend, and a 0
+    is an error and no 0: it is the pattern that is at fault, which its author can fix, and a 0
     would fall upon whatever responses a busy machine was slow with.
 
     Args:
