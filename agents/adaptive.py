@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from agents.base import DEFAULT_PARAMS, check_positive, check_target
-from agents.planner import Planner
-from agents.search import Expansion, Search, partial, shares
-from agents.tree import Node
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive, check_target
+from mbrl_text_env.agents.planner import Planner
+from mbrl_text_env.agents.search import Expansion, Search, partial, shares
+from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.values import ValueModel
@@ -74,7 +74,7 @@ class Adaptive(Planner):
         >>> from mbrl_text_env.ledger import Budget
         >>> from mbrl_text_env.rewards import as_reward_model
         >>> from mbrl_text_env.types import Prompt
-        >>> from agents.values import PrefixRewardValue
+        >>> from mbrl_text_env.agents.values import PrefixRewardValue
         >>> lm = NGramLM("abc", order=2, seed=1)
         >>> reward = as_reward_model(lambda prompt, response: float(response.count("a")))
         >>> planner = Adaptive(

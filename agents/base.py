@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from agents.side_by_side import MOST_AT_ONCE, Merging, run_side_by_side
+from mbrl_text_env.agents.side_by_side import MOST_AT_ONCE, Merging, run_side_by_side
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from agents.base import DEFAULT_PARAMS, check_positive, check_target
-from agents.planner import Planner
-from agents.search import Expansion, Search
-from agents.side_by_side import MOST_AT_ONCE
-from agents.tree import Node
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive, check_target
+from mbrl_text_env.agents.planner import Planner
+from mbrl_text_env.agents.search import Expansion, Search
+from mbrl_text_env.agents.side_by_side import MOST_AT_ONCE
+from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.rewards.base import RewardLike

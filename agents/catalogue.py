@@ -8,16 +8,16 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agents.adaptive import Adaptive
-from agents.base import Agent
-from agents.beam import BeamSearch
-from agents.best_of_n import BestOfN
-from agents.lookahead import Lookahead
-from agents.mcts import MCTS
-from agents.model_free.candidate_agent import CandidateAgent
-from agents.particle_filter import ParticleFilter
-from agents.receding_horizon import RecedingHorizon
-from agents.sampling import RandomAgent, Sampling
+from mbrl_text_env.agents.adaptive import Adaptive
+from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.beam import BeamSearch
+from mbrl_text_env.agents.best_of_n import BestOfN
+from mbrl_text_env.agents.lookahead import Lookahead
+from mbrl_text_env.agents.mcts import MCTS
+from mbrl_text_env.agents.model_free.candidate_agent import CandidateAgent
+from mbrl_text_env.agents.particle_filter import ParticleFilter
+from mbrl_text_env.agents.receding_horizon import RecedingHorizon
+from mbrl_text_env.agents.sampling import RandomAgent, Sampling
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.values import ValueModel
@@ -72,7 +72,7 @@ def make(
         policies: By the names that specs use (`policy=tuned`): language models that take the place
             of `language_model`, such as a base model's fine-tuned versions; and for the agent
             `candidates`, which has to name one, choices that were trained
-            (`agents.model_free.load_policy`).
+            (`mbrl_text_env.agents.model_free.load_policy`).
         **defaults: Options that the spec does not name, such as `max_response_tokens`.
 
     Raises:

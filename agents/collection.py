@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from agents.base import DEFAULT_PARAMS, Completion, check_positive
-from agents.best_of_n import BestOfN
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, Completion, check_positive
+from mbrl_text_env.agents.best_of_n import BestOfN
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger

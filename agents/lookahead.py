@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agents.base import DEFAULT_PARAMS, check_positive
-from agents.beam import beam_search
-from agents.best_of_n import BestOfN
-from agents.planner import Planner
-from agents.search import Expansion, Search
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
+from mbrl_text_env.agents.beam import beam_search
+from mbrl_text_env.agents.best_of_n import BestOfN
+from mbrl_text_env.agents.planner import Planner
+from mbrl_text_env.agents.search import Expansion, Search
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound

@@ -10,12 +10,16 @@ from typing import Any, get_args
 
 import numpy as np
 
-from agents.base import DEFAULT_PARAMS, check_positive
-from agents.mcts_policies import considered_visits, gumbel_root_scores, perturbed_log_priors
-from agents.mcts_simulator import Backup, LeafValue, RootPolicy, Simulator
-from agents.planner import Planner
-from agents.search import Search, partial
-from agents.tree import Node, SearchTree
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
+from mbrl_text_env.agents.mcts_policies import (
+    considered_visits,
+    gumbel_root_scores,
+    perturbed_log_priors,
+)
+from mbrl_text_env.agents.mcts_simulator import Backup, LeafValue, RootPolicy, Simulator
+from mbrl_text_env.agents.planner import Planner
+from mbrl_text_env.agents.search import Search, partial
+from mbrl_text_env.agents.tree import Node, SearchTree
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed, stream
 from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.types import FloatArray, TextState

@@ -9,9 +9,14 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from agents.mcts_policies import Children, gumbel_interior_scores, puct_scores, widened
-from agents.search import Expansion, Search, partial
-from agents.tree import Node
+from mbrl_text_env.agents.mcts_policies import (
+    Children,
+    gumbel_interior_scores,
+    puct_scores,
+    widened,
+)
+from mbrl_text_env.agents.search import Expansion, Search, partial
+from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.mdp import transition
 from mbrl_text_env.types import Chunk, FloatArray
 

@@ -6,10 +6,10 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from agents.base import DEFAULT_PARAMS, Agent, Completion, Generation
-from agents.search import Expansion, Search
-from agents.side_by_side import MOST_AT_ONCE
-from agents.tree import SearchTree
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion, Generation
+from mbrl_text_env.agents.search import Expansion, Search
+from mbrl_text_env.agents.side_by_side import MOST_AT_ONCE
+from mbrl_text_env.agents.tree import SearchTree
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.rewards.adapters import as_reward_model

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from agents.base import DEFAULT_PARAMS, check_positive
-from agents.planner import Planner
-from agents.search import Expansion, Search
-from agents.tree import Node
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
+from mbrl_text_env.agents.planner import Planner
+from mbrl_text_env.agents.search import Expansion, Search
+from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.values import ValueModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agents.base import Agent, Choice, Completion
+from mbrl_text_env.agents.base import Agent, Choice, Completion
 from mbrl_text_env.language_models.base import stream
 from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.mdp import ChunkRules, transition

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from agents.base import affordable, is_binding
-from agents.tree import Node, SearchTree
+from mbrl_text_env.agents.base import affordable, is_binding
+from mbrl_text_env.agents.tree import Node, SearchTree
 from mbrl_text_env.language_models.base import (
     LanguageModel,
     SampleRequest,

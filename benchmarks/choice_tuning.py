@@ -5,7 +5,7 @@ test prompts its choices are compared with random ones, paired by prompt and see
 taking the candidate of the highest prefix reward, which needs no training. A run that was stopped
 goes on.
 
-python -m benchmarks.choice_tuning --reward sentiment --json choice_tuning.json
+python -m mbrl_text_env.benchmarks.choice_tuning --reward sentiment --json choice_tuning.json
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.options import (
+from mbrl_text_env.benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     errors,
     friendly,
     load_language_model,
 )
-from benchmarks.paired import chosen_prompts, kept, paired
-from benchmarks.statistics import holm
+from mbrl_text_env.benchmarks.paired import chosen_prompts, kept, paired
+from mbrl_text_env.benchmarks.statistics import holm
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.runs import claimed, prompt_digests
 
 if TYPE_CHECKING:
-    from agents.model_free import CandidatePolicy
-    from agents.model_free.choice_settings import ChoiceSettings
+    from mbrl_text_env.agents.model_free import CandidatePolicy
+    from mbrl_text_env.agents.model_free.choice_settings import ChoiceSettings
     from mbrl_text_env.language_models import LanguageModel
     from mbrl_text_env.rewards.base import RewardModel
     from mbrl_text_env.types import Prompt
@@ -69,7 +69,7 @@ class Test:
 
     def scores(self, policy: CandidatePolicy, choice: str = "") -> dict[str, Any]:
         """Scores of episodes, and what they took; by another choice than the policy's if named."""
-        from agents.model_free import evaluate
+        from mbrl_text_env.agents.model_free import evaluate
         from mbrl_text_env.ledger import Ledger
 
         ledger = Ledger()
@@ -142,7 +142,7 @@ class Run:
 
     def training(self) -> dict[str, Any]:
         """What the training of each policy took, and the scores of its episodes."""
-        from agents.model_free.sb3_training import CURVE, LEDGER
+        from mbrl_text_env.agents.model_free.sb3_training import CURVE, LEDGER
 
         found = {}
         for name in self.settings:
@@ -155,8 +155,8 @@ class Run:
 
     def _policy(self, name: str) -> CandidatePolicy:
         """Trained now, unless it has been."""
-        from agents.model_free import load_policy, train_dqn, train_ppo
-        from agents.model_free.sb3_training import CURVE
+        from mbrl_text_env.agents.model_free import load_policy, train_dqn, train_ppo
+        from mbrl_text_env.agents.model_free.sb3_training import CURVE
 
         trainers: dict[str, Any] = {"ppo": train_ppo, "dqn": train_dqn}
         folder, settings = self.folder / name, self.settings[name]
@@ -173,7 +173,7 @@ class Run:
 
 def _settings(algorithms: str, total_steps: int, **common: Any) -> dict[str, ChoiceSettings]:
     """Settings of the algorithms that are named, with commas between them."""
-    from agents.model_free import DQNSettings, PPOSettings
+    from mbrl_text_env.agents.model_free import DQNSettings, PPOSettings
 
     kinds: dict[str, Any] = {"ppo": PPOSettings, "dqn": DQNSettings}
     # Short trainings are one rollout.
@@ -256,7 +256,9 @@ def main(
             "num_train_prompts": len(train),
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "cpus": os.cpu_count(),
-            "command": shlex.join(["python", "-m", "benchmarks.choice_tuning", *sys.argv[1:]]),
+            "command": shlex.join(
+                ["python", "-m", "mbrl_text_env.benchmarks.choice_tuning", *sys.argv[1:]]
+            ),
         }
         print(json.dumps(shown, indent=2))
         if json_file is not None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from benchmarks.options import (
+from mbrl_text_env.benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     ParametersOption,
@@ -34,11 +34,11 @@ from benchmarks.options import (
     that_fit,
     value_digest,
 )
-from benchmarks.report import fit_table
-from benchmarks.reward_audit import audit_command
-from benchmarks.reward_fit import fit_command as fit_reward_command
-from benchmarks.search_command import search_command
-from benchmarks.terminal import CommandLine
+from mbrl_text_env.benchmarks.report import fit_table
+from mbrl_text_env.benchmarks.reward_audit import audit_command
+from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
+from mbrl_text_env.benchmarks.search_command import search_command
+from mbrl_text_env.benchmarks.terminal import CommandLine
 
 app = typer.Typer(
     cls=CommandLine,
@@ -66,7 +66,7 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """Collect, fit the article's value predictor, and compare three agents for two rewards."""
-    from benchmarks.demo import DemoConfig, run_demo
+    from mbrl_text_env.benchmarks.demo import DemoConfig, run_demo
 
     config = DemoConfig(
         train_prompts=train_prompts,
@@ -120,9 +120,9 @@ def compare_command(
     allow_unequal_budgets: bool = False,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
-    from benchmarks.compare import CompareConfig, Comparison, compare
-    from benchmarks.progress import compare_progress
-    from benchmarks.report import table
+    from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison, compare
+    from mbrl_text_env.benchmarks.progress import compare_progress
+    from mbrl_text_env.benchmarks.report import table
 
     config = CompareConfig(
         tuple(spec.strip() for spec in agents.split(",")),
@@ -177,8 +177,8 @@ def collect_command(
     reward_timeout: TimeoutOption = 600.0,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
-    from agents.collection import collect, missing_samples
-    from benchmarks.progress import progress_bar
+    from mbrl_text_env.agents.collection import collect, missing_samples
+    from mbrl_text_env.benchmarks.progress import progress_bar
     from mbrl_text_env.records import RecordWriter
 
     reward_model = load_reward(reward, reward_timeout)
@@ -241,7 +241,7 @@ def fit_command(
     reward_timeout: TimeoutOption = 600.0,
 ) -> None:
     """Fit a value model on scored records, for the reward that scored them."""
-    from agents.values import FITTED, FittedValue, check_value_fits, make_value
+    from mbrl_text_env.agents.values import FITTED, FittedValue, check_value_fits, make_value
     from mbrl_text_env.records import read_records
 
     if kind not in FITTED:

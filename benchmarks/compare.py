@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from agents.base import Agent, Generation
-from agents.catalogue import make, parse_spec
-from benchmarks.audit.trust import trust_warnings
-from benchmarks.statistics import mean_interval, win_rate
+from mbrl_text_env.agents.base import Agent, Generation
+from mbrl_text_env.agents.catalogue import make, parse_spec
+from mbrl_text_env.benchmarks.audit.trust import trust_warnings
+from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
@@ -220,7 +220,7 @@ def compare(
         CompareError: The folder holds another comparison, or an agent got no prompt scored.
         BudgetError: The budget allows no complete response.
     """
-    from benchmarks.report import plot
+    from mbrl_text_env.benchmarks.report import plot
 
     folder = Path(out)
     rows = run(comparison, folder, on_batch=on_batch)

@@ -16,16 +16,22 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from agents.collection import collect, missing_samples
-from agents.sampling import Sampling
-from agents.values import EmbeddingValue, make_value
-from benchmarks.compare import CompareConfig, Comparison, choose_prompts, compare, read_rows
-from benchmarks.matched.analysis import analyse
-from benchmarks.matched.pool import make_pool
-from benchmarks.matched.report import table as multiplier_table
-from benchmarks.matched.study import DEFAULT_PLANNER, Cell
-from benchmarks.progress import compare_progress, progress_bar
-from benchmarks.report import side_by_side, table
+from mbrl_text_env.agents.collection import collect, missing_samples
+from mbrl_text_env.agents.sampling import Sampling
+from mbrl_text_env.agents.values import EmbeddingValue, make_value
+from mbrl_text_env.benchmarks.compare import (
+    CompareConfig,
+    Comparison,
+    choose_prompts,
+    compare,
+    read_rows,
+)
+from mbrl_text_env.benchmarks.matched.analysis import analyse
+from mbrl_text_env.benchmarks.matched.pool import make_pool
+from mbrl_text_env.benchmarks.matched.report import table as multiplier_table
+from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER, Cell
+from mbrl_text_env.benchmarks.progress import compare_progress, progress_bar
+from mbrl_text_env.benchmarks.report import side_by_side, table
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import RecordWriter, has_records, read_records, rescore

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
-from benchmarks.scaling import kl_bound
-from benchmarks.statistics import FloatArray, Interval, checked, mean_interval
+from mbrl_text_env.benchmarks.scaling import kl_bound
+from mbrl_text_env.benchmarks.statistics import FloatArray, Interval, checked, mean_interval
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.statistics import FloatArray, checked
+from mbrl_text_env.benchmarks.statistics import FloatArray, checked
 
 
 def drawn_best(scores: npt.ArrayLike, n: float, *, seed: int = 0) -> FloatArray:

@@ -6,7 +6,8 @@ being the pairs; how well the first and the refitted value model rank responses 
 the planner on the tuned policy against the planner on the base, with the same cap on FLOPs, each
 with the value model of its own policy. A run that was stopped goes on.
 
-python -m benchmarks.expert_iteration --iterations 3 --prompts 128 --json expert_iteration.json
+python -m mbrl_text_env.benchmarks.expert_iteration \
+    --iterations 3 --prompts 128 --json expert_iteration.json
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.options import (
+from mbrl_text_env.benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     errors,
     friendly,
     load_language_model,
 )
-from benchmarks.paired import chosen_prompts, kept, paired
+from mbrl_text_env.benchmarks.paired import chosen_prompts, kept, paired
 from mbrl_text_env.files import write_folder, write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.records import Record, RecordWriter, read_records
 from mbrl_text_env.runs import claimed, prompt_digests
 
 if TYPE_CHECKING:
-    from agents.learning import ExpertIteration
+    from mbrl_text_env.agents.learning import ExpertIteration
     from mbrl_text_env.language_models import LanguageModel
     from mbrl_text_env.rewards.base import RewardModel
     from mbrl_text_env.types import Prompt
@@ -80,8 +81,8 @@ class Measurement:
 
 def sampled(folder: Path, policy: LanguageModel, with_: Measurement) -> list[Record]:
     """Plain samples on the test prompts, from their folder or drawn and kept there."""
-    from agents.learning import collect_answers
-    from agents.sampling import Sampling
+    from mbrl_text_env.agents.learning import collect_answers
+    from mbrl_text_env.agents.sampling import Sampling
 
     if not folder.is_dir():
         limit = with_.max_response_tokens
@@ -102,7 +103,7 @@ def planned_answers(
     policy: LanguageModel, value: ValueModel | None, with_: Measurement
 ) -> list[dict[str, Any]]:
     """The planner's answer to each test prompt: score and what it took."""
-    from agents.catalogue import make
+    from mbrl_text_env.agents.catalogue import make
     from mbrl_text_env.ledger import Budget
 
     agent = make(
@@ -177,7 +178,7 @@ def refitted(
         train: Prompts and samples that are fitted on.
         test: Those that are tried on.
     """
-    from agents.values import FittedValue, make_value
+    from mbrl_text_env.agents.values import FittedValue, make_value
 
     fitted: dict[int, ValueModel] = {}
 
@@ -218,8 +219,8 @@ class _Predictions:
 
     def resampled(self, chosen: np.ndarray[Any, np.dtype[np.int64]]) -> float:
         """The correlation within prompts, for prompts drawn with repetition."""
-        from agents.values.prefixes import Samples
-        from agents.values.validation import within_prompt
+        from mbrl_text_env.agents.values.prefixes import Samples
+        from mbrl_text_env.agents.values.validation import within_prompt
 
         rows = [np.flatnonzero(self.prompts == prompt) for prompt in chosen]
         which = np.concatenate(rows)
@@ -230,7 +231,7 @@ class _Predictions:
 
 
 def _predictions(value: ValueModel, records: Sequence[Record]) -> _Predictions:
-    from agents.values.prefixes import LENGTHS, cut_prefixes, samples_of
+    from mbrl_text_env.agents.values.prefixes import LENGTHS, cut_prefixes, samples_of
     from mbrl_text_env.values import predict_values
 
     states, owners = cut_prefixes(records, getattr(value, "lengths", LENGTHS))
@@ -337,9 +338,9 @@ def main(
     ] = None,
 ) -> None:
     """Run the loop, measure each of its policies, print."""
-    from agents.learning import ExpertIteration, FineTuneSettings, LoraImprover
-    from agents.learning import planned as planned_settings
-    from agents.values import FITTED
+    from mbrl_text_env.agents.learning import ExpertIteration, FineTuneSettings, LoraImprover
+    from mbrl_text_env.agents.learning import planned as planned_settings
+    from mbrl_text_env.agents.values import FITTED
     from mbrl_text_env.rewards import make
 
     kinds = [kind.strip() for kind in refits.split(",") if kind.strip()]
@@ -414,7 +415,9 @@ def main(
             "usage": [report.usage for report in result.iterations],
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "cpus": os.cpu_count(),
-            "command": shlex.join(["python", "-m", "benchmarks.expert_iteration", *sys.argv[1:]]),
+            "command": shlex.join(
+                ["python", "-m", "mbrl_text_env.benchmarks.expert_iteration", *sys.argv[1:]]
+            ),
         }
         print(json.dumps({**record, "result": measured}, indent=2))
         if json_file is not None:

@@ -1,6 +1,6 @@
 """A llama.cpp server of the embedded model on a loopback port, in a process of its own.
 
-python -m benchmarks.llama_server --port 8090
+python -m mbrl_text_env.benchmarks.llama_server --port 8090
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def start(*, threads: int, parallel: int, context: int, port: int) -> subprocess
     options = {"threads": threads, "parallel": parallel, "context": context, "port": port}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     return subprocess.Popen(  # noqa: S603 our own module with numbers as arguments
-        [sys.executable, "-m", "benchmarks.llama_server", *arguments],
+        [sys.executable, "-m", "mbrl_text_env.benchmarks.llama_server", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -1,8 +1,10 @@
-"""Planners against best-of-N at matched compute: `python -m benchmarks.matched_compute`.
+"""Planners against best-of-N at matched compute.
 
 Agents answer held-out prompts at several budgets; best-of-N at every budget comes without bias from
 one pool of samples. Of each agent it is said how many times its compute best-of-N needs for the
 same mean reward. A run that was killed goes on where it stopped.
+
+    python -m mbrl_text_env.benchmarks.matched_compute
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.matched.study import DEFAULT_PLANNER, Study
-from benchmarks.options import DtypeOption, LanguageModelOption, console, friendly
+from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER, Study
+from mbrl_text_env.benchmarks.options import DtypeOption, LanguageModelOption, console, friendly
 from mbrl_text_env.files import write_text
 
 REWARDS = ("sentiment", "relevance", "constraints")
@@ -28,7 +30,7 @@ AGENTS = (DEFAULT_PLANNER, ARTICLE)
 
 @dataclass(frozen=True)
 class Size:
-    """How large a study is; see `benchmarks.matched.study.Study`."""
+    """How large a study is; see `mbrl_text_env.benchmarks.matched.study.Study`."""
 
     budgets: tuple[int, ...]
     num_prompts: int
@@ -159,18 +161,20 @@ def run_and_write(
     Returns:
         What the JSON file holds.
     """
-    from benchmarks.matched.analysis import analyse, best_of_n_rows, falls
-    from benchmarks.matched.figures import plot_divergence, plot_scaling
-    from benchmarks.matched.page import render
-    from benchmarks.matched.report import table
-    from benchmarks.matched.study import run_study
-    from benchmarks.options import load_language_model
+    from mbrl_text_env.benchmarks.matched.analysis import analyse, best_of_n_rows, falls
+    from mbrl_text_env.benchmarks.matched.figures import plot_divergence, plot_scaling
+    from mbrl_text_env.benchmarks.matched.page import render
+    from mbrl_text_env.benchmarks.matched.report import table
+    from mbrl_text_env.benchmarks.matched.study import run_study
+    from mbrl_text_env.benchmarks.options import load_language_model
     from mbrl_text_env.rewards import make
 
     model = load_language_model(language_model, dtype)
     models = {name: make(name) for name in study.agents}
     result: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.matched_compute", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", "mbrl_text_env.benchmarks.matched_compute", *sys.argv[1:]]
+        ),
         "date": date.today().isoformat(),
         "language_model": model.name,
         "dtype": dtype,

@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from benchmarks.terminal import console, errors, plain
 from mbrl_text_env._lazy import missing_extra
+from mbrl_text_env.benchmarks.terminal import console, errors, plain
 
 _PUZZLES = "reasoning-gym:"
 _PUZZLES_A_SPLIT = 256
@@ -118,7 +118,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 
 def _is_users(error: Exception) -> bool:
     """Whether an error is one of ours, which name what to change, or of files and packages."""
-    is_ours = type(error).__module__.startswith(("mbrl_text_env", "agents", "benchmarks"))
+    is_ours = type(error).__module__.startswith("mbrl_text_env")
     return is_ours or isinstance(error, OSError) or missing_extra(error) is not None
 
 
@@ -186,7 +186,7 @@ def chosen_prompts(
     source: str, split: str, count: int, reward_model: Any, seed: int, is_plain: bool
 ) -> Any:
     """`count` prompts of a `PromptsOption` that the reward applies to; all of a shorter file."""
-    from benchmarks.compare import choose_prompts
+    from mbrl_text_env.benchmarks.compare import choose_prompts
     from mbrl_text_env.rewards.base import applies_to
 
     found = load_prompts_option(source, split)
@@ -242,7 +242,7 @@ def load_value_option(
     value: str, reward_model: Any, language_model: Any, max_response_tokens: int, seed: int
 ) -> Any:
     """The value model of a `ValueOption`."""
-    from agents.values import READY, load_value, make_value
+    from mbrl_text_env.agents.values import READY, load_value, make_value
 
     if value not in READY:
         return load_value(value, language_model, reward_model)
@@ -263,10 +263,10 @@ def load_policies(items: Sequence[str], language_model: Any) -> dict[str, Any]:
 
 
 def _policy(name: str, folder: str, language_model: Any) -> Any:
-    from agents.learning.lora import BASE, adapted_name, serve
+    from mbrl_text_env.agents.learning.lora import BASE, adapted_name, serve
 
     if (Path(folder) / "policy.json").is_file():
-        from agents.model_free import load_policy
+        from mbrl_text_env.agents.model_free import load_policy
 
         return load_policy(folder, language_model, name=f"{name}-{_digest(folder)}")
     if not hasattr(language_model, "with_adapter"):
@@ -282,7 +282,7 @@ def _policy(name: str, folder: str, language_model: Any) -> Any:
 
 def value_digest(value: str) -> str:
     """Names the value model of a `ValueOption` in a config: another one is another comparison."""
-    from agents.values import READY
+    from mbrl_text_env.agents.values import READY
 
     return value if value in READY else _digest(value)
 

@@ -3,7 +3,7 @@
 The fastest of several runs is reported, as `timeit` advises: slower ones measure other work of the
 machine.
 
-python -m benchmarks.overhead --json overhead.json
+python -m mbrl_text_env.benchmarks.overhead --json overhead.json
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main(
     figures = {
         "single_step_us": round(single_step_us(steps, repeats, seed), 2),
         "batch256_state_us": round(vector_state_us(256, max(1, steps // 50), repeats, seed), 2),
-        "command": shlex.join(["python", "-m", "benchmarks.overhead", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "mbrl_text_env.benchmarks.overhead", *sys.argv[1:]]),
         "seed": seed,
     }
     print(json.dumps(figures, indent=2))

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.statistics import mean_interval, paired_permutation_test, prompt_means, win_rate
+from mbrl_text_env.benchmarks.statistics import (
+    mean_interval,
+    paired_permutation_test,
+    prompt_means,
+    win_rate,
+)
 from mbrl_text_env.files import write_text
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ default, is scored on test prompts before and after, with the same seeds; the pr
 Also measured is how fast responses are sampled, by the package's own decoding loop and by
 transformers' `generate`, which TRL takes by default. A run that was stopped goes on.
 
-python -m benchmarks.policy_tuning --reward sentiment --json policy_tuning.json
+python -m mbrl_text_env.benchmarks.policy_tuning --reward sentiment --json policy_tuning.json
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.options import (
+from mbrl_text_env.benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     friendly,
     load_language_model,
 )
-from benchmarks.paired import chosen_prompts, kept, paired
+from mbrl_text_env.benchmarks.paired import chosen_prompts, kept, paired
 from mbrl_text_env.files import write_file, write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.runs import claimed, prompt_digests
 
 if TYPE_CHECKING:
-    from agents.model_free import PolicyGradientSettings, StepReport
+    from mbrl_text_env.agents.model_free import PolicyGradientSettings, StepReport
     from mbrl_text_env.language_models import TransformersLM
     from mbrl_text_env.rewards.base import RewardModel
     from mbrl_text_env.types import Prompt
@@ -119,7 +119,7 @@ def sampled(
     seed: int,
 ) -> Sampled:
     """Score plain sampling, several responses to each prompt."""
-    from agents.base import DEFAULT_PARAMS
+    from mbrl_text_env.agents.base import DEFAULT_PARAMS
     from mbrl_text_env.mdp import initial
     from mbrl_text_env.rewards.base import score_responses
 
@@ -161,7 +161,7 @@ def sampling_speeds(
     """Tokens a second of a step's sampling: ours, and `generate` in float32 as TRL calls it."""
     import torch
 
-    from agents.learning.lora import tokenizer_of, trainable
+    from mbrl_text_env.agents.learning.lora import tokenizer_of, trainable
     from mbrl_text_env.language_models.base import SamplingParams
     from mbrl_text_env.mdp import initial
 
@@ -278,9 +278,9 @@ def main(
     ] = None,
 ) -> None:
     """Train, measure before and after, print."""
-    from agents.learning import serve
-    from agents.model_free import PolicyGradientSettings, train_grpo, train_rloo
-    from agents.model_free.trl import CURVE, LEDGER
+    from mbrl_text_env.agents.learning import serve
+    from mbrl_text_env.agents.model_free import PolicyGradientSettings, train_grpo, train_rloo
+    from mbrl_text_env.agents.model_free.trl import CURVE, LEDGER
     from mbrl_text_env.rewards import make
 
     if instruction and not constraint:
@@ -345,7 +345,9 @@ def main(
             "curve": json.loads((adapter / CURVE).read_text(encoding="utf-8")),
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "cpus": os.cpu_count(),
-            "command": shlex.join(["python", "-m", "benchmarks.policy_tuning", *sys.argv[1:]]),
+            "command": shlex.join(
+                ["python", "-m", "mbrl_text_env.benchmarks.policy_tuning", *sys.argv[1:]]
+            ),
         }
         print(
             json.dumps({key: value for key, value in figures.items() if key != "curve"}, indent=2)

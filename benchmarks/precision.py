@@ -3,7 +3,7 @@
 Divergence is measured at every position of responses that float32 sampled, reward on responses that
 each format samples for the same prompts and seed.
 
-python -m benchmarks.precision --json precision.json
+python -m mbrl_text_env.benchmarks.precision --json precision.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.statistics import mean_interval
+from mbrl_text_env.benchmarks.statistics import mean_interval
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models import SamplingParams, TransformersLM, embedded
 from mbrl_text_env.mdp import initial, transition
@@ -114,7 +114,9 @@ def main(
     engines = {"float32": embedded(dtype=torch.float32)}
     engines |= {name: embedded(dtype=dtype) for name, dtype in FORMATS.items()}
     figures = {
-        "command": shlex.join(["python", "-m", "benchmarks.precision", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", "mbrl_text_env.benchmarks.precision", *sys.argv[1:]]
+        ),
         "seed": seed,
         "divergence": {
             name: divergence(engines["float32"], engines[name], prompts, positions)

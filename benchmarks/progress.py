@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.compare import Comparison
+from mbrl_text_env.benchmarks.compare import Comparison
 
 
 def progress_bar(console: Console) -> Progress:

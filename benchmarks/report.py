@@ -10,11 +10,11 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from benchmarks.terminal import panel, plain
+from mbrl_text_env.benchmarks.terminal import panel, plain
 from mbrl_text_env.files import write_file
 
 if TYPE_CHECKING:
-    from agents.values import FittedValue
+    from mbrl_text_env.agents.values import FittedValue
 
 
 _ANSWER_WIDTH = 44

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.options import (
+from mbrl_text_env.benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     ParametersOption,
@@ -62,10 +62,10 @@ def audit_command(
     ] = 8,
 ) -> None:
     """Audit a reward: does choosing by it raise another that is trusted? Can be resumed."""
-    from benchmarks.audit.report import summary
-    from benchmarks.audit.result import AuditConfig
-    from benchmarks.audit.run import Audit, choose_for_both, run_audit
-    from benchmarks.progress import progress_bar
+    from mbrl_text_env.benchmarks.audit.report import summary
+    from mbrl_text_env.benchmarks.audit.result import AuditConfig
+    from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit
+    from mbrl_text_env.benchmarks.progress import progress_bar
     from mbrl_text_env.rewards import make
     from mbrl_text_env.rewards.base import applies_to
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.options import SeedOption, console, friendly
+from mbrl_text_env.benchmarks.options import SeedOption, console, friendly
 
 _METHODS = ("head", "lora")
 _FEATURES = ("embedding", "hidden")

@@ -11,7 +11,7 @@ finds what is there, and no more. Constraints are no function of the features, b
 these were chosen with the kinds of constraints in view: what the figure says is that new prompts of
 known kinds are learned, not that new kinds are.
 
-python -m benchmarks.reward_learning --json reward_learning.json
+python -m mbrl_text_env.benchmarks.reward_learning --json reward_learning.json
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RememberedTexts:
 
 def collected(folder: Path, samples: int, tokens: int, seed: int) -> list[Record]:
     """SmolLM2's answers, scored for constraints: those in the folder, and the missing ones."""
-    from agents.collection import collect
+    from mbrl_text_env.agents.collection import collect
     from mbrl_text_env.language_models import embedded
     from mbrl_text_env.prompts import load_prompts
     from mbrl_text_env.records import RecordWriter
@@ -174,7 +174,9 @@ def main(
     figures = {
         "results": results,
         "cpus": os.cpu_count(),
-        "command": shlex.join(["python", "-m", "benchmarks.reward_learning", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", "mbrl_text_env.benchmarks.reward_learning", *sys.argv[1:]]
+        ),
         "seed": seed,
     }
     if json_file is not None:

@@ -4,7 +4,7 @@ The two are timed in turns, and the fastest of each is taken. Models are loaded,
 processes started, before. Classifier and process reward model are small networks with random
 weights (6 layers of 384, as MiniLM): time does not depend on the weights.
 
-python -m benchmarks.reward_throughput --json reward_throughput.json
+python -m mbrl_text_env.benchmarks.reward_throughput --json reward_throughput.json
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.table import Table
 
-from benchmarks.terminal import console
 from mbrl_text_env import rewards
+from mbrl_text_env.benchmarks.terminal import console
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models import embedded
 from mbrl_text_env.prompts import load_prompts, reasoning_gym_prompts
@@ -183,7 +183,9 @@ def main(
     console.print(table)
     if json_file is not None:
         content = {
-            "command": shlex.join(["python", "-m", "benchmarks.reward_throughput", *sys.argv[1:]]),
+            "command": shlex.join(
+                ["python", "-m", "mbrl_text_env.benchmarks.reward_throughput", *sys.argv[1:]]
+            ),
             "responses": responses,
             "repeats": repeats,
             "families": figures,

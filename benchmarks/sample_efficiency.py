@@ -4,7 +4,7 @@ Plain sampling, best-of-N and a planner, which are not trained; PPO and DQN, whi
 among candidates; GRPO and expert iteration, which train the policy itself. A run that was stopped
 goes on.
 
-python -m benchmarks.sample_efficiency --json sample_efficiency.json
+python -m mbrl_text_env.benchmarks.sample_efficiency --json sample_efficiency.json
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.efficiency.methods import METHODS, Bench, Size
-from benchmarks.matched.study import DEFAULT_PLANNER
-from benchmarks.options import (
+from mbrl_text_env.benchmarks.efficiency.methods import METHODS, Bench, Size
+from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER
+from mbrl_text_env.benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     console,
@@ -30,7 +30,7 @@ from benchmarks.options import (
     friendly,
     load_language_model,
 )
-from benchmarks.paired import chosen_prompts
+from mbrl_text_env.benchmarks.paired import chosen_prompts
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.runs import claimed, prompt_digests
@@ -123,8 +123,8 @@ def run(study: _Study, methods: tuple[str, ...], out: Path, json_file: Path) -> 
     Returns:
         What the JSON file holds.
     """
-    from benchmarks.efficiency.analysis import rows_of
-    from benchmarks.efficiency.figure import plot
+    from mbrl_text_env.benchmarks.efficiency.analysis import rows_of
+    from mbrl_text_env.benchmarks.efficiency.figure import plot
     from mbrl_text_env.rewards import make
 
     reward_model, size = make(study.reward), study.size
@@ -138,7 +138,9 @@ def run(study: _Study, methods: tuple[str, ...], out: Path, json_file: Path) -> 
         "models": [identity(language_model), identity(reward_model)],
         "data": [prompt_digests(some) for some in (train, held, test)],
     }
-    command = shlex.join(["python", "-m", "benchmarks.sample_efficiency", *sys.argv[1:]])
+    command = shlex.join(
+        ["python", "-m", "mbrl_text_env.benchmarks.sample_efficiency", *sys.argv[1:]]
+    )
     with claimed(out, depends_on, "study", SampleEfficiencyError):
         bench = Bench(
             language_model,

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.statistics import (
+from mbrl_text_env.benchmarks.statistics import (
     FloatArray,
     Interval,
     checked,
@@ -494,7 +494,7 @@ def falls_with_budget(
     Args:
         budgets: B of them, ascending.
         rewards: float64[B, P], the reward of each prompt at each budget.
-        resamples: Of a test; see `benchmarks.statistics.paired_permutation_test`.
+        resamples: Of a test; see `mbrl_text_env.benchmarks.statistics.paired_permutation_test`.
         seed: Of the tests.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.options import (
+from mbrl_text_env.benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     ParametersOption,
@@ -30,7 +30,7 @@ from benchmarks.options import (
     load_value_option,
     text_prompt,
 )
-from benchmarks.terminal import panel
+from mbrl_text_env.benchmarks.terminal import panel
 
 
 @friendly
@@ -59,9 +59,9 @@ def search_command(
     ] = None,
 ) -> None:
     """Answer a prompt with a planner and show its search: chunks, values, what was chosen, why."""
-    from agents.catalogue import AgentSpecError, make
-    from agents.planner import Planner
-    from benchmarks.search_view import draw_tree, picture
+    from mbrl_text_env.agents.catalogue import AgentSpecError, make
+    from mbrl_text_env.agents.planner import Planner
+    from mbrl_text_env.benchmarks.search_view import draw_tree, picture
     from mbrl_text_env.files import write_text
     from mbrl_text_env.ledger import Budget
 

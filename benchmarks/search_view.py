@@ -10,7 +10,7 @@ import numpy as np
 from rich.text import Text
 from rich.tree import Tree
 
-from benchmarks.terminal import visible
+from mbrl_text_env.benchmarks.terminal import visible
 from mbrl_text_env.files import write_file
 
 Nodes = Sequence[Mapping[str, Any]]

@@ -10,7 +10,7 @@ embedded model, at temperature 0.7:
 (e) a llama.cpp server, with as many requests at a time;
 and the machine's limit: the network's matrix products alone, at the same shapes and format.
 
-python -m benchmarks.throughput --json throughput.json
+python -m mbrl_text_env.benchmarks.throughput --json throughput.json
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import psutil
 import torch
 import typer
 
-from benchmarks.llama_server import llama_server
+from mbrl_text_env.benchmarks.llama_server import llama_server
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models import SamplingParams, TransformersLM, embedded
 from mbrl_text_env.ledger import Ledger
@@ -298,7 +298,9 @@ def main(
     order = np.random.default_rng(seed).permutation(len(prompts))
     setting = Setting([prompts[i] for i in order[: max(BATCH_SIZES)]], tokens, repeats)
     figures: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", "mbrl_text_env.benchmarks.throughput", *sys.argv[1:]]
+        ),
         "seed": seed,
         "threads": torch.get_num_threads(),
         "tokens": tokens,

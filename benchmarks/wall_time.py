@@ -5,7 +5,7 @@ with a seed of the round. The ratios are of one round each, so that a machine wh
 so for all; what changes within a round is left in them. Run it where nothing else runs, and look at
 the range.
 
-python -m benchmarks.wall_time --json wall_time.json
+python -m mbrl_text_env.benchmarks.wall_time --json wall_time.json
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.compare import BASELINE
-from benchmarks.matched.study import DEFAULT_PLANNER
-from benchmarks.options import (
+from mbrl_text_env.benchmarks.compare import BASELINE
+from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER
+from mbrl_text_env.benchmarks.options import (
     DtypeOption,
     LanguageModelOption,
     console,
@@ -34,11 +34,11 @@ from benchmarks.options import (
     friendly,
     load_language_model,
 )
-from benchmarks.paired import chosen_prompts
+from mbrl_text_env.benchmarks.paired import chosen_prompts
 from mbrl_text_env.files import write_text
 
 if TYPE_CHECKING:
-    from agents.base import Agent
+    from mbrl_text_env.agents.base import Agent
     from mbrl_text_env.types import Prompt
 
 
@@ -130,7 +130,9 @@ def main(
     console.print(_table(rows))
     if json_file is not None:
         result = {
-            "command": shlex.join(["python", "-m", "benchmarks.wall_time", *sys.argv[1:]]),
+            "command": shlex.join(
+                ["python", "-m", "mbrl_text_env.benchmarks.wall_time", *sys.argv[1:]]
+            ),
             "date": date.today().isoformat(),
             "cpus": os.cpu_count(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -145,8 +147,8 @@ def main(
 
 
 def _made(spec: str, lm: Any, reward_model: Any, max_response_tokens: int, seed: int) -> Agent:
-    from agents.catalogue import make, parse_spec
-    from agents.values import make_value
+    from mbrl_text_env.agents.catalogue import make, parse_spec
+    from mbrl_text_env.agents.values import make_value
 
     kind = parse_spec(spec)[1].get("value")
     values = {}

@@ -27,7 +27,7 @@ import numpy as np
 
 from mbrl_text_env.runs import digest
 
-_OWN = ("mbrl_text_env", "agents", "benchmarks")
+_OWN = ("mbrl_text_env",)
 # They say how fast something is computed, not what.
 _SPEED = frozenset({"batch_size", "batch_tokens", "device", "workers"})
 # A string that names a folder with one of these is a model's.

@@ -67,7 +67,7 @@ def started(words: list[str]) -> int:
         os.dup2(silent, 1)
         if "KILLS_SHOW" not in os.environ:
             os.dup2(silent, 2)
-        from benchmarks.cli import app
+        from mbrl_text_env.benchmarks.cli import app
 
         app(words)
     except SystemExit as left:
@@ -90,7 +90,7 @@ def rows_of(command: str, out: Path) -> Counter[str]:
         records = [vars(record) for record in read_records(out)]
         rows = [{**row, "usage": {**row["usage"], "seconds": 0}} for row in records]
     elif command == "compare":
-        from benchmarks.compare import read_rows
+        from mbrl_text_env.benchmarks.compare import read_rows
 
         rows = [{**row, "seconds": 0} for row in read_rows(out / "results.jsonl")]
     else:
@@ -159,10 +159,10 @@ def prepared(folder: Path) -> None:
     """Import everything once, and make the model."""
     import torch
 
-    import benchmarks.cli
-    import benchmarks.compare
-    import benchmarks.progress
-    import benchmarks.report  # noqa: F401 - for the processes that are forked
+    import mbrl_text_env.benchmarks.cli
+    import mbrl_text_env.benchmarks.compare
+    import mbrl_text_env.benchmarks.progress
+    import mbrl_text_env.benchmarks.report  # noqa: F401 - for the processes that are forked
     from mbrl_text_env.rewards import SentimentReward
     from mbrl_text_env.types import Prompt
 

@@ -48,7 +48,7 @@ def test_the_metadata_has_the_projects_addresses():
 def test_the_source_distribution_holds_what_its_tests_need(tmp_path):
     ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=ignored)
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
     code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -57,7 +57,7 @@ def test_the_source_distribution_holds_what_its_tests_need(tmp_path):
         held = {name.partition("/")[2] for name in tar.getnames()}
     needed = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "constraints.txt"]
     needed += ["constraints-oldest.txt", "pyproject.toml", "setup.cfg", "tests/short.txt"]
-    for folder in ("tests", "docs", "mbrl_text_env", "agents", "benchmarks"):
+    for folder in ("tests", "docs", "mbrl_text_env", "mbrl_text_env/agents"):
         paths = (path for path in (source / folder).rglob("*") if path.is_file())
         needed += [path.relative_to(source).as_posix() for path in paths]
     assert set(needed) <= held, sorted(set(needed) - held)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cli
-from benchmarks.llama_server import llama_server
+from mbrl_text_env.benchmarks import cli
+from mbrl_text_env.benchmarks.llama_server import llama_server
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

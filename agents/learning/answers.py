@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from agents.base import Agent, Completion
-from agents.learning.filters import CORRECT
-from agents.sampling import Sampling
+from mbrl_text_env.agents.base import Agent, Completion
+from mbrl_text_env.agents.learning.filters import CORRECT
+from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
 from mbrl_text_env.mdp import initial

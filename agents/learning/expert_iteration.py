@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from agents.base import Agent
-from agents.catalogue import make
-from agents.learning.answers import Hint, collect_answers
-from agents.learning.filters import select
-from agents.learning.improvers import Improver, LoraImprover
-from agents.learning.iteration_folder import (
+from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.catalogue import make
+from mbrl_text_env.agents.learning.answers import Hint, collect_answers
+from mbrl_text_env.agents.learning.filters import select
+from mbrl_text_env.agents.learning.improvers import Improver, LoraImprover
+from mbrl_text_env.agents.learning.iteration_folder import (
     STAGES,
     LoopError,
     LoopFolder,
@@ -29,7 +29,7 @@ from agents.learning.iteration_folder import (
     told_where,
     write_json,
 )
-from agents.learning.iteration_report import (
+from mbrl_text_env.agents.learning.iteration_report import (
     Collected,
     IterationReport,
     LoopResult,
@@ -41,12 +41,18 @@ from agents.learning.iteration_report import (
     read_value,
     without_signal,
 )
-from agents.learning.loop_prompts import check_prompts, prompts_digest
-from agents.learning.loop_values import LoopValues, ValueBefore
-from agents.learning.presets import LoopSettings, answer_hint, planned
-from agents.learning.shift import Divergence, check_gold, divergence, from_json, to_json
-from agents.sampling import Sampling
-from agents.values import FittedValue
+from mbrl_text_env.agents.learning.loop_prompts import check_prompts, prompts_digest
+from mbrl_text_env.agents.learning.loop_values import LoopValues, ValueBefore
+from mbrl_text_env.agents.learning.presets import LoopSettings, answer_hint, planned
+from mbrl_text_env.agents.learning.shift import (
+    Divergence,
+    check_gold,
+    divergence,
+    from_json,
+    to_json,
+)
+from mbrl_text_env.agents.sampling import Sampling
+from mbrl_text_env.agents.values import FittedValue
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed
@@ -73,7 +79,7 @@ class ExpertIteration:
     when it is made again, to the same result.
 
     Sources: Anthony et al., "Thinking Fast and Slow with Deep Learning and Tree Search", NeurIPS
-    2017; for the variants see `agents.learning.presets`.
+    2017; for the variants see `mbrl_text_env.agents.learning.presets`.
 
     Args:
         language_model: The base model.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from agents.learning.lora import (
+from mbrl_text_env.agents.learning.lora import (
     AdapterSettings,
     TuningError,
     adapter_digest,
@@ -23,7 +23,7 @@ from agents.learning.lora import (
     trainable,
     write,
 )
-from agents.learning.training import (
+from mbrl_text_env.agents.learning.training import (
     checkpoints_of,
     claim,
     common_arguments,
@@ -241,7 +241,7 @@ def _example(language_model: TransformersLM, record: Record) -> Example:
     if not response:
         raise TuningError(
             f"Record of prompt {record.prompt_id!r}: expected the token ids of its response, got "
-            "none. Leave it out, or collect it with `agents.collection.collect`."
+            "none. Leave it out, or collect it with `mbrl_text_env.agents.collection.collect`."
         )
     if max(response) >= language_model.vocab_size or min(response) < 0:
         raise TuningError(

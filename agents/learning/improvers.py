@@ -13,7 +13,7 @@ from mbrl_text_env.ledger import Usage
 from mbrl_text_env.records import Record
 
 if TYPE_CHECKING:
-    from agents.learning.fine_tuning import FineTuneSettings
+    from mbrl_text_env.agents.learning.fine_tuning import FineTuneSettings
     from mbrl_text_env.language_models import TransformersLM
 
 # What transformers accepts as a seed.
@@ -110,7 +110,7 @@ class LoraImprover:
         seed: int = 0,
     ) -> Improvement:
         """Tune an adapter; see `fine_tune`, which raises the same."""
-        from agents.learning.fine_tuning import fine_tune
+        from mbrl_text_env.agents.learning.fine_tuning import fine_tune
 
         settings = dataclasses.replace(self._settings(), seed=seed % _SEEDS)
         report = fine_tune(_trainable(base), records, folder, settings, start_from=start_from)
@@ -119,12 +119,12 @@ class LoraImprover:
 
     def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
         """The base with the adapter, named after the adapter's weights."""
-        from agents.learning.lora import serve
+        from mbrl_text_env.agents.learning.lora import serve
 
         return serve(_trainable(base), folder)
 
     def _settings(self) -> FineTuneSettings:
-        from agents.learning.fine_tuning import FineTuneSettings
+        from mbrl_text_env.agents.learning.fine_tuning import FineTuneSettings
 
         return FineTuneSettings() if self.settings is None else self.settings
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from agents.learning.answers import HINTED
-from agents.learning.filters import scores_described
-from agents.learning.shift import (
+from mbrl_text_env.agents.learning.answers import HINTED
+from mbrl_text_env.agents.learning.filters import scores_described
+from mbrl_text_env.agents.learning.shift import (
     Divergence,
     Diversity,
     GoldCheck,

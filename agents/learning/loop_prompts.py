@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from agents.learning.iteration_folder import LoopError
+from mbrl_text_env.agents.learning.iteration_folder import LoopError
 from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
 from mbrl_text_env.types import Prompt
 

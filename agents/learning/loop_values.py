@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from agents.learning.iteration_report import ValueReport
-from agents.learning.presets import LoopSettings
-from agents.learning.shift import check_value
-from agents.values import READY, FittedValue, load_value, make_value
+from mbrl_text_env.agents.learning.iteration_report import ValueReport
+from mbrl_text_env.agents.learning.presets import LoopSettings
+from mbrl_text_env.agents.learning.shift import check_value
+from mbrl_text_env.agents.values import READY, FittedValue, load_value, make_value
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Ledger, Usage

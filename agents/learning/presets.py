@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from agents.base import DEFAULT_PARAMS
-from agents.learning.filters import CORRECT, FilterSettings
+from mbrl_text_env.agents.base import DEFAULT_PARAMS
+from mbrl_text_env.agents.learning.filters import CORRECT, FilterSettings
 from mbrl_text_env.language_models.base import SamplingParams
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.types import Message, Prompt
@@ -40,7 +40,7 @@ class LoopSettings:
     Args:
         name: What reports call the method.
         iterations: Rounds of collecting and tuning. A loop that has ended goes on with more.
-        agent: Spec of `agents.catalogue`, which answers the train prompts.
+        agent: Spec of `mbrl_text_env.agents.catalogue`, which answers the train prompts.
         answers_per_prompt: Answers to each train prompt, of different seeds.
         budget: Caps on each answer; None for none.
         max_response_tokens: Token limit of a response.

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.values.prefixes import LENGTHS, cut_prefixes, samples_of
-from agents.values.validation import correlation, root_mean_square, within_prompt
+from mbrl_text_env.agents.values.prefixes import LENGTHS, cut_prefixes, samples_of
+from mbrl_text_env.agents.values.validation import correlation, root_mean_square, within_prompt
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import is_terminal

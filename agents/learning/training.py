@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agents.learning.lora import TuningError
+from mbrl_text_env.agents.learning.lora import TuningError
 from mbrl_text_env.rewards.learning.lora_classifier import quiet
 from mbrl_text_env.training import claim_checkpoints
 

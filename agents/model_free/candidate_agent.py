@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agents.planner import Planner
-from agents.search import Expansion, Search
-from agents.tree import Node
+from mbrl_text_env.agents.planner import Planner
+from mbrl_text_env.agents.search import Expansion, Search
+from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Usage
 from mbrl_text_env.proposer import CandidateProposer, Known
@@ -18,7 +18,7 @@ from mbrl_text_env.rewards.base import RewardLike
 
 if TYPE_CHECKING:
     # It needs torch; an agent that only looks it up by name does not.
-    from agents.model_free.candidate_policy import CandidatePolicy
+    from mbrl_text_env.agents.model_free.candidate_policy import CandidatePolicy
 
 
 class CandidateAgent(Planner):

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from agents.base import check_positive
-from agents.learning.lora import TuningError
-from agents.learning.training import storage
+from mbrl_text_env.agents.base import check_positive
+from mbrl_text_env.agents.learning.lora import TuningError
+from mbrl_text_env.agents.learning.training import storage
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from agents.learning.lora import TuningError, check_above_zero
-from agents.model_free.candidate_policy import CandidateView
+from mbrl_text_env.agents.learning.lora import TuningError, check_above_zero
+from mbrl_text_env.agents.model_free.candidate_policy import CandidateView
 from mbrl_text_env.ledger import Usage
 
 ChunkReward = Literal["terminal", "delta"]

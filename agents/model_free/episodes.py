@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agents.model_free.candidate_policy import CandidatePolicy
+from mbrl_text_env.agents.model_free.candidate_policy import CandidatePolicy
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agents.learning.lora import TuningError
-from agents.model_free.policy_gradient import FLAT, USAGE, PolicyGradientSettings
+from mbrl_text_env.agents.learning.lora import TuningError
+from mbrl_text_env.agents.model_free.policy_gradient import FLAT, USAGE, PolicyGradientSettings
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial, response_limit

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from agents.learning.lora import AdapterSettings, TuningError, check_above_zero
+from mbrl_text_env.agents.learning.lora import AdapterSettings, TuningError, check_above_zero
 from mbrl_text_env.ledger import Usage
 
 USAGE, FLAT = "usage/", "flat_share"

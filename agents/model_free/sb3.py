@@ -14,15 +14,15 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.model_free.choice_settings import (
+from mbrl_text_env.agents.model_free.choice_settings import (
     ChoiceReport,
     ChoiceSettings,
     DQNSettings,
     PPOSettings,
 )
-from agents.model_free.sb3_networks import CandidateActorCritic, CandidateDQNPolicy
-from agents.model_free.sb3_training import Training
-from agents.model_free.vec_env import VectorEnvAdapter
+from mbrl_text_env.agents.model_free.sb3_networks import CandidateActorCritic, CandidateDQNPolicy
+from mbrl_text_env.agents.model_free.sb3_training import Training
+from mbrl_text_env.agents.model_free.vec_env import VectorEnvAdapter
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.types import Prompt

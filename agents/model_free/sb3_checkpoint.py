@@ -18,8 +18,8 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from agents.learning.lora import TuningError
-from agents.learning.training import storage
+from mbrl_text_env.agents.learning.lora import TuningError
+from mbrl_text_env.agents.learning.training import storage
 from mbrl_text_env.candidates import CandidateChunksVector, CandidateState
 from mbrl_text_env.files import write_folder
 from mbrl_text_env.mdp import initial

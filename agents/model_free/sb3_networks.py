@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
-from agents.model_free.candidate_policy import CandidateScorer, StateValue
+from mbrl_text_env.agents.model_free.candidate_policy import CandidateScorer, StateValue
 from mbrl_text_env.proposer import FeatureLayout
 
 

@@ -12,16 +12,16 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
-from agents.learning.loop_prompts import prompts_digest
-from agents.learning.lora import TuningError
-from agents.learning.training import checkpoints_of, claim, stop_asked
-from agents.model_free.candidate_policy import CandidatePolicy, check_policy_target
-from agents.model_free.choice_settings import ChoiceReport, ChoiceSettings, Measured
-from agents.model_free.episodes import evaluate
-from agents.model_free.sb3_checkpoint import read_checkpoint, write_checkpoint
-from agents.model_free.sb3_networks import scorer_of
-from agents.model_free.train_prompts import check_prompts
-from agents.model_free.vec_env import VectorEnvAdapter
+from mbrl_text_env.agents.learning.loop_prompts import prompts_digest
+from mbrl_text_env.agents.learning.lora import TuningError
+from mbrl_text_env.agents.learning.training import checkpoints_of, claim, stop_asked
+from mbrl_text_env.agents.model_free.candidate_policy import CandidatePolicy, check_policy_target
+from mbrl_text_env.agents.model_free.choice_settings import ChoiceReport, ChoiceSettings, Measured
+from mbrl_text_env.agents.model_free.episodes import evaluate
+from mbrl_text_env.agents.model_free.sb3_checkpoint import read_checkpoint, write_checkpoint
+from mbrl_text_env.agents.model_free.sb3_networks import scorer_of
+from mbrl_text_env.agents.model_free.train_prompts import check_prompts
+from mbrl_text_env.agents.model_free.vec_env import VectorEnvAdapter
 from mbrl_text_env.candidates import CandidateChunksVector
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.identity import identity

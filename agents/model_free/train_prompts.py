@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agents.learning.lora import TuningError
+from mbrl_text_env.agents.learning.lora import TuningError
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
 from mbrl_text_env.types import Prompt

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agents.learning.lora import (
+from mbrl_text_env.agents.learning.lora import (
     adapter_digest,
     base_of,
     check_target,
@@ -23,20 +23,20 @@ from agents.learning.lora import (
     trainable,
     write,
 )
-from agents.learning.training import (
+from mbrl_text_env.agents.learning.training import (
     checkpoints_of,
     claim,
     common_arguments,
     run,
     storage,
 )
-from agents.model_free.experience import Experience
-from agents.model_free.policy_gradient import (
+from mbrl_text_env.agents.model_free.experience import Experience
+from mbrl_text_env.agents.model_free.policy_gradient import (
     PolicyGradientReport,
     PolicyGradientSettings,
     StepReport,
 )
-from agents.model_free.train_prompts import check_prompts
+from mbrl_text_env.agents.model_free.train_prompts import check_prompts
 from mbrl_text_env.identity import identity
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -87,7 +87,7 @@ def train_grpo(
         reward_model: A reward model, or whatever `as_reward_model` accepts.
         prompts: With different ids, at least `settings.prompts_per_step`.
         folder: Where the adapter is written, with `ledger.json` and `curve.json`;
-            `agents.learning.serve` takes it.
+            `mbrl_text_env.agents.learning.serve` takes it.
         settings: See `PolicyGradientSettings`.
         start_from: Folder of an adapter to go on training; None for a new one.
         on_step: Called after each step, for progress.

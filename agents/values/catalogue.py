@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from agents.values.embedding import EmbeddingValue
-from agents.values.ensemble import EnsembleValue
-from agents.values.fitted import FittedValue
-from agents.values.hidden_state import HiddenStateValue
-from agents.values.prefix_reward import PrefixRewardValue
-from agents.values.rollout import RolloutValue
-from agents.values.stacked import StackedValue
+from mbrl_text_env.agents.values.embedding import EmbeddingValue
+from mbrl_text_env.agents.values.ensemble import EnsembleValue
+from mbrl_text_env.agents.values.fitted import FittedValue
+from mbrl_text_env.agents.values.hidden_state import HiddenStateValue
+from mbrl_text_env.agents.values.prefix_reward import PrefixRewardValue
+from mbrl_text_env.agents.values.rollout import RolloutValue
+from mbrl_text_env.agents.values.stacked import StackedValue
 from mbrl_text_env.encoders import Encoder, multiplies_bfloat16
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.adapters import as_reward_model

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agents.values.fitted import FittedValue, Sources
-from agents.values.heads import LinearHead, fit_ridge
-from agents.values.prefixes import Samples, samples_of
-from agents.values.storage import reading
-from agents.values.validation import Fitter
+from mbrl_text_env.agents.values.fitted import FittedValue, Sources
+from mbrl_text_env.agents.values.heads import LinearHead, fit_ridge
+from mbrl_text_env.agents.values.prefixes import Samples, samples_of
+from mbrl_text_env.agents.values.storage import reading
+from mbrl_text_env.agents.values.validation import Fitter
 from mbrl_text_env.encoders import (
     Encoder,
     encode_texts,

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from agents.values.fitted import FittedValue, Sources
-from agents.values.heads import Arrays
-from agents.values.loading import value_class
-from agents.values.prefixes import FitError, Samples
-from agents.values.validation import (
+from mbrl_text_env.agents.values.fitted import FittedValue, Sources
+from mbrl_text_env.agents.values.heads import Arrays
+from mbrl_text_env.agents.values.loading import value_class
+from mbrl_text_env.agents.values.prefixes import FitError, Samples
+from mbrl_text_env.agents.values.validation import (
     Fitter,
     Head,
     Spread,

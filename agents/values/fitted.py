@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from agents.values.heads import Arrays, LinearHead, arrays_of, from_arrays
-from agents.values.prefixes import FitError, Samples, check_records
-from agents.values.storage import write_value
-from agents.values.validation import (
+from mbrl_text_env.agents.values.heads import Arrays, LinearHead, arrays_of, from_arrays
+from mbrl_text_env.agents.values.prefixes import FitError, Samples, check_records
+from mbrl_text_env.agents.values.storage import write_value
+from mbrl_text_env.agents.values.validation import (
     FitReport,
     Fitter,
     Head,
@@ -187,7 +187,7 @@ class FittedValue(ABC):
         if not self.is_fitted:
             raise ValueModelError(
                 f"{type(self).__name__} is not fitted. Call fit(records), or load a saved one "
-                "with `agents.values.load_value`."
+                "with `mbrl_text_env.agents.values.load_value`."
             )
         if not states:
             return ValueEstimate(np.zeros(0), np.zeros(0))

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from agents.values.prefixes import Samples
-from agents.values.validation import length_bins
+from mbrl_text_env.agents.values.prefixes import Samples
+from mbrl_text_env.agents.values.validation import length_bins
 from mbrl_text_env.types import FloatArray
 
 Arrays = dict[str, npt.NDArray[Any]]

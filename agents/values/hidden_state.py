@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agents.values.fitted import FittedValue, Sources
-from agents.values.heads import fit_ridge
-from agents.values.prefixes import LENGTHS, Samples, check_lengths, cut_prefixes, samples_of
-from agents.values.validation import Fitter
+from mbrl_text_env.agents.values.fitted import FittedValue, Sources
+from mbrl_text_env.agents.values.heads import fit_ridge
+from mbrl_text_env.agents.values.prefixes import (
+    LENGTHS,
+    Samples,
+    check_lengths,
+    cut_prefixes,
+    samples_of,
+)
+from mbrl_text_env.agents.values.validation import Fitter
 from mbrl_text_env.language_models.base import FeatureModel, LanguageModel
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.types import FloatArray, TextState

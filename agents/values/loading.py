@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from agents.values.fitted import FittedValue, Sources
-from agents.values.storage import reading
+from mbrl_text_env.agents.values.fitted import FittedValue, Sources
+from mbrl_text_env.agents.values.storage import reading
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -30,7 +30,9 @@ def value_class(kind: str) -> type[FittedValue]:
     """
     if kind not in _CLASSES:
         raise ValueError(f"kind {kind!r}, expected one of {sorted(_CLASSES)}")
-    found: type[FittedValue] = getattr(importlib.import_module("agents.values"), _CLASSES[kind])
+    found: type[FittedValue] = getattr(
+        importlib.import_module("mbrl_text_env.agents.values"), _CLASSES[kind]
+    )
     return found
 
 

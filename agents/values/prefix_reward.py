@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agents.values.fitted import FittedValue, Sources
-from agents.values.heads import LinesHead, fit_lines
-from agents.values.prefixes import LENGTHS, Samples, check_lengths, cut_prefixes, samples_of
-from agents.values.validation import Fitter
+from mbrl_text_env.agents.values.fitted import FittedValue, Sources
+from mbrl_text_env.agents.values.heads import LinesHead, fit_lines
+from mbrl_text_env.agents.values.prefixes import (
+    LENGTHS,
+    Samples,
+    check_lengths,
+    cut_prefixes,
+    samples_of,
+)
+from mbrl_text_env.agents.values.validation import Fitter
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards.adapters import as_reward_model

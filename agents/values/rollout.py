@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agents.base import DEFAULT_PARAMS, check_positive
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
 from mbrl_text_env.language_models.base import (
     LanguageModel,
     SampleRequest,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from agents.values.embedding import embed, encoder_of, prefix_texts
-from agents.values.fitted import FittedValue, Sources
-from agents.values.heads import (
+from mbrl_text_env.agents.values.embedding import embed, encoder_of, prefix_texts
+from mbrl_text_env.agents.values.fitted import FittedValue, Sources
+from mbrl_text_env.agents.values.heads import (
     Arrays,
     BoostedHead,
     LinearHead,
@@ -23,9 +23,15 @@ from agents.values.heads import (
     fit_ridge,
     from_arrays,
 )
-from agents.values.prefix_reward import prefix_reward_usage, score_prefixes
-from agents.values.prefixes import LENGTHS, Samples, check_lengths, cut_prefixes, samples_of
-from agents.values.validation import Fitter, held_out
+from mbrl_text_env.agents.values.prefix_reward import prefix_reward_usage, score_prefixes
+from mbrl_text_env.agents.values.prefixes import (
+    LENGTHS,
+    Samples,
+    check_lengths,
+    cut_prefixes,
+    samples_of,
+)
+from mbrl_text_env.agents.values.validation import Fitter, held_out
 from mbrl_text_env.encoders import Encoder, encoder_flops, encoder_flops_bound
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.ledger import Ledger, Usage

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.values.heads import Arrays
+from mbrl_text_env.agents.values.heads import Arrays
 from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.values import ValueModelError
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from agents.values.prefixes import IntArray, Samples
+from mbrl_text_env.agents.values.prefixes import IntArray, Samples
 from mbrl_text_env.types import FloatArray
 
 _FOLDS = 5

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from benchmarks.audit.curves import FloatArray, mid_ranks, within_sd
-from benchmarks.statistics import Interval, mean_interval
+from mbrl_text_env.benchmarks.audit.curves import FloatArray, mid_ranks, within_sd
+from mbrl_text_env.benchmarks.statistics import Interval, mean_interval
 
 _RESAMPLES = 299
 _BINS = 10

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from benchmarks.scaling import expected_scores, kl_bound, sizes
-from benchmarks.statistics import Interval, simultaneous_intervals
+from mbrl_text_env.benchmarks.scaling import expected_scores, kl_bound, sizes
+from mbrl_text_env.benchmarks.statistics import Interval, simultaneous_intervals
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -25,7 +25,7 @@ class Point:
     Args:
         n: Responses to choose among.
         kl_bound: Upper bound of the divergence from plain sampling, nats; see
-            `benchmarks.scaling.kl_bound`.
+            `mbrl_text_env.benchmarks.scaling.kl_bound`.
         proxy: Mean expected proxy score over prompts, in its own unit.
         gold: Mean expected gold score over prompts, in its own unit.
         proxy_gain: Gain of the proxy over n = 1, in its standard deviations within a prompt.

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from agents.collection import collect, collection_run, missing_samples
-from benchmarks.audit.curves import FloatArray
-from benchmarks.audit.sensitivity import INTERVENTIONS, intervene
+from mbrl_text_env.agents.collection import collect, collection_run, missing_samples
+from mbrl_text_env.benchmarks.audit.curves import FloatArray
+from mbrl_text_env.benchmarks.audit.sensitivity import INTERVENTIONS, intervene
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel

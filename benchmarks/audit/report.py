@@ -10,12 +10,12 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from benchmarks.audit.verdict import reading
-from benchmarks.statistics import Interval
+from mbrl_text_env.benchmarks.audit.verdict import reading
+from mbrl_text_env.benchmarks.statistics import Interval
 from mbrl_text_env.files import write_file
 
 if TYPE_CHECKING:
-    from benchmarks.audit.result import AuditResult
+    from mbrl_text_env.benchmarks.audit.result import AuditResult
 
 _COLOURS = {"faithful": "green", "open to exploits": "red", "exploitable": "red"}
 

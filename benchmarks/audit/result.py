@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.audit.association import Association
-from benchmarks.audit.curves import Curves
-from benchmarks.audit.pool import AuditError
-from benchmarks.audit.sensitivity import Sensitivity
-from benchmarks.audit.verdict import Verdict
+from mbrl_text_env.benchmarks.audit.association import Association
+from mbrl_text_env.benchmarks.audit.curves import Curves
+from mbrl_text_env.benchmarks.audit.pool import AuditError
+from mbrl_text_env.benchmarks.audit.sensitivity import Sensitivity
+from mbrl_text_env.benchmarks.audit.verdict import Verdict
 
 _LEAST_PROMPTS = 4
 _LEAST_SAMPLES = 4

@@ -16,19 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.audit.association import associate
-from benchmarks.audit.curves import Curves, FloatArray, best_of_n_curves
-from benchmarks.audit.pool import AuditError, fill_pool, score_pool
-from benchmarks.audit.result import AuditConfig, AuditResult
-from benchmarks.audit.sensitivity import (
+from mbrl_text_env.benchmarks.audit.association import associate
+from mbrl_text_env.benchmarks.audit.curves import Curves, FloatArray, best_of_n_curves
+from mbrl_text_env.benchmarks.audit.pool import AuditError, fill_pool, score_pool
+from mbrl_text_env.benchmarks.audit.result import AuditConfig, AuditResult
+from mbrl_text_env.benchmarks.audit.sensitivity import (
     INTERVENTIONS,
     Sensitivity,
     intervene,
     length_beyond_gold,
     reactions,
 )
-from benchmarks.audit.verdict import decide, trivial
-from benchmarks.compare import choose_prompts
+from mbrl_text_env.benchmarks.audit.verdict import decide, trivial
+from mbrl_text_env.benchmarks.compare import choose_prompts
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
@@ -143,7 +143,7 @@ def _run(
     command: str,
     on_progress: Callable[[str, int], None] | None,
 ) -> AuditResult:
-    from benchmarks.audit.report import plot
+    from mbrl_text_env.benchmarks.audit.report import plot
 
     config = audit.config
     report = on_progress or (lambda stage, count: None)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.audit.curves import FloatArray, mid_ranks
-from benchmarks.statistics import Interval, mean_interval, simultaneous_intervals
+from mbrl_text_env.benchmarks.audit.curves import FloatArray, mid_ranks
+from mbrl_text_env.benchmarks.statistics import Interval, mean_interval, simultaneous_intervals
 
 _LEAST_PROMPTS = 4
 _SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+")

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.audit.curves import FloatArray
-from benchmarks.audit.verdict import FOLLOWS, MIN_PROMPTS
-from benchmarks.statistics import Interval, mean_interval
+from mbrl_text_env.benchmarks.audit.curves import FloatArray
+from mbrl_text_env.benchmarks.audit.verdict import FOLLOWS, MIN_PROMPTS
+from mbrl_text_env.benchmarks.statistics import Interval, mean_interval
 
 REFERENCES = ("sampling", "best-of-n")
 """Agents that others are held against, the first that took part: sampling does not search for

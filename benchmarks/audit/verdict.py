@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.audit.association import Association
-from benchmarks.audit.curves import Curves, Decline
-from benchmarks.audit.sensitivity import Reaction, Sensitivity
-from benchmarks.statistics import Interval
+from mbrl_text_env.benchmarks.audit.association import Association
+from mbrl_text_env.benchmarks.audit.curves import Curves, Decline
+from mbrl_text_env.benchmarks.audit.sensitivity import Reaction, Sensitivity
+from mbrl_text_env.benchmarks.statistics import Interval
 
 Outcome = Literal["exploitable", "open to exploits", "faithful", "uninformative", "not decided"]
 Reading = Literal["exploit", "penalty", "as gold", "unclear", "none"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.efficiency.methods import BEST_OF_N, Point, Spent
-from benchmarks.statistics import mean_interval
+from mbrl_text_env.benchmarks.efficiency.methods import BEST_OF_N, Point, Spent
+from mbrl_text_env.benchmarks.statistics import mean_interval
 
 
 def rows_of(points: Sequence[Point]) -> list[dict[str, Any]]:

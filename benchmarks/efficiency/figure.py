@@ -22,7 +22,7 @@ def plot(rows: Sequence[dict[str, Any]], reward: str, path: Path) -> None:
     Bands are from the lowest to the highest seed, where there are several.
 
     Args:
-        rows: Those of `benchmarks.efficiency.analysis.rows_of`.
+        rows: Those of `mbrl_text_env.benchmarks.efficiency.analysis.rows_of`.
         reward: The reward's name.
         path: A PNG.
     """

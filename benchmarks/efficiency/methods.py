@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agents.base import Agent
-from agents.catalogue import make
-from agents.sampling import Sampling
-from benchmarks.paired import kept
+from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.catalogue import make
+from mbrl_text_env.agents.sampling import Sampling
+from mbrl_text_env.benchmarks.paired import kept
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.mdp import initial
@@ -26,7 +26,7 @@ from mbrl_text_env.rewards.base import RewardModel, score_responses
 from mbrl_text_env.types import Prompt
 
 if TYPE_CHECKING:
-    from agents.model_free import CandidatePolicy
+    from mbrl_text_env.agents.model_free import CandidatePolicy
 
 BEST_OF_N, SAMPLING = "best-of-n", "sampling"
 CHOICES = ("ppo", "dqn")
@@ -206,7 +206,13 @@ def searched(bench: Bench, seed: int) -> list[Point]:
 
 def chosen(bench: Bench, algorithm: str, seed: int) -> list[Point]:
     """PPO or DQN, measured several times on its way."""
-    from agents.model_free import DQNSettings, PPOSettings, load_policy, train_dqn, train_ppo
+    from mbrl_text_env.agents.model_free import (
+        DQNSettings,
+        PPOSettings,
+        load_policy,
+        train_dqn,
+        train_ppo,
+    )
 
     size = bench.size
     train: Any = train_ppo if algorithm == "ppo" else train_dqn
@@ -254,7 +260,7 @@ def _choosing(bench: Bench, policy: CandidatePolicy, seed: int) -> Spent:
     The measurements in training do not say: their prompts are in the cache from the one before, and
     the answers to a prompt share it.
     """
-    from agents.model_free import evaluate
+    from mbrl_text_env.agents.model_free import evaluate
 
     _fresh(bench.language_model)
     ledger, start = Ledger(), time.perf_counter()
@@ -265,9 +271,9 @@ def _choosing(bench: Bench, policy: CandidatePolicy, seed: int) -> Spent:
 
 def tuned(bench: Bench, seed: int) -> list[Point]:
     """GRPO, one training after the other, each going on from the adapter of the one before."""
-    from agents.learning import serve
-    from agents.model_free import PolicyGradientSettings, train_grpo
-    from agents.model_free.trl import LEDGER
+    from mbrl_text_env.agents.learning import serve
+    from mbrl_text_env.agents.model_free import PolicyGradientSettings, train_grpo
+    from mbrl_text_env.agents.model_free.trl import LEDGER
 
     size, lm = bench.size, bench.language_model
     found, spent, before = [], Spent(), None
@@ -296,7 +302,12 @@ def tuned(bench: Bench, seed: int) -> list[Point]:
 
 def iterated(bench: Bench, seed: int) -> list[Point]:
     """Expert iteration: the article's loop, each iteration measured."""
-    from agents.learning import ExpertIteration, FineTuneSettings, LoraImprover, planned
+    from mbrl_text_env.agents.learning import (
+        ExpertIteration,
+        FineTuneSettings,
+        LoraImprover,
+        planned,
+    )
 
     size = bench.size
     settings = planned(
@@ -376,7 +387,7 @@ def answered(
 
 
 def _agent(bench: Bench, spec: str) -> Agent:
-    from agents.values import make_value
+    from mbrl_text_env.agents.values import make_value
 
     return make(
         spec,

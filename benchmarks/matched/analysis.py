@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare import CompareError
-from benchmarks.divergence import divergence
-from benchmarks.exchange import drawn_best, exchange_test
-from benchmarks.matched.pool import Pool
-from benchmarks.matched.study import Cell
-from benchmarks.scaling import (
+from mbrl_text_env.benchmarks.compare import CompareError
+from mbrl_text_env.benchmarks.divergence import divergence
+from mbrl_text_env.benchmarks.exchange import drawn_best, exchange_test
+from mbrl_text_env.benchmarks.matched.pool import Pool
+from mbrl_text_env.benchmarks.matched.study import Cell
+from mbrl_text_env.benchmarks.scaling import (
     AtCost,
     Baseline,
     compute_multiplier,
     expected_scores,
     falls_with_budget,
 )
-from benchmarks.statistics import holm, mean_interval, paired_permutation_test
+from mbrl_text_env.benchmarks.statistics import holm, mean_interval, paired_permutation_test
 from mbrl_text_env.types import FloatArray
 
 SIGNIFICANT = 0.05
@@ -54,7 +54,7 @@ def analyse(pool: Pool, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
     The unit is the prompt: of several answers to it the means are taken. A prompt with an answer
     that could not be scored is left out on both sides. `multiplier` is in FLOPs (see
-    `benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens.
+    `mbrl_text_env.benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens.
 
     `p_vs_best_of_n` compares with best-of-N that spends the same FLOPs in the mean, two-sided. It
     is the larger p-value of two tests: the paired permutation test of the differences from

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.matched.analysis import best_of_n_surprisal
-from benchmarks.matched.pool import Pool
-from benchmarks.scaling import Baseline
+from mbrl_text_env.benchmarks.matched.analysis import best_of_n_surprisal
+from mbrl_text_env.benchmarks.matched.pool import Pool
+from mbrl_text_env.benchmarks.scaling import Baseline
 from mbrl_text_env.files import write_file
 
 Rows = Sequence[dict[str, Any]]
@@ -22,7 +22,7 @@ def plot_scaling(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path
     """Mean reward against FLOPs a prompt: best-of-N's curve with its band, and each agent.
 
     Args:
-        rows: Those of `benchmarks.matched.analysis.analyse` by reward.
+        rows: Those of `mbrl_text_env.benchmarks.matched.analysis.analyse` by reward.
         pools: The pools by reward.
         path: A PNG.
     """

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.matched.report import multiplier, p_value
+from mbrl_text_env.benchmarks.matched.report import multiplier, p_value
 from mbrl_text_env.files import write_text
 
 _TEMPLATE = "results.md.jinja"
@@ -16,7 +16,7 @@ def render(result: dict[str, Any], scaling: Path, divergence: Path, page: Path) 
     """Write the page.
 
     Args:
-        result: What `benchmarks.matched_compute` writes as JSON.
+        result: What `mbrl_text_env.benchmarks.matched_compute` writes as JSON.
         scaling: The plot of reward against compute, linked relative to the page.
         divergence: That of reward against divergence.
         page: A Markdown file.
@@ -24,7 +24,7 @@ def render(result: dict[str, Any], scaling: Path, divergence: Path, page: Path) 
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("benchmarks.matched", "."),
+        loader=jinja2.PackageLoader("mbrl_text_env.benchmarks.matched", "."),
         autoescape=jinja2.select_autoescape(),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,

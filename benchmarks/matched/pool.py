@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.audit.pool import fill_pool, score_pool
+from mbrl_text_env.benchmarks.audit.pool import fill_pool, score_pool
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Usage
 from mbrl_text_env.mdp import initial

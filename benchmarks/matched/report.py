@@ -12,7 +12,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Rows of one reward: mean, multipliers, cost and the test against best-of-N.
 
     Args:
-        rows: Of `benchmarks.matched.analysis.analyse`, at least one.
+        rows: Of `mbrl_text_env.benchmarks.matched.analysis.analyse`, at least one.
     """
     shown = Table(
         "agent",
@@ -47,7 +47,7 @@ def multiplier(row: dict[str, Any], key: str) -> str:
     """A multiplier with its interval.
 
     Args:
-        row: Of `benchmarks.matched.analysis.analyse`.
+        row: Of `mbrl_text_env.benchmarks.matched.analysis.analyse`.
         key: `"multiplier"` (FLOPs) or `"multiplier_tokens"`.
 
     Example:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agents.values import FITTED, READY, FittedValue, make_value
-from benchmarks.audit.pool import fill_pool
-from benchmarks.compare import choose_prompts
+from mbrl_text_env.agents.values import FITTED, READY, FittedValue, make_value
+from mbrl_text_env.benchmarks.audit.pool import fill_pool
+from mbrl_text_env.benchmarks.compare import choose_prompts
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import Record

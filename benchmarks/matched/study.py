@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from agents.catalogue import make, parse_spec
-from benchmarks.compare import (
+from mbrl_text_env.agents.catalogue import make, parse_spec
+from mbrl_text_env.benchmarks.compare import (
     BASELINE,
     CompareConfig,
     CompareError,
@@ -24,8 +24,8 @@ from benchmarks.compare import (
     choose_prompts,
     run,
 )
-from benchmarks.matched.pool import Pool, make_pool
-from benchmarks.matched.shelf import ValueShelf
+from mbrl_text_env.benchmarks.matched.pool import Pool, make_pool
+from mbrl_text_env.benchmarks.matched.shelf import ValueShelf
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
@@ -113,7 +113,7 @@ class Cell:
         agent: The agent's spec.
         budget: In generated tokens of best-of-N.
         unit: What was capped.
-        rows: Those of `benchmarks.compare`, one for each answer to a prompt.
+        rows: Those of `mbrl_text_env.benchmarks.compare`, one for each answer to a prompt.
     """
 
     reward: str

@@ -52,7 +52,7 @@ def check_agent(
         ValueError: There are no prompts.
 
     Example:
-        >>> from agents import Sampling
+        >>> from mbrl_text_env.agents import Sampling
         >>> from mbrl_text_env.language_models import NGramLM
         >>> from mbrl_text_env.types import Prompt
         >>> check_agent(Sampling(NGramLM("ab")), [Prompt.from_text("a"), Prompt.from_text("ab")])

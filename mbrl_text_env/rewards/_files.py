@@ -64,7 +64,7 @@ def _own_neighbours(folder: Path) -> Iterator[None]:
     """Set modules from elsewhere aside that have the name of a file or package in the folder."""
     beside = {path.stem for path in folder.glob("*.py")}
     beside |= {path.parent.name for path in folder.glob("*/__init__.py")}
-    beside -= sys.stdlib_module_names | {"mbrl_text_env", "agents", "benchmarks"}
+    beside -= sys.stdlib_module_names | {"mbrl_text_env"}
     aside = {
         key: module
         for key, module in sys.modules.items()

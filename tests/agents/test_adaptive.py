@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agents import Adaptive, BestOfN
+from mbrl_text_env.agents import Adaptive, BestOfN
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.values import ValueEstimate

@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import BestOfN, Lookahead, RandomAgent, Sampling
-from agents.base import Completion, affordable, best
-from agents.catalogue import available, make
+from mbrl_text_env.agents import BestOfN, Lookahead, RandomAgent, Sampling
+from mbrl_text_env.agents.base import Completion, affordable, best
+from mbrl_text_env.agents.catalogue import available, make
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage

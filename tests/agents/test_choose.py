@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mbrl_text_env  # noqa: F401 registers the environments
-from agents import Adaptive, BeamSearch, BestOfN, RandomAgent, Sampling
+from mbrl_text_env.agents import Adaptive, BeamSearch, BestOfN, RandomAgent, Sampling
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import Budget, BudgetError, Usage
 from mbrl_text_env.mdp import initial, is_terminal, transition

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from agents.collection import collect
+from mbrl_text_env.agents.collection import collect
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import RecordsError, RecordWriter, read_records, rescore, run_of

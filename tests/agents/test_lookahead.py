@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agents import BestOfN, Lookahead
+from mbrl_text_env.agents import BestOfN, Lookahead
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.mdp import initial, transition

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import BestOfN
-from agents.mcts import MCTS, GumbelDecision
-from agents.mcts_simulator import Simulator
-from agents.search import Search
 from mbrl_text_env import checks
+from mbrl_text_env.agents import BestOfN
+from mbrl_text_env.agents.mcts import MCTS, GumbelDecision
+from mbrl_text_env.agents.mcts_simulator import Simulator
+from mbrl_text_env.agents.search import Search
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger
 from mbrl_text_env.mdp import initial, is_terminal, transition
@@ -524,7 +524,7 @@ class TestAgents:
         assert planner._memory._trees[0, after].root.visits > kept.visits > 0
 
     def test_kept_trees_are_bounded_and_do_not_pickle(self, monkeypatch):
-        monkeypatch.setattr("agents.mcts._TREES_KEPT", 3)
+        monkeypatch.setattr("mbrl_text_env.agents.mcts._TREES_KEPT", 3)
         lm = NGramLM("abcd", seed=2)
         planner = MCTS(lm, CountReward(), reuse_tree=True, **SIZES)
         planner.generate(PROMPTS, Budget(tokens=20))

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents import ParticleFilter, particle_filter
-from agents.particle_filter import systematic
+from mbrl_text_env.agents import ParticleFilter, particle_filter
+from mbrl_text_env.agents.particle_filter import systematic
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.types import Prompt

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import (
+from mbrl_text_env import checks
+from mbrl_text_env.agents import (
     MCTS,
     Adaptive,
     BeamSearch,
@@ -17,9 +18,8 @@ from agents import (
     RecedingHorizon,
     Sampling,
 )
-from agents.side_by_side import MOST_AT_ONCE
-from agents.values import RolloutValue
-from mbrl_text_env import checks
+from mbrl_text_env.agents.side_by_side import MOST_AT_ONCE
+from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger
 from mbrl_text_env.mdp import initial, is_terminal

@@ -1,6 +1,6 @@
 import pytest
 
-from agents import RecedingHorizon
+from mbrl_text_env.agents import RecedingHorizon
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import Budget
 from tests.toys import PROMPTS, CountReward, FixedValue

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from agents.beam import beam_search
-from agents.search import Expansion, Search, partial
-from agents.values import RolloutValue
+from mbrl_text_env.agents.beam import beam_search
+from mbrl_text_env.agents.search import Expansion, Search, partial
+from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.ledger import Budget, Ledger
 from mbrl_text_env.mdp import initial

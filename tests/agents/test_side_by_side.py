@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents import BestOfN, Lookahead, Sampling
-from agents.base import Agent
-from agents.side_by_side import Merging, _Meeting, run_side_by_side
+from mbrl_text_env.agents import BestOfN, Lookahead, Sampling
+from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.side_by_side import Merging, _Meeting, run_side_by_side
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.language_models.base import FeatureModel, NextTokens, SampleRequest
 from mbrl_text_env.ledger import Budget, Ledger, timed

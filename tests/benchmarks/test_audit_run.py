@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from agents.collection import collect
-from benchmarks.audit.pool import AuditError, fill_pool
-from benchmarks.audit.result import AuditConfig
-from benchmarks.audit.run import Audit, choose_for_both, run_audit
-from benchmarks.compare import CompareError
+from mbrl_text_env.agents.collection import collect
+from mbrl_text_env.benchmarks.audit.pool import AuditError, fill_pool
+from mbrl_text_env.benchmarks.audit.result import AuditConfig
+from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit
+from mbrl_text_env.benchmarks.compare import CompareError
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.records import RecordsError, RecordWriter, read_records
 from mbrl_text_env.rewards import ConstraintsReward

@@ -4,7 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks.audit.sensitivity import FILLER, INTERVENTIONS, intervene, length_beyond_gold
+from mbrl_text_env.benchmarks.audit.sensitivity import (
+    FILLER,
+    INTERVENTIONS,
+    intervene,
+    length_beyond_gold,
+)
 
 TEXT = "First it rains. Pi is 3.14 today. Then it stops"
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from agents.learning.loop_prompts import prompts_digest
-from agents.model_free import load_policy
-from benchmarks.choice_tuning import HIGHEST, RANDOM, _choices, comparison, main
+from mbrl_text_env.agents.learning.loop_prompts import prompts_digest
+from mbrl_text_env.agents.model_free import load_policy
+from mbrl_text_env.benchmarks.choice_tuning import HIGHEST, RANDOM, _choices, comparison, main
 
 # Under its own name pytest would take it for tests.
-from benchmarks.choice_tuning import Test as Measurement
-from benchmarks.paired import chosen_prompts
+from mbrl_text_env.benchmarks.choice_tuning import Test as Measurement
+from mbrl_text_env.benchmarks.paired import chosen_prompts
 from mbrl_text_env.language_models import TransformersLM
 from mbrl_text_env.proposer import FeatureLayout
 from mbrl_text_env.rewards import make

@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
-from benchmarks.compare import read_rows
+from mbrl_text_env.benchmarks.cli import app
+from mbrl_text_env.benchmarks.compare import read_rows
 from mbrl_text_env.records import read_records
 
 RUN = CliRunner()
@@ -58,7 +58,7 @@ def test_without_a_fitted_value_the_reward_judges_prefixes(tmp_path):
 
 
 def test_policies_by_name(tmp_path, smollm2):
-    from agents.learning.lora import AdapterSettings, trainable, write
+    from mbrl_text_env.agents.learning.lora import AdapterSettings, trainable, write
 
     write(tmp_path / "tuned", trainable(smollm2, AdapterSettings(r=2)), smollm2)
     agents = "best-of-n,best-of-n:policy=mine"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.compare import (
+from mbrl_text_env.benchmarks.compare import (
     CompareConfig,
     CompareError,
     Comparison,
@@ -19,7 +19,7 @@ from benchmarks.compare import (
     run,
     summarise,
 )
-from benchmarks.report import plot
+from mbrl_text_env.benchmarks.report import plot
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import BudgetError
 from mbrl_text_env.rewards import ConstraintsReward, as_reward_model
@@ -141,8 +141,8 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 from tests.benchmarks.test_compare import toy_comparison
-from benchmarks.report import plot
-from benchmarks.compare import compare
+from mbrl_text_env.benchmarks.report import plot
+from mbrl_text_env.benchmarks.compare import compare
 compare(toy_comparison(), sys.argv[1], on_batch=lambda *a: (print(flush=True), time.sleep(0.3)))
 """
 
@@ -169,7 +169,7 @@ def test_killed_and_started_again_it_ends_with_the_same_rows(tmp_path):
 def shown_table(summary):
     from rich.console import Console
 
-    from benchmarks.report import table
+    from mbrl_text_env.benchmarks.report import table
 
     console = Console(width=80)
     with console.capture() as capture:

@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
-from benchmarks.compare import read_rows
-from benchmarks.demo import AGENTS, REWARDS, DemoConfig, run_demo
+from mbrl_text_env.benchmarks.compare import read_rows
+from mbrl_text_env.benchmarks.demo import AGENTS, REWARDS, DemoConfig, run_demo
 from mbrl_text_env.records import read_records
 
 SMALL = DemoConfig(

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.divergence import contrastive_bound, divergence, surprisal_excess
-from benchmarks.scaling import kl_bound
+from mbrl_text_env.benchmarks.divergence import contrastive_bound, divergence, surprisal_excess
+from mbrl_text_env.benchmarks.scaling import kl_bound
 
 
 class TestDivergence:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.exchange import drawn_best, exchange_test
+from mbrl_text_env.benchmarks.exchange import drawn_best, exchange_test
 
 
 class TestDrawnBest:

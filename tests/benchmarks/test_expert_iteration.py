@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agents.learning import LoraImprover, check_value
-from agents.values import load_value, make_value
-from benchmarks.expert_iteration import (
+from mbrl_text_env.agents.learning import LoraImprover, check_value
+from mbrl_text_env.agents.values import load_value, make_value
+from mbrl_text_env.benchmarks.expert_iteration import (
     ExpertIterationError,
     Measurement,
     _Predictions,
@@ -20,7 +20,7 @@ from benchmarks.expert_iteration import (
     sampled,
     values_compared,
 )
-from benchmarks.paired import chosen_prompts, paired
+from mbrl_text_env.benchmarks.paired import chosen_prompts, paired
 from mbrl_text_env.language_models import TransformersLM
 from mbrl_text_env.records import read_records
 from mbrl_text_env.rewards import make

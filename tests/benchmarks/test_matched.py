@@ -6,18 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agents.catalogue import make as make_agent
-from benchmarks.compare import CompareError
-from benchmarks.exchange import drawn_best, exchange_test
-from benchmarks.matched.analysis import analyse, best_of_n_rows, falls
-from benchmarks.matched.figures import plot_divergence, plot_scaling
-from benchmarks.matched.page import render
-from benchmarks.matched.pool import Pool, make_pool
-from benchmarks.matched.report import multiplier, p_value
-from benchmarks.matched.shelf import ValueShelf
-from benchmarks.matched.study import Cell, Study, run_study, slug
-from benchmarks.scaling import expected_best
-from benchmarks.statistics import paired_permutation_test
+from mbrl_text_env.agents.catalogue import make as make_agent
+from mbrl_text_env.benchmarks.compare import CompareError
+from mbrl_text_env.benchmarks.exchange import drawn_best, exchange_test
+from mbrl_text_env.benchmarks.matched.analysis import analyse, best_of_n_rows, falls
+from mbrl_text_env.benchmarks.matched.figures import plot_divergence, plot_scaling
+from mbrl_text_env.benchmarks.matched.page import render
+from mbrl_text_env.benchmarks.matched.pool import Pool, make_pool
+from mbrl_text_env.benchmarks.matched.report import multiplier, p_value
+from mbrl_text_env.benchmarks.matched.shelf import ValueShelf
+from mbrl_text_env.benchmarks.matched.study import Cell, Study, run_study, slug
+from mbrl_text_env.benchmarks.scaling import expected_best
+from mbrl_text_env.benchmarks.statistics import paired_permutation_test
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.mdp import initial
@@ -455,7 +455,7 @@ def test_page_and_plots(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5_000
     assert (tmp_path / "divergence.png").stat().st_size > 5_000
     result = {
-        "command": "python -m benchmarks.matched_compute --seed 0",
+        "command": "python -m mbrl_text_env.benchmarks.matched_compute --seed 0",
         "date": "2026-01-01",
         "language_model": LM.name,
         "dtype": "float64",
@@ -468,7 +468,7 @@ def test_page_and_plots(tmp_path):
     page = tmp_path / "docs" / "page.md"
     render(result, tmp_path / "plot.png", tmp_path / "divergence.png", page)
     text = page.read_text()
-    assert "python -m benchmarks.matched_compute --seed 0" in text
+    assert "python -m mbrl_text_env.benchmarks.matched_compute --seed 0" in text
     assert "(../plot.png)" in text
     assert "(../divergence.png)" in text
     lines = [line for line in text.splitlines() if line.startswith("| `")]

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from typer.testing import CliRunner
 
-from benchmarks.matched.report import multiplier
-from benchmarks.matched.study import DEFAULT_PLANNER, Study
-from benchmarks.matched_compute import AGENTS, run_and_write
+from mbrl_text_env.benchmarks.matched.report import multiplier
+from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER, Study
+from mbrl_text_env.benchmarks.matched_compute import AGENTS, run_and_write
 
 FIELDS = {
     "reward",
@@ -59,7 +59,7 @@ def test_a_small_study_of_the_real_models(smollm2, tmp_path):
 def test_options_are_told():
     import typer
 
-    from benchmarks.matched_compute import main
+    from mbrl_text_env.benchmarks.matched_compute import main
 
     app = typer.Typer()
     app.command()(main)
@@ -74,7 +74,7 @@ def test_options_are_told():
 def test_quick_changes_only_what_is_not_given(monkeypatch):
     import typer
 
-    from benchmarks import matched_compute
+    from mbrl_text_env.benchmarks import matched_compute
 
     asked = []
     monkeypatch.setattr(matched_compute, "run_and_write", lambda *args: asked.append(args))

@@ -8,8 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.paired import chosen_prompts, kept, paired
-from benchmarks.policy_tuning import (
+from mbrl_text_env.benchmarks.paired import chosen_prompts, kept, paired
+from mbrl_text_env.benchmarks.policy_tuning import (
     Sampled,
     comparison,
     constrained,
@@ -212,7 +212,7 @@ def finished(command, tmp_path_factory):
 
 class TestCommand:
     def test_the_figures_are_those_of_the_files(self, command, finished):
-        from agents.learning import serve
+        from mbrl_text_env.agents.learning import serve
 
         out, figures, _ = finished
         before, after = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.precision import divergence, rewards
+from mbrl_text_env.benchmarks.precision import divergence, rewards
 from mbrl_text_env.language_models import embedded
 from mbrl_text_env.prompts import load_prompts
 

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks.reward_fit import fit_command, report_tables
-from benchmarks.reward_learning import chosen_pairs, measure
+from mbrl_text_env.benchmarks.reward_fit import fit_command, report_tables
+from mbrl_text_env.benchmarks.reward_learning import chosen_pairs, measure
 from mbrl_text_env.records import Record, RecordWriter
 from mbrl_text_env.rewards.learning.fitting import fit_reward
 from mbrl_text_env.rewards.learning.learned import LearnedReward

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks.reward_throughput import FAMILIES, _prompts, _responses
+from mbrl_text_env.benchmarks.reward_throughput import FAMILIES, _prompts, _responses
 from mbrl_text_env.rewards.base import applies_to, score_responses
 
 
@@ -12,7 +12,7 @@ def test_it_writes_its_figures(tmp_path):
     path = tmp_path / "figures.json"
     words = ["--json", str(path), "--responses", "4", "--repeats", "1"]
     words += ["--family", "sentiment", "--family", "constraints"]
-    command = [sys.executable, "-m", "benchmarks.reward_throughput", *words]
+    command = [sys.executable, "-m", "mbrl_text_env.benchmarks.reward_throughput", *words]
     subprocess.run(command, check=True, capture_output=True)
     figures = json.loads(path.read_text())
     assert list(figures["families"]) == ["sentiment", "constraints"]
@@ -22,7 +22,7 @@ def test_it_writes_its_figures(tmp_path):
 
 
 def test_unknown_families_are_refused():
-    words = ["-m", "benchmarks.reward_throughput", "--family", "sentimant"]
+    words = ["-m", "mbrl_text_env.benchmarks.reward_throughput", "--family", "sentimant"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "sentimant" in done.stderr

@@ -10,14 +10,14 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from agents.best_of_n import BestOfN
-from agents.learning import LoraImprover, serve
-from agents.model_free import evaluate, load_policy
-from agents.sampling import Sampling
-from benchmarks import sample_efficiency
-from benchmarks.efficiency.analysis import rows_of
-from benchmarks.efficiency.figure import UNITS, plot
-from benchmarks.efficiency.methods import (
+from mbrl_text_env.agents.best_of_n import BestOfN
+from mbrl_text_env.agents.learning import LoraImprover, serve
+from mbrl_text_env.agents.model_free import evaluate, load_policy
+from mbrl_text_env.agents.sampling import Sampling
+from mbrl_text_env.benchmarks import sample_efficiency
+from mbrl_text_env.benchmarks.efficiency.analysis import rows_of
+from mbrl_text_env.benchmarks.efficiency.figure import UNITS, plot
+from mbrl_text_env.benchmarks.efficiency.methods import (
     BEST_OF_N,
     METHODS,
     SAMPLING,
@@ -29,8 +29,8 @@ from benchmarks.efficiency.methods import (
     chosen,
     sampled,
 )
-from benchmarks.paired import chosen_prompts
-from benchmarks.statistics import mean_interval
+from mbrl_text_env.benchmarks.paired import chosen_prompts
+from mbrl_text_env.benchmarks.statistics import mean_interval
 from mbrl_text_env.language_models import TableLM, TransformersLM
 from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.mdp import initial
@@ -271,10 +271,10 @@ class TestWhatIsCharged:
 
     def test_sampled_by_hand(self, tmp_path, monkeypatch):
         """Four tokens after one or five, at one operation each; scoring is not part of it."""
-        monkeypatch.setattr("benchmarks.efficiency.methods.time", Clock(10.0, 16.0))
+        monkeypatch.setattr("mbrl_text_env.benchmarks.efficiency.methods.time", Clock(10.0, 16.0))
         found = sampled(bench(tmp_path, self.SURE, CountReward(), self.ASKED), self.SURE, 0)
         assert found == (pytest.approx((2 / 3, 2 / 3)), Spent(0.0, 4.0, (5 + 9) / 2, 6 / 4))
-        monkeypatch.setattr("benchmarks.efficiency.methods.time", Clock(10.0, 16.0))
+        monkeypatch.setattr("mbrl_text_env.benchmarks.efficiency.methods.time", Clock(10.0, 16.0))
         changes = {"samples": 3, "max_response_tokens": 2}
         short = bench(tmp_path, self.SURE, CountReward(), self.ASKED, **changes)
         found = sampled(short, self.SURE, 0)
@@ -295,7 +295,7 @@ class TestWhatIsCharged:
 
     def test_answered_by_hand(self, tmp_path, monkeypatch):
         """A budget of eleven pays for two responses of at most four tokens, scored once."""
-        monkeypatch.setattr("benchmarks.efficiency.methods.time", Clock(10.0, 16.0))
+        monkeypatch.setattr("mbrl_text_env.benchmarks.efficiency.methods.time", Clock(10.0, 16.0))
         reward = CountReward()
         agent = BestOfN(self.SURE, reward, max_response_tokens=4)
         made = bench(tmp_path, self.SURE, reward, self.ASKED)

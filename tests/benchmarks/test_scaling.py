@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from benchmarks.scaling import (
+from mbrl_text_env.benchmarks.scaling import (
     Baseline,
     best_of_weights,
     compute_multiplier,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.statistics import (
+from mbrl_text_env.benchmarks.statistics import (
     Interval,
     McNemarTest,
     WinRate,

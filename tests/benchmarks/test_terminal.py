@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
-from benchmarks.options import load_language_model
-from benchmarks.terminal import PlainConsole, panel, plain, visible
 from mbrl_text_env import Prompt
+from mbrl_text_env.benchmarks.cli import app
+from mbrl_text_env.benchmarks.options import load_language_model
+from mbrl_text_env.benchmarks.terminal import PlainConsole, panel, plain, visible
 from mbrl_text_env.language_models.catalogue import CACHE_VARIABLE, cache_folder
 from mbrl_text_env.rewards import RewardError, RewardSpecError, make
 from tests.language_models.conftest import make_config, save_model, train_tokenizer
@@ -89,7 +89,7 @@ class TestDoor:
 
 
 def test_a_reader_that_goes_is_no_traceback():
-    command = f"{sys.executable} -m benchmarks.cli prompts --limit 700 | head -1"
+    command = f"{sys.executable} -m mbrl_text_env.benchmarks.cli prompts --limit 700 | head -1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],
         capture_output=True, text=True, cwd=Path(__file__).parents[2],
@@ -308,7 +308,7 @@ class TestRewardFiles:
     ("package", "extra", "code"),
     [
         ("httpx", "server", "from mbrl_text_env.language_models import ServerLM"),
-        ("stable_baselines3", "rl", "from agents.model_free import train_ppo"),
+        ("stable_baselines3", "rl", "from mbrl_text_env.agents.model_free import train_ppo"),
         ("peft", "train", "from mbrl_text_env.rewards.learning.lora_classifier import required;"
          "required('peft')"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import throughput
+from mbrl_text_env.benchmarks import throughput
 from mbrl_text_env.language_models import embedded
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts

@@ -8,8 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from agents import BestOfN
-from benchmarks.wall_time import main, rows_of, timed
+from mbrl_text_env.agents import BestOfN
+from mbrl_text_env.benchmarks.wall_time import main, rows_of, timed
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.types import Prompt

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import agents
-from agents.base import Completion
-from mbrl_text_env import CheckError, checks, rewards
+from mbrl_text_env import CheckError, agents, checks, rewards
+from mbrl_text_env.agents.base import Completion
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.ledger import BudgetError, Ledger

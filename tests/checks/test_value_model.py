@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.values import PrefixRewardValue, RolloutValue
 from mbrl_text_env import CheckError
+from mbrl_text_env.agents.values import PrefixRewardValue, RolloutValue
 from mbrl_text_env.checks import check_value_model
 from mbrl_text_env.ledger import Usage
 from mbrl_text_env.types import Prompt, TextState

@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.compare import CompareConfig, Comparison, compare, read_rows
-from benchmarks.llama_server import free_port, start, wait_until_ready
+from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison, compare, read_rows
+from mbrl_text_env.benchmarks.llama_server import free_port, start, wait_until_ready
 from mbrl_text_env.checks import check_language_model
 from mbrl_text_env.language_models import (
     HFTokenizer,

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents import BestOfN
-from agents.collection import collect
-from agents.learning import answer_hint, collect_answers
-from agents.learning.answers import _share
-from agents.sampling import Sampling
+from mbrl_text_env.agents import BestOfN
+from mbrl_text_env.agents.collection import collect
+from mbrl_text_env.agents.learning import answer_hint, collect_answers
+from mbrl_text_env.agents.learning.answers import _share
+from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.records import RecordWriter, read_records

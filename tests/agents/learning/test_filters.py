@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.learning import (
+from mbrl_text_env.agents.learning import (
     FilterError,
     FilterSettings,
     at_least,
@@ -18,7 +18,7 @@ from agents.learning import (
     top_fraction,
     without_duplicates,
 )
-from agents.learning.filters import scores_described
+from mbrl_text_env.agents.learning.filters import scores_described
 from tests.agents.values.worlds import written
 
 ROWS = [

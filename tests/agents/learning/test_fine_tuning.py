@@ -14,8 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agents.learning import FineTuneReport, FineTuneSettings, TuningError, fine_tune, serve
-from agents.learning.fine_tuning import examples_of
+from mbrl_text_env.agents.learning import (
+    FineTuneReport,
+    FineTuneSettings,
+    TuningError,
+    fine_tune,
+    serve,
+)
+from mbrl_text_env.agents.learning.fine_tuning import examples_of
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.types import Prompt
 from tests.agents.learning.tiny import PROMPTS, logprob, record, tiny_lm
@@ -144,7 +150,7 @@ class TestStopped:
 
     @pytest.fixture
     def often(self, monkeypatch):
-        monkeypatch.setattr("agents.learning.fine_tuning._SAVE_STEPS", 2)
+        monkeypatch.setattr("mbrl_text_env.agents.learning.fine_tuning._SAVE_STEPS", 2)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -226,7 +232,7 @@ class TestStopped:
             if where == "checkpoint":
                 patch.setattr(trl.SFTTrainer, "save_model", full)
             else:
-                patch.setattr("agents.learning.lora.write_adapter", full)
+                patch.setattr("mbrl_text_env.agents.learning.lora.write_adapter", full)
             with pytest.raises(TuningError, match=r"there is no space left .* Free some space"):
                 fine_tune(tiny_lm(), RECORDS, tmp_path / "a", QUICK)
         assert [path.name for path in tmp_path.iterdir()] == ["a-checkpoints"]

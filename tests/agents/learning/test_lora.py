@@ -9,8 +9,8 @@ import shutil
 import pytest
 import torch
 
-from agents.learning import AdapterSettings, TuningError, check_base, serve
-from agents.learning.lora import base_of, check_target, trainable, write
+from mbrl_text_env.agents.learning import AdapterSettings, TuningError, check_base, serve
+from mbrl_text_env.agents.learning.lora import base_of, check_target, trainable, write
 from tests.agents.learning.tiny import tiny_lm
 
 IDS = torch.tensor([[5, 60, 200, 31, 7]])

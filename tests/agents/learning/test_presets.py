@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agents.learning import (
+from mbrl_text_env.agents.learning import (
     FilterError,
     FilterSettings,
     LoopSettings,

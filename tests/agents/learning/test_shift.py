@@ -9,15 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agents.learning import check_gold, check_value, divergence, diversity
-from agents.learning.shift import (
+from mbrl_text_env.agents.learning import check_gold, check_value, divergence, diversity
+from mbrl_text_env.agents.learning.shift import (
     Divergence,
     Diversity,
     _standard_error,
     from_json,
     to_json,
 )
-from agents.sampling import Sampling
+from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial

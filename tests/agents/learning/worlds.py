@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.learning import ExpertIteration, Improvement, LoopSettings
-from agents.values import StackedValue
+from mbrl_text_env.agents.learning import ExpertIteration, Improvement, LoopSettings
+from mbrl_text_env.agents.values import StackedValue
 from mbrl_text_env.files import write_folder
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.language_models.toy import STOP, ExactLM

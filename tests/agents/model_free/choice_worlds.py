@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-from agents.model_free import DQNSettings, PPOSettings
+from mbrl_text_env.agents.model_free import DQNSettings, PPOSettings
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.types import Prompt
 from tests.toys import CountReward

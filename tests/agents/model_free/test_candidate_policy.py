@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.learning import TuningError
-from agents.model_free import CandidatePolicy, CandidateView, load_policy
-from agents.model_free.candidate_policy import CandidateScorer, StateValue
+from mbrl_text_env.agents.learning import TuningError
+from mbrl_text_env.agents.model_free import CandidatePolicy, CandidateView, load_policy
+from mbrl_text_env.agents.model_free.candidate_policy import CandidateScorer, StateValue
 from mbrl_text_env.proposer import FeatureLayout
 from tests.agents.model_free.choice_worlds import LM, VIEW, LetterShares, reward
 

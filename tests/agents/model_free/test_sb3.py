@@ -17,8 +17,8 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.learning import TuningError
-from agents.model_free import (
+from mbrl_text_env.agents.learning import TuningError
+from mbrl_text_env.agents.model_free import (
     CandidatePolicy,
     DQNSettings,
     Measured,

@@ -12,8 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agents.learning import TuningError, serve
-from agents.model_free import PolicyGradientSettings, StepReport, train_grpo, train_rloo
+from mbrl_text_env.agents.learning import TuningError, serve
+from mbrl_text_env.agents.model_free import (
+    PolicyGradientSettings,
+    StepReport,
+    train_grpo,
+    train_rloo,
+)
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial, transition

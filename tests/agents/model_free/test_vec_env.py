@@ -9,7 +9,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import mbrl_text_env  # noqa: F401 registers the environments
-from agents.model_free import VectorEnvAdapter
+from mbrl_text_env.agents.model_free import VectorEnvAdapter
 from mbrl_text_env.candidates import CandidateChunksVector
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.rewards import RewardError

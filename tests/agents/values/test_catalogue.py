@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from agents import BeamSearch
-from agents.values import (
+from mbrl_text_env.agents import BeamSearch
+from mbrl_text_env.agents.values import (
     FITTED,
     READY,
     FittedValue,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from agents.values import (
+from mbrl_text_env.agents.values import (
     FitError,
     PrefixRewardValue,
     StackedValue,
@@ -191,7 +191,7 @@ def test_a_failed_fit_leaves_the_value_unfitted():
 
 def test_searches_side_by_side_share_its_calls():
     """A planner asks values through stand-ins; the calls of several searches are merged."""
-    from agents.side_by_side import run_side_by_side
+    from mbrl_text_env.agents.side_by_side import run_side_by_side
 
     states = prefixes()[:4]
     for kind in KINDS:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from agents.values import EmbeddingValue, FitError
+from mbrl_text_env.agents.values import EmbeddingValue, FitError
 from mbrl_text_env.language_models import CharTokenizer
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.records import Record

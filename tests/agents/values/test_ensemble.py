@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 
-from agents.values import (
+from mbrl_text_env.agents.values import (
     EnsembleValue,
     FitError,
     FittedValue,
@@ -16,9 +16,9 @@ from agents.values import (
     cut_prefixes,
     samples_of,
 )
-from agents.values.ensemble import EnsembleHead
-from agents.values.heads import LinearHead, fit_boosting, fit_ridge
-from agents.values.validation import Spread
+from mbrl_text_env.agents.values.ensemble import EnsembleHead
+from mbrl_text_env.agents.values.heads import LinearHead, fit_boosting, fit_ridge
+from mbrl_text_env.agents.values.validation import Spread
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.rewards import make as make_reward
 from mbrl_text_env.types import Prompt

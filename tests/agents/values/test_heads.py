@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from agents.values.heads import (
+from mbrl_text_env.agents.values.heads import (
     BoostedHead,
     LinearHead,
     LinesHead,

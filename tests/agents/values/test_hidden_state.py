@@ -8,7 +8,7 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from agents.values import HiddenStateValue, cut_prefixes
+from mbrl_text_env.agents.values import HiddenStateValue, cut_prefixes
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from agents.values import FitError, PrefixRewardValue
+from mbrl_text_env.agents.values import FitError, PrefixRewardValue
 from mbrl_text_env.language_models import CharTokenizer
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards import make as make_reward

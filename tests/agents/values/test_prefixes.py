@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from agents.values import FitError, cut_prefixes, samples_of
-from agents.values.prefixes import LENGTHS, check_lengths, check_records
+from mbrl_text_env.agents.values import FitError, cut_prefixes, samples_of
+from mbrl_text_env.agents.values.prefixes import LENGTHS, check_lengths, check_records
 from tests.agents.values.worlds import samples, written
 
 RECORD = written("ab", "abcde", 0.5, logprobs=[-1.0, -2.0, -3.0, -4.0, -5.0])

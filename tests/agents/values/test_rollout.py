@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from agents.values import RolloutValue
+from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import initial

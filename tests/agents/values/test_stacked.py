@@ -5,10 +5,10 @@ import functools
 import numpy as np
 import pytest
 
-from agents.values import PrefixRewardValue, StackedValue
-from agents.values.heads import LinearHead, fit_ridge
-from agents.values.stacked import StackedHead, fit_stacked
-from agents.values.validation import held_out
+from mbrl_text_env.agents.values import PrefixRewardValue, StackedValue
+from mbrl_text_env.agents.values.heads import LinearHead, fit_ridge
+from mbrl_text_env.agents.values.stacked import StackedHead, fit_stacked
+from mbrl_text_env.agents.values.validation import held_out
 from mbrl_text_env.encoders import encoder_flops
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.rewards import make as make_reward

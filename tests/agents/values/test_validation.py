@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.values import FitReport, LengthReport
-from agents.values.heads import LinearHead
-from agents.values.validation import (
+from mbrl_text_env.agents.values import FitReport, LengthReport
+from mbrl_text_env.agents.values.heads import LinearHead
+from mbrl_text_env.agents.values.validation import (
     HeldOut,
     Spread,
     choose,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from agents.values import (
+from mbrl_text_env.agents.values import (
     EmbeddingValue,
     EnsembleValue,
     HiddenStateValue,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.compare import CompareConfig, Comparison, compare, read_rows
+from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison, compare, read_rows
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.rewards import as_reward_model, to_trl

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from benchmarks.llama_server import llama_server
+from mbrl_text_env.benchmarks.llama_server import llama_server
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.language_models import NGramLM, ServerLM, TableLM, embedded_tokenizer
 from mbrl_text_env.rewards.base import RewardError, score_responses
