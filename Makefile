@@ -38,11 +38,11 @@ test-oldest:
 test-neighbours:
 	$(PYTHON) -m venv $(VENV)-neighbours
 	$(VENV)-neighbours/bin/python -m pip install torch==2.13.0
-	$(VENV)-neighbours/bin/python -m pip install torch==2.13.0 --editable . -r tests/neighbours/requirements.txt
+	$(VENV)-neighbours/bin/python -m pip install torch==2.13.0 --editable ".[short-test]" -r tests/neighbours/requirements.txt
 	$(VENV)-neighbours/bin/python -m pytest tests/neighbours
 	$(PYTHON) -m venv $(VENV)-rllib
 	$(VENV)-rllib/bin/python -m pip install torch==2.13.0
-	$(VENV)-rllib/bin/python -m pip install torch==2.13.0 --editable . 'ray[rllib]==2.60.0' pytest pytest-timeout
+	$(VENV)-rllib/bin/python -m pip install torch==2.13.0 --editable ".[short-test]" "ray[rllib]==2.60.0"
 	$(VENV)-rllib/bin/python -m pytest tests/neighbours/test_rllib.py
 
 lint: $(VENV)/.installed-test
