@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from mbrl_text_env.agents.base import affordable, is_binding
 from mbrl_text_env.agents.tree import Node, SearchTree
 from mbrl_text_env.language_models.base import (
@@ -330,11 +332,9 @@ class Search:
         return usage + reward_usage_bound(self.reward_model)
 
     def _expected_reward_usage(self, state: TextState) -> Usage:
-        flops = getattr(self.reward_model, "flops", None)
-        if flops is None:
-            return Usage(reward_calls=1)
         text = self.language_model.decode(state.response_ids)
-        return Usage(reward_calls=1, reward_flops=float(flops([state.prompt], [text])[0]))
+        flops = np.asarray(self.reward_model.flops([state.prompt], [text]))
+        return Usage(reward_calls=1, reward_flops=float(flops[0]))
 
     def _length(self, expansion: Expansion) -> int:
         room = self.room(expansion.node)

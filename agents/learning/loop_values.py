@@ -62,8 +62,7 @@ class _Charged:
             return found
 
         def charged(prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
-            flops = getattr(self._reward_model, "flops", None)
-            spent = 0.0 if flops is None else float(np.sum(flops(prompts, responses)))
+            spent = float(np.sum(self._reward_model.flops(prompts, responses)))
             self._ledger.charge(Usage(reward_calls=len(responses), reward_flops=spent))
             return found(prompts, responses)
 

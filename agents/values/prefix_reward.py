@@ -147,8 +147,6 @@ def score_prefixes(
 
 def prefix_reward_usage(reward_model: RewardModel, tokenizer: Tokenizer, state: TextState) -> Usage:
     """What scoring a state's text is charged."""
-    flops = getattr(reward_model, "flops", None)
-    if flops is None:
-        return Usage(reward_calls=1)
     text = tokenizer.decode(state.response_ids)
-    return Usage(reward_calls=1, reward_flops=float(flops([state.prompt], [text])[0]))
+    flops = np.asarray(reward_model.flops([state.prompt], [text]))
+    return Usage(reward_calls=1, reward_flops=float(flops[0]))

@@ -34,7 +34,7 @@ class AuditError(ValueError):
     """An audit that cannot be run as asked."""
 
 
-class _Characters:
+class _Characters(RewardModel):
     """Records need a score; this one costs nothing and favours no reward that is audited."""
 
     name = "characters"

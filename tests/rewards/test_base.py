@@ -151,7 +151,7 @@ def test_a_model_that_tells_no_flops_is_charged_none():
 def test_steps_get_one_score_each_and_one_call_is_charged():
     ledger = Ledger()
     model = ProcessStub([], step_scores=[0.5, 1])
-    assert isinstance(model, ProcessRewardModel)
+    assert isinstance(as_reward_model(model), ProcessRewardModel)
     scores = score_steps(model, PROMPTS[0], ["a", "b"], ledger=ledger)
     assert scores.tolist() == [0.5, 1.0]
     assert ledger.usage.reward_calls == 1

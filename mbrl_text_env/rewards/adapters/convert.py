@@ -13,7 +13,7 @@ from mbrl_text_env.rewards.adapters.openrlhf import OpenRLHFFunctionReward, Open
 from mbrl_text_env.rewards.adapters.trl import TRLFunctionReward, TRLReward
 from mbrl_text_env.rewards.adapters.verifiers import VerifiersFunctionReward, VerifiersReward
 from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward, VerlReward
-from mbrl_text_env.rewards.base import RewardLike, RewardModel
+from mbrl_text_env.rewards.base import RewardLike, RewardModel, reward_model_of
 
 ACCEPTED = """\
   a name, or a sum of names           "sentiment", "0.5*sentiment+relevance", "my_file.py:brevity"
@@ -37,7 +37,8 @@ def as_reward_model(
 
     - a name, or a weighted sum of names, such as `"sentiment"` or `"0.5*sentiment+relevance"`: see
       `rewards.make`;
-    - an object with a method `score`, which is returned as it is; what `to_trl`, `to_verl` and
+    - a `RewardModel`, which is returned as it is; an object with a method `score`, with whatever
+      else of a `RewardModel` it has; what `to_trl`, `to_verl` and
       `to_openrlhf` made of one becomes that one again;
     - a function of two texts, `f(prompt, response) -> float`: see `FunctionReward`;
     - a reward function of TRL (`completions` or `completion_ids`): see `TRLFunctionReward`;
@@ -68,7 +69,7 @@ def as_reward_model(
     """
     if isinstance(reward, str):
         # It looks up names of rewards that are made with this.
-        from mbrl_text_env.rewards.catalogue import make
+        from mbrl_text_env.rewards.registry import make
 
         return make(reward)
     if inspect.isclass(reward):
@@ -82,8 +83,8 @@ def as_reward_model(
         return OpenEnvReward(reward)
     if isinstance(reward, TRLReward | VerlReward | OpenRLHFReward):
         return reward.reward_model
-    if callable(getattr(reward, "score", None)):
-        return cast(RewardModel, reward)
+    if isinstance(reward, RewardModel) or callable(getattr(reward, "score", None)):
+        return reward_model_of(reward)
     function = cast("Callable[..., Any]", reward)
     named = parameters(function)
     if "completions" in named or "completion_ids" in named:

@@ -7,35 +7,31 @@ or a dict with "rewards" (what is learned from), "scores" (0 to 1, for filtering
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mbrl_text_env.rewards.adapters.common import (
+    FunctionAdapter,
     accepted,
     adapted,
     as_prompt,
     awaited,
-    callable_name,
     listed,
-    number,
     reference_answer,
 )
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
-    reward_name,
     score_responses,
 )
 from mbrl_text_env.tables import plain_values
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import Prompt
 
 END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "</s>")
 """Stop tokens as text, which OpenRLHF leaves at the end of a query."""
 
 
-class OpenRLHFFunctionReward:
+class OpenRLHFFunctionReward(FunctionAdapter):
     """A reward function of OpenRLHF as a reward model, called once a batch.
 
     A query is the prompt's text with the response right behind it (OpenRLHF has applied the chat
@@ -57,16 +53,8 @@ class OpenRLHFFunctionReward:
         array([1.])
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.name = callable_name(function)
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B].
-
-        Raises:
-            RewardError: The function returned no number, or not one a query.
-        """
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """What the function returns for each query."""
         labels = map(reference_answer, prompts)
         offered = {
             "queries": [p.text + r for p, r in zip(prompts, responses, strict=True)],
@@ -76,14 +64,7 @@ class OpenRLHFFunctionReward:
         result = awaited(self.function(**accepted(self.function, offered)))
         if isinstance(result, Mapping):
             result = result.get("rewards", result.get("scores"))
-        values = listed(result, self.name, prompts, responses)
-        return np.array(
-            [
-                number(value, self.name, prompt, response)
-                for value, prompt, response in zip(values, prompts, responses, strict=True)
-            ],
-            dtype=np.float64,
-        )
+        return listed(result, self.name, prompts, responses)
 
 
 def to_openrlhf(
@@ -125,7 +106,7 @@ class OpenRLHFReward:
     def __init__(self, reward_model: RewardLike, end_texts: tuple[str, ...] = END_TEXTS) -> None:
         self.reward_model = adapted(reward_model)
         self.end_texts = end_texts
-        self.__name__ = reward_name(self.reward_model)
+        self.__name__ = self.reward_model.name
 
     def __call__(
         self,

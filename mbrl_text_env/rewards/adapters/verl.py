@@ -7,20 +7,17 @@ their plurals. It returns a number, or a dict with the number under "score".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from mbrl_text_env.rewards.adapters.common import (
     REFERENCE_KEYS,
+    FunctionAdapter,
     accepted,
     adapted,
     as_prompt,
     awaited,
-    callable_name,
     listed,
-    number,
     parameters,
     reference_answer,
     required,
@@ -29,17 +26,16 @@ from mbrl_text_env.rewards.adapters.common import (
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
-    reward_name,
     score_responses,
 )
 from mbrl_text_env.tables import plain_values
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import Prompt
 
 _NO_PROMPT = "(not passed by verl)"
 _PROMPT_KEYS = ("prompt", "raw_prompt", "question", "problem")
 
 
-class VerlFunctionReward:
+class VerlFunctionReward(FunctionAdapter):
     """A `compute_score` of verl as a reward model, called once a response or, in plurals, a batch.
 
     It gets `data_source` from the prompt's metadata ("" where there is none), `ground_truth` from
@@ -64,19 +60,15 @@ class VerlFunctionReward:
         array([1.])
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.name = callable_name(function)
-
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt's metadata have a ground truth, if the function requires one."""
         return not self._needs_truth() or reference_answer(prompt) is not None
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B].
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """The number in what the function returns for each response.
 
         Raises:
-            RewardError: A prompt has no ground truth, or the function raised or returned no number.
+            RewardError: A prompt has no ground truth, or the function raised.
         """
         rows = [self._row(*pair) for pair in zip(prompts, responses, strict=True)]
         if "solution_strs" in parameters(self.function):
@@ -86,22 +78,11 @@ class VerlFunctionReward:
             values = listed(result, self.name, prompts, responses)
         else:
             values = [self._value(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
-        return np.array(
-            [
-                number(_score_of(value), self.name, prompt, response)
-                for value, prompt, response in zip(values, prompts, responses, strict=True)
-            ],
-            dtype=np.float64,
-        )
+        return [_score_of(value) for value in values]
 
     def _value(self, row: dict[str, Any], prompt: Prompt) -> Any:
-        try:
-            return awaited(self.function(**accepted(self.function, row)))
-        except Exception as error:
-            raise RewardError(
-                f"Reward model {self.name!r}: raised {type(error).__name__}: {error} for prompt "
-                f"{prompt.id!r}, response {row['solution_str'][:80]!r}. Mend the function."
-            ) from error
+        keywords = accepted(self.function, row)
+        return self.called(prompt, row["solution_str"], lambda: self.function(**keywords))
 
     def _row(self, prompt: Prompt, response: str) -> dict[str, Any]:
         truth = reference_answer(prompt)
@@ -165,7 +146,7 @@ class VerlReward:
     def __init__(self, reward_model: RewardLike, needs_prompt: bool = True) -> None:
         self.reward_model = adapted(reward_model)
         self.needs_prompt = needs_prompt
-        self.__name__ = reward_name(self.reward_model)
+        self.__name__ = self.reward_model.name
 
     def __call__(
         self,

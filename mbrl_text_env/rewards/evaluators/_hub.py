@@ -6,7 +6,10 @@ files lack them, are an error.
 
 from __future__ import annotations
 
+import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,7 @@ from mbrl_text_env.language_models.base import (
     UnknownTokenError,
 )
 from mbrl_text_env.language_models.content import plain_text
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.types import FloatArray, Message, Prompt
 
 if TYPE_CHECKING:
@@ -26,6 +29,77 @@ if TYPE_CHECKING:
 
 # A text that every tokenizer has tokens for.
 _ANCHOR = "a"
+
+
+class Evaluator(RewardModel):
+    """What rewards that read texts with a network share: it is loaded when it is first used."""
+
+    num_truncated = 0
+    cuts: tuple[str, str] = (
+        "text(s) to {} tokens, so the rest of them does not count",
+        "model's input",
+    )
+    """What was cut, and what may allow more, for the warning."""
+    _loaded: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weights are not pickled; a copy loads them again when it is first used.
+        return {**self.__dict__, "_loaded": None}
+
+    @abstractmethod
+    def _load(self) -> Any:
+        """The model and what is to be known of it; arguments are checked here."""
+
+    def _model(self) -> Any:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _note_truncated(self, count: int, limit: int) -> None:
+        if count and not self.num_truncated:
+            what, room = self.cuts
+            warnings.warn(
+                f"Reward model {self.name!r} cut {count} {what.format(limit)}. Raise max_length if "
+                f"the {room} allows it, or shorten prompts and responses. `num_truncated` counts "
+                "further ones.",
+                stacklevel=3,
+            )
+        self.num_truncated += count
+
+
+@dataclass(eq=False, repr=False)
+class HubReward(Evaluator):
+    """A model of transformers from the Hub or a folder; see its subclasses for the arguments."""
+
+    model: str | Path
+    _: KW_ONLY
+    batch_size: int = 16
+    batch_tokens: int = 8192
+    max_length: int = 512
+    device: str | torch.device | None = None
+    dtype: torch.dtype | None = None
+    name: str = ""
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        self.name = self.name or Path(self.model).name
+
+    def _model(self) -> Any:
+        if self._loaded is None:
+            check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
+        return super()._model()
+
+    def _read(self, factory: str | Callable[..., Any], kind: str) -> tuple[Any, Any]:
+        """Model and tokenizer."""
+        return load_model(
+            self.model,
+            factory,
+            kind,
+            name=self.name,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
 
 def load_model(

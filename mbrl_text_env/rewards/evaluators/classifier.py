@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
@@ -14,14 +12,13 @@ import numpy as np
 from mbrl_text_env.language_models.content import control_test, plain_text
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
+    HubReward,
     batches,
     chat_messages,
-    check_at_least_one,
     check_choices,
     check_rows,
     forward_flops,
     input_limit,
-    load_model,
     padded,
 )
 from mbrl_text_env.types import FloatArray, Prompt
@@ -33,7 +30,8 @@ TextFormat = Literal["pair", "chat", "article"]
 Output = Literal["logit", "sigmoid", "softmax"]
 
 
-class ClassifierReward:
+@dataclass(eq=False, repr=False)
+class ClassifierReward(HubReward):
     """The score that a sequence-classification model gives to a prompt and its response.
 
     Most reward models on the Hugging Face Hub have one logit, trained on preferences. A model with
@@ -86,46 +84,18 @@ class ClassifierReward:
         'reward-model-deberta-v3-large-v2'
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        text_format: TextFormat = "pair",
-        output: Output = "logit",
-        label: str | int | None = None,
-        batch_size: int = 16,
-        batch_tokens: int = 8192,
-        max_length: int = 512,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.model = model
-        self.text_format: TextFormat = text_format
-        self.output: Output = output
-        self.label = label
-        self.batch_size = batch_size
-        self.batch_tokens = batch_tokens
-        self.max_length = max_length
-        self.device = device
-        self.dtype = dtype
-        self.name = Path(model).name if name is None else name
-        self.revision = revision
-        self.num_truncated = 0
-        self._loaded: LoadedClassifier | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Weights are not pickled; a copy loads them again when it is first used.
-        return {**self.__dict__, "_loaded": None}
+    _: KW_ONLY
+    text_format: TextFormat = "pair"
+    output: Output = "logit"
+    label: str | int | None = None
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the model's output for each prompt and response."""
         if not responses:
             return np.zeros(0)
         encodings = self._encode(prompts, responses)
-        self._note_truncated(sum(encoding.truncated for encoding in encodings))
         loaded = self._model()
+        self._note_truncated(sum(e.truncated for e in encodings), loaded.max_length)
         rows = 1 if loaded.pad_id is None else self.batch_size
         scores = np.zeros(len(encodings))
         for part in batches([len(e.ids) for e in encodings], rows, self.batch_tokens):
@@ -148,25 +118,10 @@ class ClassifierReward:
         loaded = self._model()
         return float(forward_flops(loaded.model, [loaded.max_length])[0])
 
-    def _model(self) -> LoadedClassifier:
-        if self._loaded is None:
-            self._check_arguments()
-            self._loaded = self._load()
-        return self._loaded
-
-    def _check_arguments(self) -> None:
-        check_choices(self, text_format=get_args(TextFormat), output=get_args(Output))
-        check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
-
     def _load(self) -> LoadedClassifier:
-        model, tokenizer = load_model(
-            self.model,
-            "AutoModelForSequenceClassification",
-            "sequence-classification",
-            name=self.name,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
+        check_choices(self, text_format=get_args(TextFormat), output=get_args(Output))
+        model, tokenizer = self._read(
+            "AutoModelForSequenceClassification", "sequence-classification"
         )
         if self.text_format == "chat" and tokenizer.chat_template is None:
             raise RewardError(
@@ -266,16 +221,6 @@ class ClassifierReward:
         messages = chat_messages(prompt, is_special)
         messages.append({"role": "assistant", "content": response})
         return cast("str", self._model().tokenizer.apply_chat_template(messages, tokenize=False))
-
-    def _note_truncated(self, count: int) -> None:
-        if count and not self.num_truncated:
-            warnings.warn(
-                f"Reward model {self.name!r} cut {count} text(s) to {self._model().max_length} "
-                "tokens, so the rest of them does not count. Raise max_length if the model's input "
-                "allows it, or shorten prompts and responses. `num_truncated` counts further ones.",
-                stacklevel=3,
-            )
-        self.num_truncated += count
 
 
 @dataclass(frozen=True)

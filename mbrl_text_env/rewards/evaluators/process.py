@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from mbrl_text_env.rewards.base import Aggregation
+from mbrl_text_env.rewards.base import Aggregation, ProcessRewardModel
 from mbrl_text_env.rewards.evaluators._hub import (
+    HubReward,
     batches,
-    check_at_least_one,
     check_choices,
     check_rows,
     forward_flops,
     input_limit,
-    load_model,
     padded,
 )
 from mbrl_text_env.rewards.evaluators._steps import (
@@ -38,7 +35,8 @@ __all__ = ["PROCESS_FORMATS", "ProcessReward", "StepFormat"]
 _QWEN_ARCHITECTURE = "Qwen2ForProcessRewardModel"
 
 
-class ProcessReward:
+@dataclass(eq=False, repr=False)
+class ProcessReward(HubReward, ProcessRewardModel):
     """The scores that a process reward model gives to the steps of a response, in [0, 1].
 
     `score_steps` gives exactly one score a step, `score` aggregates the steps that `separator`
@@ -100,38 +98,17 @@ class ProcessReward:
         array([0.99..., 0.01...])
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        step_format: str | StepFormat = "qwen",
-        *,
-        separator: str = "\n\n",
-        aggregation: Aggregation | str = "min",
-        batch_size: int = 16,
-        batch_tokens: int = 8192,
-        max_length: int = 4096,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.model = model
-        self.step_format = step_format
-        self.separator = separator
-        self.aggregation = aggregation
-        self.batch_size = batch_size
-        self.batch_tokens = batch_tokens
-        self.max_length = max_length
-        self.device = device
-        self.dtype = dtype
-        self.name = Path(model).name if name is None else name
-        self.revision = revision
-        self.num_truncated = 0
-        self._loaded: _Loaded | None = None
+    step_format: str | StepFormat = "qwen"
+    _: KW_ONLY
+    separator: str = "\n\n"
+    aggregation: Aggregation | str = "min"
+    max_length: int = 4096
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Weights are not pickled; a copy loads them again when it is first used.
-        return {**self.__dict__, "_loaded": None}
+    cuts = (
+        "text(s) to {} tokens: the start of the prompt, or the ends of the longest steps, do not "
+        "count",
+        "model's input",
+    )
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the aggregated scores of each response's steps."""
@@ -163,7 +140,7 @@ class ProcessReward:
         texts = [loaded.encode(prompts[i], steps[i]) for i in asked]
         for text in texts:
             check_rows(text.ids, loaded.model, loaded.encode.tokenizer, self.name)
-        self._note_truncated(sum(text.truncated for text in texts))
+        self._note_truncated(sum(text.truncated for text in texts), loaded.encode.max_length)
         for part in batches([len(t.ids) for t in texts], self.batch_size, self.batch_tokens):
             for k, row in zip(part, loaded.outputs([texts[k] for k in part]), strict=True):
                 scores[asked[k]] = row
@@ -196,16 +173,10 @@ class ProcessReward:
         loaded = self._model()
         return float(forward_flops(loaded.model, [loaded.encode.max_length])[0])
 
-    def _model(self) -> _Loaded:
-        if self._loaded is None:
-            check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
-            check_choices(self, aggregation=[choice.value for choice in Aggregation])
-            if not isinstance(self.step_format, StepFormat):
-                check_choices(self, step_format=list(PROCESS_FORMATS))
-            self._loaded = self._load()
-        return self._loaded
-
     def _load(self) -> _Loaded:
+        check_choices(self, aggregation=[choice.value for choice in Aggregation])
+        if not isinstance(self.step_format, StepFormat):
+            check_choices(self, step_format=list(PROCESS_FORMATS))
         named = self.step_format
         step_format = named if isinstance(named, StepFormat) else PROCESS_FORMATS[named]
         if step_format.output not in get_args(StepOutput):
@@ -214,30 +185,13 @@ class ProcessReward:
                 f"{step_format.output!r}."
             )
         is_class = step_format.output == "class"
-        model, tokenizer = load_model(
-            self.model,
+        model, tokenizer = self._read(
             _classifier if is_class else "AutoModelForCausalLM",
             "token-classification" if is_class else "causal language",
-            name=self.name,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
         )
         limit = input_limit(model, tokenizer, self.max_length)
         encode = StepEncoder(tokenizer, step_format, self.name, limit)
         return _Loaded(model, encode, _columns(model.config, encode))
-
-    def _note_truncated(self, count: int) -> None:
-        if count and not self.num_truncated:
-            limit = self._model().encode.max_length
-            warnings.warn(
-                f"Reward model {self.name!r} cut {count} text(s) to {limit} tokens: the start of "
-                "the prompt, or the ends of the longest steps, do not count. Raise max_length if "
-                "the model's input allows it, or shorten prompts and responses. `num_truncated` "
-                "counts further ones.",
-                stacklevel=4,
-            )
-        self.num_truncated += count
 
 
 def _columns(config: Any, encode: StepEncoder) -> list[int]:

@@ -17,13 +17,13 @@ from mbrl_text_env.encoders import (
     encoder_flops,
     encoder_flops_bound,
 )
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.types import FloatArray, Prompt
 
 _PROMPTS_KEPT = 4096
 
 
-class RelevanceReward:
+class RelevanceReward(RewardModel):
     """Cosine of the embeddings of prompt and response, in [-1, 1].
 
     An empty response (nothing but white space) scores 0: it is about nothing. Texts beyond the

@@ -14,7 +14,7 @@ import numpy as np
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardError, applies_to
+from mbrl_text_env.rewards.base import RewardError, RewardModel, applies_to
 from mbrl_text_env.rewards.learning.features import (
     EMBEDDED,
     EmbeddingFeatures,
@@ -104,7 +104,7 @@ class HeadScorer:
         return float(sum(2 * weights.size for weights, _ in self.head.layers))
 
 
-class LearnedReward:
+class LearnedReward(RewardModel):
     """A fitted reward: a head on frozen features, or a classifier that was tuned with LoRA.
 
     `fit_reward` makes one with a head, `fit_lora` one with a tuned classifier; this class reads

@@ -233,6 +233,6 @@ def test_steps_are_combined_where_all_rewards_score_them():
 
 def test_steps_are_not_combined_where_that_says_nothing():
     for reward in (WeightedSum([Steps("a"), Count("b")], [1, 1]), LengthPenalty(Steps("a"), 3)):
-        assert not hasattr(reward, "score_steps")
+        assert not reward.scores_steps
         with pytest.raises(RewardError, match="scores whole responses only"):
             score_steps(reward, PROMPT, ["a"])

@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from mbrl_text_env.rewards._files import place_of, run_file
+from mbrl_text_env.rewards._python_files import place_of, run_file
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.rewards.composite.combinators import WeightedSum
