@@ -48,7 +48,7 @@ def lacking(monkeypatch):
         Facility("user namespaces", "Operation not permitted", "Set a sysctl."),
         Facility("seccomp filters", "missing", "Use another kernel."),
     )
-    monkeypatch.setattr("mbrl_text_env.sandbox._facilities.facilities", lambda: lacks)
+    monkeypatch.setattr("mbrl_text_env.sandbox.runner.facilities", lambda: lacks)
     runner._warn_once.cache_clear()
     yield
     runner._warn_once.cache_clear()
