@@ -47,14 +47,8 @@ class Pool:
         """The same for some of the prompts, in their order."""
         place = {name: i for i, name in enumerate(self.prompt_ids)}
         at = [place[name] for name in prompt_ids]
-        return Pool(
-            tuple(prompt_ids),
-            self.scores[at],
-            self.tokens[at],
-            self.flops[at],
-            self.prompt_flops[at],
-            self.logprobs[at],
-        )
+        kept = {name: values[at] for name, values in vars(self).items() if name != "prompt_ids"}
+        return Pool(tuple(prompt_ids), **kept)
 
 
 def make_pool(

@@ -172,7 +172,6 @@ class TestBaseline:
         assert points[2].mean.low < points[2].mean.estimate < points[2].mean.high
         assert points[2].kl_bound == kl_bound(4)
         assert points[2].mean.estimate == pytest.approx(pool.curves[:, 3].mean())
-        assert json.loads(json.dumps(points[0].as_dict()))["n"] == 1
 
     @pytest.mark.parametrize(
         ("scores", "costs", "prompt_costs", "message"),

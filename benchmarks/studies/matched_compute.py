@@ -4,24 +4,45 @@ Agents answer held-out prompts at several budgets; best-of-N at every budget com
 one pool of samples. Of each agent it is said how many times its compute best-of-N needs for the
 same mean reward. A run that was killed goes on where it stopped.
 
-    python -m mbrl_text_env.benchmarks.matched_compute
+    python -m mbrl_text_env.benchmarks.studies.matched_compute
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER, Study
-from mbrl_text_env.benchmarks.options import DtypeOption, LanguageModelOption, console, friendly
-from mbrl_text_env.files import write_text
+from mbrl_text_env.benchmarks.matched.analysis import (
+    DEFAULT_PLANNER,
+    analyse,
+    best_of_n_rows,
+    falls,
+)
+from mbrl_text_env.benchmarks.matched.report import table
+from mbrl_text_env.benchmarks.options import (
+    DtypeOption,
+    LanguageModelOption,
+    console,
+    friendly,
+    load_language_model,
+)
+from mbrl_text_env.benchmarks.studies.harness import (
+    OutOption,
+    PageOption,
+    heading,
+    write_figures,
+    write_page,
+)
+from mbrl_text_env.benchmarks.studies.matched_figures import (
+    page_tables,
+    plot_divergence,
+    plot_scaling,
+)
+from mbrl_text_env.benchmarks.studies.matched_runs import Study, run_study
+from mbrl_text_env.rewards import make
 
 REWARDS = ("sentiment", "relevance", "constraints")
 ARTICLE = "lookahead:value=embedding"
@@ -30,7 +51,7 @@ AGENTS = (DEFAULT_PLANNER, ARTICLE)
 
 @dataclass(frozen=True)
 class Size:
-    """How large a study is; see `mbrl_text_env.benchmarks.matched.study.Study`."""
+    """How large a study is; see `Study`."""
 
     budgets: tuple[int, ...]
     num_prompts: int
@@ -83,13 +104,7 @@ def main(
     json_file: Annotated[Path, typer.Option("--json", help="Where the results go.")] = Path(
         "matched-compute.json"
     ),
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of pools and runs, resumed if it exists; by default matched-compute, or "
-            "matched-compute-quick."
-        ),
-    ] = None,
+    out: OutOption = None,
     rewards: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(REWARDS),
     agents: Annotated[str, typer.Option(help="Agent specs, with commas.")] = ",".join(AGENTS),
     budgets: Annotated[
@@ -122,7 +137,7 @@ def main(
     ablations: Annotated[
         bool, typer.Option(help="Also the other planners, values, chunk sizes and beams.")
     ] = False,
-    page: Annotated[Path | None, typer.Option(help="Write a page of results there.")] = None,
+    page: PageOption = None,
     quick: Annotated[
         bool,
         typer.Option(
@@ -161,21 +176,10 @@ def run_and_write(
     Returns:
         What the JSON file holds.
     """
-    from mbrl_text_env.benchmarks.matched.analysis import analyse, best_of_n_rows, falls
-    from mbrl_text_env.benchmarks.matched.figures import plot_divergence, plot_scaling
-    from mbrl_text_env.benchmarks.matched.page import render
-    from mbrl_text_env.benchmarks.matched.report import table
-    from mbrl_text_env.benchmarks.matched.study import run_study
-    from mbrl_text_env.benchmarks.options import load_language_model
-    from mbrl_text_env.rewards import make
-
     model = load_language_model(language_model, dtype)
     models = {name: make(name) for name in study.agents}
     result: dict[str, Any] = {
-        "command": shlex.join(
-            ["python", "-m", "mbrl_text_env.benchmarks.matched_compute", *sys.argv[1:]]
-        ),
-        "date": date.today().isoformat(),
+        **heading("matched_compute"),
         "language_model": model.name,
         "dtype": dtype,
         "study": study.as_dict(),
@@ -189,14 +193,14 @@ def run_and_write(
         result["results"] += rows[name]
         result["best_of_n"] += best_of_n_rows(name, pool, study.budgets, study.unit)
         result["falls"] += falls(cells)
-        write_text(json_file, json.dumps(result, indent=1))
+        write_figures(result, json_file)
         console.print(table(rows[name]))
     scaling = json_file.with_suffix(".png")
     divergence = json_file.with_name(f"{json_file.stem}-divergence.png")
     plot_scaling(rows, pools, scaling)
     plot_divergence(rows, pools, divergence)
-    if page is not None:
-        render(result, scaling, divergence, page)
+    plots = {"Mean reward against compute": scaling, "Mean reward against divergence": divergence}
+    write_page(page, "matched_compute.md.jinja", result, page_tables(result), plots)
     console.print(f"Results: {json_file.resolve()}")
     return result
 
