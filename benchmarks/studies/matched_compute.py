@@ -62,29 +62,6 @@ class Size:
 
 FULL = Size((256, 512, 1024, 2048, 4096, 8192), 64, 256, 64, 8)
 QUICK = Size((512,), 16, 32, 16, 4)
-# One thing changed at a time, beginning with what is changed; then the other planners.
-ABLATIONS = (
-    "beam:chunk_tokens=8:beam_width=2:value=prefix",
-    "beam:chunk_tokens=4:beam_width=2:value=prefix",
-    "beam:chunk_tokens=16:beam_width=2:value=prefix",
-    "beam:chunk_tokens=32:beam_width=2:value=prefix",
-    "beam:chunk_tokens=8:beam_width=2:candidates=4:value=prefix",
-    "beam:chunk_tokens=8:beam_width=1:value=prefix",
-    "beam:chunk_tokens=8:beam_width=4:value=prefix",
-    "beam:chunk_tokens=8:beam_width=4:subtrees=4:value=prefix",
-    "beam:chunk_tokens=8:beam_width=2:value=embedding",
-    "beam:chunk_tokens=8:beam_width=2:value=hidden-state",
-    "beam:chunk_tokens=8:beam_width=2:value=stacked",
-    "beam:chunk_tokens=8:beam_width=2:value=ensemble",
-    "beam:chunk_tokens=8:beam_width=2:value=rollout",
-    "lookahead:prefix_tokens=16:value=prefix",
-    "lookahead:prefix_tokens=32:value=prefix",
-    "receding-horizon:value=prefix",
-    "particle-filter:value=prefix",
-    "mcts:value=prefix",
-    "mcts:root_policy=gumbel:value=prefix",
-)
-
 
 def _shown(size: Size) -> str:
     return ",".join(map(str, size.budgets))
@@ -134,9 +111,6 @@ def main(
     ] = 1,
     language_model: LanguageModelOption = "embedded",
     dtype: DtypeOption = "int8",
-    ablations: Annotated[
-        bool, typer.Option(help="Also the other planners, values, chunk sizes and beams.")
-    ] = False,
     page: PageOption = None,
     quick: Annotated[
         bool,
@@ -149,7 +123,6 @@ def main(
     """Compare planners with best-of-N at matched compute."""
     names = tuple(name.strip() for name in rewards.split(","))
     specs = tuple(spec.strip() for spec in agents.split(","))
-    specs = (*specs, *(spec for spec in ABLATIONS if ablations and spec not in specs))
     size = QUICK if quick else FULL
     study = Study(
         dict.fromkeys(names, specs),

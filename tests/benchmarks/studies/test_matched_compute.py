@@ -261,7 +261,7 @@ def test_options_are_told():
     app = typer.Typer()
     app.command()(matched_compute.main)
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
-    for option in ("--json", "--quick", "--ablations", "--budgets", "--unit", "--answers"):
+    for option in ("--json", "--quick", "--budgets", "--unit", "--answers"):
         assert option in shown
     wrong = (["--unit", "years"], ["--budgets", "many"], ["--budgets", "10"], ["--answers", "0"])
     for words in wrong:
