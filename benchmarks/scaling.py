@@ -1,8 +1,7 @@
 """Best-of-N at every N from one pool, and what an agent's reward would cost best-of-N.
 
-A pool of n responses to each of P prompts gives the mean best score of N responses without bias
-for every N up to n: an agent is compared with best-of-N at any cost without best-of-N being run
-again.
+A pool of n responses to each of P prompts gives the mean best score of N responses without bias,
+for every N up to n.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -148,13 +147,13 @@ class AtCost:
     Args:
         means: float64[P], expected best score.
         ns: float64[P], samples that the cost buys, within what the pool can tell.
-        too_dear: bool[P], the cost buys more samples than the pool has: `means` is too low there.
-        too_cheap: bool[P], the cost does not buy a sample: `means` is that of one sample.
+        too_expensive: bool[P], it buys more samples than the pool has: `means` is too low there.
+        too_cheap: bool[P], it does not buy a sample: `means` is that of one sample.
     """
 
     means: FloatArray
     ns: FloatArray
-    too_dear: npt.NDArray[np.bool_]
+    too_expensive: npt.NDArray[np.bool_]
     too_cheap: npt.NDArray[np.bool_]
 
 
@@ -163,8 +162,7 @@ class Baseline:
     """Best-of-N on P prompts, as their pool of n samples shows it.
 
     N samples of a prompt cost `prompt_costs + N * mean sample cost`: the prompt is computed once,
-    and N is fixed beforehand, so a sample's cost does not decide whether another is drawn. That is
-    exactly the mean cost of N samples drawn from the pool, however much samples differ in cost.
+    and N is fixed beforehand, so a sample's cost does not decide whether another is drawn.
 
     Args:
         scores: float64[P, n], n >= 2.
@@ -240,13 +238,10 @@ class Baseline:
         return float(np.mean(self.prompt_costs + n * self.sample_costs))
 
     def at_cost(self, costs: npt.ArrayLike) -> AtCost:
-        """Best-of-N within a cost of each prompt: float64[P] or one number.
+        """Best-of-N within a cost of each prompt (float64[P], or one number): the N that it buys.
 
-        Each prompt has the N that its cost buys, a fraction as well, interpolated in log N.
-
-        To compare an agent, give the costs that it was allowed, or use `at_mean_cost`: an agent
-        that stops when it is lucky would meet the few samples that its lucky prompts cost, and seem
-        better than it is.
+        To compare an agent, give the costs that it was allowed, or use `at_mean_cost`: one that
+        stops when it is lucky would meet the few samples that its lucky prompts cost.
         """
         given = checked(np.broadcast_to(np.asarray(costs, float), self.shape[:1]), 1, "costs")
         return self._at((given - self.prompt_costs) / self.sample_costs)
@@ -255,12 +250,6 @@ class Baseline:
         """Best-of-N with the one N, a fraction as a rule, whose mean cost of a prompt is `cost`.
 
         The mean over prompts is an agent's where its `compute_multiplier` is 1.
-
-        Example:
-            >>> costs = np.array([[1.0, 1.0], [3.0, 3.0]])
-            >>> pool = Baseline(np.array([[0.0, 1.0], [1.0, 3.0]]), costs)
-            >>> pool.at_mean_cost(4.0).means
-            array([1., 3.])
         """
         given = checked([cost], 1, "cost")
         n = (given - np.mean(self.prompt_costs)) / np.mean(self.sample_costs)
@@ -290,28 +279,24 @@ class Multiplier:
     """How many times an agent's compute best-of-N needs for the same mean reward.
 
     Args:
-        estimate: Cost of best-of-N at `equal_n`, by the agent's cost.
+        estimate: `equal_cost` by the agent's mean cost.
         low: Lower end of the interval; 0 where the agent may be below a single sample.
         high: Upper end; infinite where the pool may be too small.
         equal_n: The N at which best-of-N's mean reward is the agent's, a fraction as a rule;
             within 1 and the pool's size.
-        cost: The agent's mean cost.
         equal_cost: Best-of-N's mean cost at `equal_n`.
         is_lower_bound: Best-of-N does not come up to the agent with the whole pool: the multiplier
             is `estimate` or more.
         is_upper_bound: The agent is below a single sample: the multiplier is `estimate` or less.
-        confidence: Of the interval.
     """
 
     estimate: float
     low: float
     high: float
     equal_n: float
-    cost: float
     equal_cost: float
     is_lower_bound: bool
     is_upper_bound: bool
-    confidence: float
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values; an infinite `high` is None."""
@@ -329,8 +314,8 @@ def compute_multiplier(
 ) -> Multiplier:
     """Compare an agent's mean reward and cost with best-of-N's whole curve.
 
-    The N at which best-of-N has the agent's mean reward, the same N for all prompts, is
-    interpolated in log N between whole N. Its mean cost by the agent's is the multiplier.
+    The N at which best-of-N has the agent's mean reward, the same for all prompts, is interpolated
+    in log N. Its mean cost by the agent's is the multiplier.
 
     The interval is a bootstrap over prompts: an agent's reward and cost and the pool's row of a
     prompt stay together, so the noise of the pool counts as well as the agent's. It is the expanded
@@ -345,12 +330,8 @@ def compute_multiplier(
         costs: float64[P], its cost of each prompt, in the baseline's unit.
         baseline: The pool of the same prompts, in the same order.
         confidence: Of the interval.
-        resamples: Of the bootstrap, which `seed` decides.
-        seed: See `resamples`.
-
-    Raises:
-        ValueError: The shapes do not fit, there are fewer than two prompts or no resamples, a value
-            is not finite, or the agent costs nothing.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
 
     Example:
         >>> pool = Baseline(np.tile(np.arange(64.0), (8, 1)), np.ones((8, 64)))
@@ -359,8 +340,7 @@ def compute_multiplier(
         (8.0, 32.0, False)
     """
     own, paid = checked(rewards, 1, "rewards"), checked(costs, 1, "costs")
-    prompts = baseline.shape[0]
-    if not len(own) == len(paid) == prompts >= 2:
+    if not len(own) == len(paid) == (prompts := baseline.shape[0]) >= 2:
         raise ValueError(
             "Expected a reward and a cost for each prompt of the pool, and two prompts at least; "
             f"got {len(own)} rewards, {len(paid)} costs and a pool of {prompts} prompts."
@@ -389,11 +369,9 @@ def compute_multiplier(
         0.0 if below[0] else float(min(lows[cut], ratios[0])),
         math.inf if above[0] else float(max(highs[-1 - cut], ratios[0])),
         float(equal[0]),
-        float(paid.mean()),
         float(equal_costs[0]),
         bool(above[0]),
         bool(below[0]),
-        confidence,
     )
 
 
@@ -414,8 +392,7 @@ def _equal_n(
     return np.exp(grid[before] + share * (grid[first] - grid[before])), above, below
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What the next larger budget does to the mean reward.
 
     `p_value` is that of a fall this large or larger, if the budget made no difference (one-sided),
@@ -438,14 +415,9 @@ def falls_with_budget(
 ) -> tuple[Step, ...]:
     """Test whether the mean reward falls from one budget to the next larger.
 
-    Paired one-sided permutation tests between neighbours, adjusted by Holm's method. The reward
-    falls significantly somewhere if an `adjusted` is small.
-
-    Args:
-        budgets: B of them, ascending.
-        rewards: float64[B, P], the reward of each prompt at each budget.
-        resamples: Of a test; see `paired_permutation_test`.
-        seed: Of the tests.
+    Paired one-sided permutation tests between neighbours, adjusted by Holm's method: the reward
+    falls significantly somewhere if an `adjusted` is small. Budgets ascend; rewards are
+    float64[budgets, P].
 
     Example:
         >>> steps = falls_with_budget([1, 2], [[1.0, 2.0, 3.0], [0.0, 1.5, 2.0]])
@@ -459,14 +431,8 @@ def falls_with_budget(
             "Expected two or more budgets, ascending, and a row of rewards for each; got budgets "
             f"{list(budgets)} and rewards of shape {table.shape}."
         )
+    options: dict[str, Any] = {"alternative": "less", "resamples": resamples, "seed": seed}
     changes = np.diff(table, axis=0)
-    found = [
-        paired_permutation_test(row, alternative="less", resamples=resamples, seed=seed).p_value
-        for row in changes
-    ]
-    return tuple(
-        Step(smaller, larger, float(row.mean()), p, float(adjusted))
-        for (smaller, larger), row, p, adjusted in zip(
-            pairwise(budgets), changes, found, holm(found), strict=True
-        )
-    )
+    found = [paired_permutation_test(row, **options).p_value for row in changes]
+    rows = zip(pairwise(budgets), changes, found, holm(found), strict=True)
+    return tuple(Step(*both, float(row.mean()), p, float(q)) for both, row, p, q in rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,17 +65,12 @@ class Cell:
 class _Answers:
     """An agent's answers to P prompts, beside the pool's rows of these.
 
-    `each` is float64[P, answers], the rest float64[P]: means over the answers to a prompt.
+    `each` is float64[P, answers], the scores; `means` are float64[P], of the other fields.
     """
 
     pool: Pool
     each: FloatArray
-    tokens: FloatArray
-    flops: FloatArray
-    seconds: FloatArray
-    logprobs: FloatArray
-    lengths: FloatArray
-    reward_calls: FloatArray
+    means: dict[str, FloatArray]
 
     @property
     def scores(self) -> FloatArray:
@@ -121,7 +116,7 @@ def best_of_n_rows(reward: str, pool: Pool, budgets: Sequence[int], unit: str) -
     for budget in budgets:
         n = budget / float(np.mean(tokens.sample_costs))
         at = tokens.at_cost(n * tokens.sample_costs)
-        if at.too_dear.any():
+        if at.too_expensive.any():
             continue
         interval = mean_interval(at.means)
         rows.append(
@@ -154,7 +149,7 @@ def falls(cells: Sequence[Cell]) -> list[Row]:
             [np.mean([row["score"] for row in rows[name]]) for name in common] for rows in scored
         ]
         for step in falls_with_budget([cell.budget for cell in own], table):
-            found.append({"agent": agent, "reward": own[0].reward, **vars(step)})
+            found.append({"agent": agent, "reward": own[0].reward, **step._asdict()})
     return found
 
 
@@ -168,33 +163,26 @@ def _answers(pool: Pool, cell: Cell) -> _Answers:
             "the study's folder; fix the reward model."
         )
 
-    def each(value: Callable[[Row], float]) -> FloatArray:
-        return np.array([[value(row) for row in rows] for rows in scored.values()], dtype=float)
+    def table(name: str) -> FloatArray:
+        # None, where a log-probability is not known, becomes NaN.
+        values = [[{**row["usage"], **row}[name] for row in rows] for rows in scored.values()]
+        return np.array(values, dtype=float)
 
-    def mean(value: Callable[[Row], float]) -> FloatArray:
-        return np.asarray(each(value).mean(axis=1))
-
-    return _Answers(
-        pool.rows(list(scored)),
-        each(lambda row: row["score"]),
-        mean(lambda row: row["usage"]["generated_tokens"]),
-        mean(lambda row: row["usage"]["flops"]),
-        mean(lambda row: row["seconds"]),
-        mean(lambda row: np.nan if row["logprob"] is None else row["logprob"]),
-        mean(lambda row: row["response_tokens"]),
-        mean(lambda row: row["usage"]["reward_calls"]),
-    )
+    names = ("generated_tokens", "flops", "reward_calls", "seconds", "logprob", "response_tokens")
+    means = {name: np.asarray(table(name).mean(axis=1)) for name in names}
+    return _Answers(pool.rows(list(scored)), table("score"), means)
 
 
 def _row(cell: Cell, answers: _Answers) -> Row:
-    pool, scores = answers.pool, answers.scores
+    pool, scores, means = answers.pool, answers.scores, answers.means
+    tokens, flops = means["generated_tokens"], means["flops"]
     in_flops = _in_flops(pool)
     interval = mean_interval(scores)
     # Not each prompt's own cost: that favours agents that stop where they were lucky.
-    matched = in_flops.at_mean_cost(float(answers.flops.mean()))
+    matched = in_flops.at_mean_cost(float(flops.mean()))
     paired = mean_interval(scores - matched.means)
-    by_flops = compute_multiplier(scores, answers.flops, in_flops)
-    by_tokens = compute_multiplier(scores, answers.tokens, Baseline(pool.scores, pool.tokens))
+    by_flops = compute_multiplier(scores, flops, in_flops)
+    by_tokens = compute_multiplier(scores, tokens, Baseline(pool.scores, pool.tokens))
     return {
         "reward": cell.reward,
         "agent": cell.agent,
@@ -206,16 +194,16 @@ def _row(cell: Cell, answers: _Answers) -> Row:
         "mean": interval.estimate,
         "low": interval.low,
         "high": interval.high,
-        **{
-            name: float(getattr(answers, name).mean())
-            for name in ("tokens", "flops", "reward_calls", "seconds")
-        },
+        "tokens": float(tokens.mean()),
+        "flops": float(flops.mean()),
+        "reward_calls": float(means["reward_calls"].mean()),
+        "seconds": float(means["seconds"].mean()),
         **_multiplier("multiplier", by_flops.as_dict()),
         **_multiplier("multiplier_tokens", by_tokens.as_dict()),
         "difference": paired.estimate,
         "difference_low": paired.low,
         "difference_high": paired.high,
-        "p_vs_best_of_n": None if matched.too_dear.any() else _p_value(answers, matched),
+        "p_vs_best_of_n": None if matched.too_expensive.any() else _p_value(answers, matched),
         "p_holm": None,
         **_divergence(answers, by_flops.equal_n),
     }
@@ -235,10 +223,10 @@ def _p_value(answers: _Answers, matched: AtCost) -> float:
 
 def _divergence(answers: _Answers, equal_n: float) -> Row:
     """The surprisal excess as `kl`; None where an agent's log-probabilities are not known."""
-    pool = answers.pool
-    if not (np.isfinite(answers.logprobs).all() and np.isfinite(pool.logprobs).all()):
+    pool, logprobs = answers.pool, answers.means["logprob"]
+    if not (np.isfinite(logprobs).all() and np.isfinite(pool.logprobs).all()):
         return {"kl": None}
-    excess = surprisal_excess(answers.logprobs, pool.logprobs)
+    excess = surprisal_excess(logprobs, pool.logprobs)
     equal = best_of_n_surprisal(pool, [math.floor(equal_n), math.ceil(equal_n)])
     return {
         "kl": excess.estimate,
@@ -247,7 +235,7 @@ def _divergence(answers: _Answers, equal_n: float) -> Row:
         "kl_of_rewards": contrastive_bound(answers.scores, pool.scores).estimate,
         "kl_of_equal_best_of_n": float(np.interp(equal_n % 1, [0, 1], equal)),
         "kl_bound_of_equal_best_of_n": kl_bound(equal_n),
-        "nats_per_token": float(-answers.logprobs.sum() / answers.lengths.sum()),
+        "nats_per_token": float(-logprobs.sum() / answers.means["response_tokens"].sum()),
         "nats_per_token_of_samples": float(-pool.logprobs.sum() / pool.tokens.sum()),
     }
 

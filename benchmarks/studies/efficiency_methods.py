@@ -33,56 +33,30 @@ METHODS = ("search", "ppo", "dqn", "grpo", "expert-iteration")
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How large a study is.
-
-    Args:
-        test_prompts: Held-out prompts.
-        samples: Answers of each policy to each of them.
-        max_response_tokens: Token limit of a response.
-        budgets: Generated tokens for an answer of best-of-N and of the planner.
-        planner: Spec of the planner.
-        choice_steps: Environment steps of PPO and DQN.
-        choice_points: Measurements on the way.
-        num_candidates: That they choose from.
-        chunk_tokens: Tokens of a candidate.
-        grpo_stages: Trainings one after the other, each measured.
-        grpo_steps: Steps of each.
-        grpo_responses: Responses in a step, to a quarter as many prompts.
-        iterations: Of expert iteration.
-        loop_prompts: Train prompts that it answers in each.
-        cheap_seeds: Seeds of search, PPO and DQN; GRPO and expert iteration have one.
-    """
+    """How large a study is."""
 
     test_prompts: int = 64
-    samples: int = 2
+    samples: int = 2  # answers of each policy to each of them
     max_response_tokens: int = 48
-    budgets: tuple[int, ...] = (96, 192, 384, 768)
+    budgets: tuple[int, ...] = (96, 192, 384, 768)  # tokens of best-of-N's and a planner's answer
     planner: str = DEFAULT_PLANNER
-    choice_steps: int = 2048
-    choice_points: int = 2
-    num_candidates: int = 4
-    chunk_tokens: int = 16
-    grpo_stages: int = 2
-    grpo_steps: int = 12
-    grpo_responses: int = 32
-    iterations: int = 2
-    loop_prompts: int = 64
-    cheap_seeds: int = 3
+    choice_steps: int = 2048  # environment steps of PPO and DQN,
+    choice_points: int = 2  # measured as many times on the way,
+    num_candidates: int = 4  # which choose from so many
+    chunk_tokens: int = 16  # of so many tokens
+    grpo_stages: int = 2  # trainings one after the other, each measured,
+    grpo_steps: int = 12  # of so many steps each,
+    grpo_responses: int = 32  # of so many responses, to a quarter as many prompts
+    iterations: int = 2  # of expert iteration,
+    loop_prompts: int = 64  # which answers so many train prompts in each
+    cheap_seeds: int = 3  # of search, PPO and DQN; GRPO and expert iteration have one
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all methods share.
+    """What all methods share: the base model, what it is measured on and learns from, the folder.
 
-    Args:
-        language_model: The base model.
-        exam: What is optimised, on held-out prompts.
-        train: Prompts to learn from.
-        validation: Prompts that expert iteration watches itself on.
-        size: How large everything is.
-        seed: The first one.
-        out: Folder of what was trained and measured.
-        on_progress: Told what begins.
+    Expert iteration watches itself on `validation`; `seed` is the first one.
     """
 
     language_model: LanguageModel

@@ -11,7 +11,6 @@ cap on FLOPs, each with the value model of its own policy. A run that was stoppe
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -22,28 +21,8 @@ import numpy as np
 import typer
 
 from mbrl_text_env.agents.catalogue import make as make_agent
-from mbrl_text_env.benchmarks.options import (
-    DtypeOption,
-    LanguageModelOption,
-    console,
-    errors,
-    friendly,
-    load_language_model,
-)
-from mbrl_text_env.benchmarks.studies.harness import (
-    JsonOption,
-    OutOption,
-    PageOption,
-    RewardNameOption,
-    Shown,
-    heading,
-    kept,
-    paired,
-    prompts_for,
-    run_folder,
-    write_figures,
-    write_page,
-)
+from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.benchmarks.studies.measuring import Exam
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.rewards import make
@@ -56,19 +35,14 @@ _PROMPT_TOKENS = 64
 
 
 def figures_of(
-    loop: ExpertIteration, last: int, best: int, exam: Exam, planner: str, flops: float, seed: int
+    loop: ExpertIteration, exam: Exam, planner: str, flops: float, seed: int
 ) -> dict[str, Any]:
-    """All figures, for a loop that has ended; what is measured is kept in the loop's folder.
+    """Run a loop and measure its policies, alone and under a planner with a cap on its FLOPs.
 
-    Args:
-        loop: Its policies are measured.
-        last: The last iteration.
-        best: The one that validation prefers.
-        exam: What they are measured on.
-        planner: Spec of the planner.
-        flops: Cap on each of its answers.
-        seed: Of all answers.
+    What is measured is kept beside the loop's folder.
     """
+    found = loop.run()
+    last, best = found.iterations[-1].iteration, found.best
     names = [prompt.id for prompt in exam.prompts]
     folder = Path(loop.folder).parent
 
@@ -84,23 +58,32 @@ def figures_of(
         scores, use = exam.answered(agent, Budget(flops=flops), seed)
         return [scores, asdict(use)]
 
-    tests = [kept(folder / f"test-{i:02d}.json", partial(sampled, i))[0] for i in range(last + 1)]
+    tests = [
+        harness.kept(folder / f"test-{i:02d}.json", partial(sampled, i))[0] for i in range(last + 1)
+    ]
     # Of the policies with a value model of their own, the one that validation prefers.
     tuned = best if best > 0 and _has_value(loop, best) else 1
     (before, base_use), (after, tuned_use) = (
-        kept(folder / f"planner-{i:02d}.json", partial(searched, i)) for i in (0, tuned)
+        harness.kept(folder / f"planner-{i:02d}.json", partial(searched, i)) for i in (0, tuned)
     )
-    return {
+    result = {
         "sampling": [float(np.mean(scores)) for scores in tests],
-        "against_the_one_before": [paired(a, b, names, seed) for a, b in pairwise(tests)],
-        "against_the_base": [paired(tests[0], scores, names, seed) for scores in tests[1:]],
+        "against_the_one_before": [harness.paired(a, b, names, seed) for a, b in pairwise(tests)],
+        "against_the_base": [harness.paired(tests[0], scores, names, seed) for scores in tests[1:]],
         "planner_tuned_against_base": {
             "iteration": tuned,
             "cap_flops": flops,
             "mean_flops": [use["flops"] for use in (base_use, tuned_use)],
             "mean_reward_calls": [use["reward_calls"] for use in (base_use, tuned_use)],
-            **paired(before, after, names, seed),
+            **harness.paired(before, after, names, seed),
         },
+    }
+    return {
+        "result": result,
+        "best": best,
+        "stopped": found.stopped,
+        "iterations": [report.to_dict() for report in found.iterations],
+        "usage": [report.usage for report in found.iterations],
     }
 
 
@@ -109,7 +92,7 @@ def _has_value(loop: ExpertIteration, iteration: int) -> bool:
     return (Path(loop.folder) / f"{iteration:02d}" / "value.json").is_file()
 
 
-def shown(result: dict[str, Any], reward: str) -> Shown:
+def shown(result: dict[str, Any], reward: str) -> harness.Shown:
     """Plain sampling of each policy, then the planner, each against the base."""
     plain = zip(result["sampling"][1:], result["against_the_base"], strict=True)
     rows = [("plain sampling, base", f"{result['sampling'][0]:.3f}", "", "")]
@@ -124,7 +107,7 @@ def shown(result: dict[str, Any], reward: str) -> Shown:
             *_difference(planner),
         ),
     ]
-    return Shown(reward, ("on test prompts", "mean", "minus the base's", "p"), rows)
+    return harness.Shown(reward, ("on test prompts", "mean", "minus the base's", "p"), rows)
 
 
 def _difference(found: dict[str, Any]) -> tuple[str, str]:
@@ -132,9 +115,9 @@ def _difference(found: dict[str, Any]) -> tuple[str, str]:
     return f"{found['difference']:+.3f} [{low:.3f}, {high:.3f}]", f"{found['p_value']:.2g}"
 
 
-@friendly
+@options.friendly
 def main(
-    reward: RewardNameOption = "sentiment",
+    reward: harness.RewardNameOption = "sentiment",
     planner: Annotated[str, typer.Option(help="Spec of the agent whose answers are learned.")] = (
         "receding-horizon:horizon=1:plans=4:chunk_tokens=16"
     ),
@@ -153,18 +136,17 @@ def main(
     budget_responses: Annotated[
         int, typer.Option(min=1, help="FLOPs of the planners, in plain responses.")
     ] = 8,
-    language_model: LanguageModelOption = "embedded",
-    dtype: DtypeOption = "int8",
+    language_model: options.LanguageModelOption = "embedded",
+    dtype: options.DtypeOption = "int8",
     seed: int = 0,
-    out: OutOption = None,
-    json_file: JsonOption = None,
-    page: PageOption = None,
+    out: harness.OutOption = None,
+    json_file: harness.JsonOption = None,
+    page: harness.PageOption = None,
 ) -> None:
     """Run the loop, measure each of its policies, print."""
-    from mbrl_text_env.agents.learning import ExpertIteration, FineTuneSettings, LoraImprover
-    from mbrl_text_env.agents.learning import planned as planned_settings
+    from mbrl_text_env.agents import learning
 
-    settings = planned_settings(
+    settings = learning.planned(
         planner,
         top_fraction=top_fraction,
         iterations=iterations,
@@ -175,48 +157,33 @@ def main(
         patience=None,
         seed=seed,
     )
-    tuning = FineTuneSettings(learning_rate=learning_rate, epochs=epochs)
+    tuning = learning.FineTuneSettings(learning_rate=learning_rate, epochs=epochs)
     study = {
-        "settings": json.loads(json.dumps(asdict(settings))),
-        "tuning": json.loads(json.dumps(asdict(tuning))),
+        "settings": asdict(settings),
+        "tuning": asdict(tuning),
         "prompts": [prompts, validation_prompts, test_prompts, samples],
         "budget_responses": budget_responses,
         "reward": reward,
         "language_model": [language_model, dtype],
     }
-    lm, reward_model = load_language_model(language_model, dtype), make(reward)
+    lm, reward_model = options.load_language_model(language_model, dtype), make(reward)
     counts = {"train": prompts, "validation": validation_prompts, "test": test_prompts}
-    chosen = {split: prompts_for(reward_model, split, n) for split, n in counts.items()}
+    chosen = {split: harness.prompts_for(reward_model, split, n) for split, n in counts.items()}
     flops = lm.usage(_PROMPT_TOKENS, [max_response_tokens] * budget_responses).flops
     exam = Exam(reward_model, chosen["test"], samples, max_response_tokens)
     folder = out or Path("expert-iteration")
-    with run_folder(folder, study, lm, reward_model, chosen):
-        loop = ExpertIteration(
-            lm,
-            reward_model,
-            chosen["train"],
-            chosen["validation"],
-            folder / "loop",
-            settings,
-            improver=LoraImprover(tuning),
-            on_stage=lambda i, stage: errors.print(f"iteration {i}: {stage}"),
+    with harness.run_folder(folder, study, lm, reward_model, chosen):
+        loop = learning.ExpertIteration(
+            *(lm, reward_model, chosen["train"], chosen["validation"], folder / "loop", settings),
+            improver=learning.LoraImprover(tuning),
+            on_stage=lambda i, stage: options.errors.print(f"iteration {i}: {stage}"),
         )
-        found = loop.run()
-        last = found.iterations[-1].iteration
-        measured = figures_of(loop, last, found.best, exam, planner, flops, seed)
-        result = {
-            **heading("expert_iteration"),
-            **study,
-            "result": measured,
-            "best": found.best,
-            "stopped": found.stopped,
-            "iterations": [report.to_dict() for report in found.iterations],
-            "usage": [report.usage for report in found.iterations],
-        }
-        write_figures(result, json_file)
-        table = shown(measured, reward)
-        console.print(table.table())
-        write_page(page, "expert_iteration.md.jinja", result, [table])
+        figures = figures_of(loop, exam, planner, flops, seed)
+        result = {**harness.heading("expert_iteration"), **study, **figures}
+        table = shown(result["result"], reward)
+        harness.write_figures(result, json_file)
+        options.console.print(table.table())
+        harness.write_page(page, "expert_iteration.md.jinja", result, [table])
 
 
 if __name__ == "__main__":

@@ -124,14 +124,14 @@ def write_page(
     tables: Sequence[Shown],
     plots: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write a study's page as Markdown.
+    """Write a study's page as Markdown, if one is wanted.
 
     Args:
-        page: A Markdown file; None for no page.
+        page: The file.
         template: A file beside this one, which says what was asked and how to read the figures.
         result: The figures, with their `heading`.
         tables: Each under its title.
-        plots: By what they show; linked relative to the page.
+        plots: By what they show.
     """
     if page is None:
         return

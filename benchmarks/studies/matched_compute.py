@@ -9,12 +9,13 @@ same mean reward. A run that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.matched.analysis import (
     DEFAULT_PLANNER,
     analyse,
@@ -22,20 +23,7 @@ from mbrl_text_env.benchmarks.matched.analysis import (
     falls,
 )
 from mbrl_text_env.benchmarks.matched.report import table
-from mbrl_text_env.benchmarks.options import (
-    DtypeOption,
-    LanguageModelOption,
-    console,
-    friendly,
-    load_language_model,
-)
-from mbrl_text_env.benchmarks.studies.harness import (
-    OutOption,
-    PageOption,
-    heading,
-    write_figures,
-    write_page,
-)
+from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.benchmarks.studies.matched_figures import (
     page_tables,
     plot_divergence,
@@ -45,25 +33,14 @@ from mbrl_text_env.benchmarks.studies.matched_runs import Study, run_study
 from mbrl_text_env.rewards import make
 
 REWARDS = ("sentiment", "relevance", "constraints")
-ARTICLE = "lookahead:value=embedding"
-AGENTS = (DEFAULT_PLANNER, ARTICLE)
+AGENTS = (DEFAULT_PLANNER, "lookahead:value=embedding")
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large a study is; see `Study`."""
-
-    budgets: tuple[int, ...]
-    num_prompts: int
-    samples: int
-    train_prompts: int
-    train_samples: int
+FULL = Study({}, (256, 512, 1024, 2048, 4096, 8192))
+QUICK = Study({}, (512,), num_prompts=16, samples=32, train_prompts=16, train_samples=4)
 
 
-FULL = Size((256, 512, 1024, 2048, 4096, 8192), 64, 256, 64, 8)
-QUICK = Size((512,), 16, 32, 16, 4)
-
-def _shown(size: Size) -> str:
+def _shown(size: Study) -> str:
     return ",".join(map(str, size.budgets))
 
 
@@ -76,12 +53,12 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from error
 
 
-@friendly
+@options.friendly
 def main(
     json_file: Annotated[Path, typer.Option("--json", help="Where the results go.")] = Path(
         "matched-compute.json"
     ),
-    out: OutOption = None,
+    out: harness.OutOption = None,
     rewards: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(REWARDS),
     agents: Annotated[str, typer.Option(help="Agent specs, with commas.")] = ",".join(AGENTS),
     budgets: Annotated[
@@ -109,9 +86,9 @@ def main(
         int,
         typer.Option(min=1, help="Of each agent to each prompt, with seeds of their own."),
     ] = 1,
-    language_model: LanguageModelOption = "embedded",
-    dtype: DtypeOption = "int8",
-    page: PageOption = None,
+    language_model: options.LanguageModelOption = "embedded",
+    dtype: options.DtypeOption = "int8",
+    page: harness.PageOption = None,
     quick: Annotated[
         bool,
         typer.Option(
@@ -124,15 +101,14 @@ def main(
     names = tuple(name.strip() for name in rewards.split(","))
     specs = tuple(spec.strip() for spec in agents.split(","))
     size = QUICK if quick else FULL
-    study = Study(
-        dict.fromkeys(names, specs),
-        size.budgets if budgets is None else _numbers(budgets),
+    study = replace(
+        size,
+        agents=dict.fromkeys(names, specs),
+        budgets=size.budgets if budgets is None else _numbers(budgets),
         unit=unit,  # type: ignore[arg-type]
         split=split,
         num_prompts=num_prompts or size.num_prompts,
         samples=samples or size.samples,
-        train_prompts=size.train_prompts,
-        train_samples=size.train_samples,
         max_response_tokens=max_response_tokens,
         seed=seed,
         answers=answers,
@@ -149,10 +125,10 @@ def run_and_write(
     Returns:
         What the JSON file holds.
     """
-    model = load_language_model(language_model, dtype)
+    model = options.load_language_model(language_model, dtype)
     models = {name: make(name) for name in study.agents}
     result: dict[str, Any] = {
-        **heading("matched_compute"),
+        **harness.heading("matched_compute"),
         "language_model": model.name,
         "dtype": dtype,
         "study": study.as_dict(),
@@ -161,20 +137,22 @@ def run_and_write(
         "falls": [],
     }
     rows, pools = {}, {}
-    for name, pool, cells in run_study(study, model, models, out, on_progress=console.print):
+    for name, pool, cells in run_study(
+        study, model, models, out, on_progress=options.console.print
+    ):
         pools[name], rows[name] = pool, analyse(pool, cells)
         result["results"] += rows[name]
         result["best_of_n"] += best_of_n_rows(name, pool, study.budgets, study.unit)
         result["falls"] += falls(cells)
-        write_figures(result, json_file)
-        console.print(table(rows[name]))
+        harness.write_figures(result, json_file)
+        options.console.print(table(rows[name]))
     scaling = json_file.with_suffix(".png")
     divergence = json_file.with_name(f"{json_file.stem}-divergence.png")
     plot_scaling(rows, pools, scaling)
     plot_divergence(rows, pools, divergence)
     plots = {"Mean reward against compute": scaling, "Mean reward against divergence": divergence}
-    write_page(page, "matched_compute.md.jinja", result, page_tables(result), plots)
-    console.print(f"Results: {json_file.resolve()}")
+    harness.write_page(page, "matched_compute.md.jinja", result, page_tables(result), plots)
+    options.console.print(f"Results: {json_file.resolve()}")
     return result
 
 

@@ -116,20 +116,10 @@ def run_study(
     *,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> Iterator[tuple[str, Pool, list[Cell]]]:
-    """Run or resume a study, reward by reward.
+    """Run or resume a study in a folder; yields each reward's name, pool and cells.
 
     Studies with other agents, rewards, budgets or numbers of prompts may share a folder: they share
     the pool, and what they have in common is run once.
-
-    Args:
-        study: What to run.
-        language_model: Shared by all agents.
-        rewards: The reward models by the names that `study.agents` uses.
-        out: The study's folder.
-        on_progress: Told what begins.
-
-    Yields:
-        A reward's name, its pool and its cells.
 
     Raises:
         CompareError: The folder holds runs of another study (another language model, seed, response
@@ -237,11 +227,7 @@ class _Runs:
 class LazyValues(Mapping[str, ValueModel]):
     """Every kind of value model for one reward, each made, and fitted, when it is first asked for.
 
-    Args:
-        study: Says what the fits are on.
-        language_model: Whose responses are valued.
-        reward_model: Whose scores are predicted.
-        folder: Where the records are kept; those that rewards share are generated once.
+    `folder` keeps the responses that fits are on; all rewards share them.
     """
 
     study: Study
@@ -252,13 +238,8 @@ class LazyValues(Mapping[str, ValueModel]):
 
     def identity(self) -> dict[str, Any]:
         """What the values follow from; none is made for it."""
-        study = self.study
-        return {
-            "prompts": study.train_prompts,
-            "samples": study.train_samples,
-            "max_response_tokens": study.max_response_tokens,
-            "seed": study.seed,
-        }
+        names = ("train_prompts", "train_samples", "max_response_tokens", "seed")
+        return {name: getattr(self.study, name) for name in names}
 
     def __getitem__(self, name: str) -> ValueModel:
         if name not in _KINDS:

@@ -16,26 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from mbrl_text_env.benchmarks.options import (
-    DtypeOption,
-    LanguageModelOption,
-    console,
-    errors,
-    friendly,
-    load_language_model,
-)
+from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.benchmarks.studies.efficiency_methods import METHODS, Bench, Size
 from mbrl_text_env.benchmarks.studies.efficiency_rows import Point, plot, rows_of, shown
-from mbrl_text_env.benchmarks.studies.harness import (
-    OutOption,
-    PageOption,
-    RewardNameOption,
-    heading,
-    prompts_for,
-    run_folder,
-    write_figures,
-    write_page,
-)
 from mbrl_text_env.benchmarks.studies.measuring import Exam
 from mbrl_text_env.rewards import make
 
@@ -54,18 +38,18 @@ QUICK = Size(
 _VALIDATION_PROMPTS = 16
 
 
-@friendly
+@options.friendly
 def main(
     json_file: Annotated[Path, typer.Option("--json", help="Where the results go.")] = Path(
         "sample-efficiency.json"
     ),
-    reward: RewardNameOption = "sentiment",
+    reward: harness.RewardNameOption = "sentiment",
     methods: Annotated[str, typer.Option(help="With commas.")] = ",".join(METHODS),
-    language_model: LanguageModelOption = "embedded",
-    dtype: DtypeOption = "int8",
+    language_model: options.LanguageModelOption = "embedded",
+    dtype: options.DtypeOption = "int8",
     seed: int = 0,
-    out: OutOption = None,
-    page: PageOption = None,
+    out: harness.OutOption = None,
+    page: harness.PageOption = None,
     quick: Annotated[bool, typer.Option(help="Everything smaller: some minutes.")] = False,
 ) -> None:
     """Train, search, measure; write a table, a plot and JSON."""
@@ -84,35 +68,35 @@ def main(
     }
     reward_model = make(reward)
     prompts = {
-        "train": prompts_for(reward_model, "train", None),
-        "validation": prompts_for(reward_model, "validation", _VALIDATION_PROMPTS),
-        "test": prompts_for(reward_model, "test", size.test_prompts),
+        "train": harness.prompts_for(reward_model, "train", None),
+        "validation": harness.prompts_for(reward_model, "validation", _VALIDATION_PROMPTS),
+        "test": harness.prompts_for(reward_model, "test", size.test_prompts),
     }
-    lm = load_language_model(language_model, dtype)
+    lm = options.load_language_model(language_model, dtype)
     folder = out or Path("sample-efficiency-quick" if quick else "sample-efficiency")
     exam = Exam(reward_model, prompts["test"], size.samples, size.max_response_tokens)
     learned_on = prompts["train"], prompts["validation"]
     bench = Bench(lm, exam, *learned_on, size, seed, folder, on_progress=_told)
     # Last: a name that is misspelt does not take the folder.
-    with run_folder(folder, study, lm, reward_model, prompts):
+    with harness.run_folder(folder, study, lm, reward_model, prompts):
         points: list[Point] = []
-        result: dict[str, Any] = {**heading("sample_efficiency"), "study": study}
+        result: dict[str, Any] = {**harness.heading("sample_efficiency"), "study": study}
         for name in names:
             points += bench.points(name)
             rows = rows_of(points)
             result |= {"results": rows, "points": [asdict(point) for point in points]}
-            write_figures(result, json_file)
+            harness.write_figures(result, json_file)
         plot_file = json_file.with_suffix(".png")
         plot(rows, reward, plot_file)
         table = shown(rows, reward)
-        console.print(table.table())
+        options.console.print(table.table())
         plots = {"Reward against reward calls, tokens, FLOPs and seconds": plot_file}
-        write_page(page, "sample_efficiency.md.jinja", result, [table], plots)
-        console.print(f"Results: {json_file.resolve()}")
+        harness.write_page(page, "sample_efficiency.md.jinja", result, [table], plots)
+        options.console.print(f"Results: {json_file.resolve()}")
 
 
 def _told(message: str) -> None:
-    errors.print(message, markup=False)
+    options.errors.print(message, markup=False)
 
 
 if __name__ == "__main__":

@@ -27,15 +27,9 @@ import numpy as np
 import torch
 import typer
 
+from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.llama_server import llama_server
-from mbrl_text_env.benchmarks.options import console
-from mbrl_text_env.benchmarks.studies.harness import (
-    JsonOption,
-    Shown,
-    forget,
-    heading,
-    write_figures,
-)
+from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models import SamplingParams, TransformersLM, embedded
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.prompts import load_prompts
@@ -81,7 +75,7 @@ def article_procedure(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
 
 def article_workload(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
     """Seconds of the same tokens with the engine, from an empty cache."""
-    forget(lm)
+    harness.forget(lm)
     start = time.perf_counter()
     states = [initial(prompt, lm) for prompt in prompts]
     seeds = range(len(states))
@@ -115,7 +109,7 @@ def generate_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) 
 
 def engine_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> float:
     """Tokens a second of the engine on one batch, prefixes computed anew."""
-    forget(lm)
+    harness.forget(lm)
     start = time.perf_counter()
     lm.sample(states, 1, tokens, seeds=range(len(states)), params=PARAMS)
     return len(states) * tokens / (time.perf_counter() - start)
@@ -245,7 +239,7 @@ def ratios(
 
 
 def main(
-    json_file: JsonOption = None,
+    json_file: harness.JsonOption = None,
     seed: int = 0,
     tokens: Annotated[int, typer.Option(min=1, help="Of each sequence, by batch size.")] = 64,
     article_prompts: Annotated[int, typer.Option(min=1)] = 32,
@@ -263,7 +257,7 @@ def main(
     best = max(DTYPES, key=lambda name: rates[name]["64"])
     found = article(engines, prompts[:article_prompts], article_timed)
     result = {
-        **heading("throughput"),
+        **harness.heading("throughput"),
         "seed": seed,
         "threads": torch.get_num_threads(),
         "tokens": tokens,
@@ -273,13 +267,15 @@ def main(
         **{f"ratios_{dtype}": ratios(rates, found["seconds"], dtype) for dtype in DTYPES},
     }
     rows = [(name, *(f"{rate:.0f}" for rate in row.values())) for name, row in rates.items()]
-    console.print(Shown("Tokens a second", ("batch", *map(str, BATCH_SIZES)), rows).table())
+    options.console.print(
+        harness.Shown("Tokens a second", ("batch", *map(str, BATCH_SIZES)), rows).table()
+    )
     print(json.dumps({key: result[key] for key in result if key.startswith("ratios")}, indent=2))
-    write_figures(result, json_file)
+    harness.write_figures(result, json_file)
 
 
-def _engine(dtype: torch.dtype, **options: Any) -> TransformersLM:
-    lm = embedded(dtype=dtype, batch_size=max(BATCH_SIZES), **options)
+def _engine(dtype: torch.dtype, **others: Any) -> TransformersLM:
+    lm = embedded(dtype=dtype, batch_size=max(BATCH_SIZES), **others)
     # So that every sequence has the same number of tokens, as with `min_new_tokens`.
     lm.stop_token_ids = frozenset()
     return lm
