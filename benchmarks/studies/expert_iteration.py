@@ -174,16 +174,19 @@ def main(
     folder = out or Path("expert-iteration")
     with harness.run_folder(folder, study, lm, reward_model, chosen):
         loop = learning.ExpertIteration(
-            *(lm, reward_model, chosen["train"], chosen["validation"], folder / "loop", settings),
+            lm,
+            reward_model,
+            chosen["train"],
+            chosen["validation"],
+            folder / "loop",
+            settings,
             improver=learning.LoraImprover(tuning),
             on_stage=lambda i, stage: options.errors.print(f"iteration {i}: {stage}"),
         )
         figures = figures_of(loop, exam, planner, flops, seed)
         result = {**harness.heading("expert_iteration"), **study, **figures}
-        table = shown(result["result"], reward)
-        harness.write_figures(result, json_file)
-        options.console.print(table.table())
-        harness.write_page(page, "expert_iteration.md.jinja", result, [table])
+        tables = [shown(result["result"], reward)]
+        harness.report(result, "expert_iteration.md.jinja", tables, json_file, page)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,23 @@ def write_figures(result: Mapping[str, Any], json_file: Path | None) -> None:
         write_text(json_file, json.dumps(result, indent=1))
 
 
+def report(
+    result: Mapping[str, Any],
+    template: str,
+    tables: Sequence[Shown],
+    json_file: Path | None,
+    page: Path | None,
+    plots: Mapping[str, Path] | None = None,
+) -> None:
+    """Write figures as JSON, print their tables, and write the page; see `write_page`."""
+    write_figures(result, json_file)
+    for shown in tables:
+        console.print(shown.table())
+    write_page(page, template, result, tables, plots)
+    if json_file is not None:
+        console.print(f"Results: {json_file.resolve()}")
+
+
 def write_page(
     page: Path | None,
     template: str,

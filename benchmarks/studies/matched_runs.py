@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -146,21 +147,23 @@ def run_study(
             yield name, pool, cells
 
 
+@dataclass(frozen=True)
 class _Runs:
     """The runs of a study for one reward."""
 
-    def __init__(
-        self,
-        study: Study,
-        language_model: LanguageModel,
-        name: str,
-        reward_model: RewardModel,
-        out: Path,
-    ) -> None:
-        self.study, self.name, self.out = study, name, out
-        self.language_model, self.reward_model = language_model, reward_model
-        self.prompts = study.prompts(study.split, study.num_prompts, reward_model)
-        self.values = LazyValues(study, language_model, reward_model, out / "train")
+    study: Study
+    language_model: LanguageModel
+    name: str
+    reward_model: RewardModel
+    out: Path
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        return self.study.prompts(self.study.split, self.study.num_prompts, self.reward_model)
+
+    @cached_property
+    def values(self) -> LazyValues:
+        return LazyValues(self.study, self.language_model, self.reward_model, self.out / "train")
 
     def pool(self) -> Pool:
         return make_pool(
@@ -211,13 +214,9 @@ class _Runs:
             batch_prompts=study.batch_prompts,
             **caps,
         )
-        comparison = Comparison(
-            config,
-            self.prompts,
-            self.language_model,
-            self.reward_model,
-            self.values if "value" in parse_spec(spec)[1] else None,
-        )
+        models = self.language_model, self.reward_model
+        values = self.values if "value" in parse_spec(spec)[1] else None
+        comparison = Comparison(config, self.prompts, *models, values)
         again = f"-again-{number}" if number else ""
         place = self.out / "runs" / self.name / folder / f"{slug(spec)}{again}"
         return run(comparison, place)[spec]
@@ -266,21 +265,19 @@ class LazyValues(Mapping[str, ValueModel]):
     def records(self) -> list[Record]:
         """The scored responses that value models are fitted on."""
         study = self.study
+        prompts = study.prompts("train", study.train_prompts, self.reward_model)
         pool = fill_pool(
             self.folder,
             self.language_model,
-            study.prompts("train", study.train_prompts, self.reward_model),
+            prompts,
             samples=study.train_samples,
             max_response_tokens=study.max_response_tokens,
             shared=True,
             seed=study.seed,
         )
         records = [record for row in pool for record in row]
-        scores = score_responses(
-            self.reward_model,
-            [record.prompt() for record in records],
-            [record.response for record in records],
-        )
+        texts = [record.response for record in records]
+        scores = score_responses(self.reward_model, [r.prompt() for r in records], texts)
         name = reward_name(self.reward_model)
         return [
             replace(r, score=float(total), rewards=dict(scores.parts_of(i)), reward_name=name)

@@ -88,11 +88,9 @@ def main(
             harness.write_figures(result, json_file)
         plot_file = json_file.with_suffix(".png")
         plot(rows, reward, plot_file)
-        table = shown(rows, reward)
-        options.console.print(table.table())
         plots = {"Reward against reward calls, tokens, FLOPs and seconds": plot_file}
-        harness.write_page(page, "sample_efficiency.md.jinja", result, [table], plots)
-        options.console.print(f"Results: {json_file.resolve()}")
+        tables = [shown(rows, reward)]
+        harness.report(result, "sample_efficiency.md.jinja", tables, json_file, page, plots)
 
 
 def _told(message: str) -> None:
