@@ -168,7 +168,7 @@ class _Runs:
     def pool(self) -> Pool:
         return make_pool(
             self.out / "pool",
-            self.out / "scores" / self.name,
+            self.out / "scores" / slug(self.name),
             self.language_model,
             self.reward_model,
             self.prompts,
@@ -218,7 +218,7 @@ class _Runs:
         values = self.values if "value" in parse_spec(spec)[1] else None
         comparison = Comparison(config, self.prompts, *models, values)
         again = f"-again-{number}" if number else ""
-        place = self.out / "runs" / self.name / folder / f"{slug(spec)}{again}"
+        place = self.out / "runs" / slug(self.name) / folder / f"{slug(spec)}{again}"
         return run(comparison, place)[spec]
 
 

@@ -73,9 +73,7 @@ class TestPromptsFor:
         assert 2 <= len(found) < len(load_prompts(split="train")) == 465
 
     def test_too_few(self):
-        with pytest.raises(
-            CompareError, match=r"1 to 465 prompts .*'sentiment'.* got 466"
-        ):
+        with pytest.raises(CompareError, match=r"1 to 465 prompts .*'sentiment'.* got 466"):
             prompts_for(make("sentiment"), "train", 466)
         with pytest.raises(CompareError, match="'unit-tests' applies to none"):
             prompts_for(make("unit-tests"), "test", None)

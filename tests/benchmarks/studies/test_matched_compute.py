@@ -1,4 +1,4 @@
-"""A study of a toy world, its page and plots, and the command, on real models once."""
+"""A study of a toy world, its page and plots, and the command."""
 
 import json
 from dataclasses import replace
@@ -28,6 +28,7 @@ from mbrl_text_env.benchmarks.studies.matched_figures import (
 from mbrl_text_env.benchmarks.studies.matched_runs import LazyValues, Study, run_study, slug
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.prompts import load_prompts
+from tests.benchmarks.studies.tiny_command import Command
 from tests.benchmarks.test_matched import LM, CostlyCount
 from tests.toys import CountReward
 
@@ -229,9 +230,14 @@ def test_page_and_plots(tmp_path):
         assert f"{row['mean']:.3f}" in line
 
 
-def test_a_small_study_of_the_real_models(smollm2, tmp_path):
+def test_a_small_study_with_a_reward_in_a_file(tmp_path):
+    """On a tiny model; what is kept is in the study's folder, whatever the reward is called."""
+    files = tmp_path / "files"
+    files.mkdir()
+    command = Command(matched_compute.main, files, {})
+    before = sorted(files.rglob("*"))
     study = Study(
-        {"sentiment": DEFAULT_AGENTS},
+        {f"{command.reward}:letters": DEFAULT_AGENTS},
         budgets=(48,),
         num_prompts=3,
         samples=4,
@@ -240,9 +246,10 @@ def test_a_small_study_of_the_real_models(smollm2, tmp_path):
         max_response_tokens=12,
     )
     path = tmp_path / "results.json"
-    result = run_and_write(
-        study, "embedded", "float32", tmp_path / "study", path, tmp_path / "page.md"
-    )
+    places = tmp_path / "study", path, tmp_path / "page.md"
+    result = run_and_write(study, str(command.model), "float32", *places)
+    made = [path for path in files.rglob("*") if "__pycache__" not in path.parts]
+    assert sorted(made) == before
     found = json.loads(path.read_text())
     assert found == json.loads(json.dumps(result))
     assert [row["agent"] for row in found["results"]] == list(DEFAULT_AGENTS)
