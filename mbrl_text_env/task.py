@@ -375,7 +375,9 @@ class TextTask:
             )
         from mbrl_text_env.language_models.catalogue import embedded_encoder
 
-        return EmbeddingObservation(encoder or cast("Encoder", embedded_encoder()))
+        return EmbeddingObservation(
+            cast("Encoder", embedded_encoder()) if encoder is None else encoder
+        )
 
     def _named_prompt(self, wanted: object) -> Prompt:
         if isinstance(wanted, Prompt):
