@@ -20,7 +20,7 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import AutoresetMode, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from mbrl_text_env.env import TextGenerationEnv, unchanged_if_it_fails
+from mbrl_text_env.env import TextGenerationEnv, text_env, unchanged_if_it_fails
 from mbrl_text_env.language_models.base import LanguageModel, Tokenizer
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import check_not_terminal
@@ -84,12 +84,9 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             self, _disable_deepcopy=True, language_model=language_model, **options
         )
         gym.Wrapper.__init__(self, env)
-        base = env.unwrapped
-        if not isinstance(base, TextGenerationEnv):
-            raise TypeError(f"Expected a TextGenerationEnv, got {type(base).__name__}.")
-        self._base = base
-        model = _language_model(language_model, base.task)
-        self.proposer = CandidateProposer(model, base.task, **options)
+        self._base = text_env(env)
+        model = _language_model(language_model, self._base.task)
+        self.proposer = CandidateProposer(model, self._base.task, **options)
         self.action_space = spaces.Discrete(self.proposer.num_candidates)
         self.observation_space = feature_box(self.proposer.layout.size)
         self.ledger = Ledger()
@@ -225,15 +222,12 @@ class CandidateChunksVector(_VectorWrapper):
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
                 infos = self._with_final_view(infos)
             self._draw_seeds()
-            observations, infos = self._show(infos, self._everyone())
+            observations, infos = self._show(infos)
         return observations, rewards, terminations, truncations, infos
 
     def get_states(self) -> list[CandidateState]:
         """The N current states and the seeds of their proposals."""
-        return [
-            CandidateState(state, seed)
-            for state, seed in zip(self._base.states, self._seeds, strict=True)
-        ]
+        return list(map(CandidateState, self._base.states, self._seeds))
 
     def set_states(self, states: Sequence[CandidateState]) -> tuple[Any, dict[str, Any]]:
         """Go on from N states of this view; returns what `reset` would.
@@ -246,10 +240,7 @@ class CandidateChunksVector(_VectorWrapper):
         with unchanged_if_it_fails(self):
             _, infos = self._base.set_states([state.text_state for state in states])
             self._seeds = [state.seed for state in states]
-            return self._show(infos, self._everyone())
-
-    def _everyone(self) -> npt.NDArray[np.bool_]:
-        return np.ones(self._base.num_envs, dtype=np.bool_)
+            return self._show(infos)
 
     def _draw_seeds(self) -> None:
         """New seeds where an episode has begun."""
@@ -257,9 +248,9 @@ class CandidateChunksVector(_VectorWrapper):
             self._seeds[i] = _draw_seed(self._base.generator(i))
 
     def _show(
-        self, infos: dict[str, Any], shown: npt.NDArray[np.bool_]
+        self, infos: dict[str, Any], shown: npt.NDArray[np.bool_] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Propose anew everywhere; `shown` are the environments whose info is asked for."""
+        """Propose anew everywhere; `shown` are the environments whose info is asked for, or all."""
         states, ledgers = self._base.states, [self.ledger] * self._base.num_envs
         self.candidates = self.proposer.propose(states, self._seeds, ledgers)
         failures: list[RewardError | None] = [None] * len(states)
@@ -267,7 +258,7 @@ class CandidateChunksVector(_VectorWrapper):
         features = self.proposer.features(states, self.candidates, ledgers, self._known, isolated)
         self._failures = failures
         texts = self.proposer.texts(states, self.candidates)
-        for i in np.flatnonzero(shown).tolist():
+        for i in range(len(states)) if shown is None else np.flatnonzero(shown).tolist():
             row: dict[str, Any] = {"candidates": tuple(texts[i])}
             if failures[i] is not None:
                 row["reward_error"] = str(failures[i])

@@ -136,6 +136,18 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         return observation, outcome.info
 
 
+def text_env(env: gym.Env[Any, Any]) -> TextGenerationEnv:
+    """The text environment inside wrappers.
+
+    Raises:
+        TypeError: There is none.
+    """
+    base = env.unwrapped
+    if not isinstance(base, TextGenerationEnv):
+        raise TypeError(f"Expected a TextGenerationEnv inside, got {type(base).__name__}.")
+    return base
+
+
 def check_render_mode(render_mode: str | None, known: list[str]) -> None:
     """Refuse a render mode that an environment does not have."""
     if render_mode not in (None, *known):
