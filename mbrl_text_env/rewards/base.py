@@ -86,7 +86,7 @@ class RewardModel(ABC):
     @property
     def part_names(self) -> tuple[str, ...] | None:
         """The parts that every score has; None where they are not known beforehand."""
-        return (self.name,) if type(self).score_parts is RewardModel.score_parts else None
+        return (self.name,) if _is_default(self.score_parts) else None
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether it can score answers to `prompt`; by default to all."""
@@ -102,8 +102,11 @@ class RewardModel(ABC):
         Raises:
             RewardError: The class has `flops` and does not say this.
         """
-        if type(self).flops is not RewardModel.flops:
-            raise _no_bound(self.name)
+        if not _is_default(self.flops):
+            raise RewardError(
+                f"Reward model {self.name!r} has `flops` but no `flops_bound() -> float`, the most "
+                "that one response can take; budgets need both. Add it."
+            )
         return 0.0
 
     def usage_bound(self) -> Usage:
@@ -148,17 +151,18 @@ See `rewards.as_reward_model`, by which it becomes a reward model.
 
 
 class ObjectReward(RewardModel):
-    """An object with a method `score`, and those of the optional ones that it has.
-
-    Its other attributes are to be had here too.
+    """An object with a method `score`, and whatever else of a reward model it has.
 
     Args:
-        reward: The object.
+        reward: The object. Its other attributes are to be had here too.
     """
 
     def __init__(self, reward: Any) -> None:
         self.reward = reward
         self.name = str(getattr(reward, "name", type(reward).__name__))
+        for method in ("score_parts", "applies_to", "flops", "flops_bound"):
+            if hasattr(reward, method):
+                setattr(self, method, getattr(reward, method))
 
     def __getattr__(self, name: str) -> Any:
         if name == "reward" or name.startswith("__"):
@@ -173,41 +177,16 @@ class ObjectReward(RewardModel):
         """The object's."""
         return cast("npt.ArrayLike", self.reward.score(prompts, responses))
 
-    def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """The object's, or its scores alone."""
-        own = self._own("score_parts")
-        return cast("Scores", (own or super().score_parts)(prompts, responses))
-
     @property
     def part_names(self) -> tuple[str, ...] | None:
         """The object's."""
-        if self._own("score_parts") is None:
-            return (self.name,)
-        named = self._own("part_names")
-        return None if named is None else tuple(named)
-
-    def applies_to(self, prompt: Prompt) -> bool:
-        """The object's."""
-        return bool((self._own("applies_to") or super().applies_to)(prompt))
-
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
-        """The object's."""
-        return cast("npt.ArrayLike", (self._own("flops") or super().flops)(prompts, responses))
-
-    def flops_bound(self) -> float:
-        """The object's."""
-        own = self._own("flops_bound")
-        if own is None and self._own("flops") is not None:
-            raise _no_bound(self.name)
-        return 0.0 if own is None else float(own())
+        named = getattr(self.reward, "part_names", None)
+        return super().part_names if named is None else tuple(named)
 
     def reduced(self, dtype: str) -> RewardModel:
         """The object's, or itself."""
-        own = self._own("reduced")
+        own = getattr(self.reward, "reduced", None)
         return self if own is None else reward_model_of(own(dtype))
-
-    def _own(self, name: str) -> Any:
-        return getattr(self.reward, name, None)
 
 
 class ObjectProcessReward(ObjectReward, ProcessRewardModel):
@@ -402,11 +381,10 @@ def score_steps(
     return scores
 
 
-def _no_bound(name: str) -> RewardError:
-    return RewardError(
-        f"Reward model {name!r} has `flops` but no `flops_bound() -> float`, the most that one "
-        "response can take; budgets need both. Add it."
-    )
+def _is_default(method: Callable[..., Any]) -> bool:
+    """Whether a method of a reward model is that of the base class."""
+    function = getattr(method, "__func__", None)
+    return function is not None and function is vars(RewardModel).get(function.__name__)
 
 
 def _guarded(function: Callable[..., Any], name: str, first: Prompt, *args: Any) -> Any:

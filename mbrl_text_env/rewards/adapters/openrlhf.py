@@ -67,29 +67,11 @@ class OpenRLHFFunctionReward(FunctionAdapter):
         return listed(result, self.name, prompts, responses)
 
 
-def to_openrlhf(
-    reward_model: RewardLike, *, end_texts: Sequence[str] = END_TEXTS
-) -> OpenRLHFReward:
-    """Return a reward model as OpenRLHF's `reward_func`.
+class OpenRLHFReward:
+    """A reward model as OpenRLHF's `reward_func`, also named `to_openrlhf`.
 
     It is named by a file, `--remote_rm_url my_reward.py`, whose content can be
     `reward_func = to_openrlhf(make("sentiment"))`.
-
-    Args:
-        reward_model: The reward model, or whatever `as_reward_model` takes.
-        end_texts: Stop tokens as text, taken off a response's end.
-
-    Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
-        >>> reward_func = to_openrlhf(SentimentReward())
-        >>> reward_func(["How was it? Good.</s>"], ["How was it?"], [None])["rewards"]
-        tensor([0.4404])
-    """
-    return OpenRLHFReward(reward_model, tuple(end_texts))
-
-
-class OpenRLHFReward:
-    """A reward model that OpenRLHF can call; see `to_openrlhf`.
 
     The response is what follows the prompt in a query. A label becomes the metadata
     "reference_answer" and "ground_truth"; "" and None are none. Returned are float32 tensors:
@@ -97,13 +79,19 @@ class OpenRLHFReward:
 
     Args:
         reward_model: The reward model, or whatever `as_reward_model` takes.
-        end_texts: See `to_openrlhf`.
+        end_texts: Stop tokens as text, taken off a response's end.
 
     Attributes:
         __name__: The reward's name.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward_func = to_openrlhf(SentimentReward())
+        >>> reward_func(["How was it? Good.</s>"], ["How was it?"], [None])["rewards"]
+        tensor([0.4404])
     """
 
-    def __init__(self, reward_model: RewardLike, end_texts: tuple[str, ...] = END_TEXTS) -> None:
+    def __init__(self, reward_model: RewardLike, *, end_texts: Sequence[str] = END_TEXTS) -> None:
         self.reward_model = adapted(reward_model)
         self.end_texts = end_texts
         self.__name__ = self.reward_model.name
@@ -144,3 +132,6 @@ class OpenRLHFReward:
         for text in self.end_texts:
             response = response.removesuffix(text)
         return response
+
+
+to_openrlhf = OpenRLHFReward

@@ -134,21 +134,8 @@ class TRLFunctionReward(FunctionAdapter):
         return sorted(required(self.function) - known)
 
 
-def to_trl(reward_model: RewardLike) -> TRLReward:
-    """Return a reward model as a reward function of TRL.
-
-    Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
-        >>> function = to_trl(SentimentReward())
-        >>> function(prompts=["How was it?"], completions=["It was good."])
-        [0.4404]
-        >>> trainer = GRPOTrainer(model, reward_funcs=function, ...)  # doctest: +SKIP
-    """
-    return TRLReward(reward_model)
-
-
 class TRLReward:
-    """A reward model that TRL's trainers can call; see `to_trl`.
+    """A reward model as a reward function of TRL, also named `to_trl`.
 
     The columns of the data set become the prompts' metadata, and a column `id` their ids. A row
     that the reward model does not apply to gives None, which TRL leaves out of its sum; a failure
@@ -160,6 +147,13 @@ class TRLReward:
 
     Attributes:
         __name__: Its name, which is TRL's key for its metrics.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> function = to_trl(SentimentReward())
+        >>> function(prompts=["How was it?"], completions=["It was good."])
+        [0.4404]
+        >>> trainer = GRPOTrainer(model, reward_funcs=function, ...)  # doctest: +SKIP
     """
 
     def __init__(self, reward_model: RewardLike) -> None:
@@ -210,6 +204,9 @@ class TRLReward:
                 f"each of {rows} prompts, got {values!r:.80}. Pass columns as lists."
             )
         return column
+
+
+to_trl = TRLReward
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -108,28 +108,12 @@ class VerlFunctionReward(FunctionAdapter):
         return not {"ground_truth", "ground_truths"}.isdisjoint(required(self.function))
 
 
-def to_verl(reward_model: RewardLike, *, needs_prompt: bool = True) -> VerlReward:
-    """Return a reward model as verl's `compute_score`.
-
-    In verl's configuration it is named by a file, `custom_reward_function.path=my_reward.py`, whose
-    content can be `compute_score = to_verl(make("relevance"))`.
-
-    Args:
-        reward_model: The reward model, or whatever `as_reward_model` takes.
-        needs_prompt: Whether the prompt has to be in `extra_info`; see `VerlReward`. False for a
-            reward that looks at the response alone.
-
-    Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
-        >>> compute_score = to_verl(SentimentReward(), needs_prompt=False)
-        >>> compute_score(data_source="films", solution_str="It was good.", ground_truth=None)
-        0.4404
-    """
-    return VerlReward(reward_model, needs_prompt)
-
-
 class VerlReward:
-    """A reward model that verl can call, with one response or, in plurals, a batch; see `to_verl`.
+    """A reward model as verl's `compute_score`, also named `to_verl`.
+
+    It is called with one response or, in plurals, a batch. In verl's configuration it is named by a
+    file, `custom_reward_function.path=my_reward.py`, whose content can be
+    `compute_score = to_verl(make("relevance"))`.
 
     verl does not pass the prompt: it is read from `extra_info`, under "prompt", "raw_prompt",
     "question" or "problem", a text or a list of messages. The ground truth becomes the metadata
@@ -137,13 +121,20 @@ class VerlReward:
 
     Args:
         reward_model: The reward model, or whatever `as_reward_model` takes.
-        needs_prompt: Whether a missing prompt is an error; otherwise it is a text that says so.
+        needs_prompt: Whether a missing prompt is an error; False for a reward that looks at the
+            response alone.
 
     Attributes:
         __name__: The reward's name.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> compute_score = to_verl(SentimentReward(), needs_prompt=False)
+        >>> compute_score(data_source="films", solution_str="It was good.", ground_truth=None)
+        0.4404
     """
 
-    def __init__(self, reward_model: RewardLike, needs_prompt: bool = True) -> None:
+    def __init__(self, reward_model: RewardLike, *, needs_prompt: bool = True) -> None:
         self.reward_model = adapted(reward_model)
         self.needs_prompt = needs_prompt
         self.__name__ = self.reward_model.name
@@ -194,6 +185,9 @@ class VerlReward:
         content = rest.pop(key) if key is not None else _NO_PROMPT
         truths = {} if truth is None else {"ground_truth": truth, "reference_answer": truth}
         return as_prompt(content, {**rest, "data_source": source, **truths})
+
+
+to_verl = VerlReward
 
 
 def _score_of(value: Any) -> Any:

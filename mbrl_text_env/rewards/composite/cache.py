@@ -186,15 +186,15 @@ def _described(value: object, owner: str) -> Any:
         return [_described(item, owner) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _described(item, owner) for key, item in value.items()}
+    if isinstance(value, ObjectReward):
+        return _described_reward(value.reward)
+    if hasattr(value, "score"):
+        return _described_reward(value)
     if is_dataclass(value) and not isinstance(value, type):
         named = {field.name: getattr(value, field.name) for field in fields(value)}
         return [type(value).__qualname__, _described(named, owner)]
     if type(value).__module__.partition(".")[0] == "torch":
         return str(value)
-    if isinstance(value, ObjectReward):
-        return _described_reward(value.reward)
-    if hasattr(value, "score"):
-        return _described_reward(value)
     raise ValueError(
         f"Reward model {owner!r} holds {value!r:.80}, by which it cannot be told from others when "
         "scores are looked up. Pass key=..., a name for the reward model, and change it when the "
