@@ -185,7 +185,7 @@ def test_defaults_of_the_optional_methods():
 
 def test_a_reward_without_another_format_is_its_own_reduced_form():
     reward = Stub([])
-    assert reduced(reward, "bfloat16") is reward
+    assert reduced(reward, "bfloat16").reward is reward
 
 
 def test_a_reward_says_what_its_reduced_form_is():
