@@ -311,7 +311,7 @@ def _loaded(name: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:
         raise RewardSpecError(
             f"Reward {name!r}, offered by {_packages(points)}: importing {points[0].value!r} "
-            f"raised {type(error).__name__}: {error}. Mend or uninstall that package."
+            f"raised {type(error).__name__}: {error}. Fix or uninstall that package."
         ) from error
     return factory
 

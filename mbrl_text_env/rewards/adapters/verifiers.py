@@ -1,6 +1,6 @@
 """The rubrics and reward functions of verifiers as reward models, and reward models as rubrics.
 
-Source: `verifiers.Rubric` in versions 0.1 to 0.3 (0.4 has tasks with `@reward` methods, which need
+Source: `verifiers.Rubric` in version 0.3 (0.4 has tasks with `@reward` methods, which need
 a whole rollout, and no rubrics): functions that take by name what they need of `prompt`,
 `completion`, `answer`, `info`, `state`, `task`, `parser` and the row's columns.
 """
@@ -226,7 +226,7 @@ def to_verifiers(reward_model: RewardLike) -> Any:
     except ImportError as error:
         raise ImportError(
             "to_verifiers needs a version of verifiers that has rubrics: "
-            "pip install 'verifiers>=0.2,<0.4'."
+            "pip install 'verifiers>=0.3,<0.4'."
         ) from error
 
     scorer = adapted(reward_model)

@@ -34,20 +34,17 @@ Output = Literal["logit", "sigmoid", "softmax"]
 class ClassifierReward(HubReward):
     """The score that a sequence-classification model gives to a prompt and its response.
 
-    Most reward models on the Hugging Face Hub have one logit, trained on preferences. A model with
-    several classes needs `label`: the class whose logit or probability is the reward. Code that
-    comes with a model is never run (`trust_remote_code` is off), and safetensors weights are
-    preferred where a model has others too.
+    Most reward models on the Hub have one logit, trained on preferences; a model with several
+    classes needs `label`. Code that comes with a model is never run (`trust_remote_code` is off).
 
-    Responses are scored in batches of similar length; in float32 the batch around a response does
-    not change its score by more than 1e-5. A model whose config names no padding token is run on
-    one response at a time. Texts longer than `max_length`, or than the model's input, are cut, and
-    a warning says so the first time. Special tokens written out in a prompt or response are read as
-    ordinary text, with a zero-width space in their middle: a response cannot end its own message
-    and begin another.
+    Responses are scored in batches of similar length, one at a time where the config names no
+    padding token; in float32 the batch changes a score by at most 1e-5. Texts longer than
+    `max_length`, or than the model's input, are cut; the first cut gives a warning. Special tokens
+    written out in a prompt or response get a zero-width space and are read as ordinary text: a
+    response cannot end its own message.
 
-    The article's reward is `text_format="article"` with `output="sigmoid"`, which its pipeline
-    applies to a single logit. The sigmoid keeps the order of the logits, but flattens at both ends.
+    The article's reward is `text_format="article"` with `output="sigmoid"`; the sigmoid keeps the
+    order of the logits, but flattens at both ends.
 
     Source: Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020.
 
@@ -103,11 +100,7 @@ class ClassifierReward(HubReward):
         return scores
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of scoring each response.
-
-        2 x parameters (without embedding tables, which are looked up) x tokens + 4 x layers x width
-        x tokens^2 for the attention; padding is not counted.
-        """
+        """Return float64[B], the floating-point operations of each response: `forward_flops`."""
         if not responses:
             return np.zeros(0)
         lengths = [len(encoding.ids) for encoding in self._encode(prompts, responses)]

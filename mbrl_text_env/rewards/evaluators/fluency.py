@@ -24,24 +24,18 @@ from mbrl_text_env.types import Chunk, FloatArray, Prompt, TextState
 class FluencyReward(Evaluator):
     """Mean log-probability (nats a token) of a response under a language model, at most 0.
 
-    It is minus the logarithm of the response's perplexity. Reward models see text only, so the
-    response is encoded anew: its tokens, and so its score, may differ from those that were sampled.
-    Special tokens written out in it are read as ordinary text.
+    It is minus the logarithm of the response's perplexity. The text is encoded anew, so its tokens
+    may differ from the sampled ones; special tokens written out in it are read as ordinary text. A
+    response without tokens scores the log-probability that the model ends right there (all its stop
+    tokens together); the end of other responses does not count.
 
-    An empty mean would be 0, the best score there is. So a response without tokens scores the
-    log-probability that the model ends right there: that of all its stop tokens together. The end
-    of other responses does not count; they may have been cut by a limit.
-
-    Probable is not good: a text that repeats itself scores close to 0, so a search for this reward
-    alone ends in repetition. Combine it with `RepetitionPenalty` or another reward.
-
-    Responses longer than `max_length`, or than the model's context has room for, are cut at their
-    end, and a warning says so the first time.
+    A text that repeats itself is probable, so a search for this reward alone ends in repetition:
+    combine it with `RepetitionPenalty` or another reward. Responses longer than `max_length`, or
+    than the context has room for, are cut at their end; the first cut gives a warning.
 
     Args:
-        language_model: A language model with `logprobs`, such as `TransformersLM` or `ServerLM`;
-            the name on the Hub or the folder of one; None for the embedded SmolLM2, which is loaded
-            at first use.
+        language_model: One with `logprobs` (`TransformersLM`, `ServerLM`), its name on the Hub or
+            folder; None for the embedded SmolLM2.
         conditional: Whether the response is judged as an answer to its prompt; otherwise as a text
             of its own, after the tokenizer's opening token or, where it has none, a stop token.
         max_length: Most tokens of a response that count.

@@ -53,29 +53,22 @@ _FIELDS = ("rubric", "prompt", "response")
 class JudgeReward(Evaluator):
     """The verdict that a language model is expected to give on a response, by a rubric.
 
-    The judge is asked with a template, and nothing is sampled or parsed: the score is the mean of
-    the possible answers' values, weighted by the probabilities that the judge gives to them. Each
-    answer is judged as the next tokens after the question by `logprobs`, which language models in
-    this process and servers (`ServerLM`) share.
+    Nothing is sampled or parsed: the score is the mean of the answers' values, weighted by the
+    probabilities (`logprobs`) that each comes next after the template's question.
 
-    Prompt and response stand in one user message. Special tokens written out in them, or in rubric
-    and template, are read as ordinary text, so that nothing can end the message or write the
-    judge's answer. What a response says in plain words the judge still reads: nothing here keeps it
-    from asking for a good mark.
-
-    A response that does not fit into `max_length` with the rest is cut at its end, and a warning
-    says so the first time. So it does where all answers together have a probability below
-    `least_mass`: the score is then one of unlikely answers, and the template or the judge does not
-    suit.
+    Special tokens written out in prompt, response, rubric or template are read as ordinary text, so
+    nothing can end the message or write the judge's answer. A response may still ask in plain words
+    for a good mark. One that does not fit into `max_length` with the rest is cut at its end. The
+    first such cut, and the first question whose answers together are less probable than
+    `least_mass` (template or judge do not suit), gives a warning.
 
     Source: Liu et al., "G-Eval: NLG Evaluation using GPT-4 with Better Human Alignment", EMNLP
     2023. Deviations: exact probabilities rather than frequencies of 20 samples, divided by their
     sum over the answers; no chain of thought before the answer.
 
     Args:
-        language_model: A language model with `logprobs`, such as `TransformersLM` or `ServerLM`;
-            the name on the Hub or the folder of one; None for the embedded SmolLM2, which is loaded
-            at first use and is too small to judge well.
+        language_model: One with `logprobs` (`TransformersLM`, `ServerLM`), its name on the Hub or
+            folder; None for the embedded SmolLM2, which is too small to judge well.
         rubric: What deserves which answer. A string under `"rubric"` in a prompt's metadata takes
             its place for that prompt.
         template: The question, with the fields `{rubric}`, `{prompt}` and `{response}`

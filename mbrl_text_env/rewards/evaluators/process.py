@@ -51,16 +51,13 @@ class ProcessReward(HubReward, ProcessRewardModel):
       1 of `AutoModelForTokenClassification` there.
     - Others: a `StepFormat`.
 
-    Which tokens are read follows from how the text was put together, not from a search for
-    `step_end` in it: what a step contains never moves the scores. Special tokens and `step_end`
-    written out in a prompt or step get a zero-width space and are read as ordinary text (line
-    breaks stay, as in training).
+    Formats with a turn of the chat for each step (RLHFlow's) are not among them. Special tokens and
+    `step_end` written out in a prompt or step get a zero-width space and are read as ordinary text
+    (line breaks stay, as in training), so what a step contains never moves the places of scores.
 
     A text longer than `max_length`, or than the model's input, is cut: first the prompt's start, to
-    half of the limit, then the ends of the longest steps. Each step still has its own score, that
-    of what is left of it, and a warning says so the first time.
-
-    Formats with a turn of the chat for each step (RLHFlow's) are not among them.
+    half of the limit, then the ends of the longest steps, each of which keeps a score of its own.
+    The first cut gives a warning.
 
     Source: Zhang et al., "The Lessons of Developing Process Reward Models in Mathematical
     Reasoning", 2025, and the model card of Qwen/Qwen2.5-Math-PRM-7B; Wang et al., "Math-Shepherd:
@@ -154,11 +151,7 @@ class ProcessReward(HubReward, ProcessRewardModel):
         return found or [""]
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of scoring each response.
-
-        2 x parameters (without embedding tables) x tokens + 4 x layers x width x tokens^2 for the
-        attention; padding is not counted.
-        """
+        """Return float64[B], the floating-point operations of each response: `forward_flops`."""
         if not responses:
             return np.zeros(0)
         loaded = self._model()
