@@ -137,11 +137,7 @@ class _Batch:
 
 
 def _finite(raw: Any, subject: str, texts: Sequence[str]) -> FloatArray:
-    """What a model returned, as float64[len(texts)].
-
-    Raises:
-        CheckError: It is not one finite number a text.
-    """
+    """What a model returned, as float64[len(texts)]."""
     try:
         values = np.asarray(raw, dtype=np.float64)
     except (TypeError, ValueError):

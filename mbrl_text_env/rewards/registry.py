@@ -295,11 +295,7 @@ def _offered() -> dict[str, list[EntryPoint]]:
 
 
 def _loaded(name: str) -> Callable[..., Any]:
-    """The factory behind an entry point.
-
-    Raises:
-        RewardSpecError: It cannot be imported, or two packages offer the name.
-    """
+    """The factory behind an entry point."""
     points = _offered()[name]
     if len(points) > 1:
         raise RewardSpecError(

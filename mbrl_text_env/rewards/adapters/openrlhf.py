@@ -103,11 +103,7 @@ class OpenRLHFReward:
         labels: Sequence[Any] | None = None,
         **ignored: Any,
     ) -> dict[str, Any]:
-        """Score the responses in `queries`.
-
-        Raises:
-            RewardError: The reward model failed, or a query does not begin with its prompt.
-        """
+        """Score the responses in `queries`."""
         import torch
 
         asked, responses = [], []

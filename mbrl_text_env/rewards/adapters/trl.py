@@ -163,16 +163,7 @@ class TRLReward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | None]:
-        """Score completions as `GRPOTrainer` asks for it.
-
-        Args:
-            prompts: B strings or lists of messages.
-            completions: B strings or lists of messages.
-            **columns: Lists of B values, and what the trainer adds.
-
-        Raises:
-            RewardError: The reward model failed.
-        """
+        """Score completions as `GRPOTrainer` asks for it."""
         dropped = (*_TEXT_COLUMNS, *_TRAINER_KEYWORDS)
         columns = {
             key: self._column(key, values, len(prompts))

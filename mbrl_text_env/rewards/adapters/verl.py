@@ -152,12 +152,7 @@ class VerlReward:
         extra_infos: Sequence[Mapping[str, Any] | None] | None = None,
         **ignored: Any,
     ) -> float | list[float]:
-        """Score one response, or the responses in `solution_strs`.
-
-        Raises:
-            RewardError: The reward model failed, or the prompt is missing.
-            TypeError: There is no response.
-        """
+        """Score one response, or the responses in `solution_strs`."""
         if solution_strs is not None:
             none = [None] * len(solution_strs)
             # verl passes arrays, which are neither true nor false.

@@ -250,7 +250,6 @@ class Gate(Combinator):
         closed: The score of a response for which it stays closed. It should be no better than what
             `reward` gives to bad responses: with sentiment, which goes down to -1, a `closed` of 0
             would reward breaking the constraint.
-        name: What reports call it.
 
     Raises:
         ValueError: A number is not finite, or the two have the same name.
@@ -301,7 +300,6 @@ class Ensemble(Combinator):
         rule: `"mean"`, `"min"`, or `"mean-std"`: the mean minus `k` standard deviations (of the
             judges at hand, divided by their number).
         k: See `rule`; at least 0.
-        name: What reports call it.
 
     Raises:
         ValueError: There are fewer than two rewards, two have the same name, the rule is unknown,

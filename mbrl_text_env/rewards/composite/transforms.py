@@ -35,7 +35,6 @@ class Clip(Wrapper):
         reward: The reward.
         low: The least score; None for no bound.
         high: The greatest score; None for no bound.
-        name: What reports call it.
 
     Raises:
         ValueError: There is no bound, one is NaN, or `low` is above `high`.
@@ -73,7 +72,6 @@ class Threshold(Wrapper):
     Args:
         reward: The reward.
         threshold: The least score that makes 1.
-        name: What reports call it.
 
     Raises:
         ValueError: The threshold is not finite.
@@ -102,7 +100,6 @@ class Normalise(Wrapper):
         reward: The reward.
         mean: What becomes 0.
         std: What becomes 1; above 0.
-        name: What reports call it.
 
     Raises:
         ValueError: A number is not finite, or `std` is not above 0.
@@ -164,7 +161,6 @@ class RunningNormalise(Wrapper):
 
     Args:
         reward: The reward.
-        name: What reports call it.
 
     Attributes:
         count: Scores seen.
@@ -270,7 +266,6 @@ class LengthPenalty(Penalty):
         reward: The reward.
         max_words: Words (runs without white space) that are free.
         weight: Taken off for each further word; above 0.
-        name: What reports call it.
 
     Raises:
         ValueError: `max_words` is negative, or `weight` is not a finite number above 0.
@@ -318,7 +313,6 @@ class RepetitionPenalty(Penalty):
         reward: The reward.
         weight: Of a response that only repeats; above 0.
         n: Words in an n-gram, at least 1. Case is ignored.
-        name: What reports call it.
 
     Raises:
         ValueError: `n` is below 1, or `weight` is not a finite number above 0.

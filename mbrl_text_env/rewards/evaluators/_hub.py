@@ -69,7 +69,18 @@ class Evaluator(RewardModel):
 
 @dataclass(eq=False, repr=False)
 class HubReward(Evaluator):
-    """A model of transformers from the Hub or a folder; see its subclasses for the arguments."""
+    """A model of transformers from the Hub or a folder; see its subclasses.
+
+    Args:
+        model: Name on the Hub, or folder with a model and its tokenizer.
+        batch_size: Most responses in one forward pass.
+        batch_tokens: Most tokens in one, padding included, so that long texts go in small batches.
+        max_length: Most tokens of a text.
+        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
+        dtype: By default float32 on a CPU and bfloat16 elsewhere.
+        name: What reports call it; by default the last part of the model's name or folder.
+        revision: Branch, tag or commit on the Hub.
+    """
 
     model: str | Path
     _: KW_ONLY
@@ -112,21 +123,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
-    """A model of transformers, ready for inference, and its tokenizer.
-
-    Args:
-        source: Name on the Hub, or folder.
-        factory: A class of transformers, such as `"AutoModelForSequenceClassification"`, or a
-            function like their `from_pretrained`.
-        kind: What the error message calls such a model.
-        name: The reward's name, for error messages.
-        revision: Branch, tag or commit on the Hub.
-        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
-        dtype: By default float32 on a CPU and bfloat16 elsewhere.
-
-    Raises:
-        RewardError: There is no such model, its tokenizer is missing, or weights are.
-    """
+    """A model of transformers, ready for inference, and its tokenizer."""
     import torch
     import transformers
 
@@ -155,11 +152,7 @@ def load_model(
 def check_complete(
     model: Any, tokenizer: Any, missing_keys: Iterable[str], source: str, kind: str, name: str
 ) -> None:
-    """Refuse what transformers makes up for missing files and weights.
-
-    Raises:
-        RewardError: It made up something.
-    """
+    """Refuse what transformers makes up for missing files and weights."""
     vocab_size = model.config.get_text_config().vocab_size
     # Where there are no files, it makes a tokenizer that knows special tokens alone.
     if len(tokenizer) * 10 < vocab_size:
@@ -194,11 +187,7 @@ def input_limit(model: Any, tokenizer: Any, wanted: int) -> int:
 
 
 def check_choices(reward: object, **choices: Sequence[Any]) -> None:
-    """Refuse an attribute that is none of the choices.
-
-    Raises:
-        ValueError: One is not.
-    """
+    """Refuse an attribute that is none of the choices."""
     for argument, allowed in choices.items():
         if getattr(reward, argument) not in allowed:
             raise ValueError(
@@ -207,11 +196,7 @@ def check_choices(reward: object, **choices: Sequence[Any]) -> None:
 
 
 def check_at_least_one(reward: object, *arguments: str) -> None:
-    """Refuse counts below 1.
-
-    Raises:
-        ValueError: One is.
-    """
+    """Refuse counts below 1."""
     for argument in arguments:
         if getattr(reward, argument) < 1:
             raise ValueError(f"{argument}: expected at least 1, got {getattr(reward, argument)!r}.")
@@ -219,11 +204,6 @@ def check_at_least_one(reward: object, *arguments: str) -> None:
 
 def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
     """Indices of texts of similar length, the shortest first.
-
-    Args:
-        lengths: Tokens of each text.
-        rows: Most texts in a batch.
-        tokens: Most tokens in a batch, padding included. A text that is longer is alone.
 
     Example:
         >>> list(batches([5, 90, 6, 4], rows=8, tokens=20))
@@ -253,11 +233,7 @@ def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any,
 
 
 def check_rows(ids: Iterable[int], model: Any, tokenizer: Any, name: str) -> None:
-    """Refuse tokens for which a model has no row among its embeddings.
-
-    Raises:
-        RewardError: The tokenizer knows more tokens than the model, and a text has one of them.
-    """
+    """Refuse tokens for which a model has no row among its embeddings."""
     rows = model.get_input_embeddings().num_embeddings
     unknown = next((token for token in ids if token >= rows), None)
     if unknown is not None:
@@ -358,15 +334,7 @@ class TextEncoder:
 
 
 def language_model_of(source: LanguageModel | str | Path | None, name: str) -> LanguageModel:
-    """A language model: as it is, loaded by name or folder, or for None the embedded one.
-
-    Args:
-        source: What the reward was made with.
-        name: The reward's name, for error messages.
-
-    Raises:
-        RewardError: It cannot be loaded, or is none.
-    """
+    """A language model: as it is, loaded by name or folder, or for None the embedded one."""
     if source is None:
         from mbrl_text_env.language_models.catalogue import embedded
 

@@ -48,7 +48,7 @@ class ClassifierReward(HubReward):
 
     Source: Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020.
 
-    Args:
+    Args (see `HubReward` for the others):
         model: Name on the Hub, or folder with a model and its tokenizer.
         text_format: `"pair"`: prompt and response as the tokenizer's two segments, the longer cut
             first, at the tokenizer's `truncation_side` (as a rule its end). `"chat"`: the
@@ -58,13 +58,7 @@ class ClassifierReward(HubReward):
             `truncation_side` as the article's pipeline does.
         output: `"logit"`, `"sigmoid"` (of a single logit) or `"softmax"` (over several classes).
         label: Name or index of the class that is the reward; required with several classes.
-        batch_size: Most responses in one forward pass.
-        batch_tokens: Most tokens in one, padding included, so that long texts go in small batches.
         max_length: Most tokens of a text.
-        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
-        dtype: By default float32 on a CPU and bfloat16 elsewhere.
-        name: What reports call it; by default the last part of the model's name or folder.
-        revision: Branch, tag or commit on the Hub.
 
     Attributes:
         num_truncated: Texts that were cut so far.

@@ -270,11 +270,7 @@ class JudgeReward(Evaluator):
             )
 
     def _check_answers(self, answer_ids: Sequence[tuple[int, ...]]) -> None:
-        """Refuse answers whose probabilities are not those of different events.
-
-        Raises:
-            RewardError: An answer has no tokens, or begins with another.
-        """
+        """Refuse answers whose probabilities are not those of different events."""
         named = list(zip(self.answers, answer_ids, strict=True))
         for answer, ids in named:
             if not ids:

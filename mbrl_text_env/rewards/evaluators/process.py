@@ -66,18 +66,12 @@ class ProcessReward(HubReward, ProcessRewardModel):
     in `PRMTrainer.tokenize_row` of TRL 0.16. Deviations: steps are stripped of surrounding white
     space, and texts are cut as above (TRL cuts the last steps off).
 
-    Args:
+    Args (see `HubReward` for the others):
         model: Name on the Hub, or folder with a model and its tokenizer.
         step_format: A name of `PROCESS_FORMATS`, or a `StepFormat`.
         separator: What stands between the steps of a response; blank steps are left out.
         aggregation: How the steps make one score: `"min"`, `"product"`, `"last"` or `"mean"`.
-        batch_size: Most responses in one forward pass.
-        batch_tokens: Most tokens in one, padding included.
         max_length: Most tokens of prompt and steps.
-        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
-        dtype: By default float32 on a CPU and bfloat16 elsewhere.
-        name: What reports call it; by default the last part of the model's name or folder.
-        revision: Branch, tag or commit on the Hub.
 
     Attributes:
         num_truncated: Texts that were cut so far.
@@ -188,11 +182,7 @@ class ProcessReward(HubReward, ProcessRewardModel):
 
 
 def _columns(config: Any, encode: StepEncoder) -> list[int]:
-    """The outputs whose softmax gives the score, the good one first.
-
-    Raises:
-        RewardError: The model has none such.
-    """
+    """The outputs whose softmax gives the score, the good one first."""
     step_format = encode.format
     if step_format.output == "token":
         return [encode.token(step_format.good, "good"), encode.token(step_format.bad, "bad")]
