@@ -216,6 +216,10 @@ def _check_parts(batch: _Batch) -> None:
 
 
 def _check_flops(batch: _Batch) -> None:
+    subject = f"{batch.subject}, flops"
+    raw = _called(batch.model.flops, subject, batch.prompts, batch.responses)
+    flops = _finite(raw, subject, batch.responses)
+    expect((flops >= 0).all(), subject, "numbers from 0", flops.min(), "Count operations.")
     try:
         most = float(batch.model.flops_bound())
     except RewardError as error:
@@ -227,10 +231,7 @@ def _check_flops(batch: _Batch) -> None:
         most,
         "Return the floating-point operations of the longest response that it reads.",
     )
-    subject = f"{batch.subject}, flops"
-    raw = _called(batch.model.flops, subject, batch.prompts, batch.responses)
-    flops = _finite(raw, subject, batch.responses)
-    outside = np.flatnonzero((flops < 0) | (flops > most * (1 + 1e-9)))
+    outside = np.flatnonzero(flops > most * (1 + 1e-9))
     expect(
         not outside.size,
         subject,
