@@ -31,22 +31,13 @@ def as_reward_model(
     *,
     encode: Callable[[str], Sequence[int]] | None = None,
 ) -> RewardModel:
-    """Return a reward model for whatever scores responses.
+    """Return a reward model for whatever scores responses; `ACCEPTED` lists what does.
 
-    Accepted are, recognised by their class or by the names of their parameters:
-
-    - a name, or a weighted sum of names, such as `"sentiment"` or `"0.5*sentiment+relevance"`: see
-      `rewards.make`;
-    - a `RewardModel`, which is returned as it is; an object with a method `score`, with whatever
-      else of a `RewardModel` it has; what `to_trl`, `to_verl` and
-      `to_openrlhf` made of one becomes that one again;
-    - a function of two texts, `f(prompt, response) -> float`: see `FunctionReward`;
-    - a reward function of TRL (`completions` or `completion_ids`): see `TRLFunctionReward`;
-    - a `Rubric` of verifiers, or one of its reward functions (`completion` or `state`): see
-      `VerifiersReward`. A function of exactly `prompt` and `completion` is one of two texts;
-    - a `Rubric` of OpenEnv: see `OpenEnvReward`;
-    - a reward function of verl (`solution_str` or `solution_strs`): see `VerlFunctionReward`;
-    - one of OpenRLHF (`queries`): see `OpenRLHFFunctionReward`.
+    It is recognised by its class or the names of its parameters (a function of exactly `prompt` and
+    `completion` is one of two texts). A `RewardModel` is returned as it is; what `to_trl`,
+    `to_verl` and `to_openrlhf` made of one becomes that one again; of an object with a method
+    `score`, everything else that it has of a `RewardModel` counts too. See `rewards.make` for
+    names, and the adapters' classes for what functions of other packages get.
 
     Args:
         reward: One of these.
