@@ -18,7 +18,12 @@ from mbrl_text_env.agents.tree import Node, SearchTree
 from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, SamplingParams
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import response_limit, transition
-from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardModel,
+    reward_model_of,
+    reward_usage_bound,
+    score_responses,
+)
 from mbrl_text_env.types import TextState
 from mbrl_text_env.values import (
     ValueModel,
@@ -90,7 +95,7 @@ class Search:
     ) -> None:
         self.tree = SearchTree(state)
         self.language_model = language_model
-        self.reward_model = reward_model
+        self.reward_model = reward_model_of(reward_model)
         self.value_model = value_model
         self.ledger = ledger
         self.seed = seed

@@ -160,7 +160,7 @@ class ObjectReward(RewardModel):
     def __init__(self, reward: Any) -> None:
         self.reward = reward
         self.name = str(getattr(reward, "name", type(reward).__name__))
-        for method in ("score_parts", "applies_to", "flops", "flops_bound"):
+        for method in ("applies_to", "flops", "flops_bound"):
             if hasattr(reward, method):
                 setattr(self, method, getattr(reward, method))
 
@@ -177,11 +177,18 @@ class ObjectReward(RewardModel):
         """The object's."""
         return cast("npt.ArrayLike", self.reward.score(prompts, responses))
 
+    def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+        """The object's, or its scores alone."""
+        own = getattr(self.reward, "score_parts", super().score_parts)
+        return cast("Scores", own(prompts, responses))
+
     @property
     def part_names(self) -> tuple[str, ...] | None:
         """The object's."""
+        if not hasattr(self.reward, "score_parts"):
+            return (self.name,)
         named = getattr(self.reward, "part_names", None)
-        return super().part_names if named is None else tuple(named)
+        return None if named is None else tuple(named)
 
     def reduced(self, dtype: str) -> RewardModel:
         """The object's, or itself."""
