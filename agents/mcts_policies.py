@@ -5,7 +5,7 @@ mean return of its visits, values are rescaled by what is known around a node, a
 missing are completed by those that are there. Actions here are chunks drawn from a language model,
 so a prior is how often a chunk was drawn, not the output of a policy network (Hubert et al.,
 "Learning and Planning in Complex Action Spaces", 2021: with samples from the policy itself, the
-prior of a sampled action is its share of the samples).
+prior of a sampled action is its share of the samples). All scores are float64[n], one a child.
 """
 
 from __future__ import annotations
@@ -61,9 +61,6 @@ def puct_scores(children: Children, c_puct: float = 1.25) -> FloatArray:
         children: The node's children.
         c_puct: Weight of the bonus.
 
-    Returns:
-        float64[n].
-
     Example:
         >>> two = Children(np.array([3.0, 1.0]), np.array([0.5, 0.5]), np.array([0.5, 0.5]), 4.0)
         >>> puct_scores(two).round(3).tolist()  # equal values, so only the bonus counts
@@ -79,9 +76,6 @@ def rescaled_values(children: Children) -> FloatArray:
     """Values between 0, the lowest of the node and its children, and 1, the highest of them.
 
     A child without visits gets 0. Source: mctx, `qtransform_by_parent_and_siblings`.
-
-    Returns:
-        float64[n] in [0, 1].
 
     Example:
         >>> two = Children(np.array([1.0, 1.0]), np.array([0.2, 0.6]), np.ones(2) / 2, 2.0, 0.4)
@@ -109,9 +103,6 @@ def completed_values(children: Children) -> FloatArray:
     Source: Danihelka et al., "Policy Improvement by Planning with Gumbel", 2022, section 3.4 and
     appendix D; mctx, `qtransform_completed_by_mix_value`. Deviation: a node that no value model
     has estimated enters the mixed value with weight 0.
-
-    Returns:
-        float64[n].
 
     Example:
         >>> visits, values = np.array([1.0, 0.0]), np.array([0.6, 0.0])
@@ -144,9 +135,6 @@ def gumbel_interior_scores(children: Children) -> FloatArray:
 
     `softmax(log prior + completed values) - n / (1 + sum of n)`. Source: Danihelka et al., 2022,
     section 5; mctx, `gumbel_muzero_interior_action_selection`.
-
-    Returns:
-        float64[n].
 
     Example:
         >>> two = Children(np.array([1.0, 0.0]), np.array([0.5, 0.5]), np.ones(2) / 2, 1.0)
@@ -223,9 +211,6 @@ def perturbed_log_priors(copies: Sequence[int], rng: np.random.Generator) -> Flo
     Args:
         copies: int[n], how often each chunk was drawn, at least once each.
         rng: Where the order and the times come from.
-
-    Returns:
-        float64[n].
 
     Example:
         >>> perturbed_log_priors([3, 1], np.random.default_rng(0)).shape
