@@ -52,14 +52,8 @@ def puct_scores(children: Children, c_puct: float = 1.25) -> FloatArray:
     `value + c x prior x sqrt(N) / (1 + n)` with visits N of the node and n of the child, and
     `c = c_puct + log((N + 19653) / 19652)`. Values are rescaled to [0, 1] by `rescaled_values`.
 
-    Sources: Silver et al., "Mastering the Game of Go without Human Knowledge", 2017; Schrittwieser
-    et al., "Mastering Atari, Go, Chess and Shogi by Planning with a Learned Model", 2020, appendix
-    B; mctx, `muzero_action_selection`. Deviation: equal scores are not told apart at random; the
-    first of them wins.
-
-    Args:
-        children: The node's children.
-        c_puct: Weight of the bonus.
+    Sources: Silver et al., 2017, and Schrittwieser et al., 2020, appendix B (see `MCTS`); mctx,
+    `muzero_action_selection`. Deviation: of equal scores the first wins, not one at random.
 
     Example:
         >>> two = Children(np.array([3.0, 1.0]), np.array([0.5, 0.5]), np.array([0.5, 0.5]), 4.0)
@@ -173,10 +167,6 @@ def considered_visits(num_considered: int, num_simulations: int) -> tuple[int, .
 
     Sources: Karnin et al., "Almost Optimal Exploration in Multi-Armed Bandits", 2013; the schedule
     is that of mctx, `seq_halving.get_sequence_of_considered_visits`.
-
-    Args:
-        num_considered: Children that take part.
-        num_simulations: Simulations in all.
 
     Example:
         >>> considered_visits(4, 12)  # four children once, then two of them four times
