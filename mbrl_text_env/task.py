@@ -199,8 +199,10 @@ class TextTask:
             InvalidChunkError: An action is not a chunk.
             RewardError: The reward model failed.
         """
-        rows = [(o.state, a) for o, a in zip(outcomes, actions, strict=True)]
-        appended = [self._append(*row) for row in rows]
+        appended = [
+            self._append(outcome.state, action)
+            for outcome, action in zip(outcomes, actions, strict=True)
+        ]
         states = [state for state, _ in appended]
         responses = [self.tokenizer.decode(state.response_ids) for state in states]
         scores = self._scores(states, responses)
@@ -320,11 +322,14 @@ class TextTask:
 
     def _scores(self, states: Sequence[TextState], responses: Sequence[str]) -> list[_Score | None]:
         """Scores of the responses that need them: ended ones, and under delta all."""
-        rows = list(zip(states, responses, strict=True))
-        wanted = [s.finish_reason is not None or self.reward == "delta" for s in states]
-        some = [row for row, is_wanted in zip(rows, wanted, strict=True) if is_wanted]
-        found = iter(self._scored(some) if some else ())
-        return [next(found) if is_wanted else None for is_wanted in wanted]
+        found: list[_Score | None] = [None] * len(states)
+        everything = self.reward == "delta"
+        wanted = [i for i, s in enumerate(states) if everything or s.finish_reason is not None]
+        if wanted:
+            scored = self._scored([(states[i], responses[i]) for i in wanted])
+            for i, score in zip(wanted, scored, strict=True):
+                found[i] = score
+        return found
 
     def _rewards(
         self,
