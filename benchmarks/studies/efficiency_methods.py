@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mbrl_text_env.agents.catalogue import make
+from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.values import make_value
 from mbrl_text_env.benchmarks.matched.analysis import DEFAULT_PLANNER
 from mbrl_text_env.benchmarks.studies.efficiency_rows import BEST_OF_N, Point

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from mbrl_text_env.agents.catalogue import make as make_agent
+from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.benchmarks.studies.measuring import Exam

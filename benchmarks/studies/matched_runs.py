@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from mbrl_text_env.agents.catalogue import make, parse_spec
+from mbrl_text_env.agents.registry import make, parse_spec
 from mbrl_text_env.agents.values import FITTED, READY, FittedValue, make_value
 from mbrl_text_env.benchmarks.audit.pool import fill_pool
 from mbrl_text_env.benchmarks.compare import (

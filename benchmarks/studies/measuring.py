@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.benchmarks.studies.harness import StudyError, forget
 from mbrl_text_env.language_models.base import LanguageModel
@@ -81,7 +83,14 @@ class Exam:
         for sample in range(self.samples):
             # Each response takes its whole prompt, as the answers of an agent do.
             forget(policy)
-            rows.append(agent.complete(states, 1, ledgers, seed, first_sample=sample))
+            rows.append(
+                run(
+                    [
+                        partial(agent.complete, state, 1, ledger, seed, first_sample=sample)
+                        for state, ledger in zip(states, ledgers, strict=True)
+                    ]
+                )
+            )
         seconds = time.perf_counter() - start
         flat = [completion.state for found in zip(*rows, strict=True) for [completion] in found]
         texts = [policy.decode(state.response_ids) for state in flat]

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from mbrl_text_env.agents.catalogue import make as make_agent
+from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.benchmarks.compare import CompareError
 from mbrl_text_env.benchmarks.matched.analysis import (
     DEFAULT_PLANNER,
