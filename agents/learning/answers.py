@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mbrl_text_env.agents.base import Agent, Completion
@@ -84,7 +84,8 @@ def collect_answers(
         writer.flush()
         return done
 
-    for batch in _batches(prompts, batch_prompts):
+    for start in range(0, len(prompts), batch_prompts):
+        batch = prompts[start : start + batch_prompts]
         done = answered(batch, batch, seed, agent.name)
         if hint is None:
             continue
@@ -99,11 +100,6 @@ def collect_answers(
             f"{next(iter(failed.values()), 'there are no prompts')}"
         )
     return failed
-
-
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
 
 
 def _answered(

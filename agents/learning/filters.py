@@ -61,8 +61,7 @@ def select(records: Sequence[Record], settings: FilterSettings) -> list[Record]:
     """Apply a chain of filters.
 
     Raises:
-        FilterError: Fewer than two responses are left. The message has the distribution of the
-            scores.
+        FilterError: Fewer than two responses are left; the message describes the scores.
 
     Example:
         >>> kept = select(records, FilterSettings(top_fraction=0.25))  # doctest: +SKIP
@@ -102,10 +101,6 @@ def top_fraction(records: Sequence[Record], fraction: float) -> list[Record]:
 
     Prompts whose responses score high in general get more of it; `best_of_prompt` treats all
     prompts alike.
-
-    Example:
-        >>> [r.score for r in top_fraction(records, 0.5)]  # doctest: +SKIP
-        [0.9, 0.7]
     """
     # 0.1 x 30 is a little above 3 in floating point.
     return _highest(records, math.ceil(fraction * len(records) - 1e-9))
@@ -128,12 +123,7 @@ def without_duplicates(records: Sequence[Record]) -> list[Record]:
 
 
 def scores_described(records: Sequence[Record]) -> str:
-    """The distribution of scores, in a sentence.
-
-    Example:
-        >>> scores_described([])
-        'There are no scores.'
-    """
+    """The distribution of scores, in a sentence."""
     if not records:
         return "There are no scores."
     scores = np.asarray([record.score for record in records])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 import warnings
@@ -14,16 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mbrl_text_env.agents.learning.lora import (
     AdapterSettings,
-    TuningError,
     adapter_digest,
     base_of,
-    check_above_zero,
     check_target,
     tokenizer_of,
     trainable,
     write,
 )
+from mbrl_text_env.agents.learning.notes import from_json, to_json
 from mbrl_text_env.agents.learning.training import (
+    TuningError,
+    check_above_zero,
     checkpoints_of,
     claim,
     common_arguments,
@@ -32,6 +31,7 @@ from mbrl_text_env.agents.learning.training import (
 )
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
+from mbrl_text_env.runs import digest
 from mbrl_text_env.training import own_randomness
 
 if TYPE_CHECKING:
@@ -49,11 +49,9 @@ _IGNORED = -100
 class FineTuneSettings(AdapterSettings):
     """How a policy is fine-tuned; the defaults are the article's, except for `batch_size` (1).
 
+    For the adapter's fields see `AdapterSettings`.
+
     Args:
-        r: See `AdapterSettings`.
-        alpha: See `AdapterSettings`.
-        targets: See `AdapterSettings`.
-        dropout: See `AdapterSettings`.
         learning_rate: Its highest value; it falls linearly to 0.
         epochs: Passes over the examples.
         batch_size: Examples in one forward pass.
@@ -105,12 +103,12 @@ class FineTuneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {**asdict(self), "losses": list(self.losses)}
+        return to_json(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FineTuneReport:
         """The report that `to_dict` described."""
-        return cls(**{**values, "losses": tuple(values["losses"])})
+        return from_json(cls, values)
 
 
 class Example(NamedTuple):
@@ -169,7 +167,13 @@ def fine_tune(
     start = time.perf_counter()
     examples = examples_of(language_model, records, settings.max_length)
     checkpoints = checkpoints_of(target)
-    resumed = claim(checkpoints, _described(language_model, examples, settings, start_from))
+    described = {
+        "settings": asdict(settings),
+        "base": base_of(language_model),
+        "examples": digest(repr(examples).encode()),
+        "start_from": adapter_digest(start_from),
+    }
+    resumed = claim(checkpoints, described)
     with own_randomness(settings.seed):
         model = trainable(language_model, settings, start_from)
         trainer = _trainer(language_model, model, examples, settings, checkpoints)
@@ -231,50 +235,30 @@ def examples_of(
 
 def _example(language_model: TransformersLM, record: Record) -> Example:
     # Tuned generations of a model are named "<base>+<adapter>"; they have the base's tokens.
+    response, stops = list(record.response_ids), language_model.stop_token_ids
+    fault = None
     if record.language_model.partition("+")[0] != language_model.name.partition("+")[0]:
-        raise TuningError(
-            f"Record of prompt {record.prompt_id!r}: expected a response of "
-            f"{language_model.name!r}, got one of {record.language_model!r}, whose token ids mean "
-            "other texts. Collect responses with this model."
+        fault = (
+            f"a response of {language_model.name!r}, got one of {record.language_model!r}, whose "
+            "token ids mean other texts. Collect responses with this model."
         )
-    response = list(record.response_ids)
-    if not response:
-        raise TuningError(
-            f"Record of prompt {record.prompt_id!r}: expected the token ids of its response, got "
-            "none. Leave it out, or collect it with `mbrl_text_env.agents.collection.collect`."
+    elif not response:
+        fault = (
+            "the token ids of its response, got none. Leave it out, or collect it with "
+            "`mbrl_text_env.agents.collection.collect`."
         )
-    if max(response) >= language_model.vocab_size or min(response) < 0:
-        raise TuningError(
-            f"Record of prompt {record.prompt_id!r}: expected token ids from 0 to "
-            f"{language_model.vocab_size - 1}, got {max(response)}. It is of another model."
+    elif max(response) >= language_model.vocab_size or min(response) < 0:
+        fault = (
+            f"token ids from 0 to {language_model.vocab_size - 1}, got {max(response)}. It is of "
+            "another model."
         )
-    stops = language_model.stop_token_ids
+    if fault is not None:
+        raise TuningError(f"Record of prompt {record.prompt_id!r}: expected {fault}")
     if record.finish_reason == "stop" and response[-1] not in stops and stops:
-        response.append(_stop_token(language_model))
+        own = tokenizer_of(language_model).eos_token_id
+        response.append(int(own if own is not None else min(stops)))
     prompt = list(language_model.encode_prompt(record.prompt()))
     return Example(prompt + response, [_IGNORED] * len(prompt) + response)
-
-
-def _stop_token(language_model: TransformersLM) -> int:
-    """The token with which it ends its responses."""
-    own = tokenizer_of(language_model).eos_token_id
-    return int(own if own is not None else min(language_model.stop_token_ids))
-
-
-def _described(
-    language_model: TransformersLM,
-    examples: Sequence[Example],
-    settings: FineTuneSettings,
-    start_from: str | Path | None,
-) -> dict[str, Any]:
-    """Whatever the adapter depends on."""
-    digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-    return {
-        "settings": asdict(settings),
-        "base": base_of(language_model),
-        "examples": digest,
-        "start_from": adapter_digest(start_from),
-    }
 
 
 def _trainer(
@@ -288,11 +272,7 @@ def _trainer(
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
 
-    columns = {
-        "input_ids": [example.input_ids for example in examples],
-        "labels": [example.labels for example in examples],
-    }
-    dataset = Dataset.from_dict(columns)
+    dataset = Dataset.from_list([example._asdict() for example in examples])
     with quiet():
         arguments = trl.SFTConfig(
             **common_arguments(checkpoints, settings.seed, _SAVE_STEPS),

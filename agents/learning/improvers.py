@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from mbrl_text_env.agents.learning.fine_tuning import FineTuneSettings, fine_tune
+from mbrl_text_env.agents.learning.lora import serve
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Usage
 from mbrl_text_env.records import Record
 
 if TYPE_CHECKING:
-    from mbrl_text_env.agents.learning.fine_tuning import FineTuneSettings
     from mbrl_text_env.language_models import TransformersLM
 
 # What transformers accepts as a seed.
 _SEEDS = 2**31
-_NOTHING = Usage()
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Improvement:
     """
 
     num_examples: int
-    usage: Usage = _NOTHING
+    usage: Usage = field(default_factory=Usage)
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,11 +92,11 @@ class LoraImprover:
     """
 
     def __init__(self, settings: FineTuneSettings | None = None) -> None:
-        self.settings = settings
+        self.settings = FineTuneSettings() if settings is None else settings
 
     def described(self) -> Mapping[str, Any]:
         """The settings."""
-        settings = dataclasses.asdict(self._settings())
+        settings = dataclasses.asdict(self.settings)
         settings.pop("seed")
         return {"kind": "lora", **settings}
 
@@ -110,23 +110,14 @@ class LoraImprover:
         seed: int = 0,
     ) -> Improvement:
         """Tune an adapter; see `fine_tune`, which raises the same."""
-        from mbrl_text_env.agents.learning.fine_tuning import fine_tune
-
-        settings = dataclasses.replace(self._settings(), seed=seed % _SEEDS)
+        settings = dataclasses.replace(self.settings, seed=seed % _SEEDS)
         report = fine_tune(_trainable(base), records, folder, settings, start_from=start_from)
         usage = Usage(lm_flops=report.flops, seconds=report.seconds)
         return Improvement(report.num_examples, usage, report.to_dict())
 
     def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
         """The base with the adapter, named after the adapter's weights."""
-        from mbrl_text_env.agents.learning.lora import serve
-
         return serve(_trainable(base), folder)
-
-    def _settings(self) -> FineTuneSettings:
-        from mbrl_text_env.agents.learning.fine_tuning import FineTuneSettings
-
-        return FineTuneSettings() if self.settings is None else self.settings
 
 
 def _trainable(base: LanguageModel) -> TransformersLM:

@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mbrl_text_env.agents.learning.notes import write_json
+from mbrl_text_env.agents.learning.training import (
+    TuningError,
+    check_above_zero,
+    refuse_other_folder,
+)
 from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
 
@@ -26,10 +32,6 @@ BASE = "base.json"
 _FORMAT = 1
 # Values of each weight that its fingerprint is made of.
 _PROBES = 1024
-
-
-class TuningError(ValueError):
-    """Data, settings or folders that a policy cannot be tuned with."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,6 @@ class AdapterSettings:
             )
         # JSON gives a list back.
         object.__setattr__(self, "targets", tuple(self.targets))
-
-
-def check_above_zero(settings: object, *names: str) -> None:
-    """Refuse settings that are not above 0.
-
-    Raises:
-        TuningError: One is not.
-    """
-    for name in names:
-        if not getattr(settings, name) > 0:
-            raise TuningError(f"{name}: expected more than 0, got {getattr(settings, name)!r}.")
 
 
 def trainable(
@@ -163,14 +154,9 @@ def write(
         model.delete_adapter(other)
     with write_folder(folder) as scratch:
         write_adapter(scratch, model, tokenizer_of(language_model), language_model.name)
-        _write_json(scratch / BASE, {"format": _FORMAT, **base_of(language_model)})
+        write_json(scratch / BASE, {"format": _FORMAT, **base_of(language_model)})
         for name, note in (notes or {}).items():
-            _write_json(scratch / name, note)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text, encoding="utf-8")
+            write_json(scratch / name, note)
 
 
 def check_target(folder: Path) -> None:
@@ -179,12 +165,7 @@ def check_target(folder: Path) -> None:
     Raises:
         TuningError: There is a file, or a folder with other things in it.
     """
-    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / BASE).is_file()
-    if is_other or (folder.exists() and not folder.is_dir()):
-        raise TuningError(
-            f"{folder}: expected a new folder, an empty one, or an adapter to replace, got "
-            f"{'a folder with other files' if is_other else 'a file'}. Choose another."
-        )
+    refuse_other_folder(folder, BASE, "an adapter")
 
 
 def serve(

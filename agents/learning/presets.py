@@ -22,10 +22,7 @@ StartFrom = Literal["base", "checkpoint"]
 StaleValue = Literal["refit", "refit-if-worse", "error"]
 """What is done about a value model when the policy that it values has changed."""
 
-SAMPLING = "sampling"
-"""The spec of plain sampling, which needs no value model."""
-
-
+_PLAIN = {"agent": "sampling", "value": None}
 _BETTER_HALF = FilterSettings(top_fraction=0.5)
 
 
@@ -112,6 +109,16 @@ class LoopSettings:
                 )
 
 
+def _preset(base: dict[str, Any], changes: dict[str, Any]) -> LoopSettings:
+    try:
+        return LoopSettings(**{**base, **changes})
+    except TypeError as error:
+        known = sorted(LoopSettings.__dataclass_fields__)
+        raise LoopSettingsError(
+            f"Expected fields of LoopSettings ({known}), got {sorted(changes)}."
+        ) from error
+
+
 def star(**changes: Any) -> LoopSettings:
     """STaR: correct answers, a hint where there was none, always from the base model.
 
@@ -121,15 +128,11 @@ def star(**changes: Any) -> LoopSettings:
     had been no hint; the tuning starts from the base model in every iteration, so that errors do
     not add up.
 
-    Deviations:
-        - The paper's prompts show worked examples; here the prompt is asked as it is, and the hint
-          is a sentence at its end (`answer_hint`).
-        - The paper's training begins with 40 steps and grows by a fifth in each iteration; here it
-          is as many epochs in each as the improver does (one by default).
-        - A LoRA adapter is tuned instead of all weights.
-        - Answers are sampled at temperature 0.7.
-        - Equal answers to a prompt are tuned on once; with one answer a prompt there are none.
-        - The paper goes on until performance no longer rises; so does `patience`, on validation.
+    Deviations: prompts are asked as they are, without worked examples, and the hint is a sentence
+    at their end (`answer_hint`); each iteration trains as many epochs as the improver does (one by
+    default), where the paper's 40 steps grow by a fifth each time; a LoRA adapter is tuned instead
+    of all weights; answers are sampled at temperature 0.7; equal answers to a prompt are tuned on
+    once. The paper goes on until performance no longer rises; so does `patience`, on validation.
 
     Args:
         **changes: Fields of `LoopSettings` to be different.
@@ -138,18 +141,9 @@ def star(**changes: Any) -> LoopSettings:
         >>> star().hints, star().start_from, star(iterations=16).iterations
         (True, 'base', 16)
     """
-    return _changed(
-        LoopSettings(
-            name="star",
-            agent=SAMPLING,
-            answers_per_prompt=1,
-            filter=FilterSettings(threshold=CORRECT),
-            start_from="base",
-            hints=True,
-            value=None,
-        ),
-        changes,
-    )
+    correct = FilterSettings(threshold=CORRECT)
+    base = {"name": "star", "filter": correct, "start_from": "base", "hints": True}
+    return _preset({**base, **_PLAIN}, changes)
 
 
 def rest_em(**changes: Any) -> LoopSettings:
@@ -160,12 +154,10 @@ def rest_em(**changes: Any) -> LoopSettings:
     problem (temperature 0.7, top-k 40) and keeps those that are correct, the M-step tunes the base
     model on them; at most 10 answers to a problem are kept, so that easy ones do not dominate.
 
-    Deviations:
-        - Of more than ten correct answers the first ten are kept; where rewards are not binary,
-          the ten best.
-        - A LoRA adapter is tuned instead of all weights.
-        - Equal answers to a prompt count once.
-        - The paper's reward is 0 or 1; with another one, give `filter` a threshold of its own.
+    Deviations: of more than ten correct answers the first ten are kept, or the ten best where
+    rewards are not binary; a LoRA adapter is tuned instead of all weights; equal answers to a
+    prompt count once. The paper's reward is 0 or 1; with another one, give `filter` a threshold of
+    its own.
 
     Args:
         **changes: Fields of `LoopSettings` to be different.
@@ -174,18 +166,14 @@ def rest_em(**changes: Any) -> LoopSettings:
         >>> rest_em().answers_per_prompt, rest_em().filter.best_of_prompt
         (32, 10)
     """
-    return _changed(
-        LoopSettings(
-            name="rest-em",
-            agent=SAMPLING,
-            answers_per_prompt=32,
-            params=SamplingParams(temperature=0.7, top_k=40),
-            filter=FilterSettings(threshold=CORRECT, best_of_prompt=10),
-            start_from="base",
-            value=None,
-        ),
-        changes,
-    )
+    base = {
+        "name": "rest-em",
+        "answers_per_prompt": 32,
+        "params": SamplingParams(temperature=0.7, top_k=40),
+        "filter": FilterSettings(threshold=CORRECT, best_of_prompt=10),
+        "start_from": "base",
+    }
+    return _preset({**base, **_PLAIN}, changes)
 
 
 def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) -> LoopSettings:
@@ -195,15 +183,12 @@ def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) 
     Learning", 2025, section 2.3.3: several responses to each prompt are sampled from a checkpoint,
     and only correct ones are retained for supervised fine-tuning.
 
-    Deviations:
-        - The paper then tunes its base model, for two epochs; here the checkpoint goes on, as when
-          the step is repeated. `start_from="base"` is as in the paper.
-        - The paper does it once; here it can be repeated.
-        - The paper drops responses of mixed languages, with long paragraphs and with code blocks,
-          adds 200,000 examples of other tasks, and asks a model about some answers; here the
-          reward alone decides.
-        - The paper does not say how many responses are sampled; here it is 8.
-        - A LoRA adapter is tuned instead of all weights.
+    Deviations: the paper then tunes its base model, once and for two epochs; here the checkpoint
+    goes on, and the step can be repeated (`start_from="base"` is as in the paper). The paper drops
+    responses of mixed languages, with long paragraphs and with code blocks, adds 200,000 examples
+    of other tasks, and asks a model about some answers; here the reward alone decides. It does not
+    say how many responses are sampled; here it is 8. A LoRA adapter is tuned instead of all
+    weights.
 
     Args:
         keep: All correct answers to a prompt, or one of them (the first, where rewards are 0 or
@@ -219,17 +204,9 @@ def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) 
     """
     if keep not in ("best", "all"):
         raise LoopSettingsError(f"keep: expected 'best' or 'all', got {keep!r}.")
-    return _changed(
-        LoopSettings(
-            name="rejection-sampling",
-            agent=SAMPLING,
-            answers_per_prompt=8,
-            filter=FilterSettings(threshold=CORRECT, best_of_prompt=1 if keep == "best" else None),
-            start_from="checkpoint",
-            value=None,
-        ),
-        changes,
-    )
+    kept = FilterSettings(threshold=CORRECT, best_of_prompt=1 if keep == "best" else None)
+    base = {"name": "rejection-sampling", "answers_per_prompt": 8, "filter": kept}
+    return _preset({**base, **_PLAIN}, changes)
 
 
 def planned(
@@ -241,14 +218,12 @@ def planned(
     "Thinking Fast and Slow with Deep Learning and Tree Search", NeurIPS 2017: a search with the
     policy gives better answers than the policy, which then learns to give them at once.
 
-    Deviations:
-        - The article refits the value on the data of all iterations; here on those of the current
-          policy alone, since the value of a prefix depends on who goes on writing.
-        - Its value is fitted on planned responses; here on plain samples, for planned ones
-          overstate what an ordinary continuation is worth.
-        - It names no share to keep; here it is one half, of all responses.
-        - Any planner and value of this package, where the article's is a two-stage lookahead with
-          ridge regression on an embedding (`agent="lookahead"`, `value="embedding"`).
+    Deviations: the article refits the value on the data of all iterations; here on those of the
+    current policy alone, since the value of a prefix depends on who goes on writing. Its value is
+    fitted on planned responses; here on plain samples, for planned ones overstate what an ordinary
+    continuation is worth. It names no share to keep; here it is one half, of all responses. Its
+    planner is a two-stage lookahead with ridge regression on an embedding (`agent="lookahead"`,
+    `value="embedding"`); here any of the package's.
 
     Args:
         agent: Spec of the planner.
@@ -260,10 +235,8 @@ def planned(
         >>> planned("beam:width=4").agent
         'beam:width=4'
     """
-    settings = LoopSettings(
-        name="planned", agent=agent, filter=FilterSettings(top_fraction=top_fraction)
-    )
-    return _changed(settings, changes)
+    kept = FilterSettings(top_fraction=top_fraction)
+    return _preset({"name": "planned", "agent": agent, "filter": kept}, changes)
 
 
 def answer_hint(prompt: Prompt) -> Prompt | None:
@@ -286,13 +259,3 @@ def answer_hint(prompt: Prompt) -> Prompt | None:
         return replace(prompt, content=prompt.content + hint)
     *before, last = prompt.content
     return replace(prompt, content=(*before, Message(last.role, last.content + hint)))
-
-
-def _changed(settings: LoopSettings, changes: dict[str, Any]) -> LoopSettings:
-    try:
-        return replace(settings, **changes)
-    except TypeError as error:
-        known = sorted(settings.__dataclass_fields__)
-        raise LoopSettingsError(
-            f"Expected fields of LoopSettings ({known}), got {sorted(changes)}."
-        ) from error

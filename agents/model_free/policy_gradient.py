@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mbrl_text_env.agents.learning.lora import AdapterSettings, TuningError, check_above_zero
+from mbrl_text_env.agents.learning.lora import AdapterSettings
+from mbrl_text_env.agents.learning.training import TrainingReport, TuningError, check_above_zero
 from mbrl_text_env.ledger import Usage
 
 USAGE, FLAT = "usage/", "flat_share"
@@ -15,13 +16,9 @@ USAGE, FLAT = "usage/", "flat_share"
 
 @dataclass(frozen=True)
 class PolicyGradientSettings(AdapterSettings):
-    """How a policy is trained with GRPO or RLOO.
+    """How a policy is trained with GRPO or RLOO; for the adapter's fields see `AdapterSettings`.
 
     Args:
-        r: See `AdapterSettings`.
-        alpha: See `AdapterSettings`.
-        targets: See `AdapterSettings`.
-        dropout: See `AdapterSettings`.
         steps: Steps of the optimizer.
         prompts_per_step: Prompts in a step, at most as many as there are.
         num_generations: Responses to each of them, whose scores are compared; at least 2.
@@ -98,45 +95,29 @@ class StepReport:
     @classmethod
     def from_log(cls, entry: Mapping[str, Any]) -> StepReport:
         """What the trainer's log says of a step."""
-        return cls(
-            step=entry["step"],
-            reward=entry["reward"],
-            reward_std=entry["reward_std"],
-            flat_share=entry[FLAT],
-            mean_tokens=entry["completions/mean_length"],
-            kl=entry.get("kl"),
-        )
+        same = {name: entry[name] for name in ("step", "reward", "reward_std", FLAT)}
+        return cls(**same, mean_tokens=entry["completions/mean_length"], kl=entry.get("kl"))
 
 
-@dataclass(frozen=True)
-class PolicyGradientReport:
-    """What training did and took.
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientReport(TrainingReport):
+    """What training did and took; see `TrainingReport` for the rest.
+
+    The `seconds` of its usage are those of all steps, updates included. Steps that were lost to a
+    kill and done again count once.
 
     Args:
-        algorithm: `"grpo"` or `"rloo"`.
         reward_name: The reward's name.
         language_model: The base's name.
         curve: One entry a step.
-        usage: What sampling and scoring took; `seconds` are those of all steps, updates included.
-            Steps that were lost to a kill and done again count once.
-        training_flops: Floating-point operations of the updates, padding not counted.
     """
 
-    algorithm: str
     reward_name: str
     language_model: str
     curve: tuple[StepReport, ...]
-    usage: Usage
-    training_flops: float
 
     @classmethod
-    def from_log(
-        cls,
-        algorithm: str,
-        reward_name: str,
-        language_model: str,
-        log_history: Sequence[Mapping[str, Any]],
-    ) -> PolicyGradientReport:
+    def from_log(cls, log_history: Sequence[Mapping[str, Any]], **names: str) -> Any:
         """What the trainer's log says of all steps."""
         steps = [entry for entry in log_history if "reward" in entry]
 
@@ -149,9 +130,7 @@ class PolicyGradientReport:
             for f in fields(Usage)
         }
         return cls(
-            algorithm=algorithm,
-            reward_name=reward_name,
-            language_model=language_model,
+            **names,
             curve=tuple(map(StepReport.from_log, steps)),
             usage=Usage(**{**amounts, "seconds": total("step_time")}),
             training_flops=total(USAGE + "training_flops"),
@@ -159,12 +138,5 @@ class PolicyGradientReport:
 
     def ledger(self) -> dict[str, Any]:
         """What training took, as JSON values."""
-        return {
-            "algorithm": self.algorithm,
-            "reward": self.reward_name,
-            "language_model": self.language_model,
-            "steps": len(self.curve),
-            **self.usage.as_dict(),
-            "training_flops": self.training_flops,
-            "total_flops": self.usage.flops + self.training_flops,
-        }
+        names = {"reward": self.reward_name, "language_model": self.language_model}
+        return super().ledger() | names | {"steps": len(self.curve)}

@@ -6,6 +6,7 @@ environments are stepped together, with one call of the language model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from mbrl_text_env.agents.model_free.sb3_training import Training
 from mbrl_text_env.agents.model_free.vec_env import VectorEnvAdapter
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.prompts import as_prompts
+from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.types import Prompt
 
 _PPO_DEFAULTS, _DQN_DEFAULTS = PPOSettings(), DQNSettings()
@@ -77,10 +80,22 @@ def train_ppo(
         >>> policy = load_policy("ppo")  # doctest: +SKIP
         >>> agent = CandidateAgent(embedded(), make("sentiment"), policy)  # doctest: +SKIP
     """
-    training = Training(
-        "ppo", language_model, reward_model, prompts, Path(folder), settings, validation, encoder
-    )
-    return training.run(lambda env: _ppo(env, settings), callbacks, progress_bar)
+
+    def make(env: VectorEnvAdapter) -> BaseAlgorithm:
+        return PPO(
+            CandidateActorCritic,
+            env,
+            n_steps=settings.rollout_steps // settings.num_envs,
+            n_epochs=settings.epochs,
+            gae_lambda=settings.gae_lambda,
+            clip_range=settings.clip_range,
+            ent_coef=settings.entropy,
+            **_common(env, settings, settings.batch_size),
+        )
+
+    models = language_model, as_reward_model(reward_model), as_prompts(prompts)
+    training = Training("ppo", *models, Path(folder), settings, as_prompts(validation), encoder)
+    return training.run(make, callbacks, progress_bar)
 
 
 def train_dqn(
@@ -95,74 +110,42 @@ def train_dqn(
     callbacks: Sequence[BaseCallback] = (),
     progress_bar: bool = False,
 ) -> ChoiceReport:
-    """Train a choice among candidates with Deep Q-Learning.
+    """Train a choice among candidates with Deep Q-Learning; arguments and errors: `train_ppo`.
 
     Source: Mnih et al., "Human-level control through deep reinforcement learning", Nature 2015, by
     stable-baselines3's `DQN`. Deviations: Q is the sum of a score for each candidate, by the same
     weights, and a value of the state, as in Wang et al., "Dueling Network Architectures for Deep
     Reinforcement Learning", 2016, without the subtraction of the mean; with several environments
     all of them explore in the same steps; a response that meets its token limit counts as ended.
-
-    Args:
-        language_model: See `train_ppo`.
-        reward_model: See `train_ppo`.
-        prompts: See `train_ppo`.
-        folder: See `train_ppo`.
-        settings: See `DQNSettings`.
-        validation: See `train_ppo`.
-        encoder: See `train_ppo`.
-        callbacks: See `train_ppo`.
-        progress_bar: See `train_ppo`.
-
-    Raises:
-        TuningError: See `train_ppo`.
-        RewardError: See `train_ppo`.
-        KeyboardInterrupt: See `train_ppo`.
     """
-    training = Training(
-        "dqn", language_model, reward_model, prompts, Path(folder), settings, validation, encoder
-    )
-    return training.run(lambda env: _dqn(env, settings), callbacks, progress_bar)
+
+    def make(env: VectorEnvAdapter) -> BaseAlgorithm:
+        return DQN(
+            CandidateDQNPolicy,
+            env,
+            buffer_size=min(settings.buffer_size, settings.total_steps + settings.num_envs),
+            learning_starts=settings.learning_starts,
+            train_freq=1,
+            gradient_steps=settings.updates,
+            # `Training` updates the target network.
+            target_update_interval=sys.maxsize,
+            exploration_fraction=settings.exploration_fraction,
+            exploration_final_eps=settings.exploration_final,
+            **_common(env, settings, settings.batch_size),
+        )
+
+    models = language_model, as_reward_model(reward_model), as_prompts(prompts)
+    training = Training("dqn", *models, Path(folder), settings, as_prompts(validation), encoder)
+    return training.run(make, callbacks, progress_bar)
 
 
-def _ppo(env: VectorEnvAdapter, settings: PPOSettings) -> BaseAlgorithm:
-    return PPO(
-        CandidateActorCritic,
-        env,
-        learning_rate=settings.learning_rate,
-        n_steps=settings.rollout_steps // settings.num_envs,
-        batch_size=settings.batch_size,
-        n_epochs=settings.epochs,
-        gamma=settings.discount,
-        gae_lambda=settings.gae_lambda,
-        clip_range=settings.clip_range,
-        ent_coef=settings.entropy,
-        policy_kwargs=_network(env, settings),
-        seed=settings.seed,
-        device="cpu",
-    )
-
-
-def _dqn(env: VectorEnvAdapter, settings: DQNSettings) -> BaseAlgorithm:
-    return DQN(
-        CandidateDQNPolicy,
-        env,
-        learning_rate=settings.learning_rate,
-        buffer_size=min(settings.buffer_size, settings.total_steps + settings.num_envs),
-        learning_starts=settings.learning_starts,
-        batch_size=settings.batch_size,
-        gamma=settings.discount,
-        train_freq=1,
-        gradient_steps=settings.updates,
-        target_update_interval=settings.target_interval,
-        exploration_fraction=settings.exploration_fraction,
-        exploration_final_eps=settings.exploration_final,
-        policy_kwargs=_network(env, settings),
-        seed=settings.seed,
-        device="cpu",
-    )
-
-
-def _network(env: VectorEnvAdapter, settings: ChoiceSettings) -> dict[str, Any]:
+def _common(env: VectorEnvAdapter, settings: ChoiceSettings, batch_size: int) -> dict[str, Any]:
     layout = env.get_attr("proposer", [0])[0].layout
-    return {"layout": layout, "hidden": settings.hidden}
+    return {
+        "learning_rate": settings.learning_rate,
+        "batch_size": batch_size,
+        "gamma": settings.discount,
+        "policy_kwargs": {"layout": layout, "hidden": settings.hidden},
+        "seed": settings.seed,
+        "device": "cpu",
+    }

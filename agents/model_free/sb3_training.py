@@ -5,67 +5,70 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
-from mbrl_text_env.agents.learning.loop_prompts import prompts_digest
-from mbrl_text_env.agents.learning.lora import TuningError
-from mbrl_text_env.agents.learning.training import checkpoints_of, claim, stop_asked
+from mbrl_text_env.agents.learning.prompt_checks import check_prompts, prompts_digest
+from mbrl_text_env.agents.learning.training import (
+    CURVE,
+    LEDGER,
+    TuningError,
+    checkpoints_of,
+    claim,
+    stop_asked,
+    stopped,
+)
 from mbrl_text_env.agents.model_free.candidate_policy import CandidatePolicy, check_policy_target
-from mbrl_text_env.agents.model_free.choice_settings import ChoiceReport, ChoiceSettings, Measured
+from mbrl_text_env.agents.model_free.choice_settings import (
+    ChoiceReport,
+    ChoiceSettings,
+    DQNSettings,
+    Measured,
+    PPOSettings,
+)
 from mbrl_text_env.agents.model_free.episodes import evaluate
-from mbrl_text_env.agents.model_free.sb3_checkpoint import read_checkpoint, write_checkpoint
+from mbrl_text_env.agents.model_free.sb3_checkpoint import (
+    ResumableEnv,
+    read_checkpoint,
+    write_checkpoint,
+)
 from mbrl_text_env.agents.model_free.sb3_networks import scorer_of
-from mbrl_text_env.agents.model_free.train_prompts import check_prompts
 from mbrl_text_env.agents.model_free.vec_env import VectorEnvAdapter
 from mbrl_text_env.candidates import CandidateChunksVector
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.prompts import as_prompts
-from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import reward_name
+from mbrl_text_env.rewards.base import RewardModel, reward_name
 from mbrl_text_env.training import own_randomness
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.vector import TextGenerationVectorEnv
-
-LEDGER, CURVE = "ledger.json", "curve.json"
-"""Files beside the policy: what training took, and the scores of its episodes."""
 
 _VALIDATION_STREAM = 1
 # Forward and backward pass of a small network, in forward passes.
 _PASSES = 3
 
 
+@dataclass(eq=False)
 class Training:
     """One training: its environment, its checkpoints, and what is known of it so far."""
 
-    def __init__(
-        self,
-        algorithm: str,
-        language_model: LanguageModel,
-        reward: Any,
-        prompts: Sequence[Prompt],
-        folder: Path,
-        settings: ChoiceSettings,
-        validation: Sequence[Prompt],
-        encoder: Encoder | None,
-    ) -> None:
-        self.algorithm = algorithm
-        self.language_model = language_model
-        self.reward_model = as_reward_model(reward)
-        self.prompts, self.validation = as_prompts(prompts), as_prompts(validation)
-        self.folder = folder
-        self.settings = settings
-        self.encoder = encoder
-        self.curve: list[tuple[int, float]] = []
-        self.validated: list[Measured] = []
-        self.usage, self.wall_seconds = Usage(), 0.0
+    algorithm: str
+    language_model: LanguageModel
+    reward_model: RewardModel
+    prompts: Sequence[Prompt]
+    folder: Path
+    settings: ChoiceSettings
+    validation: Sequence[Prompt]
+    encoder: Encoder | None
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    validated: list[Measured] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    wall_seconds: float = 0.0
 
     def run(
         self,
@@ -75,14 +78,13 @@ class Training:
     ) -> ChoiceReport:
         """Train, or go on, to the end, and write the policy; see `train_ppo`."""
         check_policy_target(self.folder)
-        for prompts in (self.prompts, self.validation):
-            least = 1 if prompts is self.prompts else 0
+        for prompts, least in ((self.prompts, 1), (self.validation, 0)):
             check_prompts(prompts, self.reward_model, self.language_model, least)
         checkpoints = checkpoints_of(self.folder)
         resumed = claim(checkpoints, self._described())
         with own_randomness(self.settings.seed), stop_asked("this rollout") as asked:
             env = self._env()
-            model = make(VectorEnvAdapter(env))
+            model = make(ResumableEnv(env))
             if resumed is not None:
                 by_id = {prompt.id: prompt for prompt in self.prompts}
                 self._recall(read_checkpoint(Path(resumed), model, env, by_id))
@@ -96,21 +98,25 @@ class Training:
                     progress_bar=progress_bar,
                 )
             if watch.stopped:
-                raise KeyboardInterrupt(
-                    f"Stopped after {model.num_timesteps} of {self.settings.total_steps} steps. "
-                    f"The same call goes on from the last checkpoint in {checkpoints}; remove that "
-                    "folder to begin anew."
-                )
+                steps = f"after {model.num_timesteps} of {self.settings.total_steps} steps"
+                raise stopped(steps, checkpoints)
             watch.note()
             if self.validation and self.validated[-1].steps < model.num_timesteps:
                 self.validate(model)
-        report = self._report(model)
-        notes = {LEDGER: report.ledger(), CURVE: self._curves()}
-        self.policy_of(model).save(self.folder, notes)
+        report = ChoiceReport(
+            algorithm=self.algorithm,
+            steps=model.num_timesteps,
+            curve=tuple(self.curve),
+            validation=tuple(self.validated),
+            usage=self.usage,
+            training_flops=self._training_flops(model),
+            wall_seconds=self.wall_seconds,
+        )
+        self._policy(model).save(self.folder, {LEDGER: report.ledger(), CURVE: self._curves()})
         shutil.rmtree(checkpoints)
         return report
 
-    def policy_of(self, model: BaseAlgorithm) -> CandidatePolicy:
+    def _policy(self, model: BaseAlgorithm) -> CandidatePolicy:
         """The policy as it is now."""
         return CandidatePolicy(
             scorer_of(model.policy),
@@ -126,7 +132,7 @@ class Training:
         """Measure the policy on the validation prompts, on the same candidates each time."""
         ledger = Ledger()
         scores = evaluate(
-            self.policy_of(model),
+            self._policy(model),
             self.language_model,
             self.reward_model,
             self.validation,
@@ -147,11 +153,7 @@ class Training:
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint keeps of this, as JSON values."""
-        return {
-            **self._curves(),
-            "usage": asdict(self.usage),
-            "wall_seconds": self.wall_seconds,
-        }
+        return self._curves() | {"usage": asdict(self.usage), "wall_seconds": self.wall_seconds}
 
     def _recall(self, notes: dict[str, Any]) -> None:
         self.curve = [(int(steps), float(score)) for steps, score in notes["episodes"]]
@@ -189,34 +191,24 @@ class Training:
         """Whatever the result depends on."""
         return {
             "algorithm": self.algorithm,
-            "settings": {**asdict(self.settings), "hidden": list(self.settings.hidden)},
+            "settings": asdict(self.settings),
             "language_model": identity(self.language_model),
             "reward": identity(self.reward_model),
             "prompts": prompts_digest(self.prompts),
             "validation": prompts_digest(self.validation),
         }
 
-    def _report(self, model: BaseAlgorithm) -> ChoiceReport:
-        return ChoiceReport(
-            self.algorithm,
-            model.num_timesteps,
-            tuple(self.curve),
-            tuple(self.validated),
-            self.usage,
-            self._training_flops(model),
-            self.wall_seconds,
-        )
-
     def _training_flops(self, model: BaseAlgorithm) -> float:
         """Of the network: a choice a step, and the updates."""
-        settings: Any = self.settings
+        settings, steps = self.settings, model.num_timesteps
+        learned = 0
+        if isinstance(settings, PPOSettings):
+            learned = settings.epochs * steps
+        elif isinstance(settings, DQNSettings):
+            calls = steps // settings.num_envs - settings.learning_starts // settings.num_envs
+            learned = max(0, calls) * settings.updates * settings.batch_size
         weights = sum(p.numel() for p in model.policy.parameters())
-        if self.algorithm == "ppo":
-            learned = settings.epochs * model.num_timesteps
-        else:
-            learned = model._n_updates * settings.batch_size
-        forward = 2.0 * weights * settings.num_candidates
-        return forward * (model.num_timesteps + _PASSES * learned)
+        return 2.0 * weights * settings.num_candidates * (steps + _PASSES * learned)
 
 
 class _Watch(BaseCallback):
@@ -266,6 +258,13 @@ class _Watch(BaseCallback):
         if self.stopped:
             return False
         self._note_episodes()
+        settings: Any = self.training.settings
+        model: Any = self.model
+        if isinstance(settings, DQNSettings):
+            # By the steps of the whole training, which a checkpoint keeps: DQN counts its calls.
+            every = max(settings.target_interval // settings.num_envs, 1)
+            if self.num_timesteps // settings.num_envs % every == 0:
+                model.q_net_target.load_state_dict(model.q_net.state_dict())
         return True
 
     def _note_episodes(self) -> None:

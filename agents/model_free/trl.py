@@ -6,14 +6,15 @@ TRL computes advantages, losses and updates; prompts, sampling and scores are th
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import shutil
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mbrl_text_env.agents.learning.lora import (
     adapter_digest,
@@ -23,24 +24,31 @@ from mbrl_text_env.agents.learning.lora import (
     trainable,
     write,
 )
+from mbrl_text_env.agents.learning.prompt_checks import check_prompts, prompts_digest
 from mbrl_text_env.agents.learning.training import (
+    CURVE,
+    LEDGER,
+    TuningError,
     checkpoints_of,
     claim,
     common_arguments,
     run,
     storage,
 )
-from mbrl_text_env.agents.model_free.experience import Experience
 from mbrl_text_env.agents.model_free.policy_gradient import (
+    FLAT,
+    USAGE,
     PolicyGradientReport,
     PolicyGradientSettings,
     StepReport,
 )
-from mbrl_text_env.agents.model_free.train_prompts import check_prompts
 from mbrl_text_env.identity import identity
+from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
+from mbrl_text_env.ledger import Ledger
+from mbrl_text_env.mdp import initial, response_limit
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import reward_name
+from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
 from mbrl_text_env.training import own_randomness
 from mbrl_text_env.types import Prompt
@@ -48,10 +56,10 @@ from mbrl_text_env.types import Prompt
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
 
-LEDGER, CURVE = "ledger.json", "curve.json"
-"""Files beside the adapter: what training took, and the reward at each step."""
-
 _DEFAULTS = PolicyGradientSettings()
+# Forward passes' worth of work a token: the loss, the gradients of the activations (frozen weights
+# have none), and for RLOO the log-probabilities before the step.
+_PASSES = {"grpo": 2, "rloo": 3}
 
 
 def train_grpo(
@@ -105,9 +113,8 @@ def train_grpo(
         True
         >>> policy = serve(embedded(), "kind")  # doctest: +SKIP
     """
-    return _train(
-        "grpo", language_model, reward_model, prompts, folder, settings, start_from, on_step
-    )
+    given = (settings, start_from, on_step)
+    return _train("grpo", language_model, reward_model, prompts, folder, *given)
 
 
 def train_rloo(
@@ -120,33 +127,18 @@ def train_rloo(
     start_from: str | Path | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> PolicyGradientReport:
-    """Train a LoRA adapter with REINFORCE Leave-One-Out.
+    """Train a LoRA adapter with REINFORCE Leave-One-Out; arguments and errors: `train_grpo`.
 
-    As `train_grpo`, but a response is judged against the mean score of the others in its group, in
-    units of the reward, and its probability counts as a whole.
+    As there, but a response is judged against the mean score of the others in its group, in units
+    of the reward, and its probability counts as a whole. `beta` weighs the KL divergence of a whole
+    response, which is taken off its score.
 
     Source: Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization for Learning
     from Human Feedback in LLMs", 2024, by TRL's `RLOOTrainer`. Deviation: TRL clips the ratio of
     probabilities as PPO does; with one update a sample that ratio is 1.
-
-    Args:
-        language_model: See `train_grpo`.
-        reward_model: See `train_grpo`.
-        prompts: See `train_grpo`.
-        folder: See `train_grpo`.
-        settings: See `train_grpo`; `beta` weighs the KL divergence of a whole response, which is
-            taken off its score.
-        start_from: See `train_grpo`.
-        on_step: See `train_grpo`.
-
-    Raises:
-        TuningError: See `train_grpo`.
-        RewardError: See `train_grpo`.
-        KeyboardInterrupt: See `train_grpo`.
     """
-    return _train(
-        "rloo", language_model, reward_model, prompts, folder, settings, start_from, on_step
-    )
+    given = (settings, start_from, on_step)
+    return _train("rloo", language_model, reward_model, prompts, folder, *given)
 
 
 def _train(
@@ -166,19 +158,16 @@ def _train(
     reward_model, prompts = as_reward_model(reward), as_prompts(prompts)
     check_prompts(prompts, reward_model, language_model, settings.prompts_per_step)
     checkpoints = checkpoints_of(target)
-    rows = [[p.id, p.text, json.dumps(dict(p.metadata), default=str)] for p in prompts]
-    resumed = claim(
-        checkpoints,
-        {
-            "algorithm": algorithm,
-            "settings": asdict(settings),
-            "base": base_of(language_model),
-            "dtype": str(language_model.dtype),
-            "reward": identity(reward_model),
-            "prompts": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-            "start_from": adapter_digest(start_from),
-        },
-    )
+    described = {
+        "algorithm": algorithm,
+        "settings": asdict(settings),
+        "base": base_of(language_model),
+        "dtype": str(language_model.dtype),
+        "reward": identity(reward_model),
+        "prompts": prompts_digest(prompts),
+        "start_from": adapter_digest(start_from),
+    }
+    resumed = claim(checkpoints, described)
     with own_randomness(settings.seed):
         model = trainable(language_model, settings, start_from)
         experience = Experience(algorithm, language_model, reward_model, prompts, settings)
@@ -186,14 +175,146 @@ def _train(
         if on_step is not None:
             _report_steps(trainer, on_step)
         run(trainer, checkpoints, resumed)
-    report = PolicyGradientReport.from_log(
-        algorithm, reward_name(reward_model), language_model.name, trainer.state.log_history
-    )
+    names = {"reward_name": reward_name(reward_model), "language_model": language_model.name}
+    log = trainer.state.log_history
+    report: PolicyGradientReport = PolicyGradientReport.from_log(log, algorithm=algorithm, **names)
     with storage(target):
         notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
         write(target, trainer.model, language_model, notes)
     shutil.rmtree(checkpoints)
     return report
+
+
+class Experience:
+    """Samples and scores the responses of each step.
+
+    To TRL a prompt is its id, so that neither its metadata nor its tokens change on their way
+    through a data set. Its trainers call `sample` and, as a reward function, the object itself.
+    """
+
+    def __init__(
+        self,
+        algorithm: str,
+        language_model: TransformersLM,
+        reward_model: RewardModel,
+        prompts: Sequence[Prompt],
+        settings: PolicyGradientSettings,
+    ) -> None:
+        self.algorithm = algorithm
+        self.language_model = language_model
+        self.reward_model = reward_model
+        self.prompts = {prompt.id: prompt for prompt in prompts}
+        self.settings = settings
+        self.__name__ = reward_name(reward_model)
+        self._ledger = Ledger()
+
+    def rows(self) -> list[str]:
+        """Ids of the prompts of all steps, in their order: each pass in another random order.
+
+        A trainer that goes on from a checkpoint skips the steps that are done, and then needs the
+        rest in the order of the first run, which TRL's own sampler has for the first pass alone.
+        """
+        rng = np.random.default_rng(self.settings.seed)
+        ids: list[str] = []
+        wanted = self.settings.steps * self.settings.prompts_per_step
+        # What a pass has beyond whole steps is left out of it, so that no step has a prompt twice.
+        whole = len(self.prompts) - len(self.prompts) % self.settings.prompts_per_step
+        while len(ids) < wanted:
+            ids += rng.permutation(list(self.prompts)).tolist()[:whole]
+        return ids[:wanted]
+
+    def sample(self, ids: Sequence[str], trainer: Any) -> dict[str, Any]:
+        """Draw the responses of a step with the policy as it is now.
+
+        Args:
+            ids: Prompts of the step, each `num_generations` times in a row.
+            trainer: TRL's.
+
+        Returns:
+            Token ids of prompts and responses; log-probabilities are left to TRL, which computes
+            them at the temperature.
+        """
+        settings = self.settings
+        chosen = [self.prompts[i] for i in ids[:: settings.num_generations]]
+        self._ledger = Ledger()
+        policy = self._policy(trainer.model)
+        states = [initial(prompt, policy) for prompt in chosen]
+        rows = policy.sample(
+            states,
+            settings.num_generations,
+            min(response_limit(s, policy, settings.max_completion_length) for s in states),
+            seeds=[spawn_seed(settings.seed, trainer.state.global_step)] * len(states),
+            params=SamplingParams(temperature=settings.temperature),
+            ledgers=[self._ledger] * len(states),
+        )
+        return {
+            "prompt_ids": [
+                list(state.prompt_ids) for state, row in zip(states, rows, strict=True) for _ in row
+            ],
+            "completion_ids": [list(chunk.token_ids) for row in rows for chunk in row],
+            "logprobs": None,
+        }
+
+    def _policy(self, model: Any) -> TransformersLM:
+        """The language model with the adapter as it is now, as it would be served."""
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(
+                folder, selected_adapters=["default"], save_embedding_layers=False
+            )
+            return self.language_model.with_adapter(folder, self.language_model.name)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        trainer_state: Any,
+        log_metric: Any,
+        **columns: Any,
+    ) -> list[float]:
+        """Score the responses of a step, and log what it took.
+
+        Raises:
+            RewardError: The reward failed.
+            TuningError: There is nothing to learn.
+        """
+        lm, asked = self.language_model, [self.prompts[i] for i in prompts]
+        texts = [lm.decode(ids) for ids in completion_ids]
+        ledgers = [self._ledger] * len(asked)
+        scores = score_responses(self.reward_model, asked, texts, ledgers=ledgers).total
+        log_metric(FLAT, self._check_signal(scores, trainer_state.log_history))
+        for name, amount in self._ledger.usage.as_dict().items():
+            log_metric(USAGE + name, amount)
+        passes = _PASSES[self.algorithm] + (self.settings.beta > 0)
+        forward = sum(
+            lm.usage(len(lm.encode_prompt(prompt)) + len(ids), []).lm_flops
+            for prompt, ids in zip(asked, completion_ids, strict=True)
+        )
+        log_metric(USAGE + "training_flops", passes * forward)
+        return [float(score) for score in scores]
+
+    def _check_signal(self, scores: Any, log_history: Sequence[Mapping[str, Any]]) -> float:
+        """Share of groups whose scores are all the same, which leaves nothing to learn from.
+
+        Raises:
+            TuningError: There were no others in all of the first steps.
+        """
+        groups = np.reshape(scores, (-1, self.settings.num_generations))
+        flat = np.ptp(groups, axis=1) == 0
+        if flat.all():
+            before = [entry[FLAT] for entry in log_history if FLAT in entry]
+            said = (
+                f"Reward model {self.__name__!r} gave all {self.settings.num_generations} "
+                f"responses to a prompt the same score (prompts' scores: {groups.min():.4g} to "
+                f"{groups.max():.4g})"
+            )
+            if all(share == 1 for share in before) and len(before) + 1 >= self.settings.flat_steps:
+                raise TuningError(
+                    f"{said} in all of the first {len(before) + 1} steps: there is no learning "
+                    "signal. Choose another reward or easier prompts, raise temperature or "
+                    "num_generations, or raise flat_steps to go on looking."
+                )
+            warnings.warn(f"{said}: step {len(before) + 1} teaches nothing.", stacklevel=2)
+        return float(flat.mean())
 
 
 def _trainer(experience: Experience, model: Any, checkpoints: Path) -> Any:

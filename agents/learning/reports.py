@@ -10,81 +10,67 @@ import numpy as np
 
 from mbrl_text_env.agents.learning.answers import HINTED
 from mbrl_text_env.agents.learning.filters import scores_described
-from mbrl_text_env.agents.learning.shift import (
+from mbrl_text_env.agents.learning.monitoring import (
     Divergence,
     Diversity,
     GoldCheck,
     ValueCheck,
     diversity,
-    from_json,
-    to_json,
 )
+from mbrl_text_env.agents.learning.notes import to_json
 from mbrl_text_env.records import Record
 
 
-@dataclass(frozen=True)
-class Collected:
+@dataclass(frozen=True, kw_only=True)
+class Answers:
     """Answers to the train prompts.
 
     Args:
         num_records: Answers.
         num_prompts: Prompts with an answer.
         num_hinted: Answers that were found with a hint.
-        num_failed: Prompts left out because an answer could not be scored.
         mean: Mean score.
+    """
+
+    num_records: int
+    num_prompts: int
+    num_hinted: int
+    mean: float
+
+    @classmethod
+    def of(cls, records: Sequence[Record], **more: Any) -> Any:
+        """Sum up records; `more` are the fields of a subclass."""
+        return cls(
+            num_records=len(records),
+            num_prompts=len({record.prompt_id for record in records}),
+            num_hinted=sum(record.agent.endswith(HINTED) for record in records),
+            mean=float(np.mean([record.score for record in records])),
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected(Answers):
+    """All answers of an iteration.
+
+    Args:
+        num_failed: Prompts left out because an answer could not be scored.
         std: Standard deviation of the scores.
     """
 
-    num_records: int
-    num_prompts: int
-    num_hinted: int
     num_failed: int
-    mean: float
     std: float
 
-    @classmethod
-    def of(cls, records: Sequence[Record], num_failed: int) -> Collected:
-        """Sum up records."""
-        scores = np.asarray([record.score for record in records])
-        return cls(
-            len(records),
-            _num_prompts(records),
-            _num_hinted(records),
-            num_failed,
-            float(scores.mean()),
-            float(scores.std()),
-        )
 
-
-@dataclass(frozen=True)
-class Selected:
+@dataclass(frozen=True, kw_only=True)
+class Selected(Answers):
     """The answers that were tuned on.
 
     Args:
-        num_records: Answers.
-        num_prompts: Prompts that they answer.
-        num_hinted: Answers that were found with a hint.
-        mean: Mean score.
         lowest: Lowest score.
     """
 
-    num_records: int
-    num_prompts: int
-    num_hinted: int
-    mean: float
     lowest: float
-
-    @classmethod
-    def of(cls, records: Sequence[Record]) -> Selected:
-        """Sum up records."""
-        scores = [record.score for record in records]
-        return cls(
-            len(records),
-            _num_prompts(records),
-            _num_hinted(records),
-            float(np.mean(scores)),
-            min(scores),
-        )
 
 
 @dataclass(frozen=True)
@@ -109,10 +95,7 @@ class Validation:
 
     @classmethod
     def of(
-        cls,
-        records: Sequence[Record],
-        divergence: Divergence | None = None,
-        gold: GoldCheck | None = None,
+        cls, records: Sequence[Record], divergence: Divergence | None, gold: GoldCheck | None
     ) -> Validation:
         """Sum up records."""
         by_prompt: dict[str, list[float]] = {}
@@ -181,10 +164,10 @@ class IterationReport:
         values.pop("usage")
         return values
 
-    def total_usage(self) -> dict[str, float]:
-        """The sum over the stages."""
+    def ledger(self) -> dict[str, Any]:
+        """What each stage took, and the total."""
         rows = list(self.usage.values())
-        return {name: sum(row[name] for row in rows) for name in rows[0]}
+        return {**self.usage, "total": {name: sum(row[name] for row in rows) for name in rows[0]}}
 
 
 @dataclass(frozen=True)
@@ -200,18 +183,6 @@ class LoopResult:
     iterations: tuple[IterationReport, ...]
     best: int
     stopped: str | None = None
-
-
-def read_validation(values: Mapping[str, Any]) -> Validation:
-    """Read what `to_json` made of a `Validation`."""
-    parts = {"diversity": Diversity, "divergence": Divergence, "gold": GoldCheck}
-    return _nested(Validation, parts, values)
-
-
-def read_value(values: Mapping[str, Any]) -> ValueReport:
-    """Read what `to_json` made of a `ValueReport`."""
-    parts = dict.fromkeys(("when_fitted", "before", "after"), ValueCheck)
-    return _nested(ValueReport, parts, values)
 
 
 def doubts_about(first: Validation, last: Validation) -> list[str]:
@@ -266,28 +237,3 @@ def fallen(means: Sequence[float], patience: int | None) -> str | None:
         f"The validation mean has not risen above that of iteration {best} ({means[best]:.4g}) for "
         f"{since} iteration{'s' if since > 1 else ''}; it is {means[-1]:.4g} now."
     )
-
-
-def _num_prompts(records: Sequence[Record]) -> int:
-    return len({record.prompt_id for record in records})
-
-
-def _num_hinted(records: Sequence[Record]) -> int:
-    return sum(record.agent.endswith(HINTED) for record in records)
-
-
-def _nested(kind: Any, parts: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    read = {
-        name: from_json(parts[name], value)
-        for name, value in values.items()
-        if name in parts and value is not None
-    }
-    plain = {name: value for name, value in values.items() if name not in read}
-    return kind(**{**vars(from_json(_Any, plain)), **read})
-
-
-class _Any:
-    """Takes any fields."""
-
-    def __init__(self, **fields: Any) -> None:
-        vars(self).update(fields)

@@ -1,15 +1,4 @@
-"""The folder of a loop: one folder for each iteration, in it a note and a folder for each stage.
-
-```
-config.json                 what the loop depends on
-00/, 01/, ...               00 is the base model, before anything is learned
-    collected.json, collected/      answers to the train prompts: records
-    selected.json, selected/        those that are tuned on: records
-    policy.json, policy/            the adapter
-    validation.json, validation/    plain samples on the validation prompts: records
-    value.json, value/              the value model, and the records that it was fitted on
-    scores.json, ledger.json        the iteration's figures, and what each stage took
-```
+"""The stages of a loop's folder, each a note and a folder; `ExpertIteration` shows the whole tree.
 
 A stage's note is written last, as a whole. A folder without its note is what a kill left behind; it
 is removed and made anew.
@@ -17,7 +6,6 @@ is removed and made anew.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbrl_text_env.files import write_text
-from mbrl_text_env.runs import claimed
+from mbrl_text_env.agents.learning.notes import write_json
+from mbrl_text_env.runs import read_config
 
 STAGES = ("collected", "selected", "policy", "validation", "value")
 """In the order in which they are made; the first three are not there for the base model."""
@@ -69,7 +57,7 @@ class Stage:
         """Whether it is whole."""
         return self.note.is_file()
 
-    def begin(self) -> Path:
+    def begin(self) -> None:
         """Remove what a kill left behind, and make the folder of the iteration."""
         self.root.mkdir(parents=True, exist_ok=True)
         # Names that begin with a dot are of files and folders that were being written.
@@ -78,7 +66,6 @@ class Stage:
                 shutil.rmtree(left)
             else:
                 left.unlink(missing_ok=True)
-        return self.folder
 
     def end(self, values: Mapping[str, Any]) -> None:
         """Write the note."""
@@ -95,39 +82,13 @@ class Stage:
                 f"{self.root}: iteration {self.iteration} has no {self.name!r}: the loop has not "
                 "come to it yet, has none, or stopped before. Ask for another iteration."
             )
-        return read_json(self.note)
-
-
-class LoopFolder:
-    """A loop's folder.
-
-    Args:
-        path: Made by `claim`.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def stage(self, iteration: int, name: str) -> Stage:
-        """A stage, whether or not it is there."""
-        return Stage(iteration, name, self.iteration(iteration))
-
-    def iteration(self, number: int) -> Path:
-        """The folder of an iteration."""
-        return self.path / f"{number:02d}"
-
-    @contextmanager
-    def claimed(self, record: Mapping[str, Any]) -> Iterator[None]:
-        """Be the only process that works in the folder, and make sure that it is of this loop.
-
-        Args:
-            record: Whatever the loop's results depend on. JSON values.
-
-        Raises:
-            LoopError: The folder is of another loop, or of something else, or in use.
-        """
-        with claimed(self.path, record, "loop", LoopError):
-            yield
+        try:
+            return read_config(self.note, LoopError)
+        except LoopError as error:
+            raise LoopError(
+                f"{error} Or remove the file, and those of the stages and iterations after it; the "
+                "loop then makes them anew."
+            ) from error
 
 
 @contextmanager
@@ -154,27 +115,3 @@ def told_where(folder: str | Path, where: str) -> Iterator[None]:
             "kept. Free some space, or fix the folder's permissions; after that the same call "
             "goes on with this stage."
         ) from error
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON as a whole."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object of JSON.
-
-    Raises:
-        LoopError: There is none.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"got {type(values).__name__}")
-    except (OSError, ValueError) as error:
-        raise LoopError(
-            f"{path}: expected a whole JSON object, written by the loop ({type(error).__name__}: "
-            f"{error}). Remove the file, and those of the stages and iterations after it; the loop "
-            "then makes them anew."
-        ) from error
-    return values

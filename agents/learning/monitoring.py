@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -195,10 +194,7 @@ def _distinct(texts: Sequence[tuple[str, ...]], n: int) -> float:
 
 
 def check_value(
-    value_model: ValueModel,
-    records: Sequence[Record],
-    *,
-    ledger: Ledger | None = None,
+    value_model: ValueModel, records: Sequence[Record], *, ledger: Ledger | None = None
 ) -> ValueCheck:
     """Compare a value model's predictions for prefixes with the final scores.
 
@@ -224,10 +220,7 @@ def check_value(
 
 
 def check_gold(
-    gold_model: RewardModel,
-    records: Sequence[Record],
-    *,
-    ledger: Ledger | None = None,
+    gold_model: RewardModel, records: Sequence[Record], *, ledger: Ledger | None = None
 ) -> GoldCheck | None:
     """Score responses with a trusted reward; None where it applies to none of them.
 
@@ -238,48 +231,13 @@ def check_gold(
     def score(some: Sequence[Record]) -> list[float]:
         charged = None if ledger is None else [ledger] * len(some)
         prompts, texts = [r.prompt() for r in some], [r.response for r in some]
-        found: list[float] = score_responses(
-            gold_model, prompts, texts, ledgers=charged
-        ).total.tolist()
-        return found
+        return list(score_responses(gold_model, prompts, texts, ledgers=charged).total)
 
     found = isolate_failures(score, rows) if rows else []
-    pairs = [
-        (record.score, gold)
-        for record, gold in zip(rows, found, strict=True)
-        if not isinstance(gold, RewardError)
-    ]
+    scored = zip(rows, found, strict=True)
+    pairs = [(row.score, gold) for row, gold in scored if not isinstance(gold, RewardError)]
     if not pairs:
         return None
     proxy, gold = np.asarray(pairs, dtype=np.float64).T
-    return GoldCheck(
-        float(proxy.mean()),
-        float(gold.mean()),
-        float((proxy - gold).mean()),
-        correlation(proxy, gold),
-        len(pairs),
-    )
-
-
-def to_json(values: Any) -> dict[str, Any]:
-    """A dataclass of this module as JSON values; text for the numbers that JSON does not have."""
-    return {name: _plain(value) for name, value in asdict(values).items()}
-
-
-def from_json(kind: Any, values: Mapping[str, Any]) -> Any:
-    """Read `to_json`."""
-    return kind(**{name: _number(value) for name, value in values.items()})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_number(item) for item in value)
-    return float(value) if isinstance(value, str) else value
+    means = float(proxy.mean()), float(gold.mean()), float((proxy - gold).mean())
+    return GoldCheck(*means, correlation(proxy, gold), len(pairs))
