@@ -1,7 +1,6 @@
 """Which responses a policy is to be tuned on: pure functions from records to records.
 
-All keep the order of the records. A response whose score is as good as another's is never preferred
-to it by anything but its place: the first of equals is taken.
+All keep the order of the records. Of equal scores the first is taken.
 """
 
 from __future__ import annotations

@@ -31,13 +31,7 @@ _MODEL, _RECORDS = "model", "records"
 
 
 class ValueBefore(NamedTuple):
-    """The value model of an iteration, as the next one finds it.
-
-    Args:
-        folder: Of its stage.
-        policy: Whose responses it values.
-        report: How well it does.
-    """
+    """The value model of an iteration, as the next one finds it; `policy` is whose it is."""
 
     folder: Path
     policy: LanguageModel
@@ -86,11 +80,7 @@ class LoopValues:
         return self.settings.value in READY and self.factory is None and self.first is None
 
     def load(self, folder: Path, policy: LanguageModel) -> ValueModel:
-        """The value model of a stage's folder.
-
-        Raises:
-            ValueModelError: It was fitted for another policy, or is damaged.
-        """
+        """The value model of a stage's folder; `ValueModelError` if it is another policy's."""
         return self._made(policy) if self._is_ready else self._read(folder, policy)
 
     def renew(

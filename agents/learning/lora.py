@@ -70,16 +70,16 @@ def trainable(
     settings: AdapterSettings,
     start_from: str | Path | None = None,
 ) -> Any:
-    """A peft model of the language model's weights, for a trainer.
+    """A peft model of the language model's weights, for a trainer; a new adapter changes nothing.
 
     The frozen weights are the language model's own where these are float32 (also under int8
-    products), else a float32 copy. The language model itself does not change while this is trained.
+    products), else a float32 copy. The language model itself does not change.
 
     Args:
         language_model: Whose policy is tuned.
         settings: The adapter's form; an adapter to start from keeps its own.
-        start_from: Folder of an adapter to go on from; None for a new one, which changes nothing
-            at first. A new adapter starts from torch's global random generator.
+        start_from: Folder of an adapter to go on from; None for a new one, which torch's global
+            generator draws.
 
     Raises:
         TuningError: No module has the name of a target, or `start_from` is for another base.
@@ -116,7 +116,6 @@ def trainable(
 
 
 def _shared_copy(model: Any) -> Any:
-    """A copy of a model's modules around the same weights."""
     import torch
 
     # Detached tensors share memory and version counter, so a write would be noticed in both.
@@ -160,11 +159,7 @@ def write(
 
 
 def check_target(folder: Path) -> None:
-    """Refuse to write over anything but an adapter.
-
-    Raises:
-        TuningError: There is a file, or a folder with other things in it.
-    """
+    """Refuse (`TuningError`) to write over anything but an adapter."""
     refuse_other_folder(folder, BASE, "an adapter")
 
 
@@ -197,11 +192,7 @@ def adapted_name(language_model: TransformersLM, folder: str | Path) -> str:
 
 
 def adapter_digest(folder: str | Path | None) -> str | None:
-    """Tells one adapter's weights from another's; None for None.
-
-    Raises:
-        TuningError: There are none.
-    """
+    """Tells one adapter's weights from another's; None for None. May raise `TuningError`."""
     if folder is None:
         return None
     path = Path(folder) / "adapter_model.safetensors"
@@ -247,8 +238,7 @@ def base_of(language_model: TransformersLM) -> dict[str, str]:
     """Name and fingerprint of a language model.
 
     The fingerprint is of the architecture, of all weights' names and shapes, and of values from
-    each of them as bfloat16: loaded as float32, bfloat16 or int8, a model has the same one. (As
-    float16 it may have another.)
+    each as bfloat16: the same for float32, bfloat16 and int8 (float16 may have another).
     """
     import torch
 

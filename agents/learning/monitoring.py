@@ -1,8 +1,4 @@
-"""How far a tuned policy has moved, and what of that is not an improvement.
-
-The further a policy moves from the base model, the less its value model fits, the fewer different
-things it says, and the more of its reward may be the reward model's mistake.
-"""
+"""How far a tuned policy has moved, and what of that is not an improvement."""
 
 from __future__ import annotations
 
@@ -56,9 +52,8 @@ class Diversity:
     """How much a set of responses repeats itself.
 
     Args:
-        distinct: Share of different n-grams of words among all, over all responses, for n of 1, 2
-            and 3; NaN where there is none. It falls with the number of responses, so compare sets
-            of one size.
+        distinct: Share of different n-grams of words among all, for n of 1, 2 and 3; NaN where
+            there is none. It falls with the number of responses: compare sets of one size.
         duplicates: Share of responses with the same words as a response to another prompt.
         repeats: Share of responses with the same words as an earlier one to the same prompt.
     """
@@ -75,8 +70,8 @@ class ValueCheck:
     Args:
         error: Root mean square of prediction - final score, over prefixes of all lengths.
         correlation: Pearson correlation over all prefixes.
-        within_prompt: The same after the mean of each prompt's prefixes of one length is taken off
-            both: what a choice among partial responses can use. NaN where nothing varies.
+        within_prompt: The same without the mean of each prompt's prefixes of one length: what a
+            choice among partial responses can use. NaN where nothing varies.
         num_prefixes: Prefixes.
     """
 
@@ -93,7 +88,7 @@ class GoldCheck:
     Args:
         proxy: Mean score under the reward that is optimised, of the responses below.
         gold: Mean score under the trusted one.
-        gap: proxy - gold. Its change from the base model's tells how much of a rise is not real,
+        gap: proxy - gold. Its change since the base model is the part of a rise that is not real,
             where both rewards have one scale.
         correlation: Of the two, over responses; NaN where one does not vary.
         num_responses: Responses that the trusted reward could score.
@@ -115,9 +110,9 @@ def divergence(
 ) -> Divergence:
     """Estimate KL(policy || base) from complete responses that the policy sampled.
 
-    The estimate is unbiased if the responses were drawn from the policy itself (temperature 1, no
-    top-k or top-p), from the prompt to the end. Standard errors are over prompts, with the usual
-    linearisation for the ratio of nats and tokens; over responses where there is one prompt.
+    The estimate is unbiased if the policy drew them at temperature 1, without top-k or top-p.
+    Standard errors are over prompts, with the usual linearisation for the ratio of nats and tokens;
+    over responses where there is one prompt.
 
     Args:
         policy: What sampled them.

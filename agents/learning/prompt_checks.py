@@ -24,12 +24,7 @@ def check_prompts(
     language_model: LanguageModel,
     least: int = 1,
 ) -> None:
-    """Refuse prompts that cannot be trained on from reward.
-
-    Raises:
-        TuningError: There are fewer than `least`, two have one id, or the reward does not apply to
-            one.
-    """
+    """Refuse (`TuningError`) prompts that cannot be trained on from reward."""
     if len(prompts) < least:
         raise TuningError(
             f"Expected at least {least} prompts (as many as a step has), got {len(prompts)}. Pass "
@@ -54,11 +49,7 @@ def check_prompts(
 def check_loop_prompts(
     train: Sequence[Prompt], validation: Sequence[Prompt], reward_model: RewardModel
 ) -> None:
-    """Refuse prompts that a policy cannot be trained and measured on.
-
-    Raises:
-        LoopError: There are none of a kind, the reward does not apply to some, or two have one id.
-    """
+    """Refuse (`LoopError`) prompts that a policy cannot be trained and measured on."""
     for name, prompts in (("train", train), ("validation", validation)):
         if not prompts:
             raise LoopError(f"{name}: expected at least one prompt, got none.")

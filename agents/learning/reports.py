@@ -23,14 +23,7 @@ from mbrl_text_env.records import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """Answers to the train prompts.
-
-    Args:
-        num_records: Answers.
-        num_prompts: Prompts with an answer.
-        num_hinted: Answers that were found with a hint.
-        mean: Mean score.
-    """
+    """Answers to the train prompts, their counts and mean score."""
 
     num_records: int
     num_prompts: int
@@ -51,12 +44,7 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Collected(Answers):
-    """All answers of an iteration.
-
-    Args:
-        num_failed: Prompts left out because an answer could not be scored.
-        std: Standard deviation of the scores.
-    """
+    """All answers of an iteration; `num_failed` prompts are left out, as they cannot be scored."""
 
     num_failed: int
     std: float
@@ -64,11 +52,7 @@ class Collected(Answers):
 
 @dataclass(frozen=True, kw_only=True)
 class Selected(Answers):
-    """The answers that were tuned on.
-
-    Args:
-        lowest: Lowest score.
-    """
+    """The answers that were tuned on; `lowest` is the lowest score."""
 
     lowest: float
 
@@ -82,8 +66,8 @@ class Validation:
         error: Its standard error over prompts; NaN for one prompt.
         tokens: Mean length of a response.
         diversity: Of the responses.
-        divergence: From the base model; None where it was not asked for.
-        gold: What a trusted reward says; None without one.
+        divergence: From the base model, where it was asked for.
+        gold: What a trusted reward says, where there is one.
     """
 
     mean: float
@@ -116,8 +100,8 @@ class ValueReport:
     Args:
         fitted_at: The iteration whose policy it was fitted for.
         refitted: Whether that is this one.
-        when_fitted: How well it predicted the validation responses of the policy that it was fitted
-            for; of an old model, where one was refitted, this is of the old one.
+        when_fitted: How well the old model predicted the validation responses of the policy that
+            it was fitted for (the first model: this policy's).
         before: How well the old model predicts this policy's; None for the first.
         after: How well the model of this iteration does.
         error_ratio: Of `before` and `when_fitted`; None for the first.
@@ -133,18 +117,18 @@ class ValueReport:
 
 @dataclass(frozen=True)
 class IterationReport:
-    """An iteration's figures.
+    """An iteration's figures; what an iteration lacks is None.
 
     Args:
         iteration: 0 for the base model, before anything is learned.
         policy: Name of the policy at its end.
         validation: What that scores.
-        collected: What the policy before answered; None for iteration 0, as are the next two.
+        collected: What the policy before answered.
         selected: What was tuned on.
         improvement: What the improver says.
-        value: The value model for this policy; None where there is none.
-        usage: What each stage took: `Usage.as_dict()` and `wall_seconds`. (The seconds of the usage
-            are those of the models' calls; both are of the last try, where a stage was stopped.)
+        value: The value model for this policy.
+        usage: What each stage took, of the last try where it was stopped: `Usage.as_dict()`, whose
+            seconds are those of the models' calls, and `wall_seconds`.
         warnings: What to look at.
     """
 
@@ -203,13 +187,8 @@ def without_signal(
 ) -> str | None:
     """Why nothing can be learned from answers; None where something can.
 
-    A planner whose answers all have the same score still has something to teach, as long as plain
-    sampling does not do the same.
-
-    Args:
-        answers: To the train prompts.
-        own: Plain samples of the same policy.
-        is_plain: Whether the answers are plain samples too.
+    A planner whose answers all score the same still has something to teach, as long as plain
+    samples of the same policy (`own`) do not; `is_plain` says that the answers are such samples.
     """
     scores = {record.score for record in answers}
     if len(scores) > 1 or (not is_plain and {record.score for record in own} != scores):

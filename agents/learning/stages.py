@@ -30,13 +30,7 @@ class NoSignalError(LoopError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one iteration.
-
-    Args:
-        iteration: The iteration's number, 0 for the base model.
-        name: One of `STAGES`.
-        root: The iteration's folder.
-    """
+    """One of `STAGES` of an iteration (0 for the base model), in the iteration's folder `root`."""
 
     iteration: int
     name: str
@@ -72,11 +66,7 @@ class Stage:
         write_json(self.note, values)
 
     def read(self) -> dict[str, Any]:
-        """The note.
-
-        Raises:
-            LoopError: It is not there, or damaged.
-        """
+        """The note; `LoopError` where it is not there, or damaged."""
         if not self.is_done:
             raise LoopError(
                 f"{self.root}: iteration {self.iteration} has no {self.name!r}: the loop has not "
@@ -93,12 +83,7 @@ class Stage:
 
 @contextmanager
 def told_where(folder: str | Path, where: str) -> Iterator[None]:
-    """Say how to go on after Ctrl-C, or when nothing can be written.
-
-    Raises:
-        KeyboardInterrupt: It was stopped.
-        LoopError: The block raised `OSError`.
-    """
+    """Say how to go on after Ctrl-C, or (`LoopError`) when nothing can be written."""
     try:
         yield
     except KeyboardInterrupt as stopped:

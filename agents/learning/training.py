@@ -28,22 +28,14 @@ class TuningError(ValueError):
 
 
 def check_above_zero(settings: object, *names: str) -> None:
-    """Refuse settings that are not above 0.
-
-    Raises:
-        TuningError: One is not.
-    """
+    """Refuse (`TuningError`) settings that are not above 0."""
     for name in names:
         if not getattr(settings, name) > 0:
             raise TuningError(f"{name}: expected more than 0, got {getattr(settings, name)!r}.")
 
 
 def refuse_other_folder(folder: Path, mark: str, noun: str) -> None:
-    """Refuse to write over a folder unless it is empty or holds the file `mark`.
-
-    Raises:
-        TuningError: There is a file, or a folder with other things in it.
-    """
+    """Refuse (`TuningError`) a folder that is not empty and lacks the file `mark`."""
     is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()
     if is_other or (folder.exists() and not folder.is_dir()):
         raise TuningError(
@@ -104,11 +96,7 @@ def common_arguments(checkpoints: Path, seed: int, save_steps: int) -> dict[str,
 
 
 def claim(checkpoints: Path, record: Mapping[str, Any]) -> str | None:
-    """`claim_checkpoints`, with what to do where files cannot be written.
-
-    Raises:
-        TuningError: The folder is of another run, or of something else, or cannot be written.
-    """
+    """`claim_checkpoints`, whose errors and full disks are a `TuningError`."""
     with storage(checkpoints):
         return claim_checkpoints(checkpoints, record, TuningError)
 
@@ -117,11 +105,7 @@ def run(trainer: Any, checkpoints: Path, resumed: str | None) -> None:
     """Train with a trainer of transformers to the end.
 
     The first Ctrl-C lets the step under way end, and saves a checkpoint; a second one stops at
-    once.
-
-    Raises:
-        KeyboardInterrupt: It was stopped; the message says how to go on.
-        TuningError: A checkpoint could not be written.
+    once. Either raises a `KeyboardInterrupt` that says how to go on.
     """
     from transformers import TrainerCallback
 
@@ -154,7 +138,7 @@ def stopped(where: str, checkpoints: Path) -> KeyboardInterrupt:
 
 @contextmanager
 def stop_asked(after: str) -> Iterator[list[bool]]:
-    """Have the first Ctrl-C be noted in the list and not raised; a second one stops at once.
+    """Note the first Ctrl-C in the list instead of raising it; a second one stops at once.
 
     Args:
         after: What is still done, in the words of the message.
@@ -179,11 +163,7 @@ def stop_asked(after: str) -> Iterator[list[bool]]:
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Say what to do where files cannot be written.
-
-    Raises:
-        TuningError: The block raised `OSError`, or what torch and safetensors make of one.
-    """
+    """Make a `TuningError` of an `OSError`, or of what torch and safetensors make of one."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

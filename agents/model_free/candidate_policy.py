@@ -89,10 +89,7 @@ class CandidateView:
         """The encoder itself, or `"language_model"`, as `CandidateProposer` takes it.
 
         Args:
-            encoder: One's own, where the view's is `"own"`; otherwise None.
-
-        Raises:
-            TuningError: One was passed and the view's is another, or the other way round.
+            encoder: One's own, where the view's is `"own"`; otherwise None, or a `TuningError`.
         """
         if (self.encoder == "own") != (encoder is not None):
             wanted = "an object with encode(texts)" if encoder is None else "None"
@@ -133,12 +130,7 @@ class CandidateView:
 
 
 class _Network(nn.Module):
-    """A network on one row of numbers: position, three a candidate, rewards, and an embedding.
-
-    Args:
-        layout: Of the features.
-        hidden: Sizes of hidden layers (tanh); none for a linear network.
-    """
+    """A network (tanh; linear without `hidden`) on one row of numbers."""
 
     def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -236,10 +228,7 @@ class CandidatePolicy:
         return 2.0 * weights * self.view.num_candidates
 
     def scores(self, features: npt.ArrayLike) -> FloatArray:
-        """Scores of the candidates, float64[B, K].
-
-        Args:
-            features: float32[B, layout.size], as the candidate view shows.
+        """Scores of the candidates, float64[B, K], for float32[B, layout.size] of the view.
 
         Raises:
             TuningError: The features have another size.
@@ -260,11 +249,7 @@ class CandidatePolicy:
     def check_fits(
         self, language_model: LanguageModel | None, reward_model: RewardModel | None
     ) -> None:
-        """Refuse another language model or reward than the policy was trained with.
-
-        Raises:
-            TuningError: It is another one; None is not checked.
-        """
+        """Refuse (`TuningError`) other models than it was trained with; None fits."""
         for what, own, given in (
             ("language model", self.language_model_name, language_model and language_model.name),
             ("reward", self.reward_name, reward_model and reward_name(reward_model)),
@@ -306,11 +291,7 @@ class CandidatePolicy:
 
 
 def check_policy_target(folder: Path) -> None:
-    """Refuse to write over anything but a policy.
-
-    Raises:
-        TuningError: There is a file, or a folder with other things in it.
-    """
+    """Refuse (`TuningError`) to write over anything but a policy."""
     refuse_other_folder(folder, CONFIG, "a policy")
 
 

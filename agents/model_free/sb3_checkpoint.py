@@ -1,9 +1,8 @@
 """Checkpoints of stable-baselines3's algorithms as numbers: safetensors and JSON, no pickles.
 
-A checkpoint holds whatever the rest of the training depends on, so that it goes on as if it had not
-been stopped: weights, the optimizer's state, the replay buffer, random generators, and the states
-of the environments, all by stable-baselines3's public attributes. Its own `save` writes pickles,
-and nothing of the environment.
+A checkpoint holds whatever the rest of the training depends on: weights, the optimizer's state, the
+replay buffer, random generators, and the states of the environments, all by stable-baselines3's
+public attributes. Its own `save` writes pickles, and nothing of the environment.
 """
 
 from __future__ import annotations
@@ -46,16 +45,13 @@ class ResumableEnv(VectorEnvAdapter):
 def write_checkpoint(
     checkpoints: Path, model: BaseAlgorithm, env: CandidateChunksVector, notes: Mapping[str, Any]
 ) -> None:
-    """Write the state of a training between two rollouts, whole or not at all.
+    """Write the state of a training between two rollouts, whole or not at all; two are kept.
 
     Args:
-        checkpoints: The folder of all checkpoints; the last two are kept.
+        checkpoints: The folder of all checkpoints.
         model: PPO or DQN.
         env: What it is trained on.
         notes: JSON values to go with it.
-
-    Raises:
-        TuningError: There is no space left, or the folder cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -73,16 +69,13 @@ def write_checkpoint(
 def read_checkpoint(
     folder: Path, model: BaseAlgorithm, env: CandidateChunksVector, prompts: Mapping[str, Prompt]
 ) -> dict[str, Any]:
-    """Put a training where it was, and return the notes.
+    """Put a training where it was, and return the notes; a damaged checkpoint is a `TuningError`.
 
     Args:
         folder: Of the checkpoint.
         model: Made with the same settings, on a `ResumableEnv`.
         env: Made with the same settings.
         prompts: Those of the environment, by id.
-
-    Raises:
-        TuningError: The checkpoint is damaged, or of another training.
     """
     from safetensors.torch import load_file
 

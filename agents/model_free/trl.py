@@ -211,8 +211,8 @@ class Experience:
     def rows(self) -> list[str]:
         """Ids of the prompts of all steps, in their order: each pass in another random order.
 
-        A trainer that goes on from a checkpoint skips the steps that are done, and then needs the
-        rest in the order of the first run, which TRL's own sampler has for the first pass alone.
+        A trainer that goes on from a checkpoint skips what is done, and TRL's own sampler has the
+        order of the first run for the first pass alone.
         """
         rng = np.random.default_rng(self.settings.seed)
         ids: list[str] = []
@@ -228,11 +228,7 @@ class Experience:
 
         Args:
             ids: Prompts of the step, each `num_generations` times in a row.
-            trainer: TRL's.
-
-        Returns:
-            Token ids of prompts and responses; log-probabilities are left to TRL, which computes
-            them at the temperature.
+            trainer: TRL's, which computes the log-probabilities itself, at the temperature.
         """
         settings = self.settings
         chosen = [self.prompts[i] for i in ids[:: settings.num_generations]]
@@ -271,12 +267,7 @@ class Experience:
         log_metric: Any,
         **columns: Any,
     ) -> list[float]:
-        """Score the responses of a step, and log what it took.
-
-        Raises:
-            RewardError: The reward failed.
-            TuningError: There is nothing to learn.
-        """
+        """Score the responses of a step, and log what it took."""
         lm, asked = self.language_model, [self.prompts[i] for i in prompts]
         texts = [lm.decode(ids) for ids in completion_ids]
         ledgers = [self._ledger] * len(asked)
@@ -293,11 +284,7 @@ class Experience:
         return [float(score) for score in scores]
 
     def _check_signal(self, scores: Any, log_history: Sequence[Mapping[str, Any]]) -> float:
-        """Share of groups whose scores are all the same, which leaves nothing to learn from.
-
-        Raises:
-            TuningError: There were no others in all of the first steps.
-        """
+        """Share of groups of one score each, which teach nothing; all at first is an error."""
         groups = np.reshape(scores, (-1, self.settings.num_generations))
         flat = np.ptp(groups, axis=1) == 0
         if flat.all():
@@ -375,7 +362,6 @@ def _rloo_class() -> Any:
 
 
 def _report_steps(trainer: Any, on_step: Callable[[StepReport], None]) -> None:
-    """Have the trainer call a function after each step."""
     from transformers import TrainerCallback
 
     class ReportSteps(TrainerCallback):  # type: ignore[misc, unused-ignore]

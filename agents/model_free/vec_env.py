@@ -20,13 +20,10 @@ class VectorEnvAdapter(VecEnv):
     has the last observation as `terminal_observation` beside what Gymnasium calls its final info.
 
     Args:
-        env: Its autoreset mode is `SameStep`.
-        bootstrap_truncated: Whether an episode that was truncated is treated as if it went on: its
-            value is then estimated from the last observation. False for text environments, where
-            the token limit is part of the task and the response is scored when it is met.
-
-    Raises:
-        ValueError: The environment has another autoreset mode.
+        env: Its autoreset mode is `SameStep`, or a `ValueError` is raised.
+        bootstrap_truncated: Whether an episode that was truncated is treated as if it went on, with
+            the value of the last observation. False for text environments, where the token limit is
+            part of the task and the response is scored when it is met.
 
     Example:
         >>> env = gym.make_vec(
