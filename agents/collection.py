@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, Completion, check_positive
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion, check_positive
 from mbrl_text_env.agents.best_of_n import BestOfN
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
@@ -202,25 +202,27 @@ def _sampled(
         amounts = ledgers[prompt.id].usage.as_dict()
         usage = {key: amount / len(row) for key, amount in amounts.items()}
         for completion, sample in zip(row, missing[prompt.id], strict=True):
-            records.append(_record(completion, agent, usage, seed, sample))
+            records.append(
+                record_of(completion, agent, usage, seed, agent="sampling", sample=sample)
+            )
     return records
 
 
-def _record(
-    completion: Completion, agent: BestOfN, usage: Mapping[str, float], seed: int, sample: int
+def record_of(
+    completion: Completion, agent: Agent, usage: Mapping[str, float], seed: int, /, **changes: Any
 ) -> Record:
+    """The record of an agent's scored completion; `changes` are fields that `Record` has beside."""
     state, lm = completion.state, agent.language_model
     assert completion.score is not None
-    return Record.from_state(
-        state,
-        response=lm.decode(state.response_ids),
-        logprobs=completion.logprobs,
-        score=completion.score,
-        rewards=dict(completion.parts),
-        reward_name=reward_name(agent.reward_model),
-        agent="sampling",
-        language_model=lm.name,
-        seed=seed,
-        usage=usage,
-        sample=sample,
-    )
+    fields: dict[str, Any] = {
+        "response": lm.decode(state.response_ids),
+        "logprobs": completion.logprobs,
+        "score": completion.score,
+        "rewards": dict(completion.parts),
+        "reward_name": reward_name(agent.reward_model),
+        "agent": agent.name,
+        "language_model": lm.name,
+        "seed": seed,
+        "usage": usage,
+    }
+    return Record.from_state(state, **{**fields, **changes})

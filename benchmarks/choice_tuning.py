@@ -142,7 +142,7 @@ class Run:
 
     def training(self) -> dict[str, Any]:
         """What the training of each policy took, and the scores of its episodes."""
-        from mbrl_text_env.agents.model_free.sb3_training import CURVE, LEDGER
+        from mbrl_text_env.agents.model_free.sb3 import CURVE, LEDGER
 
         found = {}
         for name in self.settings:
@@ -156,7 +156,7 @@ class Run:
     def _policy(self, name: str) -> CandidatePolicy:
         """Trained now, unless it has been."""
         from mbrl_text_env.agents.model_free import load_policy, train_dqn, train_ppo
-        from mbrl_text_env.agents.model_free.sb3_training import CURVE
+        from mbrl_text_env.agents.model_free.sb3 import CURVE
 
         trainers: dict[str, Any] = {"ppo": train_ppo, "dqn": train_dqn}
         folder, settings = self.folder / name, self.settings[name]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from mbrl_text_env.agents.base import Agent, Completion
+from mbrl_text_env.agents.collection import record_of
 from mbrl_text_env.agents.learning.filters import CORRECT
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
+from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.mdp import initial
-from mbrl_text_env.records import Record, RecordWriter
-from mbrl_text_env.rewards.base import RewardError, isolate_failures, reward_name
+from mbrl_text_env.records import RecordWriter
+from mbrl_text_env.rewards.base import RewardError, isolate_failures
 from mbrl_text_env.types import Prompt, TextState
 
 HINTED = "+hint"
@@ -77,7 +77,7 @@ def collect_answers(
                 continue
             for completion, usage in row:
                 ledger.charge(usage)
-                record = _record(agent, completion, usage, name, seed)
+                record = record_of(completion, agent, usage.as_dict(), seed, agent=name)
                 writer.append(record)
                 if record.score >= CORRECT:
                     done.add(prompt.id)
@@ -130,14 +130,7 @@ def _sampled(
 ) -> list[list[tuple[Completion, Usage]]]:
     """All answers of a prompt in one call, which computes the prompt once."""
     states = [initial(prompt, agent.language_model) for prompt in prompts]
-    for state in states:
-        least = agent.response_usage(state)
-        if not Ledger(budget).affords(least):
-            raise BudgetError(
-                f"{budget} is too small for one response to prompt {state.prompt.id!r}: that can "
-                f"take {least.generated_tokens} tokens and {least.flops:.3g} FLOPs. Raise the "
-                "budget or lower max_response_tokens."
-            )
+    agent.check_budget(prompts, budget)
     ledgers = [Ledger() for _ in states]
     rows = agent.complete(states, answers, ledgers, seed)
     return [
@@ -180,20 +173,3 @@ def _scored(
             plain[i] = completion, plain[i][1] + ledger.usage
     numbered = iter(plain)
     return [[next(numbered) for _ in row] for row in rows]
-
-
-def _record(agent: Agent, completion: Completion, usage: Usage, name: str, seed: int) -> Record:
-    state, lm = completion.state, agent.language_model
-    assert completion.score is not None
-    return Record.from_state(
-        replace(state, logprob=None),
-        response=lm.decode(state.response_ids),
-        logprobs=completion.logprobs,
-        score=completion.score,
-        rewards=dict(completion.parts),
-        reward_name=reward_name(agent.reward_model),
-        agent=name,
-        language_model=lm.name,
-        seed=seed,
-        usage=usage.as_dict(),
-    )

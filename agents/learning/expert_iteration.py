@@ -1,7 +1,7 @@
 """Expert iteration: a policy answers with an agent's help, and learns its best answers.
 
 Each iteration collects scored answers to train prompts, filters them, tunes the policy on what is
-left, measures plain sampling on validation prompts, and fits the value model anew. Iteration 0 only
+left, measures plain sampling on validation prompts, and fits a new value model. Iteration 0 only
 measures the base model and fits its value. Whatever is made is kept.
 """
 
@@ -22,19 +22,20 @@ from mbrl_text_env.agents.base import Agent
 from mbrl_text_env.agents.catalogue import make
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers
 from mbrl_text_env.agents.learning.filters import select
-from mbrl_text_env.agents.learning.improvers import Improver, LoraImprover
+from mbrl_text_env.agents.learning.fine_tuning import Improver, LoraImprover
 from mbrl_text_env.agents.learning.loop_values import LoopValues, ValueBefore, ValueFactory
-from mbrl_text_env.agents.learning.monitoring import Divergence, check_gold, divergence
 from mbrl_text_env.agents.learning.notes import from_json, to_json, write_json
 from mbrl_text_env.agents.learning.presets import LoopSettings, answer_hint, planned
-from mbrl_text_env.agents.learning.prompt_checks import check_loop_prompts, prompts_digest
 from mbrl_text_env.agents.learning.reports import (
     Collected,
+    Divergence,
     IterationReport,
     LoopResult,
     Selected,
     Validation,
     ValueReport,
+    check_gold,
+    divergence,
     doubts_about,
     fallen,
     without_signal,
@@ -44,8 +45,10 @@ from mbrl_text_env.agents.learning.stages import (
     LoopError,
     NoSignalError,
     Stage,
+    check_prompts,
     told_where,
 )
+from mbrl_text_env.agents.learning.training import prompts_digest
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import FittedValue
 from mbrl_text_env.encoders import Encoder
@@ -140,7 +143,7 @@ class ExpertIteration:
 
     def __post_init__(self) -> None:
         self.reward_model = self._reward = as_reward_model(self.reward_model)
-        check_loop_prompts(self.train, self.validation, self._reward)
+        check_prompts(self.train, self.validation, self._reward)
         self._gold = None if self.gold_model is None else as_reward_model(self.gold_model)
         self._values = LoopValues(
             self.settings, self._reward, self.encoder, self.value_factory, self.value_model

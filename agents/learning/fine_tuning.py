@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import shutil
+import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from mbrl_text_env.agents.learning.lora import (
     AdapterSettings,
-    adapter_digest,
-    base_of,
-    check_target,
+    keep,
+    serve,
     tokenizer_of,
-    trainable,
-    write,
+    train_adapter,
 )
 from mbrl_text_env.agents.learning.notes import from_json, to_json
 from mbrl_text_env.agents.learning.training import (
     TuningError,
     check_above_zero,
-    checkpoints_of,
-    claim,
     common_arguments,
-    run,
-    storage,
 )
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.ledger import Usage
 from mbrl_text_env.records import Record
-from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
 from mbrl_text_env.runs import digest
-from mbrl_text_env.training import own_randomness
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
+
 
 # The loss before tuning is of this many examples, so that it does not cost an epoch.
 _LOSS_EXAMPLES = 64
@@ -43,6 +39,8 @@ _SAVE_STEPS = 25
 # Forward, and the gradients of the activations; frozen weights have none.
 _PASSES = 2
 _IGNORED = -100
+# What transformers accepts as a seed.
+_SEEDS = 2**31
 
 
 @dataclass(frozen=True)
@@ -157,41 +155,29 @@ def fine_tune(
         >>> report = fine_tune(lm, best, "tuned")  # doctest: +SKIP
         >>> policy = serve(lm, "tuned")  # doctest: +SKIP
     """
-    target = Path(folder)
-    check_target(target)
-    for package in ("trl", "peft"):
-        required(package)
     start = time.perf_counter()
     examples = examples_of(language_model, records, settings.max_length)
-    checkpoints = checkpoints_of(target)
-    described = {
-        "settings": asdict(settings),
-        "base": base_of(language_model),
-        "examples": digest(repr(examples).encode()),
-        "start_from": adapter_digest(start_from),
-    }
-    resumed = claim(checkpoints, described)
-    with own_randomness(settings.seed):
-        model = trainable(language_model, settings, start_from)
-        trainer = _trainer(language_model, model, examples, settings, checkpoints)
-        with quiet():
-            loss_before = float(trainer.evaluate()["eval_loss"])
-        run(trainer, checkpoints, resumed)
+    trainer = train_adapter(
+        language_model,
+        folder,
+        settings,
+        start_from,
+        {"examples": digest(repr(examples).encode())},
+        functools.partial(_trainer, language_model, examples, settings),
+    )
     lengths = [len(example.input_ids) for example in examples]
     forward = sum(language_model.usage(length, []).lm_flops for length in lengths)
     report = FineTuneReport(
         num_examples=len(examples),
         steps=int(trainer.state.global_step),
-        loss_before=loss_before,
+        loss_before=trainer.loss_before,
         losses=tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
         seconds=time.perf_counter() - start,
         tokens=round(settings.epochs * sum(lengths)),
         flops=settings.epochs * _PASSES * forward,
     )
-    with storage(target):
-        notes = {"fine_tuning.json": {"settings": asdict(settings), "report": report.to_dict()}}
-        write(target, trainer.model, language_model, notes)
-    shutil.rmtree(checkpoints)
+    notes = {"settings": asdict(settings), "report": report.to_dict()}
+    keep(folder, trainer.model, language_model, {"fine_tuning.json": notes})
     return report
 
 
@@ -255,9 +241,9 @@ def _example(language_model: TransformersLM, record: Record) -> Example:
 
 def _trainer(
     language_model: TransformersLM,
-    model: Any,
     examples: Sequence[Example],
     settings: FineTuneSettings,
+    model: Any,
     checkpoints: Path,
 ) -> Any:
     import trl
@@ -265,24 +251,133 @@ def _trainer(
     from transformers.trainer_callback import PrinterCallback
 
     dataset = Dataset.from_list([example._asdict() for example in examples])
-    with quiet():
-        arguments = trl.SFTConfig(
-            **common_arguments(checkpoints, settings.seed, _SAVE_STEPS),
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation,
-            learning_rate=settings.learning_rate,
-            # Ids and labels are final: nothing is encoded, cut or packed.
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None,
-        )
-        trainer = trl.SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=dataset,
-            eval_dataset=dataset.select(range(min(len(dataset), _LOSS_EXAMPLES))),
-            processing_class=tokenizer_of(language_model),
-        )
+    arguments = trl.SFTConfig(
+        **common_arguments(checkpoints, settings.seed, _SAVE_STEPS),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        # Ids and labels are final: nothing is encoded, cut or packed.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+    )
+    trainer: Any = trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(min(len(dataset), _LOSS_EXAMPLES))),
+        processing_class=tokenizer_of(language_model),
+    )
     trainer.remove_callback(PrinterCallback)
+    trainer.loss_before = float(trainer.evaluate()["eval_loss"])
     return trainer
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """What an improver did.
+
+    Args:
+        num_examples: Records that were learned.
+        usage: What it took.
+        details: What else there is to say. JSON values.
+    """
+
+    num_examples: int
+    usage: Usage = field(default_factory=Usage)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Improver(Protocol):
+    """Makes a policy's folder from answers, and a language model from a policy's folder.
+
+    Example:
+        >>> class Copying:  # always serves the base
+        ...     def described(self):
+        ...         return {"kind": "copying"}
+        ...     def improve(self, base, records, folder, *, start_from=None, seed=0):
+        ...         Path(folder).mkdir()
+        ...         return Improvement(len(records))
+        ...     def serve(self, base, folder):
+        ...         return base
+    """
+
+    def described(self) -> Mapping[str, Any]:
+        """Kind and settings, as JSON values: all that its results depend on."""
+        ...
+
+    def improve(
+        self,
+        base: LanguageModel,
+        records: Sequence[Record],
+        folder: Path,
+        *,
+        start_from: Path | None = None,
+        seed: int = 0,
+    ) -> Improvement:
+        """Write a policy that gives the recorded answers more often.
+
+        Args:
+            base: The base model.
+            records: At least two.
+            folder: Where the policy is written, as a whole or not at all.
+            start_from: Folder of a policy to go on from; None for the base.
+            seed: All randomness follows from it.
+        """
+        ...
+
+    def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
+        """The policy of a folder, with the base's tokens and a name of its own.
+
+        The name differs between policies, since it is how a value model knows whose responses it
+        was fitted on.
+        """
+        ...
+
+
+class LoraImprover:
+    """Supervised fine-tuning with LoRA: `fine_tune`.
+
+    Args:
+        settings: See `FineTuneSettings`; None for its defaults, which are the article's. Its seed
+            is replaced by the loop's.
+    """
+
+    def __init__(self, settings: FineTuneSettings | None = None) -> None:
+        self.settings = FineTuneSettings() if settings is None else settings
+
+    def described(self) -> Mapping[str, Any]:
+        """The settings."""
+        settings = dataclasses.asdict(self.settings)
+        settings.pop("seed")
+        return {"kind": "lora", **settings}
+
+    def improve(
+        self,
+        base: LanguageModel,
+        records: Sequence[Record],
+        folder: Path,
+        *,
+        start_from: Path | None = None,
+        seed: int = 0,
+    ) -> Improvement:
+        """Tune an adapter; see `fine_tune`, which raises the same."""
+        settings = dataclasses.replace(self.settings, seed=seed % _SEEDS)
+        report = fine_tune(_trainable(base), records, folder, settings, start_from=start_from)
+        usage = Usage(lm_flops=report.flops, seconds=report.seconds)
+        return Improvement(report.num_examples, usage, report.to_dict())
+
+    def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
+        """The base with the adapter, named after the adapter's weights."""
+        return serve(_trainable(base), folder)
+
+
+def _trainable(base: LanguageModel) -> TransformersLM:
+    if not hasattr(base, "with_adapter"):
+        raise TypeError(
+            f"Expected a language model that runs here (TransformersLM) to fine-tune, got "
+            f"{base.name!r} ({type(base).__name__}). Load it here, or give the loop an improver "
+            "of its own."
+        )
+    return cast("TransformersLM", base)

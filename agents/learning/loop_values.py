@@ -1,4 +1,4 @@
-"""A loop's value model: fitted for one policy, tried on the next, fitted anew or taken over."""
+"""A loop's value model: fitted for one policy, tried on the next, fitted again or taken over."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from mbrl_text_env.agents.learning.monitoring import check_value
 from mbrl_text_env.agents.learning.presets import LoopSettings
-from mbrl_text_env.agents.learning.reports import ValueReport
+from mbrl_text_env.agents.learning.reports import ValueReport, check_value
 from mbrl_text_env.agents.values import READY, FittedValue, load_value, make_value
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
@@ -39,7 +38,7 @@ class ValueBefore(NamedTuple):
 
 
 class _Charged:
-    """A reward model that charges a ledger for whatever it scores: fits charge nothing."""
+    """A reward model that charges a ledger for all that it scores; fits charge nothing."""
 
     def __init__(self, reward_model: RewardModel, ledger: Ledger) -> None:
         self._reward_model = reward_model

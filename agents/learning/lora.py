@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,15 @@ from mbrl_text_env.agents.learning.notes import write_json
 from mbrl_text_env.agents.learning.training import (
     TuningError,
     check_above_zero,
+    checkpoints_of,
+    claim,
     refuse_other_folder,
+    run,
+    storage,
 )
 from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
+from mbrl_text_env.training import own_randomness
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
@@ -124,6 +130,53 @@ def _shared_copy(model: Any) -> Any:
     }
     shared |= {id(b): b for b in model.buffers()}
     return copy.deepcopy(model, shared)
+
+
+def train_adapter(
+    language_model: TransformersLM,
+    folder: str | Path,
+    settings: Any,
+    start_from: str | Path | None,
+    described: Mapping[str, Any],
+    make: Callable[[Any, Path], Any],
+) -> Any:
+    """Train an adapter, or go on from a checkpoint, to the end; `keep` then writes its folder.
+
+    Args:
+        language_model: The base.
+        folder: Where the adapter will be written; its checkpoints lie beside it.
+        settings: An `AdapterSettings` with a `seed`.
+        start_from: Folder of an adapter to go on from; None for a new one.
+        described: What the adapter depends on beside these. JSON values.
+        make: From a peft model and the folder of checkpoints to a trainer of transformers, which
+            is returned.
+    """
+    check_target(Path(folder))
+    for package in ("trl", "peft"):
+        required(package)
+    parts = {
+        "settings": asdict(settings),
+        "base": base_of(language_model),
+        "start_from": adapter_digest(start_from),
+    }
+    checkpoints = checkpoints_of(Path(folder))
+    resumed = claim(checkpoints, {**parts, **described})
+    with own_randomness(settings.seed):
+        model = trainable(language_model, settings, start_from)
+        with quiet():
+            trainer = make(model, checkpoints)
+        run(trainer, checkpoints, resumed)
+    return trainer
+
+
+def keep(
+    folder: str | Path, model: Any, language_model: TransformersLM, notes: Mapping[str, Any]
+) -> None:
+    """`write` an adapter at the end of its training, and remove the checkpoints."""
+    target = Path(folder)
+    with storage(target):
+        write(target, model, language_model, notes)
+    shutil.rmtree(checkpoints_of(target))
 
 
 def tokenizer_of(language_model: TransformersLM) -> Any:

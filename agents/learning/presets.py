@@ -44,8 +44,8 @@ class LoopSettings:
         hints: Whether prompts without a correct answer are answered again with a hint, which is
             not part of the prompt that is tuned on.
         value: Kind of `agents.values.make_value`, for agents that search by one; None for none.
-        stale_value: `"refit"`: anew for each policy. `"refit-if-worse"`: only where the error on
-            fresh data has risen by `error_factor`. `"error"`: the loop stops before a policy is
+        stale_value: `"refit"`: a new fit for each policy. `"refit-if-worse"`: only where the error
+            on fresh data has risen by `error_factor`. `"error"`: the loop stops before a policy is
             searched with another one's value.
         error_factor: See `stale_value`.
         value_samples: Responses to each train prompt that a value model is fitted on.

@@ -1,20 +1,23 @@
 """The stages of a loop's folder, each a note and a folder; `ExpertIteration` shows the whole tree.
 
 A stage's note is written last, as a whole. A folder without its note is what a kill left behind; it
-is removed and made anew.
+is removed, and the stage is made again.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mbrl_text_env.agents.learning.notes import write_json
+from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
 from mbrl_text_env.runs import read_config
+from mbrl_text_env.types import Prompt
 
 STAGES = ("collected", "selected", "policy", "validation", "value")
 """In the order in which they are made; the first three are not there for the base model."""
@@ -77,7 +80,7 @@ class Stage:
         except LoopError as error:
             raise LoopError(
                 f"{error} Or remove the file, and those of the stages and iterations after it; the "
-                "loop then makes them anew."
+                "loop then makes them again."
             ) from error
 
 
@@ -100,3 +103,26 @@ def told_where(folder: str | Path, where: str) -> Iterator[None]:
             "kept. Free some space, or fix the folder's permissions; after that the same call "
             "goes on with this stage."
         ) from error
+
+
+def check_prompts(
+    train: Sequence[Prompt], validation: Sequence[Prompt], reward_model: RewardModel
+) -> None:
+    """Refuse (`LoopError`) prompts that a policy cannot be trained and measured on."""
+    for name, prompts in (("train", train), ("validation", validation)):
+        if not prompts:
+            raise LoopError(f"{name}: expected at least one prompt, got none.")
+        unfit = [prompt.id for prompt in prompts if not applies_to(reward_model, prompt)]
+        if unfit:
+            raise LoopError(
+                f"{name}: expected prompts that the reward {reward_name(reward_model)!r} applies "
+                f"to, got {len(unfit)} others of {len(prompts)}, first {unfit[0]!r}. Leave them "
+                "out, or add what the reward needs to their metadata."
+            )
+    counts = Counter(prompt.id for prompt in (*train, *validation))
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+    if repeated:
+        raise LoopError(
+            f"Expected train and validation prompts of different ids, got {repeated[:5]} more "
+            "than once. A policy is not measured on what it was tuned on: leave them out of one."
+        )

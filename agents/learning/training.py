@@ -15,9 +15,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Usage
+from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
 from mbrl_text_env.rewards.learning.lora_classifier import quiet
+from mbrl_text_env.runs import digest, prompt_digest
 from mbrl_text_env.training import claim_checkpoints
+from mbrl_text_env.types import Prompt
 
 LEDGER, CURVE = "ledger.json", "curve.json"
 """Files beside a policy: what its training took, and how the reward rose."""
@@ -42,6 +46,39 @@ def refuse_other_folder(folder: Path, mark: str, noun: str) -> None:
             f"{folder}: expected a new folder, an empty one, or {noun} to replace, got something "
             "else. Choose another."
         )
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Tells one list of prompts from another."""
+    return digest(*(f"{prompt.id} {prompt_digest(prompt)}".encode() for prompt in prompts))
+
+
+def check_prompts(
+    prompts: Sequence[Prompt],
+    reward_model: RewardModel,
+    language_model: LanguageModel,
+    least: int = 1,
+) -> None:
+    """Refuse (`TuningError`) prompts that cannot be trained on from reward."""
+    if len(prompts) < least:
+        raise TuningError(
+            f"Expected at least {least} prompts (as many as a step has), got {len(prompts)}. Pass "
+            "more, or lower the number that a step has."
+        )
+    ids = {prompt.id for prompt in prompts}
+    if len(ids) < len(prompts):
+        raise TuningError(
+            f"Expected prompts with different ids, got {len(ids)} ids for {len(prompts)} prompts. "
+            "Leave out the doubles, or give them ids of their own."
+        )
+    for prompt in prompts:
+        if not applies_to(reward_model, prompt):
+            raise TuningError(
+                f"Prompt {prompt.id!r}: reward model {reward_name(reward_model)!r} does not apply "
+                f"to it; its metadata has {sorted(prompt.metadata)}. Add what the reward needs, or "
+                "leave out such prompts."
+            )
+        language_model.encode_prompt(prompt)
 
 
 @dataclass(frozen=True, kw_only=True)

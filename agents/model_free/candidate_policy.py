@@ -1,6 +1,6 @@
 """Policies that choose among the chunks that a language model proposes.
 
-A policy gives each candidate a score by the same small network, whatever its place, so that what is
+A policy gives each candidate a score by the same small network wherever it stands, so that what is
 learned of one candidate is known of all. Only numbers are read from its folder.
 """
 
@@ -167,7 +167,7 @@ class CandidateScorer(_Network):
 
 
 class StateValue(_Network):
-    """The value of a state, whatever the order of its candidates."""
+    """The value of a state; the order of its candidates does not matter."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """float32[B, 1] for float32[B, layout.size]."""
@@ -309,7 +309,7 @@ def load_policy(
         folder: The policy's folder.
         language_model: Refused if the policy was trained with another; None is not checked.
         reward_model: The same for the reward.
-        encoder: The encoder of the features, where it was one of one's own.
+        encoder: The encoder of the features, where it was passed in to the training.
         name: What reports call it; by default the algorithm.
 
     Raises:

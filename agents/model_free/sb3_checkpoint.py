@@ -1,6 +1,6 @@
 """Checkpoints of stable-baselines3's algorithms as numbers: safetensors and JSON, no pickles.
 
-A checkpoint holds whatever the rest of the training depends on: weights, the optimizer's state, the
+A checkpoint holds all that the rest of the training depends on: weights, the optimizer's state, the
 replay buffer, random generators, and the states of the environments, all by stable-baselines3's
 public attributes. Its own `save` writes pickles, and nothing of the environment.
 """

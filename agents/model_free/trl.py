@@ -6,55 +6,176 @@ TRL computes advantages, losses and updates; prompts, sampling and scores are th
 from __future__ import annotations
 
 import functools
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mbrl_text_env.agents.learning.lora import (
-    adapter_digest,
-    base_of,
-    check_target,
+    AdapterSettings,
+    keep,
     tokenizer_of,
-    trainable,
-    write,
+    train_adapter,
 )
-from mbrl_text_env.agents.learning.prompt_checks import check_prompts, prompts_digest
 from mbrl_text_env.agents.learning.training import (
     CURVE,
     LEDGER,
+    TrainingReport,
     TuningError,
-    checkpoints_of,
-    claim,
+    check_above_zero,
+    check_prompts,
     common_arguments,
-    run,
-    storage,
-)
-from mbrl_text_env.agents.model_free.policy_gradient import (
-    FLAT,
-    USAGE,
-    PolicyGradientReport,
-    PolicyGradientSettings,
-    StepReport,
+    prompts_digest,
 )
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
-from mbrl_text_env.ledger import Ledger
+from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import initial, response_limit
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
-from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
-from mbrl_text_env.training import own_randomness
+from mbrl_text_env.rewards.learning.lora_classifier import quiet
 from mbrl_text_env.types import Prompt
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
+
+
+USAGE, FLAT = "usage/", "flat_share"
+"""What each step adds to the trainer's log, which checkpoints keep."""
+
+
+@dataclass(frozen=True)
+class PolicyGradientSettings(AdapterSettings):
+    """How a policy is trained with GRPO or RLOO; for the adapter's fields see `AdapterSettings`.
+
+    Args:
+        steps: Steps of the optimizer.
+        prompts_per_step: Prompts in a step, at most as many as there are.
+        num_generations: Responses to each of them, whose scores are compared; at least 2.
+        max_completion_length: Token limit of a response.
+        temperature: At which responses are drawn; by default as agents draw them.
+        learning_rate: Its highest value; it falls linearly to 0.
+        beta: Weight of the KL divergence from the policy at the start; 0 saves its computation.
+        batch_size: Responses in one forward pass; a divisor of `prompts_per_step *
+            num_generations`.
+        save_steps: Steps between checkpoints.
+        flat_steps: So many first steps in which no group of responses has two different scores are
+            an error.
+        seed: Adapter, order of the prompts and responses follow from it.
+
+    Raises:
+        TuningError: A number is out of its range.
+    """
+
+    steps: int = 60
+    prompts_per_step: int = 4
+    num_generations: int = 8
+    max_completion_length: int = 64
+    temperature: float = 0.7
+    learning_rate: float = 1e-3
+    beta: float = 0.0
+    batch_size: int = 16
+    save_steps: int = 10
+    flat_steps: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = ("steps", "prompts_per_step", "max_completion_length", "batch_size")
+        check_above_zero(self, *counts, "temperature", "learning_rate", "save_steps", "flat_steps")
+        if self.num_generations < 2:
+            raise TuningError(
+                "num_generations: expected at least 2, for responses are judged against each "
+                f"other, got {self.num_generations!r}."
+            )
+        if self.beta < 0:
+            raise TuningError(f"beta: expected 0 or more, got {self.beta!r}.")
+        if self.responses_per_step % self.batch_size:
+            raise TuningError(
+                f"batch_size: expected a divisor of prompts_per_step * num_generations "
+                f"({self.responses_per_step}), got {self.batch_size}."
+            )
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses that each step samples and learns from."""
+        return self.prompts_per_step * self.num_generations
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of training.
+
+    Args:
+        step: From 1.
+        reward: Mean score of its responses.
+        reward_std: Standard deviation of the scores.
+        flat_share: Share of prompts whose responses all have one score, and teach nothing.
+        mean_tokens: Mean length of the responses.
+        kl: Divergence (nats a token) from the policy at the start; None where beta is 0.
+    """
+
+    step: int
+    reward: float
+    reward_std: float
+    flat_share: float
+    mean_tokens: float
+    kl: float | None = None
+
+    @classmethod
+    def from_log(cls, entry: Mapping[str, Any]) -> StepReport:
+        """What the trainer's log says of a step."""
+        same = {name: entry[name] for name in ("step", "reward", "reward_std", FLAT)}
+        return cls(**same, mean_tokens=entry["completions/mean_length"], kl=entry.get("kl"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientReport(TrainingReport):
+    """What training did and took; see `TrainingReport` for the rest.
+
+    The `seconds` of its usage are those of all steps, updates included. Steps that were lost to a
+    kill and done again count once.
+
+    Args:
+        reward_name: The reward's name.
+        language_model: The base's name.
+        curve: One entry a step.
+    """
+
+    reward_name: str
+    language_model: str
+    curve: tuple[StepReport, ...]
+
+    @classmethod
+    def from_log(cls, log_history: Sequence[Mapping[str, Any]], **names: str) -> Any:
+        """What the trainer's log says of all steps."""
+        steps = [entry for entry in log_history if "reward" in entry]
+
+        def total(name: str) -> float:
+            return float(sum(entry[name] for entry in steps))
+
+        # Numbers pass through the log as float32, which is exact for counts up to 2**24.
+        amounts: dict[str, Any] = {
+            f.name: round(total(USAGE + f.name)) if f.type == "int" else total(USAGE + f.name)
+            for f in fields(Usage)
+        }
+        return cls(
+            **names,
+            curve=tuple(map(StepReport.from_log, steps)),
+            usage=Usage(**{**amounts, "seconds": total("step_time")}),
+            training_flops=total(USAGE + "training_flops"),
+        )
+
+    def ledger(self) -> dict[str, Any]:
+        """What training took, as JSON values."""
+        names = {"reward": self.reward_name, "language_model": self.language_model}
+        return super().ledger() | names | {"steps": len(self.curve)}
+
 
 _DEFAULTS = PolicyGradientSettings()
 # Forward passes' worth of work a token: the loss, the gradients of the activations (frozen weights
@@ -92,7 +213,7 @@ def train_grpo(
     Args:
         language_model: The base. It samples all responses, in its own number format; int8 is the
             fastest on a CPU.
-        reward_model: A reward model, or whatever `as_reward_model` accepts.
+        reward_model: A reward model, or anything that `as_reward_model` accepts.
         prompts: With different ids, at least `settings.prompts_per_step`.
         folder: Where the adapter is written, with `ledger.json` and `curve.json`;
             `mbrl_text_env.agents.learning.serve` takes it.
@@ -151,37 +272,22 @@ def _train(
     start_from: str | Path | None,
     on_step: Callable[[StepReport], None] | None,
 ) -> PolicyGradientReport:
-    target = Path(folder)
-    check_target(target)
-    for package in ("trl", "peft"):
-        required(package)
     reward_model, prompts = as_reward_model(reward), as_prompts(prompts)
     check_prompts(prompts, reward_model, language_model, settings.prompts_per_step)
-    checkpoints = checkpoints_of(target)
+    experience = Experience(algorithm, language_model, reward_model, prompts, settings)
     described = {
         "algorithm": algorithm,
-        "settings": asdict(settings),
-        "base": base_of(language_model),
         "dtype": str(language_model.dtype),
         "reward": identity(reward_model),
         "prompts": prompts_digest(prompts),
-        "start_from": adapter_digest(start_from),
     }
-    resumed = claim(checkpoints, described)
-    with own_randomness(settings.seed):
-        model = trainable(language_model, settings, start_from)
-        experience = Experience(algorithm, language_model, reward_model, prompts, settings)
-        trainer = _trainer(experience, model, checkpoints)
-        if on_step is not None:
-            _report_steps(trainer, on_step)
-        run(trainer, checkpoints, resumed)
+    make = functools.partial(_trainer, experience, on_step)
+    trainer = train_adapter(language_model, folder, settings, start_from, described, make)
     names = {"reward_name": reward_name(reward_model), "language_model": language_model.name}
     log = trainer.state.log_history
     report: PolicyGradientReport = PolicyGradientReport.from_log(log, algorithm=algorithm, **names)
-    with storage(target):
-        notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
-        write(target, trainer.model, language_model, notes)
-    shutil.rmtree(checkpoints)
+    notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
+    keep(folder, trainer.model, language_model, notes)
     return report
 
 
@@ -304,31 +410,36 @@ class Experience:
         return float(flat.mean())
 
 
-def _trainer(experience: Experience, model: Any, checkpoints: Path) -> Any:
+def _trainer(
+    experience: Experience,
+    on_step: Callable[[StepReport], None] | None,
+    model: Any,
+    checkpoints: Path,
+) -> Any:
     import trl
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
 
     settings = experience.settings
     is_grpo = experience.algorithm == "grpo"
-    with quiet(), warnings.catch_warnings():
+    config: Any = trl.GRPOConfig if is_grpo else trl.RLOOConfig
+    arguments = config(
+        **common_arguments(checkpoints, settings.seed, settings.save_steps),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.responses_per_step // settings.batch_size,
+        num_generations=settings.num_generations,
+        max_completion_length=settings.max_completion_length,
+        temperature=settings.temperature,
+        learning_rate=settings.learning_rate,
+        beta=settings.beta,
+        # The rows are in their order.
+        shuffle_dataset=False,
+    )
+    rollouts = {"rollout_func": experience.sample}
+    make: Any = trl.GRPOTrainer if is_grpo else functools.partial(_rloo_class(), experience)
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-        config: Any = trl.GRPOConfig if is_grpo else trl.RLOOConfig
-        arguments = config(
-            **common_arguments(checkpoints, settings.seed, settings.save_steps),
-            max_steps=settings.steps,
-            per_device_train_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.responses_per_step // settings.batch_size,
-            num_generations=settings.num_generations,
-            max_completion_length=settings.max_completion_length,
-            temperature=settings.temperature,
-            learning_rate=settings.learning_rate,
-            beta=settings.beta,
-            # The rows are in their order.
-            shuffle_dataset=False,
-        )
-        rollouts = {"rollout_func": experience.sample}
-        make: Any = trl.GRPOTrainer if is_grpo else functools.partial(_rloo_class(), experience)
         trainer = make(
             model=model,
             reward_funcs=experience,
@@ -338,6 +449,8 @@ def _trainer(experience: Experience, model: Any, checkpoints: Path) -> Any:
             **(rollouts if is_grpo else {}),
         )
     trainer.remove_callback(PrinterCallback)
+    if on_step is not None:
+        _report_steps(trainer, on_step)
     return trainer
 
 

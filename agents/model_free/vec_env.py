@@ -137,7 +137,7 @@ def _check_rewards(rewards: Any) -> None:
     if bad.size:
         raise RewardError(
             f"Expected finite rewards, got {np.asarray(rewards)[bad].tolist()} from environments "
-            f"{bad.tolist()}: what learns from them would be NaN for ever. Make the environment "
+            f"{bad.tolist()}: what learns from them would stay NaN. Make the environment "
             "with failed_reward=0.0 (the reward of an episode whose response cannot be scored), or "
             "with on_reward_error='raise'."
         )

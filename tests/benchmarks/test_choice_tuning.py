@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mbrl_text_env.agents.learning.prompt_checks import prompts_digest
+from mbrl_text_env.agents.learning.training import prompts_digest
 from mbrl_text_env.agents.model_free import load_policy
 from mbrl_text_env.benchmarks.choice_tuning import HIGHEST, RANDOM, _choices, comparison, main
 
