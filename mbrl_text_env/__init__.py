@@ -43,7 +43,7 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "values": ["ValueEstimate", "ValueModel", "predict_values"],
         "vector": ["TextGenerationVectorEnv"],
-        "wrappers": ["KLPenalty", "PotentialShaping"],
+        "wrappers": ["PotentialShaping"],
     },
 )
 

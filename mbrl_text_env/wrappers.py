@@ -1,6 +1,7 @@
-"""Wrappers that change the reward: potential-based shaping and a KL penalty.
+"""A wrapper that changes the reward: potential-based shaping.
 
-Both fit the text environment and the candidate view, alone or together.
+It fits the text environment and the candidate view. (For a KL penalty, give the environment the
+reward model `mbrl_text_env.rewards.KLPenalty`.)
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
 from mbrl_text_env.env import TextGenerationEnv, unchanged_if_it_fails
-from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import is_terminal
-from mbrl_text_env.types import Chunk, TextState
+from mbrl_text_env.types import TextState
 from mbrl_text_env.values import ValueModel, predict_values
 
 
@@ -61,70 +61,6 @@ class PotentialShaping(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         if is_terminal(state):
             return 0.0
         return float(predict_values(self.value_model, [state]).mean[0])
-
-
-class KLPenalty(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """Subtract `coefficient` times the chunk's log-probability ratio of policy and reference.
-
-    Summed over an episode, `log policy - log reference` estimates without bias the KL divergence of
-    the policy from the reference (Ziegler et al., "Fine-tuning language models from human
-    preferences", 2019).
-
-    Args:
-        env: A text environment or a candidate view of one.
-        reference: The language model to stay near.
-        coefficient: At least 0.
-        policy: The language model that the chunks are drawn from. Without one only
-            `-log reference` is charged: with an entropy bonus of the same coefficient in the agent,
-            that is the same objective.
-
-    Raises:
-        ValueError: The coefficient is negative.
-        TypeError: There is no `TextGenerationEnv` inside.
-    """
-
-    def __init__(
-        self,
-        env: gym.Env[Any, Any],
-        reference: LanguageModel,
-        coefficient: float = 0.1,
-        policy: LanguageModel | None = None,
-    ) -> None:
-        if not coefficient >= 0:
-            raise ValueError(f"coefficient: expected 0 or more, got {coefficient}.")
-        RecordConstructorArgs.__init__(
-            self,
-            _disable_deepcopy=True,
-            reference=reference,
-            coefficient=coefficient,
-            policy=policy,
-        )
-        gym.Wrapper.__init__(self, env)
-        self.reference = reference
-        self.coefficient = coefficient
-        self.policy = policy
-        self._base = _text_env(env)
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step and charge the penalty; `info["kl"]` is the log-probability ratio in nats."""
-        before = self._base.get_state()
-        with unchanged_if_it_fails(self.env):
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            ids = self._base.get_state().response_ids[len(before.response_ids) :]
-            ratio = -_logprob(self.reference, before, ids)
-            if self.policy is not None:
-                ratio += _logprob(self.policy, before, ids)
-        return (
-            observation,
-            float(reward) - self.coefficient * ratio,
-            terminated,
-            truncated,
-            {**info, "kl": ratio},
-        )
-
-
-def _logprob(model: LanguageModel, state: TextState, token_ids: tuple[int, ...]) -> float:
-    return float(sum(model.logprobs([state], [Chunk(token_ids)])[0]))
 
 
 def _text_env(env: gym.Env[Any, Any]) -> TextGenerationEnv:

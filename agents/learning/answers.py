@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from mbrl_text_env.agents.base import Agent, Completion
 from mbrl_text_env.agents.collection import record_of
@@ -60,40 +61,17 @@ def collect_answers(
         BudgetError: The budget allows no complete response.
     """
     ledger = Ledger() if ledger is None else ledger
-    failed: dict[str, str] = {}
-
-    def answered(
-        batch: Sequence[Prompt], asked: Sequence[Prompt], seed: int, name: str
-    ) -> set[str]:
-        """Write the answers; the prompts that have a correct one, or none at all."""
-        pairs = list(zip(batch, asked, strict=True))
-        rows = isolate_failures(lambda some: _answered(agent, some, answers, budget, seed), pairs)
-        done = set()
-        for prompt, row in zip(batch, rows, strict=True):
-            if isinstance(row, RewardError):
-                warnings.warn(f"Left out prompt {prompt.id!r}: {row}", stacklevel=4)
-                failed.setdefault(prompt.id, str(row))
-                done.add(prompt.id)
-                continue
-            for completion, usage in row:
-                ledger.charge(usage)
-                record = record_of(completion, agent, usage.as_dict(), seed, agent=name)
-                writer.append(record)
-                if record.score >= CORRECT:
-                    done.add(prompt.id)
-        writer.flush()
-        return done
-
+    collecting = _Collecting(agent, writer, answers, budget, ledger)
     for start in range(0, len(prompts), batch_prompts):
         batch = prompts[start : start + batch_prompts]
-        done = answered(batch, batch, seed, agent.name)
+        done = collecting.write([(prompt, prompt) for prompt in batch], seed, agent.name)
         if hint is None:
             continue
         told = [(prompt, hint(prompt)) for prompt in batch if prompt.id not in done]
         wrong = [(prompt, asked) for prompt, asked in told if asked is not None]
         if wrong:
-            again, asked = zip(*wrong, strict=True)
-            answered(again, asked, spawn_seed(seed, 1), agent.name + HINTED)
+            collecting.write(wrong, spawn_seed(seed, 1), agent.name + HINTED)
+    failed = collecting.failed
     if len(failed) == len(prompts):
         raise RewardError(
             f"None of {len(prompts)} prompts could be scored. The first error: "
@@ -102,41 +80,91 @@ def collect_answers(
     return failed
 
 
-def _answered(
-    agent: Agent,
-    pairs: Sequence[tuple[Prompt, Prompt]],
-    answers: int,
-    budget: Budget | None,
-    seed: int,
-) -> list[list[tuple[Completion, Usage]]]:
-    """Scored answers to each first prompt, found by asking the second."""
-    asked = [second for _, second in pairs]
-    if isinstance(agent, Sampling):
-        rows = _sampled(agent, asked, answers, budget, seed)
-    else:
-        rounds = [
-            agent.generate(asked, budget, seed=spawn_seed(seed, 0, k)) for k in range(answers)
+Row = list[tuple[Completion, Usage]]
+"""The answers to one prompt, and what each took."""
+
+
+@dataclass
+class _Collecting:
+    """What the parts of `collect_answers` share."""
+
+    agent: Agent
+    writer: RecordWriter
+    answers: int
+    budget: Budget | None
+    ledger: Ledger
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def write(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int, name: str) -> set[str]:
+        """Answer each first prompt by asking the second, and write the answers.
+
+        Returns:
+            The prompts that have a correct answer, or none at all.
+        """
+        rows = isolate_failures(lambda some: self._answered(some, seed), pairs)
+        done = set()
+        for (prompt, _), row in zip(pairs, rows, strict=True):
+            if isinstance(row, RewardError):
+                warnings.warn(f"Left out prompt {prompt.id!r}: {row}", stacklevel=4)
+                self.failed.setdefault(prompt.id, str(row))
+                done.add(prompt.id)
+                continue
+            for completion, usage in row:
+                self.ledger.charge(usage)
+                record = record_of(completion, self.agent, usage.as_dict(), seed, agent=name)
+                self.writer.append(record)
+                if record.score >= CORRECT:
+                    done.add(prompt.id)
+        self.writer.flush()
+        return done
+
+    def _answered(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int) -> list[Row]:
+        agent, asked = self.agent, [second for _, second in pairs]
+        if isinstance(agent, Sampling):
+            rows = self._sampled(asked, seed)
+        else:
+            seeds = [spawn_seed(seed, 0, k) for k in range(self.answers)]
+            rounds = [agent.generate(asked, self.budget, seed=own) for own in seeds]
+            rows = [[(g.completion, g.usage) for g in row] for row in zip(*rounds, strict=True)]
+        return self._scored(
+            [
+                [(self._of(completion, first, second), usage) for completion, usage in row]
+                for (first, second), row in zip(pairs, rows, strict=True)
+            ]
+        )
+
+    def _sampled(self, prompts: Sequence[Prompt], seed: int) -> list[Row]:
+        """All answers of a prompt in one call, which computes the prompt once."""
+        agent = self.agent
+        agent.check_budget(prompts, self.budget)
+        states = [initial(prompt, agent.language_model) for prompt in prompts]
+        ledgers = [Ledger() for _ in states]
+        rows = agent.complete(states, self.answers, ledgers, seed)
+        return [
+            [(answer, _share(ledger.usage, self.answers, k)) for k, answer in enumerate(row)]
+            for row, ledger in zip(rows, ledgers, strict=True)
         ]
-        rows = [[(g.completion, g.usage) for g in row] for row in zip(*rounds, strict=True)]
-    own = [
-        [(_of(agent, completion, first, second), usage) for completion, usage in row]
-        for (first, second), row in zip(pairs, rows, strict=True)
-    ]
-    return _scored(agent, own)
 
+    def _of(self, completion: Completion, prompt: Prompt, asked: Prompt) -> Completion:
+        """The same response as an answer to the prompt that was not told anything."""
+        if asked is prompt:
+            return completion
+        told = completion.state
+        ids = self.agent.language_model.encode_prompt(prompt)
+        state = TextState(prompt, ids, told.response_ids, told.finish_reason, told.chunk_ends)
+        return Completion(state)
 
-def _sampled(
-    agent: Agent, prompts: Sequence[Prompt], answers: int, budget: Budget | None, seed: int
-) -> list[list[tuple[Completion, Usage]]]:
-    """All answers of a prompt in one call, which computes the prompt once."""
-    states = [initial(prompt, agent.language_model) for prompt in prompts]
-    agent.check_budget(prompts, budget)
-    ledgers = [Ledger() for _ in states]
-    rows = agent.complete(states, answers, ledgers, seed)
-    return [
-        [(completion, _share(ledger.usage, answers, k)) for k, completion in enumerate(row)]
-        for row, ledger in zip(rows, ledgers, strict=True)
-    ]
+    def _scored(self, rows: Sequence[Row]) -> list[Row]:
+        """Score what has no score yet; what that takes is added to each answer's usage."""
+        plain = [answer for row in rows for answer in row]
+        missing = [i for i, (completion, _) in enumerate(plain) if completion.score is None]
+        if missing:
+            ledgers = [Ledger() for _ in missing]
+            found = self.agent.scored([[plain[i][0]] for i in missing], ledgers)
+            for i, [completion], ledger in zip(missing, found, ledgers, strict=True):
+                plain[i] = completion, plain[i][1] + ledger.usage
+        numbered = iter(plain)
+        return [[next(numbered) for _ in row] for row in rows]
 
 
 def _share(usage: Usage, parts: int, index: int) -> Usage:
@@ -148,28 +176,3 @@ def _share(usage: Usage, parts: int, index: int) -> Usage:
         else:
             amounts[name] = amount / parts
     return Usage(**amounts)
-
-
-def _of(agent: Agent, completion: Completion, prompt: Prompt, asked: Prompt) -> Completion:
-    """The same response as an answer to the prompt that was not told anything."""
-    if asked is prompt:
-        return completion
-    told = completion.state
-    ids = agent.language_model.encode_prompt(prompt)
-    state = TextState(prompt, ids, told.response_ids, told.finish_reason, told.chunk_ends)
-    return Completion(state)
-
-
-def _scored(
-    agent: Agent, rows: Sequence[Sequence[tuple[Completion, Usage]]]
-) -> list[list[tuple[Completion, Usage]]]:
-    """Score what has no score yet; what that takes is added to each answer's usage."""
-    plain = [(completion, usage) for row in rows for completion, usage in row]
-    missing = [i for i, (completion, _) in enumerate(plain) if completion.score is None]
-    if missing:
-        ledgers = [Ledger() for _ in missing]
-        found = agent.scored([[plain[i][0]] for i in missing], ledgers)
-        for i, [completion], ledger in zip(missing, found, ledgers, strict=True):
-            plain[i] = completion, plain[i][1] + ledger.usage
-    numbered = iter(plain)
-    return [[next(numbered) for _ in row] for row in rows]
