@@ -188,8 +188,8 @@ _PASSES = 3
 
 
 @dataclass(eq=False)
-class Training:
-    """One training: its environment, its checkpoints, and what is known of it so far."""
+class Training(BaseCallback):
+    """One training: it notes the episodes, and between two rollouts measures, saves and stops."""
 
     algorithm: str
     language_model: LanguageModel
@@ -204,6 +204,13 @@ class Training:
     usage: Usage = field(default_factory=Usage)
     wall_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.is_stopped = False
+        self.checkpoints = checkpoints_of(self.folder)
+        # How often a checkpoint was due; unknown before the first rollout of this call.
+        self._saves: int | None = None
+
     def run(
         self,
         make: Callable[[VectorEnvAdapter], BaseAlgorithm],
@@ -214,29 +221,29 @@ class Training:
         check_policy_target(self.folder)
         for prompts, least in ((self.prompts, 1), (self.validation, 0)):
             check_prompts(prompts, self.reward_model, self.language_model, least)
-        checkpoints = checkpoints_of(self.folder)
-        resumed = claim(checkpoints, self._described())
-        with own_randomness(self.settings.seed), stop_asked("this rollout") as asked:
-            env = self._env()
+        resumed = claim(self.checkpoints, self._described())
+        with own_randomness(self.settings.seed), stop_asked("this rollout") as self._asked:
+            env = self._env = self._made_env()
             model = make(ResumableEnv(env))
             if resumed is not None:
                 by_id = {prompt.id: prompt for prompt in self.prompts}
                 self._recall(read_checkpoint(Path(resumed), model, env, by_id))
-            watch = _Watch(self, env, checkpoints, asked)
+            # What going on from a checkpoint took is not part of the training.
+            self._noted, self._since = env.ledger.usage, time.perf_counter()
             left = self.settings.total_steps - model.num_timesteps
             if left > 0:
                 model.learn(
                     left,
-                    CallbackList([watch, *callbacks]),
+                    CallbackList([self, *callbacks]),
                     reset_num_timesteps=resumed is None,
                     progress_bar=progress_bar,
                 )
-            if watch.stopped:
+            if self.is_stopped:
                 steps = f"after {model.num_timesteps} of {self.settings.total_steps} steps"
-                raise stopped(steps, checkpoints)
-            watch.note()
+                raise stopped(steps, self.checkpoints)
+            self._note()
             if self.validation and self.validated[-1].steps < model.num_timesteps:
-                self.validate(model)
+                self._validate(model)
         report = ChoiceReport(
             algorithm=self.algorithm,
             steps=model.num_timesteps,
@@ -247,7 +254,7 @@ class Training:
             wall_seconds=self.wall_seconds,
         )
         self._policy(model).save(self.folder, {LEDGER: report.ledger(), CURVE: self._curves()})
-        shutil.rmtree(checkpoints)
+        shutil.rmtree(self.checkpoints)
         return report
 
     def _policy(self, model: BaseAlgorithm) -> CandidatePolicy:
@@ -262,7 +269,7 @@ class Training:
             self.encoder,
         )
 
-    def validate(self, model: BaseAlgorithm) -> None:
+    def _validate(self, model: BaseAlgorithm) -> None:
         """Measure the policy on the validation prompts, on the same candidates each time."""
         ledger = Ledger()
         scores = evaluate(
@@ -285,10 +292,6 @@ class Training:
             )
         )
 
-    def notes(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this, as JSON values."""
-        return self._curves() | {"usage": asdict(self.usage), "wall_seconds": self.wall_seconds}
-
     def _recall(self, notes: dict[str, Any]) -> None:
         self.curve = [(int(steps), float(score)) for steps, score in notes["episodes"]]
         self.validated = [Measured.from_json(row) for row in notes["validation"]]
@@ -297,7 +300,7 @@ class Training:
     def _curves(self) -> dict[str, Any]:
         return {"episodes": self.curve, "validation": [asdict(row) for row in self.validated]}
 
-    def _env(self) -> CandidateChunksVector:
+    def _made_env(self) -> CandidateChunksVector:
         settings = self.settings
         base = TextGenerationVectorEnv(
             settings.num_envs,
@@ -344,55 +347,31 @@ class Training:
         weights = sum(p.numel() for p in model.policy.parameters())
         return 2.0 * weights * settings.num_candidates * (steps + _PASSES * learned)
 
-
-class _Watch(BaseCallback):
-    """Notes the episodes, and between two rollouts measures, saves and stops."""
-
-    def __init__(
-        self,
-        training: Training,
-        env: CandidateChunksVector,
-        checkpoints: Path,
-        asked: list[bool],
-    ) -> None:
-        super().__init__()
-        self.training, self.env, self.checkpoints, self.asked = training, env, checkpoints, asked
-        self.stopped = False
-        # How often it was due; unknown before the first rollout of this call.
-        self._saves: int | None = None
-        # What going on from a checkpoint took is not part of the training.
-        self._noted, self._since = env.ledger.usage, time.perf_counter()
-
-    def note(self) -> None:
-        """Take over what was spent since the last time."""
-        usage, now = self.env.ledger.usage, time.perf_counter()
-        self.training.usage += usage - self._noted
-        self.training.wall_seconds += now - self._since
-        self._noted, self._since = usage, now
+    # What stable-baselines3 calls.
 
     def _on_rollout_start(self) -> None:
         """Everything is between two rollouts: trained, and not yet begun again."""
-        training, steps = self.training, self.num_timesteps
-        settings = training.settings
-        if training.validation:
-            seen = training.validated[-1].steps if training.validated else -settings.eval_steps
+        settings, steps = self.settings, self.num_timesteps
+        if self.validation:
+            seen = self.validated[-1].steps if self.validated else -settings.eval_steps
             if steps - seen >= settings.eval_steps:
-                self.note()
-                training.validate(self.model)
+                self._note()
+                self._validate(self.model)
                 self._since = time.perf_counter()
         saves = steps // settings.save_steps
         is_due = self._saves is not None and saves > self._saves
         self._saves = saves
-        if is_due or self.asked:
-            self.note()
-            write_checkpoint(self.checkpoints, self.model, self.env, training.notes())
-            self.stopped = bool(self.asked)
+        if is_due or self._asked:
+            self._note()
+            taken = {"usage": asdict(self.usage), "wall_seconds": self.wall_seconds}
+            write_checkpoint(self.checkpoints, self.model, self._env, self._curves() | taken)
+            self.is_stopped = bool(self._asked)
 
     def _on_step(self) -> bool:
-        if self.stopped:
+        if self.is_stopped:
             return False
         self._note_episodes()
-        settings: Any = self.training.settings
+        settings: Any = self.settings
         model: Any = self.model
         if isinstance(settings, DQNSettings):
             # By the steps of the whole training, which a checkpoint keeps: DQN counts its calls.
@@ -401,16 +380,22 @@ class _Watch(BaseCallback):
                 model.q_net_target.load_state_dict(model.q_net.state_dict())
         return True
 
+    def _note(self) -> None:
+        """Take over what was spent since the last time."""
+        usage, now = self._env.ledger.usage, time.perf_counter()
+        self.usage += usage - self._noted
+        self.wall_seconds += now - self._since
+        self._noted, self._since = usage, now
+
     def _note_episodes(self) -> None:
-        curve = self.training.curve
-        before = len(curve)
+        curve, before = self.curve, len(self.curve)
         for info in self.locals["infos"]:
             if "terminal_observation" in info:
                 curve.append((self.num_timesteps, float(info["score"])))
-        least = self.training.settings.flat_episodes
+        least = self.settings.flat_episodes
         if before < least <= len(curve) and len({score for _, score in curve}) == 1:
             raise TuningError(
-                f"reward {reward_name(self.training.reward_model)!r}: expected scores that differ, "
-                f"got {curve[0][1]:.4g} for all of the first {len(curve)} episodes: there is "
-                "nothing to learn from. Check the reward, or take other prompts."
+                f"reward {reward_name(self.reward_model)!r}: expected scores that differ, got "
+                f"{curve[0][1]:.4g} for all of the first {len(curve)} episodes: there is nothing "
+                "to learn from. Check the reward, or take other prompts."
             )
