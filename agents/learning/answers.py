@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from mbrl_text_env.agents.base import Agent, Completion
 from mbrl_text_env.agents.collection import record_of
+from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.filters import CORRECT
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
@@ -139,7 +141,8 @@ class _Collecting:
         agent.check_budget(prompts, self.budget)
         states = [initial(prompt, agent.language_model) for prompt in prompts]
         ledgers = [Ledger() for _ in states]
-        rows = agent.complete(states, self.answers, ledgers, seed)
+        begun = zip(states, ledgers, strict=True)
+        rows = run([partial(agent.complete, s, self.answers, own, seed) for s, own in begun])
         return [
             [(answer, _share(ledger.usage, self.answers, k)) for k, answer in enumerate(row)]
             for row, ledger in zip(rows, ledgers, strict=True)
@@ -160,7 +163,8 @@ class _Collecting:
         missing = [i for i, (completion, _) in enumerate(plain) if completion.score is None]
         if missing:
             ledgers = [Ledger() for _ in missing]
-            found = self.agent.scored([[plain[i][0]] for i in missing], ledgers)
+            alone = zip(missing, ledgers, strict=True)
+            found = run([partial(self.agent.scored, [plain[i][0]], own) for i, own in alone])
             for i, [completion], ledger in zip(missing, found, ledgers, strict=True):
                 plain[i] = completion, plain[i][1] + ledger.usage
         numbered = iter(plain)

@@ -13,13 +13,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mbrl_text_env.agents.base import Agent
-from mbrl_text_env.agents.catalogue import make
+from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers
 from mbrl_text_env.agents.learning.filters import select
 from mbrl_text_env.agents.learning.fine_tuning import Improver, LoraImprover
@@ -49,6 +50,7 @@ from mbrl_text_env.agents.learning.stages import (
     told_where,
 )
 from mbrl_text_env.agents.learning.training import prompts_digest
+from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import FittedValue
 from mbrl_text_env.encoders import Encoder
@@ -312,7 +314,7 @@ class ExpertIteration:
         for start in range(0, len(self.validation), self.settings.batch_prompts):
             batch = self.validation[start : start + self.settings.batch_prompts]
             begun = [initial(prompt, policy) for prompt in batch]
-            rows = agent.complete(begun, count, [ledger] * len(begun), seed)
+            rows = run([partial(agent.complete, state, count, ledger, seed) for state in begun])
             states += [completion.state for row in rows for completion in row]
         return divergence(policy, self.language_model, states, ledger=ledger)
 
