@@ -2,7 +2,8 @@
 
 Each iteration collects scored answers to train prompts, filters them, tunes the policy on what is
 left, measures plain sampling on validation prompts, and fits a new value model. Iteration 0 only
-measures the base model and fits its value. Whatever is made is kept.
+measures the base model and fits its value. Whatever is made is kept; docs/self-training.md shows
+the folder.
 """
 
 from __future__ import annotations
@@ -78,18 +79,7 @@ class ExpertIteration:
     """The loop of collecting, filtering, tuning and refitting, kept in a folder.
 
     A call of `run` that was stopped, or killed at any moment, goes on from the last whole stage
-    when it is made again, to the same result. The folder holds
-
-    ```
-    config.json                 what the loop depends on
-    00/, 01/, ...               00 is the base model, before anything is learned
-        collected.json, collected/      answers to the train prompts: records
-        selected.json, selected/        those that are tuned on: records
-        policy.json, policy/            the adapter
-        validation.json, validation/    plain samples on the validation prompts: records
-        value.json, value/              the value model, and the records that it was fitted on
-        scores.json, ledger.json        the iteration's figures, and what each stage took
-    ```
+    when it is made again, to the same result.
 
     Sources: Anthony et al., "Thinking Fast and Slow with Deep Learning and Tree Search", NeurIPS
     2017; for the variants see `mbrl_text_env.agents.learning.presets`.
@@ -100,8 +90,7 @@ class ExpertIteration:
         train: Prompts to answer; below 500 there is a warning, as the article advises.
         validation: Prompts to measure on, of other ids.
         folder: Where everything is kept.
-        settings: What an iteration does, by default `planned()`; see `star`, `rest_em`,
-            `rejection_sampling`, `planned`.
+        settings: What an iteration does; see `star`, `rest_em`, `rejection_sampling`, `planned`.
         improver: How a policy learns.
         gold_model: A trusted reward that nothing is selected by.
         agent_factory: Makes the agent that answers, instead of the settings' spec.

@@ -1,4 +1,4 @@
-"""The stages of a loop's folder, each a note and a folder; `ExpertIteration` shows the whole tree.
+"""The stages of a loop's folder, each a note and a folder; see docs/self-training.md for the tree.
 
 A stage's note is written last, as a whole. A folder without its note is what a kill left behind; it
 is removed, and the stage is made again.

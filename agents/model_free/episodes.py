@@ -27,17 +27,14 @@ def play(
     seeds: Sequence[int],
     ledgers: Sequence[Ledger],
 ) -> list[TextState]:
-    """Choose chunk after chunk until all responses have ended, all side by side.
+    """Choose chunk after chunk until all responses have ended; returns the B terminal states.
 
     Args:
         proposer: Proposes and describes the candidates.
         choose: The policy.
-        states: B states.
+        states: B states, which are played side by side.
         seeds: One a state: its candidates follow from it.
         ledgers: One a state; charged for candidates and features.
-
-    Returns:
-        The B terminal states.
 
     Example:
         >>> rng = np.random.default_rng(0)

@@ -274,7 +274,8 @@ def _train(
 ) -> PolicyGradientReport:
     reward_model, prompts = as_reward_model(reward), as_prompts(prompts)
     check_prompts(prompts, reward_model, language_model, settings.prompts_per_step)
-    experience = Experience(algorithm, language_model, reward_model, prompts, settings)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    experience = Experience(algorithm, language_model, reward_model, by_id, settings)
     described = {
         "algorithm": algorithm,
         "dtype": str(language_model.dtype),
@@ -291,6 +292,7 @@ def _train(
     return report
 
 
+@dataclass(eq=False)
 class Experience:
     """Samples and scores the responses of each step.
 
@@ -298,20 +300,14 @@ class Experience:
     through a data set. Its trainers call `sample` and, as a reward function, the object itself.
     """
 
-    def __init__(
-        self,
-        algorithm: str,
-        language_model: TransformersLM,
-        reward_model: RewardModel,
-        prompts: Sequence[Prompt],
-        settings: PolicyGradientSettings,
-    ) -> None:
-        self.algorithm = algorithm
-        self.language_model = language_model
-        self.reward_model = reward_model
-        self.prompts = {prompt.id: prompt for prompt in prompts}
-        self.settings = settings
-        self.__name__ = reward_name(reward_model)
+    algorithm: str
+    language_model: TransformersLM
+    reward_model: RewardModel
+    prompts: Mapping[str, Prompt]
+    settings: PolicyGradientSettings
+
+    def __post_init__(self) -> None:
+        self.__name__ = reward_name(self.reward_model)
         self._ledger = Ledger()
 
     def rows(self) -> list[str]:
