@@ -34,16 +34,10 @@ __getattr__, __dir__, __all__ = attach(
         "prompts": ["load_prompts"],
         "records": ["Record", "RecordWriter", "read_records"],
         "spaces": ["ChunkSpace", "UnicodeText"],
-        "types": [
-            "Chunk",
-            "Message",
-            "Prompt",
-            "TextState",
-            "Transition",
-        ],
+        "types": ["Chunk", "Message", "Prompt", "TextState"],
         "values": ["ValueEstimate", "ValueModel", "predict_values"],
         "vector": ["TextGenerationVectorEnv"],
-        "wrappers": ["PotentialShaping"],
+        "wrappers": ["KLPenalty", "PotentialShaping"],
     },
 )
 

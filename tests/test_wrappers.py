@@ -1,14 +1,15 @@
 import itertools
 
 import gymnasium as gym
+import numpy as np
 import pytest
 
 from mbrl_text_env.candidates import CandidateChunks
 from mbrl_text_env.env import TextGenerationEnv
-from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.language_models import NGramLM, TableLM
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModelError
-from mbrl_text_env.wrappers import PotentialShaping
+from mbrl_text_env.wrappers import KLPenalty, PotentialShaping
 from tests.toys import CountReward, FixedValue, toy_options
 
 
@@ -83,3 +84,55 @@ def test_shaping_refuses_what_is_no_value():
         PotentialShaping(small_env(), FixedValue(len, None), discount=0)
     with pytest.raises(TypeError, match="TextGenerationEnv"):
         PotentialShaping(gym.make("CartPole-v1"), FixedValue(len, None))
+
+
+def test_kl_penalty_by_hand():
+    reference = TableLM("ab", {"": [0.2, 0.5, 0.3], "a": [0.1, 0.1, 0.8]})
+    policy = TableLM("ab", {"": [0.0, 1.0, 0.0], "a": [0.5, 0.25, 0.25]})
+    options = toy_options(tokenizer=reference, prompts=[Prompt.from_text("ab")])
+    env = KLPenalty(TextGenerationEnv(**options), reference, coefficient=2.0, policy=policy)
+    env.reset(seed=0)
+    _, reward, _, _, info = env.step([1, 0])
+    ratio = np.log(1.0 / 0.5) + np.log(0.5 / 0.1)
+    assert info["kl"] == pytest.approx(ratio)
+    assert reward == pytest.approx(1.0 - 2.0 * ratio)
+    alone = KLPenalty(TextGenerationEnv(**options), reference, coefficient=2.0)
+    alone.reset(seed=0)
+    assert alone.step([1, 0])[4]["kl"] == pytest.approx(-np.log(0.5) - np.log(0.1))
+
+
+def test_kl_penalty_estimates_the_divergence():
+    """Over episodes drawn from the policy, the mean ratio is the KL divergence by enumeration."""
+    policy, reference = NGramLM("ab", order=2, seed=1), NGramLM("ab", order=2, seed=2)
+    env = KLPenalty(
+        TextGenerationEnv(
+            prompts=[Prompt.from_text("ab")],
+            tokenizer=policy,
+            reward_model=CountReward(),
+            max_chunk_tokens=4,
+            max_response_tokens=4,
+        ),
+        reference,
+        coefficient=1.0,
+        policy=policy,
+    )
+    env.reset(seed=0)
+    start = env.unwrapped.get_state()
+    exact = sum(
+        p * (np.log(p) - np.log(q))
+        for (_, p), (_, q) in zip(
+            policy.responses(start, 4), reference.responses(start, 4), strict=True
+        )
+    )
+    ratios = []
+    for chunks in policy.sample([start], 4000, 4, seeds=[0]):
+        for chunk in chunks:
+            env.reset()
+            ratios.append(env.step(chunk.token_ids)[4]["kl"])
+    error = np.std(ratios) / np.sqrt(len(ratios))
+    assert np.mean(ratios) == pytest.approx(exact, abs=4 * error)
+
+
+def test_kl_penalty_refuses_a_negative_coefficient():
+    with pytest.raises(ValueError, match="coefficient"):
+        KLPenalty(small_env(), NGramLM("ab"), coefficient=-1)

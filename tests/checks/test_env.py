@@ -15,7 +15,7 @@ from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.mdp import InvalidChunkError, is_terminal
 from mbrl_text_env.spaces import ChunkSpace
 from mbrl_text_env.types import Prompt
-from mbrl_text_env.wrappers import PotentialShaping
+from mbrl_text_env.wrappers import KLPenalty, PotentialShaping
 from tests.checks.common import CANDIDATES, LM, TEXT, broken
 from tests.toys import PROMPTS, CountReward, FixedValue, LetterEncoder, StepReward, toy_options
 
@@ -79,10 +79,11 @@ def shaped(env):
     return PotentialShaping(env, FixedValue(lambda text: text.count("a"), LM))
 
 
+@pytest.mark.parametrize("wrap", [shaped, lambda env: KLPenalty(env, LM)])
 @pytest.mark.parametrize("make", [TEXT, CANDIDATES])
-def test_wrappers_that_change_the_reward(make):
+def test_wrappers_that_change_the_reward(make, wrap):
     extra = {"language_model": LM, "encoder": None} if make == CANDIDATES else {}
-    env = shaped(gym.make(make, **toy_options(**extra)))
+    env = wrap(gym.make(make, **toy_options(**extra)))
     checks.check_text_env(env, check_rewards=False)
     with pytest.raises(CheckError, match="check_rewards=False"):
         checks.check_text_env(env)

@@ -21,8 +21,8 @@ class KLPenalty(Combinator):
 
     The penalty is `weight` times the difference of the two mean log-probabilities (nats a token) of
     the response, as `FluencyReward` gives them: over responses of the policy an estimate of the KL
-    divergence a token. A response that the reference likes better gets a bonus. Both models see
-    text, so it works in environments, planners and trainings alike.
+    divergence a token. A response that the reference likes better gets a bonus. In the environment,
+    where the tokens are known, the wrapper for a KL penalty is exact; this one sees text.
 
     Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019. Deviation:
     the mean over tokens and not their sum, so that a weight means the same at any length.
