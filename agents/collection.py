@@ -175,9 +175,7 @@ def _sampled(
 ) -> list[Record]:
     """Records of the missing samples; prompts that cannot be scored are noted in `failed`."""
     # What a run computes does not depend on whether it was stopped before.
-    clear_cache = getattr(agent.language_model, "clear_cache", None)
-    if clear_cache is not None:
-        clear_cache()
+    clear_cache(agent.language_model)
     ledgers = {prompt.id: Ledger() for prompt in batch}
 
     async def scored(prompt: Prompt) -> list[Completion] | RewardError:
@@ -204,6 +202,13 @@ def _sampled(
                 record_of(completion, agent, usage, seed, agent="sampling", sample=sample)
             )
     return records
+
+
+def clear_cache(language_model: LanguageModel) -> None:
+    """Forget what a language model keeps of prefixes, where it keeps something."""
+    clear = getattr(language_model, "clear_cache", None)
+    if clear is not None:
+        clear()
 
 
 def record_of(

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.collection import clear_cache
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers
 from mbrl_text_env.agents.learning.filters import select
@@ -133,6 +134,9 @@ class ExpertIteration:
     on_stage: Callable[[int, str], None] | None = None
 
     def __post_init__(self) -> None:
+        # None stands for the default here too.
+        self.settings = self.settings or planned()
+        self.improver = self.improver or LoraImprover()
         self.reward_model = self._reward = as_reward_model(self.reward_model)
         check_prompts(self.train, self.validation, self._reward)
         self._gold = None if self.gold_model is None else as_reward_model(self.gold_model)
@@ -341,7 +345,7 @@ class ExpertIteration:
             stage.begin()
             # What one policy left in its cache must not depend on where the loop was stopped.
             for model in (self.language_model, self._serving[1]):
-                _clear_cache(model)
+                clear_cache(model)
             ledger, start = Ledger(), time.perf_counter()
             seed = spawn_seed(self.settings.seed, iteration, STAGES.index(name))
             note = make(stage, ledger, seed)
@@ -446,10 +450,3 @@ class ExpertIteration:
             **{name: identity(getattr(self, name)) for name in names},
             **{name: prompts_digest(getattr(self, name)) for name in ("train", "validation")},
         }
-
-
-def _clear_cache(model: LanguageModel) -> None:
-    """Forget what a language model keeps of prefixes, where it keeps something."""
-    clear = getattr(model, "clear_cache", None)
-    if clear is not None:
-        clear()
