@@ -153,9 +153,7 @@ def _sampled(
 ) -> list[Record]:
     """Records of the missing samples; prompts that cannot be scored are noted in `failed`."""
     # What a run computes does not depend on whether it was stopped before.
-    clear_cache = getattr(agent.language_model, "clear_cache", None)
-    if clear_cache is not None:
-        clear_cache()
+    clear_cache(agent.language_model)
     ledgers = {prompt.id: Ledger() for prompt in batch}
 
     async def scored(prompt: Prompt) -> list[Completion] | RewardError:
@@ -178,25 +176,34 @@ def _sampled(
         amounts = ledgers[prompt.id].usage.as_dict()
         usage = {key: amount / len(row) for key, amount in amounts.items()}
         for completion, sample in zip(row, missing[prompt.id], strict=True):
-            records.append(_record(completion, agent, usage, seed, sample))
+            records.append(
+                record_of(completion, agent, usage, seed, agent="sampling", sample=sample)
+            )
     return records
 
 
-def _record(
-    completion: Completion, agent: Agent, usage: Mapping[str, float], seed: int, sample: int
+def clear_cache(language_model: LanguageModel) -> None:
+    """Forget what a language model keeps of prefixes, where it keeps something."""
+    clear = getattr(language_model, "clear_cache", None)
+    if clear is not None:
+        clear()
+
+
+def record_of(
+    completion: Completion, agent: Agent, usage: Mapping[str, float], seed: int, /, **changes: Any
 ) -> Record:
+    """The record of an agent's scored completion; `changes` are fields that `Record` has beside."""
     state, lm = completion.state, agent.language_model
     assert completion.score is not None
-    return Record.from_state(
-        state,
-        response=lm.decode(state.response_ids),
-        logprobs=completion.logprobs,
-        score=completion.score,
-        rewards=dict(completion.parts),
-        reward_name=reward_name(agent.reward_model),
-        agent="sampling",
-        language_model=lm.name,
-        seed=seed,
-        usage=usage,
-        sample=sample,
-    )
+    fields: dict[str, Any] = {
+        "response": lm.decode(state.response_ids),
+        "logprobs": completion.logprobs,
+        "score": completion.score,
+        "rewards": dict(completion.parts),
+        "reward_name": reward_name(agent.reward_model),
+        "agent": agent.name,
+        "language_model": lm.name,
+        "seed": seed,
+        "usage": usage,
+    }
+    return Record.from_state(state, **{**fields, **changes})
