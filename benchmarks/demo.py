@@ -19,19 +19,13 @@ from rich.text import Text
 from mbrl_text_env.agents.collection import collect, missing_samples
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import EmbeddingValue, make_value
-from mbrl_text_env.benchmarks.compare import (
-    CompareConfig,
-    Comparison,
-    choose_prompts,
-    compare,
-    read_rows,
-)
+from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison, choose_prompts, read_rows
 from mbrl_text_env.benchmarks.matched.analysis import analyse
 from mbrl_text_env.benchmarks.matched.pool import make_pool
 from mbrl_text_env.benchmarks.matched.report import table as multiplier_table
 from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER, Cell
-from mbrl_text_env.benchmarks.progress import compare_progress, progress_bar
-from mbrl_text_env.benchmarks.report import side_by_side, table
+from mbrl_text_env.benchmarks.report import compare_with_progress, side_by_side, table
+from mbrl_text_env.benchmarks.terminal import progress_bar
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import RecordWriter, has_records, read_records, rescore
@@ -43,7 +37,7 @@ AGENTS = ("sampling", "best-of-n", "lookahead:value=embedding", DEFAULT_PLANNER)
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The demonstration's size; the defaults take a few minutes on two cores.
+    """The demonstration's size.
 
     Args:
         train_prompts: Prompts that responses are collected for.
@@ -80,11 +74,14 @@ def run_demo(
     for name in REWARDS:
         value = _fit(language_model, out, name, console)
         comparison = _comparison(language_model, value, name, config)
-        with compare_progress(console, comparison) as on_batch:
-            summaries[name] = compare(comparison, out / f"compare-{name}", on_batch=on_batch)
+        summaries[name] = compare_with_progress(comparison, out / f"compare-{name}", console)
         summaries[name]["multipliers"] = _multipliers(comparison, out, name, console, config)
     for name, summary in summaries.items():
-        _show(summary, out / f"compare-{name}", console)
+        rows = read_rows(out / f"compare-{name}" / "results.jsonl")
+        first = rows[0]["prompt_id"]
+        console.print(side_by_side([row for row in rows if row["prompt_id"] == first]))
+        console.print(table(summary))
+        console.print(multiplier_table(summary["multipliers"]))
     console.print(f"Records, value models, rows, summaries and plots: {out.resolve()}")
     return summaries
 
@@ -186,11 +183,3 @@ def _multipliers(
         for agent in AGENTS[1:]
     ]
     return analyse(pool, cells)
-
-
-def _show(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    rows = read_rows(folder / "results.jsonl")
-    first = rows[0]["prompt_id"]
-    console.print(side_by_side([row for row in rows if row["prompt_id"] == first]))
-    console.print(table(summary))
-    console.print(multiplier_table(summary["multipliers"]))

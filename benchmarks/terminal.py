@@ -1,4 +1,4 @@
-"""The one door through which `mbrl-text` prints.
+"""How `mbrl-text` prints.
 
 Prompts, responses, names, paths and errors are other people's text. None of it is read as Rich's
 markup, as emoji codes or as control sequences of a terminal: what could move the cursor, colour,
@@ -18,8 +18,17 @@ from typing import Any
 import typer
 from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.style import Style
+from rich.table import Column
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -54,6 +63,23 @@ def panel(content: str, title: str, subtitle: str = "") -> Panel:
     width = max(text.__rich_measure__(errors, errors.options).maximum, above.cell_len + 2)
     return Panel(
         text, title=above, subtitle=below or None, width=max(width, below.cell_len + 2) + 4
+    )
+
+
+def numbers(*headings: str) -> list[Column]:
+    """Columns of a table for figures, aligned on the right."""
+    return [Column(heading, justify="right") for heading in headings]
+
+
+def progress_bar(on: Console | None = None) -> Progress:
+    """A bar with counts, the time that has passed and the time that is left."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=on or console,
     )
 
 
@@ -106,7 +132,7 @@ errors = PlainConsole(stderr=True)
 
 
 class CommandLine(TyperGroup):
-    """Commands whose usage errors and warnings go through the door too, each in one line."""
+    """Commands whose usage errors and warnings are printed like everything else, in one line."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run a command and exit: 0 if all was done, 2 for what the user can change."""

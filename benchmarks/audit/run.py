@@ -16,18 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.benchmarks.audit.association import associate
-from mbrl_text_env.benchmarks.audit.curves import Curves, FloatArray, best_of_n_curves
-from mbrl_text_env.benchmarks.audit.pool import AuditError, fill_pool, score_pool
-from mbrl_text_env.benchmarks.audit.result import AuditConfig, AuditResult
-from mbrl_text_env.benchmarks.audit.sensitivity import (
-    INTERVENTIONS,
+from mbrl_text_env.benchmarks.audit.config import AuditConfig, AuditError
+from mbrl_text_env.benchmarks.audit.measures import (
+    Association,
+    Curves,
     Sensitivity,
-    intervene,
+    associate,
+    best_of_n_curves,
     length_beyond_gold,
     reactions,
 )
-from mbrl_text_env.benchmarks.audit.verdict import decide, trivial
+from mbrl_text_env.benchmarks.audit.pool import PoolScores, fill_pool, score_pool
+from mbrl_text_env.benchmarks.audit.text_changes import INTERVENTIONS, intervene
+from mbrl_text_env.benchmarks.audit.verdict import Verdict, decide, trivial
 from mbrl_text_env.benchmarks.compare import choose_prompts
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
@@ -48,7 +49,7 @@ class Audit:
         prompts: As many as the config says.
         language_model: Writes the pool, and names the model that a pool must be of.
         proxy: The reward to choose by.
-        gold: The reward that is trusted.
+        gold: The reward that is trusted; the proxy itself is allowed.
         left_out: Prompts to which one of the rewards does not apply.
         labels: What else belongs into the config file, such as the prompts' source.
     """
@@ -62,7 +63,7 @@ class Audit:
     labels: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """The config file's content: whatever the measurements depend on."""
+        """What `audit.json` says that was audited."""
         return {
             "format": _FORMAT,
             **asdict(self.config),
@@ -76,6 +77,19 @@ class Audit:
     def trivial(self) -> bool:
         """Whether proxy and gold are the same reward."""
         return self.config.proxy == self.config.gold
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What an audit found: the content of `audit.json` after date, command and config."""
+
+    config: AuditConfig
+    prompts: int
+    left_out: int
+    curves: Curves
+    association: Association | None
+    sensitivity: Sensitivity
+    verdict: Verdict
 
 
 def choose_for_both(
@@ -112,18 +126,16 @@ def run_audit(
         out: The audit's folder.
         pool: The pool's records folder; None for one in `out`. Missing prompts are added.
         command: How it was asked for, for `audit.json`.
-        on_progress: Called with "pool", "proxy" or "gold" and a count, for progress.
-
-    Returns:
-        What was found.
+        on_progress: Called with "pool", "proxy" or "gold" and a count.
 
     Raises:
         AuditError: The folder holds something else, the pool does not fit, or a reward gives all
             responses to each prompt the same score.
         RewardError: A reward failed.
     """
+    from mbrl_text_env.benchmarks.audit.report import plot
+
     folder = Path(out)
-    pool_folder = folder / "pool" if pool is None else Path(pool)
     record = {
         **audit.record(),
         "prompts": prompt_digests(audit.prompts),
@@ -133,22 +145,32 @@ def run_audit(
         },
     }
     with claimed(folder, record, "audit", AuditError):
-        return _run(audit, folder, pool_folder, command, on_progress)
+        responses, scores = _scored(
+            audit,
+            folder,
+            folder / "pool" if pool is None else Path(pool),
+            on_progress or (lambda stage, count: None),
+        )
+        result = measure(audit, responses, scores["proxy"], scores["gold"])
+        written = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "config": audit.record(),
+            **{key: value for key, value in asdict(result).items() if key != "config"},
+        }
+        with writing(folder, AuditError):
+            write_text(folder / "audit.json", json.dumps(written, indent=2, allow_nan=False))
+            plot(result, folder / "audit.png")
+    return result
 
 
-def _run(
-    audit: Audit,
-    folder: Path,
-    pool_folder: Path,
-    command: str,
-    on_progress: Callable[[str, int], None] | None,
-) -> AuditResult:
-    from mbrl_text_env.benchmarks.audit.report import plot
-
+def _scored(
+    audit: Audit, folder: Path, pool: Path, report: Callable[[str, int], None]
+) -> tuple[list[list[str]], dict[str, PoolScores]]:
+    """The pool's responses and their scores by proxy and gold."""
     config = audit.config
-    report = on_progress or (lambda stage, count: None)
     records = fill_pool(
-        pool_folder,
+        pool,
         audit.language_model,
         audit.prompts,
         samples=config.samples,
@@ -157,46 +179,24 @@ def _run(
         on_batch=lambda count: report("pool", count),
     )
     responses = [[record.response for record in row] for row in records]
-    tried = min(config.sensitivity_samples, config.samples)
-    scores: dict[str, tuple[FloatArray, dict[str, FloatArray]]] = {}
-    for role, reward_model in (("proxy", audit.proxy), ("gold", audit.gold)):
-        if role == "gold" and audit.trivial:
-            scores[role] = scores["proxy"]
-            continue
-        scores[role] = score_pool(
+    scores = {
+        role: score_pool(
             folder / "scores" / role,
-            reward_model,
+            getattr(audit, role),
             audit.prompts,
             responses,
-            tried=tried,
+            tried=min(config.sensitivity_samples, config.samples),
             on_batch=lambda count, role=role: report(role, count),  # type: ignore[misc]
         )
-    result = measure(audit, responses, scores["proxy"], scores["gold"])
-    written = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "config": audit.record(),
-        **{key: value for key, value in asdict(result).items() if key != "config"},
+        for role in (("proxy",) if audit.trivial else ("proxy", "gold"))
     }
-    with writing(folder, AuditError):
-        write_text(folder / "audit.json", json.dumps(written, indent=2, allow_nan=False))
-        plot(result, folder / "audit.png")
-    return result
+    return responses, {"gold": scores["proxy"], **scores}
 
 
 def measure(
-    audit: Audit,
-    responses: Sequence[Sequence[str]],
-    proxy: tuple[FloatArray, dict[str, FloatArray]],
-    gold: tuple[FloatArray, dict[str, FloatArray]],
+    audit: Audit, responses: Sequence[Sequence[str]], proxy: PoolScores, gold: PoolScores
 ) -> AuditResult:
-    """Measure a scored pool.
-
-    Args:
-        audit: Its config and its number of prompts are read.
-        responses: The same number to each prompt.
-        proxy: The proxy's scores, as from `score_pool`.
-        gold: The gold's.
+    """Measure a scored pool with the same number of responses to each prompt.
 
     Raises:
         AuditError: A reward gives all responses to each prompt the same score.
@@ -218,8 +218,8 @@ def measure(
 
 def _sensitivity(
     responses: Sequence[Sequence[str]],
-    proxy: tuple[FloatArray, dict[str, FloatArray]],
-    gold: tuple[FloatArray, dict[str, FloatArray]],
+    proxy: PoolScores,
+    gold: PoolScores,
     curves: Curves,
     seed: int,
 ) -> Sensitivity:
@@ -243,7 +243,7 @@ def _sensitivity(
     )
 
 
-def _check_varies(name: str, scores: FloatArray) -> None:
+def _check_varies(name: str, scores: np.ndarray[Any, np.dtype[np.float64]]) -> None:
     # Rounding of equal scores is no difference.
     if np.ptp(scores, axis=1).max() <= 1e-12 * np.abs(scores).max():
         everywhere = " (and the same to all prompts)" if np.ptp(scores) == 0 else ""
