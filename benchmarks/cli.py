@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from mbrl_text_env.benchmarks.audit.config import AuditConfig
 from mbrl_text_env.benchmarks.options import (
     CountOption,
     ModelOptions,
@@ -40,9 +39,11 @@ from mbrl_text_env.benchmarks.options import (
     value_digest,
 )
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
+from mbrl_text_env.benchmarks.settings import AuditConfig, CompareConfig, DemoConfig
 from mbrl_text_env.benchmarks.terminal import CommandLine, console, panel, progress_bar
 
 _TRAIN = PromptOptions(split="train")
+_COMPARE = CompareConfig(("sampling", "best-of-n", "lookahead"), max_response_tokens=96)
 
 app = typer.Typer(
     cls=CommandLine,
@@ -58,23 +59,13 @@ app.add_typer(reward_app, name="reward")
 @app.command()
 @friendly
 def demo(
+    *,
     out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo-results"),
-    train_prompts: Annotated[int, typer.Option(min=2)] = 48,
-    test_prompts: CountOption = 24,
-    budget_tokens: CountOption = 400,
-    max_response_tokens: TokensOption = 96,
-    seed: SeedOption = 0,
+    config: DemoConfig,
 ) -> None:
     """Collect, fit the article's value predictor, and compare three agents for two rewards."""
-    from mbrl_text_env.benchmarks.demo import DemoConfig, run_demo
+    from mbrl_text_env.benchmarks.demo import run_demo
 
-    config = DemoConfig(
-        train_prompts=train_prompts,
-        test_prompts=test_prompts,
-        budget_tokens=budget_tokens,
-        max_response_tokens=max_response_tokens,
-        seed=seed,
-    )
     run_demo(ModelOptions().load(), out, console, config)
 
 
@@ -82,22 +73,9 @@ def demo(
 @friendly
 def compare_command(
     *,
-    agents: Annotated[
-        str, typer.Option(help="Agents with their options: 'sampling,best-of-n:n=8,lookahead'.")
-    ] = "sampling,best-of-n,lookahead",
+    config: CompareConfig = _COMPARE,
     reward: RewardOption = "sentiment",
     num_prompts: CountOption = 16,
-    budget_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that an agent may generate for a prompt.")
-    ] = None,
-    budget_flops: Annotated[
-        float | None, typer.Option(help="FLOPs of all models that it may spend on a prompt.")
-    ] = None,
-    budget_seconds: Annotated[
-        float | None, typer.Option(help="Seconds after which it begins nothing new.")
-    ] = None,
-    max_response_tokens: TokensOption = 96,
-    seed: SeedOption = 0,
     out: Annotated[
         Path, typer.Option(help="Folder of the comparison; resumed if it exists.")
     ] = Path("comparison"),
@@ -110,25 +88,13 @@ def compare_command(
     ] = None,
     value: ValueOption = "prefix",
     policy: PolicyOption = None,
-    batch_prompts: CountOption = 32,
-    allow_unequal_budgets: bool = False,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
-    from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison
+    from mbrl_text_env.benchmarks.compare import Comparison
     from mbrl_text_env.benchmarks.report import compare_with_progress, table
 
-    config = CompareConfig(
-        tuple(spec.strip() for spec in agents.split(",")),
-        budget_tokens=budget_tokens,
-        max_response_tokens=max_response_tokens,
-        seed=seed,
-        batch_prompts=batch_prompts,
-        allow_unequal_budgets=allow_unequal_budgets,
-        budget_flops=budget_flops,
-        budget_seconds=budget_seconds,
-    )
     judge = load_reward(reward, reward_timeout)
-    asked = prompts.choose(num_prompts, judge, seed)
+    asked = prompts.choose(num_prompts, judge, config.seed)
     language_model = model.load()
     policies = load_policies(policy or [], language_model)
     comparison = Comparison(
@@ -136,7 +102,7 @@ def compare_command(
         that_fit(asked, language_model),
         language_model,
         judge,
-        load_value_option(value, judge, language_model, max_response_tokens, seed),
+        load_value_option(value, judge, language_model, config.max_response_tokens, config.seed),
         None if gold is None else load_reward(gold, reward_timeout),
         {"value": value_digest(value), "reward": reward, "dtype": model.dtype},
         policies,

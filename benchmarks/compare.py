@@ -14,7 +14,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 from mbrl_text_env.agents.base import Agent, Generation
 from mbrl_text_env.agents.catalogue import make, parse_spec
 from mbrl_text_env.benchmarks.audit.exploit_warnings import trust_warnings
+from mbrl_text_env.benchmarks.settings import CompareConfig, CompareError
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
@@ -48,61 +48,6 @@ Row = dict[str, Any]
 OnBatch = Callable[[str, int, list[Row]], None]
 _FORMAT = 2
 _MEANS = ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "flops")
-
-
-class CompareError(ValueError):
-    """A comparison that cannot be run as asked."""
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """What a comparison is; two runs with equal configs give equal rows, times aside.
-
-    Args:
-        agents: Agent specs (see `agents.catalogue.make`). `budget_tokens` may stand among the
-            options of one, if unequal budgets are allowed.
-        budget_tokens: Generated tokens that each agent may spend on a prompt; None for no cap.
-        budget_flops: Floating-point operations of all models that it may spend; None for no cap.
-        budget_seconds: Wall time after which it begins nothing new; None for no cap.
-        max_response_tokens: Token limit of a response.
-        seed: Of the prompts' choice and of all sampling.
-        batch_prompts: Prompts that are answered together.
-        allow_unequal_budgets: Whether agents may have budgets of their own.
-    """
-
-    agents: tuple[str, ...]
-    budget_tokens: int | None = None
-    max_response_tokens: int = 256
-    seed: int = 0
-    batch_prompts: int = 32
-    allow_unequal_budgets: bool = False
-    budget_flops: float | None = None
-    budget_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.agents or len(set(self.agents)) != len(self.agents):
-            raise CompareError(f"Expected one or more different agents, got {list(self.agents)}.")
-        if self.batch_prompts < 1:
-            raise CompareError(f"batch_prompts: expected at least 1, got {self.batch_prompts}.")
-        tokens = {spec: budget.tokens for spec, budget in self.budgets.items()}
-        if len(set(tokens.values())) > 1 and not self.allow_unequal_budgets:
-            raise CompareError(
-                f"The budgets differ: {tokens} tokens. A comparison at unequal budgets says "
-                "little; make them equal, or allow it (--allow-unequal-budgets)."
-            )
-
-    @cached_property
-    def budgets(self) -> dict[str, Budget]:
-        """Each agent's budget."""
-        own = {spec: parse_spec(spec)[1].get("budget_tokens") for spec in self.agents}
-        return {
-            spec: Budget(
-                self.budget_tokens if tokens is None else int(tokens),
-                self.budget_flops,
-                seconds=self.budget_seconds,
-            )
-            for spec, tokens in own.items()
-        }
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ best-of-N needs for the same reward.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from mbrl_text_env.benchmarks.matched.pool import make_pool
 from mbrl_text_env.benchmarks.matched.report import table as multiplier_table
 from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER, Cell
 from mbrl_text_env.benchmarks.report import compare_with_progress, side_by_side, table
+from mbrl_text_env.benchmarks.settings import DemoConfig
 from mbrl_text_env.benchmarks.terminal import progress_bar
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.prompts import load_prompts
@@ -33,29 +33,6 @@ from mbrl_text_env.rewards import make
 
 REWARDS = ("sentiment", "relevance")
 AGENTS = ("sampling", "best-of-n", "lookahead:value=embedding", DEFAULT_PLANNER)
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """The demonstration's size.
-
-    Args:
-        train_prompts: Prompts that responses are collected for.
-        samples: Responses to each.
-        test_prompts: Held-out prompts that the agents are compared on.
-        pool_samples: Responses to each of them that tell what best-of-N would score at any N.
-        budget_tokens: Generated tokens for each prompt and agent.
-        max_response_tokens: Token limit of a response.
-        seed: Everything follows from it.
-    """
-
-    train_prompts: int = 48
-    samples: int = 4
-    test_prompts: int = 24
-    pool_samples: int = 32
-    budget_tokens: int = 400
-    max_response_tokens: int = 96
-    seed: int = 0
 
 
 def run_demo(

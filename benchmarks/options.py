@@ -6,9 +6,9 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -175,10 +175,10 @@ class PromptOptions:
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function: groups of options, and errors that a user can act on.
 
-    A parameter whose type is a dataclass, such as `ModelOptions`, stands for one option a field;
-    the parameter's default says the defaults. Errors that the user can correct are printed without
-    a traceback and exit with 2. Ctrl-C exits with 130 and says how to go on, where what was stopped
-    knows.
+    A parameter whose type is a dataclass, such as `ModelOptions`, stands for one option for each
+    annotated field; its default says the options' defaults. A tuple of texts is written with
+    commas. Errors that the user can correct are printed without a traceback and exit with 2. Ctrl-C
+    exits with 130 and says how to go on, where what was stopped knows.
 
     Example:
         >>> @app.command()  # doctest: +SKIP
@@ -189,8 +189,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     options: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        name = parameter.name
+    for name, parameter in inspect.signature(command).parameters.items():
         if name in groups:
             options += _options_of(groups[name], parameter.default)
         else:
@@ -199,10 +198,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
         try:
-            settings = {
-                name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
-                for name, kind in groups.items()
-            }
+            settings = {name: _settings(kind, values) for name, kind in groups.items()}
             command(**settings, **values)
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             if not _is_users(error):
@@ -224,18 +220,31 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options_of(group: Any, default: Any) -> list[inspect.Parameter]:
-    """One parameter a field of a dataclass; a default instance gives other defaults."""
-    hints = get_type_hints(group, include_extras=True)
+    """One parameter an annotated field of a dataclass; a default instance gives other defaults."""
     source = group if default is inspect.Parameter.empty else default
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=getattr(source, field.name, inspect.Parameter.empty),
-            annotation=hints[field.name],
-        )
-        for field in fields(group)
-    ]
+    found = []
+    for name, hint in get_type_hints(group, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            value = getattr(source, name, inspect.Parameter.empty)
+            if isinstance(value, tuple):
+                hint, value = Annotated[str, hint.__metadata__[0]], ",".join(value)
+            found.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=hint
+                )
+            )
+    return found
+
+
+def _settings(group: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of the options that belong to it, which are taken out of the values."""
+    found = {}
+    for name, hint in get_type_hints(group).items():
+        if name in values:
+            value = values.pop(name)
+            is_several = get_origin(hint) is tuple
+            found[name] = tuple(map(str.strip, value.split(","))) if is_several else value
+    return group(**found)
 
 
 def _is_users(error: Exception) -> bool:

@@ -80,19 +80,15 @@ class WinRate:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Values of two that belong together.
-
-    Args:
-        keys: What each pair has in common, such as (prompt_id, seed).
-        values: float64[K], of the first.
-        baseline: float64[K], of the second.
-        unpaired: Rows of either that the other has no counterpart of.
-    """
+    """Values of two that belong together."""
 
     keys: tuple[tuple[Hashable, ...], ...]
+    """What each pair has in common, such as (prompt_id, seed)."""
     values: FloatArray
+    """float64[K], as is `baseline`."""
     baseline: FloatArray
     unpaired: int
+    """Rows of either without a counterpart."""
 
     @property
     def differences(self) -> FloatArray:
@@ -102,13 +98,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """A paired permutation test.
-
-    Args:
-        mean: Mean difference.
-        p_value: Probability of a mean this extreme or more, if signs were random.
-        exact: All sign patterns were counted, rather than a random sample of them.
-    """
+    """Mean difference, its p-value, and whether all sign patterns were counted."""
 
     mean: float
     p_value: float
@@ -117,13 +107,7 @@ class PermutationTest:
 
 @dataclass(frozen=True)
 class McNemarTest:
-    """An exact McNemar test of pass or fail.
-
-    Args:
-        wins: Pairs that pass while their baseline fails.
-        losses: Pairs that fail while their baseline passes.
-        p_value: Of a split this uneven or more, if either were equally likely.
-    """
+    """Pairs of which one side alone passes, and the p-value of a split as uneven."""
 
     wins: int
     losses: int
@@ -197,10 +181,6 @@ def _by_key(
 def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArray:
     """Mean of each prompt's rows, float64[P], in the order in which the prompts first appear.
 
-    Args:
-        values: float64[rows].
-        prompts: Each row's prompt.
-
     Raises:
         ValueError: The lengths differ, there are no values, or one is not finite.
 
@@ -267,13 +247,6 @@ def clustered_interval(
     Source: Cameron, Gelbach and Miller, "Bootstrap-based improvements for inference with clustered
     errors", 2008, section 2 (pairs cluster bootstrap); here with the interval of `mean_interval`.
 
-    Args:
-        values: float64[rows].
-        prompts: Each row's prompt.
-        confidence: Of the interval.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-
     Raises:
         ValueError: See `prompt_means`.
 
@@ -315,10 +288,8 @@ def simultaneous_intervals(
 ) -> list[Interval]:
     """Means of the columns of float64[B, K] with intervals that hold for all K at once.
 
-    With the given confidence every one of the K true means lies in its interval, so the most
-    striking column may be picked afterwards. Rows are resampled whole, which keeps columns paired.
-    Over fewer than some ten rows, or where few rows differ from the rest, such intervals are rough,
-    as all bootstraps are.
+    The most striking column may be picked afterwards. Rows are resampled whole, which keeps columns
+    paired. Over fewer than some ten rows, or where few rows differ, such intervals are rough.
 
     Source: Beran, "Balanced simultaneous confidence sets", JASA 1988: of each column's studentised
     deviations the same quantile, so high that all columns hold together. Deviation: a resample's
@@ -394,7 +365,7 @@ def paired_permutation_test(
         differences: float64[P], one a prompt: values minus baseline.
         alternative: `"greater"`: the values are greater than the baseline.
         resamples: Sign patterns at most.
-        seed: Of the random patterns.
+        seed: Of random patterns.
 
     Raises:
         ValueError: There are no differences, or one is not finite.
@@ -495,7 +466,7 @@ def smallest_detectable_effect(
     """Mean difference that a paired comparison of so many prompts finds with the given power.
 
     A true difference smaller than this is likely to be missed: say so where a comparison finds
-    nothing. For one-sided tests either direction gives the same.
+    nothing.
 
     Source: the power of the paired t-test by the noncentral t distribution (Cohen, "Statistical
     Power Analysis for the Behavioral Sciences", 1988, chapter 2). A permutation test of the same
@@ -506,7 +477,7 @@ def smallest_detectable_effect(
         sd: Standard deviation of the differences; the effect has its unit.
         alpha: Level of the test.
         power: Probability to find the effect; above `alpha`.
-        alternative: Of the test.
+        alternative: For one-sided tests either direction gives the same.
 
     Raises:
         ValueError: An argument is out of range.

@@ -7,12 +7,14 @@ chosen among.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+from mbrl_text_env.benchmarks.audit.pool import PoolScores
+from mbrl_text_env.benchmarks.audit.text_changes import intervene
 from mbrl_text_env.benchmarks.scaling import expected_scores, kl_bound, sizes
 from mbrl_text_env.benchmarks.statistics import (
     FloatArray,
@@ -35,13 +37,8 @@ _COEFFICIENTS: dict[str, Callable[..., tuple[float, float]]] = {
 class Point:
     """The mean scores of the response that the proxy likes most among `n`.
 
-    Args:
-        n: Responses to choose among.
-        kl_bound: See `mbrl_text_env.benchmarks.scaling.kl_bound`, nats.
-        proxy: Mean expected proxy score over prompts, in its own unit.
-        gold: The same of the gold.
-        proxy_gain: Gain of the proxy over n = 1, in its standard deviations within a prompt.
-        gold_gain: The same of the gold.
+    `kl_bound` is in nats (see `benchmarks.scaling.kl_bound`), the gains over n = 1 are in standard
+    deviations within a prompt.
     """
 
     n: int
@@ -129,7 +126,7 @@ class Association:
     Args:
         overall: Pearson, Spearman and Kendall (tau-b) over all responses.
         within_prompt: The means over prompts of each prompt's own coefficient.
-        pair_accuracy: Mean over prompts of `pair_accuracy`.
+        pair_accuracy: Mean over prompts of the function `pair_accuracy`.
         prompts_used: Prompts on which both rewards vary; the others have no coefficient.
         calibration: The mean gold of the responses in each tenth of the proxy's ranking within
             a prompt, lowest first, in standard deviations from the prompt's mean. None where ties
@@ -216,14 +213,10 @@ def _misordered(calibration: tuple[Interval | None, ...]) -> float:
 
 @dataclass(frozen=True)
 class Reaction:
-    """How the rewards answer an intervention; its intervals hold for all interventions at once.
+    """How the rewards answer an intervention, in standard deviations within a prompt.
 
-    Args:
-        name: The intervention, of `audit.text_changes`.
-        proxy: Mean change of the proxy, in its standard deviations within a prompt.
-        gold: The same of the gold.
-        excess: Proxy minus gold, paired.
-        changed: Responses whose text it changed; blank ones are left out.
+    `excess` is the change of the proxy minus the gold's, paired; the intervals hold for all
+    interventions at once. `changed` counts the responses whose text is another.
     """
 
     name: str
@@ -235,35 +228,36 @@ class Reaction:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What moves the proxy.
-
-    Args:
-        reactions: One for each intervention.
-        length_beyond_gold: See the function; None where fewer than four prompts allow it.
-        responses: Responses that the interventions were tried on.
-    """
+    """What moves the proxy, and the number of responses that the interventions were tried on."""
 
     reactions: tuple[Reaction, ...]
     length_beyond_gold: Interval | None
     responses: int
 
 
-def reactions(
-    changes: dict[str, tuple[FloatArray, FloatArray]], changed: dict[str, int], *, seed: int = 0
-) -> tuple[Reaction, ...]:
-    """Summarise the interventions.
-
-    Args:
-        changes: By intervention, each prompt's mean change of proxy and gold, float64[prompts]
-            each, in standard deviations within a prompt.
-        changed: By intervention, the responses that it changed.
-        seed: Of the bootstrap over prompts.
-    """
-    proxy, gold = (np.stack([pair[i] for pair in changes.values()], axis=1) for i in (0, 1))
-    intervals = [simultaneous_intervals(v, seed=seed) for v in (proxy, gold, proxy - gold)]
-    return tuple(
-        Reaction(name, by_proxy, by_gold, excess, changed[name])
-        for name, by_proxy, by_gold, excess in zip(changes, *intervals, strict=True)
+def measure_sensitivity(
+    responses: Sequence[Sequence[str]], proxy: PoolScores, gold: PoolScores, *, seed: int = 0
+) -> Sensitivity:
+    """How far text changes and length move the proxy, and how far the gold."""
+    tried = next(iter(proxy[1].values())).shape[1]
+    texts = [text for row in responses for text in row[:tried]]
+    changes = [
+        np.stack([(after - before[:, :tried]).mean(axis=1) for after in changed.values()], axis=1)
+        / within_sd(before)
+        for before, changed in (proxy, gold)
+    ]
+    proxy_band, gold_band, excess_band = (
+        simultaneous_intervals(values, seed=seed) for values in (*changes, changes[0] - changes[1])
+    )
+    reactions = zip(proxy_band, gold_band, excess_band, strict=True)
+    lengths = np.array([[len(text) for text in row] for row in responses], dtype=np.float64)
+    return Sensitivity(
+        tuple(
+            Reaction(name, *moved, sum(intervene(name, text) != text for text in texts))
+            for name, moved in zip(proxy[1], reactions, strict=True)
+        ),
+        length_beyond_gold(proxy[0], gold[0], lengths, seed=seed),
+        len(texts),
     )
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.agents.collection import collect, collection_run, missing_samples
-from mbrl_text_env.benchmarks.audit.config import AuditError
 from mbrl_text_env.benchmarks.audit.text_changes import INTERVENTIONS, intervene
+from mbrl_text_env.benchmarks.settings import AuditError
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel

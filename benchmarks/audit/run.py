@@ -16,26 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.benchmarks.audit.config import AuditConfig, AuditError
 from mbrl_text_env.benchmarks.audit.measures import (
     Association,
     Curves,
     Sensitivity,
     associate,
     best_of_n_curves,
-    length_beyond_gold,
-    reactions,
+    measure_sensitivity,
 )
 from mbrl_text_env.benchmarks.audit.pool import PoolScores, fill_pool, score_pool
-from mbrl_text_env.benchmarks.audit.text_changes import INTERVENTIONS, intervene
 from mbrl_text_env.benchmarks.audit.verdict import Verdict, decide, trivial
 from mbrl_text_env.benchmarks.compare import choose_prompts
+from mbrl_text_env.benchmarks.settings import AuditConfig, AuditError
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardModel, applies_to
 from mbrl_text_env.runs import claimed, prompt_digests, writing
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import FloatArray, Prompt
 
 _FORMAT = 2
 
@@ -50,8 +48,8 @@ class Audit:
         language_model: Writes the pool, and names the model that a pool must be of.
         proxy: The reward to choose by.
         gold: The reward that is trusted; the proxy itself is allowed.
-        left_out: Prompts to which one of the rewards does not apply.
-        labels: What else belongs into the config file, such as the prompts' source.
+        left_out: Prompts to which one of the rewards does not apply, for the report.
+        labels: What else belongs into the config file.
     """
 
     config: AuditConfig
@@ -206,7 +204,7 @@ def measure(
         _check_varies(name, scores)
     curves = best_of_n_curves(proxy[0], gold[0], seed=config.seed)
     association = associate(proxy[0], gold[0], seed=config.seed)
-    sensitivity = _sensitivity(responses, proxy, gold, curves, config.seed)
+    sensitivity = measure_sensitivity(responses, proxy, gold, seed=config.seed)
     prompts = len(responses)
     verdict = (
         trivial(config.proxy, prompts, config.samples)
@@ -216,34 +214,7 @@ def measure(
     return AuditResult(config, prompts, audit.left_out, curves, association, sensitivity, verdict)
 
 
-def _sensitivity(
-    responses: Sequence[Sequence[str]],
-    proxy: PoolScores,
-    gold: PoolScores,
-    curves: Curves,
-    seed: int,
-) -> Sensitivity:
-    tried = next(iter(proxy[1].values())).shape[1]
-    changes = {
-        name: (
-            (proxy[1][name] - proxy[0][:, :tried]).mean(axis=1) / curves.proxy_sd,
-            (gold[1][name] - gold[0][:, :tried]).mean(axis=1) / curves.gold_sd,
-        )
-        for name in INTERVENTIONS
-    }
-    changed = {
-        name: sum(intervene(name, text) != text for row in responses for text in row[:tried])
-        for name in INTERVENTIONS
-    }
-    lengths = np.array([[len(text) for text in row] for row in responses], dtype=np.float64)
-    return Sensitivity(
-        reactions(changes, changed, seed=seed),
-        length_beyond_gold(proxy[0], gold[0], lengths, seed=seed),
-        tried * len(responses),
-    )
-
-
-def _check_varies(name: str, scores: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+def _check_varies(name: str, scores: FloatArray) -> None:
     # Rounding of equal scores is no difference.
     if np.ptp(scores, axis=1).max() <= 1e-12 * np.abs(scores).max():
         everywhere = " (and the same to all prompts)" if np.ptp(scores) == 0 else ""

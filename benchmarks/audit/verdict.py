@@ -38,13 +38,7 @@ FOLLOWS = 0.5
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an audit says.
-
-    Args:
-        outcome: One of the five.
-        text: One to three sentences with the numbers.
-        warnings: One for each sensitivity that stood out.
-    """
+    """What an audit says: one to three sentences, and a warning for each sensitivity."""
 
     outcome: Outcome
     text: str
