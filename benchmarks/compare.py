@@ -158,13 +158,8 @@ def compare(
 ) -> dict[str, Any]:
     """Run or resume a comparison and write `results.jsonl`, `summary.json` and `comparison.png`.
 
-    Args:
-        comparison: What to run.
-        out: The comparison's folder.
-        on_batch: Called with spec, number of prompts and rows after each batch.
-
-    Returns:
-        The content of `summary.json`.
+    Returns the content of `summary.json`. `on_batch` is called with spec, number of prompts and
+    rows after each batch.
 
     Raises:
         CompareError: The folder holds another comparison, or an agent got no prompt scored.

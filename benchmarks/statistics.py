@@ -59,12 +59,9 @@ class WinRate:
         return (self.wins + 0.5 * self.ties) / (self.wins + self.ties + self.losses)
 
     def decided(self, *, confidence: float = 0.95) -> Interval:
-        """Share of wins among the pairs that are not ties, with Wilson's score interval.
+        """Share of wins among the pairs that are not ties, with Wilson's score interval (1927).
 
         Without a decided pair nothing is known, which is the interval from 0 to 1.
-
-        Source: Wilson, "Probable inference, the law of succession, and statistical inference",
-        JASA 1927, by `scipy.stats.binomtest`.
 
         Example:
             >>> found = WinRate(wins=8, ties=5, losses=2).decided()
@@ -245,10 +242,8 @@ def clustered_interval(
     as much as any other, so resampling prompts is resampling their means.
 
     Source: Cameron, Gelbach and Miller, "Bootstrap-based improvements for inference with clustered
-    errors", 2008, section 2 (pairs cluster bootstrap); here with the interval of `mean_interval`.
-
-    Raises:
-        ValueError: See `prompt_means`.
+    errors", 2008, section 2 (pairs cluster bootstrap); here with `mean_interval`, whose errors and
+    those of `prompt_means` it raises.
 
     Example:
         >>> clustered_interval([1.0, 3.0, 2.0], ["a", "a", "b"])
@@ -365,7 +360,7 @@ def paired_permutation_test(
         differences: float64[P], one a prompt: values minus baseline.
         alternative: `"greater"`: the values are greater than the baseline.
         resamples: Sign patterns at most.
-        seed: Of random patterns.
+        seed: Of the random patterns.
 
     Raises:
         ValueError: There are no differences, or one is not finite.
@@ -466,18 +461,11 @@ def smallest_detectable_effect(
     """Mean difference that a paired comparison of so many prompts finds with the given power.
 
     A true difference smaller than this is likely to be missed: say so where a comparison finds
-    nothing.
+    nothing. It has the unit of `sd`, the standard deviation of the differences.
 
     Source: the power of the paired t-test by the noncentral t distribution (Cohen, "Statistical
     Power Analysis for the Behavioral Sciences", 1988, chapter 2). A permutation test of the same
     differences has nearly the same power.
-
-    Args:
-        prompts: Pairs, at least 2.
-        sd: Standard deviation of the differences; the effect has its unit.
-        alpha: Level of the test.
-        power: Probability to find the effect; above `alpha`.
-        alternative: For one-sided tests either direction gives the same.
 
     Raises:
         ValueError: An argument is out of range.

@@ -86,9 +86,8 @@ def progress_bar(on: Console | None = None) -> Progress:
 class PlainConsole(Console):
     """A console of Rich's that prints texts as they are.
 
-    A string is one line, however long it is: a terminal wraps it itself, so that paths can be
-    copied. Tables are as wide as the terminal, or as COLUMNS says, and as they need where there is
-    neither.
+    A string is one line, however long, so that paths can be copied. Tables are as wide as the
+    terminal, or as COLUMNS says, and as they need where there is neither.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:

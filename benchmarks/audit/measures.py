@@ -59,16 +59,11 @@ class Decline:
 
 @dataclass(frozen=True)
 class Curves:
-    """Best-of-N curves; the intervals of a kind hold for all N at once.
+    """Best-of-N curves, with points for ascending N from 1; bands hold for all N at once.
 
-    Args:
-        points: One for each N, ascending from 1.
-        declines: One for each N but the largest.
-        peak_n: The N with the highest mean gold; the smallest of equals.
-        efficiency: The gold's gain at the largest N by the gain if the gold itself chose; None
-            where that is not above 0.
-        proxy_sd: The proxy's standard deviation within a prompt, pooled over prompts.
-        gold_sd: The same of the gold.
+    `peak_n` is the (smallest) N with the highest mean gold. `efficiency` is the gold's gain at the
+    largest N by the gain if the gold itself chose; None where that is not above 0. Standard
+    deviations are those of `within_sd`.
     """
 
     points: tuple[Point, ...]
@@ -165,10 +160,6 @@ def associate(proxy: FloatArray, gold: FloatArray, *, seed: int = 0) -> Associat
 
 def pair_accuracy(proxy: FloatArray, gold: FloatArray) -> float:
     """Share of the pairs with different gold that the proxy orders alike; its ties count half.
-
-    Args:
-        proxy: float64[samples].
-        gold: float64[samples], not all equal.
 
     Example:
         >>> round(pair_accuracy(np.array([1.0, 3.0, 2.0]), np.array([1.0, 2.0, 3.0])), 3)

@@ -60,10 +60,10 @@ def fill_pool(
         language_model: Writes the responses.
         prompts: The prompts.
         samples: Responses to each prompt; of more, the first are taken.
-        max_response_tokens: Token limit of a response.
-        seed: Of the sampling.
+        max_response_tokens: As of `collect`.
+        seed: As of `collect`.
         shared: Whether the folder may hold responses to other prompts alone.
-        on_batch: Called with the number of responses that are there.
+        on_batch: Called with numbers of responses that are there.
 
     Raises:
         AuditError: The folder holds responses of another model, seed or token limit, or to other
@@ -112,13 +112,8 @@ def score_pool(
 ) -> PoolScores:
     """Score the pool, and the first `tried` responses to each prompt after each text change.
 
-    Args:
-        folder: Where the scores are kept, one file a prompt; it belongs to this reward.
-        reward_model: Scores the responses.
-        prompts: The prompts.
-        responses: The same number to each prompt.
-        tried: Responses to each prompt that the text changes are tried on.
-        on_batch: Called with 1 after each prompt.
+    The scores are kept in `folder`, one file a prompt, which belongs to this reward. `on_batch` is
+    called with 1 after each prompt.
 
     Raises:
         RewardError: The reward model failed; the message names the prompt.

@@ -40,16 +40,9 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Audit:
-    """The parts of an audit.
+    """The parts of an audit, with the number of prompts to which one of the rewards does not apply.
 
-    Args:
-        config: What is audited and how.
-        prompts: As many as the config says.
-        language_model: Writes the pool, and names the model that a pool must be of.
-        proxy: The reward to choose by.
-        gold: The reward that is trusted; the proxy itself is allowed.
-        left_out: Prompts to which one of the rewards does not apply, for the report.
-        labels: What else belongs into the config file.
+    `language_model` writes the pool; `labels` is what else belongs into the config file.
     """
 
     config: AuditConfig
