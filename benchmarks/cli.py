@@ -178,7 +178,7 @@ def fit_command(
     reward: Annotated[
         str | None,
         typer.Option(
-            help="The reward that scored the records; by default the one of the name in them."
+            help="The reward that scored the records; by default found by the name in them."
         ),
     ] = None,
     reward_timeout: TimeoutOption = 600.0,
@@ -388,7 +388,7 @@ def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
 
 
 class _NameOfReward:
-    """Stands for a reward that scored records, for values that do not ask it again."""
+    """The reward that scored records, by name only, for values that do not call it."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -94,11 +94,9 @@ class Comparison:
 
     def agent(self, spec: str) -> Agent:
         """Make the agent of a spec."""
-        name, options = parse_spec(spec)
-        options.pop("budget_tokens", None)
-        plain = ":".join([name, *(f"{key}={value}" for key, value in options.items())])
+        items = [i for i in spec.split(":") if i.partition("=")[0].strip() != "budget_tokens"]
         return make(
-            plain,
+            ":".join(items),
             self.language_model,
             self.reward_model,
             self.value_model,

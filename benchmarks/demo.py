@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from mbrl_text_env.agents.collection import collect, missing_samples
 from mbrl_text_env.agents.sampling import Sampling
@@ -25,7 +23,7 @@ from mbrl_text_env.benchmarks.matched.report import table as multiplier_table
 from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER, Cell
 from mbrl_text_env.benchmarks.report import compare_with_progress, side_by_side, table
 from mbrl_text_env.benchmarks.settings import DemoConfig
-from mbrl_text_env.benchmarks.terminal import progress_bar
+from mbrl_text_env.benchmarks.terminal import panel, progress_bar
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import RecordWriter, has_records, read_records, rescore
@@ -67,13 +65,8 @@ def _first_text(language_model: LanguageModel, console: Console, config: DemoCon
     prompt = load_prompts(split="validation", limit=1)[0]
     agent = Sampling(language_model, max_response_tokens=32)
     (generation,) = agent.generate([prompt], seed=config.seed)
-    console.print(
-        Panel(
-            Text(generation.text.strip() + " ..."),
-            title=Text(prompt.text),
-            subtitle=f"written by {language_model.name}",
-        )
-    )
+    text = f"{generation.text.strip()} ..."
+    console.print(panel(text, prompt.text, f"written by {language_model.name}"))
 
 
 def _collect(

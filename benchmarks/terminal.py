@@ -53,7 +53,7 @@ def visible(text: str) -> str:
 
 
 def plain(text: str, style: str | Style = "") -> Text:
-    """A text for Rich that stands for itself; rows and columns are laid out by what is shown."""
+    """A text for Rich that is shown as it is."""
     return Text(visible(text), style=style)
 
 
@@ -102,7 +102,7 @@ class PlainConsole(Console):
         return ConsoleDimensions(_UNLIMITED, found.height)
 
     def on_broken_pipe(self) -> None:
-        """The reader has gone, as `head` does: nothing more is printed."""
+        """The reader, such as `head`, has ended: nothing more is printed."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1)
@@ -153,7 +153,7 @@ class CommandLine(TyperGroup):
             if error.format_message():
                 command = error.ctx.command_path if error.ctx else "mbrl-text"
                 errors.print(
-                    f"Error: {error.format_message()} (`{command} --help` lists what there is.)",
+                    f"Error: {error.format_message()} (See `{command} --help`.)",
                     style="red",
                 )
             return int(error.exit_code)
