@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.agents.base import Agent, Generation
-from mbrl_text_env.agents.catalogue import make, parse_spec
+from mbrl_text_env.agents.registry import make, parse_spec
 from mbrl_text_env.benchmarks.audit.exploit_warnings import trust_warnings
 from mbrl_text_env.benchmarks.settings import CompareConfig, CompareError
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
@@ -60,11 +60,11 @@ class Comparison:
         language_model: Shared by the agents that name no other policy.
         reward_model: Shared by the agents, and the judge of their answers; whatever
             `as_reward_model` takes.
-        value_model: For agents that take one, or several by name (see `agents.catalogue.make`).
+        value_model: For agents that take one, or several by name (see `agents.registry.make`).
         gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
             and can, so that a reward that is being exploited shows.
         labels: What else belongs into the config file, such as names on the command line.
-        policies: By the names that specs use (`policy=tuned`); see `agents.catalogue.make`.
+        policies: By the names that specs use (`policy=tuned`); see `agents.registry.make`.
 
     Raises:
         CompareError: Two prompts have the same id.

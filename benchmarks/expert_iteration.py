@@ -103,7 +103,7 @@ def planned_answers(
     policy: LanguageModel, value: ValueModel | None, with_: Measurement
 ) -> list[dict[str, Any]]:
     """The planner's answer to each test prompt: score and what it took."""
-    from mbrl_text_env.agents.catalogue import make
+    from mbrl_text_env.agents.registry import make
     from mbrl_text_env.ledger import Budget
 
     agent = make(

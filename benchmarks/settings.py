@@ -34,7 +34,7 @@ class AuditError(ValueError):
 class CompareConfig:
     """What a comparison is; two runs with equal configs give equal rows, times aside.
 
-    `agents` are specs (see `agents.catalogue.make`); `budget_tokens` may stand among the options of
+    `agents` are specs (see `agents.registry.make`); `budget_tokens` may stand among the options of
     one if unequal budgets are allowed. A budget is each agent's for each prompt; None is no cap.
     `batch_prompts` are answered together.
     """
@@ -72,7 +72,7 @@ class CompareConfig:
     @cached_property
     def budgets(self) -> dict[str, Budget]:
         """Each agent's budget."""
-        from mbrl_text_env.agents.catalogue import parse_spec
+        from mbrl_text_env.agents.registry import parse_spec
 
         own = {spec: parse_spec(spec)[1].get("budget_tokens") for spec in self.agents}
         return {

@@ -147,7 +147,7 @@ def main(
 
 
 def _made(spec: str, lm: Any, reward_model: Any, max_response_tokens: int, seed: int) -> Agent:
-    from mbrl_text_env.agents.catalogue import make, parse_spec
+    from mbrl_text_env.agents.registry import make, parse_spec
     from mbrl_text_env.agents.values import make_value
 
     kind = parse_spec(spec)[1].get("value")

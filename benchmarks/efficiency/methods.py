@@ -12,11 +12,13 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbrl_text_env.agents.base import Agent
-from mbrl_text_env.agents.catalogue import make
+from mbrl_text_env.agents.driver import run
+from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.benchmarks.paired import kept
 from mbrl_text_env.language_models.base import LanguageModel
@@ -362,7 +364,14 @@ def sampled(bench: Bench, policy: LanguageModel, seed: int) -> tuple[tuple[float
     for sample in range(size.samples):
         # Each response takes its whole prompt, as the answers of an agent do.
         _fresh(policy)
-        rows.append(agent.complete(states, 1, ledgers, seed, first_sample=sample))
+        rows.append(
+            run(
+                [
+                    partial(agent.complete, state, 1, ledger, seed, first_sample=sample)
+                    for state, ledger in zip(states, ledgers, strict=True)
+                ]
+            )
+        )
     seconds = time.perf_counter() - start
     flat = [completion.state for found in zip(*rows, strict=True) for [completion] in found]
     texts = [policy.decode(state.response_ids) for state in flat]

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mbrl_text_env.agents.catalogue import make, parse_spec
+from mbrl_text_env.agents.registry import make, parse_spec
 from mbrl_text_env.benchmarks.compare import (
     BASELINE,
     CompareConfig,

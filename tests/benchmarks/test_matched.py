@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mbrl_text_env.agents.catalogue import make as make_agent
+from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.benchmarks.compare import CompareError
 from mbrl_text_env.benchmarks.exchange import drawn_best, exchange_test
 from mbrl_text_env.benchmarks.matched.analysis import analyse, best_of_n_rows, falls

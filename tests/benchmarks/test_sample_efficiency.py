@@ -38,7 +38,7 @@ from mbrl_text_env.rewards import make
 from mbrl_text_env.types import Prompt
 from tests.agents.learning.tiny import PROMPTS, tiny_lm
 from tests.benchmarks.test_policy_tuning import TOKENS, Command, said
-from tests.toys import CountReward
+from tests.toys import CountReward, now
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*train prompts. with fewer than 500")
 
@@ -285,7 +285,7 @@ class TestWhatIsCharged:
         lm = TableLM("ab", {"": [0, 0.5, 0.5], "a": [1, 0, 0], "b": [0, 0, 1], "bb": [1, 0, 0]})
         test = [Prompt.from_text(text) for text in ("a", "b", "ab", "ba", "aab")]
         states = [initial(prompt, lm) for prompt in test]
-        rows = Sampling(lm).complete(states, 3, [Ledger() for _ in test], 7)
+        rows = [now(Sampling(lm).complete(state, 3, Ledger(), 7)) for state in states]
         texts = [[lm.decode(found.state.response_ids) for found in row] for row in rows]
         # Some prompts have both, and not all have the same.
         assert len({tuple(sorted(row)) for row in texts}) > 2
@@ -310,7 +310,7 @@ class TestWhatIsCharged:
         prefix = len(lm.encode_prompt(asked))
         for samples in (1, 3):
             state = initial(asked, lm)
-            [row] = Sampling(lm, max_response_tokens=TOKENS).complete([state], 3, [Ledger()], 0)
+            row = now(Sampling(lm, max_response_tokens=TOKENS).complete(state, 3, Ledger(), 0))
             lengths = [len(found.state.response_ids) for found in row[:samples]]
             made = bench(tmp_path, lm, CountReward("e"), [asked], samples=samples)
             _, use = sampled(made, lm, 0)

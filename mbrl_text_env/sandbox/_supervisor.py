@@ -2,14 +2,14 @@
 
 Three processes, each the parent of the next:
 
-- the keeper, started by `runner` with a clean interpreter, outside the box. It holds the clock;
+- the supervisor, started by `_box` with a clean interpreter, outside the box. It holds the clock;
 - the first process of the box. It builds the box from within, gives up every privilege, starts the
   program and waits for it. When it dies, the kernel kills all that is left in its PID namespace;
 - the program, a new interpreter.
 
-The keeper reads its orders from standard input (the length as 8 bytes, then `marshal`) and takes
-the end of standard input for the order to stop: it also comes when the caller dies. Its report is
-lines on a pipe: first the outcome, then numbers or an error.
+The supervisor reads its orders from standard input (the length as 8 bytes, then `marshal`). The end
+of standard input is the order to stop: it also comes when the caller dies. Its report is lines on a
+pipe: first the outcome, then numbers or an error.
 """
 
 # ruff: noqa: PTH102, PTH103, PTH112, PTH120, PTH123, PTH211, SIM105
@@ -51,7 +51,7 @@ def main() -> None:
     except SetupError as error:
         report = f"failed\n{error}"
     except BaseException as error:
-        report = f"failed\nkeeper: {type(error).__name__}: {error}"
+        report = f"failed\nsupervisor: {type(error).__name__}: {error}"
     os.write(orders["report"], report.encode(errors="replace"))
     os._exit(0)
 
@@ -78,10 +78,10 @@ def _run(orders: dict[str, Any]) -> str:
     if orders["strong"]:
         _step("a user and a PID namespace", _enter_namespaces)
     parent_end, box_end = os.pipe()
-    alive_end, keeper_end = os.pipe()
+    alive_end, supervisor_end = os.pipe()
     first = os.fork()
     if first == 0:
-        os.close(keeper_end)
+        os.close(supervisor_end)
         os.close(parent_end)
         _be_first(orders, box_end, alive_end)
     os.close(box_end)
@@ -156,15 +156,15 @@ def _step(name: str, function: Any, *args: Any) -> None:
 
 def _enter_namespaces() -> None:
     user, group = os.geteuid(), os.getegid()
-    keeper = os.getpid()
+    supervisor = os.getpid()
     if user:
         _kernel.unshare(_kernel.CLONE_NEWUSER | _kernel.CLONE_NEWPID)
-        _write(f"/proc/{keeper}/setgroups", "deny")
-        _write(f"/proc/{keeper}/uid_map", f"{_INSIDE_ID} {user} 1")
-        _write(f"/proc/{keeper}/gid_map", f"{_INSIDE_ID} {group} 1")
+        _write(f"/proc/{supervisor}/setgroups", "deny")
+        _write(f"/proc/{supervisor}/uid_map", f"{_INSIDE_ID} {user} 1")
+        _write(f"/proc/{supervisor}/gid_map", f"{_INSIDE_ID} {group} 1")
     else:
         # Only a process that is still outside may map a second id, to which the program drops. The
-        # first one, root's, is that of the keeper and reads what must be mounted.
+        # first one, root's, is that of the supervisor and reads what must be mounted.
         ready, go = os.pipe()
         mapper = os.fork()
         if mapper == 0:
@@ -172,7 +172,7 @@ def _enter_namespaces() -> None:
                 os.close(go)
                 os.read(ready, 1)
                 for kind in ("uid", "gid"):
-                    _write(f"/proc/{keeper}/{kind}_map", f"0 0 1\n{_INSIDE_ID} {_OUTSIDE_ID} 1")
+                    _write(f"/proc/{supervisor}/{kind}_map", f"0 0 1\n{_INSIDE_ID} {_OUTSIDE_ID} 1")
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -209,7 +209,7 @@ def _start_and_wait(orders: dict[str, Any], pipe: int, alive: int) -> None:
     stdin = _file_with(orders["stdin"])
     for number in (1, 2, 15):  # The program may send signals here; those left to default are lost.
         _kernel.ignore_signal(number)
-    # Else a signal to its own group would reach the keeper, across the border of the namespace.
+    # Else a signal to its own group would reach the supervisor, across the border of the namespace.
     os.setsid()
     if orders["strong"]:
         # If memory runs out all the same, the kernel is to begin here.
@@ -223,7 +223,7 @@ def _start_and_wait(orders: dict[str, Any], pipe: int, alive: int) -> None:
         _step("no new privileges", _kernel.forbid_new_privileges)
         _kernel.die_with_parent()
     if select.select([alive], [], [], 0)[0]:
-        os._exit(0)  # The keeper died before `die_with_parent`.
+        os._exit(0)  # The supervisor died before `die_with_parent`.
     # The filter forbids this one to the program, which starts behind it.
     _limit("CORE", orders["rlimits"].pop("CORE"))
     if orders["strong"]:
@@ -262,7 +262,7 @@ def _become_program(orders: dict[str, Any], stdin: int, pipe: int) -> NoReturn:
     try:
         os.dup2(stdin, 0)
         _kernel.reset_signals()
-        os.nice(5)  # So that the keeper and the caller get a processor at once.
+        os.nice(5)  # So that the supervisor and the caller get a processor at once.
         for name, value in orders["rlimits"].items():
             _limit(name, value)
         os.execve(orders["argv"][0], orders["argv"], orders["environment"])  # noqa: S606

@@ -1,12 +1,12 @@
 import pytest
 
 from mbrl_text_env.agents import available, make
-from mbrl_text_env.agents.catalogue import AgentSpecError, parse_spec
 from mbrl_text_env.agents.model_free.candidate_policy import (
     CandidatePolicy,
     CandidateScorer,
     CandidateView,
 )
+from mbrl_text_env.agents.registry import AgentSpecError, parse_spec
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.proposer import FeatureLayout
 from tests.toys import CountReward, FixedValue

@@ -1,22 +1,23 @@
-"""Searches side by side against the same searches one by one."""
+"""Searches side by side against the same searches one by one, and in an event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mbrl_text_env.agents import BestOfN, Lookahead, Sampling
+from mbrl_text_env.agents import BestOfN, Lookahead, Planner, Sampling
 from mbrl_text_env.agents.base import Agent
-from mbrl_text_env.agents.side_by_side import Merging, _Meeting, run_side_by_side
+from mbrl_text_env.agents.driver import ask, ask_for_chunks, run, run_async
 from mbrl_text_env.language_models import NGramLM, SamplingParams
-from mbrl_text_env.language_models.base import FeatureModel, NextTokens, SampleRequest
-from mbrl_text_env.ledger import Budget, Ledger, timed
+from mbrl_text_env.language_models.base import NextTokens, SampleRequest
+from mbrl_text_env.ledger import Budget, Ledger, Usage, timed
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardError, Scores, score_responses
 from mbrl_text_env.types import Chunk, Prompt, TextState
@@ -110,22 +111,15 @@ def start(prompt: Prompt = PROMPTS[0]) -> TextState:
     return initial(prompt, RecordingLM())
 
 
-def alive() -> set[threading.Thread]:
-    return set(threading.enumerate())
+def request(seed: int, state: TextState | None = None) -> SampleRequest:
+    return SampleRequest(state or start(), 1, 2, seed)
 
 
-def assert_all_end(before: set[threading.Thread]) -> None:
-    for thread in alive() - before:
-        thread.join(timeout=5)
-    assert alive() <= before
-
-
-def asks(lm: Any, count: int) -> Callable[[Merging], list[Chunk]]:
+def asks(lm: Any, count: int) -> Callable[[], Coroutine[Any, Any, list[Chunk]]]:
     """A search that samples `count` times, one chunk after the other."""
 
-    def search(merging: Merging) -> list[Chunk]:
-        model = merging.language_model(lm)
-        return [model.sample([start()], 1, 2, seeds=[i])[0][0] for i in range(count)]
+    async def search() -> list[Chunk]:
+        return [(await ask_for_chunks(lm, [request(i)], [Ledger()]))[0][0] for i in range(count)]
 
     return search
 
@@ -134,143 +128,142 @@ class TestRunning:
     def test_results_are_in_order(self):
         lm = EngineLM()
 
-        def search(number: int) -> Callable[[Merging], int]:
-            def run(merging: Merging) -> int:
-                asks(lm, number % 4)(merging)
-                return number
+        async def search(number: int) -> int:
+            await asks(lm, number % 4)()
+            return number
 
-            return run
-
-        assert run_side_by_side([search(i) for i in range(30)]) == list(range(30))
+        assert run([lambda i=i: search(i) for i in range(30)]) == list(range(30))
         assert lm.calls == [("sample_requests", n) for n in (22, 14, 7)]
 
     def test_nothing_to_run(self):
-        assert run_side_by_side([]) == []
+        assert run([]) == []
 
     @pytest.mark.parametrize("most", [1, 2, 5, 100])
     def test_no_more_than_allowed_are_under_way(self, most):
-        lm, lock, active, peaks = EngineLM(), threading.Lock(), [0], [0]
+        lm, active, peaks = EngineLM(), [0], [0]
 
-        def search(count: int) -> Callable[[Merging], int]:
-            def run(merging: Merging) -> int:
-                with lock:
-                    active[0] += 1
-                    peaks.append(active[0])
-                asks(lm, count)(merging)
-                with lock:
-                    active[0] -= 1
-                return count
-
-            return run
+        async def search(count: int) -> int:
+            active[0] += 1
+            peaks.append(active[0])
+            await asks(lm, count)()
+            active[0] -= 1
+            return count
 
         counts = [1 + i % 3 for i in range(12)]
-        assert run_side_by_side([search(c) for c in counts], most) == counts
+        assert run([lambda c=c: search(c) for c in counts], most) == counts
         assert max(peaks) == min(most, 12)
         assert max(count for _, count in lm.calls) == min(most, 12)
         assert sum(count for _, count in lm.calls) == sum(counts)
 
-    def test_models_are_asked_by_one_thread(self):
-        lm = EngineLM()
-        run_side_by_side([asks(lm, 3) for _ in range(8)])
+    def test_everything_is_done_by_one_thread(self):
+        lm, before = EngineLM(), threading.active_count()
+        run([asks(lm, 3) for _ in range(8)])
         assert lm.threads == {threading.get_ident()}
+        assert threading.active_count() == before
 
-    def test_the_first_error_by_place_is_raised_and_no_thread_stays(self):
-        lm, before, ended = EngineLM(), alive(), []
+    def test_the_first_error_by_place_is_raised_and_the_others_are_given_up(self):
+        lm, ended, closed = EngineLM(), [], []
 
-        def fails(number: int) -> Callable[[Merging], None]:
-            def run(merging: Merging) -> None:
-                asks(lm, 1)(merging)
-                raise KeyError(number)
+        async def fails(number: int) -> None:
+            await asks(lm, 1)()
+            raise KeyError(number)
 
-            return run
+        async def lasts() -> None:
+            try:
+                await asks(lm, 5)()
+                ended.append(True)
+            finally:
+                closed.append(True)
 
-        def lasts(merging: Merging) -> None:
-            asks(lm, 5)(merging)
-            ended.append(True)
-
-        searches = [lasts, fails(1), lasts, fails(3), fails(4), lasts]
+        begin = [lambda i=i: fails(i) for i in range(5)]
         with pytest.raises(KeyError, match="1"):
-            run_side_by_side(searches)
-        assert_all_end(before)
+            run([lasts, begin[1], lasts, begin[3], begin[4], lasts])
         assert not ended
+        assert len(closed) == 3
         assert len(lm.calls) == 1
 
     def test_an_earlier_error_is_raised_before_a_later_one_of_a_lower_place(self):
-        def fails(number: int, after: int) -> Callable[[Merging], None]:
-            def run(merging: Merging) -> None:
-                asks(lm, after)(merging)
-                raise KeyError(number)
-
-            return run
+        async def fails(number: int, after: int) -> None:
+            await asks(lm, after)()
+            raise KeyError(number)
 
         lm = EngineLM()
         with pytest.raises(KeyError, match="1"):
-            run_side_by_side([fails(0, 2), fails(1, 0)])
+            run([lambda: fails(0, 2), lambda: fails(1, 0)])
 
     def test_searches_that_wait_for_their_turn_are_not_begun_after_an_error(self):
-        begun, before = [], alive()
+        begun = []
 
-        def search(merging: Merging) -> None:
+        async def search() -> None:
             begun.append(True)
             raise KeyError
 
         with pytest.raises(KeyError):
-            run_side_by_side([search] * 10, most_at_once=3)
+            run([search] * 10, most_at_once=3)
         assert len(begun) == 3
-        assert_all_end(before)
 
-    def test_an_interruption_leaves_no_thread(self, monkeypatch):
-        before, wait, lm = alive(), _Meeting.wait, EngineLM()
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+    def test_an_interruption_ends_it_at_once(self, error):
+        closed = []
 
-        def interrupted(self: _Meeting) -> None:
-            wait(self)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(_Meeting, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_side_by_side([asks(lm, 2)] * 3)
-        for thread in alive() - before:
-            thread.join(timeout=0.5)
-        assert alive() <= before
-
-    def test_a_model_that_is_interrupted_leaves_no_thread(self):
         class Interrupted(EngineLM):
             def sample_requests(self, requests: Any, *, ledgers: Any = None) -> Any:
-                raise KeyboardInterrupt
+                raise error
 
-        before = alive()
-        with pytest.raises(KeyboardInterrupt):
-            run_side_by_side([asks(Interrupted(), 2)] * 3)
-        assert_all_end(before)
+        async def search() -> None:
+            try:
+                await asks(Interrupted(), 2)()
+            finally:
+                closed.append(True)
+
+        with pytest.raises(error):
+            run([search] * 3)
+        assert len(closed) == 3
 
     def test_an_error_of_a_model_can_be_caught_by_the_search(self):
         class Failing(EngineLM):
             def sample_requests(self, requests: Any, *, ledgers: Any = None) -> Any:
                 raise ValueError("no such prompt")
 
-        def search(merging: Merging) -> str:
+        async def search() -> str:
             with pytest.raises(ValueError, match="no such prompt"):
-                asks(failing, 1)(merging)
-            return merging.language_model(lm).decode(asks(lm, 1)(merging)[0].token_ids)
+                await asks(failing, 1)()
+            return lm.decode((await asks(lm, 1)())[0].token_ids)
 
         failing, lm = Failing(), EngineLM()
-        assert len(run_side_by_side([search] * 3)) == 3
+        assert len(run([search] * 3)) == 3
         assert lm.calls == [("sample_requests", 3)]
+
+    def test_a_search_that_awaits_something_else_is_told(self):
+        async def search() -> None:
+            await asyncio.sleep(0)
+
+        with pytest.raises(TypeError, match="It can only wait for models"):
+            run([search])
+
+
+def lengths(texts: Sequence[str]) -> list[int]:
+    return [len(text) for text in texts]
+
+
+def both_ways(base: int, texts: Sequence[str], ledgers: Sequence[Ledger]) -> dict[str, list[int]]:
+    for ledger in ledgers:
+        ledger.charge(Usage(value_calls=1))
+    return {"more": [base + len(text) for text in texts], "less": [-len(text) for text in texts]}
 
 
 class TestMerging:
-    def run(self, search: Callable[[Merging, TextState], Any]) -> list[Any]:
+    def run(self, search: Callable[[TextState], Coroutine[Any, Any, Any]]) -> list[Any]:
         states = [start(prompt) for prompt in PROMPTS]
-        return run_side_by_side([lambda merging, s=s: search(merging, s) for s in states])
+        return run([lambda s=s: search(s) for s in states])
 
     def test_requests_of_all_kinds_are_one_call(self):
         lm, plain = EngineLM(), RecordingLM()
 
-        def search(merging: Merging, state: TextState) -> list[Chunk]:
-            number = len(state.prompt_ids)
-            model = merging.language_model(lm)
-            params = SamplingParams(0.5 + number)
-            return model.sample([state], number, 2 + number, seeds=[number], params=params)[0]
+        async def search(state: TextState) -> list[Chunk]:
+            n = len(state.prompt_ids)
+            wanted = SampleRequest(state, n, 2 + n, n, params=SamplingParams(0.5 + n))
+            return (await ask_for_chunks(lm, [wanted], [Ledger()]))[0]
 
         rows = self.run(search)
         assert lm.calls == [("sample_requests", 5)]
@@ -283,10 +276,9 @@ class TestMerging:
     def test_without_requests_a_language_model_is_asked_per_kind(self):
         lm = RecordingLM()
 
-        def search(merging: Merging, state: TextState) -> list[Chunk]:
-            return merging.language_model(lm).sample([state], len(state.prompt_ids), 4, seeds=[1])[
-                0
-            ]
+        async def search(state: TextState) -> list[Chunk]:
+            wanted = SampleRequest(state, len(state.prompt_ids), 4, 1)
+            return (await ask_for_chunks(lm, [wanted], [Ledger()]))[0]
 
         assert [len(row) for row in self.run(search)] == [2, 2, 3, 1, 2]
         assert sorted(lm.calls) == [("sample", 1), ("sample", 1), ("sample", 3)]
@@ -295,14 +287,16 @@ class TestMerging:
         lm, reward = EngineLM(), CountReward()
         value = RecordingValue(lm)
 
-        def search(merging: Merging, state: TextState) -> tuple[Any, ...]:
-            model = merging.language_model(lm)
-            [logs] = model.logprobs([state], [Chunk(state.prompt_ids)])
-            features = model.features([state, state])
-            [top] = model.next_tokens([state], 1)
-            scores = merging.reward_model(reward).score([state.prompt] * 2, ["a", "ab"])
-            estimate = merging.value_model(value).predict([state])
-            return logs, features, top, list(scores), estimate
+        async def search(state: TextState) -> tuple[Any, ...]:
+            chunks = [Chunk(state.prompt_ids)]
+            [logs] = await ask(lm.logprobs, states=[state], chunks=chunks, ledgers=[Ledger()])
+            features = await ask(lm.features, states=[state, state], ledgers=[Ledger()] * 2)
+            [top] = await ask(top_tokens, lm, 1, states=[state])
+            scores = await ask(
+                score_responses, reward, prompts=[state.prompt] * 2, responses=["a", "ab"]
+            )
+            estimate = await ask(predict_values, value, states=[state])
+            return logs, features, top, scores.total.tolist(), estimate
 
         found = self.run(search)
         assert lm.calls == [("logprobs", 5), ("features", 10), ("next_tokens(1)", 5)]
@@ -317,25 +311,32 @@ class TestMerging:
             assert scores == [1.0, 0.5]
             assert estimate.mean.shape == estimate.std.shape == (1,)
 
-    def test_arguments_may_be_given_by_name(self):
-        lm, reward = EngineLM(), CountReward()
+    def test_a_function_of_ones_own_is_merged(self):
+        """Whatever takes and returns columns, with ledgers or without; a dictionary of them too."""
+        sizes = []
 
-        def search(merging: Merging, state: TextState) -> int:
-            model = merging.language_model(lm)
-            model.sample(states=[state], num_samples=1, max_new_tokens=2, seeds=[0])
-            model.features(states=[state])
-            model.logprobs(states=[state], chunks=[Chunk((1,))])
-            merging.reward_model(reward).score(prompts=[state.prompt], responses=["a"])
-            return len(model.next_tokens(states=[state], k=1))
+        def counted(texts: Sequence[str]) -> list[int]:
+            sizes.append(len(texts))
+            return lengths(texts)
 
-        assert self.run(search) == [1] * 5
+        async def search(state: TextState) -> Any:
+            ledger, own = Ledger(), [state.prompt.text] * 2
+            plain = await ask(counted, texts=own)
+            both = await ask(both_ways, 10, texts=own, ledgers=[ledger] * 2)
+            assert ledger.usage == Usage(value_calls=2)
+            return plain, both
 
-    def test_different_numbers_of_next_tokens_are_different_calls(self):
+        for prompt, (plain, both) in zip(PROMPTS, self.run(search), strict=True):
+            size = len(prompt.text)
+            assert plain == [size] * 2
+            assert both == {"more": [10 + size] * 2, "less": [-size] * 2}
+        assert sizes == [10]
+
+    def test_different_common_arguments_are_different_calls(self):
         lm = EngineLM()
 
-        def search(merging: Merging, state: TextState) -> int:
-            k = min(2, len(state.prompt_ids))
-            [found] = merging.language_model(lm).next_tokens([state], k)
+        async def search(state: TextState) -> int:
+            [found] = await ask(top_tokens, lm, min(2, len(state.prompt_ids)), states=[state])
             return len(found.token_ids)
 
         assert self.run(search) == [2, 2, 2, 1, 2]
@@ -350,9 +351,9 @@ class TestMerging:
 
         reward = Sized()
 
-        def search(merging: Merging, state: TextState) -> Scores:
-            model = merging.reward_model(reward)
-            return score_responses(model, [state.prompt] * 2, ["ab", "b"])
+        async def search(state: TextState) -> Scores:
+            texts = ["ab", "b"]
+            return await ask(score_responses, reward, prompts=[state.prompt] * 2, responses=texts)
 
         for prompt, scores in zip(PROMPTS, self.run(search), strict=True):
             assert scores.total.tolist() == [0.5, 0.0]
@@ -360,21 +361,9 @@ class TestMerging:
             assert scores.parts["length"].tolist() == [len(prompt.text)] * 2
         assert len(reward.calls) == 1
 
-    def test_a_stand_in_is_its_model_in_everything_else(self):
-        lm, reward = EngineLM(), CountReward()
 
-        def search(merging: Merging, state: TextState) -> None:
-            model = merging.language_model(lm)
-            assert type(model).__name__ == "EngineLM"
-            assert (model.name, model.vocab_size) == (lm.name, lm.vocab_size)
-            assert model.decode((1, 2)) == "ab"
-            assert model.usage(3, [4]) == lm.usage(3, [4])
-            assert isinstance(model, FeatureModel)
-            assert not hasattr(merging.language_model(object()), "features")
-            assert merging.reward_model(reward).name == "count"
-            assert not hasattr(merging.reward_model(reward), "score_parts")
-
-        self.run(search)
+def top_tokens(lm: EngineLM, k: int, states: Sequence[TextState]) -> list[NextTokens]:
+    return lm.next_tokens(states, k)
 
 
 class TestErrors:
@@ -385,11 +374,9 @@ class TestErrors:
                     raise ZeroDivisionError("what a prompt")
                 return super().score(prompts, responses)
 
-        before = alive()
         agent = BestOfN(RecordingLM(), Picky(), n=2, max_response_tokens=LIMIT)
         with pytest.raises(RewardError, match=r"'count', prompt 'p3'.*what a prompt"):
             agent.generate(PROMPTS)
-        assert_all_end(before)
 
     @pytest.mark.parametrize("bad", [[], [1.0] * 99, [float("nan")] * 99, "text"])
     def test_wrong_scores_are_named_as_ever(self, bad):
@@ -423,11 +410,11 @@ class TestErrors:
         class Unfitted(RecordingValue):
             is_fitted = False
 
-        def search(merging: Merging) -> ValueEstimate:
-            return predict_values(merging.value_model(Unfitted(lm)), [start()])
+        async def search() -> ValueEstimate:
+            return await ask(predict_values, Unfitted(lm), states=[start()])
 
         with pytest.raises(ValueModelError, match="Unfitted is not fitted"):
-            run_side_by_side([search, search])
+            run([search, search])
 
     def test_a_language_model_that_fails_is_not_asked_again(self):
         class Failing(EngineLM):
@@ -439,6 +426,39 @@ class TestErrors:
         with pytest.raises(ValueError, match="no memory"):
             Sampling(lm, max_response_tokens=LIMIT).generate(PROMPTS)
         assert lm.calls == [("sample_requests", 5)]
+
+    def test_what_has_charged_is_not_asked_again(self):
+        """Here the value of one prompt fails after the samples of others were charged."""
+        calls = []
+
+        class Sampled(RecordingValue):
+            def predict_with(self, states: Any, ledgers: Any) -> ValueEstimate:
+                calls.append({state.prompt.id for state in states})
+                for state, ledger in zip(states, ledgers, strict=True):
+                    if state.prompt.id == "p3":
+                        raise ZeroDivisionError
+                    ledger.charge(Usage(generated_tokens=1))
+                return super().predict(states)
+
+        lm = RecordingLM()
+        agent = Lookahead(
+            lm, CountReward(), Sampled(lm), prefix_tokens=2, max_response_tokens=LIMIT
+        )
+        with pytest.raises(ZeroDivisionError):
+            agent.generate(PROMPTS)
+        assert sum("p3" in asked for asked in calls) == 1
+
+    @pytest.mark.parametrize(
+        ("base", "method", "hint"),
+        [
+            (Agent, "search", r"async def search\(self, state, ledger, seed\)"),
+            (Sampling, "search", "await self.complete"),
+            (Planner, "plan", r"async def plan\(self, search\).*await search.expand"),
+        ],
+    )
+    def test_a_search_that_is_no_coroutine_is_told_what_to_write(self, base, method, hint):
+        with pytest.raises(TypeError, match=hint):
+            type("Old", (base,), {method: lambda self, *arguments: None})
 
 
 MAKERS: dict[str, Callable[..., Agent]] = {
@@ -522,3 +542,131 @@ class TestAgents:
         assert sum(seconds) <= 1.05 * elapsed + 0.01
         calls = sum(len(model.calls) for model in models_of(agent))
         assert sum(seconds) >= 0.9 * 0.02 * calls
+
+
+class AwaitedLM(EngineLM):
+    """Can be awaited; says when, and for how long it takes."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.wait = seconds
+        self.awaited: list[int] = []
+        self.cancelled = 0
+
+    async def sample_requests_async(
+        self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
+    ) -> list[list[Chunk]]:
+        try:
+            await asyncio.sleep(self.wait)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        self.awaited.append(len(requests))
+        return self.sample_requests(requests, ledgers=ledgers)
+
+
+class TestInAnEventLoop:
+    @pytest.mark.parametrize("name", MAKERS)
+    @pytest.mark.parametrize("kind", [RecordingLM, EngineLM, AwaitedLM])
+    def test_the_answers_are_those_of_generate(self, name, kind):
+        agent, budget = build(name, kind), Budget(tokens=77)
+
+        async def both() -> tuple[Any, Any]:
+            # `generate` has no loop of its own, so it works in one that is running.
+            return await agent.generate_async(PROMPTS, budget), agent.generate(PROMPTS, budget)
+
+        for a, b in zip(*asyncio.run(both()), strict=True):
+            assert (a.prompt, a.text, a.completion) == (b.prompt, b.text, b.completion)
+            assert replace(a.usage, seconds=0) == replace(b.usage, seconds=0)
+
+    def test_a_language_model_that_can_be_awaited_is(self):
+        agent = build("best-of-3", AwaitedLM)
+        asyncio.run(agent.generate_async(PROMPTS))
+        assert agent.language_model.awaited == [5]
+        assert agent.language_model.threads == {threading.get_ident()}
+
+    def test_two_run_side_by_side_and_the_loop_goes_on(self):
+        class Waits(AwaitedLM):
+            """Answers when both have asked."""
+
+            async def sample_requests_async(self, requests: Any, *, ledgers: Any = None) -> Any:
+                await meeting.wait()
+                return await super().sample_requests_async(requests, ledgers=ledgers)
+
+        async def both() -> Any:
+            nonlocal meeting
+            meeting = asyncio.Barrier(3)
+            agents = [build("sampling", Waits), build("best-of-3", Waits)]
+            tasks = [asyncio.create_task(agent.generate_async(PROMPTS)) for agent in agents]
+            await meeting.wait()
+            return await asyncio.gather(*tasks)
+
+        meeting: Any = None
+        assert [len(answers) for answers in asyncio.run(both())] == [5, 5]
+
+    def test_other_calls_are_made_in_a_thread_one_at_a_time(self):
+        busy, peaks, threads = [0], [0], set()
+
+        class Slow(CountReward):
+            def score(self, prompts: Any, responses: Any) -> Any:
+                busy[0] += 1
+                peaks.append(busy[0])
+                threads.add(threading.get_ident())
+                time.sleep(0.02)
+                busy[0] -= 1
+                return super().score(prompts, responses)
+
+        async def several() -> None:
+            agents = [BestOfN(NGramLM("abc"), Slow(), n=2, max_response_tokens=4)] * 4
+            await asyncio.gather(*(agent.generate_async(PROMPTS) for agent in agents))
+
+        asyncio.run(several())
+        assert max(peaks) == 1
+        assert threading.get_ident() not in threads
+
+    def test_cancelling_ends_the_search(self):
+        agent = build("best-of-n", lambda seconds: AwaitedLM(seconds=60.0))
+        closed = []
+
+        async def search() -> None:
+            try:
+                await asks(agent.language_model, 1)()
+            finally:
+                closed.append(True)
+
+        async def cancelled() -> None:
+            tasks = [
+                asyncio.create_task(agent.generate_async(PROMPTS)),
+                asyncio.create_task(run_async([search] * 2)),
+            ]
+            await asyncio.sleep(0.01)
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+        asyncio.run(asyncio.wait_for(cancelled(), timeout=30))
+        assert agent.language_model.cancelled == 2
+        assert len(closed) == 2
+        assert not agent.language_model.awaited
+
+    def test_an_error_of_one_prompt_names_it(self):
+        class Picky(CountReward):
+            def score(self, prompts: Any, responses: Any) -> Any:
+                if any(prompt.id == "p3" for prompt in prompts):
+                    raise ZeroDivisionError("what a prompt")
+                return super().score(prompts, responses)
+
+        agent = BestOfN(AwaitedLM(), Picky(), n=2, max_response_tokens=LIMIT)
+        with pytest.raises(RewardError, match=r"'count', prompt 'p3'.*what a prompt"):
+            asyncio.run(agent.generate_async(PROMPTS))
+        assert len(asyncio.run(agent.generate_async(PROMPTS[:3]))) == 3
+
+    def test_seconds_are_those_of_the_calls(self):
+        agent = build("best-of-3", EngineLM, seconds=0.02)
+        began = time.perf_counter()
+        answers = asyncio.run(agent.generate_async(PROMPTS))
+        elapsed = time.perf_counter() - began
+        seconds = sum(answer.usage.seconds for answer in answers)
+        assert 2 * 0.9 * 0.02 <= seconds <= 1.05 * elapsed + 0.01
