@@ -14,35 +14,36 @@ from mbrl_text_env.agents.best_of_n import BestOfN
 from mbrl_text_env.agents.learning import LoraImprover, serve
 from mbrl_text_env.agents.model_free import evaluate, load_policy
 from mbrl_text_env.agents.sampling import Sampling
-from mbrl_text_env.benchmarks import sample_efficiency
-from mbrl_text_env.benchmarks.efficiency.analysis import rows_of
-from mbrl_text_env.benchmarks.efficiency.figure import UNITS, plot
-from mbrl_text_env.benchmarks.efficiency.methods import (
-    BEST_OF_N,
+from mbrl_text_env.benchmarks.statistics import mean_interval
+from mbrl_text_env.benchmarks.studies import sample_efficiency
+from mbrl_text_env.benchmarks.studies.efficiency_methods import (
     METHODS,
     SAMPLING,
     Bench,
-    Point,
     Size,
-    Spent,
-    answered,
     chosen,
-    sampled,
 )
-from mbrl_text_env.benchmarks.paired import chosen_prompts
-from mbrl_text_env.benchmarks.statistics import mean_interval
+from mbrl_text_env.benchmarks.studies.efficiency_rows import (
+    BEST_OF_N,
+    UNITS,
+    Point,
+    plot,
+    rows_of,
+)
+from mbrl_text_env.benchmarks.studies.harness import prompts_for
+from mbrl_text_env.benchmarks.studies.measuring import Exam, Spent
 from mbrl_text_env.language_models import TableLM, TransformersLM
 from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards import make
 from mbrl_text_env.types import Prompt
 from tests.agents.learning.tiny import PROMPTS, tiny_lm
-from tests.benchmarks.test_policy_tuning import TOKENS, Command, said
+from tests.benchmarks.studies.tiny_command import TOKENS, Command, said
 from tests.toys import CountReward, now
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*train prompts. with fewer than 500")
 
-PLANNER = sample_efficiency.DEFAULT_PLANNER
+PLANNER = sample_efficiency.FULL.planner
 SIZE = Size(
     test_prompts=3,
     samples=2,
@@ -243,8 +244,8 @@ class TestFigure:
         assert imread(tmp_path / "there.png").shape[:2] == (1125, 1650)
 
 
-def bench(folder, lm, reward, test, train=(), **changes):
-    return Bench(lm, reward, train, (), test, replace(SIZE, **changes), 0, folder)
+def exam(reward, test, samples=2, max_response_tokens=TOKENS):
+    return Exam(reward, test, samples, max_response_tokens)
 
 
 def timeless(spent):
@@ -269,18 +270,16 @@ class TestWhatIsCharged:
     )  # fmt: skip
     ASKED = (Prompt.from_text("a"), Prompt.from_text("babab"))
 
-    def test_sampled_by_hand(self, tmp_path, monkeypatch):
+    def test_sampled_by_hand(self, monkeypatch):
         """Four tokens after one or five, at one operation each; scoring is not part of it."""
-        monkeypatch.setattr("mbrl_text_env.benchmarks.efficiency.methods.time", Clock(10.0, 16.0))
-        found = sampled(bench(tmp_path, self.SURE, CountReward(), self.ASKED), self.SURE, 0)
+        monkeypatch.setattr("mbrl_text_env.benchmarks.studies.measuring.time", Clock(10.0, 16.0))
+        found = exam(CountReward(), self.ASKED).sampled(self.SURE, 0)
         assert found == (pytest.approx((2 / 3, 2 / 3)), Spent(0.0, 4.0, (5 + 9) / 2, 6 / 4))
-        monkeypatch.setattr("mbrl_text_env.benchmarks.efficiency.methods.time", Clock(10.0, 16.0))
-        changes = {"samples": 3, "max_response_tokens": 2}
-        short = bench(tmp_path, self.SURE, CountReward(), self.ASKED, **changes)
-        found = sampled(short, self.SURE, 0)
+        monkeypatch.setattr("mbrl_text_env.benchmarks.studies.measuring.time", Clock(10.0, 16.0))
+        found = exam(CountReward(), self.ASKED, 3, 2).sampled(self.SURE, 0)
         assert found == ((0.5, 0.5), Spent(0.0, 2.0, (3 + 7) / 2, 1.0))
 
-    def test_sampled_scores_are_of_their_prompt(self, tmp_path):
+    def test_sampled_scores_are_of_their_prompt(self):
         """Half of the responses are "a", the others "bb", and each has a stop token."""
         lm = TableLM("ab", {"": [0, 0.5, 0.5], "a": [1, 0, 0], "b": [0, 0, 1], "bb": [1, 0, 0]})
         test = [Prompt.from_text(text) for text in ("a", "b", "ab", "ba", "aab")]
@@ -289,22 +288,21 @@ class TestWhatIsCharged:
         texts = [[lm.decode(found.state.response_ids) for found in row] for row in rows]
         # Some prompts have both, and not all have the same.
         assert len({tuple(sorted(row)) for row in texts}) > 2
-        scores, use = sampled(bench(tmp_path, lm, CountReward(), test, samples=3), lm, 7)
+        scores, use = exam(CountReward(), test, 3).sampled(lm, 7)
         assert scores == pytest.approx([row.count("a") / 3 for row in texts])
         assert use.tokens == pytest.approx(np.mean([len(t) + 1 for row in texts for t in row]))
 
-    def test_answered_by_hand(self, tmp_path, monkeypatch):
+    def test_answered_by_hand(self, monkeypatch):
         """A budget of eleven pays for two responses of at most four tokens, scored once."""
-        monkeypatch.setattr("mbrl_text_env.benchmarks.efficiency.methods.time", Clock(10.0, 16.0))
+        monkeypatch.setattr("mbrl_text_env.benchmarks.studies.measuring.time", Clock(10.0, 16.0))
         reward = CountReward()
         agent = BestOfN(self.SURE, reward, max_response_tokens=4)
-        made = bench(tmp_path, self.SURE, reward, self.ASKED)
-        scores, use = answered(made, agent, Budget(tokens=11), 0)
+        scores, use = exam(reward, self.ASKED).answered(agent, Budget(tokens=11), 0)
         assert scores == pytest.approx((2 / 3, 2 / 3))
         assert use == Spent(1.0, 8.0, (1 + 8 + 5 + 8) / 2, 6 / 2)
         assert sum(map(len, reward.calls)) == 2
 
-    def test_an_answer_pays_for_its_prompt(self, tmp_path):
+    def test_an_answer_pays_for_its_prompt(self):
         """Whatever was asked before, and however many answers to the prompt are drawn."""
         lm, [asked] = tiny_lm(), PROMPTS[:1]
         prefix = len(lm.encode_prompt(asked))
@@ -312,21 +310,22 @@ class TestWhatIsCharged:
             state = initial(asked, lm)
             row = now(Sampling(lm, max_response_tokens=TOKENS).complete(state, 3, Ledger(), 0))
             lengths = [len(found.state.response_ids) for found in row[:samples]]
-            made = bench(tmp_path, lm, CountReward("e"), [asked], samples=samples)
-            _, use = sampled(made, lm, 0)
+            made = exam(CountReward("e"), [asked], samples)
+            _, use = made.sampled(lm, 0)
             alone = [lm.usage(prefix, [length]).flops for length in lengths]
             assert use.flops == pytest.approx(np.mean(alone))
             assert use.tokens == pytest.approx(np.mean(lengths))
         # Sample 0 is the one that the budget pays for.
         agent = BestOfN(lm, CountReward("e"), n=1, max_response_tokens=TOKENS)
         for _ in range(2):
-            _, use = answered(made, agent, Budget(tokens=TOKENS), 0)
+            _, use = made.answered(agent, Budget(tokens=TOKENS), 0)
             assert use.flops == pytest.approx(alone[0])
 
     def test_a_choice_pays_for_its_prompt(self, tmp_path):
         """The measurements in training find it in the cache, but an answer takes it whole."""
         lm, [asked] = tiny_lm(), PROMPTS[:1]
-        points = chosen(bench(tmp_path, lm, CountReward("e"), [asked], PROMPTS[1:]), "dqn", 0)
+        asks = exam(CountReward("e"), [asked])
+        points = chosen(Bench(lm, asks, PROMPTS[1:], (), SIZE, 0, tmp_path), "dqn", 0)
         [use] = {found.use for found in points}
         # Two candidates of four tokens to begin with, and two more if none ends.
         first = lm.usage(len(lm.encode_prompt(asked)), [4, 4])
@@ -414,11 +413,11 @@ class TestCommand:
         assert imread(out.with_suffix(".png")).shape[:2] == (1125, 1650)
         assert all(row["method"] in found.stdout for row in figures["results"])
 
-    def test_the_scores_are_those_of_the_policies(self, command, finished, tmp_path):
+    def test_the_scores_are_those_of_the_policies(self, command, finished):
         """Each of the policies that are there answers as it was measured, and unlike the others."""
         out, _, _ = finished
         lm, reward = TransformersLM(command.model), make(f"{command.reward}:letters")
-        test = bench(tmp_path, lm, reward, chosen_prompts(reward, "test", 3, KeyError))
+        test = exam(reward, prompts_for(reward, "test", 3))
         improver = LoraImprover()
         policies = [
             (SAMPLING, "one response", lm),
@@ -434,7 +433,7 @@ class TestCommand:
         ]
         kept = {(p.method, p.amount): p for p in points_of(out, *METHODS) if p.seed == 0}
         for method, amount, policy in policies:
-            scores, use = sampled(test, policy, 0)
+            scores, use = test.sampled(policy, 0)
             assert kept[method, amount].scores == scores, (method, amount)
             assert timeless(kept[method, amount].use) == timeless(use), (method, amount)
         assert len({kept[method, amount].scores for method, amount, _ in policies}) == 5
@@ -586,7 +585,7 @@ class TestCommand:
             ({"methods": "search,reinforce"}, "got 'reinforce'"),
             ({"methods": ""}, "got ''"),
             ({"reward": "sentimant"}, "Did you mean 'sentiment'"),
-            ({"reward": "unit-tests"}, "SampleEfficiencyError: Expected at least"),
+            ({"reward": "unit-tests"}, "CompareError: Reward 'unit-tests' applies to none"),
             ({"dtype": "int4"}, "--dtype: expected one of"),
         ],
     )

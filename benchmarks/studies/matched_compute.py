@@ -4,68 +4,43 @@ Agents answer held-out prompts at several budgets; best-of-N at every budget com
 one pool of samples. Of each agent it is said how many times its compute best-of-N needs for the
 same mean reward. A run that was killed goes on where it stopped.
 
-    python -m mbrl_text_env.benchmarks.matched_compute
+    python -m mbrl_text_env.benchmarks.studies.matched_compute
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER, Study
-from mbrl_text_env.benchmarks.options import DtypeOption, LanguageModelOption, console, friendly
-from mbrl_text_env.files import write_text
+from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.matched.analysis import (
+    DEFAULT_PLANNER,
+    analyse,
+    best_of_n_rows,
+    falls,
+)
+from mbrl_text_env.benchmarks.matched.report import table
+from mbrl_text_env.benchmarks.studies import harness
+from mbrl_text_env.benchmarks.studies.matched_figures import (
+    page_tables,
+    plot_divergence,
+    plot_scaling,
+)
+from mbrl_text_env.benchmarks.studies.matched_runs import Study, run_study
+from mbrl_text_env.rewards import make
 
 REWARDS = ("sentiment", "relevance", "constraints")
-ARTICLE = "lookahead:value=embedding"
-AGENTS = (DEFAULT_PLANNER, ARTICLE)
+AGENTS = (DEFAULT_PLANNER, "lookahead:value=embedding")
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large a study is; see `mbrl_text_env.benchmarks.matched.study.Study`."""
-
-    budgets: tuple[int, ...]
-    num_prompts: int
-    samples: int
-    train_prompts: int
-    train_samples: int
+FULL = Study({}, (256, 512, 1024, 2048, 4096, 8192))
+QUICK = Study({}, (512,), num_prompts=16, samples=32, train_prompts=16, train_samples=4)
 
 
-FULL = Size((256, 512, 1024, 2048, 4096, 8192), 64, 256, 64, 8)
-QUICK = Size((512,), 16, 32, 16, 4)
-# One thing changed at a time, beginning with what is changed; then the other planners.
-ABLATIONS = (
-    "beam:chunk_tokens=8:beam_width=2:value=prefix",
-    "beam:chunk_tokens=4:beam_width=2:value=prefix",
-    "beam:chunk_tokens=16:beam_width=2:value=prefix",
-    "beam:chunk_tokens=32:beam_width=2:value=prefix",
-    "beam:chunk_tokens=8:beam_width=2:candidates=4:value=prefix",
-    "beam:chunk_tokens=8:beam_width=1:value=prefix",
-    "beam:chunk_tokens=8:beam_width=4:value=prefix",
-    "beam:chunk_tokens=8:beam_width=4:subtrees=4:value=prefix",
-    "beam:chunk_tokens=8:beam_width=2:value=embedding",
-    "beam:chunk_tokens=8:beam_width=2:value=hidden-state",
-    "beam:chunk_tokens=8:beam_width=2:value=stacked",
-    "beam:chunk_tokens=8:beam_width=2:value=ensemble",
-    "beam:chunk_tokens=8:beam_width=2:value=rollout",
-    "lookahead:prefix_tokens=16:value=prefix",
-    "lookahead:prefix_tokens=32:value=prefix",
-    "receding-horizon:value=prefix",
-    "particle-filter:value=prefix",
-    "mcts:value=prefix",
-    "mcts:root_policy=gumbel:value=prefix",
-)
-
-
-def _shown(size: Size) -> str:
+def _shown(size: Study) -> str:
     return ",".join(map(str, size.budgets))
 
 
@@ -78,18 +53,12 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from error
 
 
-@friendly
+@options.friendly
 def main(
     json_file: Annotated[Path, typer.Option("--json", help="Where the results go.")] = Path(
         "matched-compute.json"
     ),
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of pools and runs, resumed if it exists; by default matched-compute, or "
-            "matched-compute-quick."
-        ),
-    ] = None,
+    out: harness.OutOption = None,
     rewards: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(REWARDS),
     agents: Annotated[str, typer.Option(help="Agent specs, with commas.")] = ",".join(AGENTS),
     budgets: Annotated[
@@ -117,12 +86,9 @@ def main(
         int,
         typer.Option(min=1, help="Of each agent to each prompt, with seeds of their own."),
     ] = 1,
-    language_model: LanguageModelOption = "embedded",
-    dtype: DtypeOption = "int8",
-    ablations: Annotated[
-        bool, typer.Option(help="Also the other planners, values, chunk sizes and beams.")
-    ] = False,
-    page: Annotated[Path | None, typer.Option(help="Write a page of results there.")] = None,
+    language_model: options.LanguageModelOption = "embedded",
+    dtype: options.DtypeOption = "int8",
+    page: harness.PageOption = None,
     quick: Annotated[
         bool,
         typer.Option(
@@ -134,17 +100,15 @@ def main(
     """Compare planners with best-of-N at matched compute."""
     names = tuple(name.strip() for name in rewards.split(","))
     specs = tuple(spec.strip() for spec in agents.split(","))
-    specs = (*specs, *(spec for spec in ABLATIONS if ablations and spec not in specs))
     size = QUICK if quick else FULL
-    study = Study(
-        dict.fromkeys(names, specs),
-        size.budgets if budgets is None else _numbers(budgets),
+    study = replace(
+        size,
+        agents=dict.fromkeys(names, specs),
+        budgets=size.budgets if budgets is None else _numbers(budgets),
         unit=unit,  # type: ignore[arg-type]
         split=split,
         num_prompts=num_prompts or size.num_prompts,
         samples=samples or size.samples,
-        train_prompts=size.train_prompts,
-        train_samples=size.train_samples,
         max_response_tokens=max_response_tokens,
         seed=seed,
         answers=answers,
@@ -161,21 +125,10 @@ def run_and_write(
     Returns:
         What the JSON file holds.
     """
-    from mbrl_text_env.benchmarks.matched.analysis import analyse, best_of_n_rows, falls
-    from mbrl_text_env.benchmarks.matched.figures import plot_divergence, plot_scaling
-    from mbrl_text_env.benchmarks.matched.page import render
-    from mbrl_text_env.benchmarks.matched.report import table
-    from mbrl_text_env.benchmarks.matched.study import run_study
-    from mbrl_text_env.benchmarks.options import load_language_model
-    from mbrl_text_env.rewards import make
-
-    model = load_language_model(language_model, dtype)
+    model = options.load_language_model(language_model, dtype)
     models = {name: make(name) for name in study.agents}
     result: dict[str, Any] = {
-        "command": shlex.join(
-            ["python", "-m", "mbrl_text_env.benchmarks.matched_compute", *sys.argv[1:]]
-        ),
-        "date": date.today().isoformat(),
+        **harness.heading("matched_compute"),
         "language_model": model.name,
         "dtype": dtype,
         "study": study.as_dict(),
@@ -184,20 +137,22 @@ def run_and_write(
         "falls": [],
     }
     rows, pools = {}, {}
-    for name, pool, cells in run_study(study, model, models, out, on_progress=console.print):
+    for name, pool, cells in run_study(
+        study, model, models, out, on_progress=options.console.print
+    ):
         pools[name], rows[name] = pool, analyse(pool, cells)
         result["results"] += rows[name]
         result["best_of_n"] += best_of_n_rows(name, pool, study.budgets, study.unit)
         result["falls"] += falls(cells)
-        write_text(json_file, json.dumps(result, indent=1))
-        console.print(table(rows[name]))
+        harness.write_figures(result, json_file)
+        options.console.print(table(rows[name]))
     scaling = json_file.with_suffix(".png")
     divergence = json_file.with_name(f"{json_file.stem}-divergence.png")
     plot_scaling(rows, pools, scaling)
     plot_divergence(rows, pools, divergence)
-    if page is not None:
-        render(result, scaling, divergence, page)
-    console.print(f"Results: {json_file.resolve()}")
+    plots = {"Mean reward against compute": scaling, "Mean reward against divergence": divergence}
+    harness.write_page(page, "matched_compute.md.jinja", result, page_tables(result), plots)
+    options.console.print(f"Results: {json_file.resolve()}")
     return result
 
 

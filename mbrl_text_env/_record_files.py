@@ -1,4 +1,4 @@
-"""The Parquet shards of a folder of records: their columns, and reading and writing one."""
+"""The Parquet files (shards) of a folder of records: columns, reading and writing one."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ def run_of_shard(shard: Path) -> dict[str, Any] | None:
     """What the records of a shard depend on; None in shards that do not say it."""
     with opened(shard) as file:
         run = (file.schema_arrow.metadata or {}).get(RUN_KEY)
-    found: dict[str, Any] | None = None if run is None else json.loads(run)
-    return found
+    return None if run is None else dict(json.loads(run))
 
 
 def write_shard(table: pa.Table, path: Path) -> None:
@@ -96,7 +95,6 @@ def shards_of(folder: str | Path) -> list[Path]:
 
 def number_of(shard: Path) -> int:
     """A shard's number."""
-    # The names are matched when they are listed.
     return int(shard.stem.removeprefix("shard-"))
 
 
@@ -149,8 +147,7 @@ def _check_schema(shard: Path, schema: pa.Schema) -> None:
 
 def damage(shards: Sequence[Path]) -> RecordsError:
     """The error that names the damaged shards, and how many records the others hold."""
-    rows = 0
-    damaged = []
+    rows, damaged = 0, []
     for shard in shards:
         try:
             rows += read_shard(shard).num_rows
@@ -160,18 +157,6 @@ def damage(shards: Sequence[Path]) -> RecordsError:
         f"{' '.join(damaged)} The sound shards hold {rows} records; `skip_damaged=True` reads "
         "these."
     )
-
-
-@contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Say in one line that a folder cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RecordsError(
-            f"Expected a folder that can be written, got {str(folder)!r} ({what_is(folder)}; "
-            f"{error}). Choose another folder, or change its permissions."
-        ) from error
 
 
 def what_is(path: Path) -> str:

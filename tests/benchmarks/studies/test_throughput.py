@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from mbrl_text_env.benchmarks import throughput
+from mbrl_text_env.benchmarks.studies import throughput
 from mbrl_text_env.language_models import embedded
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
@@ -61,19 +60,6 @@ def test_rates_by_batch_size_count_all_sequences(calls, prompts):
 @pytest.mark.parametrize("dtype", throughput.DTYPES.values(), ids=str)
 def test_the_limit_is_that_of_all_products(smollm2, dtype):
     assert throughput.product_limit(smollm2, dtype, 17, 1) > 0
-
-
-def test_a_tree_is_computed_once(smollm2, prompts):
-    found = throughput.tree_access(smollm2, prompts[0], 10, seed=0)
-    assert found["distinct_tokens"] > found["prompt_tokens_computed"] > 0
-    assert found["computed_per_distinct_token"] <= 1.1
-    assert 0 < found["hit_rate"] < 1
-
-
-def test_memory_keeps_to_the_bound(prompts):
-    found = throughput.memory_over_expansions(torch.float32, prompts, 24, 24 * 2**20, seed=0)
-    assert found["largest_cache_bytes"] <= 12 * 2**20
-    assert found["evicted_tokens"] > 0
 
 
 def test_a_server_samples_as_many(smollm2, prompts):

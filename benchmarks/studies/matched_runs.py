@@ -1,4 +1,4 @@
-"""A study: agents x rewards x budgets on held-out prompts, in a folder that can be resumed.
+"""The runs under matched compute: agents x rewards x budgets, in a folder that can be resumed.
 
 What is expensive is kept in the folder as it is made: the pool of samples that all rewards share,
 the records that value models are fitted on, and the rows of each agent at each budget.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from mbrl_text_env.agents.registry import make, parse_spec
+from mbrl_text_env.agents.values import FITTED, READY, FittedValue, make_value
+from mbrl_text_env.benchmarks.audit.pool import fill_pool
 from mbrl_text_env.benchmarks.compare import (
     BASELINE,
     CompareConfig,
@@ -24,22 +27,20 @@ from mbrl_text_env.benchmarks.compare import (
     choose_prompts,
     run,
 )
+from mbrl_text_env.benchmarks.matched.analysis import Cell, Unit
 from mbrl_text_env.benchmarks.matched.pool import Pool, make_pool
-from mbrl_text_env.benchmarks.matched.shelf import ValueShelf
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.records import Record
+from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
 from mbrl_text_env.runs import claimed
-
-DEFAULT_PLANNER = "adaptive:value=prefix"
-"""Chosen on the validation split; the same for every reward."""
+from mbrl_text_env.types import Prompt
+from mbrl_text_env.values import ValueModel
 
 _FORMAT = 2
-
-Unit = Literal["tokens", "flops", "seconds"]
-Progress = Callable[[str], None]
+_KINDS = (*READY, *FITTED)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Study:
     """What is run.
 
     Args:
-        agents: Agent specs by reward; their option `value` names a value model of `ValueShelf`.
+        agents: Agent specs by reward; their option `value` names a kind of value model.
         budgets: Sizes of the budget for one prompt, in generated tokens of best-of-N.
         unit: What is capped: the tokens themselves, or the FLOPs or seconds that best-of-N takes
             for as many.
@@ -103,24 +104,9 @@ class Study:
             **{name: getattr(self, name) for name in names},
         }
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One agent, reward and budget.
-
-    Args:
-        reward: The reward's name.
-        agent: The agent's spec.
-        budget: In generated tokens of best-of-N.
-        unit: What was capped.
-        rows: Those of `mbrl_text_env.benchmarks.compare`, one for each answer to a prompt.
-    """
-
-    reward: str
-    agent: str
-    budget: int
-    unit: Unit
-    rows: Sequence[dict[str, Any]]
+    def prompts(self, split: str, count: int, reward_model: RewardModel) -> list[Prompt]:
+        """Builtin prompts that the reward applies to."""
+        return choose_prompts(load_prompts(split=split), count, reward_model, self.seed)
 
 
 def run_study(
@@ -129,22 +115,12 @@ def run_study(
     rewards: Mapping[str, RewardModel],
     out: Path,
     *,
-    on_progress: Progress = lambda message: None,
+    on_progress: Callable[[str], None] = lambda message: None,
 ) -> Iterator[tuple[str, Pool, list[Cell]]]:
-    """Run or resume a study, reward by reward.
+    """Run or resume a study in a folder; yields each reward's name, pool and cells.
 
     Studies with other agents, rewards, budgets or numbers of prompts may share a folder: they share
     the pool, and what they have in common is run once.
-
-    Args:
-        study: What to run.
-        language_model: Shared by all agents.
-        rewards: The reward models by the names that `study.agents` uses.
-        out: The study's folder.
-        on_progress: Told what begins.
-
-    Yields:
-        A reward's name, its pool and its cells.
 
     Raises:
         CompareError: The folder holds runs of another study (another language model, seed, response
@@ -162,42 +138,37 @@ def run_study(
                 caps = runs.caps(pool, budget)
                 for spec in specs:
                     on_progress(f"{name}: {spec} at {budget:,}")
-                    rows = runs.answers(spec, budget, caps)
+                    rows = [
+                        row
+                        for number in range(study.answers)
+                        for row in runs.answered(spec, f"{study.unit}-{budget}", number, caps)
+                    ]
                     cells.append(Cell(name, spec, budget, study.unit, rows))
             yield name, pool, cells
 
 
+@dataclass(frozen=True)
 class _Runs:
     """The runs of a study for one reward."""
 
-    def __init__(
-        self,
-        study: Study,
-        language_model: LanguageModel,
-        name: str,
-        reward_model: RewardModel,
-        out: Path,
-    ) -> None:
-        self.study, self.name, self.out = study, name, out
-        self.language_model, self.reward_model = language_model, reward_model
-        self.prompts = choose_prompts(
-            load_prompts(split=study.split), study.num_prompts, reward_model, study.seed
-        )
-        self.shelf = ValueShelf(
-            language_model,
-            reward_model,
-            out / "train",
-            prompts=study.train_prompts,
-            samples=study.train_samples,
-            max_response_tokens=study.max_response_tokens,
-            seed=study.seed,
-        )
+    study: Study
+    language_model: LanguageModel
+    name: str
+    reward_model: RewardModel
+    out: Path
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        return self.study.prompts(self.study.split, self.study.num_prompts, self.reward_model)
+
+    @cached_property
+    def values(self) -> LazyValues:
+        return LazyValues(self.study, self.language_model, self.reward_model, self.out / "train")
 
     def pool(self) -> Pool:
-        """Best-of-N's pool."""
         return make_pool(
             self.out / "pool",
-            self.out / "scores" / self.name,
+            self.out / "scores" / slug(self.name),
             self.language_model,
             self.reward_model,
             self.prompts,
@@ -216,16 +187,10 @@ class _Runs:
         return {"budget_seconds": float(np.mean([row["seconds"] for row in rows]))}
 
     def _flops(self, pool: Pool, budget: int) -> float:
-        once, per_token = (
-            float(pool.prompt_flops.mean()),
-            float(pool.flops.sum() / pool.tokens.sum()),
-        )
-        baseline = make(
-            BASELINE,
-            self.language_model,
-            self.reward_model,
-            max_response_tokens=self.study.max_response_tokens,
-        )
+        once = float(pool.prompt_flops.mean())
+        per_token = float(pool.flops.sum() / pool.tokens.sum())
+        limit = self.study.max_response_tokens
+        baseline = make(BASELINE, self.language_model, self.reward_model, max_response_tokens=limit)
         states = [initial(prompt, self.language_model) for prompt in self.prompts]
         least = max(baseline.response_usage(state).flops for state in states)
         if once + budget * per_token < least:
@@ -236,15 +201,6 @@ class _Runs:
                 f"{smallest:,} or more."
             )
         return once + budget * per_token
-
-    def answers(self, spec: str, budget: int, caps: dict[str, Any]) -> list[dict[str, Any]]:
-        """Rows of an agent under a budget, one for each answer to each prompt."""
-        folder = f"{self.study.unit}-{budget}"
-        return [
-            row
-            for number in range(self.study.answers)
-            for row in self.answered(spec, folder, number, caps)
-        ]
 
     def answered(
         self, spec: str, folder: str, number: int, caps: dict[str, Any]
@@ -258,16 +214,75 @@ class _Runs:
             batch_prompts=study.batch_prompts,
             **caps,
         )
-        comparison = Comparison(
-            config,
-            self.prompts,
-            self.language_model,
-            self.reward_model,
-            self.shelf if "value" in parse_spec(spec)[1] else None,
-        )
+        models = self.language_model, self.reward_model
+        values = self.values if "value" in parse_spec(spec)[1] else None
+        comparison = Comparison(config, self.prompts, *models, values)
         again = f"-again-{number}" if number else ""
-        place = self.out / "runs" / self.name / folder / f"{slug(spec)}{again}"
+        place = self.out / "runs" / slug(self.name) / folder / f"{slug(spec)}{again}"
         return run(comparison, place)[spec]
+
+
+@dataclass(frozen=True, eq=False)
+class LazyValues(Mapping[str, ValueModel]):
+    """Every kind of value model for one reward, each made, and fitted, when it is first asked for.
+
+    `folder` keeps the responses that fits are on; all rewards share them.
+    """
+
+    study: Study
+    language_model: LanguageModel
+    reward_model: RewardModel
+    folder: Path
+    _made: dict[str, ValueModel] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What the values follow from; none is made for it."""
+        names = ("train_prompts", "train_samples", "max_response_tokens", "seed")
+        return {name: getattr(self.study, name) for name in names}
+
+    def __getitem__(self, name: str) -> ValueModel:
+        if name not in _KINDS:
+            raise KeyError(name)
+        if name not in self._made:
+            limit, seed = self.study.max_response_tokens, self.study.seed
+            models = self.language_model, self.reward_model
+            value = make_value(name, *models, max_response_tokens=limit, seed=seed)
+            if name in FITTED:
+                assert isinstance(value, FittedValue)
+                value = value.fit(self.records())
+            self._made[name] = value
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_KINDS)
+
+    def __len__(self) -> int:
+        return len(_KINDS)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _KINDS
+
+    def records(self) -> list[Record]:
+        """The scored responses that value models are fitted on."""
+        study = self.study
+        prompts = study.prompts("train", study.train_prompts, self.reward_model)
+        pool = fill_pool(
+            self.folder,
+            self.language_model,
+            prompts,
+            samples=study.train_samples,
+            max_response_tokens=study.max_response_tokens,
+            shared=True,
+            seed=study.seed,
+        )
+        records = [record for row in pool for record in row]
+        texts = [record.response for record in records]
+        scores = score_responses(self.reward_model, [r.prompt() for r in records], texts)
+        name = reward_name(self.reward_model)
+        return [
+            replace(r, score=float(total), rewards=dict(scores.parts_of(i)), reward_name=name)
+            for i, (r, total) in enumerate(zip(records, scores.total, strict=True))
+        ]
 
 
 def slug(spec: str) -> str:
