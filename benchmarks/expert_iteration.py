@@ -219,8 +219,8 @@ class _Predictions:
 
     def resampled(self, chosen: np.ndarray[Any, np.dtype[np.int64]]) -> float:
         """The correlation within prompts, for prompts drawn with repetition."""
-        from mbrl_text_env.agents.values.prefixes import Samples
-        from mbrl_text_env.agents.values.validation import within_prompt
+        from mbrl_text_env.fitting.report import within_prompt
+        from mbrl_text_env.fitting.samples import Samples
 
         rows = [np.flatnonzero(self.prompts == prompt) for prompt in chosen]
         which = np.concatenate(rows)
@@ -231,10 +231,10 @@ class _Predictions:
 
 
 def _predictions(value: ValueModel, records: Sequence[Record]) -> _Predictions:
-    from mbrl_text_env.agents.values.prefixes import LENGTHS, cut_prefixes, samples_of
-    from mbrl_text_env.values import predict_values
+    from mbrl_text_env.agents.values.training_prefixes import cut_prefixes, samples_of
+    from mbrl_text_env.values import as_value_model, predict_values
 
-    states, owners = cut_prefixes(records, getattr(value, "lengths", LENGTHS))
+    states, owners = cut_prefixes(records, as_value_model(value).lengths)
     mean = predict_values(value, states).mean
     found = samples_of(mean[:, None], owners, [len(state.response_ids) for state in states])
     return _Predictions(mean, found.scores, found.groups, found.lengths)
