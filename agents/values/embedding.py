@@ -127,15 +127,6 @@ class EmbeddingValue(FittedValue):
         with FOLDER.reading(folder) as (config, arrays):
             return cls.restored(config, arrays(), Sources(tokenizer, encoder=encoder))
 
-    def settings(self) -> dict[str, Any]:
-        """Penalty and prefix ratio."""
-        return {"alpha": self.alpha, "prefix_ratio": self.prefix_ratio}
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
-        """See `FittedValue.from_settings`."""
-        return cls(sources.tokenizer, sources.encoder, **settings)
-
     def _encoder(self) -> Any:
         if self.encoder is not None:
             return self.encoder

@@ -154,18 +154,15 @@ class EnsembleValue(FittedValue):
     def settings(self) -> dict[str, Any]:
         """Constructor arguments, and the base's kind and settings."""
         base = self._shared()
-        return {
-            "base": {"kind": base.kind, "settings": base.settings()},
-            "num_members": self.num_members,
-            "seed": self.seed,
-        }
+        inner = {"kind": base.kind, "settings": base.settings()}
+        return {"base": inner, "num_members": self.num_members, "seed": self.seed}
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
         """See `FittedValue.from_settings`."""
         kind = value_class(settings["base"]["kind"])
         base = kind.from_settings(settings["base"]["settings"], sources)
-        value = cls(base, settings["num_members"], settings["seed"])
+        value = cls(**{**settings, "base": base})
         value.base_ = base
         return value
 

@@ -8,11 +8,12 @@ the inputs once.
 
 from __future__ import annotations
 
+import inspect
+import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -21,15 +22,12 @@ from mbrl_text_env.fitting.folder import Arrays, FolderKind, numbers_of, with_nu
 from mbrl_text_env.fitting.heads import Head, Spread, choose, cross_spread, fitted
 from mbrl_text_env.fitting.report import FitReport, value_report
 from mbrl_text_env.fitting.samples import FitError, Samples
-from mbrl_text_env.language_models.base import LanguageModel, Tokenizer
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.types import FloatArray, TextState
 from mbrl_text_env.values import ValueEstimate, ValueModel, ValueModelError
 
 if TYPE_CHECKING:
-    from mbrl_text_env.encoders import Encoder
     from mbrl_text_env.records import Record
-    from mbrl_text_env.rewards.base import RewardModel
 
 FOLDER = FolderKind(
     noun="value model",
@@ -41,39 +39,21 @@ FOLDER = FolderKind(
 )
 
 
-@dataclass(frozen=True)
-class Sources:
-    """The models that a value model that is read from a folder works with.
+# Arguments of constructors that are models, and the field of `Sources` that takes their place.
+_MODELS = {
+    "tokenizer": "tokenizer",
+    "language_model": "tokenizer",
+    "reward_model": "reward_model",
+    "encoder": "encoder",
+}
 
-    Args:
-        tokenizer: A language model, or a tokenizer alone for a value that needs no more.
-        reward_model: None for a value that needs none.
-        encoder: None for MiniLM.
-    """
 
-    tokenizer: Tokenizer
-    reward_model: RewardModel | None = None
-    encoder: Encoder | None = None
+class Sources(NamedTuple):
+    """The models that a value model works with: of a folder, those that the reader gives."""
 
-    def reward(self) -> RewardModel:
-        """The reward model.
-
-        Raises:
-            ValueError: There is none.
-        """
-        if self.reward_model is None:
-            raise ValueError("a value that asks a reward model; pass the one it was fitted with")
-        return self.reward_model
-
-    def language_model(self) -> LanguageModel:
-        """The language model.
-
-        Raises:
-            ValueError: There is a tokenizer alone.
-        """
-        if not isinstance(self.tokenizer, LanguageModel):
-            raise ValueError("a value that asks a language model; pass the one it was fitted with")
-        return self.tokenizer
+    tokenizer: Any
+    reward_model: Any = None
+    encoder: Any = None
 
 
 class FittedValue(ValueModel):
@@ -102,6 +82,7 @@ class FittedValue(ValueModel):
     """
 
     kind: ClassVar[str]
+    fitted_settings: ClassVar[tuple[str, ...]] = ()
     head_: Head
 
     @abstractmethod
@@ -250,16 +231,35 @@ class FittedValue(ValueModel):
         return value
 
     def settings(self) -> dict[str, Any]:
-        """Constructor arguments and fitted numbers, as JSON values; needed for saving alone."""
-        raise ValueModelError(
-            f"{type(self).__name__} cannot be saved: it has no `settings` and `from_settings`. "
-            "Add both."
-        )
+        """What a folder keeps of the constructor's arguments and of the fit, besides the head.
+
+        These are all arguments but the models, which are kept as attributes of the same name.
+        """
+        names = inspect.signature(type(self)).parameters.keys() - _MODELS.keys()
+        try:
+            found = {name: getattr(self, name) for name in sorted({*names, *self.fitted_settings})}
+            json.dumps(found)
+        except (AttributeError, TypeError) as error:
+            raise ValueModelError(
+                f"{type(self).__name__} cannot be saved: expected arguments that are JSON values, "
+                f"kept as attributes of the same name ({error}). Change them, or add `settings` "
+                "and `from_settings`."
+            ) from error
+        return found
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
-        """An object with these settings, without its head."""
-        raise ValueError(f"{cls.__name__} has no `from_settings`")
+        """An object with these settings, without its head.
+
+        Raises:
+            KeyError, TypeError: A setting is missing, or not known.
+        """
+        wanted = _MODELS.keys() & inspect.signature(cls).parameters.keys()
+        models = {name: getattr(sources, _MODELS[name]) for name in wanted}
+        found = {name: settings[name] for name in cls.fitted_settings}
+        value = cls(**models, **{n: v for n, v in settings.items() if n not in found})
+        vars(value).update(found)
+        return value
 
     def head_numbers(self) -> Arrays:
         """The fitted head as arrays by name."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mbrl_text_env.agents.values.fitted import FittedValue, Sources
+from mbrl_text_env.agents.values.fitted import FittedValue
 from mbrl_text_env.agents.values.training_prefixes import check_lengths, cut_samples
 from mbrl_text_env.fitting.heads import Head, scaled_ridge
 from mbrl_text_env.fitting.samples import Samples
@@ -86,12 +86,3 @@ class HiddenStateValue(FittedValue):
     def usage_bound(self, state: TextState) -> Usage:
         """The most that reading one prefix is charged."""
         return self.language_model.usage(len(state.prompt_ids) + len(state.response_ids), [])
-
-    def settings(self) -> dict[str, Any]:
-        """Penalties and lengths."""
-        return {"alphas": list(self.alphas), "lengths": list(self.lengths)}
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
-        """See `FittedValue.from_settings`."""
-        return cls(sources.language_model(), **settings)

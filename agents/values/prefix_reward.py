@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mbrl_text_env.agents.values.fitted import FittedValue, Sources
+from mbrl_text_env.agents.values.fitted import FittedValue
 from mbrl_text_env.agents.values.training_prefixes import check_lengths, cut_samples
 from mbrl_text_env.fitting.heads import Head, LinePerLength
 from mbrl_text_env.fitting.samples import Samples
@@ -137,12 +137,3 @@ class PrefixRewardValue(PrefixScoredValue):
         if self.is_calibrated:
             return super().estimate(inputs, lengths)
         return ValueEstimate(inputs[:, 0], np.zeros(len(inputs)))
-
-    def settings(self) -> dict[str, Any]:
-        """The lengths."""
-        return {"lengths": list(self.lengths)}
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
-        """See `FittedValue.from_settings`."""
-        return cls(sources.reward(), sources.tokenizer, lengths=settings["lengths"])

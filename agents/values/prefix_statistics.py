@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
@@ -11,7 +11,6 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mbrl_text_env.agents.values.fitted import Sources
 from mbrl_text_env.agents.values.prefix_reward import PrefixScoredValue
 from mbrl_text_env.agents.values.training_prefixes import cut_prefixes, samples_of
 from mbrl_text_env.fitting.heads import Head
@@ -94,6 +93,7 @@ class StackedValue(PrefixScoredValue):
     """
 
     kind = "stacked"
+    fitted_settings = ("part_names_", "max_tokens_")
 
     def __init__(
         self,
@@ -155,21 +155,3 @@ class StackedValue(PrefixScoredValue):
                 *(np.where(known, likelihoods, 0.0), known),
             ]
         )
-
-    def settings(self) -> dict[str, Any]:
-        """Constructor arguments, and what the fit found besides the head."""
-        return {
-            "lengths": list(self.lengths),
-            "max_response_tokens": self.max_response_tokens,
-            "part_names": self.part_names_,
-            "max_tokens": self.max_tokens_,
-        }
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
-        """See `FittedValue.from_settings`."""
-        options = dict(settings)
-        names, tokens = options.pop("part_names"), options.pop("max_tokens")
-        value = cls(sources.tokenizer, sources.reward(), **options)
-        value.part_names_, value.max_tokens_ = list(names), float(tokens)
-        return value
