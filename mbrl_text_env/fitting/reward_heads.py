@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,6 +90,16 @@ def fit_linear(problem: Problem, seed: int) -> tuple[LayeredHead, dict[str, Any]
 
     groups = problem.groups
     folds = GroupKFold(min(_FOLDS, len(np.unique(groups))), shuffle=True, random_state=seed)
+    sizes = [len(left_out) for _, left_out in folds.split(groups, groups=groups)]
+
+    def mean_scores(results: Mapping[str, Any]) -> FloatArray:
+        # By row: a fold of more rows counts for more.
+        scores = [results[f"split{i}_test_score"] for i in range(len(sizes))]
+        return np.average(scores, axis=0, weights=sizes)
+
+    def best_index(results: Mapping[str, Any]) -> int:
+        return int(mean_scores(results).argmax())
+
     if problem.rejected is not None:
         differences = problem.inputs - problem.rejected
         # Every pair goes in both ways: its loss and that of its mirror image are the same, and the
@@ -101,11 +112,12 @@ def fit_linear(problem: Problem, seed: int) -> tuple[LayeredHead, dict[str, Any]
         assert problem.targets is not None
         inputs, targets, model = problem.inputs, problem.targets, Ridge()
         grid, scoring = {"alpha": _PENALTIES}, "neg_mean_squared_error"
-    search = GridSearchCV(model, grid, scoring=scoring, cv=folds)
+    search = GridSearchCV(model, grid, scoring=scoring, cv=folds, refit=best_index)
     best = search.fit(inputs, targets, groups=groups).best_estimator_
     weights = np.asarray(best.coef_, dtype=np.float64).reshape(-1, 1)
     head = LayeredHead(((weights, np.asarray(best.intercept_, dtype=np.float64).reshape(1)),))
-    return head, {**search.best_params_, "validation_loss": -float(search.best_score_)}
+    loss = -float(mean_scores(search.cv_results_).max())
+    return head, {**search.best_params_, "validation_loss": loss}
 
 
 def fit_mlp(problem: Problem, seed: int) -> tuple[LayeredHead, dict[str, Any]]:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from mbrl_text_env.types import Message, Prompt, Split
 
@@ -41,13 +41,12 @@ def file_rows(path: Path) -> Rows:
     """
     try:
         data = path.read_bytes()
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise PreferenceError(
             f"{path}: expected a file that can be read, got {type(error).__name__}: "
             f"{error.strerror}. Check the path."
         ) from error
-    try:
-        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise PreferenceError(
@@ -57,8 +56,7 @@ def file_rows(path: Path) -> Rows:
     # Not `splitlines`, which also breaks at separators that JSON strings may hold.
     for number, row in enumerate(text.split("\n"), start=1):
         if row.strip():
-            place = f"{path}, line {number}"
-            yield place, _parsed(place, row)
+            yield f"{path}, line {number}", _parsed(f"{path}, line {number}", row)
 
 
 def _parsed(place: str, line: str) -> dict[str, Any]:
@@ -68,12 +66,12 @@ def _parsed(place: str, line: str) -> dict[str, Any]:
         json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise PreferenceError(
-            f"{place}: expected one JSON object, got {shorten(line)} ({error}). Mend the line."
+            f"{place}: expected one JSON object, got {shorten(line)} ({error}). Fix the line."
         ) from error
     if not isinstance(fields, dict):
         raise PreferenceError(
             f'{place}: expected an object such as {{"prompt": "...", "chosen": "...", "rejected": '
-            f'"..."}}, got {shorten(line)}. Mend the line.'
+            f'"..."}}, got {shorten(line)}. Fix the line.'
         )
     return fields
 
@@ -132,9 +130,31 @@ def fields_of(row: Mapping[str, Any], default_id: str, first_ids: dict[Any, str]
             f"{' and '.join(map(repr, missing))}, or rename a column."
         )
     content, chosen, rejected = _texts(row)
-    prompt_id = _id(row, first_ids.setdefault(content, default_id))
-    prompt = Prompt(prompt_id, content, _metadata(row), _split(row))
-    return PairFields(prompt, chosen, rejected, _margin(row))
+    found: dict[str, Any] = {}
+    for name, default, kinds, expected in (
+        ("id", first_ids.setdefault(content, default_id), (str, int), "a string or an integer as"),
+        ("margin", None, (int, float, type(None)), "a number as"),
+        ("metadata", {}, (dict,), "an object as"),
+    ):
+        value = row.get(name, default)
+        if name == "metadata" and isinstance(value, str):
+            value = json.loads(value)
+        if isinstance(value, bool) or not isinstance(value, kinds) or value == "":
+            raise PreferenceError(
+                f"expected {expected} {name}, got {shorten(repr(value))}. Change it, or leave it "
+                "out."
+            )
+        found[name] = value
+    split = row.get("split")
+    if split is not None and split not in _SPLITS:
+        raise PreferenceError(
+            f"expected split to be one of {', '.join(_SPLITS)}, got {shorten(repr(split))}. "
+            "Change it, or leave it out."
+        )
+    others = {key: value for key, value in row.items() if key not in _RESERVED}
+    prompt = Prompt(str(found["id"]), content, {**others, **found["metadata"]}, split)
+    margin = found["margin"]
+    return PairFields(prompt, chosen, rejected, None if margin is None else float(margin))
 
 
 def _texts(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], str, str]:
@@ -230,46 +250,6 @@ def _messages(values: Sequence[Any]) -> tuple[Message, ...]:
             )
         messages.append(Message(given["role"], given["content"]))
     return tuple(messages)
-
-
-def _id(row: Mapping[str, Any], default: str) -> str:
-    given = row.get("id", default)
-    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-        raise PreferenceError(
-            f"expected a string or an integer as id, got {shorten(repr(given))}. Change it."
-        )
-    return str(given)
-
-
-def _split(row: Mapping[str, Any]) -> Split | None:
-    given = row.get("split")
-    if given is not None and given not in _SPLITS:
-        raise PreferenceError(
-            f"expected split to be one of {', '.join(_SPLITS)}, got {shorten(repr(given))}. "
-            "Change it, or leave it out."
-        )
-    return cast("Split | None", given)
-
-
-def _margin(row: Mapping[str, Any]) -> float | None:
-    given = row.get("margin")
-    if given is not None and (isinstance(given, bool) or not isinstance(given, int | float)):
-        raise PreferenceError(
-            f"expected a number as margin, got {shorten(repr(given))}. Change it, or leave it out."
-        )
-    return None if given is None else float(given)
-
-
-def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
-    given = row.get("metadata", {})
-    if isinstance(given, str):
-        given = json.loads(given)
-    if not isinstance(given, dict):
-        raise PreferenceError(
-            f"expected an object as metadata, got {shorten(repr(given))}. Change it."
-        )
-    others = {key: value for key, value in row.items() if key not in _RESERVED}
-    return {**others, **given}
 
 
 def shorten(text: str, width: int = 80) -> str:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from mbrl_text_env.fitting.reward_heads import LayeredHead
 from mbrl_text_env.fitting.samples import FitError
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardError, applies_to
+from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
 from mbrl_text_env.rewards.learning.features import (
     EMBEDDED,
     EmbeddingFeatures,
@@ -81,22 +82,6 @@ class RewardFitReport:
         """
         held_out = FitReport.from_dict(values["held_out"])
         return cls(**{**with_nan(values), "held_out": held_out})
-
-
-class Scorer(Protocol):
-    """What a learned reward scores with: a head on features, or a fine-tuned classifier."""
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]."""
-        ...
-
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]."""
-        ...
-
-    def flops_bound(self) -> float:
-        """The most that one response takes."""
-        ...
 
 
 class HeadScorer:
@@ -222,24 +207,13 @@ class LearnedReward:
         with FOLDER.writing(folder) as scratch:
             shutil.copytree(self.folder, scratch, dirs_exist_ok=True)
 
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path,
-        *,
-        encoder: EncoderLike = None,
-        language_model: LanguageModelLike = None,
-    ) -> LearnedReward:
-        """Read what `save` wrote; the same as the constructor."""
-        return cls(folder, encoder=encoder, language_model=language_model)
-
 
 @dataclass(frozen=True)
 class Fitted:
     """What a fit gives: a name, what scores, and how well."""
 
     name: str
-    scorer: Scorer
+    scorer: HeadScorer | ClassifierReward
     report: RewardFitReport
 
 
@@ -268,7 +242,9 @@ def _read(folder: Path, encoder: EncoderLike, language_model: LanguageModelLike)
     with FOLDER.reading(folder) as (config, arrays):
         report = RewardFitReport.from_dict(config["report"])
         if config["kind"] == "head":
-            scorer: Scorer = _read_head(config, arrays(), encoder, language_model)
+            scorer: HeadScorer | ClassifierReward = _read_head(
+                config, arrays(), encoder, language_model
+            )
         elif config["kind"] == "lora":
             from mbrl_text_env.rewards.learning.lora_classifier import read_adapter
 
