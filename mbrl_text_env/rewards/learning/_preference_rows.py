@@ -7,8 +7,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, get_args
 
+from mbrl_text_env.tables import shortened as shorten
+from mbrl_text_env.tables import strict_json_object
 from mbrl_text_env.types import Message, Prompt, Split
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -56,28 +58,9 @@ def file_rows(path: Path) -> Rows:
     # Not `splitlines`, which also breaks at separators that JSON strings may hold.
     for number, row in enumerate(text.split("\n"), start=1):
         if row.strip():
-            yield f"{path}, line {number}", _parsed(f"{path}, line {number}", row)
-
-
-def _parsed(place: str, line: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line, parse_constant=_refuse_constant)
-        # JSON can escape halves of characters, which no tokenizer and no file takes.
-        json.dumps(fields, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise PreferenceError(
-            f"{place}: expected one JSON object, got {shorten(line)} ({error}). Fix the line."
-        ) from error
-    if not isinstance(fields, dict):
-        raise PreferenceError(
-            f'{place}: expected an object such as {{"prompt": "...", "chosen": "...", "rejected": '
-            f'"..."}}, got {shorten(line)}. Fix the line.'
-        )
-    return fields
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+            place = f"{path}, line {number}"
+            example = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+            yield place, strict_json_object(place, row, example, PreferenceError)
 
 
 def hub_rows(name: str, split: str, config: str | None, place: str) -> Rows:
@@ -250,7 +233,3 @@ def _messages(values: Sequence[Any]) -> tuple[Message, ...]:
             )
         messages.append(Message(given["role"], given["content"]))
     return tuple(messages)
-
-
-def shorten(text: str, width: int = 80) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
