@@ -61,6 +61,24 @@ class Features(ABC):
 
     def __init__(self, use_statistics: bool = True) -> None:
         self.use_statistics = use_statistics
+        self._loaded: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    @property
+    @abstractmethod
+    def given(self) -> Any:
+        """The model that reads, as it was passed: None, a name, a folder or an object."""
+
+    @property
+    def source(self) -> str:
+        """Name or folder of the model that reads; the class of an object without a name."""
+        if self.given is None:
+            return EMBEDDED
+        if isinstance(self.given, str | Path):
+            return str(self.given)
+        return str(getattr(self.given, "name", type(self.given).__name__))
 
     @abstractmethod
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
@@ -77,11 +95,6 @@ class Features(ABC):
     @abstractmethod
     def flops_bound(self) -> float:
         """The most that one response takes."""
-
-    @property
-    @abstractmethod
-    def source(self) -> str:
-        """Name of the model that reads."""
 
     def _blocks(self, raw: Raw) -> dict[str, FloatArray]:
         """Columns to standardise, by block: float64[B, d] each."""
@@ -204,19 +217,11 @@ class EmbeddingFeatures(Features):
     ) -> None:
         super().__init__(use_statistics)
         self.encoder = encoder
-        self._loaded: Encoder | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}
 
     @property
-    def source(self) -> str:
-        """Name or folder of the encoder; the class of one that was passed as an object."""
-        if self.encoder is None:
-            return EMBEDDED
-        if isinstance(self.encoder, str | Path):
-            return str(self.encoder)
-        return type(self.encoder).__name__
+    def given(self) -> Encoder | str | Path | None:
+        """See `Features.given`."""
+        return self.encoder
 
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
         """Embed: `prompt` and `response` float64[B, d], and `statistics`."""
@@ -258,7 +263,7 @@ class EmbeddingFeatures(Features):
     def _encoder(self) -> Encoder:
         if self._loaded is None:
             self._loaded = _load_encoder(self.encoder)
-        return self._loaded
+        return cast("Encoder", self._loaded)
 
 
 class HiddenFeatures(Features):
@@ -286,19 +291,11 @@ class HiddenFeatures(Features):
     ) -> None:
         super().__init__(use_statistics)
         self.language_model = language_model
-        self._loaded: tuple[LanguageModel, TextEncoder] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}
 
     @property
-    def source(self) -> str:
-        """Name or folder of the language model."""
-        if self.language_model is None:
-            return EMBEDDED
-        if isinstance(self.language_model, str | Path):
-            return str(self.language_model)
-        return self.language_model.name
+    def given(self) -> LanguageModel | str | Path | None:
+        """See `Features.given`."""
+        return self.language_model
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt fits into the context; a chat needs a chat template."""
@@ -355,7 +352,7 @@ class HiddenFeatures(Features):
                     f"({type(model).__name__}). Use one that runs here, such as `TransformersLM`."
                 )
             self._loaded = model, TextEncoder(model)
-        return self._loaded
+        return cast("tuple[LanguageModel, TextEncoder]", self._loaded)
 
 
 def _weight(columns: int) -> float:

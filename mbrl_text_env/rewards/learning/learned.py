@@ -226,12 +226,11 @@ def described(kind: str, fitted: Fitted, settings: Mapping[str, Any]) -> dict[st
 
 def _head_settings(scorer: HeadScorer) -> dict[str, Any]:
     features = scorer.features
-    source: Any = getattr(features, "encoder", getattr(features, "language_model", None))
     return {
         "features": {
             "kind": features.kind,
             "source": features.source,
-            "has_name": source is None or isinstance(source, str | Path),
+            "has_name": isinstance(features.given, str | Path | None),
             "statistics": list(STATISTICS) if features.use_statistics else None,
         },
         "num_layers": len(scorer.head.layers),
