@@ -31,11 +31,10 @@ __getattr__, __dir__, __all__ = attach(
         "composite.combinators": ["Ensemble", "Gate", "Product", "WeightedSum"],
         "verifiable.constraints": ["ConstraintsReward", "check_constraint", "prefix_verdict"],
         "learning.features": ["EmbeddingFeatures", "HiddenFeatures"],
-        "learning.fit_report": ["RewardFitError", "RewardFitReport"],
         "learning.fitting": ["fit_reward"],
         "evaluators.fluency": ["FluencyReward"],
         "evaluators.judge": ["YES_NO", "JudgeReward"],
-        "learning.learned": ["LearnedReward"],
+        "learning.learned": ["LearnedReward", "RewardFitError", "RewardFitReport"],
         "verifiable.mathematics": ["MathReward"],
         "verifiable.patterns": ["RegexReward"],
         "learning.preferences": [

@@ -109,6 +109,11 @@ class RewardModel(ABC):
             )
         return 0.0
 
+    def usage(self, prompt: Prompt, response: str) -> Usage:
+        """What scoring one response is charged."""
+        flops = np.asarray(self.flops([prompt], [response]), dtype=np.float64)
+        return Usage(reward_calls=1, reward_flops=float(flops[0]))
+
     def usage_bound(self) -> Usage:
         """The most that scoring one response is charged."""
         return Usage(reward_calls=1, reward_flops=float(self.flops_bound()))

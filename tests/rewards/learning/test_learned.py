@@ -125,7 +125,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"format": 2}, "format 2, and this version reads 1"),
+            ({"format": 1}, "format 1, and this version reads 2"),
             ({"kind": "forest"}, "kind 'forest'"),
             ({"features": {}}, "KeyError"),
             ({"num_layers": 0}, "layers that do not fit"),
