@@ -58,11 +58,9 @@ class PrefixScoredValue(FittedValue):
 
     def expected_usage(self, state: TextState) -> Usage:
         """What this prefix is charged."""
-        flops = getattr(self.reward_model, "flops", None)
-        if flops is None:
-            return Usage(reward_calls=1)
         text = self.tokenizer.decode(state.response_ids)
-        return Usage(reward_calls=1, reward_flops=float(flops([state.prompt], [text])[0]))
+        flops = np.asarray(self.reward_model.flops([state.prompt], [text]))
+        return Usage(reward_calls=1, reward_flops=float(flops[0]))
 
     def _scores(self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None) -> Scores:
         return score_responses(

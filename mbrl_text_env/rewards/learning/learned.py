@@ -16,7 +16,7 @@ from mbrl_text_env.fitting.report import FitReport, with_nan, without_nan
 from mbrl_text_env.fitting.reward_heads import LayeredHead
 from mbrl_text_env.fitting.samples import FitError
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardError, applies_to
+from mbrl_text_env.rewards.base import RewardError, RewardModel, applies_to
 from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
 from mbrl_text_env.rewards.learning.features import (
     EMBEDDED,
@@ -121,7 +121,7 @@ class HeadScorer:
         return float(sum(2 * weights.size for weights, _ in self.head.layers))
 
 
-class LearnedReward:
+class LearnedReward(RewardModel):
     """A fitted reward: a head on frozen features, or a classifier that was tuned with LoRA.
 
     `fit_reward` makes one with a head, `fit_lora` one with a tuned classifier; this class reads

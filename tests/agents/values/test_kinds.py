@@ -65,7 +65,7 @@ def test_prefixes_have_the_reduced_reward_where_it_is_faster(minilm, monkeypatch
 def test_a_reward_without_a_reduced_form_is_used_as_it_is(monkeypatch):
     monkeypatch.setattr(kinds, "multiplies_bfloat16", lambda: True)
     reward = PaidReward()
-    assert make_value("prefix", LM, reward).reward_model is reward
+    assert make_value("prefix", LM, reward).reward_model.reward is reward
 
 
 def test_unknown_names_are_refused():
