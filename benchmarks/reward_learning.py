@@ -50,7 +50,7 @@ class RememberedTexts:
 
     def encode(self, sentences: list[str]) -> Any:
         """float32[len(sentences), 384]."""
-        from mbrl_text_env.language_models.catalogue import embedded_encoder
+        from mbrl_text_env.language_models.registry import embedded_encoder
 
         if self._encoder is None:
             # Loading is part of what is timed, even where this process has loaded it before.

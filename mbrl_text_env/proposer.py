@@ -343,7 +343,7 @@ class CandidateProposer:
 
     def _checked_encoder(self, encoder: Encoder | str | None) -> Any:
         if encoder == "embedded":
-            from mbrl_text_env.language_models.catalogue import embedded_encoder
+            from mbrl_text_env.language_models.registry import embedded_encoder
 
             return embedded_encoder()
         if encoder == "language_model":

@@ -389,7 +389,7 @@ class TextTask:
                 self.rules.vocab_size, max_prompt_tokens, self.max_response_tokens
             )
         if encoder is None:
-            from mbrl_text_env.language_models.catalogue import embedded_encoder
+            from mbrl_text_env.language_models.registry import embedded_encoder
 
             return EmbeddingObservation(cast("Encoder", embedded_encoder()))
         return EmbeddingObservation(encoder)
@@ -454,7 +454,7 @@ def _prompts(prompts: Sequence[Prompt] | None) -> tuple[Prompt, ...]:
 
 
 def _default_tokenizer() -> Tokenizer:
-    from mbrl_text_env.language_models.catalogue import embedded_tokenizer
+    from mbrl_text_env.language_models.registry import embedded_tokenizer
 
     return embedded_tokenizer()
 

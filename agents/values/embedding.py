@@ -149,7 +149,7 @@ def encoder_of(encoder: Encoder | None) -> Any:
     """The encoder, or MiniLM, which is loaded once."""
     if encoder is not None:
         return encoder
-    from mbrl_text_env.language_models.catalogue import embedded_encoder
+    from mbrl_text_env.language_models.registry import embedded_encoder
 
     return embedded_encoder()
 

@@ -13,12 +13,13 @@ from mbrl_text_env.language_models.base import (
     SamplingParams,
     Tokenizer,
     has_stop_text,
+    prefix_of,
     stream,
 )
 from mbrl_text_env.language_models.batches import Batch
 from mbrl_text_env.language_models.prefix_cache import Tokens
 from mbrl_text_env.language_models.sampling import draw
-from mbrl_text_env.types import Chunk, FinishReason, TextState
+from mbrl_text_env.types import TextState
 
 # Rows are added when this share of the batch is free: every addition is a pass over few tokens.
 _REFILL_SHARE = 1 / 8
@@ -49,7 +50,7 @@ class Sampled:
     @property
     def sequence(self) -> Tokens:
         """All tokens: prompt, response and the chunk so far."""
-        return self.state.prompt_ids + self.state.response_ids + tuple(self.tokens)
+        return prefix_of(self.state) + tuple(self.tokens)
 
 
 def waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[Sampled]:
@@ -61,7 +62,7 @@ def waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[Sa
     """
     order = sorted(
         range(len(requests)),
-        key=lambda i: (-_length(requests[i].state), _ids(requests[i].state), i),
+        key=lambda i: (-len(prefix_of(requests[i].state)), prefix_of(requests[i].state), i),
     )
     return [
         Sampled(
@@ -113,16 +114,6 @@ def decode(
                 active[row] = last
         if active:
             batch.append([chunk.tokens[-1] for chunk in active])
-
-
-def finished(chunk: Sampled, tokenizer: Tokenizer) -> Chunk:
-    """The chunk that was sampled."""
-    reason: FinishReason | None = None
-    if chunk.tokens[-1] in tokenizer.stop_token_ids:
-        reason = "stop"
-    elif _length(chunk.state) + len(chunk.tokens) >= tokenizer.context_length:
-        reason = "length"
-    return Chunk(tuple(chunk.tokens), tuple(chunk.logprobs), reason)
 
 
 def _admit(queue: list[Sampled], batch: Batch, free: int, computed: list[int]) -> list[Sampled]:
@@ -181,11 +172,3 @@ def is_done(chunk: Sampled, tokenizer: Tokenizer) -> bool:
     if len(chunk.tokens) == chunk.limit or chunk.tokens[-1] in tokenizer.stop_token_ids:
         return True
     return has_stop_text(tokenizer, chunk.tokens, chunk.params)
-
-
-def _ids(state: TextState) -> Tokens:
-    return state.prompt_ids + state.response_ids
-
-
-def _length(state: TextState) -> int:
-    return len(state.prompt_ids) + len(state.response_ids)

@@ -8,8 +8,10 @@ tokens (floating-point ties aside).
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
+import os
 import pickle
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,25 +20,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
 from mbrl_text_env.identity import weights_digest
 from mbrl_text_env.language_models.adapters import is_tied, merged_adapter
 from mbrl_text_env.language_models.base import (
+    FeatureModel,
     NextTokens,
-    PromptTooLongError,
-    RequestSampler,
     SampleRequest,
-    check_sample_arguments,
+    charge,
+    check_judging_arguments,
+    check_requests,
     check_unfinished,
+    finish_reason,
+    prefix_of,
+    room_after,
 )
 from mbrl_text_env.language_models.batches import CachedBatch, kv_rows, plain_hidden
 from mbrl_text_env.language_models.choosing import choose_engine, plain_batch
 from mbrl_text_env.language_models.decoding import (
     Sampled,
     decode,
-    finished,
     is_done,
     waiting,
     whole_requests,
@@ -54,7 +60,6 @@ from mbrl_text_env.language_models.hf_tokenizer import (
 from mbrl_text_env.language_models.kv import KVBatch, Span
 from mbrl_text_env.language_models.networks import LlamaNetwork, Network, length_switch
 from mbrl_text_env.language_models.prefix_cache import CacheStats, PrefixCache, Tokens
-from mbrl_text_env.language_models.recipe import Recipe, from_anywhere
 from mbrl_text_env.language_models.sampling import chosen_logprobs, top_tokens
 from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.types import Chunk, Prompt, TextState
@@ -64,16 +69,33 @@ if TYPE_CHECKING:
 
 # Logits are large: a pass of the output layer takes this many tokens.
 _LOGIT_ROWS = 256
+_MOST_KV_BYTES = 4 * 2**30
 
 
-def _restore(recipe: Recipe) -> TransformersLM:
-    lm = TransformersLM(recipe.model, **recipe.options)
-    for folder, name in recipe.adapters:
-        lm = lm.with_adapter(folder, name)
-    return lm
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """What makes a language model again in another process: its source, the constructor's options,
+    and folder and name of each adapter."""
+
+    model: Any
+    options: dict[str, Any]
+    adapters: tuple[tuple[Any, str], ...] = ()
+
+    def make(self) -> TransformersLM:
+        """The language model."""
+        lm = TransformersLM(self.model, **self.options)
+        for folder, name in self.adapters:
+            lm = lm.with_adapter(folder, name)
+        return lm
 
 
-class TransformersLM(RequestSampler):
+def _from_anywhere(source: Any) -> Any:
+    """A folder by a path that holds in every working directory; a name on the Hub as it is."""
+    is_path = isinstance(source, (str, Path))
+    return str(Path(source).resolve()) if is_path and Path(source).exists() else source
+
+
+class TransformersLM(FeatureModel):
     """A causal language model of transformers.
 
     Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, other models whose layers
@@ -97,7 +119,8 @@ class TransformersLM(RequestSampler):
         batch_size: Most sequences decoded together.
         kv_bytes: Most bytes of keys and values: half of them for the sequences being decoded, so
             that long ones are decoded in smaller batches, half for the prefix cache. A single
-            sequence longer than that is decoded all the same.
+            sequence longer than that is decoded all the same. By default a quarter of the memory
+            that is free now, at most 4 GiB.
         prefix_cache: Whether prefixes are kept between calls.
 
     Raises:
@@ -120,72 +143,72 @@ class TransformersLM(RequestSampler):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         batch_size: int = 64,
-        kv_bytes: int = 4 * 2**30,
+        kv_bytes: int | None = None,
         prefix_cache: bool = True,
     ) -> None:
         for option, value in (("batch_size", batch_size), ("kv_bytes", kv_bytes)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{option}: expected at least 1, got {value}.")
+        self._recipe: _Recipe | None = None
         named = isinstance(model, (str, Path))
-        # What makes this model again in another process.
-        self._recipe: Recipe | None = None
         if named:
             options = {"name": name, "device": device, "dtype": dtype, "batch_size": batch_size}
             options |= {"kv_bytes": kv_bytes, "prefix_cache": prefix_cache}
-            source = from_anywhere(model)
-            kept = tokenizer if tokenizer is None else from_anywhere(tokenizer)
-            self._recipe = Recipe(source, {**options, "tokenizer": kept})
-        if tokenizer is None:
-            if not named:
-                raise ValueError(
-                    "A loaded model needs its tokenizer too: pass TransformersLM(model, "
-                    "tokenizer=...)."
-                )
-            tokenizer = str(model)
+            kept = tokenizer if tokenizer is None else _from_anywhere(tokenizer)
+            self._recipe = _Recipe(_from_anywhere(model), {**options, "tokenizer": kept})
+        elif tokenizer is None:
+            raise ValueError(
+                "A loaded model needs its tokenizer too: pass TransformersLM(model, tokenizer=...)."
+            )
         path = Path(str(getattr(model, "name_or_path", model)))
         self.name = name or path.name or type(model).__name__
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.dtype = dtype
-        self.batch_size = batch_size
-        self.kv_bytes = kv_bytes
-        self.prefix_cache = prefix_cache
-        # int8 products are made from the weights in the format that they came in.
-        stored: Any = "auto" if dtype == torch.int8 else dtype
-        loaded: Any = load(AutoModelForCausalLM, model, dtype=stored) if named else model
-        # Older releases of PEFT leave their `peft_config` on the base model too.
-        loaded = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded
-        self.model = loaded.to(self.device)
-        if dtype != torch.int8:
-            self.model = self.model.to(dtype)
-        self.model = self.model.eval()
-        self._tokenizer = (
-            tokenizer if isinstance(tokenizer, HFTokenizer) else HFTokenizer(tokenizer)
-        )
-        config = self.model.config.get_text_config()
-        self.vocab_size: int = config.vocab_size
-        self.stop_token_ids = self._tokenizer.stop_token_ids | stop_ids(
-            None, self.model.generation_config
-        )
-        self.context_length = min(
-            context_limit(config, self._tokenizer.tokenizer), self._tokenizer.context_length
-        )
-        self.feature_size: int = config.hidden_size
-        # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
-        lookup = 0 if is_tied(self.model) else self.vocab_size * config.hidden_size
-        self.num_parameters: int = self.model.num_parameters() - lookup
-        self._attention_width = attention_width(config)
+        self.dtype, self.batch_size, self.prefix_cache = dtype, batch_size, prefix_cache
+        self.model = self._in_place(model)
+        source: Any = str(model) if tokenizer is None else tokenizer
+        self._tokenizer = source if isinstance(source, HFTokenizer) else HFTokenizer(source)
+        self._read_sizes()
+        self.kv_bytes = kv_bytes or _free_share(self.device)
         self._lock = threading.RLock()
-        self._cache: PrefixCache[Span] = PrefixCache(kv_bytes // 2 if prefix_cache else 0)
+        self._cache: PrefixCache[Span] = PrefixCache(self.kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
         self._digests: tuple[Any, str] | None = None
         self._weights = self._loaded = self._weights_version()
         with torch.inference_mode():
             self._engine = choose_engine(self.model, dtype, self.name)
         self._network = self._engine.network
+        if self._network is not None:
+            self.cache_tokens = self._cache.max_bytes // self._network.shape.bytes_per_token
         # Beyond this length no keys and values of shorter prefixes can be used.
-        self._switch = length_switch(config)
+        self._switch = length_switch(self.model.config.get_text_config())
+
+    def _in_place(self, model: Any) -> Any:
+        """The model on its device, in its number format, for evaluation."""
+        # int8 products are made from the weights in the format that they came in.
+        is_int8 = self.dtype == torch.int8
+        if isinstance(model, (str, Path)):
+            model = load(AutoModelForCausalLM, model, dtype="auto" if is_int8 else self.dtype)
+        # Older releases of PEFT leave their `peft_config` on the base model too.
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = model.to(self.device)
+        return (model if is_int8 else model.to(self.dtype)).eval()
+
+    def _read_sizes(self) -> None:
+        config = self.model.config.get_text_config()
+        self.vocab_size = config.vocab_size
+        self.stop_token_ids = self._tokenizer.stop_token_ids | stop_ids(
+            None, self.model.generation_config
+        )
+        self.context_length = min(
+            context_limit(config, self._tokenizer.tokenizer), self._tokenizer.context_length
+        )
+        self.feature_size = config.hidden_size
+        # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
+        lookup = 0 if is_tied(self.model) else self.vocab_size * config.hidden_size
+        self.num_parameters: int = self.model.num_parameters() - lookup
+        self._attention_width = attention_width(config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformersLM:
         # A shared, read-only engine: environments and agents that are copied go on using this one.
@@ -199,7 +222,7 @@ class TransformersLM(RequestSampler):
                 f"it is loaded from, but this one {came}. Save it with `lm.model.save_pretrained` "
                 "(and its tokenizer), and load it by folder: TransformersLM(folder)."
             )
-        return _restore, (self._recipe,)
+        return _Recipe.make, (self._recipe,)
 
     @property
     def cache_stats(self) -> CacheStats:
@@ -210,13 +233,6 @@ class TransformersLM(RequestSampler):
     def cached_bytes(self) -> int:
         """Bytes of the prefixes that are kept."""
         return self._cache.nbytes
-
-    @property
-    def cache_tokens(self) -> int:
-        """Tokens of prefixes that can be kept; 0 where no prefixes are."""
-        if self._network is None:
-            return 0
-        return self._cache.max_bytes // self._network.shape.bytes_per_token
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from others: its name, weights, number format and tokenizer."""
@@ -234,6 +250,7 @@ class TransformersLM(RequestSampler):
         """Forget all prefixes."""
         with self._lock:
             self._cache.clear()
+            _return_free_memory()
 
     def weights_changed(self) -> None:
         """Forget all prefixes, and the weights that int8 products were made from."""
@@ -273,7 +290,7 @@ class TransformersLM(RequestSampler):
             prefix_cache=self.prefix_cache,
         )
         if self._recipe is not None and self._weights_version() == self._loaded:
-            adapters = (*self._recipe.adapters, (from_anywhere(folder), name))
+            adapters = (*self._recipe.adapters, (_from_anywhere(folder), name))
             adapted_model._recipe = dataclasses.replace(self._recipe, adapters=adapters)
         return adapted_model
 
@@ -293,20 +310,24 @@ class TransformersLM(RequestSampler):
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
         """Draw chunks; see `RequestSampler.sample_requests`."""
-        for r in requests:
-            check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
-        limits = [min(r.max_new_tokens, self._room(r.state)) for r in requests]
+        check_requests(requests)
+        limits = [min(r.max_new_tokens, room_after(r.state, self.context_length)) for r in requests]
         chunks: list[list[Chunk]] = [[] for _ in requests]
         with timed(ledgers), self._lock, torch.inference_mode():
             queue = waiting(requests, limits)
             computed = self._run(queue)
-            for sampled in queue:
-                chunks[sampled.request].append(finished(sampled, self))
-        for request, row, count, ledger in zip(
-            requests, chunks, computed, ledgers or (), strict=ledgers is not None
-        ):
-            prefix = len(_prefix(request.state))
-            ledger.charge(self._usage(prefix, count, [len(c) for c in row]))
+            for drawn in queue:
+                reason = finish_reason(self, drawn.state, drawn.tokens)
+                chunks[drawn.request].append(
+                    Chunk(tuple(drawn.tokens), tuple(drawn.logprobs), reason)
+                )
+        charge(
+            ledgers,
+            (
+                self._usage(len(prefix_of(r.state)), count, [len(chunk) for chunk in row])
+                for r, row, count in zip(requests, chunks, computed, strict=True)
+            ),
+        )
         return chunks
 
     def logprobs(
@@ -320,12 +341,10 @@ class TransformersLM(RequestSampler):
 
         They are those of the model's own forward pass over state and chunk together.
         """
-        check_unfinished(states)
-        if len(chunks) != len(states):
-            raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
+        check_judging_arguments(states, chunks)
         pairs = zip(states, chunks, strict=True)
-        sequences = [self._judging(_prefix(s), c.token_ids) for s, c in pairs]
-        firsts = [len(_prefix(state)) - 1 for state in states]
+        sequences = [self._judging(prefix_of(s), c.token_ids) for s, c in pairs]
+        firsts = [len(prefix_of(state)) - 1 for state in states]
         found: list[tuple[float, ...]] = [()] * len(states)
         with timed(ledgers), self._lock, torch.inference_mode():
             computed = [0] * len(states)
@@ -350,8 +369,8 @@ class TransformersLM(RequestSampler):
         """
         check_unfinished(states)
         pairs = zip(states, chunks, strict=True)
-        sequences = [self._judging(_prefix(s), c.token_ids) for s, c in pairs]
-        firsts = [len(_prefix(state)) - 1 for state in states]
+        sequences = [self._judging(prefix_of(s), c.token_ids) for s, c in pairs]
+        firsts = [len(prefix_of(state)) - 1 for state in states]
         found: list[torch.Tensor] = [torch.empty(0)] * len(states)
         with self._lock:
             for i, logits, _ in self._logits_after(sequences, firsts):
@@ -374,7 +393,7 @@ class TransformersLM(RequestSampler):
         check_unfinished(states)
         if not 1 <= k <= self.vocab_size:
             raise ValueError(f"k: expected a number from 1 to {self.vocab_size}, got {k}.")
-        sequences = [_prefix(state) for state in states]
+        sequences = [prefix_of(state) for state in states]
         found = [NextTokens((), ())] * len(states)
         with timed(ledgers), self._lock, torch.inference_mode():
             computed = [0] * len(states)
@@ -393,7 +412,7 @@ class TransformersLM(RequestSampler):
 
         What is computed here is kept: sampling from the same states does not compute it again.
         """
-        sequences = [_prefix(state) for state in states]
+        sequences = [prefix_of(state) for state in states]
         rows = np.zeros((len(states), self.feature_size), dtype=np.float32)
         with timed(ledgers), self._lock, torch.inference_mode():
             computed = [0] * len(states)
@@ -404,7 +423,7 @@ class TransformersLM(RequestSampler):
         self._charge_passes(sequences, computed, ledgers)
         return rows
 
-    def usage(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
+    def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
         """2 x parameters for each token of the prefix and of the chunks, plus attention.
 
         Args:
@@ -435,10 +454,8 @@ class TransformersLM(RequestSampler):
         computed: Sequence[int],
         ledgers: Sequence[Ledger] | None,
     ) -> None:
-        for sequence, count, ledger in zip(
-            sequences, computed, ledgers or (), strict=ledgers is not None
-        ):
-            ledger.charge(self._usage(len(sequence), count, []))
+        usages = (self._usage(len(s), n, []) for s, n in zip(sequences, computed, strict=True))
+        charge(ledgers, usages)
 
     def _weights_version(self) -> tuple[tuple[int, int], ...]:
         return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
@@ -487,8 +504,8 @@ class TransformersLM(RequestSampler):
         self._decode(far, computed, None)
         # As `logprobs` gives them: a pass over the whole sequence, with its angles.
         crossing = [chunk for chunk in near if len(chunk.sequence) > switch]
-        sequences = [self._judging(_prefix(chunk.state), chunk.tokens) for chunk in crossing]
-        firsts = [len(_prefix(chunk.state)) - 1 for chunk in crossing]
+        sequences = [self._judging(prefix_of(chunk.state), chunk.tokens) for chunk in crossing]
+        firsts = [len(prefix_of(chunk.state)) - 1 for chunk in crossing]
         for i, logits, count in self._logits_after(sequences, firsts):
             crossing[i].logprobs[:] = chosen_logprobs(logits, crossing[i].tokens)
             computed[crossing[i].request] += count
@@ -586,15 +603,16 @@ class TransformersLM(RequestSampler):
     def _to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return (self._network or self._engine.own).logits(hidden)
 
-    def _room(self, state: TextState) -> int:
-        room = self.context_length - len(_prefix(state))
-        if room < 1:
-            raise PromptTooLongError(
-                f"Prompt {state.prompt.id!r} and its response have {len(_prefix(state))} "
-                f"tokens and fill the model's context of {self.context_length}."
-            )
-        return room
+
+def _free_share(device: torch.device) -> int:
+    """A quarter of the memory that is free, at most 4 GiB."""
+    is_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    return max(1, min(free // 4, _MOST_KV_BYTES))
 
 
-def _prefix(state: TextState) -> Tokens:
-    return state.prompt_ids + state.response_ids
+def _return_free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between pieces in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -163,7 +163,7 @@ def assert_charged_once(
         assert usage.lm_calls == 1
         assert usage.generated_tokens == sum(map(len, row))
         assert usage.prompt_tokens + usage.cached_tokens == prefix * len(row)
-        assert usage.prompt_tokens <= lm.usage(prefix, [len(c) for c in row]).prompt_tokens
+        assert usage.prompt_tokens <= lm.usage_bound(prefix, [len(c) for c in row]).prompt_tokens
         computed = usage.prompt_tokens + usage.generated_tokens
         assert usage.flops == 2 * lm.num_parameters * computed
 
@@ -711,7 +711,7 @@ class TestFleet:
         with pytest.raises(ServerConfigError, match="num_parameters="):
             clients(server)
         lm = clients(server, num_parameters=7)
-        assert lm.usage(10, [2, 3]).flops == 2 * 7 * (20 + 5)
+        assert lm.usage_bound(10, [2, 3]).flops == 2 * 7 * (20 + 5)
         assert (lm.name, lm.context_length) == ("tiny", 4096)
         assert clients(server, num_parameters=7, context_length=99).context_length == 99
         for options in ({"mode": "talk"}, {"max_concurrency": 0}, {"timeout": 0}):

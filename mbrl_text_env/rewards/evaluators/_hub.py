@@ -294,7 +294,7 @@ def language_model_of(source: LanguageModel | str | Path | None, name: str) -> L
         RewardError: It cannot be loaded, or is none.
     """
     if source is None:
-        from mbrl_text_env.language_models.catalogue import embedded
+        from mbrl_text_env.language_models.registry import embedded
 
         return embedded()
     if isinstance(source, (str, Path)):

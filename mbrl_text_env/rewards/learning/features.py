@@ -349,7 +349,7 @@ def _main_directions(prompts: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 def _load_encoder(encoder: Encoder | str | Path | None) -> Encoder:
     if encoder is None:
-        from mbrl_text_env.language_models.catalogue import embedded_encoder
+        from mbrl_text_env.language_models.registry import embedded_encoder
 
         return cast("Encoder", embedded_encoder())
     if not isinstance(encoder, str | Path):
