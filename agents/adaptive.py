@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive, check_target
+from mbrl_text_env.agents.base import check_positive, check_target
 from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Expansion, Search, partial, shares
 from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.rewards.base import RewardLike
-from mbrl_text_env.values import ValueModel
 
 # Candidates a stage where no budget says how many.
 _NARROW = 8
@@ -19,6 +17,7 @@ _NARROW = 8
 _SAME = 1e-9
 
 
+@dataclass(eq=False, kw_only=True)
 class Adaptive(Planner):
     """Beam search that stays broad where the value cannot tell and narrows where it can.
 
@@ -52,22 +51,14 @@ class Adaptive(Planner):
     Conditions", 2006) applied to the candidates of a stage.
 
     Args:
-        language_model: Proposes chunks.
-        reward_model: Scores complete responses.
-        value_model: Estimates the final reward of partial ones.
         candidates_per_beam: Candidates for each beam that goes on for certain.
         margin: Standard deviations within which values cannot be told apart; 0 or more.
         caution: k of mean - k x standard deviation; 0 or more.
         target: The score from which on a response is good enough; None spends the whole budget.
         value_share: Most FLOPs spent on values, as a share of those spent on text.
-        shortest_chunk: Fewest tokens of a chunk.
-        max_response_tokens: Token limit of a response.
-        chunk_tokens: Most tokens of a chunk.
-        params: How chunks are drawn.
+        shortest_chunk: Fewest tokens of a chunk; `chunk_tokens` is the most.
 
-    Raises:
-        ValueError: A count is below 1, `margin` or `caution` below 0, `value_share` not above 0, or
-            `target` is NaN.
+    The other arguments are those of every `Planner`.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -87,45 +78,26 @@ class Adaptive(Planner):
 
     name = "adaptive"
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardLike,
-        value_model: ValueModel | None = None,
-        *,
-        candidates_per_beam: int = 4,
-        margin: float = 0.1,
-        value_share: float = 0.5,
-        caution: float = 0.0,
-        target: float | None = None,
-        shortest_chunk: int = 4,
-        max_response_tokens: int = 256,
-        chunk_tokens: int = 16,
-        params: SamplingParams = DEFAULT_PARAMS,
-    ) -> None:
-        super().__init__(
-            language_model,
-            reward_model,
-            value_model,
-            max_response_tokens=max_response_tokens,
-            chunk_tokens=chunk_tokens,
-            params=params,
+    candidates_per_beam: int = 4
+    margin: float = 0.1
+    value_share: float = 0.5
+    caution: float = 0.0
+    target: float | None = None
+    shortest_chunk: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(
+            candidates_per_beam=self.candidates_per_beam, shortest_chunk=self.shortest_chunk
         )
-        check_positive(candidates_per_beam=candidates_per_beam, shortest_chunk=shortest_chunk)
-        check_target(target)
-        if not value_share > 0:
-            raise ValueError(f"value_share: expected a number above 0, got {value_share}.")
-        for name, number in (("margin", margin), ("caution", caution)):
+        check_target(self.target)
+        if not self.value_share > 0:
+            raise ValueError(f"value_share: expected a number above 0, got {self.value_share}.")
+        for name, number in (("margin", self.margin), ("caution", self.caution)):
             if not number >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {number}.")
-        self.candidates_per_beam = candidates_per_beam
-        self.margin = margin
-        self.caution = caution
-        self.target = target
-        self.shortest_chunk = shortest_chunk
-        self.value_share = value_share
 
-    def plan(self, search: Search) -> None:
+    async def plan(self, search: Search) -> None:
         """One search from the root to the end of the responses."""
         beams = [search.tree.root]
         pays = math.ceil(search.value_tokens(search.tree.root) / self.value_share)
@@ -133,7 +105,7 @@ class Adaptive(Planner):
         size = shortest = min(shortest, self.chunk_tokens)
         while beams and not search.has_reached(self.target):
             width = self._width(search, beams[0], size)
-            drawn = self._drawn(search, beams, width, size)
+            drawn = await self._drawn(search, beams, width, size)
             beams = self._kept(search, drawn, max(1, width // self.candidates_per_beam))
             size = shortest if self._tells(drawn) else min(2 * size, self.chunk_tokens)
 
@@ -144,9 +116,11 @@ class Adaptive(Planner):
             return _NARROW
         return affordable if self.target is None else min(affordable, 1 << search.round)
 
-    def _drawn(self, search: Search, beams: Sequence[Node], width: int, size: int) -> list[Node]:
+    async def _drawn(
+        self, search: Search, beams: Sequence[Node], width: int, size: int
+    ) -> list[Node]:
         counts = shares(width, len(beams))
-        rows = search.expand(
+        rows = await search.expand(
             Expansion(beam, count, size) for beam, count in zip(beams, counts, strict=True) if count
         )
         return [node for row in rows for node in row]

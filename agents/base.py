@@ -6,20 +6,21 @@ through the ledgers that it is given.
 
 from __future__ import annotations
 
-import copy
-import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
-from mbrl_text_env.agents.side_by_side import MOST_AT_ONCE, Merging, run_side_by_side
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.agents.driver import MOST_AT_ONCE, Begin, ask, ask_for_chunks, run, run_async
+from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound, score_responses
+from mbrl_text_env.rewards.base import reward_usage_bound, score_responses
 from mbrl_text_env.types import Chunk, Prompt, TextState
 
 # The article draws complete responses at this temperature.
@@ -96,15 +97,13 @@ class Generation:
     seed: int
 
 
+@dataclass(eq=False)
 class Agent(ABC):
     """Searches for the best complete response that its budget allows.
 
-    A subclass implements `search` and gives itself a `name`. Constructor arguments are attributes
-    of the same name.
-
-    Several states are searched side by side: each is searched by a copy of the agent with one state
-    in its call of `search`, and what the searches ask of the language model, of the reward model,
-    of a `value_model` and of an `encoder` is answered in common batches (`agents.side_by_side`).
+    A subclass gives itself a `name` and implements `search`, a coroutine. Several states are
+    searched side by side: what the searches await of the models is answered in common batches
+    (`agents.driver`). A subclass with options of its own is a `@dataclass(eq=False, kw_only=True)`.
 
     Args:
         language_model: Proposes tokens.
@@ -120,39 +119,48 @@ class Agent(ABC):
     Example:
         >>> class Greedy(Agent):
         ...     name = "greedy"
-        ...     def search(self, states, ledgers, seed):
+        ...     async def search(self, state, ledger, seed):
         ...         greedy = SamplingParams(temperature=0)
-        ...         rows = self.complete(states, 1, ledgers, seed, params=greedy)
-        ...         return [row[0] for row in rows]
+        ...         [completion] = await self.complete(state, 1, ledger, seed, params=greedy)
+        ...         return completion
     """
 
-    name: str = ""
+    name: ClassVar[str] = ""
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardLike | None = None,
-        *,
-        max_response_tokens: int = 256,
-        chunk_tokens: int = 16,
-        params: SamplingParams = DEFAULT_PARAMS,
-    ) -> None:
-        check_positive(max_response_tokens=max_response_tokens, chunk_tokens=chunk_tokens)
-        self.language_model = language_model
-        self.reward_model = None if reward_model is None else as_reward_model(reward_model)
-        self.max_response_tokens = max_response_tokens
-        self.chunk_tokens = chunk_tokens
-        self.params = params
+    language_model: LanguageModel
+    reward_model: Any = None
+    _: KW_ONLY
+    max_response_tokens: int = 256
+    chunk_tokens: int = 16
+    params: SamplingParams = DEFAULT_PARAMS
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        signatures = {"search": "self, state, ledger, seed", "plan": "self, search"}
+        for method, signature in signatures.items():
+            own = vars(cls).get(method)
+            if inspect.isfunction(own) and not inspect.iscoroutinefunction(own):
+                raise TypeError(
+                    f"{cls.__name__}.{method}: expected a coroutine, got a plain function. Write "
+                    f"`async def {method}({signature})` and await what it asks for: "
+                    "`await search.expand(...)`, `await self.complete(state, ...)`, "
+                    "`await self.scored(...)`, which take one state or its completions at a time."
+                )
+
+    def __post_init__(self) -> None:
+        check_positive(max_response_tokens=self.max_response_tokens, chunk_tokens=self.chunk_tokens)
+        if self.reward_model is not None:
+            self.reward_model = as_reward_model(self.reward_model)
 
     @abstractmethod
-    def search(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
-    ) -> list[Completion]:
-        """Find a complete response from each state.
+    async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
+        """Find a complete response from a state.
+
+        It awaits `complete`, `scored` and `agents.driver.ask`, and nothing else.
 
         Args:
-            states: States that have not ended.
-            ledgers: One a state. The budget in it allows at least one complete response.
+            state: It has not ended.
+            ledger: Its budget allows at least one complete response.
             seed: All randomness follows from it, the state and the sample index.
         """
 
@@ -175,23 +183,30 @@ class Agent(ABC):
             ValueError: There are no prompts, or something else is among them.
             BudgetError: The budget allows no complete response.
         """
-        prompts = as_prompts(prompts)
-        if not prompts:
-            raise ValueError("generate: expected at least one prompt, got none.")
-        ledgers = [Ledger(budget) for _ in prompts]
-        states = [initial(prompt, self.language_model) for prompt in prompts]
-        completions = self._searched(states, ledgers, seed)
-        return [
-            Generation(
-                prompt,
-                completion,
-                self.language_model.decode(completion.state.response_ids),
-                ledger.usage,
-                self.name,
-                seed,
-            )
-            for prompt, completion, ledger in zip(prompts, completions, ledgers, strict=True)
-        ]
+        states, ledgers = self._begun(prompts, budget)
+        completions = run(*self._searches(states, ledgers, seed))
+        return self._generations(states, completions, ledgers, seed)
+
+    async def generate_async(
+        self,
+        prompts: str | Prompt | Iterable[str | Prompt],
+        budget: Budget | None = None,
+        *,
+        seed: int = 0,
+    ) -> list[Generation]:
+        """`generate` that awaits each batch, so that an event loop goes on meanwhile.
+
+        Cancelling it ends the search. Language models are awaited where they can be
+        (`sample_requests_async`); other calls are made in a thread, one at a time.
+
+        Example:
+            >>> answers = await asyncio.gather(  # doctest: +SKIP
+            ...     agent.generate_async("Praise the sea."), agent.generate_async("Name a fruit.")
+            ... )
+        """
+        states, ledgers = self._begun(prompts, budget)
+        completions = await run_async(*self._searches(states, ledgers, seed))
+        return self._generations(states, completions, ledgers, seed)
 
     def act(
         self, states: Sequence[TextState], budget: Budget | None = None, *, seed: int = 0
@@ -218,7 +233,7 @@ class Agent(ABC):
                     "Make the agent with the environment's max_response_tokens."
                 )
         ledgers = [Ledger(budget) for _ in states]
-        completions = self._searched(states, ledgers, seed)
+        completions = run(*self._searches(states, ledgers, seed))
         return [
             Decision(self._first_chunk(state, completion), completion, ledger.usage)
             for state, completion, ledger in zip(states, completions, ledgers, strict=True)
@@ -267,96 +282,67 @@ class Agent(ABC):
             _ChoicePlan(state, row, budget or Budget(), self)
             for state, row in zip(states, candidates, strict=True)
         ]
-        ended = self.scored(
-            [[Completion(after) for after in plan.ended.values()] for plan in plans],
-            [plan.ledger for plan in plans],
+        ended = run(
+            [
+                partial(self.scored, [Completion(s) for s in plan.ended.values()], plan.ledger)
+                for plan in plans
+            ]
         )
         for plan, completions in zip(plans, ended, strict=True):
             plan.found.update(zip(plan.ended, completions, strict=True))
         searched = [(plan, i, ledger) for plan in plans for i, ledger in plan.shares().items()]
         if searched:
-            completions = self._searched(
-                [plan.after[i] for plan, i, _ in searched],
-                [ledger for _, _, ledger in searched],
-                seed,
-            )
+            behind, ledgers = [p.after[i] for p, i, _ in searched], [x for *_, x in searched]
+            completions = run(*self._searches(behind, ledgers, seed))
             for (plan, i, ledger), completion in zip(searched, completions, strict=True):
                 plan.found[i] = completion
                 plan.ledger.charge(ledger.usage)
         return [plan.choice() for plan in plans]
 
-    def complete(
+    async def complete(
         self,
-        states: Sequence[TextState],
+        state: TextState,
         num_samples: int,
-        ledgers: Sequence[Ledger],
+        ledger: Ledger,
         seed: int,
         *,
         first_sample: int = 0,
         params: SamplingParams | None = None,
-    ) -> list[list[Completion]]:
-        """Sample complete responses, `num_samples` from each state, unscored.
+    ) -> list[Completion]:
+        """Sample complete responses from a state, unscored.
 
-        States that have ended are their own completion, `num_samples` times over, and cost nothing.
+        A state that has ended is its own completion, `num_samples` times over, and costs nothing.
         """
-        rows: list[list[Completion]] = [[Completion(state)] * num_samples for state in states]
-        # `max_new_tokens` is one number a call, so states of one length are sampled together.
-        for room, indices in _grouped(states, self._room).items():
-            if room == 0:
-                continue
-            drawn = self.language_model.sample(
-                [states[i] for i in indices],
-                num_samples,
-                room,
-                seeds=[seed] * len(indices),
-                first_sample=first_sample,
-                params=self.params if params is None else params,
-                ledgers=[ledgers[i] for i in indices],
-            )
-            for i, chunks in zip(indices, drawn, strict=True):
-                rows[i] = [self._completion(states[i], chunk) for chunk in chunks]
-        return rows
+        room = self._room(state)
+        if room == 0:
+            return [Completion(state)] * num_samples
+        params = self.params if params is None else params
+        request = SampleRequest(state, num_samples, room, seed, first_sample, params)
+        [chunks] = await ask_for_chunks(self.language_model, [request], [ledger])
+        limit = self._limit(state)
+        return [Completion(transition(state, chunk, limit), chunk.logprobs) for chunk in chunks]
 
-    def scored(
-        self, rows: Sequence[Sequence[Completion]], ledgers: Sequence[Ledger]
-    ) -> list[list[Completion]]:
-        """Score completions, `rows[i]` charged to `ledgers[i]`, in one call of the reward model.
+    async def scored(self, completions: Sequence[Completion], ledger: Ledger) -> list[Completion]:
+        """Completions with their scores.
 
         Raises:
             ValueError: The agent has no reward model.
         """
         if self.reward_model is None:
             raise ValueError(f"Agent {self.name!r} needs a reward model: pass one when making it.")
-        flat = [completion for row in rows for completion in row]
-        scores = score_responses(
+        if not completions:
+            return []
+        scores = await ask(
+            score_responses,
             self.reward_model,
-            [completion.state.prompt for completion in flat],
-            [self.language_model.decode(completion.state.response_ids) for completion in flat],
-            ledgers=[ledger for row, ledger in zip(rows, ledgers, strict=True) for _ in row],
+            prompts=[c.state.prompt for c in completions],
+            responses=[self.language_model.decode(c.state.response_ids) for c in completions],
+            ledgers=[ledger] * len(completions),
         )
-        numbered = iter(range(len(flat)))
         return [
-            [
-                Completion(c.state, c.logprobs, float(scores.total[i]), scores.parts_of(i))
-                for c, i in zip(row, numbered, strict=False)
-            ]
-            for row in rows
+            Completion(c.state, c.logprobs, float(scores.total[i]), scores.parts_of(i))
+            for i, c in enumerate(completions)
         ]
-
-    def _searched(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
-    ) -> list[Completion]:
-        for state, ledger in zip(states, ledgers, strict=True):
-            self._check_affords(state, ledger)
-        if len(states) == 1:
-            return self.search(states, ledgers, seed)
-        return run_side_by_side(
-            [
-                functools.partial(self._search_alone, state, ledger, seed)
-                for state, ledger in zip(states, ledgers, strict=True)
-            ],
-            self._most_at_once(states[0], ledgers[0].budget),
-        )
 
     def check_budget(self, prompts: Sequence[Prompt], budget: Budget | None) -> None:
         """Make sure beforehand that a budget allows a complete response to each prompt.
@@ -383,23 +369,49 @@ class Agent(ABC):
                 "budget or lower max_response_tokens."
             )
 
+    def _begun(
+        self, prompts: str | Prompt | Iterable[str | Prompt], budget: Budget | None
+    ) -> tuple[list[TextState], list[Ledger]]:
+        prompts = as_prompts(prompts)
+        if not prompts:
+            raise ValueError("generate: expected at least one prompt, got none.")
+        states = [initial(prompt, self.language_model) for prompt in prompts]
+        return states, [Ledger(budget) for _ in prompts]
+
+    def _searches(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
+    ) -> tuple[list[Begin[Completion]], int]:
+        """What `run` is called with."""
+        for state, ledger in zip(states, ledgers, strict=True):
+            self._check_affords(state, ledger)
+        searches: list[Begin[Completion]] = [
+            partial(self.search, state, ledger, seed)
+            for state, ledger in zip(states, ledgers, strict=True)
+        ]
+        return searches, self._most_at_once(states[0], ledgers[0].budget) if states else 1
+
+    def _generations(
+        self,
+        states: Sequence[TextState],
+        completions: Sequence[Completion],
+        ledgers: Sequence[Ledger],
+        seed: int,
+    ) -> list[Generation]:
+        return [
+            Generation(
+                state.prompt,
+                completion,
+                self.language_model.decode(completion.state.response_ids),
+                ledger.usage,
+                self.name,
+                seed,
+            )
+            for state, completion, ledger in zip(states, completions, ledgers, strict=True)
+        ]
+
     def _most_at_once(self, state: TextState, budget: Budget) -> int:
         """Searches that are under way at a time."""
         return MOST_AT_ONCE
-
-    def _search_alone(
-        self, state: TextState, ledger: Ledger, seed: int, merging: Merging
-    ) -> Completion:
-        """One state's search, its model calls merged with those of other states."""
-        agent = copy.copy(self)
-        agent.language_model = merging.language_model(self.language_model)
-        if self.reward_model is not None:
-            agent.reward_model = merging.reward_model(self.reward_model)
-        if getattr(self, "value_model", None) is not None:
-            agent.value_model = merging.value_model(self.value_model)  # type: ignore[attr-defined]
-        if getattr(self, "encoder", None) is not None:
-            agent.encoder = merging.encoder(self.encoder)  # type: ignore[attr-defined]
-        return agent.search([state], [ledger], seed)[0]
 
     def response_usage(self, state: TextState) -> Usage:
         """The most that one complete response from `state` is charged."""
@@ -414,9 +426,6 @@ class Agent(ABC):
 
     def _limit(self, state: TextState) -> int:
         return response_limit(state, self.language_model, self.max_response_tokens)
-
-    def _completion(self, state: TextState, chunk: Chunk) -> Completion:
-        return Completion(transition(state, chunk, self._limit(state)), chunk.logprobs)
 
     def _first_chunk(self, state: TextState, completion: Completion) -> Chunk:
         start, end = len(state.response_ids), len(state.response_ids) + self.chunk_tokens
@@ -505,14 +514,14 @@ def is_binding(budget: Budget, usage: Usage) -> bool:
     return budget.seconds is not None or not Ledger(budget).affords(usage * 1_000_000)
 
 
-def check_positive(**counts: int) -> None:
-    """Refuse counts below 1.
+def check_positive(**counts: int | None) -> None:
+    """Refuse counts below 1; None is no count.
 
     Raises:
         ValueError: One is; the message names it.
     """
     for name, count in counts.items():
-        if count < 1:
+        if count is not None and count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}.")
 
 
@@ -530,11 +539,3 @@ def _score(completion: Completion) -> float:
     if completion.score is None:
         raise ValueError("Expected scored completions; score them with `Agent.scored` first.")
     return completion.score
-
-
-def _grouped(states: Sequence[TextState], key: Callable[[TextState], int]) -> dict[int, list[int]]:
-    """Indices of the states by key, in order of first appearance."""
-    groups: dict[int, list[int]] = {}
-    for i, state in enumerate(states):
-        groups.setdefault(key(state), []).append(i)
-    return groups

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
+from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Expansion, Search, shares
 from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.rewards.base import RewardLike
-from mbrl_text_env.values import ValueModel
 
 # Candidates a stage where neither the caller nor a budget says how many.
 _WITHOUT_BUDGET = 4
 
 
+@dataclass(eq=False, kw_only=True)
 class BeamSearch(Planner):
     """Stage by stage, draw candidate chunks after each beam and keep the best partial responses.
 
@@ -30,8 +29,6 @@ class BeamSearch(Planner):
     scored; the number of candidates follows from the budget that is left, at every stage anew.
 
     Args:
-        language_model: Proposes chunks.
-        reward_model: Scores complete responses.
         value_model: Ranks partial ones; without one their order is that in which they were drawn,
             so that a beam search without a value model chooses among complete responses alone, and
             wastes what the others cost.
@@ -39,12 +36,8 @@ class BeamSearch(Planner):
         candidates: Chunks drawn at a stage, all beams together; None as many as the budget allows
             to the end of the response, or 4 without one.
         subtrees: Independent searches, at most `beam_width`.
-        max_response_tokens: Token limit of a response.
-        chunk_tokens: Tokens of a chunk.
-        params: How chunks are drawn.
 
-    Raises:
-        ValueError: A number is below 1, or there are more subtrees than beams.
+    The other arguments are those of every `Planner`.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -61,44 +54,28 @@ class BeamSearch(Planner):
 
     name = "beam"
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardLike,
-        value_model: ValueModel | None = None,
-        *,
-        beam_width: int = 1,
-        candidates: int | None = None,
-        subtrees: int = 1,
-        max_response_tokens: int = 256,
-        chunk_tokens: int = 16,
-        params: SamplingParams = DEFAULT_PARAMS,
-    ) -> None:
-        super().__init__(
-            language_model,
-            reward_model,
-            value_model,
-            max_response_tokens=max_response_tokens,
-            chunk_tokens=chunk_tokens,
-            params=params,
+    beam_width: int = 1
+    candidates: int | None = None
+    subtrees: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(
+            beam_width=self.beam_width, subtrees=self.subtrees, candidates=self.candidates
         )
-        check_positive(beam_width=beam_width, subtrees=subtrees)
-        if candidates is not None:
-            check_positive(candidates=candidates)
-        if subtrees > beam_width:
+        if self.subtrees > self.beam_width:
             raise ValueError(
-                f"subtrees: expected at most beam_width ({beam_width}), got {subtrees}."
+                f"subtrees: expected at most beam_width ({self.beam_width}), got {self.subtrees}."
             )
-        self.beam_width = beam_width
-        self.candidates = candidates
-        self.subtrees = subtrees
 
-    def plan(self, search: Search) -> None:
+    async def plan(self, search: Search) -> None:
         """One beam search from the root."""
-        beam_search(search, self.chunk_tokens, self.beam_width, self.candidates, self.subtrees)
+        await beam_search(
+            search, self.chunk_tokens, self.beam_width, self.candidates, self.subtrees
+        )
 
 
-def beam_search(
+async def beam_search(
     search: Search,
     chunk_tokens: int,
     beam_width: int,
@@ -112,14 +89,13 @@ def beam_search(
     while any(frontiers):
         beams = [node for frontier in frontiers for node in frontier]
         counts = shares(candidates or _affordable(search, beams[0], chunk_tokens), len(beams))
-        rows = iter(
-            search.expand(
-                Expansion(node, count, chunk_tokens)
-                for node, count in zip(beams, counts, strict=True)
-                if count
-            )
+        rows = await search.expand(
+            Expansion(node, count, chunk_tokens)
+            for node, count in zip(beams, counts, strict=True)
+            if count
         )
-        drawn = iter([next(rows) if count else [] for count in counts])
+        remaining = iter(rows)
+        drawn = iter([next(remaining) if count else [] for count in counts])
         frontiers = [
             _kept(search, [next(drawn) for _ in frontier], width)
             for frontier, width in zip(frontiers, widths, strict=True)

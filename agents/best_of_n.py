@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive, check_target
+from mbrl_text_env.agents.base import check_positive, check_target
+from mbrl_text_env.agents.driver import MOST_AT_ONCE
 from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Expansion, Search
-from mbrl_text_env.agents.side_by_side import MOST_AT_ONCE
 from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget
-from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.types import TextState
 from mbrl_text_env.values import ValueModel
 
@@ -22,6 +21,7 @@ _N_WITHOUT_BUDGET = 4
 _MOST_A_WAVE = 16
 
 
+@dataclass(eq=False, kw_only=True)
 class BestOfN(Planner):
     """Sample responses until there are N or the budget allows no more; keep the best.
 
@@ -39,78 +39,55 @@ class BestOfN(Planner):
     Deviation: there a share is dropped whenever memory is full, here after every chunk.
 
     Args:
-        language_model: Proposes responses.
-        reward_model: Scores them.
         value_model: Says which samples are hopeless; only used where `keep` is below 1.
         n: N; None takes as many as the budget allows, or 4 (the article's number) without one.
         keep: Share of the samples that goes on after each chunk, above 0 and up to 1.
         target: The score from which on a response is good enough; None draws all of them.
-        max_response_tokens: Token limit of a response.
-        chunk_tokens: Most tokens of the chunk that `act` returns, and of those between prunings.
-        params: How tokens are drawn; by default temperature 0.7, as in the article.
+
+    The other arguments are those of every `Planner`; `chunk_tokens` lie between prunings.
 
     Raises:
-        ValueError: N or a limit is below 1, `keep` is out of range, there is pruning without a
-            value model, or pruning and a `target` (its samples are drawn together), or `target` is
-            NaN.
+        ValueError: There is pruning without a value model, or with a `target` (its samples are
+            drawn together).
     """
 
     name = "best-of-n"
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardLike,
-        value_model: ValueModel | None = None,
-        *,
-        n: int | None = None,
-        keep: float = 1.0,
-        target: float | None = None,
-        max_response_tokens: int = 256,
-        chunk_tokens: int = 16,
-        params: SamplingParams = DEFAULT_PARAMS,
-    ) -> None:
-        super().__init__(
-            language_model,
-            reward_model,
-            value_model,
-            max_response_tokens=max_response_tokens,
-            chunk_tokens=chunk_tokens,
-            params=params,
-        )
-        if n is not None:
-            check_positive(n=n)
-        check_target(target)
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep: expected a share above 0 and up to 1, got {keep}.")
-        if keep < 1 and value_model is None:
-            raise ValueError(
-                f"keep={keep}: expected a value model that says which samples are hopeless, got "
-                "none. Pass one, or keep=1.0."
-            )
-        if keep < 1 and target is not None:
-            raise ValueError(
-                f"Expected keep=1.0 with a target, got keep={keep}: samples that are pruned are "
-                "drawn together, so there is nothing to end early."
-            )
-        self.n = n
-        self.keep = keep
-        self.target = target
+    n: int | None = None
+    keep: float = 1.0
+    target: float | None = None
 
-    def plan(self, search: Search) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(n=self.n)
+        check_target(self.target)
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep: expected a share above 0 and up to 1, got {self.keep}.")
+        if self.keep < 1 and self.value_model is None:
+            raise ValueError(
+                f"keep={self.keep}: expected a value model that says which samples are hopeless, "
+                "got none. Pass one, or keep=1.0."
+            )
+        if self.keep < 1 and self.target is not None:
+            raise ValueError(
+                f"Expected keep=1.0 with a target, got keep={self.keep}: samples that are pruned "
+                "are drawn together, so there is nothing to end early."
+            )
+
+    async def plan(self, search: Search) -> None:
         """Sample one wave after the other, or one set of samples that is pruned."""
         root = search.tree.root
         wanted = self.n
         if wanted is None and not search.is_capped:
             wanted = _N_WITHOUT_BUDGET
         if self.keep < 1:
-            self._pruned(search, wanted)
+            await self._pruned(search, wanted)
             return
         while (wanted is None or root.samples < wanted) and not search.has_reached(self.target):
             most = _MOST_A_WAVE if self.target is None else min(max(1, root.samples), _MOST_A_WAVE)
             left = most if wanted is None else min(wanted - root.samples, most)
             drawn = root.samples
-            search.expand([Expansion(root, left)])
+            await search.expand([Expansion(root, left)])
             if wanted is None or root.samples == drawn:
                 return
 
@@ -122,7 +99,7 @@ class BestOfN(Planner):
         """Samples that are not pruned have nothing in common but the prompt."""
         return MOST_AT_ONCE if self.keep == 1 else super()._most_at_once(state, budget)
 
-    def _pruned(self, search: Search, wanted: int | None) -> None:
+    async def _pruned(self, search: Search, wanted: int | None) -> None:
         root = search.tree.root
         if wanted is not None and root.samples >= wanted:
             return
@@ -134,7 +111,7 @@ class BestOfN(Planner):
         frontier = [root] * max(1, wanted)
         while frontier:
             counts = {node: frontier.count(node) for node in frontier}
-            rows = search.expand(
+            rows = await search.expand(
                 Expansion(node, count, self.chunk_tokens) for node, count in counts.items()
             )
             drawn = [node for row in rows for node in row]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from mbrl_text_env.agents.base import DEFAULT_PARAMS, Completion, check_positive
 from mbrl_text_env.agents.best_of_n import BestOfN
+from mbrl_text_env.agents.driver import run
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger
@@ -20,7 +22,6 @@ from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
     RewardModel,
-    isolate_failures,
     reward_name,
 )
 from mbrl_text_env.runs import prompt_digest
@@ -178,23 +179,20 @@ def _sampled(
     if clear_cache is not None:
         clear_cache()
     ledgers = {prompt.id: Ledger() for prompt in batch}
-    drawn: dict[str, list[Completion]] = {}
-    spans: dict[tuple[int, int], list[Prompt]] = {}
-    for prompt in batch:
-        span = missing[prompt.id][0], missing[prompt.id][-1] + 1
-        spans.setdefault(span, []).append(prompt)
-    for (first, end), prompts in spans.items():
-        states = [initial(prompt, agent.language_model) for prompt in prompts]
-        own = [ledgers[prompt.id] for prompt in prompts]
-        rows = agent.complete(states, end - first, own, seed, first_sample=first)
-        for prompt, found in zip(prompts, rows, strict=True):
-            drawn[prompt.id] = [found[k - first] for k in missing[prompt.id]]
-    scored = isolate_failures(
-        lambda some: agent.scored([drawn[p.id] for p in some], [ledgers[p.id] for p in some]),
-        list(batch),
-    )
+
+    async def scored(prompt: Prompt) -> list[Completion] | RewardError:
+        ledger, samples = ledgers[prompt.id], missing[prompt.id]
+        first, state = samples[0], initial(prompt, agent.language_model)
+        count = samples[-1] + 1 - first
+        drawn = await agent.complete(state, count, ledger, seed, first_sample=first)
+        try:
+            return await agent.scored([drawn[k - first] for k in samples], ledger)
+        except RewardError as error:
+            return error
+
+    found = run([partial(scored, prompt) for prompt in batch])
     records = []
-    for prompt, row in zip(batch, scored, strict=True):
+    for prompt, row in zip(batch, found, strict=True):
         if isinstance(row, RewardError):
             warnings.warn(f"Left out prompt {prompt.id!r}: {row}", stacklevel=3)
             failed[prompt.id] = str(row)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
+from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.beam import beam_search
 from mbrl_text_env.agents.best_of_n import BestOfN
 from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Expansion, Search
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.language_models.base import SamplingParams
 from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound
+from mbrl_text_env.rewards.base import reward_usage_bound
 from mbrl_text_env.types import TextState
 from mbrl_text_env.values import ValueModel, value_usage_bound
 
@@ -27,6 +27,7 @@ class _Plan:
     continuations: int
 
 
+@dataclass(eq=False, kw_only=True)
 class Lookahead(Planner):
     """Two-stage lookahead with a value model.
 
@@ -49,85 +50,61 @@ class Lookahead(Planner):
     repeated, the last ones with fewer branches, until the budget allows no further response.
 
     Args:
-        language_model: Proposes tokens.
-        reward_model: Scores complete responses.
         value_model: Judges partial ones; None or unfitted for best-of-N.
         num_partials: Partial responses a round.
         prefix_tokens: Tokens of a partial response.
         keep: Partial responses that are continued, at most `num_partials`.
         continuations: Continuations of each.
         chunkwise: Whether to choose chunk by chunk instead of once.
-        max_response_tokens: Token limit of a response.
-        chunk_tokens: Most tokens of the chunk that `act` returns.
-        params: How continuations are drawn (and the fallback's responses); temperature 0.7.
-        partial_params: How partial responses are drawn; temperature 0.9.
+        partial_params: How partial responses are drawn; `params` says how continuations are (and
+            the fallback's responses).
 
-    Raises:
-        ValueError: A count is below 1, or `keep` is above `num_partials`.
+    The other arguments are those of every `Planner`.
     """
 
     name = "lookahead"
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardLike,
-        value_model: ValueModel | None = None,
-        *,
-        num_partials: int = 4,
-        prefix_tokens: int = 64,
-        keep: int = 2,
-        continuations: int = 2,
-        chunkwise: bool = False,
-        max_response_tokens: int = 256,
-        chunk_tokens: int = 16,
-        params: SamplingParams = DEFAULT_PARAMS,
-        partial_params: SamplingParams = PARTIAL_PARAMS,
-    ) -> None:
-        super().__init__(
-            language_model,
-            reward_model,
-            value_model,
-            max_response_tokens=max_response_tokens,
-            chunk_tokens=chunk_tokens,
-            params=params,
-        )
-        check_positive(
-            num_partials=num_partials,
-            prefix_tokens=prefix_tokens,
-            keep=keep,
-            continuations=continuations,
-        )
-        if keep > num_partials:
-            raise ValueError(f"keep: expected at most num_partials ({num_partials}), got {keep}.")
-        self.num_partials = num_partials
-        self.prefix_tokens = prefix_tokens
-        self.keep = keep
-        self.continuations = continuations
-        self.chunkwise = chunkwise
-        self.partial_params = partial_params
+    num_partials: int = 4
+    prefix_tokens: int = 64
+    keep: int = 2
+    continuations: int = 2
+    chunkwise: bool = False
+    partial_params: SamplingParams = PARTIAL_PARAMS
 
-    def plan(self, search: Search) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(
+            num_partials=self.num_partials,
+            prefix_tokens=self.prefix_tokens,
+            keep=self.keep,
+            continuations=self.continuations,
+        )
+        if self.keep > self.num_partials:
+            raise ValueError(
+                f"keep: expected at most num_partials ({self.num_partials}), got {self.keep}."
+            )
+
+    async def plan(self, search: Search) -> None:
         """One round: the largest that the budget allows for certain."""
         if search.value_model is None:
-            self._fallback(search).plan(search)
+            await self._fallback(search).plan(search)
             return
         if self.chunkwise:
             candidates = None if search.is_capped else self.num_partials
-            beam_search(search, self.chunk_tokens, self.keep, candidates)
+            await beam_search(search, self.chunk_tokens, self.keep, candidates)
             return
         plan = self._plan(search.tree.root.state, search.ledger)
         root = search.tree.root
         if plan is None:
             # A response may still be affordable where a round is not.
-            search.expand([Expansion(root)])
+            await search.expand([Expansion(root)])
             return
         size = self._prefix_size(root.state)
-        [row] = search.expand([Expansion(root, plan.partials, size, self.partial_params)])
+        [row] = await search.expand([Expansion(root, plan.partials, size, self.partial_params)])
         kept = search.ranked(row)[: plan.keep]
         for node in kept:
             node.note = f"continued: value among the best {plan.keep} of {len(row)}"
-        search.expand(Expansion(node, plan.continuations) for node in kept)
+        await search.expand(Expansion(node, plan.continuations) for node in kept)
 
     def values(self) -> ValueModel | None:
         """The value model, once it is fitted."""
@@ -135,7 +112,6 @@ class Lookahead(Planner):
         return self.value_model if usable else None
 
     def _fallback(self, search: Search) -> BestOfN:
-        assert self.reward_model is not None
         return BestOfN(
             self.language_model,
             self.reward_model,

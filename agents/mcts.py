@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 from collections import Counter, OrderedDict
-from typing import Any, get_args
+from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
+from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.mcts_policies import (
     considered_visits,
     gumbel_root_scores,
@@ -20,10 +20,8 @@ from mbrl_text_env.agents.mcts_simulator import Backup, LeafValue, RootPolicy, S
 from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Search, partial
 from mbrl_text_env.agents.tree import Node, SearchTree
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed, stream
-from mbrl_text_env.rewards.base import RewardLike
+from mbrl_text_env.language_models.base import spawn_seed, stream
 from mbrl_text_env.types import FloatArray, TextState
-from mbrl_text_env.values import ValueModel
 
 # Trees that are kept for the next decisions: one an episode that is under way.
 _TREES_KEPT = 256
@@ -33,6 +31,7 @@ _ENOUGH = 0.25
 _ROOT_NOISE = 1
 
 
+@dataclass(eq=False, kw_only=True)
 class MCTS(Planner):
     """Monte Carlo tree search: simulations go where values are high or little is known.
 
@@ -88,8 +87,6 @@ class MCTS(Planner):
     maximum `total` is the visit count times the maximum, so that `Node.mean` is the value.
 
     Args:
-        language_model: Proposes chunks.
-        reward_model: Scores complete responses.
         value_model: Estimates the final reward of partial ones; None for rollouts.
         num_simulations: Simulations of a decision where no budget says how many; the least of one
             that ends in complete responses.
@@ -107,12 +104,8 @@ class MCTS(Planner):
             the same seed. Then a decision depends on the ones before it, and what they paid for is
             not paid for again. The trees of the last 256 searches are kept. `generate` is not
             changed by it.
-        max_response_tokens: Token limit of a response.
-        chunk_tokens: Tokens of a chunk.
-        params: How chunks are drawn.
 
-    Raises:
-        ValueError: A number is outside its range, or a word is none of those above.
+    The other arguments are those of every `Planner`.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -129,78 +122,60 @@ class MCTS(Planner):
 
     name = "mcts"
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardLike,
-        value_model: ValueModel | None = None,
-        *,
-        num_simulations: int = 8,
-        root_policy: RootPolicy = "puct",
-        leaf_value: LeafValue = "value",
-        rollout_weight: float = 0.5,
-        backup: Backup = "mean",
-        c_puct: float = 1.25,
-        widening: float = 2.0,
-        widening_power: float = 0.5,
-        max_considered: int = 16,
-        batch_size: int = 2,
-        reuse_tree: bool = False,
-        max_response_tokens: int = 256,
-        chunk_tokens: int = 16,
-        params: SamplingParams = DEFAULT_PARAMS,
-    ) -> None:
-        super().__init__(
-            language_model,
-            reward_model,
-            value_model,
-            max_response_tokens=max_response_tokens,
-            chunk_tokens=chunk_tokens,
-            params=params,
-        )
-        check_positive(
-            num_simulations=num_simulations, max_considered=max_considered, batch_size=batch_size
-        )
-        _check_word("root_policy", root_policy, RootPolicy)
-        _check_word("leaf_value", leaf_value, LeafValue)
-        _check_word("backup", backup, Backup)
-        _check_range("rollout_weight", rollout_weight, 0.0, 1.0)
-        _check_range("widening_power", widening_power, 0.0, 1.0)
-        for name, number in (("c_puct", c_puct), ("widening", widening)):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {number}.")
-        self.num_simulations = num_simulations
-        self.root_policy: RootPolicy = root_policy
-        self.leaf_value: LeafValue = leaf_value
-        self.rollout_weight = rollout_weight
-        self.backup: Backup = backup
-        self.c_puct = c_puct
-        self.widening = widening
-        self.widening_power = widening_power
-        self.max_considered = max_considered
-        self.batch_size = batch_size
-        self.reuse_tree = reuse_tree
-        self._memory = _Memory()
+    num_simulations: int = 8
+    root_policy: RootPolicy = "puct"
+    leaf_value: LeafValue = "value"
+    rollout_weight: float = 0.5
+    backup: Backup = "mean"
+    c_puct: float = 1.25
+    widening: float = 2.0
+    widening_power: float = 0.5
+    max_considered: int = 16
+    batch_size: int = 2
+    reuse_tree: bool = False
+    _memory: _Memory = field(default_factory=lambda: _Memory(), init=False, repr=False)
 
-    def plan(self, search: Search) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_simulations", "max_considered", "batch_size"):
+            check_positive(**{name: getattr(self, name)})
+        for name, words in (
+            ("root_policy", RootPolicy),
+            ("leaf_value", LeafValue),
+            ("backup", Backup),
+        ):
+            if (word := getattr(self, name)) not in get_args(words):
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(get_args(words))}, got {word!r}."
+                )
+        for name in ("rollout_weight", "widening_power"):
+            if not 0.0 <= (number := getattr(self, name)) <= 1.0:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {number}.")
+        for name in ("c_puct", "widening"):
+            if not 0 < (number := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, got {number}.")
+
+    async def plan(self, search: Search) -> None:
         """Decide chunk by chunk, from the root until the response ends or nothing is affordable."""
         if self.reuse_tree and search.round == 0:
             self._memory.recall(search, self.chunk_tokens)
         simulator = Simulator(self, search)
         node: Node | None = search.tree.root
         while node is not None and not simulator.is_broke:
-            node = self._decide(simulator, node)
+            node = await self._decide(simulator, node)
         if self.reuse_tree:
             self._memory.keep(search)
 
-    def _decide(self, simulator: Simulator, node: Node) -> Node | None:
+    async def _decide(self, simulator: Simulator, node: Node) -> Node | None:
         """Simulate from a node and choose the child to go on from; None where there is none."""
         count = self._simulations(simulator, node)
         if self.root_policy == "puct":
-            simulator.run(node, count)
+            await simulator.run(node, count)
             best = _robust(node)
         else:
-            best = GumbelDecision(self, simulator, node, count).chosen()
+            decision = GumbelDecision(self, simulator, node)
+            await decision.simulate(count)
+            best = decision.chosen()
         if best is None or _is_better_ended(node, best):
             return None
         best.note = f"decided: {best.note}"
@@ -228,21 +203,25 @@ class GumbelDecision:
         planner: Its options.
         simulator: Runs the simulations.
         node: The node that is decided.
-        count: Simulations.
     """
 
-    def __init__(self, planner: MCTS, simulator: Simulator, node: Node, count: int) -> None:
-        self.simulator, self.node = simulator, node
-        known = set(partial(node.children))
-        wanted = min(planner.max_considered, count)
+    def __init__(self, planner: MCTS, simulator: Simulator, node: Node) -> None:
+        self.planner, self.simulator, self.node = planner, simulator, node
+        self.counts: Counter[Node] = Counter()
+        self.considered: list[Node] = []
+        self.perturbed: FloatArray = np.zeros(0)
+
+    async def simulate(self, count: int) -> None:
+        """Draw what is considered, and visit it by the schedule: so many simulations."""
+        known = set(partial(self.node.children))
+        wanted = min(self.planner.max_considered, count)
         # Chunks that ended the response are not visited again, so others take their place.
         new = max(0, wanted - sum(child.copies for child in known))
-        self.counts: Counter[Node] = Counter()
-        simulator.complete([node] * new)
+        await self.simulator.complete([self.node] * new)
         self.considered, self.perturbed = self._most_favoured(wanted)
         # What was drawn now was visited with it, whatever else came of a chunk drawn twice.
         self.counts.update(child for child in self.considered if child not in known)
-        self._halve(count - new, planner.batch_size)
+        await self._halve(count - new)
 
     def chosen(self) -> Node | None:
         """The considered child that has the highest score of those visited most."""
@@ -266,7 +245,7 @@ class GumbelDecision:
         first = np.sort(np.argsort(-noise, kind="stable")[:count])
         return [children[i] for i in first], noise[first]
 
-    def _halve(self, count: int, batch_size: int) -> None:
+    async def _halve(self, count: int) -> None:
         """Visit the considered children by the schedule."""
         if not self.considered:
             return
@@ -276,11 +255,11 @@ class GumbelDecision:
             # No further than this turn: who goes on depends on its returns.
             left = schedule[self.counts.total() :].count(turn)
             stems = []
-            for _ in range(min(left, batch_size)):
+            for _ in range(min(left, self.planner.batch_size)):
                 child = self.considered[int(np.argmax(self._scores(turn)))]
                 self.counts[child] += 1
                 stems.append(self.simulator.descend(child))
-            self.simulator.complete(stems)
+            await self.simulator.complete(stems)
 
     def _scores(self, turn: int) -> FloatArray:
         children = self.simulator.children(self.node, self.considered)
@@ -293,8 +272,6 @@ class _Memory:
 
     def __init__(self) -> None:
         self._trees: OrderedDict[tuple[int, TextState], SearchTree] = OrderedDict()
-        # Searches side by side are threads.
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -302,11 +279,10 @@ class _Memory:
     def keep(self, search: Search) -> None:
         """Keep a search's tree."""
         key = search.seed, search.tree.root.state
-        with self._lock:
-            self._trees.pop(key, None)
-            self._trees[key] = search.tree
-            while len(self._trees) > _TREES_KEPT:
-                self._trees.popitem(last=False)
+        self._trees.pop(key, None)
+        self._trees[key] = search.tree
+        while len(self._trees) > _TREES_KEPT:
+            self._trees.popitem(last=False)
 
     def recall(self, search: Search, chunk_tokens: int) -> None:
         """Give a new search what the tree of the decision before holds below its state."""
@@ -354,13 +330,3 @@ def _robust(node: Node) -> Node | None:
 def _is_better_ended(node: Node, child: Node) -> bool:
     """Whether a response that ends with the next chunk is as good as a child's mean."""
     return any(end.is_terminal and end.mean >= child.mean for end in node.children)
-
-
-def _check_word(name: str, word: str, choices: Any) -> None:
-    if word not in get_args(choices):
-        raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {word!r}.")
-
-
-def _check_range(name: str, number: float, low: float, high: float) -> None:
-    if not low <= number <= high:
-        raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {number}.")

@@ -60,11 +60,11 @@ class Simulator:
         self._under_way: Counter[Node] = Counter()
         self._drawing: Counter[Node] = Counter()
 
-    def run(self, node: Node, count: int) -> None:
+    async def run(self, node: Node, count: int) -> None:
         """Simulations from a node down, `batch_size` at a time."""
         while count > 0 and not self.is_broke:
             batch = min(count, self.options.batch_size)
-            self.complete(self.descend(node) for _ in range(batch))
+            await self.complete(self.descend(node) for _ in range(batch))
             count -= batch
 
     def descend(self, node: Node) -> Node:
@@ -78,11 +78,12 @@ class Simulator:
             scores = self._scores(self.children(node, open_children))
             node = open_children[int(np.argmax(scores))]
 
-    def complete(self, stems: Iterable[Node]) -> None:
+    async def complete(self, stems: Iterable[Node]) -> None:
         """Draw a chunk from each of the nodes and back up what it leads to."""
         going = list(stems)
         while going and not self.is_broke:
-            going = self._valued(going) if self.is_valued else self._rolled_out(going)
+            step = self._valued if self.is_valued else self._rolled_out
+            going = await step(going)
         self._under_way.clear()
         self._drawing.clear()
 
@@ -119,9 +120,11 @@ class Simulator:
             return puct_scores(children, self.options.c_puct)
         return gumbel_interior_scores(children)
 
-    def _valued(self, stems: Sequence[Node]) -> list[Node]:
+    async def _valued(self, stems: Sequence[Node]) -> list[Node]:
         """Value a new chunk of each node; those that drew a known one go on from there."""
-        rows = self.search.expand(Expansion(stem, 1, self.options.chunk_tokens) for stem in stems)
+        rows = await self.search.expand(
+            Expansion(stem, 1, self.options.chunk_tokens) for stem in stems
+        )
         self._drawing.clear()
         self.is_broke = self.is_broke or not all(rows)
         leaves: list[Node] = []
@@ -129,13 +132,13 @@ class Simulator:
         for [child] in filter(None, rows):
             is_known = child.visits > 0 or child in leaves
             (going if is_known and not child.is_terminal else leaves).append(child)
-        self._back_up_leaves(leaves)
+        await self._back_up_leaves(leaves)
         # Only now, so that it sees the returns of this batch.
         return [self.descend(node) for node in going]
 
-    def _back_up_leaves(self, leaves: Sequence[Node]) -> None:
+    async def _back_up_leaves(self, leaves: Sequence[Node]) -> None:
         open_leaves = partial(leaves) if self.rolls_out else []
-        scores = dict(zip(open_leaves, self._rollouts(open_leaves), strict=True))
+        scores = dict(zip(open_leaves, await self._rollouts(open_leaves), strict=True))
         for leaf in leaves:
             worth, score = leaf.worth, scores.get(leaf)
             assert worth is not None
@@ -144,28 +147,28 @@ class Simulator:
                 worth = (1 - weight) * worth + weight * score
             self._back_up(leaf, worth)
 
-    def _rollouts(self, leaves: Sequence[Node]) -> list[float | None]:
+    async def _rollouts(self, leaves: Sequence[Node]) -> list[float | None]:
         """The score of a rollout from each leaf, its nodes visited; None where not affordable."""
-        ends = self._drawn_to_the_end(leaves) if leaves else []
+        ends = await self._drawn_to_the_end(leaves) if leaves else []
         for leaf, end in zip(leaves, ends, strict=True):
             if end is not None:
                 assert end.score is not None
                 self._back_up(end, end.score, above=leaf)
         return [None if end is None else end.score for end in ends]
 
-    def _rolled_out(self, stems: Sequence[Node]) -> list[Node]:
+    async def _rolled_out(self, stems: Sequence[Node]) -> list[Node]:
         """A rollout from each node, scored and backed up."""
-        for end in self._drawn_to_the_end(stems):
+        for end in await self._drawn_to_the_end(stems):
             if end is not None:
                 assert end.score is not None
                 self._back_up(end, end.score)
         return []
 
-    def _drawn_to_the_end(self, nodes: Sequence[Node]) -> list[Node | None]:
+    async def _drawn_to_the_end(self, nodes: Sequence[Node]) -> list[Node | None]:
         """A complete response drawn from each node, its chunks nodes of the tree."""
         # A stop text ends a chunk, but not a response.
         params = dataclasses.replace(self.search.params, stop=())
-        rows = self.search.expand(Expansion(n, 1, None, params, valued=False) for n in nodes)
+        rows = await self.search.expand(Expansion(n, 1, None, params, valued=False) for n in nodes)
         self.is_broke = self.is_broke or not all(rows)
         ends = in_chunks(
             self.search, [end for row in rows for end in row], self.options.chunk_tokens

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
+from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Expansion, Search
 from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed, stream
-from mbrl_text_env.rewards.base import RewardLike
+from mbrl_text_env.language_models.base import spawn_seed, stream
 from mbrl_text_env.types import FloatArray
-from mbrl_text_env.values import ValueModel
 
 _WITHOUT_BUDGET = 4
 # Apart from the streams that chunks are drawn from.
 _RESAMPLING = 5
 
 
+@dataclass(eq=False, kw_only=True)
 class ParticleFilter(Planner):
     """Twisted sequential Monte Carlo over chunks.
 
@@ -37,49 +37,24 @@ class ParticleFilter(Planner):
     Deviation: the root has no value, so the first weights come from the values alone.
 
     Args:
-        language_model: Proposes chunks.
-        reward_model: Scores complete responses.
-        value_model: Estimates the final reward of partial ones.
         particles: Their number; None as many as the budget allows, or 4 without one.
         temperature: In units of the reward; small values follow the value more closely.
-        max_response_tokens: Token limit of a response.
-        chunk_tokens: Tokens of a chunk.
-        params: How chunks are drawn.
 
-    Raises:
-        ValueError: A number is below 1, or `temperature` is not above 0.
+    The other arguments are those of every `Planner`.
     """
 
     name = "particle-filter"
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardLike,
-        value_model: ValueModel | None = None,
-        *,
-        particles: int | None = None,
-        temperature: float = 0.1,
-        max_response_tokens: int = 256,
-        chunk_tokens: int = 16,
-        params: SamplingParams = DEFAULT_PARAMS,
-    ) -> None:
-        super().__init__(
-            language_model,
-            reward_model,
-            value_model,
-            max_response_tokens=max_response_tokens,
-            chunk_tokens=chunk_tokens,
-            params=params,
-        )
-        if particles is not None:
-            check_positive(particles=particles)
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a number above 0, got {temperature}.")
-        self.particles = particles
-        self.temperature = temperature
+    particles: int | None = None
+    temperature: float = 0.1
 
-    def plan(self, search: Search) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(particles=self.particles)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}.")
+
+    async def plan(self, search: Search) -> None:
         """Move one set of particles from the root to the end."""
         root = search.tree.root
         count = self.particles or search.width(root, self.chunk_tokens)
@@ -87,7 +62,7 @@ class ParticleFilter(Planner):
         rng = stream(spawn_seed(search.seed, _RESAMPLING), root.state, root.samples)
         log_weights = np.zeros(len(particles))
         while any(not particle.is_terminal for particle in particles):
-            moved = self._moved(search, particles)
+            moved = await self._moved(search, particles)
             if moved is None:
                 break
             gains = [_worth(new) - _worth(old) for old, new in zip(particles, moved, strict=True)]
@@ -102,11 +77,11 @@ class ParticleFilter(Planner):
             _count(particle for particle in particles if not particle.is_terminal)
         _count(particle for particle in particles if particle.is_terminal)
 
-    def _moved(self, search: Search, particles: list[Node]) -> list[Node] | None:
+    async def _moved(self, search: Search, particles: list[Node]) -> list[Node] | None:
         """Each particle after one more chunk; None where the budget does not allow all of them."""
         going = [particle for particle in particles if not particle.is_terminal]
         counts = {node: going.count(node) for node in going}
-        rows = search.expand(
+        rows = await search.expand(
             Expansion(node, count, self.chunk_tokens) for node, count in counts.items()
         )
         children = {node: list(row) for node, row in zip(counts, rows, strict=True)}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion, Generation
+from mbrl_text_env.agents.base import Agent, Completion, Generation
+from mbrl_text_env.agents.driver import MOST_AT_ONCE
 from mbrl_text_env.agents.search import Expansion, Search
-from mbrl_text_env.agents.side_by_side import MOST_AT_ONCE
 from mbrl_text_env.agents.tree import SearchTree
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound
+from mbrl_text_env.rewards.base import reward_usage_bound
 from mbrl_text_env.types import Prompt, TextState
 from mbrl_text_env.values import ValueModel, check_value_fits
 
@@ -25,6 +26,7 @@ _PERSISTENCE = 8
 _FEWEST_AT_ONCE = 8
 
 
+@dataclass(eq=False)
 class Planner(Agent):
     """An agent that searches a tree; a subclass implements `plan`, one round of its search.
 
@@ -36,58 +38,62 @@ class Planner(Agent):
     value costs samples, never a better response that was seen.
 
     Args:
-        language_model: Proposes chunks.
-        reward_model: Scores complete responses.
+        reward_model: Scores complete responses; a planner needs one.
         value_model: Estimates the final reward of partial ones.
-        max_response_tokens: Token limit of a response.
-        chunk_tokens: Tokens of a chunk.
-        params: How chunks are drawn.
 
-    Raises:
-        ValueError: A limit is below 1.
+    All planners take these, `language_model`, `max_response_tokens`, `chunk_tokens` and `params` of
+    `Agent`, and raise a ValueError where a number of theirs is out of range.
 
     Example:
         >>> class Deepening(Planner):  # three samples of one token, the best of them finished
         ...     name = "deepening"
-        ...     def plan(self, search):
-        ...         [row] = search.expand([Expansion(search.tree.root, 3, tokens=1)])
-        ...         search.expand(Expansion(node) for node in search.ranked(row)[:1])
+        ...     async def plan(self, search):
+        ...         [row] = await search.expand([Expansion(search.tree.root, 3, tokens=1)])
+        ...         await search.expand(Expansion(node) for node in search.ranked(row)[:1])
     """
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardLike,
-        value_model: ValueModel | None = None,
-        *,
-        max_response_tokens: int = 256,
-        chunk_tokens: int = 16,
-        params: SamplingParams = DEFAULT_PARAMS,
-    ) -> None:
-        super().__init__(
-            language_model,
-            # None is no reward to plan for.
-            as_reward_model(reward_model),
-            max_response_tokens=max_response_tokens,
-            chunk_tokens=chunk_tokens,
-            params=params,
-        )
-        check_value_fits(value_model, language_model, self.reward_model)
-        self.value_model = value_model
-        self._watched: dict[TextState, SearchTree] | None = None
+    reward_model: Any = field()
+    value_model: ValueModel | None = None
+    _watched: dict[TextState, SearchTree] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # None is no reward to plan for.
+        self.reward_model = as_reward_model(self.reward_model)
+        super().__post_init__()
+        check_value_fits(self.value_model, self.language_model, self.reward_model)
 
     @abstractmethod
-    def plan(self, search: Search) -> None:
+    async def plan(self, search: Search) -> None:
         """Search for one round; `search.expand` returns fewer children when the budget ends."""
 
-    def search(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
-    ) -> list[Completion]:
-        """Search each state; see `Agent.search`."""
-        return [
-            self._search_one(state, ledger, seed)
-            for state, ledger in zip(states, ledgers, strict=True)
-        ]
+    async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
+        """Plan in rounds; see `Agent.search`."""
+        search = Search(
+            state,
+            self.language_model,
+            self.reward_model,
+            self.values(),
+            ledger=ledger,
+            seed=seed,
+            params=self.params,
+            max_response_tokens=self.max_response_tokens,
+        )
+        idle, going = 0, True
+        while going:
+            known, drawn = len(search.tree.nodes), search.drawn
+            search.is_short = False
+            await self.plan(search)
+            search.round += 1
+            if search.is_capped and search.is_short and len(search.tree.nodes) == known:
+                await search.expand([Expansion(search.tree.root)])
+            new = search.drawn - drawn
+            idle = 0 if len(search.tree.nodes) > known else idle + new
+            patience = max(_PATIENCE, _PERSISTENCE * (search.drawn - idle))
+            going = search.is_capped and new > 0 and idle < patience
+        found = await search.finish()
+        if self._watched is not None:
+            self._watched[state] = search.tree
+        return Completion(found.state, found.logprobs(), found.score, found.parts)
 
     def explore(
         self, prompts: Sequence[Prompt], budget: Budget | None = None, *, seed: int = 0
@@ -137,33 +143,3 @@ class Planner(Agent):
         if not kept or not caps:
             return MOST_AT_ONCE
         return max(_FEWEST_AT_ONCE, min(MOST_AT_ONCE, int(kept / (prefix + min(caps)))))
-
-    def _search_one(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
-        assert self.reward_model is not None
-        search = Search(
-            state,
-            self.language_model,
-            self.reward_model,
-            self.values(),
-            ledger=ledger,
-            seed=seed,
-            params=self.params,
-            max_response_tokens=self.max_response_tokens,
-        )
-        idle, going = 0, True
-        while going:
-            known, drawn = len(search.tree.nodes), search.drawn
-            search.is_short = False
-            self.plan(search)
-            search.round += 1
-            if search.is_capped and search.is_short and len(search.tree.nodes) == known:
-                search.expand([Expansion(search.tree.root)])
-            new = search.drawn - drawn
-            idle = 0 if len(search.tree.nodes) > known else idle + new
-            patience = max(_PATIENCE, _PERSISTENCE * (search.drawn - idle))
-            going = search.is_capped and new > 0 and idle < patience
-        found = search.finish()
-        assert found.score is not None
-        if self._watched is not None:
-            self._watched[state] = search.tree
-        return Completion(found.state, found.logprobs(), found.score, found.parts)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
+from dataclasses import dataclass
+
+from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Expansion, Search
 from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.rewards.base import RewardLike
-from mbrl_text_env.values import ValueModel
 
 _WITHOUT_BUDGET = 4
 
 
+@dataclass(eq=False, kw_only=True)
 class RecedingHorizon(Planner):
     """Model-predictive control over chunks.
 
@@ -29,53 +29,27 @@ class RecedingHorizon(Planner):
     before its end.
 
     Args:
-        language_model: Proposes chunks.
-        reward_model: Scores complete responses.
-        value_model: Estimates the final reward of partial ones.
         horizon: Chunks of a plan.
         plans: Plans rolled out at a step; None as many as the budget allows to the end of the
             response, or 4 without one.
-        max_response_tokens: Token limit of a response.
-        chunk_tokens: Tokens of a chunk.
-        params: How chunks are drawn.
 
-    Raises:
-        ValueError: A number is below 1.
+    The other arguments are those of every `Planner`.
     """
 
     name = "receding-horizon"
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardLike,
-        value_model: ValueModel | None = None,
-        *,
-        horizon: int = 2,
-        plans: int | None = None,
-        max_response_tokens: int = 256,
-        chunk_tokens: int = 16,
-        params: SamplingParams = DEFAULT_PARAMS,
-    ) -> None:
-        super().__init__(
-            language_model,
-            reward_model,
-            value_model,
-            max_response_tokens=max_response_tokens,
-            chunk_tokens=chunk_tokens,
-            params=params,
-        )
-        check_positive(horizon=horizon)
-        if plans is not None:
-            check_positive(plans=plans)
-        self.horizon = horizon
-        self.plans = plans
+    horizon: int = 2
+    plans: int | None = None
 
-    def plan(self, search: Search) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(horizon=self.horizon, plans=self.plans)
+
+    async def plan(self, search: Search) -> None:
         """Plan and execute from the root until the response ends."""
         node = search.tree.root
         while not node.is_terminal:
-            ends = self._rolled_out(search, node)
+            ends = await self._rolled_out(search, node)
             if not ends:
                 return
             best = max(ends, key=_worth)
@@ -83,12 +57,12 @@ class RecedingHorizon(Planner):
             step.note = f"executed: {_worth(best):.4g} is the best at the end of {len(ends)} plans"
             node = step
 
-    def _rolled_out(self, search: Search, node: Node) -> list[Node]:
+    async def _rolled_out(self, search: Search, node: Node) -> list[Node]:
         """Ends of the plans from a node: new ones, and those that were there."""
         count = self._count(search, node)
         frontier = {node: count}
         for ahead in range(1, self.horizon + 1):
-            rows = search.expand(
+            rows = await search.expand(
                 Expansion(stem, copies, self._tokens(search, ahead), valued=ahead == self.horizon)
                 for stem, copies in frontier.items()
             )

@@ -20,11 +20,10 @@ class Sampling(Agent):
 
     name = "sampling"
 
-    def search(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
-    ) -> list[Completion]:
-        """Sample once from each state."""
-        return [row[0] for row in self.complete(states, 1, ledgers, seed)]
+    async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
+        """Sample once."""
+        [completion] = await self.complete(state, 1, ledger, seed)
+        return completion
 
     def choose(
         self,
@@ -47,11 +46,14 @@ class RandomAgent(Agent):
 
     name = "random"
 
-    def search(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
-    ) -> list[Completion]:
-        """Draw tokens from each state until a stop token or the limit."""
-        return [self._random(state, seed) for state in states]
+    async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
+        """Draw tokens until a stop token or the limit."""
+        lm, room = self.language_model, self._room(state)
+        ids = stream(seed, state, 0).integers(lm.vocab_size, size=room).tolist()
+        ended = [length for length, token in enumerate(ids, 1) if token in lm.stop_token_ids]
+        ids = ids[: min(ended, default=room)]
+        chunk = ChunkRules(lm.vocab_size, lm.stop_token_ids, room).chunk(ids)
+        return Completion(transition(state, chunk, self._limit(state)))
 
     def choose(
         self,
@@ -62,22 +64,7 @@ class RandomAgent(Agent):
         seed: int = 0,
     ) -> list[Choice]:
         """Choose each candidate with the same probability."""
-        indices = [
-            int(stream(seed, state, 0).integers(len(row)))
+        return [
+            Choice(int(stream(seed, state, 0).integers(len(row))), (None,) * len(row), Usage())
             for state, row in zip(states, candidates, strict=True)
         ]
-        return [
-            Choice(index, (None,) * len(row), Usage())
-            for index, row in zip(indices, candidates, strict=True)
-        ]
-
-    def _random(self, state: TextState, seed: int) -> Completion:
-        lm = self.language_model
-        room = self._room(state)
-        ids = stream(seed, state, 0).integers(lm.vocab_size, size=room).tolist()
-        for length, token in enumerate(ids, start=1):
-            if token in lm.stop_token_ids:
-                ids = ids[:length]
-                break
-        chunk = ChunkRules(lm.vocab_size, lm.stop_token_ids, room).chunk(ids)
-        return Completion(transition(state, chunk, self._limit(state)))

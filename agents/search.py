@@ -11,13 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mbrl_text_env.agents.base import affordable, is_binding
+from mbrl_text_env.agents.driver import ask, ask_for_chunks
 from mbrl_text_env.agents.tree import Node, SearchTree
-from mbrl_text_env.language_models.base import (
-    LanguageModel,
-    SampleRequest,
-    SamplingParams,
-    sample_requests,
-)
+from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, SamplingParams
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import response_limit, transition
 from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound, score_responses
@@ -71,10 +67,10 @@ class Search:
         is_short: Whether the budget did not allow all that was asked for in this round.
 
     Example:
-        >>> def greedy(search):  # two candidates a chunk, the better one is kept
+        >>> async def greedy(search):  # two candidates a chunk, the better one is kept
         ...     frontier = [search.tree.root]
         ...     while frontier:
-        ...         [row] = search.expand([Expansion(frontier[0], 2, tokens=16)])
+        ...         [row] = await search.expand([Expansion(frontier[0], 2, tokens=16)])
         ...         frontier = search.ranked(row)[:1]
     """
 
@@ -108,7 +104,7 @@ class Search:
         """Tokens that a node's response can still have; 0 where it has ended."""
         return 0 if node.is_terminal else max(0, self.limit - len(node.state.response_ids))
 
-    def expand(self, expansions: Iterable[Expansion]) -> list[list[Node]]:
+    async def expand(self, expansions: Iterable[Expansion]) -> list[list[Node]]:
         """Draw chunks, add what they lead to, score what is complete and value the rest.
 
         Where the budget does not allow all of it, every expansion gets fewer chunks, and then the
@@ -126,18 +122,16 @@ class Search:
         places = [i for i, count in enumerate(counts) if count]
         if not places:
             return rows
-        drawn = sample_requests(
-            self.language_model,
-            self._requests([(wanted[i], counts[i]) for i in places]),
-            ledgers=[self.ledger] * len(places),
-        )
+        requests = self._requests([(wanted[i], counts[i]) for i in places])
+        ledgers = [self.ledger] * len(places)
+        drawn = await ask_for_chunks(self.language_model, requests, ledgers)
         for i, chunks in zip(places, drawn, strict=True):
             node = wanted[i].node
             for chunk in chunks:
                 after = transition(node.state, chunk, self.limit)
                 rows[i].append(self.tree.add(node, chunk, after))
         self.drawn += sum(map(len, rows))
-        self.evaluate(
+        await self.evaluate(
             node
             for expansion, row in zip(wanted, rows, strict=True)
             for node in row
@@ -145,15 +139,16 @@ class Search:
         )
         return rows
 
-    def evaluate(self, nodes: Iterable[Node]) -> None:
+    async def evaluate(self, nodes: Iterable[Node]) -> None:
         """Score the complete responses and value the partial ones that are not evaluated yet."""
         new = [node for node in dict.fromkeys(nodes) if node.worth is None]
-        self._score([node for node in new if node.is_terminal])
+        await self._score([node for node in new if node.is_terminal])
         unfinished = partial(new)
         if unfinished and self.value_model is not None:
-            estimate = predict_values(
+            estimate = await ask(
+                predict_values,
                 self.value_model,
-                [node.state for node in unfinished],
+                states=[node.state for node in unfinished],
                 ledgers=[self.ledger] * len(unfinished),
             )
             for i, node in enumerate(unfinished):
@@ -163,15 +158,15 @@ class Search:
         """The partial responses among `nodes`, each once, those of highest value first."""
         return sorted(partial(nodes), key=_value, reverse=True)
 
-    def finish(self) -> Node:
+    async def finish(self) -> Node:
         """Return the best complete response.
 
         If there is none, the best partial one is finished, and what the budget still allows is
         spent as best-of-N would: values may have cost more than it held, and left most of it.
         """
         if self.tree.best() is None:
-            self._draw_to_the_end(self._most_promising())
-            self._spend_the_rest()
+            await self._draw_to_the_end(self._most_promising())
+            await self._spend_the_rest()
         best = self.tree.best()
         assert best is not None
         best.note = "best complete response"
@@ -235,17 +230,18 @@ class Search:
         """The most that finishing a node's response and scoring it is charged."""
         return self._finish_usage(node.state, self.room(node))
 
-    def _score(self, complete: Sequence[Node]) -> None:
+    async def _score(self, complete: Sequence[Node]) -> None:
         """Score complete responses; one that was reached before on another way is known."""
         by_ids: dict[tuple[int, ...], list[Node]] = {}
         for node in complete:
             by_ids.setdefault(node.state.response_ids, []).append(node)
         new = [ids for ids in by_ids if ids not in self._scores]
         if new:
-            scores = score_responses(
+            scores = await ask(
+                score_responses,
                 self.reward_model,
-                [self.tree.root.state.prompt] * len(new),
-                [self.language_model.decode(ids) for ids in new],
+                prompts=[self.tree.root.state.prompt] * len(new),
+                responses=[self.language_model.decode(ids) for ids in new],
                 ledgers=[self.ledger] * len(new),
             )
             for i, ids in enumerate(new):
@@ -349,14 +345,16 @@ class Search:
         # Time has run out: the nearest end.
         return min(nodes, key=self.room)
 
-    def _draw_to_the_end(self, node: Node) -> None:
+    async def _draw_to_the_end(self, node: Node) -> None:
         request = self._requests([(Expansion(node), 1)])
-        [[chunk]] = sample_requests(self.language_model, request, ledgers=[self.ledger])
-        self.evaluate([self.tree.add(node, chunk, transition(node.state, chunk, self.limit))])
+        [[chunk]] = await ask_for_chunks(self.language_model, request, [self.ledger])
+        await self.evaluate([self.tree.add(node, chunk, transition(node.state, chunk, self.limit))])
 
-    def _spend_the_rest(self) -> None:
+    async def _spend_the_rest(self) -> None:
         root = self.tree.root
-        while (count := self.width(root, None)) and any(self.expand([Expansion(root, count)])):
+        while (count := self.width(root, None)) and any(
+            await self.expand([Expansion(root, count)])
+        ):
             pass
 
 

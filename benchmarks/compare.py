@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.agents.base import Agent, Generation
-from mbrl_text_env.agents.catalogue import make, parse_spec
+from mbrl_text_env.agents.registry import make, parse_spec
 from mbrl_text_env.benchmarks.audit.trust import trust_warnings
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.files import write_text
@@ -55,7 +55,7 @@ class CompareConfig:
     """What a comparison is; two runs with equal configs give equal rows, times aside.
 
     Args:
-        agents: Agent specs (see `agents.catalogue.make`). `budget_tokens` may stand among the
+        agents: Agent specs (see `agents.registry.make`). `budget_tokens` may stand among the
             options of one, if unequal budgets are allowed.
         budget_tokens: Generated tokens that each agent may spend on a prompt; None for no cap.
         budget_flops: Floating-point operations of all models that it may spend; None for no cap.
@@ -107,11 +107,11 @@ class Comparison:
         language_model: Shared by the agents that name no other policy.
         reward_model: Shared by the agents, and the judge of their answers; whatever
             `as_reward_model` takes.
-        value_model: For agents that take one, or several by name (see `agents.catalogue.make`).
+        value_model: For agents that take one, or several by name (see `agents.registry.make`).
         gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
             and can, so that a reward that is being exploited shows.
         labels: What else belongs into the config file, such as the names given on the command line.
-        policies: By the names that specs use (`policy=tuned`); see `agents.catalogue.make`.
+        policies: By the names that specs use (`policy=tuned`); see `agents.registry.make`.
 
     Raises:
         CompareError: Two prompts have the same id.

@@ -26,10 +26,9 @@ from mbrl_text_env.benchmarks.compare import (
     compare,
     read_rows,
 )
-from mbrl_text_env.benchmarks.matched.analysis import analyse
+from mbrl_text_env.benchmarks.matched.analysis import DEFAULT_PLANNER, Cell, analyse
 from mbrl_text_env.benchmarks.matched.pool import make_pool
 from mbrl_text_env.benchmarks.matched.report import table as multiplier_table
-from mbrl_text_env.benchmarks.matched.study import DEFAULT_PLANNER, Cell
 from mbrl_text_env.benchmarks.progress import compare_progress, progress_bar
 from mbrl_text_env.benchmarks.report import side_by_side, table
 from mbrl_text_env.language_models.base import LanguageModel

@@ -3,76 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
-from mbrl_text_env.benchmarks.scaling import kl_bound
 from mbrl_text_env.benchmarks.statistics import FloatArray, Interval, checked, mean_interval
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far an agent's choice is from plain sampling, in nats a response.
-
-    Args:
-        surprisal_excess: See `surprisal_excess`.
-        bound: See `contrastive_bound`, of the rewards: the divergence is this large at least.
-        cap: The highest that `bound` could be with this pool.
-        best_of_n: `kl_bound` of the N that has the agent's mean reward, to compare with; None where
-            it was not given.
-    """
-
-    surprisal_excess: Interval
-    bound: Interval
-    cap: float
-    best_of_n: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-
-def divergence(
-    rewards: npt.ArrayLike,
-    logprobs: npt.ArrayLike,
-    plain_rewards: npt.ArrayLike,
-    plain_logprobs: npt.ArrayLike,
-    *,
-    equal_n: float | None = None,
-    seed: int = 0,
-) -> Divergence:
-    """Estimate an agent's divergence from plain sampling in two ways.
-
-    Args:
-        rewards: float64[P], of the responses that the agent chose.
-        logprobs: float64[P], their summed log-probabilities under the language model, nats.
-        plain_rewards: float64[P, n], of plain samples of the same prompts.
-        plain_logprobs: float64[P, n], the same of these.
-        equal_n: `Multiplier.equal_n`.
-        seed: Of the bootstraps.
-
-    Raises:
-        ValueError: The shapes do not fit, there are fewer than two prompts, or a value is not
-            finite.
-
-    Example:
-        >>> rng = np.random.default_rng(0)
-        >>> plain = rng.normal(size=(16, 8))
-        >>> found = divergence(np.full(16, 9.0), np.full(16, -2.0), plain, plain - 1.0, equal_n=8.0)
-        >>> round(found.bound.estimate, 2), round(found.cap, 2), round(found.best_of_n, 2)
-        (2.2, 2.2, 1.2)
-    """
-    bound = contrastive_bound(rewards, plain_rewards, seed=seed)
-    return Divergence(
-        surprisal_excess(logprobs, plain_logprobs, seed=seed),
-        bound,
-        math.log(np.shape(plain_rewards)[1] + 1),
-        None if equal_n is None else kl_bound(equal_n),
-    )
 
 
 def surprisal_excess(
@@ -93,9 +29,6 @@ def surprisal_excess(
         logprobs: float64[P], summed over each chosen response.
         plain_logprobs: float64[P, n], the same of plain samples of the same prompts.
         seed: Of the bootstrap.
-
-    Raises:
-        ValueError: The shapes do not fit, or a value is not finite.
 
     Example:
         >>> surprisal_excess([-5.0, -7.0], [[-3.0, -5.0], [-4.0, -8.0]]).estimate
@@ -133,11 +66,8 @@ def contrastive_bound(chosen: npt.ArrayLike, plain: npt.ArrayLike, *, seed: int 
     Returns:
         The bound with its interval; near 0 (below it by chance) where the two cannot be told apart.
 
-    Raises:
-        ValueError: The shapes do not fit, there are fewer than two prompts, or a value is not
-            finite.
-
     Example:
+        >>> from mbrl_text_env.benchmarks.scaling import kl_bound
         >>> rng = np.random.default_rng(0)
         >>> best_of_8 = rng.normal(size=(256, 8)).max(axis=1)
         >>> found = contrastive_bound(best_of_8, rng.normal(size=(256, 128)))

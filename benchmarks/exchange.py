@@ -19,11 +19,8 @@ def drawn_best(scores: npt.ArrayLike, n: float, *, seed: int = 0) -> FloatArray:
 
     Args:
         scores: float64[prompts, samples].
-        n: 1 up to the number of samples.
+        n: 1 up to the number of samples; another one is a ValueError.
         seed: Of the dealing.
-
-    Raises:
-        ValueError: n is out of range, or a score is not finite.
 
     Example:
         >>> drawn_best([[3.0, 3.0, 3.0, 3.0]], 2)
@@ -68,9 +65,6 @@ def exchange_test(
 
     Returns:
         The p-value.
-
-    Raises:
-        ValueError: The shapes do not fit, or a value is not finite.
 
     Example:
         >>> exchange_test([9.0] * 8, [[0.0, 1.0]] * 8) < 0.01

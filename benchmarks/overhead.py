@@ -1,9 +1,8 @@
 """The environment's own time: a toy tokenizer and a constant reward, so that nothing else counts.
 
-The fastest of several runs is reported, as `timeit` advises: slower ones measure other work of the
-machine.
+The fastest of several runs is reported, as `timeit` advises: slower ones measure other work.
 
-python -m mbrl_text_env.benchmarks.overhead --json overhead.json
+    python -m mbrl_text_env.benchmarks.overhead --json overhead.json
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Best-of-N at every N from one pool, and what an agent's reward would cost best-of-N.
 
-A pool of n responses to each of P prompts gives the mean best score of N responses without bias
-for every N up to n: an agent is compared with best-of-N at any cost without best-of-N being run
-again.
+A pool of n responses to each of P prompts gives the mean best score of N responses without bias,
+for every N up to n.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -46,11 +45,9 @@ def sizes(samples: int) -> list[int]:
 def kl_bound(n: float) -> float:
     """log n - (n - 1) / n nats: how far best-of-n is from plain sampling, at most.
 
-    Used as the divergence itself by Stiennon et al., "Learning to summarize from human feedback",
-    2020; Hilton and Gao, "Measuring Goodhart's law", 2022; and Gao, Schulman and Hilton, "Scaling
-    Laws for Reward Model Overoptimization", 2023.
-    Beirami et al., "Theoretical guarantees on the best-of-n alignment policy", 2024, show that it
-    is an upper bound, and loose where a few responses carry most of the probability.
+    Source: Stiennon et al., "Learning to summarize from human feedback", 2020. Beirami et al.,
+    "Theoretical guarantees on the best-of-n alignment policy", 2024, show that it is an upper
+    bound, and loose where a few responses carry most of the probability.
 
     Example:
         >>> kl_bound(1)
@@ -72,10 +69,7 @@ def best_of_weights(proxy: npt.ArrayLike, n: int) -> FloatArray:
 
     Args:
         proxy: float[samples], scores of one prompt's responses.
-        n: 1 up to the number of responses.
-
-    Raises:
-        ValueError: n is out of range.
+        n: 1 up to the number of responses; another one is a ValueError.
 
     Example:
         >>> best_of_weights([0.1, 0.3, 0.2], 2).round(3)
@@ -90,12 +84,9 @@ def best_of_weights(proxy: npt.ArrayLike, n: int) -> FloatArray:
 
 
 def expected_scores(proxy: FloatArray, judged: FloatArray, ns: Sequence[int]) -> FloatArray:
-    """Expected `judged` score of what the proxy chooses: float64[prompts, len(ns)].
+    """Expected `judged` score of what the proxy chooses from n: float64[prompts, len(ns)].
 
-    Args:
-        proxy: float64[prompts, samples], the scores to choose by.
-        judged: float64[prompts, samples], the scores to read off; may be `proxy` itself.
-        ns: How many responses to choose among.
+    `proxy` and `judged` are float64[prompts, samples], and may be the same.
     """
     return np.array(
         [
@@ -108,14 +99,8 @@ def expected_scores(proxy: FloatArray, judged: FloatArray, ns: Sequence[int]) ->
 def expected_best(scores: npt.ArrayLike, ns: Sequence[int]) -> FloatArray:
     """Expected highest score of N responses from the pool: float64[prompts, len(ns)].
 
-    The same as `expected_scores(scores, scores, ns)`, for all prompts at once.
-
-    Args:
-        scores: float64[prompts, samples].
-        ns: Each 1 up to the number of samples.
-
-    Raises:
-        ValueError: A score is not finite, or an N is out of range.
+    The same as `expected_scores(scores, scores, ns)`, for all prompts at once. A score that is not
+    finite or an N out of range is a ValueError.
 
     Example:
         >>> expected_best([[0.0, 3.0, 6.0]], [1, 2, 3]).round(3)
@@ -130,8 +115,7 @@ def expected_best(scores: npt.ArrayLike, ns: Sequence[int]) -> FloatArray:
 def _rank_weights(samples: int, ns: tuple[int, ...]) -> FloatArray:
     """Probability of each rank, lowest first, without ties: float64[len(ns), samples].
 
-    From n / samples for the highest, each rank's probability follows from the one above it, so no
-    large binomial is ever computed.
+    Each rank's probability follows from the one above it: no large binomial is computed.
     """
     for n in ns:
         if not 1 <= n <= samples:
@@ -145,23 +129,15 @@ def _rank_weights(samples: int, ns: tuple[int, ...]) -> FloatArray:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Best-of-N at one N.
+    """Best-of-N at one N: mean cost of a prompt, mean best score, and `kl_bound` in nats.
 
-    Args:
-        n: Samples a prompt.
-        cost: Mean cost of a prompt.
-        mean: Mean best score; the intervals of all points of a curve hold at once.
-        kl_bound: See `kl_bound`, nats.
+    The intervals of all points of a curve hold at once.
     """
 
     n: int
     cost: float
     mean: Interval
     kl_bound: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,13 +147,13 @@ class AtCost:
     Args:
         means: float64[P], expected best score.
         ns: float64[P], samples that the cost buys, within what the pool can tell.
-        too_dear: bool[P], the cost buys more samples than the pool has: `means` is too low there.
-        too_cheap: bool[P], the cost does not buy a sample: `means` is that of one sample.
+        too_expensive: bool[P], it buys more samples than the pool has: `means` is too low there.
+        too_cheap: bool[P], it does not buy a sample: `means` is that of one sample.
     """
 
     means: FloatArray
     ns: FloatArray
-    too_dear: npt.NDArray[np.bool_]
+    too_expensive: npt.NDArray[np.bool_]
     too_cheap: npt.NDArray[np.bool_]
 
 
@@ -186,8 +162,7 @@ class Baseline:
     """Best-of-N on P prompts, as their pool of n samples shows it.
 
     N samples of a prompt cost `prompt_costs + N * mean sample cost`: the prompt is computed once,
-    and N is fixed beforehand, so a sample's cost does not decide whether another is drawn. That is
-    exactly the mean cost of N samples drawn from the pool, however much samples differ in cost.
+    and N is fixed beforehand, so a sample's cost does not decide whether another is drawn.
 
     Args:
         scores: float64[P, n], n >= 2.
@@ -263,20 +238,10 @@ class Baseline:
         return float(np.mean(self.prompt_costs + n * self.sample_costs))
 
     def at_cost(self, costs: npt.ArrayLike) -> AtCost:
-        """Best-of-N within a cost of each prompt.
+        """Best-of-N within a cost of each prompt (float64[P], or one number): the N that it buys.
 
-        Each prompt has the N that its cost buys, a fraction as well, interpolated in log N. A real
-        best-of-N cannot buy a part of a sample; it does no better.
-
-        To compare an agent, give the costs that it was allowed, or use `at_mean_cost`. What it
-        spent is fair only if that was settled beforehand: an agent that stops when it is lucky
-        would meet the few samples of its lucky prompts, and seem better than it is.
-
-        Args:
-            costs: float64[P] or one number, the cost of a prompt.
-
-        Raises:
-            ValueError: The shape does not fit, or a cost is not finite.
+        To compare an agent, give the costs that it was allowed, or use `at_mean_cost`: one that
+        stops when it is lucky would meet the few samples that its lucky prompts cost.
         """
         given = checked(np.broadcast_to(np.asarray(costs, float), self.shape[:1]), 1, "costs")
         return self._at((given - self.prompt_costs) / self.sample_costs)
@@ -284,20 +249,7 @@ class Baseline:
     def at_mean_cost(self, cost: float) -> AtCost:
         """Best-of-N with the one N, a fraction as a rule, whose mean cost of a prompt is `cost`.
 
-        The comparison that `compute_multiplier` makes: the mean over prompts is an agent's where
-        its multiplier is 1.
-
-        Args:
-            cost: Mean cost of a prompt.
-
-        Raises:
-            ValueError: The cost is not finite.
-
-        Example:
-            >>> costs = np.array([[1.0, 1.0], [3.0, 3.0]])
-            >>> pool = Baseline(np.array([[0.0, 1.0], [1.0, 3.0]]), costs)
-            >>> pool.at_mean_cost(4.0).means
-            array([1., 3.])
+        The mean over prompts is an agent's where its `compute_multiplier` is 1.
         """
         given = checked([cost], 1, "cost")
         n = (given - np.mean(self.prompt_costs)) / np.mean(self.sample_costs)
@@ -313,11 +265,7 @@ class Baseline:
         return AtCost(np.array(means), ns, wanted > samples * (1 + slack), wanted < 1 - slack)
 
     def curve(self, ns: Sequence[int] | None = None, *, seed: int = 0) -> tuple[CurvePoint, ...]:
-        """The mean over prompts with simultaneous 95% bands, at some N (powers of two if None).
-
-        Raises:
-            ValueError: There are fewer than two prompts, or an N is out of range.
-        """
+        """The mean over prompts with simultaneous 95% bands, at some N (powers of two if None)."""
         chosen = sizes(self.shape[1]) if ns is None else list(ns)
         bands = simultaneous_intervals(expected_best(self.scores, chosen), seed=seed)
         return tuple(
@@ -331,28 +279,24 @@ class Multiplier:
     """How many times an agent's compute best-of-N needs for the same mean reward.
 
     Args:
-        estimate: Cost of best-of-N at `equal_n`, by the agent's cost.
+        estimate: `equal_cost` by the agent's mean cost.
         low: Lower end of the interval; 0 where the agent may be below a single sample.
         high: Upper end; infinite where the pool may be too small.
         equal_n: The N at which best-of-N's mean reward is the agent's, a fraction as a rule;
             within 1 and the pool's size.
-        cost: The agent's mean cost.
         equal_cost: Best-of-N's mean cost at `equal_n`.
         is_lower_bound: Best-of-N does not come up to the agent with the whole pool: the multiplier
             is `estimate` or more.
         is_upper_bound: The agent is below a single sample: the multiplier is `estimate` or less.
-        confidence: Of the interval.
     """
 
     estimate: float
     low: float
     high: float
     equal_n: float
-    cost: float
     equal_cost: float
     is_lower_bound: bool
     is_upper_bound: bool
-    confidence: float
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values; an infinite `high` is None."""
@@ -370,29 +314,24 @@ def compute_multiplier(
 ) -> Multiplier:
     """Compare an agent's mean reward and cost with best-of-N's whole curve.
 
-    The N at which best-of-N has the agent's mean reward, the same N for all prompts, is
-    interpolated in log N between whole N. Its mean cost by the agent's is the multiplier.
+    The N at which best-of-N has the agent's mean reward, the same for all prompts, is interpolated
+    in log N. Its mean cost by the agent's is the multiplier.
 
     The interval is a bootstrap over prompts: an agent's reward and cost and the pool's row of a
     prompt stay together, so the noise of the pool counts as well as the agent's. It is the expanded
-    percentile interval (see `benchmarks.statistics.percentile_tail`); at equal costs it holds
-    exactly those N at which the interval of the paired difference of means holds 0. A resample in
-    which the pool is too small counts as its bound at the lower end and as infinite at the upper;
-    one in which the agent is below a single sample counts as 0 and as its bound.
-
-    The agent's responses must not be taken from the pool itself.
+    percentile interval (see `percentile_tail`); at equal costs it holds exactly those N at which
+    the interval of the paired difference of means holds 0. A resample in which the pool is too
+    small counts as its bound at the lower end and as infinite at the upper; one in which the agent
+    is below a single sample counts as 0 and as its bound.
 
     Args:
-        rewards: float64[P], the agent's reward of each prompt (the mean over seeds, if several).
+        rewards: float64[P], the agent's reward of each prompt (the mean over seeds, if several);
+            its responses must not be taken from the pool itself.
         costs: float64[P], its cost of each prompt, in the baseline's unit.
         baseline: The pool of the same prompts, in the same order.
         confidence: Of the interval.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
-
-    Raises:
-        ValueError: The shapes do not fit, there are fewer than two prompts or no resamples, a value
-            is not finite, or the agent costs nothing.
 
     Example:
         >>> pool = Baseline(np.tile(np.arange(64.0), (8, 1)), np.ones((8, 64)))
@@ -401,8 +340,7 @@ def compute_multiplier(
         (8.0, 32.0, False)
     """
     own, paid = checked(rewards, 1, "rewards"), checked(costs, 1, "costs")
-    prompts = baseline.shape[0]
-    if not len(own) == len(paid) == prompts >= 2:
+    if not len(own) == len(paid) == (prompts := baseline.shape[0]) >= 2:
         raise ValueError(
             "Expected a reward and a cost for each prompt of the pool, and two prompts at least; "
             f"got {len(own)} rewards, {len(paid)} costs and a pool of {prompts} prompts."
@@ -431,22 +369,16 @@ def compute_multiplier(
         0.0 if below[0] else float(min(lows[cut], ratios[0])),
         math.inf if above[0] else float(max(highs[-1 - cut], ratios[0])),
         float(equal[0]),
-        float(paid.mean()),
         float(equal_costs[0]),
         bool(above[0]),
         bool(below[0]),
-        confidence,
     )
 
 
 def _equal_n(
     means: FloatArray, rewards: FloatArray, ns: npt.NDArray[np.int64]
 ) -> tuple[FloatArray, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Where each of R rising curves float64[R, L] first comes up to its reward float64[R].
-
-    Returns:
-        N within the curve's ends, whether the reward is above the curve, whether it is below.
-    """
+    """Where each of R rising curves float64[R, L] comes up to its reward; above it; below it."""
     slack = 1e-12 * max(1.0, float(np.abs(means).max()))
     reached = means >= rewards[:, None] - slack
     above, below = ~reached[:, -1], rewards < means[:, 0] - slack
@@ -460,16 +392,11 @@ def _equal_n(
     return np.exp(grid[before] + share * (grid[first] - grid[before])), above, below
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What the next larger budget does to the mean reward.
 
-    Args:
-        smaller: The smaller budget.
-        larger: The larger budget.
-        change: Mean reward at the larger minus that at the smaller.
-        p_value: Of a fall this large or larger, if the budget made no difference (one-sided).
-        adjusted: The same by Holm's method over all steps.
+    `p_value` is that of a fall this large or larger, if the budget made no difference (one-sided),
+    `adjusted` the same by Holm's method over all steps.
     """
 
     smaller: float
@@ -488,17 +415,9 @@ def falls_with_budget(
 ) -> tuple[Step, ...]:
     """Test whether the mean reward falls from one budget to the next larger.
 
-    Paired one-sided permutation tests between neighbours, adjusted by Holm's method. The reward
-    falls significantly somewhere if an `adjusted` is small.
-
-    Args:
-        budgets: B of them, ascending.
-        rewards: float64[B, P], the reward of each prompt at each budget.
-        resamples: Of a test; see `mbrl_text_env.benchmarks.statistics.paired_permutation_test`.
-        seed: Of the tests.
-
-    Raises:
-        ValueError: The shapes do not fit, the budgets do not ascend, or a value is not finite.
+    Paired one-sided permutation tests between neighbours, adjusted by Holm's method: the reward
+    falls significantly somewhere if an `adjusted` is small. Budgets ascend; rewards are
+    float64[budgets, P].
 
     Example:
         >>> steps = falls_with_budget([1, 2], [[1.0, 2.0, 3.0], [0.0, 1.5, 2.0]])
@@ -512,14 +431,8 @@ def falls_with_budget(
             "Expected two or more budgets, ascending, and a row of rewards for each; got budgets "
             f"{list(budgets)} and rewards of shape {table.shape}."
         )
+    options: dict[str, Any] = {"alternative": "less", "resamples": resamples, "seed": seed}
     changes = np.diff(table, axis=0)
-    found = [
-        paired_permutation_test(row, alternative="less", resamples=resamples, seed=seed).p_value
-        for row in changes
-    ]
-    return tuple(
-        Step(smaller, larger, float(row.mean()), p, float(adjusted))
-        for (smaller, larger), row, p, adjusted in zip(
-            pairwise(budgets), changes, found, holm(found), strict=True
-        )
-    )
+    found = [paired_permutation_test(row, **options).p_value for row in changes]
+    rows = zip(pairwise(budgets), changes, found, holm(found), strict=True)
+    return tuple(Step(*both, float(row.mean()), p, float(q)) for both, row, p, q in rows)

@@ -7,10 +7,9 @@ stable-baselines3 takes as it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import gymnasium as gym
 import numpy as np
@@ -21,18 +20,17 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import AutoresetMode, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from mbrl_text_env.encoders import Encoder
-from mbrl_text_env.env import TextGenerationEnv, unchanged_if_it_fails
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, Tokenizer
+from mbrl_text_env.env import TextGenerationEnv, text_env, unchanged_if_it_fails
+from mbrl_text_env.language_models.base import LanguageModel, Tokenizer
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import check_not_terminal
 from mbrl_text_env.observations import feature_box
-from mbrl_text_env.proposer import CandidateProposer, Known
+from mbrl_text_env.proposer import CandidateProposer, Known, ViewOptions
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.spaces import as_index
 from mbrl_text_env.task import TextTask
 from mbrl_text_env.types import Chunk, TextState
-from mbrl_text_env.vector import TextGenerationVectorEnv, as_actions, stack_infos
+from mbrl_text_env.vector import TextGenerationVectorEnv, as_actions
 
 if TYPE_CHECKING:
     _VectorWrapper = VectorWrapper[Any, Any, Any, Any, Any]
@@ -41,7 +39,6 @@ else:
     _VectorWrapper = VectorWrapper
 
 CANDIDATES_ID = "mbrl_text_env/CandidateChunks-v0"
-_VIEW_OPTIONS = ("num_candidates", "chunk_tokens", "params", "encoder", "prefix_rewards")
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,7 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         env: A `TextGenerationEnv`, wrapped or not.
         language_model: Proposes chunks; by default the environment's tokenizer where that is a
             language model, otherwise the embedded SmolLM2.
-        num_candidates: K.
-        chunk_tokens: Most tokens of a candidate; by default the environment's `max_chunk_tokens`.
-        params: How candidates are drawn.
-        encoder: `"embedded"`, `"language_model"`, an object with `encode(texts)`, or None; see
-            `CandidateProposer`.
-        prefix_rewards: Whether the observation has the reward of the prefix with each candidate.
+        num_candidates, chunk_tokens, params, encoder, prefix_rewards: See `CandidateProposer`.
 
     Attributes:
         candidates: The K chunks at the current state; none where it has ended.
@@ -86,38 +78,16 @@ class CandidateChunks(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self,
         env: gym.Env[Any, Any],
         language_model: LanguageModel | None = None,
-        *,
-        num_candidates: int = 4,
-        chunk_tokens: int | None = None,
-        params: SamplingParams = SamplingParams(),
-        encoder: Encoder | str | None = "embedded",
-        prefix_rewards: bool = False,
+        **options: Unpack[ViewOptions],
     ) -> None:
         RecordConstructorArgs.__init__(
-            self,
-            _disable_deepcopy=True,
-            language_model=language_model,
-            num_candidates=num_candidates,
-            chunk_tokens=chunk_tokens,
-            params=params,
-            encoder=encoder,
-            prefix_rewards=prefix_rewards,
+            self, _disable_deepcopy=True, language_model=language_model, **options
         )
         gym.Wrapper.__init__(self, env)
-        base = env.unwrapped
-        if not isinstance(base, TextGenerationEnv):
-            raise TypeError(f"Expected a TextGenerationEnv, got {type(base).__name__}.")
-        self._base = base
-        self.proposer = CandidateProposer(
-            _language_model(language_model, base.task),
-            base.task,
-            num_candidates,
-            chunk_tokens,
-            params,
-            encoder,
-            prefix_rewards,
-        )
-        self.action_space = spaces.Discrete(num_candidates)
+        self._base = text_env(env)
+        model = _language_model(language_model, self._base.task)
+        self.proposer = CandidateProposer(model, self._base.task, **options)
+        self.action_space = spaces.Discrete(self.proposer.num_candidates)
         self.observation_space = feature_box(self.proposer.layout.size)
         self.ledger = Ledger()
         self.candidates: list[Chunk] = []
@@ -189,41 +159,29 @@ class CandidateChunksVector(_VectorWrapper):
 
     Args:
         env: A `TextGenerationVectorEnv`.
-        language_model, num_candidates, chunk_tokens, params, encoder, prefix_rewards: As in
-            `CandidateChunks`.
+        language_model, **options: As in `CandidateChunks`.
 
     Attributes:
         candidates: The K chunks of every environment.
-        ledger: What proposing and describing have cost so far; the environment's own scores are
-            not in it.
+        ledger: As in `CandidateChunks`.
     """
+
+    kept_if_a_step_fails = ("candidates", "_seeds", "_failures")
 
     def __init__(
         self,
         env: TextGenerationVectorEnv,
         language_model: LanguageModel | None = None,
-        *,
-        num_candidates: int = 4,
-        chunk_tokens: int | None = None,
-        params: SamplingParams = SamplingParams(),
-        encoder: Encoder | str | None = "embedded",
-        prefix_rewards: bool = False,
+        **options: Unpack[ViewOptions],
     ) -> None:
         super().__init__(env)
         if not isinstance(env, TextGenerationVectorEnv):
             raise TypeError(f"Expected a TextGenerationVectorEnv, got {type(env).__name__}.")
         self._base = env
         self.autoreset_mode = env.autoreset_mode
-        self.proposer = CandidateProposer(
-            _language_model(language_model, env.task),
-            env.task,
-            num_candidates,
-            chunk_tokens,
-            params,
-            encoder,
-            prefix_rewards,
-        )
-        self.single_action_space = spaces.Discrete(num_candidates)
+        model = _language_model(language_model, env.task)
+        self.proposer = CandidateProposer(model, env.task, **options)
+        self.single_action_space = spaces.Discrete(self.proposer.num_candidates)
         self.single_observation_space = feature_box(self.proposer.layout.size)
         self.action_space = batch_space(self.single_action_space, env.num_envs)
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
@@ -237,7 +195,7 @@ class CandidateChunksVector(_VectorWrapper):
         self, *, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Reset; see `TextGenerationVectorEnv.reset`."""
-        with self._unchanged_if_it_fails():
+        with unchanged_if_it_fails(self):
             _, infos = self._base.reset(seed=seed, options=options)
             self._draw_seeds()
             return self._show(infos, self._base.episode_started)
@@ -257,22 +215,19 @@ class CandidateChunksVector(_VectorWrapper):
             candidates[_index(action, count)].token_ids if candidates else ()
             for candidates, action in zip(known, actions, strict=True)
         ]
-        with self._unchanged_if_it_fails():
+        with unchanged_if_it_fails(self):
             _, rewards, terminations, truncations, infos = self._base.step_with_failures(
                 ids, self._failures
             )
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
                 infos = self._with_final_view(infos)
             self._draw_seeds()
-            observations, infos = self._show(infos, self._everyone())
+            observations, infos = self._show(infos)
         return observations, rewards, terminations, truncations, infos
 
     def get_states(self) -> list[CandidateState]:
         """The N current states and the seeds of their proposals."""
-        return [
-            CandidateState(state, seed)
-            for state, seed in zip(self._base.states, self._seeds, strict=True)
-        ]
+        return list(map(CandidateState, self._base.states, self._seeds))
 
     def set_states(self, states: Sequence[CandidateState]) -> tuple[Any, dict[str, Any]]:
         """Go on from N states of this view; returns what `reset` would.
@@ -282,23 +237,10 @@ class CandidateChunksVector(_VectorWrapper):
             ValueError: Their number is not N, or a response is longer than the limit.
         """
         _check_states(states)
-        with self._unchanged_if_it_fails():
+        with unchanged_if_it_fails(self):
             _, infos = self._base.set_states([state.text_state for state in states])
             self._seeds = [state.seed for state in states]
-            return self._show(infos, self._everyone())
-
-    @contextmanager
-    def _unchanged_if_it_fails(self) -> Iterator[None]:
-        kept = self.candidates, list(self._seeds), self._failures
-        try:
-            with self._base.unchanged_if_it_fails():
-                yield
-        except BaseException:
-            self.candidates, self._seeds, self._failures = kept
-            raise
-
-    def _everyone(self) -> npt.NDArray[np.bool_]:
-        return np.ones(self._base.num_envs, dtype=np.bool_)
+            return self._show(infos)
 
     def _draw_seeds(self) -> None:
         """New seeds where an episode has begun."""
@@ -306,9 +248,9 @@ class CandidateChunksVector(_VectorWrapper):
             self._seeds[i] = _draw_seed(self._base.generator(i))
 
     def _show(
-        self, infos: dict[str, Any], shown: npt.NDArray[np.bool_]
+        self, infos: dict[str, Any], shown: npt.NDArray[np.bool_] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Propose anew everywhere; `shown` are the environments whose info is asked for."""
+        """Propose anew everywhere; `shown` are the environments whose info is asked for, or all."""
         states, ledgers = self._base.states, [self.ledger] * self._base.num_envs
         self.candidates = self.proposer.propose(states, self._seeds, ledgers)
         failures: list[RewardError | None] = [None] * len(states)
@@ -316,28 +258,25 @@ class CandidateChunksVector(_VectorWrapper):
         features = self.proposer.features(states, self.candidates, ledgers, self._known, isolated)
         self._failures = failures
         texts = self.proposer.texts(states, self.candidates)
-        rows: list[dict[str, Any] | None] = [None] * len(states)
-        for i in np.flatnonzero(shown).tolist():
-            rows[i] = {"candidates": tuple(texts[i])}
+        for i in range(len(states)) if shown is None else np.flatnonzero(shown).tolist():
+            row: dict[str, Any] = {"candidates": tuple(texts[i])}
             if failures[i] is not None:
-                rows[i] = {"candidates": tuple(texts[i]), "reward_error": str(failures[i])}
-        return features, _joined(infos, stack_infos(rows))
+                row["reward_error"] = str(failures[i])
+            infos = self._add_info(infos, row, i)
+        return features, infos
 
     def _with_final_view(self, infos: dict[str, Any]) -> dict[str, Any]:
         """Show the states in which episodes ended as this view does."""
-        finals = self._base.final_states
-        ended = [state for state in finals if state is not None]
+        ended = {i: s for i, s in enumerate(self._base.final_states) if s is not None}
         if not ended:
             return infos
-        views = iter(self.proposer.features(ended, [[] for _ in ended], [self.ledger] * len(ended)))
-        final_obs = np.full(len(finals), None, dtype=object)
-        rows: list[dict[str, Any] | None] = [None] * len(finals)
-        for i, state in enumerate(finals):
-            if state is not None:
-                final_obs[i] = next(views)
-                rows[i] = {"candidates": ("",) * self.proposer.num_candidates}
-        final_info = {**infos["final_info"], **stack_infos(rows)}
-        return {**infos, "final_obs": final_obs, "final_info": final_info}
+        states, ledgers = list(ended.values()), [self.ledger] * len(ended)
+        views = self.proposer.features(states, [[] for _ in states], ledgers)
+        row = {"candidates": ("",) * self.proposer.num_candidates}
+        for i, view in zip(ended, views, strict=True):
+            infos["final_obs"][i] = view
+            infos["final_info"] = self._add_info(infos["final_info"], row, i)
+        return infos
 
 
 def make_candidate_chunks(
@@ -354,10 +293,8 @@ def make_candidate_chunks(
         **options: Those of `CandidateChunks` (`num_candidates`, `chunk_tokens`, `params`,
             `encoder`, `prefix_rewards`) and of `TextGenerationEnv`.
     """
-    model = language_model if language_model is not None else _embedded()
-    view = {name: options.pop(name) for name in _VIEW_OPTIONS if name in options}
-    env = TextGenerationEnv(tokenizer=model if tokenizer is None else tokenizer, **options)
-    return CandidateChunks(env, model, **view)
+    model, view, options = _split(language_model, tokenizer, options)
+    return CandidateChunks(TextGenerationEnv(**options), model, **view)
 
 
 def make_candidate_chunks_vector(
@@ -368,12 +305,17 @@ def make_candidate_chunks_vector(
     **options: Any,
 ) -> CandidateChunksVector:
     """Make the vector form of `mbrl_text_env/CandidateChunks-v0`; see `make_candidate_chunks`."""
+    model, view, options = _split(language_model, tokenizer, options)
+    return CandidateChunksVector(TextGenerationVectorEnv(num_envs, **options), model, **view)
+
+
+def _split(
+    language_model: LanguageModel | None, tokenizer: Tokenizer | None, options: dict[str, Any]
+) -> tuple[LanguageModel, Any, dict[str, Any]]:
+    """The language model, the options of the view, and those of the environment in it."""
     model = language_model if language_model is not None else _embedded()
-    view = {name: options.pop(name) for name in _VIEW_OPTIONS if name in options}
-    env = TextGenerationVectorEnv(
-        num_envs, tokenizer=model if tokenizer is None else tokenizer, **options
-    )
-    return CandidateChunksVector(env, model, **view)
+    view = {name: options.pop(name) for name in ViewOptions.__annotations__ if name in options}
+    return model, view, {"tokenizer": model if tokenizer is None else tokenizer, **options}
 
 
 def _language_model(model: LanguageModel | None, task: TextTask) -> LanguageModel:
@@ -397,16 +339,6 @@ def _check_states(states: Sequence[object]) -> None:
                 "Expected a CandidateState as returned by get_state() or get_states(), got "
                 f"{type(state).__name__}."
             )
-
-
-def _joined(infos: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Two vector infos as one; their environments differ where both have a key."""
-    joined = {**infos, **more}
-    for key in (infos.keys() & more.keys()) - {f"_{key}" for key in infos}:
-        own = more[f"_{key}"]
-        joined[key] = np.where(own, more[key], infos[key])
-        joined[f"_{key}"] = own | infos[f"_{key}"]
-    return joined
 
 
 def _draw_seed(generator: np.random.Generator) -> int:

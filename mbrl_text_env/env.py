@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import gymnasium as gym
+from gymnasium.vector import VectorWrapper
 
-from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.rendering import as_frame, as_text, show
 from mbrl_text_env.rewards.base import RewardModel
-from mbrl_text_env.task import ActionFormat, ObservationMode, Outcome, RewardMode, TextTask
+from mbrl_text_env.task import Outcome, TaskOptions, TextTask
 from mbrl_text_env.types import Prompt, TextState
 
 
@@ -33,15 +33,8 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         tokenizer: A tokenizer or a language model; by default SmolLM2's tokenizer.
         reward_model: A reward model, a name such as `"sentiment"` or `"0.5*sentiment+relevance"`,
             or a callable.
-        reward: `"terminal"`, `"delta"` or `"process"`; see `TextTask`.
-        observation: `"text"`, `"tokens"` or `"embedding"`.
-        encoder: Embeds texts for `observation="embedding"`; by default MiniLM.
-        max_response_tokens: Token limit of a response.
-        max_chunk_tokens: Most tokens in one chunk.
-        max_prompt_tokens: Size of `"tokens"` observations; by default the longest prompt's.
-        action_format: `"chunk"`: token ids, 1 to `max_chunk_tokens` of them. `"padded"`: a
-            `MultiDiscrete` of `max_chunk_tokens` ids, for libraries that know no other spaces; what
-            follows the vocabulary's size (the padding) or a stop token is not looked at.
+        reward, observation, encoder, max_response_tokens, max_chunk_tokens, max_prompt_tokens,
+            action_format: See `TextTask`.
         render_mode: `"ansi"` (`render` returns a string), `"rgb_array"` (a frame, uint8[480, 640,
             3]), `"human"` (Rich prints after every step), or None.
 
@@ -63,32 +56,11 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         tokenizer: Tokenizer | None = None,
         reward_model: RewardModel | Callable[..., Any] | str = "sentiment",
         *,
-        reward: RewardMode = "terminal",
-        observation: ObservationMode = "text",
-        encoder: Encoder | None = None,
-        max_response_tokens: int = 128,
-        max_chunk_tokens: int = 16,
-        max_prompt_tokens: int | None = None,
-        action_format: ActionFormat = "chunk",
         render_mode: str | None = None,
+        **options: Unpack[TaskOptions],
     ) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(
-                f"render_mode: expected None or one of {self.metadata['render_modes']}, got "
-                f"{render_mode!r}."
-            )
-        self.task = TextTask(
-            prompts,
-            tokenizer,
-            reward_model,
-            reward=reward,
-            observation=observation,
-            encoder=encoder,
-            max_response_tokens=max_response_tokens,
-            max_chunk_tokens=max_chunk_tokens,
-            max_prompt_tokens=max_prompt_tokens,
-            action_format=action_format,
-        )
+        check_render_mode(render_mode, self.metadata["render_modes"])
+        self.task = TextTask(prompts, tokenizer, reward_model, **options)
         self.render_mode = render_mode
         self.action_space = self.task.action_space()
         self.observation_space = self.task.observation.space
@@ -164,20 +136,41 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         return observation, outcome.info
 
 
+def text_env(env: gym.Env[Any, Any]) -> TextGenerationEnv:
+    """The text environment inside wrappers.
+
+    Raises:
+        TypeError: There is none.
+    """
+    base = env.unwrapped
+    if not isinstance(base, TextGenerationEnv):
+        raise TypeError(f"Expected a TextGenerationEnv inside, got {type(base).__name__}.")
+    return base
+
+
+def check_render_mode(render_mode: str | None, known: list[str]) -> None:
+    """Refuse a render mode that an environment does not have."""
+    if render_mode not in (None, *known):
+        raise ValueError(f"render_mode: expected None or one of {known}, got {render_mode!r}.")
+
+
 @contextmanager
-def unchanged_if_it_fails(env: gym.Env[Any, Any]) -> Iterator[None]:
-    """Put back what a step has changed, in all layers of an environment, where it raises."""
-    kept, layer = [], env
-    while True:
-        names = getattr(type(layer), "kept_if_a_step_fails", ())
-        kept.append((layer, {name: getattr(layer, name) for name in names}))
-        if not isinstance(layer, gym.Wrapper):
-            break
-        layer = layer.env
+def unchanged_if_it_fails(env: Any) -> Iterator[None]:
+    """Put back what a step or a reset has changed, in all layers of an environment, if it raises.
+
+    The attributes of a layer are those that its class lists in `kept_if_a_step_fails`.
+    """
+    layers = [env]
+    while isinstance(layers[-1], (gym.Wrapper, VectorWrapper)):
+        layers.append(layers[-1].env)
+    kept = []
+    for layer in layers:
+        for name in getattr(type(layer), "kept_if_a_step_fails", ()):
+            value = getattr(layer, name)
+            kept.append((layer, name, list(value) if isinstance(value, list) else value))
     try:
         yield
     except BaseException:
-        for layer, values in kept:
-            for name, value in values.items():
-                setattr(layer, name, value)
+        for layer, name, value in kept:
+            setattr(layer, name, value)
         raise

@@ -10,6 +10,7 @@ and folders of models count by their content, functions by the file that defines
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -144,26 +145,19 @@ def _attributes(part: Any, inner: Any) -> dict[str, Any]:
 
 
 def _function(function: Any, inner: Any) -> dict[str, Any]:
-    found = {**_described(function)}
     values = [inner(value) for value in _captured(function)]
-    return {**found, "captured": values} if values else found
+    return {**_described(function), **({"captured": values} if values else {})}
 
 
 def _captured(function: Any) -> list[Any]:
     """What a function holds besides its code: defaults, and variables of the functions around."""
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)] if (
-        hasattr(function, "__closure__")
-    ) else []  # fmt: skip
-    defaults = [*(getattr(function, "__defaults__", None) or ())]
-    named = getattr(function, "__kwdefaults__", None) or {}
-    return [*cells, *defaults, *([named] if named else [])]
-
-
-def _is_set(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
+    held = []
+    for cell in getattr(function, "__closure__", None) or ():
+        # A variable that is not set yet has an empty cell.
+        with contextlib.suppress(ValueError):
+            held.append(cell.cell_contents)
+    named = getattr(function, "__kwdefaults__", None)
+    return [*held, *(getattr(function, "__defaults__", None) or ()), *([named] if named else [])]
 
 
 def _described(defined: Any) -> dict[str, Any]:
@@ -200,25 +194,27 @@ def _source_file(defined: Any) -> Path | None:
         path = Path(inspect.getsourcefile(defined) or "")
     except TypeError:
         # A module that was run from a file and is not among the imported ones.
-        code = getattr(defined, "__code__", None)
-        methods = (getattr(m, "__code__", None) for m in vars(defined).values()) if (
-            inspect.isclass(defined)
-        ) else ()  # fmt: skip
-        code = code or next((c for c in methods if c is not None), None)
-        path = Path(code.co_filename) if code is not None else Path()
+        code = _first(defined, "__code__")
+        path = Path() if code is None else Path(code.co_filename)
     return path if path.is_file() else None
+
+
+def _first(defined: Any, name: str) -> Any:
+    """An attribute of a function, or of the first method of a class that has it."""
+    methods = vars(defined).values() if inspect.isclass(defined) else ()
+    found = (getattr(part, name, None) for part in (defined, *methods))
+    return next((value for value in found if value is not None), None)
 
 
 def _with_neighbours(defined: Any, path: Path) -> list[Path]:
     """The file, and those of its folder that it imports, and so on."""
     folder = path.resolve().parent
     found = {path.resolve()}
-    waiting: list[Iterable[Any]] = [_globals(defined)]
+    waiting: list[Iterable[Any]] = [list((_first(defined, "__globals__") or {}).values())]
     while waiting:
         for value in waiting.pop():
-            name = value.__name__ if isinstance(value, ModuleType) else (
-                getattr(value, "__module__", None)
-            )  # fmt: skip
+            is_module = isinstance(value, ModuleType)
+            name = getattr(value, "__name__" if is_module else "__module__", None)
             module = sys.modules.get(name) if isinstance(name, str) else None
             source = getattr(module, "__file__", None)
             if source is None or not source.endswith(".py"):
@@ -262,14 +258,6 @@ def _imported(path: Path, folder: Path) -> set[Path]:
     return {file.resolve() for file in files if file.is_file() and folder in file.parents}
 
 
-def _globals(defined: Any) -> list[Any]:
-    space = getattr(defined, "__globals__", None)
-    if space is None and inspect.isclass(defined):
-        methods = (getattr(m, "__globals__", None) for m in vars(defined).values())
-        space = next((found for found in methods if found is not None), None)
-    return list((space or {}).values())
-
-
 def _is_model_folder(name: str) -> bool:
     try:
         return bool(name) and any((Path(name) / file).is_file() for file in _MODEL_FILES)
@@ -279,9 +267,4 @@ def _is_model_folder(name: str) -> bool:
 
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
-        sums = hashlib.blake2b()
-        while block := file.read(1 << 20):
-            sums.update(block)
-        return sums.hexdigest()
+        return hashlib.file_digest(file, hashlib.blake2b).hexdigest()

@@ -7,11 +7,12 @@ and raises.
 
 from __future__ import annotations
 
-import threading
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -48,33 +49,36 @@ class Usage:
     seconds: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)),
-        )
+        return Usage(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def __sub__(self, other: Usage) -> Usage:
-        return Usage(
-            *(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)),
-        )
+        return Usage(*map(operator.sub, vars(self).values(), vars(other).values()))
 
     def __mul__(self, count: int) -> Usage:
-        return Usage(*(getattr(self, f.name) * count for f in fields(self)))
+        return Usage(*(amount * count for amount in vars(self).values()))
 
     def maximum(self, other: Usage) -> Usage:
         """The larger of each amount: the most that one of two things is charged."""
-        return Usage(
-            *(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)),
-        )
+        return Usage(*map(max, vars(self).values(), vars(other).values()))
 
     @property
     def flops(self) -> float:
         """Floating-point operations of all models together."""
         return self.lm_flops + self.reward_flops + self.value_flops + self.dynamics_flops
 
+    @property
+    def capped(self) -> dict[str, int | float]:
+        """The amounts that a `Budget` has caps for, by the cap's name."""
+        return {
+            "tokens": self.generated_tokens,
+            "flops": self.flops,
+            "reward_calls": self.reward_calls,
+            "seconds": self.seconds,
+        }
+
     def as_dict(self) -> dict[str, int | float]:
         """All amounts by name, `flops` (their sum) included."""
-        amounts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**amounts, "flops": self.flops}
+        return {**vars(self), "flops": self.flops}
 
 
 class BudgetError(ValueError):
@@ -110,17 +114,16 @@ class Budget:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            cap = getattr(self, f.name)
+        for name, cap in vars(self).items():
             if cap is not None and not cap > 0:
                 raise BudgetError(
-                    f"Budget({f.name}={cap!r}): expected a positive number, or None for no cap."
+                    f"Budget({name}={cap!r}): expected a positive number, or None for no cap."
                 )
 
     @property
     def is_capped(self) -> bool:
         """Whether any amount has a cap."""
-        return any(getattr(self, f.name) is not None for f in fields(self))
+        return any(cap is not None for cap in vars(self).values())
 
     def after(self, usage: Usage) -> Budget | None:
         """What is left of the caps when `usage` is spent; None where nothing is.
@@ -129,14 +132,10 @@ class Budget:
             >>> Budget(tokens=400).after(Usage(generated_tokens=100))
             Budget(tokens=300, flops=None, reward_calls=None, seconds=None)
         """
-        spent = {
-            "tokens": usage.generated_tokens,
-            "flops": usage.flops,
-            "reward_calls": usage.reward_calls,
-            "seconds": usage.seconds,
+        left = {
+            name: None if cap is None else cap - usage.capped[name]
+            for name, cap in vars(self).items()
         }
-        caps = {name: getattr(self, name) for name in spent}
-        left = {n: None if cap is None else cap - spent[n] for n, cap in caps.items()}
         return Budget(**left) if all(x is None or x > 0 for x in left.values()) else None
 
     def shared(self, count: int) -> Budget | None:
@@ -146,12 +145,12 @@ class Budget:
             >>> Budget(tokens=400).shared(3).tokens
             133
         """
-        whole = {name: getattr(self, name) for name in ("tokens", "reward_calls")}
-        shares = {n: None if cap is None else cap // count for n, cap in whole.items()}
-        if 0 in shares.values():
-            return None
-        real = {name: getattr(self, name) for name in ("flops", "seconds")}
-        return Budget(**shares, **{n: c if c is None else c / count for n, c in real.items()})
+        whole = ("tokens", "reward_calls")
+        shares = {
+            name: cap if cap is None else cap // count if name in whole else cap / count
+            for name, cap in vars(self).items()
+        }
+        return None if 0 in shares.values() else Budget(**shares)
 
 
 class Ledger:
@@ -200,40 +199,36 @@ class Ledger:
         return float("inf") if cap is None else cap - self.usage.generated_tokens
 
     def _fault(self, usage: Usage, check_seconds: bool) -> str | None:
-        spent = {
-            "tokens": usage.generated_tokens,
-            "flops": usage.flops,
-            "reward_calls": usage.reward_calls,
-        }
-        if check_seconds:
-            spent["seconds"] = usage.seconds
-        for name, amount in spent.items():
+        for name, amount in usage.capped.items():
             cap = getattr(self.budget, name)
+            if cap is None or (name == "seconds" and not check_seconds):
+                continue
             # Sums of floating-point numbers differ in the last digits with their order.
-            if cap is not None and amount > cap * (1 + 1e-12):
+            if amount > cap * (1 + 1e-12):
                 return f"{amount:,.12g} {name} of a budget of {cap:,.12g}"
         return None
 
 
-_thread = threading.local()
-
-
-def note_waiting(seconds: float) -> None:
-    """Take seconds for which this thread waited for others out of the blocks that it times."""
-    _thread.waited = getattr(_thread, "waited", 0.0) + seconds
+# Seconds that blocks inside the one that is being timed have charged.
+_charged_inside: ContextVar[list[float] | None] = ContextVar("_charged_inside", default=None)
 
 
 @contextmanager
 def timed(ledgers: Sequence[Ledger] | None) -> Iterator[None]:
-    """Charge the wall time of a block to `ledgers`, in equal parts."""
-    start, waited = time.perf_counter(), getattr(_thread, "waited", 0.0)
+    """Charge the wall time of a block to `ledgers`, in equal parts.
+
+    What a block inside it charges is not charged again. Do not await anything else's turn in it.
+    """
+    inside: list[float] = []
+    outside = _charged_inside.get()
+    token = _charged_inside.set(inside)
+    start = time.perf_counter()
     try:
         yield
     finally:
-        elapsed = time.perf_counter() - start - (getattr(_thread, "waited", 0.0) - waited)
-        if ledgers:
-            # A block around this one does not charge the same seconds again.
-            note_waiting(elapsed)
-        share = elapsed / max(1, len(ledgers or ()))
+        elapsed = time.perf_counter() - start
+        _charged_inside.reset(token)
+        if outside is not None:
+            outside.append(elapsed if ledgers else sum(inside))
         for ledger in ledgers or ():
-            ledger.charge(Usage(seconds=share))
+            ledger.charge(Usage(seconds=(elapsed - sum(inside)) / len(ledgers or ())))

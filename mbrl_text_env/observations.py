@@ -1,13 +1,13 @@
 """What an agent sees of a state: text, token ids, or an embedding.
 
-Each class has the space of one environment and `observe`, which is batched, so that the single and
-the vector environment show the same.
+Each class has the space of one environment and a batched `observe(states, responses)`, so that the
+single and the vector environment show the same; `responses` are the decoded response prefixes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,19 +20,6 @@ from mbrl_text_env.types import TextState
 _MAX_CHARACTERS = 2**31 - 1
 # Gymnasium's checker warns of infinite bounds; no embedding comes near this one.
 _LARGEST = float(np.finfo(np.float32).max)
-
-
-class Observation(Protocol):
-    """One way to show a state."""
-
-    @property
-    def space(self) -> spaces.Space[Any]:
-        """The space of one observation."""
-        ...
-
-    def observe(self, states: Sequence[TextState], responses: Sequence[str]) -> list[Any]:
-        """One element of `space` for each state; `responses` are the decoded response prefixes."""
-        ...
 
 
 def feature_box(size: int) -> spaces.Box:
@@ -85,20 +72,21 @@ class TokenObservation:
         Raises:
             ValueError: A prompt is longer than P.
         """
-        return [self._one(state) for state in states]
-
-    def _one(self, state: TextState) -> dict[str, Any]:
-        if len(state.prompt_ids) > self.max_prompt_tokens:
-            raise ValueError(
-                f"Prompt {state.prompt.id!r} has {len(state.prompt_ids)} tokens, but the "
-                f"observation holds {self.max_prompt_tokens}. Pass a larger max_prompt_tokens."
-            )
-        return {
-            "prompt_ids": _padded(state.prompt_ids, self.max_prompt_tokens),
-            "prompt_length": np.int64(len(state.prompt_ids)),
-            "response_ids": _padded(state.response_ids, self.max_response_tokens),
-            "response_length": np.int64(len(state.response_ids)),
-        }
+        for state in states:
+            if len(state.prompt_ids) > self.max_prompt_tokens:
+                raise ValueError(
+                    f"Prompt {state.prompt.id!r} has {len(state.prompt_ids)} tokens, but the "
+                    f"observation holds {self.max_prompt_tokens}. Pass a larger max_prompt_tokens."
+                )
+        return [
+            {
+                "prompt_ids": _padded(state.prompt_ids, self.max_prompt_tokens),
+                "prompt_length": np.int64(len(state.prompt_ids)),
+                "response_ids": _padded(state.response_ids, self.max_response_tokens),
+                "response_length": np.int64(len(state.response_ids)),
+            }
+            for state in states
+        ]
 
 
 class EmbeddingObservation:
@@ -119,6 +107,9 @@ class EmbeddingObservation:
             for state, response in zip(states, responses, strict=True)
         ]
         return list(encode_texts(self.encoder, texts))
+
+
+Observation: TypeAlias = TextObservation | TokenObservation | EmbeddingObservation
 
 
 def _padded(ids: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:

@@ -7,19 +7,20 @@ import difflib
 import importlib
 import io
 import json
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, cast, get_args
 
-from mbrl_text_env.tables import plain_values
+from mbrl_text_env._lazy import MissingExtraError, extras
+from mbrl_text_env.tables import plain_values, shortened, strict_json_object
 from mbrl_text_env.types import Message, Prompt, Split
 
 _SPLITS = get_args(Split)
 _CONTENT_KEYS = ("text", "prompt", "messages")
+_CHANGE_OR_LEAVE_OUT = "Change it, or leave it out."
 
 
 class PromptError(ValueError):
@@ -33,6 +34,12 @@ class _Row:
     place: str
     default_id: str
     fields: dict[str, Any]
+
+    def error(self, expected: str, got: object, change: str) -> PromptError:
+        """What is wrong with it."""
+        return PromptError(
+            f"{self.place}: expected {expected}, got {shortened(str(got))}. {change}"
+        )
 
 
 def load_prompts(
@@ -75,19 +82,27 @@ def load_prompts(
     prompts = [_prompt(row, chat) for row in rows]
     if not prompts:
         raise PromptError(f"{name}: expected at least one prompt, got an empty file. Add rows.")
-    _check_ids(rows, prompts)
+    first_place: dict[str, str] = {}
+    for row, prompt in zip(rows, prompts, strict=True):
+        first = first_place.setdefault(prompt.id, row.place)
+        if first != row.place:
+            raise PromptError(
+                f"{row.place}: expected unique ids, got {prompt.id!r} again (first: {first}). "
+                "Change one of the two."
+            )
     kept = [
         prompt
         for prompt in prompts
         if split in (None, prompt.split) and kind in (None, prompt.metadata.get("kind"))
     ]
     if not kept:
+        splits = sorted({str(prompt.split) for prompt in prompts})
+        kinds = sorted({str(prompt.metadata.get("kind")) for prompt in prompts})
         raise PromptError(
             f"{name}: expected prompts with split={split!r} and kind={kind!r}, got none of "
-            f"{len(prompts)}. Their splits are {_distinct(p.split for p in prompts)}, their kinds "
-            f"{_distinct(p.metadata.get('kind') for p in prompts)}. Change the filters: split=None "
-            "(`--split all` on the command line) keeps all splits, kind=None (no `--kind`) all "
-            "kinds."
+            f"{len(prompts)}. Their splits are {splits}, their kinds {kinds}. Change the filters: "
+            "split=None (`--split all` on the command line) keeps all splits, kind=None (no "
+            "`--kind`) all kinds."
         )
     return kept[:limit]
 
@@ -135,20 +150,24 @@ def hub_prompts(
             f"{type(reason).__name__}: {reason}. Check the names and the network, or load a file "
             "with `load_prompts`."
         ) from error
-    _check_column(name, column, dataset.column_names)
+    if column not in dataset.column_names:
+        columns = dataset.column_names
+        raise PromptError(
+            f"{name}: expected a column {column!r}, got {columns}.{_near(column, columns)} "
+            "Name the column of the prompts with `column=...`."
+        )
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     if not len(dataset):
         raise PromptError(f"{name}: expected at least one row, got none. Choose another split.")
     base = split.partition("[")[0]
+    prompt_split = cast(Split, base) if base in _SPLITS else None
     prompts = []
-    for index, row in enumerate(dataset):
-        place = f"{name}, row {index}"
-        row = plain_values(row)
-        content = _content(place, row.pop(column, None), chat)
+    for index, values in enumerate(dataset):
         prompt_id = f"{Path(dataset_name).name}-{split}-{index}"
-        prompt_split = cast(Split, base) if base in _SPLITS else None
-        prompts.append(_made(place, prompt_id, content, _json_only(row), prompt_split))
+        row = _Row(f"{name}, row {index}", prompt_id, plain_values(values))
+        content = _content(row, row.fields.pop(column, None), chat)
+        prompts.append(_made(row, prompt_id, content, _json_only(row.fields), prompt_split))
     return prompts
 
 
@@ -173,15 +192,11 @@ def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:
         return as_prompts([prompts])
     if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
         raise _no_prompt(prompts)
-    return [_as_prompt(prompt) for prompt in prompts]
-
-
-def _as_prompt(prompt: Any) -> Prompt:
-    if isinstance(prompt, Prompt):
-        return prompt
-    if isinstance(prompt, str):
-        return Prompt.from_text(str(prompt))
-    raise _no_prompt(prompt)
+    found = [Prompt.from_text(str(p)) if isinstance(p, str) else p for p in prompts]
+    for prompt in found:
+        if not isinstance(prompt, Prompt):
+            raise _no_prompt(prompt)
+    return found
 
 
 def _no_prompt(found: object) -> PromptError:
@@ -235,22 +250,19 @@ def reasoning_gym_prompts(
             f"Task {task!r}: expected settings that it takes, got {config} with size={size}, "
             f"seed={seed} ({type(error).__name__}: {error}). Change them."
         ) from error
-    source = {"task": task, "seed": seed, "size": size, "config": config}
-    return [_reasoning_prompt(source, index, dataset[index], chat) for index in range(size)]
-
-
-def _reasoning_prompt(
-    source: dict[str, Any], index: int, entry: dict[str, Any], chat: bool
-) -> Prompt:
-    task = source["task"]
-    metadata = {
-        "kind": task,
-        "reference_answer": entry["answer"],
-        "reasoning_gym": _json_only(entry["metadata"]),
-        **_json_only({"reasoning_gym_source": {**source, "index": index}}),
-    }
-    prompt_id = f"{task}-{source['seed']}-{index}"
-    return Prompt.from_text(entry["question"], prompt_id, chat=chat, metadata=metadata)
+    prompts = []
+    for index, entry in enumerate(dataset[i] for i in range(size)):
+        made_from = {"task": task, "seed": seed, "size": size, "config": config, "index": index}
+        metadata = {
+            "kind": task,
+            "reference_answer": entry["answer"],
+            "reasoning_gym": _json_only(entry["metadata"]),
+            **_json_only({"reasoning_gym_source": made_from}),
+        }
+        prompt_id = f"{task}-{seed}-{index}"
+        question = entry["question"]
+        prompts.append(Prompt.from_text(question, prompt_id, chat=chat, metadata=metadata))
+    return prompts
 
 
 def _rows(source: str | Path) -> tuple[str, list[_Row]]:
@@ -287,92 +299,44 @@ def _jsonl_rows(name: str, data: bytes) -> Iterator[_Row]:
     # Not `splitlines`, which also breaks at separators that JSON strings may hold.
     for number, line in enumerate(_decoded(name, data).split("\n"), start=1):
         if line.strip():
-            place = f"{name}, line {number}"
-            yield _Row(place, f"{Path(name).stem}-{number}", _parsed(place, line))
-
-
-def _parsed(place: str, line: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(
-            line,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            object_pairs_hook=_without_repeats,
-        )
-        # JSON can escape halves of characters, which no tokenizer and no file takes.
-        json.dumps(fields, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise PromptError(
-            f"{place}: expected one JSON object, got {_shorten(line)} ({error}). Mend the line."
-        ) from error
-    if not isinstance(fields, dict):
-        raise PromptError(
-            f'{place}: expected an object such as {{"text": "..."}}, got {_shorten(line)}. Put the '
-            "prompt into a field `text`."
-        )
-    return fields
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text} is larger than any float64")
-    return number
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
-    return fields
+            place, default_id = f"{name}, line {number}", f"{Path(name).stem}-{number}"
+            fields = strict_json_object(place, line, '{"text": "..."}', PromptError)
+            yield _Row(place, default_id, fields)
 
 
 def _csv_rows(name: str, data: bytes) -> Iterator[_Row]:
     reader = csv.reader(io.StringIO(_decoded(name, data), newline=""), strict=True)
-    header: list[str] | None = None
+    header: list[str] = []
     # A quoted field may go over several lines; a row is called by its first.
     first = 1
     try:
         for values in reader:
-            place = f"{name}, line {first}"
-            if values and header is None:
-                header = _header(place, values)
-            elif values and header is not None:
-                yield _Row(place, f"{Path(name).stem}-{first}", _named(place, header, values))
+            row = _Row(f"{name}, line {first}", f"{Path(name).stem}-{first}", {})
             first = reader.line_num + 1
+            if values and not header:
+                header = values
+                if len({"text", "prompt"} & set(header)) != 1 or len(set(header)) != len(header):
+                    raise row.error(
+                        "a header of different columns, one of them `text` or `prompt`",
+                        header,
+                        "Add or rename a column.",
+                    )
+            elif values and len(values) != len(header):
+                raise row.error(
+                    f"{len(header)} values, one a column",
+                    len(values),
+                    "Put quotes around values that hold commas.",
+                )
+            elif values:
+                cells = zip(header, values, strict=True)
+                # An empty cell is how a CSV file says that there is no id or split.
+                row.fields.update((k, v) for k, v in cells if v or k not in ("id", "split"))
+                yield row
     except csv.Error as error:
         raise PromptError(
             f"{name}, line {first}: expected comma-separated values, got a row that cannot be "
-            f"parsed ({error}). Mend its quotes."
+            f"parsed ({error}). Fix its quotes."
         ) from error
-
-
-def _header(place: str, columns: list[str]) -> list[str]:
-    if len({"text", "prompt"} & set(columns)) != 1 or len(set(columns)) != len(columns):
-        raise PromptError(
-            f"{place}: expected a header of different columns, one of them `text` or `prompt`, got "
-            f"{columns}. Add or rename a column."
-        )
-    return columns
-
-
-def _named(place: str, header: list[str], values: list[str]) -> dict[str, Any]:
-    if len(values) != len(header):
-        raise PromptError(
-            f"{place}: expected {len(header)} values, one a column, got {len(values)}. Put quotes "
-            "around values that hold commas."
-        )
-    # An empty cell is how a CSV file says that there is no id or split.
-    return {
-        key: value
-        for key, value in zip(header, values, strict=True)
-        if value or key not in ("id", "split")
-    }
 
 
 def _decoded(name: str, data: bytes) -> str:
@@ -392,18 +356,23 @@ def _prompt(row: _Row, chat: bool) -> Prompt:
     fields = {key: value for key, value in row.fields.items() if value is not None}
     keys = [key for key in _CONTENT_KEYS if key in fields]
     if len(keys) != 1:
-        raise PromptError(
-            f"{row.place}: expected one of the fields {', '.join(_CONTENT_KEYS)}, got "
-            f"{keys or list(row.fields)}. Keep one, or rename the field that holds the prompt."
+        raise row.error(
+            f"one of the fields {', '.join(_CONTENT_KEYS)}",
+            keys or list(row.fields),
+            "Keep one, or rename the field that holds the prompt.",
         )
-    content = _content(row.place, fields[keys[0]], chat)
-    named = {*keys, "id", "split"}
-    metadata = {key: value for key, value in fields.items() if key not in named}
-    return _made(row.place, _id(row), content, metadata, _split(row))
+    content = _content(row, fields.pop(keys[0]), chat)
+    prompt_id, split = fields.pop("id", row.default_id), fields.pop("split", None)
+    if isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int) or prompt_id == "":
+        raise row.error("a string or an integer as id", repr(prompt_id), _CHANGE_OR_LEAVE_OUT)
+    if split is not None and split not in _SPLITS:
+        expected = f"split to be one of {', '.join(_SPLITS)}"
+        raise row.error(expected, repr(split), _CHANGE_OR_LEAVE_OUT)
+    return _made(row, str(prompt_id), content, fields, split)
 
 
 def _made(
-    place: str,
+    row: _Row,
     prompt_id: str,
     content: str | tuple[Message, ...],
     metadata: dict[str, Any],
@@ -412,69 +381,34 @@ def _made(
     try:
         return Prompt(prompt_id, content, metadata, split)
     except ValueError as error:
-        raise PromptError(f"{place}: {error}") from error
+        raise PromptError(f"{row.place}: {error}") from error
 
 
-def _content(place: str, value: Any, chat: bool) -> str | tuple[Message, ...]:
+def _content(row: _Row, value: Any, chat: bool) -> str | tuple[Message, ...]:
     if isinstance(value, str):
         content: str | tuple[Message, ...] = (Message("user", value),) if chat else value
     elif isinstance(value, list):
-        content = tuple(_message(place, message) for message in value)
+        content = tuple(_message(row, message) for message in value)
     else:
-        raise PromptError(
-            f"{place}: expected a string or a list of messages as prompt, got "
-            f"{_shorten(repr(value))}. Change it to one of these."
+        raise row.error(
+            "a string or a list of messages as prompt", repr(value), "Change it to one of these."
         )
     texts = [content] if isinstance(content, str) else [message.content for message in content]
     if not any(text.strip() for text in texts):
-        raise PromptError(
-            f"{place}: expected a prompt with text, got an empty one. Remove the row, or fill it."
-        )
+        raise row.error("a prompt with text", "an empty one", "Remove the row, or fill it.")
     return content
 
 
-def _message(place: str, message: Any) -> Message:
+def _message(row: _Row, message: Any) -> Message:
     # Rows of a dataset have all keys in every message, null where a message does not use them.
     given = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
     if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
-        raise PromptError(
-            f"{place}: expected messages with a string `role` and a string `content` alone, got "
-            f"{_shorten(repr(message))}. Change the message, or leave the row out."
+        raise row.error(
+            "messages with a string `role` and a string `content` alone",
+            repr(message),
+            "Change the message, or leave the row out.",
         )
-    return Message(given["role"], given["content"])
-
-
-def _id(row: _Row) -> str:
-    given = row.fields.get("id")
-    if given is None:
-        return row.default_id
-    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-        raise PromptError(
-            f"{row.place}: expected a string or an integer as id, got {_shorten(repr(given))}. "
-            "Change it, or leave it out."
-        )
-    return str(given)
-
-
-def _split(row: _Row) -> Split | None:
-    given = row.fields.get("split")
-    if given is not None and given not in _SPLITS:
-        raise PromptError(
-            f"{row.place}: expected split to be one of {', '.join(_SPLITS)}, got "
-            f"{_shorten(repr(given))}. Change it, or leave it out."
-        )
-    return cast("Split | None", given)
-
-
-def _check_ids(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> None:
-    first_place: dict[str, str] = {}
-    for row, prompt in zip(rows, prompts, strict=True):
-        if prompt.id in first_place:
-            raise PromptError(
-                f"{row.place}: expected unique ids, got {prompt.id!r} again (first: "
-                f"{first_place[prompt.id]}). Change one of the two."
-            )
-        first_place[prompt.id] = row.place
+    return Message(**given)
 
 
 def _check_filters(split: str | None, limit: int | None) -> None:
@@ -484,22 +418,12 @@ def _check_filters(split: str | None, limit: int | None) -> None:
         raise PromptError(f"limit: expected 1 or more, or None for all, got {limit!r}.")
 
 
-def _check_column(name: str, column: str, columns: Collection[str]) -> None:
-    if column not in columns:
-        raise PromptError(
-            f"{name}: expected a column {column!r}, got {list(columns)}.{_near(column, columns)} "
-            "Name the column of the prompts with `column=...`."
-        )
-
-
 def _optional(module: str) -> Any:
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise PromptError(
-            f"Expected the package {module!r} to be installed, got {error}. Install it with "
-            "`pip install 'mbrl-text-env[data]'`."
-        ) from error
+        with extras():
+            return importlib.import_module(module)
+    except MissingExtraError as error:
+        raise PromptError(str(error)) from error
 
 
 def _json_only(values: dict[str, Any]) -> dict[str, Any]:
@@ -516,11 +440,3 @@ def _json_only(values: dict[str, Any]) -> dict[str, Any]:
 def _near(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, known)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def _distinct(values: Iterator[Any]) -> list[str]:
-    return sorted({str(value) for value in values})
-
-
-def _shorten(text: str, width: int = 80) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."

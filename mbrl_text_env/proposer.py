@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +102,16 @@ Known = dict[TextState, float]
 """Rewards of the prefixes that one environment has shown last."""
 
 
+class ViewOptions(TypedDict, total=False):
+    """The keyword arguments of `CandidateProposer`, which the candidate views pass on to it."""
+
+    num_candidates: int
+    chunk_tokens: int | None
+    params: SamplingParams
+    encoder: Encoder | str | None
+    prefix_rewards: bool
+
+
 class CandidateProposer:
     """Proposes chunks and describes them; shared by the single and the vector view.
 
@@ -132,10 +142,10 @@ class CandidateProposer:
         self,
         language_model: LanguageModel,
         task: TextTask,
-        num_candidates: int,
-        chunk_tokens: int | None,
-        params: SamplingParams,
-        encoder: Encoder | str | None,
+        num_candidates: int = 4,
+        chunk_tokens: int | None = None,
+        params: SamplingParams = SamplingParams(),
+        encoder: Encoder | str | None = "embedded",
         prefix_rewards: bool = False,
     ) -> None:
         limit = task.rules.max_chunk_tokens
@@ -163,19 +173,18 @@ class CandidateProposer:
     ) -> list[list[Chunk]]:
         """K chunks for each state in one call of the language model; none where it has ended."""
         going = [i for i, state in enumerate(states) if not is_terminal(state)]
-        proposals: list[list[Chunk]] = [[] for _ in states]
-        if going:
-            drawn = self.language_model.sample(
-                [states[i] for i in going],
-                self.num_candidates,
-                self.chunk_tokens,
-                seeds=[seeds[i] for i in going],
-                params=self.params,
-                ledgers=[ledgers[i] for i in going],
-            )
-            for i, chunks in zip(going, drawn, strict=True):
-                proposals[i] = chunks
-        return proposals
+        if not going:
+            return [[] for _ in states]
+        drawn = self.language_model.sample(
+            [states[i] for i in going],
+            self.num_candidates,
+            self.chunk_tokens,
+            seeds=[seeds[i] for i in going],
+            params=self.params,
+            ledgers=[ledgers[i] for i in going],
+        )
+        chunks_of = dict(zip(going, drawn, strict=True))
+        return [chunks_of.get(i, []) for i in range(len(states))]
 
     def texts(
         self, states: Sequence[TextState], proposals: Sequence[list[Chunk]]
@@ -270,13 +279,10 @@ class CandidateProposer:
         failures: list[RewardError | None] | None,
     ) -> None:
         """Fill in the rewards of prefixes, all that are new in one call."""
-        wanted = [
-            [state, *behind] if behind else []
-            for state, behind in zip(states, children, strict=True)
-        ]
+        shown = [[s, *behind] if behind else [] for s, behind in zip(states, children, strict=True)]
         new = [
             (i, state)
-            for i, row in enumerate(wanted)
+            for i, row in enumerate(shown)
             for state in dict.fromkeys(row)
             if state not in known[i]
         ]
@@ -296,16 +302,15 @@ class CandidateProposer:
                 known[i][state] = value
             elif failures is not None and failures[i] is None:
                 failures[i] = value
-        for i, row in enumerate(wanted):
+        for i, row in enumerate(shown):
             if failures is not None and failures[i] is not None:
                 continue
-            values = [known[i][state] for state in row]
+            values = {state: known[i][state] for state in row}
             if row:
-                parts.prefix_reward[i, 0] = values[0]
-                parts.rewards[i, :, 0] = values[1:]
-            shown = dict(zip(row, values, strict=True))
+                parts.prefix_reward[i, 0] = values[row[0]]
+                parts.rewards[i, :, 0] = [values[state] for state in row[1:]]
             known[i].clear()
-            known[i].update(shown)
+            known[i].update(values)
 
     def _embed(
         self,
@@ -314,16 +319,13 @@ class CandidateProposer:
         parts: FeatureParts,
         ledgers: Sequence[Ledger],
     ) -> None:
-        wanted: list[TextState] = []
-        owners: list[int] = []
-        for i, (state, behind) in enumerate(zip(states, children, strict=True)):
-            wanted.extend([state, *behind])
-            owners.extend([i] * (1 + len(behind)))
-        vectors = iter(self._vectors(wanted, [ledgers[i] for i in owners]))
-        for i, behind in enumerate(children):
-            parts.prefix_embedding[i] = next(vectors)
-            for k in range(len(behind)):
-                parts.embeddings[i, k] = next(vectors)
+        shown = [[state, *behind] for state, behind in zip(states, children, strict=True)]
+        paid = [ledger for ledger, row in zip(ledgers, shown, strict=True) for _ in row]
+        vectors = self._vectors([state for row in shown for state in row], paid)
+        ends = np.cumsum([len(row) for row in shown])
+        for i, (end, row) in enumerate(zip(ends, shown, strict=True)):
+            parts.prefix_embedding[i] = vectors[end - len(row)]
+            parts.embeddings[i, : len(row) - 1] = vectors[end - len(row) + 1 : end]
 
     def _vectors(
         self, states: Sequence[TextState], ledgers: Sequence[Ledger]

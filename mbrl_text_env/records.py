@@ -16,13 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from mbrl_text_env._shards import (
+from mbrl_text_env._record_files import (
     RUN_KEY,
     SCHEMA,
     SCRATCH_SUFFIX,
@@ -35,7 +34,6 @@ from mbrl_text_env._shards import (
     run_of_shard,
     shards_of,
     what_is,
-    writable,
     write_shard,
 )
 from mbrl_text_env.files import write_folder
@@ -43,7 +41,7 @@ from mbrl_text_env.identity import identity
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, RewardModel, score_responses
 from mbrl_text_env.rewards.base import reward_name as name_of
-from mbrl_text_env.runs import refuse_others
+from mbrl_text_env.runs import refuse_others, writing
 from mbrl_text_env.types import FinishReason, Message, Prompt, Split, TextState
 
 _LOCK_SECONDS = 1.0
@@ -118,7 +116,7 @@ class Record:
         if not all(map(math.isfinite, (self.score, *self.rewards.values()))):
             raise RecordsError(
                 f"Record of prompt {self.prompt_id!r}: expected finite scores, got score="
-                f"{self.score!r}, rewards={self.rewards!r}. Mend the reward model "
+                f"{self.score!r}, rewards={self.rewards!r}. Fix the reward model "
                 f"{self.reward_name!r}, or leave the response out."
             )
         if len(self.logprobs) not in (0, len(self.response_ids)):
@@ -178,14 +176,7 @@ class Record:
 
     def state(self) -> TextState:
         """The state at the end of the response, rebuilt."""
-        return TextState(
-            self.prompt(),
-            self.prompt_ids,
-            self.response_ids,
-            self.finish_reason,
-            self.chunk_ends,
-            sum(self.logprobs) if self.logprobs else None,
-        )
+        return self.prefix_state(len(self.response_ids))
 
     def prefix_state(self, length: int) -> TextState:
         """The state after the first `length` tokens; it has ended only if the response had.
@@ -198,13 +189,11 @@ class Record:
                 f"Record of prompt {self.prompt_id!r}: expected a prefix of 0 to "
                 f"{len(self.response_ids)} tokens, got {length}."
             )
-        if length == len(self.response_ids):
-            return self.state()
         return TextState(
             self.prompt(),
             self.prompt_ids,
             self.response_ids[:length],
-            None,
+            self.finish_reason if length == len(self.response_ids) else None,
             tuple(end for end in self.chunk_ends if end <= length),
             sum(self.logprobs[:length]) if self.logprobs else None,
         )
@@ -214,8 +203,8 @@ class RecordWriter:
     """Appends records to a folder; used as a context manager.
 
     A full shard is written at once, the rest by `flush()` and at the end of the block, also when
-    the block ends with an error. A writer that is killed at any moment loses no more than the
-    records that were not flushed. A folder has one writer at a time.
+    the block ends with an error. A writer that is killed loses no more than the records that were
+    not flushed. A folder has one writer at a time.
 
     Args:
         folder: Made if it is not there, appended to if it is.
@@ -243,7 +232,7 @@ class RecordWriter:
         self._run: bytes | None = None
 
     def __enter__(self) -> RecordWriter:
-        with writable(self.folder):
+        with writing(self.folder, RecordsError):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire()
@@ -259,12 +248,7 @@ class RecordWriter:
                 raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self.flush()
         finally:
@@ -279,15 +263,15 @@ class RecordWriter:
                 valid Unicode, metadata that is not JSON. Or the writer is not open, or the shard
                 cannot be written.
         """
-        self._check_open()
-        self._pending.append(_batch(record))
-        if len(self._pending) >= self.shard_rows:
-            self.flush()
+        self.extend([record])
 
     def extend(self, records: Iterable[Record]) -> None:
         """Add records one by one; see `append`."""
+        self._check_open()
         for record in records:
-            self.append(record)
+            self._pending.append(_batch(record))
+            if len(self._pending) >= self.shard_rows:
+                self.flush()
 
     def append_together(self, records: Iterable[Record]) -> None:
         """Write records at once: a kill leaves all of them or none; see `append`."""
@@ -299,12 +283,12 @@ class RecordWriter:
         """Write records of this run from now on; the folder holds no others.
 
         Args:
-            run: Whatever the records depend on, apart from their prompts. JSON values. It is kept
-                in each shard.
+            run: Whatever the records depend on, apart from their prompts; JSON values, kept in each
+                shard.
 
         Raises:
-            RecordsError: The folder holds records of another run, or some that do not say of which;
-                the message says what differs. Or the writer is not open.
+            RecordsError: The folder holds records of another run (the message says what differs),
+                or some that do not say of which. Or the writer is not open.
         """
         self._check_open()
         for shard in shards_of(self.folder):
@@ -331,17 +315,13 @@ class RecordWriter:
         if self._run is not None:
             metadata = {**(table.schema.metadata or {}), RUN_KEY: self._run}
             table = table.replace_schema_metadata(metadata)
-        with writable(self.folder):
+        with writing(self.folder, RecordsError):
             write_shard(table, self.folder / f"shard-{self._next_shard:05d}.parquet")
         self._next_shard += 1
         self._pending.clear()
 
     def existing(self) -> list[Record]:
-        """The records that are on the disk; none in a new folder.
-
-        Raises:
-            RecordsError: A shard is damaged.
-        """
+        """The records that are on the disk, as `read_records`; none in a new folder."""
         return read_records(self.folder) if shards_of(self.folder) else []
 
     def _take_over(self) -> None:
@@ -443,10 +423,14 @@ def rescore(
         raise RecordsError(f"batch_size: expected 1 or more, got {batch_size!r}.")
     reward_model = as_reward_model(reward_model)
     target = Path(target)
-    with writable(target):
+    with writing(target, RecordsError):
         _check_target(Path(source), target)
     records, run = iter_records(source), run_of(source)
-    with writable(target), write_folder(target) as scratch, RecordWriter(scratch) as writer:
+    with (
+        writing(target, RecordsError),
+        write_folder(target) as scratch,
+        RecordWriter(scratch) as writer,
+    ):
         if run is not None:
             writer.go_on({**run, "reward": identity(reward_model)})
         while batch := list(islice(records, batch_size)):
@@ -504,13 +488,14 @@ def _batch(record: Record) -> pa.RecordBatch:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in SCHEMA.names}
     messages = record.messages
-    row["messages"] = None if messages is None else _json([vars(m) for m in messages])
-    row["metadata"] = _json(record.metadata)
-    row["rewards"] = _amounts(record.rewards)
-    row["usage"] = _amounts(record.usage)
-    return row
+    return {
+        **{name: getattr(record, name) for name in SCHEMA.names},
+        "messages": None if messages is None else _json([vars(m) for m in messages]),
+        "metadata": _json(record.metadata),
+        "rewards": _amounts(record.rewards),
+        "usage": _amounts(record.usage),
+    }
 
 
 def _record(row: dict[str, Any]) -> Record:

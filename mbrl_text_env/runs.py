@@ -36,8 +36,8 @@ def claimed(
 ) -> Iterator[None]:
     """Be the only process that works in a run's folder, and make sure that it is of this run.
 
-    Call it when all arguments are known to be good: from then on the folder belongs to them. A kill
-    at any moment leaves a folder that the same call goes on with.
+    Call it when all arguments are known to be good. A kill at any moment leaves a folder that the
+    same call goes on with.
 
     Args:
         folder: Made if it is not there.
@@ -84,11 +84,7 @@ def claim_file(
     error: type[Exception],
     grows: Sequence[str] = (),
 ) -> None:
-    """Write what a run depends on, or make sure that it is there already; see `claimed`.
-
-    Raises:
-        error: The file is of another run, or damaged.
-    """
+    """Write what a run depends on, or make sure that it is there already; see `claimed`."""
     wanted = _as_json(record)
     if not path.exists():
         write_text(path, json.dumps(wanted, indent=2))
@@ -107,11 +103,7 @@ def claim_file(
 
 @contextmanager
 def writing(folder: str | Path, error: type[Exception]) -> Iterator[None]:
-    """Say in one line that a folder cannot be written or read.
-
-    Raises:
-        error: The block raised `OSError`.
-    """
+    """Turn an `OSError` of the block into one line that says that the folder cannot be written."""
     try:
         yield
     except (OSError, SafetensorError) as reason:
@@ -130,17 +122,10 @@ def refuse_others(
     noun: str,
     error: type[Exception],
 ) -> None:
-    """Refuse to go on with results that depend on something else.
-
-    Args:
-        where: The folder, for the message.
-        found: What its results depend on.
-        record: What those of this run depend on. JSON values.
-        noun: What the message calls a run.
-        error: What is raised.
+    """Refuse to go on with results in folder `where` that depend on something else (`found`).
 
     Raises:
-        error: They differ; the message says in what.
+        error: They differ from this run's `record`; the message says in what.
     """
     differing = [*differences(found, _as_json(record))]
     if differing:
@@ -160,9 +145,8 @@ def differences(found: Any, record: Any, name: str = "") -> Iterator[str]:
     """
     if isinstance(found, dict) and isinstance(record, dict):
         for key in sorted({*found, *record}):
-            yield from differences(
-                found.get(key), record.get(key), f"{name}.{key}" if name else str(key)
-            )
+            inner = f"{name}.{key}" if name else str(key)
+            yield from differences(found.get(key), record.get(key), inner)
     elif found != record:
         yield f"{name}: {_short(found)} there, {_short(record)} here"
 
@@ -195,11 +179,7 @@ def digest(*parts: bytes) -> str:
 
 
 def read_config(path: Path, error: type[Exception]) -> dict[str, Any]:
-    """Read an object of JSON.
-
-    Raises:
-        error: It is damaged.
-    """
+    """Read an object of JSON; a damaged one is an `error`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):

@@ -1,11 +1,16 @@
 """Gymnasium spaces for chunks of tokens and for Unicode text.
 
-Both are registered with Gymnasium's functions for spaces (`flatten`, shared memory, ...) in
-`_space_functions.py`.
+Both work with Gymnasium's functions for spaces, and with Minari's where it is installed. A chunk is
+flattened to int64[C], padded with `vocab_size`; a text to int32[flat_length], code points padded
+with 1,114,112, which is no character. Shared memory holds the same.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import json
+import multiprocessing as mp
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +19,9 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
+from gymnasium.spaces import utils
+from gymnasium.vector.utils import shared_memory
+from gymnasium.wrappers.utils import create_zero_array
 
 from mbrl_text_env.mdp import ChunkRules
 
@@ -37,6 +45,9 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
         (True, False)
     """
 
+    flat_dtype = np.int64
+    zero: Any = (0,)
+
     def __init__(self, rules: ChunkRules, seed: int | np.random.Generator | None = None) -> None:
         if rules.max_chunk_tokens < 1 or rules.vocab_size < 1:
             raise ValueError(
@@ -50,6 +61,24 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
     def is_np_flattenable(self) -> bool:
         """`flatten` gives int64[C], padded with `vocab_size`."""
         return True
+
+    @property
+    def flat_length(self) -> int:
+        """C."""
+        return self.rules.max_chunk_tokens
+
+    @property
+    def padding(self) -> int:
+        """The vocabulary's size."""
+        return self.rules.vocab_size
+
+    def numbers(self, x: Any) -> npt.NDArray[Any]:
+        """A chunk as an array that is as long as it is."""
+        return np.asarray(x, dtype=np.int64)
+
+    def element(self, numbers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """The chunk that `numbers` gave."""
+        return numbers.copy()
 
     def sample(self, mask: None = None, probability: None = None) -> npt.NDArray[np.int64]:
         """Draw a chunk, int64[n]. Masks are not supported.
@@ -74,11 +103,11 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
 
     def to_jsonable(self, sample_n: Iterable[npt.NDArray[np.int64]]) -> list[list[int]]:
         """Chunks as lists of ints."""
-        return [[int(i) for i in chunk] for chunk in sample_n]
+        return [np.asarray(chunk).tolist() for chunk in sample_n]
 
     def from_jsonable(self, sample_n: list[Any]) -> list[npt.NDArray[np.int64]]:
         """Chunks from lists of ints."""
-        return [np.asarray(chunk, dtype=np.int64) for chunk in sample_n]
+        return [self.numbers(chunk) for chunk in sample_n]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChunkSpace) and self.rules == other.rules
@@ -160,6 +189,9 @@ class UnicodeText(spaces.Text):
     # Letters, digits and white space of several scripts; sampling need not reach all of Unicode.
     _CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFG 0123456789 .,;:!?'\n äöüßéñ Жя 日本語 🙂"
     _MOST_FLAT = 2**16
+    flat_dtype = np.int32
+    padding = 0x110000
+    zero: Any = ""
 
     def __init__(self, max_length: int, seed: int | np.random.Generator | None = None) -> None:
         if max_length < 0:
@@ -167,14 +199,32 @@ class UnicodeText(spaces.Text):
         super().__init__(max_length, min_length=0, charset=self._CHARACTERS, seed=seed)
 
     @property
+    def is_np_flattenable(self) -> bool:
+        """`flatten` gives int32[flat_length], code points padded with 1,114,112."""
+        return True
+
+    @property
     def flat_length(self) -> int:
         """Characters that `flatten` and shared memory have room for: at most 65,536."""
         return min(self.max_length, self._MOST_FLAT)
 
-    @property
-    def is_np_flattenable(self) -> bool:
-        """`flatten` gives int32[flat_length], code points padded with 1,114,112."""
-        return True
+    def numbers(self, x: str) -> npt.NDArray[Any]:
+        """The code points of a text.
+
+        Raises:
+            ValueError: There are more than `flat_length`.
+        """
+        if len(x) > self.flat_length:
+            raise ValueError(
+                f"Expected a text of at most {self.flat_length} characters, got {len(x)}: "
+                "flattened texts and shared memory have no room for more. Use "
+                "observation='tokens', or AsyncVectorEnv with shared_memory=False."
+            )
+        return np.fromiter(map(ord, x), np.int32, len(x))
+
+    def element(self, numbers: npt.NDArray[Any]) -> str:
+        """The text that `numbers` gave."""
+        return "".join(map(chr, numbers.tolist()))
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
         """Draw a string of at most 32 characters. Masks are not supported."""
@@ -194,5 +244,96 @@ class UnicodeText(spaces.Text):
         return f"UnicodeText({self.max_length})"
 
 
-# Below the classes that it registers.
-from mbrl_text_env import _space_functions  # noqa: E402, F401
+_Space = ChunkSpace | UnicodeText
+
+
+def _padded(space: _Space, x: Any) -> npt.NDArray[Any]:
+    row = np.full(space.flat_length, space.padding, dtype=space.flat_dtype)
+    numbers = space.numbers(x)
+    row[: len(numbers)] = numbers
+    return row
+
+
+def _unpadded(space: _Space, x: Any) -> Any:
+    row = np.asarray(x, dtype=space.flat_dtype)
+    ends = np.flatnonzero(row == space.padding)
+    return space.element(row[: ends[0]] if ends.size else row)
+
+
+def _create_shared(space: _Space, n: int = 1, ctx: Any = mp) -> Any:
+    shared = ctx.Array(np.dtype(space.flat_dtype).char, n * space.flat_length)
+    _rows(space, shared)[:] = space.padding
+    return shared
+
+
+class _SharedElements(Sequence[Any]):
+    """Elements in shared memory as they are now; a copy of it is a tuple that stays.
+
+    Gymnasium reads shared memory once, and from then on copies what it got.
+    """
+
+    def __init__(self, space: _Space, shared: Any, n: int = 1) -> None:
+        self._space, self._all = space, _rows(space, shared)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _unpadded(self._space, self._all[index])
+
+    def __deepcopy__(self, memo: Any) -> tuple[Any, ...]:
+        return tuple(self)
+
+
+def _write_shared(space: _Space, index: int, value: Any, shared: Any) -> None:
+    numbers, row = space.numbers(value), _rows(space, shared)[index]
+    row[: len(numbers)] = numbers
+    row[len(numbers) : len(numbers) + 1] = space.padding
+
+
+def _rows(space: _Space, shared: Any) -> npt.NDArray[Any]:
+    return np.frombuffer(shared.get_obj(), dtype=space.flat_dtype).reshape(-1, space.flat_length)
+
+
+_FUNCTIONS: dict[Any, Any] = {
+    utils.flatdim: lambda space: space.flat_length,
+    utils.flatten_space: lambda space: spaces.Box(
+        0, space.padding, (space.flat_length,), space.flat_dtype
+    ),
+    utils.flatten: _padded,
+    utils.unflatten: _unpadded,
+    utils.is_space_dtype_shape_equiv: operator.eq,
+    create_zero_array: lambda space: space.element(space.numbers(space.zero)),
+    shared_memory.create_shared_memory: _create_shared,
+    shared_memory.read_from_shared_memory: _SharedElements,
+    shared_memory.write_to_shared_memory: _write_shared,
+}
+for _kind in (ChunkSpace, UnicodeText):
+    for _of_gymnasium, _of_ours in _FUNCTIONS.items():
+        _of_gymnasium.register(_kind, _of_ours)
+
+
+def _register_with_minari() -> None:
+    minari = importlib.import_module("minari.serialization")
+
+    def serialize(space: _Space, to_string: bool = True) -> Any:
+        values = (
+            {**vars(space.rules), "stop_token_ids": sorted(space.rules.stop_token_ids)}
+            if isinstance(space, ChunkSpace)
+            else {"max_length": space.max_length}
+        )
+        row = {"type": type(space).__name__, **values}
+        return json.dumps(row) if to_string else row
+
+    def chunk_space(row: dict[str, Any]) -> ChunkSpace:
+        stops = frozenset(row["stop_token_ids"])
+        return ChunkSpace(ChunkRules(row["vocab_size"], stops, row["max_chunk_tokens"]))
+
+    minari.serialize_space.register(UnicodeText, serialize)
+    minari.serialize_space.register(ChunkSpace, serialize)
+    minari.deserialize_space.register("UnicodeText")(lambda row: UnicodeText(row["max_length"]))
+    minari.deserialize_space.register("ChunkSpace")(chunk_space)
+
+
+if importlib.util.find_spec("minari") is not None:
+    _register_with_minari()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from os.path import commonprefix
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
 import numpy as np
 from gymnasium import spaces
@@ -47,6 +47,19 @@ from mbrl_text_env.types import Prompt, TextState
 RewardMode = Literal["terminal", "delta", "process"]
 ObservationMode = Literal["text", "tokens", "embedding"]
 ActionFormat = Literal["chunk", "padded"]
+_Score = tuple[float, dict[str, float]]
+
+
+class TaskOptions(TypedDict, total=False):
+    """The keyword arguments of `TextTask`, which the environments pass on to it."""
+
+    reward: RewardMode
+    observation: ObservationMode
+    encoder: Encoder | None
+    max_response_tokens: int
+    max_chunk_tokens: int
+    max_prompt_tokens: int | None
+    action_format: ActionFormat
 
 
 class Outcome(NamedTuple):
@@ -119,17 +132,20 @@ class TextTask:
         max_prompt_tokens: int | None = None,
         action_format: ActionFormat = "chunk",
     ) -> None:
-        _one_of("action_format", action_format, ActionFormat)
-        _one_of("reward", reward, RewardMode)
-        _one_of("observation", observation, ObservationMode)
+        one_of("action_format", action_format, ActionFormat)
+        one_of("reward", reward, RewardMode)
+        one_of("observation", observation, ObservationMode)
         if max_response_tokens < 1 or max_chunk_tokens < 1:
             raise ValueError(
                 "max_response_tokens and max_chunk_tokens must be at least 1, got "
                 f"{max_response_tokens} and {max_chunk_tokens}."
             )
+        from mbrl_text_env.language_models.registry import embedded_tokenizer
+        from mbrl_text_env.rewards import as_reward_model
+
         self.prompts = _prompts(prompts)
-        self.tokenizer = tokenizer if tokenizer is not None else _default_tokenizer()
-        self.reward_model = _reward_model(reward_model)
+        self.tokenizer = embedded_tokenizer() if tokenizer is None else tokenizer
+        self.reward_model = as_reward_model(reward_model)
         self.ledger: Ledger | None = None
         if reward == "process":
             check_process(self.reward_model)
@@ -144,11 +160,8 @@ class TextTask:
 
     def action_space(self) -> ChunkSpace | spaces.MultiDiscrete:
         """A new space of chunks, in the action format."""
-        return (
-            ChunkSpace(self.rules)
-            if self.action_format == "chunk"
-            else padded_chunk_space(self.rules)
-        )
+        padded = self.action_format == "padded"
+        return padded_chunk_space(self.rules) if padded else ChunkSpace(self.rules)
 
     def choose_prompt(
         self, generator: np.random.Generator, options: dict[str, Any] | None
@@ -189,14 +202,13 @@ class TextTask:
             InvalidChunkError: An action is not a chunk.
             RewardError: The reward model failed.
         """
-        appended = [
-            self._append(outcome.state, action)
-            for outcome, action in zip(outcomes, actions, strict=True)
-        ]
-        states, cuts = [state for state, _ in appended], [cut for _, cut in appended]
+        rows = [(o.state, a) for o, a in zip(outcomes, actions, strict=True)]
+        appended = [self._append(*row) for row in rows]
+        states = [state for state, _ in appended]
         responses = [self.tokenizer.decode(state.response_ids) for state in states]
         scores = self._scores(states, responses)
-        rewards = self._rewards(outcomes, states, responses, scores)
+        rewards = self._rewards(outcomes, states, scores)
+        rest = zip(appended, responses, rewards, scores, strict=True)
         return [
             Outcome(
                 state,
@@ -205,9 +217,7 @@ class TextTask:
                 score[0] if score else None,
                 self._info(state, response, cut, score),
             )
-            for state, response, cut, score, reward in zip(
-                states, responses, cuts, scores, rewards, strict=True
-            )
+            for (state, cut), response, reward, score in rest
         ]
 
     def advance_apart(
@@ -215,12 +225,11 @@ class TextTask:
         outcomes: Sequence[Outcome],
         actions: Sequence[Any],
         failed_reward: float,
-        errors: Sequence[RewardError | None] | None = None,
+        errors: Sequence[RewardError | None],
     ) -> list[Outcome]:
-        """Step each state with its action so that a failure of the reward model costs one of them.
+        """`advance` where a failure of the reward model ends the episode that it belongs to alone.
 
-        Where it fails, the episode ends without a score, and `info["reward_error"]` says why.
-        Everything else is as in `advance`.
+        It ends without a score, and `info["reward_error"]` says why.
 
         Args:
             outcomes: Where the environments are.
@@ -228,7 +237,6 @@ class TextTask:
             failed_reward: The reward of an episode that ends so.
             errors: What has failed already, one an outcome, so that nothing is scored there.
         """
-        errors = [None] * len(outcomes) if errors is None else errors
         rows = list(zip(outcomes, actions, strict=True))
         going = [row for row, error in zip(rows, errors, strict=True) if error is None]
         advanced = iter(
@@ -268,12 +276,6 @@ class TextTask:
 
     def _append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
         """The state after an action, and whether the action was cut."""
-        ids = self._token_ids(action)
-        limit = response_limit(before, self.tokenizer, self.max_response_tokens)
-        state = append(before, tuple(ids), self.rules.finish_reason(ids), limit)
-        return state, len(state.response_ids) - len(before.response_ids) < len(ids)
-
-    def _token_ids(self, action: Any) -> list[int]:
         ids = as_token_ids(action)
         if ids is None:
             raise InvalidChunkError(
@@ -282,8 +284,10 @@ class TextTask:
                 f"{type(action).__name__} {action!r:.80}."
             )
         if self.action_format == "padded" and len(ids) <= self.rules.max_chunk_tokens:
-            return unpadded(ids, self.rules)
-        return ids
+            ids = unpadded(ids, self.rules)
+        limit = response_limit(before, self.tokenizer, self.max_response_tokens)
+        state = append(before, tuple(ids), self.rules.finish_reason(ids), limit)
+        return state, len(state.response_ids) - len(before.response_ids) < len(ids)
 
     def _failed(
         self, outcome: Outcome, action: Any, error: RewardError, failed_reward: float
@@ -302,7 +306,7 @@ class TextTask:
         state: TextState,
         response: str,
         cut: bool,
-        score: tuple[float, dict[str, float]] | None = None,
+        score: _Score | None = None,
     ) -> dict[str, Any]:
         """What the user is told: the same keys and types from the first step to the last."""
         if score is None or state.finish_reason is None:
@@ -317,64 +321,45 @@ class TextTask:
             "score_parts": score[1],
         }
 
-    def _scores(
-        self, states: Sequence[TextState], responses: Sequence[str]
-    ) -> list[tuple[float, dict[str, float]] | None]:
-        """Score and parts of the responses that need them: ended ones, and under delta all."""
-        wanted = [
-            i
-            for i, state in enumerate(states)
-            if state.finish_reason is not None or self.reward == "delta"
-        ]
-        found: list[tuple[float, dict[str, float]] | None] = [None] * len(states)
-        if wanted:
-            scores = score_responses(
-                self.reward_model,
-                [states[i].prompt for i in wanted],
-                [responses[i] for i in wanted],
-                ledgers=self._ledgers(len(wanted)),
-            )
-            for place, i in enumerate(wanted):
-                found[i] = float(scores.total[place]), scores.parts_of(place)
-        return found
+    def _scored(self, rows: Sequence[tuple[TextState, str]]) -> list[_Score]:
+        """Score and parts of responses, in one call."""
+        scores = score_responses(
+            self.reward_model,
+            [state.prompt for state, _ in rows],
+            [response for _, response in rows],
+            ledgers=None if self.ledger is None else [self.ledger] * len(rows),
+        )
+        return [(float(total), scores.parts_of(i)) for i, total in enumerate(scores.total)]
+
+    def _scores(self, states: Sequence[TextState], responses: Sequence[str]) -> list[_Score | None]:
+        """Scores of the responses that need them: ended ones, and under delta all."""
+        rows = list(zip(states, responses, strict=True))
+        wanted = [s.finish_reason is not None or self.reward == "delta" for s in states]
+        some = [row for row, is_wanted in zip(rows, wanted, strict=True) if is_wanted]
+        found = iter(self._scored(some) if some else ())
+        return [next(found) if is_wanted else None for is_wanted in wanted]
 
     def _rewards(
         self,
         outcomes: Sequence[Outcome],
         states: Sequence[TextState],
-        responses: Sequence[str],
-        scores: Sequence[tuple[float, dict[str, float]] | None],
+        scores: Sequence[_Score | None],
     ) -> list[float]:
         if self.reward == "process":
-            return [self._process_reward(state) for state in states]
+            model = cast("ProcessRewardModel", self.reward_model)
+            steps = ((state.prompt, step_texts(state, self.tokenizer)) for state in states)
+            return [float(score_steps(model, *row, ledger=self.ledger)[-1]) for row in steps]
         totals = [score[0] if score else 0.0 for score in scores]
         if self.reward == "terminal":
             return totals
-        previous = self._previous_scores(outcomes)
-        return [total - before for total, before in zip(totals, previous, strict=True)]
-
-    def _previous_scores(self, outcomes: Sequence[Outcome]) -> list[float]:
-        """Scores of the prefixes before the step; only restored ones have to be computed."""
-        known = [0.0 if not outcome.state.response_ids else outcome.score for outcome in outcomes]
-        missing = [i for i, score in enumerate(known) if score is None]
-        scores = score_responses(
-            self.reward_model,
-            [outcomes[i].state.prompt for i in missing],
-            [outcomes[i].response for i in missing],
-            ledgers=self._ledgers(len(missing)),
-        )
-        for place, i in enumerate(missing):
-            known[i] = float(scores.total[place])
-        return [float(score or 0.0) for score in known]
-
-    def _process_reward(self, state: TextState) -> float:
-        """The score of the last chunk among the chunks of the response."""
-        steps = step_texts(state, self.tokenizer)
-        model = cast("ProcessRewardModel", self.reward_model)
-        return float(score_steps(model, state.prompt, steps, ledger=self.ledger)[-1])
-
-    def _ledgers(self, count: int) -> list[Ledger] | None:
-        return None if self.ledger is None else [self.ledger] * count
+        # Of the prefixes before the step only those of restored states have to be scored.
+        missing = [o for o in outcomes if o.state.response_ids and o.score is None]
+        found = iter(self._scored([(o.state, o.response) for o in missing]) if missing else ())
+        before = [
+            0.0 if not o.state.response_ids else next(found)[0] if o.score is None else o.score
+            for o in outcomes
+        ]
+        return [total - earlier for total, earlier in zip(totals, before, strict=True)]
 
     def _observation(
         self, mode: ObservationMode, encoder: Encoder | None, max_prompt_tokens: int | None
@@ -388,11 +373,11 @@ class TextTask:
             return TokenObservation(
                 self.rules.vocab_size, max_prompt_tokens, self.max_response_tokens
             )
-        if encoder is None:
-            from mbrl_text_env.language_models.registry import embedded_encoder
+        from mbrl_text_env.language_models.registry import embedded_encoder
 
-            return EmbeddingObservation(cast("Encoder", embedded_encoder()))
-        return EmbeddingObservation(encoder)
+        return EmbeddingObservation(
+            cast("Encoder", embedded_encoder()) if encoder is None else encoder
+        )
 
     def _named_prompt(self, wanted: object) -> Prompt:
         if isinstance(wanted, Prompt):
@@ -410,16 +395,12 @@ class TextTask:
 
 
 def step_texts(state: TextState, tokenizer: Tokenizer) -> list[str]:
-    """The text of each chunk of a response; joined, they are the response.
-
-    A character whose bytes two chunks share belongs to the chunk that completes it.
-    """
+    """The text of each chunk of a response; joined, they are the response; see `added_text`."""
     response = tokenizer.decode(state.response_ids)
     ends = [0]
     for end in state.chunk_ends[:-1]:
-        prefix = tokenizer.decode(state.response_ids[:end])
-        shared = commonprefix([prefix, response])  # noqa: RUF071 character by character is what is meant
-        ends.append(max(ends[-1], len(shared)))
+        rest = added_text(tokenizer.decode(state.response_ids[:end]), response)
+        ends.append(max(ends[-1], len(response) - len(rest)))
     return [response[start:end] for start, end in pairwise([*ends, len(response)])]
 
 
@@ -437,7 +418,8 @@ def added_text(before: str, after: str) -> str:
     return after[len(shared) :]
 
 
-def _one_of(name: str, value: str, allowed: Any) -> None:
+def one_of(name: str, value: object, allowed: Any) -> None:
+    """Refuse an argument that is not among the values of a `Literal`."""
     if value not in get_args(allowed):
         raise ValueError(f"{name}: expected one of {list(get_args(allowed))}, got {value!r}.")
 
@@ -451,18 +433,6 @@ def _prompts(prompts: Sequence[Prompt] | None) -> tuple[Prompt, ...]:
     if not found:
         raise ValueError("prompts: expected at least one prompt, got an empty sequence.")
     return tuple(found)
-
-
-def _default_tokenizer() -> Tokenizer:
-    from mbrl_text_env.language_models.registry import embedded_tokenizer
-
-    return embedded_tokenizer()
-
-
-def _reward_model(reward_model: RewardModel | Callable[..., Any] | str) -> RewardModel:
-    from mbrl_text_env.rewards import as_reward_model
-
-    return as_reward_model(reward_model)
 
 
 def _one_thread() -> None:

@@ -192,18 +192,3 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-
-@dataclass(frozen=True)
-class Transition:
-    """One step of the decision process.
-
-    `terminated` means that the response ended by itself, `truncated` that it met a token limit.
-    """
-
-    state: TextState
-    chunk: Chunk
-    reward: float
-    next_state: TextState
-    terminated: bool
-    truncated: bool

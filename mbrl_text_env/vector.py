@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack
 
 import gymnasium as gym
 import numpy as np
@@ -16,18 +15,18 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
-from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.env import check_render_mode, unchanged_if_it_fails
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.mdp import EpisodeEndedError, is_terminal
 from mbrl_text_env.rendering import as_frame, as_text
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import as_index
-from mbrl_text_env.task import ActionFormat, ObservationMode, Outcome, RewardMode, TextTask
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.task import Outcome, TaskOptions, TextTask, one_of
+from mbrl_text_env.types import FloatArray, Prompt, TextState
 
 BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
 OnRewardError = Literal["record", "raise"]
+_StepResult = tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]
 
 
 class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
@@ -50,8 +49,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
         render_mode: None, `"ansi"` (`render` returns a tuple of N strings) or `"rgb_array"` (of N
             frames).
-        prompts, tokenizer, reward_model, reward, observation, encoder, max_response_tokens,
-            max_chunk_tokens, max_prompt_tokens, action_format: As in `TextGenerationEnv`.
+        prompts, tokenizer, reward_model, **options: As in `TextGenerationEnv`.
 
     Attributes:
         states: The N current states.
@@ -65,6 +63,14 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         "render_modes": ["ansi", "rgb_array"],
         "render_fps": 4,
     }
+    kept_if_a_step_fails = (
+        "_outcomes",
+        "_generators",
+        "_generator_states",
+        "episode_started",
+        "final_states",
+        "num_failed",
+    )
 
     def __init__(
         self,
@@ -73,42 +79,17 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         tokenizer: Tokenizer | None = None,
         reward_model: RewardModel | Callable[..., Any] | str = "sentiment",
         *,
-        reward: RewardMode = "terminal",
-        observation: ObservationMode = "text",
-        encoder: Encoder | None = None,
-        max_response_tokens: int = 128,
-        max_chunk_tokens: int = 16,
-        max_prompt_tokens: int | None = None,
-        action_format: ActionFormat = "chunk",
         on_reward_error: OnRewardError = "raise",
         failed_reward: float = math.nan,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
+        **options: Unpack[TaskOptions],
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}.")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(
-                f"render_mode: expected None or one of {self.metadata['render_modes']}, got "
-                f"{render_mode!r}."
-            )
-        self.task = TextTask(
-            prompts,
-            tokenizer,
-            reward_model,
-            reward=reward,
-            observation=observation,
-            encoder=encoder,
-            max_response_tokens=max_response_tokens,
-            max_chunk_tokens=max_chunk_tokens,
-            max_prompt_tokens=max_prompt_tokens,
-            action_format=action_format,
-        )
-        if on_reward_error not in get_args(OnRewardError):
-            raise ValueError(
-                f"on_reward_error: expected one of {list(get_args(OnRewardError))}, got "
-                f"{on_reward_error!r}."
-            )
+        check_render_mode(render_mode, self.metadata["render_modes"])
+        self.task = TextTask(prompts, tokenizer, reward_model, **options)
+        one_of("on_reward_error", on_reward_error, OnRewardError)
         if math.isinf(failed_reward) or (
             on_reward_error == "raise" and failed_reward == failed_reward
         ):
@@ -161,27 +142,21 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         """
         rest = dict(options or {})
         mask = self._mask(rest.pop("reset_mask", None))
-        with self.unchanged_if_it_fails():
-            return self._reset(self._seeds(seed), mask, rest)
+        seeds = self._seeds(seed)
+        with unchanged_if_it_fails(self):
+            outcomes: list[Outcome | None] = [*self._outcomes] or [None] * self.num_envs
+            for i in np.flatnonzero(mask).tolist():
+                if seeds[i] is not None:
+                    self._generators[i] = seeding.np_random(seeds[i])[0]
+                outcomes[i] = self._restarted(i, rest)
+            if None in outcomes:
+                raise gym.error.ResetNeeded("The first reset() must reset every sub-environment.")
+            self._outcomes = [outcome for outcome in outcomes if outcome is not None]
+            self.episode_started = mask
+            infos = [o.info if m else None for o, m in zip(self._outcomes, mask, strict=True)]
+            return self._observations(), stack_infos(infos)
 
-    def _reset(
-        self, seeds: Sequence[int | None], mask: BoolArray, options: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        for i in np.flatnonzero(mask).tolist():
-            if seeds[i] is not None:
-                self._generators[i] = seeding.np_random(seeds[i])[0]
-        outcomes: list[Outcome | None] = [*self._outcomes] or [None] * self.num_envs
-        for i in np.flatnonzero(mask).tolist():
-            prompt = self.task.choose_prompt(self.generator(i), options)
-            outcomes[i] = self.task.start(prompt)
-        if any(outcome is None for outcome in outcomes):
-            raise gym.error.ResetNeeded("The first reset() must reset every sub-environment.")
-        self._outcomes = [outcome for outcome in outcomes if outcome is not None]
-        self.episode_started = mask
-        infos = [o.info if m else None for o, m in zip(self._outcomes, mask, strict=True)]
-        return self._observations(), stack_infos(infos)
-
-    def step(self, actions: Any) -> tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
+    def step(self, actions: Any) -> _StepResult:
         """Step all sub-environments with one chunk each.
 
         Under `NextStep`, the action for a sub-environment that ended in the last step is not looked
@@ -198,36 +173,30 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
 
     def step_with_failures(
         self, actions: Any, failures: Sequence[RewardError | None]
-    ) -> tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
+    ) -> _StepResult:
         """`step` where the reward has failed already in some sub-environments: these end."""
         before = self._current()
         actions = as_actions(actions, self.num_envs)
-        ended = np.fromiter((is_terminal(o.state) for o in before), np.bool_, self.num_envs)
+        ended = _ended(before)
         if self.autoreset_mode != AutoresetMode.NEXT_STEP and ended.any():
             raise EpisodeEndedError(
                 f"Sub-environments {np.flatnonzero(ended).tolist()} have ended. Reset them with "
                 "reset(options={'reset_mask': terminations | truncations})."
             )
-        with self.unchanged_if_it_fails():
+        with unchanged_if_it_fails(self):
             if self.autoreset_mode == AutoresetMode.NEXT_STEP:
                 return self._step_next(actions, ended, failures)
             return self._step_same(actions, failures)
 
-    @contextmanager
-    def unchanged_if_it_fails(self) -> Iterator[None]:
-        """Put everything back that a step or reset has changed where it raises."""
-        names = ("_outcomes", "_generators", "episode_started", "final_states", "num_failed")
-        kept = {name: getattr(self, name) for name in names}
-        kept["_generators"] = list(self._generators)
-        positions = [(g, g.bit_generator.state) for g in self._generators if g is not None]
-        try:
-            yield
-        except BaseException:
-            for name, value in kept.items():
-                setattr(self, name, value)
-            for generator, position in positions:
-                generator.bit_generator.state = position
-            raise
+    @property
+    def _generator_states(self) -> list[Any]:
+        return [None if g is None else g.bit_generator.state for g in self._generators]
+
+    @_generator_states.setter
+    def _generator_states(self, states: list[Any]) -> None:
+        for generator, state in zip(self._generators, states, strict=True):
+            if generator is not None:
+                generator.bit_generator.state = state
 
     def set_states(self, states: Sequence[TextState]) -> tuple[Any, dict[str, Any]]:
         """Go on from N states; returns what `reset` would.
@@ -237,7 +206,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         """
         if len(states) != self.num_envs:
             raise ValueError(f"Expected {self.num_envs} states, got {len(states)}.")
-        with self.unchanged_if_it_fails():
+        with unchanged_if_it_fails(self):
             self._outcomes = [self.task.resume(self.task.check_state(state)) for state in states]
             self.episode_started = np.ones(self.num_envs, dtype=np.bool_)
             return self._observations(), stack_infos([o.info for o in self._outcomes])
@@ -251,30 +220,25 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _step_next(
         self, actions: list[Any], ended: BoolArray, failures: Sequence[RewardError | None]
-    ) -> tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
-        going = [i for i in range(self.num_envs) if not ended[i]]
+    ) -> _StepResult:
+        going = np.flatnonzero(~ended).tolist()
         advanced = self._advance(
             [self._outcomes[i] for i in going],
             [actions[i] for i in going],
             [failures[i] for i in going],
         )
-        outcomes = list(self._outcomes)
-        for i, outcome in zip(going, advanced, strict=True):
-            outcomes[i] = outcome
-        for i in np.flatnonzero(ended).tolist():
-            outcomes[i] = self._restarted(i)
+        found = iter(advanced)
+        outcomes = [self._restarted(i) if e else next(found) for i, e in enumerate(ended)]
         self._outcomes, self.episode_started = outcomes, ended
         return self._results(outcomes, stack_infos([outcome.info for outcome in outcomes]))
 
-    def _step_same(
-        self, actions: list[Any], failures: Sequence[RewardError | None]
-    ) -> tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
+    def _step_same(self, actions: list[Any], failures: Sequence[RewardError | None]) -> _StepResult:
         finals = self._advance(self._outcomes, actions, failures)
         self._outcomes = finals
         if self.autoreset_mode == AutoresetMode.DISABLED:
             self.episode_started = np.zeros(self.num_envs, dtype=np.bool_)
             return self._results(finals, stack_infos([outcome.info for outcome in finals]))
-        ended = np.fromiter((is_terminal(o.state) for o in finals), np.bool_, self.num_envs)
+        ended = _ended(finals)
         observations = self.task.observe(finals)
         self._outcomes = [
             self._restarted(i) if ended[i] else outcome for i, outcome in enumerate(finals)
@@ -313,9 +277,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
             )
         return advanced
 
-    def _results(
-        self, outcomes: Sequence[Outcome], infos: dict[str, Any]
-    ) -> tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
+    def _results(self, outcomes: Sequence[Outcome], infos: dict[str, Any]) -> _StepResult:
         n = self.num_envs
         return (
             self._observations(),
@@ -325,8 +287,8 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
             infos,
         )
 
-    def _restarted(self, index: int) -> Outcome:
-        return self.task.start(self.task.choose_prompt(self.generator(index), None))
+    def _restarted(self, index: int, options: dict[str, Any] | None = None) -> Outcome:
+        return self.task.start(self.task.choose_prompt(self.generator(index), options))
 
     def _observations(self) -> Any:
         space = self.single_observation_space
@@ -357,6 +319,10 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         if len(seeds) != self.num_envs:
             raise ValueError(f"Expected {self.num_envs} seeds, got {len(seeds)}.")
         return seeds
+
+
+def _ended(outcomes: Sequence[Outcome]) -> BoolArray:
+    return np.array([is_terminal(outcome.state) for outcome in outcomes], dtype=np.bool_)
 
 
 def as_actions(actions: Any, num_envs: int) -> list[Any]:

@@ -10,20 +10,44 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
-from mbrl_text_env.env import TextGenerationEnv, unchanged_if_it_fails
+from mbrl_text_env.env import text_env, unchanged_if_it_fails
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import is_terminal
 from mbrl_text_env.types import Chunk, TextState
 from mbrl_text_env.values import ValueModel, predict_values
 
 
-class PotentialShaping(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+class _RewardWrapper(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """Changes the reward by what a step has changed of the state."""
+
+    def __init__(self, env: gym.Env[Any, Any], **arguments: Any) -> None:
+        RecordConstructorArgs.__init__(self, _disable_deepcopy=True, **arguments)
+        gym.Wrapper.__init__(self, env)
+        self._base = text_env(env)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step and change the reward; `info` says how. A failure leaves everything as it was."""
+        before = self._base.get_state()
+        with unchanged_if_it_fails(self.env):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            change, told = self._change(float(reward), before, self._base.get_state())
+        return observation, float(reward) + change, terminated, truncated, {**info, **told}
+
+    def _change(
+        self, reward: float, before: TextState, after: TextState
+    ) -> tuple[float, dict[str, float]]:
+        """What is added to the reward, and what `info` says of it."""
+        raise NotImplementedError
+
+
+class PotentialShaping(_RewardWrapper):
     """Add `discount * potential(next state) - potential(state)` to every reward.
 
     The potential is a value model's mean and, where a response has ended, 0; then the optimal
     policy stays the same whatever the value model says (Ng, Harada and Russell, "Policy invariance
     under reward transformations", 1999). Episodes that a token limit ends count as ended, because
-    the limit is a part of this task and the score is paid there.
+    the limit is a part of this task and the score is paid there. `info["unshaped_reward"]` is the
+    reward before.
 
     Args:
         env: A text environment or a candidate view of one.
@@ -40,22 +64,15 @@ class PotentialShaping(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     ) -> None:
         if not 0 < discount <= 1:
             raise ValueError(f"discount: expected a number above 0 and up to 1, got {discount}.")
-        RecordConstructorArgs.__init__(
-            self, _disable_deepcopy=True, value_model=value_model, discount=discount
-        )
-        gym.Wrapper.__init__(self, env)
+        super().__init__(env, value_model=value_model, discount=discount)
         self.value_model = value_model
         self.discount = discount
-        self._base = _text_env(env)
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step and shape the reward; `info["unshaped_reward"]` is the one before."""
-        before = self._potential(self._base.get_state())
-        with unchanged_if_it_fails(self.env):
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            shaping = self.discount * self._potential(self._base.get_state()) - before
-        info = {**info, "unshaped_reward": float(reward)}
-        return observation, float(reward) + shaping, terminated, truncated, info
+    def _change(
+        self, reward: float, before: TextState, after: TextState
+    ) -> tuple[float, dict[str, float]]:
+        shaping = self.discount * self._potential(after) - self._potential(before)
+        return shaping, {"unshaped_reward": reward}
 
     def _potential(self, state: TextState) -> float:
         if is_terminal(state):
@@ -63,12 +80,12 @@ class PotentialShaping(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         return float(predict_values(self.value_model, [state]).mean[0])
 
 
-class KLPenalty(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+class KLPenalty(_RewardWrapper):
     """Subtract `coefficient` times the chunk's log-probability ratio of policy and reference.
 
     Summed over an episode, `log policy - log reference` estimates without bias the KL divergence of
     the policy from the reference (Ziegler et al., "Fine-tuning language models from human
-    preferences", 2019).
+    preferences", 2019). `info["kl"]` is a step's ratio in nats.
 
     Args:
         env: A text environment or a candidate view of one.
@@ -92,43 +109,20 @@ class KLPenalty(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     ) -> None:
         if not coefficient >= 0:
             raise ValueError(f"coefficient: expected 0 or more, got {coefficient}.")
-        RecordConstructorArgs.__init__(
-            self,
-            _disable_deepcopy=True,
-            reference=reference,
-            coefficient=coefficient,
-            policy=policy,
-        )
-        gym.Wrapper.__init__(self, env)
+        super().__init__(env, reference=reference, coefficient=coefficient, policy=policy)
         self.reference = reference
         self.coefficient = coefficient
         self.policy = policy
-        self._base = _text_env(env)
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step and charge the penalty; `info["kl"]` is the log-probability ratio in nats."""
-        before = self._base.get_state()
-        with unchanged_if_it_fails(self.env):
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            ids = self._base.get_state().response_ids[len(before.response_ids) :]
-            ratio = -_logprob(self.reference, before, ids)
-            if self.policy is not None:
-                ratio += _logprob(self.policy, before, ids)
-        return (
-            observation,
-            float(reward) - self.coefficient * ratio,
-            terminated,
-            truncated,
-            {**info, "kl": ratio},
-        )
+    def _change(
+        self, reward: float, before: TextState, after: TextState
+    ) -> tuple[float, dict[str, float]]:
+        ids = after.response_ids[len(before.response_ids) :]
+        ratio = -_logprob(self.reference, before, ids)
+        if self.policy is not None:
+            ratio += _logprob(self.policy, before, ids)
+        return -self.coefficient * ratio, {"kl": ratio}
 
 
 def _logprob(model: LanguageModel, state: TextState, token_ids: tuple[int, ...]) -> float:
     return float(sum(model.logprobs([state], [Chunk(token_ids)])[0]))
-
-
-def _text_env(env: gym.Env[Any, Any]) -> TextGenerationEnv:
-    base = env.unwrapped
-    if not isinstance(base, TextGenerationEnv):
-        raise TypeError(f"Expected a TextGenerationEnv inside, got {type(base).__name__}.")
-    return base

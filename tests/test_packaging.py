@@ -6,7 +6,10 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -45,19 +48,49 @@ def test_the_metadata_has_the_projects_addresses():
     assert {"Repository", "Documentation", "Changelog", "Issues"} <= set(PROJECT["urls"])
 
 
-def test_the_source_distribution_holds_what_its_tests_need(tmp_path):
-    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
-    source = tmp_path / "source"
-    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
-    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+def build(kind, source):
+    """Build a distribution of a folder; its path."""
+    code = f"from setuptools import build_meta; print(build_meta.build_{kind}('dist'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (archive,) = (source / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
+    return source / "dist" / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
+    folder = tmp_path_factory.mktemp("packaging") / "source"
+    return shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
+
+
+def test_the_source_distribution_holds_what_its_tests_need(source):
+    with tarfile.open(build("sdist", source)) as tar:
         held = {name.partition("/")[2] for name in tar.getnames()}
     needed = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "constraints.txt"]
     needed += ["constraints-oldest.txt", "pyproject.toml", "setup.cfg", "tests/short.txt"]
-    for folder in ("tests", "docs", "mbrl_text_env", "mbrl_text_env/agents"):
+    folders = ("tests", "docs", "mbrl_text_env", "mbrl_text_env/agents", "mbrl_text_env/benchmarks")
+    for folder in folders:
         paths = (path for path in (source / folder).rglob("*") if path.is_file())
         needed += [path.relative_to(source).as_posix() for path in paths]
     assert set(needed) <= held, sorted(set(needed) - held)
+
+
+def test_the_wheel_holds_one_package_without_its_studies(source):
+    with zipfile.ZipFile(build("wheel", source)) as wheel:
+        held = wheel.namelist()
+    tops = {name.partition("/")[0] for name in held}
+    assert {name for name in tops if not name.endswith(".dist-info")} == {"mbrl_text_env"}
+    assert "mbrl_text_env/benchmarks/matched/analysis.py" in held
+    assert not [name for name in held if "/studies/" in name or "/tests/" in name]
+
+
+def test_nothing_that_is_installed_imports_a_study():
+    studies = "mbrl_text_env.benchmarks.studies"
+    sources = [path for name in ("mbrl_text_env", "agents", "benchmarks") for path in code(name)]
+    found = [path for path in sources if studies in path.read_text(encoding="utf-8")]
+    assert found
+    assert {path.parent.name for path in found} == {"studies"}
+
+
+def code(folder):
+    return [path for path in (ROOT / folder).rglob("*.py") if path.is_file()]

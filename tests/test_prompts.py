@@ -109,7 +109,7 @@ def test_blank_lines_windows_ends_and_a_byte_order_mark_do_no_harm(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "b"', "one JSON object.*Mend"),
+        ('{"text": "b"', "one JSON object.*Fix"),
         ('{"text": "b", "x": NaN}', "NaN is not JSON"),
         ('{"text": "\\ud800"}', "surrogates"),
         ('["b"]', "expected an object"),

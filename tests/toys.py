@@ -101,3 +101,11 @@ def toy_options(**changes: object) -> dict[str, object]:
         "max_response_tokens": 8,
     }
     return {**options, **changes}
+
+
+def now(coroutine):
+    """What a coroutine of a search returns, its model calls made at once."""
+    from mbrl_text_env.agents.driver import run
+
+    [found] = run([lambda: coroutine])
+    return found

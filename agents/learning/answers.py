@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from mbrl_text_env.agents.base import Agent, Completion
+from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.filters import CORRECT
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
@@ -143,7 +145,12 @@ def _sampled(
                 "budget or lower max_response_tokens."
             )
     ledgers = [Ledger() for _ in states]
-    rows = agent.complete(states, answers, ledgers, seed)
+    rows = run(
+        [
+            partial(agent.complete, state, answers, ledger, seed)
+            for state, ledger in zip(states, ledgers, strict=True)
+        ]
+    )
     return [
         [(completion, _share(ledger.usage, answers, k)) for k, completion in enumerate(row)]
         for row, ledger in zip(rows, ledgers, strict=True)
@@ -179,7 +186,12 @@ def _scored(
     missing = [i for i, (completion, _) in enumerate(plain) if completion.score is None]
     if missing:
         ledgers = [Ledger() for _ in missing]
-        found = agent.scored([[plain[i][0]] for i in missing], ledgers)
+        found = run(
+            [
+                partial(agent.scored, [plain[i][0]], ledger)
+                for i, ledger in zip(missing, ledgers, strict=True)
+            ]
+        )
         for i, [completion], ledger in zip(missing, found, ledgers, strict=True):
             plain[i] = completion, plain[i][1] + ledger.usage
     numbered = iter(plain)

@@ -12,11 +12,12 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mbrl_text_env.agents.base import Agent
-from mbrl_text_env.agents.catalogue import make
+from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers
 from mbrl_text_env.agents.learning.filters import select
 from mbrl_text_env.agents.learning.improvers import Improver, LoraImprover
@@ -51,6 +52,7 @@ from mbrl_text_env.agents.learning.shift import (
     from_json,
     to_json,
 )
+from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import FittedValue
 from mbrl_text_env.encoders import Encoder
@@ -308,7 +310,7 @@ class ExpertIteration:
         for start in range(0, len(self.validation), self.settings.batch_prompts):
             batch = self.validation[start : start + self.settings.batch_prompts]
             begun = [initial(prompt, policy) for prompt in batch]
-            rows = agent.complete(begun, count, [ledger] * len(begun), seed)
+            rows = run([partial(agent.complete, state, count, ledger, seed) for state in begun])
             states += [completion.state for row in rows for completion in row]
         return divergence(policy, self.language_model, states, ledger=ledger)
 

@@ -40,7 +40,7 @@ class LoopSettings:
     Args:
         name: What reports call the method.
         iterations: Rounds of collecting and tuning. A loop that has ended goes on with more.
-        agent: Spec of `mbrl_text_env.agents.catalogue`, which answers the train prompts.
+        agent: Spec of `mbrl_text_env.agents.registry`, which answers the train prompts.
         answers_per_prompt: Answers to each train prompt, of different seeds.
         budget: Caps on each answer; None for none.
         max_response_tokens: Token limit of a response.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mbrl_text_env.agents.driver import ask
 from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Expansion, Search
 from mbrl_text_env.agents.tree import Node
@@ -15,6 +16,7 @@ from mbrl_text_env.ledger import Usage
 from mbrl_text_env.proposer import CandidateProposer, Known
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike
+from mbrl_text_env.types import Prompt
 
 if TYPE_CHECKING:
     # It needs torch; an agent that only looks it up by name does not.
@@ -65,30 +67,34 @@ class CandidateAgent(Planner):
             params=view.params,
         )
         self.policy = policy
-        # An encoder is an attribute so that searches side by side embed in common batches.
+        self._shared_proposer: CandidateProposer | None = None
         resolved = view.resolved(policy.encoder)
         self.encoder = None if isinstance(resolved, str) else resolved
 
-    def plan(self, search: Search) -> None:
+    async def plan(self, search: Search) -> None:
         """One episode."""
         node: Node | None = search.tree.root
-        proposer = self._proposer(search)
         known: Known = {}
         while node is not None and not node.is_terminal:
-            node = self._chosen(search, node, proposer, known)
+            node = await self._chosen(search, node, known)
 
-    def _chosen(
-        self, search: Search, node: Node, proposer: CandidateProposer, known: Known
-    ) -> Node | None:
+    async def _chosen(self, search: Search, node: Node, known: Known) -> Node | None:
         """The child that the policy chooses; None where the budget does not allow the choice."""
         count = self.policy.view.num_candidates
-        [row] = search.expand([Expansion(node, count, self.chunk_tokens, valued=False)])
+        [row] = await search.expand([Expansion(node, count, self.chunk_tokens, valued=False)])
+        proposer = self._proposer(node.state.prompt)
         looking = proposer.features_bound(node.state) + Usage(value_flops=self.policy.flops)
         reserve = Usage() if search.tree.best() is not None else search.finish_usage(node)
         if len(row) < count or not search.ledger.affords(looking + reserve):
             return None
         chunks = [child.chunk for child in row if child.chunk is not None]
-        features = proposer.features([node.state], [chunks], [search.ledger], [known])
+        features = await ask(
+            proposer.features,
+            states=[node.state],
+            proposals=[chunks],
+            ledgers=[search.ledger],
+            known=[known],
+        )
         search.ledger.charge(Usage(value_flops=self.policy.flops))
         scores = self.policy.scores(features)[0]
         best = int(np.argmax(scores))
@@ -97,13 +103,15 @@ class CandidateAgent(Planner):
         row[best].note += ", chosen"
         return row[best]
 
-    def _proposer(self, search: Search) -> CandidateProposer:
-        """Built on the search's models, so that its calls join those of other searches."""
-        view = replace(self.policy.view, max_response_tokens=self.max_response_tokens)
-        by_model = view.encoder == "language_model"
-        return view.proposer(
-            search.language_model,
-            search.reward_model,
-            [search.tree.root.state.prompt],
-            "language_model" if by_model else self.encoder,
-        )
+    def _proposer(self, prompt: Prompt) -> CandidateProposer:
+        """One for all searches, so that its calls are merged."""
+        if self._shared_proposer is None:
+            view = replace(self.policy.view, max_response_tokens=self.max_response_tokens)
+            by_model = view.encoder == "language_model"
+            self._shared_proposer = view.proposer(
+                self.language_model,
+                self.reward_model,
+                [prompt],
+                "language_model" if by_model else self.encoder,
+            )
+        return self._shared_proposer

@@ -1,1 +1,1 @@
-"""Agents against best-of-N at matched compute: pools, runs, analysis, figures."""
+"""An agent beside best-of-N at matched compute: the pool, the rows, their table."""

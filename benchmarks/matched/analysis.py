@@ -1,60 +1,88 @@
-"""What a study says: one row for each agent, reward and budget, with multiplier and tests."""
+"""What matched compute says: one row for each agent, reward and budget, beside best-of-N's pool."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mbrl_text_env.benchmarks.compare import CompareError
-from mbrl_text_env.benchmarks.divergence import divergence
+from mbrl_text_env.benchmarks.divergence import contrastive_bound, surprisal_excess
 from mbrl_text_env.benchmarks.exchange import drawn_best, exchange_test
 from mbrl_text_env.benchmarks.matched.pool import Pool
-from mbrl_text_env.benchmarks.matched.study import Cell
 from mbrl_text_env.benchmarks.scaling import (
     AtCost,
     Baseline,
     compute_multiplier,
     expected_scores,
     falls_with_budget,
+    kl_bound,
 )
 from mbrl_text_env.benchmarks.statistics import holm, mean_interval, paired_permutation_test
 from mbrl_text_env.types import FloatArray
 
-SIGNIFICANT = 0.05
+DEFAULT_PLANNER = "adaptive:value=prefix"
+"""Chosen on the validation split; the same for every reward."""
+
+Unit = Literal["tokens", "flops", "seconds"]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One agent, reward and budget.
+
+    Args:
+        reward: The reward's name.
+        agent: The agent's spec.
+        budget: In generated tokens of best-of-N.
+        unit: What was capped.
+        rows: Those of `mbrl_text_env.benchmarks.compare`, one for each answer to a prompt.
+    """
+
+    reward: str
+    agent: str
+    budget: int
+    unit: Unit
+    rows: Sequence[Row]
+
+    def by_prompt(self) -> dict[str, list[Row]]:
+        """The rows of each prompt whose answers could all be scored."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row["prompt_id"], []).append(row)
+        return {
+            name: rows
+            for name, rows in found.items()
+            if all(row["score"] is not None for row in rows)
+        }
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """Means of an agent's answers to each prompt, beside the pool's rows of the same prompts.
+    """An agent's answers to P prompts, beside the pool's rows of these.
 
-    Args:
-        pool: Best-of-N's.
-        each: float64[P, answers], the score of each answer.
-        scores: float64[P], as are the rest.
+    `each` is float64[P, answers], the scores; `means` are float64[P], of the other fields.
     """
 
     pool: Pool
     each: FloatArray
-    scores: FloatArray
-    tokens: FloatArray
-    flops: FloatArray
-    seconds: FloatArray
-    logprobs: FloatArray
-    lengths: FloatArray
-    reward_calls: FloatArray
-    failed: int
+    means: dict[str, FloatArray]
+
+    @property
+    def scores(self) -> FloatArray:
+        return np.asarray(self.each.mean(axis=1))
 
 
-def analyse(pool: Pool, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def analyse(pool: Pool, cells: Sequence[Cell]) -> list[Row]:
     """One row a cell of one reward.
 
     The unit is the prompt: of several answers to it the means are taken. A prompt with an answer
     that could not be scored is left out on both sides. `multiplier` is in FLOPs (see
-    `mbrl_text_env.benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens.
+    `benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens.
 
     `p_vs_best_of_n` compares with best-of-N that spends the same FLOPs in the mean, two-sided. It
     is the larger p-value of two tests: the paired permutation test of the differences from
@@ -70,30 +98,25 @@ def analyse(pool: Pool, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     the divergence from the rewards alone. `nats_per_token` is the answers' mean surprisal a token,
     `nats_per_token_of_samples` the pool's.
 
-    Args:
-        pool: Best-of-N's.
-        cells: Of the same reward.
+    Raises:
+        CompareError: Of a cell, fewer than two prompts have scored answers.
     """
     rows = [_row(cell, _answers(pool, cell)) for cell in cells]
     tested = [row for row in rows if row["p_vs_best_of_n"] is not None]
     adjusted: Any = holm([row["p_vs_best_of_n"] for row in tested]) if tested else []
-    for row in rows:
-        row["p_holm"] = None
     for row, p in zip(tested, adjusted, strict=True):
         row["p_holm"] = float(p)
     return rows
 
 
-def best_of_n_rows(
-    reward: str, pool: Pool, budgets: Sequence[int], unit: str
-) -> list[dict[str, Any]]:
+def best_of_n_rows(reward: str, pool: Pool, budgets: Sequence[int], unit: str) -> list[Row]:
     """Best-of-N itself at each budget that the pool reaches, from the pool."""
-    flops, tokens = _baseline(pool, pool.flops), Baseline(pool.scores, pool.tokens)
+    flops, tokens = _in_flops(pool), Baseline(pool.scores, pool.tokens)
     rows = []
     for budget in budgets:
         n = budget / float(np.mean(tokens.sample_costs))
         at = tokens.at_cost(n * tokens.sample_costs)
-        if at.too_dear.any():
+        if at.too_expensive.any():
             continue
         interval = mean_interval(at.means)
         rows.append(
@@ -113,34 +136,25 @@ def best_of_n_rows(
     return rows
 
 
-def falls(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def falls(cells: Sequence[Cell]) -> list[Row]:
     """Whether an agent's mean reward falls from a budget to the next larger, agent by agent."""
     found = []
     for agent in dict.fromkeys(cell.agent for cell in cells):
         own = sorted((c for c in cells if c.agent == agent), key=lambda cell: cell.budget)
-        if len(own) < 2:
-            continue
-        scored = [_by_prompt(cell) for cell in own]
+        scored = [cell.by_prompt() for cell in own]
         common = [name for name in scored[0] if all(name in rows for rows in scored)]
-        if not common:
+        if len(own) < 2 or not common:
             continue
         table = [
             [np.mean([row["score"] for row in rows[name]]) for name in common] for rows in scored
         ]
         for step in falls_with_budget([cell.budget for cell in own], table):
-            found.append({"agent": agent, "reward": own[0].reward, **vars(step)})
+            found.append({"agent": agent, "reward": own[0].reward, **step._asdict()})
     return found
 
 
 def _answers(pool: Pool, cell: Cell) -> _Answers:
-    scored = _by_prompt(cell)
-
-    def table(value: Callable[[dict[str, Any]], float]) -> FloatArray:
-        return np.array([[value(row) for row in rows] for rows in scored.values()], dtype=float)
-
-    def spent(name: str) -> FloatArray:
-        return table(lambda row: row["usage"][name]).mean(axis=1)
-
+    scored = cell.by_prompt()
     if len(scored) < 2:
         raise CompareError(
             f"{cell.agent!r} at {cell.budget:,}, reward {cell.reward!r}: expected two prompts or "
@@ -148,99 +162,80 @@ def _answers(pool: Pool, cell: Cell) -> _Answers:
             f"{len({row['prompt_id'] for row in cell.rows})}. The answers and their errors are in "
             "the study's folder; fix the reward model."
         )
-    each = table(lambda row: row["score"])
-    return _Answers(
-        pool.rows(list(scored)),
-        each,
-        each.mean(axis=1),
-        spent("generated_tokens"),
-        spent("flops"),
-        table(lambda row: row["seconds"]).mean(axis=1),
-        table(lambda row: np.nan if row["logprob"] is None else row["logprob"]).mean(axis=1),
-        table(lambda row: row["response_tokens"]).mean(axis=1),
-        spent("reward_calls"),
-        sum(row["score"] is None for row in cell.rows),
-    )
+
+    def table(name: str) -> FloatArray:
+        # None, where a log-probability is not known, becomes NaN.
+        values = [[{**row["usage"], **row}[name] for row in rows] for rows in scored.values()]
+        return np.array(values, dtype=float)
+
+    names = ("generated_tokens", "flops", "reward_calls", "seconds", "logprob", "response_tokens")
+    means = {name: np.asarray(table(name).mean(axis=1)) for name in names}
+    return _Answers(pool.rows(list(scored)), table("score"), means)
 
 
-def _by_prompt(cell: Cell) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each prompt whose answers could all be scored."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in cell.rows:
-        rows.setdefault(row["prompt_id"], []).append(row)
-    return {name: own for name, own in rows.items() if all(row["score"] is not None for row in own)}
-
-
-def _row(cell: Cell, answers: _Answers) -> dict[str, Any]:
-    pool = answers.pool
-    in_flops = _baseline(pool, pool.flops)
-    interval = mean_interval(answers.scores)
+def _row(cell: Cell, answers: _Answers) -> Row:
+    pool, scores, means = answers.pool, answers.scores, answers.means
+    tokens, flops = means["generated_tokens"], means["flops"]
+    in_flops = _in_flops(pool)
+    interval = mean_interval(scores)
     # Not each prompt's own cost: that favours agents that stop where they were lucky.
-    matched = in_flops.at_mean_cost(float(answers.flops.mean()))
-    difference = answers.scores - matched.means
-    paired = mean_interval(difference)
-    by_flops = compute_multiplier(answers.scores, answers.flops, in_flops)
-    by_tokens = compute_multiplier(
-        answers.scores, answers.tokens, Baseline(pool.scores, pool.tokens)
-    )
+    matched = in_flops.at_mean_cost(float(flops.mean()))
+    paired = mean_interval(scores - matched.means)
+    by_flops = compute_multiplier(scores, flops, in_flops)
+    by_tokens = compute_multiplier(scores, tokens, Baseline(pool.scores, pool.tokens))
     return {
-        **_divergence(answers, by_flops.equal_n),
         "reward": cell.reward,
         "agent": cell.agent,
         "unit": cell.unit,
         "budget_tokens": cell.budget,
-        "prompts": len(answers.scores),
+        "prompts": len(scores),
         "answers": answers.each.shape[1],
-        "failed": answers.failed,
+        "failed": sum(row["score"] is None for row in cell.rows),
         "mean": interval.estimate,
         "low": interval.low,
         "high": interval.high,
-        "tokens": float(answers.tokens.mean()),
-        "flops": float(answers.flops.mean()),
-        "reward_calls": float(answers.reward_calls.mean()),
-        "seconds": float(answers.seconds.mean()),
-        "multiplier": by_flops.estimate,
-        "multiplier_low": by_flops.low,
-        "multiplier_high": by_flops.as_dict()["high"],
-        "multiplier_is_lower_bound": by_flops.is_lower_bound,
-        "multiplier_is_upper_bound": by_flops.is_upper_bound,
-        "multiplier_tokens": by_tokens.estimate,
-        "multiplier_tokens_low": by_tokens.low,
-        "multiplier_tokens_high": by_tokens.as_dict()["high"],
-        "multiplier_tokens_is_lower_bound": by_tokens.is_lower_bound,
-        "multiplier_tokens_is_upper_bound": by_tokens.is_upper_bound,
+        "tokens": float(tokens.mean()),
+        "flops": float(flops.mean()),
+        "reward_calls": float(means["reward_calls"].mean()),
+        "seconds": float(means["seconds"].mean()),
+        **_multiplier("multiplier", by_flops.as_dict()),
+        **_multiplier("multiplier_tokens", by_tokens.as_dict()),
         "difference": paired.estimate,
         "difference_low": paired.low,
         "difference_high": paired.high,
-        "p_vs_best_of_n": None if matched.too_dear.any() else _p_value(answers, matched),
+        "p_vs_best_of_n": None if matched.too_expensive.any() else _p_value(answers, matched),
+        "p_holm": None,
+        **_divergence(answers, by_flops.equal_n),
     }
+
+
+def _multiplier(name: str, found: Row) -> Row:
+    parts = ("low", "high", "is_lower_bound", "is_upper_bound")
+    return {name: found["estimate"], **{f"{name}_{part}": found[part] for part in parts}}
 
 
 def _p_value(answers: _Answers, matched: AtCost) -> float:
     # The same N for all prompts: `at_mean_cost`.
     drawn = drawn_best(answers.pool.scores, float(matched.ns[0]))
-    differences = answers.scores - matched.means
-    by_signs = paired_permutation_test(differences).p_value
+    by_signs = paired_permutation_test(answers.scores - matched.means).p_value
     return max(float(by_signs), exchange_test(answers.each, drawn))
 
 
-def _divergence(answers: _Answers, equal_n: float) -> dict[str, Any]:
+def _divergence(answers: _Answers, equal_n: float) -> Row:
     """The surprisal excess as `kl`; None where an agent's log-probabilities are not known."""
-    pool = answers.pool
-    if not (np.isfinite(answers.logprobs).all() and np.isfinite(pool.logprobs).all()):
+    pool, logprobs = answers.pool, answers.means["logprob"]
+    if not (np.isfinite(logprobs).all() and np.isfinite(pool.logprobs).all()):
         return {"kl": None}
-    found = divergence(
-        answers.scores, answers.logprobs, pool.scores, pool.logprobs, equal_n=equal_n
-    )
-    excess = best_of_n_surprisal(pool, [math.floor(equal_n), math.ceil(equal_n)])
+    excess = surprisal_excess(logprobs, pool.logprobs)
+    equal = best_of_n_surprisal(pool, [math.floor(equal_n), math.ceil(equal_n)])
     return {
-        "kl": found.surprisal_excess.estimate,
-        "kl_low": found.surprisal_excess.low,
-        "kl_high": found.surprisal_excess.high,
-        "kl_of_rewards": found.bound.estimate,
-        "kl_of_equal_best_of_n": float(np.interp(equal_n % 1, [0, 1], excess)),
-        "kl_bound_of_equal_best_of_n": found.best_of_n,
-        "nats_per_token": float(-answers.logprobs.sum() / answers.lengths.sum()),
+        "kl": excess.estimate,
+        "kl_low": excess.low,
+        "kl_high": excess.high,
+        "kl_of_rewards": contrastive_bound(answers.scores, pool.scores).estimate,
+        "kl_of_equal_best_of_n": float(np.interp(equal_n % 1, [0, 1], equal)),
+        "kl_bound_of_equal_best_of_n": kl_bound(equal_n),
+        "nats_per_token": float(-logprobs.sum() / answers.means["response_tokens"].sum()),
         "nats_per_token_of_samples": float(-pool.logprobs.sum() / pool.tokens.sum()),
     }
 
@@ -248,13 +243,12 @@ def _divergence(answers: _Answers, equal_n: float) -> dict[str, Any]:
 def best_of_n_surprisal(pool: Pool, ns: Sequence[int]) -> FloatArray:
     """How much less likely best-of-N's answers are than plain samples, nats: float64[len(ns)].
 
-    Without bias from the pool, as its mean reward is; to be compared with an agent's surprisal
-    excess.
+    Without bias from the pool; to be compared with an agent's surprisal excess.
     """
     surprisal = -np.asarray(pool.logprobs)
     chosen = expected_scores(pool.scores, surprisal, ns).mean(axis=0)
     return np.asarray(chosen - surprisal.mean())
 
 
-def _baseline(pool: Pool, costs: FloatArray) -> Baseline:
-    return Baseline(pool.scores, costs, pool.prompt_flops)
+def _in_flops(pool: Pool) -> Baseline:
+    return Baseline(pool.scores, pool.flops, pool.prompt_flops)

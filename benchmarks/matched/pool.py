@@ -47,14 +47,8 @@ class Pool:
         """The same for some of the prompts, in their order."""
         place = {name: i for i, name in enumerate(self.prompt_ids)}
         at = [place[name] for name in prompt_ids]
-        return Pool(
-            tuple(prompt_ids),
-            self.scores[at],
-            self.tokens[at],
-            self.flops[at],
-            self.prompt_flops[at],
-            self.logprobs[at],
-        )
+        kept = {name: values[at] for name, values in vars(self).items() if name != "prompt_ids"}
+        return Pool(tuple(prompt_ids), **kept)
 
 
 def make_pool(
@@ -72,13 +66,13 @@ def make_pool(
     """Read the pool of some prompts; what is missing is generated and scored, and kept.
 
     Args:
-        folder: Records of all prompts and rewards (see `benchmarks.audit.pool.fill_pool`).
+        folder: Records of all prompts and rewards.
         scores_folder: Scores of this reward.
         language_model: Writes the responses, at temperature 0.7.
         reward_model: Scores them.
         prompts: P prompts that the reward applies to.
         samples: n.
-        max_response_tokens: Token limit of a response.
+        max_response_tokens: See `benchmarks.audit.pool.fill_pool`, as of the rest.
         seed: Of the sampling.
         on_batch: Called with the number of responses that are there, for progress.
 

@@ -9,11 +9,7 @@ from rich.table import Column, Table
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Rows of one reward: mean, multipliers, cost and the test against best-of-N.
-
-    Args:
-        rows: Of `mbrl_text_env.benchmarks.matched.analysis.analyse`, at least one.
-    """
+    """At least one row of `benchmarks.matched.analysis.analyse`, all of one reward."""
     shown = Table(
         "agent",
         *(Column(name, justify="right") for name in ("budget", "mean", "x FLOPs", "x tokens", "p")),
@@ -44,11 +40,7 @@ def p_value(row: dict[str, Any]) -> str:
 
 
 def multiplier(row: dict[str, Any], key: str) -> str:
-    """A multiplier with its interval.
-
-    Args:
-        row: Of `mbrl_text_env.benchmarks.matched.analysis.analyse`.
-        key: `"multiplier"` (FLOPs) or `"multiplier_tokens"`.
+    """A row's multiplier with its interval; `key` is "multiplier" (FLOPs) or "multiplier_tokens".
 
     Example:
         >>> row = {"m": 8.25, "m_low": 4.0, "m_high": None}

@@ -1,8 +1,7 @@
 """Checkers of the contracts, for authors of an environment, a model or an agent.
 
-Each runs an implementation through what its protocol promises and raises `CheckError` at the first
-fault, with what was expected, what came and what to change. One that passes works with everything
-else in the package.
+Each raises `CheckError` at the first fault, with what was expected, what came and what to change.
+What passes works with everything else in the package.
 """
 
 from mbrl_text_env.checks.agent import check_agent

@@ -23,9 +23,6 @@ def expect(condition: object, subject: str, expected: str, got: object, change: 
         expected: What the contract says.
         got: What came instead; shown by its `repr`, texts as they are.
         change: What to do about it, as a sentence.
-
-    Raises:
-        CheckError: The condition does not hold.
     """
     if not condition:
         raise CheckError(f"{subject}: expected {expected}, got {_shown(got)}. {change}")
@@ -34,11 +31,7 @@ def expect(condition: object, subject: str, expected: str, got: object, change: 
 def expect_error(
     kind: type[Exception], call: Callable[[], object], subject: str, case: str, change: str
 ) -> None:
-    """Report a fault unless `call` raises an error of `kind`.
-
-    Raises:
-        CheckError: It raises another error, or none.
-    """
+    """Report a fault unless `call` raises an error of `kind`."""
     try:
         result = call()
     except kind:
@@ -55,11 +48,7 @@ def expect_error(
 
 
 def expect_methods(thing: object, names: tuple[str, ...], subject: str, change: str) -> None:
-    """Report a fault unless a thing has all attributes of a protocol.
-
-    Raises:
-        CheckError: One is missing.
-    """
+    """Report a fault unless a thing has all attributes of a protocol."""
     missing = [name for name in names if not hasattr(thing, name)]
     expect(
         not missing,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import pickle
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.utils.env_checker import data_equivalence
+from gymnasium.utils.passive_env_checker import check_action_space, check_observation_space
 
 from mbrl_text_env.checks.base import CheckError, counted, expect, expect_error
 from mbrl_text_env.env import TextGenerationEnv
@@ -18,11 +18,9 @@ from mbrl_text_env.mdp import EpisodeEndedError, InvalidChunkError
 from mbrl_text_env.spaces import ChunkSpace
 from mbrl_text_env.types import TextState
 
+_SHOWN = ("prompt_id", "prompt", "response", "finish_reason")
 _INFO: dict[str, type] = {
-    "prompt_id": str,
-    "prompt": str,
-    "response": str,
-    "finish_reason": str,
+    **dict.fromkeys(_SHOWN, str),
     "chunk_cut": bool,
     "score": float,
     "score_parts": dict,
@@ -63,14 +61,11 @@ def check_text_env(
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}.")
     base = env.unwrapped
-    expect(
-        isinstance(base, TextGenerationEnv),
-        "Environment",
-        "a TextGenerationEnv or a wrapper of one",
-        f"a {type(base).__name__}",
-        "Derive it from TextGenerationEnv, or wrap one.",
-    )
-    assert isinstance(base, TextGenerationEnv)
+    if not isinstance(base, TextGenerationEnv):
+        raise CheckError(
+            "Environment: expected a TextGenerationEnv or a wrapper of one, got a "
+            f"{type(base).__name__}. Derive it from TextGenerationEnv, or wrap one."
+        )
     trial = _Trial(env, base, _stateful_layer(env), seed, check_rewards)
     _check_spaces(trial)
     _check_reset(trial)
@@ -121,12 +116,6 @@ class _Step:
     def ended(self) -> bool:
         return self.terminated or self.truncated
 
-    @property
-    def returned(self) -> dict[str, Any]:
-        """What has to be the same when the step is repeated."""
-        names = ("observation", "reward", "terminated", "truncated", "info", "after")
-        return {name: getattr(self, name) for name in names}
-
 
 def _stateful_layer(env: gym.Env[Any, Any]) -> Any:
     layer: Any = env
@@ -141,11 +130,13 @@ def _stateful_layer(env: gym.Env[Any, Any]) -> Any:
 
 
 def _check_spaces(trial: _Trial) -> None:
-    for name in ("observation_space", "action_space"):
-        space = getattr(trial.env, name, None)
-        expect(
-            isinstance(space, gym.Space), name, "a gymnasium.Space", space, "Set it in __init__."
-        )
+    try:
+        check_observation_space(trial.env.observation_space)
+        check_action_space(trial.env.action_space)
+    except Exception as error:
+        raise CheckError(
+            f"observation_space and action_space: expected two of Gymnasium's spaces, got {error}"
+        ) from error
     expected = trial.base.task.action_space()
     expect(
         trial.base.action_space == expected,
@@ -156,18 +147,23 @@ def _check_spaces(trial: _Trial) -> None:
     )
 
 
-def _check_reset(trial: _Trial) -> None:
-    result = trial.env.reset(seed=trial.seed)
+def _check_pair(trial: _Trial, result: Any, where: str, env: Any) -> None:
+    """Check what `reset` or `set_state` returned."""
     expect(
         isinstance(result, tuple) and len(result) == 2,
-        "reset",
+        where,
         "a tuple (observation, info)",
         result,
         "Return `observation, info`.",
     )
-    first, state = result, trial.layer.get_state()
-    _check_observation(trial.env, first[0], "reset")
-    _check_info(first[1], trial.base.get_state(), trial, "reset")
+    _check_observation(env, result[0], where)
+    _check_info(result[1], trial.base.get_state(), trial, where)
+
+
+def _check_reset(trial: _Trial) -> None:
+    first = trial.env.reset(seed=trial.seed)
+    _check_pair(trial, first, "reset", trial.env)
+    state = trial.layer.get_state()
     trial.env.step(_Actions(trial)(0))
     again = trial.env.reset(seed=trial.seed)
     expect(
@@ -192,29 +188,23 @@ def _check_reset(trial: _Trial) -> None:
 
 def _check_episodes(trial: _Trial, steps: int) -> None:
     """Play episodes, and each of them a second time."""
-    episode = 0
-    while steps > 0:
-        first, calls = _counted_episode(trial, episode, steps)
-        steps -= len(first)
-        if first[-1].ended and trial.check_rewards:
-            _check_return(trial, first, calls)
-        again = _played(trial, episode, [step.action for step in first])
-        for number, (one, other) in enumerate(zip(first, again, strict=False), start=1):
-            _expect_repeated(one, other, f"step {number} of an episode that is played again")
-        episode += 1
-
-
-def _counted_episode(trial: _Trial, episode: int, steps: int) -> tuple[list[_Step], int]:
-    """Play an episode of at most `steps` steps; also count the responses that were scored."""
-    calls = 0
+    calls = episode = 0
 
     def count(result: object, prompts: object, responses: list[str]) -> None:
         nonlocal calls
         calls += len(responses)
 
-    with counted(trial.base.task.reward_model, {"score": count, "score_parts": count}):
-        played = _played(trial, episode, [None] * steps)
-    return played, calls
+    while steps > 0:
+        calls = 0
+        with counted(trial.base.task.reward_model, {"score": count, "score_parts": count}):
+            first = _played(trial, episode, [None] * steps)
+        if first[-1].ended and trial.check_rewards:
+            _check_return(trial, first, calls)
+        again = _played(trial, episode, [step.action for step in first])
+        for number, (one, other) in enumerate(zip(first, again, strict=False), start=1):
+            _expect_repeated(one, other, f"step {number} of an episode that is played again")
+        steps -= len(first)
+        episode += 1
 
 
 def _played(trial: _Trial, episode: int, actions: list[Any]) -> list[_Step]:
@@ -233,10 +223,6 @@ class _Actions:
 
     Uniform tokens hardly ever hold the stop token of a real vocabulary, so every second episode is
     made to stop at its second step, and the others are kept from stopping.
-
-    Args:
-        trial: The environment.
-        episode: Number of the episode.
     """
 
     def __init__(self, trial: _Trial, episode: int = 0) -> None:
@@ -267,9 +253,7 @@ def _stepped(trial: _Trial, action: Any) -> _Step:
         result,
         "Return all five.",
     )
-    observation, reward, terminated, truncated, info = result
-    after = trial.base.get_state()
-    step = _Step(before, action, observation, reward, terminated, truncated, info, after)
+    step = _Step(before, action, *result, trial.base.get_state())
     _check_observation(trial.env, step.observation, "step")
     expect(
         isinstance(step.reward, float) and math.isfinite(step.reward),
@@ -294,17 +278,10 @@ def _check_flags(step: _Step) -> None:
         "Convert them with bool().",
     )
     expect(
-        not all(flags),
-        "step",
-        "terminated or truncated, never both",
-        "terminated=True, truncated=True",
-        "A stop token terminates, a token limit truncates.",
-    )
-    expect(
         flags == (reason == "stop", reason == "length"),
         "step",
-        f"terminated={reason == 'stop'}, truncated={reason == 'length'} for "
-        f"finish_reason {reason!r} (terminated at 'stop', truncated at 'length')",
+        f"terminated={reason == 'stop'}, truncated={reason == 'length'} for finish_reason "
+        f"{reason!r} (terminated at 'stop', truncated at 'length', never both)",
         f"terminated={flags[0]}, truncated={flags[1]}",
         "Derive both from the state's finish_reason.",
     )
@@ -315,19 +292,15 @@ def _check_info(info: Any, state: TextState, trial: _Trial, where: str) -> None:
     expect(isinstance(info, dict), subject, "a dict", info, "Return a new dict every time.")
     for name, kind in _INFO.items():
         expect(
-            name in info and isinstance(info[name], kind),
+            isinstance(info.get(name), kind),
             subject,
             f"{name!r}, a {kind.__name__}",
             info,
             "Pass on what the text environment puts there.",
         )
-    shown = {name: info[name] for name in ("prompt_id", "prompt", "response", "finish_reason")}
-    actual = {
-        "prompt_id": state.prompt.id,
-        "prompt": state.prompt.text,
-        "response": trial.base.task.tokenizer.decode(state.response_ids),
-        "finish_reason": state.finish_reason or "",
-    }
+    response = trial.base.task.tokenizer.decode(state.response_ids)
+    values = (state.prompt.id, state.prompt.text, response, state.finish_reason or "")
+    shown, actual = {name: info[name] for name in _SHOWN}, dict(zip(_SHOWN, values, strict=True))
     expect(shown == actual, subject, f"what the state says, {actual}", shown, "Do not edit it.")
     ended = where == "step" and state.finish_reason is not None
     numbers = [info["score"], *info["score_parts"].values()]
@@ -358,32 +331,34 @@ def _check_transition(trial: _Trial, step: _Step) -> None:
         f"{before}, then {after}",
         "Token ids are canonical: never encode the text again.",
     )
-    if isinstance(trial.env.action_space, ChunkSpace):
-        chunk, added = tuple(map(int, step.action)), after[len(before) :]
-        expect(
-            added == chunk[: trial.limit - len(before)],
-            "step",
-            f"the chunk {chunk} at the end of the response, cut at the limit",
-            added,
-            "Append the action's token ids.",
-        )
-        expect(
-            step.info["chunk_cut"] == (len(added) < len(chunk)),
-            "step, info['chunk_cut']",
-            f"{len(added) < len(chunk)}, since {len(added)} of {len(chunk)} tokens were appended",
-            step.info["chunk_cut"],
-            "Say whether the limit cut the chunk.",
-        )
+    if not isinstance(trial.env.action_space, ChunkSpace):
+        return
+    chunk, added = tuple(map(int, step.action)), after[len(before) :]
+    expect(
+        added == chunk[: trial.limit - len(before)],
+        "step",
+        f"the chunk {chunk} at the end of the response, cut at the limit",
+        added,
+        "Append the action's token ids.",
+    )
+    expect(
+        step.info["chunk_cut"] == (len(added) < len(chunk)),
+        "step, info['chunk_cut']",
+        f"{len(added) < len(chunk)}, since {len(added)} of {len(chunk)} tokens were appended",
+        step.info["chunk_cut"],
+        "Say whether the limit cut the chunk.",
+    )
 
 
 def _check_return(trial: _Trial, steps: list[_Step], calls: int) -> None:
     mode, score = trial.base.task.reward, steps[-1].info["score"]
     rewards = [step.reward for step in steps]
+    subject = f"Rewards of an episode with reward={mode!r}"
     advice = "Pay the score once; pass check_rewards=False if a wrapper changes the reward."
     if mode == "terminal":
         expect(
             rewards == [0.0] * (len(rewards) - 1) + [score],
-            "Rewards of an episode with reward='terminal'",
+            subject,
             f"0 until the last, which is the score {score:g}",
             rewards,
             advice,
@@ -398,7 +373,7 @@ def _check_return(trial: _Trial, steps: list[_Step], calls: int) -> None:
     if mode == "delta":
         expect(
             abs(sum(rewards) - score) <= _TOLERANCE * max(1.0, abs(score)),
-            "Rewards of an episode with reward='delta'",
+            subject,
             f"that they add up to the score {score:g}",
             f"{rewards}, which add up to {sum(rewards):g}",
             advice,
@@ -426,21 +401,13 @@ def _check_restoring(trial: _Trial) -> None:
 def _restore(trial: _Trial, state: Any) -> None:
     result = trial.layer.set_state(state)
     expect(
-        isinstance(result, tuple) and len(result) == 2,
-        "set_state",
-        "what `reset` returns, (observation, info)",
-        result,
-        "Return both.",
-    )
-    expect(
         trial.layer.get_state() == state,
         "set_state",
         f"that get_state() returns the state that was set, {state}",
         trial.layer.get_state(),
         "Restore all that `step` reads.",
     )
-    _check_observation(trial.layer, result[0], "set_state")
-    _check_info(result[1], trial.base.get_state(), trial, "set_state")
+    _check_pair(trial, result, "set_state", trial.layer)
     expect(
         data_equivalence(result, trial.layer.set_state(pickle.loads(pickle.dumps(state))), True),  # noqa: S301 it was made here
         "set_state",
@@ -452,20 +419,17 @@ def _restore(trial: _Trial, state: Any) -> None:
 
 def _check_state(state: Any) -> None:
     advice = "Make it a frozen dataclass of plain data."
+    able = "pickled"
     try:
         same = pickle.loads(pickle.dumps(state)) == state  # noqa: S301 it was made here
+        able = "hashed"
+        hash(state)
     except Exception as error:
         raise CheckError(
-            f"get_state: expected a state that can be pickled, got {type(error).__name__}: "
-            f"{error}. {advice}"
+            f"get_state: expected a state that can be {able}, got {type(error).__name__}: {error}. "
+            f"{advice}"
         ) from error
     expect(same, "get_state", "a state that equals its pickled copy", state, advice)
-    try:
-        hash(state)
-    except TypeError as error:
-        raise CheckError(
-            f"get_state: expected a state that can be hashed, got {error}. {advice}"
-        ) from error
 
 
 def _check_end(trial: _Trial) -> None:
@@ -513,8 +477,8 @@ def _check_invalid_actions(trial: _Trial, space: ChunkSpace) -> None:
 
 def _expect_refused(trial: _Trial, kind: type[Exception], action: Any, case: str) -> None:
     before = trial.layer.get_state()
-    step = functools.partial(trial.env.step, action)
-    expect_error(kind, step, "step", case, "Leave it to `TextGenerationEnv.step` to refuse it.")
+    change = "Leave it to `TextGenerationEnv.step` to refuse it."
+    expect_error(kind, lambda: trial.env.step(action), "step", case, change)
     expect(
         trial.layer.get_state() == before,
         "step",
@@ -535,8 +499,8 @@ def _check_observation(env: Any, observation: Any, where: str) -> None:
 
 
 def _expect_repeated(one: _Step, other: _Step, where: str) -> None:
-    for name, value in one.returned.items():
-        again = other.returned[name]
+    for name in ("observation", "reward", "terminated", "truncated", "info", "after"):
+        value, again = getattr(one, name), getattr(other, name)
         same = (
             math.isclose(value, again, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
             if name == "reward"

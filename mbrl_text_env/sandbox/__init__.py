@@ -31,7 +31,7 @@ What is protected, and how (Linux 5.14 or newer on x86_64 or aarch64, for root a
 
 What is not protected:
 
-- Holes in the kernel or the processor. Whoever fears them should use a virtual machine.
+- Holes in the kernel or the processor. Where they matter, use a virtual machine.
 - Side channels: time, the load of the machine, caches. `uname`, the number of processors, the load
   and the amount of memory can be read. What the interpreter's path is called can be read too.
 - Fairness. A box may use all processors that the caller may, at a lower priority (nice 5).

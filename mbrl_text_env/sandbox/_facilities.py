@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mbrl_text_env.sandbox import _kernel, runner
+from mbrl_text_env.sandbox import _box, _kernel
 from mbrl_text_env.sandbox.programs import SandboxError
 
 
@@ -43,8 +43,10 @@ def facilities() -> tuple[Facility, ...]:
         spaces = _namespaces()
     except SandboxError as error:
         # Our own mistake, or an interpreter that does not start without its environment.
-        keeper = Facility("a helper process", str(error), "Use another interpreter, or report it.")
-        return (*first, keeper)
+        supervisor = Facility(
+            "a helper process", str(error), "Use another interpreter, or report it."
+        )
+        return (*first, supervisor)
     if any(facility.problem for facility in spaces):
         return first + spaces
     return (*first, *spaces, _whole())
@@ -82,7 +84,7 @@ def _process_lists() -> Facility:
 
 
 def _namespaces() -> tuple[Facility, ...]:
-    reasons = runner.probe()
+    reasons = _box.probe()
     names = ("user", "PID", "mount", "network", "IPC", "UTS", "cgroup")
     return tuple(
         Facility(
@@ -99,7 +101,7 @@ def _whole() -> Facility:
     """Whether a program really runs: mounts, ids and filters may be refused all the same."""
     problem = ""
     try:
-        result = runner.run_trial()
+        result = _box.run_trial()
         if result.stdout != "42\n" or result.exit_code != 0:
             problem = f"a trial program ended with {result.exit_code}: {result.stderr[-300:]!r}"
     except SandboxError as error:

@@ -1,6 +1,6 @@
 """What a process and all below it have used so far, as the kernel tells in /proc."""
 
-# ruff: noqa: PTH123, PTH208 - importing pathlib would take as long as the rest of the keeper.
+# ruff: noqa: PTH123, PTH208 - importing pathlib would take as long as the rest of the supervisor.
 
 from __future__ import annotations
 

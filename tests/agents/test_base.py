@@ -4,13 +4,13 @@ from hypothesis import strategies as st
 
 from mbrl_text_env.agents import BestOfN, Lookahead, RandomAgent, Sampling
 from mbrl_text_env.agents.base import Completion, affordable, best
-from mbrl_text_env.agents.catalogue import available, make
+from mbrl_text_env.agents.registry import available, make
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
 from mbrl_text_env.mdp import initial, is_terminal, transition
 from mbrl_text_env.types import Chunk, Prompt
-from tests.toys import PROMPTS, CountReward, ExactValue, FixedValue, toy_options
+from tests.toys import PROMPTS, CountReward, ExactValue, FixedValue, now, toy_options
 
 LM = NGramLM("abc", order=2, seed=3, stop_probability=0.15)
 LIMIT = 6
@@ -100,7 +100,7 @@ def test_the_chunks_of_a_decision_lead_to_its_completion():
 def test_agents_without_a_reward_model_cannot_score():
     agent = Sampling(LM)
     with pytest.raises(ValueError, match="reward model"):
-        agent.scored([[Completion(initial(PROMPTS[0], LM))]], [Ledger()])
+        now(agent.scored([Completion(initial(PROMPTS[0], LM))], Ledger()))
     with pytest.raises(ValueError, match="scored"):
         best([Completion(initial(PROMPTS[0], LM))])
     with pytest.raises(ValueError, match="at least one prompt"):

@@ -18,7 +18,7 @@ from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
 from mbrl_text_env.ledger import Budget, BudgetError, Ledger
 from mbrl_text_env.mdp import initial, is_terminal, transition
 from mbrl_text_env.types import Prompt
-from tests.toys import PROMPTS, CountReward, FixedValue, OptimalValue
+from tests.toys import PROMPTS, CountReward, FixedValue, OptimalValue, now
 
 PLAIN = SamplingParams()
 PROMPT = Prompt.from_text("ab")
@@ -70,6 +70,12 @@ def searched(planner, lm, value=None, budget=None, seed=0, reward=None):
     )
 
 
+def decided(planner, simulator, node, count):
+    decision = GumbelDecision(planner, simulator, node)
+    now(decision.simulate(count))
+    return decision
+
+
 class TestVisits:
     def bandit(self, simulations, **options):
         """Two arms, drawn once each, that return 1 and 0 whatever follows."""
@@ -86,7 +92,7 @@ class TestVisits:
         )
         value = FixedValue(lambda text: float(text.startswith("a")), lm)
         search = searched(planner, lm, value, seed=self.seed_of_both(lm))
-        Simulator(planner, search).run(search.tree.root, simulations)
+        now(Simulator(planner, search).run(search.tree.root, simulations))
         root = search.tree.root
         return root, {lm.decode(child.state.response_ids): child for child in root.children}
 
@@ -155,7 +161,7 @@ class TestVisits:
         )
         search = searched(planner, lm, FixedValue(lambda text: text.count("a"), lm))
         root = search.tree.root
-        decision = GumbelDecision(planner, Simulator(planner, search), root, simulations)
+        decision = decided(planner, Simulator(planner, search), root, simulations)
         assert sorted((child.visits for child in root.children), reverse=True) == visits
         finalists = [child for child in root.children if child.visits == visits[0]]
         assert decision.chosen() in finalists
@@ -171,9 +177,9 @@ class TestVisits:
         )
         search = searched(planner, lm, FixedValue(lambda text: text.count("a"), lm))
         simulator = Simulator(planner, search)
-        child = GumbelDecision(planner, simulator, search.tree.root, 16).chosen()
+        child = decided(planner, simulator, search.tree.root, 16).chosen()
         before = {node: node.visits for node in child.children}
-        decision = GumbelDecision(planner, simulator, child, 16)
+        decision = decided(planner, simulator, child, 16)
         assert set(before) <= set(child.children)
         assert child.samples >= 16
         gained = sorted((n.visits - before.get(n, 0) for n in decision.considered), reverse=True)
@@ -184,7 +190,7 @@ class TestVisits:
         lm = NGramLM("abcdefgh", seed=3, concentration=50.0, stop_probability=0.0)
         planner = MCTS(lm, CountReward(), widening=1.5, max_response_tokens=80, chunk_tokens=8)
         search = searched(planner, lm, FixedValue(lambda text: text.count("a"), lm))
-        Simulator(planner, search).run(search.tree.root, 60)
+        now(Simulator(planner, search).run(search.tree.root, 60))
         for node in search.tree.nodes:
             assert node.samples <= max(1, np.ceil(1.5 * node.visits**0.5))
         assert search.tree.root.samples == 12
@@ -303,7 +309,7 @@ class TestTrees:
         value = FixedValue(lambda text: 10.0 + len(text), lm)
         planner = MCTS(lm, CountReward(), value, leaf_value="both", rollout_weight=0.25, **SIZES)
         search = searched(planner, lm, value)
-        Simulator(planner, search).run(search.tree.root, 1)
+        now(Simulator(planner, search).run(search.tree.root, 1))
         [leaf] = search.tree.root.children
         [end] = search.tree.complete()
         assert leaf.total == pytest.approx(0.75 * 11.0 + 0.25 * end.score)

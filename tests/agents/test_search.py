@@ -9,12 +9,12 @@ from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.ledger import Budget, Ledger
 from mbrl_text_env.mdp import initial
-from tests.toys import PROMPTS, CountReward, FixedValue
+from tests.toys import PROMPTS, CountReward, FixedValue, now
 
 LM = NGramLM("abcdefgh", seed=3, concentration=50.0, stop_probability=0.0)
 
 
-class Dear(FixedValue):
+class Expensive(FixedValue):
     def flops(self, states):
         return np.full(len(states), 100.0)
 
@@ -37,9 +37,9 @@ def begun(budget=None, value=None, limit=8, reward=None, lm=LM):
 
 def test_children_are_drawn_scored_and_valued():
     search = begun(value=FixedValue(len, LM))
-    [row] = search.expand([Expansion(search.tree.root, 3, tokens=2)])
+    [row] = now(search.expand([Expansion(search.tree.root, 3, tokens=2)]))
     assert [node.value for node in row] == [2.0] * 3
-    ends = search.expand(Expansion(node) for node in row)
+    ends = now(search.expand(Expansion(node) for node in row))
     scores = CountReward().score([None] * 3, [LM.decode(n.state.response_ids) for [n] in ends])
     assert [node.score for [node] in ends] == scores
     usage = search.ledger.usage
@@ -49,46 +49,46 @@ def test_children_are_drawn_scored_and_valued():
 
 def test_nothing_is_valued_where_that_is_not_wanted():
     search = begun(value=FixedValue(len, LM))
-    [row] = search.expand([Expansion(search.tree.root, 3, tokens=2, valued=False)])
+    [row] = now(search.expand([Expansion(search.tree.root, 3, tokens=2, valued=False)]))
     assert all(node.worth is None for node in row)
-    search.evaluate(row)
+    now(search.evaluate(row))
     assert all(node.value == 2.0 for node in row)
-    search.evaluate(row)
+    now(search.evaluate(row))
     assert search.ledger.usage.value_calls == 3
 
 
 def test_two_expansions_of_a_node_draw_different_chunks():
     once = begun()
-    [row] = once.expand([Expansion(once.tree.root, 4, tokens=3)])
+    [row] = now(once.expand([Expansion(once.tree.root, 4, tokens=3)]))
     twice = begun()
-    rows = twice.expand([Expansion(twice.tree.root, 2, tokens=3)] * 2)
+    rows = now(twice.expand([Expansion(twice.tree.root, 2, tokens=3)] * 2))
     assert [n.state for n in row] == [n.state for part in rows for n in part]
 
 
 def test_where_not_all_is_affordable_every_expansion_gets_fewer():
     search = begun(Budget(tokens=20))
     root = search.tree.root
-    [row] = search.expand([Expansion(root, 2, tokens=1)])
+    [row] = now(search.expand([Expansion(root, 2, tokens=1)]))
     a, b = row
     # 18 tokens are left, 6 of them for finishing one of the two: 12 for chunks of 2.
-    rows = search.expand([Expansion(a, 9, tokens=2), Expansion(b, 9, tokens=2)])
+    rows = now(search.expand([Expansion(a, 9, tokens=2), Expansion(b, 9, tokens=2)]))
     assert [len(r) for r in rows] == [3, 3]
 
 
 def test_the_first_expansions_come_first_when_not_even_one_each_is_affordable():
     search = begun(Budget(tokens=12))
-    [row] = search.expand([Expansion(search.tree.root, 3, tokens=1)])
-    rows = search.expand(Expansion(node, 1, tokens=2) for node in row)
+    [row] = now(search.expand([Expansion(search.tree.root, 3, tokens=1)]))
+    rows = now(search.expand(Expansion(node, 1, tokens=2) for node in row))
     # Two chunks of 2, and 5 tokens to finish the nearest response with.
     assert [len(r) for r in rows] == [1, 1, 0]
-    assert search.expand([Expansion(row[0], 5)]) == [[]]
+    assert now(search.expand([Expansion(row[0], 5)])) == [[]]
 
 
 def test_a_response_can_always_be_finished():
     search = begun(Budget(tokens=8))
-    [row] = search.expand([Expansion(search.tree.root, 4, tokens=3)])
+    [row] = now(search.expand([Expansion(search.tree.root, 4, tokens=3)]))
     assert len(row) == 1
-    best = search.finish()
+    best = now(search.finish())
     assert best.score is not None
     assert list(best.path())[1] is row[0]
     assert search.ledger.usage.generated_tokens == 8
@@ -97,8 +97,8 @@ def test_a_response_can_always_be_finished():
 
 def test_the_best_partial_response_is_finished():
     search = begun(value=FixedValue(lambda text: text.count("a"), LM))
-    [row] = search.expand([Expansion(search.tree.root, 6, tokens=2)])
-    best = search.finish()
+    [row] = now(search.expand([Expansion(search.tree.root, 6, tokens=2)]))
+    best = now(search.finish())
     assert best.parent is max(row, key=lambda node: node.value)
 
 
@@ -106,9 +106,9 @@ def test_what_values_leave_is_spent_on_whole_responses():
     """Rollouts after a chunk of 2 take 10 x 6 tokens, more than there are."""
     search = begun(Budget(tokens=53))
     search.value_model = RolloutValue(LM, CountReward(), n=10, max_response_tokens=8)
-    beam_search(search, chunk_tokens=2, beam_width=1)
+    now(beam_search(search, chunk_tokens=2, beam_width=1))
     assert search.drawn == 0
-    best = search.finish()
+    best = now(search.finish())
     # Six of 8 tokens; the 5 tokens after them are no response.
     assert search.ledger.usage.generated_tokens == 48
     assert best.score == max(node.score for node in search.tree.nodes if node.is_terminal)
@@ -117,23 +117,23 @@ def test_what_values_leave_is_spent_on_whole_responses():
 
 def test_nothing_is_spent_after_a_planner_has_an_answer():
     search = begun(Budget(tokens=53))
-    [[node]] = search.expand([Expansion(search.tree.root)])
-    assert search.finish() is node
+    [[node]] = now(search.expand([Expansion(search.tree.root)]))
+    assert now(search.finish()) is node
     assert search.ledger.usage.generated_tokens == 8
 
 
 def test_without_a_cap_one_response_is_finished():
     search = begun()
-    search.finish()
+    now(search.finish())
     assert search.ledger.usage.generated_tokens == 8
 
 
 def test_a_target_is_reached_by_a_complete_response_alone():
     search = begun(value=FixedValue(lambda text: 9.0, LM))
     assert not search.has_reached(0.0)
-    search.expand([Expansion(search.tree.root, 3, tokens=2)])
+    now(search.expand([Expansion(search.tree.root, 3, tokens=2)]))
     assert not search.has_reached(0.0)
-    search.expand([Expansion(search.tree.root, 3)])
+    now(search.expand([Expansion(search.tree.root, 3)]))
     best = max(node.score for node in search.tree.complete())
     assert best > 0
     assert search.has_reached(best)
@@ -143,7 +143,7 @@ def test_a_target_is_reached_by_a_complete_response_alone():
 
 def test_ranked():
     search = begun(value=FixedValue(lambda text: text.count("a"), LM))
-    [row] = search.expand([Expansion(search.tree.root, 20, tokens=2)])
+    [row] = now(search.expand([Expansion(search.tree.root, 20, tokens=2)]))
     ranked = search.ranked([*row, *row])
     assert len(ranked) == len(set(row)) == len(partial(row))
     values = [node.value for node in ranked]
@@ -157,7 +157,7 @@ def test_width_is_what_the_budget_allows(tokens, chunk, width):
 
 
 def test_width_counts_values_and_scores():
-    value = Dear(len, LM)
+    value = Expensive(len, LM)
     plain, valued = begun(Budget(flops=2_000.0)), begun(Budget(flops=2_000.0), value)
     root = plain.tree.root
     # 8 operations a response, and three values of 100 on its way.
@@ -179,33 +179,33 @@ def test_what_a_value_costs_in_tokens():
     assert begun().value_tokens(begun().tree.root) == 0.0
     free = begun(value=FixedValue(len, LM))
     assert free.value_tokens(free.tree.root) == 0.0
-    dear = begun(value=Dear(len, LM))
-    assert dear.value_tokens(dear.tree.root) == pytest.approx(100.0)
+    expensive = begun(value=Expensive(len, LM))
+    assert expensive.value_tokens(expensive.tree.root) == pytest.approx(100.0)
 
 
 def test_ended_responses_have_no_room():
     search = begun()
-    [[node]] = search.expand([Expansion(search.tree.root)])
+    [[node]] = now(search.expand([Expansion(search.tree.root)]))
     assert (search.room(search.tree.root), search.room(node)) == (8, 0)
 
 
 def test_stop_texts_end_chunks_and_not_what_is_drawn_to_the_end():
     search = begun()
     search.params = SamplingParams(stop=("a", "b", "c"))
-    [row] = search.expand([Expansion(search.tree.root, 12, tokens=6)])
+    [row] = now(search.expand([Expansion(search.tree.root, 12, tokens=6)]))
     assert min(len(node.chunk) for node in row) < 6
-    assert all(node.is_terminal for [node] in search.expand(Expansion(node) for node in row))
+    assert all(node.is_terminal for [node] in now(search.expand(Expansion(node) for node in row)))
     alone = begun()
     alone.params = SamplingParams(stop=("a", "b", "c", "d"))
-    assert alone.finish().is_terminal
+    assert now(alone.finish()).is_terminal
 
 
 def test_a_response_that_was_reached_on_another_way_is_not_scored_again():
     lm = NGramLM("a", stop_probability=0.0)
     search = begun(lm=lm, limit=4)
     root = search.tree.root
-    [[first], [whole]] = search.expand([Expansion(root, 1, tokens=2), Expansion(root, 1)])
-    [[end]] = search.expand([Expansion(first, 1)])
+    [[first], [whole]] = now(search.expand([Expansion(root, 1, tokens=2), Expansion(root, 1)]))
+    [[end]] = now(search.expand([Expansion(first, 1)]))
     assert end.state.response_ids == whole.state.response_ids
     assert end is not whole
     assert (end.score, end.parts) == (whole.score, whole.parts)

@@ -1,41 +1,25 @@
-"""A study of a toy world: resumable, and its figures follow from its rows and its pool."""
+"""The pool's costs by hand, and the figures that follow from rows and a pool."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mbrl_text_env.agents.catalogue import make as make_agent
+from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.benchmarks.compare import CompareError
 from mbrl_text_env.benchmarks.exchange import drawn_best, exchange_test
-from mbrl_text_env.benchmarks.matched.analysis import analyse, best_of_n_rows, falls
-from mbrl_text_env.benchmarks.matched.figures import plot_divergence, plot_scaling
-from mbrl_text_env.benchmarks.matched.page import render
+from mbrl_text_env.benchmarks.matched.analysis import Cell, analyse, best_of_n_rows, falls
 from mbrl_text_env.benchmarks.matched.pool import Pool, make_pool
 from mbrl_text_env.benchmarks.matched.report import multiplier, p_value
-from mbrl_text_env.benchmarks.matched.shelf import ValueShelf
-from mbrl_text_env.benchmarks.matched.study import Cell, Study, run_study, slug
 from mbrl_text_env.benchmarks.scaling import expected_best
 from mbrl_text_env.benchmarks.statistics import paired_permutation_test
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.ledger import Budget
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from tests.toys import CountReward
 
 LM = NGramLM("abcdefgh", order=2, seed=1, concentration=4.0, stop_probability=0.05)
 PROMPTS = load_prompts(split="test", limit=6)
-AGENTS = ("beam:chunk_tokens=2:value=prefix", "best-of-n")
-STUDY = Study(
-    {"count": AGENTS},
-    budgets=(40, 120),
-    num_prompts=6,
-    samples=32,
-    train_prompts=4,
-    train_samples=3,
-    max_response_tokens=10,
-)
 
 
 class CostlyCount(CountReward):
@@ -57,12 +41,6 @@ def pooled(folder, reward=None, samples=32, seed=0):
         max_response_tokens=10,
         seed=seed,
     )
-
-
-def ran(folder, study=STUDY):
-    [(name, pool, cells)] = list(run_study(study, LM, {"count": CostlyCount()}, folder))
-    assert name == "count"
-    return pool, cells
 
 
 class TestPool:
@@ -90,139 +68,6 @@ class TestPool:
         assert part.prompt_ids == (PROMPTS[3].id, PROMPTS[1].id)
         assert (part.scores == pool.scores[[3, 1]]).all()
         assert (part.prompt_flops == pool.prompt_flops[[3, 1]]).all()
-
-
-class TestStudy:
-    def test_a_cell_for_each_agent_and_budget(self, tmp_path):
-        pool, cells = ran(tmp_path)
-        assert [(c.agent, c.budget) for c in cells] == [
-            (agent, budget) for budget in (40, 120) for agent in AGENTS
-        ]
-        for cell in cells:
-            assert [row["prompt_id"] for row in cell.rows] == list(pool.prompt_ids)
-            assert all(row["usage"]["generated_tokens"] <= cell.budget for row in cell.rows)
-
-    def test_it_is_resumed(self, tmp_path):
-        _, first = ran(tmp_path)
-        removed = next((tmp_path / "runs").rglob("parts/*.jsonl"))
-        removed.unlink()
-        again = ran(tmp_path)[1]
-        for one, other in zip(first, again, strict=True):
-            assert [row["score"] for row in one.rows] == [row["score"] for row in other.rows]
-
-    def test_budgets_in_flops_are_what_best_of_n_spends(self, tmp_path):
-        study = Study(**{**vars(STUDY), "unit": "flops"})
-        pool, cells = ran(tmp_path, study)
-        per_token = pool.flops.sum() / pool.tokens.sum()
-        for cell in cells:
-            cap = pool.prompt_flops.mean() + cell.budget * per_token
-            spent = [row["usage"]["flops"] for row in cell.rows]
-            assert max(spent) <= cap
-            assert np.mean(spent) > 0.5 * cap
-
-    def test_budgets_in_seconds_are_what_best_of_n_takes(self, tmp_path):
-        study = Study(**{**vars(STUDY), "unit": "seconds", "budgets": (40,)})
-        _, cells = ran(tmp_path, study)
-        caps = {row["budget_seconds"] for cell in cells for row in cell.rows}
-        assert len(caps) == 1
-        assert 0 < caps.pop() < 60
-
-    def test_another_seed_needs_another_folder(self, tmp_path):
-        ran(tmp_path)
-        with pytest.raises(ValueError, match="seed"):
-            ran(tmp_path, Study(**{**vars(STUDY), "seed": 1}))
-
-    @pytest.mark.parametrize("name", ["train_prompts", "train_samples", "max_response_tokens"])
-    def test_another_training_set_or_limit_needs_another_folder(self, tmp_path, name):
-        ran(tmp_path, replace(STUDY, budgets=(40,)))
-        other = replace(STUDY, budgets=(40,), **{name: getattr(STUDY, name) - 1})
-        with pytest.raises(CompareError, match=f"another study .*{name}"):
-            ran(tmp_path, other)
-
-    def test_rewards_with_other_prompts_share_a_folder(self, tmp_path):
-        """A reward may apply to none of the prompts that were sampled for the one before."""
-        early = {prompt.id for prompt in load_prompts(split="test", limit=90)}
-
-        class Early(CostlyCount):
-            def applies_to(self, prompt):
-                return prompt.id in early
-
-        class Late(CostlyCount):
-            def applies_to(self, prompt):
-                return prompt.id not in early
-
-        study = replace(STUDY, agents={"early": AGENTS, "late": AGENTS}, budgets=(40,))
-        found = list(run_study(study, LM, {"early": Early(), "late": Late()}, tmp_path))
-        assert not {*found[0][1].prompt_ids} & {*found[1][1].prompt_ids}
-
-    def test_flops_that_pay_for_no_response_are_refused_at_once(self, tmp_path):
-        with pytest.raises(CompareError, match=r"budget 10.*budgets of \d+ or more"):
-            ran(tmp_path, replace(STUDY, unit="flops", budgets=(10,)))
-        assert not (tmp_path / "runs").exists()
-
-    def test_each_answer_has_a_seed_and_a_folder_of_its_own(self, tmp_path):
-        study = replace(STUDY, budgets=(40,), answers=3)
-        pool, cells = ran(tmp_path, study)
-        for cell in cells:
-            assert [(row["seed"], row["prompt_id"]) for row in cell.rows] == [
-                (seed, name) for seed in (1, 2, 3) for name in pool.prompt_ids
-            ]
-        runs = tmp_path / "runs" / "count" / "tokens-40"
-        slugs = [slug(agent) for agent in AGENTS]
-        assert {folder.name for folder in runs.iterdir()} == {
-            f"{name}{again}" for name in slugs for again in ("", "-again-1", "-again-2")
-        }
-        prompts = {prompt.id: prompt for prompt in load_prompts(split="test")}
-        agent = make_agent("best-of-n", LM, CostlyCount(), max_response_tokens=10)
-        asked = [prompts[name] for name in pool.prompt_ids]
-        expected = [agent.generate(asked, Budget(tokens=40), seed=seed) for seed in (1, 2, 3)]
-        texts = [[g.text for g in row] for row in expected]
-        assert [row["response"] for row in cells[1].rows] == [t for row in texts for t in row]
-        assert texts[0] != texts[1] != texts[2] != texts[0]
-
-    def test_more_answers_go_on_from_the_first_ones(self, tmp_path):
-        study = replace(STUDY, agents={"count": ("best-of-n",)}, budgets=(40,))
-        ran(tmp_path, study)
-        # What is read again has this mark, and what is made anew has not.
-        [part] = (tmp_path / "runs").rglob("parts/*.jsonl")
-        rows = [json.loads(line) for line in part.read_text().splitlines()]
-        part.write_text("".join(json.dumps({**row, "marked": True}) + "\n" for row in rows))
-        for answers in (3, 2, 1):
-            _, [cell] = ran(tmp_path, replace(study, answers=answers))
-            marks = [row.get("marked", False) for row in cell.rows]
-            assert marks == [True] * 6 + [False] * 6 * (answers - 1)
-
-    def test_no_answers_are_refused(self):
-        with pytest.raises(CompareError, match="answers: expected at least 1, got 0"):
-            replace(STUDY, answers=0)
-
-    def test_slugs_differ(self):
-        specs = ("beam:chunk_tokens=2", "beam:chunk_tokens=2.5", "beam:beam_width=2")
-        assert len({slug(spec) for spec in specs}) == 3
-
-
-class TestShelf:
-    def shelf(self, folder):
-        return ValueShelf(
-            LM, CostlyCount(), folder, prompts=4, samples=3, max_response_tokens=10, seed=0
-        )
-
-    def test_names(self, tmp_path):
-        shelf = self.shelf(tmp_path)
-        assert "prefix" in shelf
-        assert next(iter(shelf)) == "prefix"
-        assert shelf["prefix"] is shelf["prefix"]
-        with pytest.raises(KeyError):
-            shelf["nothing"]
-        assert not list(tmp_path.iterdir())
-
-    def test_records_have_this_rewards_scores(self, tmp_path):
-        records = self.shelf(tmp_path).records()
-        assert len(records) == 12
-        assert {record.split for record in records} == {"train"}
-        for record in records:
-            assert record.score == CountReward().score([None], [record.response])[0]
-            assert record.reward_name == "count"
 
 
 def answered(pool, scores, *, budget=100, agent="agent", tokens=20.0, flops=None, failed=()):
@@ -447,32 +292,9 @@ class TestAnalysis:
         assert falls([*double, failed]) == falls(kept)
 
 
-def test_page_and_plots(tmp_path):
-    pool, cells = ran(tmp_path / "study")
-    rows = analyse(pool, cells)
-    plot_scaling({"count": rows}, {"count": pool}, tmp_path / "plot.png")
-    plot_divergence({"count": rows}, {"count": pool}, tmp_path / "divergence.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5_000
-    assert (tmp_path / "divergence.png").stat().st_size > 5_000
-    result = {
-        "command": "python -m mbrl_text_env.benchmarks.matched_compute --seed 0",
-        "date": "2026-01-01",
-        "language_model": LM.name,
-        "dtype": "float64",
-        "study": STUDY.as_dict(),
-        "results": rows,
-        "best_of_n": best_of_n_rows("count", pool, STUDY.budgets, "tokens"),
-        "falls": falls(cells),
-    }
-    assert json.loads(json.dumps(result, allow_nan=False)) is not None
-    page = tmp_path / "docs" / "page.md"
-    render(result, tmp_path / "plot.png", tmp_path / "divergence.png", page)
-    text = page.read_text()
-    assert "python -m mbrl_text_env.benchmarks.matched_compute --seed 0" in text
-    assert "(../plot.png)" in text
-    assert "(../divergence.png)" in text
-    lines = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(lines) == len(rows)
-    for line, row in zip(lines, rows, strict=True):
-        assert f"`{row['agent']}`" in line
-        assert f"{row['mean']:.3f}" in line
+def test_multipliers_are_shown_with_their_ends():
+    row = {"m": 2.04, "m_low": 1.5, "m_high": 3.0}
+    row |= {"m_is_lower_bound": False, "m_is_upper_bound": False}
+    assert multiplier(row, "m") == "2.0 [1.5, 3.0]"
+    row |= {"m_high": None, "m_is_lower_bound": True}
+    assert multiplier(row, "m") == "> 2.0 [1.5, more]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 
 import pytest
 import typer
@@ -11,7 +10,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mbrl_text_env.benchmarks.reward_fit import fit_command, report_tables
-from mbrl_text_env.benchmarks.reward_learning import chosen_pairs, measure
 from mbrl_text_env.records import Record, RecordWriter
 from mbrl_text_env.rewards.learning.fitting import fit_reward
 from mbrl_text_env.rewards.learning.learned import LearnedReward
@@ -130,13 +128,3 @@ def test_reports_are_shown():
     for table in report_tables("mine", reward.report_):
         console.print(table)
     assert "correlation within a prompt" in console.export_text()
-
-
-def test_the_measurement(minilm):
-    """Few pairs of few words: the figures' form, and that length is learned."""
-    pairs = chosen_pairs(list(wordy_records()), 60, seed=0)
-    figures = measure(pairs, "words", seed=0, splits=2)
-    assert (figures["num_pairs"], figures["num_prompts"], figures["num_texts"]) == (60, 8, 56)
-    assert figures["seconds"] > 0
-    assert figures["accuracies"][0] == figures["accuracy"] > 0.9
-    json.dumps(figures, allow_nan=False)

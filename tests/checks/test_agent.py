@@ -91,29 +91,28 @@ def test_a_response_may_need_a_larger_budget():
 
 
 class Overspends(agents.BestOfN):
-    def search(self, states, ledgers, seed):
-        return [row[0] for row in self.scored(self.complete(states, 4, ledgers, seed), ledgers)]
+    async def search(self, state, ledger, seed):
+        return (await self.scored(await self.complete(state, 4, ledger, seed), ledger))[0]
 
 
 class OverspendsQuietly(agents.BestOfN):
-    def search(self, states, ledgers, seed):
-        loose = [Ledger() for _ in ledgers]
-        found = super().search(states, loose, seed)
-        for ledger, other in zip(ledgers, loose, strict=True):
-            ledger.usage = other.usage
+    async def search(self, state, ledger, seed):
+        loose = Ledger()
+        found = await super().search(state, loose, seed)
+        ledger.usage = loose.usage
         return found
 
 
 class SamplesOutsideTheLedger(agents.BestOfN):
-    def search(self, states, ledgers, seed):
-        self.language_model.sample(states, 1, 1, seeds=[seed] * len(states))
-        return super().search(states, ledgers, seed)
+    async def search(self, state, ledger, seed):
+        self.language_model.sample([state], 1, 1, seeds=[seed])
+        return await super().search(state, ledger, seed)
 
 
 class ScoresOutsideTheLedger(agents.BestOfN):
-    def search(self, states, ledgers, seed):
-        found = super().search(states, ledgers, seed)
-        self.reward_model.score([state.prompt for state in states], ["a" for _ in states])
+    async def search(self, state, ledger, seed):
+        found = await super().search(state, ledger, seed)
+        self.reward_model.score([state.prompt], ["a"])
         return found
 
 
@@ -124,48 +123,44 @@ class OwnModel(agents.Sampling):
         super().__init__(*args, **options)
         self.drafter = self.language_model
 
-    def search(self, states, ledgers, seed):
-        self.drafter.sample(states, 1, 1, seeds=[seed] * len(states))
-        return super().search(states, ledgers, seed)
+    async def search(self, state, ledger, seed):
+        self.drafter.sample([state], 1, 1, seeds=[seed])
+        return await super().search(state, ledger, seed)
 
 
 class Incomplete(agents.Sampling):
-    def search(self, states, ledgers, seed):
-        return [
-            dataclasses.replace(c, state=dataclasses.replace(c.state, finish_reason=None))
-            for c in super().search(states, ledgers, seed)
-        ]
+    async def search(self, state, ledger, seed):
+        found = await super().search(state, ledger, seed)
+        return dataclasses.replace(
+            found, state=dataclasses.replace(found.state, finish_reason=None)
+        )
 
 
 class TooLong(agents.Sampling):
-    def search(self, states, ledgers, seed):
-        return [
-            dataclasses.replace(
-                c,
-                state=dataclasses.replace(c.state, response_ids=(1,) * 8, finish_reason="length"),
-            )
-            for c in super().search(states, ledgers, seed)
-        ]
+    async def search(self, state, ledger, seed):
+        found = await super().search(state, ledger, seed)
+        longer = dataclasses.replace(found.state, response_ids=(1,) * 8, finish_reason="length")
+        return dataclasses.replace(found, state=longer)
 
 
 class WrongEnding(agents.Sampling):
-    def search(self, states, ledgers, seed):
-        return [
-            dataclasses.replace(c, state=dataclasses.replace(c.state, finish_reason="stop"))
-            for c in super().search(states, ledgers, seed)
-        ]
+    async def search(self, state, ledger, seed):
+        found = await super().search(state, ledger, seed)
+        return dataclasses.replace(
+            found, state=dataclasses.replace(found.state, finish_reason="stop")
+        )
 
 
 class IgnoresItsSeed(agents.Sampling):
-    def search(self, states, ledgers, seed):
-        return super().search(states, ledgers, 0)
+    async def search(self, state, ledger, seed):
+        return await super().search(state, ledger, 0)
 
 
 class DrawsWithoutSeed(agents.Sampling):
     calls = itertools.count()
 
-    def search(self, states, ledgers, seed):
-        return super().search(states, ledgers, spawn_seed(seed, next(self.calls)))
+    async def search(self, state, ledger, seed):
+        return await super().search(state, ledger, spawn_seed(seed, next(self.calls)))
 
 
 class Reorders(agents.Sampling):
@@ -186,15 +181,14 @@ class SeedOfTheBatch(agents.Sampling):
 
 
 class WrongScore(agents.BestOfN):
-    def search(self, states, ledgers, seed):
-        return [
-            dataclasses.replace(c, score=c.score + 1) for c in super().search(states, ledgers, seed)
-        ]
+    async def search(self, state, ledger, seed):
+        found = await super().search(state, ledger, seed)
+        return dataclasses.replace(found, score=found.score + 1)
 
 
 class InventsAScore(agents.Sampling):
-    def search(self, states, ledgers, seed):
-        return [dataclasses.replace(c, score=1.0) for c in super().search(states, ledgers, seed)]
+    async def search(self, state, ledger, seed):
+        return dataclasses.replace(await super().search(state, ledger, seed), score=1.0)
 
 
 class StripsItsText(agents.Sampling):

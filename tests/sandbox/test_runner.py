@@ -24,6 +24,7 @@ from mbrl_text_env.sandbox import (
     SandboxError,
     SandboxUnavailable,
     SandboxWarning,
+    _box,
     _kernel,
     facilities,
     run_program,
@@ -48,7 +49,7 @@ def lacking(monkeypatch):
         Facility("user namespaces", "Operation not permitted", "Set a sysctl."),
         Facility("seccomp filters", "missing", "Use another kernel."),
     )
-    monkeypatch.setattr("mbrl_text_env.sandbox._facilities.facilities", lambda: lacks)
+    monkeypatch.setattr("mbrl_text_env.sandbox.runner.facilities", lambda: lacks)
     runner._warn_once.cache_clear()
     yield
     runner._warn_once.cache_clear()
@@ -337,9 +338,9 @@ def test_the_weaker_way_is_warned_of_once_and_keeps_the_limits(lacking):
 
 @needs_box
 def test_a_facility_that_is_missing_after_all_is_an_error_and_no_result(monkeypatch):
-    layout = runner.layout()
+    layout = _box.layout()
     broken = {**layout, "binds": [*layout["binds"], "/no/such/folder"]}
-    monkeypatch.setattr(runner, "layout", lambda: broken)
+    monkeypatch.setattr(_box, "layout", lambda: broken)
     with pytest.raises(SandboxError, match=r"mounting /no/such/folder: .*No such file"):
         run_program("print(1)")
 

@@ -7,8 +7,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
+from mbrl_text_env.tables import shortened as shorten
+from mbrl_text_env.tables import strict_json_object
 from mbrl_text_env.types import Message, Prompt, Split
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -58,28 +60,8 @@ def file_rows(path: Path) -> Rows:
     for number, row in enumerate(text.split("\n"), start=1):
         if row.strip():
             place = f"{path}, line {number}"
-            yield place, _parsed(place, row)
-
-
-def _parsed(place: str, line: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line, parse_constant=_refuse_constant)
-        # JSON can escape halves of characters, which no tokenizer and no file takes.
-        json.dumps(fields, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise PreferenceError(
-            f"{place}: expected one JSON object, got {shorten(line)} ({error}). Mend the line."
-        ) from error
-    if not isinstance(fields, dict):
-        raise PreferenceError(
-            f'{place}: expected an object such as {{"prompt": "...", "chosen": "...", "rejected": '
-            f'"..."}}, got {shorten(line)}. Mend the line.'
-        )
-    return fields
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+            example = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+            yield place, strict_json_object(place, row, example, PreferenceError)
 
 
 def hub_rows(name: str, split: str, config: str | None, place: str) -> Rows:
@@ -270,7 +252,3 @@ def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
         )
     others = {key: value for key, value in row.items() if key not in _RESERVED}
     return {**others, **given}
-
-
-def shorten(text: str, width: int = 80) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from mbrl_text_env.rewards.base import RewardError, Scores
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
+from mbrl_text_env.tables import refuse_constant
 from mbrl_text_env.types import FloatArray, Prompt
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
@@ -184,7 +185,7 @@ def _schema_problem(schema: str) -> str | None:
 
 def _is_json(text: str) -> bool:
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return False
     level = [value]
@@ -199,7 +200,3 @@ def _children(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else []
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

@@ -24,7 +24,7 @@ from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import Prompt, TextState
 from tests.agents.values.worlds import written
-from tests.toys import CountReward, FixedValue
+from tests.toys import CountReward, FixedValue, now
 
 ASKED = [Prompt.from_text(text) for text in ("ab", "ba", "cc")]
 POLICY = NGramLM("abc", order=2, seed=1, stop_probability=0.3)
@@ -35,7 +35,7 @@ TOKENS = 3
 def sampled(lm, count, seed=0, prompts=ASKED):
     agent = Sampling(lm, max_response_tokens=TOKENS, params=SamplingParams())
     states = [initial(prompt, lm) for prompt in prompts]
-    rows = agent.complete(states, count, [Ledger() for _ in states], seed)
+    rows = [now(agent.complete(state, count, Ledger(), seed)) for state in states]
     return [completion.state for row in rows for completion in row]
 
 

@@ -190,21 +190,18 @@ def test_a_failed_fit_leaves_the_value_unfitted():
 
 
 def test_searches_side_by_side_share_its_calls():
-    """A planner asks values through stand-ins; the calls of several searches are merged."""
-    from mbrl_text_env.agents.side_by_side import run_side_by_side
+    """The calls of several searches are merged."""
+    from mbrl_text_env.agents.driver import ask, run
 
     states = prefixes()[:4]
     for kind in KINDS:
         value = VALUES()[kind]
         alone = value.predict(states)
 
-        def asking(state, value=value):
-            def search(merging):
-                return predict_values(merging.value_model(value), [state], ledgers=[Ledger()])
+        async def search(state, value=value):
+            return await ask(predict_values, value, states=[state], ledgers=[Ledger()])
 
-            return search
-
-        found = run_side_by_side([asking(state) for state in states])
+        found = run([lambda state=state: search(state) for state in states])
         assert [e.mean[0] for e in found] == pytest.approx(alone.mean.tolist(), abs=1e-9)
 
 

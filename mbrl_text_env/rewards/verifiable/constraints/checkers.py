@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, NewType, NoReturn
+from typing import Any, NewType
 
 from mbrl_text_env.rewards.verifiable.constraints.counting import (
     bare_words,
@@ -39,6 +39,7 @@ from mbrl_text_env.rewards.verifiable.constraints.counting import (
 )
 from mbrl_text_env.rewards.verifiable.constraints.sentences import count_sentences
 from mbrl_text_env.rewards.verifiable.isolated import import_optional
+from mbrl_text_env.tables import refuse_constant
 
 Letter = NewType("Letter", str)
 """An argument that is one letter, digit or mark."""
@@ -356,11 +357,6 @@ def one_of(response: str, value: list[str]) -> bool:
     several passes.
     """
     return bare_words(response) in [bare_words(option) for option in value]
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
-    raise ValueError(f"{name} is not JSON.")
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,6 @@ from mbrl_text_env.rewards.verifiable.constraints.checkers import (
     RESPONSE_SPLITTER,
     placeholders,
     postscript,
-    refuse_constant,
     title,
 )
 from mbrl_text_env.rewards.verifiable.constraints.checking import checked_arguments
@@ -41,6 +40,7 @@ from mbrl_text_env.rewards.verifiable.constraints.counting import (
     words_of,
 )
 from mbrl_text_env.rewards.verifiable.constraints.sentences import count_sentences
+from mbrl_text_env.tables import refuse_constant
 
 Verdict = bool | None
 

@@ -1,1 +1,0 @@
-"""What training and search gain for what they take: methods, analysis, figure."""

@@ -1,0 +1,1 @@
+"""Studies with the package: run from a checkout, and in no wheel."""

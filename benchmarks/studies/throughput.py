@@ -1,0 +1,285 @@
+"""Tokens a second of the language-model engine beside what people use today, in one run.
+
+All of them sample the same number of tokens (none stops early) after the same prompts, with the
+embedded model, at temperature 0.7:
+
+(a) the article's procedure: transformers' `generate`, a prompt at a time, the prefix encoded again;
+(b) transformers' `generate`, batched;
+(c) the engine;
+(d) the engine without its prefix cache;
+(e) a llama.cpp server, with as many requests at a time;
+and the machine's limit: the network's matrix products alone, at the same shapes and format.
+
+    python -m mbrl_text_env.benchmarks.studies.throughput --json throughput.json
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import torch
+import typer
+
+from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.llama_server import llama_server
+from mbrl_text_env.benchmarks.studies import harness
+from mbrl_text_env.language_models import SamplingParams, TransformersLM, embedded
+from mbrl_text_env.mdp import initial, transition
+from mbrl_text_env.prompts import load_prompts
+from mbrl_text_env.types import Prompt, TextState
+
+BATCH_SIZES = (1, 4, 16, 64, 128)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+PARAMS = SamplingParams(temperature=0.7)
+PARTIAL_PARAMS = SamplingParams(temperature=0.9)
+# The article's look-ahead: partial responses and their tokens, those that are kept, continuations
+# of each and their tokens.
+PARTIALS, PARTIAL_TOKENS, KEPT, CONTINUATIONS, CONTINUATION_TOKENS = 4, 64, 2, 2, 192
+_SERVER_PARALLEL = 64
+
+
+def article_procedure(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
+    """Seconds of the article's look-ahead with transformers alone; the first two are kept."""
+    tokenizer: Any = lm._tokenizer.tokenizer
+
+    def generate(text: str, count: int, tokens: int, temperature: float) -> list[str]:
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        with torch.inference_mode():
+            out = lm.model.generate(
+                **inputs,
+                do_sample=True,
+                temperature=temperature,
+                num_return_sequences=count,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        start = inputs["input_ids"].shape[1]
+        return [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids in out]
+
+    start = time.perf_counter()
+    for prompt in prompts:
+        text = tokenizer.decode(lm.encode_prompt(prompt))
+        partials = generate(text, PARTIALS, PARTIAL_TOKENS, PARTIAL_PARAMS.temperature)
+        for stem in partials[:KEPT]:
+            generate(text + stem, CONTINUATIONS, CONTINUATION_TOKENS, PARAMS.temperature)
+    return time.perf_counter() - start
+
+
+def article_workload(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
+    """Seconds of the same tokens with the engine, from an empty cache."""
+    harness.forget(lm)
+    start = time.perf_counter()
+    states = [initial(prompt, lm) for prompt in prompts]
+    seeds = range(len(states))
+    partials = lm.sample(states, PARTIALS, PARTIAL_TOKENS, seeds=seeds, params=PARTIAL_PARAMS)
+    stems = [
+        transition(state, chunk, lm.context_length)
+        for state, row in zip(states, partials, strict=True)
+        for chunk in row[:KEPT]
+    ]
+    lm.sample(stems, CONTINUATIONS, CONTINUATION_TOKENS, seeds=range(len(stems)), params=PARAMS)
+    return time.perf_counter() - start
+
+
+def generate_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> float:
+    """Tokens a second of transformers' `generate` on one batch."""
+    tokenizer: Any = lm._tokenizer.tokenizer
+    ids = {"input_ids": [list(state.prompt_ids) for state in states]}
+    inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+    start = time.perf_counter()
+    with torch.inference_mode():
+        lm.model.generate(
+            **inputs,
+            do_sample=True,
+            temperature=PARAMS.temperature,
+            top_k=0,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+        )
+    return len(states) * tokens / (time.perf_counter() - start)
+
+
+def engine_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> float:
+    """Tokens a second of the engine on one batch, prefixes computed anew."""
+    harness.forget(lm)
+    start = time.perf_counter()
+    lm.sample(states, 1, tokens, seeds=range(len(states)), params=PARAMS)
+    return len(states) * tokens / (time.perf_counter() - start)
+
+
+def server_rate(url: str, states: Sequence[TextState], tokens: int) -> float:
+    """Tokens a second of a llama.cpp server, all requests at a time."""
+
+    def ask(state: TextState) -> int:
+        body = {
+            "prompt": list(state.prompt_ids),
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "temperature": PARAMS.temperature,
+            "cache_prompt": False,
+        }
+        answer = client.post(f"{url}/v1/completions", json=body)
+        answer.raise_for_status()
+        return int(answer.json()["usage"]["completion_tokens"])
+
+    limits = httpx.Limits(max_connections=len(states))
+    with (
+        httpx.Client(timeout=None, limits=limits) as client,  # noqa: S113 measured, not guarded
+        ThreadPoolExecutor(len(states)) as pool,
+    ):
+        start = time.perf_counter()
+        made = sum(pool.map(ask, states))
+        return made / (time.perf_counter() - start)
+
+
+def product_limit(lm: TransformersLM, dtype: torch.dtype, rows: int, repeats: int) -> float:
+    """Tokens a second if a step were nothing but the matrix products of all weights."""
+    weights = [
+        module.weight.detach()
+        for module in lm.model.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    if dtype == torch.int8:
+        weights = [torch.randint_like(w, -127, 128).to(torch.int8).t() for w in weights]
+        inputs = {w.shape[0]: torch.ones(rows, w.shape[0], dtype=torch.int8) for w in weights}
+        multiply: Callable[..., torch.Tensor] = torch._int_mm
+    else:
+        weights = [w.to(dtype).t() for w in weights]
+        inputs = {w.shape[0]: torch.randn(rows, w.shape[0]).to(dtype) for w in weights}
+        multiply = torch.mm
+    kind = torch.int32 if dtype == torch.int8 else dtype
+    outs = {w.shape[1]: torch.empty(rows, w.shape[1], dtype=kind) for w in weights}
+
+    def run() -> float:
+        start = time.perf_counter()
+        for weight in weights:
+            multiply(inputs[weight.shape[0]], weight, out=outs[weight.shape[1]])
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        return rows / min(run() for _ in range(5 * repeats + 1))
+
+
+def rates_by_batch_size(
+    engines: dict[str, TransformersLM], prompts: Sequence[Prompt], tokens: int, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Tokens a second of (b) to (e) and the limit, by name and batch size: the fastest run of each.
+
+    All take turns, so that a slow phase of the machine hits all of them.
+    """
+    plain, uncached = engines["float32"], _engine(torch.float32, prefix_cache=False)
+    found: dict[str, dict[str, float]] = {}
+    with llama_server(parallel=_SERVER_PARALLEL, context=_SERVER_PARALLEL * 512) as url:
+        for size in BATCH_SIZES:
+            states = [initial(prompt, plain) for prompt in prompts[:size]]
+            runs: dict[str, Callable[[], float]] = {
+                "generate": partial(generate_rate, plain, states, tokens),
+                "llama.cpp": partial(server_rate, url, states, tokens),
+                "float32 without cache": partial(engine_rate, uncached, states, tokens),
+            }
+            for name, lm in engines.items():
+                runs[name] = partial(engine_rate, lm, states, tokens)
+                runs[f"limit {name}"] = partial(product_limit, plain, DTYPES[name], size, repeats)
+            for _ in range(repeats):
+                for name, run in runs.items():
+                    row = found.setdefault(name, {})
+                    row[str(size)] = max(row.get(str(size), 0.0), run())
+            print(size, {name: round(row[str(size)], 1) for name, row in found.items()}, flush=True)
+    return found
+
+
+def article(
+    engines: dict[str, TransformersLM], prompts: Sequence[Prompt], timed: int
+) -> dict[str, Any]:
+    """Seconds of the article's look-ahead: (a), timed on some prompts and scaled, and the engine.
+
+    With the share of the prefix tokens that the cache found.
+    """
+    # A prompt at a time: what some of them take, all take in proportion.
+    timed = min(timed, len(prompts))
+    some = article_procedure(engines["float32"], prompts[:timed])
+    seconds, hit_rates = {"article": some * len(prompts) / timed}, {}
+    for name, lm in engines.items():
+        before = lm.cache_stats
+        seconds[name] = article_workload(lm, prompts)
+        hits = lm.cache_stats.hit_tokens - before.hit_tokens
+        asked = hits + lm.cache_stats.missed_tokens - before.missed_tokens
+        hit_rates[name] = hits / max(1, asked)
+        print(name, seconds[name], flush=True)
+    return {
+        "prompts": len(prompts),
+        "prompts_timed_for_article": timed,
+        "tokens": (PARTIALS * PARTIAL_TOKENS + KEPT * CONTINUATIONS * CONTINUATION_TOKENS)
+        * len(prompts),
+        "seconds": seconds,
+        "hit_rates": hit_rates,
+    }
+
+
+def ratios(
+    rates: dict[str, dict[str, float]], seconds: dict[str, float], dtype: str
+) -> dict[str, float]:
+    """One format of the engine beside the others."""
+    engine = rates[dtype]
+    return {
+        "article_workload_vs_article": seconds["article"] / seconds[dtype],
+        "batch1_vs_generate": engine["1"] / rates["generate"]["1"],
+        "batch64_vs_generate": engine["64"] / rates["generate"]["64"],
+        "batch64_vs_llama_cpp": engine["64"] / rates["llama.cpp"]["64"],
+        "batch64_share_of_limit": engine["64"] / rates[f"limit {dtype}"]["64"],
+    }
+
+
+def main(
+    json_file: harness.JsonOption = None,
+    seed: int = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Of each sequence, by batch size.")] = 64,
+    article_prompts: Annotated[int, typer.Option(min=1)] = 32,
+    article_timed: Annotated[
+        int, typer.Option(min=1, help="Prompts that (a) is timed on, one by one, and scaled.")
+    ] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs; the fastest counts.")] = 2,
+) -> None:
+    """Measure and print; takes about 20 minutes on two cores that do nothing else."""
+    every = load_prompts(split="test")
+    order = np.random.default_rng(seed).permutation(len(every))
+    prompts = [every[i] for i in order[: max(BATCH_SIZES)]]
+    engines = {name: _engine(dtype) for name, dtype in DTYPES.items()}
+    rates = rates_by_batch_size(engines, prompts, tokens, repeats)
+    best = max(DTYPES, key=lambda name: rates[name]["64"])
+    found = article(engines, prompts[:article_prompts], article_timed)
+    result = {
+        **harness.heading("throughput"),
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "tokens": tokens,
+        "rates": rates,
+        "best_dtype": best,
+        "article": found,
+        **{f"ratios_{dtype}": ratios(rates, found["seconds"], dtype) for dtype in DTYPES},
+    }
+    rows = [(name, *(f"{rate:.0f}" for rate in row.values())) for name, row in rates.items()]
+    options.console.print(
+        harness.Shown("Tokens a second", ("batch", *map(str, BATCH_SIZES)), rows).table()
+    )
+    print(json.dumps({key: result[key] for key in result if key.startswith("ratios")}, indent=2))
+    harness.write_figures(result, json_file)
+
+
+def _engine(dtype: torch.dtype, **others: Any) -> TransformersLM:
+    lm = embedded(dtype=dtype, batch_size=max(BATCH_SIZES), **others)
+    # So that every sequence has the same number of tokens, as with `min_new_tokens`.
+    lm.stop_token_ids = frozenset()
+    return lm
+
+
+if __name__ == "__main__":
+    typer.run(main)
