@@ -296,7 +296,7 @@ class Search:
                 continue
             node, length = expansion.node, self._length(expansion)
             prefix = len(node.state.prompt_ids) + len(node.state.response_ids)
-            total += self.language_model.usage(prefix, [length] * count)
+            total += self.language_model.usage_bound(prefix, [length] * count)
             total += self._evaluation_bound(expansion) * count
             left = self._finish_usage(_stand_in(node.state, length), self.room(node) - length)
             if reserve is None or left.generated_tokens < reserve.generated_tokens:
@@ -322,7 +322,7 @@ class Search:
         if room <= 0:
             return Usage()
         prefix = len(state.prompt_ids) + len(state.response_ids)
-        usage = self.language_model.usage(prefix, [room])
+        usage = self.language_model.usage_bound(prefix, [room])
         return usage + reward_usage_bound(self.reward_model)
 
     def _expected_reward_usage(self, state: TextState) -> Usage:

@@ -148,7 +148,7 @@ class Experience:
             for prompt, ids in zip(prompts, completion_ids, strict=True)
         ]
         passes = _PASSES[self.algorithm] + (self.settings.beta > 0)
-        return passes * sum(lm.usage(length, []).lm_flops for length in lengths)
+        return passes * sum(lm.usage_bound(length, []).lm_flops for length in lengths)
 
     def _check_signal(self, scores: Any, log_history: Sequence[Mapping[str, Any]]) -> float:
         """Share of groups whose scores are all the same, which leaves nothing to learn from.

@@ -114,9 +114,9 @@ def _costs(
     """What the prompt costs, and each sample beside it."""
     start = initial(prompt, language_model)
     prefix = len(start.prompt_ids)
-    alone = language_model.usage(prefix, [])
+    alone = language_model.usage_bound(prefix, [])
     lengths = [len(record.response_ids) for record in records]
-    drawn = {n: (language_model.usage(prefix, [n]) - alone).flops for n in set(lengths)}
+    drawn = {n: (language_model.usage_bound(prefix, [n]) - alone).flops for n in set(lengths)}
     flops = getattr(reward_model, "flops", None)
     scoring = np.zeros(len(records))
     if flops is not None:

@@ -163,6 +163,17 @@ class LanguageModel(ABC):
     cache_tokens: int = 0
     counts_flops: bool = True
 
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        # Models of other people need not inherit: `isinstance` looks for the methods without a
+        # default, and `sample` may stand in for `sample_requests`.
+        wanted = {"encode_prompt", "decode", "sample", "logprobs", "usage_bound"}
+        if cls.__name__ == "FeatureModel":
+            wanted.add("features")
+        if cls.__name__ not in ("LanguageModel", "FeatureModel"):
+            return NotImplemented
+        return all(hasattr(other, name) for name in wanted) or NotImplemented
+
     @abstractmethod
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """See `Tokenizer.encode_prompt`."""

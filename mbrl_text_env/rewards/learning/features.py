@@ -297,12 +297,14 @@ class HiddenFeatures(Features):
         lengths = [
             len(s.prompt_ids) + len(s.response_ids) for s in self._states(prompts, responses)
         ]
-        return np.array([model.usage(length, []).lm_flops for length in lengths], dtype=np.float64)
+        return np.array(
+            [model.usage_bound(length, []).lm_flops for length in lengths], dtype=np.float64
+        )
 
     def flops_bound(self) -> float:
         """A prompt and a response that fill the context."""
         model = self._model()[0]
-        return float(model.usage(model.context_length, []).lm_flops)
+        return float(model.usage_bound(model.context_length, []).lm_flops)
 
     def _blocks(self, raw: Raw) -> dict[str, FloatArray]:
         blocks = {"hidden": raw["hidden"]}
