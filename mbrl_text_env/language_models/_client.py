@@ -434,14 +434,8 @@ class Client:
             path = "/v1/models"
             try:
                 data = await fleet.call(endpoint, "GET", path)
-                known.served = self._checked(
-                    endpoint.url,
-                    self._read(
-                        endpoint.url,
-                        lambda: _engines.read_served(data, self._model, self._engine),
-                        path,
-                    ),
-                )
+                read = functools.partial(_engines.read_served, data, self._model, self._engine)
+                known.served = self._checked(endpoint.url, self._read(endpoint.url, read, path))
             except RefusedError as error:
                 if error.status not in _NO_ROUTE:
                     raise

@@ -129,7 +129,11 @@ class ServerLM(LanguageModel):
         self.base_urls = _checked_urls(base_urls)
         counts = {"max_concurrency": max_concurrency, "max_attempts": max_attempts}
         _check_options(
-            mode, engine, {**counts, "num_parameters": num_parameters}, timeout, max_wait
+            mode,
+            engine,
+            {**counts, "num_parameters": 1 if num_parameters is None else num_parameters},
+            timeout,
+            max_wait,
         )
         self.model = model
         self._key = KeyFromEnvironment(api_key_env)

@@ -1,26 +1,21 @@
-"""Any causal language model of transformers, by name or folder, under the package's protocol.
+"""Any causal language model of transformers, by name or folder.
 
-The decoding loop is our own: keys and values of prefixes seen before are found by their token ids,
-a state's prefix is computed once for all its samples, sequences that end make room for others, and
-every sequence draws from its own random stream, so that the batch around it does not change its
-tokens (floating-point ties aside).
+Keys and values of prefixes seen before are found by their token ids, a state's prefix is computed
+once for all its samples, and sequences that end make room for others.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import math
-import os
 import pickle
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -57,7 +52,7 @@ from mbrl_text_env.language_models.hf_tokenizer import (
     load,
     stop_ids,
 )
-from mbrl_text_env.language_models.kv import KVBatch, Span
+from mbrl_text_env.language_models.kv import KVBatch, Span, free_share, return_free_memory
 from mbrl_text_env.language_models.networks import LlamaNetwork, Network, length_switch
 from mbrl_text_env.language_models.prefix_cache import CacheStats, PrefixCache, Tokens
 from mbrl_text_env.language_models.sampling import chosen_logprobs, top_tokens
@@ -69,7 +64,7 @@ if TYPE_CHECKING:
 
 # Logits are large: a pass of the output layer takes this many tokens.
 _LOGIT_ROWS = 256
-_MOST_KV_BYTES = 4 * 2**30
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +93,9 @@ def _from_anywhere(source: Any) -> Any:
 class TransformersLM(FeatureModel):
     """A causal language model of transformers.
 
-    Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, other models whose layers
-    attend to all or to the latest tokens on their own modules, both with a prefix cache. Which one
-    it is, is tried out on a few tokens when the model is loaded. Models with other layers beside
-    attention (convolutions, recurrent ones) are decoded without a cache of prefixes.
+    Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, other models on their own
+    modules, with a prefix cache where their layers are attention alone; which way is right is tried
+    out when the model is loaded.
 
     Weights that are trained in place are noticed, and the cache is emptied. A write that goes
     around PyTorch's version counters (`parameter.data.copy_`) is not: call `weights_changed` then.
@@ -124,8 +118,8 @@ class TransformersLM(FeatureModel):
         prefix_cache: Whether prefixes are kept between calls.
 
     Raises:
-        ModelLoadError: Nothing could be loaded from the name or folder, or the model keeps no
-            key-value cache (RWKV; Mamba before transformers 5.24), or no way is right.
+        ModelLoadError: Nothing could be loaded, or the model keeps no key-value cache (RWKV; Mamba
+            before transformers 5.24), or no way is right.
         ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
             or int8 is asked for where it is not offered.
 
@@ -170,7 +164,7 @@ class TransformersLM(FeatureModel):
         source: Any = str(model) if tokenizer is None else tokenizer
         self._tokenizer = source if isinstance(source, HFTokenizer) else HFTokenizer(source)
         self._read_sizes()
-        self.kv_bytes = kv_bytes or _free_share(self.device)
+        self.kv_bytes = kv_bytes or free_share(self.device)
         self._lock = threading.RLock()
         self._cache: PrefixCache[Span] = PrefixCache(self.kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
@@ -250,7 +244,7 @@ class TransformersLM(FeatureModel):
         """Forget all prefixes."""
         with self._lock:
             self._cache.clear()
-            _return_free_memory()
+            return_free_memory()
 
     def weights_changed(self) -> None:
         """Forget all prefixes, and the weights that int8 products were made from."""
@@ -342,68 +336,46 @@ class TransformersLM(FeatureModel):
         They are those of the model's own forward pass over state and chunk together.
         """
         check_judging_arguments(states, chunks)
-        pairs = zip(states, chunks, strict=True)
-        sequences = [self._judging(prefix_of(s), c.token_ids) for s, c in pairs]
-        firsts = [len(prefix_of(state)) - 1 for state in states]
-        found: list[tuple[float, ...]] = [()] * len(states)
-        with timed(ledgers), self._lock, torch.inference_mode():
-            computed = [0] * len(states)
-            for i, logits, count in self._logits_after(sequences, firsts):
-                found[i] = tuple(chosen_logprobs(logits, chunks[i].token_ids))
-                computed[i] = count
-        self._charge_passes(sequences, computed, ledgers)
-        return found
+        sequences, firsts = self._judged(states, chunks)
+        return self._passes(
+            self._logits_after(sequences, firsts),
+            sequences,
+            ledgers,
+            lambda i, logits: tuple(chosen_logprobs(logits, chunks[i].token_ids)),
+        )
 
-    @torch.inference_mode()
     def log_distributions(
         self, states: Sequence[TextState], chunks: Sequence[Chunk]
     ) -> list[torch.Tensor]:
         """The whole distribution (log-probabilities, nats) at each token of each chunk.
 
-        Args:
-            states: States that have not ended.
-            chunks: One a state.
-
         Returns:
             float32[len(chunks[i]), V] for each state, V numbers a token: mind the memory.
         """
-        check_unfinished(states)
-        pairs = zip(states, chunks, strict=True)
-        sequences = [self._judging(prefix_of(s), c.token_ids) for s, c in pairs]
-        firsts = [len(prefix_of(state)) - 1 for state in states]
-        found: list[torch.Tensor] = [torch.empty(0)] * len(states)
-        with self._lock:
-            for i, logits, _ in self._logits_after(sequences, firsts):
-                found[i] = logits[: len(chunks[i])].log_softmax(-1)
-        return found
+        check_judging_arguments(states, chunks)
+        sequences, firsts = self._judged(states, chunks)
+        return self._passes(
+            self._logits_after(sequences, firsts),
+            sequences,
+            None,
+            lambda i, logits: logits[: len(chunks[i])].log_softmax(-1),
+        )
 
     def next_tokens(
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
     ) -> list[NextTokens]:
-        """The k most probable next tokens of each state.
-
-        Args:
-            states: States that have not ended.
-            k: From 1 to the size of the vocabulary.
-            ledgers: One a state.
-
-        Raises:
-            ValueError: k is outside its range, or a state has ended.
-        """
+        """The k most probable next tokens of each state; see `LanguageModel.next_tokens`."""
         check_unfinished(states)
         if not 1 <= k <= self.vocab_size:
             raise ValueError(f"k: expected a number from 1 to {self.vocab_size}, got {k}.")
         sequences = [prefix_of(state) for state in states]
-        found = [NextTokens((), ())] * len(states)
-        with timed(ledgers), self._lock, torch.inference_mode():
-            computed = [0] * len(states)
-            lasts = [len(sequence) - 1 for sequence in sequences]
-            for i, logits, count in self._logits_after(sequences, lasts):
-                ids, logs = top_tokens(logits, k)
-                found[i] = NextTokens(tuple(ids[0].tolist()), tuple(logs[0].tolist()))
-                computed[i] = count
-        self._charge_passes(sequences, computed, ledgers)
-        return found
+
+        def read(i: int, logits: torch.Tensor) -> NextTokens:
+            ids, logs = top_tokens(logits, k)
+            return NextTokens(tuple(ids[0].tolist()), tuple(logs[0].tolist()))
+
+        passes = self._logits_after(sequences, [len(sequence) - 1 for sequence in sequences])
+        return self._passes(passes, sequences, ledgers, read)
 
     def features(
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
@@ -413,23 +385,14 @@ class TransformersLM(FeatureModel):
         What is computed here is kept: sampling from the same states does not compute it again.
         """
         sequences = [prefix_of(state) for state in states]
-        rows = np.zeros((len(states), self.feature_size), dtype=np.float32)
-        with timed(ledgers), self._lock, torch.inference_mode():
-            computed = [0] * len(states)
-            lasts = [len(sequence) - 1 for sequence in sequences]
-            for i, hidden, count in self._hidden(sequences, lasts):
-                rows[i] = hidden[-1].float().cpu().numpy()
-                computed[i] = count
-        self._charge_passes(sequences, computed, ledgers)
-        return rows
+        passes = self._hidden(sequences, [len(sequence) - 1 for sequence in sequences])
+        rows = self._passes(
+            passes, sequences, ledgers, lambda i, hidden: hidden[-1].float().cpu().numpy()
+        )
+        return np.array(rows, dtype=np.float32).reshape(len(states), self.feature_size)
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """2 x parameters for each token of the prefix and of the chunks, plus attention.
-
-        Args:
-            prefix_tokens: Tokens of the state's prompt and response, none of them cached.
-            new_tokens: Length of each chunk sampled after it.
-        """
+        """2 x parameters for each token of the prefix and of the chunks, plus attention."""
         switch = math.inf if self._switch is None else self._switch
         passes = 1
         if self._network is None or prefix_tokens > switch:
@@ -448,14 +411,31 @@ class TransformersLM(FeatureModel):
     def _usage(self, prefix: int, computed: int, new_tokens: Sequence[int]) -> Usage:
         return pass_usage(prefix, computed, new_tokens, self.num_parameters, self._attention_width)
 
-    def _charge_passes(
+    def _passes(
         self,
+        passes: Iterator[tuple[int, torch.Tensor, int]],
         sequences: Sequence[Tokens],
-        computed: Sequence[int],
         ledgers: Sequence[Ledger] | None,
-    ) -> None:
+        read: Callable[[int, torch.Tensor], T],
+    ) -> list[T]:
+        """What is read from the passes over sequences, which are charged to their ledgers."""
+        found: dict[int, T] = {}
+        computed = [0] * len(sequences)
+        with timed(ledgers), self._lock, torch.inference_mode():
+            for i, values, count in passes:
+                found[i] = read(i, values)
+                computed[i] = count
         usages = (self._usage(len(s), n, []) for s, n in zip(sequences, computed, strict=True))
         charge(ledgers, usages)
+        return [found[i] for i in range(len(sequences))]
+
+    def _judged(
+        self, states: Sequence[TextState], chunks: Sequence[Chunk]
+    ) -> tuple[list[Tokens], list[int]]:
+        """What is computed to judge chunks, and the places after which their tokens stand."""
+        pairs = zip(states, chunks, strict=True)
+        sequences = [self._judging(prefix_of(s), c.token_ids) for s, c in pairs]
+        return sequences, [len(prefix_of(state)) - 1 for state in states]
 
     def _weights_version(self) -> tuple[tuple[int, int], ...]:
         return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
@@ -602,17 +582,3 @@ class TransformersLM(FeatureModel):
 
     def _to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return (self._network or self._engine.own).logits(hidden)
-
-
-def _free_share(device: torch.device) -> int:
-    """A quarter of the memory that is free, at most 4 GiB."""
-    is_cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
-    return max(1, min(free // 4, _MOST_KV_BYTES))
-
-
-def _return_free_memory() -> None:
-    """Give freed memory back to the system: glibc keeps what lies between pieces in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
