@@ -241,7 +241,7 @@ class LanguageModel(ABC):
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
         """See `sample_requests`; by default it runs in a thread."""
-        return await asyncio.to_thread(self.sample_requests, requests, ledgers=ledgers)
+        return await asyncio.to_thread(sample_requests, self, requests, ledgers=ledgers)
 
     @abstractmethod
     def logprobs(
@@ -309,8 +309,8 @@ def sample_requests(
 ) -> list[list[Chunk]]:
     """Draw chunks for requests that differ in more than their state.
 
-    A `LanguageModel` answers them in common batches; of another object that has `sample` alone,
-    requests of one kind are asked for together.
+    A `LanguageModel` answers them in common batches. Of a model that has `sample` alone, or a
+    `sample` of its own, requests of one kind are asked for together.
 
     Args:
         language_model: Any language model.
@@ -320,7 +320,7 @@ def sample_requests(
     Returns:
         chunks[len(requests)][requests[i].num_samples].
     """
-    if hasattr(language_model, "sample_requests"):
+    if hasattr(language_model, "sample_requests") and not _has_own_sample(language_model):
         return language_model.sample_requests(requests, ledgers=ledgers)
     kinds: dict[tuple[int, int, int, SamplingParams], list[int]] = {}
     for i, r in enumerate(requests):
@@ -340,6 +340,12 @@ def sample_requests(
         for i, row in zip(indices, drawn, strict=True):
             rows[i] = row
     return rows
+
+
+def _has_own_sample(language_model: LanguageModel) -> bool:
+    """Whether `sample` was overridden, so that it must not be gone around."""
+    inherits = LanguageModel in type(language_model).__mro__
+    return inherits and getattr(language_model.sample, "__func__", None) is not LanguageModel.sample
 
 
 def stream(seed: int, state: TextState, sample_index: int) -> np.random.Generator:
