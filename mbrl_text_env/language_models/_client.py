@@ -38,14 +38,7 @@ _BAD_REQUEST = frozenset({400, 422})
 
 @dataclass
 class Drawn:
-    """A chunk as far as it has come.
-
-    Args:
-        ids: Its tokens.
-        logprobs: One a token; None as soon as one of them is not known.
-        generated: Tokens that the server sampled, those after a stop string included.
-        is_done: Whether nothing is to follow.
-    """
+    """A chunk as far as it has come; `generated` counts tokens after a stop string too."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] | None = field(default_factory=list)
@@ -73,19 +66,9 @@ class _Known:
 
 
 class Client:
-    """Asks servers for tokens, and remembers what each of them can.
+    """Asks servers for tokens, and remembers what each of them can and could not give (`losses`).
 
-    Args:
-        urls: The servers.
-        tokenizer: That of their model.
-        model: Name to ask for; None for the only one that they list.
-        engine: A key of `_engines.ENGINES`; None to ask the servers.
-        mode: Completions, chats, or whatever there is.
-        key: The API key, to keep it out of messages.
-        prefix_cache: Whether a server may reuse prefixes; only llama.cpp can be told.
-
-    Attributes:
-        losses: What the servers could not give so far.
+    For its arguments see `server.ServerLM`.
     """
 
     def __init__(

@@ -76,15 +76,7 @@ class TransientError(Exception):
 
 @dataclass
 class Endpoint:
-    """One server of a fleet: its address without `/v1`, and how it is doing.
-
-    Args:
-        url: Its address.
-        slots: Limits the requests being answered.
-        in_flight: Requests that it was given and has not answered.
-        served: Requests answered so far.
-        aside_until: It is left alone until then.
-    """
+    """One server of a fleet: its address without `/v1`, and how it is doing."""
 
     url: str
     slots: asyncio.Semaphore
@@ -94,11 +86,7 @@ class Endpoint:
 
 
 class KeyFromEnvironment(httpx.Auth):
-    """Sends an API key that is read anew each time and kept nowhere.
-
-    Args:
-        variable: The environment variable's name.
-    """
+    """Sends an API key that is read from a variable anew each time and kept nowhere."""
 
     def __init__(self, variable: str) -> None:
         self.variable = variable
@@ -170,10 +158,7 @@ class Fleet:
         await self._client.aclose()
 
     async def run(self, job: Callable[[Endpoint], Awaitable[T]]) -> T:
-        """The result of a job at the server with the least to do, or at the next one.
-
-        Args:
-            job: Asks a server; where that raises `TransientError`, it is called again.
+        """The result of a job at the server with the least to do; `TransientError` is retried.
 
         Raises:
             ServerUnavailableError: None answered for `max_wait` seconds.

@@ -27,17 +27,7 @@ _REFILL_SHARE = 1 / 8
 
 @dataclass
 class Sampled:
-    """A chunk that is being sampled, or waits to be.
-
-    Args:
-        request: Index of its request.
-        state: What it follows.
-        limit: Most tokens.
-        params: How they are drawn.
-        generator: The random numbers of this chunk alone.
-        tokens: Those drawn so far.
-        logprobs: Their log-probabilities.
-    """
+    """A chunk of a request (by index) that is being sampled, or waits to be."""
 
     request: int
     state: TextState
@@ -54,12 +44,7 @@ class Sampled:
 
 
 def waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[Sampled]:
-    """The chunks of all requests, longest prefix first, those of one state together.
-
-    Args:
-        requests: What to sample.
-        limits: Most tokens of each request's chunks.
-    """
+    """The chunks of all requests, longest prefix first, those of one state together."""
     order = sorted(
         range(len(requests)),
         key=lambda i: (-len(prefix_of(requests[i].state)), prefix_of(requests[i].state), i),

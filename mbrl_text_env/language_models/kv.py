@@ -67,12 +67,7 @@ class KVShape:
 
 @dataclass(frozen=True)
 class Span:
-    """Keys, values and hidden states of consecutive tokens.
-
-    Args:
-        groups: One tensor a group, [count, heads, tokens, size].
-        hidden: [tokens, hidden_size]: the last hidden states.
-    """
+    """Groups [count, heads, tokens, size] and hidden states [tokens, hidden_size] of tokens."""
 
     groups: tuple[torch.Tensor, ...]
     hidden: torch.Tensor
