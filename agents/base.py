@@ -52,7 +52,7 @@ class Decision:
     Args:
         chunk: The chunk to append.
         completion: The complete response that the search settled on; `chunk` begins it.
-        usage: What the decision cost.
+        usage: What it cost.
     """
 
     chunk: Chunk
@@ -78,16 +78,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Generation:
-    """An agent's answer to a prompt.
-
-    Args:
-        prompt: The prompt.
-        completion: The response with its score.
-        text: The response, decoded.
-        usage: What it cost.
-        agent: The agent's name.
-        seed: The seed it was made with.
-    """
+    """An agent's answer to a prompt: its completion, decoded as `text`, and what it cost."""
 
     prompt: Prompt
     completion: Completion
@@ -279,24 +270,16 @@ class Agent(ABC):
                     f"{len(row)} candidates."
                 )
         plans = [
-            _ChoicePlan(state, row, budget or Budget(), self)
+            _ChoicePlan(state, row, budget, self)
             for state, row in zip(states, candidates, strict=True)
         ]
-        ended = run(
-            [
-                partial(self.scored, [Completion(s) for s in plan.ended.values()], plan.ledger)
-                for plan in plans
-            ]
-        )
-        for plan, completions in zip(plans, ended, strict=True):
-            plan.found.update(zip(plan.ended, completions, strict=True))
+        run([plan.score_ended for plan in plans])
         searched = [(plan, i, ledger) for plan in plans for i, ledger in plan.shares().items()]
-        if searched:
-            behind, ledgers = [p.after[i] for p, i, _ in searched], [x for *_, x in searched]
-            completions = run(*self._searches(behind, ledgers, seed))
-            for (plan, i, ledger), completion in zip(searched, completions, strict=True):
-                plan.found[i] = completion
-                plan.ledger.charge(ledger.usage)
+        behind, ledgers = [plan.after[i] for plan, i, _ in searched], [x for *_, x in searched]
+        completions = run(*self._searches(behind, ledgers, seed))
+        for (plan, i, ledger), completion in zip(searched, completions, strict=True):
+            plan.found[i] = completion
+            plan.ledger.charge(ledger.usage)
         return [plan.choice() for plan in plans]
 
     async def complete(
@@ -397,16 +380,11 @@ class Agent(ABC):
         ledgers: Sequence[Ledger],
         seed: int,
     ) -> list[Generation]:
+        texts = [self.language_model.decode(found.state.response_ids) for found in completions]
+        rows = zip(states, completions, texts, ledgers, strict=True)
         return [
-            Generation(
-                state.prompt,
-                completion,
-                self.language_model.decode(completion.state.response_ids),
-                ledger.usage,
-                self.name,
-                seed,
-            )
-            for state, completion, ledger in zip(states, completions, ledgers, strict=True)
+            Generation(state.prompt, completion, text, ledger.usage, self.name, seed)
+            for state, completion, text, ledger in rows
         ]
 
     def _most_at_once(self, state: TextState, budget: Budget) -> int:
@@ -439,23 +417,30 @@ class _ChoicePlan:
     """One decision of `Agent.choose`: which candidates are looked at, and with what."""
 
     def __init__(
-        self, state: TextState, candidates: Sequence[Chunk], budget: Budget, agent: Agent
+        self, state: TextState, candidates: Sequence[Chunk], budget: Budget | None, agent: Agent
     ) -> None:
-        self.state, self.candidates, self.agent = state, candidates, agent
-        self.ledger = Ledger(budget)
+        self.state, self.agent, self.ledger = state, agent, Ledger(budget)
         self.after = [transition(state, chunk, agent._limit(state)) for chunk in candidates]
         # Equal candidates are looked at once.
         self.first = [self.after.index(after) for after in self.after]
+        means = [chunk.logprob / len(chunk) if chunk.logprobs else 0.0 for chunk in candidates]
+        self.likely_first = sorted(sorted(set(self.first)), key=means.__getitem__, reverse=True)
         self.found: dict[int, Completion] = {}
-        self.ended: dict[int, TextState] = {}
-        bound = reward_usage_bound(agent.reward_model)
-        for i in self._likely_first():
-            if is_terminal(self.after[i]) and self.ledger.affords(bound * (len(self.ended) + 1)):
-                self.ended[i] = self.after[i]
+
+    async def score_ended(self) -> None:
+        """Score the candidates that end the response, as many as the budget allows."""
+        bound = reward_usage_bound(self.agent.reward_model)
+        ended: list[int] = []
+        for i in self.likely_first:
+            if is_terminal(self.after[i]) and self.ledger.affords(bound * (len(ended) + 1)):
+                ended.append(i)
+        completions = [Completion(self.after[i]) for i in ended]
+        scored = await self.agent.scored(completions, self.ledger)
+        self.found.update(zip(ended, scored, strict=True))
 
     def shares(self) -> dict[int, Ledger]:
         """An equal share of what is left for each candidate whose response can be finished."""
-        going = [i for i in self._likely_first() if not is_terminal(self.after[i])]
+        going = [i for i in self.likely_first if not is_terminal(self.after[i])]
         left = self.ledger.budget.after(self.ledger.usage)
         while going and left is not None:
             share = left.shared(len(going))
@@ -477,13 +462,6 @@ class _ChoicePlan:
         completions = tuple(self.found.get(i) for i in self.first)
         return Choice(index, completions, self.ledger.usage)
 
-    def _likely_first(self) -> list[int]:
-        def mean_logprob(i: int) -> float:
-            values = self.candidates[i].logprobs
-            return sum(values) / len(values) if values else 0.0
-
-        return sorted(sorted(set(self.first)), key=mean_logprob, reverse=True)
-
 
 def best(completions: Sequence[Completion]) -> Completion:
     """The completion with the highest score; the first of equals."""
@@ -491,13 +469,7 @@ def best(completions: Sequence[Completion]) -> Completion:
 
 
 def affordable(ledger: Ledger, cost: Callable[[int], Usage], at_most: int) -> int:
-    """The largest count from 0 to `at_most` whose cost the ledger affords.
-
-    Args:
-        ledger: The account.
-        cost: Cost of a count; it grows with the count.
-        at_most: The largest count wanted.
-    """
+    """The largest count from 0 to `at_most` whose cost, which grows, the ledger affords."""
     low, high = 0, at_most
     while low < high:
         middle = (low + high + 1) // 2
@@ -515,22 +487,14 @@ def is_binding(budget: Budget, usage: Usage) -> bool:
 
 
 def check_positive(**counts: int | None) -> None:
-    """Refuse counts below 1; None is no count.
-
-    Raises:
-        ValueError: One is; the message names it.
-    """
+    """Raise a ValueError that names a count below 1; None is no count."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}.")
 
 
 def check_target(target: float | None) -> None:
-    """Refuse a target that no score reaches because it is not a number.
-
-    Raises:
-        ValueError: It is NaN.
-    """
+    """Raise a ValueError for a target that no score reaches because it is not a number."""
     if target is not None and math.isnan(target):
         raise ValueError("target: expected a score, or None to spend the whole budget, got nan.")
 

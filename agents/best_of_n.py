@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -110,9 +111,9 @@ class BestOfN(Planner):
         assert wanted is not None
         frontier = [root] * max(1, wanted)
         while frontier:
-            counts = {node: frontier.count(node) for node in frontier}
             rows = await search.expand(
-                Expansion(node, count, self.chunk_tokens) for node, count in counts.items()
+                Expansion(node, count, self.chunk_tokens)
+                for node, count in Counter(frontier).items()
             )
             drawn = [node for row in rows for node in row]
             frontier = _best_share(search, drawn, self.keep)

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, Completion, check_positive
-from mbrl_text_env.agents.best_of_n import BestOfN
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion, check_positive
 from mbrl_text_env.agents.driver import run
+from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Ledger
@@ -18,12 +18,7 @@ from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.records import Record, RecordsError, RecordWriter
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import (
-    RewardError,
-    RewardLike,
-    RewardModel,
-    reward_name,
-)
+from mbrl_text_env.rewards.base import RewardError, RewardLike, RewardModel, reward_name
 from mbrl_text_env.runs import prompt_digest
 from mbrl_text_env.types import Prompt
 
@@ -48,12 +43,8 @@ def collect(
 
     Low scores are kept too: a value model learns from the whole range. The records of a batch are
     written together. What is there already is not sampled again: a collection that was killed goes
-    on, and one with more prompts or more samples adds what is missing; the samples are those of a
-    collection that had asked for all of them at once. (Their usage is that of the call that drew
-    them: a prompt that is asked again is computed again.)
-
-    A prompt with a response that the reward model cannot score is left out with a warning; the
-    others are not lost.
+    on, and one with more prompts or samples adds what is missing, as if all had been asked for at
+    once. A prompt with a response that cannot be scored is left out with a warning.
 
     Args:
         language_model: Proposes responses.
@@ -83,22 +74,9 @@ def collect(
     prompts, reward_model = as_prompts(prompts), as_reward_model(reward_model)
     if not prompts:
         raise ValueError("collect: expected at least one prompt, got none.")
-    agent = BestOfN(
-        language_model,
-        reward_model,
-        n=samples_per_prompt,
-        max_response_tokens=max_response_tokens,
-        params=params,
-    )
-    writer.go_on(
-        collection_run(
-            language_model,
-            reward_model,
-            max_response_tokens=max_response_tokens,
-            seed=seed,
-            params=params,
-        )
-    )
+    limits: dict[str, Any] = {"max_response_tokens": max_response_tokens, "params": params}
+    agent = Sampling(language_model, reward_model, **limits)
+    writer.go_on(collection_run(language_model, reward_model, seed=seed, **limits))
     missing = missing_samples(writer.existing(), prompts, samples_per_prompt)
     failed: dict[str, str] = {}
     for start in range(0, len(prompts), batch_prompts):
@@ -167,7 +145,7 @@ def missing_samples(
 
 
 def _sampled(
-    agent: BestOfN,
+    agent: Agent,
     batch: Sequence[Prompt],
     missing: Mapping[str, list[int]],
     seed: int,
@@ -175,9 +153,7 @@ def _sampled(
 ) -> list[Record]:
     """Records of the missing samples; prompts that cannot be scored are noted in `failed`."""
     # What a run computes does not depend on whether it was stopped before.
-    clear_cache = getattr(agent.language_model, "clear_cache", None)
-    if clear_cache is not None:
-        clear_cache()
+    clear_cache(agent.language_model)
     ledgers = {prompt.id: Ledger() for prompt in batch}
 
     async def scored(prompt: Prompt) -> list[Completion] | RewardError:
@@ -200,25 +176,34 @@ def _sampled(
         amounts = ledgers[prompt.id].usage.as_dict()
         usage = {key: amount / len(row) for key, amount in amounts.items()}
         for completion, sample in zip(row, missing[prompt.id], strict=True):
-            records.append(_record(completion, agent, usage, seed, sample))
+            records.append(
+                record_of(completion, agent, usage, seed, agent="sampling", sample=sample)
+            )
     return records
 
 
-def _record(
-    completion: Completion, agent: BestOfN, usage: Mapping[str, float], seed: int, sample: int
+def clear_cache(language_model: LanguageModel) -> None:
+    """Forget what a language model keeps of prefixes, where it keeps something."""
+    clear = getattr(language_model, "clear_cache", None)
+    if clear is not None:
+        clear()
+
+
+def record_of(
+    completion: Completion, agent: Agent, usage: Mapping[str, float], seed: int, /, **changes: Any
 ) -> Record:
+    """The record of an agent's scored completion; `changes` are fields that `Record` has beside."""
     state, lm = completion.state, agent.language_model
     assert completion.score is not None
-    return Record.from_state(
-        state,
-        response=lm.decode(state.response_ids),
-        logprobs=completion.logprobs,
-        score=completion.score,
-        rewards=dict(completion.parts),
-        reward_name=reward_name(agent.reward_model),
-        agent="sampling",
-        language_model=lm.name,
-        seed=seed,
-        usage=usage,
-        sample=sample,
-    )
+    fields: dict[str, Any] = {
+        "response": lm.decode(state.response_ids),
+        "logprobs": completion.logprobs,
+        "score": completion.score,
+        "rewards": dict(completion.parts),
+        "reward_name": reward_name(agent.reward_model),
+        "agent": agent.name,
+        "language_model": lm.name,
+        "seed": seed,
+        "usage": usage,
+    }
+    return Record.from_state(state, **{**fields, **changes})

@@ -31,6 +31,50 @@ _ENOUGH = 0.25
 _ROOT_NOISE = 1
 
 
+class _Memory:
+    """The trees of the last decisions. Copies of an agent share them; a pickled one has none."""
+
+    def __init__(self) -> None:
+        self._trees: OrderedDict[tuple[int, TextState], SearchTree] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+    def keep(self, search: Search) -> None:
+        """Keep a search's tree."""
+        key = search.seed, search.tree.root.state
+        self._trees.pop(key, None)
+        self._trees[key] = search.tree
+        while len(self._trees) > _TREES_KEPT:
+            self._trees.popitem(last=False)
+
+    def recall(self, search: Search, chunk_tokens: int) -> None:
+        """Give a new search what the tree of the decision before holds below its state."""
+        state = search.tree.root.state
+        for tokens in range(1, min(chunk_tokens, len(state.response_ids)) + 1):
+            before = dataclasses.replace(state, response_ids=state.response_ids[:-tokens])
+            tree = self._trees.get((search.seed, before))
+            same = [node for node in tree.nodes if node.state == state] if tree else []
+            if same:
+                _graft(search.tree, search.tree.root, same[0])
+                return
+
+
+def _graft(tree: SearchTree, root: Node, source: Node) -> None:
+    """Copy all that is known of another tree's node, and of what follows it, to a root."""
+    going = [(root, source)]
+    while going:
+        node, known = going.pop()
+        for name in ("value", "std", "score", "parts", "visits", "total"):
+            setattr(node, name, getattr(known, name))
+        for child in known.children:
+            assert child.chunk is not None
+            copied = tree.add(node, child.chunk, child.state)
+            copied.copies = child.copies
+            going.append((copied, child))
+        node.samples = known.samples
+
+
 @dataclass(eq=False, kw_only=True)
 class MCTS(Planner):
     """Monte Carlo tree search: simulations go where values are high or little is known.
@@ -108,16 +152,8 @@ class MCTS(Planner):
     The other arguments are those of every `Planner`.
 
     Example:
-        >>> from mbrl_text_env.language_models import NGramLM
-        >>> from mbrl_text_env.ledger import Budget
-        >>> from mbrl_text_env.rewards import as_reward_model
-        >>> from mbrl_text_env.types import Prompt
-        >>> lm = NGramLM("abc", order=2, seed=1)
-        >>> reward = as_reward_model(lambda prompt, response: float(response.count("a")))
-        >>> planner = MCTS(lm, reward, max_response_tokens=8, chunk_tokens=2)
-        >>> [answer] = planner.generate([Prompt.from_text("ab")], Budget(tokens=64))
-        >>> answer.usage.generated_tokens <= 64
-        True
+        >>> planner = MCTS(lm, reward, value, root_policy="gumbel")  # doctest: +SKIP
+        >>> [answer] = planner.generate("Praise the sea.", Budget(tokens=64))  # doctest: +SKIP
     """
 
     name = "mcts"
@@ -133,17 +169,14 @@ class MCTS(Planner):
     max_considered: int = 16
     batch_size: int = 2
     reuse_tree: bool = False
-    _memory: _Memory = field(default_factory=lambda: _Memory(), init=False, repr=False)
+    _memory: _Memory = field(default_factory=_Memory, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_simulations", "max_considered", "batch_size"):
-            check_positive(**{name: getattr(self, name)})
-        for name, words in (
-            ("root_policy", RootPolicy),
-            ("leaf_value", LeafValue),
-            ("backup", Backup),
-        ):
+        counts = ("num_simulations", "max_considered", "batch_size")
+        check_positive(**{name: getattr(self, name) for name in counts})
+        choices = {"root_policy": RootPolicy, "leaf_value": LeafValue, "backup": Backup}
+        for name, words in choices.items():
             if (word := getattr(self, name)) not in get_args(words):
                 raise ValueError(
                     f"{name}: expected one of {', '.join(get_args(words))}, got {word!r}."
@@ -197,13 +230,7 @@ class MCTS(Planner):
 
 
 class GumbelDecision:
-    """One decision by Gumbel-top-k and sequential halving.
-
-    Args:
-        planner: Its options.
-        simulator: Runs the simulations.
-        node: The node that is decided.
-    """
+    """One decision, at a node, by Gumbel-top-k and sequential halving."""
 
     def __init__(self, planner: MCTS, simulator: Simulator, node: Node) -> None:
         self.planner, self.simulator, self.node = planner, simulator, node
@@ -265,50 +292,6 @@ class GumbelDecision:
         children = self.simulator.children(self.node, self.considered)
         counts = np.array([self.counts[child] for child in self.considered])
         return gumbel_root_scores(children, self.perturbed, counts, turn)
-
-
-class _Memory:
-    """The trees of the last decisions. Copies of an agent share them; a pickled one has none."""
-
-    def __init__(self) -> None:
-        self._trees: OrderedDict[tuple[int, TextState], SearchTree] = OrderedDict()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
-
-    def keep(self, search: Search) -> None:
-        """Keep a search's tree."""
-        key = search.seed, search.tree.root.state
-        self._trees.pop(key, None)
-        self._trees[key] = search.tree
-        while len(self._trees) > _TREES_KEPT:
-            self._trees.popitem(last=False)
-
-    def recall(self, search: Search, chunk_tokens: int) -> None:
-        """Give a new search what the tree of the decision before holds below its state."""
-        state = search.tree.root.state
-        for tokens in range(1, min(chunk_tokens, len(state.response_ids)) + 1):
-            before = dataclasses.replace(state, response_ids=state.response_ids[:-tokens])
-            tree = self._trees.get((search.seed, before))
-            same = [node for node in tree.nodes if node.state == state] if tree else []
-            if same:
-                _graft(search.tree, search.tree.root, same[0])
-                return
-
-
-def _graft(tree: SearchTree, root: Node, source: Node) -> None:
-    """Copy all that is known of another tree's node, and of what follows it, to a root."""
-    going = [(root, source)]
-    while going:
-        node, known = going.pop()
-        for name in ("value", "std", "score", "parts", "visits", "total"):
-            setattr(node, name, getattr(known, name))
-        for child in known.children:
-            assert child.chunk is not None
-            copied = tree.add(node, child.chunk, child.state)
-            copied.copies = child.copies
-            going.append((copied, child))
-        node.samples = known.samples
 
 
 def _robust(node: Node) -> Node | None:

@@ -5,7 +5,7 @@ mean return of its visits, values are rescaled by what is known around a node, a
 missing are completed by those that are there. Actions here are chunks drawn from a language model,
 so a prior is how often a chunk was drawn, not the output of a policy network (Hubert et al.,
 "Learning and Planning in Complex Action Spaces", 2021: with samples from the policy itself, the
-prior of a sampled action is its share of the samples).
+prior of a sampled action is its share of the samples). All scores are float64[n], one a child.
 """
 
 from __future__ import annotations
@@ -52,17 +52,8 @@ def puct_scores(children: Children, c_puct: float = 1.25) -> FloatArray:
     `value + c x prior x sqrt(N) / (1 + n)` with visits N of the node and n of the child, and
     `c = c_puct + log((N + 19653) / 19652)`. Values are rescaled to [0, 1] by `rescaled_values`.
 
-    Sources: Silver et al., "Mastering the Game of Go without Human Knowledge", 2017; Schrittwieser
-    et al., "Mastering Atari, Go, Chess and Shogi by Planning with a Learned Model", 2020, appendix
-    B; mctx, `muzero_action_selection`. Deviation: equal scores are not told apart at random; the
-    first of them wins.
-
-    Args:
-        children: The node's children.
-        c_puct: Weight of the bonus.
-
-    Returns:
-        float64[n].
+    Sources: Silver et al., 2017, and Schrittwieser et al., 2020, appendix B (see `MCTS`); mctx,
+    `muzero_action_selection`. Deviation: of equal scores the first wins, not one at random.
 
     Example:
         >>> two = Children(np.array([3.0, 1.0]), np.array([0.5, 0.5]), np.array([0.5, 0.5]), 4.0)
@@ -79,9 +70,6 @@ def rescaled_values(children: Children) -> FloatArray:
     """Values between 0, the lowest of the node and its children, and 1, the highest of them.
 
     A child without visits gets 0. Source: mctx, `qtransform_by_parent_and_siblings`.
-
-    Returns:
-        float64[n] in [0, 1].
 
     Example:
         >>> two = Children(np.array([1.0, 1.0]), np.array([0.2, 0.6]), np.ones(2) / 2, 2.0, 0.4)
@@ -109,9 +97,6 @@ def completed_values(children: Children) -> FloatArray:
     Source: Danihelka et al., "Policy Improvement by Planning with Gumbel", 2022, section 3.4 and
     appendix D; mctx, `qtransform_completed_by_mix_value`. Deviation: a node that no value model
     has estimated enters the mixed value with weight 0.
-
-    Returns:
-        float64[n].
 
     Example:
         >>> visits, values = np.array([1.0, 0.0]), np.array([0.6, 0.0])
@@ -144,9 +129,6 @@ def gumbel_interior_scores(children: Children) -> FloatArray:
 
     `softmax(log prior + completed values) - n / (1 + sum of n)`. Source: Danihelka et al., 2022,
     section 5; mctx, `gumbel_muzero_interior_action_selection`.
-
-    Returns:
-        float64[n].
 
     Example:
         >>> two = Children(np.array([1.0, 0.0]), np.array([0.5, 0.5]), np.ones(2) / 2, 1.0)
@@ -186,10 +168,6 @@ def considered_visits(num_considered: int, num_simulations: int) -> tuple[int, .
     Sources: Karnin et al., "Almost Optimal Exploration in Multi-Armed Bandits", 2013; the schedule
     is that of mctx, `seq_halving.get_sequence_of_considered_visits`.
 
-    Args:
-        num_considered: Children that take part.
-        num_simulations: Simulations in all.
-
     Example:
         >>> considered_visits(4, 12)  # four children once, then two of them four times
         (0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4)
@@ -223,9 +201,6 @@ def perturbed_log_priors(copies: Sequence[int], rng: np.random.Generator) -> Flo
     Args:
         copies: int[n], how often each chunk was drawn, at least once each.
         rng: Where the order and the times come from.
-
-    Returns:
-        float64[n].
 
     Example:
         >>> perturbed_log_priors([3, 1], np.random.default_rng(0)).shape

@@ -26,7 +26,7 @@ Backup = Literal["mean", "max"]
 
 
 class SimulationOptions(Protocol):
-    """What simulations need to know; the arguments of `MCTS` of the same names say what it is."""
+    """What simulations need to know of `MCTS`, which says what each means."""
 
     root_policy: RootPolicy
     leaf_value: LeafValue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -79,8 +80,7 @@ class ParticleFilter(Planner):
 
     async def _moved(self, search: Search, particles: list[Node]) -> list[Node] | None:
         """Each particle after one more chunk; None where the budget does not allow all of them."""
-        going = [particle for particle in particles if not particle.is_terminal]
-        counts = {node: going.count(node) for node in going}
+        counts = Counter(particle for particle in particles if not particle.is_terminal)
         rows = await search.expand(
             Expansion(node, count, self.chunk_tokens) for node, count in counts.items()
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from mbrl_text_env.agents.base import check_positive
@@ -59,16 +60,13 @@ class RecedingHorizon(Planner):
 
     async def _rolled_out(self, search: Search, node: Node) -> list[Node]:
         """Ends of the plans from a node: new ones, and those that were there."""
-        count = self._count(search, node)
-        frontier = {node: count}
+        frontier = Counter({node: self._count(search, node)})
         for ahead in range(1, self.horizon + 1):
             rows = await search.expand(
                 Expansion(stem, copies, self._tokens(search, ahead), valued=ahead == self.horizon)
                 for stem, copies in frontier.items()
             )
-            drawn = [child for row in rows for child in row]
-            open_nodes = [child for child in drawn if not child.is_terminal]
-            frontier = {child: open_nodes.count(child) for child in open_nodes}
+            frontier = Counter(child for row in rows for child in row if not child.is_terminal)
             if not frontier:
                 break
         return [end for end in _below(node) if end.worth is not None]
@@ -96,11 +94,9 @@ def _first_step(node: Node, end: Node) -> Node:
 
 def _below(node: Node) -> list[Node]:
     """All nodes that follow a node."""
-    found, queue = [], list(node.children)
-    while queue:
-        child = queue.pop()
-        found.append(child)
-        queue.extend(child.children)
+    found = list(node.children)
+    for child in found:
+        found.extend(child.children)
     return sorted(found, key=lambda each: each.index)
 
 

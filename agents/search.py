@@ -8,7 +8,7 @@ that can be looked at.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 
 from mbrl_text_env.agents.base import affordable, is_binding
 from mbrl_text_env.agents.driver import ask, ask_for_chunks
@@ -17,7 +17,7 @@ from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, Sam
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import response_limit, transition
 from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound, score_responses
-from mbrl_text_env.types import TextState
+from mbrl_text_env.types import Chunk, TextState
 from mbrl_text_env.values import (
     ValueModel,
     expected_value_usage,
@@ -45,6 +45,7 @@ class Expansion:
     valued: bool = True
 
 
+@dataclass(eq=False)
 class Search:
     """One state's search: a tree, what evaluates its nodes, and the ledger that pays for it.
 
@@ -74,31 +75,23 @@ class Search:
         ...         frontier = search.ranked(row)[:1]
     """
 
-    def __init__(
-        self,
-        state: TextState,
-        language_model: LanguageModel,
-        reward_model: RewardModel,
-        value_model: ValueModel | None,
-        *,
-        ledger: Ledger,
-        seed: int,
-        params: SamplingParams,
-        max_response_tokens: int,
-    ) -> None:
+    state: InitVar[TextState]
+    language_model: LanguageModel
+    reward_model: RewardModel
+    value_model: ValueModel | None
+    _: KW_ONLY
+    ledger: Ledger
+    seed: int
+    params: SamplingParams
+    max_response_tokens: InitVar[int]
+
+    def __post_init__(self, state: TextState, max_response_tokens: int) -> None:
         self.tree = SearchTree(state)
-        self.language_model = language_model
-        self.reward_model = reward_model
-        self.value_model = value_model
-        self.ledger = ledger
-        self.seed = seed
-        self.params = params
-        self.drawn = 0
-        self.round = 0
+        self.drawn = self.round = 0
         self.is_short = False
         self._scores: dict[tuple[int, ...], tuple[float, dict[str, float]]] = {}
-        self.limit = response_limit(state, language_model, max_response_tokens)
-        self.is_capped = is_binding(ledger.budget, self.finish_usage(self.tree.root))
+        self.limit = response_limit(state, self.language_model, max_response_tokens)
+        self.is_capped = is_binding(self.ledger.budget, self.finish_usage(self.tree.root))
 
     def room(self, node: Node) -> int:
         """Tokens that a node's response can still have; 0 where it has ended."""
@@ -122,14 +115,9 @@ class Search:
         places = [i for i, count in enumerate(counts) if count]
         if not places:
             return rows
-        requests = self._requests([(wanted[i], counts[i]) for i in places])
-        ledgers = [self.ledger] * len(places)
-        drawn = await ask_for_chunks(self.language_model, requests, ledgers)
+        drawn = await self._chunks([(wanted[i], counts[i]) for i in places])
         for i, chunks in zip(places, drawn, strict=True):
-            node = wanted[i].node
-            for chunk in chunks:
-                after = transition(node.state, chunk, self.limit)
-                rows[i].append(self.tree.add(node, chunk, after))
+            rows[i] = [self._added(wanted[i].node, chunk) for chunk in chunks]
         self.drawn += sum(map(len, rows))
         await self.evaluate(
             node
@@ -164,9 +152,14 @@ class Search:
         If there is none, the best partial one is finished, and what the budget still allows is
         spent as best-of-N would: values may have cost more than it held, and left most of it.
         """
+        root = self.tree.root
         if self.tree.best() is None:
-            await self._draw_to_the_end(self._most_promising())
-            await self._spend_the_rest()
+            node = self._most_promising()
+            [[chunk]] = await self._chunks([(Expansion(node), 1)])
+            await self.evaluate([self._added(node, chunk)])
+            rows: list[list[Node]] = [[node]]
+            while any(rows) and (count := self.width(root, None)):
+                rows = await self.expand([Expansion(root, count)])
         best = self.tree.best()
         assert best is not None
         best.note = "best complete response"
@@ -191,7 +184,9 @@ class Search:
             at_most: The largest answer wanted.
         """
         path = self.path_usage(node, tokens)
-        if not self.is_capped or not _is_countable(self.ledger, path):
+        caps = vars(self.ledger.budget)
+        counted = (name for name, amount in path.capped.items() if amount > 0 and name != "seconds")
+        if not self.is_capped or all(caps[name] is None for name in counted):
             return None
         count = affordable(self.ledger, lambda count: path * count, at_most)
         self.is_short |= not count
@@ -199,10 +194,7 @@ class Search:
 
     def path_usage(self, node: Node, tokens: int | None) -> Usage:
         """About what one response is charged that goes on from a node in chunks of `tokens`."""
-        room = self.room(node)
-        prefix = len(node.state.prompt_ids) + len(node.state.response_ids)
-        usage = self.language_model.usage
-        new = usage(prefix, [room]) - usage(prefix, [])
+        room, new = self.room(node), self._drawing_usage(node)
         lengths = range(tokens or room, room, tokens or room)
         if self.value_model is not None and lengths:
             # What a value takes grows about evenly with the length: the ends tell of all.
@@ -210,17 +202,20 @@ class Search:
             for at, count in ((0, len(lengths) - half), (-1, half)):
                 state = _stand_in(node.state, lengths[at])
                 new += expected_value_usage(self.value_model, state) * count
-        return new + self._expected_reward_usage(_stand_in(node.state, room))
+        flops = getattr(self.reward_model, "flops", None)
+        if flops is None:
+            return new + Usage(reward_calls=1)
+        complete = _stand_in(node.state, room)
+        text = self.language_model.decode(complete.response_ids)
+        amount = float(flops([complete.prompt], [text])[0])
+        return new + Usage(reward_calls=1, reward_flops=amount)
 
     def value_tokens(self, node: Node) -> float:
         """About what valuing a partial response after a node costs, in generated tokens.
 
         0 without a value model, or where one of the two says nothing of its FLOPs.
         """
-        room = self.room(node)
-        prefix = len(node.state.prompt_ids) + len(node.state.response_ids)
-        usage = self.language_model.usage
-        drawing = (usage(prefix, [room]) - usage(prefix, [])).flops
+        room, drawing = self.room(node), self._drawing_usage(node).flops
         if self.value_model is None or not drawing > 0:
             return 0.0
         halfway = _stand_in(node.state, room // 2)
@@ -250,24 +245,22 @@ class Search:
             for node in nodes:
                 node.score, node.parts = self._scores[ids]
 
-    def _requests(self, counted: Sequence[tuple[Expansion, int]]) -> list[SampleRequest]:
-        """What is asked of the language model; no chunk number of a node is asked for twice."""
+    async def _chunks(self, counted: Sequence[tuple[Expansion, int]]) -> list[list[Chunk]]:
+        """Draw so many chunks for each; no chunk number of a node is asked for twice."""
         first = {expansion.node: expansion.node.samples for expansion, _ in counted}
         requests = []
         for expansion, count in counted:
-            node = expansion.node
+            node, length, params = expansion.node, self._length(expansion), self._params(expansion)
             requests.append(
-                SampleRequest(
-                    node.state,
-                    count,
-                    self._length(expansion),
-                    self.seed,
-                    first[node],
-                    self._params(expansion),
-                )
+                SampleRequest(node.state, count, length, self.seed, first[node], params)
             )
             first[node] += count
-        return requests
+        ledgers = [self.ledger] * len(requests)
+        rows: list[list[Chunk]] = await ask_for_chunks(self.language_model, requests, ledgers)
+        return rows
+
+    def _added(self, node: Node, chunk: Chunk) -> Node:
+        return self.tree.add(node, chunk, transition(node.state, chunk, self.limit))
 
     def _params(self, expansion: Expansion) -> SamplingParams:
         """How an expansion is drawn; a stop text ends a chunk, but nothing drawn to the end."""
@@ -295,8 +288,7 @@ class Search:
             if not count:
                 continue
             node, length = expansion.node, self._length(expansion)
-            prefix = len(node.state.prompt_ids) + len(node.state.response_ids)
-            total += self.language_model.usage_bound(prefix, [length] * count)
+            total += self.language_model.usage_bound(_size(node.state), [length] * count)
             total += self._evaluation_bound(expansion) * count
             left = self._finish_usage(_stand_in(node.state, length), self.room(node) - length)
             if reserve is None or left.generated_tokens < reserve.generated_tokens:
@@ -321,16 +313,13 @@ class Search:
     def _finish_usage(self, state: TextState, room: int) -> Usage:
         if room <= 0:
             return Usage()
-        prefix = len(state.prompt_ids) + len(state.response_ids)
-        usage = self.language_model.usage_bound(prefix, [room])
+        usage = self.language_model.usage_bound(_size(state), [room])
         return usage + reward_usage_bound(self.reward_model)
 
-    def _expected_reward_usage(self, state: TextState) -> Usage:
-        flops = getattr(self.reward_model, "flops", None)
-        if flops is None:
-            return Usage(reward_calls=1)
-        text = self.language_model.decode(state.response_ids)
-        return Usage(reward_calls=1, reward_flops=float(flops([state.prompt], [text])[0]))
+    def _drawing_usage(self, node: Node) -> Usage:
+        """What drawing the rest of a response is charged, its prefix left out."""
+        usage, prefix = self.language_model.usage, _size(node.state)
+        return usage(prefix, [self.room(node)]) - usage(prefix, [])
 
     def _length(self, expansion: Expansion) -> int:
         room = self.room(expansion.node)
@@ -344,18 +333,6 @@ class Search:
                 return node
         # Time has run out: the nearest end.
         return min(nodes, key=self.room)
-
-    async def _draw_to_the_end(self, node: Node) -> None:
-        request = self._requests([(Expansion(node), 1)])
-        [[chunk]] = await ask_for_chunks(self.language_model, request, [self.ledger])
-        await self.evaluate([self.tree.add(node, chunk, transition(node.state, chunk, self.limit))])
-
-    async def _spend_the_rest(self) -> None:
-        root = self.tree.root
-        while (count := self.width(root, None)) and any(
-            await self.expand([Expansion(root, count)])
-        ):
-            pass
 
 
 def partial(nodes: Iterable[Node]) -> list[Node]:
@@ -378,17 +355,8 @@ def _value(node: Node) -> float:
     return float("-inf") if node.value is None else node.value
 
 
-def _is_countable(ledger: Ledger, usage: Usage) -> bool:
-    """Whether some cap other than that on seconds limits how often `usage` can be spent."""
-    budget = ledger.budget
-    return any(
-        cap is not None and amount > 0
-        for cap, amount in (
-            (budget.tokens, usage.generated_tokens),
-            (budget.flops, usage.flops),
-            (budget.reward_calls, usage.reward_calls),
-        )
-    )
+def _size(state: TextState) -> int:
+    return len(state.prompt_ids) + len(state.response_ids)
 
 
 def _stand_in(state: TextState, new_tokens: int) -> TextState:

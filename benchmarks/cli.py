@@ -1,7 +1,16 @@
-"""The command line: `mbrl-text`."""
+"""The command line: `mbrl-text`.
+
+Exit codes: 0 if all was done, 1 if prompts were left out, 2 for what the user can change, 130 for
+Ctrl-C.
+"""
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,36 +18,32 @@ import typer
 from rich.table import Table
 
 from mbrl_text_env.benchmarks.options import (
-    DtypeOption,
-    LanguageModelOption,
-    ParametersOption,
+    CountOption,
+    ModelOptions,
     PlainOption,
     PolicyOption,
+    PromptOptions,
     PromptsOption,
     RewardOption,
     SeedOption,
-    ServerModelOption,
     TimeoutOption,
-    TokenizerOption,
     TokensOption,
     ValueOption,
-    WaitOption,
-    chosen_prompts,
-    console,
     friendly,
-    load_language_model,
     load_policies,
     load_prompts_option,
     load_reward,
     load_value_option,
+    text_prompt,
     that_fit,
     value_digest,
 )
-from mbrl_text_env.benchmarks.report import fit_table
-from mbrl_text_env.benchmarks.reward_audit import audit_command
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
-from mbrl_text_env.benchmarks.search_command import search_command
-from mbrl_text_env.benchmarks.terminal import CommandLine
+from mbrl_text_env.benchmarks.settings import AuditConfig, CompareConfig, DemoConfig
+from mbrl_text_env.benchmarks.terminal import CommandLine, console, panel, progress_bar
+
+_TRAIN = PromptOptions(split="train")
+_COMPARE = CompareConfig(("sampling", "best-of-n", "lookahead"), max_response_tokens=96)
 
 app = typer.Typer(
     cls=CommandLine,
@@ -46,69 +51,36 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-
-
 reward_app = typer.Typer(help="Fit and audit reward models.", no_args_is_help=True)
 reward_app.command("fit")(fit_reward_command)
-reward_app.command("audit")(audit_command)
 app.add_typer(reward_app, name="reward")
-app.command("search")(search_command)
 
 
 @app.command()
 @friendly
 def demo(
+    *,
     out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo-results"),
-    train_prompts: Annotated[int, typer.Option(min=2)] = 48,
-    test_prompts: Annotated[int, typer.Option(min=1)] = 24,
-    budget_tokens: Annotated[int, typer.Option(min=1)] = 400,
-    max_response_tokens: TokensOption = 96,
-    seed: SeedOption = 0,
+    config: DemoConfig,
 ) -> None:
     """Collect, fit the article's value predictor, and compare three agents for two rewards."""
-    from mbrl_text_env.benchmarks.demo import DemoConfig, run_demo
+    from mbrl_text_env.benchmarks.demo import run_demo
 
-    config = DemoConfig(
-        train_prompts=train_prompts,
-        test_prompts=test_prompts,
-        budget_tokens=budget_tokens,
-        max_response_tokens=max_response_tokens,
-        seed=seed,
-    )
-    run_demo(load_language_model("embedded"), out, console, config)
+    run_demo(ModelOptions().load(), out, console, config)
 
 
 @app.command("compare")
 @friendly
 def compare_command(
-    agents: Annotated[
-        str, typer.Option(help="Agents with their options: 'sampling,best-of-n:n=8,lookahead'.")
-    ] = "sampling,best-of-n,lookahead",
+    *,
+    config: CompareConfig = _COMPARE,
     reward: RewardOption = "sentiment",
-    num_prompts: Annotated[int, typer.Option(min=1)] = 16,
-    budget_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that an agent may generate for a prompt.")
-    ] = None,
-    budget_flops: Annotated[
-        float | None, typer.Option(help="FLOPs of all models that it may spend on a prompt.")
-    ] = None,
-    budget_seconds: Annotated[
-        float | None, typer.Option(help="Seconds after which it begins nothing new.")
-    ] = None,
-    max_response_tokens: TokensOption = 96,
-    seed: SeedOption = 0,
+    num_prompts: CountOption = 16,
     out: Annotated[
         Path, typer.Option(help="Folder of the comparison; resumed if it exists.")
     ] = Path("comparison"),
-    language_model: LanguageModelOption = "embedded",
-    dtype: DtypeOption = "default",
-    tokenizer: TokenizerOption = "embedded",
-    num_parameters: ParametersOption = None,
-    server_model: ServerModelOption = None,
-    max_wait: WaitOption = 60.0,
-    plain_prompts: PlainOption = False,
-    prompts: PromptsOption = "builtin",
-    split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test",
+    model: ModelOptions,
+    prompts: PromptOptions,
     reward_timeout: TimeoutOption = 600.0,
     gold: Annotated[
         str | None,
@@ -116,84 +88,61 @@ def compare_command(
     ] = None,
     value: ValueOption = "prefix",
     policy: PolicyOption = None,
-    batch_prompts: Annotated[int, typer.Option(min=1)] = 32,
-    allow_unequal_budgets: bool = False,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
-    from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison, compare
-    from mbrl_text_env.benchmarks.progress import compare_progress
-    from mbrl_text_env.benchmarks.report import table
+    from mbrl_text_env.benchmarks.compare import Comparison
+    from mbrl_text_env.benchmarks.report import compare_with_progress, table
 
-    config = CompareConfig(
-        tuple(spec.strip() for spec in agents.split(",")),
-        budget_tokens=budget_tokens,
-        max_response_tokens=max_response_tokens,
-        seed=seed,
-        batch_prompts=batch_prompts,
-        allow_unequal_budgets=allow_unequal_budgets,
-        budget_flops=budget_flops,
-        budget_seconds=budget_seconds,
-    )
-    reward_model = load_reward(reward, reward_timeout)
-    asked = chosen_prompts(prompts, split, num_prompts, reward_model, seed, plain_prompts)
-    model = load_language_model(
-        language_model, dtype, tokenizer, num_parameters, server_model, max_wait
-    )
-    policies = load_policies(policy or [], model)
+    judge = load_reward(reward, reward_timeout)
+    asked = prompts.choose(num_prompts, judge, config.seed)
+    language_model = model.load()
+    policies = load_policies(policy or [], language_model)
     comparison = Comparison(
         config,
-        that_fit(asked, model),
-        model,
-        reward_model,
-        load_value_option(value, reward_model, model, max_response_tokens, seed),
+        that_fit(asked, language_model),
+        language_model,
+        judge,
+        load_value_option(value, judge, language_model, config.max_response_tokens, config.seed),
         None if gold is None else load_reward(gold, reward_timeout),
-        {"value": value_digest(value), "reward": reward, "dtype": dtype},
+        {"value": value_digest(value), "reward": reward, "dtype": model.dtype},
         policies,
     )
-    with compare_progress(console, comparison) as on_batch:
-        summary = compare(comparison, out, on_batch=on_batch)
+    summary = compare_with_progress(comparison, out, console)
     console.print(table(summary))
     console.print(f"results.jsonl, summary.json and comparison.png: {out.resolve()}")
+    failed = any(entry["failed"] for entry in summary["agents"])
+    _exit_complete(not failed and len(comparison.prompts) == len(asked))
 
 
 @app.command("collect")
 @friendly
 def collect_command(
+    *,
     out: Annotated[Path, typer.Option(help="Records folder; resumed if it exists.")],
     reward: RewardOption = "sentiment",
-    num_prompts: Annotated[int, typer.Option(min=1)] = 48,
+    num_prompts: CountOption = 48,
     samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 4,
     max_response_tokens: TokensOption = 96,
     seed: SeedOption = 0,
-    language_model: LanguageModelOption = "embedded",
-    dtype: DtypeOption = "default",
-    tokenizer: TokenizerOption = "embedded",
-    num_parameters: ParametersOption = None,
-    server_model: ServerModelOption = None,
-    max_wait: WaitOption = 60.0,
-    plain_prompts: PlainOption = False,
-    prompts: PromptsOption = "builtin",
-    split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "train",
+    model: ModelOptions,
+    prompts: PromptOptions = _TRAIN,
     reward_timeout: TimeoutOption = 600.0,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
     from mbrl_text_env.agents.collection import collect, missing_samples
-    from mbrl_text_env.benchmarks.progress import progress_bar
     from mbrl_text_env.records import RecordWriter
 
-    reward_model = load_reward(reward, reward_timeout)
-    asked = chosen_prompts(prompts, split, num_prompts, reward_model, seed, plain_prompts)
-    model = load_language_model(
-        language_model, dtype, tokenizer, num_parameters, server_model, max_wait
-    )
-    chosen = that_fit(asked, model)
-    with RecordWriter(out) as writer, progress_bar(console) as bar:
+    judge = load_reward(reward, reward_timeout)
+    asked = prompts.choose(num_prompts, judge, seed)
+    language_model = model.load()
+    chosen = that_fit(asked, language_model)
+    with RecordWriter(out) as writer, progress_bar() as bar:
         missing = missing_samples(writer.existing(), chosen, samples)
         left = [name for name, numbers in missing.items() if numbers]
         task = bar.add_task("Collecting", total=sum(map(len, missing.values())))
         failed = collect(
-            model,
-            reward_model,
+            language_model,
+            judge,
             chosen,
             writer,
             samples_per_prompt=samples,
@@ -207,14 +156,13 @@ def collect_command(
         f"({len(chosen) - len(left)} prompts were there, {len(failed)} could not be scored): "
         f"{out.resolve()}"
     )
-    if failed or len(chosen) < len(asked):
-        # Not all was done; the same command tries these prompts again.
-        raise typer.Exit(1)
+    _exit_complete(not failed and len(chosen) == len(asked))
 
 
 @app.command("fit")
 @friendly
 def fit_command(
+    *,
     records: Annotated[Path, typer.Option(help="Records folder, as written by `collect`.")],
     out: Annotated[Path, typer.Option(help="Folder for the value model.")],
     kind: Annotated[
@@ -224,24 +172,20 @@ def fit_command(
             "'stacked-embedding', 'ensemble' or 'hidden-state'."
         ),
     ] = "stacked",
-    language_model: LanguageModelOption = "embedded",
-    dtype: DtypeOption = "default",
-    tokenizer: TokenizerOption = "embedded",
+    model: ModelOptions,
     max_response_tokens: TokensOption = 96,
-    num_parameters: ParametersOption = None,
-    server_model: ServerModelOption = None,
-    max_wait: WaitOption = 60.0,
     seed: SeedOption = 0,
     reward: Annotated[
         str | None,
         typer.Option(
-            help="The reward that scored the records; by default the one of the name in them."
+            help="The reward that scored the records; by default found by the name in them."
         ),
     ] = None,
     reward_timeout: TimeoutOption = 600.0,
 ) -> None:
     """Fit a value model on scored records, for the reward that scored them."""
     from mbrl_text_env.agents.values import FITTED, FittedValue, check_value_fits, make_value
+    from mbrl_text_env.benchmarks.report import fit_table
     from mbrl_text_env.records import read_records
 
     if kind not in FITTED:
@@ -249,21 +193,18 @@ def fit_command(
     found = read_records(records)
     if not found:
         raise typer.BadParameter(f"--records: expected scored records, got none in {records}.")
-    reward_model = _reward_of(found[0].reward_name, reward, reward_timeout)
-    model = load_language_model(
-        language_model, dtype, tokenizer, num_parameters, server_model, max_wait
-    )
+    name = found[0].reward_name
+    judge = _reward_of(name, reward, reward_timeout)
+    language_model = model.load()
     value = make_value(
-        kind, model, reward_model, max_response_tokens=max_response_tokens, seed=seed
+        kind, language_model, judge, max_response_tokens=max_response_tokens, seed=seed
     )
     assert isinstance(value, FittedValue)
     value.fit(found)
-    check_value_fits(value, model, reward_model)
+    check_value_fits(value, language_model, judge)
     value.save(out)
-    console.print(fit_table(value, found[0].reward_name))
-    console.print(
-        f"Use it with `mbrl-text compare --reward {reward or found[0].reward_name} --value {out}`."
-    )
+    console.print(fit_table(value, name))
+    console.print(f"Use it with `mbrl-text compare --reward {reward or name} --value {out}`.")
 
 
 @app.command("prompts")
@@ -272,7 +213,7 @@ def prompts_command(
     source: PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="train, validation, test, or all.")] = "all",
     kind: Annotated[str | None, typer.Option(help="Only prompts of this kind.")] = None,
-    limit: Annotated[int, typer.Option(min=1)] = 20,
+    limit: CountOption = 20,
 ) -> None:
     """List prompts."""
     found = load_prompts_option(source, split, kind)
@@ -296,6 +237,136 @@ def rewards_command() -> None:
     console.print(shown)
 
 
+@app.command("search")
+@friendly
+def search_command(
+    *,
+    prompt: Annotated[str, typer.Argument(help="The prompt's text.")],
+    agent: Annotated[str, typer.Option(help="A planner with its options.")] = "adaptive",
+    reward: RewardOption = "sentiment",
+    value: ValueOption = "prefix",
+    budget_tokens: CountOption = 400,
+    max_response_tokens: TokensOption = 96,
+    seed: SeedOption = 0,
+    model: ModelOptions,
+    plain_prompts: PlainOption = False,
+    reward_timeout: TimeoutOption = 600.0,
+    children: Annotated[int, typer.Option(min=1, help="Children shown of a node.")] = 4,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the whole search there, as JSON.")
+    ] = None,
+    picture_file: Annotated[
+        Path | None, typer.Option("--picture", help="Draw the whole search there, as PNG.")
+    ] = None,
+) -> None:
+    """Answer a prompt with a planner and show its search: chunks, values, what was chosen, why."""
+    from mbrl_text_env.agents.planner import Planner
+    from mbrl_text_env.agents.registry import AgentSpecError, make
+    from mbrl_text_env.benchmarks.search_view import draw_tree, picture
+    from mbrl_text_env.files import write_text
+    from mbrl_text_env.ledger import Budget
+
+    asked = text_prompt(prompt, plain_prompts)
+    language_model = model.load()
+    judge = load_reward(reward, reward_timeout)
+    values = load_value_option(value, judge, language_model, max_response_tokens, seed)
+    planner = make(agent, language_model, judge, values, max_response_tokens=max_response_tokens)
+    if not isinstance(planner, Planner):
+        raise AgentSpecError(f"Agent {agent!r} does not search: expected a planner.")
+    [(answer, tree)] = planner.explore([asked], Budget(tokens=budget_tokens), seed=seed)
+    search = tree.to_dict(language_model)
+    console.print(draw_tree(search, most_children=children))
+    console.print(
+        panel(
+            answer.text.strip(),
+            title=f"{reward} {answer.completion.score:.3f}",
+            subtitle=f"{answer.usage.generated_tokens:,} tokens, {answer.usage.flops:.3g} FLOPs, "
+            f"{answer.usage.reward_calls} reward calls",
+        )
+    )
+    if json_file is not None:
+        with _written("--json", json_file):
+            write_text(json_file, json.dumps(search, indent=1))
+    if picture_file is not None:
+        with _written("--picture", picture_file):
+            picture(search, picture_file)
+
+
+@reward_app.command("audit")
+@friendly
+def audit_command(
+    *,
+    config: AuditConfig,
+    out: Annotated[Path, typer.Option(help="Folder of the audit; resumed if it exists.")] = Path(
+        "audit"
+    ),
+    pool: Annotated[
+        Path | None,
+        typer.Option(help="Records folder to take the responses from; missing ones are added."),
+    ] = None,
+    model: ModelOptions,
+    prompts: PromptOptions,
+) -> None:
+    """Audit a reward: does choosing by it raise another that is trusted? Can be resumed."""
+    from mbrl_text_env.benchmarks.audit.report import summary
+    from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit
+    from mbrl_text_env.rewards import make
+
+    proxy, gold = make(config.proxy), make(config.gold)
+    found = prompts.load()
+    config = replace(config, num_prompts=prompts.available(config.num_prompts, found, proxy, gold))
+    asked, left_out = choose_for_both(found, config, proxy, gold)
+    language_model = model.load()
+    chosen = that_fit(prompts.formatted(asked), language_model)
+    labels = {"prompts_source": prompts.prompts, "split": prompts.split, "dtype": model.dtype}
+    audit = Audit(config, chosen, language_model, proxy, gold, left_out, labels)
+    with progress_bar() as bar:
+        tasks = {"pool": bar.add_task("Responses", total=len(chosen) * config.samples)}
+        for role in ("proxy",) if audit.trivial else ("proxy", "gold"):
+            text = f"Prompts scored by {getattr(config, role)}"
+            tasks[role] = bar.add_task(text, total=len(chosen))
+        result = run_audit(
+            audit,
+            out,
+            pool=pool,
+            command=_audit_words(config, out, pool, model, prompts),
+            on_progress=lambda stage, count: bar.advance(tasks[stage], count),
+        )
+    console.print(summary(result))
+    console.print(f"audit.json and audit.png: {out.resolve()}")
+    _exit_complete(len(chosen) == len(asked))
+
+
+def _audit_words(
+    config: AuditConfig, out: Path, pool: Path | None, model: ModelOptions, prompts: PromptOptions
+) -> str:
+    """The command line that asks for the same audit again."""
+    options = {**asdict(config), "out": out, "pool": pool, **asdict(model), **asdict(prompts)}
+    words = ["mbrl-text", "reward", "audit"]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
+    return shlex.join(words)
+
+
+def _exit_complete(is_complete: bool) -> None:
+    """Exit with 1 if prompts were left out."""
+    if not is_complete:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _written(option: str, path: Path) -> Iterator[None]:
+    """Name the option of a file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{option}: expected a file that can be written, got {str(path)!r} ({error.strerror})."
+        ) from error
+
+
 def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
     """The reward that scored records, or its name alone where it cannot be made from that."""
     from mbrl_text_env.records import RecordsError
@@ -317,7 +388,7 @@ def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
 
 
 class _NameOfReward:
-    """Stands for a reward that scored records, for values that do not ask it again."""
+    """The reward that scored records, by name only, for values that do not call it."""
 
     def __init__(self, name: str) -> None:
         self.name = name

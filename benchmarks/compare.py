@@ -1,9 +1,8 @@
 """Run agents on the same prompts at the same budget with the same seed.
 
 A comparison is a folder. The rows of a batch of prompts are written as a whole, so a run that was
-killed goes on with the first batch that is missing and ends with the same rows. A part that is
-damaged or lacks rows is made again. With more prompts, those that are missing are answered; with
-fewer, the rows that are there are used.
+killed goes on with what is missing or damaged and ends with the same rows. More prompts are added
+to those that are there; fewer are read.
 
 A prompt whose answers the reward model cannot score costs that prompt alone: its row has the error
 and no score, it is left out on both sides of every paired difference, and it is counted.
@@ -22,7 +21,8 @@ import numpy as np
 
 from mbrl_text_env.agents.base import Agent, Generation
 from mbrl_text_env.agents.registry import make, parse_spec
-from mbrl_text_env.benchmarks.audit.trust import trust_warnings
+from mbrl_text_env.benchmarks.audit.exploit_warnings import trust_warnings
+from mbrl_text_env.benchmarks.settings import CompareConfig, CompareError
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
@@ -33,68 +33,21 @@ from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardModel,
+    Scores,
     applies_to,
     isolate_failures,
     reward_name,
     score_responses,
 )
 from mbrl_text_env.runs import claimed, prompt_digests, writing
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import FloatArray, Prompt
 from mbrl_text_env.values import ValueModel
 
 BASELINE = "best-of-n"
+Row = dict[str, Any]
+OnBatch = Callable[[str, int, list[Row]], None]
 _FORMAT = 2
-
-
-class CompareError(ValueError):
-    """A comparison that cannot be run as asked."""
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """What a comparison is; two runs with equal configs give equal rows, times aside.
-
-    Args:
-        agents: Agent specs (see `agents.registry.make`). `budget_tokens` may stand among the
-            options of one, if unequal budgets are allowed.
-        budget_tokens: Generated tokens that each agent may spend on a prompt; None for no cap.
-        budget_flops: Floating-point operations of all models that it may spend; None for no cap.
-        budget_seconds: Wall time after which it begins nothing new; None for no cap.
-        max_response_tokens: Token limit of a response.
-        seed: Of the prompts' choice and of all sampling.
-        batch_prompts: Prompts that are answered together.
-        allow_unequal_budgets: Whether agents may have budgets of their own.
-    """
-
-    agents: tuple[str, ...]
-    budget_tokens: int | None = None
-    max_response_tokens: int = 256
-    seed: int = 0
-    batch_prompts: int = 32
-    allow_unequal_budgets: bool = False
-    budget_flops: float | None = None
-    budget_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.agents or len(set(self.agents)) != len(self.agents):
-            raise CompareError(f"Expected one or more different agents, got {list(self.agents)}.")
-        if self.batch_prompts < 1:
-            raise CompareError(f"batch_prompts: expected at least 1, got {self.batch_prompts}.")
-        budgets = {spec: self.budget_of(spec) for spec in self.agents}
-        if len(set(budgets.values())) > 1 and not self.allow_unequal_budgets:
-            raise CompareError(
-                f"The budgets differ: {budgets} tokens. A comparison at unequal budgets says "
-                "little; make them equal, or allow it (--allow-unequal-budgets)."
-            )
-
-    def budget_of(self, spec: str) -> int | None:
-        """The token budget of an agent."""
-        own = parse_spec(spec)[1].get("budget_tokens")
-        return self.budget_tokens if own is None else int(own)
-
-    def caps(self, spec: str) -> Budget:
-        """All caps of an agent."""
-        return Budget(self.budget_of(spec), self.budget_flops, seconds=self.budget_seconds)
+_MEANS = ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "flops")
 
 
 @dataclass(frozen=True)
@@ -103,14 +56,14 @@ class Comparison:
 
     Args:
         config: What is compared and how.
-        prompts: The prompts; the agents answer all of them. Texts stand for prompts.
+        prompts: The agents answer all of them. Texts stand for prompts.
         language_model: Shared by the agents that name no other policy.
         reward_model: Shared by the agents, and the judge of their answers; whatever
             `as_reward_model` takes.
         value_model: For agents that take one, or several by name (see `agents.registry.make`).
         gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
             and can, so that a reward that is being exploited shows.
-        labels: What else belongs into the config file, such as the names given on the command line.
+        labels: What else belongs into the config file, such as names on the command line.
         policies: By the names that specs use (`policy=tuned`); see `agents.registry.make`.
 
     Raises:
@@ -141,11 +94,9 @@ class Comparison:
 
     def agent(self, spec: str) -> Agent:
         """Make the agent of a spec."""
-        name, options = parse_spec(spec)
-        options.pop("budget_tokens", None)
-        plain = ":".join([name, *(f"{key}={value}" for key, value in options.items())])
+        items = [i for i in spec.split(":") if i.partition("=")[0].strip() != "budget_tokens"]
         return make(
-            plain,
+            ":".join(items),
             self.language_model,
             self.reward_model,
             self.value_model,
@@ -154,7 +105,7 @@ class Comparison:
         )
 
     def record(self) -> dict[str, Any]:
-        """What the comparison is called by, for people; `depends_on` tells it from others."""
+        """What was compared, for people."""
         policies = {name: model.name for name, model in self.policies.items()}
         return {
             "format": _FORMAT,
@@ -168,7 +119,7 @@ class Comparison:
         }
 
     def depends_on(self) -> dict[str, Any]:
-        """The config file's content: whatever the rows depend on."""
+        """Whatever the rows depend on: the content of the config file."""
         parts = ("language_model", "reward_model", "value_model", "gold_model", "policies")
         return {
             **self.record(),
@@ -201,20 +152,12 @@ def choose_prompts(
 
 
 def compare(
-    comparison: Comparison,
-    out: str | Path,
-    *,
-    on_batch: Callable[[str, int, list[dict[str, Any]]], None] | None = None,
+    comparison: Comparison, out: str | Path, *, on_batch: OnBatch | None = None
 ) -> dict[str, Any]:
     """Run or resume a comparison and write `results.jsonl`, `summary.json` and `comparison.png`.
 
-    Args:
-        comparison: What to run.
-        out: The comparison's folder.
-        on_batch: Called with spec, number of prompts and rows after each batch, for progress.
-
-    Returns:
-        The content of `summary.json`.
+    Returns the content of `summary.json`. `on_batch` is called with spec, number of prompts and
+    rows after each batch.
 
     Raises:
         CompareError: The folder holds another comparison, or an agent got no prompt scored.
@@ -241,27 +184,15 @@ def compare(
 
 
 def run(
-    comparison: Comparison,
-    folder: Path,
-    *,
-    on_batch: Callable[[str, int, list[dict[str, Any]]], None] | None = None,
-) -> dict[str, list[dict[str, Any]]]:
-    """Run or resume a comparison and return its rows by agent; nothing is summarised.
-
-    Args:
-        comparison: What to run.
-        folder: The comparison's folder.
-        on_batch: As in `compare`.
-
-    Raises:
-        CompareError: The folder holds another comparison.
-        BudgetError: The budget allows no complete response.
-    """
-    agents = {spec: comparison.agent(spec) for spec in comparison.config.agents}
+    comparison: Comparison, folder: Path, *, on_batch: OnBatch | None = None
+) -> dict[str, list[Row]]:
+    """Run or resume a comparison and return its rows by agent; see `compare`."""
+    config = comparison.config
+    agents = {spec: comparison.agent(spec) for spec in config.agents}
     for spec, agent in agents.items():
-        agent.check_budget(comparison.prompts, comparison.config.caps(spec))
-    size = comparison.config.batch_prompts
-    rows: dict[str, list[dict[str, Any]]] = {spec: [] for spec in agents}
+        agent.check_budget(comparison.prompts, config.budgets[spec])
+    size = config.batch_prompts
+    rows: dict[str, list[Row]] = {spec: [] for spec in agents}
     with claimed(folder, comparison.depends_on(), "comparison", CompareError, grows=("prompts",)):
         with writing(folder, CompareError):
             parts = _read_parts(folder / "parts")
@@ -271,7 +202,7 @@ def run(
             for number, (spec, agent) in enumerate(agents.items()):
                 missing = [prompt for prompt in batch if (spec, prompt.id) not in there]
                 if missing:
-                    made = _answer_all(comparison, spec, agent, missing)
+                    made = _answers(comparison, spec, agent, missing)
                     name = f"{start:06d}-{number:02d}.jsonl"
                     # With other prompts the part may hold rows of another batch: they stay.
                     parts[name] = [*parts.get(name, []), *made]
@@ -285,156 +216,57 @@ def run(
     return rows
 
 
-def _read_parts(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each part; lines that are damaged or cut off are left out."""
-    parts = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        lines = path.read_bytes().decode("utf-8", "replace").split("\n")
-        parts[path.name] = [row for row in map(_row_of, lines) if row is not None]
-    return parts
-
-
-def _row_of(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    is_row = isinstance(row, dict) and {"agent", "prompt_id", "score"} <= set(row)
-    return row if is_row else None
-
-
-def _by_key(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(row["agent"], row["prompt_id"]): row for row in rows}
-
-
-def summarise(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One entry an agent: mean score with its interval, paired with best-of-N, and what it cost.
-
-    Raises:
-        CompareError: All prompts of an agent have failed.
-    """
-    baseline = next((spec for spec in rows if parse_spec(spec)[0] == BASELINE), None)
-    reference = None if baseline is None else _scored(rows[baseline])
-    return [_entry(spec, agent_rows, reference) for spec, agent_rows in rows.items()]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def _entry(
-    spec: str, rows: list[dict[str, Any]], reference: dict[str, dict[str, Any]] | None
-) -> dict[str, Any]:
-    scored = _scored(rows)
-    if not scored:
-        raise CompareError(
-            f"Agent {spec!r}: none of {len(rows)} prompts could be scored. The first error: "
-            f"{rows[0]['error']}"
-        )
-    kept = list(scored.values())
-    interval = mean_interval(_scores(kept))
-    entry: dict[str, Any] = {
-        "agent": spec,
-        "prompts": len(kept),
-        "failed": len(rows) - len(kept),
-        "mean": interval.estimate,
-        "low": interval.low,
-        "high": interval.high,
-        "parts": {
-            name: float(np.mean([row["parts"][name] for row in kept])) for name in kept[0]["parts"]
-        },
-    }
-    golds = [row["gold"] for row in kept if row.get("gold") is not None]
-    if golds:
-        entry["gold"] = float(np.mean(golds))
-    if reference is not None:
-        entry["vs_best_of_n"] = _paired(scored, reference)
-    for key in ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "flops"):
-        entry[key] = float(np.mean([row["usage"][key] for row in kept]))
-    entry["seconds"] = float(np.mean([row["seconds"] for row in kept]))
-    return entry
-
-
-def _paired(
-    scored: dict[str, dict[str, Any]], reference: dict[str, dict[str, Any]]
-) -> dict[str, Any] | None:
-    """The difference to the reference over the prompts that both have a score for."""
-    both = [prompt_id for prompt_id in scored if prompt_id in reference]
-    if not both:
-        return None
-    own, other = (_scores([rows[name] for name in both]) for rows in (scored, reference))
-    paired, wins = mean_interval(own - other), win_rate(own, other)
-    return {
-        "prompts": len(both),
-        "difference": paired.estimate,
-        "low": paired.low,
-        "high": paired.high,
-        "wins": wins.wins,
-        "ties": wins.ties,
-        "losses": wins.losses,
-        "win_rate": wins.rate,
-    }
-
-
-def _scored(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The rows that have a score, by prompt."""
-    return {row["prompt_id"]: row for row in rows if row["score"] is not None}
-
-
-def _scores(rows: list[dict[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.asarray([row["score"] for row in rows], dtype=np.float64)
-
-
-def _answer_all(
+def _answers(
     comparison: Comparison, spec: str, agent: Agent, prompts: Sequence[Prompt]
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Rows of a batch; prompts whose answers cannot be scored have an error in theirs."""
-    results = isolate_failures(lambda some: _answer(comparison, spec, agent, some), list(prompts))
+
+    def answer(some: Sequence[Prompt]) -> list[Row]:
+        # No agent lives on prefixes that another one computed, and a run that is resumed computes
+        # what it would have computed at once.
+        clear_cache = getattr(agent.language_model, "clear_cache", None)
+        if clear_cache is not None:
+            clear_cache()
+        generations = agent.generate(some, budget, seed=comparison.config.seed)
+        # Agents that asked for no score are judged here. That is the comparison's work, not theirs.
+        scores = _scored(comparison.reward_model, generations)
+        rows = [
+            _row(spec, generation, float(scores.total[i]), scores.parts_of(i), budget)
+            for i, generation in enumerate(generations)
+        ]
+        if comparison.gold_model is not None:
+            golds = _gold_scores(comparison.gold_model, generations)
+            rows = [{**row, "gold": gold} for row, gold in zip(rows, golds, strict=True)]
+        return rows
+
+    budget = comparison.config.budgets[spec]
     return [
-        _failed_row(comparison, spec, prompt, result) if isinstance(result, RewardError) else result
-        for prompt, result in zip(prompts, results, strict=True)
+        {
+            "prompt_id": prompt.id,
+            "agent": spec,
+            "seed": comparison.config.seed,
+            "score": None,
+            "error": str(result),
+            "prompt": prompt.text,
+            "budget_tokens": budget.tokens,
+        }
+        if isinstance(result, RewardError)
+        else result
+        for prompt, result in zip(prompts, isolate_failures(answer, prompts), strict=True)
     ]
 
 
-def _answer(
-    comparison: Comparison, spec: str, agent: Agent, prompts: Sequence[Prompt]
-) -> list[dict[str, Any]]:
-    config = comparison.config
-    budget = config.caps(spec)
-    # No agent lives on prefixes that another one computed, and a run that is resumed computes what
-    # it would have computed at once.
-    clear_cache = getattr(agent.language_model, "clear_cache", None)
-    if clear_cache is not None:
-        clear_cache()
-    generations = agent.generate(prompts, budget, seed=config.seed)
-    # Agents that asked for no score are judged here. That is the comparison's work, not theirs.
-    scores = score_responses(
-        comparison.reward_model,
-        [generation.prompt for generation in generations],
-        [generation.text for generation in generations],
+def _scored(reward_model: RewardModel, generations: Sequence[Generation]) -> Scores:
+    return score_responses(
+        reward_model, [g.prompt for g in generations], [g.text for g in generations]
     )
-    rows = [
-        _row(spec, generation, float(scores.total[i]), scores.parts_of(i), budget)
-        for i, generation in enumerate(generations)
-    ]
-    if comparison.gold_model is not None:
-        for row, gold in zip(rows, _gold_scores(comparison.gold_model, generations), strict=True):
-            row["gold"] = gold
-    return rows
 
 
 def _gold_scores(gold: RewardModel, generations: Sequence[Generation]) -> list[float | None]:
     """The gold score of each answer; None where it does not apply or fails."""
     places = [i for i, g in enumerate(generations) if applies_to(gold, g.prompt)]
     results = isolate_failures(
-        lambda some: score_responses(
-            gold,
-            [generations[i].prompt for i in some],
-            [generations[i].text for i in some],
-        ).total.tolist(),
-        places,
+        lambda some: _scored(gold, [generations[i] for i in some]).total.tolist(), places
     )
     scores: list[float | None] = [None] * len(generations)
     for i, result in zip(places, results, strict=True):
@@ -444,7 +276,7 @@ def _gold_scores(gold: RewardModel, generations: Sequence[Generation]) -> list[f
 
 def _row(
     spec: str, generation: Generation, score: float, parts: dict[str, float], budget: Budget
-) -> dict[str, Any]:
+) -> Row:
     usage = generation.usage.as_dict()
     seconds = usage.pop("seconds")
     state = generation.completion.state
@@ -467,20 +299,104 @@ def _row(
     }
 
 
-def _failed_row(
-    comparison: Comparison, spec: str, prompt: Prompt, error: RewardError
+def _read_parts(folder: Path) -> dict[str, list[Row]]:
+    """The rows of each part; lines that are damaged or cut off are left out."""
+    parts = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+        parts[path.name] = [row for row in map(_whole_row, lines) if row is not None]
+    return parts
+
+
+def _whole_row(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"agent", "prompt_id", "score"} <= set(row) else None
+
+
+def _by_key(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
+    return {(row["agent"], row["prompt_id"]): row for row in rows}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read JSON lines."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in rows]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def summarise(rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
+    """One entry an agent: mean score with its interval, paired with best-of-N, and what it cost.
+
+    Raises:
+        CompareError: All prompts of an agent have failed.
+    """
+    scored = {
+        spec: {row["prompt_id"]: row for row in own if row["score"] is not None}
+        for spec, own in rows.items()
+    }
+    baseline = next((spec for spec in rows if parse_spec(spec)[0] == BASELINE), None)
+    for spec, own in rows.items():
+        if not scored[spec]:
+            raise CompareError(
+                f"Agent {spec!r}: none of {len(own)} prompts could be scored. The first error: "
+                f"{own[0]['error']}"
+            )
+    return [
+        _entry(spec, len(rows[spec]), own, None if baseline is None else scored[baseline])
+        for spec, own in scored.items()
+    ]
+
+
+def _entry(
+    spec: str, asked: int, scored: dict[str, Row], reference: dict[str, Row] | None
 ) -> dict[str, Any]:
-    return {
-        "prompt_id": prompt.id,
+    kept = list(scored.values())
+    interval = mean_interval(_scores(kept))
+    entry: dict[str, Any] = {
         "agent": spec,
-        "seed": comparison.config.seed,
-        "score": None,
-        "error": str(error),
-        "prompt": prompt.text,
-        "budget_tokens": comparison.config.budget_of(spec),
+        "prompts": len(kept),
+        "failed": asked - len(kept),
+        "mean": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "parts": {
+            name: float(np.mean([row["parts"][name] for row in kept])) for name in kept[0]["parts"]
+        },
+    }
+    golds = [row["gold"] for row in kept if row.get("gold") is not None]
+    if golds:
+        entry["gold"] = float(np.mean(golds))
+    if reference is not None:
+        entry["vs_best_of_n"] = _paired(scored, reference)
+    means = {key: float(np.mean([row["usage"][key] for row in kept])) for key in _MEANS}
+    return {**entry, **means, "seconds": float(np.mean([row["seconds"] for row in kept]))}
+
+
+def _paired(scored: dict[str, Row], reference: dict[str, Row]) -> dict[str, Any] | None:
+    """The difference to the reference over the prompts that both have a score for."""
+    both = [prompt_id for prompt_id in scored if prompt_id in reference]
+    if not both:
+        return None
+    own, other = (_scores([rows[name] for name in both]) for rows in (scored, reference))
+    paired, wins = mean_interval(own - other), win_rate(own, other)
+    return {
+        "prompts": len(both),
+        "difference": paired.estimate,
+        "low": paired.low,
+        "high": paired.high,
+        "wins": wins.wins,
+        "ties": wins.ties,
+        "losses": wins.losses,
+        "win_rate": wins.rate,
     }
 
 
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in rows]
-    write_text(path, "".join(line + "\n" for line in lines))
+def _scores(rows: Sequence[Row]) -> FloatArray:
+    return np.array([row["score"] for row in rows], dtype=np.float64)

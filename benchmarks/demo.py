@@ -8,29 +8,21 @@ best-of-N needs for the same reward.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from mbrl_text_env.agents.collection import collect, missing_samples
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import EmbeddingValue, make_value
-from mbrl_text_env.benchmarks.compare import (
-    CompareConfig,
-    Comparison,
-    choose_prompts,
-    compare,
-    read_rows,
-)
+from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison, choose_prompts, read_rows
 from mbrl_text_env.benchmarks.matched.analysis import DEFAULT_PLANNER, Cell, analyse
 from mbrl_text_env.benchmarks.matched.pool import make_pool
 from mbrl_text_env.benchmarks.matched.report import table as multiplier_table
-from mbrl_text_env.benchmarks.progress import compare_progress, progress_bar
-from mbrl_text_env.benchmarks.report import side_by_side, table
+from mbrl_text_env.benchmarks.report import compare_with_progress, side_by_side, table
+from mbrl_text_env.benchmarks.settings import DemoConfig
+from mbrl_text_env.benchmarks.terminal import panel, progress_bar
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import RecordWriter, has_records, read_records, rescore
@@ -38,29 +30,6 @@ from mbrl_text_env.rewards import make
 
 REWARDS = ("sentiment", "relevance")
 AGENTS = ("sampling", "best-of-n", "lookahead:value=embedding", DEFAULT_PLANNER)
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """The demonstration's size; the defaults take a few minutes on two cores.
-
-    Args:
-        train_prompts: Prompts that responses are collected for.
-        samples: Responses to each.
-        test_prompts: Held-out prompts that the agents are compared on.
-        pool_samples: Responses to each of them that tell what best-of-N would score at any N.
-        budget_tokens: Generated tokens for each prompt and agent.
-        max_response_tokens: Token limit of a response.
-        seed: Everything follows from it.
-    """
-
-    train_prompts: int = 48
-    samples: int = 4
-    test_prompts: int = 24
-    pool_samples: int = 32
-    budget_tokens: int = 400
-    max_response_tokens: int = 96
-    seed: int = 0
 
 
 def run_demo(
@@ -79,11 +48,14 @@ def run_demo(
     for name in REWARDS:
         value = _fit(language_model, out, name, console)
         comparison = _comparison(language_model, value, name, config)
-        with compare_progress(console, comparison) as on_batch:
-            summaries[name] = compare(comparison, out / f"compare-{name}", on_batch=on_batch)
+        summaries[name] = compare_with_progress(comparison, out / f"compare-{name}", console)
         summaries[name]["multipliers"] = _multipliers(comparison, out, name, console, config)
     for name, summary in summaries.items():
-        _show(summary, out / f"compare-{name}", console)
+        rows = read_rows(out / f"compare-{name}" / "results.jsonl")
+        first = rows[0]["prompt_id"]
+        console.print(side_by_side([row for row in rows if row["prompt_id"] == first]))
+        console.print(table(summary))
+        console.print(multiplier_table(summary["multipliers"]))
     console.print(f"Records, value models, rows, summaries and plots: {out.resolve()}")
     return summaries
 
@@ -92,13 +64,8 @@ def _first_text(language_model: LanguageModel, console: Console, config: DemoCon
     prompt = load_prompts(split="validation", limit=1)[0]
     agent = Sampling(language_model, max_response_tokens=32)
     (generation,) = agent.generate([prompt], seed=config.seed)
-    console.print(
-        Panel(
-            Text(generation.text.strip() + " ..."),
-            title=Text(prompt.text),
-            subtitle=f"written by {language_model.name}",
-        )
-    )
+    text = f"{generation.text.strip()} ..."
+    console.print(panel(text, prompt.text, f"written by {language_model.name}"))
 
 
 def _collect(
@@ -185,11 +152,3 @@ def _multipliers(
         for agent in AGENTS[1:]
     ]
     return analyse(pool, cells)
-
-
-def _show(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    rows = read_rows(folder / "results.jsonl")
-    first = rows[0]["prompt_id"]
-    console.print(side_by_side([row for row in rows if row["prompt_id"] == first]))
-    console.print(table(summary))
-    console.print(multiplier_table(summary["multipliers"]))

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Annotated
@@ -48,9 +47,8 @@ def llama_server(
         process.wait()
 
 
-def start(*, threads: int, parallel: int, context: int, port: int) -> subprocess.Popen[bytes]:
-    """Start a server's process without waiting for it; see `llama_server`."""
-    options = {"threads": threads, "parallel": parallel, "context": context, "port": port}
+def start(**options: int) -> subprocess.Popen[bytes]:
+    """Start a server's process without waiting for it; the options are those of `main`."""
     arguments = [f"--{name}={value}" for name, value in options.items()]
     return subprocess.Popen(  # noqa: S603 our own module with numbers as arguments
         [sys.executable, "-m", "mbrl_text_env.benchmarks.llama_server", *arguments],
@@ -60,17 +58,13 @@ def start(*, threads: int, parallel: int, context: int, port: int) -> subprocess
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Return as soon as the server answers.
-
-    Raises:
-        RuntimeError: It ended, or did not answer within a minute.
-    """
+    """Return as soon as the server answers; raises `RuntimeError` as `llama_server` does."""
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):  # noqa: S310 loopback
                 return
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.1)
     raise RuntimeError(
         f"The llama.cpp server at {url} did not answer (exit code {process.poll()}). Is the wheel "

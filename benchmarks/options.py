@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -29,26 +30,6 @@ LanguageModelOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option(help="Number format: 'default', 'float32', 'bfloat16', 'float16' or 'int8'.")
 ]
-TokenizerOption = Annotated[
-    str, typer.Option(help="Tokenizer of a server's model: 'embedded', a Hub name, or a folder.")
-]
-ParametersOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Of a server's model, where it does not say; FLOPs follow from it."),
-]
-ServerModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help="Name to ask a server for, where it lists several models."),
-]
-WaitOption = Annotated[
-    float, typer.Option(min=0.0, help="Seconds to go on trying while no server answers.")
-]
-PlainOption = Annotated[
-    bool,
-    typer.Option(
-        "--plain-prompts", help="Prompts as plain text, for models without a chat template."
-    ),
-]
 RewardOption = Annotated[
     str,
     typer.Option(
@@ -59,15 +40,19 @@ RewardOption = Annotated[
 TimeoutOption = Annotated[
     float,
     typer.Option(
-        min=0.001,
-        max=_YEAR,
-        help="Seconds that the reward model may take for one batch.",
+        min=0.001, max=_YEAR, help="Seconds that the reward model may take for one batch."
     ),
 ]
 PromptsOption = Annotated[
     str,
     typer.Option(
         help="'builtin', a .jsonl or .csv file, or 'reasoning-gym:TASK' (256 questions a split)."
+    ),
+]
+PlainOption = Annotated[
+    bool,
+    typer.Option(
+        "--plain-prompts", help="Prompts as plain text, for models without a chat template."
     ),
 ]
 ValueOption = Annotated[
@@ -87,18 +72,134 @@ PolicyOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="All sampling follows from it.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a response.")]
+CountOption = Annotated[int, typer.Option(min=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The options that say which language model is used."""
+
+    language_model: LanguageModelOption = "embedded"
+    dtype: DtypeOption = "default"
+    tokenizer: Annotated[
+        str,
+        typer.Option(help="Tokenizer of a server's model: 'embedded', a Hub name, or a folder."),
+    ] = "embedded"
+    num_parameters: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of a server's model, where it does not say; FLOPs follow from it."
+        ),
+    ] = None
+    model: Annotated[
+        str | None, typer.Option(help="Name to ask a server for, where it lists several models.")
+    ] = None
+    max_wait: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to go on trying while no server answers.")
+    ] = 60.0
+
+    def load(self) -> Any:
+        """Load the language model, or connect to its server."""
+        if self.language_model.startswith(("http://", "https://")):
+            return self._connect()
+        import torch
+        from transformers.utils import logging
+
+        from mbrl_text_env.language_models import TransformersLM, embedded
+
+        if self.dtype not in _DTYPES:
+            raise typer.BadParameter(
+                f"--dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}."
+            )
+        name = self.language_model
+        options = {} if self.dtype == "default" else {"dtype": getattr(torch, self.dtype)}
+        logging.disable_progress_bar()
+        with console.status(plain(f"Loading the language model ({name})")):
+            return embedded(**options) if name == "embedded" else TransformersLM(name, **options)
+
+    def _connect(self) -> Any:
+        from mbrl_text_env.language_models import HFTokenizer, ServerLM, embedded_tokenizer
+
+        is_embedded = self.tokenizer == "embedded"
+        return ServerLM(
+            self.language_model.split(","),
+            tokenizer=embedded_tokenizer() if is_embedded else HFTokenizer(self.tokenizer),
+            num_parameters=self.num_parameters,
+            model=self.model,
+            max_wait=self.max_wait,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """The options that say which prompts are used."""
+
+    prompts: PromptsOption = "builtin"
+    split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test"
+    plain_prompts: PlainOption = False
+
+    def load(self) -> Any:
+        """All prompts of the split."""
+        return load_prompts_option(self.prompts, self.split)
+
+    def choose(self, count: int, reward_model: Any, seed: int) -> Any:
+        """`count` prompts that the reward applies to; all of a shorter file."""
+        from mbrl_text_env.benchmarks.compare import choose_prompts
+
+        found = self.load()
+        count = self.available(count, found, reward_model)
+        return self.formatted(choose_prompts(found, count, reward_model, seed))
+
+    def available(self, count: int, found: Sequence[Any], *reward_models: Any) -> int:
+        """`count`, or the number of prompts that all rewards apply to if a file has fewer."""
+        from mbrl_text_env.rewards.base import applies_to
+
+        there = sum(all(applies_to(model, p) for model in reward_models) for p in found)
+        if self.prompts == "builtin" or not 0 < there < count:
+            return count
+        errors.print(
+            f"{there} prompts of {self.prompts} can be used; --num-prompts asked for {count}."
+        )
+        return there
+
+    def formatted(self, prompts: Sequence[Any]) -> list[Any]:
+        """The prompts as chats, or as plain texts if asked for."""
+        return [
+            replace(prompt, content="\n\n".join(message.content for message in prompt.content))
+            if self.plain_prompts and not isinstance(prompt.content, str)
+            else prompt
+            for prompt in prompts
+        ]
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Print the errors that the user can correct without a traceback, and exit with 2.
+    """Make a command of a function: groups of options, and errors that a user can act on.
 
-    Ctrl-C exits with 130 and says how to go on, where what was stopped knows.
+    A parameter whose type is a dataclass, such as `ModelOptions`, stands for one option for each
+    annotated field; its default says the options' defaults. A tuple of texts is written with
+    commas. Errors that the user can correct are printed without a traceback and exit with 2. Ctrl-C
+    exits with 130 and says how to go on, where what was stopped knows.
+
+    Example:
+        >>> @app.command()  # doctest: +SKIP
+        ... @friendly
+        ... def show(model: ModelOptions = ModelOptions(dtype="int8")) -> None:
+        ...     print(model.load().name)
     """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    options: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            options += _options_of(groups[name], parameter.default)
+        else:
+            options.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def wrapped(**values: Any) -> None:
         try:
-            command(*args, **kwargs)
+            settings = {name: _settings(kind, values) for name, kind in groups.items()}
+            command(**settings, **values)
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             if not _is_users(error):
                 raise
@@ -106,14 +207,44 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from error
         except SystemExit as left:
             # Code of the user's that calls `sys.exit`: not all was done, whatever it says.
-            errors.print(f"The program was left by other code (SystemExit: {left}).")
+            errors.print(f"Code that was called ended the program (SystemExit: {left}).")
             raise typer.Exit(2) from left
         except KeyboardInterrupt as stopped:
             # Typer would end with no more than "Aborted".
             errors.print(str(stopped) or "Stopped; the same command goes on.")
             raise typer.Exit(130) from stopped
 
+    wrapped.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {option.name: option.annotation for option in options}
     return wrapped
+
+
+def _options_of(group: Any, default: Any) -> list[inspect.Parameter]:
+    """One parameter an annotated field of a dataclass; a default instance gives other defaults."""
+    source = group if default is inspect.Parameter.empty else default
+    found = []
+    for name, hint in get_type_hints(group, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            value = getattr(source, name, inspect.Parameter.empty)
+            if isinstance(value, tuple):
+                hint, value = Annotated[str, hint.__metadata__[0]], ",".join(value)
+            found.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=hint
+                )
+            )
+    return found
+
+
+def _settings(group: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of the options that belong to it, which are taken out of the values."""
+    found = {}
+    for name, hint in get_type_hints(group).items():
+        if name in values:
+            value = values.pop(name)
+            is_several = get_origin(hint) is tuple
+            found[name] = tuple(map(str.strip, value.split(","))) if is_several else value
+    return group(**found)
 
 
 def _is_users(error: Exception) -> bool:
@@ -134,43 +265,9 @@ def text_prompt(text: str, is_plain: bool) -> Any:
         raise typer.BadParameter(f"PROMPT: {error}") from error
 
 
-def load_language_model(
-    name: str,
-    dtype: str = "default",
-    tokenizer: str = "embedded",
-    num_parameters: int | None = None,
-    model: str | None = None,
-    max_wait: float = 60.0,
-) -> Any:
-    """The language model of a `LanguageModelOption`, with its number format or its tokenizer."""
-    if name.startswith(("http://", "https://")):
-        from mbrl_text_env.language_models import ServerLM
-
-        return ServerLM(
-            name.split(","),
-            tokenizer=load_tokenizer(tokenizer),
-            num_parameters=num_parameters,
-            model=model,
-            max_wait=max_wait,
-        )
-    import torch
-    from transformers.utils import logging
-
-    from mbrl_text_env.language_models import TransformersLM, embedded
-
-    if dtype not in _DTYPES:
-        raise typer.BadParameter(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    options = {} if dtype == "default" else {"dtype": getattr(torch, dtype)}
-    logging.disable_progress_bar()
-    with console.status(plain(f"Loading the language model ({name})")):
-        return embedded(**options) if name == "embedded" else TransformersLM(name, **options)
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a `TokenizerOption`."""
-    from mbrl_text_env.language_models import HFTokenizer, embedded_tokenizer
-
-    return embedded_tokenizer() if name == "embedded" else HFTokenizer(name)
+def load_language_model(name: str, dtype: str = "default") -> Any:
+    """The language model of a `LanguageModelOption` in a number format."""
+    return ModelOptions(language_model=name, dtype=dtype).load()
 
 
 def load_prompts_option(source: str, split: str, kind: str | None = None) -> Any:
@@ -180,27 +277,6 @@ def load_prompts_option(source: str, split: str, kind: str | None = None) -> Any
     if source.startswith(_PUZZLES):
         return _puzzles(source.removeprefix(_PUZZLES), split, kind)
     return load_prompts(source, split=None if split == "all" else split, kind=kind)
-
-
-def chosen_prompts(
-    source: str, split: str, count: int, reward_model: Any, seed: int, is_plain: bool
-) -> Any:
-    """`count` prompts of a `PromptsOption` that the reward applies to; all of a shorter file."""
-    from mbrl_text_env.benchmarks.compare import choose_prompts
-    from mbrl_text_env.rewards.base import applies_to
-
-    found = load_prompts_option(source, split)
-    there = sum(applies_to(reward_model, prompt) for prompt in found)
-    chosen = choose_prompts(found, as_many_as_are(there, count, source), reward_model, seed)
-    return [as_plain(prompt) for prompt in chosen] if is_plain else chosen
-
-
-def as_many_as_are(there: int, asked: int, source: str) -> int:
-    """How many prompts to take of those that are there; a file of the user's may have fewer."""
-    if source == "builtin" or not 0 < there < asked:
-        return asked
-    errors.print(f"{there} prompts of {source} can be used; --num-prompts asked for {asked}.")
-    return there
 
 
 def that_fit(prompts: Sequence[Any], language_model: Any) -> list[Any]:
@@ -222,13 +298,6 @@ def that_fit(prompts: Sequence[Any], language_model: Any) -> list[Any]:
         count = len(prompts) - len(fitting)
         errors.print(f"{count} of {len(prompts)} prompts are too long and left out.")
     return fitting
-
-
-def as_plain(prompt: Any) -> Any:
-    """A chat prompt as plain text."""
-    if isinstance(prompt.content, str):
-        return prompt
-    return replace(prompt, content="\n\n".join(message.content for message in prompt.content))
 
 
 def load_reward(spec: str, timeout: float) -> Any:

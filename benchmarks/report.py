@@ -1,51 +1,60 @@
-"""Show a comparison: a table and a prompt side by side in the terminal, and a plot."""
+"""Show a comparison or a fit: tables and a prompt side by side in the terminal, and a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from mbrl_text_env.benchmarks.terminal import panel, plain
+from mbrl_text_env.benchmarks.statistics import Interval
+from mbrl_text_env.benchmarks.terminal import numbers, panel, plain, progress_bar
 from mbrl_text_env.files import write_file
 
 if TYPE_CHECKING:
     from mbrl_text_env.agents.values import FittedValue
+    from mbrl_text_env.benchmarks.compare import Comparison
 
 
 _ANSWER_WIDTH = 44
 
 
+def compare_with_progress(comparison: Comparison, out: Path, console: Console) -> dict[str, Any]:
+    """`compare` with a progress bar."""
+    from mbrl_text_env.benchmarks.compare import compare
+
+    total = len(comparison.config.agents) * len(comparison.prompts)
+    with progress_bar(console) as bar:
+        task = bar.add_task("Comparing", total=total)
+
+        def on_batch(spec: str, count: int, rows: list[dict[str, Any]]) -> None:
+            bar.update(task, advance=count, description=f"Comparing ({spec})")
+
+        return compare(comparison, out, on_batch=on_batch)
+
+
 def table(summary: dict[str, Any]) -> Group:
     """The comparison in two tables that fit a terminal of 80 columns: quality and cost."""
-    prompts = len(summary["prompts"])
+    gold = [f"mean {summary['gold']}"] if summary["gold"] else []
     quality = Table(
         "agent",
-        *(
-            Column(heading, justify="right")
-            for heading in ("mean reward", "minus best-of-N", "wins", *_gold_heading(summary))
-        ),
-        title=f"Reward {summary['reward']!r}: {prompts} prompts, "
-        f"{shown_budget(summary)}, "
-        f"{summary['language_model']}",
+        *numbers("mean reward", "minus best-of-N", "wins", *gold),
+        title=f"Reward {summary['reward']!r}: {len(summary['prompts'])} prompts, "
+        f"{shown_budget(summary)}, {summary['language_model']}",
     )
     cost = Table(
         "agent",
-        *(
-            Column(heading, justify="right")
-            for heading in ("tokens", "reward calls", "value calls")
-        ),
-        *(Column(heading, justify="right") for heading in ("GFLOPs", "seconds")),
+        *numbers("tokens", "reward calls", "value calls", "GFLOPs", "seconds"),
         caption="Means over prompts, 95% bootstrap intervals, differences paired by prompt; a tie "
         f"is half a win.{_failures(summary)}",
     )
     for entry in summary["agents"]:
-        gold = [f"{entry['gold']:.3f}" if "gold" in entry else "-"] if summary["gold"] else []
-        quality.add_row(entry["agent"], *_quality(entry), *gold)
+        golds = [f"{entry['gold']:.3f}" if "gold" in entry else "-"] if gold else []
+        quality.add_row(entry["agent"], *_quality(entry), *golds)
         cost.add_row(
             entry["agent"],
             f"{entry['generated_tokens']:.0f}",
@@ -58,6 +67,37 @@ def table(summary: dict[str, Any]) -> Group:
     if warnings:
         warnings.append(Text("`mbrl-text reward audit` tells whether the reward is exploitable."))
     return Group(quality, cost, *warnings)
+
+
+def _quality(entry: dict[str, Any]) -> list[str]:
+    mean = f"{Interval(entry['mean'], entry['low'], entry['high']):.3f}"
+    versus = entry.get("vs_best_of_n")
+    if versus is None:
+        return [mean, "-", "-"]
+    paired = Interval(versus["difference"], versus["low"], versus["high"])
+    return [mean, f"{paired:+.3f}", f"{versus['win_rate']:.0%}"]
+
+
+def _failures(summary: dict[str, Any]) -> str:
+    failed = [f"{e['agent']} {e['failed']}" for e in summary["agents"] if e["failed"]]
+    if not failed:
+        return ""
+    return f" Prompts without a score, left out: {', '.join(failed)} (errors in results.jsonl)."
+
+
+def shown_budget(summary: dict[str, Any]) -> str:
+    """A comparison's budget in words.
+
+    Example:
+        >>> shown_budget({"budget_tokens": 400, "budget_flops": None, "budget_seconds": 1.5})
+        '400 tokens, 1.5 seconds a prompt'
+    """
+    caps = [
+        f"{summary[f'budget_{unit.lower()}']:{spec}} {unit}"
+        for unit, spec in (("tokens", ""), ("FLOPs", ".4g"), ("seconds", ".4g"))
+        if summary[f"budget_{unit.lower()}"] is not None
+    ]
+    return f"{', '.join(caps)} a prompt" if caps else "no budget"
 
 
 def fit_table(value_model: FittedValue, reward: str) -> Group:
@@ -78,31 +118,13 @@ def fit_table(value_model: FittedValue, reward: str) -> Group:
         whole.add_row(label, figure)
     if not found.by_length:
         return Group(whole)
-    headings = ("prefix tokens", "prefixes", "correlation", "within a prompt", "error's std")
-    lengths = Table(*(Column(heading, justify="right") for heading in headings))
+    lengths = Table(
+        *numbers("prefix tokens", "prefixes", "correlation", "within a prompt", "error's std")
+    )
     for row in found.by_length:
         figures = (row.correlation, row.within_prompt, row.std)
         lengths.add_row(str(row.length), str(row.num_prefixes), *(f"{f:.3f}" for f in figures))
     return Group(whole, lengths)
-
-
-def shown_budget(summary: dict[str, Any]) -> str:
-    """A comparison's budget in words.
-
-    Example:
-        >>> shown_budget({"budget_tokens": 400, "budget_flops": None, "budget_seconds": 1.5})
-        '400 tokens, 1.5 seconds a prompt'
-    """
-    caps = [
-        f"{summary[key]:.4g} {unit}" if key != "budget_tokens" else f"{summary[key]} {unit}"
-        for key, unit in (
-            ("budget_tokens", "tokens"),
-            ("budget_flops", "FLOPs"),
-            ("budget_seconds", "seconds"),
-        )
-        if summary[key] is not None
-    ]
-    return f"{', '.join(caps)} a prompt" if caps else "no budget"
 
 
 def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
@@ -121,38 +143,26 @@ def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
 
 def plot(summary: dict[str, Any], path: Path) -> None:
     """Mean rewards with their intervals, as a picture."""
+    entries = summary["agents"]
+    with png(path, figsize=(6.4, 1.2 + 0.5 * len(entries))) as figure:
+        axes = figure.add_subplot()
+        for place, entry in enumerate(entries):
+            mean = Interval(entry["mean"], entry["low"], entry["high"])
+            axes.errorbar(mean.estimate, place, xerr=mean.bars, fmt="o", capsize=4)
+        labels = [entry["agent"] for entry in entries]
+        axes.set_yticks(range(len(entries)), labels, parse_math=False)
+        axes.set_ylim(len(entries) - 0.5, -0.5)
+        axes.set_xlabel(f"mean reward ({summary['reward']}), 95% interval", parse_math=False)
+        axes.set_title(f"{len(summary['prompts'])} prompts, {shown_budget(summary)}")
+
+
+@contextmanager
+def png(path: Path, *, figsize: tuple[float, float], dpi: int = 150) -> Iterator[Any]:
+    """A figure of matplotlib to draw on, written as a PNG at the end."""
     # The object-oriented interface needs no display and leaves the user's backend alone.
     from matplotlib.figure import Figure
 
-    entries = summary["agents"]
-    figure = Figure(figsize=(6.4, 1.2 + 0.5 * len(entries)), layout="constrained")
-    axes = figure.add_subplot()
-    for place, entry in enumerate(entries):
-        below, above = entry["mean"] - entry["low"], entry["high"] - entry["mean"]
-        axes.errorbar(entry["mean"], place, xerr=[[below], [above]], fmt="o", capsize=4)
-    axes.set_yticks(range(len(entries)), [entry["agent"] for entry in entries], parse_math=False)
-    axes.set_ylim(len(entries) - 0.5, -0.5)
-    axes.set_xlabel(f"mean reward ({summary['reward']}), 95% interval", parse_math=False)
-    axes.set_title(f"{len(summary['prompts'])} prompts, {shown_budget(summary)}")
+    figure = Figure(figsize=figsize, layout="constrained")
+    yield figure
     with write_file(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=150)
-
-
-def _gold_heading(summary: dict[str, Any]) -> list[str]:
-    return [f"mean {summary['gold']}"] if summary["gold"] else []
-
-
-def _failures(summary: dict[str, Any]) -> str:
-    failed = [f"{e['agent']} {e['failed']}" for e in summary["agents"] if e["failed"]]
-    if not failed:
-        return ""
-    return f" Prompts without a score, left out: {', '.join(failed)} (errors in results.jsonl)."
-
-
-def _quality(entry: dict[str, Any]) -> list[str]:
-    mean = f"{entry['mean']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
-    versus = entry.get("vs_best_of_n")
-    if versus is None:
-        return [mean, "-", "-"]
-    paired = f"{versus['difference']:+.3f} [{versus['low']:+.3f}, {versus['high']:+.3f}]"
-    return [mean, paired, f"{versus['win_rate']:.0%}"]
+        figure.savefig(scratch, format="png", dpi=dpi)

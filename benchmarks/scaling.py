@@ -329,9 +329,7 @@ def compute_multiplier(
             its responses must not be taken from the pool itself.
         costs: float64[P], its cost of each prompt, in the baseline's unit.
         baseline: The pool of the same prompts, in the same order.
-        confidence: Of the interval.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        confidence: Of the interval, by a bootstrap with `resamples` and `seed`.
 
     Example:
         >>> pool = Baseline(np.tile(np.arange(64.0), (8, 1)), np.ones((8, 64)))
@@ -340,7 +338,8 @@ def compute_multiplier(
         (8.0, 32.0, False)
     """
     own, paid = checked(rewards, 1, "rewards"), checked(costs, 1, "costs")
-    if not len(own) == len(paid) == (prompts := baseline.shape[0]) >= 2:
+    prompts = baseline.shape[0]
+    if not len(own) == len(paid) == prompts >= 2:
         raise ValueError(
             "Expected a reward and a cost for each prompt of the pool, and two prompts at least; "
             f"got {len(own)} rewards, {len(paid)} costs and a pool of {prompts} prompts."

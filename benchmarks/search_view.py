@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 from rich.text import Text
 from rich.tree import Tree
 
+from mbrl_text_env.benchmarks.report import png
 from mbrl_text_env.benchmarks.terminal import visible
-from mbrl_text_env.files import write_file
 
-Nodes = Sequence[Mapping[str, Any]]
+Node = Mapping[str, Any]
+Children = Sequence[Sequence[int]]
 
 _TEXT_WIDTH = 60
 _LABEL_WIDTH = 26
@@ -30,8 +31,7 @@ def draw_tree(search: Mapping[str, Any], *, most_children: int = 4) -> Tree:
         >>> rich.print(draw_tree(tree.to_dict(planner.language_model)))  # doctest: +SKIP
     """
     nodes, children = search["nodes"], _children(search["nodes"])
-    root = Tree(Text(_short(search["prompt"]), style="italic"))
-    drawn = {0: root}
+    drawn = {0: Tree(Text(_short(search["prompt"]), style="italic"))}
     for index in _depth_first(children):
         if index not in drawn:
             continue
@@ -40,7 +40,7 @@ def draw_tree(search: Mapping[str, Any], *, most_children: int = 4) -> Tree:
             drawn[child] = drawn[index].add(_line(nodes[child]))
         if len(below) > most_children:
             drawn[index].add(Text(f"and {len(below) - most_children} more", style="dim"))
-    return root
+    return drawn[0]
 
 
 def picture(search: Mapping[str, Any], path: Path) -> None:
@@ -50,55 +50,50 @@ def picture(search: Mapping[str, Any], path: Path) -> None:
         search: What `SearchTree.to_dict` returns.
         path: Where to.
     """
-    from matplotlib.figure import Figure
-
     nodes, children = search["nodes"], _children(search["nodes"])
     heights = _heights(children)
     lengths = np.array([node["response_tokens"] for node in nodes], dtype=float)
-    leaves = sum(not below for below in children)
-    figure = Figure(figsize=(11, min(40.0, max(3.0, 0.16 * leaves))), layout="constrained")
-    axes = figure.subplots()
-    for node in nodes[1:]:
-        ends = [node["parent"], node["index"]]
-        chosen = bool(node["chosen"])
-        axes.plot(
-            lengths[ends],
-            heights[ends],
-            color="black" if chosen else "0.8",
-            linewidth=2.0 if chosen else 0.7,
-            zorder=1 + chosen,
-        )
     worths = np.array([_worth(node) for node in nodes], dtype=float)
     known = np.flatnonzero(np.isfinite(worths))
-    if len(known):
-        dots = axes.scatter(
-            lengths[known],
-            heights[known],
-            c=worths[known],
-            s=[34 if nodes[i]["score"] is not None else 14 for i in known],
-            cmap="viridis",
-            zorder=3,
-        )
-        figure.colorbar(dots, label="score or value")
-    for node in nodes[1:]:
-        if node["chosen"]:
-            axes.annotate(
-                _short(node["text"], _LABEL_WIDTH),
-                (lengths[node["index"]], heights[node["index"]]),
-                textcoords="offset points",
-                xytext=(-2, 5),
-                ha="right",
-                fontsize=6,
-                parse_math=False,
+    leaves = sum(not below for below in children)
+    with png(path, figsize=(11, min(40.0, max(3.0, 0.16 * leaves))), dpi=130) as figure:
+        axes = figure.subplots()
+        for node in nodes[1:]:
+            ends = [node["parent"], node["index"]]
+            chosen = bool(node["chosen"])
+            axes.plot(
+                lengths[ends],
+                heights[ends],
+                color="black" if chosen else "0.8",
+                linewidth=2.0 if chosen else 0.7,
+                zorder=1 + chosen,
             )
-    axes.set_xlabel("response tokens")
-    axes.set_yticks([])
-    axes.set_title(_short(search["prompt"], 100), fontsize=9, parse_math=False)
-    with write_file(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=130)
+            if chosen:
+                axes.annotate(
+                    _short(node["text"], _LABEL_WIDTH),
+                    (lengths[node["index"]], heights[node["index"]]),
+                    textcoords="offset points",
+                    xytext=(-2, 5),
+                    ha="right",
+                    fontsize=6,
+                    parse_math=False,
+                )
+        if len(known):
+            dots = axes.scatter(
+                lengths[known],
+                heights[known],
+                c=worths[known],
+                s=[34 if nodes[i]["score"] is not None else 14 for i in known],
+                cmap="viridis",
+                zorder=3,
+            )
+            figure.colorbar(dots, label="score or value")
+        axes.set_xlabel("response tokens")
+        axes.set_yticks([])
+        axes.set_title(_short(search["prompt"], 100), fontsize=9, parse_math=False)
 
 
-def _line(node: Mapping[str, Any]) -> Text:
+def _line(node: Node) -> Text:
     worth = "score" if node["score"] is not None else "value"
     line = Text()
     if _worth(node) is not None:
@@ -114,26 +109,25 @@ def _line(node: Mapping[str, Any]) -> Text:
     return line
 
 
-def _children(nodes: Nodes) -> list[list[int]]:
+def _children(nodes: Sequence[Node]) -> list[list[int]]:
     children: list[list[int]] = [[] for _ in nodes]
     for node in nodes[1:]:
         children[node["parent"]].append(node["index"])
     return children
 
 
-def _depth_first(children: Sequence[Sequence[int]]) -> list[int]:
-    order, stack = [], [0]
+def _depth_first(children: Children) -> Iterator[int]:
+    stack = [0]
     while stack:
         index = stack.pop()
-        order.append(index)
+        yield index
         stack.extend(reversed(children[index]))
-    return order
 
 
-def _heights(children: Sequence[Sequence[int]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _heights(children: Children) -> np.ndarray[Any, np.dtype[np.float64]]:
     """A line of its own for each leaf; other nodes stand in the middle of their children."""
     heights = np.zeros(len(children))
-    order = _depth_first(children)
+    order = list(_depth_first(children))
     for line, leaf in enumerate(i for i in order if not children[i]):
         heights[leaf] = -line
     for index in reversed(order):
@@ -142,12 +136,12 @@ def _heights(children: Sequence[Sequence[int]]) -> np.ndarray[Any, np.dtype[np.f
     return heights
 
 
-def _worth(node: Mapping[str, Any]) -> float | None:
+def _worth(node: Node) -> float | None:
     worth: float | None = node["value"] if node["score"] is None else node["score"]
     return worth
 
 
-def _rank(node: Mapping[str, Any]) -> tuple[bool, float]:
+def _rank(node: Node) -> tuple[bool, float]:
     worth = _worth(node)
     return not node["chosen"], float("inf") if worth is None else -worth
 

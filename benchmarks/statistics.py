@@ -18,17 +18,31 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, stats
 
-FloatArray = npt.NDArray[np.float64]
+from mbrl_text_env.types import FloatArray
+
 Alternative = Literal["two-sided", "greater", "less"]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval."""
+    """An estimate with its confidence interval.
+
+    Example:
+        >>> f"{Interval(0.5, 0.25, 0.75):.2f}"
+        '0.50 [0.25, 0.75]'
+    """
 
     estimate: float
     low: float
     high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    @property
+    def bars(self) -> list[list[float]]:
+        """How far it goes down and up, as `xerr` and `yerr` of matplotlib's `errorbar`."""
+        return [[self.estimate - self.low], [self.high - self.estimate]]
 
 
 @dataclass(frozen=True)
@@ -45,13 +59,9 @@ class WinRate:
         return (self.wins + 0.5 * self.ties) / (self.wins + self.ties + self.losses)
 
     def decided(self, *, confidence: float = 0.95) -> Interval:
-        """Share of wins among the pairs that are not ties, with Wilson's score interval.
+        """Share of wins among the pairs that are not ties, with Wilson's score interval (1927).
 
-        Above one half with its whole interval: the one wins more often than it loses. Without a
-        decided pair nothing is known, which is the interval from 0 to 1.
-
-        Source: Wilson, "Probable inference, the law of succession, and statistical inference",
-        JASA 1927, by `scipy.stats.binomtest`.
+        Without a decided pair nothing is known, which is the interval from 0 to 1.
 
         Example:
             >>> found = WinRate(wins=8, ties=5, losses=2).decided()
@@ -67,19 +77,15 @@ class WinRate:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Values of two that belong together.
-
-    Args:
-        keys: What each pair has in common, such as (prompt_id, seed).
-        values: float64[K], of the first.
-        baseline: float64[K], of the second.
-        unpaired: Rows of either that the other has no counterpart of.
-    """
+    """Values of two that belong together."""
 
     keys: tuple[tuple[Hashable, ...], ...]
+    """What each pair has in common, such as (prompt_id, seed)."""
     values: FloatArray
+    """float64[K], as is `baseline`."""
     baseline: FloatArray
     unpaired: int
+    """Rows of either without a counterpart."""
 
     @property
     def differences(self) -> FloatArray:
@@ -89,13 +95,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """A paired permutation test.
-
-    Args:
-        mean: Mean difference.
-        p_value: Probability of a mean this extreme or more, if signs were random.
-        exact: All sign patterns were counted, rather than a random sample of them.
-    """
+    """Mean difference, its p-value, and whether all sign patterns were counted."""
 
     mean: float
     p_value: float
@@ -104,13 +104,7 @@ class PermutationTest:
 
 @dataclass(frozen=True)
 class McNemarTest:
-    """An exact McNemar test of pass or fail.
-
-    Args:
-        wins: Pairs that pass while their baseline fails.
-        losses: Pairs that fail while their baseline passes.
-        p_value: Of a split this uneven or more, if either were equally likely.
-    """
+    """Pairs of which one side alone passes, and the p-value of a split as uneven."""
 
     wins: int
     losses: int
@@ -139,15 +133,9 @@ def pair_rows(
     value: str = "score",
     keys: Sequence[str] = ("prompt_id", "seed"),
 ) -> Pairs:
-    """Pair the rows of two by prompt and seed.
+    """Pair the rows of two, such as those of `benchmarks.compare`, by prompt and seed.
 
     Rows whose value is None (a response that could not be scored) count as missing.
-
-    Args:
-        rows: With the fields of `keys` and `value`, as the rows of `benchmarks.compare`.
-        baseline: The same of the other.
-        value: The field to compare.
-        keys: The fields that two rows of a pair have in common.
 
     Raises:
         ValueError: Two rows of one side have the same keys, a row lacks a field, or no row has a
@@ -159,47 +147,36 @@ def pair_rows(
         >>> pair_rows(own, other).differences, pair_rows(own, other).unpaired
         (array([1.]), 1)
     """
-    own, other = (_by_key(side, value, keys) for side in (rows, baseline))
+    own, other = (_by_key(list(side), value, keys) for side in (rows, baseline))
     both = [key for key in own if key in other]
     if not both:
         raise ValueError(
             f"Expected rows with the same {', '.join(keys)} on both sides, got none among "
             f"{len(own)} and {len(other)}. Run both on the same prompts and seeds."
         )
-    return Pairs(
-        tuple(both),
-        checked([own[key] for key in both], 1, value),
-        checked([other[key] for key in both], 1, value),
-        len(own) + len(other) - 2 * len(both),
-    )
+    values, baselines = (checked([side[key] for key in both], 1, value) for side in (own, other))
+    return Pairs(tuple(both), values, baselines, len(own) + len(other) - 2 * len(both))
 
 
 def _by_key(
-    rows: Iterable[Mapping[str, Any]], value: str, keys: Sequence[str]
+    rows: list[Mapping[str, Any]], value: str, keys: Sequence[str]
 ) -> dict[tuple[Hashable, ...], float]:
-    listed = list(rows)
-    for row in listed:
+    for row in rows:
         missing = [name for name in (*keys, value) if name not in row]
         if missing:
             raise ValueError(f"A row lacks {missing}; it has {sorted(row)}.")
-    found = [tuple(row[name] for name in keys) for row in listed]
+    found = [tuple(row[name] for name in keys) for row in rows]
     doubled = [key for key, count in Counter(found).items() if count > 1]
     if doubled:
         raise ValueError(
             f"Expected one row for each {', '.join(keys)}, got several for {doubled[0]} (and for "
             f"{len(doubled) - 1} others). Give the rows of one agent at one budget."
         )
-    return {
-        key: row[value] for key, row in zip(found, listed, strict=True) if row[value] is not None
-    }
+    return {key: row[value] for key, row in zip(found, rows, strict=True) if row[value] is not None}
 
 
 def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArray:
     """Mean of each prompt's rows, float64[P], in the order in which the prompts first appear.
-
-    Args:
-        values: float64[rows].
-        prompts: Each row's prompt.
 
     Raises:
         ValueError: The lengths differ, there are no values, or one is not finite.
@@ -217,7 +194,7 @@ def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArr
 
 
 def mean_interval(
-    values: FloatArray, *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
+    values: npt.ArrayLike, *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> Interval:
     """Mean of float64[B] with its bootstrap interval (BCa; percentile where BCa is undefined).
 
@@ -227,15 +204,10 @@ def mean_interval(
         ValueError: There are no values, or one is not finite.
 
     Example:
-        >>> mean_interval(np.array([1.0, 1.0, 1.0]))
+        >>> mean_interval([1.0, 1.0, 1.0])
         Interval(estimate=1.0, low=1.0, high=1.0)
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(
-            f"Expected at least one finite value, got an array of shape {values.shape} with "
-            f"{int((~np.isfinite(values)).sum())} values that are not finite."
-        )
+    values = checked(values, 1, "values")
     mean = float(values.mean())
     if np.ptp(values) == 0 or len(values) < 2:
         return Interval(mean, mean, mean)
@@ -266,22 +238,12 @@ def clustered_interval(
 ) -> Interval:
     """Mean over prompts, each with one or more rows, with its cluster bootstrap interval.
 
-    Prompts are resampled with all their rows, for the rows of a prompt are alike; an interval of
-    the rows as if they were independent would be too narrow. Each prompt counts as much as any
-    other, however many rows it has, so resampling prompts is resampling their means.
+    The rows of a prompt are alike, so prompts are resampled with all their rows. Each prompt counts
+    as much as any other, so resampling prompts is resampling their means.
 
     Source: Cameron, Gelbach and Miller, "Bootstrap-based improvements for inference with clustered
-    errors", 2008, section 2 (pairs cluster bootstrap); here with the interval of `mean_interval`.
-
-    Args:
-        values: float64[rows].
-        prompts: Each row's prompt.
-        confidence: Of the interval.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-
-    Raises:
-        ValueError: See `prompt_means`.
+    errors", 2008, section 2 (pairs cluster bootstrap); here with `mean_interval`, whose errors and
+    those of `prompt_means` it raises.
 
     Example:
         >>> clustered_interval([1.0, 3.0, 2.0], ["a", "a", "b"])
@@ -294,18 +256,14 @@ def clustered_interval(
 def percentile_tail(units: int, confidence: float) -> float:
     """Share of resamples to cut off at each end for a percentile interval of a mean.
 
-    A little less than (1 - confidence) / 2, for resamples of few units vary too little and a normal
-    tail is thinner than Student's: the expanded percentile interval.
+    A little less than (1 - confidence) / 2, for resamples of few units (such as prompts) vary too
+    little and a normal tail is thinner than Student's: the expanded percentile interval.
 
     Source: Hesterberg, "What teachers should know about the bootstrap", The American Statistician
     2015, section 5.3.
 
-    Args:
-        units: What is resampled, such as prompts; at least 2.
-        confidence: Of the interval, between 0 and 1.
-
     Raises:
-        ValueError: One of the two is out of range.
+        ValueError: There are fewer than two units, or `confidence` is not between 0 and 1.
 
     Example:
         >>> round(percentile_tail(64, 0.95), 4)
@@ -325,10 +283,8 @@ def simultaneous_intervals(
 ) -> list[Interval]:
     """Means of the columns of float64[B, K] with intervals that hold for all K at once.
 
-    With the given confidence every one of the K true means lies in its interval, so the most
-    striking column may be picked afterwards. The rows are resampled whole, which keeps columns
-    paired. A constant column has an interval of width 0. Over fewer than some ten rows, or where
-    few rows differ from the rest, such intervals are rough, as all bootstraps are.
+    The most striking column may be picked afterwards. Rows are resampled whole, which keeps columns
+    paired. Over fewer than some ten rows, or where few rows differ, such intervals are rough.
 
     Source: Beran, "Balanced simultaneous confidence sets", JASA 1988: of each column's studentised
     deviations the same quantile, so high that all columns hold together. Deviation: a resample's
@@ -342,11 +298,11 @@ def simultaneous_intervals(
         >>> simultaneous_intervals(np.array([[1.0, 2.0], [1.0, 2.0]]))[1]
         Interval(estimate=2.0, low=2.0, high=2.0)
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or values.shape[0] < 2 or not values.size or not np.isfinite(values).all():
+    if np.ndim(values) != 2 or len(values) < 2 or not np.isfinite(values).all() or not values.size:
         raise ValueError(
             "Expected finite values in at least two rows and one column, got shape "
-            f"{values.shape} with {int((~np.isfinite(values)).sum())} values that are not finite."
+            f"{np.shape(values)} with {int((~np.isfinite(values)).sum())} values that are not "
+            "finite."
         )
     rows = len(values)
     means = values.mean(axis=0)
@@ -365,13 +321,11 @@ def simultaneous_intervals(
         furthest = stats.rankdata(deviations, method="max", axis=0).max(axis=1) / resamples
         level = np.quantile(furthest, confidence)
         half[moving] = np.quantile(deviations, level, axis=0) * errors[moving]
-    return [
-        Interval(float(mean), float(mean - width), float(mean + width))
-        for mean, width in zip(means, half, strict=True)
-    ]
+    bounds = np.stack([means, means - half, means + half], axis=1)
+    return [Interval(*row) for row in bounds.tolist()]
 
 
-def win_rate(values: FloatArray, baseline: FloatArray, *, tolerance: float = 1e-9) -> WinRate:
+def win_rate(values: npt.ArrayLike, baseline: npt.ArrayLike, *, tolerance: float = 1e-9) -> WinRate:
     """Compare paired values; differences up to `tolerance` are ties.
 
     Raises:
@@ -397,8 +351,7 @@ def paired_permutation_test(
 
     Under the null hypothesis each difference may as well have the other sign. All sign patterns are
     counted where there are at most `resamples` of them, else as many random ones, with the pattern
-    seen among them, so the p-value is never 0 and the test never too often wrong. Differences of 0
-    have no sign: they change nothing, and are left out.
+    seen among them, so the p-value is never 0. Differences of 0 have no sign and are left out.
 
     Source: Fisher, "The Design of Experiments", 1935, section 21; random patterns as in Phipson and
     Smyth, "Permutation p-values should never be zero", 2010; by `scipy.stats.permutation_test`.
@@ -442,18 +395,13 @@ def paired_permutation_test(
 def mcnemar_test(
     passed: npt.ArrayLike, baseline: npt.ArrayLike, *, alternative: Alternative = "two-sided"
 ) -> McNemarTest:
-    """Exact McNemar test of paired passes and fails.
+    """Exact McNemar test of passes and fails of the same prompts, bool[P] each.
 
     Pairs in which both pass or both fail say nothing; of the others, each way is equally likely
-    under the null hypothesis.
+    under the null hypothesis. `"greater"`: passes more often than the baseline.
 
     Source: McNemar, "Note on the sampling error of the difference between correlated proportions or
     percentages", Psychometrika 1947, with the exact binomial in place of chi-squared.
-
-    Args:
-        passed: bool[P].
-        baseline: bool[P], of the same prompts.
-        alternative: `"greater"`: passes more often than the baseline.
 
     Raises:
         ValueError: The arrays do not pair or are not of truth values.
@@ -478,15 +426,12 @@ def mcnemar_test(
 
 
 def holm(p_values: npt.ArrayLike) -> FloatArray:
-    """P-values of a family of tests, adjusted by Holm's method; in the order given.
+    """P-values float64[K] of a family of tests, adjusted by Holm's method; in the order given.
 
     Rejecting where the adjusted value is at most alpha makes one false rejection or more in the
     family with probability alpha at most, however the tests depend on each other.
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
-
-    Args:
-        p_values: float64[K], each 0 to 1.
 
     Raises:
         ValueError: There are none, or one is not between 0 and 1.
@@ -516,21 +461,11 @@ def smallest_detectable_effect(
     """Mean difference that a paired comparison of so many prompts finds with the given power.
 
     A true difference smaller than this is likely to be missed: say so where a comparison finds
-    nothing.
+    nothing. It has the unit of `sd`, the standard deviation of the differences.
 
     Source: the power of the paired t-test by the noncentral t distribution (Cohen, "Statistical
     Power Analysis for the Behavioral Sciences", 1988, chapter 2). A permutation test of the same
     differences has nearly the same power.
-
-    Args:
-        prompts: Pairs, at least 2.
-        sd: Standard deviation of the differences, in their unit.
-        alpha: Level of the test.
-        power: Probability to find the effect; above `alpha`.
-        alternative: For one-sided tests either direction gives the same.
-
-    Returns:
-        The effect, from 0 up, in the unit of `sd`.
 
     Raises:
         ValueError: An argument is out of range.

@@ -1,4 +1,4 @@
-"""The one door through which `mbrl-text` prints.
+"""How `mbrl-text` prints.
 
 Prompts, responses, names, paths and errors are other people's text. None of it is read as Rich's
 markup, as emoji codes or as control sequences of a terminal: what could move the cursor, colour,
@@ -18,8 +18,17 @@ from typing import Any
 import typer
 from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.style import Style
+from rich.table import Column
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -44,7 +53,7 @@ def visible(text: str) -> str:
 
 
 def plain(text: str, style: str | Style = "") -> Text:
-    """A text for Rich that stands for itself; rows and columns are laid out by what is shown."""
+    """A text for Rich that is shown as it is."""
     return Text(visible(text), style=style)
 
 
@@ -57,12 +66,28 @@ def panel(content: str, title: str, subtitle: str = "") -> Panel:
     )
 
 
+def numbers(*headings: str) -> list[Column]:
+    """Columns of a table for figures, aligned on the right."""
+    return [Column(heading, justify="right") for heading in headings]
+
+
+def progress_bar(on: Console | None = None) -> Progress:
+    """A bar with counts, the time that has passed and the time that is left."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=on or console,
+    )
+
+
 class PlainConsole(Console):
     """A console of Rich's that prints texts as they are.
 
-    A string is one line, however long it is: a terminal wraps it itself, so that paths can be
-    copied. Tables are as wide as the terminal, or as COLUMNS says, and as they need where there is
-    neither.
+    A string is one line, however long, so that paths can be copied. Tables are as wide as the
+    terminal, or as COLUMNS says, and as they need where there is neither.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
@@ -77,7 +102,7 @@ class PlainConsole(Console):
         return ConsoleDimensions(_UNLIMITED, found.height)
 
     def on_broken_pipe(self) -> None:
-        """The reader has gone, as `head` does: nothing more is printed."""
+        """The reader, such as `head`, has ended: nothing more is printed."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1)
@@ -106,7 +131,7 @@ errors = PlainConsole(stderr=True)
 
 
 class CommandLine(TyperGroup):
-    """Commands whose usage errors and warnings go through the door too, each in one line."""
+    """Commands whose usage errors and warnings are printed like everything else, in one line."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run a command and exit: 0 if all was done, 2 for what the user can change."""
@@ -128,7 +153,7 @@ class CommandLine(TyperGroup):
             if error.format_message():
                 command = error.ctx.command_path if error.ctx else "mbrl-text"
                 errors.print(
-                    f"Error: {error.format_message()} (`{command} --help` lists what there is.)",
+                    f"Error: {error.format_message()} (See `{command} --help`.)",
                     style="red",
                 )
             return int(error.exit_code)

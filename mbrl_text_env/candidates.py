@@ -233,8 +233,7 @@ class CandidateChunksVector(_VectorWrapper):
         """Go on from N states of this view; returns what `reset` would.
 
         Raises:
-            TypeError: One is no `CandidateState`.
-            ValueError: Their number is not N, or a response is longer than the limit.
+            TypeError, ValueError: As `CandidateChunks.set_state`, or their number is not N.
         """
         _check_states(states)
         with unchanged_if_it_fails(self):

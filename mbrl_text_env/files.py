@@ -63,7 +63,9 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         _remove_abandoned(target)
         try:
             yield scratch
-            _flush(scratch)
+            # The files are on the disk before their folder gets its name.
+            for file in filter(Path.is_file, scratch.rglob("*")):
+                _to_disk(file)
             _take_place(scratch, target)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -155,15 +157,12 @@ def _remove_abandoned(target: Path) -> None:
             os.close(descriptor)
 
 
-def _flush(folder: Path) -> None:
-    """Have the files on the disk before their folder gets its name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _aside(target: Path) -> Path:

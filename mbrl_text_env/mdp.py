@@ -1,7 +1,6 @@
 """The decision process as pure functions of frozen data.
 
-`TextGenerationEnv` is a thin shell over these, and so is every planner: neither ever copies the
-    other.
+The environments and all planners are thin shells over these; none ever copies another.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ class ChunkRules:
         """`"stop"` if the chunk ends with a stop token, otherwise None.
 
         Raises:
-            InvalidChunkError: They are too many or too few, outside the vocabulary, or hold a stop
-                token before the last place.
+            InvalidChunkError: See `fault`.
         """
         fault = self.fault(token_ids)
         if fault is not None:
@@ -61,11 +59,7 @@ class ChunkRules:
         return "stop" if token_ids[-1] in self.stop_token_ids else None
 
     def chunk(self, token_ids: Sequence[int]) -> Chunk:
-        """Make a chunk of token ids.
-
-        Raises:
-            InvalidChunkError: See `finish_reason`.
-        """
+        """Make a chunk of token ids; see `finish_reason`."""
         return Chunk(tuple(token_ids), finish_reason=self.finish_reason(token_ids))
 
 
@@ -128,11 +122,7 @@ def append(
 
 
 def check_not_terminal(state: TextState) -> None:
-    """Refuse to step a state whose response has ended.
-
-    Raises:
-        EpisodeEndedError: It has.
-    """
+    """Refuse to step a state whose response has ended, by `EpisodeEndedError`."""
     if state.finish_reason is not None:
         raise EpisodeEndedError(
             f"The response to prompt {state.prompt.id!r} has ended "

@@ -215,14 +215,14 @@ class CandidateProposer:
             proposals: The candidates of each.
             ledgers: One a state. Embeddings count as FLOPs of a value model, or as calls of the
                 language model where that embeds.
-            known: One a state: the rewards that are known from the call before, which are not asked
-                for again. Those of this call take their place.
-            failures: One a state. Where it is given, a prefix that cannot be scored costs its own
-                state alone: its error is put there, and its rewards are zeros.
+            known: One a state: the rewards of the call before, which are not asked for again. Those
+                of this call take their place.
+            failures: One a state. With it, a prefix that cannot be scored costs its own state
+                alone: its error is put there, and its rewards are zeros.
 
         Returns:
-            float32[B, layout.size]; the candidates of an ended state, and all rewards there, are
-            zeros.
+            float32[B, layout.size]; zeros for the candidates of an ended state, and for all rewards
+            there.
 
         Raises:
             RewardError: A prefix could not be scored, and there is no list of failures.

@@ -302,11 +302,10 @@ class RecordWriter:
         self._run = json.dumps(run).encode()
 
     def flush(self) -> None:
-        """Write what was added since the last shard.
+        """Write what was added since the last shard; what cannot be written is kept.
 
         Raises:
-            RecordsError: The writer is not open, or the shard cannot be written; the records are
-                then kept and the next flush tries again.
+            RecordsError: The writer is not open, or the shard cannot be written.
         """
         self._check_open()
         if not self._pending:
@@ -385,15 +384,7 @@ def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[
 
 
 def has_records(folder: str | Path, expected: int = 1) -> bool:
-    """Whether a folder holds at least `expected` records.
-
-    Raises:
-        RecordsError: A shard is damaged or has an unknown version.
-
-    Example:
-        >>> has_records("nowhere")
-        False
-    """
+    """Whether a folder holds at least `expected` records; see `read_records` for errors."""
     return sum(map(count_rows, shards_of(folder))) >= expected
 
 
@@ -438,11 +429,7 @@ def rescore(
 
 
 def run_of(folder: str | Path) -> dict[str, Any] | None:
-    """What the records of a folder depend on (`RecordWriter.go_on`); None where it is not known.
-
-    Raises:
-        RecordsError: A shard is damaged.
-    """
+    """What the records of a folder depend on (`RecordWriter.go_on`); None where it is not known."""
     found = [run_of_shard(shard) for shard in shards_of(folder)]
     return found[0] if found and all(run == found[0] for run in found) else None
 

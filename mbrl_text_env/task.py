@@ -166,12 +166,9 @@ class TextTask:
     def choose_prompt(
         self, generator: np.random.Generator, options: dict[str, Any] | None
     ) -> Prompt:
-        """The prompt that `options["prompt"]` names, or a random one.
+        """The prompt that `options["prompt"]` names (a `Prompt`, id or index), or a random one.
 
-        Args:
-            generator: Drawn from whether or not a prompt is named, so that naming one leaves later
-                draws as they are.
-            options: `{"prompt": p}` with p a `Prompt`, the id of one of the task's, or an index.
+        A number is drawn in either case, so that naming a prompt leaves later draws as they are.
 
         Raises:
             ValueError: An option or a prompt is unknown.
@@ -202,8 +199,10 @@ class TextTask:
             InvalidChunkError: An action is not a chunk.
             RewardError: The reward model failed.
         """
-        rows = [(o.state, a) for o, a in zip(outcomes, actions, strict=True)]
-        appended = [self._append(*row) for row in rows]
+        appended = [
+            self._append(outcome.state, action)
+            for outcome, action in zip(outcomes, actions, strict=True)
+        ]
         states = [state for state, _ in appended]
         responses = [self.tokenizer.decode(state.response_ids) for state in states]
         scores = self._scores(states, responses)
@@ -229,13 +228,8 @@ class TextTask:
     ) -> list[Outcome]:
         """`advance` where a failure of the reward model ends the episode that it belongs to alone.
 
-        It ends without a score, and `info["reward_error"]` says why.
-
-        Args:
-            outcomes: Where the environments are.
-            actions: One each.
-            failed_reward: The reward of an episode that ends so.
-            errors: What has failed already, one an outcome, so that nothing is scored there.
+        It ends without a score but with `failed_reward`, and `info["reward_error"]` says why.
+        Nothing is scored where `errors`, one an outcome, has what has failed already.
         """
         rows = list(zip(outcomes, actions, strict=True))
         going = [row for row, error in zip(rows, errors, strict=True) if error is None]
@@ -257,12 +251,7 @@ class TextTask:
         )
 
     def check_state(self, state: object) -> TextState:
-        """Refuse what is no state of this task.
-
-        Raises:
-            TypeError: It is no `TextState`.
-            ValueError: Its response is longer than the limit.
-        """
+        """Refuse what is no state (TypeError), or one with too long a response (ValueError)."""
         if not isinstance(state, TextState):
             raise TypeError(
                 f"Expected a TextState as returned by get_state(), got {type(state).__name__}."
@@ -333,11 +322,14 @@ class TextTask:
 
     def _scores(self, states: Sequence[TextState], responses: Sequence[str]) -> list[_Score | None]:
         """Scores of the responses that need them: ended ones, and under delta all."""
-        rows = list(zip(states, responses, strict=True))
-        wanted = [s.finish_reason is not None or self.reward == "delta" for s in states]
-        some = [row for row, is_wanted in zip(rows, wanted, strict=True) if is_wanted]
-        found = iter(self._scored(some) if some else ())
-        return [next(found) if is_wanted else None for is_wanted in wanted]
+        found: list[_Score | None] = [None] * len(states)
+        everything = self.reward == "delta"
+        wanted = [i for i, s in enumerate(states) if everything or s.finish_reason is not None]
+        if wanted:
+            scored = self._scored([(states[i], responses[i]) for i in wanted])
+            for i, score in zip(wanted, scored, strict=True):
+                found[i] = score
+        return found
 
     def _rewards(
         self,

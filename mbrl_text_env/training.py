@@ -28,14 +28,10 @@ def claim_checkpoints(
     Args:
         checkpoints: The folder.
         record: Whatever the run's result depends on. JSON values.
-        error: What is raised.
+        error: What is raised where the folder is of another run, or of something else.
 
     Returns:
         The checkpoint to go on from; None where there is none.
-
-    Raises:
-        error: The folder is of another run, or of something else.
-        OSError: It cannot be written.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     remove_scratch(checkpoints)

@@ -199,11 +199,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
                 generator.bit_generator.state = state
 
     def set_states(self, states: Sequence[TextState]) -> tuple[Any, dict[str, Any]]:
-        """Go on from N states; returns what `reset` would.
-
-        Raises:
-            ValueError: Their number is not N, or a response is longer than the limit.
-        """
+        """Go on from N states, as `TextGenerationEnv.set_state`; returns what `reset` would."""
         if len(states) != self.num_envs:
             raise ValueError(f"Expected {self.num_envs} states, got {len(states)}.")
         with unchanged_if_it_fails(self):
@@ -326,11 +322,7 @@ def _ended(outcomes: Sequence[Outcome]) -> BoolArray:
 
 
 def as_actions(actions: Any, num_envs: int) -> list[Any]:
-    """One action for each environment.
-
-    Raises:
-        ValueError: Their number is another one.
-    """
+    """One action for each environment, or a ValueError."""
     try:
         found = list(actions)
     except TypeError:

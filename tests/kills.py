@@ -161,7 +161,6 @@ def prepared(folder: Path) -> None:
 
     import mbrl_text_env.benchmarks.cli
     import mbrl_text_env.benchmarks.compare
-    import mbrl_text_env.benchmarks.progress
     import mbrl_text_env.benchmarks.report  # noqa: F401 - for the processes that are forked
     from mbrl_text_env.rewards import SentimentReward
     from mbrl_text_env.types import Prompt

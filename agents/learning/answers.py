@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from mbrl_text_env.agents.base import Agent, Completion
+from mbrl_text_env.agents.collection import record_of
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.filters import CORRECT
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
+from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.mdp import initial
-from mbrl_text_env.records import Record, RecordWriter
-from mbrl_text_env.rewards.base import RewardError, isolate_failures, reward_name
+from mbrl_text_env.records import RecordWriter
+from mbrl_text_env.rewards.base import RewardError, isolate_failures
 from mbrl_text_env.types import Prompt, TextState
 
 HINTED = "+hint"
@@ -62,39 +63,17 @@ def collect_answers(
         BudgetError: The budget allows no complete response.
     """
     ledger = Ledger() if ledger is None else ledger
-    failed: dict[str, str] = {}
-
-    def answered(
-        batch: Sequence[Prompt], asked: Sequence[Prompt], seed: int, name: str
-    ) -> set[str]:
-        """Write the answers; the prompts that have a correct one, or none at all."""
-        pairs = list(zip(batch, asked, strict=True))
-        rows = isolate_failures(lambda some: _answered(agent, some, answers, budget, seed), pairs)
-        done = set()
-        for prompt, row in zip(batch, rows, strict=True):
-            if isinstance(row, RewardError):
-                warnings.warn(f"Left out prompt {prompt.id!r}: {row}", stacklevel=4)
-                failed.setdefault(prompt.id, str(row))
-                done.add(prompt.id)
-                continue
-            for completion, usage in row:
-                ledger.charge(usage)
-                record = _record(agent, completion, usage, name, seed)
-                writer.append(record)
-                if record.score >= CORRECT:
-                    done.add(prompt.id)
-        writer.flush()
-        return done
-
-    for batch in _batches(prompts, batch_prompts):
-        done = answered(batch, batch, seed, agent.name)
+    collecting = _Collecting(agent, writer, answers, budget, ledger)
+    for start in range(0, len(prompts), batch_prompts):
+        batch = prompts[start : start + batch_prompts]
+        done = collecting.write([(prompt, prompt) for prompt in batch], seed, agent.name)
         if hint is None:
             continue
         told = [(prompt, hint(prompt)) for prompt in batch if prompt.id not in done]
         wrong = [(prompt, asked) for prompt, asked in told if asked is not None]
         if wrong:
-            again, asked = zip(*wrong, strict=True)
-            answered(again, asked, spawn_seed(seed, 1), agent.name + HINTED)
+            collecting.write(wrong, spawn_seed(seed, 1), agent.name + HINTED)
+    failed = collecting.failed
     if len(failed) == len(prompts):
         raise RewardError(
             f"None of {len(prompts)} prompts could be scored. The first error: "
@@ -103,58 +82,93 @@ def collect_answers(
     return failed
 
 
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
+Row = list[tuple[Completion, Usage]]
+"""The answers to one prompt, and what each took."""
 
 
-def _answered(
-    agent: Agent,
-    pairs: Sequence[tuple[Prompt, Prompt]],
-    answers: int,
-    budget: Budget | None,
-    seed: int,
-) -> list[list[tuple[Completion, Usage]]]:
-    """Scored answers to each first prompt, found by asking the second."""
-    asked = [second for _, second in pairs]
-    if isinstance(agent, Sampling):
-        rows = _sampled(agent, asked, answers, budget, seed)
-    else:
-        rounds = [
-            agent.generate(asked, budget, seed=spawn_seed(seed, 0, k)) for k in range(answers)
+@dataclass
+class _Collecting:
+    """What the parts of `collect_answers` share."""
+
+    agent: Agent
+    writer: RecordWriter
+    answers: int
+    budget: Budget | None
+    ledger: Ledger
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def write(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int, name: str) -> set[str]:
+        """Answer each first prompt by asking the second, and write the answers.
+
+        Returns:
+            The prompts that have a correct answer, or none at all.
+        """
+        rows = isolate_failures(lambda some: self._answered(some, seed), pairs)
+        done = set()
+        for (prompt, _), row in zip(pairs, rows, strict=True):
+            if isinstance(row, RewardError):
+                warnings.warn(f"Left out prompt {prompt.id!r}: {row}", stacklevel=4)
+                self.failed.setdefault(prompt.id, str(row))
+                done.add(prompt.id)
+                continue
+            for completion, usage in row:
+                self.ledger.charge(usage)
+                record = record_of(completion, self.agent, usage.as_dict(), seed, agent=name)
+                self.writer.append(record)
+                if record.score >= CORRECT:
+                    done.add(prompt.id)
+        self.writer.flush()
+        return done
+
+    def _answered(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int) -> list[Row]:
+        agent, asked = self.agent, [second for _, second in pairs]
+        if isinstance(agent, Sampling):
+            rows = self._sampled(asked, seed)
+        else:
+            seeds = [spawn_seed(seed, 0, k) for k in range(self.answers)]
+            rounds = [agent.generate(asked, self.budget, seed=own) for own in seeds]
+            rows = [[(g.completion, g.usage) for g in row] for row in zip(*rounds, strict=True)]
+        return self._scored(
+            [
+                [(self._of(completion, first, second), usage) for completion, usage in row]
+                for (first, second), row in zip(pairs, rows, strict=True)
+            ]
+        )
+
+    def _sampled(self, prompts: Sequence[Prompt], seed: int) -> list[Row]:
+        """All answers of a prompt in one call, which computes the prompt once."""
+        agent = self.agent
+        agent.check_budget(prompts, self.budget)
+        states = [initial(prompt, agent.language_model) for prompt in prompts]
+        ledgers = [Ledger() for _ in states]
+        begun = zip(states, ledgers, strict=True)
+        rows = run([partial(agent.complete, s, self.answers, own, seed) for s, own in begun])
+        return [
+            [(answer, _share(ledger.usage, self.answers, k)) for k, answer in enumerate(row)]
+            for row, ledger in zip(rows, ledgers, strict=True)
         ]
-        rows = [[(g.completion, g.usage) for g in row] for row in zip(*rounds, strict=True)]
-    own = [
-        [(_of(agent, completion, first, second), usage) for completion, usage in row]
-        for (first, second), row in zip(pairs, rows, strict=True)
-    ]
-    return _scored(agent, own)
 
+    def _of(self, completion: Completion, prompt: Prompt, asked: Prompt) -> Completion:
+        """The same response as an answer to the prompt that was not told anything."""
+        if asked is prompt:
+            return completion
+        told = completion.state
+        ids = self.agent.language_model.encode_prompt(prompt)
+        state = TextState(prompt, ids, told.response_ids, told.finish_reason, told.chunk_ends)
+        return Completion(state)
 
-def _sampled(
-    agent: Agent, prompts: Sequence[Prompt], answers: int, budget: Budget | None, seed: int
-) -> list[list[tuple[Completion, Usage]]]:
-    """All answers of a prompt in one call, which computes the prompt once."""
-    states = [initial(prompt, agent.language_model) for prompt in prompts]
-    for state in states:
-        least = agent.response_usage(state)
-        if not Ledger(budget).affords(least):
-            raise BudgetError(
-                f"{budget} is too small for one response to prompt {state.prompt.id!r}: that can "
-                f"take {least.generated_tokens} tokens and {least.flops:.3g} FLOPs. Raise the "
-                "budget or lower max_response_tokens."
-            )
-    ledgers = [Ledger() for _ in states]
-    rows = run(
-        [
-            partial(agent.complete, state, answers, ledger, seed)
-            for state, ledger in zip(states, ledgers, strict=True)
-        ]
-    )
-    return [
-        [(completion, _share(ledger.usage, answers, k)) for k, completion in enumerate(row)]
-        for row, ledger in zip(rows, ledgers, strict=True)
-    ]
+    def _scored(self, rows: Sequence[Row]) -> list[Row]:
+        """Score what has no score yet; what that takes is added to each answer's usage."""
+        plain = [answer for row in rows for answer in row]
+        missing = [i for i, (completion, _) in enumerate(plain) if completion.score is None]
+        if missing:
+            ledgers = [Ledger() for _ in missing]
+            alone = zip(missing, ledgers, strict=True)
+            found = run([partial(self.agent.scored, [plain[i][0]], own) for i, own in alone])
+            for i, [completion], ledger in zip(missing, found, ledgers, strict=True):
+                plain[i] = completion, plain[i][1] + ledger.usage
+        numbered = iter(plain)
+        return [[next(numbered) for _ in row] for row in rows]
 
 
 def _share(usage: Usage, parts: int, index: int) -> Usage:
@@ -166,50 +180,3 @@ def _share(usage: Usage, parts: int, index: int) -> Usage:
         else:
             amounts[name] = amount / parts
     return Usage(**amounts)
-
-
-def _of(agent: Agent, completion: Completion, prompt: Prompt, asked: Prompt) -> Completion:
-    """The same response as an answer to the prompt that was not told anything."""
-    if asked is prompt:
-        return completion
-    told = completion.state
-    ids = agent.language_model.encode_prompt(prompt)
-    state = TextState(prompt, ids, told.response_ids, told.finish_reason, told.chunk_ends)
-    return Completion(state)
-
-
-def _scored(
-    agent: Agent, rows: Sequence[Sequence[tuple[Completion, Usage]]]
-) -> list[list[tuple[Completion, Usage]]]:
-    """Score what has no score yet; what that takes is added to each answer's usage."""
-    plain = [(completion, usage) for row in rows for completion, usage in row]
-    missing = [i for i, (completion, _) in enumerate(plain) if completion.score is None]
-    if missing:
-        ledgers = [Ledger() for _ in missing]
-        found = run(
-            [
-                partial(agent.scored, [plain[i][0]], ledger)
-                for i, ledger in zip(missing, ledgers, strict=True)
-            ]
-        )
-        for i, [completion], ledger in zip(missing, found, ledgers, strict=True):
-            plain[i] = completion, plain[i][1] + ledger.usage
-    numbered = iter(plain)
-    return [[next(numbered) for _ in row] for row in rows]
-
-
-def _record(agent: Agent, completion: Completion, usage: Usage, name: str, seed: int) -> Record:
-    state, lm = completion.state, agent.language_model
-    assert completion.score is not None
-    return Record.from_state(
-        replace(state, logprob=None),
-        response=lm.decode(state.response_ids),
-        logprobs=completion.logprobs,
-        score=completion.score,
-        rewards=dict(completion.parts),
-        reward_name=reward_name(agent.reward_model),
-        agent=name,
-        language_model=lm.name,
-        seed=seed,
-        usage=usage.as_dict(),
-    )

@@ -1,8 +1,9 @@
 """Expert iteration: a policy answers with an agent's help, and learns its best answers.
 
 Each iteration collects scored answers to train prompts, filters them, tunes the policy on what is
-left, measures plain sampling on validation prompts, and fits the value model anew. Iteration 0 only
-measures the base model and fits its value. Whatever is made is kept; see `iteration_folder`.
+left, measures plain sampling on validation prompts, and fits a new value model. Iteration 0 only
+measures the base model and fits its value. Whatever is made is kept; docs/self-training.md shows
+the folder.
 """
 
 from __future__ import annotations
@@ -12,46 +13,45 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.collection import clear_cache
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers
 from mbrl_text_env.agents.learning.filters import select
-from mbrl_text_env.agents.learning.improvers import Improver, LoraImprover
-from mbrl_text_env.agents.learning.iteration_folder import (
-    STAGES,
-    LoopError,
-    LoopFolder,
-    NoSignalError,
-    Stage,
-    told_where,
-    write_json,
-)
-from mbrl_text_env.agents.learning.iteration_report import (
+from mbrl_text_env.agents.learning.fine_tuning import Improver, LoraImprover
+from mbrl_text_env.agents.learning.loop_values import LoopValues, ValueBefore, ValueFactory
+from mbrl_text_env.agents.learning.notes import from_json, to_json, write_json
+from mbrl_text_env.agents.learning.presets import LoopSettings, answer_hint, planned
+from mbrl_text_env.agents.learning.reports import (
     Collected,
+    Divergence,
     IterationReport,
     LoopResult,
     Selected,
     Validation,
-    doubts_about,
-    fallen,
-    read_validation,
-    read_value,
-    without_signal,
-)
-from mbrl_text_env.agents.learning.loop_prompts import check_prompts, prompts_digest
-from mbrl_text_env.agents.learning.loop_values import LoopValues, ValueBefore
-from mbrl_text_env.agents.learning.presets import LoopSettings, answer_hint, planned
-from mbrl_text_env.agents.learning.shift import (
-    Divergence,
+    ValueReport,
     check_gold,
     divergence,
-    from_json,
-    to_json,
+    doubts_about,
+    fallen,
+    without_signal,
 )
+from mbrl_text_env.agents.learning.stages import (
+    STAGES,
+    LoopError,
+    NoSignalError,
+    Stage,
+    check_prompts,
+    told_where,
+)
+from mbrl_text_env.agents.learning.training import prompts_digest
 from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import FittedValue
@@ -63,6 +63,7 @@ from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record, RecordWriter, read_records
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, RewardModel
+from mbrl_text_env.runs import claimed
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 
@@ -74,6 +75,7 @@ _FEW_PROMPTS = 500
 _ADJUSTABLE = ("iterations", "patience")
 
 
+@dataclass(eq=False, repr=False)
 class ExpertIteration:
     """The loop of collecting, filtering, tuning and refitting, kept in a folder.
 
@@ -90,7 +92,7 @@ class ExpertIteration:
         validation: Prompts to measure on, of other ids.
         folder: Where everything is kept.
         settings: What an iteration does; see `star`, `rest_em`, `rejection_sampling`, `planned`.
-        improver: How a policy learns; None for `LoraImprover`.
+        improver: How a policy learns.
         gold_model: A trusted reward that nothing is selected by.
         agent_factory: Makes the agent that answers, instead of the settings' spec.
         value_factory: Makes a value model to fit, of a class that `load_value` reads, instead of
@@ -115,44 +117,33 @@ class ExpertIteration:
         >>> policy, value = loop.policy(result.best), loop.value(result.best)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardLike,
-        train: Sequence[Prompt],
-        validation: Sequence[Prompt],
-        folder: str | Path,
-        settings: LoopSettings | None = None,
-        *,
-        improver: Improver | None = None,
-        gold_model: RewardLike | None = None,
-        agent_factory: AgentFactory | None = None,
-        value_factory: Callable[[LanguageModel, RewardModel], FittedValue] | None = None,
-        value_model: FittedValue | None = None,
-        encoder: Encoder | None = None,
-        hint: Hint = answer_hint,
-        on_stage: Callable[[int, str], None] | None = None,
-    ) -> None:
-        self.language_model = language_model
-        self.reward_model = as_reward_model(reward_model)
-        self.train = train
-        self.validation = validation
-        self.folder = folder
-        self.settings = planned() if settings is None else settings
-        self.improver: Improver = LoraImprover() if improver is None else improver
-        self.gold_model = None if gold_model is None else as_reward_model(gold_model)
-        self.agent_factory = agent_factory
-        self.value_factory = value_factory
-        self.value_model = value_model
-        self.encoder = encoder
-        self.hint = hint
-        self.on_stage = on_stage
-        check_prompts(train, validation, self.reward_model)
-        self._folder = LoopFolder(folder)
+    language_model: LanguageModel
+    reward_model: RewardLike
+    train: Sequence[Prompt]
+    validation: Sequence[Prompt]
+    folder: str | Path
+    settings: LoopSettings = dataclasses.field(default_factory=planned)
+    _: KW_ONLY
+    improver: Improver = dataclasses.field(default_factory=LoraImprover)
+    gold_model: RewardLike | None = None
+    agent_factory: AgentFactory | None = None
+    value_factory: ValueFactory | None = None
+    value_model: FittedValue | None = None
+    encoder: Encoder | None = None
+    hint: Hint = answer_hint
+    on_stage: Callable[[int, str], None] | None = None
+
+    def __post_init__(self) -> None:
+        # None stands for the default here too.
+        self.settings = self.settings or planned()
+        self.improver = self.improver or LoraImprover()
+        self.reward_model = self._reward = as_reward_model(self.reward_model)
+        check_prompts(self.train, self.validation, self._reward)
+        self._gold = None if self.gold_model is None else as_reward_model(self.gold_model)
         self._values = LoopValues(
-            self.settings, self.reward_model, encoder, value_factory, value_model
+            self.settings, self._reward, self.encoder, self.value_factory, self.value_model
         )
-        self._serving: tuple[int, LanguageModel] = (0, language_model)
+        self._serving: tuple[int, LanguageModel] = (0, self.language_model)
 
     def run(self) -> LoopResult:
         """Run, or go on, to the last iteration.
@@ -165,7 +156,10 @@ class ExpertIteration:
                 of another one.
             KeyboardInterrupt: It was stopped; the same call goes on.
         """
-        with told_where(self.folder, "the start"), self._folder.claimed(self._described()):
+        with (
+            told_where(self.folder, "the start"),
+            claimed(self.folder, self._described(), "loop", LoopError),
+        ):
             if len(self.train) < _FEW_PROMPTS:
                 warnings.warn(
                     f"{len(self.train)} train prompts: with fewer than {_FEW_PROMPTS} a policy "
@@ -191,11 +185,11 @@ class ExpertIteration:
             LoopError: The iteration has none yet.
         """
         if iteration != self._serving[0]:
-            stage = self._stage(iteration, "policy")
-            if iteration and not stage.is_done:
-                raise LoopError(f"{stage.folder}: iteration {iteration} has no policy yet.")
             served = self.language_model
             if iteration:
+                stage = self._stage(iteration, "policy")
+                if not stage.is_done:
+                    raise LoopError(f"{stage.folder}: iteration {iteration} has no policy yet.")
                 served = self.improver.serve(self.language_model, stage.folder)
             self._serving = iteration, served
         return self._serving[1]
@@ -209,7 +203,7 @@ class ExpertIteration:
         if not self._values.is_wanted:
             return None
         policy = self.policy(iteration)
-        fitted_at = read_value(self._stage(iteration, "value").read()["report"]).fitted_at
+        fitted_at = self._value_report(iteration).fitted_at
         if self.settings.stale_value != "error":
             # One that was taken over was written again for this policy.
             fitted_at = iteration
@@ -233,7 +227,11 @@ class ExpertIteration:
     ) -> tuple[IterationReport | None, str | None]:
         """Its report, and why the loop stops with it; no report where nothing was learned."""
         self._do(iteration, "collected", self._collect)
-        lacking = self._without_signal(iteration)
+        lacking = without_signal(
+            self.records(iteration, "collected"),
+            self.records(iteration - 1, "validation"),
+            is_plain=self._stage(iteration, "collected").read()["is_plain"],
+        )
         if lacking is not None:
             told = f"Iteration {iteration}: {lacking}"
             if iteration == 1:
@@ -243,16 +241,15 @@ class ExpertIteration:
         self._do(iteration, "selected", self._select)
         self._do(iteration, "policy", self._improve)
         self._do(iteration, "validation", self._validate)
-        found = read_validation(self._stage(iteration, "validation").read()["report"])
-        means = [*(report.validation.mean for report in reports), found.mean]
+        found = self._stage(iteration, "validation").read()["report"]["mean"]
+        means = [*(report.validation.mean for report in reports), found]
         stopped = fallen(means, self.settings.patience)
         if self._values.is_wanted and stopped is None:
             self._do(iteration, "value", self._fit_value)
         return self._report(iteration, reports), stopped
 
     def _collect(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
-        before = stage.iteration - 1
-        settings = self.settings
+        before, settings = stage.iteration - 1, self.settings
         agent = self._agent(self.policy(before), self.value(before))
         with RecordWriter(stage.folder) as writer:
             failed = collect_answers(
@@ -266,14 +263,17 @@ class ExpertIteration:
                 hint=self.hint if settings.hints else None,
                 ledger=ledger,
             )
-        report = Collected.of(read_records(stage.folder), len(failed))
+        records = read_records(stage.folder)
+        scores = [record.score for record in records]
+        report = Collected.of(records, num_failed=len(failed), std=float(np.std(scores)))
         return {"report": to_json(report), "is_plain": isinstance(agent, Sampling)}
 
     def _select(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
         kept = select(self.records(stage.iteration, "collected"), self.settings.filter)
         with RecordWriter(stage.folder) as writer:
             writer.extend(kept)
-        return {"report": to_json(Selected.of(kept))}
+        lowest = min(record.score for record in kept)
+        return {"report": to_json(Selected.of(kept, lowest=lowest))}
 
     def _improve(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
         before = self._stage(stage.iteration - 1, "policy").folder
@@ -290,13 +290,10 @@ class ExpertIteration:
         return {"report": {"num_examples": found.num_examples, **details}}
 
     def _validate(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
-        settings, policy = self.settings, self.policy(stage.iteration)
-        samples = settings.validation_samples
+        policy, samples = self.policy(stage.iteration), self.settings.validation_samples
         records = self._sampled(stage.folder, policy, self.validation, samples, seed, ledger)
         moved = self._divergence(policy, spawn_seed(seed, 1), ledger)
-        gold = None
-        if self.gold_model is not None:
-            gold = check_gold(self.gold_model, records, ledger=ledger)
+        gold = None if self._gold is None else check_gold(self._gold, records, ledger=ledger)
         report = Validation.of(records, moved, gold)
         return {"report": to_json(report), "policy": policy.name}
 
@@ -315,7 +312,11 @@ class ExpertIteration:
         return divergence(policy, self.language_model, states, ledger=ledger)
 
     def _fit_value(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
-        before = stage.iteration - 1
+        last = stage.iteration - 1
+        before = None
+        if last >= 0:
+            folder = self._stage(last, "value").folder
+            before = ValueBefore(folder, self.policy(last), self._value_report(last))
         found = self._values.renew(
             stage.folder,
             self.policy(stage.iteration),
@@ -325,14 +326,9 @@ class ExpertIteration:
             ),
             ledger,
             iteration=stage.iteration,
-            before=None if before < 0 else self._before(before),
+            before=before,
         )
         return {"report": to_json(found)}
-
-    def _before(self, iteration: int) -> ValueBefore:
-        """The value model of an iteration, for the next one."""
-        stage = self._stage(iteration, "value")
-        return ValueBefore(stage.folder, self.policy(iteration), read_value(stage.read()["report"]))
 
     # What the stages share.
 
@@ -349,9 +345,7 @@ class ExpertIteration:
             stage.begin()
             # What one policy left in its cache must not depend on where the loop was stopped.
             for model in (self.language_model, self._serving[1]):
-                clear = getattr(model, "clear_cache", None)
-                if clear is not None:
-                    clear()
+                clear_cache(model)
             ledger, start = Ledger(), time.perf_counter()
             seed = spawn_seed(self.settings.seed, iteration, STAGES.index(name))
             note = make(stage, ledger, seed)
@@ -359,16 +353,22 @@ class ExpertIteration:
             stage.end({**note, "usage": {**ledger.usage.as_dict(), **wall}})
 
     def _stage(self, iteration: int, name: str) -> Stage:
-        return self._folder.stage(iteration, name)
+        return Stage(iteration, name, Path(self.folder) / f"{iteration:02d}")
+
+    def _value_report(self, iteration: int) -> ValueReport:
+        found: ValueReport = from_json(
+            ValueReport, self._stage(iteration, "value").read()["report"]
+        )
+        return found
 
     def _agent(self, policy: LanguageModel, value: ValueModel | None) -> Agent:
         if self.agent_factory is not None:
-            return self.agent_factory(policy, self.reward_model, value)
+            return self.agent_factory(policy, self._reward, value)
         settings = self.settings
         return make(
             settings.agent,
             policy,
-            self.reward_model,
+            self._reward,
             value,
             max_response_tokens=settings.max_response_tokens,
             params=settings.params,
@@ -376,7 +376,7 @@ class ExpertIteration:
 
     def _sampling(self, policy: LanguageModel, params: SamplingParams) -> Sampling:
         limit = self.settings.max_response_tokens
-        return Sampling(policy, self.reward_model, max_response_tokens=limit, params=params)
+        return Sampling(policy, self._reward, max_response_tokens=limit, params=params)
 
     def _sampled(
         self,
@@ -400,37 +400,33 @@ class ExpertIteration:
             )
         return read_records(folder)
 
-    def _without_signal(self, iteration: int) -> str | None:
-        """Why nothing can be learned from the answers; None where something can."""
-        return without_signal(
-            self.records(iteration, "collected"),
-            self.records(iteration - 1, "validation"),
-            is_plain=self._stage(iteration, "collected").read()["is_plain"],
-        )
-
     def _report(self, iteration: int, before: Sequence[IterationReport]) -> IterationReport:
         """Put an iteration's notes together, and write its scores and its ledger."""
-        notes = {
-            name: stage.read() for name in STAGES if (stage := self._stage(iteration, name)).is_done
+        stages = [self._stage(iteration, name) for name in STAGES]
+        notes = {stage.name: stage.read() for stage in stages if stage.is_done}
+        parts = {
+            "validation": Validation,
+            "collected": Collected,
+            "selected": Selected,
+            "value": ValueReport,
         }
-        collected, selected, value = (notes.get(n) for n in ("collected", "selected", "value"))
-        validation = read_validation(notes["validation"]["report"])
+        found: dict[str, Any] = {
+            name: from_json(kind, notes[name]["report"]) if name in notes else None
+            for name, kind in parts.items()
+        }
+        last = found["validation"]
         report = IterationReport(
-            iteration,
-            notes["validation"]["policy"],
-            validation,
-            None if collected is None else from_json(Collected, collected["report"]),
-            None if selected is None else from_json(Selected, selected["report"]),
-            notes["policy"]["report"] if "policy" in notes else None,
-            None if value is None else read_value(value["report"]),
-            {name: note["usage"] for name, note in notes.items()},
-            tuple(doubts_about(before[0].validation if before else validation, validation)),
+            iteration=iteration,
+            policy=notes["validation"]["policy"],
+            improvement=notes["policy"]["report"] if "policy" in notes else None,
+            usage={name: note["usage"] for name, note in notes.items()},
+            warnings=tuple(doubts_about(before[0].validation if before else last, last)),
+            **found,
         )
         for doubt in report.warnings:
             warnings.warn(f"Iteration {iteration}: {doubt}", stacklevel=4)
-        root = self._folder.iteration(iteration)
-        write_json(root / "scores.json", report.to_dict())
-        write_json(root / "ledger.json", {**report.usage, "total": report.total_usage()})
+        write_json(stages[0].root / "scores.json", report.to_dict())
+        write_json(stages[0].root / "ledger.json", report.ledger())
         return report
 
     def _described(self) -> dict[str, Any]:
@@ -438,18 +434,19 @@ class ExpertIteration:
         settings = dataclasses.asdict(self.settings)
         for name in _ADJUSTABLE:
             settings.pop(name)
-        models: dict[str, Any] = {
-            "language_model": identity(self.language_model),
-            "reward": identity(self.reward_model),
-            "gold": identity(self.gold_model),
-            "value_model": identity(self.value_model),
-            "encoder": identity(self.encoder),
-            "improver": dict(self.improver.described()),
-        }
-        given = ("agent_factory", "value_factory", "hint")
+        names = (
+            "language_model",
+            "value_model",
+            "encoder",
+            "agent_factory",
+            "value_factory",
+            "hint",
+        )
         return {
             "settings": identity(settings),
-            **models,
-            **{name: identity(getattr(self, name)) for name in given},
+            "reward": identity(self._reward),
+            "gold": identity(self._gold),
+            "improver": dict(self.improver.described()),
+            **{name: identity(getattr(self, name)) for name in names},
             **{name: prompts_digest(getattr(self, name)) for name in ("train", "validation")},
         }

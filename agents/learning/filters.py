@@ -1,7 +1,6 @@
 """Which responses a policy is to be tuned on: pure functions from records to records.
 
-All keep the order of the records. A response whose score is as good as another's is never preferred
-to it by anything but its place: the first of equals is taken.
+All keep the order of the records. Of equal scores the first is taken.
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ def select(records: Sequence[Record], settings: FilterSettings) -> list[Record]:
     """Apply a chain of filters.
 
     Raises:
-        FilterError: Fewer than two responses are left. The message has the distribution of the
-            scores.
+        FilterError: Fewer than two responses are left; the message describes the scores.
 
     Example:
         >>> kept = select(records, FilterSettings(top_fraction=0.25))  # doctest: +SKIP
@@ -102,10 +100,6 @@ def top_fraction(records: Sequence[Record], fraction: float) -> list[Record]:
 
     Prompts whose responses score high in general get more of it; `best_of_prompt` treats all
     prompts alike.
-
-    Example:
-        >>> [r.score for r in top_fraction(records, 0.5)]  # doctest: +SKIP
-        [0.9, 0.7]
     """
     # 0.1 x 30 is a little above 3 in floating point.
     return _highest(records, math.ceil(fraction * len(records) - 1e-9))
@@ -128,12 +122,7 @@ def without_duplicates(records: Sequence[Record]) -> list[Record]:
 
 
 def scores_described(records: Sequence[Record]) -> str:
-    """The distribution of scores, in a sentence.
-
-    Example:
-        >>> scores_described([])
-        'There are no scores.'
-    """
+    """The distribution of scores, in a sentence."""
     if not records:
         return "There are no scores."
     scores = np.asarray([record.score for record in records])

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from mbrl_text_env.agents.learning.lora import (
     AdapterSettings,
-    TuningError,
-    adapter_digest,
-    base_of,
-    check_above_zero,
-    check_target,
+    keep,
+    serve,
     tokenizer_of,
-    trainable,
-    write,
+    train_adapter,
 )
+from mbrl_text_env.agents.learning.notes import from_json, to_json
 from mbrl_text_env.agents.learning.training import (
-    checkpoints_of,
-    claim,
+    TuningError,
+    check_above_zero,
     common_arguments,
-    run,
-    storage,
 )
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.ledger import Usage
 from mbrl_text_env.records import Record
-from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
-from mbrl_text_env.training import own_randomness
+from mbrl_text_env.runs import digest
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
+
 
 # The loss before tuning is of this many examples, so that it does not cost an epoch.
 _LOSS_EXAMPLES = 64
@@ -43,17 +39,17 @@ _SAVE_STEPS = 25
 # Forward, and the gradients of the activations; frozen weights have none.
 _PASSES = 2
 _IGNORED = -100
+# What transformers accepts as a seed.
+_SEEDS = 2**31
 
 
 @dataclass(frozen=True)
 class FineTuneSettings(AdapterSettings):
     """How a policy is fine-tuned; the defaults are the article's, except for `batch_size` (1).
 
+    For the adapter's fields see `AdapterSettings`.
+
     Args:
-        r: See `AdapterSettings`.
-        alpha: See `AdapterSettings`.
-        targets: See `AdapterSettings`.
-        dropout: See `AdapterSettings`.
         learning_rate: Its highest value; it falls linearly to 0.
         epochs: Passes over the examples.
         batch_size: Examples in one forward pass.
@@ -88,11 +84,10 @@ class FineTuneReport:
         steps: Steps of the optimizer.
         loss_before: Mean loss (nats a response token, averaged over batches) of the first examples,
             at most 64, before the first step.
-        losses: Mean loss (nats a response token) of each step's examples, before that step.
+        losses: The same of each step's examples, before that step.
         seconds: Wall time; of the last call alone where an earlier one was stopped.
         tokens: Tokens of prompts and responses passed through the model in training.
-        flops: Floating-point operations of training: twice a forward pass (the frozen weights need
-            no gradients), padding not counted.
+        flops: Twice a forward pass (frozen weights need no gradients), padding not counted.
     """
 
     num_examples: int
@@ -105,12 +100,12 @@ class FineTuneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {**asdict(self), "losses": list(self.losses)}
+        return to_json(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FineTuneReport:
         """The report that `to_dict` described."""
-        return cls(**{**values, "losses": tuple(values["losses"])})
+        return from_json(cls, values)
 
 
 class Example(NamedTuple):
@@ -131,9 +126,9 @@ def fine_tune(
     """Raise the likelihood of recorded responses with a LoRA adapter.
 
     Prompts are encoded by the language model's own template and responses are the recorded token
-    ids, with a stop token at the end where the response ended by itself; text is never encoded
-    anew. The loss is of the responses alone. Training is in float32; on a CPU the same records and
-    settings give the same adapter.
+    ids, with a stop token at the end where the response ended by itself. The loss is of the
+    responses alone. Training is in float32; on a CPU the same records and settings give the same
+    adapter.
 
     Checkpoints lie in `<folder>-checkpoints`, from which a call that was stopped goes on if
     records and settings are the same; they are removed at the end. They hold the optimizer's state
@@ -158,39 +153,31 @@ def fine_tune(
     Example:
         >>> best = [r for r in read_records("records") if r.score > 0.9]  # doctest: +SKIP
         >>> report = fine_tune(lm, best, "tuned")  # doctest: +SKIP
-        >>> report.losses[-1] < report.loss_before  # doctest: +SKIP
-        True
         >>> policy = serve(lm, "tuned")  # doctest: +SKIP
     """
-    target = Path(folder)
-    check_target(target)
-    for package in ("trl", "peft"):
-        required(package)
     start = time.perf_counter()
     examples = examples_of(language_model, records, settings.max_length)
-    checkpoints = checkpoints_of(target)
-    resumed = claim(checkpoints, _described(language_model, examples, settings, start_from))
-    with own_randomness(settings.seed):
-        model = trainable(language_model, settings, start_from)
-        trainer = _trainer(language_model, model, examples, settings, checkpoints)
-        with quiet():
-            loss_before = float(trainer.evaluate()["eval_loss"])
-        run(trainer, checkpoints, resumed)
+    trainer = train_adapter(
+        language_model,
+        folder,
+        settings,
+        start_from,
+        {"examples": digest(repr(examples).encode())},
+        functools.partial(_trainer, language_model, examples, settings),
+    )
     lengths = [len(example.input_ids) for example in examples]
     forward = sum(language_model.usage_bound(length, []).lm_flops for length in lengths)
     report = FineTuneReport(
         num_examples=len(examples),
         steps=int(trainer.state.global_step),
-        loss_before=loss_before,
+        loss_before=trainer.loss_before,
         losses=tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
         seconds=time.perf_counter() - start,
         tokens=round(settings.epochs * sum(lengths)),
         flops=settings.epochs * _PASSES * forward,
     )
-    with storage(target):
-        notes = {"fine_tuning.json": {"settings": asdict(settings), "report": report.to_dict()}}
-        write(target, trainer.model, language_model, notes)
-    shutil.rmtree(checkpoints)
+    notes = {"settings": asdict(settings), "report": report.to_dict()}
+    keep(folder, trainer.model, language_model, {"fine_tuning.json": notes})
     return report
 
 
@@ -200,12 +187,7 @@ def examples_of(
     """What is learned from each record; longer ones than `max_length` are left out.
 
     A response that ended by itself ends with a stop token, also where the record lacks it. The
-    template gives the prompt, so that a record whose prompt was sampled with a hint, which its own
-    prompt lacks, is learned without it.
-
-    Raises:
-        TuningError: A record has no token ids, is of another language model, or fewer than two
-            are left.
+    prompt is the record's own in the template, without a hint that it was sampled with.
     """
     if len(records) < 2:
         raise TuningError(
@@ -231,86 +213,171 @@ def examples_of(
 
 def _example(language_model: TransformersLM, record: Record) -> Example:
     # Tuned generations of a model are named "<base>+<adapter>"; they have the base's tokens.
+    response, stops = list(record.response_ids), language_model.stop_token_ids
+    fault = None
     if record.language_model.partition("+")[0] != language_model.name.partition("+")[0]:
-        raise TuningError(
-            f"Record of prompt {record.prompt_id!r}: expected a response of "
-            f"{language_model.name!r}, got one of {record.language_model!r}, whose token ids mean "
-            "other texts. Collect responses with this model."
+        fault = (
+            f"a response of {language_model.name!r}, got one of {record.language_model!r}, whose "
+            "token ids mean other texts. Collect responses with this model."
         )
-    response = list(record.response_ids)
-    if not response:
-        raise TuningError(
-            f"Record of prompt {record.prompt_id!r}: expected the token ids of its response, got "
-            "none. Leave it out, or collect it with `mbrl_text_env.agents.collection.collect`."
+    elif not response:
+        fault = (
+            "the token ids of its response, got none. Leave it out, or collect it with "
+            "`mbrl_text_env.agents.collection.collect`."
         )
-    if max(response) >= language_model.vocab_size or min(response) < 0:
-        raise TuningError(
-            f"Record of prompt {record.prompt_id!r}: expected token ids from 0 to "
-            f"{language_model.vocab_size - 1}, got {max(response)}. It is of another model."
+    elif max(response) >= language_model.vocab_size or min(response) < 0:
+        fault = (
+            f"token ids from 0 to {language_model.vocab_size - 1}, got {max(response)}. It is of "
+            "another model."
         )
-    stops = language_model.stop_token_ids
+    if fault is not None:
+        raise TuningError(f"Record of prompt {record.prompt_id!r}: expected {fault}")
     if record.finish_reason == "stop" and response[-1] not in stops and stops:
-        response.append(_stop_token(language_model))
+        own = tokenizer_of(language_model).eos_token_id
+        response.append(int(own if own is not None else min(stops)))
     prompt = list(language_model.encode_prompt(record.prompt()))
     return Example(prompt + response, [_IGNORED] * len(prompt) + response)
 
 
-def _stop_token(language_model: TransformersLM) -> int:
-    """The token with which it ends its responses."""
-    own = tokenizer_of(language_model).eos_token_id
-    return int(own if own is not None else min(language_model.stop_token_ids))
-
-
-def _described(
-    language_model: TransformersLM,
-    examples: Sequence[Example],
-    settings: FineTuneSettings,
-    start_from: str | Path | None,
-) -> dict[str, Any]:
-    """Whatever the adapter depends on."""
-    digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-    return {
-        "settings": asdict(settings),
-        "base": base_of(language_model),
-        "examples": digest,
-        "start_from": adapter_digest(start_from),
-    }
-
-
 def _trainer(
     language_model: TransformersLM,
-    model: Any,
     examples: Sequence[Example],
     settings: FineTuneSettings,
+    model: Any,
     checkpoints: Path,
 ) -> Any:
     import trl
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
 
-    columns = {
-        "input_ids": [example.input_ids for example in examples],
-        "labels": [example.labels for example in examples],
-    }
-    dataset = Dataset.from_dict(columns)
-    with quiet():
-        arguments = trl.SFTConfig(
-            **common_arguments(checkpoints, settings.seed, _SAVE_STEPS),
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation,
-            learning_rate=settings.learning_rate,
-            # Ids and labels are final: nothing is encoded, cut or packed.
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None,
-        )
-        trainer = trl.SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=dataset,
-            eval_dataset=dataset.select(range(min(len(dataset), _LOSS_EXAMPLES))),
-            processing_class=tokenizer_of(language_model),
-        )
+    dataset = Dataset.from_list([example._asdict() for example in examples])
+    arguments = trl.SFTConfig(
+        **common_arguments(checkpoints, settings.seed, _SAVE_STEPS),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        # Ids and labels are final: nothing is encoded, cut or packed.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+    )
+    trainer: Any = trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(min(len(dataset), _LOSS_EXAMPLES))),
+        processing_class=tokenizer_of(language_model),
+    )
     trainer.remove_callback(PrinterCallback)
+    trainer.loss_before = float(trainer.evaluate()["eval_loss"])
     return trainer
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """What an improver did.
+
+    Args:
+        num_examples: Records that were learned.
+        usage: What it took.
+        details: What else there is to say. JSON values.
+    """
+
+    num_examples: int
+    usage: Usage = field(default_factory=Usage)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Improver(Protocol):
+    """Makes a policy's folder from answers, and a language model from a policy's folder.
+
+    Example:
+        >>> class Copying:  # always serves the base
+        ...     def described(self):
+        ...         return {"kind": "copying"}
+        ...     def improve(self, base, records, folder, *, start_from=None, seed=0):
+        ...         Path(folder).mkdir()
+        ...         return Improvement(len(records))
+        ...     def serve(self, base, folder):
+        ...         return base
+    """
+
+    def described(self) -> Mapping[str, Any]:
+        """Kind and settings, as JSON values: all that its results depend on."""
+        ...
+
+    def improve(
+        self,
+        base: LanguageModel,
+        records: Sequence[Record],
+        folder: Path,
+        *,
+        start_from: Path | None = None,
+        seed: int = 0,
+    ) -> Improvement:
+        """Write a policy that gives the recorded answers more often.
+
+        Args:
+            base: The base model.
+            records: At least two.
+            folder: Where the policy is written, as a whole or not at all.
+            start_from: Folder of a policy to go on from; None for the base.
+            seed: All randomness follows from it.
+        """
+        ...
+
+    def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
+        """The policy of a folder, with the base's tokens and a name of its own.
+
+        The name differs between policies, since it is how a value model knows whose responses it
+        was fitted on.
+        """
+        ...
+
+
+class LoraImprover:
+    """Supervised fine-tuning with LoRA: `fine_tune`.
+
+    Args:
+        settings: See `FineTuneSettings`; None for its defaults, which are the article's. Its seed
+            is replaced by the loop's.
+    """
+
+    def __init__(self, settings: FineTuneSettings | None = None) -> None:
+        self.settings = FineTuneSettings() if settings is None else settings
+
+    def described(self) -> Mapping[str, Any]:
+        """The settings."""
+        settings = dataclasses.asdict(self.settings)
+        settings.pop("seed")
+        return {"kind": "lora", **settings}
+
+    def improve(
+        self,
+        base: LanguageModel,
+        records: Sequence[Record],
+        folder: Path,
+        *,
+        start_from: Path | None = None,
+        seed: int = 0,
+    ) -> Improvement:
+        """Tune an adapter; see `fine_tune`, which raises the same."""
+        settings = dataclasses.replace(self.settings, seed=seed % _SEEDS)
+        report = fine_tune(_trainable(base), records, folder, settings, start_from=start_from)
+        usage = Usage(lm_flops=report.flops, seconds=report.seconds)
+        return Improvement(report.num_examples, usage, report.to_dict())
+
+    def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
+        """The base with the adapter, named after the adapter's weights."""
+        return serve(_trainable(base), folder)
+
+
+def _trainable(base: LanguageModel) -> TransformersLM:
+    if not hasattr(base, "with_adapter"):
+        raise TypeError(
+            f"Expected a language model that runs here (TransformersLM) to fine-tune, got "
+            f"{base.name!r} ({type(base).__name__}). Load it here, or give the loop an improver "
+            "of its own."
+        )
+    return cast("TransformersLM", base)

@@ -1,4 +1,4 @@
-"""A loop's value model: fitted for one policy, tried on the next, fitted anew or taken over."""
+"""A loop's value model: fitted for one policy, tried on the next, fitted again or taken over."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import numpy as np
-
-from mbrl_text_env.agents.learning.iteration_report import ValueReport
 from mbrl_text_env.agents.learning.presets import LoopSettings
-from mbrl_text_env.agents.learning.shift import check_value
+from mbrl_text_env.agents.learning.reports import ValueReport, check_value
 from mbrl_text_env.agents.values import READY, FittedValue, load_value, make_value
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.records import Record
-from mbrl_text_env.rewards.base import RewardModel
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.rewards.base import RewardModel, Scores, score_responses
+from mbrl_text_env.types import FloatArray, Prompt
 from mbrl_text_env.values import ValueModel, check_value_fits
 
 ValueFactory = Callable[[LanguageModel, RewardModel], FittedValue]
@@ -32,15 +29,8 @@ Sample = Callable[[Path, LanguageModel], list[Record]]
 _MODEL, _RECORDS = "model", "records"
 
 
-@dataclass(frozen=True)
-class ValueBefore:
-    """The value model of an iteration, as the next one finds it.
-
-    Args:
-        folder: Of its stage.
-        policy: Whose responses it values.
-        report: How well it does.
-    """
+class ValueBefore(NamedTuple):
+    """The value model of an iteration, as the next one finds it; `policy` is whose it is."""
 
     folder: Path
     policy: LanguageModel
@@ -48,7 +38,7 @@ class ValueBefore:
 
 
 class _Charged:
-    """A reward model that charges a ledger for whatever it scores: fits charge nothing."""
+    """A reward model that charges a ledger for all that it scores; fits charge nothing."""
 
     def __init__(self, reward_model: RewardModel, ledger: Ledger) -> None:
         self._reward_model = reward_model
@@ -57,65 +47,39 @@ class _Charged:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        found = getattr(self._reward_model, name)
-        if name not in ("score", "score_parts"):
-            return found
+        return getattr(self._reward_model, name)
 
-        def charged(prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
-            flops = getattr(self._reward_model, "flops", None)
-            spent = 0.0 if flops is None else float(np.sum(flops(prompts, responses)))
-            self._ledger.charge(Usage(reward_calls=len(responses), reward_flops=spent))
-            return found(prompts, responses)
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        return self.score_parts(prompts, responses).total
 
-        return charged
+    def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+        charged = [self._ledger] * len(responses)
+        return score_responses(self._reward_model, prompts, responses, ledgers=charged)
 
 
+@dataclass
 class LoopValues:
-    """Makes, checks and reads a loop's value models.
+    """Makes, checks and reads a loop's value models; the fields are `ExpertIteration`'s."""
 
-    Args:
-        settings: The loop's.
-        reward_model: What is predicted.
-        encoder: Of values that embed texts; None for MiniLM.
-        value_factory: Instead of the settings' kind.
-        value_model: Fitted for the base model already; None fits one.
-    """
-
-    def __init__(
-        self,
-        settings: LoopSettings,
-        reward_model: RewardModel,
-        encoder: Encoder | None = None,
-        value_factory: ValueFactory | None = None,
-        value_model: FittedValue | None = None,
-    ) -> None:
-        self.settings = settings
-        self.reward_model = reward_model
-        self.encoder = encoder
-        self.value_factory = value_factory
-        self.value_model = value_model
+    settings: LoopSettings
+    reward_model: RewardModel
+    encoder: Encoder | None
+    factory: ValueFactory | None
+    first: FittedValue | None
 
     @property
     def is_wanted(self) -> bool:
         """Whether the loop has a value model."""
-        return any(
-            given is not None
-            for given in (self.settings.value, self.value_factory, self.value_model)
-        )
+        given = (self.settings.value, self.factory, self.first)
+        return any(part is not None for part in given)
 
     @property
     def _is_ready(self) -> bool:
         """Whether it needs no fit, and is that of any policy."""
-        return (
-            self.settings.value in READY and self.value_factory is None and self.value_model is None
-        )
+        return self.settings.value in READY and self.factory is None and self.first is None
 
     def load(self, folder: Path, policy: LanguageModel) -> ValueModel:
-        """The value model of a stage's folder.
-
-        Raises:
-            ValueModelError: It was fitted for another policy, or is damaged.
-        """
+        """The value model of a stage's folder; `ValueModelError` if it is another policy's."""
         return self._made(policy) if self._is_ready else self._read(folder, policy)
 
     def renew(
@@ -144,13 +108,13 @@ class LoopValues:
             found = check_value(self._made(policy), fresh, ledger=ledger)
             return ValueReport(iteration, False, found, None, found, None)
         if before is None:
-            first = self.value_model
+            first = self.first
             if first is None:
                 first = self._fitted(sample(folder / _RECORDS, policy), policy, ledger)
             check_value_fits(first, policy, self.reward_model)
             first.save(folder / _MODEL)
             found = check_value(self._read(folder, policy), fresh, ledger=ledger)
-            return ValueReport(iteration, self.value_model is None, found, None, found, None)
+            return ValueReport(iteration, self.first is None, found, None, found, None)
         last = before.report
         reference = last.after if last.fitted_at == iteration - 1 else last.when_fitted
         old = check_value(self._carried(before, folder, policy), fresh, ledger=ledger)
@@ -194,21 +158,16 @@ class LoopValues:
 
     def _made(self, policy: LanguageModel, reward_model: RewardModel | None = None) -> ValueModel:
         reward_model = self.reward_model if reward_model is None else reward_model
-        if self.value_factory is not None:
-            return self.value_factory(policy, reward_model)
-        if self.settings.value is None:
+        if self.factory is not None:
+            return self.factory(policy, reward_model)
+        settings = self.settings
+        if settings.value is None:
             raise ValueError(
                 "value_model: expected settings.value or a value_factory beside it, which say what "
                 "is fitted for the next policies; got neither."
             )
-        return make_value(
-            self.settings.value,
-            policy,
-            reward_model,
-            encoder=self.encoder,
-            max_response_tokens=self.settings.max_response_tokens,
-            seed=self.settings.seed,
-        )
+        limits = {"max_response_tokens": settings.max_response_tokens, "seed": settings.seed}
+        return make_value(settings.value, policy, reward_model, encoder=self.encoder, **limits)
 
     def _read(self, folder: Path, policy: LanguageModel) -> FittedValue:
         return load_value(folder / _MODEL, policy, self.reward_model, self.encoder)

@@ -9,13 +9,25 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mbrl_text_env.agents.learning.notes import write_json
+from mbrl_text_env.agents.learning.training import (
+    TuningError,
+    check_above_zero,
+    checkpoints_of,
+    claim,
+    refuse_other_folder,
+    run,
+    storage,
+)
 from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
+from mbrl_text_env.training import own_randomness
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
@@ -26,10 +38,6 @@ BASE = "base.json"
 _FORMAT = 1
 # Values of each weight that its fingerprint is made of.
 _PROBES = 1024
-
-
-class TuningError(ValueError):
-    """Data, settings or folders that a policy cannot be tuned with."""
 
 
 @dataclass(frozen=True)
@@ -63,32 +71,21 @@ class AdapterSettings:
         object.__setattr__(self, "targets", tuple(self.targets))
 
 
-def check_above_zero(settings: object, *names: str) -> None:
-    """Refuse settings that are not above 0.
-
-    Raises:
-        TuningError: One is not.
-    """
-    for name in names:
-        if not getattr(settings, name) > 0:
-            raise TuningError(f"{name}: expected more than 0, got {getattr(settings, name)!r}.")
-
-
 def trainable(
     language_model: TransformersLM,
     settings: AdapterSettings,
     start_from: str | Path | None = None,
 ) -> Any:
-    """A peft model of the language model's weights, for a trainer.
+    """A peft model of the language model's weights, for a trainer; a new adapter changes nothing.
 
     The frozen weights are the language model's own where these are float32 (also under int8
-    products), else a float32 copy. The language model itself does not change while this is trained.
+    products), else a float32 copy. The language model itself does not change.
 
     Args:
         language_model: Whose policy is tuned.
         settings: The adapter's form; an adapter to start from keeps its own.
-        start_from: Folder of an adapter to go on from; None for a new one, which changes nothing
-            at first. A new adapter starts from torch's global random generator.
+        start_from: Folder of an adapter to go on from; None for a new one, which torch's global
+            generator draws.
 
     Raises:
         TuningError: No module has the name of a target, or `start_from` is for another base.
@@ -125,7 +122,6 @@ def trainable(
 
 
 def _shared_copy(model: Any) -> Any:
-    """A copy of a model's modules around the same weights."""
     import torch
 
     # Detached tensors share memory and version counter, so a write would be noticed in both.
@@ -134,6 +130,53 @@ def _shared_copy(model: Any) -> Any:
     }
     shared |= {id(b): b for b in model.buffers()}
     return copy.deepcopy(model, shared)
+
+
+def train_adapter(
+    language_model: TransformersLM,
+    folder: str | Path,
+    settings: Any,
+    start_from: str | Path | None,
+    described: Mapping[str, Any],
+    make: Callable[[Any, Path], Any],
+) -> Any:
+    """Train an adapter, or go on from a checkpoint, to the end; `keep` then writes its folder.
+
+    Args:
+        language_model: The base.
+        folder: Where the adapter will be written; its checkpoints lie beside it.
+        settings: An `AdapterSettings` with a `seed`.
+        start_from: Folder of an adapter to go on from; None for a new one.
+        described: What the adapter depends on beside these. JSON values.
+        make: From a peft model and the folder of checkpoints to a trainer of transformers, which
+            is returned.
+    """
+    check_target(Path(folder))
+    for package in ("trl", "peft"):
+        required(package)
+    parts = {
+        "settings": asdict(settings),
+        "base": base_of(language_model),
+        "start_from": adapter_digest(start_from),
+    }
+    checkpoints = checkpoints_of(Path(folder))
+    resumed = claim(checkpoints, {**parts, **described})
+    with own_randomness(settings.seed):
+        model = trainable(language_model, settings, start_from)
+        with quiet():
+            trainer = make(model, checkpoints)
+        run(trainer, checkpoints, resumed)
+    return trainer
+
+
+def keep(
+    folder: str | Path, model: Any, language_model: TransformersLM, notes: Mapping[str, Any]
+) -> None:
+    """`write` an adapter at the end of its training, and remove the checkpoints."""
+    target = Path(folder)
+    with storage(target):
+        write(target, model, language_model, notes)
+    shutil.rmtree(checkpoints_of(target))
 
 
 def tokenizer_of(language_model: TransformersLM) -> Any:
@@ -163,28 +206,14 @@ def write(
         model.delete_adapter(other)
     with write_folder(folder) as scratch:
         write_adapter(scratch, model, tokenizer_of(language_model), language_model.name)
-        _write_json(scratch / BASE, {"format": _FORMAT, **base_of(language_model)})
+        write_json(scratch / BASE, {"format": _FORMAT, **base_of(language_model)})
         for name, note in (notes or {}).items():
-            _write_json(scratch / name, note)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text, encoding="utf-8")
+            write_json(scratch / name, note)
 
 
 def check_target(folder: Path) -> None:
-    """Refuse to write over anything but an adapter.
-
-    Raises:
-        TuningError: There is a file, or a folder with other things in it.
-    """
-    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / BASE).is_file()
-    if is_other or (folder.exists() and not folder.is_dir()):
-        raise TuningError(
-            f"{folder}: expected a new folder, an empty one, or an adapter to replace, got "
-            f"{'a folder with other files' if is_other else 'a file'}. Choose another."
-        )
+    """Refuse (`TuningError`) to write over anything but an adapter."""
+    refuse_other_folder(folder, BASE, "an adapter")
 
 
 def serve(
@@ -216,11 +245,7 @@ def adapted_name(language_model: TransformersLM, folder: str | Path) -> str:
 
 
 def adapter_digest(folder: str | Path | None) -> str | None:
-    """Tells one adapter's weights from another's; None for None.
-
-    Raises:
-        TuningError: There are none.
-    """
+    """Tells one adapter's weights from another's; None for None. May raise `TuningError`."""
     if folder is None:
         return None
     path = Path(folder) / "adapter_model.safetensors"
@@ -266,8 +291,7 @@ def base_of(language_model: TransformersLM) -> dict[str, str]:
     """Name and fingerprint of a language model.
 
     The fingerprint is of the architecture, of all weights' names and shapes, and of values from
-    each of them as bfloat16: loaded as float32, bfloat16 or int8, a model has the same one. (As
-    float16 it may have another.)
+    each as bfloat16: the same for float32, bfloat16 and int8 (float16 may have another).
     """
     import torch
 

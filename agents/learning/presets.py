@@ -1,8 +1,4 @@
-"""How a policy is trained on its own answers: the settings of the loop, and four known choices.
-
-Each preset is a function that gives settings, with the numbers of its paper as defaults; whatever
-differs from the paper is in its docstring.
-"""
+"""How a policy is trained on its own answers: the settings of the loop, and four known choices."""
 
 from __future__ import annotations
 
@@ -22,10 +18,7 @@ StartFrom = Literal["base", "checkpoint"]
 StaleValue = Literal["refit", "refit-if-worse", "error"]
 """What is done about a value model when the policy that it values has changed."""
 
-SAMPLING = "sampling"
-"""The spec of plain sampling, which needs no value model."""
-
-
+_PLAIN = {"agent": "sampling", "value": None}
 _BETTER_HALF = FilterSettings(top_fraction=0.5)
 
 
@@ -47,20 +40,19 @@ class LoopSettings:
         params: How plain sampling draws tokens: in collecting, where the agent's spec says nothing
             else, in validation, and for the value model's data.
         filter: What is tuned on.
-        start_from: What is tuned. All answers of an iteration come from the policy of the iteration
-            before, whichever is chosen.
-        hints: Whether prompts without a correct answer (a score of `CORRECT`) are answered again
-            with a hint, which is then not part of the prompt that is tuned on.
+        start_from: What is tuned; all answers come from the policy of the iteration before.
+        hints: Whether prompts without a correct answer are answered again with a hint, which is
+            not part of the prompt that is tuned on.
         value: Kind of `agents.values.make_value`, for agents that search by one; None for none.
-        stale_value: `"refit"`: anew for each policy. `"refit-if-worse"`: only where the error on
-            fresh data has risen by `error_factor`; until then the old one is used. `"error"`: the
-            loop stops before a policy is searched with another one's value.
+        stale_value: `"refit"`: a new fit for each policy. `"refit-if-worse"`: only where the error
+            on fresh data has risen by `error_factor`. `"error"`: the loop stops before a policy is
+            searched with another one's value.
         error_factor: See `stale_value`.
         value_samples: Responses to each train prompt that a value model is fitted on.
         validation_samples: Responses to each validation prompt; the value's correlation within
             prompts needs two.
-        divergence_samples: Responses to each validation prompt, drawn at temperature 1, from which
-            the divergence from the base is estimated; 0 leaves it out.
+        divergence_samples: Responses to each validation prompt, at temperature 1, from which the
+            divergence from the base is estimated; 0 leaves it out.
         patience: Iterations in a row without a new best validation score after which the loop
             stops; None never stops it.
         batch_prompts: Prompts that are answered together.
@@ -112,24 +104,26 @@ class LoopSettings:
                 )
 
 
+def _preset(base: dict[str, Any], changes: dict[str, Any]) -> LoopSettings:
+    try:
+        return LoopSettings(**{**base, **changes})
+    except TypeError as error:
+        known = sorted(LoopSettings.__dataclass_fields__)
+        raise LoopSettingsError(
+            f"Expected fields of LoopSettings ({known}), got {sorted(changes)}."
+        ) from error
+
+
 def star(**changes: Any) -> LoopSettings:
     """STaR: correct answers, a hint where there was none, always from the base model.
 
-    Source: Zelikman et al., "STaR: Bootstrapping Reasoning With Reasoning", NeurIPS 2022. Each
-    question is answered once; where the answer is wrong, the model is told the right one and
-    answers again ("rationalisation"); all correct answers are tuned on, the hinted ones as if there
-    had been no hint; the tuning starts from the base model in every iteration, so that errors do
-    not add up.
+    Source: Zelikman et al., "STaR: Bootstrapping Reasoning With Reasoning", NeurIPS 2022. Where the
+    one answer is wrong, the model is told the right one and answers again; all correct answers are
+    tuned on, the hinted ones as if there had been no hint.
 
-    Deviations:
-        - The paper's prompts show worked examples; here the prompt is asked as it is, and the hint
-          is a sentence at its end (`answer_hint`).
-        - The paper's training begins with 40 steps and grows by a fifth in each iteration; here it
-          is as many epochs in each as the improver does (one by default).
-        - A LoRA adapter is tuned instead of all weights.
-        - Answers are sampled at temperature 0.7.
-        - Equal answers to a prompt are tuned on once; with one answer a prompt there are none.
-        - The paper goes on until performance no longer rises; so does `patience`, on validation.
+    Deviations: no worked examples, and the hint is a sentence at the prompt's end (`answer_hint`);
+    equally many epochs in each iteration, where the paper's 40 steps grow by a fifth; a LoRA
+    adapter instead of all weights; temperature 0.7; equal answers to a prompt are tuned on once.
 
     Args:
         **changes: Fields of `LoopSettings` to be different.
@@ -138,34 +132,21 @@ def star(**changes: Any) -> LoopSettings:
         >>> star().hints, star().start_from, star(iterations=16).iterations
         (True, 'base', 16)
     """
-    return _changed(
-        LoopSettings(
-            name="star",
-            agent=SAMPLING,
-            answers_per_prompt=1,
-            filter=FilterSettings(threshold=CORRECT),
-            start_from="base",
-            hints=True,
-            value=None,
-        ),
-        changes,
-    )
+    correct = FilterSettings(threshold=CORRECT)
+    base = {"name": "star", "filter": correct, "start_from": "base", "hints": True}
+    return _preset({**base, **_PLAIN}, changes)
 
 
 def rest_em(**changes: Any) -> LoopSettings:
     """ReST-EM: many samples a prompt, a threshold, at most ten each, always from the base model.
 
     Source: Singh et al., "Beyond Human Data: Scaling Self-Training for Problem-Solving with
-    Language Models", TMLR 2024 (first published 2023). The E-step samples 32 answers to each
-    problem (temperature 0.7, top-k 40) and keeps those that are correct, the M-step tunes the base
-    model on them; at most 10 answers to a problem are kept, so that easy ones do not dominate.
+    Language Models", TMLR 2024. The E-step samples 32 answers to each problem (temperature 0.7,
+    top-k 40), the M-step tunes the base model on at most 10 correct ones.
 
-    Deviations:
-        - Of more than ten correct answers the first ten are kept; where rewards are not binary,
-          the ten best.
-        - A LoRA adapter is tuned instead of all weights.
-        - Equal answers to a prompt count once.
-        - The paper's reward is 0 or 1; with another one, give `filter` a threshold of its own.
+    Deviations: of more than ten the first ten, or the ten best where rewards are not 0 or 1 (give
+    `filter` a threshold of its own then); a LoRA adapter instead of all weights; equal answers to a
+    prompt count once.
 
     Args:
         **changes: Fields of `LoopSettings` to be different.
@@ -174,36 +155,26 @@ def rest_em(**changes: Any) -> LoopSettings:
         >>> rest_em().answers_per_prompt, rest_em().filter.best_of_prompt
         (32, 10)
     """
-    return _changed(
-        LoopSettings(
-            name="rest-em",
-            agent=SAMPLING,
-            answers_per_prompt=32,
-            params=SamplingParams(temperature=0.7, top_k=40),
-            filter=FilterSettings(threshold=CORRECT, best_of_prompt=10),
-            start_from="base",
-            value=None,
-        ),
-        changes,
-    )
+    base = {
+        "name": "rest-em",
+        "answers_per_prompt": 32,
+        "params": SamplingParams(temperature=0.7, top_k=40),
+        "filter": FilterSettings(threshold=CORRECT, best_of_prompt=10),
+        "start_from": "base",
+    }
+    return _preset({**base, **_PLAIN}, changes)
 
 
 def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) -> LoopSettings:
     """Rejection sampling: correct answers of the current checkpoint, which goes on learning.
 
     Source: DeepSeek-AI, "DeepSeek-R1: Incentivizing Reasoning Capability in LLMs via Reinforcement
-    Learning", 2025, section 2.3.3: several responses to each prompt are sampled from a checkpoint,
-    and only correct ones are retained for supervised fine-tuning.
+    Learning", 2025, section 2.3.3.
 
-    Deviations:
-        - The paper then tunes its base model, for two epochs; here the checkpoint goes on, as when
-          the step is repeated. `start_from="base"` is as in the paper.
-        - The paper does it once; here it can be repeated.
-        - The paper drops responses of mixed languages, with long paragraphs and with code blocks,
-          adds 200,000 examples of other tasks, and asks a model about some answers; here the
-          reward alone decides.
-        - The paper does not say how many responses are sampled; here it is 8.
-        - A LoRA adapter is tuned instead of all weights.
+    Deviations: the paper then tunes its base model, once and for two epochs (`start_from="base"`);
+    it drops responses of mixed languages, with long paragraphs and with code blocks, adds 200,000
+    examples of other tasks, and asks a model about some answers, where here the reward alone
+    decides; it does not say how many responses are sampled, here 8; here a LoRA adapter is tuned.
 
     Args:
         keep: All correct answers to a prompt, or one of them (the first, where rewards are 0 or
@@ -219,17 +190,9 @@ def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) 
     """
     if keep not in ("best", "all"):
         raise LoopSettingsError(f"keep: expected 'best' or 'all', got {keep!r}.")
-    return _changed(
-        LoopSettings(
-            name="rejection-sampling",
-            agent=SAMPLING,
-            answers_per_prompt=8,
-            filter=FilterSettings(threshold=CORRECT, best_of_prompt=1 if keep == "best" else None),
-            start_from="checkpoint",
-            value=None,
-        ),
-        changes,
-    )
+    kept = FilterSettings(threshold=CORRECT, best_of_prompt=1 if keep == "best" else None)
+    base = {"name": "rejection-sampling", "answers_per_prompt": 8, "filter": kept}
+    return _preset({**base, **_PLAIN}, changes)
 
 
 def planned(
@@ -238,17 +201,12 @@ def planned(
     """The article's loop: a planner answers, its value is refitted, the best answers are learned.
 
     Source: the article that this package implements; the pattern is that of Anthony et al.,
-    "Thinking Fast and Slow with Deep Learning and Tree Search", NeurIPS 2017: a search with the
-    policy gives better answers than the policy, which then learns to give them at once.
+    "Thinking Fast and Slow with Deep Learning and Tree Search", NeurIPS 2017.
 
-    Deviations:
-        - The article refits the value on the data of all iterations; here on those of the current
-          policy alone, since the value of a prefix depends on who goes on writing.
-        - Its value is fitted on planned responses; here on plain samples, for planned ones
-          overstate what an ordinary continuation is worth.
-        - It names no share to keep; here it is one half, of all responses.
-        - Any planner and value of this package, where the article's is a two-stage lookahead with
-          ridge regression on an embedding (`agent="lookahead"`, `value="embedding"`).
+    Deviations: the article refits the value on planned responses of all iterations; here on plain
+    samples of the current policy, since planned ones overstate what an ordinary continuation is
+    worth. It names no share to keep, here one half. Its planner is a two-stage lookahead with ridge
+    regression on an embedding (`agent="lookahead"`, `value="embedding"`), here any.
 
     Args:
         agent: Spec of the planner.
@@ -260,10 +218,8 @@ def planned(
         >>> planned("beam:width=4").agent
         'beam:width=4'
     """
-    settings = LoopSettings(
-        name="planned", agent=agent, filter=FilterSettings(top_fraction=top_fraction)
-    )
-    return _changed(settings, changes)
+    kept = FilterSettings(top_fraction=top_fraction)
+    return _preset({"name": "planned", "agent": agent, "filter": kept}, changes)
 
 
 def answer_hint(prompt: Prompt) -> Prompt | None:
@@ -286,13 +242,3 @@ def answer_hint(prompt: Prompt) -> Prompt | None:
         return replace(prompt, content=prompt.content + hint)
     *before, last = prompt.content
     return replace(prompt, content=(*before, Message(last.role, last.content + hint)))
-
-
-def _changed(settings: LoopSettings, changes: dict[str, Any]) -> LoopSettings:
-    try:
-        return replace(settings, **changes)
-    except TypeError as error:
-        known = sorted(settings.__dataclass_fields__)
-        raise LoopSettingsError(
-            f"Expected fields of LoopSettings ({known}), got {sorted(changes)}."
-        ) from error

@@ -7,11 +7,16 @@ __getattr__, __dir__, __all__ = attach(
     {
         "candidate_agent": ["CandidateAgent"],
         "candidate_policy": ["CandidatePolicy", "CandidateView", "load_policy"],
-        "policy_gradient": ["PolicyGradientReport", "PolicyGradientSettings", "StepReport"],
         "choice_settings": ["ChoiceReport", "DQNSettings", "Measured", "PPOSettings"],
         "episodes": ["evaluate", "play"],
         "sb3": ["train_dqn", "train_ppo"],
-        "trl": ["train_grpo", "train_rloo"],
+        "trl": [
+            "PolicyGradientReport",
+            "PolicyGradientSettings",
+            "StepReport",
+            "train_grpo",
+            "train_rloo",
+        ],
         "vec_env": ["VectorEnvAdapter"],
     },
 )

@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 class CandidateAgent(Planner):
     """Lets a trained policy choose among K proposed chunks, one after the other.
 
-    Each round is an episode: K chunks are drawn, the policy chooses one, and so on to the end. All
-    K are charged, and so is what the policy looks at. Without a budget there is one episode; under
-    one, episodes go on with other candidates while they can be paid, and the answer is the best of
-    all complete responses, like every planner's.
+    Each round is an episode. All K chunks of a step are charged, and so is what the policy looks
+    at. Without a budget there is one episode; under one, episodes go on with other candidates while
+    they can be paid, and the answer is the best of all complete responses, like every planner's.
 
     Args:
         language_model: Proposes chunks.

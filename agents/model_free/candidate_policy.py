@@ -1,6 +1,6 @@
 """Policies that choose among the chunks that a language model proposes.
 
-A policy gives each candidate a score by the same small network, whatever its place, so that what is
+A policy gives each candidate a score by the same small network wherever it stands, so that what is
 learned of one candidate is known of all. Only numbers are read from its folder.
 """
 
@@ -15,11 +15,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from mbrl_text_env.agents.base import check_positive
-from mbrl_text_env.agents.learning.lora import TuningError
-from mbrl_text_env.agents.learning.training import storage
+from mbrl_text_env.agents.learning.notes import write_json
+from mbrl_text_env.agents.learning.training import TuningError, refuse_other_folder, storage
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
@@ -69,10 +70,12 @@ class CandidateView:
             raise TuningError(
                 f"encoder: expected one of {get_args(EncoderName)} or None, got {self.encoder!r}."
             )
+        limits = {
+            "chunk_tokens": self.chunk_tokens,
+            "max_response_tokens": self.max_response_tokens,
+        }
         try:
-            check_positive(
-                chunk_tokens=self.chunk_tokens, max_response_tokens=self.max_response_tokens
-            )
+            check_positive(**limits)
             SamplingParams(temperature=self.temperature)
         except ValueError as error:
             raise TuningError(str(error)) from error
@@ -86,10 +89,7 @@ class CandidateView:
         """The encoder itself, or `"language_model"`, as `CandidateProposer` takes it.
 
         Args:
-            encoder: One's own, where the view's is `"own"`; otherwise None.
-
-        Raises:
-            TuningError: One was passed and the view's is another, or the other way round.
+            encoder: One's own, where the view's is `"own"`; otherwise None, or a `TuningError`.
         """
         if (self.encoder == "own") != (encoder is not None):
             wanted = "an object with encode(texts)" if encoder is None else "None"
@@ -129,24 +129,28 @@ class CandidateView:
         )
 
 
-class CandidateScorer(nn.Module):
+class _Network(nn.Module):
+    """A network (tanh; linear without `hidden`) on one row of numbers."""
+
+    def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.layout = layout
+        size = 1 + 3 + 3 * layout.prefix_rewards + layout.embedding_size
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers += [nn.Linear(size, width), nn.Tanh()]
+            size = width
+        self.net = nn.Sequential(*layers, nn.Linear(size, 1))
+
+
+class CandidateScorer(_Network):
     """A score for each candidate, by one network.
 
     It sees the share of the response that is written, the candidate's log-probability, length and
     whether it ends the response and, where the view has them, the reward of the prefix, that of the
     prefix with the candidate, the difference, and the latter's embedding (scaled to a root mean
     square of 1).
-
-    Args:
-        layout: Of the features.
-        hidden: Sizes of hidden layers (tanh); none for a linear score.
     """
-
-    def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.layout = layout
-        size = 1 + 3 + 3 * layout.prefix_rewards + layout.embedding_size
-        self.net = _mlp(size, hidden)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """float32[B, K] for float32[B, layout.size]."""
@@ -162,19 +166,8 @@ class CandidateScorer(nn.Module):
         return scores
 
 
-class StateValue(nn.Module):
-    """The value of a state, whatever the order of its candidates.
-
-    Args:
-        layout: Of the features.
-        hidden: Sizes of hidden layers (tanh).
-    """
-
-    def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.layout = layout
-        rewards = int(layout.prefix_rewards)
-        self.net = _mlp(1 + 3 + 3 * rewards + layout.embedding_size, hidden)
+class StateValue(_Network):
+    """The value of a state; the order of its candidates does not matter."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """float32[B, 1] for float32[B, layout.size]."""
@@ -188,6 +181,13 @@ class StateValue(nn.Module):
         return value
 
 
+def _scaled(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors with a root mean square of 1; those of zeros stay."""
+    size = vectors.square().mean(dim=-1, keepdim=True).sqrt()
+    return vectors / size.clamp_min(1e-6)
+
+
+@dataclass(eq=False)
 class CandidatePolicy:
     """A trained choice among candidates.
 
@@ -207,25 +207,19 @@ class CandidatePolicy:
         array([2, 0, 1])
     """
 
-    def __init__(
-        self,
-        scorer: CandidateScorer,
-        view: CandidateView,
-        hidden: Sequence[int],
-        algorithm: str,
-        language_model_name: str | None,
-        reward_name: str | None,
-        encoder: Encoder | None = None,
-        name: str | None = None,
-    ) -> None:
-        self.name = name or algorithm
-        self.scorer = scorer.eval()
-        self.view = view
-        self.hidden = tuple(hidden)
-        self.algorithm = algorithm
-        self.language_model_name = language_model_name
-        self.reward_name = reward_name
-        self.encoder = encoder
+    scorer: CandidateScorer
+    view: CandidateView
+    hidden: Sequence[int]
+    algorithm: str
+    language_model_name: str | None
+    reward_name: str | None
+    encoder: Encoder | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.scorer.eval()
+        self.hidden = tuple(self.hidden)
+        self.name = self.name or self.algorithm
 
     @property
     def flops(self) -> float:
@@ -234,13 +228,7 @@ class CandidatePolicy:
         return 2.0 * weights * self.view.num_candidates
 
     def scores(self, features: npt.ArrayLike) -> FloatArray:
-        """Scores of the candidates.
-
-        Args:
-            features: float32[B, layout.size], as the candidate view shows.
-
-        Returns:
-            float64[B, K].
+        """Scores of the candidates, float64[B, K], for float32[B, layout.size] of the view.
 
         Raises:
             TuningError: The features have another size.
@@ -252,24 +240,21 @@ class CandidatePolicy:
                 f"was trained on shows ({self.view}), got {list(rows.shape)}."
             )
         with torch.inference_mode():
-            found = self.scorer(torch.from_numpy(rows))
-        return found.numpy().astype(np.float64)
+            return self.scorer(torch.from_numpy(rows)).numpy().astype(np.float64)
 
     def choose(self, features: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """int64[B], the candidate of the highest score in each row."""
         return self.scores(features).argmax(axis=1)
 
-    def check_fits(self, language_model: LanguageModel, reward_model: object) -> None:
-        """Refuse another language model or reward than the policy was trained with.
-
-        Raises:
-            TuningError: It is another one.
-        """
+    def check_fits(
+        self, language_model: LanguageModel | None, reward_model: RewardModel | None
+    ) -> None:
+        """Refuse (`TuningError`) other models than it was trained with; None fits."""
         for what, own, given in (
-            ("language model", self.language_model_name, language_model.name),
-            ("reward", self.reward_name, reward_name(reward_model)),
+            ("language model", self.language_model_name, language_model and language_model.name),
+            ("reward", self.reward_name, reward_model and reward_name(reward_model)),
         ):
-            if own is not None and own != given:
+            if own is not None and given is not None and own != given:
                 raise TuningError(
                     f"The policy was trained with the {what} {own!r}, got {given!r}. Train one for "
                     f"that, or set its {what.replace(' ', '_')}_name to None to use it all the "
@@ -302,23 +287,12 @@ class CandidatePolicy:
         with storage(target), write_folder(target) as scratch:
             save_file(dict(self.scorer.state_dict()), scratch / WEIGHTS)
             for name, note in {CONFIG: config, **(notes or {})}.items():
-                text = json.dumps(note, indent=2, allow_nan=False)
-                (scratch / name).write_text(text, encoding="utf-8")
+                write_json(scratch / name, note)
 
 
 def check_policy_target(folder: Path) -> None:
-    """Refuse to write over anything but a policy.
-
-    Raises:
-        TuningError: There is a file, or a folder with other things in it.
-    """
-    if folder.is_file() or (
-        folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file()
-    ):
-        raise TuningError(
-            f"{folder}: expected a new folder, an empty one, or a policy to replace, got something "
-            "else. Choose another."
-        )
+    """Refuse (`TuningError`) to write over anything but a policy."""
+    refuse_other_folder(folder, CONFIG, "a policy")
 
 
 def load_policy(
@@ -335,7 +309,7 @@ def load_policy(
         folder: The policy's folder.
         language_model: Refused if the policy was trained with another; None is not checked.
         reward_model: The same for the reward.
-        encoder: The encoder of the features, where it was one of one's own.
+        encoder: The encoder of the features, where it was passed in to the training.
         name: What reports call it; by default the algorithm.
 
     Raises:
@@ -344,7 +318,6 @@ def load_policy(
     Example:
         >>> policy = load_policy("ppo", embedded(), make("sentiment"))  # doctest: +SKIP
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -358,45 +331,13 @@ def load_policy(
         scorer.load_state_dict(load_file(Path(folder) / WEIGHTS))
         if not all(torch.isfinite(weights).all() for weights in scorer.parameters()):
             raise ValueError("weights that are not finite")
+        names = config["algorithm"], config["language_model"], config["reward"]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise TuningError(
             f"{folder}: expected the folder of a policy that train_ppo or train_dqn wrote "
             f"({type(error).__name__}: {error}). Check the path, or train anew."
         ) from error
-    policy = CandidatePolicy(
-        scorer,
-        view,
-        config["hidden"],
-        config["algorithm"],
-        config["language_model"],
-        config["reward"],
-        encoder,
-        name,
-    )
+    policy = CandidatePolicy(scorer, view, config["hidden"], *names, encoder, name or "")
     reward = None if reward_model is None else as_reward_model(reward_model)
-    if language_model is not None:
-        policy.check_fits(language_model, reward or _Named(policy.reward_name))
-    elif reward is not None:
-        policy.check_fits(_Named(policy.language_model_name), reward)  # type: ignore[arg-type]
+    policy.check_fits(language_model, reward)
     return policy
-
-
-@dataclass(frozen=True)
-class _Named:
-    """Stands for a model that is not checked."""
-
-    name: Any
-
-
-def _mlp(size: int, hidden: Sequence[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for width in hidden:
-        layers += [nn.Linear(size, width), nn.Tanh()]
-        size = width
-    return nn.Sequential(*layers, nn.Linear(size, 1))
-
-
-def _scaled(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors with a root mean square of 1; those of zeros stay."""
-    size = vectors.square().mean(dim=-1, keepdim=True).sqrt()
-    return vectors / size.clamp_min(1e-6)

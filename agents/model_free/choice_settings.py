@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mbrl_text_env.agents.learning.lora import TuningError, check_above_zero
+from mbrl_text_env.agents.learning.notes import from_json
+from mbrl_text_env.agents.learning.training import TrainingReport, TuningError, check_above_zero
 from mbrl_text_env.agents.model_free.candidate_policy import CandidateView
 from mbrl_text_env.ledger import Usage
 
@@ -18,15 +19,9 @@ ChunkReward = Literal["terminal", "delta"]
 
 @dataclass(frozen=True)
 class ChoiceSettings(CandidateView):
-    """What PPO and DQN have in common.
+    """What PPO and DQN have in common; for the view's fields see `CandidateView`.
 
     Args:
-        num_candidates: See `CandidateView`, as are the next five.
-        chunk_tokens: See `CandidateView`.
-        max_response_tokens: See `CandidateView`.
-        temperature: See `CandidateView`.
-        encoder: See `CandidateView`.
-        prefix_rewards: See `CandidateView`.
         total_steps: Environment steps, each of which draws K chunks. Whole rollouts are played, so
             it may be a few more.
         num_envs: Environments that are stepped together.
@@ -59,10 +54,8 @@ class ChoiceSettings(CandidateView):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_above_zero(
-            self, "total_steps", "num_envs", "learning_rate", "save_steps", "eval_steps",
-            "eval_episodes", "flat_episodes",
-        )  # fmt: skip
+        counts = ("total_steps", "num_envs", "save_steps", "eval_steps", "eval_episodes")
+        check_above_zero(self, *counts, "learning_rate", "flat_episodes")
         object.__setattr__(self, "hidden", tuple(self.hidden))
         if any(width < 1 for width in self.hidden):
             raise TuningError(f"hidden: expected sizes of at least 1, got {self.hidden!r}.")
@@ -139,9 +132,8 @@ class DQNSettings(ChoiceSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_above_zero(
-            self, "buffer_size", "learning_starts", "batch_size", "updates", "target_interval"
-        )
+        counts = ("buffer_size", "learning_starts", "batch_size", "updates", "target_interval")
+        check_above_zero(self, *counts)
         for name in ("exploration_fraction", "exploration_final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TuningError(f"{name}: expected 0 to 1, got {getattr(self, name)!r}.")
@@ -175,40 +167,26 @@ class Measured:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Measured:
         """Read what `dataclasses.asdict` and JSON made of it."""
-        usages = {name: Usage(**values[name]) for name in ("usage", "own_usage")}
-        return cls(**{**values, "scores": tuple(values["scores"]), **usages})
+        return from_json(cls, values)
 
 
-@dataclass(frozen=True)
-class ChoiceReport:
-    """What training did and took.
+@dataclass(frozen=True, kw_only=True)
+class ChoiceReport(TrainingReport):
+    """What training did and took; see `TrainingReport` for the rest.
 
     Args:
-        algorithm: `"ppo"` or `"dqn"`.
         steps: Environment steps.
         curve: (steps, score) of each episode, in the order in which they ended.
         validation: The measurements on the validation prompts, of which the first is before any
             training.
-        usage: What candidates, features and scores took.
-        training_flops: Floating-point operations of the network that chooses, updates included.
         wall_seconds: Of the training, measurements aside.
     """
 
-    algorithm: str
     steps: int
     curve: tuple[tuple[int, float], ...]
     validation: tuple[Measured, ...]
-    usage: Usage
-    training_flops: float
     wall_seconds: float
 
     def ledger(self) -> dict[str, Any]:
         """What training took, as JSON values."""
-        return {
-            "algorithm": self.algorithm,
-            "steps": self.steps,
-            **self.usage.as_dict(),
-            "training_flops": self.training_flops,
-            "total_flops": self.usage.flops + self.training_flops,
-            "wall_seconds": self.wall_seconds,
-        }
+        return super().ledger() | {"steps": self.steps, "wall_seconds": self.wall_seconds}

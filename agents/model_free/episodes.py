@@ -27,17 +27,14 @@ def play(
     seeds: Sequence[int],
     ledgers: Sequence[Ledger],
 ) -> list[TextState]:
-    """Choose chunk after chunk until all responses have ended, all side by side.
+    """Choose chunk after chunk until all responses have ended; returns the B terminal states.
 
     Args:
         proposer: Proposes and describes the candidates.
         choose: The policy.
-        states: B states.
+        states: B states, which are played side by side.
         seeds: One a state: its candidates follow from it.
         ledgers: One a state; charged for candidates and features.
-
-    Returns:
-        The B terminal states.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -47,28 +44,15 @@ def play(
     """
     found = list(states)
     known: list[Known] = [{} for _ in states]
+    task = proposer.task
     while going := [i for i, state in enumerate(found) if not is_terminal(state)]:
-        now = [found[i] for i in going]
-        paid = [ledgers[i] for i in going]
+        now, paid = [found[i] for i in going], [ledgers[i] for i in going]
         proposals = proposer.propose(now, [seeds[i] for i in going], paid)
         features = proposer.features(now, proposals, paid, [known[i] for i in going])
-        task = proposer.task
         for i, row, k in zip(going, proposals, choose(features).tolist(), strict=True):
             limit = response_limit(found[i], task.tokenizer, task.max_response_tokens)
             found[i] = transition(found[i], row[k], limit)
     return found
-
-
-def score_states(
-    reward_model: RewardModel,
-    language_model: LanguageModel,
-    states: Sequence[TextState],
-    ledgers: Sequence[Ledger],
-) -> FloatArray:
-    """float64[B], the scores of complete responses."""
-    texts = [language_model.decode(state.response_ids) for state in states]
-    prompts = [state.prompt for state in states]
-    return score_responses(reward_model, prompts, texts, ledgers=ledgers).total
 
 
 def evaluate(
@@ -82,7 +66,7 @@ def evaluate(
     ledger: Ledger | None = None,
     choose: Callable[[Any], Any] | None = None,
 ) -> FloatArray:
-    """Scores of episodes in which the policy chooses.
+    """Scores of episodes in which the policy chooses, float64[P, E].
 
     Args:
         policy: Chooses, unless `choose` does; it says what is proposed and seen in any case.
@@ -95,20 +79,12 @@ def evaluate(
         choose: Instead of the policy: from features to candidates, such as a random choice to
             compare with.
 
-    Returns:
-        float64[P, E].
-
     Raises:
         TuningError: The policy was trained with other models.
         RewardError: The reward failed.
 
     Example:
         >>> chosen = evaluate(policy, lm, reward, test_prompts, episodes=4)  # doctest: +SKIP
-        >>> rng = np.random.default_rng(0)  # doctest: +SKIP
-        >>> random = evaluate(
-        ...     policy, lm, reward, test_prompts, episodes=4,
-        ...     choose=lambda rows: rng.integers(4, size=len(rows)),
-        ... )  # doctest: +SKIP
     """
     policy.check_fits(language_model, reward_model)
     encoder = policy.view.resolved(policy.encoder)
@@ -117,5 +93,7 @@ def evaluate(
     seeds = [spawn_seed(seed, e) for _ in prompts for e in range(episodes)]
     ledgers = [ledger if ledger is not None else Ledger()] * len(states)
     ended = play(proposer, choose or policy.choose, states, seeds, ledgers)
-    scores = score_states(reward_model, language_model, ended, ledgers)
+    texts = [language_model.decode(state.response_ids) for state in ended]
+    asked = [state.prompt for state in ended]
+    scores = score_responses(reward_model, asked, texts, ledgers=ledgers).total
     return scores.reshape(len(prompts), episodes)

@@ -14,14 +14,32 @@ from mbrl_text_env.agents.model_free.candidate_policy import CandidateScorer, St
 from mbrl_text_env.proposer import FeatureLayout
 
 
+class _ActorAndCritic(nn.Module):
+    """Two networks with the methods of stable-baselines3's extractor."""
+
+    def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.scorer, self.value = CandidateScorer(layout, hidden), StateValue(layout, hidden)
+        self.forward_actor, self.forward_critic = self.scorer.forward, self.value.forward
+
+    def forward(self, features: torch.Tensor) -> Any:
+        return self.scorer(features), self.value(features)
+
+
+class _QValues(_ActorAndCritic):
+    """The value of the state, and what each candidate adds to it."""
+
+    def forward(self, features: torch.Tensor) -> Any:
+        return self.value(features) + self.scorer(features)
+
+
 class CandidateActorCritic(ActorCriticPolicy):
     """PPO's policy: a logit for each candidate, and the value of the state.
 
     Args:
-        *args: See `ActorCriticPolicy`.
+        *args: See `ActorCriticPolicy`, as for the other keywords.
         layout: Of the observations.
         hidden: Sizes of the hidden layers of both networks; none for linear ones.
-        **kwargs: See `ActorCriticPolicy`.
 
     Example:
         >>> layout = env.get_wrapper_attr("proposer").layout  # doctest: +SKIP
@@ -46,14 +64,7 @@ class CandidateActorCritic(ActorCriticPolicy):
 
 
 class CandidateDQNPolicy(DQNPolicy):
-    """DQN's policy: a value for each candidate.
-
-    Args:
-        *args: See `DQNPolicy`.
-        layout: Of the observations.
-        hidden: Sizes of the hidden layers.
-        **kwargs: See `DQNPolicy`.
-    """
+    """DQN's policy: a value for each candidate; the arguments are `CandidateActorCritic`'s."""
 
     def __init__(
         self, *args: Any, layout: FeatureLayout, hidden: Sequence[int] = (64,), **kwargs: Any
@@ -66,37 +77,6 @@ class CandidateDQNPolicy(DQNPolicy):
         network = QNetwork(**self._update_features_extractor(self.net_args))
         network.q_net = _QValues(self.layout, self.hidden)  # type: ignore[assignment, unused-ignore]
         return network.to(self.device)
-
-
-class _ActorAndCritic(nn.Module):
-    """Two networks with the methods of stable-baselines3's extractor."""
-
-    def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.scorer, self.value = CandidateScorer(layout, hidden), StateValue(layout, hidden)
-
-    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.forward_actor(features), self.forward_critic(features)
-
-    def forward_actor(self, features: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.scorer(features)
-        return logits
-
-    def forward_critic(self, features: torch.Tensor) -> torch.Tensor:
-        values: torch.Tensor = self.value(features)
-        return values
-
-
-class _QValues(nn.Module):
-    """The value of the state, and what each candidate adds to it."""
-
-    def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.scorer, self.value = CandidateScorer(layout, hidden), StateValue(layout, hidden)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        values: torch.Tensor = self.value(features) + self.scorer(features)
-        return values
 
 
 def scorer_of(policy: BasePolicy) -> CandidateScorer:

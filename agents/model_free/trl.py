@@ -6,52 +6,181 @@ TRL computes advantages, losses and updates; prompts, sampling and scores are th
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import shutil
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mbrl_text_env.agents.learning.lora import (
-    adapter_digest,
-    base_of,
-    check_target,
+    AdapterSettings,
+    keep,
     tokenizer_of,
-    trainable,
-    write,
+    train_adapter,
 )
 from mbrl_text_env.agents.learning.training import (
-    checkpoints_of,
-    claim,
+    CURVE,
+    LEDGER,
+    TrainingReport,
+    TuningError,
+    check_above_zero,
+    check_prompts,
     common_arguments,
-    run,
-    storage,
+    prompts_digest,
 )
-from mbrl_text_env.agents.model_free.experience import Experience
-from mbrl_text_env.agents.model_free.policy_gradient import (
-    PolicyGradientReport,
-    PolicyGradientSettings,
-    StepReport,
-)
-from mbrl_text_env.agents.model_free.train_prompts import check_prompts
 from mbrl_text_env.identity import identity
+from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
+from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.mdp import initial, response_limit
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import reward_name
-from mbrl_text_env.rewards.learning.lora_classifier import quiet, required
-from mbrl_text_env.training import own_randomness
+from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
+from mbrl_text_env.rewards.learning.lora_classifier import quiet
 from mbrl_text_env.types import Prompt
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
 
-LEDGER, CURVE = "ledger.json", "curve.json"
-"""Files beside the adapter: what training took, and the reward at each step."""
+
+USAGE, FLAT = "usage/", "flat_share"
+"""What each step adds to the trainer's log, which checkpoints keep."""
+
+
+@dataclass(frozen=True)
+class PolicyGradientSettings(AdapterSettings):
+    """How a policy is trained with GRPO or RLOO; for the adapter's fields see `AdapterSettings`.
+
+    Args:
+        steps: Steps of the optimizer.
+        prompts_per_step: Prompts in a step, at most as many as there are.
+        num_generations: Responses to each of them, whose scores are compared; at least 2.
+        max_completion_length: Token limit of a response.
+        temperature: At which responses are drawn; by default as agents draw them.
+        learning_rate: Its highest value; it falls linearly to 0.
+        beta: Weight of the KL divergence from the policy at the start; 0 saves its computation.
+        batch_size: Responses in one forward pass; a divisor of `prompts_per_step *
+            num_generations`.
+        save_steps: Steps between checkpoints.
+        flat_steps: So many first steps in which no group of responses has two different scores are
+            an error.
+        seed: Adapter, order of the prompts and responses follow from it.
+
+    Raises:
+        TuningError: A number is out of its range.
+    """
+
+    steps: int = 60
+    prompts_per_step: int = 4
+    num_generations: int = 8
+    max_completion_length: int = 64
+    temperature: float = 0.7
+    learning_rate: float = 1e-3
+    beta: float = 0.0
+    batch_size: int = 16
+    save_steps: int = 10
+    flat_steps: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = ("steps", "prompts_per_step", "max_completion_length", "batch_size")
+        check_above_zero(self, *counts, "temperature", "learning_rate", "save_steps", "flat_steps")
+        if self.num_generations < 2:
+            raise TuningError(
+                "num_generations: expected at least 2, for responses are judged against each "
+                f"other, got {self.num_generations!r}."
+            )
+        if self.beta < 0:
+            raise TuningError(f"beta: expected 0 or more, got {self.beta!r}.")
+        if self.responses_per_step % self.batch_size:
+            raise TuningError(
+                f"batch_size: expected a divisor of prompts_per_step * num_generations "
+                f"({self.responses_per_step}), got {self.batch_size}."
+            )
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses that each step samples and learns from."""
+        return self.prompts_per_step * self.num_generations
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of training.
+
+    Args:
+        step: From 1.
+        reward: Mean score of its responses.
+        reward_std: Standard deviation of the scores.
+        flat_share: Share of prompts whose responses all have one score, and teach nothing.
+        mean_tokens: Mean length of the responses.
+        kl: Divergence (nats a token) from the policy at the start; None where beta is 0.
+    """
+
+    step: int
+    reward: float
+    reward_std: float
+    flat_share: float
+    mean_tokens: float
+    kl: float | None = None
+
+    @classmethod
+    def from_log(cls, entry: Mapping[str, Any]) -> StepReport:
+        """What the trainer's log says of a step."""
+        same = {name: entry[name] for name in ("step", "reward", "reward_std", FLAT)}
+        return cls(**same, mean_tokens=entry["completions/mean_length"], kl=entry.get("kl"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientReport(TrainingReport):
+    """What training did and took; see `TrainingReport` for the rest.
+
+    The `seconds` of its usage are those of all steps, updates included. Steps that were lost to a
+    kill and done again count once.
+
+    Args:
+        reward_name: The reward's name.
+        language_model: The base's name.
+        curve: One entry a step.
+    """
+
+    reward_name: str
+    language_model: str
+    curve: tuple[StepReport, ...]
+
+    @classmethod
+    def from_log(cls, log_history: Sequence[Mapping[str, Any]], **names: str) -> Any:
+        """What the trainer's log says of all steps."""
+        steps = [entry for entry in log_history if "reward" in entry]
+
+        def total(name: str) -> float:
+            return float(sum(entry[name] for entry in steps))
+
+        # Numbers pass through the log as float32, which is exact for counts up to 2**24.
+        amounts: dict[str, Any] = {
+            f.name: round(total(USAGE + f.name)) if f.type == "int" else total(USAGE + f.name)
+            for f in fields(Usage)
+        }
+        return cls(
+            **names,
+            curve=tuple(map(StepReport.from_log, steps)),
+            usage=Usage(**{**amounts, "seconds": total("step_time")}),
+            training_flops=total(USAGE + "training_flops"),
+        )
+
+    def ledger(self) -> dict[str, Any]:
+        """What training took, as JSON values."""
+        names = {"reward": self.reward_name, "language_model": self.language_model}
+        return super().ledger() | names | {"steps": len(self.curve)}
+
 
 _DEFAULTS = PolicyGradientSettings()
+# Forward passes' worth of work a token: the loss, the gradients of the activations (frozen weights
+# have none), and for RLOO the log-probabilities before the step.
+_PASSES = {"grpo": 2, "rloo": 3}
 
 
 def train_grpo(
@@ -84,7 +213,7 @@ def train_grpo(
     Args:
         language_model: The base. It samples all responses, in its own number format; int8 is the
             fastest on a CPU.
-        reward_model: A reward model, or whatever `as_reward_model` accepts.
+        reward_model: A reward model, or anything that `as_reward_model` accepts.
         prompts: With different ids, at least `settings.prompts_per_step`.
         folder: Where the adapter is written, with `ledger.json` and `curve.json`;
             `mbrl_text_env.agents.learning.serve` takes it.
@@ -105,9 +234,8 @@ def train_grpo(
         True
         >>> policy = serve(embedded(), "kind")  # doctest: +SKIP
     """
-    return _train(
-        "grpo", language_model, reward_model, prompts, folder, settings, start_from, on_step
-    )
+    given = (settings, start_from, on_step)
+    return _train("grpo", language_model, reward_model, prompts, folder, *given)
 
 
 def train_rloo(
@@ -120,33 +248,18 @@ def train_rloo(
     start_from: str | Path | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> PolicyGradientReport:
-    """Train a LoRA adapter with REINFORCE Leave-One-Out.
+    """Train a LoRA adapter with REINFORCE Leave-One-Out; arguments and errors: `train_grpo`.
 
-    As `train_grpo`, but a response is judged against the mean score of the others in its group, in
-    units of the reward, and its probability counts as a whole.
+    As there, but a response is judged against the mean score of the others in its group, in units
+    of the reward, and its probability counts as a whole. `beta` weighs the KL divergence of a whole
+    response, which is taken off its score.
 
     Source: Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization for Learning
     from Human Feedback in LLMs", 2024, by TRL's `RLOOTrainer`. Deviation: TRL clips the ratio of
     probabilities as PPO does; with one update a sample that ratio is 1.
-
-    Args:
-        language_model: See `train_grpo`.
-        reward_model: See `train_grpo`.
-        prompts: See `train_grpo`.
-        folder: See `train_grpo`.
-        settings: See `train_grpo`; `beta` weighs the KL divergence of a whole response, which is
-            taken off its score.
-        start_from: See `train_grpo`.
-        on_step: See `train_grpo`.
-
-    Raises:
-        TuningError: See `train_grpo`.
-        RewardError: See `train_grpo`.
-        KeyboardInterrupt: See `train_grpo`.
     """
-    return _train(
-        "rloo", language_model, reward_model, prompts, folder, settings, start_from, on_step
-    )
+    given = (settings, start_from, on_step)
+    return _train("rloo", language_model, reward_model, prompts, folder, *given)
 
 
 def _train(
@@ -159,68 +272,170 @@ def _train(
     start_from: str | Path | None,
     on_step: Callable[[StepReport], None] | None,
 ) -> PolicyGradientReport:
-    target = Path(folder)
-    check_target(target)
-    for package in ("trl", "peft"):
-        required(package)
     reward_model, prompts = as_reward_model(reward), as_prompts(prompts)
     check_prompts(prompts, reward_model, language_model, settings.prompts_per_step)
-    checkpoints = checkpoints_of(target)
-    rows = [[p.id, p.text, json.dumps(dict(p.metadata), default=str)] for p in prompts]
-    resumed = claim(
-        checkpoints,
-        {
-            "algorithm": algorithm,
-            "settings": asdict(settings),
-            "base": base_of(language_model),
-            "dtype": str(language_model.dtype),
-            "reward": identity(reward_model),
-            "prompts": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-            "start_from": adapter_digest(start_from),
-        },
-    )
-    with own_randomness(settings.seed):
-        model = trainable(language_model, settings, start_from)
-        experience = Experience(algorithm, language_model, reward_model, prompts, settings)
-        trainer = _trainer(experience, model, checkpoints)
-        if on_step is not None:
-            _report_steps(trainer, on_step)
-        run(trainer, checkpoints, resumed)
-    report = PolicyGradientReport.from_log(
-        algorithm, reward_name(reward_model), language_model.name, trainer.state.log_history
-    )
-    with storage(target):
-        notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
-        write(target, trainer.model, language_model, notes)
-    shutil.rmtree(checkpoints)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    experience = Experience(algorithm, language_model, reward_model, by_id, settings)
+    described = {
+        "algorithm": algorithm,
+        "dtype": str(language_model.dtype),
+        "reward": identity(reward_model),
+        "prompts": prompts_digest(prompts),
+    }
+    make = functools.partial(_trainer, experience, on_step)
+    trainer = train_adapter(language_model, folder, settings, start_from, described, make)
+    names = {"reward_name": reward_name(reward_model), "language_model": language_model.name}
+    log = trainer.state.log_history
+    report: PolicyGradientReport = PolicyGradientReport.from_log(log, algorithm=algorithm, **names)
+    notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
+    keep(folder, trainer.model, language_model, notes)
     return report
 
 
-def _trainer(experience: Experience, model: Any, checkpoints: Path) -> Any:
+@dataclass(eq=False)
+class Experience:
+    """Samples and scores the responses of each step.
+
+    To TRL a prompt is its id, so that neither its metadata nor its tokens change on their way
+    through a data set. Its trainers call `sample` and, as a reward function, the object itself.
+    """
+
+    algorithm: str
+    language_model: TransformersLM
+    reward_model: RewardModel
+    prompts: Mapping[str, Prompt]
+    settings: PolicyGradientSettings
+
+    def __post_init__(self) -> None:
+        self.__name__ = reward_name(self.reward_model)
+        self._ledger = Ledger()
+
+    def rows(self) -> list[str]:
+        """Ids of the prompts of all steps, in their order: each pass in another random order.
+
+        A trainer that goes on from a checkpoint skips what is done, and TRL's own sampler has the
+        order of the first run for the first pass alone.
+        """
+        rng = np.random.default_rng(self.settings.seed)
+        ids: list[str] = []
+        wanted = self.settings.steps * self.settings.prompts_per_step
+        # What a pass has beyond whole steps is left out of it, so that no step has a prompt twice.
+        whole = len(self.prompts) - len(self.prompts) % self.settings.prompts_per_step
+        while len(ids) < wanted:
+            ids += rng.permutation(list(self.prompts)).tolist()[:whole]
+        return ids[:wanted]
+
+    def sample(self, ids: Sequence[str], trainer: Any) -> dict[str, Any]:
+        """Draw the responses of a step with the policy as it is now.
+
+        Args:
+            ids: Prompts of the step, each `num_generations` times in a row.
+            trainer: TRL's, which computes the log-probabilities itself, at the temperature.
+        """
+        settings = self.settings
+        chosen = [self.prompts[i] for i in ids[:: settings.num_generations]]
+        self._ledger = Ledger()
+        policy = self._policy(trainer.model)
+        states = [initial(prompt, policy) for prompt in chosen]
+        rows = policy.sample(
+            states,
+            settings.num_generations,
+            min(response_limit(s, policy, settings.max_completion_length) for s in states),
+            seeds=[spawn_seed(settings.seed, trainer.state.global_step)] * len(states),
+            params=SamplingParams(temperature=settings.temperature),
+            ledgers=[self._ledger] * len(states),
+        )
+        return {
+            "prompt_ids": [
+                list(state.prompt_ids) for state, row in zip(states, rows, strict=True) for _ in row
+            ],
+            "completion_ids": [list(chunk.token_ids) for row in rows for chunk in row],
+            "logprobs": None,
+        }
+
+    def _policy(self, model: Any) -> TransformersLM:
+        """The language model with the adapter as it is now, as it would be served."""
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(
+                folder, selected_adapters=["default"], save_embedding_layers=False
+            )
+            return self.language_model.with_adapter(folder, self.language_model.name)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        trainer_state: Any,
+        log_metric: Any,
+        **columns: Any,
+    ) -> list[float]:
+        """Score the responses of a step, and log what it took."""
+        lm, asked = self.language_model, [self.prompts[i] for i in prompts]
+        texts = [lm.decode(ids) for ids in completion_ids]
+        ledgers = [self._ledger] * len(asked)
+        scores = score_responses(self.reward_model, asked, texts, ledgers=ledgers).total
+        log_metric(FLAT, self._check_signal(scores, trainer_state.log_history))
+        for name, amount in self._ledger.usage.as_dict().items():
+            log_metric(USAGE + name, amount)
+        passes = _PASSES[self.algorithm] + (self.settings.beta > 0)
+        forward = sum(
+            lm.usage_bound(len(lm.encode_prompt(prompt)) + len(ids), []).lm_flops
+            for prompt, ids in zip(asked, completion_ids, strict=True)
+        )
+        log_metric(USAGE + "training_flops", passes * forward)
+        return [float(score) for score in scores]
+
+    def _check_signal(self, scores: Any, log_history: Sequence[Mapping[str, Any]]) -> float:
+        """Share of groups of one score each, which teach nothing; all at first is an error."""
+        groups = np.reshape(scores, (-1, self.settings.num_generations))
+        flat = np.ptp(groups, axis=1) == 0
+        if flat.all():
+            before = [entry[FLAT] for entry in log_history if FLAT in entry]
+            said = (
+                f"Reward model {self.__name__!r} gave all {self.settings.num_generations} "
+                f"responses to a prompt the same score (prompts' scores: {groups.min():.4g} to "
+                f"{groups.max():.4g})"
+            )
+            if all(share == 1 for share in before) and len(before) + 1 >= self.settings.flat_steps:
+                raise TuningError(
+                    f"{said} in all of the first {len(before) + 1} steps: there is no learning "
+                    "signal. Choose another reward or easier prompts, raise temperature or "
+                    "num_generations, or raise flat_steps to go on looking."
+                )
+            warnings.warn(f"{said}: step {len(before) + 1} teaches nothing.", stacklevel=2)
+        return float(flat.mean())
+
+
+def _trainer(
+    experience: Experience,
+    on_step: Callable[[StepReport], None] | None,
+    model: Any,
+    checkpoints: Path,
+) -> Any:
     import trl
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
 
     settings = experience.settings
     is_grpo = experience.algorithm == "grpo"
-    with quiet(), warnings.catch_warnings():
+    config: Any = trl.GRPOConfig if is_grpo else trl.RLOOConfig
+    arguments = config(
+        **common_arguments(checkpoints, settings.seed, settings.save_steps),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.responses_per_step // settings.batch_size,
+        num_generations=settings.num_generations,
+        max_completion_length=settings.max_completion_length,
+        temperature=settings.temperature,
+        learning_rate=settings.learning_rate,
+        beta=settings.beta,
+        # The rows are in their order.
+        shuffle_dataset=False,
+    )
+    rollouts = {"rollout_func": experience.sample}
+    make: Any = trl.GRPOTrainer if is_grpo else functools.partial(_rloo_class(), experience)
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-        config: Any = trl.GRPOConfig if is_grpo else trl.RLOOConfig
-        arguments = config(
-            **common_arguments(checkpoints, settings.seed, settings.save_steps),
-            max_steps=settings.steps,
-            per_device_train_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.responses_per_step // settings.batch_size,
-            num_generations=settings.num_generations,
-            max_completion_length=settings.max_completion_length,
-            temperature=settings.temperature,
-            learning_rate=settings.learning_rate,
-            beta=settings.beta,
-            # The rows are in their order.
-            shuffle_dataset=False,
-        )
-        rollouts = {"rollout_func": experience.sample}
-        make: Any = trl.GRPOTrainer if is_grpo else functools.partial(_rloo_class(), experience)
         trainer = make(
             model=model,
             reward_funcs=experience,
@@ -230,6 +445,8 @@ def _trainer(experience: Experience, model: Any, checkpoints: Path) -> Any:
             **(rollouts if is_grpo else {}),
         )
     trainer.remove_callback(PrinterCallback)
+    if on_step is not None:
+        _report_steps(trainer, on_step)
     return trainer
 
 
@@ -254,7 +471,6 @@ def _rloo_class() -> Any:
 
 
 def _report_steps(trainer: Any, on_step: Callable[[StepReport], None]) -> None:
-    """Have the trainer call a function after each step."""
     from transformers import TrainerCallback
 
     class ReportSteps(TrainerCallback):  # type: ignore[misc, unused-ignore]

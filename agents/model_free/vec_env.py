@@ -20,13 +20,10 @@ class VectorEnvAdapter(VecEnv):
     has the last observation as `terminal_observation` beside what Gymnasium calls its final info.
 
     Args:
-        env: Its autoreset mode is `SameStep`.
-        bootstrap_truncated: Whether an episode that was truncated is treated as if it went on: its
-            value is then estimated from the last observation. False for text environments, where
-            the token limit is part of the task and the response is scored when it is met.
-
-    Raises:
-        ValueError: The environment has another autoreset mode.
+        env: Its autoreset mode is `SameStep`, or a `ValueError` is raised.
+        bootstrap_truncated: Whether an episode that was truncated is treated as if it went on, with
+            the value of the last observation. False for text environments, where the token limit is
+            part of the task and the response is scored when it is met.
 
     Example:
         >>> env = gym.make_vec(
@@ -140,7 +137,7 @@ def _check_rewards(rewards: Any) -> None:
     if bad.size:
         raise RewardError(
             f"Expected finite rewards, got {np.asarray(rewards)[bad].tolist()} from environments "
-            f"{bad.tolist()}: what learns from them would be NaN for ever. Make the environment "
+            f"{bad.tolist()}: what learns from them would stay NaN. Make the environment "
             "with failed_reward=0.0 (the reward of an episode whose response cannot be scored), or "
             "with on_reward_error='raise'."
         )

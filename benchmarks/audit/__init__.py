@@ -1,6 +1,6 @@
-"""Audit a reward model against a gold reward: is it safe to choose by?
+"""Audit a reward model against a trusted one, the gold: is it safe to choose by?
 
-`curves` (best-of-N), `association` (correlation, pairs, calibration), `sensitivity` (changes that
-should not matter), `verdict` (what follows, in words), `pool` (the responses and their scores),
-`report` (terminal and picture), `run` (all of it), `trust` (the same counts for a comparison).
+`run` is all of it; `pool`: responses and their scores; `text_changes`: changes that should not
+matter; `measures`: best-of-N curves, agreement, reactions; `verdict`: what follows, in words;
+`report`: terminal and picture; `exploit_warnings`: for a comparison.
 """

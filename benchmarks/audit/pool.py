@@ -16,22 +16,21 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.agents.collection import collect, collection_run, missing_samples
-from mbrl_text_env.benchmarks.audit.curves import FloatArray
-from mbrl_text_env.benchmarks.audit.sensitivity import INTERVENTIONS, intervene
+from mbrl_text_env.benchmarks.audit.text_changes import INTERVENTIONS, intervene
+from mbrl_text_env.benchmarks.settings import AuditError
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.records import Record, RecordWriter, run_of
 from mbrl_text_env.rewards.base import RewardModel, score_responses
 from mbrl_text_env.runs import prompt_digest, refuse_others, writing
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import FloatArray, Prompt
+
+PoolScores = tuple[FloatArray, dict[str, FloatArray]]
+"""Of a pool, float64[prompts, samples], and by text change, float64[prompts, tried]."""
 
 # Responses are lost by the batch when an audit is killed.
 _BATCH_PROMPTS = 4
-
-
-class AuditError(ValueError):
-    """An audit that cannot be run as asked."""
 
 
 class _Characters:
@@ -61,14 +60,10 @@ def fill_pool(
         language_model: Writes the responses.
         prompts: The prompts.
         samples: Responses to each prompt; of more, the first are taken.
-        max_response_tokens: Token limit of a response.
-        seed: Of the sampling.
-        shared: Whether the folder may hold responses to other prompts alone; otherwise that is
-            taken for a mistake.
-        on_batch: Called with the number of responses that are there, for progress.
-
-    Returns:
-        The records, `samples` to each prompt.
+        max_response_tokens: As of `collect`.
+        seed: As of `collect`.
+        shared: Whether the folder may hold responses to other prompts alone.
+        on_batch: Called with numbers of responses that are there.
 
     Raises:
         AuditError: The folder holds responses of another model, seed or token limit, or to other
@@ -114,19 +109,11 @@ def score_pool(
     *,
     tried: int,
     on_batch: Callable[[int], None] | None = None,
-) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """Score the pool, and the first `tried` responses to each prompt after each intervention.
+) -> PoolScores:
+    """Score the pool, and the first `tried` responses to each prompt after each text change.
 
-    Args:
-        folder: Where the scores are kept, one file a prompt; it belongs to this reward.
-        reward_model: Scores the responses.
-        prompts: The prompts.
-        responses: The same number to each prompt.
-        tried: Responses to each prompt that the interventions are tried on.
-        on_batch: Called with 1 after each prompt, for progress.
-
-    Returns:
-        float64[prompts, samples], and by intervention float64[prompts, tried].
+    The scores are kept in `folder`, one file a prompt, which belongs to this reward. `on_batch` is
+    called with 1 after each prompt.
 
     Raises:
         RewardError: The reward model failed; the message names the prompt.

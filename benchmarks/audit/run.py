@@ -16,41 +16,33 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.benchmarks.audit.association import associate
-from mbrl_text_env.benchmarks.audit.curves import Curves, FloatArray, best_of_n_curves
-from mbrl_text_env.benchmarks.audit.pool import AuditError, fill_pool, score_pool
-from mbrl_text_env.benchmarks.audit.result import AuditConfig, AuditResult
-from mbrl_text_env.benchmarks.audit.sensitivity import (
-    INTERVENTIONS,
+from mbrl_text_env.benchmarks.audit.measures import (
+    Association,
+    Curves,
     Sensitivity,
-    intervene,
-    length_beyond_gold,
-    reactions,
+    associate,
+    best_of_n_curves,
+    measure_sensitivity,
 )
-from mbrl_text_env.benchmarks.audit.verdict import decide, trivial
+from mbrl_text_env.benchmarks.audit.pool import PoolScores, fill_pool, score_pool
+from mbrl_text_env.benchmarks.audit.verdict import Verdict, decide, trivial
 from mbrl_text_env.benchmarks.compare import choose_prompts
+from mbrl_text_env.benchmarks.settings import AuditConfig, AuditError
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardModel, applies_to
 from mbrl_text_env.runs import claimed, prompt_digests, writing
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import FloatArray, Prompt
 
 _FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The parts of an audit.
+    """The parts of an audit, with the number of prompts to which one of the rewards does not apply.
 
-    Args:
-        config: What is audited and how.
-        prompts: As many as the config says.
-        language_model: Writes the pool, and names the model that a pool must be of.
-        proxy: The reward to choose by.
-        gold: The reward that is trusted.
-        left_out: Prompts to which one of the rewards does not apply.
-        labels: What else belongs into the config file, such as the prompts' source.
+    `language_model` writes the pool; `labels` is what else belongs into the config file.
     """
 
     config: AuditConfig
@@ -62,7 +54,7 @@ class Audit:
     labels: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """The config file's content: whatever the measurements depend on."""
+        """What `audit.json` says that was audited."""
         return {
             "format": _FORMAT,
             **asdict(self.config),
@@ -76,6 +68,19 @@ class Audit:
     def trivial(self) -> bool:
         """Whether proxy and gold are the same reward."""
         return self.config.proxy == self.config.gold
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What an audit found: the content of `audit.json` after date, command and config."""
+
+    config: AuditConfig
+    prompts: int
+    left_out: int
+    curves: Curves
+    association: Association | None
+    sensitivity: Sensitivity
+    verdict: Verdict
 
 
 def choose_for_both(
@@ -112,18 +117,16 @@ def run_audit(
         out: The audit's folder.
         pool: The pool's records folder; None for one in `out`. Missing prompts are added.
         command: How it was asked for, for `audit.json`.
-        on_progress: Called with "pool", "proxy" or "gold" and a count, for progress.
-
-    Returns:
-        What was found.
+        on_progress: Called with "pool", "proxy" or "gold" and a count.
 
     Raises:
         AuditError: The folder holds something else, the pool does not fit, or a reward gives all
             responses to each prompt the same score.
         RewardError: A reward failed.
     """
+    from mbrl_text_env.benchmarks.audit.report import plot
+
     folder = Path(out)
-    pool_folder = folder / "pool" if pool is None else Path(pool)
     record = {
         **audit.record(),
         "prompts": prompt_digests(audit.prompts),
@@ -133,22 +136,32 @@ def run_audit(
         },
     }
     with claimed(folder, record, "audit", AuditError):
-        return _run(audit, folder, pool_folder, command, on_progress)
+        responses, scores = _scored(
+            audit,
+            folder,
+            folder / "pool" if pool is None else Path(pool),
+            on_progress or (lambda stage, count: None),
+        )
+        result = measure(audit, responses, scores["proxy"], scores["gold"])
+        written = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "config": audit.record(),
+            **{key: value for key, value in asdict(result).items() if key != "config"},
+        }
+        with writing(folder, AuditError):
+            write_text(folder / "audit.json", json.dumps(written, indent=2, allow_nan=False))
+            plot(result, folder / "audit.png")
+    return result
 
 
-def _run(
-    audit: Audit,
-    folder: Path,
-    pool_folder: Path,
-    command: str,
-    on_progress: Callable[[str, int], None] | None,
-) -> AuditResult:
-    from mbrl_text_env.benchmarks.audit.report import plot
-
+def _scored(
+    audit: Audit, folder: Path, pool: Path, report: Callable[[str, int], None]
+) -> tuple[list[list[str]], dict[str, PoolScores]]:
+    """The pool's responses and their scores by proxy and gold."""
     config = audit.config
-    report = on_progress or (lambda stage, count: None)
     records = fill_pool(
-        pool_folder,
+        pool,
         audit.language_model,
         audit.prompts,
         samples=config.samples,
@@ -157,46 +170,24 @@ def _run(
         on_batch=lambda count: report("pool", count),
     )
     responses = [[record.response for record in row] for row in records]
-    tried = min(config.sensitivity_samples, config.samples)
-    scores: dict[str, tuple[FloatArray, dict[str, FloatArray]]] = {}
-    for role, reward_model in (("proxy", audit.proxy), ("gold", audit.gold)):
-        if role == "gold" and audit.trivial:
-            scores[role] = scores["proxy"]
-            continue
-        scores[role] = score_pool(
+    scores = {
+        role: score_pool(
             folder / "scores" / role,
-            reward_model,
+            getattr(audit, role),
             audit.prompts,
             responses,
-            tried=tried,
+            tried=min(config.sensitivity_samples, config.samples),
             on_batch=lambda count, role=role: report(role, count),  # type: ignore[misc]
         )
-    result = measure(audit, responses, scores["proxy"], scores["gold"])
-    written = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "config": audit.record(),
-        **{key: value for key, value in asdict(result).items() if key != "config"},
+        for role in (("proxy",) if audit.trivial else ("proxy", "gold"))
     }
-    with writing(folder, AuditError):
-        write_text(folder / "audit.json", json.dumps(written, indent=2, allow_nan=False))
-        plot(result, folder / "audit.png")
-    return result
+    return responses, {"gold": scores["proxy"], **scores}
 
 
 def measure(
-    audit: Audit,
-    responses: Sequence[Sequence[str]],
-    proxy: tuple[FloatArray, dict[str, FloatArray]],
-    gold: tuple[FloatArray, dict[str, FloatArray]],
+    audit: Audit, responses: Sequence[Sequence[str]], proxy: PoolScores, gold: PoolScores
 ) -> AuditResult:
-    """Measure a scored pool.
-
-    Args:
-        audit: Its config and its number of prompts are read.
-        responses: The same number to each prompt.
-        proxy: The proxy's scores, as from `score_pool`.
-        gold: The gold's.
+    """Measure a scored pool with the same number of responses to each prompt.
 
     Raises:
         AuditError: A reward gives all responses to each prompt the same score.
@@ -206,7 +197,7 @@ def measure(
         _check_varies(name, scores)
     curves = best_of_n_curves(proxy[0], gold[0], seed=config.seed)
     association = associate(proxy[0], gold[0], seed=config.seed)
-    sensitivity = _sensitivity(responses, proxy, gold, curves, config.seed)
+    sensitivity = measure_sensitivity(responses, proxy, gold, seed=config.seed)
     prompts = len(responses)
     verdict = (
         trivial(config.proxy, prompts, config.samples)
@@ -214,33 +205,6 @@ def measure(
         else decide((config.proxy, config.gold), prompts, curves, association, sensitivity)
     )
     return AuditResult(config, prompts, audit.left_out, curves, association, sensitivity, verdict)
-
-
-def _sensitivity(
-    responses: Sequence[Sequence[str]],
-    proxy: tuple[FloatArray, dict[str, FloatArray]],
-    gold: tuple[FloatArray, dict[str, FloatArray]],
-    curves: Curves,
-    seed: int,
-) -> Sensitivity:
-    tried = next(iter(proxy[1].values())).shape[1]
-    changes = {
-        name: (
-            (proxy[1][name] - proxy[0][:, :tried]).mean(axis=1) / curves.proxy_sd,
-            (gold[1][name] - gold[0][:, :tried]).mean(axis=1) / curves.gold_sd,
-        )
-        for name in INTERVENTIONS
-    }
-    changed = {
-        name: sum(intervene(name, text) != text for row in responses for text in row[:tried])
-        for name in INTERVENTIONS
-    }
-    lengths = np.array([[len(text) for text in row] for row in responses], dtype=np.float64)
-    return Sensitivity(
-        reactions(changes, changed, seed=seed),
-        length_beyond_gold(proxy[0], gold[0], lengths, seed=seed),
-        tried * len(responses),
-    )
 
 
 def _check_varies(name: str, scores: FloatArray) -> None:

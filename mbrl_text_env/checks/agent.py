@@ -82,13 +82,7 @@ def _longest_response(agent: Any, prompts: Sequence[Prompt]) -> int:
 
 @dataclass
 class _Counts:
-    """What an agent asked of its models.
-
-    Args:
-        tokens: Sampled tokens.
-        reward_calls: Responses scored.
-        streams: Seeds and first sample of the calls that draw at random.
-    """
+    """What an agent asked of its models; `streams` are the seeds and first samples of its draws."""
 
     tokens: int = 0
     reward_calls: int = 0
@@ -103,13 +97,11 @@ class _Counts:
         params: SamplingParams = SamplingParams(),
         **options: Any,
     ) -> None:
-        """Count a call of `sample`."""
         self.tokens += sum(len(chunk) for row in chunks for chunk in row)
         if params.temperature > 0 and params.top_k != 1:
             self.streams.append((tuple(seeds), first_sample))
 
     def of_score(self, scores: object, prompts: object, responses: Sequence[str]) -> None:
-        """Count a call of `score` or `score_parts`."""
         self.reward_calls += len(responses)
 
     def of_steps(self, scores: object, prompt: object, steps: object) -> None:
@@ -119,15 +111,7 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Trial:
-    """An agent under check.
-
-    Args:
-        agent: The agent.
-        subject: What messages call it.
-        prompts: What it answers.
-        least: Generated tokens that have to be enough for one response.
-        seed: As in `check_agent`.
-    """
+    """An agent under check; `least` generated tokens have to be enough for one response."""
 
     agent: Any
     subject: str
@@ -219,15 +203,10 @@ class _Trial:
         if budget is None:
             return
         for usage in usages:
-            amounts = {
-                "tokens": usage.generated_tokens,
-                "flops": usage.flops,
-                "reward_calls": usage.reward_calls,
-            }
-            for name, amount in amounts.items():
+            for name, amount in usage.capped.items():
                 cap = getattr(budget, name)
                 expect(
-                    cap is None or amount <= cap,
+                    cap is None or amount <= cap or name == "seconds",
                     f"{self.subject}, {method}",
                     f"at most {cap} {name} a prompt",
                     f"{amount:g}",

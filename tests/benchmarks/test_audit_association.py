@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mbrl_text_env.benchmarks.audit.association import associate, pair_accuracy
+from mbrl_text_env.benchmarks.audit.measures import associate, pair_accuracy
 
 RNG = np.random.default_rng(0)
 GOLD = RNG.normal(size=(10, 12))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mbrl_text_env.benchmarks.audit.curves import best_of_n_curves, within_sd
+from mbrl_text_env.benchmarks.audit.measures import best_of_n_curves, within_sd
 
 
 def test_choosing_by_a_monotone_transform_is_choosing_by_the_gold():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mbrl_text_env.benchmarks.audit.trust import distinct, trust_warnings
+from mbrl_text_env.benchmarks.audit.exploit_warnings import distinct, trust_warnings
 
 WORDS = [f"word{i}" for i in range(400)]
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from mbrl_text_env.benchmarks.audit.pool import AuditError
 from mbrl_text_env.benchmarks.audit.verdict import reading, trivial
+from mbrl_text_env.benchmarks.settings import AuditError
 from tests.benchmarks.planted import audited, concise_facts, facts, noise, responses
 
 

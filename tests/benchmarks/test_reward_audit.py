@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from mbrl_text_env.benchmarks.reward_audit import audit_command
+from mbrl_text_env.benchmarks.cli import audit_command
 
 APP = typer.Typer()
 APP.command("audit")(audit_command)

@@ -28,8 +28,8 @@ from mbrl_text_env.agents.learning import (
     rejection_sampling,
     rest_em,
 )
-from mbrl_text_env.agents.learning.iteration_folder import STAGES, Stage
-from mbrl_text_env.agents.learning.iteration_report import fallen, without_signal
+from mbrl_text_env.agents.learning.reports import fallen, without_signal
+from mbrl_text_env.agents.learning.stages import STAGES, Stage
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import StackedValue
 from mbrl_text_env.identity import identity
@@ -351,7 +351,7 @@ class TestKills:
                 make_loop(tmp_path / "a", replace(SETTINGS, iterations=1), **options).run()
                 patch.setattr("mbrl_text_env.records.write_shard", fail)
             if where == "note":
-                patch.setattr("mbrl_text_env.agents.learning.iteration_folder.write_text", fail)
+                patch.setattr("mbrl_text_env.agents.learning.notes.write_text", fail)
             # Records have an error of their own, which names the folder too.
             with pytest.raises((LoopError, ValueError), match="No space left on device") as caught:
                 loop.run()

@@ -1,0 +1,439 @@
+"""What is known of each iteration of a loop."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mbrl_text_env.agents.learning.answers import HINTED
+from mbrl_text_env.agents.learning.filters import scores_described
+from mbrl_text_env.agents.learning.notes import to_json
+from mbrl_text_env.agents.values.prefixes import LENGTHS, cut_prefixes, samples_of
+from mbrl_text_env.agents.values.validation import correlation, root_mean_square, within_prompt
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.ledger import Ledger
+from mbrl_text_env.mdp import is_terminal
+from mbrl_text_env.records import Record
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardModel,
+    applies_to,
+    isolate_failures,
+    score_responses,
+)
+from mbrl_text_env.types import Chunk, FloatArray, TextState
+from mbrl_text_env.values import ValueModel, predict_values
+
+_NGRAMS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Kullback-Leibler divergence of a policy from the base model, estimated from its samples.
+
+    Args:
+        per_response: Nats a response: the mean of log policy - log base over whole responses.
+        per_response_error: Its standard error; NaN for one prompt with one response.
+        per_token: Nats a token: the same sum, divided by the number of tokens.
+        per_token_error: Its standard error.
+        num_responses: Responses.
+    """
+
+    per_response: float
+    per_response_error: float
+    per_token: float
+    per_token_error: float
+    num_responses: int
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How much a set of responses repeats itself.
+
+    Args:
+        distinct: Share of different n-grams of words among all, for n of 1, 2 and 3; NaN where
+            there is none. It falls with the number of responses: compare sets of one size.
+        duplicates: Share of responses with the same words as a response to another prompt.
+        repeats: Share of responses with the same words as an earlier one to the same prompt.
+    """
+
+    distinct: tuple[float, float, float]
+    duplicates: float
+    repeats: float
+
+
+@dataclass(frozen=True)
+class ValueCheck:
+    """How well a value model predicts responses that it was not fitted on.
+
+    Args:
+        error: Root mean square of prediction - final score, over prefixes of all lengths.
+        correlation: Pearson correlation over all prefixes.
+        within_prompt: The same without the mean of each prompt's prefixes of one length: what a
+            choice among partial responses can use. NaN where nothing varies.
+        num_prefixes: Prefixes.
+    """
+
+    error: float
+    correlation: float
+    within_prompt: float
+    num_prefixes: int
+
+
+@dataclass(frozen=True)
+class GoldCheck:
+    """What a trusted reward that was not optimised says of the same responses.
+
+    Args:
+        proxy: Mean score under the reward that is optimised, of the responses below.
+        gold: Mean score under the trusted one.
+        gap: proxy - gold. Its change since the base model is the part of a rise that is not real,
+            where both rewards have one scale.
+        correlation: Of the two, over responses; NaN where one does not vary.
+        num_responses: Responses that the trusted reward could score.
+    """
+
+    proxy: float
+    gold: float
+    gap: float
+    correlation: float
+    num_responses: int
+
+
+def divergence(
+    policy: LanguageModel,
+    base: LanguageModel,
+    states: Sequence[TextState],
+    *,
+    ledger: Ledger | None = None,
+) -> Divergence:
+    """Estimate KL(policy || base) from complete responses that the policy sampled.
+
+    The estimate is unbiased if the policy drew them at temperature 1, without top-k or top-p.
+    Standard errors are over prompts, with the usual linearisation for the ratio of nats and tokens;
+    over responses where there is one prompt.
+
+    Args:
+        policy: What sampled them.
+        base: With the same tokens.
+        states: Terminal.
+        ledger: Is charged for both models' computation.
+
+    Returns:
+        Infinite values where the base could not have written a response.
+
+    Raises:
+        ValueError: There are no responses, or one has not ended.
+    """
+    if not states or not all(is_terminal(state) for state in states):
+        raise ValueError("divergence: expected complete responses, at least one.")
+    starts = [TextState(state.prompt, state.prompt_ids) for state in states]
+    chunks = [Chunk(state.response_ids) for state in states]
+    ledgers = None if ledger is None else [ledger] * len(states)
+    own, other = (model.logprobs(starts, chunks, ledgers=ledgers) for model in (policy, base))
+    nats = np.asarray([sum(a) - sum(b) for a, b in zip(own, other, strict=True)])
+    if not np.isfinite(nats).all():
+        return Divergence(math.inf, math.nan, math.inf, math.nan, len(states))
+    tokens = np.asarray([float(len(chunk)) for chunk in chunks])
+    ratio = nats.sum() / tokens.sum()
+    prompts = [state.prompt.id for state in states]
+    return Divergence(
+        float(nats.mean()),
+        _standard_error(nats - nats.mean(), prompts),
+        float(ratio),
+        _standard_error((nats - ratio * tokens) / tokens.mean(), prompts),
+        len(states),
+    )
+
+
+def _standard_error(deviations: FloatArray, clusters: Sequence[str]) -> float:
+    """Of a mean over rows whose clusters are independent; float64[B], their sum is 0."""
+    groups = np.unique(clusters, return_inverse=True)[1]
+    if groups.max() == 0:
+        groups = np.arange(len(deviations))
+    sums = np.bincount(groups, deviations)
+    if len(sums) < 2:
+        return float("nan")
+    correction = len(sums) / (len(sums) - 1)
+    return float(np.sqrt(correction * np.square(sums).sum()) / len(deviations))
+
+
+def diversity(records: Sequence[Record]) -> Diversity:
+    """Count what responses have in common; words are divided by spaces, case does not count.
+
+    Source of distinct-n: Li et al., "A Diversity-Promoting Objective Function for Neural
+    Conversation Models", NAACL 2016.
+
+    Raises:
+        ValueError: There are no records.
+    """
+    if not records:
+        raise ValueError("diversity: expected at least one record, got none.")
+    texts = [tuple(record.response.lower().split()) for record in records]
+    askers: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for text, record in zip(texts, records, strict=True):
+        askers[text].add(record.prompt_id)
+    pairs = {(record.prompt_id, text) for record, text in zip(records, texts, strict=True)}
+    one, two, three = (_distinct(texts, n) for n in _NGRAMS)
+    return Diversity(
+        (one, two, three),
+        sum(len(askers[text]) > 1 for text in texts) / len(texts),
+        1 - len(pairs) / len(texts),
+    )
+
+
+def _distinct(texts: Sequence[tuple[str, ...]], n: int) -> float:
+    grams = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def check_value(
+    value_model: ValueModel, records: Sequence[Record], *, ledger: Ledger | None = None
+) -> ValueCheck:
+    """Compare a value model's predictions for prefixes with the final scores.
+
+    Args:
+        value_model: Fitted.
+        records: Complete responses to several prompts, several to each.
+        ledger: Is charged.
+
+    Raises:
+        FitError: No response has two tokens.
+        ValueModelError: The value model is not fitted, or fails.
+    """
+    states, owners = cut_prefixes(records, getattr(value_model, "lengths", LENGTHS))
+    charged = None if ledger is None else [ledger] * len(states)
+    mean = predict_values(value_model, states, ledgers=charged).mean
+    samples = samples_of(mean[:, None], owners, [len(state.response_ids) for state in states])
+    return ValueCheck(
+        root_mean_square(mean - samples.scores),
+        correlation(mean, samples.scores),
+        within_prompt(mean, samples),
+        len(states),
+    )
+
+
+def check_gold(
+    gold_model: RewardModel, records: Sequence[Record], *, ledger: Ledger | None = None
+) -> GoldCheck | None:
+    """Score responses with a trusted reward; None where it applies to none of them.
+
+    Responses that it cannot score are left out on both sides.
+    """
+    rows = [record for record in records if applies_to(gold_model, record.prompt())]
+
+    def score(some: Sequence[Record]) -> list[float]:
+        charged = None if ledger is None else [ledger] * len(some)
+        prompts, texts = [r.prompt() for r in some], [r.response for r in some]
+        return list(score_responses(gold_model, prompts, texts, ledgers=charged).total)
+
+    found = isolate_failures(score, rows) if rows else []
+    scored = zip(rows, found, strict=True)
+    pairs = [(row.score, gold) for row, gold in scored if not isinstance(gold, RewardError)]
+    if not pairs:
+        return None
+    proxy, gold = np.asarray(pairs, dtype=np.float64).T
+    means = float(proxy.mean()), float(gold.mean()), float((proxy - gold).mean())
+    return GoldCheck(*means, correlation(proxy, gold), len(pairs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Answers to the train prompts, their counts and mean score."""
+
+    num_records: int
+    num_prompts: int
+    num_hinted: int
+    mean: float
+
+    @classmethod
+    def of(cls, records: Sequence[Record], **more: Any) -> Any:
+        """Sum up records; `more` are the fields of a subclass."""
+        return cls(
+            num_records=len(records),
+            num_prompts=len({record.prompt_id for record in records}),
+            num_hinted=sum(record.agent.endswith(HINTED) for record in records),
+            mean=float(np.mean([record.score for record in records])),
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected(Answers):
+    """All answers of an iteration; `num_failed` prompts are left out, as they cannot be scored."""
+
+    num_failed: int
+    std: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected(Answers):
+    """The answers that were tuned on; `lowest` is the lowest score."""
+
+    lowest: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Plain sampling on the validation prompts.
+
+    Args:
+        mean: Mean score, over prompts.
+        error: Its standard error over prompts; NaN for one prompt.
+        tokens: Mean length of a response.
+        diversity: Of the responses.
+        divergence: From the base model, where it was asked for.
+        gold: What a trusted reward says, where there is one.
+    """
+
+    mean: float
+    error: float
+    tokens: float
+    diversity: Diversity
+    divergence: Divergence | None = None
+    gold: GoldCheck | None = None
+
+    @classmethod
+    def of(
+        cls, records: Sequence[Record], divergence: Divergence | None, gold: GoldCheck | None
+    ) -> Validation:
+        """Sum up records."""
+        by_prompt: dict[str, list[float]] = {}
+        for record in records:
+            by_prompt.setdefault(record.prompt_id, []).append(record.score)
+        means = np.asarray([np.mean(scores) for scores in by_prompt.values()])
+        error = float("nan")
+        if len(means) > 1:
+            error = float(means.std(ddof=1) / np.sqrt(len(means)))
+        tokens = float(np.mean([len(record.response_ids) for record in records]))
+        return cls(float(means.mean()), error, tokens, diversity(records), divergence, gold)
+
+
+@dataclass(frozen=True)
+class ValueReport:
+    """The value model of an iteration.
+
+    Args:
+        fitted_at: The iteration whose policy it was fitted for.
+        refitted: Whether that is this one.
+        when_fitted: How well the old model predicted the validation responses of the policy that
+            it was fitted for (the first model: this policy's).
+        before: How well the old model predicts this policy's; None for the first.
+        after: How well the model of this iteration does.
+        error_ratio: Of `before` and `when_fitted`; None for the first.
+    """
+
+    fitted_at: int
+    refitted: bool
+    when_fitted: ValueCheck
+    before: ValueCheck | None
+    after: ValueCheck
+    error_ratio: float | None
+
+
+@dataclass(frozen=True)
+class IterationReport:
+    """An iteration's figures; what an iteration lacks is None.
+
+    Args:
+        iteration: 0 for the base model, before anything is learned.
+        policy: Name of the policy at its end.
+        validation: What that scores.
+        collected: What the policy before answered.
+        selected: What was tuned on.
+        improvement: What the improver says.
+        value: The value model for this policy.
+        usage: What each stage took, of the last try where it was stopped: `Usage.as_dict()`, whose
+            seconds are those of the models' calls, and `wall_seconds`.
+        warnings: What to look at.
+    """
+
+    iteration: int
+    policy: str
+    validation: Validation
+    collected: Collected | None
+    selected: Selected | None
+    improvement: Mapping[str, Any] | None
+    value: ValueReport | None
+    usage: Mapping[str, Mapping[str, float]]
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, without the usage, which the ledger has."""
+        values = to_json(self)
+        values.pop("usage")
+        return values
+
+    def ledger(self) -> dict[str, Any]:
+        """What each stage took, and the total."""
+        rows = list(self.usage.values())
+        return {**self.usage, "total": {name: sum(row[name] for row in rows) for name in rows[0]}}
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """What a loop did.
+
+    Args:
+        iterations: A report for each, that of the base model first.
+        best: The iteration with the highest mean on the validation prompts; 0 is the base model.
+        stopped: Why it ended before its last iteration; None where it did not.
+    """
+
+    iterations: tuple[IterationReport, ...]
+    best: int
+    stopped: str | None = None
+
+
+def doubts_about(first: Validation, last: Validation) -> list[str]:
+    """What a rise of the reward since the base model may hide."""
+    if first.gold is None or last.gold is None:
+        return []
+    if last.gold.proxy <= first.gold.proxy or last.gold.gold >= first.gold.gold:
+        return []
+    return [
+        f"the reward rose from {first.gold.proxy:.4g} to {last.gold.proxy:.4g} since the base "
+        f"model, while the gold reward fell from {first.gold.gold:.4g} to {last.gold.gold:.4g} on "
+        "the same responses: the policy may be learning the reward model's mistakes."
+    ]
+
+
+def without_signal(
+    answers: Sequence[Record], own: Sequence[Record], *, is_plain: bool
+) -> str | None:
+    """Why nothing can be learned from answers; None where something can.
+
+    A planner whose answers all score the same still has something to teach, as long as plain
+    samples of the same policy (`own`) do not; `is_plain` says that the answers are such samples.
+    """
+    scores = {record.score for record in answers}
+    if len(scores) > 1 or (not is_plain and {record.score for record in own} != scores):
+        return None
+    return (
+        "expected scores that differ, got the same for all answers: there is no signal to learn "
+        f"from. {scores_described(answers)} If they are as high as they can be, nothing is left "
+        f"to learn; otherwise check the reward {answers[0].reward_name!r}, take more answers to "
+        "each prompt, or other prompts."
+    )
+
+
+def fallen(means: Sequence[float], patience: int | None) -> str | None:
+    """Why a loop stops after the last of its validation means; None where it does not.
+
+    Args:
+        means: Of each iteration, the base model's first.
+        patience: Iterations without a new best after which it stops; None for never.
+    """
+    best = max(range(len(means)), key=lambda i: means[i])
+    since = len(means) - 1 - best
+    if patience is None or since < patience:
+        return None
+    return (
+        f"The validation mean has not risen above that of iteration {best} ({means[best]:.4g}) for "
+        f"{since} iteration{'s' if since > 1 else ''}; it is {means[-1]:.4g} now."
+    )
