@@ -394,7 +394,7 @@ class Agent(ABC):
     def response_usage(self, state: TextState) -> Usage:
         """The most that one complete response from `state` is charged."""
         prefix = len(state.prompt_ids) + len(state.response_ids)
-        return self.language_model.usage(prefix, [self._room(state)])
+        return self.language_model.usage_bound(prefix, [self._room(state)])
 
     def _room(self, state: TextState) -> int:
         """Tokens that the response can still have; 0 where it has ended."""

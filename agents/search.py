@@ -290,7 +290,7 @@ class Search:
             if not count:
                 continue
             node, length = expansion.node, self._length(expansion)
-            total += self.language_model.usage(_size(node.state), [length] * count)
+            total += self.language_model.usage_bound(_size(node.state), [length] * count)
             total += self._evaluation_bound(expansion) * count
             left = self._finish_usage(_stand_in(node.state, length), self.room(node) - length)
             if reserve is None or left.generated_tokens < reserve.generated_tokens:
@@ -315,12 +315,12 @@ class Search:
     def _finish_usage(self, state: TextState, room: int) -> Usage:
         if room <= 0:
             return Usage()
-        usage = self.language_model.usage(_size(state), [room])
+        usage = self.language_model.usage_bound(_size(state), [room])
         return usage + reward_usage_bound(self.reward_model)
 
     def _drawing_usage(self, node: Node) -> Usage:
         """What drawing the rest of a response is charged, its prefix left out."""
-        usage, prefix = self.language_model.usage, _size(node.state)
+        usage, prefix = self.language_model.usage_bound, _size(node.state)
         return usage(prefix, [self.room(node)]) - usage(prefix, [])
 
     def _length(self, expansion: Expansion) -> int:

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from mbrl_text_env.language_models.catalogue import embedded_gguf
+from mbrl_text_env.language_models.registry import embedded_gguf
 
 _START_SECONDS = 60.0
 

@@ -16,6 +16,7 @@ _EXTRAS = {
     "peft": "train",
     "datasets": "data",
     "httpx": "server",
+    "tenacity": "server",
     "reasoning_gym": "data",
     "math_verify": "verify",
     "jsonschema": "verify",

@@ -326,7 +326,7 @@ def _language_model(model: LanguageModel | None, task: TextTask) -> LanguageMode
 @functools.cache
 def _embedded() -> LanguageModel:
     # One engine serves all environments that were made without a model of their own.
-    from mbrl_text_env.language_models.catalogue import embedded
+    from mbrl_text_env.language_models.registry import embedded
 
     return embedded()
 

@@ -264,7 +264,7 @@ class CandidateProposer:
             usage += reward_usage_bound(self.task.reward_model) * count
         if self._encoder is self.language_model:
             tokens = len(state.prompt_ids) + len(state.response_ids) + self.chunk_tokens
-            usage += self.language_model.usage(tokens, []) * count
+            usage += self.language_model.usage_bound(tokens, []) * count
         elif self._encoder is not None:
             usage += Usage(value_flops=encoder_flops_bound(self._encoder) * count)
         return usage
@@ -345,7 +345,7 @@ class CandidateProposer:
 
     def _checked_encoder(self, encoder: Encoder | str | None) -> Any:
         if encoder == "embedded":
-            from mbrl_text_env.language_models.catalogue import embedded_encoder
+            from mbrl_text_env.language_models.registry import embedded_encoder
 
             return embedded_encoder()
         if encoder == "language_model":

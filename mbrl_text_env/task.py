@@ -140,7 +140,7 @@ class TextTask:
                 "max_response_tokens and max_chunk_tokens must be at least 1, got "
                 f"{max_response_tokens} and {max_chunk_tokens}."
             )
-        from mbrl_text_env.language_models.catalogue import embedded_tokenizer
+        from mbrl_text_env.language_models.registry import embedded_tokenizer
         from mbrl_text_env.rewards import as_reward_model
 
         self.prompts = _prompts(prompts)
@@ -365,7 +365,7 @@ class TextTask:
             return TokenObservation(
                 self.rules.vocab_size, max_prompt_tokens, self.max_response_tokens
             )
-        from mbrl_text_env.language_models.catalogue import embedded_encoder
+        from mbrl_text_env.language_models.registry import embedded_encoder
 
         return EmbeddingObservation(
             cast("Encoder", embedded_encoder()) if encoder is None else encoder

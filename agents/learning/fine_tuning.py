@@ -166,7 +166,7 @@ def fine_tune(
         functools.partial(_trainer, language_model, examples, settings),
     )
     lengths = [len(example.input_ids) for example in examples]
-    forward = sum(language_model.usage(length, []).lm_flops for length in lengths)
+    forward = sum(language_model.usage_bound(length, []).lm_flops for length in lengths)
     report = FineTuneReport(
         num_examples=len(examples),
         steps=int(trainer.state.global_step),

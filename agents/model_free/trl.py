@@ -379,7 +379,7 @@ class Experience:
             log_metric(USAGE + name, amount)
         passes = _PASSES[self.algorithm] + (self.settings.beta > 0)
         forward = sum(
-            lm.usage(len(lm.encode_prompt(prompt)) + len(ids), []).lm_flops
+            lm.usage_bound(len(lm.encode_prompt(prompt)) + len(ids), []).lm_flops
             for prompt, ids in zip(asked, completion_ids, strict=True)
         )
         log_metric(USAGE + "training_flops", passes * forward)

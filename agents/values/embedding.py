@@ -130,7 +130,7 @@ class EmbeddingValue(FittedValue):
     def _encoder(self) -> Any:
         if self.encoder is not None:
             return self.encoder
-        from mbrl_text_env.language_models.catalogue import embedded_encoder
+        from mbrl_text_env.language_models.registry import embedded_encoder
 
         return embedded_encoder()
 

@@ -85,4 +85,4 @@ class HiddenStateValue(FittedValue):
 
     def usage_bound(self, state: TextState) -> Usage:
         """The most that reading one prefix is charged."""
-        return self.language_model.usage(len(state.prompt_ids) + len(state.response_ids), [])
+        return self.language_model.usage_bound(len(state.prompt_ids) + len(state.response_ids), [])

@@ -105,7 +105,7 @@ class RolloutValue(ValueModel):
         if room < 1:
             return reward
         prefix = len(state.prompt_ids) + len(state.response_ids)
-        return self.language_model.usage(prefix, [room] * self.n) + reward * self.n
+        return self.language_model.usage_bound(prefix, [room] * self.n) + reward * self.n
 
     def expected_usage(self, state: TextState) -> Usage:
         """What is charged if no continuation stops before the limit, as many do not."""

@@ -114,9 +114,9 @@ def _costs(
     """What the prompt costs, and each sample beside it."""
     start = initial(prompt, language_model)
     prefix = len(start.prompt_ids)
-    alone = language_model.usage(prefix, [])
+    alone = language_model.usage_bound(prefix, [])
     lengths = [len(record.response_ids) for record in records]
-    drawn = {n: (language_model.usage(prefix, [n]) - alone).flops for n in set(lengths)}
+    drawn = {n: (language_model.usage_bound(prefix, [n]) - alone).flops for n in set(lengths)}
     texts = [record.response for record in records]
     scoring = np.asarray(reward_model.flops([prompt] * len(texts), texts), dtype=np.float64)
     return alone, np.array([drawn[n] for n in lengths]) + scoring

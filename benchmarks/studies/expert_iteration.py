@@ -169,7 +169,7 @@ def main(
     lm, reward_model = options.load_language_model(language_model, dtype), make(reward)
     counts = {"train": prompts, "validation": validation_prompts, "test": test_prompts}
     chosen = {split: harness.prompts_for(reward_model, split, n) for split, n in counts.items()}
-    flops = lm.usage(_PROMPT_TOKENS, [max_response_tokens] * budget_responses).flops
+    flops = lm.usage_bound(_PROMPT_TOKENS, [max_response_tokens] * budget_responses).flops
     exam = Exam(reward_model, chosen["test"], samples, max_response_tokens)
     folder = out or Path("expert-iteration")
     with harness.run_folder(folder, study, lm, reward_model, chosen):

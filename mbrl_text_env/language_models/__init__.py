@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = attach(
             "Tokenizer",
             "UnknownTokenError",
         ],
-        "catalogue": ["embedded", "embedded_encoder", "embedded_tokenizer"],
+        "registry": ["embedded", "embedded_encoder", "embedded_tokenizer"],
         "server": [
             "MalformedAnswerError",
             "ServerConfigError",

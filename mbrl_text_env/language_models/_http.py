@@ -1,7 +1,4 @@
-"""Requests to a fleet of servers: least-loaded first, retried, and never counted on one alone.
-
-What a request means is not known here; see `server.ServerLM`.
-"""
+"""Requests to one or more servers of a model, retried; what they mean is known in `_engines`."""
 
 from __future__ import annotations
 
@@ -12,12 +9,13 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx
-import numpy as np
+import tenacity
 
 T = TypeVar("T")
 
@@ -76,52 +74,19 @@ class TransientError(Exception):
         self.pause = pause
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long to wait for what.
-
-    Args:
-        timeout: Seconds for one whole answer.
-        max_wait: Seconds to go on while no server answers anything.
-        max_attempts: Times that a request is sent which the servers fail to answer.
-    """
-
-    timeout: float
-    max_wait: float
-    max_attempts: int
-
-
+@dataclass
 class Endpoint:
-    """One server of a fleet.
+    """One server of a fleet: its address without `/v1`, and how it is doing."""
 
-    Args:
-        url: Its address, without `/v1`.
-
-    Attributes:
-        in_flight: Requests being answered.
-        served: Requests answered so far.
-        failures: In a row.
-        aside_until: It is left alone until then.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.in_flight = 0
-        self.served = 0
-        self.failures = 0
-        self.aside_until = 0.0
-
-    def room(self, max_concurrency: int) -> int:
-        """Requests that it may be given now; after a failure one, to see whether it is back."""
-        return (1 if self.failures else max_concurrency) - self.in_flight
+    url: str
+    slots: asyncio.Semaphore
+    in_flight: int = 0
+    served: int = 0
+    aside_until: float = 0.0
 
 
 class KeyFromEnvironment(httpx.Auth):
-    """Sends an API key that is read anew each time and kept nowhere.
-
-    Args:
-        variable: The environment variable's name.
-    """
+    """Sends an API key that is read from a variable anew each time and kept nowhere."""
 
     def __init__(self, variable: str) -> None:
         self.variable = variable
@@ -155,35 +120,30 @@ class KeyFromEnvironment(httpx.Auth):
 
 
 class Fleet:
-    """Servers of the same model.
-
-    All coroutines have to run on one event loop.
+    """Servers of the same model. All coroutines have to run on one event loop.
 
     Args:
         urls: Their addresses.
-        max_concurrency: Most requests to one of them at a time.
-        patience: How long to wait for what.
         key: The API key.
+        max_concurrency, timeout, max_wait, max_attempts: See `server.ServerLM`.
     """
 
     def __init__(
-        self, urls: Sequence[str], max_concurrency: int, patience: Patience, key: KeyFromEnvironment
+        self,
+        urls: Sequence[str],
+        key: KeyFromEnvironment,
+        max_concurrency: int,
+        timeout: float,
+        max_wait: float,
+        max_attempts: int,
     ) -> None:
-        self.endpoints = [Endpoint(url) for url in urls]
-        self._max_concurrency = max_concurrency
-        self._patience = patience
+        self.endpoints = [Endpoint(url, asyncio.Semaphore(max_concurrency)) for url in urls]
+        self._timeout, self._max_wait, self._max_attempts = timeout, max_wait, max_attempts
         self._key = key
-        self._room = asyncio.Semaphore(max_concurrency * len(urls))
-        self._changed = asyncio.Condition()
         self._last_answer = -float("inf")
-        self._last_failure = "none"
-        # Only pauses depend on it, and two clients must not come back at the same moment.
-        self._jitter = np.random.default_rng()
         self._client = httpx.AsyncClient(
             auth=key,
-            timeout=httpx.Timeout(
-                patience.timeout, connect=min(_CONNECT_SECONDS, patience.timeout), pool=None
-            ),
+            timeout=httpx.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout), pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             # A key must not follow a redirect to somebody else.
             follow_redirects=False,
@@ -198,32 +158,64 @@ class Fleet:
         await self._client.aclose()
 
     async def run(self, job: Callable[[Endpoint], Awaitable[T]]) -> T:
-        """The result of a job at the server with the least to do, or at the next one.
-
-        Args:
-            job: Asks a server; where that raises `TransientError`, it is called again.
+        """The result of a job at the server with the least to do; `TransientError` is retried.
 
         Raises:
             ServerUnavailableError: None answered for `max_wait` seconds.
             ServerError: They answered, but not this job.
         """
-        began, attempts = time.monotonic(), 0
-        async with self._room:
-            while True:
-                endpoint = await self._acquire(began)
-                try:
-                    result = await job(endpoint)
-                except TransientError as error:
-                    attempts += error.is_counted
-                    self._failed(endpoint, error)
-                    self._check_attempts(attempts)
-                else:
-                    self._answered(endpoint)
-                    return result
-                finally:
-                    endpoint.in_flight -= 1
-                    async with self._changed:
-                        self._changed.notify_all()
+        began, counted = time.monotonic(), 0
+        backoff = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE)
+        endpoint = self.endpoints[0]
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            """Set the server aside; wait only where every server is."""
+            now, pause = time.monotonic(), _error(state).pause
+            pause = backoff(state) if pause is None else pause
+            endpoint.aside_until = max(endpoint.aside_until, now + pause)
+            return max(0.0, min(e.aside_until for e in self.endpoints) - now)
+
+        def stop(state: tenacity.RetryCallState) -> bool:
+            nonlocal counted
+            error = _error(state)
+            counted += error.is_counted
+            failure = f"The last failure was {endpoint.url}: {error}."
+            if counted >= self._max_attempts:
+                raise ServerError(
+                    f"A request failed {counted} times although a server was there. {failure} "
+                    "Look into the server's log, or allow more time (timeout)."
+                ) from None
+            wake = time.monotonic() + state.upcoming_sleep
+            if state.upcoming_sleep and wake > max(began, self._last_answer) + self._max_wait:
+                raise ServerUnavailableError(
+                    f"No server answers: {', '.join(e.url for e in self.endpoints)}. {failure} "
+                    f"They were waited for up to max_wait={self._max_wait:g} s. Start the server "
+                    "again, or wait longer; a comparison that is run again goes on where it "
+                    "stopped."
+                ) from None
+            return False
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(TransientError), wait=wait, stop=stop
+        )
+        async for attempt in retrying:
+            with attempt:
+                now = time.monotonic()
+                ready = [e for e in self.endpoints if e.aside_until <= now] or self.endpoints
+                endpoint = min(ready, key=lambda e: (e.in_flight, e.served))
+                result = await self._at(endpoint, job)
+        return result
+
+    async def _at(self, endpoint: Endpoint, job: Callable[[Endpoint], Awaitable[T]]) -> T:
+        endpoint.in_flight += 1
+        try:
+            async with endpoint.slots:
+                result = await job(endpoint)
+        finally:
+            endpoint.in_flight -= 1
+        endpoint.served += 1
+        endpoint.aside_until, self._last_answer = 0.0, time.monotonic()
+        return result
 
     async def call(self, endpoint: Endpoint, method: str, path: str, body: Any = None) -> Any:
         """What a server answers to one request, read from JSON.
@@ -236,7 +228,7 @@ class Fleet:
         """
         try:
             # httpx limits the pauses between bytes; this limits the whole answer.
-            async with asyncio.timeout(self._patience.timeout):
+            async with asyncio.timeout(self._timeout):
                 response = await self._client.request(method, endpoint.url + path, json=body)
         except httpx.ConnectTimeout:
             raise TransientError("no connection in time", is_counted=False) from None
@@ -245,9 +237,7 @@ class Fleet:
                 f"no connection ({self._key.scrub(str(error))})", is_counted=False
             ) from None
         except (httpx.TimeoutException, TimeoutError):
-            raise TransientError(
-                f"no answer within {self._patience.timeout:g} s", is_counted=True
-            ) from None
+            raise TransientError(f"no answer within {self._timeout:g} s", is_counted=True) from None
         except httpx.RequestError as error:
             raise TransientError(
                 f"the connection broke, or the answer cannot be decoded "
@@ -300,89 +290,28 @@ class Fleet:
             f"{endpoint.url} refuses the request (status {status}): {reason}", status, reason
         )
 
-    async def _acquire(self, began: float) -> Endpoint:
-        while True:
-            now = time.monotonic()
-            ready = [e for e in self.endpoints if e.aside_until <= now]
-            free = [e for e in ready if e.room(self._max_concurrency) > 0]
-            if free:
-                chosen = min(free, key=lambda e: (e.in_flight, e.served))
-                chosen.in_flight += 1
-                return chosen
-            pauses = [e.aside_until - now for e in self.endpoints if e not in ready]
-            if not ready:
-                self._check_patience(began, now + min(pauses))
-            await self._wait(min(pauses, default=None))
 
-    async def _wait(self, seconds: float | None) -> None:
-        """Until something changes, or for some seconds."""
-        async with self._changed:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), seconds)
-
-    def _answered(self, endpoint: Endpoint) -> None:
-        endpoint.served += 1
-        endpoint.failures, endpoint.aside_until = 0, 0.0
-        self._last_answer = time.monotonic()
-
-    def _failed(self, endpoint: Endpoint, error: TransientError) -> None:
-        self._last_failure = f"{endpoint.url}: {error}"
-        now = time.monotonic()
-        if endpoint.aside_until > now and error.pause is None:
-            return  # One of many requests that were lost together.
-        endpoint.failures += 1
-        doubled = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(endpoint.failures - 1, 16))
-        pause = doubled * self._jitter.uniform(0.5, 1.0) if error.pause is None else error.pause
-        endpoint.aside_until = max(endpoint.aside_until, now + pause)
-
-    def _check_patience(self, began: float, wake: float) -> None:
-        """Raise where the next attempt would come too late."""
-        if wake <= max(began, self._last_answer) + self._patience.max_wait:
-            return
-        urls = ", ".join(endpoint.url for endpoint in self.endpoints)
-        raise ServerUnavailableError(
-            f"No server answers: {urls}. The last failure was {self._last_failure}. They were "
-            f"waited for up to max_wait={self._patience.max_wait:g} s. Start the server again, or "
-            "wait longer; a comparison that is run again goes on where it stopped."
-        )
-
-    def _check_attempts(self, attempts: int) -> None:
-        if attempts < self._patience.max_attempts:
-            return
-        raise ServerError(
-            f"A request failed {attempts} times although a server was there. The last failure was "
-            f"{self._last_failure}. Look into the server's log, or allow more time (timeout)."
-        )
+def _error(state: tenacity.RetryCallState) -> TransientError:
+    error = state.outcome.exception() if state.outcome is not None else None
+    assert isinstance(error, TransientError)
+    return error
 
 
 class LoopThread:
-    """An event loop in a thread of its own, so that any thread and any notebook may call.
+    """An event loop in a thread of its own, so that any thread and any notebook may call."""
 
-    Args:
-        name: The thread's.
-    """
-
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="ServerLM", daemon=True)
         self._thread.start()
         self.pid = os.getpid()
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end; an interrupt of the caller cancels it."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine; cancelling its future cancels it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Cancel what is under way, run a last coroutine, and stop.
-
-        Args:
-            last: Makes it.
-        """
+        """Cancel what is under way, run the coroutine that `last` makes, and stop."""
         # A thread does not outlive a fork, and the loop's pipe belongs to the parent.
         if self.pid != os.getpid() or not self._thread.is_alive():
             return
@@ -404,7 +333,6 @@ class LoopThread:
             self._thread.join(timeout=_CONNECT_SECONDS)
 
     def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
         self._loop.close()
 

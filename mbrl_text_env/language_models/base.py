@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.types import Chunk, FinishReason, Prompt, TextState
 
 
 class PromptEncodingError(ValueError):
@@ -126,18 +127,63 @@ class Tokenizer(Protocol):
         ...
 
 
-@runtime_checkable
-class LanguageModel(Tokenizer, Protocol):
-    """A distribution over token sequences, batched: one state is a batch of one.
+@dataclass(frozen=True)
+class NextTokens:
+    """The most probable next tokens of a state.
 
-    A language model is its own tokenizer. Implementations share the checker
-    `mbrl_text_env.checks.check_language_model`.
+    Args:
+        token_ids: The most probable first.
+        logprobs: Their log-probabilities (nats) under the model's own distribution.
     """
 
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+class LanguageModel(ABC):
+    """A distribution over token sequences, batched: one state is a batch of one.
+
+    A language model is its own tokenizer (see `Tokenizer`). Abstract are what it is
+    (`name`, the tokenizer's attributes), `sample_requests`, `logprobs` and `usage_bound`; the rest
+    has the defaults below. `mbrl_text_env.checks.check_language_model` checks them all.
+
+    Models that give features of a prefix subclass `FeatureModel`; `next_tokens` may be left out.
+
+    Attributes:
+        name: What reports and records call it.
+        vocab_size, stop_token_ids, context_length: See `Tokenizer`.
+        cache_tokens: Tokens of prefixes that can be kept between calls; 0 for none.
+    """
+
+    name: str
+    vocab_size: int
+    stop_token_ids: frozenset[int]
+    context_length: int
+    cache_tokens: int = 0
+
     @property
-    def name(self) -> str:
-        """What reports and records call it."""
-        ...
+    def counts_flops(self) -> bool:
+        """Whether ledgers are charged FLOPs; if not, budgets in FLOPs are refused."""
+        return True
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        # Models of other people need not inherit: `isinstance` looks for the methods without a
+        # default, and `sample` may stand in for `sample_requests`.
+        wanted = {"encode_prompt", "decode", "sample", "logprobs", "usage_bound"}
+        if cls.__name__ == "FeatureModel":
+            wanted.add("features")
+        if cls.__name__ not in ("LanguageModel", "FeatureModel"):
+            return NotImplemented
+        return all(hasattr(other, name) for name in wanted) or NotImplemented
+
+    @abstractmethod
+    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """See `Tokenizer.encode_prompt`."""
+
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
 
     def sample(
         self,
@@ -147,7 +193,7 @@ class LanguageModel(Tokenizer, Protocol):
         *,
         seeds: Sequence[int],
         first_sample: int = 0,
-        params: SamplingParams = ...,
+        params: SamplingParams = SamplingParams(),
         ledgers: Sequence[Ledger] | None = None,
     ) -> list[list[Chunk]]:
         """Draw `num_samples` chunks after each state.
@@ -170,43 +216,6 @@ class LanguageModel(Tokenizer, Protocol):
         Raises:
             ValueError: A count is below 1, the lengths differ, or a state has ended.
         """
-        ...
-
-    def logprobs(
-        self,
-        states: Sequence[TextState],
-        chunks: Sequence[Chunk],
-        *,
-        ledgers: Sequence[Ledger] | None = None,
-    ) -> list[tuple[float, ...]]:
-        """Log-probability (nats) of each token of `chunks[i]` after `states[i]`."""
-        ...
-
-    def usage(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """The most that `sample` charges for a state.
-
-        Args:
-            prefix_tokens: Tokens of the state's prompt and response.
-            new_tokens: Length of each chunk sampled after it.
-        """
-        ...
-
-
-class RequestSampler(ABC):
-    """Gives `LanguageModel.sample` to models whose batches are made of requests."""
-
-    def sample(
-        self,
-        states: Sequence[TextState],
-        num_samples: int,
-        max_new_tokens: int,
-        *,
-        seeds: Sequence[int],
-        first_sample: int = 0,
-        params: SamplingParams = SamplingParams(),
-        ledgers: Sequence[Ledger] | None = None,
-    ) -> list[list[Chunk]]:
-        """Draw chunks; see `LanguageModel.sample`."""
         check_sample_arguments(states, num_samples, max_new_tokens, seeds)
         requests = [
             SampleRequest(state, num_samples, max_new_tokens, seed, first_sample, params)
@@ -221,44 +230,84 @@ class RequestSampler(ABC):
         """Draw chunks for requests that differ in more than their state, in the same batches.
 
         Args:
-            requests: What to sample.
+            requests: What to sample; `check_requests` refuses what cannot be.
             ledgers: One a request.
 
         Returns:
             chunks[len(requests)][requests[i].num_samples].
 
         Raises:
-            ValueError: See `LanguageModel.sample`.
+            ValueError: See `sample`.
         """
 
+    async def sample_requests_async(
+        self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
+    ) -> list[list[Chunk]]:
+        """See `sample_requests`; by default it runs in a thread."""
+        return await asyncio.to_thread(sample_requests, self, requests, ledgers=ledgers)
 
-@dataclass(frozen=True)
-class NextTokens:
-    """The most probable next tokens of a state.
+    @abstractmethod
+    def logprobs(
+        self,
+        states: Sequence[TextState],
+        chunks: Sequence[Chunk],
+        *,
+        ledgers: Sequence[Ledger] | None = None,
+    ) -> list[tuple[float, ...]]:
+        """Log-probability (nats) of each token of `chunks[i]` after `states[i]`."""
 
-    Args:
-        token_ids: The most probable first.
-        logprobs: Their log-probabilities (nats) under the model's own distribution.
+    def next_tokens(
+        self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
+    ) -> list[NextTokens]:
+        """The k most probable next tokens of each state.
+
+        Args:
+            states: States that have not ended.
+            k: From 1 to the size of the vocabulary.
+            ledgers: One a state.
+
+        Raises:
+            NotImplementedError: The model does not give them.
+            ValueError: k is outside its range, or a state has ended.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not give the most probable next tokens (`next_tokens`). "
+            "Use TransformersLM, or an agent that samples."
+        )
+
+    @abstractmethod
+    def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
+        """The most that `sample` charges for a state.
+
+        Args:
+            prefix_tokens: Tokens of the state's prompt and response, none of them cached.
+            new_tokens: Length of each chunk sampled after it.
+        """
+
+    def clear_cache(self) -> None:  # noqa: B027 a default, not a duty
+        """Forget all prefixes; nothing to do where none are kept."""
+
+
+class FeatureModel(LanguageModel):
+    """A language model that also gives features of a prefix: `isinstance` tells.
+
+    Attributes:
+        feature_size: d, the length of a feature vector.
     """
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    feature_size: int
 
-
-@runtime_checkable
-class FeatureModel(Protocol):
-    """A language model that also gives features of a prefix."""
-
-    @property
-    def feature_size(self) -> int:
-        """d, the length of a feature vector."""
-        ...
-
+    @abstractmethod
     def features(
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
     ) -> npt.NDArray[np.float32]:
         """float32[len(states), feature_size]."""
-        ...
+
+
+def clear_cache(language_model: LanguageModel) -> None:
+    """Forget the prefixes that a language model keeps; one that inherits nothing may keep none."""
+    if hasattr(language_model, "clear_cache"):
+        language_model.clear_cache()
 
 
 def sample_requests(
@@ -269,8 +318,8 @@ def sample_requests(
 ) -> list[list[Chunk]]:
     """Draw chunks for requests that differ in more than their state.
 
-    A language model that has a method of this name answers them in common batches; of any other,
-    requests of one kind are asked for together.
+    A `LanguageModel` answers them in common batches. Of a model that has `sample` alone, or a
+    `sample` of its own, requests of one kind are asked for together.
 
     Args:
         language_model: Any language model.
@@ -280,10 +329,8 @@ def sample_requests(
     Returns:
         chunks[len(requests)][requests[i].num_samples].
     """
-    own = getattr(language_model, "sample_requests", None)
-    if own is not None:
-        chunks: list[list[Chunk]] = own(requests, ledgers=ledgers)
-        return chunks
+    if hasattr(language_model, "sample_requests") and not _has_own_sample(language_model):
+        return language_model.sample_requests(requests, ledgers=ledgers)
     kinds: dict[tuple[int, int, int, SamplingParams], list[int]] = {}
     for i, r in enumerate(requests):
         kind = (r.num_samples, r.max_new_tokens, r.first_sample, r.params)
@@ -302,6 +349,12 @@ def sample_requests(
         for i, row in zip(indices, drawn, strict=True):
             rows[i] = row
     return rows
+
+
+def _has_own_sample(language_model: LanguageModel) -> bool:
+    """Whether `sample` was overridden, so that it must not be gone around."""
+    inherits = LanguageModel in type(language_model).__mro__
+    return inherits and getattr(language_model.sample, "__func__", None) is not LanguageModel.sample
 
 
 def stream(seed: int, state: TextState, sample_index: int) -> np.random.Generator:
@@ -341,6 +394,59 @@ def has_stop_text(tokenizer: Tokenizer, token_ids: Sequence[int], params: Sampli
         return False
     text = tokenizer.decode(token_ids)
     return any(stop in text for stop in params.stop)
+
+
+def prefix_of(state: TextState) -> tuple[int, ...]:
+    """All tokens of a state."""
+    return state.prompt_ids + state.response_ids
+
+
+def room_after(state: TextState, context_length: int) -> int:
+    """Tokens that a model's context has left after a state.
+
+    Raises:
+        PromptTooLongError: There are none.
+    """
+    length = len(prefix_of(state))
+    if length >= context_length:
+        raise PromptTooLongError(
+            f"Prompt {state.prompt.id!r} and its response have {length} tokens and fill the "
+            f"model's context of {context_length}."
+        )
+    return context_length - length
+
+
+def finish_reason(
+    tokenizer: Tokenizer, state: TextState, token_ids: Sequence[int]
+) -> FinishReason | None:
+    """Why a chunk ends the response to a state; None where the response goes on."""
+    if token_ids[-1] in tokenizer.stop_token_ids:
+        return "stop"
+    is_full = len(prefix_of(state)) + len(token_ids) >= tokenizer.context_length
+    return "length" if is_full else None
+
+
+def charge(ledgers: Sequence[Ledger] | None, usages: Iterable[Usage]) -> None:
+    """Charge each ledger its usage, where there are ledgers."""
+    for usage, ledger in zip(usages, ledgers or (), strict=ledgers is not None):
+        ledger.charge(usage)
+
+
+def check_requests(requests: Sequence[SampleRequest]) -> None:
+    """Refuse requests that no language model can answer: see `check_sample_arguments`."""
+    for r in requests:
+        check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
+
+
+def check_judging_arguments(states: Sequence[TextState], chunks: Sequence[Chunk]) -> None:
+    """Refuse arguments of `LanguageModel.logprobs`.
+
+    Raises:
+        ValueError: A state has ended, or the lengths differ.
+    """
+    check_unfinished(states)
+    if len(chunks) != len(states):
+        raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
 
 
 def check_sample_arguments(

@@ -22,12 +22,7 @@ _LEAST_STEM = 8
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What became of the prefixes that were added to a batch.
-
-    Args:
-        rows: For each new row in order, the index of its sequence.
-        computed: For each sequence, the tokens that went through the network.
-    """
+    """The sequence of each new row, and the tokens of each sequence that were computed."""
 
     rows: list[int]
     computed: list[int]
@@ -68,10 +63,7 @@ class Batch(Protocol):
 class CachedBatch:
     """Rows over preallocated keys and values, with a prefix cache behind them.
 
-    Args:
-        network: Computes them.
-        cache: What is known of prefixes.
-        kv: Keys and values without rows, whose columns hold the longest sequence to be added.
+    The columns of `kv`, which has no rows yet, hold the longest sequence to be added.
     """
 
     refills = True
@@ -224,15 +216,7 @@ class CachedBatch:
 
 
 class DynamicBatch:
-    """Rows of a network whose state is more than keys and values, without a prefix cache.
-
-    Convolutions and other recurrent layers beside attention are kept as transformers keeps them.
-
-    Args:
-        own: Passes of the transformers model.
-        config: The model's config.
-        device: Where it is.
-    """
+    """Rows of a network whose state is more than keys and values, kept as transformers does."""
 
     refills = False
 
@@ -292,12 +276,7 @@ class DynamicBatch:
 
 
 class PlainBatch:
-    """One row, computed anew for each token: right for every model that can be asked at all.
-
-    Args:
-        own: Passes of the transformers model.
-        device: Where it is.
-    """
+    """One row, computed anew for each token: right for every model that can be asked at all."""
 
     refills = False
 

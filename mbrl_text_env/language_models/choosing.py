@@ -45,14 +45,11 @@ _KV_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Engine:
-    """How a model is computed.
+    """How a model is computed: by its own passes, or over kept keys and values (`network`).
 
-    Args:
-        own: Its own passes.
-        network: Forward passes over kept keys and values; None where no prefixes can be kept.
-        steps: Where no network is used: whether a token goes on from what transformers keeps of
-            those before it. If not, every token takes a pass over the whole sequence.
-        alone: Where no network is used: whether rows have to be computed one at a time.
+    Without a network, `steps` says whether a token goes on from what transformers keeps of those
+    before it (or takes a pass over the whole sequence), `alone` whether rows are computed one at a
+    time.
     """
 
     own: OwnPasses

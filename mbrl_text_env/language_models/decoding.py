@@ -13,12 +13,13 @@ from mbrl_text_env.language_models.base import (
     SamplingParams,
     Tokenizer,
     has_stop_text,
+    prefix_of,
     stream,
 )
 from mbrl_text_env.language_models.batches import Batch
 from mbrl_text_env.language_models.prefix_cache import Tokens
 from mbrl_text_env.language_models.sampling import draw
-from mbrl_text_env.types import Chunk, FinishReason, TextState
+from mbrl_text_env.types import TextState
 
 # Rows are added when this share of the batch is free: every addition is a pass over few tokens.
 _REFILL_SHARE = 1 / 8
@@ -26,17 +27,7 @@ _REFILL_SHARE = 1 / 8
 
 @dataclass
 class Sampled:
-    """A chunk that is being sampled, or waits to be.
-
-    Args:
-        request: Index of its request.
-        state: What it follows.
-        limit: Most tokens.
-        params: How they are drawn.
-        generator: The random numbers of this chunk alone.
-        tokens: Those drawn so far.
-        logprobs: Their log-probabilities.
-    """
+    """A chunk of a request (by index) that is being sampled, or waits to be."""
 
     request: int
     state: TextState
@@ -49,19 +40,14 @@ class Sampled:
     @property
     def sequence(self) -> Tokens:
         """All tokens: prompt, response and the chunk so far."""
-        return self.state.prompt_ids + self.state.response_ids + tuple(self.tokens)
+        return prefix_of(self.state) + tuple(self.tokens)
 
 
 def waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[Sampled]:
-    """The chunks of all requests, longest prefix first, those of one state together.
-
-    Args:
-        requests: What to sample.
-        limits: Most tokens of each request's chunks.
-    """
+    """The chunks of all requests, longest prefix first, those of one state together."""
     order = sorted(
         range(len(requests)),
-        key=lambda i: (-_length(requests[i].state), _ids(requests[i].state), i),
+        key=lambda i: (-len(prefix_of(requests[i].state)), prefix_of(requests[i].state), i),
     )
     return [
         Sampled(
@@ -113,16 +99,6 @@ def decode(
                 active[row] = last
         if active:
             batch.append([chunk.tokens[-1] for chunk in active])
-
-
-def finished(chunk: Sampled, tokenizer: Tokenizer) -> Chunk:
-    """The chunk that was sampled."""
-    reason: FinishReason | None = None
-    if chunk.tokens[-1] in tokenizer.stop_token_ids:
-        reason = "stop"
-    elif _length(chunk.state) + len(chunk.tokens) >= tokenizer.context_length:
-        reason = "length"
-    return Chunk(tuple(chunk.tokens), tuple(chunk.logprobs), reason)
 
 
 def _admit(queue: list[Sampled], batch: Batch, free: int, computed: list[int]) -> list[Sampled]:
@@ -181,11 +157,3 @@ def is_done(chunk: Sampled, tokenizer: Tokenizer) -> bool:
     if len(chunk.tokens) == chunk.limit or chunk.tokens[-1] in tokenizer.stop_token_ids:
         return True
     return has_stop_text(tokenizer, chunk.tokens, chunk.params)
-
-
-def _ids(state: TextState) -> Tokens:
-    return state.prompt_ids + state.response_ids
-
-
-def _length(state: TextState) -> int:
-    return len(state.prompt_ids) + len(state.response_ids)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
+
+_MOST_KV_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,7 @@ class KVShape:
 
 @dataclass(frozen=True)
 class Span:
-    """Keys, values and hidden states of consecutive tokens.
-
-    Args:
-        groups: One tensor a group, [count, heads, tokens, size].
-        hidden: [tokens, hidden_size]: the last hidden states.
-    """
+    """Groups [count, heads, tokens, size] and hidden states [tokens, hidden_size] of tokens."""
 
     groups: tuple[torch.Tensor, ...]
     hidden: torch.Tensor
@@ -270,3 +270,17 @@ class KVWindow:
         bias = bias.masked_fill(hidden, -torch.inf)
         # A query in the padding sees itself: a row of nothing but minus infinity has no softmax.
         return bias.masked_fill(distance == 0, 0.0)
+
+
+def free_share(device: torch.device) -> int:
+    """A quarter of the memory that is free, at most 4 GiB."""
+    is_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    return max(1, min(free // 4, _MOST_KV_BYTES))
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between pieces in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -48,14 +48,10 @@ class Network(Protocol):
 class OwnPasses:
     """A transformers model in two halves: hidden states from tokens, and logits from those.
 
-    Both are the model's own code. What families do to hidden states and logits on the way
-    (multipliers, a further layer, soft caps, scales) is therefore done, whatever it is.
-
-    Args:
-        model: A causal language model.
+    Both are the model's own code: multipliers, soft caps and the like are done, whatever they are.
 
     Raises:
-        UnsupportedNetworkError: It does not consist of these halves.
+        UnsupportedNetworkError: The model does not consist of these halves.
     """
 
     def __init__(self, model: Any) -> None:
@@ -138,10 +134,7 @@ class _Outputs(BaseModelOutput):
 
 
 class ModuleNetwork:
-    """The modules of a transformers model, whatever they are.
-
-    Args:
-        model: A causal language model whose layers attend to all or to the latest tokens.
+    """The modules of a transformers model whose layers attend to all or to the latest tokens.
 
     Raises:
         UnsupportedNetworkError: It has other layers.

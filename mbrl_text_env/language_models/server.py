@@ -6,22 +6,24 @@ cannot give is said once as a warning and kept in `ServerLM.losses`; it is never
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mbrl_text_env.language_models._answers import Served
-from mbrl_text_env.language_models._client import Client, Drawn, Mode, Task, prefix_of, short_name
+from mbrl_text_env.language_models._client import Client, Drawn, Group, Mode, short_name
+from mbrl_text_env.language_models._engines import ENGINES, Bill
 from mbrl_text_env.language_models._http import (
     Fleet,
     KeyFromEnvironment,
     LoopThread,
     MalformedAnswerError,
-    Patience,
     ServerConfigError,
     ServerError,
     ServerUnavailableError,
@@ -30,16 +32,17 @@ from mbrl_text_env.language_models._http import (
     gather,
 )
 from mbrl_text_env.language_models.base import (
-    PromptTooLongError,
-    RequestSampler,
+    LanguageModel,
     SampleRequest,
-    check_sample_arguments,
-    check_unfinished,
-    stream,
+    check_judging_arguments,
+    check_requests,
+    finish_reason,
+    prefix_of,
+    room_after,
 )
 from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, check_room
 from mbrl_text_env.ledger import Ledger, Usage, timed
-from mbrl_text_env.types import Chunk, FinishReason, Prompt, TextState
+from mbrl_text_env.types import Chunk, Prompt, TextState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,31 +59,13 @@ __all__ = [
 T = TypeVar("T")
 
 
-class ServerLM(RequestSampler):
+class ServerLM(LanguageModel):
     """A language model behind one or more OpenAI-compatible servers.
 
-    Each chunk is one request with a seed of its own, so it does not depend on the batch around it
-    beyond what the server's arithmetic makes of it: engines round differently in different batches
-    and after reused prefixes, and the same call may then sample other tokens (see `prefix_cache`).
-
-    What the engines give:
-
-    - vLLM: token ids and log-probabilities, in and out; `logprobs` of given chunks. Leave its
-      `--logprobs-mode` at raw log-probabilities.
-    - llama.cpp: token ids and log-probabilities, in and out; `logprobs` of given chunks with one
-      request a token.
-    - SGLang: token ids in and out, through its own `/generate`. Log-probabilities of samples at
-      temperatures other than 0 and 1 are those after the temperature and are left out. Seeds count
-      only where it was started with `--enable-deterministic-inference`.
-    - Others: what their answers contain. Without token ids, text is encoded anew; a prompt of token
-      ids that is refused is sent as text (TGI); parameters beyond OpenAI's that are refused are
-      left out, and then the server's own sampling defaults apply.
-    - Chat (`mode="chat"`, or a server without completions, such as a hosted API): the server
-      applies its own template, the prompt has to be a chat, a response is continued through an
-      assistant message where the engine is known to do that (its text is encoded anew), and
-      `logprobs` of given chunks are refused.
-
-    Every loss is warned of once, and listed in `losses`.
+    The distribution is the model's own, shaped by the request's parameters alone; which sample
+    comes is up to the server's arithmetic: engines round differently in different batches and after
+    reused prefixes. `docs/language_models.md` says what each engine gives and how it is seeded.
+    What a server cannot give is warned of once, and listed in `losses`.
 
     Requests are retried with growing pauses when a connection fails, and when an answer is late,
     cut off, or an error that may pass (408, 409, 425, 429 and 5xx, also inside a 200). A server
@@ -92,6 +77,8 @@ class ServerLM(RequestSampler):
             request goes to the one with the fewest requests in flight.
         tokenizer: The model's tokenizer: loaded, a name on the Hub, or a folder.
         model: Name that the servers know the model by; by default the only one that they list.
+        engine: `"vllm"`, `"sglang"`, `"llamacpp"`, `"tgi"` or `"openai"`; by default what the
+            servers say, or found out by what they refuse.
         name: What reports call it; by default the last part of the model's name.
         mode: `"completions"`, `"chat"`, or `"auto"` for chat only where there are no completions.
         max_concurrency: Most requests to one server at a time.
@@ -99,8 +86,9 @@ class ServerLM(RequestSampler):
         max_wait: Seconds to go on trying while no server answers.
         max_attempts: Times that a request is sent which the servers fail to answer.
         api_key_env: Name of the environment variable that holds the API key, if there is one.
-        num_parameters: Of the model; FLOPs are estimated from it. By default as the server says
-            (llama.cpp does).
+        num_parameters: Of the model, from which FLOPs are estimated; by default as the server says
+            (llama.cpp does). Where it is not known, FLOPs are not counted, and budgets in FLOPs
+            are refused.
         context_length: Most tokens of prompt and response; by default the least of what servers and
             tokenizer say.
         prefix_cache: Whether the server may reuse prefixes that it computed before. llama.cpp
@@ -111,7 +99,7 @@ class ServerLM(RequestSampler):
     Raises:
         ServerUnavailableError: No server answers.
         ServerError: A server refuses to say what it serves, or they serve different models.
-        ServerConfigError: An option is outside its range, or the number of parameters is not known.
+        ServerConfigError: An option is outside its range.
 
     Example:
         >>> from mbrl_text_env.language_models import ServerLM, embedded_tokenizer
@@ -126,6 +114,7 @@ class ServerLM(RequestSampler):
         *,
         tokenizer: str | Path | PreTrainedTokenizerBase | HFTokenizer,
         model: str | None = None,
+        engine: str | None = None,
         name: str | None = None,
         mode: Mode = "auto",
         max_concurrency: int = 16,
@@ -138,25 +127,33 @@ class ServerLM(RequestSampler):
         prefix_cache: bool = True,
     ) -> None:
         self.base_urls = _checked_urls(base_urls)
-        _check_options(mode, max_concurrency, timeout, max_wait, max_attempts)
+        counts = {"max_concurrency": max_concurrency, "max_attempts": max_attempts}
+        _check_options(
+            mode,
+            engine,
+            {**counts, "num_parameters": 1 if num_parameters is None else num_parameters},
+            timeout,
+            max_wait,
+        )
         self.model = model
-        self.mode = mode
-        self.max_concurrency = max_concurrency
-        self._patience = Patience(timeout, max_wait, max_attempts)
         self._key = KeyFromEnvironment(api_key_env)
+        self._patience = (max_concurrency, timeout, max_wait, max_attempts)
         self._tokenizer = (
             tokenizer if isinstance(tokenizer, HFTokenizer) else HFTokenizer(tokenizer)
         )
-        self._client = Client(self.base_urls, self._tokenizer, model, mode, self._key, prefix_cache)
+        self._client = Client(
+            self.base_urls, self._tokenizer, model, engine, mode, self._key, prefix_cache
+        )
         self._told = 0
         self._lock = threading.Lock()
         self._running: tuple[LoopThread, Fleet] | None = None
         try:
             found = self._run(self._client.describe_all)
-            self.num_parameters = _parameters(num_parameters, found)
         except BaseException:
             self.close()
             raise
+        said = [served.num_parameters for served in found if served.num_parameters]
+        self.num_parameters = num_parameters or next(iter(said), None)
         self.name = name or short_name(model or found[0].model) or "server"
         limits = [served.context_length for served in found if served.context_length]
         self.vocab_size = self._tokenizer.vocab_size
@@ -186,6 +183,11 @@ class ServerLM(RequestSampler):
             "urls": list(self.base_urls),
             "tokenizer": self._tokenizer.identity(),
         }
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether the number of parameters is known."""
+        return self.num_parameters is not None
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -218,28 +220,32 @@ class ServerLM(RequestSampler):
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """Draw chunks, all at once; see `RequestSampler.sample_requests`.
+        """Draw chunks, all at once; see `LanguageModel.sample_requests`.
 
         Raises:
             ValueError: See `LanguageModel.sample`.
             ServerError: A server refuses, fails, or answers what it should not.
             ServerUnavailableError: No server answers.
         """
-        for r in requests:
-            check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
-        tasks = [
-            [self._task(r, r.first_sample + k) for k in range(r.num_samples)] for r in requests
-        ]
+        job = self._sampling(requests, ledgers)
         with timed(ledgers):
-            flat = [task for row in tasks for task in row]
-            found = iter(self._run(lambda fleet: gather(self._client.draw(fleet, t) for t in flat)))
-            rows = [[next(found) for _ in row] for row in tasks]
-        for request, row, ledger in zip(requests, rows, ledgers or (), strict=ledgers is not None):
-            ledger.charge(self._spent(len(prefix_of(request.state)), row))
-        return [
-            [self._chunk(request.state, drawn) for drawn in row]
-            for request, row in zip(requests, rows, strict=True)
-        ]
+            groups = self._run(job)
+        return self._settled(requests, groups, ledgers)
+
+    async def sample_requests_async(
+        self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
+    ) -> list[list[Chunk]]:
+        """See `sample_requests`; other coroutines go on meanwhile, and no thread waits."""
+        job = self._sampling(requests, ledgers)
+        began = time.perf_counter()
+        loop, fleet = self._started()
+        try:
+            groups = await asyncio.wrap_future(loop.submit(job(fleet)))
+        finally:
+            self._tell()
+        for ledger in ledgers or ():
+            ledger.charge(Usage(seconds=(time.perf_counter() - began) / len(requests)))
+        return self._settled(requests, groups, ledgers)
 
     def logprobs(
         self,
@@ -254,31 +260,26 @@ class ServerLM(RequestSampler):
             UnsupportedByServerError: The server cannot judge given tokens.
             ServerError: See `sample_requests`.
         """
-        check_unfinished(states)
-        if len(chunks) != len(states):
-            raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
+        check_judging_arguments(states, chunks)
+        self._check_budgets(ledgers)
         pairs = list(zip(states, chunks, strict=True))
         with timed(ledgers):
             judged = self._run(
                 lambda fleet: gather(self._client.judge(fleet, s, c) for s, c in pairs)
             )
-        for (state, chunk), drawn, ledger in zip(
+        for (state, chunk), (_, bills), ledger in zip(
             pairs, judged, ledgers or (), strict=ledgers is not None
         ):
             length = len(prefix_of(state)) + len(chunk) - 1
-            computed = length if drawn.computed is None else min(drawn.computed, length)
-            ledger.charge(self._usage(computed, length - computed, 0))
-        return [tuple(drawn.logprobs or ()) for drawn in judged]
+            computed, cached = _prefix_bill(bills, length, length)
+            ledger.charge(self._usage(computed, max(cached, length - computed), 0))
+        return [logprobs for logprobs, _ in judged]
 
-    def usage(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
+    def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
         """2 x parameters for each token of the prefix and of the chunks.
 
         Attention is left out, since servers do not say what their models look like. A server need
         not share a prefix among the samples of a state; then each of them computes it.
-
-        Args:
-            prefix_tokens: Tokens of the state's prompt and response, none of them cached.
-            new_tokens: Length of each chunk sampled after it.
         """
         return self._usage(prefix_tokens * max(1, len(new_tokens)), 0, sum(new_tokens))
 
@@ -288,36 +289,54 @@ class ServerLM(RequestSampler):
             cached_tokens=cached,
             generated_tokens=new,
             lm_calls=1,
-            lm_flops=2.0 * self.num_parameters * (computed + new),
+            lm_flops=2.0 * (self.num_parameters or 0) * (computed + new),
         )
 
-    def _spent(self, prefix: int, row: Sequence[Drawn]) -> Usage:
-        """What a state's chunks took; its prefix counts once where the server does not say."""
-        new = sum(drawn.generated for drawn in row)
-        counts = [drawn.computed for drawn in row if drawn.computed is not None]
-        if len(counts) < len(row):
-            return self._usage(prefix, 0, new)
-        # A chunk that was sampled in parts may have had its prefix computed again.
-        computed = min(sum(counts), prefix * len(row))
-        return self._usage(computed, max(sum(d.cached for d in row), prefix - computed), new)
-
-    def _task(self, request: SampleRequest, k: int) -> Task:
-        prefix = len(prefix_of(request.state))
-        room = self.context_length - prefix
-        if room < 1:
-            raise PromptTooLongError(
-                f"Prompt {request.state.prompt.id!r} and its response have {prefix} tokens and "
-                f"fill the model's context of {self.context_length}."
+    def _sampling(
+        self, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger] | None
+    ) -> Callable[[Fleet], Coroutine[Any, Any, list[list[Group]]]]:
+        """The job of a call, its arguments checked."""
+        check_requests(requests)
+        self._check_budgets(ledgers)
+        cut = [
+            replace(
+                r, max_new_tokens=min(r.max_new_tokens, room_after(r.state, self.context_length))
             )
-        generator = stream(request.seed, request.state, k)
-        return Task(request.state, min(request.max_new_tokens, room), request.params, generator)
+            for r in requests
+        ]
+        return lambda fleet: gather(self._client.draw(fleet, request) for request in cut)
+
+    def _check_budgets(self, ledgers: Sequence[Ledger] | None) -> None:
+        if not self.counts_flops and any(ledger.budget.flops for ledger in ledgers or ()):
+            raise ServerConfigError(
+                f"A budget in FLOPs needs the number of parameters of {self.name!r}, which the "
+                "server does not say. Pass num_parameters= (--num-parameters), or a budget in "
+                "tokens."
+            )
+
+    def _settled(
+        self,
+        requests: Sequence[SampleRequest],
+        groups: Sequence[Sequence[Group]],
+        ledgers: Sequence[Ledger] | None,
+    ) -> list[list[Chunk]]:
+        """The chunks of all requests, charged to their ledgers."""
+        rows = [[drawn for group in row for drawn in group.chunks] for row in groups]
+        for request, row, drawn, ledger in zip(
+            requests, groups, rows, ledgers or (), strict=ledgers is not None
+        ):
+            bills = [bill for group in row for bill in group.bills]
+            prefix = len(prefix_of(request.state))
+            computed, cached = _prefix_bill(bills, prefix, prefix * len(drawn))
+            new = sum(chunk.generated for chunk in drawn)
+            ledger.charge(self._usage(computed, max(cached, prefix - computed), new))
+        return [
+            [self._chunk(request.state, drawn) for drawn in row]
+            for request, row in zip(requests, rows, strict=True)
+        ]
 
     def _chunk(self, state: TextState, drawn: Drawn) -> Chunk:
-        reason: FinishReason | None = None
-        if drawn.ids[-1] in self.stop_token_ids:
-            reason = "stop"
-        elif len(prefix_of(state)) + len(drawn.ids) >= self.context_length:
-            reason = "length"
+        reason = finish_reason(self, state, drawn.ids)
         return Chunk(tuple(drawn.ids), tuple(drawn.logprobs or ()), reason)
 
     def _tell(self) -> None:
@@ -328,21 +347,34 @@ class ServerLM(RequestSampler):
             warnings.warn(text, stacklevel=5)
 
     def _run(self, job: Callable[[Fleet], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine of the event loop's and wait for it."""
-        with self._lock:
-            if self._running is None or self._running[0].pid != os.getpid():
-                self._running = self._start()
-            loop, fleet = self._running
+        """Run a coroutine of the event loop's and wait for it; an interrupt cancels it."""
+        loop, fleet = self._started()
+        future = loop.submit(job(fleet))
         try:
-            return loop.run(job(fleet))
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
         finally:
             self._tell()
 
-    def _start(self) -> tuple[LoopThread, Fleet]:
-        loop = LoopThread("ServerLM")
-        fleet = Fleet(self.base_urls, self.max_concurrency, self._patience, self._key)
-        weakref.finalize(self, loop.close, fleet.close)
-        return loop, fleet
+    def _started(self) -> tuple[LoopThread, Fleet]:
+        with self._lock:
+            if self._running is None or self._running[0].pid != os.getpid():
+                loop, fleet = LoopThread(), Fleet(self.base_urls, self._key, *self._patience)
+                weakref.finalize(self, loop.close, fleet.close)
+                self._running = loop, fleet
+            return self._running
+
+
+def _prefix_bill(bills: Sequence[Bill], once: int, most: int) -> tuple[int, int]:
+    """Prompt tokens that were computed and cached, as billed; `once` where that is not said."""
+    counts = [(bill.prompt, bill.cached or 0) for bill in bills if bill.prompt is not None]
+    if not counts or len(counts) < len(bills):
+        return once, 0
+    # A chunk that was sampled in parts may have had its prefix computed again.
+    computed = min(most, sum(prompt - min(prompt, cached) for prompt, cached in counts))
+    return computed, sum(min(prompt, cached) for prompt, cached in counts)
 
 
 def _checked_urls(base_urls: str | Sequence[str]) -> list[str]:
@@ -353,24 +385,20 @@ def _checked_urls(base_urls: str | Sequence[str]) -> list[str]:
 
 
 def _check_options(
-    mode: str, max_concurrency: int, timeout: float, max_wait: float, max_attempts: int
+    mode: str,
+    engine: str | None,
+    counts: dict[str, int],
+    timeout: float,
+    max_wait: float,
 ) -> None:
     if mode not in {"auto", "completions", "chat"}:
         raise ServerConfigError(f"mode: expected 'auto', 'completions' or 'chat', got {mode!r}.")
-    for name, value in (("max_concurrency", max_concurrency), ("max_attempts", max_attempts)):
+    if engine is not None and engine not in ENGINES:
+        raise ServerConfigError(f"engine: expected one of {sorted(ENGINES)}, got {engine!r}.")
+    for name, value in counts.items():
         if value < 1:
             raise ServerConfigError(f"{name}: expected at least 1, got {value}.")
     if not timeout > 0 or not max_wait >= 0:
         raise ServerConfigError(
             f"Expected a timeout above 0 and a max_wait from 0 up, got {timeout} and {max_wait}."
         )
-
-
-def _parameters(given: int | None, found: Sequence[Served]) -> int:
-    number = given or next((s.num_parameters for s in found if s.num_parameters), None)
-    if number is None or number < 1:
-        raise ServerConfigError(
-            "The server does not say how many parameters its model has, and the FLOPs that a "
-            f"ledger counts follow from it: pass num_parameters=, at least 1 (got {given!r})."
-        )
-    return number

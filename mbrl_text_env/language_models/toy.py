@@ -7,7 +7,7 @@ protocol.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
@@ -15,11 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mbrl_text_env.language_models.base import (
+    FeatureModel,
     PromptTooLongError,
+    SampleRequest,
     SamplingParams,
-    check_sample_arguments,
-    check_unfinished,
+    charge,
+    check_judging_arguments,
+    check_requests,
+    finish_reason,
     has_stop_text,
+    prefix_of,
+    room_after,
     stream,
 )
 from mbrl_text_env.ledger import Ledger, Usage, timed
@@ -74,7 +80,7 @@ class CharTokenizer:
         return "".join(map(self._texts.__getitem__, token_ids))
 
 
-class ExactLM(CharTokenizer, ABC):
+class ExactLM(CharTokenizer, FeatureModel):
     """A language model with a known next-token distribution.
 
     Args:
@@ -90,6 +96,7 @@ class ExactLM(CharTokenizer, ABC):
     ) -> None:
         super().__init__(alphabet, context_length)
         self.flops_per_token = flops_per_token
+        self.feature_size = self.vocab_size
 
     @abstractmethod
     def next_probabilities(
@@ -97,44 +104,32 @@ class ExactLM(CharTokenizer, ABC):
     ) -> npt.NDArray[np.float64]:
         """float64[vocab_size], the distribution of the next token."""
 
-    @property
-    def feature_size(self) -> int:
-        """The features are the next-token distribution."""
-        return self.vocab_size
-
     def features(
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
     ) -> npt.NDArray[np.float32]:
         """float32[B, vocab_size]: the distribution of the token after each prefix."""
         with timed(ledgers):
             rows = [self.next_probabilities(s.prompt_ids, s.response_ids) for s in states]
-        self._charge([_length(state) for state in states], [[] for _ in states], ledgers)
+        charge(ledgers, (self.usage_bound(len(prefix_of(state)), []) for state in states))
         return np.asarray(rows, dtype=np.float32).reshape(len(states), self.vocab_size)
 
-    def sample(
-        self,
-        states: Sequence[TextState],
-        num_samples: int,
-        max_new_tokens: int,
-        *,
-        seeds: Sequence[int],
-        first_sample: int = 0,
-        params: SamplingParams = SamplingParams(),
-        ledgers: Sequence[Ledger] | None = None,
+    def sample_requests(
+        self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """Draw chunks; see `LanguageModel.sample`."""
-        check_sample_arguments(states, num_samples, max_new_tokens, seeds)
+        """Draw chunks; see `LanguageModel.sample_requests`."""
+        check_requests(requests)
         with timed(ledgers):
-            chunks = [
-                [
-                    self._draw(state, stream(seed, state, k), max_new_tokens, params)
-                    for k in range(first_sample, first_sample + num_samples)
-                ]
-                for state, seed in zip(states, seeds, strict=True)
+            rows = [
+                [self._draw(r, r.first_sample + k) for k in range(r.num_samples)] for r in requests
             ]
-        generated = [[len(chunk) for chunk in row] for row in chunks]
-        self._charge([_length(state) for state in states], generated, ledgers)
-        return chunks
+        charge(
+            ledgers,
+            (
+                self.usage_bound(len(prefix_of(r.state)), [len(chunk) for chunk in row])
+                for r, row in zip(requests, rows, strict=True)
+            ),
+        )
+        return rows
 
     def logprobs(
         self,
@@ -144,19 +139,14 @@ class ExactLM(CharTokenizer, ABC):
         ledgers: Sequence[Ledger] | None = None,
     ) -> list[tuple[float, ...]]:
         """Log-probabilities of given chunks; see `LanguageModel.logprobs`."""
-        check_unfinished(states)
-        if len(chunks) != len(states):
-            raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
+        check_judging_arguments(states, chunks)
+        pairs = list(zip(states, chunks, strict=True))
         with timed(ledgers):
-            found = [
-                self._token_logprobs(state, chunk.token_ids)
-                for state, chunk in zip(states, chunks, strict=True)
-            ]
-        lengths = [_length(s) + len(chunk) for s, chunk in zip(states, chunks, strict=True)]
-        self._charge(lengths, [[] for _ in states], ledgers)
+            found = [self._token_logprobs(state, chunk.token_ids) for state, chunk in pairs]
+        charge(ledgers, (self.usage_bound(len(prefix_of(s)) + len(c), []) for s, c in pairs))
         return found
 
-    def usage(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
+    def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
         """`flops_per_token` for every token of the prefix and of the chunks."""
         new = sum(new_tokens)
         flops = self.flops_per_token * (prefix_tokens + new)
@@ -186,43 +176,18 @@ class ExactLM(CharTokenizer, ABC):
             for t, token in enumerate(ids)
         )
 
-    def _draw(
-        self,
-        state: TextState,
-        generator: np.random.Generator,
-        max_new_tokens: int,
-        params: SamplingParams,
-    ) -> Chunk:
-        length = _length(state)
-        room = self.context_length - length
-        if room < 1:
-            raise PromptTooLongError(
-                f"Prompt {state.prompt.id!r} and its response have {length} tokens and fill the "
-                f"model's context of {self.context_length}."
-            )
+    def _draw(self, request: SampleRequest, sample_index: int) -> Chunk:
+        state, params = request.state, request.params
+        uniforms = stream(request.seed, state, sample_index).random(request.max_new_tokens)
         ids: tuple[int, ...] = ()
         logprobs: tuple[float, ...] = ()
-        uniforms = generator.random(max_new_tokens)
-        for uniform in uniforms[:room]:
+        for uniform in uniforms[: room_after(state, self.context_length)]:
             own = self.next_probabilities(state.prompt_ids, state.response_ids + ids)
             token = draw_token(own, params, float(uniform))
             ids, logprobs = (*ids, token), (*logprobs, _log(own[token]))
-            if token == STOP:
-                return Chunk(ids, logprobs, "stop")
-            if has_stop_text(self, ids, params):
+            if token == STOP or has_stop_text(self, ids, params):
                 break
-        return Chunk(ids, logprobs, "length" if len(ids) == room else None)
-
-    def _charge(
-        self,
-        prefixes: Sequence[int],
-        generated: Sequence[Sequence[int]],
-        ledgers: Sequence[Ledger] | None,
-    ) -> None:
-        if ledgers is None:
-            return
-        for prefix, lengths, ledger in zip(prefixes, generated, ledgers, strict=True):
-            ledger.charge(self.usage(prefix, lengths))
+        return Chunk(ids, logprobs, finish_reason(self, state, ids))
 
 
 class TableLM(ExactLM):
@@ -383,10 +348,6 @@ def _checked_row(prefix: str, row: Sequence[float], vocab_size: int) -> npt.NDAr
             f"sum to 1, got {list(row)}."
         )
     return values
-
-
-def _length(state: TextState) -> int:
-    return len(state.prompt_ids) + len(state.response_ids)
 
 
 def _log(probability: float) -> float:

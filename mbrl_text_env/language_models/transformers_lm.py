@@ -1,9 +1,7 @@
-"""Any causal language model of transformers, by name or folder, under the package's protocol.
+"""Any causal language model of transformers, by name or folder.
 
-The decoding loop is our own: keys and values of prefixes seen before are found by their token ids,
-a state's prefix is computed once for all its samples, sequences that end make room for others, and
-every sequence draws from its own random stream, so that the batch around it does not change its
-tokens (floating-point ties aside).
+Keys and values of prefixes seen before are found by their token ids, a state's prefix is computed
+once for all its samples, and sequences that end make room for others.
 """
 
 from __future__ import annotations
@@ -12,9 +10,9 @@ import dataclasses
 import math
 import pickle
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,19 +22,22 @@ from transformers import AutoModelForCausalLM
 from mbrl_text_env.identity import weights_digest
 from mbrl_text_env.language_models.adapters import is_tied, merged_adapter
 from mbrl_text_env.language_models.base import (
+    FeatureModel,
     NextTokens,
-    PromptTooLongError,
-    RequestSampler,
     SampleRequest,
-    check_sample_arguments,
+    charge,
+    check_judging_arguments,
+    check_requests,
     check_unfinished,
+    finish_reason,
+    prefix_of,
+    room_after,
 )
 from mbrl_text_env.language_models.batches import CachedBatch, kv_rows, plain_hidden
 from mbrl_text_env.language_models.choosing import choose_engine, plain_batch
 from mbrl_text_env.language_models.decoding import (
     Sampled,
     decode,
-    finished,
     is_done,
     waiting,
     whole_requests,
@@ -51,10 +52,9 @@ from mbrl_text_env.language_models.hf_tokenizer import (
     load,
     stop_ids,
 )
-from mbrl_text_env.language_models.kv import KVBatch, Span
+from mbrl_text_env.language_models.kv import KVBatch, Span, free_share, return_free_memory
 from mbrl_text_env.language_models.networks import LlamaNetwork, Network, length_switch
 from mbrl_text_env.language_models.prefix_cache import CacheStats, PrefixCache, Tokens
-from mbrl_text_env.language_models.recipe import Recipe, from_anywhere
 from mbrl_text_env.language_models.sampling import chosen_logprobs, top_tokens
 from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.types import Chunk, Prompt, TextState
@@ -64,22 +64,38 @@ if TYPE_CHECKING:
 
 # Logits are large: a pass of the output layer takes this many tokens.
 _LOGIT_ROWS = 256
+T = TypeVar("T")
 
 
-def _restore(recipe: Recipe) -> TransformersLM:
-    lm = TransformersLM(recipe.model, **recipe.options)
-    for folder, name in recipe.adapters:
-        lm = lm.with_adapter(folder, name)
-    return lm
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """What makes a language model again in another process: its source, the constructor's options,
+    and folder and name of each adapter."""
+
+    model: Any
+    options: dict[str, Any]
+    adapters: tuple[tuple[Any, str], ...] = ()
+
+    def make(self) -> TransformersLM:
+        """The language model."""
+        lm = TransformersLM(self.model, **self.options)
+        for folder, name in self.adapters:
+            lm = lm.with_adapter(folder, name)
+        return lm
 
 
-class TransformersLM(RequestSampler):
+def _from_anywhere(source: Any) -> Any:
+    """A folder by a path that holds in every working directory; a name on the Hub as it is."""
+    is_path = isinstance(source, (str, Path))
+    return str(Path(source).resolve()) if is_path and Path(source).exists() else source
+
+
+class TransformersLM(FeatureModel):
     """A causal language model of transformers.
 
-    Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, other models whose layers
-    attend to all or to the latest tokens on their own modules, both with a prefix cache. Which one
-    it is, is tried out on a few tokens when the model is loaded. Models with other layers beside
-    attention (convolutions, recurrent ones) are decoded without a cache of prefixes.
+    Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, other models on their own
+    modules, with a prefix cache where their layers are attention alone; which way is right is tried
+    out when the model is loaded.
 
     Weights that are trained in place are noticed, and the cache is emptied. A write that goes
     around PyTorch's version counters (`parameter.data.copy_`) is not: call `weights_changed` then.
@@ -97,12 +113,13 @@ class TransformersLM(RequestSampler):
         batch_size: Most sequences decoded together.
         kv_bytes: Most bytes of keys and values: half of them for the sequences being decoded, so
             that long ones are decoded in smaller batches, half for the prefix cache. A single
-            sequence longer than that is decoded all the same.
+            sequence longer than that is decoded all the same. By default a quarter of the memory
+            that is free now, at most 4 GiB.
         prefix_cache: Whether prefixes are kept between calls.
 
     Raises:
-        ModelLoadError: Nothing could be loaded from the name or folder, or the model keeps no
-            key-value cache (RWKV; Mamba before transformers 5.24), or no way is right.
+        ModelLoadError: Nothing could be loaded, or the model keeps no key-value cache (RWKV; Mamba
+            before transformers 5.24), or no way is right.
         ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
             or int8 is asked for where it is not offered.
 
@@ -120,72 +137,72 @@ class TransformersLM(RequestSampler):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         batch_size: int = 64,
-        kv_bytes: int = 4 * 2**30,
+        kv_bytes: int | None = None,
         prefix_cache: bool = True,
     ) -> None:
         for option, value in (("batch_size", batch_size), ("kv_bytes", kv_bytes)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{option}: expected at least 1, got {value}.")
+        self._recipe: _Recipe | None = None
         named = isinstance(model, (str, Path))
-        # What makes this model again in another process.
-        self._recipe: Recipe | None = None
         if named:
             options = {"name": name, "device": device, "dtype": dtype, "batch_size": batch_size}
             options |= {"kv_bytes": kv_bytes, "prefix_cache": prefix_cache}
-            source = from_anywhere(model)
-            kept = tokenizer if tokenizer is None else from_anywhere(tokenizer)
-            self._recipe = Recipe(source, {**options, "tokenizer": kept})
-        if tokenizer is None:
-            if not named:
-                raise ValueError(
-                    "A loaded model needs its tokenizer too: pass TransformersLM(model, "
-                    "tokenizer=...)."
-                )
-            tokenizer = str(model)
+            kept = tokenizer if tokenizer is None else _from_anywhere(tokenizer)
+            self._recipe = _Recipe(_from_anywhere(model), {**options, "tokenizer": kept})
+        elif tokenizer is None:
+            raise ValueError(
+                "A loaded model needs its tokenizer too: pass TransformersLM(model, tokenizer=...)."
+            )
         path = Path(str(getattr(model, "name_or_path", model)))
         self.name = name or path.name or type(model).__name__
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.dtype = dtype
-        self.batch_size = batch_size
-        self.kv_bytes = kv_bytes
-        self.prefix_cache = prefix_cache
-        # int8 products are made from the weights in the format that they came in.
-        stored: Any = "auto" if dtype == torch.int8 else dtype
-        loaded: Any = load(AutoModelForCausalLM, model, dtype=stored) if named else model
-        # Older releases of PEFT leave their `peft_config` on the base model too.
-        loaded = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded
-        self.model = loaded.to(self.device)
-        if dtype != torch.int8:
-            self.model = self.model.to(dtype)
-        self.model = self.model.eval()
-        self._tokenizer = (
-            tokenizer if isinstance(tokenizer, HFTokenizer) else HFTokenizer(tokenizer)
-        )
-        config = self.model.config.get_text_config()
-        self.vocab_size: int = config.vocab_size
-        self.stop_token_ids = self._tokenizer.stop_token_ids | stop_ids(
-            None, self.model.generation_config
-        )
-        self.context_length = min(
-            context_limit(config, self._tokenizer.tokenizer), self._tokenizer.context_length
-        )
-        self.feature_size: int = config.hidden_size
-        # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
-        lookup = 0 if is_tied(self.model) else self.vocab_size * config.hidden_size
-        self.num_parameters: int = self.model.num_parameters() - lookup
-        self._attention_width = attention_width(config)
+        self.dtype, self.batch_size, self.prefix_cache = dtype, batch_size, prefix_cache
+        self.model = self._in_place(model)
+        source: Any = str(model) if tokenizer is None else tokenizer
+        self._tokenizer = source if isinstance(source, HFTokenizer) else HFTokenizer(source)
+        self._read_sizes()
+        self.kv_bytes = kv_bytes or free_share(self.device)
         self._lock = threading.RLock()
-        self._cache: PrefixCache[Span] = PrefixCache(kv_bytes // 2 if prefix_cache else 0)
+        self._cache: PrefixCache[Span] = PrefixCache(self.kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
         self._digests: tuple[Any, str] | None = None
         self._weights = self._loaded = self._weights_version()
         with torch.inference_mode():
             self._engine = choose_engine(self.model, dtype, self.name)
         self._network = self._engine.network
+        if self._network is not None:
+            self.cache_tokens = self._cache.max_bytes // self._network.shape.bytes_per_token
         # Beyond this length no keys and values of shorter prefixes can be used.
-        self._switch = length_switch(config)
+        self._switch = length_switch(self.model.config.get_text_config())
+
+    def _in_place(self, model: Any) -> Any:
+        """The model on its device, in its number format, for evaluation."""
+        # int8 products are made from the weights in the format that they came in.
+        is_int8 = self.dtype == torch.int8
+        if isinstance(model, (str, Path)):
+            model = load(AutoModelForCausalLM, model, dtype="auto" if is_int8 else self.dtype)
+        # Older releases of PEFT leave their `peft_config` on the base model too.
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = model.to(self.device)
+        return (model if is_int8 else model.to(self.dtype)).eval()
+
+    def _read_sizes(self) -> None:
+        config = self.model.config.get_text_config()
+        self.vocab_size = config.vocab_size
+        self.stop_token_ids = self._tokenizer.stop_token_ids | stop_ids(
+            None, self.model.generation_config
+        )
+        self.context_length = min(
+            context_limit(config, self._tokenizer.tokenizer), self._tokenizer.context_length
+        )
+        self.feature_size = config.hidden_size
+        # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
+        lookup = 0 if is_tied(self.model) else self.vocab_size * config.hidden_size
+        self.num_parameters: int = self.model.num_parameters() - lookup
+        self._attention_width = attention_width(config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformersLM:
         # A shared, read-only engine: environments and agents that are copied go on using this one.
@@ -199,7 +216,7 @@ class TransformersLM(RequestSampler):
                 f"it is loaded from, but this one {came}. Save it with `lm.model.save_pretrained` "
                 "(and its tokenizer), and load it by folder: TransformersLM(folder)."
             )
-        return _restore, (self._recipe,)
+        return _Recipe.make, (self._recipe,)
 
     @property
     def cache_stats(self) -> CacheStats:
@@ -210,13 +227,6 @@ class TransformersLM(RequestSampler):
     def cached_bytes(self) -> int:
         """Bytes of the prefixes that are kept."""
         return self._cache.nbytes
-
-    @property
-    def cache_tokens(self) -> int:
-        """Tokens of prefixes that can be kept; 0 where no prefixes are."""
-        if self._network is None:
-            return 0
-        return self._cache.max_bytes // self._network.shape.bytes_per_token
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from others: its name, weights, number format and tokenizer."""
@@ -234,6 +244,7 @@ class TransformersLM(RequestSampler):
         """Forget all prefixes."""
         with self._lock:
             self._cache.clear()
+            return_free_memory()
 
     def weights_changed(self) -> None:
         """Forget all prefixes, and the weights that int8 products were made from."""
@@ -273,7 +284,7 @@ class TransformersLM(RequestSampler):
             prefix_cache=self.prefix_cache,
         )
         if self._recipe is not None and self._weights_version() == self._loaded:
-            adapters = (*self._recipe.adapters, (from_anywhere(folder), name))
+            adapters = (*self._recipe.adapters, (_from_anywhere(folder), name))
             adapted_model._recipe = dataclasses.replace(self._recipe, adapters=adapters)
         return adapted_model
 
@@ -293,20 +304,24 @@ class TransformersLM(RequestSampler):
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
         """Draw chunks; see `RequestSampler.sample_requests`."""
-        for r in requests:
-            check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
-        limits = [min(r.max_new_tokens, self._room(r.state)) for r in requests]
+        check_requests(requests)
+        limits = [min(r.max_new_tokens, room_after(r.state, self.context_length)) for r in requests]
         chunks: list[list[Chunk]] = [[] for _ in requests]
         with timed(ledgers), self._lock, torch.inference_mode():
             queue = waiting(requests, limits)
             computed = self._run(queue)
-            for sampled in queue:
-                chunks[sampled.request].append(finished(sampled, self))
-        for request, row, count, ledger in zip(
-            requests, chunks, computed, ledgers or (), strict=ledgers is not None
-        ):
-            prefix = len(_prefix(request.state))
-            ledger.charge(self._usage(prefix, count, [len(c) for c in row]))
+            for drawn in queue:
+                reason = finish_reason(self, drawn.state, drawn.tokens)
+                chunks[drawn.request].append(
+                    Chunk(tuple(drawn.tokens), tuple(drawn.logprobs), reason)
+                )
+        charge(
+            ledgers,
+            (
+                self._usage(len(prefix_of(r.state)), count, [len(chunk) for chunk in row])
+                for r, row, count in zip(requests, chunks, computed, strict=True)
+            ),
+        )
         return chunks
 
     def logprobs(
@@ -320,71 +335,47 @@ class TransformersLM(RequestSampler):
 
         They are those of the model's own forward pass over state and chunk together.
         """
-        check_unfinished(states)
-        if len(chunks) != len(states):
-            raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
-        pairs = zip(states, chunks, strict=True)
-        sequences = [self._judging(_prefix(s), c.token_ids) for s, c in pairs]
-        firsts = [len(_prefix(state)) - 1 for state in states]
-        found: list[tuple[float, ...]] = [()] * len(states)
-        with timed(ledgers), self._lock, torch.inference_mode():
-            computed = [0] * len(states)
-            for i, logits, count in self._logits_after(sequences, firsts):
-                found[i] = tuple(chosen_logprobs(logits, chunks[i].token_ids))
-                computed[i] = count
-        self._charge_passes(sequences, computed, ledgers)
-        return found
+        check_judging_arguments(states, chunks)
+        sequences, firsts = self._judged(states, chunks)
+        return self._passes(
+            self._logits_after(sequences, firsts),
+            sequences,
+            ledgers,
+            lambda i, logits: tuple(chosen_logprobs(logits, chunks[i].token_ids)),
+        )
 
-    @torch.inference_mode()
     def log_distributions(
         self, states: Sequence[TextState], chunks: Sequence[Chunk]
     ) -> list[torch.Tensor]:
         """The whole distribution (log-probabilities, nats) at each token of each chunk.
 
-        Args:
-            states: States that have not ended.
-            chunks: One a state.
-
         Returns:
             float32[len(chunks[i]), V] for each state, V numbers a token: mind the memory.
         """
-        check_unfinished(states)
-        pairs = zip(states, chunks, strict=True)
-        sequences = [self._judging(_prefix(s), c.token_ids) for s, c in pairs]
-        firsts = [len(_prefix(state)) - 1 for state in states]
-        found: list[torch.Tensor] = [torch.empty(0)] * len(states)
-        with self._lock:
-            for i, logits, _ in self._logits_after(sequences, firsts):
-                found[i] = logits[: len(chunks[i])].log_softmax(-1)
-        return found
+        check_judging_arguments(states, chunks)
+        sequences, firsts = self._judged(states, chunks)
+        return self._passes(
+            self._logits_after(sequences, firsts),
+            sequences,
+            None,
+            lambda i, logits: logits[: len(chunks[i])].log_softmax(-1),
+        )
 
     def next_tokens(
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
     ) -> list[NextTokens]:
-        """The k most probable next tokens of each state.
-
-        Args:
-            states: States that have not ended.
-            k: From 1 to the size of the vocabulary.
-            ledgers: One a state.
-
-        Raises:
-            ValueError: k is outside its range, or a state has ended.
-        """
+        """The k most probable next tokens of each state; see `LanguageModel.next_tokens`."""
         check_unfinished(states)
         if not 1 <= k <= self.vocab_size:
             raise ValueError(f"k: expected a number from 1 to {self.vocab_size}, got {k}.")
-        sequences = [_prefix(state) for state in states]
-        found = [NextTokens((), ())] * len(states)
-        with timed(ledgers), self._lock, torch.inference_mode():
-            computed = [0] * len(states)
-            lasts = [len(sequence) - 1 for sequence in sequences]
-            for i, logits, count in self._logits_after(sequences, lasts):
-                ids, logs = top_tokens(logits, k)
-                found[i] = NextTokens(tuple(ids[0].tolist()), tuple(logs[0].tolist()))
-                computed[i] = count
-        self._charge_passes(sequences, computed, ledgers)
-        return found
+        sequences = [prefix_of(state) for state in states]
+
+        def read(i: int, logits: torch.Tensor) -> NextTokens:
+            ids, logs = top_tokens(logits, k)
+            return NextTokens(tuple(ids[0].tolist()), tuple(logs[0].tolist()))
+
+        passes = self._logits_after(sequences, [len(sequence) - 1 for sequence in sequences])
+        return self._passes(passes, sequences, ledgers, read)
 
     def features(
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
@@ -393,24 +384,15 @@ class TransformersLM(RequestSampler):
 
         What is computed here is kept: sampling from the same states does not compute it again.
         """
-        sequences = [_prefix(state) for state in states]
-        rows = np.zeros((len(states), self.feature_size), dtype=np.float32)
-        with timed(ledgers), self._lock, torch.inference_mode():
-            computed = [0] * len(states)
-            lasts = [len(sequence) - 1 for sequence in sequences]
-            for i, hidden, count in self._hidden(sequences, lasts):
-                rows[i] = hidden[-1].float().cpu().numpy()
-                computed[i] = count
-        self._charge_passes(sequences, computed, ledgers)
-        return rows
+        sequences = [prefix_of(state) for state in states]
+        passes = self._hidden(sequences, [len(sequence) - 1 for sequence in sequences])
+        rows = self._passes(
+            passes, sequences, ledgers, lambda i, hidden: hidden[-1].float().cpu().numpy()
+        )
+        return np.array(rows, dtype=np.float32).reshape(len(states), self.feature_size)
 
-    def usage(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """2 x parameters for each token of the prefix and of the chunks, plus attention.
-
-        Args:
-            prefix_tokens: Tokens of the state's prompt and response, none of them cached.
-            new_tokens: Length of each chunk sampled after it.
-        """
+    def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
+        """2 x parameters for each token of the prefix and of the chunks, plus attention."""
         switch = math.inf if self._switch is None else self._switch
         passes = 1
         if self._network is None or prefix_tokens > switch:
@@ -429,16 +411,31 @@ class TransformersLM(RequestSampler):
     def _usage(self, prefix: int, computed: int, new_tokens: Sequence[int]) -> Usage:
         return pass_usage(prefix, computed, new_tokens, self.num_parameters, self._attention_width)
 
-    def _charge_passes(
+    def _passes(
         self,
+        passes: Iterator[tuple[int, torch.Tensor, int]],
         sequences: Sequence[Tokens],
-        computed: Sequence[int],
         ledgers: Sequence[Ledger] | None,
-    ) -> None:
-        for sequence, count, ledger in zip(
-            sequences, computed, ledgers or (), strict=ledgers is not None
-        ):
-            ledger.charge(self._usage(len(sequence), count, []))
+        read: Callable[[int, torch.Tensor], T],
+    ) -> list[T]:
+        """What is read from the passes over sequences, which are charged to their ledgers."""
+        found: dict[int, T] = {}
+        computed = [0] * len(sequences)
+        with timed(ledgers), self._lock, torch.inference_mode():
+            for i, values, count in passes:
+                found[i] = read(i, values)
+                computed[i] = count
+        usages = (self._usage(len(s), n, []) for s, n in zip(sequences, computed, strict=True))
+        charge(ledgers, usages)
+        return [found[i] for i in range(len(sequences))]
+
+    def _judged(
+        self, states: Sequence[TextState], chunks: Sequence[Chunk]
+    ) -> tuple[list[Tokens], list[int]]:
+        """What is computed to judge chunks, and the places after which their tokens stand."""
+        pairs = zip(states, chunks, strict=True)
+        sequences = [self._judging(prefix_of(s), c.token_ids) for s, c in pairs]
+        return sequences, [len(prefix_of(state)) - 1 for state in states]
 
     def _weights_version(self) -> tuple[tuple[int, int], ...]:
         return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
@@ -487,8 +484,8 @@ class TransformersLM(RequestSampler):
         self._decode(far, computed, None)
         # As `logprobs` gives them: a pass over the whole sequence, with its angles.
         crossing = [chunk for chunk in near if len(chunk.sequence) > switch]
-        sequences = [self._judging(_prefix(chunk.state), chunk.tokens) for chunk in crossing]
-        firsts = [len(_prefix(chunk.state)) - 1 for chunk in crossing]
+        sequences = [self._judging(prefix_of(chunk.state), chunk.tokens) for chunk in crossing]
+        firsts = [len(prefix_of(chunk.state)) - 1 for chunk in crossing]
         for i, logits, count in self._logits_after(sequences, firsts):
             crossing[i].logprobs[:] = chosen_logprobs(logits, crossing[i].tokens)
             computed[crossing[i].request] += count
@@ -585,16 +582,3 @@ class TransformersLM(RequestSampler):
 
     def _to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return (self._network or self._engine.own).logits(hidden)
-
-    def _room(self, state: TextState) -> int:
-        room = self.context_length - len(_prefix(state))
-        if room < 1:
-            raise PromptTooLongError(
-                f"Prompt {state.prompt.id!r} and its response have {len(_prefix(state))} "
-                f"tokens and fill the model's context of {self.context_length}."
-            )
-        return room
-
-
-def _prefix(state: TextState) -> Tokens:
-    return state.prompt_ids + state.response_ids

@@ -48,10 +48,10 @@ class TestPool:
         pool = pooled(tmp_path)
         assert pool.scores.shape == pool.tokens.shape == pool.flops.shape == (6, 32)
         start = initial(PROMPTS[0], LM)
-        alone = LM.usage(len(start.prompt_ids), [])
+        alone = LM.usage_bound(len(start.prompt_ids), [])
         assert pool.prompt_flops[0] == alone.flops
         length = int(pool.tokens[0, 0])
-        whole = LM.usage(len(start.prompt_ids), [length])
+        whole = LM.usage_bound(len(start.prompt_ids), [length])
         assert pool.flops[0, 0] == pytest.approx(whole.flops - alone.flops + 5.0)
         agent = make_agent("best-of-n:n=32", LM, CostlyCount(), max_response_tokens=10)
         best = agent.generate(PROMPTS, seed=0)

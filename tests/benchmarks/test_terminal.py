@@ -14,7 +14,7 @@ from mbrl_text_env import Prompt
 from mbrl_text_env.benchmarks.cli import app
 from mbrl_text_env.benchmarks.options import load_language_model
 from mbrl_text_env.benchmarks.terminal import PlainConsole, panel, plain, visible
-from mbrl_text_env.language_models.catalogue import CACHE_VARIABLE, cache_folder
+from mbrl_text_env.language_models.registry import CACHE_VARIABLE, cache_folder
 from mbrl_text_env.rewards import RewardError, RewardSpecError, make
 from tests.language_models.conftest import make_config, save_model, train_tokenizer
 

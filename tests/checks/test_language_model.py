@@ -210,8 +210,8 @@ class ChargesTheLongest(NGramLM):
 
 
 class ChargesNoPrefix(NGramLM):
-    def usage(self, prefix_tokens, new_tokens):
-        return dataclasses.replace(super().usage(prefix_tokens, new_tokens), prompt_tokens=0)
+    def usage_bound(self, prefix_tokens, new_tokens):
+        return dataclasses.replace(super().usage_bound(prefix_tokens, new_tokens), prompt_tokens=0)
 
 
 class BoundTooLow(NGramLM):
@@ -222,8 +222,8 @@ class BoundTooLow(NGramLM):
 
 
 class FreeOfCharge(NGramLM):
-    def usage(self, prefix_tokens, new_tokens):
-        return dataclasses.replace(super().usage(prefix_tokens, new_tokens), lm_flops=0.0)
+    def usage_bound(self, prefix_tokens, new_tokens):
+        return dataclasses.replace(super().usage_bound(prefix_tokens, new_tokens), lm_flops=0.0)
 
 
 class ContinuesEndedStates(NGramLM):

@@ -115,25 +115,35 @@ def models(engine: str = "vllm", name: str = "team/tiny", **meta: Any) -> dict[s
 MODELS = models(n_params=1000)
 
 
-def sampled_ids(body: dict[str, Any], count: int | None = None) -> list[int]:
-    """Ordinary tokens that depend on the seed alone."""
-    first = body.get("seed", 0) % 1000 + 1000
+def sampled_ids(body: dict[str, Any], count: int | None = None, sample: int = 0) -> list[int]:
+    """Ordinary tokens that depend on the seed of a sample alone, which is the request's plus k."""
+    first = (body.get("seed", 0) + sample) % 1000 + 1000
     return [first + i for i in range(body["max_tokens"] if count is None else count)]
 
 
 def vllm(request: Request, **changes: Any) -> Reply:
-    """A good answer of vLLM's to a request for completions."""
-    ids = changes.pop("ids", None) or sampled_ids(request.body)
-    choice = {
-        "text": embedded_tokenizer().decode(ids),
-        "token_ids": ids,
-        "logprobs": {
-            "tokens": [f"token_id:{i}" for i in ids],
-            "token_logprobs": [-(i % 7) / 8 for i in ids],
-        },
-        "finish_reason": "length",
-        "stop_reason": None,
-        **changes,
+    """A good answer of vLLM's to a request for completions, with `n` samples."""
+    given = changes.pop("ids", None)
+    samples = [
+        given or sampled_ids(request.body, sample=k) for k in range(request.body.get("n", 1))
+    ]
+    choices = [
+        {
+            "index": k,
+            "text": embedded_tokenizer().decode(ids),
+            "token_ids": ids,
+            "logprobs": {
+                "tokens": [f"token_id:{i}" for i in ids],
+                "token_logprobs": [-(i % 7) / 8 for i in ids],
+            },
+            "finish_reason": "length",
+            "stop_reason": None,
+            **changes,
+        }
+        for k, ids in enumerate(samples)
+    ]
+    usage = {
+        "prompt_tokens": len(request.body["prompt"]),
+        "completion_tokens": sum(map(len, samples)),
     }
-    usage = {"prompt_tokens": len(request.body["prompt"]), "completion_tokens": len(ids)}
-    return Reply({"choices": [choice], "usage": usage})
+    return Reply({"choices": choices, "usage": usage})

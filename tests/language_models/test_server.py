@@ -30,6 +30,7 @@ from mbrl_text_env.language_models import (
     HFTokenizer,
     MalformedAnswerError,
     PromptTooLongError,
+    SampleRequest,
     SamplingParams,
     ServerError,
     ServerLM,
@@ -39,7 +40,7 @@ from mbrl_text_env.language_models import (
     embedded_tokenizer,
 )
 from mbrl_text_env.language_models.server import ServerConfigError
-from mbrl_text_env.ledger import Ledger
+from mbrl_text_env.ledger import Budget, Ledger
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.types import Chunk, Message, Prompt, TextState
 from tests.language_models.fake_server import (
@@ -163,7 +164,7 @@ def assert_charged_once(
         assert usage.lm_calls == 1
         assert usage.generated_tokens == sum(map(len, row))
         assert usage.prompt_tokens + usage.cached_tokens == prefix * len(row)
-        assert usage.prompt_tokens <= lm.usage(prefix, [len(c) for c in row]).prompt_tokens
+        assert usage.prompt_tokens <= lm.usage_bound(prefix, [len(c) for c in row]).prompt_tokens
         computed = usage.prompt_tokens + usage.generated_tokens
         assert usage.flops == 2 * lm.num_parameters * computed
 
@@ -599,10 +600,10 @@ class TestRetries:
     def test_a_dead_server_among_several(self, fakes, clients):
         server = fakes(vllm)
         lm = clients(f"http://127.0.0.1:{free_port()}", server)
-        [row] = lm.sample([state_of(5)], 20, 2, seeds=[0])
-        assert [c.token_ids for c in row] == [
-            tuple(sampled_ids(body)) for body in sorted_by_result(server, row)
-        ]
+        rows = lm.sample([state_of(5)] * 20, 1, 2, seeds=range(20))
+        for [chunk] in rows:
+            [body] = sorted_by_result(server, [chunk])
+            assert chunk.token_ids == tuple(sampled_ids(body))
         assert len(server.requests) == 20
 
     def test_all_servers_dead(self, clients):
@@ -671,7 +672,7 @@ class TestFleet:
             return vllm(request)
 
         servers = [fakes(reply), fakes(reply)]
-        clients(*servers).sample([state_of(5)], 4, 1, seeds=[0])
+        clients(*servers).sample([state_of(5)] * 4, 1, 1, seeds=range(4))
         assert [len(server.requests) for server in servers] == [2, 2]
 
     def test_no_more_than_asked_for_at_a_time(self, fakes, clients):
@@ -682,7 +683,7 @@ class TestFleet:
             return vllm(request)
 
         server = fakes(reply)
-        clients(server, max_concurrency=3).sample([state_of(5)], 12, 1, seeds=[0])
+        clients(server, max_concurrency=3).sample([state_of(5)] * 12, 1, 1, seeds=range(12))
         assert server.most_at_once == 3
 
     def test_results_come_in_order(self, fakes, clients):
@@ -690,14 +691,49 @@ class TestFleet:
         lm = clients(server, max_concurrency=4)
         states = [state_of(n) for n in (5, 6, 7)]
         rows = lm.sample(states, 4, 2, seeds=[1, 2, 3])
+        bodies = {tuple(body["prompt"]): body for body in server.bodies()}
         for state, row in zip(states, rows, strict=True):
-            for body in sorted_by_result(server, row):
-                assert body["prompt"] == list(state.prompt_ids)
+            body = bodies[state.prompt_ids]
+            assert body["n"] == 4
+            assert [list(c.token_ids) for c in row] == [
+                sampled_ids(body, sample=k) for k in range(4)
+            ]
         alone = [lm.sample([s], 4, 2, seeds=[i])[0] for s, i in zip(states, (1, 2, 3), strict=True)]
         assert rows == alone
         first, rest = (lm.sample(states, n, 2, seeds=[1, 2, 3], first_sample=4 - n) for n in (4, 2))
         assert [row[2:] for row in first] == rest
         assert lm.sample([], 1, 1, seeds=[]) == []
+
+    def test_engines_that_draw_one_sample_a_request(self, fakes, clients):
+        server = fakes(vllm, models=models("somebody", n_params=1))
+        lm, ledgers = clients(server), ledgers_for(TEXTS[:1])
+        lm.sample([state_of(5)], 3, 2, seeds=[0], ledgers=ledgers)
+        assert ["n" in body for body in server.bodies()] == [False] * 3
+        assert ledgers[0].usage.prompt_tokens == 3 * 5, "as it is billed"
+
+    def test_greedy_samples_take_a_request_each(self, fakes, clients):
+        server = fakes(vllm)
+        clients(server).sample([state_of(5)], 2, 2, seeds=[0], params=GREEDY)
+        assert ["n" in body for body in server.bodies()] == [False] * 2
+
+    def test_the_engine_can_be_given(self, fakes, clients):
+        server = fakes(vllm, models=models("somebody", n_params=1))
+        clients(server, engine="vllm").sample([state_of(5)], 2, 2, seeds=[0])
+        assert [body["n"] for body in server.bodies()] == [2]
+
+    def test_from_coroutines(self, fakes, clients):
+        lm, ledger = clients(fakes(vllm)), Ledger()
+        requests = [SampleRequest(state_of(n), 2, 3, seed=n) for n in (5, 6)]
+
+        async def both() -> list[Any]:
+            return await asyncio.gather(
+                *(lm.sample_requests_async([r], ledgers=[ledger]) for r in requests)
+            )
+
+        [[first], [second]] = asyncio.run(both())
+        assert [first, second] == lm.sample_requests(requests)
+        assert (ledger.usage.lm_calls, ledger.usage.generated_tokens) == (2, 12)
+        assert ledger.usage.seconds > 0
 
     def test_a_fleet_serves_one_model(self, fakes, clients):
         names = ("a/one", "b/two")
@@ -708,13 +744,24 @@ class TestFleet:
 
     def test_options(self, fakes, clients):
         server = fakes(vllm, models=models())
+        unsized, ledger = clients(server), Ledger()
+        unsized.sample([state_of(5)], 1, 2, seeds=[0], ledgers=[ledger])
+        assert (ledger.usage.prompt_tokens, ledger.usage.flops) == (5, 0)
+        assert not unsized.counts_flops
         with pytest.raises(ServerConfigError, match="num_parameters="):
-            clients(server)
+            unsized.sample([state_of(5)], 1, 2, seeds=[0], ledgers=[Ledger(Budget(flops=1e9))])
         lm = clients(server, num_parameters=7)
-        assert lm.usage(10, [2, 3]).flops == 2 * 7 * (20 + 5)
+        assert lm.counts_flops
+        assert lm.usage_bound(10, [2, 3]).flops == 2 * 7 * (20 + 5)
         assert (lm.name, lm.context_length) == ("tiny", 4096)
         assert clients(server, num_parameters=7, context_length=99).context_length == 99
-        for options in ({"mode": "talk"}, {"max_concurrency": 0}, {"timeout": 0}):
+        for options in (
+            {"mode": "talk"},
+            {"engine": "steam"},
+            {"max_concurrency": 0},
+            {"num_parameters": 0},
+            {"timeout": 0},
+        ):
             with pytest.raises(ServerConfigError, match="xpected"):
                 clients(server, **options)
         for urls in ([], ["ftp://a"], ["localhost:80"], ["http://a", "http://a/v1"], [""]):
@@ -779,7 +826,8 @@ class TestFormats:
         lm, ledgers = clients(fakes(reply)), ledgers_for(TEXTS[:1])
         lm.sample([state_of(5)], 4, 1, seeds=[0], ledgers=ledgers)
         usage = ledgers[0].usage
-        assert (usage.prompt_tokens, usage.cached_tokens) == (4 * 2, 4 * 3)
+        assert (usage.prompt_tokens, usage.cached_tokens) == (2, 3)
+        assert (usage.generated_tokens, usage.lm_calls) == (4, 1)
 
     @pytest.mark.parametrize("ids", [[1000, 1001, END], [1000, 1001]])
     def test_a_stop_token_that_is_left_out_is_put_back(self, fakes, clients, ids):

@@ -427,7 +427,7 @@ class TestLedger:
             assert usage.lm_calls == 1
             assert usage.lm_flops == 2.5 * (prefix + sum(lengths))
             assert usage.seconds > 0
-            expected = model.usage(prefix, lengths)
+            expected = model.usage_bound(prefix, lengths)
             assert expected == Usage(
                 prompt_tokens=prefix,
                 generated_tokens=sum(lengths),
@@ -439,7 +439,7 @@ class TestLedger:
         model = NGramLM("abc")
         ledger = Ledger()
         model.sample([state("ab")], 4, 5, seeds=[0], ledgers=[ledger])
-        bound = model.usage(2, [5] * 4)
+        bound = model.usage_bound(2, [5] * 4)
         assert ledger.usage.generated_tokens <= bound.generated_tokens
         assert ledger.usage.lm_flops <= bound.lm_flops
 

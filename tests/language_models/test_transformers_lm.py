@@ -404,7 +404,7 @@ class TestUsage:
         # 10 prefix tokens see 5 others on average; then 3 and 4 tokens see the prefix and half of
         # their own.
         attended = 10 * 5 + (3 * 10 + 4.5) + (4 * 10 + 8)
-        assert lm.usage(10, [3, 4]) == Usage(
+        assert lm.usage_bound(10, [3, 4]) == Usage(
             prompt_tokens=10,
             generated_tokens=7,
             lm_calls=1,
@@ -419,7 +419,7 @@ class TestUsage:
     def test_heads_wider_than_the_model(self, tmp_path, tokenizer):
         config = make_config("qwen3", tokenizer.eos_token_id, head_dim=16)
         lm = TransformersLM(save_model(tmp_path, config, tokenizer))
-        usage = lm.usage(10, [])
+        usage = lm.usage_bound(10, [])
         assert usage.lm_flops == 2 * lm.num_parameters * 10 + 4 * (2 * 4 * 16) * 50
 
     def test_sampling_charges_what_it_made(self, short_winded):
@@ -427,8 +427,8 @@ class TestUsage:
         ledgers = [Ledger() for _ in states]
         rows = lm.sample(states, 3, 8, seeds=range(6), ledgers=ledgers)
         for state, row, ledger in zip(states, rows, ledgers, strict=True):
-            expected = lm.usage(len(prefix(state)), [len(chunk) for chunk in row])
-            bound = lm.usage(len(prefix(state)), [8] * 3)
+            expected = lm.usage_bound(len(prefix(state)), [len(chunk) for chunk in row])
+            bound = lm.usage_bound(len(prefix(state)), [8] * 3)
             assert ledger.usage.seconds > 0
             assert ledger.usage == expected + Usage(seconds=ledger.usage.seconds)
             assert ledger.usage.lm_flops <= bound.lm_flops
@@ -444,7 +444,7 @@ class TestUsage:
             lm.clear_cache()
             run()
         for ledger, length in zip(judged + read, (6, 6, 4, 6), strict=True):
-            assert ledger.usage.lm_flops == lm.usage(length, []).lm_flops
+            assert ledger.usage.lm_flops == lm.usage_bound(length, []).lm_flops
             assert (ledger.usage.prompt_tokens, ledger.usage.generated_tokens) == (length, 0)
             assert ledger.usage.lm_calls == 1
             assert ledger.usage.seconds > 0

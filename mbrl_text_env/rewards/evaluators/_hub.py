@@ -336,7 +336,7 @@ class TextEncoder:
 def language_model_of(source: LanguageModel | str | Path | None, name: str) -> LanguageModel:
     """A language model: as it is, loaded by name or folder, or for None the embedded one."""
     if source is None:
-        from mbrl_text_env.language_models.catalogue import embedded
+        from mbrl_text_env.language_models.registry import embedded
 
         return embedded()
     if isinstance(source, (str, Path)):

@@ -127,7 +127,7 @@ class FluencyReward(Evaluator):
         return self._usage(self._model().language_model.context_length)
 
     def _usage(self, tokens: int) -> float:
-        return float(self._model().language_model.usage(tokens, []).lm_flops)
+        return float(self._model().language_model.usage_bound(tokens, []).lm_flops)
 
     def _states(
         self, prompts: Sequence[Prompt], responses: Sequence[str]

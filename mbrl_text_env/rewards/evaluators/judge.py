@@ -171,7 +171,7 @@ class JudgeReward(Evaluator):
         loaded: _Loaded = self._model()
         # The last token of an answer is judged, but nothing is asked of what follows it.
         new_tokens = [len(ids) - 1 for ids in loaded.answer_ids]
-        return loaded.language_model.usage(tokens, new_tokens).lm_flops
+        return loaded.language_model.usage_bound(tokens, new_tokens).lm_flops
 
     def _question(self, prompt: Prompt, response: str) -> _Question:
         """The judge's prompt, in which the response is as long as there is room for."""

@@ -144,7 +144,7 @@ def _check_dtype(dtype: str | None) -> None:
 
 def _load(encoder: Encoder | str | None) -> Encoder:
     if encoder is None:
-        from mbrl_text_env.language_models.catalogue import embedded_encoder
+        from mbrl_text_env.language_models.registry import embedded_encoder
 
         return cast("Encoder", embedded_encoder())
     if not isinstance(encoder, str):

@@ -323,12 +323,14 @@ class HiddenFeatures(Features):
         lengths = [
             len(s.prompt_ids) + len(s.response_ids) for s in self._states(prompts, responses)
         ]
-        return np.array([model.usage(length, []).lm_flops for length in lengths], dtype=np.float64)
+        return np.array(
+            [model.usage_bound(length, []).lm_flops for length in lengths], dtype=np.float64
+        )
 
     def flops_bound(self) -> float:
         """A prompt and a response that fill the context."""
         model = self._model()[0]
-        return float(model.usage(model.context_length, []).lm_flops)
+        return float(model.usage_bound(model.context_length, []).lm_flops)
 
     def _states(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[TextState]:
         model, encoder = self._model()
@@ -361,7 +363,7 @@ def _weight(columns: int) -> float:
 
 def _load_encoder(encoder: Encoder | str | Path | None) -> Encoder:
     if encoder is None:
-        from mbrl_text_env.language_models.catalogue import embedded_encoder
+        from mbrl_text_env.language_models.registry import embedded_encoder
 
         return cast("Encoder", embedded_encoder())
     if not isinstance(encoder, str | Path):

@@ -181,7 +181,7 @@ def _head_of(key: str, model: Any) -> str:
 def _path(base: str) -> str:
     if base != EMBEDDED:
         return base
-    from mbrl_text_env.language_models.catalogue import embedded_folder
+    from mbrl_text_env.language_models.registry import embedded_folder
 
     return str(embedded_folder())
 

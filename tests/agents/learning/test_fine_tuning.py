@@ -95,7 +95,9 @@ class TestTuned:
         assert (report.num_examples, report.steps, len(report.losses)) == (12, 3, 3)
         assert report.tokens == sum(lengths)
         # Twice a forward pass of each sequence.
-        assert report.flops == pytest.approx(2 * sum(lm.usage(n, []).lm_flops for n in lengths))
+        assert report.flops == pytest.approx(
+            2 * sum(lm.usage_bound(n, []).lm_flops for n in lengths)
+        )
         assert report.losses[-1] < report.losses[0]
         assert FineTuneReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
         written = json.loads((folder / "fine_tuning.json").read_text())

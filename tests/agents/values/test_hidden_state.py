@@ -66,7 +66,7 @@ def test_it_costs_what_reading_the_prefix_costs():
         predict_values(value, [state], ledgers=[ledger])
         tokens = len(state.prompt_ids) + len(state.response_ids)
         assert ledger.usage.prompt_tokens == ledger.usage.lm_flops == tokens
-        assert value.usage_bound(state) == LM.usage(tokens, [])
+        assert value.usage_bound(state) == LM.usage_bound(tokens, [])
 
 
 class Server:

@@ -68,7 +68,7 @@ class TestCommand:
         found = figures["result"]["planner_tuned_against_base"]
         assert found["iteration"] == max(figures["best"], 1)
         lm = TransformersLM(command.model)
-        assert found["cap_flops"] == lm.usage(64, [TOKENS] * 8).flops
+        assert found["cap_flops"] == lm.usage_bound(64, [TOKENS] * 8).flops
         files = ["planner-00.json", f"planner-{found['iteration']:02d}.json"]
         assert sorted(path.name for path in out.glob("planner-*")) == files
         sides = [json.loads((out / name).read_text()) for name in files]

@@ -312,7 +312,7 @@ class TestWhatIsCharged:
             lengths = [len(found.state.response_ids) for found in row[:samples]]
             made = exam(CountReward("e"), [asked], samples)
             _, use = made.sampled(lm, 0)
-            alone = [lm.usage(prefix, [length]).flops for length in lengths]
+            alone = [lm.usage_bound(prefix, [length]).flops for length in lengths]
             assert use.flops == pytest.approx(np.mean(alone))
             assert use.tokens == pytest.approx(np.mean(lengths))
         # Sample 0 is the one that the budget pays for.
@@ -328,7 +328,7 @@ class TestWhatIsCharged:
         points = chosen(Bench(lm, asks, PROMPTS[1:], (), SIZE, 0, tmp_path), "dqn", 0)
         [use] = {found.use for found in points}
         # Two candidates of four tokens to begin with, and two more if none ends.
-        first = lm.usage(len(lm.encode_prompt(asked)), [4, 4])
+        first = lm.usage_bound(len(lm.encode_prompt(asked)), [4, 4])
         assert use.flops > first.flops
         assert use.tokens <= 2 * TOKENS
         policy = load_policy(tmp_path / "dqn-0", lm, CountReward("e"))

@@ -218,7 +218,7 @@ def test_nothing_is_loaded_before_it_is_used(tmp_path):
 
 
 def test_copies_and_pickles_leave_what_was_loaded_behind(smollm2, monkeypatch):
-    monkeypatch.setattr("mbrl_text_env.language_models.catalogue.embedded", lambda: smollm2)
+    monkeypatch.setattr("mbrl_text_env.language_models.registry.embedded", lambda: smollm2)
     reward = JudgeReward(template=SHORT, answers=YES_NO, least_mass=0)
     before = reward.score([PROMPT], ["Yes."])
     assert len(pickle.dumps(reward)) < 1_500

@@ -19,13 +19,13 @@ import pytest
 from mbrl_text_env.language_models import (
     SamplingParams,
     TransformersLM,
-    catalogue,
     embedded,
     embedded_encoder,
     embedded_tokenizer,
+    registry,
 )
-from mbrl_text_env.language_models.catalogue import CACHE_VARIABLE, EmbeddedModelError
 from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
+from mbrl_text_env.language_models.registry import CACHE_VARIABLE, EmbeddedModelError
 from mbrl_text_env.types import Prompt, TextState
 
 NAME = "SmolLM2-135M-Instruct-v1"
@@ -78,7 +78,7 @@ def quick_conversion(converted: Path, monkeypatch: pytest.MonkeyPatch) -> list[P
         link_model(converted, folder)
         made.append(folder)
 
-    monkeypatch.setattr(catalogue, "_convert", convert)
+    monkeypatch.setattr(registry, "_convert", convert)
     return made
 
 
@@ -98,15 +98,15 @@ def hidden_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestCacheFolder:
     def test_the_variable_decides(self, cache):
-        assert catalogue.cache_folder() == cache
+        assert registry.cache_folder() == cache
 
     @pytest.mark.parametrize("value", [None, ""])
     def test_otherwise_the_platforms(self, monkeypatch, value):
         monkeypatch.delenv(CACHE_VARIABLE, raising=False)
         if value is not None:
             monkeypatch.setenv(CACHE_VARIABLE, value)
-        assert catalogue.cache_folder().is_absolute()
-        assert "mbrl-text-env" in catalogue.cache_folder().parts
+        assert registry.cache_folder().is_absolute()
+        assert "mbrl-text-env" in registry.cache_folder().parts
 
 
 class TestDamage:
@@ -203,7 +203,7 @@ class TestDamage:
         source.write_bytes(b"GGUF, but not really")
         cache.mkdir()
         with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the reader of the file raises
-            catalogue._convert(source, cache / NAME)
+            registry._convert(source, cache / NAME)
         assert list(cache.iterdir()) == []
 
 
@@ -233,7 +233,7 @@ def test_the_encoder(minilm):
 LOAD = """
 import json
 from mbrl_text_env.language_models import embedded
-from tests.language_models.test_catalogue import greedy
+from tests.language_models.test_registry import greedy
 lm = embedded()
 print(json.dumps([lm.name, lm.model.name_or_path, greedy(lm)]))
 """

@@ -1,0 +1,385 @@
+"""What servers are asked and what they answer: OpenAI's completions, and how engines differ.
+
+Readers raise `ValueError` with what was expected and what came, or `AbortedError` where asking
+again may help.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mbrl_text_env.language_models.base import SamplingParams
+
+# Ends that a server's own trouble made; the same request may be answered the next time.
+_ABORTED = frozenset({"abort", "error"})
+# Log-probabilities are rounded: a certain token may come out a hair above 0.
+_ROUNDING = 1e-6
+# Above every logit: a token with this bias is drawn for certain.
+_FORCED = 1e6
+# Whatever else a server does to the distribution by default is switched off. llama.cpp keeps the 40
+# most probable tokens, for instance.
+_NEUTRAL: dict[str, Any] = {
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "repeat_penalty": 1.0,
+    "dry_multiplier": 0.0,
+    "xtc_probability": 0.0,
+    "dynatemp_range": 0.0,
+    "mirostat": 0,
+    "samplers": ["temperature", "top_k", "top_p"],
+    "post_sampling_probs": False,
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How an engine differs from OpenAI's completions.
+
+    Args:
+        draws_many: Whether one request draws several samples, each from a seed of its own
+            (`seed + i`, as vLLM does) or from chance (OpenAI).
+        all_tokens: The `top_k` that keeps all tokens; None where that is the default.
+        keeps_stop: Whether tokens of a stop string can be kept; elsewhere it is looked for here.
+        continues: Whether it goes on with an assistant message instead of answering it.
+        judging: How it gives log-probabilities of given tokens.
+        first: Number of the first dialect that it may know.
+    """
+
+    draws_many: bool = False
+    all_tokens: int | None = None
+    keeps_stop: bool = False
+    continues: bool = False
+    judging: Literal["prompt", "forced", "native", "echo"] = "echo"
+    first: int = 0
+
+
+ENGINES = {
+    "vllm": Engine(True, -1, True, True, "prompt"),
+    "sglang": Engine(continues=True, judging="native"),
+    "llamacpp": Engine(all_tokens=0, continues=True, judging="forced"),
+    "tgi": Engine(first=3),
+    "openai": Engine(draws_many=True, first=1),
+}
+"""By the name that servers give as the owner of their models, or that `engine=` gives."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What a server's requests may contain: parameters beyond OpenAI's, log-probabilities, ids."""
+
+    extras: bool = True
+    logprobs: bool = True
+    ids: bool = True
+
+
+# Tried in this order until one is not refused.
+DIALECTS = (
+    Dialect(),
+    Dialect(extras=False),
+    Dialect(extras=False, logprobs=False),
+    Dialect(extras=False, ids=False),
+    Dialect(extras=False, logprobs=False, ids=False),
+)
+
+
+class AbortedError(Exception):
+    """An answer that was given up by the server; the next attempt may pass."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server says about its model; None where it does not.
+
+    Args:
+        model: Name to ask for it by.
+        engine: A key of `ENGINES`, another owner, or an empty string.
+        context_length: Most tokens of prompt and response together.
+        num_parameters: Of the model.
+    """
+
+    model: str | None = None
+    engine: str = ""
+    context_length: int | None = None
+    num_parameters: int | None = None
+
+    @property
+    def how(self) -> Engine:
+        """How its engine is asked."""
+        return ENGINES.get(self.engine, Engine())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sample of a server's; None where it does not say.
+
+    Args:
+        token_ids: Its tokens.
+        logprobs: One (nats) a token.
+        text: Its text.
+        reason: Why it ended: `"stop"`, `"length"`, or a word of the server's own.
+        matched: The stop token's id or the stop string that ended it.
+    """
+
+    token_ids: tuple[int, ...] | None
+    logprobs: tuple[float, ...] | None
+    text: str
+    reason: str | None
+    matched: int | str | None
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Tokens that a server counts for a request; None where it does not.
+
+    Args:
+        prompt: Of the prompt, once for all samples.
+        cached: How many of them it did not compute.
+        generated: Of all samples together.
+    """
+
+    prompt: int | None = None
+    cached: int | None = None
+    generated: int | None = None
+
+
+def completion_body(
+    served: Served,
+    dialect: Dialect,
+    params: SamplingParams,
+    stop_ids: Sequence[int],
+    prefix_cache: bool,
+) -> dict[str, Any]:
+    """What completions and chats are asked for alike."""
+    body: dict[str, Any] = {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
+    if served.model is not None:
+        body["model"] = served.model
+    if not dialect.extras:
+        return body
+    body |= _NEUTRAL
+    body |= {
+        "cache_prompt": prefix_cache,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "stop_token_ids": list(stop_ids),
+    }
+    if params.top_k or served.how.all_tokens is not None:
+        body["top_k"] = params.top_k or served.how.all_tokens
+    if params.stop and served.how.keeps_stop:
+        body |= {"stop": list(params.stop), "include_stop_str_in_output": True}
+    return body
+
+
+def sglang_body(
+    prompt: list[int], limit: int, params: SamplingParams, stop_ids: Sequence[int], seed: int | None
+) -> dict[str, Any]:
+    """What SGLang's `/generate` is asked for."""
+    sampling = {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k or -1,
+        "min_p": 0.0,
+        "max_new_tokens": limit,
+        "stop_token_ids": list(stop_ids),
+    }
+    if seed is not None:
+        sampling["sampling_seed"] = seed
+    if params.stop:
+        sampling |= {"stop": list(params.stop), "no_stop_trim": True}
+    return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+
+
+def judging_body(served: Served, prompt: list[int], count: int) -> tuple[str, dict[str, Any]]:
+    """Path and body that ask for the log-probabilities of a prompt's last `count` tokens."""
+    if served.how.judging == "native":
+        sampling = {"temperature": 0.0, "max_new_tokens": 0}
+        body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+        return "/generate", {**body, "logprob_start_len": len(prompt) - count - 1}
+    body = {"prompt": prompt, "temperature": 0.0}
+    if served.model is not None:
+        body["model"] = served.model
+    if served.how.judging == "prompt":
+        return "/v1/completions", {**body, "max_tokens": 1, "prompt_logprobs": 1}
+    return "/v1/completions", {**body, "max_tokens": 0, "echo": True, "logprobs": 1}
+
+
+def forcing_body(
+    served: Served, prompt: list[int], token: int, prefix_cache: bool
+) -> dict[str, Any]:
+    """What makes llama.cpp sample a token and say how probable it was."""
+    return {
+        **_NEUTRAL,
+        "cache_prompt": prefix_cache,
+        "prompt": prompt,
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "logprobs": 1,
+        "logit_bias": [[token, _FORCED]],
+        "model": served.model,
+    }
+
+
+def read_served(data: Any, wanted: str | None, engine: str | None) -> Served:
+    """What `/v1/models` says of a model, or of the only one there."""
+    entries = _list(_field(data, "data", "the list of models"), "the list of models")
+    names = [str(_field(entry, "id", "a model")) for entry in entries]
+    if not names:
+        raise ValueError("expected at least one model, got none")
+    if wanted is None and len(names) > 1:
+        raise ValueError(f"expected one model, got {names}; choose one of them with model=")
+    entry = entries[names.index(wanted) if wanted in names else 0]
+    meta = entry.get("meta") or {}
+    return Served(
+        model=names[0] if wanted is None else wanted,
+        engine=engine or str(entry.get("owned_by") or "").lower(),
+        context_length=_count(entry.get("max_model_len") or meta.get("n_ctx")) or None,
+        num_parameters=_count(meta.get("n_params")) or None,
+    )
+
+
+def read_answers(data: Any, count: int = 1) -> tuple[list[Answer], Bill]:
+    """The answers of completions, of chats, or of SGLang's `/generate`."""
+    if isinstance(data, dict) and "meta_info" in data:
+        return [_sglang_answer(data)], _bill(data["meta_info"])
+    choices = _choices(data, count)
+    return [_openai_answer(choice) for choice in choices], _bill(data.get("usage") or {})
+
+
+def read_judged(
+    served: Served, data: Any, length: int, ids: Sequence[int]
+) -> tuple[float, ...] | None:
+    """The log-probabilities of the last tokens of a prompt; None where they are not echoed."""
+    if served.how.judging == "native":
+        triples = _list(
+            _field(_field(data, "meta_info", "the answer"), "input_token_logprobs", "meta_info"),
+            "input_token_logprobs",
+        )
+        last = triples[max(0, len(triples) - len(ids)) :]
+        if [triple[1] for triple in last] != list(ids):
+            raise ValueError(f"expected log-probabilities that end with those of {ids}, got {last}")
+        return _logprobs([triple[0] for triple in last])
+    [choice] = _choices(data, 1)
+    if served.how.judging == "prompt":
+        rows = _list(_field(choice, "prompt_logprobs", "the choice"), "prompt_logprobs")
+        if len(rows) <= len(ids):
+            raise ValueError(f"expected more than {len(ids)} prompt_logprobs, got {len(rows)}")
+        entries = [
+            _field(row, str(token), "prompt_logprobs")
+            for token, row in zip(ids, rows[len(rows) - len(ids) :], strict=True)
+        ]
+        return _logprobs([_field(entry, "logprob", "prompt_logprobs") for entry in entries])
+    found = (choice.get("logprobs") or {}).get("token_logprobs")
+    if found is None or len(found) != length:
+        return None
+    return _logprobs(found[length - len(ids) :])
+
+
+def _bill(usage: dict[str, Any]) -> Bill:
+    details = usage.get("prompt_tokens_details") or {}
+    return Bill(
+        _count(usage.get("prompt_tokens")),
+        _count(details.get("cached_tokens", usage.get("cached_tokens"))),
+        _count(usage.get("completion_tokens")),
+    )
+
+
+def _sglang_answer(data: dict[str, Any]) -> Answer:
+    meta = data["meta_info"]
+    finish, triples = meta.get("finish_reason") or {}, meta.get("output_token_logprobs")
+    logprobs = None if triples is None else [triple[0] for triple in _list(triples, "logprobs")]
+    ids = _field(data, "output_ids", "the answer")
+    return _answer(ids, logprobs, data.get("text"), finish.get("type"), finish.get("matched"))
+
+
+def _openai_answer(choice: dict[str, Any]) -> Answer:
+    listed, logprobs = _listed(choice.get("logprobs") or {})
+    ids, matched = choice.get("token_ids"), choice.get("stop_reason")
+    return _answer(
+        listed if ids is None else ids,
+        logprobs,
+        (choice.get("message") or choice).get("content" if "message" in choice else "text"),
+        choice.get("finish_reason"),
+        choice.get("matched_stop") if matched is None else matched,
+    )
+
+
+def _listed(logs: dict[str, Any]) -> tuple[list[Any] | None, list[Any] | None]:
+    """Ids and log-probabilities as they are listed with `logprobs`, in the old form or the new."""
+    if logs.get("content") is not None:
+        entries = _list(logs["content"], "logprobs")
+        tokens = [
+            entry["id"] if "id" in entry else _placeholder(entry.get("token")) for entry in entries
+        ]
+        found = [_field(entry, "logprob", "logprobs") for entry in entries]
+    elif logs.get("token_logprobs") is not None:
+        tokens = [_placeholder(token) for token in logs.get("tokens") or []]
+        found = _list(logs["token_logprobs"], "token_logprobs")
+    else:
+        return None, None
+    return (None if None in tokens or len(tokens) != len(found) else tokens), found
+
+
+def _placeholder(token: Any) -> int | None:
+    """The id in `token_id:123`, as vLLM writes a token when asked for ids."""
+    prefix, _, digits = str(token).rpartition(":")
+    return int(digits) if prefix == "token_id" and digits.isdecimal() else None
+
+
+def _answer(ids: Any, logprobs: list[Any] | None, text: Any, reason: Any, matched: Any) -> Answer:
+    if reason in _ABORTED:
+        raise AbortedError(f"the server gave up (finish_reason {reason!r})")
+    if ids is not None:
+        ids = tuple(_list(ids, "token ids"))
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"expected token ids, got {ids}")
+        if logprobs is not None and len(logprobs) != len(ids):
+            raise ValueError(
+                f"expected one log-probability a token ({len(ids)}), got {len(logprobs)}"
+            )
+    elif not isinstance(text, str):
+        raise ValueError(f"expected token ids or text, got {text!r}")
+    checked = None if logprobs is None else _logprobs(logprobs)
+    return Answer(ids, checked, text if isinstance(text, str) else "", reason, matched)
+
+
+def _logprobs(values: Sequence[Any]) -> tuple[float, ...]:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"expected a log-probability, got {value!r}")
+        if not (math.isfinite(value) and value <= _ROUNDING):
+            raise ValueError(f"expected a finite log-probability of at most 0, got {value!r}")
+    return tuple(float(value) for value in values)
+
+
+def _choices(data: Any, count: int) -> list[dict[str, Any]]:
+    choices = _list(_field(data, "choices", "the answer"), "choices")
+    if not choices:
+        raise AbortedError("an answer without choices")
+    if len(choices) != count or not all(isinstance(choice, dict) for choice in choices):
+        expected = "one choice" if count == 1 else f"{count} choices"
+        raise ValueError(f"expected {expected}, got {len(choices)}")
+    return sorted(choices, key=lambda choice: choice.get("index") or 0)
+
+
+def _field(data: Any, name: str, where: str) -> Any:
+    if not isinstance(data, dict) or name not in data:
+        raise ValueError(f"expected the field {name!r} in {where}, got {str(data)[:200]}")
+    return data[name]
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list for {what}, got {str(value)[:200]}")
+    return value
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
