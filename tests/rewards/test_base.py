@@ -389,10 +389,12 @@ def test_a_reward_model_needs_only_score():
 
 def test_a_class_that_counts_has_to_bound():
     class Counts(Bare):
+        name = "counts"
+
         def flops(self, prompts, responses):
             return [1.0] * len(responses)
 
-    with pytest.raises(RewardError, match=r"'Counts' has `flops` but no `flops_bound"):
+    with pytest.raises(RewardError, match=r"'counts' has `flops` but no `flops_bound"):
         Counts().usage_bound()
 
 
