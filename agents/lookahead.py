@@ -138,7 +138,7 @@ class Lookahead(Planner):
         assert self.value_model is not None
         start, room = len(state.prompt_ids) + len(state.response_ids), self._room(state)
         size = min(self._prefix_size(state), room)
-        usage = self.language_model.usage
+        usage = self.language_model.usage_bound
         # Where nothing is left to continue, the partial responses are complete.
         tails = [room - size] * plan.continuations if room > size else []
         reward = reward_usage_bound(self.reward_model)

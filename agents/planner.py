@@ -137,7 +137,7 @@ class Planner(Agent):
         prefix = len(state.prompt_ids) + len(state.response_ids)
         caps: list[float] = [] if budget.tokens is None else [budget.tokens]
         if budget.flops is not None:
-            usage = self.language_model.usage
+            usage = self.language_model.usage_bound
             each = (usage(prefix, [1]) - usage(prefix, [])).flops
             caps += [budget.flops / each] if each > 0 else []
         if not kept or not caps:

@@ -318,7 +318,7 @@ class Search:
 
     def _drawing_usage(self, node: Node) -> Usage:
         """What drawing the rest of a response is charged, its prefix left out."""
-        usage, prefix = self.language_model.usage, _size(node.state)
+        usage, prefix = self.language_model.usage_bound, _size(node.state)
         return usage(prefix, [self.room(node)]) - usage(prefix, [])
 
     def _length(self, expansion: Expansion) -> int:
