@@ -12,7 +12,7 @@ from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion, check_p
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.identity import identity
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, clear_cache
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import as_prompts
@@ -180,13 +180,6 @@ def _sampled(
                 record_of(completion, agent, usage, seed, agent="sampling", sample=sample)
             )
     return records
-
-
-def clear_cache(language_model: LanguageModel) -> None:
-    """Forget what a language model keeps of prefixes, where it keeps something."""
-    clear = getattr(language_model, "clear_cache", None)
-    if clear is not None:
-        clear()
 
 
 def record_of(

@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, replace
 
+import numpy as np
+
 from mbrl_text_env.agents.base import affordable, is_binding
 from mbrl_text_env.agents.driver import ask, ask_for_chunks
 from mbrl_text_env.agents.tree import Node, SearchTree
 from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, SamplingParams
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import response_limit, transition
-from mbrl_text_env.rewards.base import RewardModel, reward_usage_bound, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardModel,
+    reward_model_of,
+    reward_usage_bound,
+    score_responses,
+)
 from mbrl_text_env.types import Chunk, TextState
 from mbrl_text_env.values import (
     ValueModel,
@@ -87,6 +94,7 @@ class Search:
 
     def __post_init__(self, state: TextState, max_response_tokens: int) -> None:
         self.tree = SearchTree(state)
+        self.reward_model = reward_model_of(self.reward_model)
         self.drawn = self.round = 0
         self.is_short = False
         self._scores: dict[tuple[int, ...], tuple[float, dict[str, float]]] = {}
@@ -202,13 +210,10 @@ class Search:
             for at, count in ((0, len(lengths) - half), (-1, half)):
                 state = _stand_in(node.state, lengths[at])
                 new += expected_value_usage(self.value_model, state) * count
-        flops = getattr(self.reward_model, "flops", None)
-        if flops is None:
-            return new + Usage(reward_calls=1)
         complete = _stand_in(node.state, room)
         text = self.language_model.decode(complete.response_ids)
-        amount = float(flops([complete.prompt], [text])[0])
-        return new + Usage(reward_calls=1, reward_flops=amount)
+        flops = np.asarray(self.reward_model.flops([complete.prompt], [text]))
+        return new + Usage(reward_calls=1, reward_flops=float(flops[0]))
 
     def value_tokens(self, node: Node) -> float:
         """About what valuing a partial response after a node costs, in generated tokens.

@@ -169,7 +169,7 @@ def fit_command(
         str,
         typer.Option(
             help="'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
-            "'stacked-embedding', 'ensemble' or 'hidden-state'."
+            "'ensemble' or 'hidden-state'."
         ),
     ] = "stacked",
     model: ModelOptions,

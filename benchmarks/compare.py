@@ -26,7 +26,7 @@ from mbrl_text_env.benchmarks.settings import CompareConfig, CompareError
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
-from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.language_models.base import LanguageModel, clear_cache
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -224,9 +224,7 @@ def _answers(
     def answer(some: Sequence[Prompt]) -> list[Row]:
         # No agent lives on prefixes that another one computed, and a run that is resumed computes
         # what it would have computed at once.
-        clear_cache = getattr(agent.language_model, "clear_cache", None)
-        if clear_cache is not None:
-            clear_cache()
+        clear_cache(agent.language_model)
         generations = agent.generate(some, budget, seed=comparison.config.seed)
         # Agents that asked for no score are judged here. That is the comparison's work, not theirs.
         scores = _scored(comparison.reward_model, generations)

@@ -22,13 +22,14 @@ import typer
 import mbrl_text_env  # noqa: F401 registers the environments
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.types import Prompt
 
 CHUNK_TOKENS = 4
 RESPONSE_TOKENS = 64
 
 
-class ConstantReward:
+class ConstantReward(RewardModel):
     """The same score for every response."""
 
     name = "constant"

@@ -67,9 +67,8 @@ def fit_command(
     max_length: Annotated[int, typer.Option(min=1, help="LoRA: most tokens of a text.")] = 512,
 ) -> None:
     """Fit a reward on preferences or scores, and measure it on prompts that were left out."""
-    from mbrl_text_env.rewards.learning.fit_report import RewardFitError
     from mbrl_text_env.rewards.learning.fitting import fit_reward
-    from mbrl_text_env.rewards.learning.learned import check_target
+    from mbrl_text_env.rewards.learning.learned import FOLDER, RewardFitError
 
     for option, value, allowed in (("method", method, _METHODS), ("features", features, _FEATURES)):
         if value not in allowed:
@@ -78,7 +77,7 @@ def fit_command(
         raise RewardFitError(
             f"--method lora fits 'bradley-terry', got --objective {objective!r}. Use --method head."
         )
-    check_target(out)
+    FOLDER.check_target(out)
     data, data_name = _data(pairs, records, objective, split, pairs_per_prompt, min_gap, seed)
     with console.status(f"Fitting on {len(data)} {'records' if _scored(objective) else 'pairs'}"):
         if method == "lora":
@@ -169,7 +168,7 @@ def _data(
 ) -> tuple[Any, str]:
     """What to fit on, and where it comes from."""
     from mbrl_text_env.records import read_records
-    from mbrl_text_env.rewards.learning.fit_report import RewardFitError
+    from mbrl_text_env.rewards.learning.learned import RewardFitError
     from mbrl_text_env.rewards.learning.preferences import load_preferences, pairs_from_records
 
     if (pairs is None) == (records is None):

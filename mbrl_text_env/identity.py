@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
@@ -131,10 +132,10 @@ def _attributes(part: Any, inner: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(part):
         names = [field.name for field in dataclasses.fields(part)]
     else:
-        try:
-            names = list(inspect.signature(type(part)).parameters)
-        except (TypeError, ValueError):
-            names = []
+        names = []
+    with suppress(TypeError, ValueError):
+        # A class below a dataclass may have a constructor of its own.
+        names += inspect.signature(type(part)).parameters
     state = getattr(part, "__dict__", {})
     fitted = [n for n in state if n.endswith("_") and not n.startswith("_")]
     return {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.types import FloatArray, TextState
+
+LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Prefix lengths in tokens that values are fitted and checked on by default."""
 
 
 class ValueModelError(RuntimeError):
@@ -30,26 +34,90 @@ class ValueEstimate:
     std: FloatArray
 
 
-@runtime_checkable
-class ValueModel(Protocol):
-    """Predicts the final reward of a prefix.
+class ValueModel(ABC):
+    """Predicts the final reward of a prefix; all but `predict` has a default.
 
-    Optional, for a model whose own computation is to be counted: `flops(states) -> float64[B]` and
-    `flops_bound() -> float`, the most that one state can take. For a model that asks other models
-    (a reward model, a language model): `predict_with(states, ledgers) -> ValueEstimate`, which
-    charges what it asks for to the ledgers (one a state, or None), `usage_bound(state) -> Usage`,
-    the most that one state is charged for that, and `expected_usage(state) -> Usage`, about what.
-    A model that learns also has `fit(records)`.
+    An object that is no subclass will do where a value model is expected, if it has `predict`; what
+    else it has of this contract is used.
+
+    Attributes:
+        reward_name_: The reward whose scores it predicts; None where it does not say.
+        language_model_name_: The language model whose responses it values; None likewise.
+        lengths: Prefix lengths in tokens that it is meant for.
+
+    Example:
+        >>> class Length(ValueModel):
+        ...     def predict(self, states):
+        ...         sizes = np.array([float(len(state.response_ids)) for state in states])
+        ...         return ValueEstimate(sizes, np.ones(len(states)))
     """
+
+    reward_name_: str | None = None
+    language_model_name_: str | None = None
+    lengths: Sequence[int] = LENGTHS
 
     @property
     def is_fitted(self) -> bool:
         """Whether `predict` can be called."""
-        ...
+        return True
+
+    @abstractmethod
+    def predict(self, states: Sequence[TextState]) -> ValueEstimate:
+        """Mean and standard deviation, each float64[len(states)]; uncharged."""
+
+    def predict_with(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
+    ) -> ValueEstimate:
+        """`predict`, with what other models are asked for charged to the ledgers, one a state."""
+        return self.predict(states)
+
+    def flops(self, states: Sequence[TextState]) -> FloatArray:
+        """float64[B]: floating-point operations of the model's own computation."""
+        return np.zeros(len(states))
+
+    def flops_bound(self) -> float:
+        """The most that `flops` can be for one state."""
+        return 0.0
+
+    def usage_bound(self, state: TextState) -> Usage:
+        """The most that other models' calls for one state with as many tokens are charged."""
+        return Usage()
+
+    def expected_usage(self, state: TextState) -> Usage:
+        """About what other models' calls for the state are charged."""
+        return self.usage_bound(state)
+
+
+_CONTRACT = (
+    *("reward_name_", "language_model_name_", "lengths"),
+    *("predict", "predict_with", "flops", "flops_bound", "usage_bound", "expected_usage"),
+)
+
+
+class _Adapted(ValueModel):
+    """An object that is no `ValueModel`; what it has of the contract replaces the defaults."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        for name in _CONTRACT:
+            found = getattr(model, name, None)
+            if found is not None:
+                setattr(self, name, found)
+
+    @property
+    def is_fitted(self) -> bool:
+        return bool(getattr(self.model, "is_fitted", True))
 
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
-        """Mean and standard deviation, each float64[len(states)]."""
-        ...
+        raise ValueModelError(
+            f"Expected a value model, an object with `predict(states)`, got "
+            f"{type(self.model).__name__}. Subclass `mbrl_text_env.values.ValueModel`."
+        )
+
+
+def as_value_model(value_model: Any) -> ValueModel:
+    """The value model, or one made of an object that has parts of the contract."""
+    return value_model if isinstance(value_model, ValueModel) else _Adapted(value_model)
 
 
 def predict_values(
@@ -64,16 +132,12 @@ def predict_values(
         ValueModelError: The model is not fitted, or did not return one finite mean and one finite
             standard deviation of at least 0 for each state.
     """
-    name = type(value_model).__name__
-    if not value_model.is_fitted:
+    name, model = type(value_model).__name__, as_value_model(value_model)
+    if not model.is_fitted:
         raise ValueModelError(f"{name} is not fitted. Call fit(records), or load a saved one.")
-    asks_others = getattr(value_model, "predict_with", None)
     with timed(ledgers):
         try:
-            if asks_others is not None:
-                estimate = asks_others(states, ledgers)
-            else:
-                estimate = value_model.predict(states)
+            estimate = model.predict_with(states, ledgers)
         except SystemExit as left:
             raise ValueModelError(
                 f"{name}: predicting for prompt {states[0].prompt.id!r} left the program "
@@ -89,36 +153,28 @@ def predict_values(
     if (std < 0).any():
         raise ValueModelError(f"{name}: expected standard deviations of at least 0, got {std}.")
     if ledgers is not None:
-        for ledger, amount in zip(ledgers, _flops(value_model, states), strict=True):
+        for ledger, amount in zip(ledgers, np.asarray(model.flops(states), float), strict=True):
             ledger.charge(Usage(value_calls=1, value_flops=float(amount)))
     return ValueEstimate(mean, std)
 
 
 def value_usage_bound(value_model: ValueModel, state: TextState) -> Usage:
     """The most that predicting `state`, or one with as many tokens, is charged."""
-    own: Callable[[], float] | None = getattr(value_model, "flops_bound", None)
-    asked: Callable[[TextState], Usage] | None = getattr(value_model, "usage_bound", None)
-    usage = Usage(value_calls=1, value_flops=0.0 if own is None else float(own()))
-    return usage if asked is None else usage + asked(state)
+    model = as_value_model(value_model)
+    return Usage(value_calls=1, value_flops=float(model.flops_bound())) + model.usage_bound(state)
 
 
 def expected_value_usage(value_model: ValueModel, state: TextState) -> Usage:
     """About what predicting `state` is charged: for plans, where a bound would be too careful."""
-    asked: Callable[[TextState], Usage] | None = getattr(value_model, "expected_usage", None)
-    usage = Usage(value_calls=1, value_flops=float(_flops(value_model, [state])[0]))
-    return usage if asked is None else usage + asked(state)
+    model = as_value_model(value_model)
+    own = Usage(value_calls=1, value_flops=float(model.flops([state])[0]))
+    return own + model.expected_usage(state)
 
 
-def _flops(value_model: Any, states: Sequence[TextState]) -> FloatArray:
-    function = getattr(value_model, "flops", None)
-    return np.zeros(len(states)) if function is None else np.asarray(function(states), float)
-
-
-def check_value_fits(value_model: object, language_model: object, reward_model: object) -> None:
+def check_value_fits(value_model: Any, language_model: Any, reward_model: object) -> None:
     """Refuse a value model that was fitted on scores or responses of other models.
 
-    What a value model was fitted on it says as `reward_name_` and `language_model_name_`; one that
-    lacks these, or has None there, passes: its author has to know.
+    One that has None as `reward_name_` or `language_model_name_` passes: its author has to know.
 
     Raises:
         ValueModelError: It belongs to another reward model or another language model.
@@ -126,11 +182,15 @@ def check_value_fits(value_model: object, language_model: object, reward_model: 
     Example:
         >>> check_value_fits(value, lm, SentimentReward())  # doctest: +SKIP
     """
-    for label, attribute, got, change in (
-        ("reward model", "reward_name_", reward_name(reward_model), "re-score the records"),
-        ("language model", "language_model_name_", _name(language_model), "collect records"),
+    model = as_value_model(value_model)
+    # A tokenizer alone has no name, and nothing to compare.
+    policy = getattr(language_model, "name", None)
+    rewards = model.reward_name_, reward_name(reward_model)
+    policies = model.language_model_name_, policy
+    for label, attribute, (expected, got), change in (
+        ("reward model", "reward_name_", rewards, "re-score the records"),
+        ("language model", "language_model_name_", policies, "collect records"),
     ):
-        expected = getattr(value_model, attribute, None)
         if expected is not None and got is not None and expected != got:
             raise ValueModelError(
                 f"{type(value_model).__name__} was fitted for the {label} {expected!r}, got "
@@ -138,8 +198,3 @@ def check_value_fits(value_model: object, language_model: object, reward_model: 
                 f"this one and fit a value model anew; or set `{attribute}` to None, if it is to "
                 "be used all the same."
             )
-
-
-def _name(model: object) -> str | None:
-    """A tokenizer alone has no name, and nothing to compare."""
-    return getattr(model, "name", None)

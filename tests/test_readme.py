@@ -88,8 +88,7 @@ def test_command_line(tmp_path, monkeypatch):
 
 
 def test_the_layout_names_what_is_there():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    layout = text.partition("## Layout")[2]
+    layout = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     folder = ROOT
     for line in re.search(r"```\n(.*?)```", layout, re.DOTALL)[1].splitlines():
         if not line.startswith(" "):

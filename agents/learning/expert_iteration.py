@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.agents.base import Agent
-from mbrl_text_env.agents.collection import clear_cache
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers
 from mbrl_text_env.agents.learning.filters import select
@@ -57,7 +56,12 @@ from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import FittedValue
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.identity import identity
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed
+from mbrl_text_env.language_models.base import (
+    LanguageModel,
+    SamplingParams,
+    clear_cache,
+    spawn_seed,
+)
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record, RecordWriter, read_records

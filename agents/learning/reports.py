@@ -13,8 +13,8 @@ import numpy as np
 from mbrl_text_env.agents.learning.answers import HINTED
 from mbrl_text_env.agents.learning.filters import scores_described
 from mbrl_text_env.agents.learning.notes import to_json
-from mbrl_text_env.agents.values.prefixes import LENGTHS, cut_prefixes, samples_of
-from mbrl_text_env.agents.values.validation import correlation, root_mean_square, within_prompt
+from mbrl_text_env.agents.values.training_prefixes import cut_prefixes, samples_of
+from mbrl_text_env.fitting.report import correlation, root_mean_square, within_prompt
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.mdp import is_terminal
@@ -27,7 +27,7 @@ from mbrl_text_env.rewards.base import (
     score_responses,
 )
 from mbrl_text_env.types import Chunk, FloatArray, TextState
-from mbrl_text_env.values import ValueModel, predict_values
+from mbrl_text_env.values import ValueModel, as_value_model, predict_values
 
 _NGRAMS = (1, 2, 3)
 
@@ -206,7 +206,7 @@ def check_value(
         FitError: No response has two tokens.
         ValueModelError: The value model is not fitted, or fails.
     """
-    states, owners = cut_prefixes(records, getattr(value_model, "lengths", LENGTHS))
+    states, owners = cut_prefixes(records, as_value_model(value_model).lengths)
     charged = None if ledger is None else [ledger] * len(states)
     mean = predict_values(value_model, states, ledgers=charged).mean
     samples = samples_of(mean[:, None], owners, [len(state.response_ids) for state in states])

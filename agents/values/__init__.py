@@ -5,16 +5,14 @@ from mbrl_text_env._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "catalogue": ["FITTED", "READY", "make_value"],
         "embedding": ["EmbeddingValue"],
         "ensemble": ["EnsembleValue"],
-        "fitted": ["FittedValue"],
+        "fitted": ["FitError", "FitReport", "FittedValue", "Samples"],
         "hidden_state": ["HiddenStateValue"],
-        "loading": ["check_value_fits", "load_value"],
+        "kinds": ["FITTED", "READY", "check_value_fits", "load_value", "make_value"],
         "prefix_reward": ["PrefixRewardValue"],
-        "prefixes": ["FitError", "Samples", "cut_prefixes", "samples_of"],
+        "prefix_statistics": ["StackedValue"],
         "rollout": ["RolloutValue"],
-        "stacked": ["StackedValue"],
-        "validation": ["FitReport", "LengthReport"],
+        "training_prefixes": ["cut_prefixes", "samples_of"],
     },
 )

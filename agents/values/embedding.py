@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from sklearn.linear_model import Ridge
 
-from mbrl_text_env.agents.values.fitted import FittedValue, Sources
-from mbrl_text_env.agents.values.heads import LinearHead, fit_ridge
-from mbrl_text_env.agents.values.prefixes import Samples, samples_of
-from mbrl_text_env.agents.values.storage import reading
-from mbrl_text_env.agents.values.validation import Fitter
+from mbrl_text_env.agents.values.fitted import FOLDER, FittedValue, Sources
+from mbrl_text_env.agents.values.training_prefixes import samples_of
 from mbrl_text_env.encoders import (
     Encoder,
     encode_texts,
@@ -21,6 +18,8 @@ from mbrl_text_env.encoders import (
     encoder_flops_bound,
     prefix_text,
 )
+from mbrl_text_env.fitting.heads import Head
+from mbrl_text_env.fitting.samples import Samples
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.types import FloatArray, TextState
@@ -48,7 +47,7 @@ class EmbeddingValue(FittedValue):
     Attributes:
         coef_: float64[d], fitted.
         intercept_: Fitted.
-        std_: Fitted.
+        std_: Standard deviation of every prediction, fitted.
         report_: `FitReport` of the fit.
 
     Raises:
@@ -61,7 +60,6 @@ class EmbeddingValue(FittedValue):
     """
 
     kind = "embedding"
-    head_: LinearHead
 
     def __init__(
         self,
@@ -84,12 +82,12 @@ class EmbeddingValue(FittedValue):
     @property
     def coef_(self) -> FloatArray:
         """float64[d]."""
-        return self.head_.coef
+        return np.asarray(self.head_.coef_)
 
     @property
     def intercept_(self) -> float:
         """What the embedding adds to."""
-        return float(self.head_.intercept[0])
+        return float(np.asarray(self.head_.intercept_).item())
 
     @property
     def std_(self) -> float:
@@ -100,65 +98,48 @@ class EmbeddingValue(FittedValue):
         self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
     ) -> FloatArray:
         """float64[B, d]: the embedding of prompt and prefix. Charged by `flops`."""
-        return embed(self.encoder, prefix_texts(self.tokenizer, states))
+        return self._embedded(self._texts(states))
 
     def samples(self, records: Sequence[Record]) -> Samples:
         """The first half of each response's words."""
         texts = [prefix_text(r.prompt_text, self._prefix(r.response)) for r in records]
-        return samples_of(embed(self.encoder, texts), records)
+        return samples_of(self._embedded(texts), records)
 
-    def fitters(self, samples: Samples) -> Mapping[str, Fitter]:
+    def heads(self) -> Mapping[str, Head]:
         """One: ridge regression."""
-        return {"ridge": functools.partial(fit_ridge, alpha=self.alpha)}
+        return {"ridge": Ridge(alpha=self.alpha)}
 
     def flops(self, states: Sequence[TextState]) -> FloatArray:
         """float64[B]: what embedding the states takes; 0 for encoders that do not say."""
-        return encoder_flops(encoder_of(self.encoder), prefix_texts(self.tokenizer, states))
+        return encoder_flops(self._encoder(), self._texts(states))
 
     def flops_bound(self) -> float:
         """The most that one state takes."""
-        return encoder_flops_bound(encoder_of(self.encoder))
+        return encoder_flops_bound(self._encoder())
 
     @classmethod
-    def load(
-        cls, folder: str | Path, tokenizer: Tokenizer, encoder: Encoder | None = None
-    ) -> EmbeddingValue:
+    def load(cls, folder: str | Path, tokenizer: Tokenizer, encoder: Encoder | None = None) -> Self:
         """Read what `save` wrote; `load_value` reads every kind and checks what it belongs to.
 
         Raises:
             ValueModelError: The folder holds no value model, or one of another kind or format.
         """
-        with reading(folder) as (config, arrays):
-            return cls.restored(config, arrays, Sources(tokenizer, encoder=encoder))
+        with FOLDER.reading(folder) as (config, arrays):
+            return cls.restored(config, arrays(), Sources(tokenizer, encoder=encoder))
 
-    def settings(self) -> dict[str, Any]:
-        """Penalty and prefix ratio."""
-        return {"alpha": self.alpha, "prefix_ratio": self.prefix_ratio}
+    def _encoder(self) -> Any:
+        if self.encoder is not None:
+            return self.encoder
+        from mbrl_text_env.language_models.registry import embedded_encoder
 
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> EmbeddingValue:
-        """See `FittedValue.from_settings`."""
-        return cls(sources.tokenizer, sources.encoder, **settings)
+        return embedded_encoder()
+
+    def _embedded(self, texts: Sequence[str]) -> FloatArray:
+        return encode_texts(self._encoder(), texts).astype(np.float64)
+
+    def _texts(self, states: Sequence[TextState]) -> list[str]:
+        return [prefix_text(s.prompt.text, self.tokenizer.decode(s.response_ids)) for s in states]
 
     def _prefix(self, response: str) -> str:
         words = response.split()
         return " ".join(words[: max(1, int(len(words) * self.prefix_ratio))])
-
-
-def encoder_of(encoder: Encoder | None) -> Any:
-    """The encoder, or MiniLM, which is loaded once."""
-    if encoder is not None:
-        return encoder
-    from mbrl_text_env.language_models.registry import embedded_encoder
-
-    return embedded_encoder()
-
-
-def prefix_texts(tokenizer: Tokenizer, states: Sequence[TextState]) -> list[str]:
-    """Prompts and prefixes as they are embedded."""
-    return [prefix_text(s.prompt.text, tokenizer.decode(s.response_ids)) for s in states]
-
-
-def embed(encoder: Encoder | None, texts: Sequence[str]) -> FloatArray:
-    """float64[B, d]."""
-    return encode_texts(encoder_of(encoder), texts).astype(np.float64)

@@ -5,23 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from mbrl_text_env.agents.values.fitted import FittedValue, Sources
-from mbrl_text_env.agents.values.heads import Arrays
-from mbrl_text_env.agents.values.loading import value_class
-from mbrl_text_env.agents.values.prefixes import FitError, Samples
-from mbrl_text_env.agents.values.validation import (
-    Fitter,
-    Head,
-    Spread,
-    choose,
-    report,
-    root_mean_square,
-)
+from mbrl_text_env.agents.values.fitted import FittedValue, Sources, value_class
+from mbrl_text_env.fitting.folder import Arrays, numbers_of, with_numbers
+from mbrl_text_env.fitting.heads import Head, Spread, choose, fitted
+from mbrl_text_env.fitting.report import root_mean_square, value_report
+from mbrl_text_env.fitting.samples import FitError, IntArray, Samples
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.types import FloatArray, TextState
 from mbrl_text_env.values import ValueEstimate
@@ -109,9 +101,9 @@ class EnsembleValue(FittedValue):
         self.base_ = copy.copy(self.base)
         return self.base_.samples(records)
 
-    def fitters(self, samples: Samples) -> Mapping[str, Fitter]:
+    def heads(self) -> Mapping[str, Head]:
         """Those of the base."""
-        return self._shared().fitters(samples)
+        return self._shared().heads()
 
     def final_scores(self, inputs: FloatArray) -> FloatArray | None:
         """Those of the base."""
@@ -119,11 +111,9 @@ class EnsembleValue(FittedValue):
 
     def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
         """Mean of the members; disagreement and noise, scaled."""
-        head = self.head_
-        assert isinstance(head, EnsembleHead)
-        votes = head.votes(inputs)
+        votes = self.head_.votes(inputs)
         noise = self.spread_.at(lengths)
-        std = head.scale[0] * np.sqrt(votes.var(axis=0, ddof=1) + noise**2)
+        std = self.head_.scale[0] * np.sqrt(votes.var(axis=0, ddof=1) + noise**2)
         return ValueEstimate(votes.mean(axis=0), std)
 
     def usage_bound(self, state: TextState) -> Usage:
@@ -135,20 +125,18 @@ class EnsembleValue(FittedValue):
         return self._shared().expected_usage(state)
 
     def flops(self, states: Sequence[TextState]) -> FloatArray:
-        """float64[B]: those of the base; 0 where it has none."""
-        base: Any = self._shared()
-        return base.flops(states) if hasattr(base, "flops") else np.zeros(len(states))
+        """float64[B]: those of the base."""
+        return self._shared().flops(states)
 
     def flops_bound(self) -> float:
         """That of the base."""
-        base: Any = self._shared()
-        return float(base.flops_bound()) if hasattr(base, "flops_bound") else 0.0
+        return self._shared().flops_bound()
 
     def _fit(self, samples: Samples, records: Sequence[Record]) -> None:
-        fitters = self.fitters(samples)
-        self.chosen_, _ = choose(fitters, samples)
+        heads = self.heads()
+        self.chosen_, _ = choose(heads, samples)
         bags = list(_bags(samples, self.num_members, self.seed))
-        members = tuple(fitters[self.chosen_](samples.rows(bag)) for bag in bags)
+        members = tuple(fitted(heads[self.chosen_], samples.rows(bag)) for bag in bags)
         out = _out_of_bag(members, bags, samples)
         calibration = _calibrated(out, np.ones(len(out.mean), dtype=bool))
         self.spread_ = calibration.noise
@@ -160,53 +148,44 @@ class EnsembleValue(FittedValue):
             if own.any():
                 rest = ~own if (~own).any() else own
                 std[own] = _calibrated(out, rest).std(out, own)
-        found = report(out.mean, std, out.samples, len(records))
+        found = value_report(out.mean, std, out.samples, len(records))
         self.report_ = replace(found, num_prompts=samples.num_prompts)
 
     def settings(self) -> dict[str, Any]:
         """Constructor arguments, and the base's kind and settings."""
         base = self._shared()
-        return {
-            "base": {"kind": base.kind, "settings": base.settings()},
-            "num_members": self.num_members,
-            "seed": self.seed,
-        }
+        inner = {"kind": base.kind, "settings": base.settings()}
+        return {"base": inner, "num_members": self.num_members, "seed": self.seed}
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> EnsembleValue:
+    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
         """See `FittedValue.from_settings`."""
         kind = value_class(settings["base"]["kind"])
         base = kind.from_settings(settings["base"]["settings"], sources)
-        value = cls(base, settings["num_members"], settings["seed"])
+        value = cls(**{**settings, "base": base})
         value.base_ = base
         return value
 
-    def head_arrays(self, head: Any) -> Arrays:
+    def head_numbers(self) -> Arrays:
         """All members and the scale, as arrays by name."""
-        return {
-            "scale": head.scale,
-            **{
-                f"member{i}.{name}": values
-                for i, member in enumerate(head.members)
-                for name, values in self._shared().head_arrays(member).items()
-            },
-        }
+        arrays: Arrays = {"scale": self.head_.scale}
+        for i, member in enumerate(self.head_.members):
+            arrays |= numbers_of(member, f"member{i}")
+        return arrays
 
     def read_head(self, arrays: Arrays) -> EnsembleHead:
-        """Read `head_arrays`."""
-        members = []
-        for i in range(self.num_members):
-            start = f"member{i}."
-            own = {n.removeprefix(start): a for n, a in arrays.items() if n.startswith(start)}
-            members.append(self._shared().read_head(own))
+        """The head of `head_numbers`."""
+        members = (
+            with_numbers(self.heads()[self.chosen_], arrays, f"member{i}")
+            for i in range(self.num_members)
+        )
         return EnsembleHead(tuple(members), arrays["scale"])
 
     def _shared(self) -> FittedValue:
         return self.base_ if hasattr(self, "base_") else self.base
 
 
-@dataclass(frozen=True)
-class _OutOfBag:
+class _OutOfBag(NamedTuple):
     """What members say of prompts that they have not seen.
 
     Args:
@@ -219,8 +198,7 @@ class _OutOfBag:
     samples: Samples
 
 
-@dataclass(frozen=True)
-class _Calibration:
+class _Calibration(NamedTuple):
     noise: Spread
     scale: float
 
@@ -237,10 +215,10 @@ def _calibrated(out: _OutOfBag, rows: Any) -> _Calibration:
     left = np.maximum(total.stds**2 - explained.stds**2, (_LEAST_NOISE * total.stds) ** 2)
     noise = np.sqrt(left)
     raw = _Calibration(Spread(total.knots, noise), 1.0)
-    return replace(raw, scale=root_mean_square(errors / np.maximum(raw.std(out, rows), _TINY)))
+    return raw._replace(scale=root_mean_square(errors / np.maximum(raw.std(out, rows), _TINY)))
 
 
-def _bags(samples: Samples, count: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+def _bags(samples: Samples, count: int, seed: int) -> Iterator[IntArray]:
     """Row indices of prompts drawn with replacement, a bag for each member."""
     rng = np.random.default_rng(seed)
     rows_of = [np.flatnonzero(samples.groups == group) for group in np.unique(samples.groups)]
@@ -249,9 +227,7 @@ def _bags(samples: Samples, count: int, seed: int) -> Iterator[npt.NDArray[np.in
         yield np.concatenate([rows_of[i] for i in drawn])
 
 
-def _out_of_bag(
-    members: Sequence[Head], bags: Sequence[npt.NDArray[np.int64]], samples: Samples
-) -> _OutOfBag:
+def _out_of_bag(members: Sequence[Head], bags: Sequence[IntArray], samples: Samples) -> _OutOfBag:
     unseen = np.ones((len(members), len(samples)), dtype=bool)
     for i, bag in enumerate(bags):
         unseen[i, bag] = False

@@ -1,81 +1,62 @@
 """What the value models that are fitted on records share.
 
 A value model is split in two: `inputs`, which asks the models that cost something (an encoder, the
-reward model, the language model) and is charged, and a head, which is arithmetic on these numbers.
-So fitting many heads, as validation and `EnsembleValue` do, pays for the inputs once.
+reward model, the language model) and is charged, and a head, an estimator of scikit-learn, which is
+arithmetic on these numbers. So fitting many heads, as validation and `EnsembleValue` do, pays for
+the inputs once.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import inspect
+import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from mbrl_text_env.agents.values.heads import Arrays, LinearHead, arrays_of, from_arrays
-from mbrl_text_env.agents.values.prefixes import FitError, Samples, check_records
-from mbrl_text_env.agents.values.storage import write_value
-from mbrl_text_env.agents.values.validation import (
-    FitReport,
-    Fitter,
-    Head,
-    Spread,
-    choose,
-    cross_spread,
-    report,
-)
-from mbrl_text_env.language_models.base import LanguageModel, Tokenizer
-from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.agents.values.training_prefixes import check_records
+from mbrl_text_env.fitting.folder import Arrays, FolderKind, numbers_of, with_numbers
+from mbrl_text_env.fitting.heads import Head, Spread, choose, cross_spread, fitted
+from mbrl_text_env.fitting.report import FitReport, value_report
+from mbrl_text_env.fitting.samples import FitError, Samples
+from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.types import FloatArray, TextState
-from mbrl_text_env.values import ValueEstimate, ValueModelError
+from mbrl_text_env.values import ValueEstimate, ValueModel, ValueModelError
 
 if TYPE_CHECKING:
-    from mbrl_text_env.encoders import Encoder
     from mbrl_text_env.records import Record
-    from mbrl_text_env.rewards.base import RewardModel
 
-V = TypeVar("V", bound="FittedValue")
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The models that a value model that is read from a folder works with.
-
-    Args:
-        tokenizer: A language model, or a tokenizer alone for a value that needs no more.
-        reward_model: None for a value that needs none.
-        encoder: None for MiniLM.
-    """
-
-    tokenizer: Tokenizer
-    reward_model: RewardModel | None = None
-    encoder: Encoder | None = None
-
-    def reward(self) -> RewardModel:
-        """The reward model.
-
-        Raises:
-            ValueError: There is none.
-        """
-        if self.reward_model is None:
-            raise ValueError("a value that asks a reward model; pass the one it was fitted with")
-        return self.reward_model
-
-    def language_model(self) -> LanguageModel:
-        """The language model.
-
-        Raises:
-            ValueError: There is a tokenizer alone.
-        """
-        if not isinstance(self.tokenizer, LanguageModel):
-            raise ValueError("a value that asks a language model; pass the one it was fitted with")
-        return self.tokenizer
+FOLDER = FolderKind(
+    noun="value model",
+    writer="a value model's `save` or `mbrl-text fit`",
+    config="value.json",
+    weights="value.safetensors",
+    version=3,
+    error=ValueModelError,
+)
 
 
-class FittedValue(ABC):
+# Arguments of constructors that are models, and the field of `Sources` that takes their place.
+_MODELS = {
+    "tokenizer": "tokenizer",
+    "language_model": "tokenizer",
+    "reward_model": "reward_model",
+    "encoder": "encoder",
+}
+
+
+class Sources(NamedTuple):
+    """The models that a value model works with: of a folder, those that the reader gives."""
+
+    tokenizer: Any
+    reward_model: Any = None
+    encoder: Any = None
+
+
+class FittedValue(ValueModel):
     """A value model that learns from records; a subclass says what it sees and how it is fitted.
 
     Attributes:
@@ -96,12 +77,12 @@ class FittedValue(ABC):
         ...         states, owners = cut_prefixes(records)
         ...         lengths = [len(state.response_ids) for state in states]
         ...         return samples_of(self.inputs(states), owners, lengths)
-        ...     def fitters(self, samples):
-        ...         return {"ridge": functools.partial(fit_ridge, alpha=1.0)}
+        ...     def heads(self):
+        ...         return {"ridge": sklearn.linear_model.Ridge()}
     """
 
     kind: ClassVar[str]
-    head_type: ClassVar[type] = LinearHead
+    fitted_settings: ClassVar[tuple[str, ...]] = ()
     head_: Head
 
     @abstractmethod
@@ -115,8 +96,8 @@ class FittedValue(ABC):
         """What the model is fitted on; asks the models that cost something, uncharged."""
 
     @abstractmethod
-    def fitters(self, samples: Samples) -> Mapping[str, Fitter]:
-        """Ways to fit the head, by name; the one that ranks best is taken."""
+    def heads(self) -> Mapping[str, Head]:
+        """Estimators to fit, by name; the one that ranks best on prompts left out is taken."""
 
     def final_scores(self, inputs: FloatArray) -> FloatArray | None:
         """float64[B]: the rewards of the texts as they are, where the inputs tell them."""
@@ -127,7 +108,7 @@ class FittedValue(ABC):
         """Whether there is something to predict with."""
         return hasattr(self, "head_")
 
-    def fit(self: V, records: Sequence[Record]) -> V:
+    def fit(self, records: Sequence[Record]) -> Self:
         """Fit on scored responses; a fit that fails leaves the model as it was.
 
         Raises:
@@ -154,17 +135,17 @@ class FittedValue(ABC):
         return self
 
     def _fit(self, samples: Samples, records: Sequence[Record]) -> None:
-        fitters = self.fitters(samples)
-        self.chosen_, guess = choose(fitters, samples)
-        self.head_ = fitters[self.chosen_](samples)
+        heads = self.heads()
+        self.chosen_, guess = choose(heads, samples)
+        self.head_ = fitted(heads[self.chosen_], samples)
         if guess is None:
             deviations = samples.scores - samples.scores.mean()
             self.spread_ = Spread.fit(deviations, samples.lengths)
-            self.report_ = report(None, None, samples, len(records))
+            self.report_ = value_report(None, None, samples, len(records))
             return
         self.spread_ = Spread.fit(guess.mean - samples.scores, samples.lengths)
         std = cross_spread(guess, samples)
-        self.report_ = report(guess.mean, std, samples, len(records))
+        self.report_ = value_report(guess.mean, std, samples, len(records))
 
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
         """Mean and standard deviation, each float64[B]; uncharged.
@@ -205,28 +186,12 @@ class FittedValue(ABC):
         """The values of prefixes by their inputs, float64[B, d], and lengths in tokens."""
         return ValueEstimate(self.head_.predict(inputs), self.spread_.at(lengths))
 
-    def usage_bound(self, state: TextState) -> Usage:
-        """The most that other models' calls for one state are charged."""
-        return Usage()
-
-    def expected_usage(self, state: TextState) -> Usage:
-        """About what other models' calls for one state are charged."""
-        return self.usage_bound(state)
-
     def save(self, folder: str | Path) -> None:
         """Write the fitted model, JSON and safetensors; one that is there is replaced.
 
         Raises:
-            ValueModelError: The model is not fitted, or the folder holds something else.
-        """
-        config, arrays = self.stored()
-        write_value(folder, config, arrays)
-
-    def stored(self) -> tuple[dict[str, Any], Arrays]:
-        """What a folder keeps: JSON values, and arrays by name.
-
-        Raises:
-            ValueModelError: The model is not fitted.
+            ValueModelError: The model is not fitted, its head is not known, or the folder holds
+                something else.
         """
         if not hasattr(self, "head_"):
             raise ValueModelError(
@@ -240,11 +205,16 @@ class FittedValue(ABC):
             "language_model": self.language_model_name_,
             "report": self.report_.to_dict(),
         }
-        return config, {**self.head_arrays(self.head_), **arrays_of(self.spread_, "spread")}
+        spread = {f"spread.{name}": values for name, values in self.spread_._asdict().items()}
+        try:
+            arrays = {**self.head_numbers(), **spread}
+        except ValueError as error:
+            raise ValueModelError(f"{type(self).__name__} cannot be saved: {error}.") from error
+        FOLDER.write(folder, config, arrays)
 
     @classmethod
-    def restored(cls: type[V], config: Mapping[str, Any], arrays: Arrays, sources: Sources) -> V:
-        """Make a value model of what `stored` gave.
+    def restored(cls, config: Mapping[str, Any], arrays: Arrays, sources: Sources) -> Self:
+        """Make a value model of what `save` wrote.
 
         Raises:
             KeyError, TypeError, ValueError: Something is missing or wrong.
@@ -256,27 +226,62 @@ class FittedValue(ABC):
         value.reward_name_ = config["reward"]
         value.language_model_name_ = config["language_model"]
         value.report_ = FitReport.from_dict(config["report"])
-        value.spread_ = from_arrays(Spread, arrays, "spread")
+        value.spread_ = Spread(arrays["spread.knots"], arrays["spread.stds"])
         value.head_ = value.read_head(arrays)
         return value
 
     def settings(self) -> dict[str, Any]:
-        """Constructor arguments and fitted numbers, as JSON values; needed for saving alone."""
-        raise ValueModelError(
-            f"{type(self).__name__} cannot be saved: it has no `settings` and `from_settings`. "
-            "Add both."
-        )
+        """What a folder keeps of the constructor's arguments and of the fit, besides the head.
+
+        These are all arguments but the models, which are kept as attributes of the same name.
+        """
+        names = inspect.signature(type(self)).parameters.keys() - _MODELS.keys()
+        try:
+            found = {name: getattr(self, name) for name in sorted({*names, *self.fitted_settings})}
+            json.dumps(found)
+        except (AttributeError, TypeError) as error:
+            raise ValueModelError(
+                f"{type(self).__name__} cannot be saved: expected arguments that are JSON values, "
+                f"kept as attributes of the same name ({error}). Change them, or add `settings` "
+                "and `from_settings`."
+            ) from error
+        return found
 
     @classmethod
-    def from_settings(cls: type[V], settings: Mapping[str, Any], sources: Sources) -> V:
-        """An object with these settings, without its head."""
-        raise ValueError(f"{cls.__name__} has no `from_settings`")
+    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
+        """An object with these settings, without its head.
 
-    def head_arrays(self, head: Any) -> Arrays:
-        """A head as arrays by name."""
-        return arrays_of(head, "head")
+        Raises:
+            KeyError, TypeError: A setting is missing, or not known.
+        """
+        wanted = _MODELS.keys() & inspect.signature(cls).parameters.keys()
+        models = {name: getattr(sources, _MODELS[name]) for name in wanted}
+        found = {name: settings[name] for name in cls.fitted_settings}
+        value = cls(**models, **{n: v for n, v in settings.items() if n not in found})
+        vars(value).update(found)
+        return value
+
+    def head_numbers(self) -> Arrays:
+        """The fitted head as arrays by name."""
+        return numbers_of(self.head_, "head")
 
     def read_head(self, arrays: Arrays) -> Head:
-        """A head from `head_arrays`."""
-        head: Head = from_arrays(self.head_type, arrays, "head")
-        return head
+        """The head of `head_numbers`."""
+        return with_numbers(self.heads()[self.chosen_], arrays, "head")
+
+
+def value_class(kind: str) -> type[FittedValue]:
+    """The subclass of a kind, of those that are imported.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found: dict[str, type[FittedValue]] = {}
+    waiting = list(FittedValue.__subclasses__())
+    while waiting:
+        waiting += (cls := waiting.pop()).__subclasses__()
+        if "kind" in vars(cls):
+            found.setdefault(cls.kind, cls)
+    if kind not in found:
+        raise ValueError(f"kind {kind!r}, expected one of {sorted(found)}")
+    return found[kind]

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mbrl_text_env.agents.values.fitted import FittedValue, Sources
-from mbrl_text_env.agents.values.heads import fit_ridge
-from mbrl_text_env.agents.values.prefixes import (
-    LENGTHS,
-    Samples,
-    check_lengths,
-    cut_prefixes,
-    samples_of,
-)
-from mbrl_text_env.agents.values.validation import Fitter
+from mbrl_text_env.agents.values.fitted import FittedValue
+from mbrl_text_env.agents.values.training_prefixes import check_lengths, cut_samples
+from mbrl_text_env.fitting.heads import Head, scaled_ridge
+from mbrl_text_env.fitting.samples import Samples
 from mbrl_text_env.language_models.base import FeatureModel, LanguageModel
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.types import FloatArray, TextState
-from mbrl_text_env.values import ValueModelError
+from mbrl_text_env.values import LENGTHS, ValueModelError
 
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
@@ -84,25 +77,12 @@ class HiddenStateValue(FittedValue):
 
     def samples(self, records: Sequence[Record]) -> Samples:
         """Prefixes of many lengths."""
-        states, owners = cut_prefixes(records, self.lengths)
-        return samples_of(self.inputs(states), owners, [len(s.response_ids) for s in states])
+        return cut_samples(self, records)
 
-    def fitters(self, samples: Samples) -> Mapping[str, Fitter]:
+    def heads(self) -> Mapping[str, Head]:
         """Ridge regression with each of the penalties."""
-        return {
-            f"alpha={alpha:g}": functools.partial(fit_ridge, alpha=alpha, standardise=True)
-            for alpha in self.alphas
-        }
+        return {f"alpha={alpha:g}": scaled_ridge(alpha) for alpha in self.alphas}
 
     def usage_bound(self, state: TextState) -> Usage:
         """The most that reading one prefix is charged."""
         return self.language_model.usage_bound(len(state.prompt_ids) + len(state.response_ids), [])
-
-    def settings(self) -> dict[str, Any]:
-        """Penalties and lengths."""
-        return {"alphas": list(self.alphas), "lengths": list(self.lengths)}
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> HiddenStateValue:
-        """See `FittedValue.from_settings`."""
-        return cls(sources.language_model(), **settings)

@@ -3,38 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mbrl_text_env.agents.values.fitted import FittedValue, Sources
-from mbrl_text_env.agents.values.heads import LinesHead, fit_lines
-from mbrl_text_env.agents.values.prefixes import (
-    LENGTHS,
-    Samples,
-    check_lengths,
-    cut_prefixes,
-    samples_of,
-)
-from mbrl_text_env.agents.values.validation import Fitter
+from mbrl_text_env.agents.values.fitted import FittedValue
+from mbrl_text_env.agents.values.training_prefixes import check_lengths, cut_samples
+from mbrl_text_env.fitting.heads import Head, LinePerLength
+from mbrl_text_env.fitting.samples import Samples
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardLike,
-    RewardModel,
     Scores,
     reward_usage_bound,
     score_responses,
 )
 from mbrl_text_env.types import FloatArray, TextState
-from mbrl_text_env.values import ValueEstimate
+from mbrl_text_env.values import LENGTHS, ValueEstimate
 
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
 
 
-class PrefixRewardValue(FittedValue):
+class PrefixScoredValue(FittedValue):
+    """A value model that asks the reward model for the score of the prefix: its first input.
+
+    Args:
+        reward_model: Scores the prefixes; one call each, charged.
+        tokenizer: Decodes them; a language model will do.
+        lengths: Prefix lengths in tokens that it is fitted on.
+    """
+
+    def __init__(
+        self, reward_model: RewardLike, tokenizer: Tokenizer, lengths: Sequence[int]
+    ) -> None:
+        check_lengths(lengths)
+        self.reward_model = as_reward_model(reward_model)
+        self.tokenizer = tokenizer
+        self.lengths = tuple(lengths)
+
+    def samples(self, records: Sequence[Record]) -> Samples:
+        """Prefixes of many lengths."""
+        return cut_samples(self, records)
+
+    def final_scores(self, inputs: FloatArray) -> FloatArray:
+        """The rewards of the texts as they are."""
+        return inputs[:, 0]
+
+    def usage_bound(self, state: TextState) -> Usage:
+        """The most that one prefix is charged."""
+        return reward_usage_bound(self.reward_model)
+
+    def expected_usage(self, state: TextState) -> Usage:
+        """What this prefix is charged."""
+        text = self.tokenizer.decode(state.response_ids)
+        flops = np.asarray(self.reward_model.flops([state.prompt], [text]))
+        return Usage(reward_calls=1, reward_flops=float(flops[0]))
+
+    def _scores(self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None) -> Scores:
+        return score_responses(
+            self.reward_model,
+            [state.prompt for state in states],
+            [self.tokenizer.decode(state.response_ids) for state in states],
+            ledgers=ledgers,
+        )
+
+
+class PrefixRewardValue(PrefixScoredValue):
     """The reward model's score of the prefix's text, as it is or calibrated on records.
 
     It needs no records: without a fit, the mean is the prefix's score and the standard deviation 0.
@@ -62,7 +99,6 @@ class PrefixRewardValue(FittedValue):
     """
 
     kind = "prefix_reward"
-    head_type = LinesHead
 
     def __init__(
         self,
@@ -71,10 +107,7 @@ class PrefixRewardValue(FittedValue):
         *,
         lengths: Sequence[int] = LENGTHS,
     ) -> None:
-        check_lengths(lengths)
-        self.reward_model = as_reward_model(reward_model)
-        self.tokenizer = tokenizer
-        self.lengths = tuple(lengths)
+        super().__init__(reward_model, tokenizer, lengths)
 
     @property
     def is_fitted(self) -> bool:
@@ -90,65 +123,15 @@ class PrefixRewardValue(FittedValue):
         self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
     ) -> FloatArray:
         """float64[B, 2]: the prefix's score and its length."""
-        scores = score_prefixes(self.reward_model, self.tokenizer, states, ledgers)
-        return np.column_stack([scores.total, [float(len(s.response_ids)) for s in states]])
+        scores = self._scores(states, ledgers).total
+        return np.column_stack([scores, [float(len(s.response_ids)) for s in states]])
 
-    def samples(self, records: Sequence[Record]) -> Samples:
-        """Prefixes of many lengths."""
-        states, owners = cut_prefixes(records, self.lengths)
-        return samples_of(self.inputs(states), owners, [len(s.response_ids) for s in states])
-
-    def fitters(self, samples: Samples) -> Mapping[str, Fitter]:
+    def heads(self) -> Mapping[str, Head]:
         """One: a line for each length."""
-        return {"lines": fit_lines}
-
-    def final_scores(self, inputs: FloatArray) -> FloatArray:
-        """The rewards of the texts as they are."""
-        return inputs[:, 0]
+        return {"lines": LinePerLength()}
 
     def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
         """The scores of the prefixes, calibrated where there was a fit."""
         if self.is_calibrated:
             return super().estimate(inputs, lengths)
         return ValueEstimate(inputs[:, 0], np.zeros(len(inputs)))
-
-    def usage_bound(self, state: TextState) -> Usage:
-        """The most that one prefix is charged."""
-        return reward_usage_bound(self.reward_model)
-
-    def expected_usage(self, state: TextState) -> Usage:
-        """What this prefix is charged."""
-        return prefix_reward_usage(self.reward_model, self.tokenizer, state)
-
-    def settings(self) -> dict[str, Any]:
-        """The lengths."""
-        return {"lengths": list(self.lengths)}
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> PrefixRewardValue:
-        """See `FittedValue.from_settings`."""
-        return cls(sources.reward(), sources.tokenizer, lengths=settings["lengths"])
-
-
-def score_prefixes(
-    reward_model: RewardModel,
-    tokenizer: Tokenizer,
-    states: Sequence[TextState],
-    ledgers: Sequence[Ledger] | None,
-) -> Scores:
-    """Score the states' texts, each charged to its ledger."""
-    return score_responses(
-        reward_model,
-        [state.prompt for state in states],
-        [tokenizer.decode(state.response_ids) for state in states],
-        ledgers=ledgers,
-    )
-
-
-def prefix_reward_usage(reward_model: RewardModel, tokenizer: Tokenizer, state: TextState) -> Usage:
-    """What scoring a state's text is charged."""
-    flops = getattr(reward_model, "flops", None)
-    if flops is None:
-        return Usage(reward_calls=1)
-    text = tokenizer.decode(state.response_ids)
-    return Usage(reward_calls=1, reward_flops=float(flops([state.prompt], [text])[0]))

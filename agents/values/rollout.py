@@ -19,13 +19,13 @@ from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound, score_responses
 from mbrl_text_env.types import TextState
-from mbrl_text_env.values import ValueEstimate
+from mbrl_text_env.values import ValueEstimate, ValueModel
 
 # Apart from the streams of an agent with the same seed: what it draws later is news.
 _ROLLOUTS = 7
 
 
-class RolloutValue:
+class RolloutValue(ValueModel):
     """The mean score of `n` continuations to the end, and the standard deviation of their scores.
 
     It needs no records, has no bias but that of the sampling parameters, and is expensive: n
@@ -56,8 +56,6 @@ class RolloutValue:
         >>> bool(0 < estimate.mean[0] < 4)
         True
     """
-
-    is_fitted = True
 
     def __init__(
         self,

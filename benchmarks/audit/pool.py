@@ -33,7 +33,7 @@ PoolScores = tuple[FloatArray, dict[str, FloatArray]]
 _BATCH_PROMPTS = 4
 
 
-class _Characters:
+class _Characters(RewardModel):
     """Records need a score; this one costs nothing and favours no reward that is audited."""
 
     name = "characters"

@@ -117,11 +117,8 @@ def _costs(
     alone = language_model.usage_bound(prefix, [])
     lengths = [len(record.response_ids) for record in records]
     drawn = {n: (language_model.usage_bound(prefix, [n]) - alone).flops for n in set(lengths)}
-    flops = getattr(reward_model, "flops", None)
-    scoring = np.zeros(len(records))
-    if flops is not None:
-        texts = [record.response for record in records]
-        scoring = np.asarray(flops([prompt] * len(texts), texts), dtype=np.float64)
+    texts = [record.response for record in records]
+    scoring = np.asarray(reward_model.flops([prompt] * len(texts), texts), dtype=np.float64)
     return alone, np.array([drawn[n] for n in lengths]) + scoring
 
 

@@ -20,9 +20,9 @@ from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.values import make_value
 from mbrl_text_env.benchmarks.matched.analysis import DEFAULT_PLANNER
 from mbrl_text_env.benchmarks.studies.efficiency_rows import BEST_OF_N, Point
-from mbrl_text_env.benchmarks.studies.harness import forget, kept
+from mbrl_text_env.benchmarks.studies.harness import kept
 from mbrl_text_env.benchmarks.studies.measuring import Exam, Spent
-from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.language_models.base import LanguageModel, clear_cache
 from mbrl_text_env.ledger import Budget, Ledger
 from mbrl_text_env.types import Prompt
 
@@ -125,7 +125,7 @@ def chosen(bench: Bench, algorithm: str, seed: int) -> list[Point]:
     }
     models, folder = (bench.language_model, exam.reward_model), bench.out / f"{algorithm}-{seed}"
     data: Any = (*models, bench.train, folder)
-    forget(bench.language_model)
+    clear_cache(bench.language_model)
     if algorithm == "ppo":
         rollout = min(512, every)
         ppo = model_free.PPOSettings(**common, rollout_steps=rollout, batch_size=min(128, rollout))
@@ -135,7 +135,7 @@ def chosen(bench: Bench, algorithm: str, seed: int) -> list[Point]:
         report = model_free.train_dqn(*data, dqn, validation=exam.prompts)
     # The measurements in training do not say what an answer takes: their prompts are in the cache
     # from the one before, and the answers to a prompt share it.
-    forget(bench.language_model)
+    clear_cache(bench.language_model)
     ledger, start, policy = Ledger(), time.perf_counter(), model_free.load_policy(folder, *models)
     model_free.evaluate(policy, *models, exam.prompts, seed=seed, ledger=ledger)
     seconds = time.perf_counter() - start
@@ -171,7 +171,7 @@ def tuned(bench: Bench, seed: int) -> list[Point]:
                 learning_rate=2e-3,
                 seed=seed + 1000 * stage,
             )
-            forget(lm)
+            clear_cache(lm)
             train_grpo(lm, reward, bench.train, folder, settings, start_from=before)
         ledger = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
         spent += Spent.of(ledger, more_flops=ledger["training_flops"])

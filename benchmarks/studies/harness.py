@@ -196,10 +196,3 @@ def interval(row: Mapping[str, Any]) -> str:
         '0.500 [0.250, 0.750]'
     """
     return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-
-
-def forget(language_model: LanguageModel) -> None:
-    """Empty the prefix cache: nobody's figures rest on prefixes that another one computed."""
-    clear = getattr(language_model, "clear_cache", None)
-    if clear is not None:
-        clear()

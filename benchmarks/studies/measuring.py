@@ -10,8 +10,8 @@ from functools import partial
 from mbrl_text_env.agents.base import Agent
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.sampling import Sampling
-from mbrl_text_env.benchmarks.studies.harness import StudyError, forget
-from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.benchmarks.studies.harness import StudyError
+from mbrl_text_env.language_models.base import LanguageModel, clear_cache
 from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardModel, score_responses
@@ -82,7 +82,7 @@ class Exam:
         rows, start = [], time.perf_counter()
         for sample in range(self.samples):
             # Each response takes its whole prompt, as the answers of an agent do.
-            forget(policy)
+            clear_cache(policy)
             rows.append(
                 run(
                     [
@@ -102,7 +102,7 @@ class Exam:
 
     def answered(self, agent: Agent, budget: Budget, seed: int) -> tuple[tuple[float, ...], Spent]:
         """An agent's answers: the P scores, and what an answer takes."""
-        forget(agent.language_model)
+        clear_cache(agent.language_model)
         start = time.perf_counter()
         found = agent.generate(self.prompts, budget, seed=seed)
         seconds = time.perf_counter() - start

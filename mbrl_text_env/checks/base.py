@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from mbrl_text_env.rewards.base import ObjectReward
+
 _MOST_SHOWN = 300
 
 
@@ -70,6 +72,7 @@ def counted(thing: object, counters: Mapping[str, Callable[..., None]]) -> Itera
         CheckError: The thing's attributes cannot be set.
     """
     # It is put over the methods, not around the object: other holders of the object count too.
+    thing = thing.reward if isinstance(thing, ObjectReward) else thing
     before = dict(getattr(thing, "__dict__", {}))
     busy = False
 

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.checks.base import CheckError, expect, expect_methods
-from mbrl_text_env.rewards.base import Scores, applies_to
+from mbrl_text_env.rewards.base import (
+    ProcessRewardModel,
+    RewardError,
+    RewardModel,
+    Scores,
+    check_process,
+    reward_model_of,
+)
 from mbrl_text_env.types import FloatArray, Message, Prompt
 
 # The batch around a response may change the rounding of a network's score, no more.
@@ -37,6 +44,8 @@ _RESPONSES = (
     "I hated it. " * 400,
     "\x00\ufffd",
 )
+_TWICE = "expected the same scores in a second call (deterministic)"
+_NO_STATE = "Keep no state between calls and draw no random numbers."
 _STEPS = (["One and one is two."], ["", "So x = 2. ", "日本 🙂", "x = 2. " * 200])
 
 
@@ -83,25 +92,34 @@ def check_reward_model(
         name,
         "Give it a name: reports and records call it by that.",
     )
-    asked = _prompts_it_applies_to(reward_model, _PROMPTS if prompts is None else prompts)
+    model = reward_model_of(reward_model)
+    asked = [p for p in (_PROMPTS if prompts is None else prompts) if model.applies_to(p)]
+    expect(
+        asked,
+        f"Reward model {name!r}, applies_to",
+        f"True for at least one of {len(_PROMPTS if prompts is None else prompts)} prompts",
+        "none",
+        "Pass prompts=[...] with the metadata that the model needs.",
+    )
     answers = _RESPONSES if responses is None else responses
     # The first pair comes a second time: what is scored twice in a batch scores the same.
     rows = [*range(max(len(asked), len(answers))), 0]
     batch = _Batch(
-        reward_model,
+        model,
         [asked[row % len(asked)] for row in rows],
         [answers[row % len(answers)] for row in rows],
     )
     _check_scores(batch)
     _check_parts(batch)
     _check_flops(batch)
-    _check_steps(reward_model, asked)
+    if model.scores_steps:
+        _check_steps(check_process(model), asked)
 
 
 class _Batch:
     """Prompts and responses of equal number, and the model that scores them."""
 
-    def __init__(self, model: Any, prompts: list[Prompt], responses: list[str]) -> None:
+    def __init__(self, model: RewardModel, prompts: list[Prompt], responses: list[str]) -> None:
         self.model, self.prompts, self.responses = model, prompts, responses
         self.subject = f"Reward model {model.name!r}"
 
@@ -113,13 +131,13 @@ class _Batch:
         raw = _called(self.model.score, f"{self.subject}, score", prompts, responses)
         return _finite(raw, f"{self.subject}, score", responses)
 
+    def expect_same(self, scores: FloatArray, other: FloatArray, what: str, change: str) -> None:
+        """Report a fault unless two rows of scores are the same."""
+        _expect_same(f"{self.subject}, {what}", change, self.responses, scores, other)
+
 
 def _finite(raw: Any, subject: str, texts: Sequence[str]) -> FloatArray:
-    """What a model returned, as float64[len(texts)].
-
-    Raises:
-        CheckError: It is not one finite number a text.
-    """
+    """What a model returned, as float64[len(texts)]."""
     try:
         values = np.asarray(raw, dtype=np.float64)
     except (TypeError, ValueError):
@@ -165,57 +183,31 @@ def _called(function: Callable[..., Any], subject: str, *args: Any) -> Any:
     return result
 
 
-def _prompts_it_applies_to(model: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
-    asked = [prompt for prompt in prompts if applies_to(model, prompt)]
-    expect(
-        asked,
-        f"Reward model {model.name!r}, applies_to",
-        f"True for at least one of {len(prompts)} prompts",
-        "none",
-        "Pass prompts=[...] with the metadata that the model needs.",
-    )
-    return asked
-
-
 def _check_scores(batch: _Batch) -> None:
-    scores, again = batch.score(), batch.score()
-    expect(
-        _close(scores, again),
-        f"{batch.subject}, score",
-        "the same scores in a second call (deterministic)",
-        _first_difference(batch.responses, scores, again),
-        "Keep no state between calls and draw no random numbers.",
-    )
-    reordered = batch.score(range(len(scores))[::-1])[::-1]
-    expect(
-        _close(scores, reordered),
-        f"{batch.subject}, score",
-        "scores in the order of the responses",
-        _first_difference(batch.responses, scores, reordered),
+    scores, rows = batch.score(), range(len(batch.responses))
+    batch.expect_same(scores, batch.score(), f"score: {_TWICE}", _NO_STATE)
+    batch.expect_same(
+        scores,
+        batch.score(rows[::-1])[::-1],
+        "score: expected scores in the order of the responses",
         "The scores of a reversed batch are the reversed scores: undo any sorting.",
     )
-    singles = np.concatenate([batch.score([i]) for i in range(len(scores))])
-    expect(
-        _close(scores, singles),
-        f"{batch.subject}, score",
-        "the score that the response has alone, whatever else is in its batch",
-        _first_difference(batch.responses, scores, singles),
+    batch.expect_same(
+        scores,
+        np.concatenate([batch.score([i]) for i in rows]),
+        "score: expected the score that the response has alone, whatever else is in its batch",
         "Do not normalise over the batch, and mask the padding.",
     )
 
 
 def _check_parts(batch: _Batch) -> None:
-    if not hasattr(batch.model, "score_parts"):
-        return
     subject = f"{batch.subject}, score_parts"
     scores = _called(batch.model.score_parts, subject, batch.prompts, batch.responses)
     expect(isinstance(scores, Scores), subject, "a `rewards.Scores`", scores, "Return one.")
-    total, plain = _finite(scores.total, f"{subject}, total", batch.responses), batch.score()
-    expect(
-        _close(total, plain),
-        subject,
-        "the total that `score` returns",
-        _first_difference(batch.responses, plain, total),
+    batch.expect_same(
+        batch.score(),
+        _finite(scores.total, f"{subject}, total", batch.responses),
+        "score_parts: expected the total that `score` returns",
         "Let `score` return `score_parts(...).total`.",
     )
     for part, values in scores.parts.items():
@@ -224,25 +216,22 @@ def _check_parts(batch: _Batch) -> None:
 
 
 def _check_flops(batch: _Batch) -> None:
-    most = np.inf
-    if hasattr(batch.model, "flops_bound"):
-        most = float(batch.model.flops_bound())
-        expect(
-            0 <= most < np.inf,
-            f"{batch.subject}, flops_bound",
-            "a finite number of at least 0",
-            most,
-            "Return the floating-point operations of the longest response that it reads.",
-        )
-    if not hasattr(batch.model, "flops"):
-        return
     subject = f"{batch.subject}, flops"
-    flops = _finite(
-        _called(batch.model.flops, subject, batch.prompts, batch.responses),
-        subject,
-        batch.responses,
+    raw = _called(batch.model.flops, subject, batch.prompts, batch.responses)
+    flops = _finite(raw, subject, batch.responses)
+    expect((flops >= 0).all(), subject, "numbers from 0", flops.min(), "Count operations.")
+    try:
+        most = float(batch.model.flops_bound())
+    except RewardError as error:
+        raise CheckError(str(error)) from error
+    expect(
+        0 <= most < np.inf,
+        f"{batch.subject}, flops_bound",
+        "a finite number of at least 0",
+        most,
+        "Return the floating-point operations of the longest response that it reads.",
     )
-    outside = np.flatnonzero((flops < 0) | (flops > most * (1 + 1e-9)))
+    outside = np.flatnonzero(flops > most * (1 + 1e-9))
     expect(
         not outside.size,
         subject,
@@ -252,29 +241,20 @@ def _check_flops(batch: _Batch) -> None:
     )
 
 
-def _check_steps(model: Any, prompts: Sequence[Prompt]) -> None:
-    if not hasattr(model, "score_steps"):
-        return
+def _check_steps(model: ProcessRewardModel, prompts: Sequence[Prompt]) -> None:
     subject = f"Reward model {model.name!r}, score_steps"
     for prompt, steps in itertools.product(prompts, _STEPS):
-        scores = _finite(_called(model.score_steps, subject, prompt, list(steps)), subject, steps)
-        again = _finite(_called(model.score_steps, subject, prompt, list(steps)), subject, steps)
-        expect(
-            _close(scores, again),
-            subject,
-            "the same scores in a second call (deterministic)",
-            _first_difference(steps, scores, again),
-            "Keep no state between calls and draw no random numbers.",
+        scores, again = (
+            _finite(_called(model.score_steps, subject, prompt, list(steps)), subject, steps)
+            for _ in range(2)
         )
+        _expect_same(f"{subject}: {_TWICE}", _NO_STATE, steps, scores, again)
 
 
-def _close(a: FloatArray, b: FloatArray) -> bool:
-    return bool(np.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))
-
-
-def _first_difference(texts: Sequence[str], a: FloatArray, b: FloatArray) -> str:
+def _expect_same(
+    expected: str, change: str, texts: Sequence[str], a: FloatArray, b: FloatArray
+) -> None:
     different = np.flatnonzero(~np.isclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))
-    if not different.size:
-        return "equal ones"
-    i = int(different[0])
-    return f"{a[i]:g} and {b[i]:g} for {texts[i][:80]!r}"
+    if different.size:
+        i = int(different[0])
+        raise CheckError(f"{expected}, got {a[i]:g} and {b[i]:g} for {texts[i][:80]!r}. {change}")

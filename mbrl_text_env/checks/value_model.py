@@ -11,7 +11,7 @@ import numpy as np
 
 from mbrl_text_env.checks.base import CheckError, expect, expect_methods
 from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import TextState
 from mbrl_text_env.values import (
     ValueEstimate,
     expected_value_usage,
@@ -52,34 +52,21 @@ def check_value_model(
     if len(states) < 2:
         raise ValueError(f"states: expected at least 2, got {len(states)}.")
     name = f"Value model {type(value_model).__name__}"
-    expect_methods(
-        value_model, ("is_fitted", "predict"), name, "Add them; see `values.ValueModel`."
-    )
-    expect(
-        value_model.is_fitted is True,
-        f"{name}, is_fitted",
-        "True",
-        value_model.is_fitted,
-        "Fit it, or load a fitted one, before it is checked.",
-    )
+    expect_methods(value_model, ("predict",), name, "Add it; see `values.ValueModel`.")
+    fitted = getattr(value_model, "is_fitted", True)
+    change = "Fit it, or load a fitted one, before it is checked."
+    expect(fitted is True, f"{name}, is_fitted", "True", fitted, change)
     # The first state comes a second time: what is asked twice in a batch is answered the same.
     trial = _Trial(value_model, name, [*states, states[0]], tolerance)
     estimate = trial.predict(trial.states)
     trial.compare(estimate, trial.predict(trial.states), "the same in a second call")
     backwards = trial.predict(trial.states[::-1])
-    trial.compare(
-        estimate,
-        ValueEstimate(backwards.mean[::-1], backwards.std[::-1]),
-        "values in the order of the states",
-    )
+    turned = ValueEstimate(backwards.mean[::-1], backwards.std[::-1])
+    trial.compare(estimate, turned, "values in the order of the states")
     singles = [trial.predict([state]) for state in trial.states]
+    alone = ValueEstimate(*np.concatenate([[s.mean, s.std] for s in singles], axis=1))
     trial.compare(
-        estimate,
-        ValueEstimate(
-            np.concatenate([single.mean for single in singles]),
-            np.concatenate([single.std for single in singles]),
-        ),
-        "the value that each state has alone, whatever else is in its batch",
+        estimate, alone, "the value that each state has alone, whatever else is in its batch"
     )
     trial.predict([])
     _check_charges(trial, estimate)
@@ -94,15 +81,41 @@ class _Trial:
 
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
         """Predict, with everything about the form of the answer checked."""
-        subject = f"{self.name}, predict"
+        subject, count = f"{self.name}, predict", len(states)
         estimate = self.called(self.model.predict, subject, states)
-        return self.checked(estimate, subject, len(states))
+        # An array has a `mean` and a `std` too, but they are methods.
+        parts = [getattr(estimate, label, None) for label in ("mean", "std")]
+        expect(
+            all(part is not None and not callable(part) for part in parts),
+            subject,
+            "a `values.ValueEstimate`",
+            estimate,
+            "Return one, with a mean and a standard deviation.",
+        )
+        mean, std = map(np.asarray, parts)
+        for label, values in (("mean", mean), ("std", std)):
+            expect(
+                values.shape == (count,) and values.dtype.kind == "f",
+                f"{subject}, {label}",
+                f"float64[{count}], one for each state",
+                f"{values.dtype}{list(values.shape)}",
+                "Return arrays of floats in the order of the states.",
+            )
+            change = "Decide what such a state is worth."
+            expect(
+                np.isfinite(values).all(), f"{subject}, {label}", "finite numbers", values, change
+            )
+        change = "Return 0 where nothing is uncertain."
+        expect(
+            (std >= 0).all(), f"{subject}, std", "standard deviations of at least 0", std, change
+        )
+        return ValueEstimate(mean, std)
 
     def called(
         self, function: Callable[..., Any], subject: str, states: Sequence[TextState]
     ) -> Any:
         """Call the model; an error of its own is a fault, and so is a changed list."""
-        given, failure = list(states), None
+        given, failure, estimate = list(states), None, None
         try:
             estimate = function(given)
         except Exception as error:
@@ -123,77 +136,32 @@ class _Trial:
             ) from failure
         return estimate
 
-    def checked(self, estimate: Any, subject: str, count: int) -> ValueEstimate:
-        """Refuse what is no estimate of `count` states."""
-        # An array has a `mean` and a `std` too, but they are methods.
-        parts = [getattr(estimate, label, None) for label in ("mean", "std")]
-        expect(
-            all(part is not None and not callable(part) for part in parts),
-            subject,
-            "a `values.ValueEstimate`",
-            estimate,
-            "Return one, with a mean and a standard deviation.",
-        )
-        for label in ("mean", "std"):
-            values = np.asarray(getattr(estimate, label))
-            expect(
-                values.shape == (count,) and values.dtype.kind == "f",
-                f"{subject}, {label}",
-                f"float64[{count}], one for each state",
-                f"{values.dtype}{list(values.shape)}",
-                "Return arrays of floats in the order of the states.",
-            )
-            expect(
-                np.isfinite(values).all(),
-                f"{subject}, {label}",
-                "finite numbers",
-                values,
-                "Decide what such a state is worth.",
-            )
-        expect(
-            (np.asarray(estimate.std) >= 0).all(),
-            f"{subject}, std",
-            "standard deviations of at least 0",
-            estimate.std,
-            "Return 0 where nothing is uncertain.",
-        )
-        return ValueEstimate(np.asarray(estimate.mean), np.asarray(estimate.std))
-
     def compare(self, one: ValueEstimate, other: ValueEstimate, expected: str) -> None:
         """Report a fault unless two estimates agree."""
-        for label in ("mean", "std"):
-            a: FloatArray = getattr(one, label)
-            b: FloatArray = getattr(other, label)
+        for label, a, b in (("mean", one.mean, other.mean), ("std", one.std, other.std)):
             most = self.tolerance * max(1.0, float(np.abs(a).max()))
-            different = np.flatnonzero(np.abs(a - b) > most)
-            got = ""
-            if different.size:
-                i = int(different[0])
-                got = f"{a[i]:g} and {b[i]:g} for a prefix of prompt {self.states[i].prompt.id!r}"
-            expect(
-                not different.size,
-                f"{self.name}, predict, {label}",
-                expected,
-                got,
-                "A value is a function of its state alone: draw random numbers from a seed and the "
-                "state, keep nothing between calls, and mask the padding.",
-            )
+            for i in np.flatnonzero(np.abs(a - b) > most):
+                raise CheckError(
+                    f"{self.name}, predict, {label}: expected {expected}, got {a[i]:g} and "
+                    f"{b[i]:g} for a prefix of prompt {self.states[i].prompt.id!r}. A value is a "
+                    "function of its state alone: draw random numbers from a seed and the state, "
+                    "keep nothing between calls, and mask the padding."
+                )
 
 
 def _check_charges(trial: _Trial, estimate: ValueEstimate) -> None:
     model, states = trial.model, trial.states
-    bounds = [value_usage_bound(model, state) for state in states]
     ledgers = [Ledger() for _ in states]
     subject = f"{trial.name}, ledgers"
     charged = trial.called(
         lambda some: predict_values(model, some, ledgers=ledgers), subject, states
     )
     trial.compare(estimate, charged, "the same values with ledgers as without")
-    for state, ledger, bound in zip(states, ledgers, bounds, strict=True):
+    for state, ledger in zip(states, ledgers, strict=True):
+        bound = value_usage_bound(model, state)
         _check_amounts(subject, state, ledger.usage, bound)
-        _check_amounts(
-            f"{trial.name}, expected_usage", state, expected_value_usage(model, state), bound
-        )
+        expected = expected_value_usage(model, state)
+        _check_amounts(f"{trial.name}, expected_usage", state, expected, bound)
 
 
 def _check_amounts(subject: str, state: TextState, usage: Usage, bound: Usage) -> None:

@@ -153,7 +153,6 @@ class LanguageModel(ABC):
         name: What reports and records call it.
         vocab_size, stop_token_ids, context_length: See `Tokenizer`.
         cache_tokens: Tokens of prefixes that can be kept between calls; 0 for none.
-        counts_flops: Whether ledgers are charged FLOPs; if not, budgets in FLOPs are refused.
     """
 
     name: str
@@ -161,7 +160,11 @@ class LanguageModel(ABC):
     stop_token_ids: frozenset[int]
     context_length: int
     cache_tokens: int = 0
-    counts_flops: bool = True
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether ledgers are charged FLOPs; if not, budgets in FLOPs are refused."""
+        return True
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
@@ -299,6 +302,12 @@ class FeatureModel(LanguageModel):
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
     ) -> npt.NDArray[np.float32]:
         """float32[len(states), feature_size]."""
+
+
+def clear_cache(language_model: LanguageModel) -> None:
+    """Forget the prefixes that a language model keeps; one that inherits nothing may keep none."""
+    if hasattr(language_model, "clear_cache"):
+        language_model.clear_cache()
 
 
 def sample_requests(

@@ -7,16 +7,18 @@ never a silent zero.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from mbrl_text_env.identity import identity
 from mbrl_text_env.ledger import Ledger, Usage, timed
-from mbrl_text_env.rewards._files import place_of
+from mbrl_text_env.rewards._python_files import place_of
 from mbrl_text_env.types import FloatArray, Prompt
 
 T = TypeVar("T")
@@ -25,49 +27,6 @@ R = TypeVar("R")
 
 class RewardError(RuntimeError):
     """A reward model raised, or returned something that is not one finite score a response."""
-
-
-@runtime_checkable
-class RewardModel(Protocol):
-    """Scores responses; higher is better.
-
-    Five methods are optional: `score_parts(prompts, responses) -> Scores` for a reward made of
-    several; `applies_to(prompt) -> bool` for one that needs something of the prompt; for one
-    whose computation is to be counted, `flops(prompts, responses) -> float64[B]` and
-    `flops_bound() -> float`, the most that one response can take; and `reduced(dtype) ->
-    RewardModel`, the same reward in a number format that is faster and less exact (see `reduced`).
-
-    Example:
-        >>> class Brevity:
-        ...     name = "brevity"
-        ...     def score(self, prompts, responses):
-        ...         return [-len(response.split()) for response in responses]
-    """
-
-    @property
-    def name(self) -> str:
-        """What reports, records and `info` call it."""
-        ...
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
-        """Return float64[B], the score of `responses[i]` as an answer to `prompts[i]`."""
-        ...
-
-
-RewardLike: TypeAlias = RewardModel | Callable[..., Any] | str
-"""Where a reward is taken: a reward model, a function or object that scores, or a name.
-
-See `rewards.as_reward_model`, by which it becomes a reward model.
-"""
-
-
-@runtime_checkable
-class ProcessRewardModel(RewardModel, Protocol):
-    """A reward model that also scores the steps of a response."""
-
-    def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> npt.ArrayLike:
-        """Return float64[len(steps)], exactly one score a step."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -88,6 +47,177 @@ class Scores:
     def parts_of(self, index: int) -> dict[str, float]:
         """The parts of one response, as plain floats."""
         return {name: float(values[index]) for name, values in self.parts.items()}
+
+
+class RewardModel(ABC):
+    """Scores responses; higher is better. Only `score` has to be written.
+
+    Objects of other classes that have a method `score`, and any of the others, become reward models
+    by `as_reward_model`, which everything that takes a reward calls.
+
+    Attributes:
+        name: What reports, records and `info` call it; by default the class's name.
+
+    Example:
+        >>> class Brevity(RewardModel):
+        ...     name = "brevity"
+        ...     def score(self, prompts, responses):
+        ...         return [-len(response.split()) for response in responses]
+        >>> score_responses(Brevity(), [Prompt.from_text("Hi")], ["Hello you"]).total
+        array([-2.])
+    """
+
+    name: str
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
+
+    @abstractmethod
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
+        """Return float64[B], the score of `responses[i]` as an answer to `prompts[i]`."""
+
+    def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+        """Return the scores with those of the parts; a reward made of several overrides it."""
+        total = _checked(self.score(prompts, responses), self.name, prompts, responses)
+        return Scores(total, {self.name: total})
+
+    @property
+    def part_names(self) -> tuple[str, ...] | None:
+        """The parts that every score has; None where they are not known beforehand."""
+        return (self.name,) if _is_default(self.score_parts) else None
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether it can score answers to `prompt`; by default to all."""
+        return True
+
+    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
+        """Return float64[B], the floating-point operations of each score; by default none."""
+        return np.zeros(len(responses))
+
+    def flops_bound(self) -> float:
+        """The most that `flops` says of one response.
+
+        Raises:
+            RewardError: The class has `flops` and does not say this.
+        """
+        if not _is_default(self.flops):
+            raise RewardError(
+                f"Reward model {self.name!r} has `flops` but no `flops_bound() -> float`, the most "
+                "that one response can take; budgets need both. Add it."
+            )
+        return 0.0
+
+    def usage_bound(self) -> Usage:
+        """The most that scoring one response is charged."""
+        return Usage(reward_calls=1, reward_flops=float(self.flops_bound()))
+
+    def reduced(self, dtype: str) -> RewardModel:
+        """The same reward in a faster, less exact number format (`"bfloat16"`), for estimates.
+
+        The two share nothing that depends on the format, so using one never changes what the other
+        says. By default the reward itself.
+        """
+        return self
+
+    @property
+    def scores_steps(self) -> bool:
+        """Whether it is a process reward, with a method `score_steps`."""
+        return isinstance(self, ProcessRewardModel)
+
+
+class ProcessRewardModel(RewardModel):
+    """A reward model that also scores the steps of a response."""
+
+    @abstractmethod
+    def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> npt.ArrayLike:
+        """Return float64[len(steps)], exactly one score a step."""
+
+
+class Scorer(Protocol):
+    """An object that scores: `as_reward_model` makes a reward model of it."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
+        """Return float64[B]."""
+        ...
+
+
+RewardLike: TypeAlias = RewardModel | Scorer | Callable[..., Any] | str
+"""Where a reward is taken: a reward model, an object or function that scores, or a name.
+
+See `rewards.as_reward_model`, by which it becomes a reward model.
+"""
+
+
+class ObjectReward(RewardModel):
+    """An object with a method `score`, and whatever else of a reward model it has.
+
+    Args:
+        reward: The object. Its other attributes are to be had here too.
+    """
+
+    def __init__(self, reward: Any) -> None:
+        self.reward = reward
+        self.name = str(getattr(reward, "name", type(reward).__name__))
+        for method in ("applies_to", "flops", "flops_bound"):
+            if hasattr(reward, method):
+                setattr(self, method, getattr(reward, method))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "reward" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.reward, name)
+
+    def identity(self) -> Any:
+        """That of the object."""
+        return identity(self.reward)
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
+        """The object's."""
+        return cast("npt.ArrayLike", self.reward.score(prompts, responses))
+
+    def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+        """The object's, or its scores alone."""
+        own = getattr(self.reward, "score_parts", super().score_parts)
+        return cast("Scores", own(prompts, responses))
+
+    @property
+    def part_names(self) -> tuple[str, ...] | None:
+        """The object's."""
+        if not hasattr(self.reward, "score_parts"):
+            return (self.name,)
+        named = getattr(self.reward, "part_names", None)
+        return None if named is None else tuple(named)
+
+    def reduced(self, dtype: str) -> RewardModel:
+        """The object's, or itself."""
+        own = getattr(self.reward, "reduced", None)
+        return self if own is None else reward_model_of(own(dtype))
+
+
+class ObjectProcessReward(ObjectReward, ProcessRewardModel):
+    """An object that also has a method `score_steps`."""
+
+    def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> npt.ArrayLike:
+        """The object's."""
+        return cast("npt.ArrayLike", self.reward.score_steps(prompt, steps))
+
+
+def reward_model_of(reward: object) -> RewardModel:
+    """A reward model as it is, or that of an object with a method `score`.
+
+    Raises:
+        TypeError: It has none.
+    """
+    if isinstance(reward, RewardModel):
+        return reward
+    if not callable(getattr(reward, "score", None)):
+        raise TypeError(
+            f"Expected a reward model, with a method `score`, got {type(reward).__name__}. "
+            "Make one of a function or a name with `rewards.as_reward_model`."
+        )
+    return ObjectProcessReward(reward) if hasattr(reward, "score_steps") else ObjectReward(reward)
 
 
 class Aggregation(StrEnum):
@@ -130,34 +260,20 @@ def reward_name(reward_model: object) -> str:
 
 
 def part_names(reward_model: object) -> tuple[str, ...] | None:
-    """The names of the parts that every score will have, or None where they are not known.
-
-    A reward model that has `score_parts` may have them as `part_names`.
-    """
-    if not hasattr(reward_model, "score_parts"):
-        return (reward_name(reward_model),)
-    named = getattr(reward_model, "part_names", None)
-    return None if named is None else tuple(named)
+    """See `RewardModel.part_names`."""
+    return reward_model_of(reward_model).part_names
 
 
 def applies_to(reward_model: object, prompt: Prompt) -> bool:
-    """Whether a reward model can score answers to `prompt`."""
-    test: Callable[[Prompt], bool] | None = getattr(reward_model, "applies_to", None)
-    return test is None or test(prompt)
+    """See `RewardModel.applies_to`."""
+    return reward_model_of(reward_model).applies_to(prompt)
 
 
-def reduced(reward_model: RewardModel, dtype: str) -> RewardModel:
-    """A reward model in a faster, less exact number format, for estimates; itself if it has none.
-
-    The two keep nothing in common that depends on the format, so using the one never changes what
-    the other says.
-
-    Args:
-        reward_model: The reward model.
-        dtype: Such as `"bfloat16"`.
-    """
-    make: Callable[[str], RewardModel] | None = getattr(reward_model, "reduced", None)
-    return reward_model if make is None else make(dtype)
+def reduced(reward_model: RewardLike, dtype: str) -> RewardModel:
+    """See `RewardModel.reduced`."""
+    if isinstance(reward_model, RewardModel):
+        return reward_model.reduced(dtype)
+    return reward_model_of(reward_model).reduced(dtype)
 
 
 def reward_usage_bound(reward_model: object) -> Usage:
@@ -166,17 +282,11 @@ def reward_usage_bound(reward_model: object) -> Usage:
     Raises:
         RewardError: The model counts its computation but sets no bound to it.
     """
-    bound: Callable[[], float] | None = getattr(reward_model, "flops_bound", None)
-    if bound is None and hasattr(reward_model, "flops"):
-        raise RewardError(
-            f"Reward model {reward_name(reward_model)!r} has `flops` but no `flops_bound() -> "
-            "float`, the most that one response can take; budgets need both. Add it."
-        )
-    return Usage(reward_calls=1, reward_flops=0.0 if bound is None else float(bound()))
+    return reward_model_of(reward_model).usage_bound()
 
 
 def score_responses(
-    reward_model: RewardModel,
+    reward_model: RewardModel | Scorer,
     prompts: Sequence[Prompt],
     responses: Sequence[str],
     *,
@@ -190,23 +300,19 @@ def score_responses(
     """
     if not responses:
         return Scores(np.zeros(0))
-    if not hasattr(reward_model, "score"):
-        raise TypeError(
-            f"Expected a reward model, with a method `score`, got {type(reward_model).__name__}. "
-            "Make one of a function or a name with `rewards.as_reward_model`."
-        )
-    name = reward_name(reward_model)
-    context = f"Reward model {name!r}, prompt {prompts[0].id!r}"
+    reward = reward_model_of(reward_model)
+    name = reward.name
     with timed(ledgers):
-        function = getattr(reward_model, "score_parts", reward_model.score)
-        raw = _guarded(function, context, prompts, responses)
+        raw = _guarded(reward.score_parts, name, prompts[0], prompts, responses)
         raw_parts = raw.parts if isinstance(raw, Scores) else {}
         total = _checked(raw.total if isinstance(raw, Scores) else raw, name, prompts, responses)
         parts = {
-            part: _checked(values, f"{name}/{part}", prompts, responses)
+            part: values
+            if values is total
+            else _checked(values, f"{name}/{part}", prompts, responses)
             for part, values in raw_parts.items()
         }
-    _charge(reward_model, prompts, responses, ledgers)
+    _charge(reward, prompts, responses, ledgers)
     return Scores(total, parts or {name: total})
 
 
@@ -248,17 +354,18 @@ def check_process(reward_model: object) -> ProcessRewardModel:
     Raises:
         RewardError: It has no `score_steps`.
     """
-    if not hasattr(reward_model, "score_steps"):
+    reward = reward_model_of(reward_model)
+    if not reward.scores_steps:
         raise RewardError(
-            f"Reward model {reward_name(reward_model)!r} scores whole responses only: process "
-            "rewards need a method `score_steps(prompt, steps)`. Use reward='terminal' or "
-            "reward='delta', or another reward model."
+            f"Reward model {reward.name!r} scores whole responses only: process rewards need a "
+            "method `score_steps(prompt, steps)`. Use reward='terminal' or reward='delta', or "
+            "another reward model."
         )
-    return cast("ProcessRewardModel", reward_model)
+    return cast("ProcessRewardModel", reward)
 
 
 def score_steps(
-    reward_model: ProcessRewardModel,
+    reward_model: RewardModel | Scorer,
     prompt: Prompt,
     steps: Sequence[str],
     *,
@@ -270,20 +377,24 @@ def score_steps(
         RewardError: The model has no `score_steps`, raised, or did not return exactly one finite
             score a step.
     """
-    name = reward_name(check_process(reward_model))
+    reward = check_process(reward_model)
     if not steps:
         return np.zeros(0)
     ledgers = None if ledger is None else [ledger]
     with timed(ledgers):
-        raw = _guarded(
-            reward_model.score_steps, f"Reward model {name!r}, prompt {prompt.id!r}", prompt, steps
-        )
-        scores = _checked(raw, name, [prompt] * len(steps), steps)
-    _charge(reward_model, [prompt], ["".join(steps)], ledgers)
+        raw = _guarded(reward.score_steps, reward.name, prompt, prompt, steps)
+        scores = _checked(raw, reward.name, [prompt] * len(steps), steps)
+    _charge(reward, [prompt], ["".join(steps)], ledgers)
     return scores
 
 
-def _guarded(function: Callable[..., Any], context: str, *args: Any) -> Any:
+def _is_default(method: Callable[..., Any]) -> bool:
+    """Whether a method of a reward model is that of the base class."""
+    function = getattr(method, "__func__", None)
+    return function is not None and function is vars(RewardModel).get(function.__name__)
+
+
+def _guarded(function: Callable[..., Any], name: str, first: Prompt, *args: Any) -> Any:
     try:
         return function(*args)
     except (RewardError, KeyboardInterrupt):
@@ -294,10 +405,10 @@ def _guarded(function: Callable[..., Any], context: str, *args: Any) -> Any:
         # The whole batch was passed at once, so the first response stands for it in the message.
         responses = args[-1]
         raise RewardError(
-            f"{context} and {len(responses) - 1} more in its batch: scoring raised "
-            f"{type(error).__name__}: {error}{place_of(error)}. First response: "
-            f"{_shorten(responses[0])!r}. Mend the reward model, or leave out the prompts that it "
-            "cannot score."
+            f"Reward model {name!r}, prompt {first.id!r} and {len(responses) - 1} more in its "
+            f"batch: scoring raised {type(error).__name__}: {error}{place_of(error)}. First "
+            f"response: {_shorten(responses[0])!r}. Fix the reward model, or leave out the prompts "
+            "that it cannot score."
         ) from error
 
 
@@ -352,20 +463,16 @@ def _from_tensor(tensor: Any) -> Any:
 
 
 def _charge(
-    reward_model: Any,
+    reward: RewardModel,
     prompts: Sequence[Prompt],
     responses: Sequence[str],
     ledgers: Sequence[Ledger] | None,
 ) -> None:
     if ledgers is None:
         return
-    flops_function = getattr(reward_model, "flops", None)
-    flops = np.zeros(len(responses))
-    if flops_function is not None:
-        name = f"{reward_name(reward_model)}.flops"
-        context = f"Reward model {name!r}, prompt {prompts[0].id!r}"
-        raw = _guarded(flops_function, context, prompts, responses)
-        flops = _checked(raw, name, prompts, responses)
+    name = f"{reward.name}.flops"
+    raw = _guarded(reward.flops, name, prompts[0], prompts, responses)
+    flops = _checked(raw, name, prompts, responses)
     for ledger, amount in zip(ledgers, flops, strict=True):
         ledger.charge(Usage(reward_calls=1, reward_flops=float(amount)))
 

@@ -344,7 +344,7 @@ def test_the_tolerance_is_the_callers():
 
 
 def test_other_objects_are_no_value_models():
-    with pytest.raises(CheckError, match="without is_fitted, predict"):
+    with pytest.raises(CheckError, match="without predict"):
         check_value_model(object(), STATES)
     with pytest.raises(ValueError, match="at least 2, got 1"):
         check_value_model(Good(), STATES[:1])

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mbrl_text_env.checks import check_reward_model
-from mbrl_text_env.ledger import Budget, BudgetExceededError, Ledger
+from mbrl_text_env.identity import identity
+from mbrl_text_env.ledger import Budget, BudgetExceededError, Ledger, Usage
 from mbrl_text_env.rewards.adapters import as_reward_model, to_trl
 from mbrl_text_env.rewards.base import (
     ProcessRewardModel,
@@ -151,7 +152,7 @@ def test_a_model_that_tells_no_flops_is_charged_none():
 def test_steps_get_one_score_each_and_one_call_is_charged():
     ledger = Ledger()
     model = ProcessStub([], step_scores=[0.5, 1])
-    assert isinstance(model, ProcessRewardModel)
+    assert isinstance(as_reward_model(model), ProcessRewardModel)
     scores = score_steps(model, PROMPTS[0], ["a", "b"], ledger=ledger)
     assert scores.tolist() == [0.5, 1.0]
     assert ledger.usage.reward_calls == 1
@@ -185,7 +186,7 @@ def test_defaults_of_the_optional_methods():
 
 def test_a_reward_without_another_format_is_its_own_reduced_form():
     reward = Stub([])
-    assert reduced(reward, "bfloat16") is reward
+    assert reduced(reward, "bfloat16").reward is reward
 
 
 def test_a_reward_says_what_its_reduced_form_is():
@@ -367,3 +368,42 @@ def test_an_exit_while_computation_is_counted_is_a_reward_error():
     reward.flops_bound = lambda: 1.0
     with pytest.raises(RewardError, match="SystemExit"):
         score_responses(reward, [Prompt.from_text("a")], ["b"], ledgers=[Ledger()])
+
+
+class Bare(RewardModel):
+    def score(self, prompts, responses):
+        return [float(len(response)) for response in responses]
+
+
+def test_a_reward_model_needs_only_score():
+    reward = Bare()
+    assert (reward.name, reward.part_names) == ("Bare", ("Bare",))
+    assert score_responses(reward, PROMPTS, ["a", "bc"]).parts_of(1) == {"Bare": 2.0}
+    assert reward.applies_to(PROMPTS[0])
+    assert reward.usage_bound() == Usage(reward_calls=1)
+    assert list(reward.flops(PROMPTS, ["a", "b"])) == [0.0, 0.0]
+    assert reward.reduced("bfloat16") is reward
+    assert not reward.scores_steps
+    check_reward_model(reward)
+
+
+def test_a_class_that_counts_has_to_bound():
+    class Counts(Bare):
+        def flops(self, prompts, responses):
+            return [1.0] * len(responses)
+
+    with pytest.raises(RewardError, match=r"'Counts' has `flops` but no `flops_bound"):
+        Counts().usage_bound()
+
+
+def test_an_object_is_adapted_once_and_stays_what_it_is():
+    own = Costly([1.0])
+    reward = as_reward_model(own)
+    assert as_reward_model(reward) is reward
+    assert identity(reward) == identity(own)
+    assert (reward.name, reward.result, reward.part_names) == ("stub", [1.0], ("stub",))
+    assert reward.usage_bound().reward_flops == 1e6
+    copy = pickle.loads(pickle.dumps(reward))  # noqa: S301
+    assert copy.flops(PROMPTS[:1], ["abc"]) == [30.0]
+    assert not reward.scores_steps
+    assert as_reward_model(ProcessStub([], [1.0])).score_steps(PROMPTS[0], ["a"]) == [1.0]

@@ -26,7 +26,6 @@ from mbrl_text_env.rewards import (
     Gate,
     JSONSchemaReward,
     JudgeReward,
-    KLPenalty,
     LengthPenalty,
     MathReward,
     Normalise,
@@ -164,9 +163,6 @@ ROWS = {
     "normalise": Row(lambda parts: Normalise(SentimentReward(), 0.1, 0.5)),
     "length penalty": Row(lambda parts: LengthPenalty(SentimentReward(), 4)),
     "repetition penalty": Row(lambda parts: RepetitionPenalty(SentimentReward())),
-    "KL penalty": Row(
-        lambda parts: KLPenalty(two(), parts["smollm2"], parts["smollm2"], max_length=128)
-    ),
     "disk cache": Row(lambda parts: CachedReward(SentimentReward(), parts["path"] / "scores")),
     "time limit": Row(lambda parts: TimeLimit(SentimentReward(), 600)),
 }

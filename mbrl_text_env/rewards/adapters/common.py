@@ -7,14 +7,18 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from mbrl_text_env.rewards._python_files import place_of
 from mbrl_text_env.rewards.base import RewardError, RewardLike, RewardModel
 from mbrl_text_env.tables import plain_values
-from mbrl_text_env.types import Message, Prompt
+from mbrl_text_env.types import FloatArray, Message, Prompt
 
 REFERENCE_KEYS = ("ground_truth", "reference_answer", "answer")
 """Where a prompt's metadata have the right answer; the first that is there counts.
@@ -190,3 +194,53 @@ def _content_text(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part["text"] for part in content if part.get("type") == "text")
+
+
+class AdaptedReward(RewardModel):
+    """What all adapters share: a subclass gives `values`, which become checked numbers."""
+
+    advice = "Fix the function."
+    """What an error says at its end."""
+
+    @abstractmethod
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Any]:
+        """What the function says of each response, as it is."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B].
+
+        Raises:
+            RewardError: The function raised or returned no number, or not one a response; the
+                message names the prompt and the response.
+        """
+        values = self.values(prompts, responses)
+        numbers = [
+            number(value, self.name, prompt, response)
+            for value, prompt, response in zip(values, prompts, responses, strict=True)
+        ]
+        return np.array(numbers, dtype=np.float64)
+
+    def called(self, prompt: Prompt, response: str, function: Callable[[], Any]) -> Any:
+        """What a function says of one response; whatever it raises names prompt and response."""
+        try:
+            return awaited(function())
+        except (KeyboardInterrupt, RewardError):
+            raise
+        except BaseException as error:
+            raise RewardError(
+                f"Reward model {self.name!r}: raised {type(error).__name__}: {error}"
+                f"{place_of(error)} for prompt {prompt.id!r}, response {response[:80]!r}. "
+                f"{self.advice}"
+            ) from error
+
+
+class FunctionAdapter(AdaptedReward):
+    """An adapter of one function.
+
+    Attributes:
+        name: The function's `__name__`.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = callable_name(function)

@@ -13,7 +13,7 @@ from mbrl_text_env.rewards.adapters.openrlhf import OpenRLHFFunctionReward, Open
 from mbrl_text_env.rewards.adapters.trl import TRLFunctionReward, TRLReward
 from mbrl_text_env.rewards.adapters.verifiers import VerifiersFunctionReward, VerifiersReward
 from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward, VerlReward
-from mbrl_text_env.rewards.base import RewardLike, RewardModel
+from mbrl_text_env.rewards.base import RewardLike, RewardModel, reward_model_of
 
 ACCEPTED = """\
   a name, or a sum of names           "sentiment", "0.5*sentiment+relevance", "my_file.py:brevity"
@@ -31,21 +31,13 @@ def as_reward_model(
     *,
     encode: Callable[[str], Sequence[int]] | None = None,
 ) -> RewardModel:
-    """Return a reward model for whatever scores responses.
+    """Return a reward model for whatever scores responses; `ACCEPTED` lists what does.
 
-    Accepted are, recognised by their class or by the names of their parameters:
-
-    - a name, or a weighted sum of names, such as `"sentiment"` or `"0.5*sentiment+relevance"`: see
-      `rewards.make`;
-    - an object with a method `score`, which is returned as it is; what `to_trl`, `to_verl` and
-      `to_openrlhf` made of one becomes that one again;
-    - a function of two texts, `f(prompt, response) -> float`: see `FunctionReward`;
-    - a reward function of TRL (`completions` or `completion_ids`): see `TRLFunctionReward`;
-    - a `Rubric` of verifiers, or one of its reward functions (`completion` or `state`): see
-      `VerifiersReward`. A function of exactly `prompt` and `completion` is one of two texts;
-    - a `Rubric` of OpenEnv: see `OpenEnvReward`;
-    - a reward function of verl (`solution_str` or `solution_strs`): see `VerlFunctionReward`;
-    - one of OpenRLHF (`queries`): see `OpenRLHFFunctionReward`.
+    It is recognised by its class or the names of its parameters (a function of exactly `prompt` and
+    `completion` is one of two texts). A `RewardModel` is returned as it is; what `to_trl`,
+    `to_verl` and `to_openrlhf` made of one becomes that one again; of an object with a method
+    `score`, everything else that it has of a `RewardModel` counts too. See `rewards.make` for
+    names, and the adapters' classes for what functions of other packages get.
 
     Args:
         reward: One of these.
@@ -68,7 +60,7 @@ def as_reward_model(
     """
     if isinstance(reward, str):
         # It looks up names of rewards that are made with this.
-        from mbrl_text_env.rewards.catalogue import make
+        from mbrl_text_env.rewards.registry import make
 
         return make(reward)
     if inspect.isclass(reward):
@@ -82,8 +74,8 @@ def as_reward_model(
         return OpenEnvReward(reward)
     if isinstance(reward, TRLReward | VerlReward | OpenRLHFReward):
         return reward.reward_model
-    if callable(getattr(reward, "score", None)):
-        return cast(RewardModel, reward)
+    if isinstance(reward, RewardModel) or callable(getattr(reward, "score", None)):
+        return reward_model_of(reward)
     function = cast("Callable[..., Any]", reward)
     named = parameters(function)
     if "completions" in named or "completion_ids" in named:

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from mbrl_text_env.rewards.adapters.common import adapted, as_prompt, awaited, number
-from mbrl_text_env.rewards.base import RewardError, RewardLike, reward_name, score_responses
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.rewards.adapters.common import AdaptedReward, adapted, as_prompt
+from mbrl_text_env.rewards.base import RewardLike, score_responses
+from mbrl_text_env.types import Prompt
 
 
 class TextAction(str):
@@ -47,7 +45,7 @@ class TextObservation(str):
         return (self.prompt,)
 
 
-class OpenEnvReward:
+class OpenEnvReward(AdaptedReward):
     """A rubric of OpenEnv as a reward model, called once a response.
 
     An episode is one step: the action is the response, the observation what is known at the end,
@@ -70,6 +68,11 @@ class OpenEnvReward:
         array([1.])
     """  # noqa: E501 the example
 
+    advice = (
+        "Fix the rubric; if it expects the types of its environment, pass "
+        "OpenEnvReward(rubric, convert=...)."
+    )
+
     def __init__(
         self,
         rubric: Any,
@@ -80,28 +83,17 @@ class OpenEnvReward:
         self.convert = convert
         self.name = type(rubric).__name__ if name is None else name
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B].
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """What the rubric says of each response."""
+        return [self._value(*row) for row in zip(prompts, responses, strict=True)]
 
-        Raises:
-            RewardError: The rubric raised, or returned no number.
-        """
-        return np.array(
-            [self._score(*row) for row in zip(prompts, responses, strict=True)], dtype=np.float64
-        )
-
-    def _score(self, prompt: Prompt, response: str) -> float:
-        try:
+    def _value(self, prompt: Prompt, response: str) -> Any:
+        def episode() -> Any:
             for rubric in (self.rubric, *self.rubric.rubrics()):
                 rubric.reset()
-            value = awaited(self.rubric(*(self.convert or _texts)(prompt, response)))
-        except Exception as error:
-            raise RewardError(
-                f"Reward model {self.name!r}: raised {type(error).__name__}: {error} for prompt "
-                f"{prompt.id!r}, response {response[:80]!r}. Mend the rubric; if it expects the "
-                "types of its environment, pass OpenEnvReward(rubric, convert=...)."
-            ) from error
-        return number(value, self.name, prompt, response)
+            return self.rubric(*(self.convert or _texts)(prompt, response))
+
+        return self.called(prompt, response, episode)
 
 
 def to_openenv(
@@ -136,7 +128,7 @@ def to_openenv(
             prompt, response = (read or _read)(action, observation)
             return float(score_responses(scorer, [prompt], [response]).total[0])
 
-    RewardModelRubric.__name__ = reward_name(scorer)
+    RewardModelRubric.__name__ = scorer.name
     return RewardModelRubric()
 
 

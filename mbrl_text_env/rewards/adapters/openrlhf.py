@@ -7,35 +7,31 @@ or a dict with "rewards" (what is learned from), "scores" (0 to 1, for filtering
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mbrl_text_env.rewards.adapters.common import (
+    FunctionAdapter,
     accepted,
     adapted,
     as_prompt,
     awaited,
-    callable_name,
     listed,
-    number,
     reference_answer,
 )
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
-    reward_name,
     score_responses,
 )
 from mbrl_text_env.tables import plain_values
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import Prompt
 
 END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "</s>")
 """Stop tokens as text, which OpenRLHF leaves at the end of a query."""
 
 
-class OpenRLHFFunctionReward:
+class OpenRLHFFunctionReward(FunctionAdapter):
     """A reward function of OpenRLHF as a reward model, called once a batch.
 
     A query is the prompt's text with the response right behind it (OpenRLHF has applied the chat
@@ -57,16 +53,8 @@ class OpenRLHFFunctionReward:
         array([1.])
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.name = callable_name(function)
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B].
-
-        Raises:
-            RewardError: The function returned no number, or not one a query.
-        """
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """What the function returns for each query."""
         labels = map(reference_answer, prompts)
         offered = {
             "queries": [p.text + r for p, r in zip(prompts, responses, strict=True)],
@@ -76,39 +64,14 @@ class OpenRLHFFunctionReward:
         result = awaited(self.function(**accepted(self.function, offered)))
         if isinstance(result, Mapping):
             result = result.get("rewards", result.get("scores"))
-        values = listed(result, self.name, prompts, responses)
-        return np.array(
-            [
-                number(value, self.name, prompt, response)
-                for value, prompt, response in zip(values, prompts, responses, strict=True)
-            ],
-            dtype=np.float64,
-        )
-
-
-def to_openrlhf(
-    reward_model: RewardLike, *, end_texts: Sequence[str] = END_TEXTS
-) -> OpenRLHFReward:
-    """Return a reward model as OpenRLHF's `reward_func`.
-
-    It is named by a file, `--remote_rm_url my_reward.py`, whose content can be
-    `reward_func = to_openrlhf(make("sentiment"))`.
-
-    Args:
-        reward_model: The reward model, or whatever `as_reward_model` takes.
-        end_texts: Stop tokens as text, taken off a response's end.
-
-    Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
-        >>> reward_func = to_openrlhf(SentimentReward())
-        >>> reward_func(["How was it? Good.</s>"], ["How was it?"], [None])["rewards"]
-        tensor([0.4404])
-    """
-    return OpenRLHFReward(reward_model, tuple(end_texts))
+        return listed(result, self.name, prompts, responses)
 
 
 class OpenRLHFReward:
-    """A reward model that OpenRLHF can call; see `to_openrlhf`.
+    """A reward model as OpenRLHF's `reward_func`, also named `to_openrlhf`.
+
+    It is named by a file, `--remote_rm_url my_reward.py`, whose content can be
+    `reward_func = to_openrlhf(make("sentiment"))`.
 
     The response is what follows the prompt in a query. A label becomes the metadata
     "reference_answer" and "ground_truth"; "" and None are none. Returned are float32 tensors:
@@ -116,16 +79,22 @@ class OpenRLHFReward:
 
     Args:
         reward_model: The reward model, or whatever `as_reward_model` takes.
-        end_texts: See `to_openrlhf`.
+        end_texts: Stop tokens as text, taken off a response's end.
 
     Attributes:
         __name__: The reward's name.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward_func = to_openrlhf(SentimentReward())
+        >>> reward_func(["How was it? Good.</s>"], ["How was it?"], [None])["rewards"]
+        tensor([0.4404])
     """
 
-    def __init__(self, reward_model: RewardLike, end_texts: tuple[str, ...] = END_TEXTS) -> None:
+    def __init__(self, reward_model: RewardLike, *, end_texts: Sequence[str] = END_TEXTS) -> None:
         self.reward_model = adapted(reward_model)
         self.end_texts = end_texts
-        self.__name__ = reward_name(self.reward_model)
+        self.__name__ = self.reward_model.name
 
     def __call__(
         self,
@@ -134,11 +103,7 @@ class OpenRLHFReward:
         labels: Sequence[Any] | None = None,
         **ignored: Any,
     ) -> dict[str, Any]:
-        """Score the responses in `queries`.
-
-        Raises:
-            RewardError: The reward model failed, or a query does not begin with its prompt.
-        """
+        """Score the responses in `queries`."""
         import torch
 
         asked, responses = [], []
@@ -163,3 +128,6 @@ class OpenRLHFReward:
         for text in self.end_texts:
             response = response.removesuffix(text)
         return response
+
+
+to_openrlhf = OpenRLHFReward

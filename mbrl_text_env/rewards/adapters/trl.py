@@ -11,36 +11,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mbrl_text_env.rewards.adapters.common import (
+    FunctionAdapter,
     accepted,
     adapted,
     as_prompt,
     awaited,
-    callable_name,
     listed,
-    number,
     required,
     said,
     trl_completion,
     trl_prompt,
 )
-from mbrl_text_env.rewards.base import (
-    RewardError,
-    RewardLike,
-    applies_to,
-    reward_name,
-    score_responses,
-)
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.rewards.base import RewardError, RewardLike, score_responses
+from mbrl_text_env.types import Prompt
 
 _TEXT_COLUMNS = ("prompts", "completions", "completion_ids")
 # What the trainer adds to every call; not columns of the data.
 _TRAINER_KEYWORDS = ("trainer_state", "log_extra", "log_metric", "environments")
 
 
-class TRLFunctionReward:
+class TRLFunctionReward(FunctionAdapter):
     """A reward function of TRL as a reward model, called once a batch with keywords only.
 
     Passed are those of the following that the function names, or all if it takes `**kwargs`:
@@ -81,9 +72,8 @@ class TRLFunctionReward:
         function: Callable[..., Any],
         encode: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
-        self.function = function
+        super().__init__(function)
         self.encode = encode
-        self.name = callable_name(function)
         if encode is None and "completion_ids" in required(self.function):
             raise TypeError(
                 f"Reward function {self.name!r} needs `completion_ids`, but a reward model sees "
@@ -95,25 +85,18 @@ class TRLFunctionReward:
         """Whether the prompt's metadata has the columns that the function requires."""
         return not self._missing_columns(prompt)
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B].
-
-        Raises:
-            RewardError: A prompt lacks a column, or the function returned None for it, something
-                that is no number, or not one value a completion.
-        """
-        scores = np.zeros(len(responses))
-        plain = [isinstance(prompt.content, str) for prompt in prompts]
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """What the function returns for each completion."""
+        values: list[Any] = [None] * len(responses)
         for kind in (True, False):
-            rows = [i for i, is_plain in enumerate(plain) if is_plain is kind]
-            if rows:
-                scores[rows] = self._score_alike(
-                    [prompts[i] for i in rows], [responses[i] for i in rows]
-                )
-        return scores
+            rows = [i for i, p in enumerate(prompts) if isinstance(p.content, str) is kind]
+            alike = self._values_alike([prompts[i] for i in rows], [responses[i] for i in rows])
+            for i, value in zip(rows, alike, strict=True):
+                values[i] = value
+        return values
 
-    def _score_alike(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Score prompts that are all chats, or all plain text."""
+    def _values_alike(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """Values of prompts that are all chats, or all plain text."""
         for prompt in prompts:
             if missing := self._missing_columns(prompt):
                 raise RewardError(
@@ -121,12 +104,10 @@ class TRLFunctionReward:
                     f"prompt {prompt.id!r} has {sorted(prompt.metadata)}. Add the metadata, or "
                     "leave out the prompts that it does not apply to."
                 )
+        if not prompts:
+            return []
         result = awaited(self.function(**self._keywords(prompts, responses)))
-        values = listed(result, self.name, prompts, responses)
-        return [
-            number(value, self.name, prompt, response)
-            for value, prompt, response in zip(values, prompts, responses, strict=True)
-        ]
+        return listed(result, self.name, prompts, responses)
 
     def _keywords(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, Any]:
         keys = {key: None for prompt in prompts for key in prompt.metadata}
@@ -153,21 +134,8 @@ class TRLFunctionReward:
         return sorted(required(self.function) - known)
 
 
-def to_trl(reward_model: RewardLike) -> TRLReward:
-    """Return a reward model as a reward function of TRL.
-
-    Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
-        >>> function = to_trl(SentimentReward())
-        >>> function(prompts=["How was it?"], completions=["It was good."])
-        [0.4404]
-        >>> trainer = GRPOTrainer(model, reward_funcs=function, ...)  # doctest: +SKIP
-    """
-    return TRLReward(reward_model)
-
-
 class TRLReward:
-    """A reward model that TRL's trainers can call; see `to_trl`.
+    """A reward model as a reward function of TRL, also named `to_trl`.
 
     The columns of the data set become the prompts' metadata, and a column `id` their ids. A row
     that the reward model does not apply to gives None, which TRL leaves out of its sum; a failure
@@ -179,25 +147,23 @@ class TRLReward:
 
     Attributes:
         __name__: Its name, which is TRL's key for its metrics.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> function = to_trl(SentimentReward())
+        >>> function(prompts=["How was it?"], completions=["It was good."])
+        [0.4404]
+        >>> trainer = GRPOTrainer(model, reward_funcs=function, ...)  # doctest: +SKIP
     """
 
     def __init__(self, reward_model: RewardLike) -> None:
         self.reward_model = adapted(reward_model)
-        self.__name__ = reward_name(self.reward_model)
+        self.__name__ = self.reward_model.name
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | None]:
-        """Score completions as `GRPOTrainer` asks for it.
-
-        Args:
-            prompts: B strings or lists of messages.
-            completions: B strings or lists of messages.
-            **columns: Lists of B values, and what the trainer adds.
-
-        Raises:
-            RewardError: The reward model failed.
-        """
+        """Score completions as `GRPOTrainer` asks for it."""
         dropped = (*_TEXT_COLUMNS, *_TRAINER_KEYWORDS)
         columns = {
             key: self._column(key, values, len(prompts))
@@ -209,7 +175,7 @@ class TRLReward:
             as_prompt(prompt, {key: values[i] for key, values in columns.items()})
             for i, prompt in enumerate(prompts)
         ]
-        rows = [i for i, prompt in enumerate(converted) if applies_to(self.reward_model, prompt)]
+        rows = [i for i, prompt in enumerate(converted) if self.reward_model.applies_to(prompt)]
         scores = score_responses(
             self.reward_model,
             [converted[i] for i in rows],
@@ -229,6 +195,9 @@ class TRLReward:
                 f"each of {rows} prompts, got {values!r:.80}. Pass columns as lists."
             )
         return column
+
+
+to_trl = TRLReward
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,6 @@
 """The rubrics and reward functions of verifiers as reward models, and reward models as rubrics.
 
-Source: `verifiers.Rubric` in versions 0.1 to 0.3 (0.4 has tasks with `@reward` methods, which need
+Source: `verifiers.Rubric` in version 0.3 (0.4 has tasks with `@reward` methods, which need
 a whole rollout, and no rubrics): functions that take by name what they need of `prompt`,
 `completion`, `answer`, `info`, `state`, `task`, `parser` and the row's columns.
 """
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.rewards.adapters.common import (
+    FunctionAdapter,
     accepted,
     adapted,
     as_prompt,
     awaited,
     callable_name,
-    number,
     reference_answer,
     required,
     said,
@@ -30,8 +30,8 @@ from mbrl_text_env.rewards.adapters.common import (
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
+    RewardModel,
     Scores,
-    reward_name,
     score_responses,
 )
 from mbrl_text_env.tables import plain_values
@@ -39,6 +39,9 @@ from mbrl_text_env.types import FloatArray, Prompt
 
 _OFFERED = {"prompt", "completion", "info", "state", "task"}
 """What every function can ask for; `answer` and columns have to be in the prompt's metadata."""
+
+
+_ADVICE = "Fix the function, or add what it needs to the prompt's metadata."
 
 
 class TurnMessage(dict[str, Any]):
@@ -52,19 +55,16 @@ class TurnMessage(dict[str, Any]):
             raise AttributeError(name) from None
 
 
-class _FunctionError(Exception):
-    """What a reward function raised, with its name."""
-
-
-class VerifiersReward:
+class VerifiersReward(RewardModel):
     """A rubric of verifiers as a reward model.
 
     The state of a rollout has the prompt and the completion (messages for chats, texts for plain
     prompts), as `answer` the prompt's reference answer, as `info` the metadata of that name or all
     of them, the metadata as the row's columns, and a `trajectory` of one step. There is no client,
-    model, token or timing. The parts are the rubric's metrics. Weights, groups of rubrics, async
-    functions and parsers are run by verifiers itself; the responses of a batch wait side by side.
-    Where verifiers makes a 0 of a function that raises or returns no number, there is an error.
+    model, token or timing. The parts are the rubric's metrics. A rubric's functions are
+    called as verifiers calls them, with what `score_objects` offers, and weighted; the responses of
+    a batch wait side by side. Where verifiers makes a 0 of a function that raises or returns no
+    number, there is an error.
 
     A rubric applies to prompts whose metadata have what its functions require: `answer` (see
     `common.REFERENCE_KEYS`) and columns. Functions that score a group of rollouts against each
@@ -75,7 +75,7 @@ class VerifiersReward:
         name: By default the rubric's functions, with "+" between them.
 
     Raises:
-        TypeError: The rubric scores groups, or has no functions.
+        TypeError: The rubric scores groups, has no functions, or a `score_rollout` of its own.
 
     Example:
         >>> import verifiers as vf  # doctest: +SKIP
@@ -86,18 +86,24 @@ class VerifiersReward:
 
     def __init__(self, rubric: Any, name: str | None = None) -> None:
         self.rubric = rubric
-        functions = rubric._get_reward_funcs()
+        functions = [function for _, function, _ in _functions(rubric)]
         if not functions:
             raise TypeError(
                 f"Expected a rubric with reward functions, got a {type(rubric).__name__} with "
                 "none. Add them with `rubric.add_reward_func(function)` first."
             )
         self.name = "+".join(map(callable_name, functions)) if name is None else name
-        if any(map(rubric._is_group_func, functions)):
+        if rubric.has_group_rewards:
             raise TypeError(
                 f"Expected a rubric that scores rollouts one by one, got {self.name!r}, which "
                 "scores groups against each other. A reward model's score must not depend on the "
                 "rest of the batch; use the functions that do not."
+            )
+        own = type(rubric).score_rollout.__qualname__
+        if own not in ("Rubric.score_rollout", "RubricGroup.score_rollout"):
+            raise TypeError(
+                f"Expected a rubric whose score is the weighted sum of its functions, got {own}. "
+                "Write what it computes as a reward function."
             )
 
     def applies_to(self, prompt: Prompt) -> bool:
@@ -109,44 +115,51 @@ class VerifiersReward:
         return self.score_parts(prompts, responses).total
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """Return the rubric's rewards, and its metrics as parts.
+        """Return the rubric's rewards, and the scores of its functions as parts.
 
         Raises:
             RewardError: A function raised or returned no number, or a prompt lacks something.
         """
-        needs, strict = self._needs(), _strict(self.rubric)
+        needs = self._needs()
         for prompt in prompts:
             _check_metadata(self.name, needs, prompt)
 
-        async def scored(prompt: Prompt, response: str) -> dict[str, Any]:
-            state = _rollout(prompt, response)
+        async def all_scored() -> list[list[float]]:
+            return await asyncio.gather(*map(self._scored, prompts, responses))
+
+        rows = np.array(awaited(all_scored()), dtype=np.float64).reshape(len(prompts), -1)
+        parts: dict[str, FloatArray] = {}
+        total = np.zeros(len(prompts))
+        for column, (_, function, weight) in zip(rows.T, _functions(self.rubric), strict=False):
+            total += weight * column
+            name = callable_name(function)
+            parts[name] = parts.get(name, 0.0) + column
+        return Scores(total, parts)
+
+    async def _scored(self, prompt: Prompt, response: str) -> list[float]:
+        """What each function says; they are called as `Rubric.score_rollout` calls them."""
+        state = _rollout(prompt, response)
+        scores = []
+        for rubric, function, _ in _functions(self.rubric):
             try:
-                await strict.score_rollout(state)
+                value = function(**accepted(function, rubric.score_objects(state)))
+                value = await value if inspect.isawaitable(value) else value
+                if isinstance(value, str | bytes):
+                    raise TypeError(f"expected a number, got {value!r}")
+                scores.append(float(value))
             except Exception as error:
-                what = f"the rubric raised {type(error).__name__}: {error}"
-                known = isinstance(error, _FunctionError)
-                raise _failure(
-                    self.name, str(error) if known else what, prompt, response
+                raise RewardError(
+                    f"Reward model {self.name!r}: {callable_name(function)} raised "
+                    f"{type(error).__name__}: {error} for prompt {prompt.id!r}, response "
+                    f"{response[:80]!r}. {_ADVICE}"
                 ) from error
-            return state
-
-        async def all_scored() -> list[dict[str, Any]]:
-            return await asyncio.gather(*map(scored, prompts, responses))
-
-        states = awaited(all_scored())
-        total = [
-            number(state["reward"], self.name, prompt, response)
-            for state, prompt, response in zip(states, prompts, responses, strict=True)
-        ]
-        names = states[0]["metrics"] if states else ()
-        parts = {name: np.array([float(s["metrics"][name]) for s in states]) for name in names}
-        return Scores(np.array(total, dtype=np.float64), parts)
+        return scores
 
     def _needs(self) -> set[str]:
-        return set().union(*(_needs_of(*pair) for pair in _functions(self.rubric)))
+        return set().union(*(_needs_of(*row[:2]) for row in _functions(self.rubric)))
 
 
-class VerifiersFunctionReward:
+class VerifiersFunctionReward(FunctionAdapter):
     """A reward function of verifiers without a rubric, called once a response; see the rubric's.
 
     Args:
@@ -167,9 +180,10 @@ class VerifiersFunctionReward:
         array([1.])
     """
 
+    advice = _ADVICE
+
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.name = callable_name(function)
+        super().__init__(function)
         if "parser" in required(function):
             raise TypeError(
                 f"Reward function {self.name!r} needs a parser, which a rubric has. Pass "
@@ -180,27 +194,16 @@ class VerifiersFunctionReward:
         """Whether the prompt's metadata have what the function requires."""
         return not _missing(required(self.function) - _OFFERED, prompt)
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B].
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """What the function returns for each response."""
+        return [self._value(*row) for row in zip(prompts, responses, strict=True)]
 
-        Raises:
-            RewardError: The function raised or returned no number, or a prompt lacks something.
-        """
-        return np.array(
-            [self._score(*row) for row in zip(prompts, responses, strict=True)], dtype=np.float64
-        )
-
-    def _score(self, prompt: Prompt, response: str) -> float:
+    def _value(self, prompt: Prompt, response: str) -> Any:
         _check_metadata(self.name, required(self.function) - _OFFERED, prompt)
         state = _rollout(prompt, response)
         named = {key: state[key] for key in ("prompt", "completion", "answer", "info", "task")}
-        offered = {**state["input"], **named, "state": state}
-        try:
-            value = awaited(self.function(**accepted(self.function, offered)))
-        except Exception as error:
-            what = f"raised {type(error).__name__}: {error}"
-            raise _failure(self.name, what, prompt, response) from error
-        return number(value, self.name, prompt, response)
+        keywords = accepted(self.function, {**state["input"], **named, "state": state})
+        return self.called(prompt, response, lambda: self.function(**keywords))
 
 
 def to_verifiers(reward_model: RewardLike) -> Any:
@@ -223,11 +226,11 @@ def to_verifiers(reward_model: RewardLike) -> Any:
     except ImportError as error:
         raise ImportError(
             "to_verifiers needs a version of verifiers that has rubrics: "
-            "pip install 'verifiers>=0.2,<0.4'."
+            "pip install 'verifiers>=0.3,<0.4'."
         ) from error
 
     scorer = adapted(reward_model)
-    name = reward_name(scorer)
+    name = scorer.name
 
     def function(
         prompt: Any, completion: Any, state: Any, answer: Any = None, info: Any = None
@@ -244,11 +247,11 @@ def to_verifiers(reward_model: RewardLike) -> Any:
     return Rubric(funcs=[function])
 
 
-def _functions(rubric: Any) -> list[tuple[Any, Callable[..., Any]]]:
-    """The functions of a rubric, or of a group's rubrics, each with the rubric that calls it."""
+def _functions(rubric: Any) -> list[tuple[Any, Callable[..., Any], float]]:
+    """The functions of a rubric, or of a group's, each with the rubric that calls it and weight."""
     if hasattr(rubric, "rubrics"):
-        return [pair for inner in rubric.rubrics for pair in _functions(inner)]
-    return [(rubric, function) for function in rubric.funcs]
+        return [row for inner in rubric.rubrics for row in _functions(inner)]
+    return [(rubric, *pair) for pair in zip(rubric.funcs, rubric.weights, strict=True)]
 
 
 def _needs_of(rubric: Any, function: Callable[..., Any]) -> set[str]:
@@ -273,14 +276,6 @@ def _check_metadata(name: str, needs: set[str], prompt: Prompt) -> None:
             f"Reward model {name!r}, prompt {prompt.id!r}: expected {missing} in the metadata, got "
             f"the keys {sorted(prompt.metadata)}. Add them, or leave out the prompt."
         )
-
-
-def _failure(name: str, what: str, prompt: Prompt, response: str) -> RewardError:
-    return RewardError(
-        f"Reward model {name!r}: {what} for prompt {prompt.id!r}, response {response[:80]!r}. Mend "
-        "the function, or add what it needs to the metadata, which have the keys "
-        f"{sorted(prompt.metadata)}."
-    )
 
 
 def _rollout(prompt: Prompt, response: str) -> dict[str, Any]:
@@ -318,32 +313,3 @@ def _content(messages: Any) -> Any:
     if isinstance(messages, str) or [message["role"] for message in messages] != ["text"]:
         return messages
     return messages[0]["content"]
-
-
-def _strict(rubric: Any) -> Any:
-    """A rubric that shares all it has with another and raises where that makes a zero of errors."""
-
-    class Strict(type(rubric)):  # type: ignore[misc]
-        async def _call_individual_reward_func(
-            self, func: Callable[..., Any], state: dict[str, Any], *ignored: Any
-        ) -> float:
-            try:
-                value = func(**accepted(func, self.score_objects(state)))
-                value = await value if inspect.isawaitable(value) else value
-                if isinstance(value, str | bytes):
-                    raise TypeError(f"expected a number, got {value!r}")
-                return float(value)
-            except Exception as error:
-                raise _FunctionError(
-                    f"{callable_name(func)} raised {type(error).__name__}: {error}"
-                ) from error
-
-        def __del__(self) -> None:
-            """Leave open what the other goes on using."""
-
-    # Not made by `__init__`, which would open processes and clients of its own.
-    strict = object.__new__(Strict)
-    strict.__dict__.update(vars(rubric))
-    if hasattr(rubric, "rubrics"):
-        strict.rubrics = [_strict(inner) for inner in rubric.rubrics]
-    return strict

@@ -7,20 +7,17 @@ their plurals. It returns a number, or a dict with the number under "score".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from mbrl_text_env.rewards.adapters.common import (
     REFERENCE_KEYS,
+    FunctionAdapter,
     accepted,
     adapted,
     as_prompt,
     awaited,
-    callable_name,
     listed,
-    number,
     parameters,
     reference_answer,
     required,
@@ -29,17 +26,16 @@ from mbrl_text_env.rewards.adapters.common import (
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
-    reward_name,
     score_responses,
 )
 from mbrl_text_env.tables import plain_values
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import Prompt
 
 _NO_PROMPT = "(not passed by verl)"
 _PROMPT_KEYS = ("prompt", "raw_prompt", "question", "problem")
 
 
-class VerlFunctionReward:
+class VerlFunctionReward(FunctionAdapter):
     """A `compute_score` of verl as a reward model, called once a response or, in plurals, a batch.
 
     It gets `data_source` from the prompt's metadata ("" where there is none), `ground_truth` from
@@ -64,19 +60,15 @@ class VerlFunctionReward:
         array([1.])
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.name = callable_name(function)
-
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt's metadata have a ground truth, if the function requires one."""
         return not self._needs_truth() or reference_answer(prompt) is not None
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B].
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """The number in what the function returns for each response.
 
         Raises:
-            RewardError: A prompt has no ground truth, or the function raised or returned no number.
+            RewardError: A prompt has no ground truth, or the function raised.
         """
         rows = [self._row(*pair) for pair in zip(prompts, responses, strict=True)]
         if "solution_strs" in parameters(self.function):
@@ -86,22 +78,11 @@ class VerlFunctionReward:
             values = listed(result, self.name, prompts, responses)
         else:
             values = [self._value(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
-        return np.array(
-            [
-                number(_score_of(value), self.name, prompt, response)
-                for value, prompt, response in zip(values, prompts, responses, strict=True)
-            ],
-            dtype=np.float64,
-        )
+        return [_score_of(value) for value in values]
 
     def _value(self, row: dict[str, Any], prompt: Prompt) -> Any:
-        try:
-            return awaited(self.function(**accepted(self.function, row)))
-        except Exception as error:
-            raise RewardError(
-                f"Reward model {self.name!r}: raised {type(error).__name__}: {error} for prompt "
-                f"{prompt.id!r}, response {row['solution_str'][:80]!r}. Mend the function."
-            ) from error
+        keywords = accepted(self.function, row)
+        return self.called(prompt, row["solution_str"], lambda: self.function(**keywords))
 
     def _row(self, prompt: Prompt, response: str) -> dict[str, Any]:
         truth = reference_answer(prompt)
@@ -127,28 +108,12 @@ class VerlFunctionReward:
         return not {"ground_truth", "ground_truths"}.isdisjoint(required(self.function))
 
 
-def to_verl(reward_model: RewardLike, *, needs_prompt: bool = True) -> VerlReward:
-    """Return a reward model as verl's `compute_score`.
-
-    In verl's configuration it is named by a file, `custom_reward_function.path=my_reward.py`, whose
-    content can be `compute_score = to_verl(make("relevance"))`.
-
-    Args:
-        reward_model: The reward model, or whatever `as_reward_model` takes.
-        needs_prompt: Whether the prompt has to be in `extra_info`; see `VerlReward`. False for a
-            reward that looks at the response alone.
-
-    Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
-        >>> compute_score = to_verl(SentimentReward(), needs_prompt=False)
-        >>> compute_score(data_source="films", solution_str="It was good.", ground_truth=None)
-        0.4404
-    """
-    return VerlReward(reward_model, needs_prompt)
-
-
 class VerlReward:
-    """A reward model that verl can call, with one response or, in plurals, a batch; see `to_verl`.
+    """A reward model as verl's `compute_score`, also named `to_verl`.
+
+    It is called with one response or, in plurals, a batch. In verl's configuration it is named by a
+    file, `custom_reward_function.path=my_reward.py`, whose content can be
+    `compute_score = to_verl(make("relevance"))`.
 
     verl does not pass the prompt: it is read from `extra_info`, under "prompt", "raw_prompt",
     "question" or "problem", a text or a list of messages. The ground truth becomes the metadata
@@ -156,16 +121,23 @@ class VerlReward:
 
     Args:
         reward_model: The reward model, or whatever `as_reward_model` takes.
-        needs_prompt: Whether a missing prompt is an error; otherwise it is a text that says so.
+        needs_prompt: Whether a missing prompt is an error; False for a reward that looks at the
+            response alone.
 
     Attributes:
         __name__: The reward's name.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> compute_score = to_verl(SentimentReward(), needs_prompt=False)
+        >>> compute_score(data_source="films", solution_str="It was good.", ground_truth=None)
+        0.4404
     """
 
-    def __init__(self, reward_model: RewardLike, needs_prompt: bool = True) -> None:
+    def __init__(self, reward_model: RewardLike, *, needs_prompt: bool = True) -> None:
         self.reward_model = adapted(reward_model)
         self.needs_prompt = needs_prompt
-        self.__name__ = reward_name(self.reward_model)
+        self.__name__ = self.reward_model.name
 
     def __call__(
         self,
@@ -180,12 +152,7 @@ class VerlReward:
         extra_infos: Sequence[Mapping[str, Any] | None] | None = None,
         **ignored: Any,
     ) -> float | list[float]:
-        """Score one response, or the responses in `solution_strs`.
-
-        Raises:
-            RewardError: The reward model failed, or the prompt is missing.
-            TypeError: There is no response.
-        """
+        """Score one response, or the responses in `solution_strs`."""
         if solution_strs is not None:
             none = [None] * len(solution_strs)
             # verl passes arrays, which are neither true nor false.
@@ -213,6 +180,9 @@ class VerlReward:
         content = rest.pop(key) if key is not None else _NO_PROMPT
         truths = {} if truth is None else {"ground_truth": truth, "reference_answer": truth}
         return as_prompt(content, {**rest, "data_source": source, **truths})
+
+
+to_verl = VerlReward
 
 
 def _score_of(value: Any) -> Any:

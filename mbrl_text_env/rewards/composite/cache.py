@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.identity import identity as part_identity
-from mbrl_text_env.rewards.adapters.convert import as_reward_model
 from mbrl_text_env.rewards.base import (
+    ObjectReward,
     RewardError,
     RewardLike,
     Scores,
@@ -26,7 +26,7 @@ from mbrl_text_env.rewards.base import (
     score_responses,
     score_steps,
 )
-from mbrl_text_env.rewards.composite.combinators import Combinator
+from mbrl_text_env.rewards.composite.combinators import Wrapper
 from mbrl_text_env.types import FloatArray, Prompt
 
 _CREATE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value TEXT) WITHOUT ROWID"
@@ -35,7 +35,7 @@ _AT_ONCE = 500
 _BUSY_SECONDS = 60.0
 
 
-class CachedReward(Combinator):
+class CachedReward(Wrapper):
     """A reward whose scores are kept in a file and looked up there the next time.
 
     The key of a score is the reward model (see `identity`), the prompt's content and metadata, and
@@ -66,11 +66,9 @@ class CachedReward(Combinator):
     """
 
     def __init__(self, reward: RewardLike, path: str | Path, *, key: str | None = None) -> None:
-        reward = as_reward_model(reward)
-        super().__init__([reward], reward_name(reward))
-        self.reward = reward
+        super().__init__(reward)
         self.path = Path(path)
-        self.key = identity(reward) if key is None else key
+        self.key = identity(self.reward) if key is None else key
         self.num_found = 0
         self.num_computed = 0
 
@@ -100,17 +98,11 @@ class CachedReward(Combinator):
         }
         return Scores(total, parts)
 
-    def combine(
-        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
-        """The reward's own scores."""
-        return totals[0], {}
-
-    def _score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
-        reward: Any = self.reward
+    def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
+        """Return float64[len(steps)], the reward's."""
         (values,) = self._looked_up(
             [self._digest(prompt, list(steps))],
-            lambda _: [score_steps(reward, prompt, steps).tolist()],
+            lambda _: [score_steps(self.reward, prompt, steps).tolist()],
         )
         return np.array(values, dtype=np.float64)
 
@@ -194,13 +186,15 @@ def _described(value: object, owner: str) -> Any:
         return [_described(item, owner) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _described(item, owner) for key, item in value.items()}
+    if isinstance(value, ObjectReward):
+        return _described_reward(value.reward)
+    if hasattr(value, "score"):
+        return _described_reward(value)
     if is_dataclass(value) and not isinstance(value, type):
         named = {field.name: getattr(value, field.name) for field in fields(value)}
         return [type(value).__qualname__, _described(named, owner)]
     if type(value).__module__.partition(".")[0] == "torch":
         return str(value)
-    if hasattr(value, "score"):
-        return _described_reward(value)
     raise ValueError(
         f"Reward model {owner!r} holds {value!r:.80}, by which it cannot be told from others when "
         "scores are looked up. Pass key=..., a name for the reward model, and change it when the "

@@ -5,32 +5,35 @@ Each keeps the scores of its parts for the report. `transforms.py` has those tha
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from mbrl_text_env.rewards.adapters.convert import as_reward_model
 from mbrl_text_env.rewards.base import (
+    ProcessRewardModel,
     RewardError,
     RewardLike,
+    RewardModel,
     Scores,
-    applies_to,
-    part_names,
-    reduced,
-    reward_name,
-    reward_usage_bound,
     score_responses,
     score_steps,
 )
 from mbrl_text_env.types import FloatArray, Prompt
 
 EnsembleRule = Literal["mean", "min", "mean-std"]
+Totals: TypeAlias = Sequence[FloatArray]
+"""float64[B] of each reward."""
+Combined: TypeAlias = tuple[FloatArray, Mapping[str, FloatArray]]
+"""The combined scores, float64[B], and parts besides those of the rewards."""
+Prompts: TypeAlias = Sequence[Prompt]
+Texts: TypeAlias = Sequence[str]
 
 
-class Combinator(ABC):
+class Combinator(ProcessRewardModel):
     """What rewards that are made of rewards share.
 
     A subclass says in `combine` how the totals make one. It applies to a prompt where all of its
@@ -40,20 +43,23 @@ class Combinator(ABC):
 
     Args:
         rewards: At least one reward model, each with a name of its own.
-        name: What reports call it.
+        name: What reports call it; None for `default`, where `{}` is the names of the rewards.
 
     Raises:
         ValueError: There are no rewards, or two have the same name.
     """
 
     combines_steps: ClassVar[bool] = True
+    """Whether `combine` means the same for the steps of a response."""
     extra_parts: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that `combine` adds."""
 
-    def __init__(self, rewards: Sequence[RewardLike], name: str) -> None:
+    def __init__(
+        self, rewards: Sequence[RewardLike], name: str | None, default: str = "{}"
+    ) -> None:
         self.rewards = tuple(as_reward_model(reward) for reward in rewards)
-        self.name = name
-        names = [reward_name(reward) for reward in self.rewards]
+        names = [reward.name for reward in self.rewards]
+        self.name = default.replace("{}", ",".join(names)) if name is None else name
         if not names:
             raise ValueError(f"{type(self).__name__}: expected at least one reward, got none.")
         repeated = sorted(name for name, count in Counter(names).items() if count > 1)
@@ -62,26 +68,16 @@ class Combinator(ABC):
                 f"Expected a name of its own for each reward, got {names}. Add up the weights of "
                 f"{repeated}, or give different rewards different names."
             )
-        if self.combines_steps and all(hasattr(reward, "score_steps") for reward in self.rewards):
-            self.score_steps = self._score_steps
 
     @abstractmethod
-    def combine(
-        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
-        """The combined scores, float64[B], and parts besides those of the rewards.
+    def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
+        """Make one score of the totals of each reward."""
 
-        Args:
-            totals: float64[B] of each reward.
-            prompts: B prompts.
-            responses: B responses.
-        """
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+    def score(self, prompts: Prompts, responses: Texts) -> FloatArray:
         """Return float64[B]."""
         return self.score_parts(prompts, responses).total
 
-    def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+    def score_parts(self, prompts: Prompts, responses: Texts) -> Scores:
         """Return the combined scores and their parts as they are before, each float64[B].
 
         Raises:
@@ -89,48 +85,65 @@ class Combinator(ABC):
         """
         scores = [score_responses(reward, prompts, responses) for reward in self.rewards]
         total, extra = self.combine([inner.total for inner in scores], prompts, responses)
-        return Scores(total, {**self._flat_parts(scores), **extra})
+        return Scores(total, {**self._flat_parts([s.parts for s in scores]), **extra})
 
     @property
     def part_names(self) -> tuple[str, ...] | None:
         """The parts that every score has, or None where a reward does not name its own."""
-        named = [part_names(reward) for reward in self.rewards]
+        named = [reward.part_names for reward in self.rewards]
         if None in named:
             return None
-        scores = [Scores(np.zeros(0), dict.fromkeys(names or (), np.zeros(0))) for names in named]
-        return (*self._flat_parts(scores), *self.extra_parts)
+        none = np.zeros(0)
+        parts = self._flat_parts([dict.fromkeys(names or (), none) for names in named])
+        return (*parts, *self.extra_parts)
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether all of the rewards can score answers to `prompt`."""
-        return all(applies_to(reward, prompt) for reward in self.rewards)
+        return all(reward.applies_to(prompt) for reward in self.rewards)
 
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of those rewards that tell theirs."""
-        total = np.zeros(len(responses))
-        for reward in self.rewards:
-            if hasattr(reward, "flops"):
-                total += np.asarray(reward.flops(prompts, responses))
-        return total
+    def flops(self, prompts: Prompts, responses: Texts) -> FloatArray:
+        """Return float64[B], the floating-point operations of the rewards together."""
+        counts = [np.asarray(reward.flops(prompts, responses)) for reward in self.rewards]
+        return np.sum(counts, axis=0, dtype=np.float64)
 
     def flops_bound(self) -> float:
         """The most that one response can take."""
-        return sum(reward_usage_bound(reward).reward_flops for reward in self.rewards)
+        return sum(reward.usage_bound().reward_flops for reward in self.rewards)
 
-    def _score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
-        """float64[len(steps)], the combined score of each step."""
-        rewards: Sequence[Any] = self.rewards
-        totals = [score_steps(reward, prompt, steps) for reward in rewards]
+    @property
+    def scores_steps(self) -> bool:
+        """Whether all of the rewards do, and their scores of a step can be combined."""
+        return self.combines_steps and all(reward.scores_steps for reward in self.rewards)
+
+    def score_steps(self, prompt: Prompt, steps: Texts) -> FloatArray:
+        """Return float64[len(steps)], the combined score of each step."""
+        totals = [score_steps(reward, prompt, steps) for reward in self.rewards]
         return self.combine(totals, [prompt] * len(steps), steps)[0]
 
-    def _flat_parts(self, scores: Sequence[Scores]) -> dict[str, FloatArray]:
-        occurrences = Counter(part for inner in scores for part in inner.parts)
+    def _flat_parts(self, parts: Sequence[Mapping[str, FloatArray]]) -> dict[str, FloatArray]:
+        occurrences = Counter(part for inner in parts for part in inner)
         flat = {}
-        for reward, inner in zip(self.rewards, scores, strict=True):
-            name = reward_name(reward)
-            for part, values in inner.parts.items():
-                clashes = occurrences[part] > 1 and part != name
-                flat[f"{name}/{part}" if clashes else part] = values
+        for reward, inner in zip(self.rewards, parts, strict=True):
+            for part, values in inner.items():
+                clashes = occurrences[part] > 1 and part != reward.name
+                flat[f"{reward.name}/{part}" if clashes else part] = values
         return flat
+
+
+class Wrapper(Combinator):
+    """One reward, as it is or changed; see `Combinator`."""
+
+    def __init__(self, reward: RewardLike, name: str | None = None, default: str = "{}") -> None:
+        super().__init__([reward], name, default)
+        (self.reward,) = self.rewards
+
+    def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
+        """The scores, changed by `change`."""
+        return self.change(totals[0]), {}
+
+    def change(self, scores: FloatArray) -> FloatArray:
+        """The changed scores, float64[B]; by default as they are."""
+        return scores
 
 
 class WeightedSum(Combinator):
@@ -159,7 +172,7 @@ class WeightedSum(Combinator):
     def __init__(
         self, rewards: Sequence[RewardLike], weights: Sequence[float], name: str | None = None
     ) -> None:
-        rewards = [as_reward_model(reward) for reward in rewards]
+        models = [as_reward_model(reward) for reward in rewards]
         self.weights = tuple(float(weight) for weight in weights)
         if not rewards or len(rewards) != len(self.weights):
             raise ValueError(
@@ -167,13 +180,11 @@ class WeightedSum(Combinator):
                 f"and {len(self.weights)} weights."
             )
         if not np.isfinite(self.weights).all():
-            names = [reward_name(reward) for reward in rewards]
+            names = [model.name for model in models]
             raise ValueError(f"Expected finite weights, got {list(self.weights)} for {names}.")
-        super().__init__(rewards, _formula(rewards, self.weights) if name is None else name)
+        super().__init__(models, name, _formula(models, self.weights))
 
-    def combine(
-        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
+    def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """The weighted sum."""
         summed = np.zeros(len(responses))
         for weight, total in zip(self.weights, totals, strict=True):
@@ -181,8 +192,8 @@ class WeightedSum(Combinator):
         return summed, {}
 
     def reduced(self, dtype: str) -> WeightedSum:
-        """The sum of the rewards in another format; see `rewards.base.reduced`."""
-        rewards = [reduced(reward, dtype) for reward in self.rewards]
+        """The sum of the rewards in another format."""
+        rewards = [reward.reduced(dtype) for reward in self.rewards]
         return WeightedSum(rewards, self.weights, self.name)
 
 
@@ -208,13 +219,9 @@ class Product(Combinator):
     """
 
     def __init__(self, rewards: Sequence[RewardLike], name: str | None = None) -> None:
-        rewards = [as_reward_model(reward) for reward in rewards]
-        names = ",".join(reward_name(reward) for reward in rewards)
-        super().__init__(rewards, f"product({names})" if name is None else name)
+        super().__init__(rewards, name, "product({})")
 
-    def combine(
-        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
+    def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """The product.
 
         Raises:
@@ -226,7 +233,7 @@ class Product(Combinator):
                 row = int(negative[0])
                 raise RewardError(
                     f"Reward model {self.name!r}: expected factors from 0 up, got {total[row]:g} "
-                    f"from {reward_name(reward)!r} for prompt {prompts[row].id!r}, response "
+                    f"from {reward.name!r} for prompt {prompts[row].id!r}, response "
                     f"{responses[row][:80]!r}. Clip or normalise that reward, or add rewards "
                     "instead."
                 )
@@ -243,7 +250,6 @@ class Gate(Combinator):
         closed: The score of a response for which it stays closed. It should be no better than what
             `reward` gives to bad responses: with sentiment, which goes down to -1, a `closed` of 0
             would reward breaking the constraint.
-        name: What reports call it.
 
     Raises:
         ValueError: A number is not finite, or the two have the same name.
@@ -266,15 +272,12 @@ class Gate(Combinator):
         name: str | None = None,
     ) -> None:
         check_finite("Gate", threshold=threshold, closed=closed)
-        reward, condition = as_reward_model(reward), as_reward_model(condition)
-        default = f"{reward_name(reward)} if {reward_name(condition)}"
-        super().__init__([reward, condition], default if name is None else name)
-        self.reward, self.condition = reward, condition
+        models = as_reward_model(reward), as_reward_model(condition)
+        super().__init__(models, name, f"{models[0].name} if {models[1].name}")
+        self.reward, self.condition = models
         self.threshold, self.closed = threshold, closed
 
-    def combine(
-        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
+    def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """The reward where the condition holds, `closed` elsewhere."""
         reward, condition = totals
         # A fraction such as 3 of 3 constraints may miss 1 by its rounding.
@@ -297,7 +300,6 @@ class Ensemble(Combinator):
         rule: `"mean"`, `"min"`, or `"mean-std"`: the mean minus `k` standard deviations (of the
             judges at hand, divided by their number).
         k: See `rule`; at least 0.
-        name: What reports call it.
 
     Raises:
         ValueError: There are fewer than two rewards, two have the same name, the rule is unknown,
@@ -325,20 +327,16 @@ class Ensemble(Combinator):
         if rule not in get_args(EnsembleRule):
             raise ValueError(f"rule: expected one of {list(get_args(EnsembleRule))}, got {rule!r}.")
         check_finite("Ensemble", k=k)
-        rewards = [as_reward_model(reward) for reward in rewards]
         if k < 0 or len(rewards) < 2:
             raise ValueError(
                 f"Ensemble: expected at least two rewards and k from 0 up, got {len(rewards)} "
                 f"rewards and k={k}."
             )
-        names = ",".join(reward_name(reward) for reward in rewards)
-        super().__init__(rewards, f"{rule}({names})" if name is None else name)
+        super().__init__(rewards, name, f"{rule}({{}})")
         self.rule: EnsembleRule = rule
         self.k = k
 
-    def combine(
-        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
+    def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """The mean, the minimum, or the mean minus k standard deviations."""
         stacked = np.stack(totals)
         disagreement = stacked.std(axis=0)
@@ -359,8 +357,8 @@ def check_finite(owner: str, **numbers: float) -> None:
             raise ValueError(f"{owner}: expected {name} to be a finite number, got {number!r}.")
 
 
-def _formula(rewards: Sequence[object], weights: Sequence[float]) -> str:
+def _formula(rewards: Sequence[RewardModel], weights: Sequence[float]) -> str:
     return "+".join(
-        reward_name(reward) if weight == 1.0 else f"{weight:g}*{reward_name(reward)}"
+        reward.name if weight == 1.0 else f"{weight:g}*{reward.name}"
         for reward, weight in zip(rewards, weights, strict=True)
     )

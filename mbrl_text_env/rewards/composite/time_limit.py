@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from mbrl_text_env.identity import identity
-from mbrl_text_env.rewards.adapters.convert import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
     Scores,
-    reduced,
-    reward_name,
     score_responses,
     score_steps,
 )
-from mbrl_text_env.rewards.composite.combinators import Combinator, check_finite
+from mbrl_text_env.rewards.composite.combinators import Wrapper, check_finite
 from mbrl_text_env.types import FloatArray, Prompt
 
 T = TypeVar("T")
 
 
-class TimeLimit(Combinator):
+class TimeLimit(Wrapper):
     """A reward that is given up on when a call takes too long.
 
     The call runs in a thread; after `seconds` an error is raised and the thread is left behind,
@@ -50,17 +47,16 @@ class TimeLimit(Combinator):
         check_finite("TimeLimit", seconds=seconds)
         if not seconds > 0:
             raise ValueError(f"TimeLimit: expected seconds above 0, got {seconds}.")
-        reward = as_reward_model(reward)
-        super().__init__([reward], reward_name(reward))
-        self.reward, self.seconds = reward, seconds
+        super().__init__(reward)
+        self.seconds = seconds
 
     def identity(self) -> Any:
         """That of the reward: the limit does not change its scores."""
         return identity(self.reward)
 
     def reduced(self, dtype: str) -> TimeLimit:
-        """The reward in another format, within the same time; see `rewards.base.reduced`."""
-        return TimeLimit(reduced(self.reward, dtype), self.seconds)
+        """The reward in another format, within the same time."""
+        return TimeLimit(self.reward.reduced(dtype), self.seconds)
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
         """Return the reward's scores and parts, each float64[B].
@@ -70,15 +66,9 @@ class TimeLimit(Combinator):
         """
         return self._in_time(lambda: score_responses(self.reward, prompts, responses), prompts)
 
-    def combine(
-        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
-        """The reward's own scores."""
-        return totals[0], {}
-
-    def _score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
-        reward: Any = self.reward
-        return self._in_time(lambda: score_steps(reward, prompt, steps), [prompt])
+    def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
+        """Return float64[len(steps)], the reward's."""
+        return self._in_time(lambda: score_steps(self.reward, prompt, steps), [prompt])
 
     def _in_time(self, function: Callable[[], T], prompts: Sequence[Prompt]) -> T:
         results: list[T] = []

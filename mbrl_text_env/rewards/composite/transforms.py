@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,50 +14,27 @@ import numpy as np
 
 from mbrl_text_env.files import write_text
 from mbrl_text_env.rewards.adapters.convert import as_reward_model
-from mbrl_text_env.rewards.base import (
-    RewardError,
-    RewardLike,
-    RewardModel,
-    reward_name,
-    score_responses,
+from mbrl_text_env.rewards.base import RewardError, RewardLike, score_responses
+from mbrl_text_env.rewards.composite.combinators import (
+    Combined,
+    Prompts,
+    Texts,
+    Totals,
+    Wrapper,
+    check_finite,
 )
-from mbrl_text_env.rewards.composite.combinators import Combinator, check_finite
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray
 
 _FORMAT = 1
 
 
-class Transform(Combinator):
-    """A function of one reward's scores; a subclass gives it in `change`.
-
-    Args:
-        reward: The reward.
-        name: What reports call it.
-    """
-
-    def __init__(self, reward: RewardModel, name: str) -> None:
-        super().__init__([reward], name)
-        self.reward = reward
-
-    @abstractmethod
-    def change(self, scores: FloatArray) -> FloatArray:
-        """The changed scores, float64[B]."""
-
-    def combine(
-        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
-        """The changed scores."""
-        return self.change(totals[0]), {}
-
-
-class Clip(Transform):
+class Clip(Wrapper):
     """A reward kept within bounds.
 
     Args:
         reward: The reward.
         low: The least score; None for no bound.
         high: The greatest score; None for no bound.
-        name: What reports call it.
 
     Raises:
         ValueError: There is no bound, one is NaN, or `low` is above `high`.
@@ -82,8 +58,7 @@ class Clip(Transform):
         ceiling = np.inf if high is None else high
         if not floor <= ceiling:
             raise ValueError(f"Clip: expected low to be at most high, got {low} and {high}.")
-        reward = as_reward_model(reward)
-        super().__init__(reward, f"clip({reward_name(reward)})" if name is None else name)
+        super().__init__(reward, name, "clip({})")
         self.low, self.high = low, high
 
     def change(self, scores: FloatArray) -> FloatArray:
@@ -91,13 +66,12 @@ class Clip(Transform):
         return np.clip(scores, self.low, self.high)
 
 
-class Threshold(Transform):
+class Threshold(Wrapper):
     """1 where a reward reaches a threshold, 0 elsewhere.
 
     Args:
         reward: The reward.
         threshold: The least score that makes 1.
-        name: What reports call it.
 
     Raises:
         ValueError: The threshold is not finite.
@@ -111,9 +85,7 @@ class Threshold(Transform):
 
     def __init__(self, reward: RewardLike, threshold: float, name: str | None = None) -> None:
         check_finite("Threshold", threshold=threshold)
-        reward = as_reward_model(reward)
-        default = f"{reward_name(reward)}>={threshold:g}"
-        super().__init__(reward, default if name is None else name)
+        super().__init__(reward, name, f"{{}}>={threshold:g}")
         self.threshold = threshold
 
     def change(self, scores: FloatArray) -> FloatArray:
@@ -121,14 +93,13 @@ class Threshold(Transform):
         return (scores >= self.threshold).astype(np.float64)
 
 
-class Normalise(Transform):
+class Normalise(Wrapper):
     """A reward minus a mean, in units of a standard deviation; both are fixed.
 
     Args:
         reward: The reward.
         mean: What becomes 0.
         std: What becomes 1; above 0.
-        name: What reports call it.
 
     Raises:
         ValueError: A number is not finite, or `std` is not above 0.
@@ -146,16 +117,15 @@ class Normalise(Transform):
         check_finite("Normalise", mean=mean, std=std)
         if not std > 0:
             raise ValueError(f"Normalise: expected std to be above 0, got {std}.")
-        reward = as_reward_model(reward)
-        super().__init__(reward, f"normalised({reward_name(reward)})" if name is None else name)
+        super().__init__(reward, name, "normalised({})")
         self.mean, self.std = float(mean), float(std)
 
     @classmethod
     def fitted(
         cls,
-        reward: RewardModel,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
+        reward: RewardLike,
+        prompts: Prompts,
+        responses: Texts,
         name: str | None = None,
     ) -> Normalise:
         """Take mean and standard deviation from the scores of some responses.
@@ -163,10 +133,11 @@ class Normalise(Transform):
         Raises:
             RewardError: All of them score the same, or there are fewer than two.
         """
+        reward = as_reward_model(reward)
         scores = score_responses(reward, prompts, responses).total
         if len(scores) < 2 or not scores.std() > 0:
             raise RewardError(
-                f"Reward model {reward_name(reward)!r}: expected at least two responses with "
+                f"Reward model {reward.name!r}: expected at least two responses with "
                 f"different scores to normalise by, got {len(scores)} with {len(set(scores))} "
                 "different ones. Pass more responses, or mean and std."
             )
@@ -177,7 +148,7 @@ class Normalise(Transform):
         return (scores - self.mean) / self.std
 
 
-class RunningNormalise(Transform):
+class RunningNormalise(Wrapper):
     """A reward normalised by the mean and standard deviation of what it has scored so far.
 
     Each call first takes its scores into account, then normalises them, as the reward wrappers of
@@ -190,7 +161,6 @@ class RunningNormalise(Transform):
 
     Args:
         reward: The reward.
-        name: What reports call it.
 
     Attributes:
         count: Scores seen.
@@ -207,8 +177,7 @@ class RunningNormalise(Transform):
     """
 
     def __init__(self, reward: RewardLike, name: str | None = None) -> None:
-        reward = as_reward_model(reward)
-        super().__init__(reward, f"normalised({reward_name(reward)})" if name is None else name)
+        super().__init__(reward, name, "normalised({})")
         self.count = 0
         self.mean = 0.0
         self._squares = 0.0
@@ -237,7 +206,7 @@ class RunningNormalise(Transform):
         """Write the statistics as JSON."""
         statistics = {
             "format": _FORMAT,
-            "reward": reward_name(self.reward),
+            "reward": self.reward.name,
             "count": self.count,
             "mean": self.mean,
             "squares": self._squares,
@@ -252,10 +221,10 @@ class RunningNormalise(Transform):
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            if found["format"] != _FORMAT or found["reward"] != reward_name(self.reward):
+            if found["format"] != _FORMAT or found["reward"] != self.reward.name:
                 raise ValueError(
                     f"it is of reward {found['reward']!r}, format {found['format']}, not of "
-                    f"{reward_name(self.reward)!r}, format {_FORMAT}"
+                    f"{self.reward.name!r}, format {_FORMAT}"
                 )
             count, mean = int(found["count"]), float(found["mean"])
             squares = float(found["squares"])
@@ -271,7 +240,23 @@ class RunningNormalise(Transform):
         return self
 
 
-class LengthPenalty(Combinator):
+class Penalty(Wrapper):
+    """A reward minus `weight` times a penalty for each whole response, which is also a part."""
+
+    combines_steps: ClassVar[bool] = False
+    weight: float
+
+    @abstractmethod
+    def penalty(self, response: str) -> float:
+        """What a response is charged, before the weight."""
+
+    def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
+        """The reward minus the penalty."""
+        penalty = self.weight * np.array([self.penalty(r) for r in responses], dtype=np.float64)
+        return totals[0] - penalty, {self.extra_parts[0]: penalty}
+
+
+class LengthPenalty(Penalty):
     """A reward minus a penalty for each word beyond a limit.
 
     Source: the soft overlong punishment of Yu et al., "DAPO", 2025. Deviations: it counts words,
@@ -281,7 +266,6 @@ class LengthPenalty(Combinator):
         reward: The reward.
         max_words: Words (runs without white space) that are free.
         weight: Taken off for each further word; above 0.
-        name: What reports call it.
 
     Raises:
         ValueError: `max_words` is negative, or `weight` is not a finite number above 0.
@@ -292,9 +276,6 @@ class LengthPenalty(Combinator):
         >>> reward.score([Prompt.from_text("Hi")], ["It was good."]).round(4)
         array([0.3404])
     """
-
-    # The penalty is for a whole response.
-    combines_steps: ClassVar[bool] = False
 
     extra_parts = ("length_penalty",)
 
@@ -311,20 +292,15 @@ class LengthPenalty(Combinator):
                 "LengthPenalty: expected max_words from 0 up and a weight above 0, got "
                 f"{max_words} and {weight}."
             )
-        reward = as_reward_model(reward)
-        super().__init__([reward], f"{reward_name(reward)}-length" if name is None else name)
-        self.reward, self.max_words, self.weight = reward, max_words, weight
+        super().__init__(reward, name, "{}-length")
+        self.max_words, self.weight = max_words, weight
 
-    def combine(
-        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
-        """The reward minus the penalty, which is the part "length_penalty"."""
-        beyond = [max(0, len(response.split()) - self.max_words) for response in responses]
-        penalty = self.weight * np.array(beyond, dtype=np.float64)
-        return totals[0] - penalty, {"length_penalty": penalty}
+    def penalty(self, response: str) -> float:
+        """Words beyond the limit."""
+        return max(0, len(response.split()) - self.max_words)
 
 
-class RepetitionPenalty(Combinator):
+class RepetitionPenalty(Penalty):
     """A reward minus a penalty for n-grams of words that occur again.
 
     The penalty is `weight` times the share of a response's n-grams that are repetitions of an
@@ -337,7 +313,6 @@ class RepetitionPenalty(Combinator):
         reward: The reward.
         weight: Of a response that only repeats; above 0.
         n: Words in an n-gram, at least 1. Case is ignored.
-        name: What reports call it.
 
     Raises:
         ValueError: `n` is below 1, or `weight` is not a finite number above 0.
@@ -348,9 +323,6 @@ class RepetitionPenalty(Combinator):
         >>> reward.score([Prompt.from_text("Hi")] * 2, ["so so so so", "as good as new"])
         array([-0.75, -0.25])
     """
-
-    # The penalty is for a whole response.
-    combines_steps: ClassVar[bool] = False
 
     extra_parts = ("repetition_penalty",)
 
@@ -363,17 +335,12 @@ class RepetitionPenalty(Combinator):
                 f"RepetitionPenalty: expected n from 1 up and a weight above 0, got {n} and "
                 f"{weight}."
             )
-        reward = as_reward_model(reward)
-        super().__init__([reward], f"{reward_name(reward)}-repetition" if name is None else name)
-        self.reward, self.weight, self.n = reward, weight, n
+        super().__init__(reward, name, "{}-repetition")
+        self.weight, self.n = weight, n
 
-    def combine(
-        self, totals: Sequence[FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
-        """The reward minus the penalty, which is the part "repetition_penalty"."""
-        shares = [repeated_share(response, self.n) for response in responses]
-        penalty = self.weight * np.array(shares, dtype=np.float64)
-        return totals[0] - penalty, {"repetition_penalty": penalty}
+    def penalty(self, response: str) -> float:
+        """The share of n-grams that are repetitions."""
+        return repeated_share(response, self.n)
 
 
 def repeated_share(text: str, n: int) -> float:

@@ -6,7 +6,10 @@ files lack them, are an error.
 
 from __future__ import annotations
 
+import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,7 @@ from mbrl_text_env.language_models.base import (
     UnknownTokenError,
 )
 from mbrl_text_env.language_models.content import plain_text
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.types import FloatArray, Message, Prompt
 
 if TYPE_CHECKING:
@@ -26,6 +29,88 @@ if TYPE_CHECKING:
 
 # A text that every tokenizer has tokens for.
 _ANCHOR = "a"
+
+
+class Evaluator(RewardModel):
+    """What rewards that read texts with a network share: it is loaded when it is first used."""
+
+    num_truncated = 0
+    cuts: tuple[str, str] = (
+        "text(s) to {} tokens, so the rest of them does not count",
+        "model's input",
+    )
+    """What was cut, and what may allow more, for the warning."""
+    _loaded: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weights are not pickled; a copy loads them again when it is first used.
+        return {**self.__dict__, "_loaded": None}
+
+    @abstractmethod
+    def _load(self) -> Any:
+        """The model and what is to be known of it; arguments are checked here."""
+
+    def _model(self) -> Any:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _note_truncated(self, count: int, limit: int) -> None:
+        if count and not self.num_truncated:
+            what, room = self.cuts
+            warnings.warn(
+                f"Reward model {self.name!r} cut {count} {what.format(limit)}. Raise max_length if "
+                f"the {room} allows it, or shorten prompts and responses. `num_truncated` counts "
+                "further ones.",
+                stacklevel=3,
+            )
+        self.num_truncated += count
+
+
+@dataclass(eq=False, repr=False)
+class HubReward(Evaluator):
+    """A model of transformers from the Hub or a folder; see its subclasses.
+
+    Args:
+        model: Name on the Hub, or folder with a model and its tokenizer.
+        batch_size: Most responses in one forward pass.
+        batch_tokens: Most tokens in one, padding included, so that long texts go in small batches.
+        max_length: Most tokens of a text.
+        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
+        dtype: By default float32 on a CPU and bfloat16 elsewhere.
+        name: What reports call it; by default the last part of the model's name or folder.
+        revision: Branch, tag or commit on the Hub.
+    """
+
+    model: str | Path
+    _: KW_ONLY
+    batch_size: int = 16
+    batch_tokens: int = 8192
+    max_length: int = 512
+    device: str | torch.device | None = None
+    dtype: torch.dtype | None = None
+    name: str = ""
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        self.name = self.name or Path(self.model).name
+
+    def _model(self) -> Any:
+        if self._loaded is None:
+            check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
+        return super()._model()
+
+    def _read(self, factory: str | Callable[..., Any], kind: str) -> tuple[Any, Any]:
+        """Model and tokenizer."""
+        return load_model(
+            self.model,
+            factory,
+            kind,
+            name=self.name,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
 
 def load_model(
@@ -38,21 +123,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
-    """A model of transformers, ready for inference, and its tokenizer.
-
-    Args:
-        source: Name on the Hub, or folder.
-        factory: A class of transformers, such as `"AutoModelForSequenceClassification"`, or a
-            function like their `from_pretrained`.
-        kind: What the error message calls such a model.
-        name: The reward's name, for error messages.
-        revision: Branch, tag or commit on the Hub.
-        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
-        dtype: By default float32 on a CPU and bfloat16 elsewhere.
-
-    Raises:
-        RewardError: There is no such model, its tokenizer is missing, or weights are.
-    """
+    """A model of transformers, ready for inference, and its tokenizer."""
     import torch
     import transformers
 
@@ -81,11 +152,7 @@ def load_model(
 def check_complete(
     model: Any, tokenizer: Any, missing_keys: Iterable[str], source: str, kind: str, name: str
 ) -> None:
-    """Refuse what transformers makes up for missing files and weights.
-
-    Raises:
-        RewardError: It made up something.
-    """
+    """Refuse what transformers makes up for missing files and weights."""
     vocab_size = model.config.get_text_config().vocab_size
     # Where there are no files, it makes a tokenizer that knows special tokens alone.
     if len(tokenizer) * 10 < vocab_size:
@@ -120,11 +187,7 @@ def input_limit(model: Any, tokenizer: Any, wanted: int) -> int:
 
 
 def check_choices(reward: object, **choices: Sequence[Any]) -> None:
-    """Refuse an attribute that is none of the choices.
-
-    Raises:
-        ValueError: One is not.
-    """
+    """Refuse an attribute that is none of the choices."""
     for argument, allowed in choices.items():
         if getattr(reward, argument) not in allowed:
             raise ValueError(
@@ -133,11 +196,7 @@ def check_choices(reward: object, **choices: Sequence[Any]) -> None:
 
 
 def check_at_least_one(reward: object, *arguments: str) -> None:
-    """Refuse counts below 1.
-
-    Raises:
-        ValueError: One is.
-    """
+    """Refuse counts below 1."""
     for argument in arguments:
         if getattr(reward, argument) < 1:
             raise ValueError(f"{argument}: expected at least 1, got {getattr(reward, argument)!r}.")
@@ -145,11 +204,6 @@ def check_at_least_one(reward: object, *arguments: str) -> None:
 
 def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
     """Indices of texts of similar length, the shortest first.
-
-    Args:
-        lengths: Tokens of each text.
-        rows: Most texts in a batch.
-        tokens: Most tokens in a batch, padding included. A text that is longer is alone.
 
     Example:
         >>> list(batches([5, 90, 6, 4], rows=8, tokens=20))
@@ -179,11 +233,7 @@ def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any,
 
 
 def check_rows(ids: Iterable[int], model: Any, tokenizer: Any, name: str) -> None:
-    """Refuse tokens for which a model has no row among its embeddings.
-
-    Raises:
-        RewardError: The tokenizer knows more tokens than the model, and a text has one of them.
-    """
+    """Refuse tokens for which a model has no row among its embeddings."""
     rows = model.get_input_embeddings().num_embeddings
     unknown = next((token for token in ids if token >= rows), None)
     if unknown is not None:
@@ -284,15 +334,7 @@ class TextEncoder:
 
 
 def language_model_of(source: LanguageModel | str | Path | None, name: str) -> LanguageModel:
-    """A language model: as it is, loaded by name or folder, or for None the embedded one.
-
-    Args:
-        source: What the reward was made with.
-        name: The reward's name, for error messages.
-
-    Raises:
-        RewardError: It cannot be loaded, or is none.
-    """
+    """A language model: as it is, loaded by name or folder, or for None the embedded one."""
     if source is None:
         from mbrl_text_env.language_models.registry import embedded
 

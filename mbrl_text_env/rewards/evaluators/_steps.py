@@ -92,17 +92,7 @@ class StepText:
 
 
 class StepEncoder:
-    """Encodes prompts and steps for one model.
-
-    Args:
-        tokenizer: The model's.
-        step_format: How they are written.
-        name: The reward's name, for error messages.
-        max_length: Most tokens of a text.
-
-    Raises:
-        RewardError: The format does not fit the tokenizer.
-    """
+    """Encodes prompts and steps for one model."""
 
     def __init__(self, tokenizer: Any, step_format: StepFormat, name: str, max_length: int) -> None:
         self.tokenizer = tokenizer
@@ -147,11 +137,7 @@ class StepEncoder:
         return StepText([*head, *itertools.chain(*parts)], ends.tolist(), truncated)
 
     def token(self, text: str, argument: str) -> int:
-        """The id of a text that has to be one token.
-
-        Raises:
-            RewardError: It is none, or several.
-        """
+        """The id of a text that has to be one token."""
         ids = self._ids(text)
         unknown = ids == [self.tokenizer.unk_token_id] and text != self.tokenizer.unk_token
         if len(ids) != 1 or unknown:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
@@ -14,14 +12,13 @@ import numpy as np
 from mbrl_text_env.language_models.content import control_test, plain_text
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
+    HubReward,
     batches,
     chat_messages,
-    check_at_least_one,
     check_choices,
     check_rows,
     forward_flops,
     input_limit,
-    load_model,
     padded,
 )
 from mbrl_text_env.types import FloatArray, Prompt
@@ -33,27 +30,25 @@ TextFormat = Literal["pair", "chat", "article"]
 Output = Literal["logit", "sigmoid", "softmax"]
 
 
-class ClassifierReward:
+@dataclass(eq=False, repr=False)
+class ClassifierReward(HubReward):
     """The score that a sequence-classification model gives to a prompt and its response.
 
-    Most reward models on the Hugging Face Hub have one logit, trained on preferences. A model with
-    several classes needs `label`: the class whose logit or probability is the reward. Code that
-    comes with a model is never run (`trust_remote_code` is off), and safetensors weights are
-    preferred where a model has others too.
+    Most reward models on the Hub have one logit, trained on preferences; a model with several
+    classes needs `label`. Code that comes with a model is never run (`trust_remote_code` is off).
 
-    Responses are scored in batches of similar length; in float32 the batch around a response does
-    not change its score by more than 1e-5. A model whose config names no padding token is run on
-    one response at a time. Texts longer than `max_length`, or than the model's input, are cut, and
-    a warning says so the first time. Special tokens written out in a prompt or response are read as
-    ordinary text, with a zero-width space in their middle: a response cannot end its own message
-    and begin another.
+    Responses are scored in batches of similar length, one at a time where the config names no
+    padding token; in float32 the batch changes a score by at most 1e-5. Texts longer than
+    `max_length`, or than the model's input, are cut; the first cut gives a warning. Special tokens
+    written out in a prompt or response get a zero-width space and are read as ordinary text: a
+    response cannot end its own message.
 
-    The article's reward is `text_format="article"` with `output="sigmoid"`, which its pipeline
-    applies to a single logit. The sigmoid keeps the order of the logits, but flattens at both ends.
+    The article's reward is `text_format="article"` with `output="sigmoid"`; the sigmoid keeps the
+    order of the logits, but flattens at both ends.
 
     Source: Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020.
 
-    Args:
+    Args (see `HubReward` for the others):
         model: Name on the Hub, or folder with a model and its tokenizer.
         text_format: `"pair"`: prompt and response as the tokenizer's two segments, the longer cut
             first, at the tokenizer's `truncation_side` (as a rule its end). `"chat"`: the
@@ -63,13 +58,7 @@ class ClassifierReward:
             `truncation_side` as the article's pipeline does.
         output: `"logit"`, `"sigmoid"` (of a single logit) or `"softmax"` (over several classes).
         label: Name or index of the class that is the reward; required with several classes.
-        batch_size: Most responses in one forward pass.
-        batch_tokens: Most tokens in one, padding included, so that long texts go in small batches.
         max_length: Most tokens of a text.
-        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
-        dtype: By default float32 on a CPU and bfloat16 elsewhere.
-        name: What reports call it; by default the last part of the model's name or folder.
-        revision: Branch, tag or commit on the Hub.
 
     Attributes:
         num_truncated: Texts that were cut so far.
@@ -86,46 +75,18 @@ class ClassifierReward:
         'reward-model-deberta-v3-large-v2'
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        text_format: TextFormat = "pair",
-        output: Output = "logit",
-        label: str | int | None = None,
-        batch_size: int = 16,
-        batch_tokens: int = 8192,
-        max_length: int = 512,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.model = model
-        self.text_format: TextFormat = text_format
-        self.output: Output = output
-        self.label = label
-        self.batch_size = batch_size
-        self.batch_tokens = batch_tokens
-        self.max_length = max_length
-        self.device = device
-        self.dtype = dtype
-        self.name = Path(model).name if name is None else name
-        self.revision = revision
-        self.num_truncated = 0
-        self._loaded: LoadedClassifier | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Weights are not pickled; a copy loads them again when it is first used.
-        return {**self.__dict__, "_loaded": None}
+    _: KW_ONLY
+    text_format: TextFormat = "pair"
+    output: Output = "logit"
+    label: str | int | None = None
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the model's output for each prompt and response."""
         if not responses:
             return np.zeros(0)
         encodings = self._encode(prompts, responses)
-        self._note_truncated(sum(encoding.truncated for encoding in encodings))
         loaded = self._model()
+        self._note_truncated(sum(e.truncated for e in encodings), loaded.max_length)
         rows = 1 if loaded.pad_id is None else self.batch_size
         scores = np.zeros(len(encodings))
         for part in batches([len(e.ids) for e in encodings], rows, self.batch_tokens):
@@ -133,11 +94,7 @@ class ClassifierReward:
         return scores
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of scoring each response.
-
-        2 x parameters (without embedding tables, which are looked up) x tokens + 4 x layers x width
-        x tokens^2 for the attention; padding is not counted.
-        """
+        """Return float64[B], the floating-point operations of each response: `forward_flops`."""
         if not responses:
             return np.zeros(0)
         lengths = [len(encoding.ids) for encoding in self._encode(prompts, responses)]
@@ -148,25 +105,10 @@ class ClassifierReward:
         loaded = self._model()
         return float(forward_flops(loaded.model, [loaded.max_length])[0])
 
-    def _model(self) -> LoadedClassifier:
-        if self._loaded is None:
-            self._check_arguments()
-            self._loaded = self._load()
-        return self._loaded
-
-    def _check_arguments(self) -> None:
-        check_choices(self, text_format=get_args(TextFormat), output=get_args(Output))
-        check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
-
     def _load(self) -> LoadedClassifier:
-        model, tokenizer = load_model(
-            self.model,
-            "AutoModelForSequenceClassification",
-            "sequence-classification",
-            name=self.name,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
+        check_choices(self, text_format=get_args(TextFormat), output=get_args(Output))
+        model, tokenizer = self._read(
+            "AutoModelForSequenceClassification", "sequence-classification"
         )
         if self.text_format == "chat" and tokenizer.chat_template is None:
             raise RewardError(
@@ -266,16 +208,6 @@ class ClassifierReward:
         messages = chat_messages(prompt, is_special)
         messages.append({"role": "assistant", "content": response})
         return cast("str", self._model().tokenizer.apply_chat_template(messages, tokenize=False))
-
-    def _note_truncated(self, count: int) -> None:
-        if count and not self.num_truncated:
-            warnings.warn(
-                f"Reward model {self.name!r} cut {count} text(s) to {self._model().max_length} "
-                "tokens, so the rest of them does not count. Raise max_length if the model's input "
-                "allows it, or shorten prompts and responses. `num_truncated` counts further ones.",
-                stacklevel=3,
-            )
-        self.num_truncated += count
 
 
 @dataclass(frozen=True)

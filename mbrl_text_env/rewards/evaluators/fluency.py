@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import TextEncoder, check_at_least_one, language_model_of
+from mbrl_text_env.rewards.evaluators._hub import (
+    Evaluator,
+    TextEncoder,
+    check_at_least_one,
+    language_model_of,
+)
 from mbrl_text_env.types import Chunk, FloatArray, Prompt, TextState
 
 
-class FluencyReward:
+@dataclass(eq=False, repr=False)
+class FluencyReward(Evaluator):
     """Mean log-probability (nats a token) of a response under a language model, at most 0.
 
-    It is minus the logarithm of the response's perplexity. Reward models see text only, so the
-    response is encoded anew: its tokens, and so its score, may differ from those that were sampled.
-    Special tokens written out in it are read as ordinary text.
+    It is minus the logarithm of the response's perplexity. The text is encoded anew, so its tokens
+    may differ from the sampled ones; special tokens written out in it are read as ordinary text. A
+    response without tokens scores the log-probability that the model ends right there (all its stop
+    tokens together); the end of other responses does not count.
 
-    An empty mean would be 0, the best score there is. So a response without tokens scores the
-    log-probability that the model ends right there: that of all its stop tokens together. The end
-    of other responses does not count; they may have been cut by a limit.
-
-    Probable is not good: a text that repeats itself scores close to 0, so a search for this reward
-    alone ends in repetition. Combine it with `RepetitionPenalty` or another reward.
-
-    Responses longer than `max_length`, or than the model's context has room for, are cut at their
-    end, and a warning says so the first time.
+    A text that repeats itself is probable, so a search for this reward alone ends in repetition:
+    combine it with `RepetitionPenalty` or another reward. Responses longer than `max_length`, or
+    than the context has room for, are cut at their end; the first cut gives a warning.
 
     Args:
-        language_model: A language model with `logprobs`, such as `TransformersLM` or `ServerLM`;
-            the name on the Hub or the folder of one; None for the embedded SmolLM2, which is loaded
-            at first use.
+        language_model: One with `logprobs` (`TransformersLM`, `ServerLM`), its name on the Hub or
+            folder; None for the embedded SmolLM2.
         conditional: Whether the response is judged as an answer to its prompt; otherwise as a text
             of its own, after the tokenizer's opening token or, where it has none, a stop token.
         max_length: Most tokens of a response that count.
+        name: What reports call it; by default "fluency", or "fluency-unconditional".
 
     Attributes:
         num_truncated: Responses that were cut so far.
@@ -59,27 +58,20 @@ class FluencyReward:
         True
     """
 
-    def __init__(
-        self,
-        language_model: LanguageModel | str | Path | None = None,
-        *,
-        conditional: bool = True,
-        max_length: int = 2048,
-    ) -> None:
-        self.language_model = language_model
-        self.conditional = conditional
-        self.max_length = max_length
-        self.num_truncated = 0
-        self._loaded: _Loaded | None = None
+    language_model: LanguageModel | str | Path | None = None
+    _: KW_ONLY
+    conditional: bool = True
+    max_length: int = 2048
+    name: str = ""
 
-    @property
-    def name(self) -> str:
-        """`"fluency"`, or `"fluency-unconditional"`."""
-        return "fluency" if self.conditional else "fluency-unconditional"
+    cuts = (
+        "response(s) to {} tokens or what the model's context has room for; the rest of them does "
+        "not count",
+        "context",
+    )
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A model that was loaded here is not pickled; a copy loads it again when first used.
-        return {**self.__dict__, "_loaded": None}
+    def __post_init__(self) -> None:
+        self.name = self.name or ("fluency" if self.conditional else "fluency-unconditional")
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the model can read the prompt: it fits, and a chat needs a chat template."""
@@ -93,9 +85,9 @@ class FluencyReward:
         """Return float64[B], the mean log-probability (nats) of each response's tokens."""
         if not responses:
             return np.zeros(0)
-        loaded = self._model()
+        loaded: _Loaded = self._model()
         states, texts = self._states(prompts, responses)
-        self._note_truncated(sum(len(text.ids) > text.kept for text in texts))
+        self._note_truncated(sum(len(text.ids) > text.kept for text in texts), self.max_length)
         # A response without tokens is judged by each of the tokens that could end it.
         stops = [(stop,) for stop in sorted(loaded.language_model.stop_token_ids)]
         rows = [[text.ids[: text.kept]] if text.ids else stops for text in texts]
@@ -135,12 +127,12 @@ class FluencyReward:
         return self._usage(self._model().language_model.context_length)
 
     def _usage(self, tokens: int) -> float:
-        return self._model().language_model.usage_bound(tokens, []).lm_flops
+        return float(self._model().language_model.usage_bound(tokens, []).lm_flops)
 
     def _states(
         self, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> tuple[list[TextState], list[_Tokens]]:
-        loaded = self._model()
+        loaded: _Loaded = self._model()
         states, texts = [], []
         for prompt, response in zip(prompts, responses, strict=True):
             prefix = self._prefix(prompt)
@@ -152,7 +144,7 @@ class FluencyReward:
 
     def _prefix(self, prompt: Prompt) -> tuple[int, ...]:
         """The tokens that the response follows."""
-        loaded = self._model()
+        loaded: _Loaded = self._model()
         if not self.conditional:
             return loaded.encoder.opening or (min(loaded.language_model.stop_token_ids),)
         try:
@@ -164,29 +156,16 @@ class FluencyReward:
                 f"Reward model {self.name!r}: prompt {prompt.id!r} cannot be encoded: {error}"
             ) from error
 
-    def _model(self) -> _Loaded:
-        if self._loaded is None:
-            check_at_least_one(self, "max_length")
-            language_model = language_model_of(self.language_model, self.name)
-            if not language_model.stop_token_ids:
-                raise RewardError(
-                    f"Reward model {self.name!r}: {language_model.name!r} has no stop tokens, by "
-                    "which an empty response is judged. Pass a language model that knows when a "
-                    "response ends."
-                )
-            self._loaded = _Loaded(language_model, TextEncoder(language_model))
-        return self._loaded
-
-    def _note_truncated(self, count: int) -> None:
-        if count and not self.num_truncated:
-            warnings.warn(
-                f"Reward model {self.name!r} cut {count} response(s) to {self.max_length} tokens "
-                "or what the model's context has room for; the rest of them does not count. Raise "
-                "max_length if the context allows it, or shorten prompts and responses. "
-                "`num_truncated` counts further ones.",
-                stacklevel=3,
+    def _load(self) -> _Loaded:
+        check_at_least_one(self, "max_length")
+        language_model = language_model_of(self.language_model, self.name)
+        if not language_model.stop_token_ids:
+            raise RewardError(
+                f"Reward model {self.name!r}: {language_model.name!r} has no stop tokens, by which "
+                "an empty response is judged. Pass a language model that knows when a response "
+                "ends."
             )
-        self.num_truncated += count
+        return _Loaded(language_model, TextEncoder(language_model))
 
 
 @dataclass(frozen=True)

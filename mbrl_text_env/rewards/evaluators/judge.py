@@ -7,7 +7,7 @@ import math
 import string
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,12 @@ import numpy as np
 
 from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import TextEncoder, check_at_least_one, language_model_of
+from mbrl_text_env.rewards.evaluators._hub import (
+    Evaluator,
+    TextEncoder,
+    check_at_least_one,
+    language_model_of,
+)
 from mbrl_text_env.types import Chunk, FloatArray, Prompt, TextState
 
 RUBRIC = (
@@ -44,32 +49,26 @@ YES_NO: Mapping[str, float] = MappingProxyType({"Yes": 1.0, "No": 0.0})
 _FIELDS = ("rubric", "prompt", "response")
 
 
-class JudgeReward:
+@dataclass(eq=False, repr=False)
+class JudgeReward(Evaluator):
     """The verdict that a language model is expected to give on a response, by a rubric.
 
-    The judge is asked with a template, and nothing is sampled or parsed: the score is the mean of
-    the possible answers' values, weighted by the probabilities that the judge gives to them. Each
-    answer is judged as the next tokens after the question by `logprobs`, which language models in
-    this process and servers (`ServerLM`) share.
+    Nothing is sampled or parsed: the score is the mean of the answers' values, weighted by the
+    probabilities (`logprobs`) that each comes next after the template's question.
 
-    Prompt and response stand in one user message. Special tokens written out in them, or in rubric
-    and template, are read as ordinary text, so that nothing can end the message or write the
-    judge's answer. What a response says in plain words the judge still reads: nothing here keeps it
-    from asking for a good mark.
-
-    A response that does not fit into `max_length` with the rest is cut at its end, and a warning
-    says so the first time. So it does where all answers together have a probability below
-    `least_mass`: the score is then one of unlikely answers, and the template or the judge does not
-    suit.
+    Special tokens written out in prompt, response, rubric or template are read as ordinary text, so
+    nothing can end the message or write the judge's answer. A response may still ask in plain words
+    for a good mark. One that does not fit into `max_length` with the rest is cut at its end. The
+    first such cut, and the first question whose answers together are less probable than
+    `least_mass` (template or judge do not suit), gives a warning.
 
     Source: Liu et al., "G-Eval: NLG Evaluation using GPT-4 with Better Human Alignment", EMNLP
     2023. Deviations: exact probabilities rather than frequencies of 20 samples, divided by their
     sum over the answers; no chain of thought before the answer.
 
     Args:
-        language_model: A language model with `logprobs`, such as `TransformersLM` or `ServerLM`;
-            the name on the Hub or the folder of one; None for the embedded SmolLM2, which is loaded
-            at first use and is too small to judge well.
+        language_model: One with `logprobs` (`TransformersLM`, `ServerLM`), its name on the Hub or
+            folder; None for the embedded SmolLM2, which is too small to judge well.
         rubric: What deserves which answer. A string under `"rubric"` in a prompt's metadata takes
             its place for that prompt.
         template: The question, with the fields `{rubric}`, `{prompt}` and `{response}`
@@ -101,33 +100,24 @@ class JudgeReward:
         array([0.7...])
     """
 
-    def __init__(
-        self,
-        language_model: LanguageModel | str | Path | None = None,
-        *,
-        rubric: str = RUBRIC,
-        template: str = TEMPLATE,
-        answers: Mapping[str, float] = ANSWERS,
-        chat: bool = True,
-        max_length: int = 4096,
-        least_mass: float = 0.01,
-        name: str = "judge",
-    ) -> None:
-        self.language_model = language_model
-        self.rubric = rubric
-        self.template = template
-        self.answers = answers
-        self.chat = chat
-        self.max_length = max_length
-        self.least_mass = least_mass
-        self.name = name
-        self.num_truncated = 0
-        self.num_unlikely = 0
-        self._loaded: _Loaded | None = None
+    language_model: LanguageModel | str | Path | None = None
+    _: KW_ONLY
+    rubric: str = RUBRIC
+    template: str = TEMPLATE
+    answers: Mapping[str, float] = field(default_factory=lambda: ANSWERS)
+    chat: bool = True
+    max_length: int = 4096
+    least_mass: float = 0.01
+    name: str = "judge"
+
+    num_unlikely = 0
+    cuts = (
+        "response(s) to fit into {} tokens with the template; the rest of them does not count",
+        "judge's context",
+    )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A model that was loaded here is not pickled; a copy loads it again when first used.
-        return {**self.__dict__, "answers": dict(self.answers), "_loaded": None}
+        return {**super().__getstate__(), "answers": dict(self.answers)}
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt leaves room for a response, and its rubric, if any, is text."""
@@ -141,9 +131,9 @@ class JudgeReward:
         """Return float64[B], from the least of the answers' values to the greatest."""
         if not responses:
             return np.zeros(0)
-        loaded = self._model()
+        loaded: _Loaded = self._model()
         questions = [self._question(*row) for row in zip(prompts, responses, strict=True)]
-        self._note_truncated(sum(question.truncated for question in questions))
+        self._note_truncated(sum(q.truncated for q in questions), loaded.question_limit)
         found = loaded.language_model.logprobs(
             [
                 TextState(p, q.ids)
@@ -178,14 +168,14 @@ class JudgeReward:
         return self._usage(self._model().question_limit)
 
     def _usage(self, tokens: int) -> float:
-        loaded = self._model()
+        loaded: _Loaded = self._model()
         # The last token of an answer is judged, but nothing is asked of what follows it.
         new_tokens = [len(ids) - 1 for ids in loaded.answer_ids]
         return loaded.language_model.usage_bound(tokens, new_tokens).lm_flops
 
     def _question(self, prompt: Prompt, response: str) -> _Question:
         """The judge's prompt, in which the response is as long as there is room for."""
-        loaded = self._model()
+        loaded: _Loaded = self._model()
         ids = self._ids(prompt, response)
         if ids is not None:
             return _Question(ids, truncated=False)
@@ -223,7 +213,7 @@ class JudgeReward:
 
     def _ids(self, prompt: Prompt, response: str) -> tuple[int, ...] | None:
         """Token ids of a question; None if there are too many."""
-        loaded = self._model()
+        loaded: _Loaded = self._model()
         text = self.template.format(
             rubric=self._rubric(prompt),
             prompt=prompt.text,
@@ -245,21 +235,19 @@ class JudgeReward:
         if not isinstance(rubric, str) or not rubric.strip():
             raise RewardError(
                 f"Reward model {self.name!r}: expected text under 'rubric' in the metadata of "
-                f"prompt {prompt.id!r}, got {rubric!r}. Mend it, or leave it out for the reward's "
+                f"prompt {prompt.id!r}, got {rubric!r}. Fix it, or leave it out for the reward's "
                 "own rubric."
             )
         return rubric
 
-    def _model(self) -> _Loaded:
-        if self._loaded is None:
-            self._check_arguments()
-            language_model = language_model_of(self.language_model, self.name)
-            encoder = TextEncoder(language_model)
-            answer_ids = [encoder.ids(answer) for answer in self.answers]
-            self._check_answers(answer_ids)
-            limit = min(self.max_length, language_model.context_length) - max(map(len, answer_ids))
-            self._loaded = _Loaded(language_model, encoder, answer_ids, limit)
-        return self._loaded
+    def _load(self) -> _Loaded:
+        self._check_arguments()
+        language_model = language_model_of(self.language_model, self.name)
+        encoder = TextEncoder(language_model)
+        answer_ids = [encoder.ids(answer) for answer in self.answers]
+        self._check_answers(answer_ids)
+        limit = min(self.max_length, language_model.context_length) - max(map(len, answer_ids))
+        return _Loaded(language_model, encoder, answer_ids, limit)
 
     def _check_arguments(self) -> None:
         check_at_least_one(self, "max_length")
@@ -282,11 +270,7 @@ class JudgeReward:
             )
 
     def _check_answers(self, answer_ids: Sequence[tuple[int, ...]]) -> None:
-        """Refuse answers whose probabilities are not those of different events.
-
-        Raises:
-            RewardError: An answer has no tokens, or begins with another.
-        """
+        """Refuse answers whose probabilities are not those of different events."""
         named = list(zip(self.answers, answer_ids, strict=True))
         for answer, ids in named:
             if not ids:
@@ -300,17 +284,6 @@ class JudgeReward:
                     f"{one!r}, whose probability would count for both. Use answers that differ "
                     "from their first token on, such as letters."
                 )
-
-    def _note_truncated(self, count: int) -> None:
-        if count and not self.num_truncated:
-            warnings.warn(
-                f"Reward model {self.name!r} cut {count} response(s) to fit into "
-                f"{self._model().question_limit} tokens with the template; the rest of them does "
-                "not count. Raise max_length if the judge's context allows it, or shorten prompts "
-                "and responses. `num_truncated` counts further ones.",
-                stacklevel=3,
-            )
-        self.num_truncated += count
 
     def _note_unlikely(self, count: int) -> None:
         if count and not self.num_unlikely:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from mbrl_text_env.rewards.base import Aggregation
+from mbrl_text_env.rewards.base import Aggregation, ProcessRewardModel
 from mbrl_text_env.rewards.evaluators._hub import (
+    HubReward,
     batches,
-    check_at_least_one,
     check_choices,
     check_rows,
     forward_flops,
     input_limit,
-    load_model,
     padded,
 )
 from mbrl_text_env.rewards.evaluators._steps import (
@@ -38,7 +35,8 @@ __all__ = ["PROCESS_FORMATS", "ProcessReward", "StepFormat"]
 _QWEN_ARCHITECTURE = "Qwen2ForProcessRewardModel"
 
 
-class ProcessReward:
+@dataclass(eq=False, repr=False)
+class ProcessReward(HubReward, ProcessRewardModel):
     """The scores that a process reward model gives to the steps of a response, in [0, 1].
 
     `score_steps` gives exactly one score a step, `score` aggregates the steps that `separator`
@@ -53,16 +51,13 @@ class ProcessReward:
       1 of `AutoModelForTokenClassification` there.
     - Others: a `StepFormat`.
 
-    Which tokens are read follows from how the text was put together, not from a search for
-    `step_end` in it: what a step contains never moves the scores. Special tokens and `step_end`
-    written out in a prompt or step get a zero-width space and are read as ordinary text (line
-    breaks stay, as in training).
+    Formats with a turn of the chat for each step (RLHFlow's) are not among them. Special tokens and
+    `step_end` written out in a prompt or step get a zero-width space and are read as ordinary text
+    (line breaks stay, as in training), so what a step contains never moves the places of scores.
 
     A text longer than `max_length`, or than the model's input, is cut: first the prompt's start, to
-    half of the limit, then the ends of the longest steps. Each step still has its own score, that
-    of what is left of it, and a warning says so the first time.
-
-    Formats with a turn of the chat for each step (RLHFlow's) are not among them.
+    half of the limit, then the ends of the longest steps, each of which keeps a score of its own.
+    The first cut gives a warning.
 
     Source: Zhang et al., "The Lessons of Developing Process Reward Models in Mathematical
     Reasoning", 2025, and the model card of Qwen/Qwen2.5-Math-PRM-7B; Wang et al., "Math-Shepherd:
@@ -71,18 +66,12 @@ class ProcessReward:
     in `PRMTrainer.tokenize_row` of TRL 0.16. Deviations: steps are stripped of surrounding white
     space, and texts are cut as above (TRL cuts the last steps off).
 
-    Args:
+    Args (see `HubReward` for the others):
         model: Name on the Hub, or folder with a model and its tokenizer.
         step_format: A name of `PROCESS_FORMATS`, or a `StepFormat`.
         separator: What stands between the steps of a response; blank steps are left out.
         aggregation: How the steps make one score: `"min"`, `"product"`, `"last"` or `"mean"`.
-        batch_size: Most responses in one forward pass.
-        batch_tokens: Most tokens in one, padding included.
         max_length: Most tokens of prompt and steps.
-        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
-        dtype: By default float32 on a CPU and bfloat16 elsewhere.
-        name: What reports call it; by default the last part of the model's name or folder.
-        revision: Branch, tag or commit on the Hub.
 
     Attributes:
         num_truncated: Texts that were cut so far.
@@ -100,38 +89,17 @@ class ProcessReward:
         array([0.99..., 0.01...])
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        step_format: str | StepFormat = "qwen",
-        *,
-        separator: str = "\n\n",
-        aggregation: Aggregation | str = "min",
-        batch_size: int = 16,
-        batch_tokens: int = 8192,
-        max_length: int = 4096,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.model = model
-        self.step_format = step_format
-        self.separator = separator
-        self.aggregation = aggregation
-        self.batch_size = batch_size
-        self.batch_tokens = batch_tokens
-        self.max_length = max_length
-        self.device = device
-        self.dtype = dtype
-        self.name = Path(model).name if name is None else name
-        self.revision = revision
-        self.num_truncated = 0
-        self._loaded: _Loaded | None = None
+    step_format: str | StepFormat = "qwen"
+    _: KW_ONLY
+    separator: str = "\n\n"
+    aggregation: Aggregation | str = "min"
+    max_length: int = 4096
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Weights are not pickled; a copy loads them again when it is first used.
-        return {**self.__dict__, "_loaded": None}
+    cuts = (
+        "text(s) to {} tokens: the start of the prompt, or the ends of the longest steps, do not "
+        "count",
+        "model's input",
+    )
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the aggregated scores of each response's steps."""
@@ -163,7 +131,7 @@ class ProcessReward:
         texts = [loaded.encode(prompts[i], steps[i]) for i in asked]
         for text in texts:
             check_rows(text.ids, loaded.model, loaded.encode.tokenizer, self.name)
-        self._note_truncated(sum(text.truncated for text in texts))
+        self._note_truncated(sum(text.truncated for text in texts), loaded.encode.max_length)
         for part in batches([len(t.ids) for t in texts], self.batch_size, self.batch_tokens):
             for k, row in zip(part, loaded.outputs([texts[k] for k in part]), strict=True):
                 scores[asked[k]] = row
@@ -177,11 +145,7 @@ class ProcessReward:
         return found or [""]
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of scoring each response.
-
-        2 x parameters (without embedding tables) x tokens + 4 x layers x width x tokens^2 for the
-        attention; padding is not counted.
-        """
+        """Return float64[B], the floating-point operations of each response: `forward_flops`."""
         if not responses:
             return np.zeros(0)
         loaded = self._model()
@@ -196,16 +160,10 @@ class ProcessReward:
         loaded = self._model()
         return float(forward_flops(loaded.model, [loaded.encode.max_length])[0])
 
-    def _model(self) -> _Loaded:
-        if self._loaded is None:
-            check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
-            check_choices(self, aggregation=[choice.value for choice in Aggregation])
-            if not isinstance(self.step_format, StepFormat):
-                check_choices(self, step_format=list(PROCESS_FORMATS))
-            self._loaded = self._load()
-        return self._loaded
-
     def _load(self) -> _Loaded:
+        check_choices(self, aggregation=[choice.value for choice in Aggregation])
+        if not isinstance(self.step_format, StepFormat):
+            check_choices(self, step_format=list(PROCESS_FORMATS))
         named = self.step_format
         step_format = named if isinstance(named, StepFormat) else PROCESS_FORMATS[named]
         if step_format.output not in get_args(StepOutput):
@@ -214,38 +172,17 @@ class ProcessReward:
                 f"{step_format.output!r}."
             )
         is_class = step_format.output == "class"
-        model, tokenizer = load_model(
-            self.model,
+        model, tokenizer = self._read(
             _classifier if is_class else "AutoModelForCausalLM",
             "token-classification" if is_class else "causal language",
-            name=self.name,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
         )
         limit = input_limit(model, tokenizer, self.max_length)
         encode = StepEncoder(tokenizer, step_format, self.name, limit)
         return _Loaded(model, encode, _columns(model.config, encode))
 
-    def _note_truncated(self, count: int) -> None:
-        if count and not self.num_truncated:
-            limit = self._model().encode.max_length
-            warnings.warn(
-                f"Reward model {self.name!r} cut {count} text(s) to {limit} tokens: the start of "
-                "the prompt, or the ends of the longest steps, do not count. Raise max_length if "
-                "the model's input allows it, or shorten prompts and responses. `num_truncated` "
-                "counts further ones.",
-                stacklevel=4,
-            )
-        self.num_truncated += count
-
 
 def _columns(config: Any, encode: StepEncoder) -> list[int]:
-    """The outputs whose softmax gives the score, the good one first.
-
-    Raises:
-        RewardError: The model has none such.
-    """
+    """The outputs whose softmax gives the score, the good one first."""
     step_format = encode.format
     if step_format.output == "token":
         return [encode.token(step_format.good, "good"), encode.token(step_format.bad, "bad")]

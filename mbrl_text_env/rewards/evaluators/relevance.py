@@ -17,13 +17,13 @@ from mbrl_text_env.encoders import (
     encoder_flops,
     encoder_flops_bound,
 )
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.types import FloatArray, Prompt
 
 _PROMPTS_KEPT = 4096
 
 
-class RelevanceReward:
+class RelevanceReward(RewardModel):
     """Cosine of the embeddings of prompt and response, in [-1, 1].
 
     An empty response (nothing but white space) scores 0: it is about nothing. Texts beyond the
@@ -66,7 +66,7 @@ class RelevanceReward:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None, "_questions": OrderedDict()}
 
-    def reduced(self, dtype: ReducedDtype = "bfloat16") -> RelevanceReward:
+    def reduced(self, dtype: str = "bfloat16") -> RelevanceReward:
         """The same reward with the encoder's products in another format, for values of prefixes.
 
         With bfloat16 MiniLM embeds in less than half the time on a CPU with AVX512-BF16; the
@@ -75,7 +75,7 @@ class RelevanceReward:
         _check_dtype(dtype)
         # A copy leaves out what is kept of prompts, which depends on the format.
         other = copy.copy(self)
-        other.dtype = dtype
+        other.dtype = cast("ReducedDtype", dtype)
         other._loaded = self._loaded
         return other
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.types import FloatArray, Prompt
 
 # The marks stay with their sentence: VADER reads "!" and "?" as emphasis.
@@ -16,7 +17,7 @@ _SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|[\r\n]+")
 _NO_SENTENCE = re.compile(r"[\d\s.!?]*")
 
 
-class SentimentReward:
+class SentimentReward(RewardModel):
     """Mean VADER compound score of a response's sentences, in [-1, 1].
 
     A sentence ends at a run of `.`, `!` or `?` that white space follows, and at every line break.

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 
 from mbrl_text_env.encoders import Encoder, encode_texts, encoder_flops, encoder_flops_bound
+from mbrl_text_env.fitting.folder import Arrays, numbers_of, with_numbers
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import TextEncoder, language_model_of
-from mbrl_text_env.rewards.learning.text_statistics import text_statistics
+from mbrl_text_env.rewards.learning.text_statistics import STATISTICS, text_statistics
 from mbrl_text_env.types import FloatArray, Prompt, TextState
 
 Raw = Mapping[str, FloatArray]
@@ -47,13 +50,35 @@ class Features(ABC):
         use_statistics: Whether the counts of `text_statistics` are among the features.
 
     Attributes:
-        arrays_: What was fitted, by name; what a saved head stores.
+        scalers_: The fitted `StandardScaler` of each block.
+        directions_: The fitted `PCA` of the prompts; None where they are not embedded.
     """
 
     kind: str
+    block_names: tuple[str, ...]
+    scalers_: dict[str, StandardScaler]
+    directions_: PCA | None
 
     def __init__(self, use_statistics: bool = True) -> None:
         self.use_statistics = use_statistics
+        self._loaded: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    @property
+    @abstractmethod
+    def given(self) -> Any:
+        """The model that reads, as it was passed: None, a name, a folder or an object."""
+
+    @property
+    def source(self) -> str:
+        """Name or folder of the model that reads; the class of an object without a name."""
+        if self.given is None:
+            return EMBEDDED
+        if isinstance(self.given, str | Path):
+            return str(self.given)
+        return str(getattr(self.given, "name", type(self.given).__name__))
 
     @abstractmethod
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
@@ -71,43 +96,38 @@ class Features(ABC):
     def flops_bound(self) -> float:
         """The most that one response takes."""
 
-    @property
-    @abstractmethod
-    def source(self) -> str:
-        """Name of the model that reads."""
-
-    @abstractmethod
     def _blocks(self, raw: Raw) -> dict[str, FloatArray]:
         """Columns to standardise, by block: float64[B, d] each."""
+        return {name: raw[name] for name in self._names()}
+
+    def _names(self) -> tuple[str, ...]:
+        return (*self.block_names, "statistics") if self.use_statistics else self.block_names
 
     @property
     def is_fitted(self) -> bool:
         """Whether `transform` knows the data's mean and scale."""
-        return hasattr(self, "arrays_")
+        return hasattr(self, "scalers_")
 
     @property
     def size(self) -> int:
         """D, the columns of `transform`, once fitted."""
-        blocks = sum(len(v) for name, v in self.arrays_.items() if name.endswith(".scale"))
-        if "prompt.directions" not in self.arrays_:
+        blocks = sum(scaler.n_features_in_ for scaler in self.scalers_.values())
+        if self.directions_ is None:
             return blocks
-        directions = len(self.arrays_["prompt.directions"])
-        return blocks + directions * len(self.arrays_["statistics.mean"])
+        return blocks + len(self.directions_.components_) * len(STATISTICS)
 
     def fit(self, raw: Raw) -> Features:
         """Take means and scales from B rows of training data."""
-        blocks = self._blocks(raw)
-        self.arrays_: dict[str, FloatArray] = {}
-        for name, values in blocks.items():
-            scale = values.std(axis=0)
-            # A constant column stays at 0, whatever it is elsewhere: nothing was learned of it.
-            inverse = np.where(scale > _TINY, 1.0 / np.maximum(scale, _TINY), 0.0)
-            self.arrays_[f"{name}.mean"] = values.mean(axis=0)
-            self.arrays_[f"{name}.scale"] = inverse * _weight(values.shape[1])
+        self.scalers_ = {n: StandardScaler().fit(v) for n, v in self._blocks(raw).items()}
+        self.directions_ = None
         if "prompt" in raw and self.use_statistics:
-            mean, directions = _main_directions(raw["prompt"])
-            self.arrays_["prompt.mean"] = mean
-            self.arrays_["prompt.directions"] = directions
+            distinct = np.unique(raw["prompt"], axis=0)
+            count = min(_PROMPT_DIRECTIONS, *distinct.shape)
+            self.directions_ = PCA(count, svd_solver="full").fit(distinct)
+            spread = float(self.directions_.transform(distinct).std())
+            scaled = self.directions_.components_ / max(spread, _TINY)
+            # In the layout that files have: another one sums up in another order.
+            self.directions_.components_ = np.ascontiguousarray(scaled)
         return self
 
     def transform(self, raw: Raw) -> FloatArray:
@@ -116,26 +136,47 @@ class Features(ABC):
         Raises:
             RewardError: The model gives vectors of another length than those of the fit.
         """
-        blocks = self._blocks(raw)
         columns = []
-        for name, values in blocks.items():
-            mean = self.arrays_[f"{name}.mean"]
-            if values.shape[1] != len(mean):
+        for name, values in self._blocks(raw).items():
+            scaler = self.scalers_[name]
+            if values.shape[1] != scaler.n_features_in_:
                 raise RewardError(
-                    f"Expected {self.source!r} to give what the head was fitted on, {len(mean)} "
-                    f"numbers for {name!r}, got {values.shape[1]}. Pass the encoder or language "
-                    "model of the fit, or fit anew."
+                    f"Expected {self.source!r} to give what the head was fitted on, "
+                    f"{scaler.n_features_in_} numbers for {name!r}, got {values.shape[1]}. Pass "
+                    "the encoder or language model of the fit, or fit anew."
                 )
-            columns.append((values - mean) * self.arrays_[f"{name}.scale"])
-        if "prompt.mean" in self.arrays_:
-            places = (raw["prompt"] - self.arrays_["prompt.mean"]) @ self.arrays_[
-                "prompt.directions"
-            ].T
-            counts = columns[-1]
-            products = places[:, :, None] * counts[:, None, :]
-            size = products.shape[1] * products.shape[2]
-            columns.append(_weight(size) * products.reshape(len(products), size))
+            # A constant column stays at 0, whatever it is elsewhere: nothing was learned of it.
+            varies = scaler.var_ > _TINY**2
+            columns.append(scaler.transform(values) * varies * _weight(values.shape[1]))
+        if self.directions_ is not None:
+            places, counts = self.directions_.transform(raw["prompt"]), columns[-1]
+            products = (places[:, :, None] * counts[:, None, :]).reshape(len(places), -1)
+            columns.append(_weight(places.shape[1] * counts.shape[1]) * products)
         return np.concatenate(columns, axis=1)
+
+    def numbers(self) -> Arrays:
+        """What was fitted, as arrays by name."""
+        arrays: Arrays = {}
+        for name, scaler in self.scalers_.items():
+            arrays |= numbers_of(scaler, f"features.{name}")
+        if self.directions_ is not None:
+            arrays |= numbers_of(self.directions_, "features.directions")
+        return arrays
+
+    def restore(self, arrays: Arrays) -> Features:
+        """Take what was fitted from `numbers`.
+
+        Raises:
+            KeyError, ValueError: Something is missing or does not fit.
+        """
+        self.scalers_ = {
+            name: with_numbers(StandardScaler(), arrays, f"features.{name}")
+            for name in self._names()
+        }
+        self.directions_ = None
+        if "features.directions.0.mean_" in arrays:
+            self.directions_ = with_numbers(PCA(), arrays, "features.directions")
+        return self
 
     def _with_statistics(
         self, raw: dict[str, FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
@@ -169,25 +210,18 @@ class EmbeddingFeatures(Features):
     """
 
     kind = "embedding"
+    block_names = ("response", "product", "difference", "cosine")
 
     def __init__(
         self, encoder: Encoder | str | Path | None = None, use_statistics: bool = True
     ) -> None:
         super().__init__(use_statistics)
         self.encoder = encoder
-        self._loaded: Encoder | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}
 
     @property
-    def source(self) -> str:
-        """Name or folder of the encoder; the class of one that was passed as an object."""
-        if self.encoder is None:
-            return EMBEDDED
-        if isinstance(self.encoder, str | Path):
-            return str(self.encoder)
-        return type(self.encoder).__name__
+    def given(self) -> Encoder | str | Path | None:
+        """See `Features.given`."""
+        return self.encoder
 
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
         """Embed: `prompt` and `response` float64[B, d], and `statistics`."""
@@ -219,18 +253,17 @@ class EmbeddingFeatures(Features):
         prompt, response = raw["prompt"], raw["response"]
         norms = np.linalg.norm(prompt, axis=1) * np.linalg.norm(response, axis=1)
         products = prompt * response
-        blocks = {
-            "response": response,
+        derived = {
             "product": products,
             "difference": np.abs(prompt - response),
             "cosine": (products.sum(axis=1) / np.maximum(norms, _TINY))[:, None],
         }
-        return {**blocks, "statistics": raw["statistics"]} if self.use_statistics else blocks
+        return super()._blocks({**raw, **derived})
 
     def _encoder(self) -> Encoder:
         if self._loaded is None:
             self._loaded = _load_encoder(self.encoder)
-        return self._loaded
+        return cast("Encoder", self._loaded)
 
 
 class HiddenFeatures(Features):
@@ -249,6 +282,7 @@ class HiddenFeatures(Features):
     """
 
     kind = "hidden"
+    block_names = ("hidden",)
 
     def __init__(
         self,
@@ -257,19 +291,11 @@ class HiddenFeatures(Features):
     ) -> None:
         super().__init__(use_statistics)
         self.language_model = language_model
-        self._loaded: tuple[LanguageModel, TextEncoder] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}
 
     @property
-    def source(self) -> str:
-        """Name or folder of the language model."""
-        if self.language_model is None:
-            return EMBEDDED
-        if isinstance(self.language_model, str | Path):
-            return str(self.language_model)
-        return self.language_model.name
+    def given(self) -> LanguageModel | str | Path | None:
+        """See `Features.given`."""
+        return self.language_model
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt fits into the context; a chat needs a chat template."""
@@ -306,10 +332,6 @@ class HiddenFeatures(Features):
         model = self._model()[0]
         return float(model.usage_bound(model.context_length, []).lm_flops)
 
-    def _blocks(self, raw: Raw) -> dict[str, FloatArray]:
-        blocks = {"hidden": raw["hidden"]}
-        return {**blocks, "statistics": raw["statistics"]} if self.use_statistics else blocks
-
     def _states(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[TextState]:
         model, encoder = self._model()
         states = []
@@ -332,21 +354,11 @@ class HiddenFeatures(Features):
                     f"({type(model).__name__}). Use one that runs here, such as `TransformersLM`."
                 )
             self._loaded = model, TextEncoder(model)
-        return self._loaded
+        return cast("tuple[LanguageModel, TextEncoder]", self._loaded)
 
 
 def _weight(columns: int) -> float:
     return float(min(1.0, np.sqrt(_FULL_WEIGHT / max(1, columns))))
-
-
-def _main_directions(prompts: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Mean float64[d] and principal directions float64[k, d], on one scale for all of them."""
-    distinct = np.unique(prompts, axis=0)
-    mean = distinct.mean(axis=0)
-    centred = distinct - mean
-    directions = np.linalg.svd(centred, full_matrices=False)[2][:_PROMPT_DIRECTIONS]
-    spread = float((centred @ directions.T).std())
-    return mean, directions / max(spread, _TINY)
 
 
 def _load_encoder(encoder: Encoder | str | Path | None) -> Encoder:

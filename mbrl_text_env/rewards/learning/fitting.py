@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from mbrl_text_env.fitting.report import FitReport, pair_report, regression_report
+from mbrl_text_env.fitting.reward_heads import LayeredHead, Problem, fit_linear, fit_mlp
+from mbrl_text_env.fitting.samples import split_by_group
 from mbrl_text_env.rewards.learning.features import EmbeddingFeatures, Features, Raw
-from mbrl_text_env.rewards.learning.fit_report import (
-    PairReport,
-    RegressionReport,
+from mbrl_text_env.rewards.learning.learned import (
+    Fitted,
+    HeadScorer,
+    LearnedReward,
     RewardFitError,
     RewardFitReport,
-    pair_report,
-    regression_report,
-    split_by_group,
 )
-from mbrl_text_env.rewards.learning.head_fits import FITS, Problem
-from mbrl_text_env.rewards.learning.learned import Fitted, Head, HeadScorer, LearnedReward
 from mbrl_text_env.rewards.learning.preferences import PreferencePair
 from mbrl_text_env.types import FloatArray
 
@@ -30,6 +29,11 @@ if TYPE_CHECKING:
 Objective = Literal["bradley-terry", "regression"]
 HeadKind = Literal["linear", "mlp"]
 Rows = npt.NDArray[np.bool_]
+
+_FITS: Mapping[str, Callable[[Problem, int], tuple[LayeredHead, dict[str, Any]]]] = {
+    "linear": fit_linear,
+    "mlp": fit_mlp,
+}
 
 
 def fit_reward(
@@ -88,21 +92,20 @@ def fit_reward(
     _check_arguments(data, objective, head)
     # A copy: the same features in two fits give two rewards.
     features = EmbeddingFeatures() if features is None else copy.copy(features)
-    read = _read_pairs if objective == "bradley-terry" else _read_records
-    table = read(data, features)
+    table = (_read_pairs if objective == "bradley-terry" else _read_records)(data, features)
     test = split_by_group(table.groups, held_out, seed)
-    train = ~test
-    features.fit({key: values[table.rows(train)] for key, values in table.raw.items()})
+    rows = table.rows(~test)
+    features.fit({key: values[rows] for key, values in table.raw.items()})
     inputs = features.transform(table.raw)
-    problem = table.problem(inputs).subset(train)
+    problem = table.problem(inputs).subset(~test)
     if problem.says_nothing():
         raise RewardFitError(
             f"Expected responses that the features tell apart, but {len(data)} rows look the same "
             f"to {features.kind} features. Add data, or choose other features."
         )
-    fitted, chosen = FITS[head](problem, seed)
+    fitted, chosen = _FITS[head](problem, seed)
     if objective == "bradley-terry":
-        fitted = _centred(fitted, inputs[table.rows(train)])
+        fitted = fitted.moved(-fitted(inputs[rows]).mean())
     scores = fitted(inputs)
     origin = data_name or table.data_name
     report = RewardFitReport(
@@ -110,9 +113,9 @@ def fit_reward(
         model=f"{head} on {features.kind}",
         data=origin,
         seed=seed,
-        num_fitted=int(train.sum()),
-        num_fitted_prompts=len(set(_picked(table.groups, train))),
-        fitted_accuracy=table.report(scores, train).accuracy,
+        num_fitted=int((~test).sum()),
+        num_fitted_prompts=len(np.unique(problem.groups)),
+        fitted_accuracy=table.report(scores, ~test).accuracy,
         held_out=table.report(scores, test),
         chosen=chosen,
     )
@@ -120,79 +123,60 @@ def fit_reward(
     return LearnedReward(None, fitted=Fitted(name or f"learned({origin})", scorer, report))
 
 
-class _Pairs(NamedTuple):
-    """Pairs, with the chosen responses' rows first and then the rejected ones'."""
+class _Table(NamedTuple):
+    """Records, one row each; or pairs, the chosen responses' rows before the rejected ones'.
+
+    Args:
+        raw: What was read of each row.
+        groups: The prompt of each record or pair.
+        lengths: Characters of the responses; of a pair, of both.
+        data_name: What reports call it.
+        scores: Of records; None with pairs.
+    """
 
     raw: Raw
-    groups: list[Hashable]
+    groups: list[str]
     lengths: npt.NDArray[np.int64]
-    data_name: str = "preferences"
-
-    def rows(self, used: Rows) -> npt.NDArray[np.int64]:
-        return np.flatnonzero(np.concatenate([used, used]))
-
-    def problem(self, inputs: FloatArray) -> Problem:
-        chosen, rejected = np.split(inputs, 2)
-        return Problem(chosen, _numbered(self.groups), rejected=rejected)
-
-    def report(self, scores: FloatArray, used: Rows) -> PairReport:
-        chosen, rejected = np.split(scores, 2)
-        return pair_report(
-            chosen[used], rejected[used], _picked(self.groups, used), self.lengths[used]
-        )
-
-
-class _Scored(NamedTuple):
-    """Records, one row each."""
-
-    raw: Raw
-    groups: list[Hashable]
-    lengths: npt.NDArray[np.int64]
-    scores: FloatArray
     data_name: str
+    scores: FloatArray | None = None
 
     def rows(self, used: Rows) -> npt.NDArray[np.int64]:
-        return np.flatnonzero(used)
+        return np.flatnonzero(np.concatenate([used, used]) if self.scores is None else used)
 
     def problem(self, inputs: FloatArray) -> Problem:
-        return Problem(inputs, _numbered(self.groups), targets=self.scores)
+        numbers = {group: i for i, group in enumerate(dict.fromkeys(self.groups))}
+        groups = np.array([numbers[group] for group in self.groups], dtype=np.int64)
+        if self.scores is not None:
+            return Problem(inputs, groups, targets=self.scores)
+        chosen, rejected = np.split(inputs, 2)
+        return Problem(chosen, groups, rejected=rejected)
 
-    def report(self, scores: FloatArray, used: Rows) -> RegressionReport:
-        groups = _picked(self.groups, used)
-        return regression_report(scores[used], self.scores[used], groups, self.lengths[used])
+    def report(self, scores: FloatArray, used: Rows) -> FitReport:
+        groups = [group for group, is_used in zip(self.groups, used, strict=True) if is_used]
+        lengths = self.lengths[used]
+        if self.scores is not None:
+            return regression_report(scores[used], self.scores[used], groups, lengths)
+        chosen, rejected = np.split(scores, 2)
+        return pair_report(chosen[used], rejected[used], groups, lengths)
 
 
-def _read_pairs(data: Sequence[Any], features: Features) -> _Pairs:
+def _read_pairs(data: Sequence[Any], features: Features) -> _Table:
     prompts = [pair.prompt for pair in data]
     responses = [*(pair.chosen for pair in data), *(pair.rejected for pair in data)]
     lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in data])
-    return _Pairs(features.read(prompts * 2, responses), [p.text for p in prompts], lengths)
+    raw = features.read(prompts * 2, responses)
+    return _Table(raw, [prompt.text for prompt in prompts], lengths, "preferences")
 
 
-def _read_records(data: Sequence[Any], features: Features) -> _Scored:
+def _read_records(data: Sequence[Any], features: Features) -> _Table:
     responses = [record.response for record in data]
-    return _Scored(
+    return _Table(
         features.read([record.prompt() for record in data], responses),
         [record.prompt_text for record in data],
         np.array([len(response) for response in responses]),
-        np.array([record.score for record in data], dtype=np.float64),
         data[0].reward_name,
+        np.array([record.score for record in data], dtype=np.float64),
     )
-
-
-def _centred(head: Head, inputs: FloatArray) -> Head:
-    """The head with a mean score of 0 on `inputs`; differences of scores stay as they are."""
-    *first, (weights, bias) = head.layers
-    return Head((*first, (weights, bias - head(inputs).mean())))
-
-
-def _numbered(groups: Sequence[Hashable]) -> npt.NDArray[np.int64]:
-    numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    return np.array([numbers[group] for group in groups], dtype=np.int64)
-
-
-def _picked(groups: Iterable[Hashable], used: Rows) -> list[Hashable]:
-    return [group for group, is_used in zip(groups, used, strict=True) if is_used]
 
 
 def _check_arguments(data: Sequence[Any], objective: str, head: str) -> None:

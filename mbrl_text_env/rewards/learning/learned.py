@@ -2,69 +2,86 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mbrl_text_env.encoders import Encoder
-from mbrl_text_env.files import recover_folder, write_folder
+from mbrl_text_env.fitting.folder import Arrays, FolderKind
+from mbrl_text_env.fitting.report import FitReport, with_nan, without_nan
+from mbrl_text_env.fitting.reward_heads import LayeredHead
+from mbrl_text_env.fitting.samples import FitError
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardError, applies_to
+from mbrl_text_env.rewards.base import RewardError, RewardModel, applies_to
+from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
 from mbrl_text_env.rewards.learning.features import (
     EMBEDDED,
     EmbeddingFeatures,
     Features,
     HiddenFeatures,
 )
-from mbrl_text_env.rewards.learning.fit_report import RewardFitReport
 from mbrl_text_env.rewards.learning.text_statistics import STATISTICS
-from mbrl_text_env.runs import writing
 from mbrl_text_env.types import FloatArray, Prompt
 
-CONFIG = "reward.json"
-"""The file that makes a folder a learned reward."""
+FOLDER = FolderKind(
+    noun="learned reward",
+    writer="`mbrl-text reward fit`",
+    config="reward.json",
+    weights="head.safetensors",
+    version=2,
+    error=RewardError,
+)
 
-_WEIGHTS = "head.safetensors"
-_FORMAT = 1
-
-
-class Scorer(Protocol):
-    """What a learned reward scores with: a head on features, or a fine-tuned classifier."""
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]."""
-        ...
-
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]."""
-        ...
-
-    def flops_bound(self) -> float:
-        """The most that one response takes."""
-        ...
+RewardFitError = FitError
+EncoderLike = Encoder | str | Path | None
+LanguageModelLike = LanguageModel | str | Path | None
 
 
 @dataclass(frozen=True)
-class Head:
-    """Layers from features to a score, with a rectifier (max(0, x)) between two.
+class RewardFitReport:
+    """A fit: what it was made from, and its figures on prompts that were left out.
 
     Args:
-        layers: Weights float64[d_in, d_out] and bias float64[d_out] of each; the last d_out is 1.
+        objective: `"bradley-terry"` or `"regression"`.
+        model: What was fitted, such as `"linear on embedding"` or `"lora"`.
+        data: What the preferences or scores come from.
+        seed: Split and fit follow from it.
+        num_fitted: Pairs or records that the model was fitted on.
+        num_fitted_prompts: Different prompts among them.
+        fitted_accuracy: Pair accuracy on these; far above the held-out one it is overfitting. NaN
+            where it was not measured.
+        held_out: The figures on the prompts that were left out.
+        chosen: What was chosen by cross-validation, and other settings of the fit.
     """
 
-    layers: tuple[tuple[FloatArray, FloatArray], ...]
+    objective: str
+    model: str
+    data: str
+    seed: int
+    num_fitted: int
+    num_fitted_prompts: int
+    fitted_accuracy: float
+    held_out: FitReport
+    chosen: Mapping[str, Any]
 
-    def __call__(self, inputs: FloatArray) -> FloatArray:
-        """float64[B, D] to float64[B]."""
-        values = inputs
-        for i, (weights, bias) in enumerate(self.layers):
-            values = (np.maximum(values, 0.0) if i else values) @ weights + bias
-        return np.asarray(values[:, 0], dtype=np.float64)
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; NaN is None."""
+        found: dict[str, Any] = without_nan(asdict(self))
+        return found
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RewardFitReport:
+        """The report of which `as_dict` made `values`.
+
+        Raises:
+            KeyError, TypeError: Something is missing or unknown.
+        """
+        held_out = FitReport.from_dict(values["held_out"])
+        return cls(**{**with_nan(values), "held_out": held_out})
 
 
 class HeadScorer:
@@ -75,7 +92,7 @@ class HeadScorer:
         head: Takes as many columns as the features have.
     """
 
-    def __init__(self, features: Features, head: Head) -> None:
+    def __init__(self, features: Features, head: LayeredHead) -> None:
         self.features = features
         self.head = head
 
@@ -104,7 +121,7 @@ class HeadScorer:
         return float(sum(2 * weights.size for weights, _ in self.head.layers))
 
 
-class LearnedReward:
+class LearnedReward(RewardModel):
     """A fitted reward: a head on frozen features, or a classifier that was tuned with LoRA.
 
     `fit_reward` makes one with a head, `fit_lora` one with a tuned classifier; this class reads
@@ -141,8 +158,8 @@ class LearnedReward:
         self,
         folder: str | Path | None,
         *,
-        encoder: Encoder | str | Path | None = None,
-        language_model: LanguageModel | str | Path | None = None,
+        encoder: EncoderLike = None,
+        language_model: LanguageModelLike = None,
         fitted: Fitted | None = None,
     ) -> None:
         self.folder = folder
@@ -178,25 +195,17 @@ class LearnedReward:
         Raises:
             RewardError: The folder holds other things, or cannot be written.
         """
-        target = Path(folder)
-        check_target(target)
-        with writing(target, RewardError), write_folder(target) as scratch:
-            if isinstance(self.fitted.scorer, HeadScorer):
-                _write_head(scratch, self.fitted, self.fitted.scorer)
-            else:
-                assert self.folder is not None
-                shutil.copytree(self.folder, scratch, dirs_exist_ok=True)
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path,
-        *,
-        encoder: Encoder | str | Path | None = None,
-        language_model: LanguageModel | str | Path | None = None,
-    ) -> LearnedReward:
-        """Read what `save` wrote; the same as the constructor."""
-        return cls(folder, encoder=encoder, language_model=language_model)
+        scorer = self.fitted.scorer
+        if isinstance(scorer, HeadScorer):
+            config = described("head", self.fitted, _head_settings(scorer))
+            arrays = scorer.features.numbers()
+            for i, (weights, bias) in enumerate(scorer.head.layers):
+                arrays[f"layers.{i}.weights"], arrays[f"layers.{i}.bias"] = weights, bias
+            FOLDER.write(folder, config, arrays)
+            return
+        assert self.folder is not None
+        with FOLDER.writing(folder) as scratch:
+            shutil.copytree(self.folder, scratch, dirs_exist_ok=True)
 
 
 @dataclass(frozen=True)
@@ -204,77 +213,37 @@ class Fitted:
     """What a fit gives: a name, what scores, and how well."""
 
     name: str
-    scorer: Scorer
+    scorer: HeadScorer | ClassifierReward
     report: RewardFitReport
 
 
-def check_target(folder: Path) -> None:
-    """Refuse to write over anything but a learned reward.
-
-    Raises:
-        RewardError: There is a file, or a folder with other things in it.
-    """
-    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file()
-    if is_other or (folder.exists() and not folder.is_dir()):
-        raise RewardError(
-            f"{folder}: expected a new folder, an empty one, or a learned reward to replace, got "
-            f"{'a folder with other files' if is_other else 'a file'}. Choose another."
-        )
+def described(kind: str, fitted: Fitted, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `reward.json` says."""
+    report = fitted.report
+    names = {"kind": kind, "name": fitted.name, "data": report.data}
+    return {**names, **settings, "report": report.as_dict()}
 
 
-def write_config(folder: Path, kind: str, fitted: Fitted, settings: Mapping[str, Any]) -> None:
-    """Write `reward.json`."""
-    config = {
-        "format": _FORMAT,
-        "kind": kind,
-        "name": fitted.name,
-        "data": fitted.report.data,
-        **settings,
-        "report": fitted.report.as_dict(),
-    }
-    text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-
-
-def _write_head(folder: Path, fitted: Fitted, scorer: HeadScorer) -> None:
-    from safetensors.numpy import save
-
+def _head_settings(scorer: HeadScorer) -> dict[str, Any]:
     features = scorer.features
-    source: Any = getattr(features, "encoder", getattr(features, "language_model", None))
-    settings = {
+    return {
         "features": {
             "kind": features.kind,
             "source": features.source,
-            "has_name": source is None or isinstance(source, str | Path),
+            "has_name": isinstance(features.given, str | Path | None),
             "statistics": list(STATISTICS) if features.use_statistics else None,
-            "sizes": {name: list(values.shape) for name, values in features.arrays_.items()},
         },
         "num_layers": len(scorer.head.layers),
     }
-    arrays = {f"features.{name}": values for name, values in features.arrays_.items()}
-    for i, (weights, bias) in enumerate(scorer.head.layers):
-        arrays[f"layers.{i}.weights"], arrays[f"layers.{i}.bias"] = weights, bias
-    # As bytes: `save_file` makes files for their owner's eyes only.
-    weights_file = save({name: np.ascontiguousarray(values) for name, values in arrays.items()})
-    (folder / _WEIGHTS).write_bytes(weights_file)
-    write_config(folder, "head", fitted, settings)
 
 
-def _read(
-    folder: Path,
-    encoder: Encoder | str | Path | None,
-    language_model: LanguageModel | str | Path | None,
-) -> Fitted:
-    from safetensors import SafetensorError
-
-    try:
-        recover_folder(folder)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if config["format"] != _FORMAT:
-            raise ValueError(f"format {config['format']!r}, and this version reads {_FORMAT}")
+def _read(folder: Path, encoder: EncoderLike, language_model: LanguageModelLike) -> Fitted:
+    with FOLDER.reading(folder) as (config, arrays):
         report = RewardFitReport.from_dict(config["report"])
         if config["kind"] == "head":
-            scorer: Scorer = _read_head(folder, config, encoder, language_model)
+            scorer: HeadScorer | ClassifierReward = _read_head(
+                config, arrays(), encoder, language_model
+            )
         elif config["kind"] == "lora":
             from mbrl_text_env.rewards.learning.lora_classifier import read_adapter
 
@@ -282,30 +251,15 @@ def _read(
         else:
             raise ValueError(f"kind {config['kind']!r}, expected 'head' or 'lora'")
         return Fitted(str(config["name"]), scorer, report)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise RewardError(
-            f"Expected the folder of a learned reward, as written by `mbrl-text reward fit`, got "
-            f"{str(folder)!r} ({type(error).__name__}: {error}). Check the path, or fit the reward "
-            "anew."
-        ) from error
 
 
 def _read_head(
-    folder: Path,
     config: Mapping[str, Any],
-    encoder: Encoder | str | Path | None,
-    language_model: LanguageModel | str | Path | None,
+    arrays: Arrays,
+    encoder: EncoderLike,
+    language_model: LanguageModelLike,
 ) -> HeadScorer:
-    from safetensors.numpy import load_file
-
-    arrays = load_file(folder / _WEIGHTS)
-    if not all(np.isfinite(values).all() for values in arrays.values()):
-        raise ValueError("weights that are not finite")
-    features = _features(config["features"], encoder, language_model)
-    sizes = config["features"]["sizes"]
-    features.arrays_ = {name: arrays[f"features.{name}"].astype(np.float64) for name in sizes}
-    if any(list(features.arrays_[name].shape) != size for name, size in sizes.items()):
-        raise ValueError("features of other sizes than reward.json says")
+    features = _features(config["features"], encoder, language_model).restore(arrays)
     layers = tuple(
         (arrays[f"layers.{i}.weights"], arrays[f"layers.{i}.bias"])
         for i in range(config["num_layers"])
@@ -316,13 +270,13 @@ def _read_head(
         for size, (weights, bias) in zip(widths, layers, strict=False)
     ):
         raise ValueError(f"layers that do not fit {features.size} features")
-    return HeadScorer(features, Head(layers))
+    return HeadScorer(features, LayeredHead(layers))
 
 
 def _features(
     config: Mapping[str, Any],
-    encoder: Encoder | str | Path | None,
-    language_model: LanguageModel | str | Path | None,
+    encoder: EncoderLike,
+    language_model: LanguageModelLike,
 ) -> Features:
     """Features of a saved head, not fitted yet."""
     statistics = config["statistics"]

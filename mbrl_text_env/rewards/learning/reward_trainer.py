@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.files import write_folder
+from mbrl_text_env.fitting.report import FitReport, pair_report
+from mbrl_text_env.fitting.samples import split_by_group
 from mbrl_text_env.rewards.learning.features import EMBEDDED
-from mbrl_text_env.rewards.learning.fit_report import (
-    PairReport,
+from mbrl_text_env.rewards.learning.learned import (
+    FOLDER,
+    Fitted,
+    LearnedReward,
     RewardFitError,
     RewardFitReport,
-    pair_report,
-    split_by_group,
+    described,
 )
-from mbrl_text_env.rewards.learning.learned import Fitted, LearnedReward, check_target, write_config
 from mbrl_text_env.rewards.learning.lora_classifier import (
     AdapterReward,
     Base,
@@ -138,7 +139,7 @@ def fit_lora(
         0.71
     """
     target = Path(folder)
-    check_target(target)
+    FOLDER.check_target(target)
     peft, trl = required("peft"), required("trl")
     groups = [pair.prompt.text for pair in pairs]
     test = split_by_group(groups, held_out, settings.seed)
@@ -155,7 +156,7 @@ def fit_lora(
         trainer = _trainer(peft, trl, base, settings, fitted_on, checkpoints)
         trainer.train(resume_from_checkpoint=resumed)
     steps = int(trainer.state.global_step)
-    with writing(target, RewardFitError), write_folder(target) as scratch:
+    with FOLDER.writing(target) as scratch:
         write_adapter(scratch, trainer.model, base.tokenizer, settings.base)
         # What is measured is what was written.
         scorer = AdapterReward(scratch, settings.base, settings.max_length, name)
@@ -170,8 +171,9 @@ def fit_lora(
             held_out=_report(scorer, measured_on),
             chosen={**asdict(settings), "steps": steps},
         )
-        described = {"base": settings.base, "max_length": settings.max_length}
-        write_config(scratch, "lora", Fitted(name, scorer, report), described)
+        settings_kept = {"base": settings.base, "max_length": settings.max_length}
+        config = described("lora", Fitted(name, scorer, report), settings_kept)
+        FOLDER.write_config(scratch, config)
     shutil.rmtree(checkpoints)
     return LearnedReward(target)
 
@@ -233,7 +235,7 @@ def _trainer(
     return trainer
 
 
-def _report(scorer: AdapterReward, pairs: Sequence[PreferencePair]) -> PairReport:
+def _report(scorer: AdapterReward, pairs: Sequence[PreferencePair]) -> FitReport:
     prompts = [pair.prompt for pair in pairs]
     scores = scorer.score(
         prompts * 2, [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]

@@ -23,26 +23,8 @@ _SENTENCE_END = re.compile(
 _BULLET = re.compile(r"^[ \t]{0,8}(?:[-*\u2022]|\d{1,3}[.)])[ \t]", re.MULTILINE)
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d\n]{1,200})[\"\u201d]")
-_NUMBERS = {
-    name: number
-    for number, name in enumerate(
-        [
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-        ],
-        start=1,
-    )
-}
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve"
+_NUMBERS = {name: number for number, name in enumerate(_NUMBER_WORDS.split())}
 # Before a phrase, what says that it is not wanted; and how many characters before.
 _NEGATION = re.compile(
     r"\b(?:no|not|never|without|avoid\w*|omit\w*|exclud\w*|neither|nor|leave out|skip|forbidden)\b"

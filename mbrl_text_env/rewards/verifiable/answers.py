@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.rewards.verifiable.numerals import (
     decimal_commas,
     improper,
@@ -108,7 +108,7 @@ def extract_answer(response: str, extract: str | None) -> str | None:
     return (answer or "").strip() or None
 
 
-class ExactMatchReward:
+class ExactMatchReward(RewardModel):
     """1 if the answer is the reference answer, else 0.
 
     Compared are texts in Unicode's composed form (NFC), without white space around them and with
@@ -195,7 +195,7 @@ class ExactMatchReward:
         return " ".join(text.split())
 
 
-class NumericReward:
+class NumericReward(RewardModel):
     r"""1 if the answer's last number is the reference answer, within a tolerance, else 0.
 
     Read are integers, decimals, groups of three digits (`1,234,567`), fractions (`3/4`,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.rewards.verifiable.answers import (
     checked_extract,
     extract_answer,
@@ -34,7 +35,7 @@ _SOME_NUMBER = "12345.678"
 _HERE = "mbrl_text_env.rewards.verifiable.mathematics"
 
 
-class MathReward:
+class MathReward(RewardModel):
     r"""1 if the answer is mathematically the reference answer, else 0, by math-verify.
 
     LaTeX (`\frac{1}{2}`, with or without `$`), plain expressions (`x**2 + 1`, `sqrt(2)`), sets,

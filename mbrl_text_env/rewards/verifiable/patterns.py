@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.rewards.verifiable.isolated import import_optional
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -16,7 +16,7 @@ Match = Literal["full", "search"]
 """Whether the whole response has to match, or a part of it."""
 
 
-class RegexReward:
+class RegexReward(RewardModel):
     r"""1 if the response matches a regular expression, else 0.
 
     White space around the response is ignored, and a response of nothing else scores 0, whatever

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.rewards.verifiable.answers import checked_extract, extract_answer
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
 from mbrl_text_env.types import FloatArray, Prompt
@@ -65,7 +65,7 @@ _EXPRESSION = re.compile(
 )
 
 
-class ReasoningGymReward:
+class ReasoningGymReward(RewardModel):
     """The score that reasoning-gym's own scorer of the prompt's task gives, usually 0 to 1.
 
     It scores answers to the prompts of `prompts.reasoning_gym_prompts`. The puzzle is made again

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.rewards.base import RewardError, Scores
+from mbrl_text_env.rewards.base import RewardError, RewardModel, Scores
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
 from mbrl_text_env.tables import refuse_constant
 from mbrl_text_env.types import FloatArray, Prompt
@@ -23,7 +23,7 @@ MAX_DEPTH = 100
 """JSON that is nested deeper counts as not parsed, wherever the parser itself gives up."""
 
 
-class JSONSchemaReward:
+class JSONSchemaReward(RewardModel):
     """1 if the response is JSON that satisfies a schema, else 0, or part of 1 for any JSON.
 
     The response has to be one JSON value as RFC 8259 defines it, with nothing but white space

@@ -66,7 +66,7 @@ def test_ended_states_are_worth_their_score():
     ended = [state for state in prefixes() if state.finish_reason is not None]
     assert ended
     scores = PaidReward().score([], [LM.decode(state.response_ids) for state in ended])
-    for kind in ("prefix", "calibrated", "ridge", "boosting", "rollout", "ensemble"):
+    for kind in ("prefix", "calibrated", "ridge", "rollout", "ensemble"):
         estimate = VALUES()[kind].predict(ended)
         assert estimate.mean.tolist() == scores, kind
         assert estimate.std.tolist() == [0.0] * len(ended)
@@ -93,7 +93,7 @@ def test_what_is_loaded_predicts_the_same(kind, tmp_path):
 
 
 def test_a_loaded_value_can_be_saved_again(tmp_path):
-    for kind in ("boosting", "ensemble"):
+    for kind in ("hidden", "ridge", "ensemble"):
         VALUES()[kind].save(tmp_path / "one")
         load_value(tmp_path / "one", LM, PaidReward(), LetterEncoder()).save(tmp_path / "two")
         for name in ("value.json", "value.safetensors"):
@@ -130,17 +130,17 @@ def damage(folder, **changes):
 
 def test_damaged_folders_are_refused(tmp_path):
     folder = tmp_path / "value"
-    value = VALUES()["boosting"]
+    value = VALUES()["ridge"]
 
     def refused(match):
         with pytest.raises(ValueModelError, match=match) as caught:
             load_value(folder, LM, PaidReward(), LetterEncoder())
-        assert "Fit the value model anew" in str(caught.value)
+        assert "fit the value model anew" in str(caught.value)
         value.save(folder)
 
     refused("FileNotFoundError")
     damage(folder, format=99)
-    refused("format 99, this version reads")
+    refused("format 99, and this version reads")
     damage(folder, kind="oracle")
     refused("kind 'oracle', expected one of.*stacked")
     damage(folder, settings={})
@@ -154,19 +154,19 @@ def test_damaged_folders_are_refused(tmp_path):
     (folder / "value.safetensors").write_bytes(b"garbage")
     refused("Safetensor")
     arrays = load_file(folder / "value.safetensors")
-    save_file({n: a for n, a in arrays.items() if n != "trees.left"}, folder / "value.safetensors")
-    refused("KeyError: 'trees.left'")
-    looped = {**arrays, "trees.left": np.zeros_like(arrays["trees.left"])}
-    save_file(looped, folder / "value.safetensors")
-    refused("do not form trees")
-    endless = {**arrays, "trees.value": np.full_like(arrays["trees.value"], np.inf)}
-    save_file(endless, folder / "value.safetensors")
+    coef = "head.ridge.coef_"
+    save_file({n: a for n, a in arrays.items() if n != coef}, folder / "value.safetensors")
+    refused(f"KeyError: '{coef}'")
+    scaler = "head.standardscaler.mean_"
+    save_file({**arrays, scaler: arrays[scaler][1:]}, folder / "value.safetensors")
+    refused("StandardScaler that do not fit each other")
+    save_file({**arrays, coef: np.full_like(arrays[coef], np.inf)}, folder / "value.safetensors")
     refused("not finite")
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueModelError, match="holds other things"):
+    with pytest.raises(ValueModelError, match="a folder with other files"):
         VALUES()["ridge"].save(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -105,7 +105,7 @@ def test_saved_and_loaded_it_predicts_the_same(tmp_path):
 
 
 def test_damaged_folders_are_refused(tmp_path):
-    with pytest.raises(ValueModelError, match="Fit the value model anew"):
+    with pytest.raises(ValueModelError, match="fit the value model anew"):
         EmbeddingValue.load(tmp_path, TOKENIZER)
     fitted().save(tmp_path / "value")
     config = json.loads((tmp_path / "value" / "value.json").read_text())

@@ -1,10 +1,11 @@
 """The ensemble: its members, what they share, and a standard deviation that is right."""
 
 import copy
-import functools
 
 import numpy as np
 import pytest
+from sklearn.ensemble import GradientBoostingRegressor
+from sklearn.linear_model import Ridge
 
 from mbrl_text_env.agents.values import (
     EnsembleValue,
@@ -17,8 +18,7 @@ from mbrl_text_env.agents.values import (
     samples_of,
 )
 from mbrl_text_env.agents.values.ensemble import EnsembleHead
-from mbrl_text_env.agents.values.heads import LinearHead, fit_boosting, fit_ridge
-from mbrl_text_env.agents.values.validation import Spread
+from mbrl_text_env.fitting.heads import Spread
 from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.rewards import make as make_reward
 from mbrl_text_env.types import Prompt
@@ -48,8 +48,8 @@ class Letters(FittedValue):
     kind = "letters"
     lengths = (4, 8)
 
-    def __init__(self, fitter):
-        self.fitter = fitter
+    def __init__(self, head):
+        self.head = head
 
     def inputs(self, states, ledgers=None):
         return np.stack([letters(LM.decode(s.response_ids)) for s in states])
@@ -58,11 +58,14 @@ class Letters(FittedValue):
         states, owners = cut_prefixes(records, self.lengths)
         return samples_of(self.inputs(states), owners, [len(s.response_ids) for s in states])
 
-    def fitters(self, samples):
-        return {"only": self.fitter}
+    def heads(self):
+        return {"only": self.head}
 
 
-RIDGE = functools.partial(fit_ridge, alpha=0.01)
+RIDGE = Ridge(alpha=0.01)
+BOOSTING = GradientBoostingRegressor(
+    n_estimators=60, min_samples_leaf=20, subsample=0.5, random_state=0
+)
 
 
 def world(noise, prompts=60, per_prompt=4, seed=0, level=0.0):
@@ -88,10 +91,10 @@ def z_scores(value, records):
     return (estimate.mean - [r.score for r in owners]) / estimate.std
 
 
-@pytest.mark.parametrize("fitter", [RIDGE, fit_boosting], ids=["ridge", "boosting"])
+@pytest.mark.parametrize("head", [RIDGE, BOOSTING], ids=["ridge", "boosting"])
 @pytest.mark.parametrize(("noise", "level"), [(0.5, 0.0), (0.1, 0.5), (0.05, 0.0)])
-def test_the_standard_deviation_is_calibrated(fitter, noise, level):
-    value = EnsembleValue(Letters(fitter)).fit(list(world(noise, prompts=150, level=level)))
+def test_the_standard_deviation_is_calibrated(head, noise, level):
+    value = EnsembleValue(Letters(head)).fit(list(world(noise, prompts=150, level=level)))
     assert 0.8 < value.report_.z_std < 1.25
     assert value.report_.within_two_std > 0.9
     # And so it is on prompts that no member has seen, which the report only guesses.
@@ -100,11 +103,11 @@ def test_the_standard_deviation_is_calibrated(fitter, noise, level):
     assert np.mean(np.abs(z) < 2) > 0.9
 
 
-@pytest.mark.parametrize("fitter", [RIDGE, fit_boosting], ids=["ridge", "boosting"])
+@pytest.mark.parametrize("head", [RIDGE, BOOSTING], ids=["ridge", "boosting"])
 @pytest.mark.parametrize("seed", [11, 13])
-def test_members_that_happen_to_agree_are_not_infinitely_sure(fitter, seed):
+def test_members_that_happen_to_agree_are_not_infinitely_sure(head, seed):
     """Without noise all of the error is the members'; where they agree, it is not 0."""
-    value = EnsembleValue(Letters(fitter)).fit(list(world(0.0, 40, seed=seed)))
+    value = EnsembleValue(Letters(head)).fit(list(world(0.0, 40, seed=seed)))
     assert value.head_.scale[0] < 4
     assert (value.predict([state_of(t) for t in ("aaaa", "bbbb", "abcd")]).std > 0).all()
 
@@ -116,32 +119,35 @@ def test_it_is_less_sure_far_from_what_it_has_seen():
 
 
 def test_the_mean_is_that_of_the_members_and_the_spread_joins_both():
-    members = (LinearHead(np.array([1.0]), np.zeros(1)), LinearHead(np.array([3.0]), np.zeros(1)))
+    members = tuple(Ridge(1e-12).fit([[0.0], [1.0]], [0.0, slope]) for slope in (1.0, 3.0))
     value = EnsembleValue(Letters(RIDGE), num_members=2)
     value.head_ = EnsembleHead(members, np.array([2.0]))
     value.spread_ = Spread(np.array([4.0]), np.array([3.0]))
     found = value.estimate(np.array([[0.0], [4.0]]), [4, 4])
     # Votes 0 and 0, then 4 and 12: mean 8, variance 32.
-    assert found.mean.tolist() == [0.0, 8.0]
+    assert found.mean == pytest.approx([0.0, 8.0], abs=1e-9)
     assert found.std == pytest.approx([6.0, 2 * np.sqrt(32 + 9)])
 
 
 def test_every_member_has_a_bag_of_whole_prompts():
     bags = []
 
-    def recording(table):
-        bags.append(table)
-        return fit_ridge(table, 1.0)
+    class Recording(Ridge):
+        def fit(self, inputs, scores):
+            bags.append(scores)
+            return super().fit(inputs, scores)
 
     records = list(world(0.1, prompts=20))
-    value = EnsembleValue(Letters(recording), num_members=5).fit(records)
+    value = EnsembleValue(Letters(Recording()), num_members=5).fit(records)
+    of = {record.score: i // 4 for i, record in enumerate(records)}
     assert len(value.head_.members) == 5
     own = bags[-5:]  # the fits before are those of the choice
-    assert len({tuple(table.groups) for table in own}) == 5
-    for table in own:
-        assert len(table) == 20 * 8  # 20 draws, of 4 responses with 2 prefixes each
-        assert set(np.bincount(table.groups, minlength=20) % 8) == {0}
-        assert len(set(table.groups)) < 20
+    assert len({tuple(scores) for scores in own}) == 5
+    for scores in own:
+        groups = [of[score] for score in scores]
+        assert len(groups) == 20 * 8  # 20 draws, of 4 responses with 2 prefixes each
+        assert set(np.bincount(groups, minlength=20) % 8) == {0}
+        assert len(set(groups)) < 20
 
 
 def test_it_follows_its_seed():
@@ -155,7 +161,7 @@ def test_it_follows_its_seed():
 def test_its_members_share_what_costs():
     reward, state = PaidReward(), prefixes()[2]
     records = toy_records(PaidReward())
-    base = StackedValue(LM, reward, level_1="ridge", lengths=LENGTHS)
+    base = StackedValue(LM, reward, lengths=LENGTHS)
     value = EnsembleValue(base, num_members=6)
     reward.calls.clear()
     value.fit(records)
@@ -168,7 +174,7 @@ def test_its_members_share_what_costs():
 
 
 def test_the_base_is_left_as_it_was():
-    base = StackedValue(LM, CountReward(), level_1="ridge", lengths=LENGTHS)
+    base = StackedValue(LM, CountReward(), lengths=LENGTHS)
     before = copy.copy(vars(base))
     one, two = EnsembleValue(base, 4).fit(toy_records()), EnsembleValue(base, 4, seed=1)
     two.fit(toy_records(samples=3))
@@ -227,7 +233,7 @@ def test_the_real_sentiment():
         text = f"{words[i % 6]} day"
         [score] = reward.score([Prompt.from_text("a")], [text])
         records.append(written(f"{'ab'[i % 2]}{'abcde'[i // 3]}", text, float(score)))
-    value = EnsembleValue(StackedValue(LM, reward, level_1="ridge", lengths=(2, 4))).fit(records)
+    value = EnsembleValue(StackedValue(LM, reward, lengths=(2, 4))).fit(records)
     estimate = value.predict([record.prefix_state(2) for record in records])
     assert np.isfinite(estimate.mean).all()
     assert (estimate.std > 0).all()

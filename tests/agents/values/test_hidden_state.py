@@ -105,7 +105,7 @@ def test_the_real_hidden_state(smollm2):
                 )
             )  # fmt: skip
     value = HiddenStateValue(smollm2, lengths=(4,)).fit(records)
-    assert value.head_.coef.shape == (smollm2.feature_size,)
+    assert value.head_[-1].coef_.shape == (smollm2.feature_size,)
     # Prefixes that it has not read yet: others may come from its cache.
     texts = [Prompt.from_text(text, chat=False) for text in ("Wow, fine", "Green and blue")]
     states = [

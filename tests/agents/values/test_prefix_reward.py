@@ -52,8 +52,8 @@ def test_calibrated_it_finds_the_line_of_each_length():
 def test_a_score_that_the_prefix_tells_is_predicted_exactly():
     records = [written(p, r, 3 - 2 * r[:4].count("a") / 4) for p, r in shares()]
     value = PrefixRewardValue(CountReward(), LM, lengths=(4,)).fit(records)
-    assert value.head_.slopes == pytest.approx([-2.0])
-    assert value.head_.intercepts == pytest.approx([3.0])
+    assert value.head_.slopes_ == pytest.approx([-2.0])
+    assert value.head_.intercepts_ == pytest.approx([3.0])
     estimate = value.predict([state_of("aabb"), state_of("bbbb")])
     assert estimate.mean == pytest.approx([2.0, 3.0])
     assert estimate.std == pytest.approx([0.0, 0.0], abs=1e-9)

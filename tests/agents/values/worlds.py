@@ -14,9 +14,9 @@ from mbrl_text_env.agents.values import (
     HiddenStateValue,
     PrefixRewardValue,
     RolloutValue,
-    Samples,
     StackedValue,
 )
+from mbrl_text_env.fitting.samples import Samples
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.mdp import initial, transition
@@ -95,14 +95,9 @@ def make_values(records: Sequence[Record] | None = None) -> dict[str, object]:
         "prefix": PrefixRewardValue(reward, LM),
         "calibrated": PrefixRewardValue(reward, LM, **lengths).fit(records),
         "hidden": HiddenStateValue(LM, **lengths).fit(records),
-        "ridge": StackedValue(LM, reward, level_1="ridge", **lengths).fit(records),
-        "boosting": StackedValue(
-            LM, reward, encoder, use_embedding=True, level_1="boosting", **lengths
-        ).fit(records),
+        "ridge": StackedValue(LM, reward, **lengths).fit(records),
         "rollout": RolloutValue(LM, reward, n=3, max_response_tokens=TOKENS),
-        "ensemble": EnsembleValue(
-            StackedValue(LM, reward, level_1="ridge", **lengths), num_members=4
-        ).fit(records),
+        "ensemble": EnsembleValue(StackedValue(LM, reward, **lengths), num_members=4).fit(records),
         "hidden-ensemble": EnsembleValue(HiddenStateValue(LM, **lengths), 4).fit(records),
     }
 

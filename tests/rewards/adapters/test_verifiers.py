@@ -263,6 +263,16 @@ def test_group_rewards_are_refused():
         as_reward_model(vf.Rubric(funcs=[best_of_group]))
 
 
+def test_a_rubric_that_scores_in_its_own_way_is_refused():
+    class Halves(vf.Rubric):
+        async def score_rollout(self, state):
+            await super().score_rollout(state)
+            state["reward"] /= 2
+
+    with pytest.raises(TypeError, match=r"weighted sum of its functions, got .*Halves"):
+        as_reward_model(Halves(funcs=[correct]))
+
+
 class TestFunctions:
     def test_they_score_without_a_rubric(self):
         for function in (correct, by_level, later):

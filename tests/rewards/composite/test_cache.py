@@ -69,7 +69,7 @@ def test_parts_and_steps_are_kept(tmp_path):
         assert steps.score_steps(PROMPT, ["aa", "b"]).tolist() == [2.0, 0.0]
     assert (steps.num_found, steps.num_computed) == (1, 1)
     assert steps.score([PROMPT], ["aab"]).tolist() == [pytest.approx(2 / 3)]
-    assert not hasattr(CachedReward(SentimentReward(), tmp_path / "s"), "score_steps")
+    assert not CachedReward(SentimentReward(), tmp_path / "s").scores_steps
 
 
 def test_prompts_rewards_and_metadata_do_not_mix(tmp_path):

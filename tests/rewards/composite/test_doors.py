@@ -2,11 +2,9 @@
 
 import pytest
 
-from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.rewards.base import score_responses
 from mbrl_text_env.rewards.composite.cache import CachedReward
 from mbrl_text_env.rewards.composite.combinators import Ensemble, Gate, Product, WeightedSum
-from mbrl_text_env.rewards.composite.kl_penalty import KLPenalty
 from mbrl_text_env.rewards.composite.time_limit import TimeLimit
 from mbrl_text_env.rewards.composite.transforms import (
     Clip,
@@ -36,7 +34,6 @@ MAKERS = {
     "running": RunningNormalise,
     "length": lambda reward: LengthPenalty(reward, 50),
     "repetition": RepetitionPenalty,
-    "kl": lambda reward: KLPenalty(reward, NGramLM("ab"), NGramLM("ab", seed=1)),
     "time": lambda reward: TimeLimit(reward, 60),
     "cache": lambda reward: CachedReward(reward, "scores.sqlite", key="mine"),
 }

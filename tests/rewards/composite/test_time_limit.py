@@ -53,7 +53,7 @@ def test_what_is_in_time_is_as_without():
     assert score_responses(limited, [PROMPT] * 2, ["ab", "a"]).total.tolist() == [0.5, 1.0]
     assert limited.score_steps(PROMPT, ["aa", "b"]).tolist() == [2.0, 0.0]
     check_reward_model(TimeLimit(SentimentReward(), seconds=60))
-    assert not hasattr(TimeLimit(SentimentReward(), seconds=60), "score_steps")
+    assert not TimeLimit(SentimentReward(), seconds=60).scores_steps
 
 
 def test_errors_come_through():
@@ -84,6 +84,6 @@ def test_the_reduced_form_is_as_patient_and_really_reduced(minilm):
 def test_what_has_no_reduced_form_is_limited_as_it_is():
     reward = StepReward()
     reduced = TimeLimit(reward, seconds=60).reduced("bfloat16")
-    assert reduced.reward is reward
+    assert reduced.reward.reward is reward
     assert score_responses(reduced, [PROMPT], ["ab"]).total.tolist() == [0.5]
     assert reduced.score_steps(PROMPT, ["aa", "b"]).tolist() == [2.0, 0.0]

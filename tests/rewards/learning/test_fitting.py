@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.checks import check_reward_model
+from mbrl_text_env.fitting.reward_heads import LayeredHead, Problem, fit_linear, fit_mlp
+from mbrl_text_env.fitting.samples import split_by_group
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import RewardError, applies_to, score_responses
 from mbrl_text_env.rewards.learning.features import EmbeddingFeatures, HiddenFeatures
-from mbrl_text_env.rewards.learning.fit_report import RewardFitError, split_by_group
 from mbrl_text_env.rewards.learning.fitting import fit_reward
-from mbrl_text_env.rewards.learning.head_fits import Problem, fit_linear, fit_mlp
-from mbrl_text_env.rewards.learning.learned import Head
+from mbrl_text_env.rewards.learning.learned import RewardFitError
 from mbrl_text_env.rewards.learning.preferences import PreferencePair
 from mbrl_text_env.types import Prompt, TextState
 
@@ -67,7 +67,7 @@ def letters(**options):
 
 class TestHeads:
     def test_the_loss_by_hand(self):
-        head = Head(((np.array([[1.0], [0.0]]), np.array([5.0])),))
+        head = LayeredHead(((np.array([[1.0], [0.0]]), np.array([5.0])),))
         inputs, others = np.array([[math.log(3), 7.0], [1.0, 0.0]]), np.array([[0.0, 9], [1, 1]])
         pairs = Problem(inputs, np.arange(2), rejected=others)
         assert pairs.loss(head) == pytest.approx(-(math.log(3 / 4) + math.log(1 / 2)) / 2)

@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from mbrl_text_env.rewards import register, score_responses
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.catalogue import make
 from mbrl_text_env.rewards.learning.features import EmbeddingFeatures
 from mbrl_text_env.rewards.learning.fitting import fit_reward
 from mbrl_text_env.rewards.learning.learned import LearnedReward
+from mbrl_text_env.rewards.registry import make
 from mbrl_text_env.types import Prompt
 from tests.rewards.learning.test_fitting import BLAME, PRAISE, LetterEncoder, letters, pairs_of
 
@@ -125,7 +125,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"format": 2}, "format 2, and this version reads 1"),
+            ({"format": 1}, "format 1, and this version reads 2"),
             ({"kind": "forest"}, "kind 'forest'"),
             ({"features": {}}, "KeyError"),
             ({"num_layers": 0}, "layers that do not fit"),

@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards.base import RewardError, score_responses
-from mbrl_text_env.rewards.learning.fit_report import RewardFitError
-from mbrl_text_env.rewards.learning.learned import LearnedReward
+from mbrl_text_env.rewards.learning.learned import LearnedReward, RewardFitError
 from mbrl_text_env.rewards.learning.preferences import PreferencePair
 from mbrl_text_env.rewards.learning.reward_trainer import LoraSettings, fit_lora
 from mbrl_text_env.types import Prompt

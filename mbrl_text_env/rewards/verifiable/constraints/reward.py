@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mbrl_text_env.rewards.base import ProcessRewardModel
 from mbrl_text_env.rewards.verifiable.constraints.checking import ConstraintError, check_constraint
 from mbrl_text_env.rewards.verifiable.constraints.prefixes import prefix_verdict
 from mbrl_text_env.types import Prompt
 
 
-class ConstraintsReward:
+class ConstraintsReward(ProcessRewardModel):
     """Scores a response by the fraction of its prompt's constraints that it satisfies.
 
     The constraints are read from `prompt.metadata["constraints"]`, a list. Scores lie in [0, 1].

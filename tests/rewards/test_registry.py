@@ -10,20 +10,20 @@ import textwrap
 import pytest
 
 import mbrl_text_env.rewards
-from mbrl_text_env.rewards import catalogue
+from mbrl_text_env.rewards import registry as names
 from mbrl_text_env.rewards.base import RewardModel, score_responses
-from mbrl_text_env.rewards.catalogue import (
+from mbrl_text_env.rewards.composite.combinators import WeightedSum
+from mbrl_text_env.rewards.composite.transforms import Clip
+from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
+from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
+from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
+from mbrl_text_env.rewards.registry import (
     RewardSpecError,
     available,
     descriptions,
     make,
     register,
 )
-from mbrl_text_env.rewards.composite.combinators import WeightedSum
-from mbrl_text_env.rewards.composite.transforms import Clip
-from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
-from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
-from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
 from mbrl_text_env.rewards.verifiable.constraints import ConstraintsReward
 from mbrl_text_env.types import Prompt
 
@@ -129,7 +129,7 @@ def test_making_a_reward_imports_and_loads_nothing_heavy():
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(catalogue, "_registered", {})
+    monkeypatch.setattr(names, "_registered", {})
 
 
 @pytest.mark.usefixtures("registry")
@@ -194,7 +194,7 @@ def packages(tmp_path, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         lines = "".join(f"{key} = {name}:{value}\n" for key, value in entries.items())
-        (info / "entry_points.txt").write_text(f"[{catalogue.GROUP}]\n{lines}")
+        (info / "entry_points.txt").write_text(f"[{names.GROUP}]\n{lines}")
         importlib.invalidate_caches()
 
     return install

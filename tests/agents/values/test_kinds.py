@@ -10,7 +10,7 @@ from mbrl_text_env.agents.values import (
     FittedValue,
     PrefixRewardValue,
     StackedValue,
-    catalogue,
+    kinds,
     make_value,
 )
 from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
@@ -41,16 +41,16 @@ def test_the_others_after_a_fit(name):
 
 
 def test_settings_reach_the_models():
-    stacked = made("stacked-embedding")
-    assert (stacked.use_embedding, stacked.max_response_tokens, stacked.seed) == (True, 12, 3)
-    assert not made("stacked").use_embedding
-    assert isinstance(made("ensemble").base, StackedValue)
-    assert made("rollout").max_response_tokens == 12
+    assert made("stacked").max_response_tokens == 12
+    ensemble = made("ensemble")
+    assert isinstance(ensemble.base, StackedValue)
+    assert (ensemble.base.max_response_tokens, ensemble.seed) == (12, 3)
+    assert (made("rollout").max_response_tokens, made("rollout").seed) == (12, 3)
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_prefixes_have_the_reduced_reward_where_it_is_faster(minilm, monkeypatch, fast):
-    monkeypatch.setattr(catalogue, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(kinds, "multiplies_bfloat16", lambda: fast)
     reward, states = RelevanceReward(minilm), [state_of("abcde"), state_of("dabbed")]
     rows = [state.prompt for state in states], [LM.decode(s.response_ids) for s in states]
     exact = RelevanceReward(minilm).score(*rows)
@@ -63,9 +63,9 @@ def test_prefixes_have_the_reduced_reward_where_it_is_faster(minilm, monkeypatch
 
 
 def test_a_reward_without_a_reduced_form_is_used_as_it_is(monkeypatch):
-    monkeypatch.setattr(catalogue, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(kinds, "multiplies_bfloat16", lambda: True)
     reward = PaidReward()
-    assert make_value("prefix", LM, reward).reward_model is reward
+    assert make_value("prefix", LM, reward).reward_model.reward is reward
 
 
 def test_unknown_names_are_refused():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.agents.values import FitError, cut_prefixes, samples_of
-from mbrl_text_env.agents.values.prefixes import LENGTHS, check_lengths, check_records
+from mbrl_text_env.agents.values.training_prefixes import check_lengths, check_records
+from mbrl_text_env.values import LENGTHS
 from tests.agents.values.worlds import samples, written
 
 RECORD = written("ab", "abcde", 0.5, logprobs=[-1.0, -2.0, -3.0, -4.0, -5.0])
@@ -63,15 +64,13 @@ def test_samples_hold_scores_lengths_and_one_group_a_prompt():
     assert samples_of(np.ones((3, 1)), owners).lengths.tolist() == [0, 0, 0]
 
 
-def test_rows_and_columns():
+def test_rows():
     table = samples([[1, 2], [3, 4], [5, 6]], [7, 8, 9], groups=[0, 0, 1], lengths=[1, 2, 3])
     some = table.rows(np.array([2, 0]))
     assert some.inputs.tolist() == [[5, 6], [1, 2]]
     assert (some.scores.tolist(), some.lengths.tolist(), some.groups.tolist()) == (
         [9, 7], [3, 1], [1, 0],
     )  # fmt: skip
-    assert table.columns(slice(1, None)).inputs.tolist() == [[2], [4], [6]]
-    assert table.columns(slice(1, None)).scores.tolist() == [7, 8, 9]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -8,60 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from mbrl_text_env.fitting.samples import FitError, Samples
 from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.values import LENGTHS
 
 if TYPE_CHECKING:
+    from mbrl_text_env.agents.values.fitted import FittedValue
     from mbrl_text_env.records import Record
-
-IntArray = npt.NDArray[np.int64]
-
-LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Prefix lengths in tokens where the caller names none."""
-
-
-class FitError(ValueError):
-    """Records that a value model cannot be fitted on."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """N prefixes as numbers, with what their responses scored in the end.
-
-    Args:
-        inputs: float64[N, d], what a value model sees of each prefix.
-        scores: float64[N], final scores.
-        lengths: int64[N], tokens of each prefix; all 0 where prefixes are not cut by tokens.
-        groups: int64[N], number of the prompt.
-    """
-
-    inputs: FloatArray
-    scores: FloatArray
-    lengths: IntArray
-    groups: IntArray
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def rows(self, which: Any) -> Samples:
-        """Some of the prefixes, by a mask or by indices."""
-        return Samples(
-            self.inputs[which], self.scores[which], self.lengths[which], self.groups[which]
-        )
-
-    def columns(self, which: slice) -> Samples:
-        """Some of the inputs."""
-        return Samples(self.inputs[:, which], self.scores, self.lengths, self.groups)
-
-    @property
-    def num_prompts(self) -> int:
-        """Different prompts."""
-        return len(np.unique(self.groups))
 
 
 def cut_prefixes(
@@ -118,7 +75,7 @@ def samples_of(
     if bad.size:
         raise FitError(
             f"Expected finite inputs, got others for {bad.size} of {len(owners)} prefixes, first "
-            f"of prompt {owners[bad[0]].prompt_id!r}. Mend the encoder or the language model."
+            f"of prompt {owners[bad[0]].prompt_id!r}. Fix the encoder or the language model."
         )
     _, groups = np.unique([record.prompt_id for record in owners], return_inverse=True)
     return Samples(
@@ -127,6 +84,12 @@ def samples_of(
         np.asarray([0] * len(owners) if lengths is None else lengths, dtype=np.int64),
         groups.astype(np.int64),
     )
+
+
+def cut_samples(value: FittedValue, records: Sequence[Record]) -> Samples:
+    """Prefixes of the value's lengths as it sees them, uncharged."""
+    states, owners = cut_prefixes(records, value.lengths)
+    return samples_of(value.inputs(states), owners, [len(s.response_ids) for s in states])
 
 
 def check_records(records: Sequence[Record]) -> None:

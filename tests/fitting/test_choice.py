@@ -7,19 +7,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.base import BaseEstimator
 
-from mbrl_text_env.agents.values import FitReport, LengthReport
-from mbrl_text_env.agents.values.heads import LinearHead
-from mbrl_text_env.agents.values.validation import (
+from mbrl_text_env.fitting.heads import (
     HeldOut,
     Spread,
     choose,
-    correlation,
     cross_spread,
     held_out,
     length_bins,
-    report,
+)
+from mbrl_text_env.fitting.report import (
+    FitReport,
+    LengthReport,
+    correlation,
     root_mean_square,
+    value_report,
     within_prompt,
 )
 from tests.agents.values.worlds import samples
@@ -106,21 +109,22 @@ def test_a_spread_is_the_error_by_length():
     assert root_mean_square(np.array([3.0, -4.0])) == pytest.approx(np.sqrt(12.5))
 
 
-class Remembers:
+class Remembers(BaseEstimator):
     """Predicts the mean score of the prompts that it has seen; refuses those."""
 
-    def __init__(self, table):
-        self.seen, self.mean = set(table.inputs[:, 0]), table.scores.mean()
+    def fit(self, inputs, scores):
+        self.seen_, self.mean_ = set(inputs[:, 0]), scores.mean()
+        return self
 
     def predict(self, inputs):
-        assert self.seen.isdisjoint(inputs[:, 0])
-        return np.full(len(inputs), self.mean)
+        assert self.seen_.isdisjoint(inputs[:, 0])
+        return np.full(len(inputs), self.mean_)
 
 
 @given(st.lists(st.integers(0, 8), min_size=2, max_size=40))
 def test_held_out_never_divides_a_prompt(groups):
     table = samples(groups, np.arange(len(groups)), groups)
-    guess = held_out(Remembers, table)
+    guess = held_out(Remembers(), table)
     if table.num_prompts < 2:
         assert guess is None
         return
@@ -131,9 +135,17 @@ def test_held_out_never_divides_a_prompt(groups):
         assert set(guess.mean[guess.folds == fold]) == {rest}
 
 
-def guessing(column):
-    coef = np.eye(3)[column]
-    return lambda table: LinearHead(coef, np.zeros(1))
+class Guessing(BaseEstimator):
+    """One of the inputs."""
+
+    def __init__(self, column):
+        self.column = column
+
+    def fit(self, inputs, scores):
+        return self
+
+    def predict(self, inputs):
+        return inputs[:, self.column]
 
 
 def test_choose_takes_what_ranks_best_within_prompts():
@@ -142,8 +154,8 @@ def test_choose_takes_what_ranks_best_within_prompts():
     order = 20 + scores % 10
     inputs = np.column_stack([scores - scores % 10, order, 40 - scores])
     table = samples(inputs, scores, groups=[0, 0, 1, 1, 2, 2])
-    fitters = {"levels": guessing(0), "order": guessing(1), "wrong": guessing(2)}
-    best, guess = choose(fitters, table)
+    heads = {"levels": Guessing(0), "order": Guessing(1), "wrong": Guessing(2)}
+    best, guess = choose(heads, table)
     assert best == "order"
     assert guess.mean.tolist() == order.tolist()
 
@@ -153,19 +165,19 @@ def test_choose_does_not_take_chance_for_skill():
     scores = np.array([0.0, 1, 0, 1])
     inputs = np.column_stack([[5.0, 9, 9, 9], [2.0, 1, 1, 2], scores])
     table = samples(inputs, scores, groups=[0, 0, 1, 1])
-    assert choose({"far": guessing(0), "near": guessing(1)}, table)[0] == "near"
-    assert choose({f"{i}": guessing(i) for i in range(3)}, table)[0] == "2"
+    assert choose({"far": Guessing(0), "near": Guessing(1)}, table)[0] == "near"
+    assert choose({f"{i}": Guessing(i) for i in range(3)}, table)[0] == "2"
 
 
 def test_choose_takes_the_smaller_error_where_prompts_have_one_score_each():
     scores = np.array([1.0, 2, 3, 4])
     table = samples(np.column_stack([scores + 9, scores + 1, scores + 1]), scores)
-    assert choose({f"{i}": guessing(i) for i in range(3)}, table)[0] == "1"
+    assert choose({f"{i}": Guessing(i) for i in range(3)}, table)[0] == "1"
 
 
 def test_choose_takes_the_first_where_nothing_can_be_left_out():
     table = samples(np.ones((3, 3)), [1, 2, 3], groups=[0, 0, 0])
-    assert choose({"b": guessing(0), "a": guessing(1)}, table) == ("b", None)
+    assert choose({"b": Guessing(0), "a": Guessing(1)}, table) == ("b", None)
 
 
 def test_cross_spread_is_that_of_the_other_parts():
@@ -177,7 +189,7 @@ def test_cross_spread_is_that_of_the_other_parts():
 def test_a_report_by_hand():
     scores = np.array([0.0, 1, 4, 5])
     table = samples(scores, scores, groups=[0, 0, 1, 1], lengths=[2, 2, 4, 4])
-    found = report(np.array([0.0, 1, 5, 2]), np.array([1.0, 1, 1, 1]), table, num_records=2)
+    found = value_report(np.array([0.0, 1, 5, 2]), np.array([1.0, 1, 1, 1]), table, num_records=2)
     assert (found.num_records, found.num_prompts, found.num_prefixes) == (2, 2, 4)
     # Errors 0, 0, 1 and -3.
     assert found.std == found.z_std == pytest.approx(np.sqrt(10 / 4))
@@ -192,19 +204,19 @@ def test_a_report_by_hand():
     assert (long.length, long.within_prompt, long.std) == (
         4, pytest.approx(-1), pytest.approx(np.sqrt(5)),
     )  # fmt: skip
-    half = report(np.array([0.0, 1, 5, 2]), np.array([0.0, 0, 0.5, 1]), table, num_records=2)
+    half = value_report(np.array([0.0, 1, 5, 2]), np.array([0.0, 0, 0.5, 1]), table, num_records=2)
     assert half.z_std == pytest.approx(np.sqrt((4 + 9) / 4))
     assert (half.within_one_std, half.within_two_std) == (0.5, 0.75)
 
 
 def test_prefixes_without_lengths_have_no_report_by_length():
     scores = np.array([1.0, 2])
-    assert report(scores, np.ones(2), samples(scores, scores), 2).by_length == ()
+    assert value_report(scores, np.ones(2), samples(scores, scores), 2).by_length == ()
 
 
 def test_one_prompt_alone_has_no_figures():
     table = samples([1, 2, 3], [1.0, 2, 6], groups=[0, 0, 0], lengths=[4, 4, 8])
-    found = report(None, None, table, num_records=2)
+    found = value_report(None, None, table, num_records=2)
     assert found == FitReport(2, 1, NAN, NAN, float(np.std([1, 2, 6])), 3)
     assert np.isnan([found.within_one_std, found.within_two_std, found.z_std]).all()
 

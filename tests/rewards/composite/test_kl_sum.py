@@ -1,4 +1,4 @@
-"""The penalty is the difference of two log-probabilities that are known exactly."""
+"""A KL penalty is a sum with two log-probabilities, which are known exactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import reward_usage_bound, score_responses
-from mbrl_text_env.rewards.composite.kl_penalty import KLPenalty
+from mbrl_text_env.rewards.composite.combinators import WeightedSum
 from mbrl_text_env.rewards.evaluators.fluency import FluencyReward
 from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
 from mbrl_text_env.types import Chunk, Prompt
@@ -20,6 +20,11 @@ PROMPTS = [Prompt.from_text("ab"), Prompt.from_text("b")]
 RESPONSES = ["abba", "b"]
 
 
+def kl_penalised(reward, policy, reference, weight=0.1):
+    models = [FluencyReward(policy, name="policy"), FluencyReward(reference, name="reference")]
+    return WeightedSum([reward, *models], [1.0, -weight, weight])
+
+
 def mean_logprob(model, prompt, response):
     ids = model.encode_prompt(Prompt.from_text(response, chat=False))
     assert model.decode(ids) == response
@@ -27,26 +32,25 @@ def mean_logprob(model, prompt, response):
 
 
 def test_by_hand():
-    scores = score_responses(KLPenalty(Count("a"), POLICY, REFERENCE, 0.5), PROMPTS, RESPONSES)
+    scores = score_responses(kl_penalised(Count("a"), POLICY, REFERENCE, 0.5), PROMPTS, RESPONSES)
     expected = [
         0.5 * (mean_logprob(POLICY, p, r) - mean_logprob(REFERENCE, p, r))
         for p, r in zip(PROMPTS, RESPONSES, strict=True)
     ]
-    np.testing.assert_allclose(scores.parts["kl_penalty"], expected)
     np.testing.assert_allclose(scores.total, np.array([2, 0]) - expected)
     assert scores.parts["a"].tolist() == [2.0, 0.0]
 
 
 def test_a_policy_that_has_not_moved_costs_nothing(smollm2):
-    reward = KLPenalty(SentimentReward(), smollm2, smollm2)
+    reward = kl_penalised(SentimentReward(), smollm2, smollm2)
     prompts = [Prompt.from_text("How was it?")] * 3
     scores = score_responses(reward, prompts, ["It was good.", "", "日本"])
-    assert scores.parts["kl_penalty"].tolist() == [0.0, 0.0, 0.0]
+    np.testing.assert_allclose(scores.total, scores.parts["sentiment"])
     check_reward_model(reward, prompts, ["It was good.", "", "Größe 🙂", "Yes. " * 50])
 
 
 def test_its_cost_is_that_of_all_three():
-    reward = KLPenalty(Count("a"), POLICY, REFERENCE)
+    reward = kl_penalised(Count("a"), POLICY, REFERENCE)
     models = [FluencyReward(POLICY), FluencyReward(REFERENCE)]
     expected = 40 + sum(model.flops(PROMPTS[:1], ["abba"])[0] for model in models)
     assert reward.flops(PROMPTS[:1], ["abba"]) == [pytest.approx(expected)]
@@ -54,9 +58,3 @@ def test_its_cost_is_that_of_all_three():
     assert reward_usage_bound(reward).reward_flops == pytest.approx(bound)
     assert reward.applies_to(PROMPTS[0])
     assert not reward.applies_to(Prompt.from_text("ab" * REFERENCE.context_length))
-
-
-@pytest.mark.parametrize("weight", [0, -1, float("nan")])
-def test_weights_that_are_none(weight):
-    with pytest.raises(ValueError, match=r"KLPenalty: expected .*weight"):
-        KLPenalty(Count("a"), POLICY, REFERENCE, weight)

@@ -20,9 +20,6 @@ def run_file(path: Path) -> ModuleType:
     in different folders may each have a `helpers.py`. Afterwards the folder stands at the end of
     `sys.path`: what a function imports when it is called is found there, unless something else has
     that name. So neighbours are best imported at the top of the file.
-
-    Raises:
-        BaseException: Whatever running the file raises, `SystemExit` included.
     """
     folder = str(path.parent)
     name = f"reward_file_{path.stem}_{hashlib.blake2b(bytes(path), digest_size=6).hexdigest()}"

@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from mbrl_text_env.rewards._files import place_of, run_file
+from mbrl_text_env.rewards._python_files import place_of, run_file
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.rewards.composite.combinators import WeightedSum
@@ -295,11 +295,7 @@ def _offered() -> dict[str, list[EntryPoint]]:
 
 
 def _loaded(name: str) -> Callable[..., Any]:
-    """The factory behind an entry point.
-
-    Raises:
-        RewardSpecError: It cannot be imported, or two packages offer the name.
-    """
+    """The factory behind an entry point."""
     points = _offered()[name]
     if len(points) > 1:
         raise RewardSpecError(
@@ -311,7 +307,7 @@ def _loaded(name: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:
         raise RewardSpecError(
             f"Reward {name!r}, offered by {_packages(points)}: importing {points[0].value!r} "
-            f"raised {type(error).__name__}: {error}. Mend or uninstall that package."
+            f"raised {type(error).__name__}: {error}. Fix or uninstall that package."
         ) from error
     return factory
 

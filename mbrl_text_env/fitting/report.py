@@ -1,0 +1,316 @@
+"""One report for all that is fitted: how good it is on prompts that it was not fitted on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit
+
+from mbrl_text_env.fitting.samples import IntArray, Samples
+from mbrl_text_env.types import FloatArray
+
+_NAN = math.nan
+_TINY = 1e-12
+_BINS = 5
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """The part of a `FitReport` for one length.
+
+    Args:
+        length: Tokens of the prefixes; of complete responses, least characters (a power of two).
+        num_prefixes: Rows of that length.
+        correlation, within_prompt, std: As in `FitReport`.
+    """
+
+    length: int
+    num_prefixes: int
+    correlation: float
+    within_prompt: float
+    std: float
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Pairs of which the model is about equally sure.
+
+    Args:
+        low, high: Ends of the bin; the probability of the response that the model prefers.
+        count: Pairs in the bin.
+        predicted: Their mean predicted probability; NaN without pairs.
+        observed: Share of them in which the model's preference is right; NaN without pairs.
+    """
+
+    low: float
+    high: float
+    count: int
+    predicted: float
+    observed: float
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How well predictions do on prompts that were left out; NaN is what was not measured.
+
+    Args:
+        num_records: Responses.
+        num_prompts: Different prompts among them.
+        correlation: Pearson correlation of prediction and final score over all rows.
+        within_prompt: The same after the mean of each prompt's rows of one length is taken off
+            both: what a choice among responses to one prompt can use. NaN where no prompt has two
+            different scores.
+        std: Root mean square of the prediction's error; the scores' standard deviation where there
+            is one prompt alone, and all else is NaN.
+        num_prefixes: Rows: prefixes, or complete responses.
+        within_one_std, within_two_std: Share of the errors within one and two predicted standard
+            deviations: 0.68 and 0.95 if they are normal and the standard deviation is right.
+        z_std: Root mean square of the errors in units of the predicted standard deviation; above 1
+            if that is too small.
+        by_length: The same figures by length; empty where there are none.
+        r2: 1 - squared error / variance of the scores; below 0 the mean is the better prediction.
+        num_pairs: Pairs of responses to a prompt of which one is known to be better.
+        accuracy: Share of the pairs whose better response scores higher; a tie counts half.
+        longer_wins: That of preferring the longer response, the usual confound.
+        log_loss: Mean of -log sigmoid(chosen - rejected), in nats; log 2 = 0.693 is chance.
+        ece: Expected calibration error: mean of |predicted - observed| over the bins, weighted by
+            their counts.
+        calibration: The bins, from 0.5 to 1.
+        chance: Accuracy of guessing.
+    """
+
+    num_records: int
+    num_prompts: int
+    correlation: float = _NAN
+    within_prompt: float = _NAN
+    std: float = _NAN
+    num_prefixes: int = 0
+    within_one_std: float = _NAN
+    within_two_std: float = _NAN
+    z_std: float = _NAN
+    by_length: tuple[LengthReport, ...] = ()
+    r2: float = _NAN
+    num_pairs: int = 0
+    accuracy: float = _NAN
+    longer_wins: float = _NAN
+    log_loss: float = _NAN
+    ece: float = _NAN
+    calibration: tuple[CalibrationBin, ...] = ()
+    chance: float = 0.5
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; None for NaN, which JSON does not have."""
+        found: dict[str, Any] = without_nan(asdict(self))
+        return found
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
+        """Read `to_dict`.
+
+        Raises:
+            KeyError, TypeError: It is something else.
+        """
+        lengths = tuple(LengthReport(**with_nan(row)) for row in values["by_length"])
+        bins = tuple(CalibrationBin(**with_nan(row)) for row in values["calibration"])
+        return cls(**{**with_nan(values), "by_length": lengths, "calibration": bins})
+
+    def __eq__(self, other: object) -> bool:
+        # Two reports that lack the same figure are equal, though NaN is not.
+        return isinstance(other, FitReport) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.num_records, self.num_prompts, self.num_prefixes, self.num_pairs))
+
+
+def value_report(
+    mean: FloatArray | None, std: FloatArray | None, samples: Samples, num_records: int
+) -> FitReport:
+    """Compare held-out predictions of prefixes with the scores; None where there could be none."""
+    sizes = num_records, samples.num_prompts
+    if mean is None or std is None:
+        deviation = float(np.std(samples.scores))
+        return FitReport(*sizes, std=deviation, num_prefixes=len(samples))
+    errors = mean - samples.scores
+    # A standard deviation of 0 with an error of 0 is right.
+    z = np.abs(errors) / np.maximum(std, _TINY)
+    return FitReport(
+        *sizes,
+        **_agreement(mean, samples),
+        num_prefixes=len(samples),
+        within_one_std=float((z <= 1).mean()),
+        within_two_std=float((z <= 2).mean()),
+        z_std=root_mean_square(z),
+        by_length=_by_length(mean, samples) if samples.lengths.any() else (),
+    )
+
+
+def regression_report(
+    predicted: FloatArray,
+    scores: FloatArray,
+    groups: Sequence[Hashable],
+    lengths: npt.ArrayLike,
+) -> FitReport:
+    """Measure predicted against known scores of complete responses.
+
+    Args:
+        predicted, scores: float64[B].
+        groups: B prompts.
+        lengths: int[B], characters of the responses.
+
+    Example:
+        >>> report = regression_report(
+        ...     np.array([1.0, 2.0, 5.0]), np.array([1.0, 2.0, 3.0]), ["a", "a", "b"], [3, 4, 5]
+        ... )
+        >>> report.r2, report.num_pairs, report.accuracy
+        (-1.0, 1, 1.0)
+    """
+    index = np.unique([str(group) for group in groups], return_inverse=True)[1].reshape(-1)
+    characters = np.asarray(lengths)
+    together = Samples(predicted[:, None], scores, np.zeros(len(scores), np.int64), index)
+    powers = 2 ** np.log2(np.maximum(characters, 1)).astype(np.int64)
+    of_prompts = [np.flatnonzero(index == prompt) for prompt in np.unique(index)]
+    high, low = np.concatenate(
+        [rows[np.stack(np.nonzero(scores[rows][:, None] > scores[rows]))] for rows in of_prompts],
+        axis=1,
+    )
+    spread = float(((scores - scores.mean()) ** 2).sum())
+    return FitReport(
+        len(scores),
+        together.num_prompts,
+        **_agreement(predicted, together),
+        num_prefixes=len(scores),
+        by_length=_by_length(predicted, Samples(together.inputs, scores, powers, index)),
+        r2=1 - float(((predicted - scores) ** 2).sum()) / spread if spread > 0 else _NAN,
+        num_pairs=len(high),
+        accuracy=_wins(predicted[high] - predicted[low]),
+        longer_wins=_wins(characters[high] - characters[low]),
+    )
+
+
+def pair_report(
+    chosen: FloatArray,
+    rejected: FloatArray,
+    groups: Sequence[Hashable],
+    lengths: npt.ArrayLike,
+    *,
+    num_bins: int = _BINS,
+) -> FitReport:
+    """Measure scores of preference pairs.
+
+    The probability of a preference is the Bradley-Terry model's, sigmoid(chosen - rejected). The
+    calibration curve is that of the response which the model prefers, so it goes from 0.5 to 1; the
+    curve over all probabilities is its mirror image at 0.5, since each pair could be asked either
+    way. Where both score the same, half of the pair counts as right.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (bins of equal width).
+
+    Args:
+        chosen, rejected: float64[B], scores of the responses.
+        groups: B prompts.
+        lengths: int[B, 2], characters of the chosen and the rejected response.
+        num_bins: Bins of equal width.
+
+    Example:
+        >>> report = pair_report(
+        ...     np.array([2.0, 0.0]), np.array([0.0, 1.0]), ["a", "b"], [[5, 1], [4, 4]]
+        ... )
+        >>> report.accuracy, report.longer_wins, sum(entry.count for entry in report.calibration)
+        (0.5, 0.75, 2)
+    """
+    margins = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
+    confidence = expit(np.abs(margins))
+    edges = np.linspace(0.5, 1.0, num_bins + 1)
+    place = np.clip(np.digitize(confidence, edges[1:-1]), 0, num_bins - 1)
+    bins = []
+    for i, inside in enumerate(place == np.arange(num_bins)[:, None]):
+        predicted = float(confidence[inside].mean()) if inside.any() else _NAN
+        ends = float(edges[i]), float(edges[i + 1])
+        bins.append(CalibrationBin(*ends, int(inside.sum()), predicted, _wins(margins[inside])))
+    errors = [b.count * abs(b.predicted - b.observed) for b in bins if b.count]
+    characters = np.asarray(lengths, dtype=np.float64)
+    return FitReport(
+        2 * len(margins),
+        len(set(groups)),
+        num_pairs=len(margins),
+        accuracy=_wins(margins),
+        longer_wins=_wins(characters[:, 0] - characters[:, 1]),
+        log_loss=bradley_terry_loss(margins),
+        ece=float(sum(errors) / len(margins)),
+        calibration=tuple(bins),
+    )
+
+
+def bradley_terry_loss(margins: FloatArray) -> float:
+    """Mean of -log sigmoid(margin), in nats, for margins float64[B] of chosen over rejected.
+
+    Example:
+        >>> bradley_terry_loss(np.zeros(3)) == math.log(2)
+        True
+    """
+    return float(np.logaddexp(0.0, -np.asarray(margins, dtype=np.float64)).mean())
+
+
+def within_prompt(mean: FloatArray, samples: Samples) -> float:
+    """Correlation after each prompt's and length's mean is taken off; NaN where nothing is left."""
+    cells = np.stack([samples.groups, samples.lengths])
+    index: IntArray = np.unique(cells, axis=1, return_inverse=True)[1]
+    index = index.reshape(-1)  # NumPy 2.0 gave it another shape
+    counts = np.bincount(index)
+    centred = []
+    for values in (mean, samples.scores):
+        rest = values - (np.bincount(index, values) / counts)[index]
+        # What rounding leaves of equal values is nothing.
+        centred.append(np.where(np.abs(rest) <= _TINY * np.abs(values).max(), 0.0, rest))
+    return correlation(*centred)
+
+
+def correlation(a: FloatArray, b: FloatArray) -> float:
+    """Pearson correlation; NaN where one of the two does not vary."""
+    if len(a) < 2 or any(np.ptp(v) <= _TINY * np.abs(v).max() for v in (a, b)):
+        return _NAN
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def root_mean_square(values: FloatArray) -> float:
+    """The root of the mean of the squares."""
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def without_nan(value: Any) -> Any:
+    """JSON values of dataclasses' values: None for NaN."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN for None."""
+    return {key: _NAN if value is None else value for key, value in values.items()}
+
+
+def _agreement(mean: FloatArray, samples: Samples) -> dict[str, Any]:
+    return {
+        "correlation": correlation(mean, samples.scores),
+        "within_prompt": within_prompt(mean, samples),
+        "std": root_mean_square(mean - samples.scores),
+    }
+
+
+def _by_length(mean: FloatArray, samples: Samples) -> tuple[LengthReport, ...]:
+    parts = [(length, samples.lengths == length) for length in np.unique(samples.lengths)]
+    return tuple(
+        LengthReport(int(length), int(some.sum()), **_agreement(mean[some], samples.rows(some)))
+        for length, some in parts
+    )
+
+
+def _wins(margins: FloatArray) -> float:
+    """Share of margins above 0, a tie counting half; NaN without any."""
+    return float((np.sign(margins) + 1).mean() / 2) if len(margins) else _NAN
