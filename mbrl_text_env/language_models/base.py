@@ -329,7 +329,7 @@ def sample_requests(
     Returns:
         chunks[len(requests)][requests[i].num_samples].
     """
-    if hasattr(language_model, "sample_requests") and not _has_own_sample(language_model):
+    if _has_common_batches(language_model):
         return language_model.sample_requests(requests, ledgers=ledgers)
     kinds: dict[tuple[int, int, int, SamplingParams], list[int]] = {}
     for i, r in enumerate(requests):
@@ -351,10 +351,13 @@ def sample_requests(
     return rows
 
 
-def _has_own_sample(language_model: LanguageModel) -> bool:
-    """Whether `sample` was overridden, so that it must not be gone around."""
-    inherits = LanguageModel in type(language_model).__mro__
-    return inherits and getattr(language_model.sample, "__func__", None) is not LanguageModel.sample
+def _has_common_batches(language_model: LanguageModel) -> bool:
+    """Whether `sample_requests` is its own; a `sample` that overrides it is not gone around."""
+    for holder in (language_model, *type(language_model).__mro__):
+        names = getattr(holder, "__dict__", {})
+        if "sample_requests" in names or "sample" in names:
+            return "sample_requests" in names
+    return False
 
 
 def stream(seed: int, state: TextState, sample_index: int) -> np.random.Generator:

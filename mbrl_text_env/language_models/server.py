@@ -271,8 +271,8 @@ class ServerLM(LanguageModel):
             pairs, judged, ledgers or (), strict=ledgers is not None
         ):
             length = len(prefix_of(state)) + len(chunk) - 1
-            computed, cached = _prefix_bill(bills, length, length)
-            ledger.charge(self._usage(computed, max(cached, length - computed), 0))
+            computed, _ = _prefix_bill(bills, length, length)
+            ledger.charge(self._usage(computed, length - computed, 0))
         return [logprobs for logprobs, _ in judged]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:

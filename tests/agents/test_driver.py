@@ -64,19 +64,7 @@ class EngineLM(RecordingLM):
     ) -> list[list[Chunk]]:
         with timed(ledgers):
             self.note("sample_requests", len(requests))
-        return [
-            NGramLM.sample(
-                self,
-                [r.state],
-                r.num_samples,
-                r.max_new_tokens,
-                seeds=[r.seed],
-                first_sample=r.first_sample,
-                params=r.params,
-                ledgers=None if ledgers is None else [ledgers[i]],
-            )[0]
-            for i, r in enumerate(requests)
-        ]
+        return NGramLM.sample_requests(self, requests, ledgers=ledgers)
 
     def next_tokens(
         self, states: Sequence[TextState], k: int, *, ledgers: Any = None
