@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,98 +15,165 @@ _METHODS = ("head", "lora")
 _FEATURES = ("embedding", "hidden")
 
 
-@friendly
-def fit_command(
-    out: Annotated[Path, typer.Option(help="Folder for the reward.")],
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What a reward is fitted on."""
+
     pairs: Annotated[
         str | None,
         typer.Option(help="Preferences: a .jsonl file, or a dataset of the Hugging Face Hub."),
-    ] = None,
+    ] = None
     records: Annotated[
         Path | None,
         typer.Option(help="Records folder, as written by `collect`; its scores are the gold."),
-    ] = None,
+    ] = None
     objective: Annotated[
         str,
         typer.Option(help="'bradley-terry' (on pairs), or 'regression' (on records' scores)."),
-    ] = "bradley-terry",
+    ] = "bradley-terry"
+    split: Annotated[str, typer.Option(help="Split of a dataset of the Hub.")] = "train"
+    pairs_per_prompt: Annotated[
+        int, typer.Option(min=1, help="Pairs that are made of a prompt's records.")
+    ] = 12
+    min_gap: Annotated[
+        float, typer.Option(min=0.0, help="Pairs of records differ in score by more than this.")
+    ] = 0.0
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether scores are fitted, and not pairs."""
+        return self.objective == "regression"
+
+    def load(self, seed: int) -> tuple[Any, str]:
+        """What to fit on, and where it comes from."""
+        from mbrl_text_env.records import read_records
+        from mbrl_text_env.rewards.learning.learned import RewardFitError
+        from mbrl_text_env.rewards.learning.preferences import load_preferences, pairs_from_records
+
+        if (self.pairs is None) == (self.records is None):
+            raise RewardFitError(
+                "Expected either --pairs (a .jsonl file or a dataset) or --records (a folder), got "
+                f"{'neither' if self.pairs is None else 'both'}."
+            )
+        if self.pairs is not None:
+            if self.is_scored:
+                raise RewardFitError(
+                    "--objective regression needs scores: pass --records instead of --pairs."
+                )
+            return load_preferences(self.pairs, split=self.split), Path(self.pairs).stem
+        assert self.records is not None
+        found = read_records(self.records)
+        if self.is_scored:
+            return found, found[0].reward_name
+        made = pairs_from_records(
+            found, pairs_per_prompt=self.pairs_per_prompt, min_gap=self.min_gap, seed=seed
+        )
+        return made, found[0].reward_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """How a reward is fitted."""
+
     method: Annotated[
         str,
         typer.Option(help="'head' (on a frozen model, seconds) or 'lora' (tunes a classifier)."),
-    ] = "head",
-    head: Annotated[str, typer.Option(help="'linear' or 'mlp'.")] = "linear",
+    ] = "head"
+    head: Annotated[str, typer.Option(help="'linear' or 'mlp'.")] = "linear"
     features: Annotated[
         str,
         typer.Option(help="'embedding' (sentence encoder) or 'hidden' (language model's state)."),
-    ] = "embedding",
+    ] = "embedding"
     model: Annotated[
         str,
         typer.Option(
             help="What reads texts, or is tuned: 'embedded' (MiniLM, or SmolLM2), a Hub name, or "
             "a folder."
         ),
-    ] = "embedded",
+    ] = "embedded"
     text_statistics: Annotated[
         bool, typer.Option(help="Whether counts of the texts are features too.")
-    ] = True,
-    split: Annotated[str, typer.Option(help="Split of a dataset of the Hub.")] = "train",
-    pairs_per_prompt: Annotated[
-        int, typer.Option(min=1, help="Pairs that are made of a prompt's records.")
-    ] = 12,
-    min_gap: Annotated[
-        float, typer.Option(min=0.0, help="Pairs of records differ in score by more than this.")
-    ] = 0.0,
+    ] = True
+    rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="LoRA: steps; by default one pass over the pairs.")
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="LoRA: pairs in a step.")] = 8
+    learning_rate: Annotated[float, typer.Option(help="LoRA: highest learning rate.")] = 1e-4
+    max_length: Annotated[int, typer.Option(min=1, help="LoRA: most tokens of a text.")] = 512
+
+    def check(self, objective: str) -> None:
+        """Refuse what cannot be fitted, before anything is loaded."""
+        from mbrl_text_env.rewards.learning.learned import RewardFitError
+
+        for option, allowed in (("method", _METHODS), ("features", _FEATURES)):
+            value = getattr(self, option)
+            if value not in allowed:
+                raise RewardFitError(f"--{option}: expected one of {list(allowed)}, got {value!r}.")
+        if self.method == "lora" and objective != "bradley-terry":
+            raise RewardFitError(
+                f"--method lora fits 'bradley-terry', got --objective {objective!r}. Use --method "
+                "head."
+            )
+
+    def lora_settings(self, seed: int) -> Any:
+        """The `LoraSettings`."""
+        from mbrl_text_env.rewards.learning.reward_trainer import LoraSettings
+
+        return LoraSettings(
+            base=self.model,
+            r=self.rank,
+            alpha=2.0 * self.rank,
+            max_steps=self.max_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            max_length=self.max_length,
+            seed=seed,
+        )
+
+    def load_features(self) -> Any:
+        """What reads the texts."""
+        from mbrl_text_env.rewards.learning.features import (
+            EMBEDDED,
+            EmbeddingFeatures,
+            HiddenFeatures,
+        )
+
+        kind = HiddenFeatures if self.features == "hidden" else EmbeddingFeatures
+        return kind(None if self.model == EMBEDDED else self.model, self.text_statistics)
+
+
+@friendly
+def fit_command(
+    out: Annotated[Path, typer.Option(help="Folder for the reward.")],
+    data: DataOptions,
+    how: MethodOptions,
     held_out: Annotated[float, typer.Option(help="Share of the prompts to measure on.")] = 0.2,
     seed: SeedOption = 0,
     name: Annotated[str | None, typer.Option(help="What reports call the reward.")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="LoRA: steps; by default one pass over the pairs.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="LoRA: pairs in a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="LoRA: highest learning rate.")] = 1e-4,
-    max_length: Annotated[int, typer.Option(min=1, help="LoRA: most tokens of a text.")] = 512,
 ) -> None:
     """Fit a reward on preferences or scores, and measure it on prompts that were left out."""
-    from mbrl_text_env.rewards.learning.fitting import fit_reward
-    from mbrl_text_env.rewards.learning.learned import FOLDER, RewardFitError
+    from mbrl_text_env.rewards.learning.learned import FOLDER
 
-    for option, value, allowed in (("method", method, _METHODS), ("features", features, _FEATURES)):
-        if value not in allowed:
-            raise RewardFitError(f"--{option}: expected one of {list(allowed)}, got {value!r}.")
-    if method == "lora" and objective != "bradley-terry":
-        raise RewardFitError(
-            f"--method lora fits 'bradley-terry', got --objective {objective!r}. Use --method head."
-        )
+    how.check(data.objective)
     FOLDER.check_target(out)
-    data, data_name = _data(pairs, records, objective, split, pairs_per_prompt, min_gap, seed)
-    with console.status(f"Fitting on {len(data)} {'records' if _scored(objective) else 'pairs'}"):
-        if method == "lora":
-            from mbrl_text_env.rewards.learning.reward_trainer import LoraSettings, fit_lora
+    rows, data_name = data.load(seed)
+    shared: dict[str, Any] = {"held_out": held_out, "name": name, "data_name": data_name}
+    with console.status(f"Fitting on {len(rows)} {'records' if data.is_scored else 'pairs'}"):
+        if how.method == "lora":
+            from mbrl_text_env.rewards.learning.reward_trainer import fit_lora
 
-            settings = LoraSettings(
-                base=model,
-                r=rank,
-                alpha=2.0 * rank,
-                max_steps=max_steps,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                max_length=max_length,
-                seed=seed,
-            )
-            reward = fit_lora(
-                data, out, settings, held_out=held_out, name=name, data_name=data_name
-            )
+            reward = fit_lora(rows, out, how.lora_settings(seed), **shared)
         else:
+            from mbrl_text_env.rewards.learning.fitting import fit_reward
+
             reward = fit_reward(
-                data,
-                objective=objective,  # type: ignore[arg-type]
-                head=head,  # type: ignore[arg-type]
-                features=_features(features, model, text_statistics),
-                held_out=held_out,
+                rows,
+                objective=data.objective,  # type: ignore[arg-type]
+                head=how.head,  # type: ignore[arg-type]
+                features=how.load_features(),
                 seed=seed,
-                name=name,
-                data_name=data_name,
+                **shared,
             )
             reward.save(out)
     for table in report_tables(reward.name, reward.report_):
@@ -155,52 +223,6 @@ def report_tables(name: str, report: Any) -> list[Any]:
             _shown(entry.observed),
         )
     return [figures, curve]
-
-
-def _data(
-    pairs: str | None,
-    records: Path | None,
-    objective: str,
-    split: str,
-    pairs_per_prompt: int,
-    min_gap: float,
-    seed: int,
-) -> tuple[Any, str]:
-    """What to fit on, and where it comes from."""
-    from mbrl_text_env.records import read_records
-    from mbrl_text_env.rewards.learning.learned import RewardFitError
-    from mbrl_text_env.rewards.learning.preferences import load_preferences, pairs_from_records
-
-    if (pairs is None) == (records is None):
-        raise RewardFitError(
-            "Expected either --pairs (a .jsonl file or a dataset) or --records (a folder), got "
-            f"{'neither' if pairs is None else 'both'}."
-        )
-    if pairs is not None:
-        if _scored(objective):
-            raise RewardFitError(
-                "--objective regression needs scores: pass --records instead of --pairs."
-            )
-        return load_preferences(pairs, split=split), Path(pairs).stem
-    assert records is not None
-    found = read_records(records)
-    if _scored(objective):
-        return found, found[0].reward_name
-    made = pairs_from_records(found, pairs_per_prompt=pairs_per_prompt, min_gap=min_gap, seed=seed)
-    return made, found[0].reward_name
-
-
-def _features(kind: str, model: str, text_statistics: bool) -> Any:
-    from mbrl_text_env.rewards.learning.features import EMBEDDED, EmbeddingFeatures, HiddenFeatures
-
-    source = None if model == EMBEDDED else model
-    if kind == "hidden":
-        return HiddenFeatures(source, text_statistics)
-    return EmbeddingFeatures(source, text_statistics)
-
-
-def _scored(objective: str) -> bool:
-    return objective == "regression"
 
 
 def _shown(value: Any) -> str:

@@ -49,14 +49,12 @@ def fit_reward(
 ) -> LearnedReward:
     """Fit a reward model: a head on features of a frozen model.
 
-    A share of the prompts is held out; the report's figures are those of their pairs or records,
-    and nothing of them is used in the fit. Prompts are told apart by their text. The strength of
-    the penalty is chosen by cross-validation on the others, by prompt as well.
+    The report is of the pairs or records of prompts that are held out of the fit. Prompts are told
+    apart by their text. The penalty is chosen by cross-validation by prompt on the others.
 
-    Bradley-Terry: the probability that a response is preferred is sigmoid(r_chosen - r_rejected),
-    and the mean of its -log is made small. For a linear head that is a logistic regression on
-    differences of features without an intercept, which is convex. Margins are not used. Regression:
-    ridge regression of the scores.
+    Bradley-Terry: a response is preferred with probability sigmoid(r_chosen - r_rejected), whose
+    mean -log is minimised; with a linear head, a logistic regression on differences of features
+    without an intercept. Margins are not used. Regression: ridge regression of the scores.
 
     Sources: Bradley and Terry, "Rank Analysis of Incomplete Block Designs", Biometrika 1952;
     Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020. Deviation: only a
@@ -97,30 +95,25 @@ def fit_reward(
     rows = table.rows(~test)
     features.fit({key: values[rows] for key, values in table.raw.items()})
     inputs = features.transform(table.raw)
-    problem = table.problem(inputs).subset(~test)
-    if problem.says_nothing():
-        raise RewardFitError(
-            f"Expected responses that the features tell apart, but {len(data)} rows look the same "
-            f"to {features.kind} features. Add data, or choose other features."
-        )
+    problem = _checked(table.problem(inputs).subset(~test), len(data), features)
     fitted, chosen = _FITS[head](problem, seed)
     if objective == "bradley-terry":
         fitted = fitted.moved(-fitted(inputs[rows]).mean())
     scores = fitted(inputs)
     origin = data_name or table.data_name
-    report = RewardFitReport(
-        objective=objective,
-        model=f"{head} on {features.kind}",
-        data=origin,
-        seed=seed,
-        num_fitted=int((~test).sum()),
-        num_fitted_prompts=len(np.unique(problem.groups)),
-        fitted_accuracy=table.report(scores, ~test).accuracy,
-        held_out=table.report(scores, test),
-        chosen=chosen,
-    )
+    model, measured = f"{head} on {features.kind}", table.measured(scores, test)
+    report = RewardFitReport(objective, model, origin, seed, chosen=chosen, **measured)
     scorer = HeadScorer(features, fitted)
     return LearnedReward(None, fitted=Fitted(name or f"learned({origin})", scorer, report))
+
+
+def _checked(problem: Problem, rows: int, features: Features) -> Problem:
+    if problem.says_nothing():
+        raise RewardFitError(
+            f"Expected responses that the features tell apart, but {rows} rows look the same "
+            f"to {features.kind} features. Add data, or choose other features."
+        )
+    return problem
 
 
 class _Table(NamedTuple):
@@ -150,6 +143,15 @@ class _Table(NamedTuple):
             return Problem(inputs, groups, targets=self.scores)
         chosen, rejected = np.split(inputs, 2)
         return Problem(chosen, groups, rejected=rejected)
+
+    def measured(self, scores: FloatArray, test: Rows) -> dict[str, Any]:
+        """The fields of a `RewardFitReport` that follow from the split."""
+        return {
+            "num_fitted": int((~test).sum()),
+            "num_fitted_prompts": len(set(np.array(self.groups)[~test])),
+            "fitted_accuracy": self.report(scores, ~test).accuracy,
+            "held_out": self.report(scores, test),
+        }
 
     def report(self, scores: FloatArray, used: Rows) -> FitReport:
         groups = [group for group, is_used in zip(self.groups, used, strict=True) if is_used]

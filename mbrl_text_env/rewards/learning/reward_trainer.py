@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -100,20 +101,16 @@ def fit_lora(
 ) -> LearnedReward:
     """Tune a classifier with one logit so that chosen responses score higher than rejected ones.
 
-    The loss is Bradley-Terry's, as TRL's `RewardTrainer` computes it; texts are encoded by the
-    same code that scores later, in the tokenizer's chat template where it has one, otherwise as
-    the article does ("User: ...\\nAssistant: ..."). Training is in float32. A share of the prompts
-    is held out; the report is of their pairs.
+    The loss is Bradley-Terry's, by TRL's `RewardTrainer`, in float32. Texts are in the tokenizer's
+    chat template where it has one, otherwise as in the article ("User: ...\\nAssistant: ...").
+    The report is of the pairs of prompts that are held out.
 
-    Checkpoints lie in `<folder>-checkpoints`, from which a fit that was stopped goes on if pairs
-    and settings are the same; the folder is removed at the end. They hold the optimizer's state in
-    torch's format, which transformers reads back without executing what is in it
-    (`weights_only=True`), and `training_args.bin`, a pickle, which nothing here reads: keep
-    checkpoints of others out of that folder. The final folder has safetensors and JSON alone: the
-    adapter, the tuned head, the tokenizer, and the name or path of the base, which is not copied.
+    A fit that was stopped goes on from `<folder>-checkpoints` if pairs and settings are the same;
+    that folder is removed at the end. transformers reads its torch files with `weights_only=True`;
+    keep checkpoints of others out of it. The final folder has safetensors and JSON alone: adapter,
+    head, tokenizer, and the name or path of the base, which is not copied.
 
-    Sources: Hu et al., "LoRA", ICLR 2022; Stiennon et al., "Learning to summarize from human
-    feedback", NeurIPS 2020.
+    Sources: Hu et al., "LoRA", ICLR 2022; the objective as in `fit_reward`.
 
     Args:
         pairs: Preference pairs.
@@ -129,8 +126,7 @@ def fit_lora(
     Raises:
         RewardFitError: There are fewer than five prompts, a margin is missing, or the checkpoints
             are of another fit.
-        RewardError: `trl` or `peft` is not installed, the base cannot be loaded, or the folder
-            holds other things.
+        RewardError: `trl` or `peft` is missing, or the base or the folder cannot be used.
 
     Example:
         >>> settings = LoraSettings(max_steps=100)  # doctest: +SKIP
@@ -143,8 +139,8 @@ def fit_lora(
     peft, trl = required("peft"), required("trl")
     groups = [pair.prompt.text for pair in pairs]
     test = split_by_group(groups, held_out, settings.seed)
-    fitted_on = [pair for pair, left_out in zip(pairs, test, strict=True) if not left_out]
-    measured_on = [pair for pair, left_out in zip(pairs, test, strict=True) if left_out]
+    fitted_on = list(compress(pairs, ~test))
+    measured_on = list(compress(pairs, test))
     if settings.use_margin and any(pair.margin is None for pair in fitted_on):
         raise RewardFitError("use_margin=True: expected a margin on every pair, got some without.")
     name = name or f"learned({data_name})"
@@ -155,27 +151,36 @@ def fit_lora(
         base = load_base(settings.base, settings.max_length, name)
         trainer = _trainer(peft, trl, base, settings, fitted_on, checkpoints)
         trainer.train(resume_from_checkpoint=resumed)
-    steps = int(trainer.state.global_step)
     with FOLDER.writing(target) as scratch:
         write_adapter(scratch, trainer.model, base.tokenizer, settings.base)
         # What is measured is what was written.
         scorer = AdapterReward(scratch, settings.base, settings.max_length, name)
-        report = RewardFitReport(
-            objective="bradley-terry",
-            model="lora",
-            data=data_name,
-            seed=settings.seed,
-            num_fitted=len(fitted_on),
-            num_fitted_prompts=len({pair.prompt.text for pair in fitted_on}),
-            fitted_accuracy=_report(scorer, fitted_on).accuracy,
-            held_out=_report(scorer, measured_on),
-            chosen={**asdict(settings), "steps": steps},
-        )
-        settings_kept = {"base": settings.base, "max_length": settings.max_length}
-        config = described("lora", Fitted(name, scorer, report), settings_kept)
-        FOLDER.write_config(scratch, config)
+        chosen = {**asdict(settings), "steps": int(trainer.state.global_step)}
+        report = _fit_report(scorer, fitted_on, measured_on, chosen, data_name)
+        kept = {"base": settings.base, "max_length": settings.max_length}
+        FOLDER.write_config(scratch, described("lora", Fitted(name, scorer, report), kept))
     shutil.rmtree(checkpoints)
     return LearnedReward(target)
+
+
+def _fit_report(
+    scorer: AdapterReward,
+    fitted_on: Sequence[PreferencePair],
+    measured_on: Sequence[PreferencePair],
+    chosen: dict[str, Any],
+    data_name: str,
+) -> RewardFitReport:
+    return RewardFitReport(
+        objective="bradley-terry",
+        model="lora",
+        data=data_name,
+        seed=chosen["seed"],
+        num_fitted=len(fitted_on),
+        num_fitted_prompts=len({pair.prompt.text for pair in fitted_on}),
+        fitted_accuracy=_report(scorer, fitted_on).accuracy,
+        held_out=_report(scorer, measured_on),
+        chosen=chosen,
+    )
 
 
 def _trainer(
