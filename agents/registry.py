@@ -5,38 +5,19 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import pkgutil
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
-from mbrl_text_env.agents.adaptive import Adaptive
+from mbrl_text_env import agents
 from mbrl_text_env.agents.base import Agent
-from mbrl_text_env.agents.beam import BeamSearch
-from mbrl_text_env.agents.best_of_n import BestOfN
-from mbrl_text_env.agents.lookahead import Lookahead
-from mbrl_text_env.agents.mcts import MCTS
 from mbrl_text_env.agents.model_free.candidate_agent import CandidateAgent
-from mbrl_text_env.agents.particle_filter import ParticleFilter
-from mbrl_text_env.agents.receding_horizon import RecedingHorizon
-from mbrl_text_env.agents.sampling import RandomAgent, Sampling
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.rewards.base import RewardLike
+from mbrl_text_env.rewards.names import first_line
 from mbrl_text_env.values import ValueModel
 
-_CLASSES: Mapping[str, Callable[..., Agent]] = {
-    cls.name: cls
-    for cls in (
-        RandomAgent,
-        Sampling,
-        BestOfN,
-        Lookahead,
-        BeamSearch,
-        RecedingHorizon,
-        ParticleFilter,
-        MCTS,
-        Adaptive,
-        CandidateAgent,
-    )
-}
 _SAMPLING = ("temperature", "top_p", "top_k")
 _VALUE, _POLICY = "value", "policy"
 
@@ -45,9 +26,25 @@ class AgentSpecError(ValueError):
     """An agent's name or option that is not known, or a value that does not fit."""
 
 
+def _named_agents() -> dict[str, type[Agent]]:
+    """The agents by name: classes of this folder's files that have one, and trained choices."""
+    files = [info.name for info in pkgutil.iter_modules(agents.__path__) if not info.ispkg]
+    modules = [import_module(f"{agents.__name__}.{name}") for name in files if name != "registry"]
+    found: list[type[Agent]] = [
+        each
+        for module in modules
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Agent) and each.__module__ == module.__name__
+    ]
+    return {each.name: each for each in [*found, CandidateAgent] if each.name}
+
+
+_CLASSES: Mapping[str, Callable[..., Agent]] = _named_agents()
+
+
 def available() -> dict[str, str]:
     """One line about each agent, by name."""
-    return {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in _CLASSES.items()}
+    return {name: first_line(cls) for name, cls in _CLASSES.items()}
 
 
 def make(

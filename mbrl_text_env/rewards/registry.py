@@ -7,12 +7,13 @@ package offers under the entry-point group `mbrl_text_env.rewards`, or a functio
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
+import pkgutil
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mbrl_text_env.rewards._python_files import place_of, run_file
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.rewards.composite.combinators import WeightedSum
+from mbrl_text_env.rewards.names import NAMED, RewardEntry, first_line
 
 GROUP = "mbrl_text_env.rewards"
 """The entry-point group in which other packages offer rewards."""
@@ -33,97 +35,6 @@ class RewardSpecError(ValueError):
     """A reward's name that is not known or cannot be loaded, or a sum that cannot be read."""
 
 
-@dataclass(frozen=True)
-class RewardEntry:
-    """A reward that has a name.
-
-    Args:
-        factory: Makes it: called without arguments, or with what stands after the colon. What it
-            returns is passed to `as_reward_model`.
-        description: One line about it.
-        argument: What stands after the colon of the name, such as "FOLDER"; None for nothing.
-    """
-
-    factory: Callable[..., Any]
-    description: str
-    argument: str | None = None
-
-
-def _own(module: str, cls: str, **options: Any) -> Callable[..., Any]:
-    """A class of this package, which is imported when it is used."""
-
-    def factory(*arguments: str) -> Any:
-        loaded = importlib.import_module(f"mbrl_text_env.rewards.{module}")
-        return getattr(loaded, cls)(*arguments, **options)
-
-    return factory
-
-
-_OWN: Mapping[str, RewardEntry] = {
-    "sentiment": RewardEntry(
-        _own("evaluators.sentiment", "SentimentReward"),
-        "Mean VADER sentiment of the response's sentences, -1 to 1.",
-    ),
-    "relevance": RewardEntry(
-        _own("evaluators.relevance", "RelevanceReward"),
-        "Cosine of the MiniLM embeddings of prompt and response, -1 to 1.",
-    ),
-    "fluency": RewardEntry(
-        _own("evaluators.fluency", "FluencyReward"),
-        "Mean log-probability of the response's tokens under the embedded language model.",
-    ),
-    "judge": RewardEntry(
-        _own("evaluators.judge", "JudgeReward"),
-        "Verdict of the embedded language model, by the probabilities of its answers.",
-    ),
-    "constraints": RewardEntry(
-        _own("verifiable.constraints", "ConstraintsReward"),
-        "Share of the prompt's checkable constraints that the response satisfies.",
-    ),
-    "exact-match": RewardEntry(
-        _own("verifiable.answers", "ExactMatchReward"),
-        "1 if the response is the prompt's reference answer.",
-    ),
-    "numeric": RewardEntry(
-        _own("verifiable.answers", "NumericReward"),
-        "1 if the response's last number is the prompt's reference answer.",
-    ),
-    "math": RewardEntry(
-        _own("verifiable.mathematics", "MathReward"),
-        "1 if the response is mathematically the prompt's reference answer (math-verify).",
-    ),
-    "regex": RewardEntry(
-        _own("verifiable.patterns", "RegexReward"),
-        "1 if the response matches the prompt's pattern.",
-    ),
-    "json-schema": RewardEntry(
-        _own("verifiable.schema", "JSONSchemaReward"),
-        "1 if the response is JSON that satisfies the prompt's schema.",
-    ),
-    "reasoning-gym": RewardEntry(
-        _own("verifiable.puzzles", "ReasoningGymReward"),
-        "Score of the prompt's reasoning-gym task.",
-    ),
-    "unit-tests": RewardEntry(
-        _own("verifiable.code", "UnitTestReward"),
-        "Share of the prompt's unit tests that the response's program passes, in a sandbox.",
-    ),
-    "classifier": RewardEntry(
-        _own("evaluators.classifier", "ClassifierReward", text_format="article"),
-        "Logit of a reward model of the Hugging Face Hub, with the article's text format.",
-        "NAME_OR_FOLDER",
-    ),
-    "process": RewardEntry(
-        _own("evaluators.process", "ProcessReward"),
-        "Least step score of a process reward model in Qwen2.5-Math-PRM's format.",
-        "NAME_OR_FOLDER",
-    ),
-    "learned": RewardEntry(
-        _own("learning.learned", "LearnedReward"),
-        "A reward model that `mbrl-text reward fit` wrote.",
-        "FOLDER",
-    ),
-}
 _registered: dict[str, RewardEntry] = {}
 
 
@@ -140,7 +51,7 @@ def descriptions() -> dict[str, str]:
     lines = {_shown(name, entry): entry.description for name, entry in _known().items()}
     for name in _foreign():
         try:
-            lines[name] = _first_line(_loaded(name))
+            lines[name] = first_line(_loaded(name))
         except RewardSpecError as error:
             lines[name] = f"Cannot be used. {error}"
     return lines
@@ -187,11 +98,11 @@ def register(
             f"Expected a class or function that makes reward {name!r}, got {factory!r}. For an "
             "object, register `lambda: that_object`."
         )
-    if not replace and (name in _OWN or name in _registered):
+    if not replace and (name in _own() or name in _registered):
         raise RewardSpecError(
             f"Reward {name!r} is there already. Choose another name, or pass replace=True."
         )
-    _registered[name] = RewardEntry(factory, description or _first_line(factory), argument)
+    _registered[name] = RewardEntry(factory, description or first_line(factory), argument)
 
 
 def make(spec: str) -> RewardModel:
@@ -227,9 +138,20 @@ def make(spec: str) -> RewardModel:
         raise RewardSpecError(f"Reward {spec!r}: {error}") from error
 
 
+@functools.cache
+def _own() -> dict[str, RewardEntry]:
+    """This package's rewards: those that its files name."""
+    for folder in ("evaluators", "verifiable", "composite", "learning"):
+        package = importlib.import_module(f"mbrl_text_env.rewards.{folder}")
+        if folder != "learning":
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                importlib.import_module(module.name)
+    return NAMED
+
+
 def _known() -> dict[str, RewardEntry]:
     """The package's own and the registered rewards."""
-    return {**_OWN, **_registered}
+    return {**_own(), **_registered}
 
 
 def _shown(name: str, entry: RewardEntry) -> str:
@@ -285,7 +207,7 @@ def _offered() -> dict[str, list[EntryPoint]]:
     offered: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         offered.setdefault(point.name, []).append(point)
-    for name in offered.keys() & _OWN.keys():
+    for name in offered.keys() & _own().keys():
         warnings.warn(
             f"{_packages(offered[name])} offers a reward {name!r}, which is one of this package's "
             "own and stays that.",
@@ -347,8 +269,3 @@ def _from_file(path: Path, name: str) -> RewardModel:
         raise RewardSpecError(f"Reward {spec!r}: the file has no {name!r}.{hint}")
     found = getattr(module, name)
     return _made(spec, found if inspect.isclass(found) else lambda: found)
-
-
-def _first_line(factory: Callable[..., Any]) -> str:
-    text = inspect.getdoc(factory) or str(getattr(factory, "__name__", type(factory).__name__))
-    return text.partition("\n")[0]

@@ -21,6 +21,7 @@ from mbrl_text_env.rewards.evaluators._hub import (
     input_limit,
     padded,
 )
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import FloatArray, Prompt
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ TextFormat = Literal["pair", "chat", "article"]
 Output = Literal["logit", "sigmoid", "softmax"]
 
 
+@named("classifier", argument="NAME_OR_FOLDER", text_format="article")
 @dataclass(eq=False, repr=False)
 class ClassifierReward(HubReward):
     """The score that a sequence-classification model gives to a prompt and its response.

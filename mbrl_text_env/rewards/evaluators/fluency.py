@@ -17,9 +17,11 @@ from mbrl_text_env.rewards.evaluators._hub import (
     check_at_least_one,
     language_model_of,
 )
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import Chunk, FloatArray, Prompt, TextState
 
 
+@named("fluency")
 @dataclass(eq=False, repr=False)
 class FluencyReward(Evaluator):
     """Mean log-probability (nats a token) of a response under a language model, at most 0.

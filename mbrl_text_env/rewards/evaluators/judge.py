@@ -22,6 +22,7 @@ from mbrl_text_env.rewards.evaluators._hub import (
     check_at_least_one,
     language_model_of,
 )
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import Chunk, FloatArray, Prompt, TextState
 
 RUBRIC = (
@@ -49,6 +50,7 @@ YES_NO: Mapping[str, float] = MappingProxyType({"Yes": 1.0, "No": 0.0})
 _FIELDS = ("rubric", "prompt", "response")
 
 
+@named("judge")
 @dataclass(eq=False, repr=False)
 class JudgeReward(Evaluator):
     """The verdict that a language model is expected to give on a response, by a rubric.

@@ -25,6 +25,7 @@ from mbrl_text_env.rewards.evaluators._steps import (
     StepOutput,
     StepText,
 )
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import FloatArray, Prompt
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = ["PROCESS_FORMATS", "ProcessReward", "StepFormat"]
 _QWEN_ARCHITECTURE = "Qwen2ForProcessRewardModel"
 
 
+@named("process", argument="NAME_OR_FOLDER")
 @dataclass(eq=False, repr=False)
 class ProcessReward(HubReward, ProcessRewardModel):
     """The scores that a process reward model gives to the steps of a response, in [0, 1].

@@ -18,11 +18,13 @@ from mbrl_text_env.encoders import (
     encoder_flops_bound,
 )
 from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import FloatArray, Prompt
 
 _PROMPTS_KEPT = 4096
 
 
+@named("relevance")
 class RelevanceReward(RewardModel):
     """Cosine of the embeddings of prompt and response, in [-1, 1].
 

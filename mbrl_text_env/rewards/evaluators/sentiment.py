@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import FloatArray, Prompt
 
 # The marks stay with their sentence: VADER reads "!" and "?" as emphasis.
@@ -17,6 +18,7 @@ _SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|[\r\n]+")
 _NO_SENTENCE = re.compile(r"[\d\s.!?]*")
 
 
+@named("sentiment")
 class SentimentReward(RewardModel):
     """Mean VADER compound score of a response's sentences, in [-1, 1].
 

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.numerals import (
     decimal_commas,
     improper,
@@ -108,6 +109,7 @@ def extract_answer(response: str, extract: str | None) -> str | None:
     return (answer or "").strip() or None
 
 
+@named("exact-match")
 class ExactMatchReward(RewardModel):
     """1 if the answer is the reference answer, else 0.
 
@@ -195,6 +197,7 @@ class ExactMatchReward(RewardModel):
         return " ".join(text.split())
 
 
+@named("numeric")
 class NumericReward(RewardModel):
     r"""1 if the answer's last number is the reference answer, within a tolerance, else 0.
 

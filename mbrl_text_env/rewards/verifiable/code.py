@@ -14,6 +14,7 @@ import numpy as np
 
 from mbrl_text_env import sandbox
 from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.programs import extract_code
 from mbrl_text_env.rewards.verifiable.statements import StatementError, granted, names_of, parse
 from mbrl_text_env.sandbox import Limits, Program, ProgramResult
@@ -27,6 +28,7 @@ class UnitTestError(ValueError):
     """A prompt has no tests, malformed ones, or one that cannot be run apart from the solution."""
 
 
+@named("unit-tests")
 class UnitTestReward(RewardModel):
     """The fraction of its prompt's tests that the program in a response passes, in [0, 1].
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.answers import (
     checked_extract,
     extract_answer,
@@ -35,6 +36,7 @@ _SOME_NUMBER = "12345.678"
 _HERE = "mbrl_text_env.rewards.verifiable.mathematics"
 
 
+@named("math")
 class MathReward(RewardModel):
     r"""1 if the answer is mathematically the reference answer, else 0, by math-verify.
 

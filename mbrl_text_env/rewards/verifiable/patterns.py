@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.isolated import import_optional
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -16,6 +17,7 @@ Match = Literal["full", "search"]
 """Whether the whole response has to match, or a part of it."""
 
 
+@named("regex")
 class RegexReward(RewardModel):
     r"""1 if the response matches a regular expression, else 0.
 

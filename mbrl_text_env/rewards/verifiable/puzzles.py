@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.answers import checked_extract, extract_answer
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
 from mbrl_text_env.types import FloatArray, Prompt
@@ -65,6 +66,7 @@ _EXPRESSION = re.compile(
 )
 
 
+@named("reasoning-gym")
 class ReasoningGymReward(RewardModel):
     """The score that reasoning-gym's own scorer of the prompt's task gives, usually 0 to 1.
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.rewards.base import RewardError, RewardModel, Scores
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
 from mbrl_text_env.tables import refuse_constant
 from mbrl_text_env.types import FloatArray, Prompt
@@ -23,6 +24,7 @@ MAX_DEPTH = 100
 """JSON that is nested deeper counts as not parsed, wherever the parser itself gives up."""
 
 
+@named("json-schema")
 class JSONSchemaReward(RewardModel):
     """1 if the response is JSON that satisfies a schema, else 0, or part of 1 for any JSON.
 

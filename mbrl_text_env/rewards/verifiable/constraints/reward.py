@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mbrl_text_env.rewards.base import ProcessRewardModel
+from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.constraints.checking import ConstraintError, check_constraint
 from mbrl_text_env.rewards.verifiable.constraints.prefixes import prefix_verdict
 from mbrl_text_env.types import Prompt
 
 
+@named("constraints")
 class ConstraintsReward(ProcessRewardModel):
     """Scores a response by the fraction of its prompt's constraints that it satisfies.
 
