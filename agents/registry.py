@@ -36,7 +36,8 @@ def _named_agents() -> dict[str, type[Agent]]:
         for each in vars(module).values()
         if isinstance(each, type) and issubclass(each, Agent) and each.__module__ == module.__name__
     ]
-    return {each.name: each for each in [*found, CandidateAgent] if each.name}
+    found.append(CandidateAgent)
+    return {each.name: each for each in found if each.name}
 
 
 _CLASSES: Mapping[str, Callable[..., Agent]] = _named_agents()
