@@ -16,6 +16,9 @@ settings.load_profile("fixed")
 # Tests never reach for the network; models come from the wheels.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Consoles are as wide as their tables in a pipe; pytest's workers would have 80 columns.
+os.environ.pop("COLUMNS", None)
+
 # A shell that starts a job in the background has it ignore Ctrl-C; tests send that signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -120,7 +120,16 @@ class ExactLM(CharTokenizer, FeatureModel):
         check_requests(requests)
         with timed(ledgers):
             rows = [
-                [self._draw(r, r.first_sample + k) for k in range(r.num_samples)] for r in requests
+                [
+                    self._draw(
+                        r.state,
+                        stream(r.seed, r.state, r.first_sample + k),
+                        r.max_new_tokens,
+                        r.params,
+                    )
+                    for k in range(r.num_samples)
+                ]
+                for r in requests
             ]
         charge(
             ledgers,
@@ -176,9 +185,14 @@ class ExactLM(CharTokenizer, FeatureModel):
             for t, token in enumerate(ids)
         )
 
-    def _draw(self, request: SampleRequest, sample_index: int) -> Chunk:
-        state, params = request.state, request.params
-        uniforms = stream(request.seed, state, sample_index).random(request.max_new_tokens)
+    def _draw(
+        self,
+        state: TextState,
+        generator: np.random.Generator,
+        max_new_tokens: int,
+        params: SamplingParams,
+    ) -> Chunk:
+        uniforms = generator.random(max_new_tokens)
         ids: tuple[int, ...] = ()
         logprobs: tuple[float, ...] = ()
         for uniform in uniforms[: room_after(state, self.context_length)]:

@@ -386,9 +386,12 @@ class TransformersLM(FeatureModel):
         """
         sequences = [prefix_of(state) for state in states]
         passes = self._hidden(sequences, [len(sequence) - 1 for sequence in sequences])
-        rows = self._passes(
-            passes, sequences, ledgers, lambda i, hidden: hidden[-1].float().cpu().numpy()
-        )
+
+        def read(i: int, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
+            # A copy: the next pass computes in the same memory.
+            return np.array(hidden[-1].float().cpu(), dtype=np.float32)
+
+        rows = self._passes(passes, sequences, ledgers, read)
         return np.array(rows, dtype=np.float32).reshape(len(states), self.feature_size)
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:

@@ -205,8 +205,12 @@ class Uncharged(NGramLM):
 
 
 class ChargesTheLongest(NGramLM):
-    def _charge(self, states, generated, ledgers):
-        super()._charge(states, [[max(row, default=0)] * len(row) for row in generated], ledgers)
+    def sample_requests(self, requests, *, ledgers=None):
+        rows = super().sample_requests(requests)
+        for r, row, ledger in zip(requests, rows, ledgers or (), strict=ledgers is not None):
+            prefix = len(r.state.prompt_ids) + len(r.state.response_ids)
+            ledger.charge(self.usage_bound(prefix, [max(map(len, row))] * len(row)))
+        return rows
 
 
 class ChargesNoPrefix(NGramLM):
@@ -215,10 +219,11 @@ class ChargesNoPrefix(NGramLM):
 
 
 class BoundTooLow(NGramLM):
-    def _charge(self, states, generated, ledgers):
-        super()._charge(states, generated, ledgers)
+    def sample_requests(self, requests, *, ledgers=None):
+        rows = super().sample_requests(requests, ledgers=ledgers)
         for ledger in ledgers or ():
             ledger.charge(Usage(lm_flops=1e6))
+        return rows
 
 
 class FreeOfCharge(NGramLM):

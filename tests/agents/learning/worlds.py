@@ -132,7 +132,7 @@ class AnswerReward:
 
 
 def make_value(lm, reward):
-    return StackedValue(lm, reward, level_1="ridge", lengths=(1, 2, 3))
+    return StackedValue(lm, reward, lengths=(1, 2, 3))
 
 
 def make_loop(folder: Path, settings: LoopSettings, **options: Any) -> ExpertIteration:
