@@ -12,8 +12,9 @@ CONFIG := pyproject.toml setup.cfg constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/mbrl-text demo
 
+# A process a core, each with one thread.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # A short suite on the newest releases of what is needed, and on the oldest that pyproject.toml promises.
 # torch alone is pinned, so that a build for the CPU is taken.
