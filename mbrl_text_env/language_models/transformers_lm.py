@@ -389,7 +389,7 @@ class TransformersLM(FeatureModel):
 
         def read(i: int, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
             # A copy: the next pass computes in the same memory.
-            return np.array(hidden[-1].float().cpu(), dtype=np.float32)
+            return hidden[-1].float().cpu().numpy().copy()
 
         rows = self._passes(passes, sequences, ledgers, read)
         return np.array(rows, dtype=np.float32).reshape(len(states), self.feature_size)
