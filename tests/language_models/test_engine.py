@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,11 +234,19 @@ class TestCache:
         assert lm.cached_bytes == 0
 
     def test_without_a_cache_no_tokens_are_kept(self, make):
-        most = 2**31 // token_bytes(make("llama"))
-        assert 0 < make("llama").cache_tokens <= most
         assert make("llama", kv_bytes=2**31).cache_tokens == 2**30 // token_bytes(make("llama"))
         assert make("llama", prefix_cache=False).cache_tokens == 0
         assert make("lfm2").cache_tokens == 0
+
+    @pytest.mark.parametrize(("free", "kv_bytes"), [(2**30, 2**28), (2**40, 2**32)])
+    def test_by_default_it_is_a_quarter_of_free_memory_and_at_most_4_gib(
+        self, make, monkeypatch, free, kv_bytes
+    ):
+        memory = SimpleNamespace(available=free)
+        monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+        lm = make("llama")
+        assert lm.kv_bytes == kv_bytes
+        assert lm.cache_tokens == kv_bytes // 2 // token_bytes(lm)
 
     @pytest.mark.parametrize("family", CACHED)
     def test_a_second_call_computes_one_token(self, make, family):

@@ -129,8 +129,7 @@ def fit_lora(
         RewardError: `trl` or `peft` is missing, or the base or the folder cannot be used.
 
     Example:
-        >>> settings = LoraSettings(max_steps=100)  # doctest: +SKIP
-        >>> reward = fit_lora(pairs, "my-reward", settings)  # doctest: +SKIP
+        >>> reward = fit_lora(pairs, "my-reward", LoraSettings(max_steps=100))  # doctest: +SKIP
         >>> reward.report_.held_out.accuracy  # doctest: +SKIP
         0.71
     """
