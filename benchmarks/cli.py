@@ -10,7 +10,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,13 +18,16 @@ import typer
 from rich.table import Table
 
 from mbrl_text_env.benchmarks.options import (
+    AuditConfig,
+    CompareConfig,
     CountOption,
+    DemoConfig,
     ModelOptions,
     PlainOption,
     PolicyOption,
     PromptOptions,
     PromptsOption,
-    RewardOption,
+    RewardOptions,
     SeedOption,
     TimeoutOption,
     TokensOption,
@@ -32,14 +35,12 @@ from mbrl_text_env.benchmarks.options import (
     friendly,
     load_policies,
     load_prompts_option,
-    load_reward,
     load_value_option,
     text_prompt,
     that_fit,
     value_digest,
 )
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
-from mbrl_text_env.benchmarks.settings import AuditConfig, CompareConfig, DemoConfig
 from mbrl_text_env.benchmarks.terminal import CommandLine, console, panel, progress_bar
 
 _TRAIN = PromptOptions(split="train")
@@ -74,14 +75,13 @@ def demo(
 def compare_command(
     *,
     config: CompareConfig = _COMPARE,
-    reward: RewardOption = "sentiment",
+    judge: RewardOptions,
     num_prompts: CountOption = 16,
     out: Annotated[
         Path, typer.Option(help="Folder of the comparison; resumed if it exists.")
     ] = Path("comparison"),
     model: ModelOptions,
     prompts: PromptOptions,
-    reward_timeout: TimeoutOption = 600.0,
     gold: Annotated[
         str | None,
         typer.Option(help="A trusted reward that no agent sees; it scores the answers too."),
@@ -90,22 +90,21 @@ def compare_command(
     policy: PolicyOption = None,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
-    from mbrl_text_env.benchmarks.compare import Comparison
-    from mbrl_text_env.benchmarks.report import compare_with_progress, table
+    from mbrl_text_env.benchmarks.compare import Comparison, compare_with_progress
+    from mbrl_text_env.benchmarks.report import table
 
-    judge = load_reward(reward, reward_timeout)
-    asked = prompts.choose(num_prompts, judge, config.seed)
+    reward = judge.load()
+    asked = prompts.choose(num_prompts, reward, config.seed)
     language_model = model.load()
-    policies = load_policies(policy or [], language_model)
     comparison = Comparison(
         config,
         that_fit(asked, language_model),
         language_model,
-        judge,
-        load_value_option(value, judge, language_model, config.max_response_tokens, config.seed),
-        None if gold is None else load_reward(gold, reward_timeout),
-        {"value": value_digest(value), "reward": reward, "dtype": model.dtype},
-        policies,
+        reward,
+        load_value_option(value, reward, language_model, config.max_response_tokens, config.seed),
+        None if gold is None else judge.load(gold),
+        {"value": value_digest(value), "reward": judge.reward, "dtype": model.dtype},
+        load_policies(policy or [], language_model),
     )
     summary = compare_with_progress(comparison, out, console)
     console.print(table(summary))
@@ -119,21 +118,20 @@ def compare_command(
 def collect_command(
     *,
     out: Annotated[Path, typer.Option(help="Records folder; resumed if it exists.")],
-    reward: RewardOption = "sentiment",
+    judge: RewardOptions,
     num_prompts: CountOption = 48,
     samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 4,
     max_response_tokens: TokensOption = 96,
     seed: SeedOption = 0,
     model: ModelOptions,
     prompts: PromptOptions = _TRAIN,
-    reward_timeout: TimeoutOption = 600.0,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
     from mbrl_text_env.agents.collection import collect, missing_samples
     from mbrl_text_env.records import RecordWriter
 
-    judge = load_reward(reward, reward_timeout)
-    asked = prompts.choose(num_prompts, judge, seed)
+    reward = judge.load()
+    asked = prompts.choose(num_prompts, reward, seed)
     language_model = model.load()
     chosen = that_fit(asked, language_model)
     with RecordWriter(out) as writer, progress_bar() as bar:
@@ -142,7 +140,7 @@ def collect_command(
         task = bar.add_task("Collecting", total=sum(map(len, missing.values())))
         failed = collect(
             language_model,
-            judge,
+            reward,
             chosen,
             writer,
             samples_per_prompt=samples,
@@ -243,14 +241,13 @@ def search_command(
     *,
     prompt: Annotated[str, typer.Argument(help="The prompt's text.")],
     agent: Annotated[str, typer.Option(help="A planner with its options.")] = "adaptive",
-    reward: RewardOption = "sentiment",
+    judge: RewardOptions,
     value: ValueOption = "prefix",
     budget_tokens: CountOption = 400,
     max_response_tokens: TokensOption = 96,
     seed: SeedOption = 0,
     model: ModelOptions,
     plain_prompts: PlainOption = False,
-    reward_timeout: TimeoutOption = 600.0,
     children: Annotated[int, typer.Option(min=1, help="Children shown of a node.")] = 4,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the whole search there, as JSON.")
@@ -262,15 +259,14 @@ def search_command(
     """Answer a prompt with a planner and show its search: chunks, values, what was chosen, why."""
     from mbrl_text_env.agents.planner import Planner
     from mbrl_text_env.agents.registry import AgentSpecError, make
-    from mbrl_text_env.benchmarks.search_view import draw_tree, picture
+    from mbrl_text_env.benchmarks.report import draw_tree, picture
     from mbrl_text_env.files import write_text
     from mbrl_text_env.ledger import Budget
 
     asked = text_prompt(prompt, plain_prompts)
-    language_model = model.load()
-    judge = load_reward(reward, reward_timeout)
-    values = load_value_option(value, judge, language_model, max_response_tokens, seed)
-    planner = make(agent, language_model, judge, values, max_response_tokens=max_response_tokens)
+    language_model, reward, limit = model.load(), judge.load(), max_response_tokens
+    values = load_value_option(value, reward, language_model, limit, seed)
+    planner = make(agent, language_model, reward, values, max_response_tokens=limit)
     if not isinstance(planner, Planner):
         raise AgentSpecError(f"Agent {agent!r} does not search: expected a planner.")
     [(answer, tree)] = planner.explore([asked], Budget(tokens=budget_tokens), seed=seed)
@@ -279,7 +275,7 @@ def search_command(
     console.print(
         panel(
             answer.text.strip(),
-            title=f"{reward} {answer.completion.score:.3f}",
+            title=f"{judge.reward} {answer.completion.score:.3f}",
             subtitle=f"{answer.usage.generated_tokens:,} tokens, {answer.usage.flops:.3g} FLOPs, "
             f"{answer.usage.reward_calls} reward calls",
         )
@@ -309,6 +305,7 @@ def audit_command(
 ) -> None:
     """Audit a reward: does choosing by it raise another that is trusted? Can be resumed."""
     from mbrl_text_env.benchmarks.audit.report import summary
+
     from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit
     from mbrl_text_env.rewards import make
 
@@ -319,6 +316,7 @@ def audit_command(
     language_model = model.load()
     chosen = that_fit(prompts.formatted(asked), language_model)
     labels = {"prompts_source": prompts.prompts, "split": prompts.split, "dtype": model.dtype}
+    words = {**asdict(config), "out": out, "pool": pool, **asdict(model), **asdict(prompts)}
     audit = Audit(config, chosen, language_model, proxy, gold, left_out, labels)
     with progress_bar() as bar:
         tasks = {"pool": bar.add_task("Responses", total=len(chosen) * config.samples)}
@@ -329,7 +327,7 @@ def audit_command(
             audit,
             out,
             pool=pool,
-            command=_audit_words(config, out, pool, model, prompts),
+            command=_audit_words(words),
             on_progress=lambda stage, count: bar.advance(tasks[stage], count),
         )
     console.print(summary(result))
@@ -337,11 +335,8 @@ def audit_command(
     _exit_complete(len(chosen) == len(asked))
 
 
-def _audit_words(
-    config: AuditConfig, out: Path, pool: Path | None, model: ModelOptions, prompts: PromptOptions
-) -> str:
+def _audit_words(options: dict[str, Any]) -> str:
     """The command line that asks for the same audit again."""
-    options = {**asdict(config), "out": out, "pool": pool, **asdict(model), **asdict(prompts)}
     words = ["mbrl-text", "reward", "audit"]
     for name, value in options.items():
         if value is not None and value is not False:
@@ -375,10 +370,10 @@ def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
 
     if spec is None:
         try:
-            return load_reward(name, timeout)
+            return RewardOptions(reward=name, reward_timeout=timeout).load()
         except RewardSpecError:
             return _NameOfReward(name)
-    reward_model = load_reward(spec, timeout)
+    reward_model = RewardOptions(reward=spec, reward_timeout=timeout).load()
     if reward_name(reward_model) != name:
         raise RecordsError(
             f"--reward {spec!r} is called {reward_name(reward_model)!r}, and the records were "
@@ -387,11 +382,11 @@ def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
     return reward_model
 
 
+@dataclass
 class _NameOfReward:
     """The reward that scored records, by name only, for values that do not call it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
     def score(self, prompts: Any, responses: Any) -> Any:
         """Refuse."""

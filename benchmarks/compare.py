@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from mbrl_text_env.agents.base import Agent, Generation
 from mbrl_text_env.agents.registry import make, parse_spec
 from mbrl_text_env.benchmarks.audit.exploit_warnings import trust_warnings
-from mbrl_text_env.benchmarks.settings import CompareConfig, CompareError
+from mbrl_text_env.benchmarks.options import CompareConfig, CompareError
+from mbrl_text_env.benchmarks.report import plot
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
+from mbrl_text_env.benchmarks.terminal import progress_bar
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, clear_cache
-from mbrl_text_env.ledger import Budget
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
@@ -40,7 +42,7 @@ from mbrl_text_env.rewards.base import (
     score_responses,
 )
 from mbrl_text_env.runs import claimed, prompt_digests, writing
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 
 BASELINE = "best-of-n"
@@ -128,29 +130,6 @@ class Comparison:
         }
 
 
-def choose_prompts(
-    prompts: Sequence[Prompt], count: int, reward_model: RewardModel, seed: int
-) -> list[Prompt]:
-    """Choose `count` of the prompts that the reward model applies to, by a seeded shuffle.
-
-    Raises:
-        CompareError: There are fewer.
-    """
-    fitting = [prompt for prompt in prompts if applies_to(reward_model, prompt)]
-    if not fitting:
-        raise CompareError(
-            f"Reward {reward_name(reward_model)!r} applies to none of {len(prompts)} prompts: they "
-            "lack what it reads of a prompt's metadata. Give other prompts, or another reward."
-        )
-    if not 1 <= count <= len(fitting):
-        raise CompareError(
-            f"Expected 1 to {len(fitting)} prompts (as many as reward "
-            f"{reward_name(reward_model)!r} applies to), got {count}."
-        )
-    order = np.random.default_rng(seed).permutation(len(fitting))
-    return [fitting[i] for i in order[:count]]
-
-
 def compare(
     comparison: Comparison, out: str | Path, *, on_batch: OnBatch | None = None
 ) -> dict[str, Any]:
@@ -163,24 +142,33 @@ def compare(
         CompareError: The folder holds another comparison, or an agent got no prompt scored.
         BudgetError: The budget allows no complete response.
     """
-    from mbrl_text_env.benchmarks.report import plot
-
     folder = Path(out)
     rows = run(comparison, folder, on_batch=on_batch)
     flat = [row for own in rows.values() for row in own]
-    with writing(folder, CompareError):
-        _write_rows(folder / "results.jsonl", flat)
     record = comparison.record()
     gold = None if comparison.gold_model is None else [row.get("gold") for row in flat]
-    summary = {
-        **record,
-        "agents": summarise(rows),
-        "warnings": trust_warnings(flat, gold=gold, gold_name=str(record["gold"])),
-    }
     with writing(folder, CompareError):
+        _write_rows(folder / "results.jsonl", flat)
+        summary = {
+            **record,
+            "agents": summarise(rows),
+            "warnings": trust_warnings(flat, gold=gold, gold_name=str(record["gold"])),
+        }
         write_text(folder / "summary.json", json.dumps(summary, indent=2))
         plot(summary, folder / "comparison.png")
     return summary
+
+
+def compare_with_progress(comparison: Comparison, out: Path, console: Console) -> dict[str, Any]:
+    """`compare` with a progress bar."""
+    total = len(comparison.config.agents) * len(comparison.prompts)
+    with progress_bar(console) as bar:
+        task = bar.add_task("Comparing", total=total)
+
+        def on_batch(spec: str, count: int, rows: list[Row]) -> None:
+            bar.update(task, advance=count, description=f"Comparing ({spec})")
+
+        return compare(comparison, out, on_batch=on_batch)
 
 
 def run(
@@ -220,16 +208,28 @@ def _answers(
     comparison: Comparison, spec: str, agent: Agent, prompts: Sequence[Prompt]
 ) -> list[Row]:
     """Rows of a batch; prompts whose answers cannot be scored have an error in theirs."""
+    config = comparison.config
+    budget = config.budgets[spec]
 
     def answer(some: Sequence[Prompt]) -> list[Row]:
         # No agent lives on prefixes that another one computed, and a run that is resumed computes
         # what it would have computed at once.
         clear_cache(agent.language_model)
-        generations = agent.generate(some, budget, seed=comparison.config.seed)
+        generations = agent.generate(some, budget, seed=config.seed)
         # Agents that asked for no score are judged here. That is the comparison's work, not theirs.
         scores = _scored(comparison.reward_model, generations)
         rows = [
-            _row(spec, generation, float(scores.total[i]), scores.parts_of(i), budget)
+            {
+                "prompt_id": generation.prompt.id,
+                "agent": spec,
+                "seed": generation.seed,
+                "score": float(scores.total[i]),
+                "parts": scores.parts_of(i),
+                **_outcome(generation),
+                "budget_tokens": budget.tokens,
+                "budget_flops": budget.flops,
+                "budget_seconds": budget.seconds,
+            }
             for i, generation in enumerate(generations)
         ]
         if comparison.gold_model is not None:
@@ -237,12 +237,11 @@ def _answers(
             rows = [{**row, "gold": gold} for row, gold in zip(rows, golds, strict=True)]
         return rows
 
-    budget = comparison.config.budgets[spec]
     return [
         {
             "prompt_id": prompt.id,
             "agent": spec,
-            "seed": comparison.config.seed,
+            "seed": config.seed,
             "score": None,
             "error": str(result),
             "prompt": prompt.text,
@@ -266,32 +265,21 @@ def _gold_scores(gold: RewardModel, generations: Sequence[Generation]) -> list[f
     results = isolate_failures(
         lambda some: _scored(gold, [generations[i] for i in some]).total.tolist(), places
     )
-    scores: list[float | None] = [None] * len(generations)
-    for i, result in zip(places, results, strict=True):
-        scores[i] = None if isinstance(result, RewardError) else result
-    return scores
+    found = dict(zip(places, results, strict=True))
+    scores = (found.get(i) for i in range(len(generations)))
+    return [None if isinstance(score, RewardError) else score for score in scores]
 
 
-def _row(
-    spec: str, generation: Generation, score: float, parts: dict[str, float], budget: Budget
-) -> Row:
+def _outcome(generation: Generation) -> Row:
     usage = generation.usage.as_dict()
     seconds = usage.pop("seconds")
-    state = generation.completion.state
+    state, logprobs = generation.completion.state, generation.completion.logprobs
     return {
-        "prompt_id": generation.prompt.id,
-        "agent": spec,
-        "seed": generation.seed,
-        "score": score,
-        "parts": parts,
         "prompt": generation.prompt.text,
         "response": generation.text,
         "response_tokens": len(state.response_ids),
         "finish_reason": state.finish_reason,
-        "logprob": sum(generation.completion.logprobs) if generation.completion.logprobs else None,
-        "budget_tokens": budget.tokens,
-        "budget_flops": budget.flops,
-        "budget_seconds": budget.seconds,
+        "logprob": sum(logprobs) if logprobs else None,
         "usage": usage,
         "seconds": seconds,
     }
@@ -339,42 +327,35 @@ def summarise(rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
         spec: {row["prompt_id"]: row for row in own if row["score"] is not None}
         for spec, own in rows.items()
     }
-    baseline = next((spec for spec in rows if parse_spec(spec)[0] == BASELINE), None)
     for spec, own in rows.items():
         if not scored[spec]:
             raise CompareError(
                 f"Agent {spec!r}: none of {len(own)} prompts could be scored. The first error: "
                 f"{own[0]['error']}"
             )
-    return [
-        _entry(spec, len(rows[spec]), own, None if baseline is None else scored[baseline])
-        for spec, own in scored.items()
-    ]
+    baseline = next((spec for spec in rows if parse_spec(spec)[0] == BASELINE), None)
+    entries = []
+    for spec, by_prompt in scored.items():
+        kept = list(by_prompt.values())
+        entry: dict[str, Any] = {
+            "agent": spec,
+            "prompts": len(kept),
+            "failed": len(rows[spec]) - len(kept),
+            **mean_interval([row["score"] for row in kept]).as_mean(),
+            "parts": {name: _mean(row["parts"][name] for row in kept) for name in kept[0]["parts"]},
+        }
+        golds = [row["gold"] for row in kept if row.get("gold") is not None]
+        if golds:
+            entry["gold"] = _mean(golds)
+        if baseline is not None:
+            entry["vs_best_of_n"] = _paired(by_prompt, scored[baseline])
+        means = {key: _mean(row["usage"][key] for row in kept) for key in _MEANS}
+        entries.append({**entry, **means, "seconds": _mean(row["seconds"] for row in kept)})
+    return entries
 
 
-def _entry(
-    spec: str, asked: int, scored: dict[str, Row], reference: dict[str, Row] | None
-) -> dict[str, Any]:
-    kept = list(scored.values())
-    interval = mean_interval(_scores(kept))
-    entry: dict[str, Any] = {
-        "agent": spec,
-        "prompts": len(kept),
-        "failed": asked - len(kept),
-        "mean": interval.estimate,
-        "low": interval.low,
-        "high": interval.high,
-        "parts": {
-            name: float(np.mean([row["parts"][name] for row in kept])) for name in kept[0]["parts"]
-        },
-    }
-    golds = [row["gold"] for row in kept if row.get("gold") is not None]
-    if golds:
-        entry["gold"] = float(np.mean(golds))
-    if reference is not None:
-        entry["vs_best_of_n"] = _paired(scored, reference)
-    means = {key: float(np.mean([row["usage"][key] for row in kept])) for key in _MEANS}
-    return {**entry, **means, "seconds": float(np.mean([row["seconds"] for row in kept]))}
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def _paired(scored: dict[str, Row], reference: dict[str, Row]) -> dict[str, Any] | None:
@@ -382,19 +363,13 @@ def _paired(scored: dict[str, Row], reference: dict[str, Row]) -> dict[str, Any]
     both = [prompt_id for prompt_id in scored if prompt_id in reference]
     if not both:
         return None
-    own, other = (_scores([rows[name] for name in both]) for rows in (scored, reference))
+    own, other = (np.array([of[name]["score"] for name in both]) for of in (scored, reference))
     paired, wins = mean_interval(own - other), win_rate(own, other)
     return {
         "prompts": len(both),
         "difference": paired.estimate,
         "low": paired.low,
         "high": paired.high,
-        "wins": wins.wins,
-        "ties": wins.ties,
-        "losses": wins.losses,
+        **asdict(wins),
         "win_rate": wins.rate,
     }
-
-
-def _scores(rows: Sequence[Row]) -> FloatArray:
-    return np.array([row["score"] for row in rows], dtype=np.float64)

@@ -16,12 +16,16 @@ from rich.console import Console
 from mbrl_text_env.agents.collection import collect, missing_samples
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import EmbeddingValue, make_value
-from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison, choose_prompts, read_rows
-from mbrl_text_env.benchmarks.matched.analysis import DEFAULT_PLANNER, Cell, analyse
-from mbrl_text_env.benchmarks.matched.pool import make_pool
-from mbrl_text_env.benchmarks.matched.report import table as multiplier_table
-from mbrl_text_env.benchmarks.report import compare_with_progress, side_by_side, table
-from mbrl_text_env.benchmarks.settings import DemoConfig
+from mbrl_text_env.benchmarks.compare import (
+    CompareConfig,
+    Comparison,
+    compare_with_progress,
+    read_rows,
+)
+from mbrl_text_env.benchmarks.matched import DEFAULT_PLANNER, Cell, analyse, make_pool
+from mbrl_text_env.benchmarks.matched import table as multiplier_table
+from mbrl_text_env.benchmarks.options import DemoConfig, choose_prompts
+from mbrl_text_env.benchmarks.report import side_by_side, table
 from mbrl_text_env.benchmarks.terminal import panel, progress_bar
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.prompts import load_prompts

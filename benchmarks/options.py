@@ -1,4 +1,7 @@
-"""What the commands of `mbrl-text` share: options, consoles, and how models and prompts load."""
+"""What the commands of `mbrl-text` share: options, settings, and how models and prompts load.
+
+Each annotated field of a group or of the settings is an option (see `friendly`).
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,30 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 import typer
 
 from mbrl_text_env._lazy import missing_extra
+from mbrl_text_env.agents.registry import parse_spec
 from mbrl_text_env.benchmarks.terminal import console, errors, plain
+from mbrl_text_env.ledger import Budget
+from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
+from mbrl_text_env.types import Prompt, Split
 
 _PUZZLES = "reasoning-gym:"
 _PUZZLES_A_SPLIT = 256
 _YEAR = 365 * 86400.0
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
+_LEAST_OF_AUDITS = {
+    "num_prompts": 4,
+    "samples": 4,
+    "max_response_tokens": 1,
+    "sensitivity_samples": 1,
+}
 
 LanguageModelOption = Annotated[
     str,
@@ -29,13 +44,6 @@ LanguageModelOption = Annotated[
 ]
 DtypeOption = Annotated[
     str, typer.Option(help="Number format: 'default', 'float32', 'bfloat16', 'float16' or 'int8'.")
-]
-RewardOption = Annotated[
-    str,
-    typer.Option(
-        help="A name, a weighted sum such as '0.5*sentiment+0.5*relevance', or a function or class "
-        "in a file: 'my_rewards.py:brevity'."
-    ),
 ]
 TimeoutOption = Annotated[
     float,
@@ -131,6 +139,26 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """The options that say which reward is used."""
+
+    reward: Annotated[
+        str,
+        typer.Option(
+            help="A name, a weighted sum such as '0.5*sentiment+0.5*relevance', or a function or "
+            "class in a file: 'my_rewards.py:brevity'."
+        ),
+    ] = "sentiment"
+    reward_timeout: TimeoutOption = 600.0
+
+    def load(self, spec: str | None = None) -> Any:
+        """The reward, or another of the same timeout, given up on if a batch takes longer."""
+        from mbrl_text_env.rewards import TimeLimit, make
+
+        return TimeLimit(make(spec or self.reward), self.reward_timeout)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptOptions:
     """The options that say which prompts are used."""
 
@@ -142,18 +170,14 @@ class PromptOptions:
         """All prompts of the split."""
         return load_prompts_option(self.prompts, self.split)
 
-    def choose(self, count: int, reward_model: Any, seed: int) -> Any:
+    def choose(self, count: int, reward_model: RewardModel, seed: int) -> list[Prompt]:
         """`count` prompts that the reward applies to; all of a shorter file."""
-        from mbrl_text_env.benchmarks.compare import choose_prompts
-
         found = self.load()
         count = self.available(count, found, reward_model)
         return self.formatted(choose_prompts(found, count, reward_model, seed))
 
     def available(self, count: int, found: Sequence[Any], *reward_models: Any) -> int:
         """`count`, or the number of prompts that all rewards apply to if a file has fewer."""
-        from mbrl_text_env.rewards.base import applies_to
-
         there = sum(all(applies_to(model, p) for model in reward_models) for p in found)
         if self.prompts == "builtin" or not 0 < there < count:
             return count
@@ -170,6 +194,111 @@ class PromptOptions:
             else prompt
             for prompt in prompts
         ]
+
+
+class CompareError(ValueError):
+    """A comparison that cannot be run as asked."""
+
+
+class AuditError(ValueError):
+    """An audit that cannot be run as asked."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What a comparison is; two runs with equal configs give equal rows, times aside.
+
+    `agents` are specs (see `agents.registry.make`); `budget_tokens` may stand among the options of
+    one if unequal budgets are allowed. A budget is each agent's for each prompt; None is no cap.
+    `batch_prompts` are answered together.
+    """
+
+    agents: Annotated[
+        tuple[str, ...],
+        typer.Option(help="Agents with their options: 'sampling,best-of-n:n=8,lookahead'."),
+    ]
+    budget_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that an agent may generate for a prompt.")
+    ] = None
+    max_response_tokens: TokensOption = 256
+    seed: SeedOption = 0
+    batch_prompts: CountOption = 32
+    allow_unequal_budgets: Annotated[bool, typer.Option()] = False
+    budget_flops: Annotated[
+        float | None, typer.Option(help="FLOPs of all models that it may spend on a prompt.")
+    ] = None
+    budget_seconds: Annotated[
+        float | None, typer.Option(help="Seconds after which it begins nothing new.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if not self.agents or len(set(self.agents)) != len(self.agents):
+            raise CompareError(f"Expected one or more different agents, got {list(self.agents)}.")
+        if self.batch_prompts < 1:
+            raise CompareError(f"batch_prompts: expected at least 1, got {self.batch_prompts}.")
+        tokens = {spec: budget.tokens for spec, budget in self.budgets.items()}
+        if len(set(tokens.values())) > 1 and not self.allow_unequal_budgets:
+            raise CompareError(
+                f"The budgets differ: {tokens} tokens. A comparison at unequal budgets says "
+                "little; make them equal, or allow it (--allow-unequal-budgets)."
+            )
+
+    @cached_property
+    def budgets(self) -> dict[str, Budget]:
+        """Each agent's budget."""
+        own = {spec: parse_spec(spec)[1].get("budget_tokens") for spec in self.agents}
+        return {
+            spec: Budget(
+                self.budget_tokens if tokens is None else int(tokens),
+                self.budget_flops,
+                seconds=self.budget_seconds,
+            )
+            for spec, tokens in own.items()
+        }
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """What an audit is; equal configs measure the same. Too small a number is an AuditError."""
+
+    proxy: Annotated[
+        str, typer.Option(help="The reward to audit: a name, or a weighted sum of names.")
+    ]
+    gold: Annotated[str, typer.Option(help="The reward that is trusted.")]
+    num_prompts: Annotated[int, typer.Option(help="At least 4; below 8 nothing is decided.")] = 32
+    samples: Annotated[
+        int, typer.Option(help="Responses to each prompt, at least 4: the largest N.")
+    ] = 64
+    max_response_tokens: TokensOption = 64
+    seed: SeedOption = 0
+    sensitivity_samples: Annotated[
+        int, typer.Option(help="Responses to each prompt that text changes are tried on.")
+    ] = 8
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST_OF_AUDITS.items():
+            if getattr(self, name) < least:
+                raise AuditError(
+                    f"{name}: expected at least {least}, got {getattr(self, name)}. An audit of "
+                    f"fewer measures nothing; raise --{name.replace('_', '-')}."
+                )
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """How large the demonstration is.
+
+    `samples` responses are collected for each train prompt. `pool_samples` responses to each test
+    prompt tell what best-of-N would score at any N.
+    """
+
+    train_prompts: Annotated[int, typer.Option(min=2)] = 48
+    test_prompts: CountOption = 24
+    budget_tokens: CountOption = 400
+    max_response_tokens: TokensOption = 96
+    seed: SeedOption = 0
+    samples: int = 4
+    pool_samples: int = 32
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
@@ -255,19 +384,12 @@ def _is_users(error: Exception) -> bool:
 
 def text_prompt(text: str, is_plain: bool) -> Any:
     """The prompt of a text on the command line."""
-    from mbrl_text_env.types import Prompt
-
     if not text.strip():
         raise typer.BadParameter("PROMPT: expected a text to answer, got an empty one.")
     try:
         return Prompt.from_text(text, chat=not is_plain)
     except ValueError as error:
         raise typer.BadParameter(f"PROMPT: {error}") from error
-
-
-def load_language_model(name: str, dtype: str = "default") -> Any:
-    """The language model of a `LanguageModelOption` in a number format."""
-    return ModelOptions(language_model=name, dtype=dtype).load()
 
 
 def load_prompts_option(source: str, split: str, kind: str | None = None) -> Any:
@@ -277,6 +399,29 @@ def load_prompts_option(source: str, split: str, kind: str | None = None) -> Any
     if source.startswith(_PUZZLES):
         return _puzzles(source.removeprefix(_PUZZLES), split, kind)
     return load_prompts(source, split=None if split == "all" else split, kind=kind)
+
+
+def choose_prompts(
+    prompts: Sequence[Prompt], count: int, reward_model: RewardModel, seed: int
+) -> list[Prompt]:
+    """Choose `count` of the prompts that the reward model applies to, by a seeded shuffle.
+
+    Raises:
+        CompareError: There are fewer.
+    """
+    fitting = [prompt for prompt in prompts if applies_to(reward_model, prompt)]
+    if not fitting:
+        raise CompareError(
+            f"Reward {reward_name(reward_model)!r} applies to none of {len(prompts)} prompts: they "
+            "lack what it reads of a prompt's metadata. Give other prompts, or another reward."
+        )
+    if not 1 <= count <= len(fitting):
+        raise CompareError(
+            f"Expected 1 to {len(fitting)} prompts (as many as reward "
+            f"{reward_name(reward_model)!r} applies to), got {count}."
+        )
+    order = np.random.default_rng(seed).permutation(len(fitting))
+    return [fitting[i] for i in order[:count]]
 
 
 def that_fit(prompts: Sequence[Any], language_model: Any) -> list[Any]:
@@ -298,13 +443,6 @@ def that_fit(prompts: Sequence[Any], language_model: Any) -> list[Any]:
         count = len(prompts) - len(fitting)
         errors.print(f"{count} of {len(prompts)} prompts are too long and left out.")
     return fitting
-
-
-def load_reward(spec: str, timeout: float) -> Any:
-    """The reward of a `RewardOption`, given up on after `timeout` seconds a batch."""
-    from mbrl_text_env.rewards import TimeLimit, make
-
-    return TimeLimit(make(spec), timeout)
 
 
 def load_value_option(
@@ -367,7 +505,6 @@ def _digest(folder: str) -> str:
 def _puzzles(task: str, split: str, kind: str | None) -> Any:
     """Generated questions; the splits differ in the seed."""
     from mbrl_text_env.prompts import PromptError, reasoning_gym_prompts
-    from mbrl_text_env.types import Split
 
     splits: tuple[Split, ...] = get_args(Split)
     if split not in (*splits, "all"):

@@ -1,7 +1,7 @@
-"""Best-of-N at every N from one pool, and what an agent's reward would cost best-of-N.
+"""Best-of-N at every N from one pool, what an agent's reward would cost it, and the divergence.
 
 A pool of n responses to each of P prompts gives the mean best score of N responses without bias,
-for every N up to n.
+for every N up to n. Arguments of wrong shape or range, or not finite, are ValueErrors.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special, stats
 
 from mbrl_text_env.benchmarks.statistics import (
     FloatArray,
     Interval,
     checked,
     holm,
+    mean_interval,
     paired_permutation_test,
     percentile_tail,
     simultaneous_intervals,
@@ -59,17 +61,13 @@ def kl_bound(n: float) -> float:
 def best_of_weights(proxy: npt.ArrayLike, n: int) -> FloatArray:
     """Probability that each response is the one chosen from n, float64[samples].
 
-    n responses are drawn from the pool without replacement and the one with the highest proxy score
-    is chosen, at random among equals. The i-th lowest score is the highest of n with probability
-    C(i-1, n-1) / C(samples, n); equal scores share their probability equally. The mean score under
-    these weights is an unbiased estimate of the mean score of best-of-n.
+    n responses are drawn from the pool (of one prompt, with scores float[samples]) without
+    replacement and the one with the highest score is chosen, at random among equals. The i-th
+    lowest score is the highest of n with probability C(i-1, n-1) / C(samples, n). The mean score
+    under these weights is an unbiased estimate of best-of-n's.
 
     Source: Nakano et al., "WebGPT: Browser-assisted question-answering with human feedback", 2021,
-    appendix I. Deviation: ties are shared.
-
-    Args:
-        proxy: float[samples], scores of one prompt's responses.
-        n: 1 up to the number of responses; another one is a ValueError.
+    appendix I. Deviation: equal scores share their probability equally.
 
     Example:
         >>> best_of_weights([0.1, 0.3, 0.2], 2).round(3)
@@ -88,19 +86,14 @@ def expected_scores(proxy: FloatArray, judged: FloatArray, ns: Sequence[int]) ->
 
     `proxy` and `judged` are float64[prompts, samples], and may be the same.
     """
-    return np.array(
-        [
-            [best_of_weights(row, n) @ seen for n in ns]
-            for row, seen in zip(proxy, judged, strict=True)
-        ]
-    )
+    pairs = zip(proxy, judged, strict=True)
+    return np.array([[best_of_weights(row, n) @ seen for n in ns] for row, seen in pairs])
 
 
 def expected_best(scores: npt.ArrayLike, ns: Sequence[int]) -> FloatArray:
     """Expected highest score of N responses from the pool: float64[prompts, len(ns)].
 
-    The same as `expected_scores(scores, scores, ns)`, for all prompts at once. A score that is not
-    finite or an N out of range is a ValueError.
+    The same as `expected_scores(scores, scores, ns)`, for all prompts at once.
 
     Example:
         >>> expected_best([[0.0, 3.0, 6.0]], [1, 2, 3]).round(3)
@@ -113,18 +106,43 @@ def expected_best(scores: npt.ArrayLike, ns: Sequence[int]) -> FloatArray:
 
 @lru_cache(maxsize=16)
 def _rank_weights(samples: int, ns: tuple[int, ...]) -> FloatArray:
-    """Probability of each rank, lowest first, without ties: float64[len(ns), samples].
-
-    Each rank's probability follows from the one above it: no large binomial is computed.
-    """
+    """Probability of each rank, lowest first, without ties: float64[len(ns), samples]."""
     for n in ns:
-        if not 1 <= n <= samples:
-            raise ValueError(f"n: expected 1 to {samples} (the responses of a prompt), got {n}.")
+        _check_n(n, samples)
     drawn = np.array(ns, dtype=np.float64)[:, None]
     rank = np.arange(samples, 1, -1)
+    # Each rank's probability follows from the one above it: no large binomial is computed.
     ratios = np.maximum(rank - drawn, 0) / (rank - 1)
     falling = drawn / samples * np.cumprod(np.hstack([np.ones_like(drawn), ratios]), axis=1)
     return falling[:, ::-1]
+
+
+def _check_n(n: float, samples: int) -> None:
+    if not 1 <= n <= samples:
+        raise ValueError(f"n: expected 1 to {samples} (the responses of a prompt), got {n}.")
+
+
+def drawn_best(scores: npt.ArrayLike, n: float, *, seed: int = 0) -> FloatArray:
+    """Best-of-n's scores, drawn from a pool float64[prompts, samples]: float64[prompts, answers].
+
+    The samples of a prompt are dealt into disjoint groups, so the answers are as independent as the
+    samples. Where n is a fraction, each group has the next smaller or the next larger size, at
+    random, so that n is the mean.
+
+    Example:
+        >>> drawn_best([[3.0, 3.0, 3.0, 3.0]], 2)
+        array([[3., 3.]])
+    """
+    pool = checked(scores, 2, "scores")
+    prompts, samples = pool.shape
+    _check_n(n, samples)
+    rng = np.random.default_rng(seed)
+    # As many groups as there are of the larger size: a number that does not depend on the sizes.
+    count, size = samples // math.ceil(n), math.floor(n)
+    dealt = rng.permuted(pool, axis=1)[:, : count * math.ceil(n)]
+    groups = dealt.reshape(prompts, count, math.ceil(n))
+    larger = rng.random((prompts, count)) < n - size
+    return np.where(larger, groups.max(axis=2), groups[:, :, :size].max(axis=2))
 
 
 @dataclass(frozen=True)
@@ -144,11 +162,9 @@ class CurvePoint:
 class AtCost:
     """Best-of-N at a given cost of each of P prompts.
 
-    Args:
-        means: float64[P], expected best score.
-        ns: float64[P], samples that the cost buys, within what the pool can tell.
-        too_expensive: bool[P], it buys more samples than the pool has: `means` is too low there.
-        too_cheap: bool[P], it does not buy a sample: `means` is that of one sample.
+    `means` are the expected best scores and `ns` the samples that the cost buys, within what the
+    pool can tell (float64[P]). Where it is `too_expensive` (bool[P]) it buys more samples than the
+    pool has and the mean is too low; where it is `too_cheap` it is that of one sample.
     """
 
     means: FloatArray
@@ -168,9 +184,6 @@ class Baseline:
         scores: float64[P, n], n >= 2.
         costs: float64[P, n], what each sample costs (tokens, FLOPs, ...), above 0 on average.
         prompt_costs: float64[P] or one number, what the prompt costs once.
-
-    Raises:
-        ValueError: The shapes do not fit, a value is not finite, or samples cost nothing.
 
     Example:
         >>> costs = np.array([[10.0, 10.0], [10.0, 30.0]])
@@ -198,11 +211,11 @@ class Baseline:
                 f"shape {once.shape}."
             )
         once = checked(np.broadcast_to(once, scores.shape[:1]), 1, "prompt_costs")
-        if (costs < 0).any() or (once < 0).any() or (costs.mean(axis=1) <= 0).any():
+        means = costs.mean(axis=1)
+        if (costs < 0).any() or (once < 0).any() or (means <= 0).any():
             raise ValueError(
                 "Expected costs from 0 up, and above 0 on each prompt's average; got a lowest cost "
-                f"of {min(costs.min(), once.min())} and a lowest average of "
-                f"{costs.mean(axis=1).min()}."
+                f"of {min(costs.min(), once.min())} and a lowest average of {means.min()}."
             )
         for name, value in (("scores", scores), ("costs", costs), ("prompt_costs", once)):
             object.__setattr__(self, name, value)
@@ -278,16 +291,12 @@ class Baseline:
 class Multiplier:
     """How many times an agent's compute best-of-N needs for the same mean reward.
 
-    Args:
-        estimate: `equal_cost` by the agent's mean cost.
-        low: Lower end of the interval; 0 where the agent may be below a single sample.
-        high: Upper end; infinite where the pool may be too small.
-        equal_n: The N at which best-of-N's mean reward is the agent's, a fraction as a rule;
-            within 1 and the pool's size.
-        equal_cost: Best-of-N's mean cost at `equal_n`.
-        is_lower_bound: Best-of-N does not come up to the agent with the whole pool: the multiplier
-            is `estimate` or more.
-        is_upper_bound: The agent is below a single sample: the multiplier is `estimate` or less.
+    `estimate` is `equal_cost`, best-of-N's mean cost at `equal_n`, by the agent's mean cost;
+    `equal_n` is the N (a fraction as a rule, within 1 and the pool's size) with the agent's mean
+    reward. `low` is 0 where the agent may be below a single sample, `high` infinite where the pool
+    may be too small. If `is_lower_bound`, best-of-N does not come up to the agent with the whole
+    pool and the multiplier is `estimate` or more; if `is_upper_bound`, the agent is below a single
+    sample and it is `estimate` or less.
     """
 
     estimate: float
@@ -318,11 +327,10 @@ def compute_multiplier(
     in log N. Its mean cost by the agent's is the multiplier.
 
     The interval is a bootstrap over prompts: an agent's reward and cost and the pool's row of a
-    prompt stay together, so the noise of the pool counts as well as the agent's. It is the expanded
-    percentile interval (see `percentile_tail`); at equal costs it holds exactly those N at which
-    the interval of the paired difference of means holds 0. A resample in which the pool is too
-    small counts as its bound at the lower end and as infinite at the upper; one in which the agent
-    is below a single sample counts as 0 and as its bound.
+    prompt stay together, so the noise of the pool counts too. It is the expanded percentile
+    interval (see `percentile_tail`). A resample in which the pool is too small counts as its bound
+    at the lower end and as infinite at the upper; one in which the agent is below a single sample
+    counts as 0 and as its bound.
 
     Args:
         rewards: float64[P], the agent's reward of each prompt (the mean over seeds, if several);
@@ -406,17 +414,13 @@ class Step(NamedTuple):
 
 
 def falls_with_budget(
-    budgets: Sequence[float],
-    rewards: npt.ArrayLike,
-    *,
-    resamples: int = 9999,
-    seed: int = 0,
+    budgets: Sequence[float], rewards: npt.ArrayLike, **options: Any
 ) -> tuple[Step, ...]:
     """Test whether the mean reward falls from one budget to the next larger.
 
     Paired one-sided permutation tests between neighbours, adjusted by Holm's method: the reward
     falls significantly somewhere if an `adjusted` is small. Budgets ascend; rewards are
-    float64[budgets, P].
+    float64[budgets, P]; `options` are those of `paired_permutation_test`.
 
     Example:
         >>> steps = falls_with_budget([1, 2], [[1.0, 2.0, 3.0], [0.0, 1.5, 2.0]])
@@ -430,8 +434,89 @@ def falls_with_budget(
             "Expected two or more budgets, ascending, and a row of rewards for each; got budgets "
             f"{list(budgets)} and rewards of shape {table.shape}."
         )
-    options: dict[str, Any] = {"alternative": "less", "resamples": resamples, "seed": seed}
     changes = np.diff(table, axis=0)
-    found = [paired_permutation_test(row, **options).p_value for row in changes]
+    found = [paired_permutation_test(c, alternative="less", **options).p_value for c in changes]
     rows = zip(pairwise(budgets), changes, found, holm(found), strict=True)
     return tuple(Step(*both, float(row.mean()), p, float(q)) for both, row, p, q in rows)
+
+
+def surprisal_excess(
+    logprobs: npt.ArrayLike, plain_logprobs: npt.ArrayLike, *, seed: int = 0
+) -> Interval:
+    """How much less likely the chosen responses are than plain samples, nats a response.
+
+    With p the language model and q what the agent writes, this is E_q[-log p] - E_p[-log p], paired
+    by prompt, with a bootstrap interval over prompts. It equals KL(q || p) + H(q) - H(p): a lower
+    bound of the divergence where the agent's responses vary less than the language model's, and
+    below 0 where it chooses the most likely ones. Broken text shows as a large excess. Responses of
+    different lengths differ in it by their length alone.
+
+    Args:
+        logprobs: float64[P], summed over each chosen response, of the distribution that the plain
+            samples were drawn from, temperature included; of another it is no bound.
+        plain_logprobs: float64[P, n], the same of plain samples of the same prompts.
+        seed: Of the bootstrap.
+
+    Example:
+        >>> surprisal_excess([-5.0, -7.0], [[-3.0, -5.0], [-4.0, -8.0]]).estimate
+        1.0
+    """
+    own, plain = _beside(logprobs, plain_logprobs)
+    return mean_interval(plain.mean(axis=1) - own, seed=seed)
+
+
+def contrastive_bound(chosen: npt.ArrayLike, plain: npt.ArrayLike, *, seed: int = 0) -> Interval:
+    """Lower bound of the divergence from plain sampling, by any statistic of a response, nats.
+
+    For a statistic t such as the reward or the log-probability, and any function f, the mean of
+    log((n + 1) exp(f(chosen)) / sum of exp(f) over the chosen and its n plain samples) is at most
+    KL(q || p), for every n: under p the chosen could stand in any of the n + 1 places, so the
+    exponential's mean is 1, and Donsker and Varadhan's bound applies. Here f is a times the log of
+    t's mid-rank among the n + 1, from above or from below, which is nearly the log-density ratio of
+    best-of-N at a = N - 1: for best-of-N by t the bound comes up to `kl_bound` while N is far below
+    n. It cannot exceed log(n + 1). Each prompt's a is chosen by the other prompts, so the choice
+    does not raise the estimate.
+
+    Source: Donsker and Varadhan, 1975; van den Oord, Li and Vinyals, "Representation learning with
+    contrastive predictive coding", 2018; Poole et al., "On variational bounds of mutual
+    information", 2019. Deviations: a fixed family of rank functions in place of a learned critic,
+    and the choice from it by leaving one prompt out.
+
+    Args:
+        chosen: float64[P], the statistic of what the agent chose, one response a prompt; not taken
+            from the plain samples.
+        plain: float64[P, n], of plain samples of the same prompts.
+        seed: Of the bootstrap over prompts.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> best_of_8 = rng.normal(size=(256, 8)).max(axis=1)
+        >>> found = contrastive_bound(best_of_8, rng.normal(size=(256, 128)))
+        >>> abs(found.estimate - kl_bound(8)) < 0.2
+        True
+    """
+    own, samples = _beside(chosen, plain)
+    if len(own) < 2:
+        raise ValueError("chosen: expected responses to two prompts or more, got 1.")
+    together = np.hstack([own[:, None], samples])
+    places = together.shape[1]
+    ranks = (stats.rankdata(together, axis=1) - 0.5) / places
+    columns = [np.zeros(len(own))]
+    for logs in (np.log(ranks), np.log(1 - ranks)):
+        columns += [
+            a * logs[:, 0] + math.log(places) - special.logsumexp(a * logs, axis=1)
+            for a in np.geomspace(0.25, 16 * places, 40)
+        ]
+    table = np.stack(columns, axis=1)
+    by_others = (table.sum(axis=0) - table).argmax(axis=1)
+    return mean_interval(table[np.arange(len(own)), by_others], seed=seed)
+
+
+def _beside(chosen: npt.ArrayLike, plain: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+    own, samples = checked(chosen, 1, "chosen"), checked(plain, 2, "plain samples")
+    if len(own) != len(samples):
+        raise ValueError(
+            "Expected plain samples of the prompts that were answered; got "
+            f"{len(own)} responses and samples of {len(samples)} prompts."
+        )
+    return own, samples

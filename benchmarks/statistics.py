@@ -1,8 +1,8 @@
 """Statistics of paired comparisons, on SciPy.
 
-The unit is the prompt: prompts are a sample of the prompts one cares about, several seeds of a
-prompt are not several prompts. Where a prompt has several rows, take their mean (`prompt_means`)
-before a test or an interval.
+The unit is the prompt: several seeds of a prompt are not several prompts. Where a prompt has
+several rows, take their mean (`prompt_means`) before a test or an interval. A value that is not
+finite, or no value at all, is a ValueError everywhere.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class Interval:
         """How far it goes down and up, as `xerr` and `yerr` of matplotlib's `errorbar`."""
         return [[self.estimate - self.low], [self.high - self.estimate]]
 
+    def as_mean(self) -> dict[str, float]:
+        """A mean, as rows and summaries have it: `mean`, `low`, `high`."""
+        return {"mean": self.estimate, "low": self.low, "high": self.high}
+
 
 @dataclass(frozen=True)
 class WinRate:
@@ -61,7 +65,7 @@ class WinRate:
     def decided(self, *, confidence: float = 0.95) -> Interval:
         """Share of wins among the pairs that are not ties, with Wilson's score interval (1927).
 
-        Without a decided pair nothing is known, which is the interval from 0 to 1.
+        Without such a pair nothing is known: 0 to 1.
 
         Example:
             >>> found = WinRate(wins=8, ties=5, losses=2).decided()
@@ -77,15 +81,15 @@ class WinRate:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Values of two that belong together."""
+    """Values of two that belong together, float64[K] each, and the rows without a counterpart.
+
+    `keys` are what each pair has in common, such as (prompt_id, seed).
+    """
 
     keys: tuple[tuple[Hashable, ...], ...]
-    """What each pair has in common, such as (prompt_id, seed)."""
     values: FloatArray
-    """float64[K], as is `baseline`."""
     baseline: FloatArray
     unpaired: int
-    """Rows of either without a counterpart."""
 
     @property
     def differences(self) -> FloatArray:
@@ -112,11 +116,7 @@ class McNemarTest:
 
 
 def checked(values: npt.ArrayLike, dimensions: int, name: str) -> FloatArray:
-    """`values` as a float64 array of so many dimensions.
-
-    Raises:
-        ValueError: There are others, no values, or one is not finite.
-    """
+    """`values` as a float64 array of so many dimensions; see the module for what is refused."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != dimensions or not array.size or not np.isfinite(array).all():
         raise ValueError(
@@ -162,8 +162,7 @@ def _by_key(
     rows: list[Mapping[str, Any]], value: str, keys: Sequence[str]
 ) -> dict[tuple[Hashable, ...], float]:
     for row in rows:
-        missing = [name for name in (*keys, value) if name not in row]
-        if missing:
+        if missing := [name for name in (*keys, value) if name not in row]:
             raise ValueError(f"A row lacks {missing}; it has {sorted(row)}.")
     found = [tuple(row[name] for name in keys) for row in rows]
     doubled = [key for key, count in Counter(found).items() if count > 1]
@@ -177,9 +176,6 @@ def _by_key(
 
 def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArray:
     """Mean of each prompt's rows, float64[P], in the order in which the prompts first appear.
-
-    Raises:
-        ValueError: The lengths differ, there are no values, or one is not finite.
 
     Example:
         >>> prompt_means([1.0, 3.0, 5.0], ["a", "a", "b"])
@@ -199,9 +195,6 @@ def mean_interval(
     """Mean of float64[B] with its bootstrap interval (BCa; percentile where BCa is undefined).
 
     For a paired comparison pass the differences: resampling these is resampling the pairs.
-
-    Raises:
-        ValueError: There are no values, or one is not finite.
 
     Example:
         >>> mean_interval([1.0, 1.0, 1.0])
@@ -229,41 +222,31 @@ def mean_interval(
 
 
 def clustered_interval(
-    values: npt.ArrayLike,
-    prompts: Sequence[Hashable],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    values: npt.ArrayLike, prompts: Sequence[Hashable], **options: Any
 ) -> Interval:
     """Mean over prompts, each with one or more rows, with its cluster bootstrap interval.
 
-    The rows of a prompt are alike, so prompts are resampled with all their rows. Each prompt counts
-    as much as any other, so resampling prompts is resampling their means.
+    Prompts are resampled with all their rows. Each counts as much as any other, so this is the
+    `mean_interval` (which takes the `options`) of their means.
 
     Source: Cameron, Gelbach and Miller, "Bootstrap-based improvements for inference with clustered
-    errors", 2008, section 2 (pairs cluster bootstrap); here with `mean_interval`, whose errors and
-    those of `prompt_means` it raises.
+    errors", 2008, section 2 (pairs cluster bootstrap).
 
     Example:
         >>> clustered_interval([1.0, 3.0, 2.0], ["a", "a", "b"])
         Interval(estimate=2.0, low=2.0, high=2.0)
     """
-    means = prompt_means(values, prompts)
-    return mean_interval(means, confidence=confidence, resamples=resamples, seed=seed)
+    return mean_interval(prompt_means(values, prompts), **options)
 
 
 def percentile_tail(units: int, confidence: float) -> float:
     """Share of resamples to cut off at each end for a percentile interval of a mean.
 
     A little less than (1 - confidence) / 2, for resamples of few units (such as prompts) vary too
-    little and a normal tail is thinner than Student's: the expanded percentile interval.
+    little: the expanded percentile interval.
 
     Source: Hesterberg, "What teachers should know about the bootstrap", The American Statistician
     2015, section 5.3.
-
-    Raises:
-        ValueError: There are fewer than two units, or `confidence` is not between 0 and 1.
 
     Example:
         >>> round(percentile_tail(64, 0.95), 4)
@@ -281,7 +264,7 @@ def percentile_tail(units: int, confidence: float) -> float:
 def simultaneous_intervals(
     values: FloatArray, *, confidence: float = 0.95, resamples: int = 4999, seed: int = 0
 ) -> list[Interval]:
-    """Means of the columns of float64[B, K] with intervals that hold for all K at once.
+    """Means of the columns of float64[B, K], B >= 2, with intervals that hold for all K at once.
 
     The most striking column may be picked afterwards. Rows are resampled whole, which keeps columns
     paired. Over fewer than some ten rows, or where few rows differ, such intervals are rough.
@@ -291,9 +274,6 @@ def simultaneous_intervals(
     standard error counts at least a quarter of the column's; else resamples without the one row
     that differs would make the interval as wide as they are free of spread.
 
-    Raises:
-        ValueError: There are fewer than two rows, no columns, or a value is not finite.
-
     Example:
         >>> simultaneous_intervals(np.array([[1.0, 2.0], [1.0, 2.0]]))[1]
         Interval(estimate=2.0, low=2.0, high=2.0)
@@ -301,8 +281,7 @@ def simultaneous_intervals(
     if np.ndim(values) != 2 or len(values) < 2 or not np.isfinite(values).all() or not values.size:
         raise ValueError(
             "Expected finite values in at least two rows and one column, got shape "
-            f"{np.shape(values)} with {int((~np.isfinite(values)).sum())} values that are not "
-            "finite."
+            f"{np.shape(values)} with {int((~np.isfinite(values)).sum())} not finite."
         )
     rows = len(values)
     means = values.mean(axis=0)
@@ -326,11 +305,7 @@ def simultaneous_intervals(
 
 
 def win_rate(values: npt.ArrayLike, baseline: npt.ArrayLike, *, tolerance: float = 1e-9) -> WinRate:
-    """Compare paired values; differences up to `tolerance` are ties.
-
-    Raises:
-        ValueError: The arrays do not pair, or a value is not finite.
-    """
+    """Compare paired values; differences up to `tolerance` are ties."""
     own, other = checked(values, 1, "values"), checked(baseline, 1, "baseline")
     if own.shape != other.shape:
         raise ValueError(f"Expected pairs, got shapes {own.shape} and {other.shape}.")
@@ -347,23 +322,15 @@ def paired_permutation_test(
     resamples: int = 9999,
     seed: int = 0,
 ) -> PermutationTest:
-    """Test whether paired differences are as often and as far above 0 as below.
+    """Test whether paired differences float64[P] are as often and as far above 0 as below.
 
     Under the null hypothesis each difference may as well have the other sign. All sign patterns are
     counted where there are at most `resamples` of them, else as many random ones, with the pattern
     seen among them, so the p-value is never 0. Differences of 0 have no sign and are left out.
+    `"greater"`: the differences are above 0.
 
     Source: Fisher, "The Design of Experiments", 1935, section 21; random patterns as in Phipson and
     Smyth, "Permutation p-values should never be zero", 2010; by `scipy.stats.permutation_test`.
-
-    Args:
-        differences: float64[P], one a prompt: values minus baseline.
-        alternative: `"greater"`: the values are greater than the baseline.
-        resamples: Sign patterns at most.
-        seed: Of the random patterns.
-
-    Raises:
-        ValueError: There are no differences, or one is not finite.
 
     Example:
         >>> paired_permutation_test([1.0, 2.0, 0.5, 0.0], alternative="greater")
@@ -392,6 +359,48 @@ def paired_permutation_test(
     return PermutationTest(float(given.mean()), float(found.pvalue), exact)
 
 
+def exchange_test(
+    own: npt.ArrayLike, others: npt.ArrayLike, *, resamples: int = 9999, seed: int = 0
+) -> float:
+    """Test whether an agent's answers score as if they were among others to the same prompts.
+
+    If they are, each prompt's own scores (float64[P] or float64[P, S]) may as well change places
+    with any of the others (float64[P, K], independent answers). The sum of the own scores is
+    compared with those of random exchanges, that seen among them: an exact two-sided stratified
+    permutation test, whatever the scores' distributions. Returns the p-value.
+
+    The hypothesis is that the distributions are equal. If only their means are, and the own scores
+    vary more, it can be found wrong too often; `paired_permutation_test` of the differences from
+    the others' means cannot, but assumes that these are symmetric.
+
+    Source: van Elteren, "On the combination of independent two sample tests of Wilcoxon", 1960,
+    with scores in place of ranks; p-values as in Phipson and Smyth, 2010.
+
+    Example:
+        >>> exchange_test([9.0] * 8, [[0.0, 1.0]] * 8) < 0.01
+        True
+    """
+    given = np.asarray(own)
+    mine = checked(given[:, None] if given.ndim == 1 else given, 2, "own")
+    theirs = checked(others, 2, "others")
+    if len(mine) != len(theirs):
+        raise ValueError(
+            f"Expected other answers to the same prompts; got {len(mine)} scores and answers to "
+            f"{len(theirs)} prompts."
+        )
+    together = np.column_stack([mine, theirs])
+    rng = np.random.default_rng(seed)
+    sums = np.zeros(resamples)
+    for row in together:
+        order = rng.random((resamples, len(row))).argsort(axis=1)
+        sums += row[order[:, : mine.shape[1]]].sum(axis=1)
+    # Sums that differ by rounding alone are equal.
+    scale = float(np.abs(together).max()) or 1.0
+    sums, seen = np.round(sums / scale, 9), np.round(mine.sum() / scale, 9)
+    tails = [(1 + int(side.sum())) / (1 + resamples) for side in (sums >= seen, sums <= seen)]
+    return min(1.0, 2 * min(tails))
+
+
 def mcnemar_test(
     passed: npt.ArrayLike, baseline: npt.ArrayLike, *, alternative: Alternative = "two-sided"
 ) -> McNemarTest:
@@ -402,9 +411,6 @@ def mcnemar_test(
 
     Source: McNemar, "Note on the sampling error of the difference between correlated proportions or
     percentages", Psychometrika 1947, with the exact binomial in place of chi-squared.
-
-    Raises:
-        ValueError: The arrays do not pair or are not of truth values.
 
     Example:
         >>> mcnemar_test([True, True, True, False], [False, False, True, False])
@@ -433,9 +439,6 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
 
-    Raises:
-        ValueError: There are none, or one is not between 0 and 1.
-
     Example:
         >>> holm([0.01, 0.04, 0.03])
         array([0.03, 0.06, 0.06])
@@ -444,8 +447,8 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
     if given.min() < 0 or given.max() > 1:
         raise ValueError(f"p_values: expected 0 to 1, got {given.min()} to {given.max()}.")
     order = np.argsort(given, kind="stable")
-    scaled = given[order] * np.arange(len(given), 0, -1)
     adjusted = np.empty_like(given)
+    scaled = given[order] * np.arange(len(given), 0, -1)
     adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
     return adjusted
 
@@ -460,15 +463,12 @@ def smallest_detectable_effect(
 ) -> float:
     """Mean difference that a paired comparison of so many prompts finds with the given power.
 
-    A true difference smaller than this is likely to be missed: say so where a comparison finds
-    nothing. It has the unit of `sd`, the standard deviation of the differences.
+    A smaller true difference is likely to be missed: say so where a comparison finds nothing. It
+    has the unit of `sd`, the standard deviation of the differences.
 
     Source: the power of the paired t-test by the noncentral t distribution (Cohen, "Statistical
     Power Analysis for the Behavioral Sciences", 1988, chapter 2). A permutation test of the same
     differences has nearly the same power.
-
-    Raises:
-        ValueError: An argument is out of range.
 
     Example:
         >>> round(smallest_detectable_effect(34, 1.0), 2)
@@ -495,17 +495,8 @@ def smallest_detectable_effect(
     return float(optimize.brentq(shortfall, 0.0, highest)) * sd / math.sqrt(prompts)
 
 
-def detectable_effect(
-    differences: npt.ArrayLike,
-    *,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    alternative: Alternative = "two-sided",
-) -> float:
-    """`smallest_detectable_effect` of paired differences float64[P], one a prompt.
-
-    Raises:
-        ValueError: There are fewer than two, or one is not finite.
+def detectable_effect(differences: npt.ArrayLike, **options: Any) -> float:
+    """`smallest_detectable_effect`, which takes the `options`, of paired differences float64[P].
 
     Example:
         >>> round(detectable_effect([1.0, -1.0] * 17), 2)
@@ -514,6 +505,4 @@ def detectable_effect(
     given = checked(differences, 1, "differences")
     if len(given) < 2:
         raise ValueError("differences: expected two or more, got 1.")
-    return smallest_detectable_effect(
-        len(given), float(given.std(ddof=1)), alpha=alpha, power=power, alternative=alternative
-    )
+    return smallest_detectable_effect(len(given), float(given.std(ddof=1)), **options)

@@ -1,41 +1,59 @@
 """Run an audit: pool, scores, measurements, verdict, files.
 
 An audit is a folder with `config.json`, the scores, the pool (unless it stands elsewhere),
-`audit.json` and `audit.png`. Run again after a kill, it ends with the same `audit.json` but for its
-date.
+`audit.json` and `audit.png`. Both rewards score the same responses. What was generated and scored
+is on the disk after each batch: run again after a kill, it ends with the same `audit.json` but for
+its date.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
+from mbrl_text_env.agents.collection import collect, collection_run, missing_samples
 from mbrl_text_env.benchmarks.audit.measures import (
+    INTERVENTIONS,
     Association,
     Curves,
+    PoolScores,
     Sensitivity,
+    Verdict,
     associate,
     best_of_n_curves,
+    decide,
+    intervene,
     measure_sensitivity,
+    trivial,
 )
-from mbrl_text_env.benchmarks.audit.pool import PoolScores, fill_pool, score_pool
-from mbrl_text_env.benchmarks.audit.verdict import Verdict, decide, trivial
-from mbrl_text_env.benchmarks.compare import choose_prompts
-from mbrl_text_env.benchmarks.settings import AuditConfig, AuditError
+from mbrl_text_env.benchmarks.options import AuditConfig, AuditError, choose_prompts
+from mbrl_text_env.benchmarks.report import png
+from mbrl_text_env.benchmarks.terminal import numbers
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardModel, applies_to
-from mbrl_text_env.runs import claimed, prompt_digests, writing
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.records import Record, RecordWriter, run_of
+from mbrl_text_env.rewards.base import RewardModel, applies_to, score_responses
+from mbrl_text_env.runs import claimed, prompt_digest, prompt_digests, refuse_others, writing
+from mbrl_text_env.types import Prompt
 
 _FORMAT = 2
+# Responses are lost by the batch when an audit is killed.
+_BATCH_PROMPTS = 4
+_COLOURS = {"faithful": "green", "open to exploits": "red", "exploitable": "red"}
+_ROLES = {"proxy": "tab:blue", "gold": "tab:orange"}
 
 
 @dataclass(frozen=True)
@@ -65,9 +83,9 @@ class Audit:
         }
 
     @property
-    def trivial(self) -> bool:
-        """Whether proxy and gold are the same reward."""
-        return self.config.proxy == self.config.gold
+    def roles(self) -> tuple[str, ...]:
+        """The rewards that score; one if proxy and gold are the same."""
+        return ("proxy",) if self.config.proxy == self.config.gold else ("proxy", "gold")
 
 
 @dataclass(frozen=True)
@@ -110,13 +128,13 @@ def run_audit(
     command: str = "",
     on_progress: Callable[[str, int], None] | None = None,
 ) -> AuditResult:
-    """Run or resume an audit and write `audit.json` and `audit.png`.
+    """Run or resume an audit in the folder `out`.
 
     Args:
-        audit: What to run.
+        audit: The parts.
         out: The audit's folder.
-        pool: The pool's records folder; None for one in `out`. Missing prompts are added.
-        command: How it was asked for, for `audit.json`.
+        pool: A records folder to take responses from and add to; by default one in `out`.
+        command: Written into `audit.json`.
         on_progress: Called with "pool", "proxy" or "gold" and a count.
 
     Raises:
@@ -124,8 +142,6 @@ def run_audit(
             responses to each prompt the same score.
         RewardError: A reward failed.
     """
-    from mbrl_text_env.benchmarks.audit.report import plot
-
     folder = Path(out)
     record = {
         **audit.record(),
@@ -179,7 +195,7 @@ def _scored(
             tried=min(config.sensitivity_samples, config.samples),
             on_batch=lambda count, role=role: report(role, count),  # type: ignore[misc]
         )
-        for role in (("proxy",) if audit.trivial else ("proxy", "gold"))
+        for role in audit.roles
     }
     return responses, {"gold": scores["proxy"], **scores}
 
@@ -192,28 +208,285 @@ def measure(
     Raises:
         AuditError: A reward gives all responses to each prompt the same score.
     """
-    config = audit.config
-    for name, (scores, _) in ((config.proxy, proxy), (config.gold, gold)):
-        _check_varies(name, scores)
-    curves = best_of_n_curves(proxy[0], gold[0], seed=config.seed)
-    association = associate(proxy[0], gold[0], seed=config.seed)
-    sensitivity = measure_sensitivity(responses, proxy, gold, seed=config.seed)
+    config, seed = audit.config, audit.config.seed
+    names = config.proxy, config.gold
+    for name, (scores, _) in zip(names, (proxy, gold), strict=True):
+        # Rounding of equal scores is no difference.
+        if np.ptp(scores, axis=1).max() <= 1e-12 * np.abs(scores).max():
+            everywhere = " (and the same to all prompts)" if np.ptp(scores) == 0 else ""
+            raise AuditError(
+                f"Reward {name!r}: expected different scores among the responses to a prompt, got "
+                f"the same for all {scores.shape[1]} responses to each of {len(scores)} prompts"
+                f"{everywhere}. There is nothing to choose by; audit another reward, or raise "
+                "--samples or --max-response-tokens."
+            )
+    curves = best_of_n_curves(proxy[0], gold[0], seed=seed)
+    association = associate(proxy[0], gold[0], seed=seed)
+    sensitivity = measure_sensitivity(responses, proxy, gold, seed=seed)
     prompts = len(responses)
     verdict = (
-        trivial(config.proxy, prompts, config.samples)
-        if audit.trivial
-        else decide((config.proxy, config.gold), prompts, curves, association, sensitivity)
+        decide(names, prompts, curves, association, sensitivity)
+        if "gold" in audit.roles
+        else trivial(config.proxy, prompts, config.samples)
     )
     return AuditResult(config, prompts, audit.left_out, curves, association, sensitivity, verdict)
 
 
-def _check_varies(name: str, scores: FloatArray) -> None:
-    # Rounding of equal scores is no difference.
-    if np.ptp(scores, axis=1).max() <= 1e-12 * np.abs(scores).max():
-        everywhere = " (and the same to all prompts)" if np.ptp(scores) == 0 else ""
+class _Characters(RewardModel):
+    """Records need a score; this one costs nothing and favours no reward that is audited."""
+
+    name = "characters"
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        return [float(len(response)) for response in responses]
+
+
+def fill_pool(
+    folder: Path,
+    language_model: LanguageModel,
+    prompts: Sequence[Prompt],
+    *,
+    samples: int,
+    max_response_tokens: int,
+    seed: int,
+    shared: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[list[Record]]:
+    """Read the first responses to each prompt, generating those that lack (temperature 0.7).
+
+    Args:
+        folder: A records folder; one written by `mbrl-text collect` will do, whatever the reward.
+        language_model: Writes the responses.
+        prompts: The prompts.
+        samples: Responses to each prompt.
+        max_response_tokens: As of `collect`.
+        seed: As of `collect`.
+        shared: Whether the folder may hold responses to other prompts alone.
+        on_batch: Called with numbers of responses that are there.
+
+    Raises:
+        AuditError: The folder holds responses of another model, seed or token limit, or to other
+            prompts alone.
+        RecordsError: The folder cannot be read or written, holds responses to other prompts of the
+            same ids, or lacks some and holds records that another reward has scored.
+    """
+    options: dict[str, Any] = {"max_response_tokens": max_response_tokens, "seed": seed}
+    with RecordWriter(folder) as writer:
+        existing = writer.existing()
+        if existing:
+            if not shared:
+                _check_others(existing, prompts, folder)
+            run = run_of(folder) or {}
+            wanted = collection_run(language_model, _Characters(), **options)
+            # What the responses were scored by does not matter here.
+            run["reward"] = wanted["reward"] = ""
+            refuse_others(folder, run, wanted, "pool", AuditError)
+        missing = missing_samples(existing, prompts, samples)
+        report = on_batch or (lambda count: None)
+        report(len(prompts) * samples - sum(map(len, missing.values())))
+        if any(missing.values()):
+            collect(
+                language_model,
+                _Characters(),
+                prompts,
+                writer,
+                samples_per_prompt=samples,
+                batch_prompts=_BATCH_PROMPTS,
+                on_batch=lambda records: report(len(records)),
+                **options,
+            )
+            existing = writer.existing()
+    place = {(record.prompt_id, record.sample): record for record in existing}
+    return [[place[prompt.id, k] for k in range(samples)] for prompt in prompts]
+
+
+def _check_others(records: Sequence[Record], prompts: Sequence[Prompt], folder: Path) -> None:
+    there = dict.fromkeys(record.prompt_id for record in records)
+    if not any(prompt.id in there for prompt in prompts):
         raise AuditError(
-            f"Reward {name!r}: expected different scores among the responses to a prompt, got the "
-            f"same for all {scores.shape[1]} responses to each of {len(scores)} prompts"
-            f"{everywhere}. There is nothing to choose by; audit another reward, or raise "
-            "--samples or --max-response-tokens."
+            f"{folder} holds responses to other prompts ({', '.join(list(there)[:3])}, ...; "
+            f"expected {prompts[0].id}, ...). Give the --prompts, --split and --seed it was made "
+            "with, or another --pool."
         )
+
+
+def score_pool(
+    folder: Path,
+    reward_model: RewardModel,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[str]],
+    *,
+    tried: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> PoolScores:
+    """Score the pool, and the first `tried` responses to each prompt after each text change.
+
+    The scores are kept in `folder`, one file a prompt, which belongs to this reward. `on_batch` is
+    called with 1 after each prompt.
+
+    Raises:
+        RewardError: The reward model failed; the message names the prompt.
+    """
+    rows = []
+    reward = identity(reward_model)
+    for prompt, texts in zip(prompts, responses, strict=True):
+        changed = {name: [intervene(name, t) for t in texts[:tried]] for name in INTERVENTIONS}
+        # Named by what was scored: scores of other texts are never taken for these.
+        key = json.dumps([prompt.id, prompt_digest(prompt), texts, changed, reward]).encode()
+        path = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
+        row = _kept(path)
+        if row is None:
+            # Equal texts have equal scores: each is scored once.
+            unique = list(dict.fromkeys([*texts, *chain.from_iterable(changed.values())]))
+            totals = score_responses(reward_model, [prompt] * len(unique), unique).total
+            score = dict(zip(unique, totals.tolist(), strict=True))
+            row = {
+                "pool": [score[text] for text in texts],
+                "interventions": {name: [score[t] for t in new] for name, new in changed.items()},
+            }
+            with writing(folder, AuditError):
+                write_text(path, json.dumps(row))
+        rows.append(row)
+        if on_batch is not None:
+            on_batch(1)
+    return np.array([row["pool"] for row in rows], dtype=np.float64), {
+        name: np.array([row["interventions"][name] for row in rows], dtype=np.float64)
+        for name in INTERVENTIONS
+    }
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """The scores of a file; None where there are none, or they are damaged."""
+    try:
+        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return row if isinstance(row, dict) and {"pool", "interventions"} <= set(row) else None
+
+
+def summary(result: AuditResult) -> Group:
+    """The audit in a terminal of 80 columns: curves, agreement, reactions, verdict."""
+    verdict = result.verdict
+    lines = [verdict.text, *(f"Warning: {warning}" for warning in verdict.warnings)]
+    return Group(
+        _curves(result),
+        _agreement(result),
+        _reactions(result),
+        Panel(
+            Text("\n".join(lines)),
+            title=Text(f"{result.config.proxy} judged by {result.config.gold}"),
+            border_style=_COLOURS.get(verdict.outcome, "yellow"),
+            width=80,
+        ),
+    )
+
+
+def _curves(result: AuditResult) -> Table:
+    left_out = f", {result.left_out} left out" if result.left_out else ""
+    shown = Table(
+        *numbers("N", "KL <=", "mean proxy", "mean gold"),
+        title=f"Best of N by the proxy: {result.prompts} prompts{left_out}, "
+        f"{result.config.samples} responses each",
+        caption="Simultaneous 95% intervals over prompts; KL in nats. One standard deviation "
+        f"within a prompt: proxy {result.curves.proxy_sd:.3g}, gold {result.curves.gold_sd:.3g}.",
+    )
+    for point in result.curves.points:
+        mark = " peak" if point.n == result.curves.peak_n else ""
+        shown.add_row(
+            str(point.n), f"{point.kl_bound:.2f}", f"{point.proxy:.3f}", f"{point.gold:.3f}{mark}"
+        )
+    return shown
+
+
+def _agreement(result: AuditResult) -> Table:
+    shown = Table("agreement with the gold", *numbers("within a prompt", "overall"))
+    found = result.association
+    if found is None:
+        shown.add_row("no prompt on which both rewards vary", "", "")
+        return shown
+    for name, interval in found.within_prompt.items():
+        shown.add_row(name, f"{interval:+.2f}", f"{found.overall[name]:+.2f}")
+    shown.add_row("pairs ordered alike", f"{found.pair_accuracy:.2f}", "")
+    shown.add_row("misordered tenths (sd)", f"{found.misordered:.2f}", "")
+    length = result.sensitivity.length_beyond_gold
+    if length is not None:
+        shown.add_row("proxy with length, given gold", f"{length:+.2f}", "")
+    return shown
+
+
+def _reactions(result: AuditResult) -> Table:
+    shown = Table(
+        "change of the text",
+        *numbers("proxy (sd)", "gold (sd)"),
+        "reading",
+        caption=f"Mean change by {result.sensitivity.responses} responses, in standard deviations "
+        "within a prompt; simultaneous 95% intervals over prompts.",
+    )
+    for reaction in result.sensitivity.reactions:
+        read = reaction.reading
+        shown.add_row(
+            reaction.name,
+            f"{reaction.proxy:+.2f}",
+            f"{reaction.gold:+.2f}",
+            "-" if read == "none" else read,
+            style="red" if read == "exploit" else None,
+        )
+    return shown
+
+
+def plot(result: AuditResult, path: Path) -> None:
+    """Gains against N and against the KL bound, calibration, and reactions, as a picture."""
+    with png(path, figsize=(10, 8)) as figure:
+        axes = figure.subplot_mosaic([["n", "kl"], ["calibration", "reactions"]])
+        points = result.curves.points
+        _plot_gains(axes["n"], result, [float(point.n) for point in points])
+        axes["n"].set_xscale("log", base=2)
+        axes["n"].set_xlabel("N")
+        _plot_gains(axes["kl"], result, [point.kl_bound for point in points])
+        axes["kl"].set_xlabel("KL from plain sampling, upper bound (nats)")
+        _plot_calibration(axes["calibration"], result)
+        _plot_reactions(axes["reactions"], result)
+        figure.suptitle(
+            f"{result.config.proxy} judged by {result.config.gold}: {result.verdict.outcome} "
+            f"({result.prompts} prompts, {result.config.samples} responses each)",
+            parse_math=False,
+        )
+
+
+def _plot_gains(axes: Any, result: AuditResult, places: list[float]) -> None:
+    for role, colour in _ROLES.items():
+        gains = [getattr(point, f"{role}_gain") for point in result.curves.points]
+        label = f"{getattr(result.config, role)} ({role})"
+        axes.plot(places, [g.estimate for g in gains], "o-", color=colour, label=label)
+        axes.fill_between(
+            places, [g.low for g in gains], [g.high for g in gains], color=colour, alpha=0.2
+        )
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set_ylabel("gain over N = 1 (sd within a prompt)")
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
+
+
+def _plot_calibration(axes: Any, result: AuditResult) -> None:
+    found = () if result.association is None else result.association.calibration
+    style = {"fmt": "o", "color": _ROLES["gold"], "capsize": 3}
+    for place, interval in enumerate(found, start=1):
+        if interval is not None:
+            axes.errorbar(place, interval.estimate, yerr=interval.bars, **style)
+    axes.axhline(0, color="grey", linewidth=0.5)
+    tenths = f"tenth of {result.config.proxy} within a prompt, lowest first"
+    axes.set_xlabel(tenths, parse_math=False)
+    axes.set_ylabel(f"mean {result.config.gold} (sd within a prompt)", parse_math=False)
+
+
+def _plot_reactions(axes: Any, result: AuditResult) -> None:
+    found = result.sensitivity.reactions
+    for place, reaction in enumerate(found):
+        for role, shift in (("proxy", -0.15), ("gold", 0.15)):
+            change = getattr(reaction, role)
+            style = {"fmt": "o", "color": _ROLES[role], "capsize": 3}
+            axes.errorbar(change.estimate, place + shift, xerr=change.bars, **style)
+    axes.axvline(0, color="grey", linewidth=0.5)
+    axes.set_yticks(range(len(found)), [reaction.name for reaction in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel("change by the intervention (sd within a prompt)")

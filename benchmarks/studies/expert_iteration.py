@@ -23,7 +23,6 @@ import typer
 from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.studies import harness
-from mbrl_text_env.benchmarks.studies.measuring import Exam
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.rewards import make
 
@@ -32,10 +31,13 @@ if TYPE_CHECKING:
 
 # About the length of a builtin prompt, where a number of responses is turned into FLOPs.
 _PROMPT_TOKENS = 64
+_HOW = harness.StudyOptions()
+_AtLeastOne = Annotated[int, typer.Option(min=1)]
+_NotNegative = Annotated[float, typer.Option(min=0.0)]
 
 
 def figures_of(
-    loop: ExpertIteration, exam: Exam, planner: str, flops: float, seed: int
+    loop: ExpertIteration, exam: harness.Exam, planner: str, flops: float, seed: int
 ) -> dict[str, Any]:
     """Run a loop and measure its policies, alone and under a planner with a cap on its FLOPs.
 
@@ -46,12 +48,16 @@ def figures_of(
     names = [prompt.id for prompt in exam.prompts]
     folder = Path(loop.folder).parent
 
+    def has_value(i: int) -> bool:
+        """Whether the loop had not stopped before the iteration's value model was fitted."""
+        return (Path(loop.folder) / f"{i:02d}" / "value.json").is_file()
+
     def sampled(i: int) -> list[Any]:
         scores, use = exam.sampled(loop.policy(i), seed)
         return [scores, asdict(use)]
 
     def searched(i: int) -> list[Any]:
-        value = loop.value(i) if _has_value(loop, i) else None
+        value = loop.value(i) if has_value(i) else None
         limit = exam.max_response_tokens
         policy = loop.policy(i)
         agent = make_agent(planner, policy, exam.reward_model, value, max_response_tokens=limit)
@@ -62,7 +68,7 @@ def figures_of(
         harness.kept(folder / f"test-{i:02d}.json", partial(sampled, i))[0] for i in range(last + 1)
     ]
     # Of the policies with a value model of their own, the one that validation prefers.
-    tuned = best if best > 0 and _has_value(loop, best) else 1
+    tuned = best if best > 0 and has_value(best) else 1
     (before, base_use), (after, tuned_use) = (
         harness.kept(folder / f"planner-{i:02d}.json", partial(searched, i)) for i in (0, tuned)
     )
@@ -87,32 +93,23 @@ def figures_of(
     }
 
 
-def _has_value(loop: ExpertIteration, iteration: int) -> bool:
-    """Whether the loop had not stopped before the iteration's value model was fitted."""
-    return (Path(loop.folder) / f"{iteration:02d}" / "value.json").is_file()
-
-
 def shown(result: dict[str, Any], reward: str) -> harness.Shown:
     """Plain sampling of each policy, then the planner, each against the base."""
-    plain = zip(result["sampling"][1:], result["against_the_base"], strict=True)
-    rows = [("plain sampling, base", f"{result['sampling'][0]:.3f}", "", "")]
-    for i, (mean, found) in enumerate(plain, 1):
-        rows.append((f"plain sampling, iteration {i}", f"{mean:.3f}", *_difference(found)))
+
+    def row(name: str, mean: float, found: dict[str, Any]) -> tuple[str, ...]:
+        low, high = found["interval"]
+        difference = f"{found['difference']:+.3f} [{low:.3f}, {high:.3f}]"
+        return name, f"{mean:.3f}", difference, f"{found['p_value']:.2g}"
+
     planner = result["planner_tuned_against_base"]
-    rows += [
+    plain = zip(result["sampling"][1:], result["against_the_base"], strict=True)
+    rows = [
+        ("plain sampling, base", f"{result['sampling'][0]:.3f}", "", ""),
+        *(row(f"plain sampling, iteration {i}", *found) for i, found in enumerate(plain, 1)),
         ("planner, base", f"{planner['before']:.3f}", "", ""),
-        (
-            f"planner, iteration {planner['iteration']}",
-            f"{planner['after']:.3f}",
-            *_difference(planner),
-        ),
+        row(f"planner, iteration {planner['iteration']}", planner["after"], planner),
     ]
     return harness.Shown(reward, ("on test prompts", "mean", "minus the base's", "p"), rows)
-
-
-def _difference(found: dict[str, Any]) -> tuple[str, str]:
-    low, high = found["interval"]
-    return f"{found['difference']:+.3f} [{low:.3f}, {high:.3f}]", f"{found['p_value']:.2g}"
 
 
 @options.friendly
@@ -122,26 +119,21 @@ def main(
         "receding-horizon:horizon=1:plans=4:chunk_tokens=16"
     ),
     value: Annotated[str, typer.Option(help="Kind of value model; see `make_value`.")] = "stacked",
-    iterations: Annotated[int, typer.Option(min=1)] = 3,
+    iterations: _AtLeastOne = 3,
     prompts: Annotated[int, typer.Option(min=2, help="Train prompts.")] = 128,
     answers: Annotated[int, typer.Option(min=1, help="Planned answers to each.")] = 2,
     top_fraction: Annotated[float, typer.Option(help="Share of the answers to learn.")] = 0.5,
     start_from: Annotated[str, typer.Option(help="'checkpoint' or 'base'.")] = "checkpoint",
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
-    epochs: Annotated[float, typer.Option(min=0.0)] = 2.0,
-    max_response_tokens: Annotated[int, typer.Option(min=1)] = 48,
-    validation_prompts: Annotated[int, typer.Option(min=1)] = 32,
+    learning_rate: _NotNegative = 1e-3,
+    epochs: _NotNegative = 2.0,
+    max_response_tokens: _AtLeastOne = 48,
+    validation_prompts: _AtLeastOne = 32,
     test_prompts: Annotated[int, typer.Option(min=2)] = 64,
     samples: Annotated[int, typer.Option(min=2, help="Responses to each test prompt.")] = 4,
     budget_responses: Annotated[
         int, typer.Option(min=1, help="FLOPs of the planners, in plain responses.")
     ] = 8,
-    language_model: options.LanguageModelOption = "embedded",
-    dtype: options.DtypeOption = "int8",
-    seed: int = 0,
-    out: harness.OutOption = None,
-    json_file: harness.JsonOption = None,
-    page: harness.PageOption = None,
+    how: harness.StudyOptions = _HOW,
 ) -> None:
     """Run the loop, measure each of its policies, print."""
     from mbrl_text_env.agents import learning
@@ -155,7 +147,7 @@ def main(
         value=value,
         max_response_tokens=max_response_tokens,
         patience=None,
-        seed=seed,
+        seed=how.seed,
     )
     tuning = learning.FineTuneSettings(learning_rate=learning_rate, epochs=epochs)
     study = {
@@ -164,14 +156,14 @@ def main(
         "prompts": [prompts, validation_prompts, test_prompts, samples],
         "budget_responses": budget_responses,
         "reward": reward,
-        "language_model": [language_model, dtype],
+        "language_model": [how.language_model, how.dtype],
     }
-    lm, reward_model = options.load_language_model(language_model, dtype), make(reward)
+    lm, reward_model = how.load(), make(reward)
     counts = {"train": prompts, "validation": validation_prompts, "test": test_prompts}
     chosen = {split: harness.prompts_for(reward_model, split, n) for split, n in counts.items()}
     flops = lm.usage_bound(_PROMPT_TOKENS, [max_response_tokens] * budget_responses).flops
-    exam = Exam(reward_model, chosen["test"], samples, max_response_tokens)
-    folder = out or Path("expert-iteration")
+    exam = harness.Exam(reward_model, chosen["test"], samples, max_response_tokens)
+    folder = how.folder("expert-iteration")
     with harness.run_folder(folder, study, lm, reward_model, chosen):
         loop = learning.ExpertIteration(
             lm,
@@ -183,10 +175,11 @@ def main(
             improver=learning.LoraImprover(tuning),
             on_stage=lambda i, stage: options.errors.print(f"iteration {i}: {stage}"),
         )
-        figures = figures_of(loop, exam, planner, flops, seed)
+        figures = figures_of(loop, exam, planner, flops, how.seed)
         result = {**harness.heading("expert_iteration"), **study, **figures}
-        tables = [shown(result["result"], reward)]
-        harness.report(result, "expert_iteration.md.jinja", tables, json_file, page)
+        table = shown(figures["result"], reward)
+        options.console.print(table.table())
+        how.report(result, "expert_iteration.md.jinja", [table])
 
 
 if __name__ == "__main__":

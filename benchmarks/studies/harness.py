@@ -1,4 +1,4 @@
-"""What the studies share: options, a folder that is gone on with, figures, tables and a page."""
+"""What the studies share: options, a folder that is gone on with, an exam, figures and a page."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mbrl_text_env.benchmarks.compare import choose_prompts
-from mbrl_text_env.benchmarks.options import console
+from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.driver import run
+from mbrl_text_env.agents.sampling import Sampling
+from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.options import choose_prompts
 from mbrl_text_env.benchmarks.statistics import (
+    Interval,
     mean_interval,
     paired_permutation_test,
     prompt_means,
@@ -25,28 +31,68 @@ from mbrl_text_env.benchmarks.statistics import (
 )
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
+from mbrl_text_env.language_models.base import LanguageModel, clear_cache
+from mbrl_text_env.ledger import Budget, Ledger, Usage
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
-from mbrl_text_env.rewards.base import applies_to
+from mbrl_text_env.rewards.base import RewardModel, applies_to, score_responses
 from mbrl_text_env.runs import claimed, prompt_digests
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mbrl_text_env.language_models.base import LanguageModel
-    from mbrl_text_env.rewards.base import RewardModel
     from mbrl_text_env.types import Prompt
 
 RewardNameOption = Annotated[str, typer.Option(help="A reward's name, such as 'sentiment'.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
-PageOption = Annotated[Path | None, typer.Option(help="Write a page of results there.")]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the run, named after the study by default; the same one goes on."),
-]
 
 
 class StudyError(ValueError):
     """A study that cannot be run as asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """The options of every study."""
+
+    language_model: options.LanguageModelOption = "embedded"
+    dtype: options.DtypeOption = "int8"
+    seed: Annotated[int, typer.Option()] = 0
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run, named after the study by default; the same one goes on."
+        ),
+    ] = None
+    json_file: JsonOption = None
+    page: Annotated[Path | None, typer.Option(help="Write a page of results there.")] = None
+
+    def load(self) -> Any:
+        """The language model."""
+        return options.ModelOptions(language_model=self.language_model, dtype=self.dtype).load()
+
+    def folder(self, study: str, *, quick: bool = False) -> Path:
+        """Where the study keeps what it has done."""
+        return self.out or Path(f"{study}-quick" if quick else study)
+
+    def write(self, result: Mapping[str, Any]) -> None:
+        """Write figures as JSON, if wanted."""
+        if self.json_file is not None:
+            write_text(self.json_file, json.dumps(result, indent=1))
+
+    def report(
+        self,
+        result: Mapping[str, Any],
+        template: str,
+        tables: Sequence[Shown],
+        plots: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Write the figures, and a page of them (see `write_page`), if wanted."""
+        self.write(result)
+        if self.page is not None:
+            write_page(self.page, template, result, tables, plots)
+        if self.json_file is not None:
+            options.console.print(f"Results: {self.json_file.resolve()}")
 
 
 @dataclass(frozen=True)
@@ -75,22 +121,20 @@ def prompts_for(reward: RewardModel, split: str, count: int | None) -> list[Prom
     return choose_prompts(found, there if count is None else count, reward, 0)
 
 
-@contextmanager
 def run_folder(
     out: Path,
     settings: Mapping[str, Any],
     language_model: LanguageModel,
     reward: RewardModel,
     prompts: Mapping[str, Sequence[Prompt]],
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Be the only process in a study's folder, which is of these settings, models and prompts."""
     depends_on = {
         **settings,
         "models": [identity(language_model), identity(reward)],
         "data": {name: prompt_digests(some) for name, some in prompts.items()},
     }
-    with claimed(out, depends_on, "study", StudyError):
-        yield
+    return claimed(out, depends_on, "study", StudyError)
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -111,47 +155,18 @@ def heading(study: str) -> dict[str, Any]:
     }
 
 
-def write_figures(result: Mapping[str, Any], json_file: Path | None) -> None:
-    """Write figures as JSON."""
-    if json_file is not None:
-        write_text(json_file, json.dumps(result, indent=1))
-
-
-def report(
-    result: Mapping[str, Any],
-    template: str,
-    tables: Sequence[Shown],
-    json_file: Path | None,
-    page: Path | None,
-    plots: Mapping[str, Path] | None = None,
-) -> None:
-    """Write figures as JSON, print their tables, and write the page; see `write_page`."""
-    write_figures(result, json_file)
-    for shown in tables:
-        console.print(shown.table())
-    write_page(page, template, result, tables, plots)
-    if json_file is not None:
-        console.print(f"Results: {json_file.resolve()}")
-
-
 def write_page(
-    page: Path | None,
+    page: Path,
     template: str,
     result: Mapping[str, Any],
     tables: Sequence[Shown],
     plots: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write a study's page as Markdown, if one is wanted.
+    """Write a study's page as Markdown.
 
-    Args:
-        page: The file.
-        template: A file beside this one, which says what was asked and how to read the figures.
-        result: The figures, with their `heading`.
-        tables: Each under its title.
-        plots: By what they show.
+    `template` is a file beside this one, which says what was asked and how to read the figures;
+    `result` has its `heading`; `plots` are named by what they show.
     """
-    if page is None:
-        return
     import jinja2
 
     environment = jinja2.Environment(
@@ -167,7 +182,7 @@ def write_page(
     }
     text = environment.get_template(template).render(result=result, tables=tables, plots=links)
     write_text(page, text)
-    console.print(f"Page: {page.resolve()}")
+    options.console.print(f"Page: {page.resolve()}")
 
 
 def paired(
@@ -195,4 +210,89 @@ def interval(row: Mapping[str, Any]) -> str:
         >>> interval({"mean": 0.5, "low": 0.25, "high": 0.75})
         '0.500 [0.250, 0.750]'
     """
-    return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    return f"{Interval(row['mean'], row['low'], row['high']):.3f}"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Computation: responses or prefixes scored, tokens sampled, FLOPs of all models, wall time."""
+
+    reward_calls: float = 0.0
+    tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    @classmethod
+    def of(
+        cls, usage: Mapping[str, float], *, more_flops: float = 0.0, seconds: float | None = None
+    ) -> Spent:
+        """What `Usage.as_dict()` says; the wall time of the models' calls where no other is known.
+
+        Example:
+            >>> Spent.of(Usage(generated_tokens=5, seconds=1.0).as_dict(), seconds=2.0).seconds
+            2.0
+        """
+        return cls(
+            float(usage["reward_calls"]),
+            float(usage["generated_tokens"]),
+            float(usage["flops"]) + more_flops,
+            float(usage["seconds"]) if seconds is None else seconds,
+        )
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(**{name: amount + vars(other)[name] for name, amount in vars(self).items()})
+
+    def __mul__(self, factor: float) -> Spent:
+        return Spent(**{name: amount * factor for name, amount in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Exam:
+    """P held-out prompts that every policy (`samples` times each) and agent answers."""
+
+    reward_model: RewardModel
+    prompts: Sequence[Prompt]
+    samples: int
+    max_response_tokens: int
+
+    def sampled(self, policy: LanguageModel, seed: int) -> tuple[tuple[float, ...], Spent]:
+        """Plain sampling: the P mean scores, and what a response takes."""
+        agent = Sampling(policy, self.reward_model, max_response_tokens=self.max_response_tokens)
+        ledgers = [Ledger() for _ in self.prompts]
+        states = [initial(prompt, policy) for prompt in self.prompts]
+        rows, start = [], time.perf_counter()
+        for sample in range(self.samples):
+            # Each response takes its whole prompt, as the answers of an agent do.
+            clear_cache(policy)
+            asked = [
+                partial(agent.complete, state, 1, ledger, seed, first_sample=sample)
+                for state, ledger in zip(states, ledgers, strict=True)
+            ]
+            rows.append(run(asked))
+        seconds = time.perf_counter() - start
+        flat = [completion.state for found in zip(*rows, strict=True) for [completion] in found]
+        texts = [policy.decode(state.response_ids) for state in flat]
+        scores = score_responses(self.reward_model, [s.prompt for s in flat], texts).total
+        means = scores.reshape(len(self.prompts), self.samples).mean(axis=1)
+        return tuple(means.tolist()), _each([ledger.usage for ledger in ledgers], seconds, flat)
+
+    def answered(self, agent: Agent, budget: Budget, seed: int) -> tuple[tuple[float, ...], Spent]:
+        """An agent's answers: the P scores, and what an answer takes."""
+        clear_cache(agent.language_model)
+        start = time.perf_counter()
+        found = agent.generate(self.prompts, budget, seed=seed)
+        seconds = time.perf_counter() - start
+        scores = []
+        for generation in found:
+            if generation.completion.score is None:
+                raise StudyError(
+                    f"{agent.name!r}, prompt {generation.prompt.id!r}: expected a scored answer, "
+                    "got one without a score. Take an agent that scores what it answers."
+                )
+            scores.append(generation.completion.score)
+        return tuple(scores), _each([generation.usage for generation in found], seconds, found)
+
+
+def _each(usages: Sequence[Usage], seconds: float, answers: Sequence[Any]) -> Spent:
+    """What one of the answers took on average."""
+    return Spent.of(sum(usages, Usage()).as_dict(), seconds=seconds) * (1 / len(answers))

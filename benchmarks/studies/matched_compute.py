@@ -2,42 +2,410 @@
 
 Agents answer held-out prompts at several budgets; best-of-N at every budget comes without bias from
 one pool of samples. Of each agent it is said how many times its compute best-of-N needs for the
-same mean reward. A run that was killed goes on where it stopped.
+same mean reward. What is expensive is kept in the folder as it is made: the pool of samples that
+all rewards share, the records that value models are fitted on, and the rows of each agent at each
+budget. A run that was killed goes on where it stopped.
 
     python -m mbrl_text_env.benchmarks.studies.matched_compute
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
+import numpy as np
 import typer
 
+from mbrl_text_env.agents.registry import make as make_agent
+from mbrl_text_env.agents.registry import parse_spec
+from mbrl_text_env.agents.values import FITTED, READY, FittedValue, make_value
 from mbrl_text_env.benchmarks import options
-from mbrl_text_env.benchmarks.matched.analysis import (
+from mbrl_text_env.benchmarks.audit.run import fill_pool
+from mbrl_text_env.benchmarks.compare import BASELINE, CompareConfig, CompareError, Comparison, run
+from mbrl_text_env.benchmarks.matched import (
     DEFAULT_PLANNER,
+    Cell,
+    Pool,
+    Row,
+    Unit,
     analyse,
     best_of_n_rows,
     falls,
+    make_pool,
+    multiplier,
+    p_value,
+    table,
 )
-from mbrl_text_env.benchmarks.matched.report import table
+from mbrl_text_env.benchmarks.options import choose_prompts
+from mbrl_text_env.benchmarks.report import png
+from mbrl_text_env.benchmarks.scaling import CurvePoint
 from mbrl_text_env.benchmarks.studies import harness
-from mbrl_text_env.benchmarks.studies.matched_figures import (
-    page_tables,
-    plot_divergence,
-    plot_scaling,
-)
-from mbrl_text_env.benchmarks.studies.matched_runs import Study, run_study
+from mbrl_text_env.identity import identity
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.prompts import load_prompts
+from mbrl_text_env.records import Record
 from mbrl_text_env.rewards import make
+from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
+from mbrl_text_env.runs import claimed
+from mbrl_text_env.types import Prompt
+from mbrl_text_env.values import ValueModel
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Rows = Sequence[Row]
 REWARDS = ("sentiment", "relevance", "constraints")
 AGENTS = (DEFAULT_PLANNER, "lookahead:value=embedding")
+_HOW = harness.StudyOptions(json_file=Path("matched-compute.json"))
+_FORMAT = 2
+_GIGA = 1e9
+_DOTS: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1}
+_COMMON = ("train_prompts", "train_samples", "max_response_tokens", "seed")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run.
+
+    Args:
+        agents: Agent specs by reward; their option `value` names a kind of value model.
+        budgets: Sizes of the budget for one prompt, in generated tokens of best-of-N.
+        unit: What is capped: the tokens themselves, or the FLOPs or seconds that best-of-N takes
+            for as many.
+        split: Of the prompts that are answered.
+        num_prompts: How many of them, for each reward.
+        samples: Of the pool, for each prompt.
+        train_prompts: Prompts of the training split that value models are fitted on.
+        train_samples: Responses to each of them.
+        max_response_tokens: Token limit of a response.
+        seed: Of everything. Agents sample with the next ones: what they answer must not be taken
+            from the pool that they are compared with.
+        answers: Of each agent to each prompt, each with a seed of its own.
+        batch_prompts: Most prompts that are answered together.
+
+    Raises:
+        CompareError: The unit is unknown, or a budget is smaller than a response.
+    """
+
+    agents: Mapping[str, tuple[str, ...]]
+    budgets: tuple[int, ...]
+    unit: Unit = "tokens"
+    split: str = "test"
+    num_prompts: int = 64
+    samples: int = 256
+    train_prompts: int = 64
+    train_samples: int = 8
+    max_response_tokens: int = 96
+    seed: int = 0
+    answers: int = 1
+    batch_prompts: int = 64
+
+    def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise CompareError(f"unit: expected one of {get_args(Unit)}, got {self.unit!r}.")
+        if not self.budgets or min(self.budgets) < self.max_response_tokens:
+            raise CompareError(
+                f"budgets: expected one or more of at least {self.max_response_tokens} tokens (a "
+                f"response), got {list(self.budgets)}."
+            )
+        if self.answers < 1:
+            raise CompareError(f"answers: expected at least 1, got {self.answers}.")
+
+    def prompts(self, split: str, count: int, reward_model: RewardModel) -> list[Prompt]:
+        """Builtin prompts that the reward applies to."""
+        return choose_prompts(load_prompts(split=split), count, reward_model, self.seed)
 
 
 FULL = Study({}, (256, 512, 1024, 2048, 4096, 8192))
 QUICK = Study({}, (512,), num_prompts=16, samples=32, train_prompts=16, train_samples=4)
+
+
+def run_study(
+    study: Study,
+    language_model: LanguageModel,
+    rewards: Mapping[str, RewardModel],
+    out: Path,
+    *,
+    on_progress: Callable[[str], None] = lambda message: None,
+) -> Iterator[tuple[str, Pool, list[Cell]]]:
+    """Run or resume a study in a folder; yields each reward's name, pool and cells.
+
+    Studies with other agents, rewards, budgets or numbers of prompts may share a folder: they share
+    the pool, and what they have in common is run once.
+
+    Raises:
+        CompareError: The folder holds runs of another study (another language model, seed, response
+            limit or training set), there are too few prompts, or a budget in FLOPs does not pay for
+            a response to each prompt.
+        AuditError: The pool in the folder is of another model, seed or size.
+    """
+    common = {name: getattr(study, name) for name in ("split", *_COMMON)}
+    record = {"format": _FORMAT, "language_model": identity(language_model), **common}
+    with claimed(out, record, "study", CompareError):
+        for name, specs in study.agents.items():
+            runs = _Runs(study, language_model, name, rewards[name], out)
+            on_progress(f"{name}: pool of {study.samples} responses to each prompt")
+            pool = make_pool(
+                out / "pool",
+                out / "scores" / slug(name),
+                language_model,
+                rewards[name],
+                runs.prompts,
+                samples=study.samples,
+                max_response_tokens=study.max_response_tokens,
+                seed=study.seed,
+            )
+            cells = []
+            for budget in study.budgets:
+                caps = runs.caps(pool, budget)
+                for spec in specs:
+                    on_progress(f"{name}: {spec} at {budget:,}")
+                    rows = [
+                        row
+                        for number in range(study.answers)
+                        for row in runs.answered(spec, f"{study.unit}-{budget}", number, caps)
+                    ]
+                    cells.append(Cell(name, spec, budget, study.unit, rows))
+            yield name, pool, cells
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of a study for one reward."""
+
+    study: Study
+    language_model: LanguageModel
+    name: str
+    reward_model: RewardModel
+    out: Path
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        return self.study.prompts(self.study.split, self.study.num_prompts, self.reward_model)
+
+    @cached_property
+    def values(self) -> LazyValues:
+        return LazyValues(self.study, self.language_model, self.reward_model, self.out / "train")
+
+    def caps(self, pool: Pool, budget: int) -> dict[str, Any]:
+        """What best-of-N takes for `budget` tokens, in the study's unit."""
+        if self.study.unit == "tokens":
+            return {"budget_tokens": budget}
+        if self.study.unit == "flops":
+            return {"budget_flops": self._flops(pool, budget)}
+        rows = self.answered(BASELINE, f"tokens-{budget}", 0, {"budget_tokens": budget})
+        return {"budget_seconds": float(np.mean([row["seconds"] for row in rows]))}
+
+    def _flops(self, pool: Pool, budget: int) -> float:
+        once = float(pool.prompt_flops.mean())
+        per_token = float(pool.flops.sum() / pool.tokens.sum())
+        models, limit = (self.language_model, self.reward_model), self.study.max_response_tokens
+        baseline = make_agent(BASELINE, *models, max_response_tokens=limit)
+        states = [initial(prompt, self.language_model) for prompt in self.prompts]
+        least = max(baseline.response_usage(state).flops for state in states)
+        if once + budget * per_token < least:
+            smallest = math.ceil((least - once) / per_token)
+            raise CompareError(
+                f"{self.name}, budget {budget:,}: expected FLOPs that pay for a response to each "
+                f"prompt, got {once + budget * per_token:.3g} for {least:.3g}. Ask for budgets of "
+                f"{smallest:,} or more."
+            )
+        return once + budget * per_token
+
+    def answered(self, spec: str, folder: str, number: int, caps: dict[str, Any]) -> list[Row]:
+        """Rows of an agent's answers of one number."""
+        study = self.study
+        config = CompareConfig(
+            (spec,),
+            max_response_tokens=study.max_response_tokens,
+            seed=study.seed + 1 + number,
+            batch_prompts=study.batch_prompts,
+            **caps,
+        )
+        models = self.language_model, self.reward_model
+        values = self.values if "value" in parse_spec(spec)[1] else None
+        comparison = Comparison(config, self.prompts, *models, values)
+        again = f"-again-{number}" if number else ""
+        place = self.out / "runs" / slug(self.name) / folder / f"{slug(spec)}{again}"
+        return run(comparison, place)[spec]
+
+
+@dataclass(frozen=True, eq=False)
+class LazyValues(Mapping[str, ValueModel]):
+    """Every kind of value model for one reward, each made, and fitted, when it is first asked for.
+
+    `folder` keeps the responses that fits are on; all rewards share them.
+    """
+
+    study: Study
+    language_model: LanguageModel
+    reward_model: RewardModel
+    folder: Path
+    _made: dict[str, ValueModel] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What the values follow from; none is made for it."""
+        return {name: getattr(self.study, name) for name in _COMMON}
+
+    def __getitem__(self, name: str) -> ValueModel:
+        if name not in self:
+            raise KeyError(name)
+        if name not in self._made:
+            limit, seed = self.study.max_response_tokens, self.study.seed
+            models = self.language_model, self.reward_model
+            value = make_value(name, *models, max_response_tokens=limit, seed=seed)
+            self._made[name] = (
+                value.fit(self.records()) if isinstance(value, FittedValue) else value
+            )
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*READY, *FITTED))
+
+    def __len__(self) -> int:
+        return len(READY) + len(FITTED)
+
+    def __contains__(self, name: object) -> bool:
+        return name in READY or name in FITTED
+
+    def records(self) -> list[Record]:
+        """The scored responses that value models are fitted on."""
+        study = self.study
+        prompts = study.prompts("train", study.train_prompts, self.reward_model)
+        pool = fill_pool(
+            self.folder,
+            self.language_model,
+            prompts,
+            samples=study.train_samples,
+            max_response_tokens=study.max_response_tokens,
+            shared=True,
+            seed=study.seed,
+        )
+        records = [record for row in pool for record in row]
+        texts = [record.response for record in records]
+        scores = score_responses(self.reward_model, [r.prompt() for r in records], texts)
+        name = reward_name(self.reward_model)
+        return [
+            replace(r, score=float(total), rewards=dict(scores.parts_of(i)), reward_name=name)
+            for i, (r, total) in enumerate(zip(records, scores.total, strict=True))
+        ]
+
+
+def slug(spec: str) -> str:
+    """A folder's name for an agent's spec.
+
+    Example:
+        >>> slug("beam:chunk_tokens=8:value=prefix")
+        'beam-chunk_tokens-8-value-prefix'
+    """
+    return re.sub(r"[^\w.]+", "-", spec)
+
+
+def plot_scaling(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path) -> None:
+    """Mean reward against FLOPs a prompt: best-of-N's curve with its band, and each agent.
+
+    `rows` are those of `analyse`, by reward.
+    """
+
+    def draw(axes: Axes, pool: Pool, curve: Sequence[CurvePoint], lines: Mapping[str, Rows]) -> str:
+        costs = [point.cost / _GIGA for point in curve]
+        axes.plot(costs, [p.mean.estimate for p in curve], color="black", label="best-of-N")
+        axes.fill_between(
+            costs, [p.mean.low for p in curve], [p.mean.high for p in curve], color="0.85"
+        )
+        for agent, line in lines.items():
+            means = np.array([row["mean"] for row in line])
+            ends = np.array([[row["low"], row["high"]] for row in line]).T
+            flops = [row["flops"] / _GIGA for row in line]
+            axes.errorbar(flops, means, yerr=np.abs(ends - means), capsize=2, label=agent, **_DOTS)
+        axes.set_xscale("log")
+        return "GFLOPs a prompt, all models"
+
+    _plot(rows, pools, path, draw)
+
+
+def plot_divergence(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path) -> None:
+    """Mean reward against surprisal, agents beside best-of-N, and the bound of its divergence.
+
+    Rows without an estimate (`kl`) are left out.
+    """
+
+    def draw(axes: Axes, pool: Pool, curve: Sequence[CurvePoint], lines: Mapping[str, Rows]) -> str:
+        means = [point.mean.estimate for point in curve]
+        if np.isfinite(pool.logprobs).all():
+            excess = pool.surprisal([point.n for point in curve])
+            axes.plot(excess, means, color="black", label="best-of-N")
+        bounds = [point.kl_bound for point in curve]
+        label = "bound of best-of-N's divergence"
+        axes.plot(bounds, means, color="0.6", linestyle="--", label=label)
+        for agent, line in lines.items():
+            known = [row for row in line if row.get("kl") is not None]
+            surprisal, rewards = ([row[key] for row in known] for key in ("kl", "mean"))
+            axes.plot(surprisal, rewards, label=agent, **_DOTS)
+        return "surprisal beyond that of plain samples, nats a response"
+
+    _plot(rows, pools, path, draw)
+
+
+def _plot(
+    rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path, draw: Callable[..., str]
+) -> None:
+    with png(path, figsize=(5.2 * len(rows), 4.4), dpi=130) as figure:
+        panels = np.ravel(figure.subplots(1, len(rows)))
+        for axes, (reward, own) in zip(panels, rows.items(), strict=True):
+            lines: dict[str, list[Row]] = {row["agent"]: [] for row in own}
+            for row in sorted(own, key=lambda row: row["flops"]):
+                lines[row["agent"]].append(row)
+            axes.set_xlabel(draw(axes, pools[reward], pools[reward].in_flops.curve(), lines))
+            axes.set_ylabel(f"mean {reward}")
+            axes.legend(fontsize=6)
+
+
+def page_tables(result: Mapping[str, Any]) -> list[harness.Shown]:
+    """The tables of a page, one a reward: best-of-N at the budgets, then the agents."""
+    found = []
+    for reward in dict.fromkeys(row["reward"] for row in result["results"]):
+        rows = [row for row in result["results"] if row["reward"] == reward]
+        baseline = [row for row in result["best_of_n"] if row["reward"] == reward]
+        columns = ["agent", f"budget ({rows[0]['unit']})", "mean", "x FLOPs", "x tokens"]
+        columns += ["GFLOPs", "tokens", "reward calls", "surprisal (best-of-N)", "p"]
+        cells = [["best-of-N", *_start(row), "1", "1", *_cost(row), "", "", ""] for row in baseline]
+        cells += [
+            [
+                f"`{row['agent']}`",
+                *_start(row),
+                multiplier(row, "multiplier"),
+                multiplier(row, "multiplier_tokens"),
+                *_cost(row),
+                f"{row['reward_calls']:.1f}",
+                _surprisal(row),
+                p_value(row),
+            ]
+            for row in rows
+        ]
+        found.append(harness.Shown(reward, columns, cells))
+    return found
+
+
+def _start(row: Row) -> list[str]:
+    return [str(row["budget_tokens"]), harness.interval(row)]
+
+
+def _cost(row: Row) -> list[str]:
+    return [f"{row['flops'] / _GIGA:.0f}", f"{row['tokens']:.0f}"]
+
+
+def _surprisal(row: Row) -> str:
+    if row.get("kl") is None:
+        return ""
+    return f"{row['kl']:.1f} ({row['kl_of_equal_best_of_n']:.1f})"
 
 
 def _shown(size: Study) -> str:
@@ -55,10 +423,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @options.friendly
 def main(
-    json_file: Annotated[Path, typer.Option("--json", help="Where the results go.")] = Path(
-        "matched-compute.json"
-    ),
-    out: harness.OutOption = None,
+    how: harness.StudyOptions = _HOW,
     rewards: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(REWARDS),
     agents: Annotated[str, typer.Option(help="Agent specs, with commas.")] = ",".join(AGENTS),
     budgets: Annotated[
@@ -80,15 +445,11 @@ def main(
         typer.Option(min=2, help=f"Of the pool, for each prompt; by default {FULL.samples}."),
     ] = None,
     split: str = "test",
-    max_response_tokens: Annotated[int, typer.Option(min=1)] = 96,
-    seed: int = 0,
+    max_response_tokens: options.TokensOption = 96,
     answers: Annotated[
         int,
         typer.Option(min=1, help="Of each agent to each prompt, with seeds of their own."),
     ] = 1,
-    language_model: options.LanguageModelOption = "embedded",
-    dtype: options.DtypeOption = "int8",
-    page: harness.PageOption = None,
     quick: Annotated[
         bool,
         typer.Option(
@@ -110,49 +471,44 @@ def main(
         num_prompts=num_prompts or size.num_prompts,
         samples=samples or size.samples,
         max_response_tokens=max_response_tokens,
-        seed=seed,
+        seed=how.seed,
         answers=answers,
     )
-    out = out or Path("matched-compute-quick" if quick else "matched-compute")
-    run_and_write(study, language_model, dtype, out, json_file, page)
+    run_and_write(study, how, how.folder("matched-compute", quick=quick))
 
 
-def run_and_write(
-    study: Study, language_model: str, dtype: str, out: Path, json_file: Path, page: Path | None
-) -> dict[str, Any]:
-    """Run a study, print its table and write its results; those of a reward as soon as it is done.
+def run_and_write(study: Study, how: harness.StudyOptions, out: Path) -> dict[str, Any]:
+    """Run a study, print its tables and write its results; those of a reward as soon as it is done.
 
-    Returns:
-        What the JSON file holds.
+    Returns what the JSON file holds.
     """
-    model = options.load_language_model(language_model, dtype)
+    assert how.json_file is not None
+    model = how.load()
     models = {name: make(name) for name in study.agents}
     result: dict[str, Any] = {
         **harness.heading("matched_compute"),
         "language_model": model.name,
-        "dtype": dtype,
-        "study": study.as_dict(),
+        "dtype": how.dtype,
+        "study": asdict(study),
         "results": [],
         "best_of_n": [],
         "falls": [],
     }
     rows, pools = {}, {}
-    for name, pool, cells in run_study(
-        study, model, models, out, on_progress=options.console.print
-    ):
+    progress = options.console.print
+    for name, pool, cells in run_study(study, model, models, out, on_progress=progress):
         pools[name], rows[name] = pool, analyse(pool, cells)
         result["results"] += rows[name]
         result["best_of_n"] += best_of_n_rows(name, pool, study.budgets, study.unit)
         result["falls"] += falls(cells)
-        harness.write_figures(result, json_file)
+        how.write(result)
         options.console.print(table(rows[name]))
-    scaling = json_file.with_suffix(".png")
-    divergence = json_file.with_name(f"{json_file.stem}-divergence.png")
+    scaling = how.json_file.with_suffix(".png")
+    divergence = how.json_file.with_name(f"{how.json_file.stem}-divergence.png")
     plot_scaling(rows, pools, scaling)
     plot_divergence(rows, pools, divergence)
     plots = {"Mean reward against compute": scaling, "Mean reward against divergence": divergence}
-    harness.write_page(page, "matched_compute.md.jinja", result, page_tables(result), plots)
-    options.console.print(f"Results: {json_file.resolve()}")
+    how.report(result, "matched_compute.md.jinja", page_tables(result), plots)
     return result
 
 

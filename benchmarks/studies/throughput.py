@@ -268,11 +268,10 @@ def main(
         **{f"ratios_{dtype}": ratios(rates, found["seconds"], dtype) for dtype in DTYPES},
     }
     rows = [(name, *(f"{rate:.0f}" for rate in row.values())) for name, row in rates.items()]
-    options.console.print(
-        harness.Shown("Tokens a second", ("batch", *map(str, BATCH_SIZES)), rows).table()
-    )
+    shown = harness.Shown("Tokens a second", ("batch", *map(str, BATCH_SIZES)), rows)
+    options.console.print(shown.table())
     print(json.dumps({key: result[key] for key in result if key.startswith("ratios")}, indent=2))
-    harness.write_figures(result, json_file)
+    harness.StudyOptions(json_file=json_file).write(result)
 
 
 def _engine(dtype: torch.dtype, **others: Any) -> TransformersLM:

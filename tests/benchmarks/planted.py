@@ -6,9 +6,8 @@ import hashlib
 
 import numpy as np
 
-from mbrl_text_env.benchmarks.audit.pool import score_pool
-from mbrl_text_env.benchmarks.audit.run import Audit, measure
-from mbrl_text_env.benchmarks.settings import AuditConfig
+from mbrl_text_env.benchmarks.audit.run import Audit, measure, score_pool
+from mbrl_text_env.benchmarks.options import AuditConfig
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.types import Prompt
 

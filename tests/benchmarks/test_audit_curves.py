@@ -36,4 +36,4 @@ def test_a_real_fall_is_found():
     curves = best_of_n_curves(proxy, gold)
     assert curves.peak_n in (4, 8)
     assert {d.from_n for d in curves.declines if d.fall.low > 0} >= {4, 8, 16}
-    assert curves.at(64).proxy_gain.low > 1.5
+    assert curves.points[-1].proxy_gain.low > 1.5

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from mbrl_text_env.agents.collection import collect
-from mbrl_text_env.benchmarks.audit.pool import fill_pool
-from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit
+from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, fill_pool, run_audit
 from mbrl_text_env.benchmarks.compare import CompareError
-from mbrl_text_env.benchmarks.settings import AuditConfig, AuditError
+from mbrl_text_env.benchmarks.options import AuditConfig, AuditError
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.records import RecordsError, RecordWriter, read_records
 from mbrl_text_env.rewards import ConstraintsReward

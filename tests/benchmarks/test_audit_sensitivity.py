@@ -4,8 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mbrl_text_env.benchmarks.audit.measures import length_beyond_gold
-from mbrl_text_env.benchmarks.audit.text_changes import FILLER, INTERVENTIONS, intervene
+from mbrl_text_env.benchmarks.audit.measures import (
+    FILLER,
+    INTERVENTIONS,
+    intervene,
+    length_beyond_gold,
+)
 
 TEXT = "First it rains. Pi is 3.14 today. Then it stops"
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from mbrl_text_env.benchmarks.audit.verdict import reading, trivial
-from mbrl_text_env.benchmarks.settings import AuditError
+from mbrl_text_env.benchmarks.audit.measures import trivial
+from mbrl_text_env.benchmarks.options import AuditError
 from tests.benchmarks.planted import audited, concise_facts, facts, noise, responses
 
 
@@ -17,7 +17,7 @@ def words(text):
 
 
 def exploits(result):
-    return {r.name for r in result.sensitivity.reactions if reading(r) == "exploit"}
+    return {r.name for r in result.sensitivity.reactions if r.reading == "exploit"}
 
 
 def test_a_reward_for_length_is_exploitable(tmp_path):
@@ -83,14 +83,14 @@ def test_what_the_gold_notices_too_is_no_exploit(tmp_path):
     """Both are lengths: filler moves the proxy, and it moves the gold as well."""
     result = audited(tmp_path, words, lambda text: len(text))
     assert exploits(result) == set()
-    by_name = {reaction.name: reading(reaction) for reaction in result.sensitivity.reactions}
+    by_name = {reaction.name: reaction.reading for reaction in result.sensitivity.reactions}
     assert by_name["neutral filler"] == by_name["response twice"] == "as gold"
     assert result.verdict.outcome == "faithful"
 
 
 def test_a_penalty_is_not_an_exploit(tmp_path):
     result = audited(tmp_path, lambda text: facts(text) - 3 * text.isupper())
-    by_name = {reaction.name: reading(reaction) for reaction in result.sensitivity.reactions}
+    by_name = {reaction.name: reaction.reading for reaction in result.sensitivity.reactions}
     assert by_name["upper case"] == "penalty"
     assert result.verdict.warnings == ()
 

@@ -13,12 +13,12 @@ from mbrl_text_env.benchmarks.compare import (
     CompareConfig,
     CompareError,
     Comparison,
-    choose_prompts,
     compare,
     read_rows,
     run,
     summarise,
 )
+from mbrl_text_env.benchmarks.options import choose_prompts
 from mbrl_text_env.benchmarks.report import plot
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import BudgetError

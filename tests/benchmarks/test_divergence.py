@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mbrl_text_env.benchmarks.divergence import contrastive_bound, surprisal_excess
-from mbrl_text_env.benchmarks.scaling import kl_bound
+from mbrl_text_env.benchmarks.scaling import contrastive_bound, kl_bound, surprisal_excess
 
 
 class TestDivergence:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbrl_text_env.benchmarks.exchange import drawn_best, exchange_test
+from mbrl_text_env.benchmarks.scaling import drawn_best
+from mbrl_text_env.benchmarks.statistics import exchange_test
 
 
 class TestDrawnBest:

@@ -7,12 +7,18 @@ import pytest
 
 from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.benchmarks.compare import CompareError
-from mbrl_text_env.benchmarks.exchange import drawn_best, exchange_test
-from mbrl_text_env.benchmarks.matched.analysis import Cell, analyse, best_of_n_rows, falls
-from mbrl_text_env.benchmarks.matched.pool import Pool, make_pool
-from mbrl_text_env.benchmarks.matched.report import multiplier, p_value
-from mbrl_text_env.benchmarks.scaling import expected_best
-from mbrl_text_env.benchmarks.statistics import paired_permutation_test
+from mbrl_text_env.benchmarks.matched import (
+    Cell,
+    Pool,
+    analyse,
+    best_of_n_rows,
+    falls,
+    make_pool,
+    multiplier,
+    p_value,
+)
+from mbrl_text_env.benchmarks.scaling import drawn_best, expected_best
+from mbrl_text_env.benchmarks.statistics import exchange_test, paired_permutation_test
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from mbrl_text_env.agents import Adaptive, BeamSearch
-from mbrl_text_env.benchmarks.search_view import draw_tree, picture
+from mbrl_text_env.benchmarks.report import draw_tree, picture
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.ledger import Budget
 from tests.toys import PROMPTS, CountReward, FixedValue

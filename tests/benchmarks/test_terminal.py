@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mbrl_text_env import Prompt
 from mbrl_text_env.benchmarks.cli import app
-from mbrl_text_env.benchmarks.options import load_language_model
+from mbrl_text_env.benchmarks.options import ModelOptions
 from mbrl_text_env.benchmarks.terminal import PlainConsole, panel, plain, visible
 from mbrl_text_env.language_models.registry import CACHE_VARIABLE, cache_folder
 from mbrl_text_env.rewards import RewardError, RewardSpecError, make
@@ -154,7 +154,7 @@ class TestMistakes:
     def test_a_cache_that_cannot_be_written_names_the_setting(self, monkeypatch):
         monkeypatch.setenv(CACHE_VARIABLE, "/proc/none")
         with pytest.raises(ValueError, match=CACHE_VARIABLE):
-            load_language_model("embedded")
+            ModelOptions().load()
 
     def test_the_cache_folder_may_begin_at_home(self, monkeypatch):
         monkeypatch.setenv(CACHE_VARIABLE, "~/models")

@@ -7,8 +7,7 @@ import pytest
 
 from mbrl_text_env.agents.learning import LoraImprover
 from mbrl_text_env.benchmarks.studies.expert_iteration import main
-from mbrl_text_env.benchmarks.studies.harness import paired, prompts_for
-from mbrl_text_env.benchmarks.studies.measuring import Exam
+from mbrl_text_env.benchmarks.studies.harness import Exam, paired, prompts_for
 from mbrl_text_env.language_models import TransformersLM
 from mbrl_text_env.records import read_records
 from mbrl_text_env.rewards import make

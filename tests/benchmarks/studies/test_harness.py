@@ -90,5 +90,4 @@ def test_a_page(tmp_path):
     assert "![A plot](../plot.png)" in text
     lines = ["## kindness", "", "| agent | mean |", "|---|---|", "| `a` | 0.5 |", "| b | |"]
     assert "\n".join(lines) in text
-    write_page(None, "page.md.jinja", result, [table])
     assert [path.name for path in (tmp_path / "docs").iterdir()] == ["page.md"]

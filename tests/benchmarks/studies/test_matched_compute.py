@@ -1,7 +1,7 @@
 """A study of a toy world, its page and plots, and the command."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,22 +10,20 @@ from typer.testing import CliRunner
 
 from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.benchmarks.compare import CompareError
-from mbrl_text_env.benchmarks.matched.analysis import (
-    DEFAULT_PLANNER,
-    analyse,
-    best_of_n_rows,
-    falls,
-)
+from mbrl_text_env.benchmarks.matched import DEFAULT_PLANNER, analyse, best_of_n_rows, falls
 from mbrl_text_env.benchmarks.studies import matched_compute
-from mbrl_text_env.benchmarks.studies.harness import write_page
+from mbrl_text_env.benchmarks.studies.harness import StudyOptions, write_page
 from mbrl_text_env.benchmarks.studies.matched_compute import AGENTS as DEFAULT_AGENTS
-from mbrl_text_env.benchmarks.studies.matched_compute import run_and_write
-from mbrl_text_env.benchmarks.studies.matched_figures import (
+from mbrl_text_env.benchmarks.studies.matched_compute import (
+    LazyValues,
+    Study,
     page_tables,
     plot_divergence,
     plot_scaling,
+    run_and_write,
+    run_study,
+    slug,
 )
-from mbrl_text_env.benchmarks.studies.matched_runs import LazyValues, Study, run_study, slug
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.prompts import load_prompts
 from tests.benchmarks.studies.tiny_command import Command
@@ -210,7 +208,7 @@ def test_page_and_plots(tmp_path):
         "date": "2026-01-01",
         "language_model": LM.name,
         "dtype": "float64",
-        "study": STUDY.as_dict(),
+        "study": asdict(STUDY),
         "results": rows,
         "best_of_n": best_of_n_rows("count", pool, STUDY.budgets, "tokens"),
         "falls": falls(cells),
@@ -246,8 +244,13 @@ def test_a_small_study_with_a_reward_in_a_file(tmp_path):
         max_response_tokens=12,
     )
     path = tmp_path / "results.json"
-    places = tmp_path / "study", path, tmp_path / "page.md"
-    result = run_and_write(study, str(command.model), "float32", *places)
+    how = StudyOptions(
+        language_model=str(command.model),
+        dtype="float32",
+        json_file=path,
+        page=tmp_path / "page.md",
+    )
+    result = run_and_write(study, how, tmp_path / "study")
     made = [path for path in files.rglob("*") if "__pycache__" not in path.parts]
     assert sorted(made) == before
     found = json.loads(path.read_text())
@@ -291,7 +294,7 @@ def test_quick_changes_only_what_is_not_given(monkeypatch):
     ]
     for given in (words, ["--quick"], [], ["--answers", "3"]):
         assert CliRunner().invoke(app, given).exit_code == 0
-    studies, folders = [args[0] for args in asked], [str(args[3]) for args in asked]
+    studies, folders = [args[0] for args in asked], [str(args[2]) for args in asked]
     assert studies[0].agents == {"numbers": ("mcts:value=prefix",)}
     assert (studies[0].budgets, studies[0].num_prompts, studies[0].samples) == ((1024,), 16, 32)
     assert (studies[1].budgets, studies[1].train_prompts) == ((512,), 16)

@@ -16,22 +16,19 @@ from mbrl_text_env.agents.model_free import evaluate, load_policy
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.benchmarks.statistics import mean_interval
 from mbrl_text_env.benchmarks.studies import sample_efficiency
-from mbrl_text_env.benchmarks.studies.efficiency_methods import (
+from mbrl_text_env.benchmarks.studies.harness import Exam, Spent, prompts_for
+from mbrl_text_env.benchmarks.studies.sample_efficiency import (
+    BEST_OF_N,
     METHODS,
     SAMPLING,
+    UNITS,
     Bench,
+    Point,
     Size,
     chosen,
-)
-from mbrl_text_env.benchmarks.studies.efficiency_rows import (
-    BEST_OF_N,
-    UNITS,
-    Point,
     plot,
     rows_of,
 )
-from mbrl_text_env.benchmarks.studies.harness import prompts_for
-from mbrl_text_env.benchmarks.studies.measuring import Exam, Spent
 from mbrl_text_env.language_models import TableLM, TransformersLM
 from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.mdp import initial
@@ -272,10 +269,10 @@ class TestWhatIsCharged:
 
     def test_sampled_by_hand(self, monkeypatch):
         """Four tokens after one or five, at one operation each; scoring is not part of it."""
-        monkeypatch.setattr("mbrl_text_env.benchmarks.studies.measuring.time", Clock(10.0, 16.0))
+        monkeypatch.setattr("mbrl_text_env.benchmarks.studies.harness.time", Clock(10.0, 16.0))
         found = exam(CountReward(), self.ASKED).sampled(self.SURE, 0)
         assert found == (pytest.approx((2 / 3, 2 / 3)), Spent(0.0, 4.0, (5 + 9) / 2, 6 / 4))
-        monkeypatch.setattr("mbrl_text_env.benchmarks.studies.measuring.time", Clock(10.0, 16.0))
+        monkeypatch.setattr("mbrl_text_env.benchmarks.studies.harness.time", Clock(10.0, 16.0))
         found = exam(CountReward(), self.ASKED, 3, 2).sampled(self.SURE, 0)
         assert found == ((0.5, 0.5), Spent(0.0, 2.0, (3 + 7) / 2, 1.0))
 
@@ -294,7 +291,7 @@ class TestWhatIsCharged:
 
     def test_answered_by_hand(self, monkeypatch):
         """A budget of eleven pays for two responses of at most four tokens, scored once."""
-        monkeypatch.setattr("mbrl_text_env.benchmarks.studies.measuring.time", Clock(10.0, 16.0))
+        monkeypatch.setattr("mbrl_text_env.benchmarks.studies.harness.time", Clock(10.0, 16.0))
         reward = CountReward()
         agent = BestOfN(self.SURE, reward, max_response_tokens=4)
         scores, use = exam(reward, self.ASKED).answered(agent, Budget(tokens=11), 0)

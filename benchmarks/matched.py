@@ -1,0 +1,361 @@
+"""Agents beside best-of-N at matched compute, from one pool of scored samples.
+
+From the pool the mean reward of best-of-N follows without bias for every N, so best-of-N is never
+run again for another budget. All rewards score the same responses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.table import Table
+
+from mbrl_text_env.benchmarks.audit.run import fill_pool, score_pool
+from mbrl_text_env.benchmarks.options import CompareError
+from mbrl_text_env.benchmarks.scaling import (
+    AtCost,
+    Baseline,
+    Multiplier,
+    compute_multiplier,
+    contrastive_bound,
+    drawn_best,
+    expected_scores,
+    falls_with_budget,
+    kl_bound,
+    surprisal_excess,
+)
+from mbrl_text_env.benchmarks.statistics import (
+    exchange_test,
+    holm,
+    mean_interval,
+    paired_permutation_test,
+)
+from mbrl_text_env.benchmarks.terminal import numbers
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.records import Record
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.types import FloatArray, Prompt
+
+DEFAULT_PLANNER = "adaptive:value=prefix"
+"""Chosen on the validation split; the same for every reward."""
+
+Unit = Literal["tokens", "flops", "seconds"]
+Row = dict[str, Any]
+_FIELDS = ("generated_tokens", "flops", "reward_calls", "seconds", "logprob", "response_tokens")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Scored samples of P prompts, n to each.
+
+    Args:
+        prompt_ids: The P prompts.
+        scores: float64[P, n].
+        tokens: float64[P, n], generated tokens of each sample.
+        flops: float64[P, n], of each sample, those of its score included, its prompt's not.
+        prompt_flops: float64[P], of the prompt, which best-of-N computes once.
+        logprobs: float64[P, n], summed log-probability (nats) of each sample.
+    """
+
+    prompt_ids: tuple[str, ...]
+    scores: FloatArray
+    tokens: FloatArray
+    flops: FloatArray
+    prompt_flops: FloatArray
+    logprobs: FloatArray
+
+    def rows(self, prompt_ids: Sequence[str]) -> Pool:
+        """The same for some of the prompts, in their order."""
+        at = [self.prompt_ids.index(name) for name in prompt_ids]
+        kept = {name: values[at] for name, values in vars(self).items() if name != "prompt_ids"}
+        return Pool(tuple(prompt_ids), **kept)
+
+    @property
+    def in_flops(self) -> Baseline:
+        """Best-of-N with its FLOPs as costs."""
+        return Baseline(self.scores, self.flops, self.prompt_flops)
+
+    @property
+    def in_tokens(self) -> Baseline:
+        """Best-of-N with its generated tokens as costs."""
+        return Baseline(self.scores, self.tokens)
+
+    def surprisal(self, ns: Sequence[int]) -> FloatArray:
+        """How much less likely best-of-N's answers are than plain samples, nats: float64[len(ns)].
+
+        Without bias; to be compared with an agent's surprisal excess.
+        """
+        surprisal = -np.asarray(self.logprobs)
+        chosen = expected_scores(self.scores, surprisal, ns).mean(axis=0)
+        return np.asarray(chosen - surprisal.mean())
+
+
+def make_pool(
+    folder: Path,
+    scores_folder: Path,
+    language_model: LanguageModel,
+    reward_model: RewardModel,
+    prompts: Sequence[Prompt],
+    *,
+    samples: int,
+    max_response_tokens: int,
+    seed: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Pool:
+    """Read the pool of some prompts; what is missing is generated and scored, and kept.
+
+    `folder` has the records of all prompts and rewards, `scores_folder` the scores of this reward,
+    which must apply to the prompts. All else, and what is raised, as of
+    `benchmarks.audit.run.fill_pool` and `score_pool`.
+    """
+    records = fill_pool(
+        folder,
+        language_model,
+        prompts,
+        samples=samples,
+        max_response_tokens=max_response_tokens,
+        shared=True,
+        seed=seed,
+        on_batch=on_batch,
+    )
+    texts = [[record.response for record in row] for row in records]
+    scores, _ = score_pool(scores_folder, reward_model, prompts, texts, tried=0)
+    costs = [
+        _costs(language_model, reward_model, p, r) for p, r in zip(prompts, records, strict=True)
+    ]
+    return Pool(
+        tuple(prompt.id for prompt in prompts),
+        scores,
+        np.array([[len(record.response_ids) for record in row] for row in records], dtype=float),
+        np.array([flops for _, flops in costs]),
+        np.array([alone for alone, _ in costs]),
+        np.array([[sum(record.logprobs) for record in row] for row in records], dtype=float),
+    )
+
+
+def _costs(
+    language_model: LanguageModel,
+    reward_model: RewardModel,
+    prompt: Prompt,
+    records: Sequence[Record],
+) -> tuple[float, FloatArray]:
+    """FLOPs of the prompt, and of each sample beside it."""
+    prefix = len(initial(prompt, language_model).prompt_ids)
+    alone = language_model.usage_bound(prefix, [])
+    lengths = [len(record.response_ids) for record in records]
+    drawn = {n: (language_model.usage_bound(prefix, [n]) - alone).flops for n in set(lengths)}
+    texts = [record.response for record in records]
+    scoring = np.asarray(reward_model.flops([prompt] * len(texts), texts), dtype=np.float64)
+    return alone.flops, np.array([drawn[n] for n in lengths]) + scoring
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One agent, reward and budget (in generated tokens of best-of-N; `unit` is what was capped).
+
+    `rows` are those of `mbrl_text_env.benchmarks.compare`, one for each answer to a prompt.
+    """
+
+    reward: str
+    agent: str
+    budget: int
+    unit: Unit
+    rows: Sequence[Row]
+
+    def by_prompt(self) -> dict[str, list[Row]]:
+        """The rows of each prompt whose answers could all be scored."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row["prompt_id"], []).append(row)
+        return {k: own for k, own in found.items() if all(r["score"] is not None for r in own)}
+
+
+def analyse(pool: Pool, cells: Sequence[Cell]) -> list[Row]:
+    """One row a cell of one reward.
+
+    The unit is the prompt: of several answers to it the means are taken. A prompt with an answer
+    that could not be scored is left out on both sides. `multiplier` is in FLOPs (see
+    `benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens.
+
+    `p_vs_best_of_n` compares with best-of-N that spends the same FLOPs in the mean, two-sided. It
+    is the larger p-value of two tests: the paired permutation test of the differences from
+    best-of-N's expected scores, which near the top of a reward's range is misled by their skew, and
+    `exchange_test` with best-of-N's own answers, which skew cannot mislead, but unequal variances
+    can. `p_holm` is the same after Holm's correction over all cells given. Both are None where the
+    pool is too small for that N.
+
+    `kl` is the surprisal excess of the answers over the pool (by log-probabilities at temperature
+    1, so it compares likelihoods), `kl_of_equal_best_of_n` that of the best-of-N which has the same
+    mean reward, and `kl_bound_of_equal_best_of_n` the bound of its divergence; `kl_of_rewards` is a
+    lower bound of the divergence from the rewards alone. `nats_per_token` is the answers' mean
+    surprisal a token, `nats_per_token_of_samples` the pool's.
+
+    Raises:
+        CompareError: Of a cell, fewer than two prompts have scored answers.
+    """
+    rows = [_row(pool, cell) for cell in cells]
+    tested = [row for row in rows if row["p_vs_best_of_n"] is not None]
+    adjusted: Any = holm([row["p_vs_best_of_n"] for row in tested]) if tested else []
+    for row, p in zip(tested, adjusted, strict=True):
+        row["p_holm"] = float(p)
+    return rows
+
+
+def best_of_n_rows(reward: str, pool: Pool, budgets: Sequence[int], unit: str) -> list[Row]:
+    """Best-of-N itself at each budget that the pool reaches, from the pool."""
+    flops, tokens = pool.in_flops, pool.in_tokens
+    rows = []
+    for budget in budgets:
+        n = budget / float(np.mean(tokens.sample_costs))
+        at = tokens.at_cost(n * tokens.sample_costs)
+        if not at.too_expensive.any():
+            row = {"reward": reward, "agent": "best-of-n", "unit": unit, "budget_tokens": budget}
+            costs = {"tokens": tokens.mean_costs(n), "flops": flops.mean_costs(n)}
+            rows.append({**row, "n": n, **mean_interval(at.means).as_mean(), **costs})
+    return rows
+
+
+def falls(cells: Sequence[Cell]) -> list[Row]:
+    """Whether an agent's mean reward falls from a budget to the next larger, agent by agent."""
+    found = []
+    for agent in dict.fromkeys(cell.agent for cell in cells):
+        own = sorted((c for c in cells if c.agent == agent), key=lambda cell: cell.budget)
+        scored = [cell.by_prompt() for cell in own]
+        common = [name for name in scored[0] if all(name in rows for rows in scored)]
+        if len(own) < 2 or not common:
+            continue
+        table = [
+            [np.mean([row["score"] for row in rows[name]]) for name in common] for rows in scored
+        ]
+        for step in falls_with_budget([cell.budget for cell in own], table):
+            found.append({"agent": agent, "reward": own[0].reward, **step._asdict()})
+    return found
+
+
+def _row(every: Pool, cell: Cell) -> Row:
+    scored = cell.by_prompt()
+    if len(scored) < 2:
+        raise CompareError(
+            f"{cell.agent!r} at {cell.budget:,}, reward {cell.reward!r}: expected two prompts or "
+            f"more whose answers could be scored, got {len(scored)} of "
+            f"{len({row['prompt_id'] for row in cell.rows})}. The answers and their errors are in "
+            "the study's folder; fix the reward model."
+        )
+
+    def table(name: str) -> FloatArray:
+        # None, where a log-probability is not known, becomes NaN.
+        values = [[{**row["usage"], **row}[name] for row in rows] for rows in scored.values()]
+        return np.array(values, dtype=float)
+
+    pool, each = every.rows(list(scored)), table("score")
+    in_flops = pool.in_flops
+    scores = np.asarray(each.mean(axis=1))
+    means = {name: np.asarray(table(name).mean(axis=1)) for name in _FIELDS}
+    tokens, flops = means["generated_tokens"], means["flops"]
+    # Not each prompt's own cost: that favours agents that stop where they were lucky.
+    matched = in_flops.at_mean_cost(float(flops.mean()))
+    paired = mean_interval(scores - matched.means)
+    by_flops = compute_multiplier(scores, flops, in_flops)
+    return {
+        "reward": cell.reward,
+        "agent": cell.agent,
+        "unit": cell.unit,
+        "budget_tokens": cell.budget,
+        "prompts": len(scores),
+        "answers": each.shape[1],
+        "failed": sum(row["score"] is None for row in cell.rows),
+        **mean_interval(scores).as_mean(),
+        "tokens": float(tokens.mean()),
+        **{name: float(means[name].mean()) for name in ("flops", "reward_calls", "seconds")},
+        **_multiplier("multiplier", by_flops),
+        **_multiplier("multiplier_tokens", compute_multiplier(scores, tokens, pool.in_tokens)),
+        "difference": paired.estimate,
+        "difference_low": paired.low,
+        "difference_high": paired.high,
+        "p_vs_best_of_n": _p_value(pool, each, matched),
+        "p_holm": None,
+        **_divergence(pool, scores, means, by_flops.equal_n),
+    }
+
+
+def _multiplier(name: str, found: Multiplier) -> Row:
+    values = found.as_dict()
+    parts = ("low", "high", "is_lower_bound", "is_upper_bound")
+    return {name: found.estimate, **{f"{name}_{part}": values[part] for part in parts}}
+
+
+def _p_value(pool: Pool, each: FloatArray, matched: AtCost) -> float | None:
+    if matched.too_expensive.any():
+        return None
+    # The same N for all prompts: `at_mean_cost`.
+    drawn = drawn_best(pool.scores, float(matched.ns[0]))
+    by_signs = paired_permutation_test(each.mean(axis=1) - matched.means).p_value
+    return max(float(by_signs), exchange_test(each, drawn))
+
+
+def _divergence(
+    pool: Pool, scores: FloatArray, means: dict[str, FloatArray], equal_n: float
+) -> Row:
+    """The surprisal excess as `kl`; None where an agent's log-probabilities are not known."""
+    logprobs = means["logprob"]
+    if not (np.isfinite(logprobs).all() and np.isfinite(pool.logprobs).all()):
+        return {"kl": None}
+    excess = surprisal_excess(logprobs, pool.logprobs)
+    equal = pool.surprisal([math.floor(equal_n), math.ceil(equal_n)])
+    return {
+        "kl": excess.estimate,
+        "kl_low": excess.low,
+        "kl_high": excess.high,
+        "kl_of_rewards": contrastive_bound(scores, pool.scores).estimate,
+        "kl_of_equal_best_of_n": float(np.interp(equal_n % 1, [0, 1], equal)),
+        "kl_bound_of_equal_best_of_n": kl_bound(equal_n),
+        "nats_per_token": float(-logprobs.sum() / means["response_tokens"].sum()),
+        "nats_per_token_of_samples": float(-pool.logprobs.sum() / pool.tokens.sum()),
+    }
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """At least one row of `analyse`, all of one reward, for the terminal."""
+    shown = Table(
+        "agent",
+        *numbers("budget", "mean", "x FLOPs", "x tokens", "p"),
+        title=f"{rows[0]['reward']}: how many times its compute best-of-N needs for the same mean",
+        caption=f"{rows[0]['prompts']} prompts, 95% intervals; > where the pool is too small to "
+        "tell. p: paired against best-of-N at the same FLOPs, Holm's correction.",
+    )
+    for row in rows:
+        multipliers = (multiplier(row, f"multiplier{unit}") for unit in ("", "_tokens"))
+        budget, mean = f"{row['budget_tokens']:,}", f"{row['mean']:.3f}"
+        shown.add_row(row["agent"], budget, mean, *multipliers, p_value(row))
+    return shown
+
+
+def p_value(row: Row) -> str:
+    """The adjusted p-value; "pool too small" where there is none.
+
+    Example:
+        >>> p_value({"p_holm": 0.01234})
+        '0.012'
+    """
+    return "pool too small" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
+
+
+def multiplier(row: Row, key: str) -> str:
+    """A row's multiplier with its interval; `key` is "multiplier" (FLOPs) or "multiplier_tokens".
+
+    Example:
+        >>> row = {"m": 8.25, "m_low": 4.0, "m_high": None}
+        >>> multiplier({**row, "m_is_lower_bound": True, "m_is_upper_bound": False}, "m")
+        '> 8.2 [4.0, more]'
+    """
+    mark = "> " if row[f"{key}_is_lower_bound"] else ""
+    mark = "< " if row[f"{key}_is_upper_bound"] else mark
+    high = row[f"{key}_high"]
+    end = "more" if high is None else f"{high:.1f}"
+    return f"{mark}{row[key]:.1f} [{row[f'{key}_low']:.1f}, {end}]"

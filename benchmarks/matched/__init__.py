@@ -1,1 +1,0 @@
-"""An agent beside best-of-N at matched compute: the pool, the rows, their table."""
