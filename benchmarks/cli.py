@@ -17,34 +17,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from mbrl_text_env.benchmarks.options import (
-    AuditConfig,
-    CompareConfig,
-    CountOption,
-    DemoConfig,
-    ModelOptions,
-    PlainOption,
-    PolicyOption,
-    PromptOptions,
-    PromptsOption,
-    RewardOptions,
-    SeedOption,
-    TimeoutOption,
-    TokensOption,
-    ValueOption,
-    friendly,
-    load_policies,
-    load_prompts_option,
-    load_value_option,
-    text_prompt,
-    that_fit,
-    value_digest,
-)
+from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
 from mbrl_text_env.benchmarks.terminal import CommandLine, console, panel, progress_bar
 
-_TRAIN = PromptOptions(split="train")
-_COMPARE = CompareConfig(("sampling", "best-of-n", "lookahead"), max_response_tokens=96)
+_TRAIN = options.PromptOptions(split="train")
+_COMPARE = options.CompareConfig(("sampling", "best-of-n", "lookahead"), max_response_tokens=96)
 
 app = typer.Typer(
     cls=CommandLine,
@@ -58,36 +36,36 @@ app.add_typer(reward_app, name="reward")
 
 
 @app.command()
-@friendly
+@options.friendly
 def demo(
     *,
     out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo-results"),
-    config: DemoConfig,
+    config: options.DemoConfig,
 ) -> None:
     """Collect, fit the article's value predictor, and compare three agents for two rewards."""
     from mbrl_text_env.benchmarks.demo import run_demo
 
-    run_demo(ModelOptions().load(), out, console, config)
+    run_demo(options.ModelOptions().load(), out, console, config)
 
 
 @app.command("compare")
-@friendly
+@options.friendly
 def compare_command(
     *,
-    config: CompareConfig = _COMPARE,
-    judge: RewardOptions,
-    num_prompts: CountOption = 16,
+    config: options.CompareConfig = _COMPARE,
+    judge: options.RewardOptions,
+    num_prompts: options.CountOption = 16,
     out: Annotated[
         Path, typer.Option(help="Folder of the comparison; resumed if it exists.")
     ] = Path("comparison"),
-    model: ModelOptions,
-    prompts: PromptOptions,
+    model: options.ModelOptions,
+    prompts: options.PromptOptions,
     gold: Annotated[
         str | None,
         typer.Option(help="A trusted reward that no agent sees; it scores the answers too."),
     ] = None,
-    value: ValueOption = "prefix",
-    policy: PolicyOption = None,
+    value: options.ValueOption = "prefix",
+    policy: options.PolicyOption = None,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
     from mbrl_text_env.benchmarks.compare import Comparison, compare_with_progress
@@ -98,13 +76,15 @@ def compare_command(
     language_model = model.load()
     comparison = Comparison(
         config,
-        that_fit(asked, language_model),
+        options.that_fit(asked, language_model),
         language_model,
         reward,
-        load_value_option(value, reward, language_model, config.max_response_tokens, config.seed),
+        options.load_value_option(
+            value, reward, language_model, config.max_response_tokens, config.seed
+        ),
         None if gold is None else judge.load(gold),
-        {"value": value_digest(value), "reward": judge.reward, "dtype": model.dtype},
-        load_policies(policy or [], language_model),
+        {"value": options.value_digest(value), "reward": judge.reward, "dtype": model.dtype},
+        options.load_policies(policy or [], language_model),
     )
     summary = compare_with_progress(comparison, out, console)
     console.print(table(summary))
@@ -114,17 +94,17 @@ def compare_command(
 
 
 @app.command("collect")
-@friendly
+@options.friendly
 def collect_command(
     *,
     out: Annotated[Path, typer.Option(help="Records folder; resumed if it exists.")],
-    judge: RewardOptions,
-    num_prompts: CountOption = 48,
+    judge: options.RewardOptions,
+    num_prompts: options.CountOption = 48,
     samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 4,
-    max_response_tokens: TokensOption = 96,
-    seed: SeedOption = 0,
-    model: ModelOptions,
-    prompts: PromptOptions = _TRAIN,
+    max_response_tokens: options.TokensOption = 96,
+    seed: options.SeedOption = 0,
+    model: options.ModelOptions,
+    prompts: options.PromptOptions = _TRAIN,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
     from mbrl_text_env.agents.collection import collect, missing_samples
@@ -133,7 +113,7 @@ def collect_command(
     reward = judge.load()
     asked = prompts.choose(num_prompts, reward, seed)
     language_model = model.load()
-    chosen = that_fit(asked, language_model)
+    chosen = options.that_fit(asked, language_model)
     with RecordWriter(out) as writer, progress_bar() as bar:
         missing = missing_samples(writer.existing(), chosen, samples)
         left = [name for name, numbers in missing.items() if numbers]
@@ -158,7 +138,7 @@ def collect_command(
 
 
 @app.command("fit")
-@friendly
+@options.friendly
 def fit_command(
     *,
     records: Annotated[Path, typer.Option(help="Records folder, as written by `collect`.")],
@@ -170,16 +150,16 @@ def fit_command(
             "'ensemble' or 'hidden-state'."
         ),
     ] = "stacked",
-    model: ModelOptions,
-    max_response_tokens: TokensOption = 96,
-    seed: SeedOption = 0,
+    model: options.ModelOptions,
+    max_response_tokens: options.TokensOption = 96,
+    seed: options.SeedOption = 0,
     reward: Annotated[
         str | None,
         typer.Option(
             help="The reward that scored the records; by default found by the name in them."
         ),
     ] = None,
-    reward_timeout: TimeoutOption = 600.0,
+    reward_timeout: options.TimeoutOption = 600.0,
 ) -> None:
     """Fit a value model on scored records, for the reward that scored them."""
     from mbrl_text_env.agents.values import FITTED, FittedValue, check_value_fits, make_value
@@ -206,15 +186,15 @@ def fit_command(
 
 
 @app.command("prompts")
-@friendly
+@options.friendly
 def prompts_command(
-    source: PromptsOption = "builtin",
+    source: options.PromptsOption = "builtin",
     split: Annotated[str, typer.Option(help="train, validation, test, or all.")] = "all",
     kind: Annotated[str | None, typer.Option(help="Only prompts of this kind.")] = None,
-    limit: CountOption = 20,
+    limit: options.CountOption = 20,
 ) -> None:
     """List prompts."""
-    found = load_prompts_option(source, split, kind)
+    found = options.load_prompts_option(source, split, kind)
     shown = Table("id", "split", "kind", "text", title=f"{len(found)} prompts")
     for prompt in found[:limit]:
         shown.add_row(prompt.id, prompt.split, str(prompt.metadata.get("kind", "")), prompt.text)
@@ -224,7 +204,7 @@ def prompts_command(
 
 
 @app.command("rewards")
-@friendly
+@options.friendly
 def rewards_command() -> None:
     """List reward models."""
     from mbrl_text_env.rewards import descriptions
@@ -236,18 +216,18 @@ def rewards_command() -> None:
 
 
 @app.command("search")
-@friendly
+@options.friendly
 def search_command(
     *,
     prompt: Annotated[str, typer.Argument(help="The prompt's text.")],
     agent: Annotated[str, typer.Option(help="A planner with its options.")] = "adaptive",
-    judge: RewardOptions,
-    value: ValueOption = "prefix",
-    budget_tokens: CountOption = 400,
-    max_response_tokens: TokensOption = 96,
-    seed: SeedOption = 0,
-    model: ModelOptions,
-    plain_prompts: PlainOption = False,
+    judge: options.RewardOptions,
+    value: options.ValueOption = "prefix",
+    budget_tokens: options.CountOption = 400,
+    max_response_tokens: options.TokensOption = 96,
+    seed: options.SeedOption = 0,
+    model: options.ModelOptions,
+    plain_prompts: options.PlainOption = False,
     children: Annotated[int, typer.Option(min=1, help="Children shown of a node.")] = 4,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the whole search there, as JSON.")
@@ -263,9 +243,9 @@ def search_command(
     from mbrl_text_env.files import write_text
     from mbrl_text_env.ledger import Budget
 
-    asked = text_prompt(prompt, plain_prompts)
+    asked = options.text_prompt(prompt, plain_prompts)
     language_model, reward, limit = model.load(), judge.load(), max_response_tokens
-    values = load_value_option(value, reward, language_model, limit, seed)
+    values = options.load_value_option(value, reward, language_model, limit, seed)
     planner = make(agent, language_model, reward, values, max_response_tokens=limit)
     if not isinstance(planner, Planner):
         raise AgentSpecError(f"Agent {agent!r} does not search: expected a planner.")
@@ -289,10 +269,10 @@ def search_command(
 
 
 @reward_app.command("audit")
-@friendly
+@options.friendly
 def audit_command(
     *,
-    config: AuditConfig,
+    config: options.AuditConfig,
     out: Annotated[Path, typer.Option(help="Folder of the audit; resumed if it exists.")] = Path(
         "audit"
     ),
@@ -300,13 +280,12 @@ def audit_command(
         Path | None,
         typer.Option(help="Records folder to take the responses from; missing ones are added."),
     ] = None,
-    model: ModelOptions,
-    prompts: PromptOptions,
+    model: options.ModelOptions,
+    prompts: options.PromptOptions,
 ) -> None:
     """Audit a reward: does choosing by it raise another that is trusted? Can be resumed."""
-    from mbrl_text_env.benchmarks.audit.report import summary
 
-    from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit
+    from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit, summary
     from mbrl_text_env.rewards import make
 
     proxy, gold = make(config.proxy), make(config.gold)
@@ -314,13 +293,13 @@ def audit_command(
     config = replace(config, num_prompts=prompts.available(config.num_prompts, found, proxy, gold))
     asked, left_out = choose_for_both(found, config, proxy, gold)
     language_model = model.load()
-    chosen = that_fit(prompts.formatted(asked), language_model)
+    chosen = options.that_fit(prompts.formatted(asked), language_model)
     labels = {"prompts_source": prompts.prompts, "split": prompts.split, "dtype": model.dtype}
     words = {**asdict(config), "out": out, "pool": pool, **asdict(model), **asdict(prompts)}
     audit = Audit(config, chosen, language_model, proxy, gold, left_out, labels)
     with progress_bar() as bar:
         tasks = {"pool": bar.add_task("Responses", total=len(chosen) * config.samples)}
-        for role in ("proxy",) if audit.trivial else ("proxy", "gold"):
+        for role in audit.roles:
             text = f"Prompts scored by {getattr(config, role)}"
             tasks[role] = bar.add_task(text, total=len(chosen))
         result = run_audit(
@@ -370,10 +349,10 @@ def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
 
     if spec is None:
         try:
-            return RewardOptions(reward=name, reward_timeout=timeout).load()
+            return options.RewardOptions(reward=name, reward_timeout=timeout).load()
         except RewardSpecError:
             return _NameOfReward(name)
-    reward_model = RewardOptions(reward=spec, reward_timeout=timeout).load()
+    reward_model = options.RewardOptions(reward=spec, reward_timeout=timeout).load()
     if reward_name(reward_model) != name:
         raise RecordsError(
             f"--reward {spec!r} is called {reward_name(reward_model)!r}, and the records were "

@@ -15,26 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
+from mbrl_text_env.benchmarks import scaling, statistics
 from mbrl_text_env.benchmarks.audit.run import fill_pool, score_pool
 from mbrl_text_env.benchmarks.options import CompareError
-from mbrl_text_env.benchmarks.scaling import (
-    AtCost,
-    Baseline,
-    Multiplier,
-    compute_multiplier,
-    contrastive_bound,
-    drawn_best,
-    expected_scores,
-    falls_with_budget,
-    kl_bound,
-    surprisal_excess,
-)
-from mbrl_text_env.benchmarks.statistics import (
-    exchange_test,
-    holm,
-    mean_interval,
-    paired_permutation_test,
-)
 from mbrl_text_env.benchmarks.terminal import numbers
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
@@ -77,14 +60,14 @@ class Pool:
         return Pool(tuple(prompt_ids), **kept)
 
     @property
-    def in_flops(self) -> Baseline:
+    def in_flops(self) -> scaling.Baseline:
         """Best-of-N with its FLOPs as costs."""
-        return Baseline(self.scores, self.flops, self.prompt_flops)
+        return scaling.Baseline(self.scores, self.flops, self.prompt_flops)
 
     @property
-    def in_tokens(self) -> Baseline:
+    def in_tokens(self) -> scaling.Baseline:
         """Best-of-N with its generated tokens as costs."""
-        return Baseline(self.scores, self.tokens)
+        return scaling.Baseline(self.scores, self.tokens)
 
     def surprisal(self, ns: Sequence[int]) -> FloatArray:
         """How much less likely best-of-N's answers are than plain samples, nats: float64[len(ns)].
@@ -92,7 +75,7 @@ class Pool:
         Without bias; to be compared with an agent's surprisal excess.
         """
         surprisal = -np.asarray(self.logprobs)
-        chosen = expected_scores(self.scores, surprisal, ns).mean(axis=0)
+        chosen = scaling.expected_scores(self.scores, surprisal, ns).mean(axis=0)
         return np.asarray(chosen - surprisal.mean())
 
 
@@ -111,8 +94,7 @@ def make_pool(
     """Read the pool of some prompts; what is missing is generated and scored, and kept.
 
     `folder` has the records of all prompts and rewards, `scores_folder` the scores of this reward,
-    which must apply to the prompts. All else, and what is raised, as of
-    `benchmarks.audit.run.fill_pool` and `score_pool`.
+    which must apply to the prompts. All else is as of `fill_pool` and `score_pool`.
     """
     records = fill_pool(
         folder,
@@ -201,7 +183,7 @@ def analyse(pool: Pool, cells: Sequence[Cell]) -> list[Row]:
     """
     rows = [_row(pool, cell) for cell in cells]
     tested = [row for row in rows if row["p_vs_best_of_n"] is not None]
-    adjusted: Any = holm([row["p_vs_best_of_n"] for row in tested]) if tested else []
+    adjusted: Any = statistics.holm([row["p_vs_best_of_n"] for row in tested]) if tested else []
     for row, p in zip(tested, adjusted, strict=True):
         row["p_holm"] = float(p)
     return rows
@@ -217,7 +199,7 @@ def best_of_n_rows(reward: str, pool: Pool, budgets: Sequence[int], unit: str) -
         if not at.too_expensive.any():
             row = {"reward": reward, "agent": "best-of-n", "unit": unit, "budget_tokens": budget}
             costs = {"tokens": tokens.mean_costs(n), "flops": flops.mean_costs(n)}
-            rows.append({**row, "n": n, **mean_interval(at.means).as_mean(), **costs})
+            rows.append({**row, "n": n, **statistics.mean_interval(at.means).as_mean(), **costs})
     return rows
 
 
@@ -233,7 +215,7 @@ def falls(cells: Sequence[Cell]) -> list[Row]:
         table = [
             [np.mean([row["score"] for row in rows[name]]) for name in common] for rows in scored
         ]
-        for step in falls_with_budget([cell.budget for cell in own], table):
+        for step in scaling.falls_with_budget([cell.budget for cell in own], table):
             found.append({"agent": agent, "reward": own[0].reward, **step._asdict()})
     return found
 
@@ -260,8 +242,8 @@ def _row(every: Pool, cell: Cell) -> Row:
     tokens, flops = means["generated_tokens"], means["flops"]
     # Not each prompt's own cost: that favours agents that stop where they were lucky.
     matched = in_flops.at_mean_cost(float(flops.mean()))
-    paired = mean_interval(scores - matched.means)
-    by_flops = compute_multiplier(scores, flops, in_flops)
+    paired = statistics.mean_interval(scores - matched.means)
+    by_flops = scaling.compute_multiplier(scores, flops, in_flops)
     return {
         "reward": cell.reward,
         "agent": cell.agent,
@@ -270,11 +252,13 @@ def _row(every: Pool, cell: Cell) -> Row:
         "prompts": len(scores),
         "answers": each.shape[1],
         "failed": sum(row["score"] is None for row in cell.rows),
-        **mean_interval(scores).as_mean(),
+        **statistics.mean_interval(scores).as_mean(),
         "tokens": float(tokens.mean()),
         **{name: float(means[name].mean()) for name in ("flops", "reward_calls", "seconds")},
         **_multiplier("multiplier", by_flops),
-        **_multiplier("multiplier_tokens", compute_multiplier(scores, tokens, pool.in_tokens)),
+        **_multiplier(
+            "multiplier_tokens", scaling.compute_multiplier(scores, tokens, pool.in_tokens)
+        ),
         "difference": paired.estimate,
         "difference_low": paired.low,
         "difference_high": paired.high,
@@ -284,19 +268,19 @@ def _row(every: Pool, cell: Cell) -> Row:
     }
 
 
-def _multiplier(name: str, found: Multiplier) -> Row:
+def _multiplier(name: str, found: scaling.Multiplier) -> Row:
     values = found.as_dict()
     parts = ("low", "high", "is_lower_bound", "is_upper_bound")
     return {name: found.estimate, **{f"{name}_{part}": values[part] for part in parts}}
 
 
-def _p_value(pool: Pool, each: FloatArray, matched: AtCost) -> float | None:
+def _p_value(pool: Pool, each: FloatArray, matched: scaling.AtCost) -> float | None:
     if matched.too_expensive.any():
         return None
     # The same N for all prompts: `at_mean_cost`.
-    drawn = drawn_best(pool.scores, float(matched.ns[0]))
-    by_signs = paired_permutation_test(each.mean(axis=1) - matched.means).p_value
-    return max(float(by_signs), exchange_test(each, drawn))
+    drawn = scaling.drawn_best(pool.scores, float(matched.ns[0]))
+    by_signs = statistics.paired_permutation_test(each.mean(axis=1) - matched.means).p_value
+    return max(float(by_signs), statistics.exchange_test(each, drawn))
 
 
 def _divergence(
@@ -306,15 +290,15 @@ def _divergence(
     logprobs = means["logprob"]
     if not (np.isfinite(logprobs).all() and np.isfinite(pool.logprobs).all()):
         return {"kl": None}
-    excess = surprisal_excess(logprobs, pool.logprobs)
+    excess = scaling.surprisal_excess(logprobs, pool.logprobs)
     equal = pool.surprisal([math.floor(equal_n), math.ceil(equal_n)])
     return {
         "kl": excess.estimate,
         "kl_low": excess.low,
         "kl_high": excess.high,
-        "kl_of_rewards": contrastive_bound(scores, pool.scores).estimate,
+        "kl_of_rewards": scaling.contrastive_bound(scores, pool.scores).estimate,
         "kl_of_equal_best_of_n": float(np.interp(equal_n % 1, [0, 1], equal)),
-        "kl_bound_of_equal_best_of_n": kl_bound(equal_n),
+        "kl_bound_of_equal_best_of_n": scaling.kl_bound(equal_n),
         "nats_per_token": float(-logprobs.sum() / means["response_tokens"].sum()),
         "nats_per_token_of_samples": float(-pool.logprobs.sum() / pool.tokens.sum()),
     }

@@ -286,11 +286,7 @@ class AuditConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """How large the demonstration is.
-
-    `samples` responses are collected for each train prompt. `pool_samples` responses to each test
-    prompt tell what best-of-N would score at any N.
-    """
+    """How large the demonstration is; `pool_samples` are what best-of-N is read from."""
 
     train_prompts: Annotated[int, typer.Option(min=2)] = 48
     test_prompts: CountOption = 24

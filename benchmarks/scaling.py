@@ -28,8 +28,7 @@ from mbrl_text_env.benchmarks.statistics import (
     simultaneous_intervals,
 )
 
-# Larger pools are read at this many sizes: so close to each other that between them the curve is
-# straight.
+# Larger pools are read at this many sizes: between them the curve is straight.
 _MOST_SIZES = 1024
 
 
@@ -47,13 +46,8 @@ def sizes(samples: int) -> list[int]:
 def kl_bound(n: float) -> float:
     """log n - (n - 1) / n nats: how far best-of-n is from plain sampling, at most.
 
-    Source: Stiennon et al., "Learning to summarize from human feedback", 2020. Beirami et al.,
-    "Theoretical guarantees on the best-of-n alignment policy", 2024, show that it is an upper
-    bound, and loose where a few responses carry most of the probability.
-
-    Example:
-        >>> kl_bound(1)
-        0.0
+    Source: Stiennon et al., "Learning to summarize from human feedback", 2020; an upper bound by
+    Beirami et al., "Theoretical guarantees on the best-of-n alignment policy", 2024.
     """
     return math.log(n) - (n - 1) / n
 
@@ -61,10 +55,9 @@ def kl_bound(n: float) -> float:
 def best_of_weights(proxy: npt.ArrayLike, n: int) -> FloatArray:
     """Probability that each response is the one chosen from n, float64[samples].
 
-    n responses are drawn from the pool (of one prompt, with scores float[samples]) without
-    replacement and the one with the highest score is chosen, at random among equals. The i-th
-    lowest score is the highest of n with probability C(i-1, n-1) / C(samples, n). The mean score
-    under these weights is an unbiased estimate of best-of-n's.
+    n of a prompt's responses, with scores float[samples], are drawn without replacement and the one
+    with the highest score is chosen: the i-th lowest with probability C(i-1, n-1) / C(samples, n).
+    The mean score under these weights is an unbiased estimate of best-of-n's.
 
     Source: Nakano et al., "WebGPT: Browser-assisted question-answering with human feedback", 2021,
     appendix I. Deviation: equal scores share their probability equally.
@@ -82,18 +75,13 @@ def best_of_weights(proxy: npt.ArrayLike, n: int) -> FloatArray:
 
 
 def expected_scores(proxy: FloatArray, judged: FloatArray, ns: Sequence[int]) -> FloatArray:
-    """Expected `judged` score of what the proxy chooses from n: float64[prompts, len(ns)].
-
-    `proxy` and `judged` are float64[prompts, samples], and may be the same.
-    """
+    """Expected `judged` score of what the proxy chooses from n: float64[prompts, len(ns)]."""
     pairs = zip(proxy, judged, strict=True)
     return np.array([[best_of_weights(row, n) @ seen for n in ns] for row, seen in pairs])
 
 
 def expected_best(scores: npt.ArrayLike, ns: Sequence[int]) -> FloatArray:
-    """Expected highest score of N responses from the pool: float64[prompts, len(ns)].
-
-    The same as `expected_scores(scores, scores, ns)`, for all prompts at once.
+    """`expected_scores(scores, scores, ns)`, for all prompts at once.
 
     Example:
         >>> expected_best([[0.0, 3.0, 6.0]], [1, 2, 3]).round(3)
@@ -125,13 +113,8 @@ def _check_n(n: float, samples: int) -> None:
 def drawn_best(scores: npt.ArrayLike, n: float, *, seed: int = 0) -> FloatArray:
     """Best-of-n's scores, drawn from a pool float64[prompts, samples]: float64[prompts, answers].
 
-    The samples of a prompt are dealt into disjoint groups, so the answers are as independent as the
-    samples. Where n is a fraction, each group has the next smaller or the next larger size, at
-    random, so that n is the mean.
-
-    Example:
-        >>> drawn_best([[3.0, 3.0, 3.0, 3.0]], 2)
-        array([[3., 3.]])
+    The samples of a prompt are dealt into disjoint groups, so the answers are independent. Where n
+    is a fraction, each group has the next smaller or larger size, at random, so that n is the mean.
     """
     pool = checked(scores, 2, "scores")
     prompts, samples = pool.shape
@@ -147,10 +130,7 @@ def drawn_best(scores: npt.ArrayLike, n: float, *, seed: int = 0) -> FloatArray:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Best-of-N at one N: mean cost of a prompt, mean best score, and `kl_bound` in nats.
-
-    The intervals of all points of a curve hold at once.
-    """
+    """Best-of-N at one N: mean cost of a prompt, mean best score, and `kl_bound` in nats."""
 
     n: int
     cost: float
@@ -291,12 +271,10 @@ class Baseline:
 class Multiplier:
     """How many times an agent's compute best-of-N needs for the same mean reward.
 
-    `estimate` is `equal_cost`, best-of-N's mean cost at `equal_n`, by the agent's mean cost;
-    `equal_n` is the N (a fraction as a rule, within 1 and the pool's size) with the agent's mean
-    reward. `low` is 0 where the agent may be below a single sample, `high` infinite where the pool
-    may be too small. If `is_lower_bound`, best-of-N does not come up to the agent with the whole
-    pool and the multiplier is `estimate` or more; if `is_upper_bound`, the agent is below a single
-    sample and it is `estimate` or less.
+    `estimate` is `equal_cost`, best-of-N's mean cost at `equal_n` (the N with the agent's mean
+    reward, a fraction as a rule), by the agent's mean cost. `low` is 0 where the agent may be below
+    a single sample, `high` infinite where the pool may be too small. `is_lower_bound`: the whole
+    pool does not come up to the agent; `is_upper_bound`: the agent is below a single sample.
     """
 
     estimate: float
@@ -326,11 +304,10 @@ def compute_multiplier(
     The N at which best-of-N has the agent's mean reward, the same for all prompts, is interpolated
     in log N. Its mean cost by the agent's is the multiplier.
 
-    The interval is a bootstrap over prompts: an agent's reward and cost and the pool's row of a
-    prompt stay together, so the noise of the pool counts too. It is the expanded percentile
-    interval (see `percentile_tail`). A resample in which the pool is too small counts as its bound
-    at the lower end and as infinite at the upper; one in which the agent is below a single sample
-    counts as 0 and as its bound.
+    The interval is a bootstrap over prompts, the pool's row of each with the agent's, so the noise
+    of the pool counts too; its ends are those of `percentile_tail`. A resample in which the pool is
+    too small counts as its bound at the lower end and as infinite at the upper; one in which the
+    agent is below a single sample counts as 0 and as its bound.
 
     Args:
         rewards: float64[P], the agent's reward of each prompt (the mean over seeds, if several);
@@ -400,11 +377,7 @@ def _equal_n(
 
 
 class Step(NamedTuple):
-    """What the next larger budget does to the mean reward.
-
-    `p_value` is that of a fall this large or larger, if the budget made no difference (one-sided),
-    `adjusted` the same by Holm's method over all steps.
-    """
+    """What the next larger budget does to the mean reward; `adjusted` is by Holm's method."""
 
     smaller: float
     larger: float
@@ -418,9 +391,8 @@ def falls_with_budget(
 ) -> tuple[Step, ...]:
     """Test whether the mean reward falls from one budget to the next larger.
 
-    Paired one-sided permutation tests between neighbours, adjusted by Holm's method: the reward
-    falls significantly somewhere if an `adjusted` is small. Budgets ascend; rewards are
-    float64[budgets, P]; `options` are those of `paired_permutation_test`.
+    One-sided `paired_permutation_test`s, which take the `options`, between neighbours: the reward
+    falls somewhere if an `adjusted` is small. Budgets ascend; rewards are float64[budgets, P].
 
     Example:
         >>> steps = falls_with_budget([1, 2], [[1.0, 2.0, 3.0], [0.0, 1.5, 2.0]])
@@ -446,16 +418,15 @@ def surprisal_excess(
     """How much less likely the chosen responses are than plain samples, nats a response.
 
     With p the language model and q what the agent writes, this is E_q[-log p] - E_p[-log p], paired
-    by prompt, with a bootstrap interval over prompts. It equals KL(q || p) + H(q) - H(p): a lower
-    bound of the divergence where the agent's responses vary less than the language model's, and
-    below 0 where it chooses the most likely ones. Broken text shows as a large excess. Responses of
-    different lengths differ in it by their length alone.
+    by prompt. It equals KL(q || p) + H(q) - H(p): a lower bound of the divergence where the agent's
+    responses vary less than the language model's, and below 0 where it chooses the most likely
+    ones. Broken text shows as a large excess; different lengths make a difference by themselves.
 
     Args:
         logprobs: float64[P], summed over each chosen response, of the distribution that the plain
             samples were drawn from, temperature included; of another it is no bound.
         plain_logprobs: float64[P, n], the same of plain samples of the same prompts.
-        seed: Of the bootstrap.
+        seed: Of the bootstrap over prompts.
 
     Example:
         >>> surprisal_excess([-5.0, -7.0], [[-3.0, -5.0], [-4.0, -8.0]]).estimate
@@ -486,7 +457,7 @@ def contrastive_bound(chosen: npt.ArrayLike, plain: npt.ArrayLike, *, seed: int 
         chosen: float64[P], the statistic of what the agent chose, one response a prompt; not taken
             from the plain samples.
         plain: float64[P, n], of plain samples of the same prompts.
-        seed: Of the bootstrap over prompts.
+        seed: Of the bootstrap.
 
     Example:
         >>> rng = np.random.default_rng(0)

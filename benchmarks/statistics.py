@@ -81,10 +81,7 @@ class WinRate:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Values of two that belong together, float64[K] each, and the rows without a counterpart.
-
-    `keys` are what each pair has in common, such as (prompt_id, seed).
-    """
+    """Values of two with what each pair has in common, and the number of rows left over."""
 
     keys: tuple[tuple[Hashable, ...], ...]
     values: FloatArray
@@ -135,11 +132,8 @@ def pair_rows(
 ) -> Pairs:
     """Pair the rows of two, such as those of `benchmarks.compare`, by prompt and seed.
 
-    Rows whose value is None (a response that could not be scored) count as missing.
-
-    Raises:
-        ValueError: Two rows of one side have the same keys, a row lacks a field, or no row has a
-            counterpart.
+    Rows whose value is None (a response that could not be scored) count as missing. Two rows of one
+    side with the same keys, and no pair at all, are ValueErrors.
 
     Example:
         >>> own = [{"prompt_id": "a", "seed": 0, "score": 2.0}]
@@ -195,10 +189,6 @@ def mean_interval(
     """Mean of float64[B] with its bootstrap interval (BCa; percentile where BCa is undefined).
 
     For a paired comparison pass the differences: resampling these is resampling the pairs.
-
-    Example:
-        >>> mean_interval([1.0, 1.0, 1.0])
-        Interval(estimate=1.0, low=1.0, high=1.0)
     """
     values = checked(values, 1, "values")
     mean = float(values.mean())
@@ -231,10 +221,6 @@ def clustered_interval(
 
     Source: Cameron, Gelbach and Miller, "Bootstrap-based improvements for inference with clustered
     errors", 2008, section 2 (pairs cluster bootstrap).
-
-    Example:
-        >>> clustered_interval([1.0, 3.0, 2.0], ["a", "a", "b"])
-        Interval(estimate=2.0, low=2.0, high=2.0)
     """
     return mean_interval(prompt_means(values, prompts), **options)
 
@@ -243,14 +229,8 @@ def percentile_tail(units: int, confidence: float) -> float:
     """Share of resamples to cut off at each end for a percentile interval of a mean.
 
     A little less than (1 - confidence) / 2, for resamples of few units (such as prompts) vary too
-    little: the expanded percentile interval.
-
-    Source: Hesterberg, "What teachers should know about the bootstrap", The American Statistician
-    2015, section 5.3.
-
-    Example:
-        >>> round(percentile_tail(64, 0.95), 4)
-        0.022
+    little: the expanded percentile interval of Hesterberg, "What teachers should know about the
+    bootstrap", The American Statistician 2015, section 5.3.
     """
     if units < 2 or not 0 < confidence < 1:
         raise ValueError(
@@ -273,10 +253,6 @@ def simultaneous_intervals(
     deviations the same quantile, so high that all columns hold together. Deviation: a resample's
     standard error counts at least a quarter of the column's; else resamples without the one row
     that differs would make the interval as wide as they are free of spread.
-
-    Example:
-        >>> simultaneous_intervals(np.array([[1.0, 2.0], [1.0, 2.0]]))[1]
-        Interval(estimate=2.0, low=2.0, high=2.0)
     """
     if np.ndim(values) != 2 or len(values) < 2 or not np.isfinite(values).all() or not values.size:
         raise ValueError(
@@ -406,15 +382,11 @@ def mcnemar_test(
 ) -> McNemarTest:
     """Exact McNemar test of passes and fails of the same prompts, bool[P] each.
 
-    Pairs in which both pass or both fail say nothing; of the others, each way is equally likely
-    under the null hypothesis. `"greater"`: passes more often than the baseline.
+    Pairs in which both pass or both fail say nothing. `"greater"`: passes more often than the
+    baseline.
 
     Source: McNemar, "Note on the sampling error of the difference between correlated proportions or
     percentages", Psychometrika 1947, with the exact binomial in place of chi-squared.
-
-    Example:
-        >>> mcnemar_test([True, True, True, False], [False, False, True, False])
-        McNemarTest(wins=2, losses=0, p_value=0.5)
     """
     own, other = np.asarray(passed), np.asarray(baseline)
     if own.shape != other.shape or own.ndim != 1 or not len(own):
@@ -434,8 +406,8 @@ def mcnemar_test(
 def holm(p_values: npt.ArrayLike) -> FloatArray:
     """P-values float64[K] of a family of tests, adjusted by Holm's method; in the order given.
 
-    Rejecting where the adjusted value is at most alpha makes one false rejection or more in the
-    family with probability alpha at most, however the tests depend on each other.
+    However the tests depend on each other, a false rejection (of an adjusted value up to alpha) in
+    the family has probability alpha at most.
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
 
@@ -463,12 +435,11 @@ def smallest_detectable_effect(
 ) -> float:
     """Mean difference that a paired comparison of so many prompts finds with the given power.
 
-    A smaller true difference is likely to be missed: say so where a comparison finds nothing. It
-    has the unit of `sd`, the standard deviation of the differences.
+    A smaller true difference is likely to be missed: say so where a comparison finds nothing. `sd`
+    is the standard deviation of the differences.
 
-    Source: the power of the paired t-test by the noncentral t distribution (Cohen, "Statistical
-    Power Analysis for the Behavioral Sciences", 1988, chapter 2). A permutation test of the same
-    differences has nearly the same power.
+    Source: the power of the paired t-test (Cohen, "Statistical Power Analysis for the Behavioral
+    Sciences", 1988, chapter 2); a permutation test has nearly the same.
 
     Example:
         >>> round(smallest_detectable_effect(34, 1.0), 2)
@@ -496,12 +467,7 @@ def smallest_detectable_effect(
 
 
 def detectable_effect(differences: npt.ArrayLike, **options: Any) -> float:
-    """`smallest_detectable_effect`, which takes the `options`, of paired differences float64[P].
-
-    Example:
-        >>> round(detectable_effect([1.0, -1.0] * 17), 2)
-        0.5
-    """
+    """`smallest_detectable_effect`, which takes the `options`, of paired differences float64[P]."""
     given = checked(differences, 1, "differences")
     if len(given) < 2:
         raise ValueError("differences: expected two or more, got 1.")

@@ -1,9 +1,8 @@
 """Run an audit: pool, scores, measurements, verdict, files.
 
 An audit is a folder with `config.json`, the scores, the pool (unless it stands elsewhere),
-`audit.json` and `audit.png`. Both rewards score the same responses. What was generated and scored
-is on the disk after each batch: run again after a kill, it ends with the same `audit.json` but for
-its date.
+`audit.json` and `audit.png`. Run again after a kill, it ends with the same `audit.json` but for its
+date.
 """
 
 from __future__ import annotations
@@ -24,20 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mbrl_text_env.agents.collection import collect, collection_run, missing_samples
-from mbrl_text_env.benchmarks.audit.measures import (
-    INTERVENTIONS,
-    Association,
-    Curves,
-    PoolScores,
-    Sensitivity,
-    Verdict,
-    associate,
-    best_of_n_curves,
-    decide,
-    intervene,
-    measure_sensitivity,
-    trivial,
-)
+from mbrl_text_env.benchmarks.audit import measures
 from mbrl_text_env.benchmarks.options import AuditConfig, AuditError, choose_prompts
 from mbrl_text_env.benchmarks.report import png
 from mbrl_text_env.benchmarks.terminal import numbers
@@ -95,10 +81,10 @@ class AuditResult:
     config: AuditConfig
     prompts: int
     left_out: int
-    curves: Curves
-    association: Association | None
-    sensitivity: Sensitivity
-    verdict: Verdict
+    curves: measures.Curves
+    association: measures.Association | None
+    sensitivity: measures.Sensitivity
+    verdict: measures.Verdict
 
 
 def choose_for_both(
@@ -130,12 +116,8 @@ def run_audit(
 ) -> AuditResult:
     """Run or resume an audit in the folder `out`.
 
-    Args:
-        audit: The parts.
-        out: The audit's folder.
-        pool: A records folder to take responses from and add to; by default one in `out`.
-        command: Written into `audit.json`.
-        on_progress: Called with "pool", "proxy" or "gold" and a count.
+    `pool` is a records folder to take responses from and add to, by default one in `out`. `command`
+    is written into `audit.json`. `on_progress` is called with "pool", "proxy" or "gold" and a count.
 
     Raises:
         AuditError: The folder holds something else, the pool does not fit, or a reward gives all
@@ -173,7 +155,7 @@ def run_audit(
 
 def _scored(
     audit: Audit, folder: Path, pool: Path, report: Callable[[str, int], None]
-) -> tuple[list[list[str]], dict[str, PoolScores]]:
+) -> tuple[list[list[str]], dict[str, measures.PoolScores]]:
     """The pool's responses and their scores by proxy and gold."""
     config = audit.config
     records = fill_pool(
@@ -201,7 +183,10 @@ def _scored(
 
 
 def measure(
-    audit: Audit, responses: Sequence[Sequence[str]], proxy: PoolScores, gold: PoolScores
+    audit: Audit,
+    responses: Sequence[Sequence[str]],
+    proxy: measures.PoolScores,
+    gold: measures.PoolScores,
 ) -> AuditResult:
     """Measure a scored pool with the same number of responses to each prompt.
 
@@ -220,14 +205,14 @@ def measure(
                 f"{everywhere}. There is nothing to choose by; audit another reward, or raise "
                 "--samples or --max-response-tokens."
             )
-    curves = best_of_n_curves(proxy[0], gold[0], seed=seed)
-    association = associate(proxy[0], gold[0], seed=seed)
-    sensitivity = measure_sensitivity(responses, proxy, gold, seed=seed)
+    curves = measures.best_of_n_curves(proxy[0], gold[0], seed=seed)
+    association = measures.associate(proxy[0], gold[0], seed=seed)
+    sensitivity = measures.measure_sensitivity(responses, proxy, gold, seed=seed)
     prompts = len(responses)
     verdict = (
-        decide(names, prompts, curves, association, sensitivity)
+        measures.decide(names, prompts, curves, association, sensitivity)
         if "gold" in audit.roles
-        else trivial(config.proxy, prompts, config.samples)
+        else measures.trivial(config.proxy, prompts, config.samples)
     )
     return AuditResult(config, prompts, audit.left_out, curves, association, sensitivity, verdict)
 
@@ -254,15 +239,9 @@ def fill_pool(
 ) -> list[list[Record]]:
     """Read the first responses to each prompt, generating those that lack (temperature 0.7).
 
-    Args:
-        folder: A records folder; one written by `mbrl-text collect` will do, whatever the reward.
-        language_model: Writes the responses.
-        prompts: The prompts.
-        samples: Responses to each prompt.
-        max_response_tokens: As of `collect`.
-        seed: As of `collect`.
-        shared: Whether the folder may hold responses to other prompts alone.
-        on_batch: Called with numbers of responses that are there.
+    The `folder` is one of records; one written by `mbrl-text collect` will do, whatever the reward.
+    It may hold responses to other prompts alone if it is `shared`. `on_batch` is called with
+    numbers of responses that are there.
 
     Raises:
         AuditError: The folder holds responses of another model, seed or token limit, or to other
@@ -318,7 +297,7 @@ def score_pool(
     *,
     tried: int,
     on_batch: Callable[[int], None] | None = None,
-) -> PoolScores:
+) -> measures.PoolScores:
     """Score the pool, and the first `tried` responses to each prompt after each text change.
 
     The scores are kept in `folder`, one file a prompt, which belongs to this reward. `on_batch` is
@@ -330,7 +309,10 @@ def score_pool(
     rows = []
     reward = identity(reward_model)
     for prompt, texts in zip(prompts, responses, strict=True):
-        changed = {name: [intervene(name, t) for t in texts[:tried]] for name in INTERVENTIONS}
+        changed = {
+            name: [measures.intervene(name, t) for t in texts[:tried]]
+            for name in measures.INTERVENTIONS
+        }
         # Named by what was scored: scores of other texts are never taken for these.
         key = json.dumps([prompt.id, prompt_digest(prompt), texts, changed, reward]).encode()
         path = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
@@ -351,7 +333,7 @@ def score_pool(
             on_batch(1)
     return np.array([row["pool"] for row in rows], dtype=np.float64), {
         name: np.array([row["interventions"][name] for row in rows], dtype=np.float64)
-        for name in INTERVENTIONS
+        for name in measures.INTERVENTIONS
     }
 
 
