@@ -27,14 +27,8 @@ def llama_server(
 ) -> Iterator[str]:
     """Start a server and give its URL; it is killed at the end.
 
-    Args:
-        threads: Of the server.
-        parallel: Requests that it answers at a time.
-        context: Tokens of all of them together.
-        port: A free one by default.
-
-    Raises:
-        RuntimeError: It ended, or did not answer within a minute.
+    It answers `parallel` requests at a time, of `context` tokens together; the port is a free one
+    by default. One that ends, or does not answer within a minute, is a RuntimeError.
     """
     port = port or free_port()
     process = start(threads=threads, parallel=parallel, context=context, port=port)
@@ -74,8 +68,7 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
 
 def free_port() -> int:
     """A loopback port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import gymnasium as gym
-import numpy as np
 import typer
 
 import mbrl_text_env  # noqa: F401 registers the environments
@@ -25,23 +24,19 @@ from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.types import Prompt
 
-CHUNK_TOKENS = 4
-RESPONSE_TOKENS = 64
+_ID = "mbrl_text_env/TextGeneration-v0"
 
 
-class ConstantReward(RewardModel):
-    """The same score for every response."""
-
+class _ConstantReward(RewardModel):
     name = "constant"
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """1 for every response."""
         return [1.0] * len(responses)
 
 
 def single_step_us(steps: int, repeats: int, seed: int) -> float:
     """Microseconds a step of `gym.make(id)`, resets included: the fastest of several runs."""
-    env = gym.make("mbrl_text_env/TextGeneration-v0", **_options())
+    env = gym.make(_ID, **_options())
     actions = _actions(env.action_space, 1024, seed)
 
     def run() -> float:
@@ -58,7 +53,7 @@ def single_step_us(steps: int, repeats: int, seed: int) -> float:
 
 def vector_state_us(num_envs: int, steps: int, repeats: int, seed: int) -> float:
     """Microseconds a state of `gym.make_vec(id)`, autoresets included: the fastest run."""
-    env = gym.make_vec("mbrl_text_env/TextGeneration-v0", num_envs=num_envs, **_options())
+    env = gym.make_vec(_ID, num_envs=num_envs, **_options())
     actions = [_actions(env.single_action_space, num_envs, seed + i) for i in range(min(steps, 32))]
 
     def run() -> float:
@@ -95,13 +90,13 @@ def _options() -> dict[str, Any]:
     return {
         "prompts": [Prompt.from_text(f"prompt {i}") for i in range(8)],
         "tokenizer": NGramLM("abcdefghijklmnopqrstuvwxyz "),
-        "reward_model": ConstantReward(),
-        "max_chunk_tokens": CHUNK_TOKENS,
-        "max_response_tokens": RESPONSE_TOKENS,
+        "reward_model": _ConstantReward(),
+        "max_chunk_tokens": 4,
+        "max_response_tokens": 64,
     }
 
 
-def _actions(space: gym.Space, count: int, seed: int) -> list[np.ndarray]:
+def _actions(space: gym.Space, count: int, seed: int) -> list[Any]:
     space.seed(seed)
     return [space.sample() for _ in range(count)]
 

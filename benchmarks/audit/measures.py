@@ -322,8 +322,10 @@ def measure_sensitivity(
     lengths = np.array([[len(text) for text in row] for row in responses], dtype=np.float64)
     return Sensitivity(
         tuple(
-            Reaction(name, *moved, changed=sum(intervene(name, t) != t for t in texts))
-            for name, moved in zip(proxy[1], zip(*bands, strict=True), strict=True)
+            Reaction(name, first, second, excess, sum(intervene(name, t) != t for t in texts))
+            for name, (first, second, excess) in zip(
+                proxy[1], zip(*bands, strict=True), strict=True
+            )
         ),
         length_beyond_gold(proxy[0], gold[0], lengths, seed=seed),
         len(texts),

@@ -117,7 +117,7 @@ def run_audit(
     """Run or resume an audit in the folder `out`.
 
     `pool` is a records folder to take responses from and add to, by default one in `out`. `command`
-    is written into `audit.json`. `on_progress` is called with "pool", "proxy" or "gold" and a count.
+    is written into `audit.json`. `on_progress` is called with "pool", "proxy" or "gold" and counts.
 
     Raises:
         AuditError: The folder holds something else, the pool does not fit, or a reward gives all

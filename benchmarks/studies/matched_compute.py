@@ -125,6 +125,7 @@ class Study:
 
 FULL = Study({}, (256, 512, 1024, 2048, 4096, 8192))
 QUICK = Study({}, (512,), num_prompts=16, samples=32, train_prompts=16, train_samples=4)
+_FULL_BUDGETS, _QUICK_BUDGETS = (",".join(map(str, size.budgets)) for size in (FULL, QUICK))
 
 
 def run_study(
@@ -261,9 +262,10 @@ class LazyValues(Mapping[str, ValueModel]):
             limit, seed = self.study.max_response_tokens, self.study.seed
             models = self.language_model, self.reward_model
             value = make_value(name, *models, max_response_tokens=limit, seed=seed)
-            self._made[name] = (
-                value.fit(self.records()) if isinstance(value, FittedValue) else value
-            )
+            if name in FITTED:
+                assert isinstance(value, FittedValue)
+                value = value.fit(self.records())
+            self._made[name] = value
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -376,40 +378,21 @@ def page_tables(result: Mapping[str, Any]) -> list[harness.Shown]:
         baseline = [row for row in result["best_of_n"] if row["reward"] == reward]
         columns = ["agent", f"budget ({rows[0]['unit']})", "mean", "x FLOPs", "x tokens"]
         columns += ["GFLOPs", "tokens", "reward calls", "surprisal (best-of-N)", "p"]
-        cells = [["best-of-N", *_start(row), "1", "1", *_cost(row), "", "", ""] for row in baseline]
-        cells += [
-            [
-                f"`{row['agent']}`",
-                *_start(row),
-                multiplier(row, "multiplier"),
-                multiplier(row, "multiplier_tokens"),
-                *_cost(row),
-                f"{row['reward_calls']:.1f}",
-                _surprisal(row),
-                p_value(row),
-            ]
-            for row in rows
-        ]
+        cells = []
+        for row in [*baseline, *rows]:
+            start = [str(row["budget_tokens"]), harness.interval(row)]
+            cost = [f"{row['flops'] / _GIGA:.0f}", f"{row['tokens']:.0f}"]
+            if "multiplier" not in row:
+                cells.append(["best-of-N", *start, "1", "1", *cost, "", "", ""])
+                continue
+            kl = row.get("kl")
+            surprisal = "" if kl is None else f"{kl:.1f} ({row['kl_of_equal_best_of_n']:.1f})"
+            times = [multiplier(row, key) for key in ("multiplier", "multiplier_tokens")]
+            calls = f"{row['reward_calls']:.1f}"
+            name = f"`{row['agent']}`"
+            cells.append([name, *start, *times, *cost, calls, surprisal, p_value(row)])
         found.append(harness.Shown(reward, columns, cells))
     return found
-
-
-def _start(row: Row) -> list[str]:
-    return [str(row["budget_tokens"]), harness.interval(row)]
-
-
-def _cost(row: Row) -> list[str]:
-    return [f"{row['flops'] / _GIGA:.0f}", f"{row['tokens']:.0f}"]
-
-
-def _surprisal(row: Row) -> str:
-    if row.get("kl") is None:
-        return ""
-    return f"{row['kl']:.1f} ({row['kl_of_equal_best_of_n']:.1f})"
-
-
-def _shown(size: Study) -> str:
-    return ",".join(map(str, size.budgets))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -428,7 +411,7 @@ def main(
     agents: Annotated[str, typer.Option(help="Agent specs, with commas.")] = ",".join(AGENTS),
     budgets: Annotated[
         str | None,
-        typer.Option(help=f"Generated tokens a prompt, with commas; by default {_shown(FULL)}."),
+        typer.Option(help=f"Generated tokens a prompt, with commas; by default {_FULL_BUDGETS}."),
     ] = None,
     unit: Annotated[
         str,
@@ -454,7 +437,7 @@ def main(
         bool,
         typer.Option(
             help=f"Smaller where nothing else is said: {QUICK.num_prompts} prompts, "
-            f"{_shown(QUICK)} tokens, a pool of {QUICK.samples}."
+            f"{_QUICK_BUDGETS} tokens, a pool of {QUICK.samples}."
         ),
     ] = False,
 ) -> None:
