@@ -4,8 +4,8 @@ A comparison is a folder. The rows of a batch of prompts are written as a whole,
 killed goes on with what is missing or damaged and ends with the same rows. More prompts are added
 to those that are there; fewer are read.
 
-A prompt whose answers the reward model cannot score costs that prompt alone: its row has the error
-and no score, it is left out on both sides of every paired difference, and it is counted.
+A prompt whose answers cannot be scored costs that prompt alone: its row has the error and no score,
+it is left out on both sides of every paired difference, and it is counted.
 """
 
 from __future__ import annotations
@@ -58,18 +58,14 @@ class Comparison:
 
     Args:
         config: What is compared and how.
-        prompts: The agents answer all of them. Texts stand for prompts.
+        prompts: The agents answer all of them; texts stand for prompts. Their ids differ.
         language_model: Shared by the agents that name no other policy.
-        reward_model: Shared by the agents, and the judge of their answers; whatever
-            `as_reward_model` takes.
+        reward_model: Shared by the agents, and the judge of their answers.
         value_model: For agents that take one, or several by name (see `agents.registry.make`).
         gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
             and can, so that a reward that is being exploited shows.
         labels: What else belongs into the config file, such as names on the command line.
-        policies: By the names that specs use (`policy=tuned`); see `agents.registry.make`.
-
-    Raises:
-        CompareError: Two prompts have the same id.
+        policies: By the names that specs use (`policy=tuned`).
     """
 
     config: CompareConfig

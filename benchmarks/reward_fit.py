@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from mbrl_text_env.benchmarks.options import SeedOption, console, friendly
 
@@ -181,47 +182,42 @@ def fit_command(
     console.print(f"Use it with `mbrl-text compare --reward learned:{out}`.", markup=False)
 
 
-def report_tables(name: str, report: Any) -> list[Any]:
-    """The report as tables of rich: the figures and, for pairs, the calibration curve."""
-    from rich.table import Table
-
+def report_tables(name: str, report: Any) -> list[Table]:
+    """The report as tables: the figures and, for pairs, the calibration curve."""
     held_out = report.held_out
     is_regression = report.objective == "regression"
-    rows = {
+    rows: dict[str, Any] = {
         "fitted": f"{report.model}, {report.objective}, on {report.data}",
         "fitted on": f"{report.num_fitted} {'records' if is_regression else 'pairs'} of "
         f"{report.num_fitted_prompts} prompts",
         "chosen": ", ".join(f"{key}={_shown(value)}" for key, value in report.chosen.items()),
-        "pair accuracy there": _shown(report.fitted_accuracy),
+        "pair accuracy there": report.fitted_accuracy,
         "measured on": f"{held_out.num_pairs} pairs of {held_out.num_prompts} other prompts",
-        "pair accuracy": _shown(held_out.accuracy),
-        "if the longer response wins": _shown(held_out.longer_wins),
-        "by chance": _shown(held_out.chance),
+        "pair accuracy": held_out.accuracy,
+        "if the longer response wins": held_out.longer_wins,
+        "by chance": held_out.chance,
     }
     if is_regression:
         rows |= {
-            "R2": _shown(held_out.r2),
-            "correlation": _shown(held_out.correlation),
-            "correlation within a prompt": _shown(held_out.within_prompt),
+            "R2": held_out.r2,
+            "correlation": held_out.correlation,
+            "correlation within a prompt": held_out.within_prompt,
         }
     else:
         rows |= {
-            "log-loss (chance 0.693)": _shown(held_out.log_loss),
-            "expected calibration error": _shown(held_out.ece),
+            "log-loss (chance 0.693)": held_out.log_loss,
+            "expected calibration error": held_out.ece,
         }
     figures = Table("", "", title=f"Reward {name!r}", show_header=False)
     for label, value in rows.items():
-        figures.add_row(label, value)
+        figures.add_row(label, _shown(value))
     if is_regression:
         return [figures]
     curve = Table("confidence", "pairs", "predicted", "right", title="Calibration")
     for entry in held_out.calibration:
-        curve.add_row(
-            f"{entry.low:.1f} to {entry.high:.1f}",
-            str(entry.count),
-            _shown(entry.predicted),
-            _shown(entry.observed),
-        )
+        ends = f"{entry.low:.1f} to {entry.high:.1f}"
+        shares = (_shown(entry.predicted), _shown(entry.observed))
+        curve.add_row(ends, str(entry.count), *shares)
     return [figures, curve]
 
 

@@ -1,9 +1,8 @@
 """How `mbrl-text` prints.
 
-Prompts, responses, names, paths and errors are other people's text. None of it is read as Rich's
-markup, as emoji codes or as control sequences of a terminal: what could move the cursor, colour,
-overwrite or reorder the line is shown as an escape, such as `\\x1b`. Where the output is no
-terminal, no line is wrapped or cut.
+Prompts, responses, names, paths and errors are other people's text: none of it is read as markup,
+emoji codes or control sequences. What could move the cursor, colour, overwrite or reorder the line
+is shown as an escape, such as `\\x1b`. Where the output is no terminal, no line is wrapped or cut.
 """
 
 from __future__ import annotations
@@ -84,10 +83,9 @@ def progress_bar(on: Console | None = None) -> Progress:
 
 
 class PlainConsole(Console):
-    """A console of Rich's that prints texts as they are.
+    """A console of Rich's that prints texts as they are, each in one line, however long.
 
-    A string is one line, however long, so that paths can be copied. Tables are as wide as the
-    terminal, or as COLUMNS says, and as they need where there is neither.
+    Tables are as wide as the terminal or COLUMNS say, or as they need where there is neither.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:

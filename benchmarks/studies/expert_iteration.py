@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 # About the length of a builtin prompt, where a number of responses is turned into FLOPs.
 _PROMPT_TOKENS = 64
 _HOW = harness.StudyOptions()
-_AtLeastOne = Annotated[int, typer.Option(min=1)]
 _NotNegative = Annotated[float, typer.Option(min=0.0)]
 
 
@@ -119,15 +118,15 @@ def main(
         "receding-horizon:horizon=1:plans=4:chunk_tokens=16"
     ),
     value: Annotated[str, typer.Option(help="Kind of value model; see `make_value`.")] = "stacked",
-    iterations: _AtLeastOne = 3,
+    iterations: options.CountOption = 3,
     prompts: Annotated[int, typer.Option(min=2, help="Train prompts.")] = 128,
     answers: Annotated[int, typer.Option(min=1, help="Planned answers to each.")] = 2,
     top_fraction: Annotated[float, typer.Option(help="Share of the answers to learn.")] = 0.5,
     start_from: Annotated[str, typer.Option(help="'checkpoint' or 'base'.")] = "checkpoint",
     learning_rate: _NotNegative = 1e-3,
     epochs: _NotNegative = 2.0,
-    max_response_tokens: _AtLeastOne = 48,
-    validation_prompts: _AtLeastOne = 32,
+    max_response_tokens: options.CountOption = 48,
+    validation_prompts: options.CountOption = 32,
     test_prompts: Annotated[int, typer.Option(min=2)] = 64,
     samples: Annotated[int, typer.Option(min=2, help="Responses to each test prompt.")] = 4,
     budget_responses: Annotated[

@@ -72,26 +72,21 @@ _COMMON = ("train_prompts", "train_samples", "max_response_tokens", "seed")
 
 @dataclass(frozen=True)
 class Study:
-    """What is run.
+    """What is run; a CompareError if the unit is unknown or a budget smaller than a response.
 
     Args:
         agents: Agent specs by reward; their option `value` names a kind of value model.
         budgets: Sizes of the budget for one prompt, in generated tokens of best-of-N.
-        unit: What is capped: the tokens themselves, or the FLOPs or seconds that best-of-N takes
-            for as many.
+        unit: What is capped: tokens, or the FLOPs or seconds that best-of-N takes for as many.
         split: Of the prompts that are answered.
         num_prompts: How many of them, for each reward.
         samples: Of the pool, for each prompt.
         train_prompts: Prompts of the training split that value models are fitted on.
         train_samples: Responses to each of them.
         max_response_tokens: Token limit of a response.
-        seed: Of everything. Agents sample with the next ones: what they answer must not be taken
-            from the pool that they are compared with.
+        seed: Of everything. Agents sample with the next ones, not with the pool's.
         answers: Of each agent to each prompt, each with a seed of its own.
         batch_prompts: Most prompts that are answered together.
-
-    Raises:
-        CompareError: The unit is unknown, or a budget is smaller than a response.
     """
 
     agents: Mapping[str, tuple[str, ...]]
@@ -139,13 +134,9 @@ def run_study(
     """Run or resume a study in a folder; yields each reward's name, pool and cells.
 
     Studies with other agents, rewards, budgets or numbers of prompts may share a folder: they share
-    the pool, and what they have in common is run once.
-
-    Raises:
-        CompareError: The folder holds runs of another study (another language model, seed, response
-            limit or training set), there are too few prompts, or a budget in FLOPs does not pay for
-            a response to each prompt.
-        AuditError: The pool in the folder is of another model, seed or size.
+    the pool, and what they have in common is run once. A folder of another study, too few prompts,
+    and a budget in FLOPs that does not pay for a response to each prompt are a CompareError; a pool
+    of another model, seed or size is an AuditError.
     """
     common = {name: getattr(study, name) for name in ("split", *_COMMON)}
     record = {"format": _FORMAT, "language_model": identity(language_model), **common}
