@@ -28,12 +28,7 @@ _PUZZLES = "reasoning-gym:"
 _PUZZLES_A_SPLIT = 256
 _YEAR = 365 * 86400.0
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
-_LEAST_OF_AUDITS = {
-    "num_prompts": 4,
-    "samples": 4,
-    "max_response_tokens": 1,
-    "sensitivity_samples": 1,
-}
+_LEAST = {"num_prompts": 4, "samples": 4, "max_response_tokens": 1, "sensitivity_samples": 1}
 
 LanguageModelOption = Annotated[
     str,
@@ -208,9 +203,8 @@ class AuditError(ValueError):
 class CompareConfig:
     """What a comparison is; two runs with equal configs give equal rows, times aside.
 
-    `agents` are specs (see `agents.registry.make`); `budget_tokens` may stand among the options of
-    one if unequal budgets are allowed. A budget is each agent's for each prompt; None is no cap.
-    `batch_prompts` are answered together.
+    `agents` are specs; `budget_tokens` may stand among the options of one if unequal budgets are
+    allowed. A budget is each agent's for each prompt. `batch_prompts` are answered together.
     """
 
     agents: Annotated[
@@ -276,7 +270,7 @@ class AuditConfig:
     ] = 8
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST_OF_AUDITS.items():
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise AuditError(
                     f"{name}: expected at least {least}, got {getattr(self, name)}. An audit of "
@@ -300,10 +294,10 @@ class DemoConfig:
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function: groups of options, and errors that a user can act on.
 
-    A parameter whose type is a dataclass, such as `ModelOptions`, stands for one option for each
-    annotated field; its default says the options' defaults. A tuple of texts is written with
-    commas. Errors that the user can correct are printed without a traceback and exit with 2. Ctrl-C
-    exits with 130 and says how to go on, where what was stopped knows.
+    A parameter whose type is a dataclass stands for one option for each annotated field; its
+    default says the options' defaults. A tuple of texts is written with commas. Errors that the
+    user can correct are printed without a traceback and exit with 2. Ctrl-C exits with 130 and says
+    how to go on, where what was stopped knows.
 
     Example:
         >>> @app.command()  # doctest: +SKIP
@@ -326,7 +320,9 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             settings = {name: _settings(kind, values) for name, kind in groups.items()}
             command(**settings, **values)
         except (ValueError, RuntimeError, OSError, ImportError) as error:
-            if not _is_users(error):
+            # One of ours, which name what to change, or of files and packages.
+            is_ours = type(error).__module__.startswith("mbrl_text_env")
+            if not (is_ours or isinstance(error, OSError) or missing_extra(error) is not None):
                 raise
             errors.print(f"{type(error).__name__}: {error}", style="red")
             raise typer.Exit(2) from error
@@ -353,11 +349,8 @@ def _options_of(group: Any, default: Any) -> list[inspect.Parameter]:
             value = getattr(source, name, inspect.Parameter.empty)
             if isinstance(value, tuple):
                 hint, value = Annotated[str, hint.__metadata__[0]], ",".join(value)
-            found.append(
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=hint
-                )
-            )
+            only = inspect.Parameter.KEYWORD_ONLY
+            found.append(inspect.Parameter(name, only, default=value, annotation=hint))
     return found
 
 
@@ -370,12 +363,6 @@ def _settings(group: Any, values: dict[str, Any]) -> Any:
             is_several = get_origin(hint) is tuple
             found[name] = tuple(map(str.strip, value.split(","))) if is_several else value
     return group(**found)
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether an error is one of ours, which name what to change, or of files and packages."""
-    is_ours = type(error).__module__.startswith("mbrl_text_env")
-    return is_ours or isinstance(error, OSError) or missing_extra(error) is not None
 
 
 def text_prompt(text: str, is_plain: bool) -> Any:

@@ -32,6 +32,8 @@ _LABEL_WIDTH = 26
 def table(summary: dict[str, Any]) -> Group:
     """The comparison in two tables that fit a terminal of 80 columns: quality and cost."""
     gold = [f"mean {summary['gold']}"] if summary["gold"] else []
+    failed = ", ".join(f"{e['agent']} {e['failed']}" for e in summary["agents"] if e["failed"])
+    failures = f" Prompts without a score, left out: {failed} (errors in results.jsonl)."
     quality = Table(
         "agent",
         *numbers("mean reward", "minus best-of-N", "wins", *gold),
@@ -42,19 +44,14 @@ def table(summary: dict[str, Any]) -> Group:
         "agent",
         *numbers("tokens", "reward calls", "value calls", "GFLOPs", "seconds"),
         caption="Means over prompts, 95% bootstrap intervals, differences paired by prompt; a tie "
-        f"is half a win.{_failures(summary)}",
+        f"is half a win.{failures if failed else ''}",
     )
     for entry in summary["agents"]:
         golds = [f"{entry['gold']:.3f}" if "gold" in entry else "-"] if gold else []
         quality.add_row(entry["agent"], *_quality(entry), *golds)
-        cost.add_row(
-            entry["agent"],
-            f"{entry['generated_tokens']:.0f}",
-            f"{entry['reward_calls']:.1f}",
-            f"{entry['value_calls']:.1f}",
-            f"{entry['flops'] / 1e9:.1f}",
-            f"{entry['seconds']:.2f}",
-        )
+        calls = (f"{entry[f'{kind}_calls']:.1f}" for kind in ("reward", "value"))
+        tokens, flops = f"{entry['generated_tokens']:.0f}", f"{entry['flops'] / 1e9:.1f}"
+        cost.add_row(entry["agent"], tokens, *calls, flops, f"{entry['seconds']:.2f}")
     warnings = [Text(f"Look closer: {warning}", style="yellow") for warning in summary["warnings"]]
     if warnings:
         warnings.append(Text("`mbrl-text reward audit` tells whether the reward is exploitable."))
@@ -70,13 +67,6 @@ def _quality(entry: dict[str, Any]) -> list[str]:
     return [mean, f"{paired:+.3f}", f"{versus['win_rate']:.0%}"]
 
 
-def _failures(summary: dict[str, Any]) -> str:
-    failed = [f"{e['agent']} {e['failed']}" for e in summary["agents"] if e["failed"]]
-    if not failed:
-        return ""
-    return f" Prompts without a score, left out: {', '.join(failed)} (errors in results.jsonl)."
-
-
 def shown_budget(summary: dict[str, Any]) -> str:
     """A comparison's budget in words.
 
@@ -84,12 +74,10 @@ def shown_budget(summary: dict[str, Any]) -> str:
         >>> shown_budget({"budget_tokens": 400, "budget_flops": None, "budget_seconds": 1.5})
         '400 tokens, 1.5 seconds a prompt'
     """
-    caps = [
-        f"{summary[f'budget_{unit.lower()}']:{spec}} {unit}"
-        for unit, spec in (("tokens", ""), ("FLOPs", ".4g"), ("seconds", ".4g"))
-        if summary[f"budget_{unit.lower()}"] is not None
-    ]
-    return f"{', '.join(caps)} a prompt" if caps else "no budget"
+    units = (("tokens", ""), ("FLOPs", ".4g"), ("seconds", ".4g"))
+    caps = [(summary[f"budget_{unit.lower()}"], unit, spec) for unit, spec in units]
+    shown = ", ".join(f"{cap:{spec}} {unit}" for cap, unit, spec in caps if cap is not None)
+    return f"{shown} a prompt" if shown else "no budget"
 
 
 def fit_table(value_model: FittedValue, reward: str) -> Group:
@@ -161,14 +149,9 @@ def png(path: Path, *, figsize: tuple[float, float], dpi: int = 150) -> Iterator
 
 
 def draw_tree(search: Mapping[str, Any], *, most_children: int = 4) -> Tree:
-    """A search as a Rich tree: the chosen path in bold, beside it the best of what was not chosen.
+    """A search (`SearchTree.to_dict`) as a Rich tree: the chosen path in bold.
 
-    Args:
-        search: What `SearchTree.to_dict` returns.
-        most_children: Children shown of a node, the chosen one and those of the highest worth.
-
-    Example:
-        >>> rich.print(draw_tree(tree.to_dict(planner.language_model)))  # doctest: +SKIP
+    Of a node the chosen child is shown and those of the highest worth, `most_children` in all.
     """
     nodes, children = search["nodes"], _children(search["nodes"])
     drawn = {0: Tree(Text(_short(search["prompt"]), style="italic"))}
@@ -184,12 +167,7 @@ def draw_tree(search: Mapping[str, Any], *, most_children: int = 4) -> Tree:
 
 
 def picture(search: Mapping[str, Any], path: Path) -> None:
-    """Draw a search as a PNG: tokens to the right, colour for worth, the chosen path thick.
-
-    Args:
-        search: What `SearchTree.to_dict` returns.
-        path: Where to.
-    """
+    """Draw a search as a PNG: tokens to the right, colour for worth, the chosen path thick."""
     nodes, children = search["nodes"], _children(search["nodes"])
     heights = _heights(children)
     lengths = np.array([node["response_tokens"] for node in nodes], dtype=float)

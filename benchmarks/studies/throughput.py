@@ -40,8 +40,7 @@ BATCH_SIZES = (1, 4, 16, 64, 128)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 PARAMS = SamplingParams(temperature=0.7)
 PARTIAL_PARAMS = SamplingParams(temperature=0.9)
-# The article's look-ahead: partial responses and their tokens, those that are kept, continuations
-# of each and their tokens.
+# The article's look-ahead; so many partial responses are kept, and continued.
 PARTIALS, PARTIAL_TOKENS, KEPT, CONTINUATIONS, CONTINUATION_TOKENS = 4, 64, 2, 2, 192
 _SERVER_PARALLEL = 64
 
@@ -172,7 +171,7 @@ def product_limit(lm: TransformersLM, dtype: torch.dtype, rows: int, repeats: in
 def rates_by_batch_size(
     engines: dict[str, TransformersLM], prompts: Sequence[Prompt], tokens: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Tokens a second of (b) to (e) and the limit, by name and batch size: the fastest run of each.
+    """Tokens a second of (b) to (e) and the limit, by name and batch size: the fastest of runs.
 
     All take turns, so that a slow phase of the machine hits all of them.
     """
@@ -200,10 +199,7 @@ def rates_by_batch_size(
 def article(
     engines: dict[str, TransformersLM], prompts: Sequence[Prompt], timed: int
 ) -> dict[str, Any]:
-    """Seconds of the article's look-ahead: (a), timed on some prompts and scaled, and the engine.
-
-    With the share of the prefix tokens that the cache found.
-    """
+    """Seconds of the article's look-ahead, by (a) and the engine, and the engine's hit rates."""
     # A prompt at a time: what some of them take, all take in proportion.
     timed = min(timed, len(prompts))
     some = article_procedure(engines["float32"], prompts[:timed])
