@@ -59,7 +59,7 @@ def table(summary: dict[str, Any]) -> Group:
 
 
 def _quality(entry: dict[str, Any]) -> list[str]:
-    mean = f"{Interval(entry['mean'], entry['low'], entry['high']):.3f}"
+    mean = f"{Interval.of(entry):.3f}"
     versus = entry.get("vs_best_of_n")
     if versus is None:
         return [mean, "-", "-"]
@@ -127,7 +127,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     with png(path, figsize=(6.4, 1.2 + 0.5 * len(entries))) as figure:
         axes = figure.add_subplot()
         for place, entry in enumerate(entries):
-            mean = Interval(entry["mean"], entry["low"], entry["high"])
+            mean = Interval.of(entry)
             axes.errorbar(mean.estimate, place, xerr=mean.bars, fmt="o", capsize=4)
         labels = [entry["agent"] for entry in entries]
         axes.set_yticks(range(len(entries)), labels, parse_math=False)

@@ -48,6 +48,11 @@ class Interval:
         """A mean, as rows and summaries have it: `mean`, `low`, `high`."""
         return {"mean": self.estimate, "low": self.low, "high": self.high}
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Interval:
+        """What `as_mean` has put into a row."""
+        return cls(row["mean"], row["low"], row["high"])
+
 
 @dataclass(frozen=True)
 class WinRate:

@@ -23,7 +23,6 @@ from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.options import choose_prompts
 from mbrl_text_env.benchmarks.statistics import (
-    Interval,
     mean_interval,
     paired_permutation_test,
     prompt_means,
@@ -201,16 +200,6 @@ def paired(
         "p_value": paired_permutation_test(after - before, seed=seed).p_value,
         "wins_ties_losses": [wins.wins, wins.ties, wins.losses],
     }
-
-
-def interval(row: Mapping[str, Any]) -> str:
-    """A row's mean with its interval.
-
-    Example:
-        >>> interval({"mean": 0.5, "low": 0.25, "high": 0.75})
-        '0.500 [0.250, 0.750]'
-    """
-    return f"{Interval(row['mean'], row['low'], row['high']):.3f}"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from mbrl_text_env.benchmarks.matched import (
 from mbrl_text_env.benchmarks.options import choose_prompts
 from mbrl_text_env.benchmarks.report import png
 from mbrl_text_env.benchmarks.scaling import CurvePoint
+from mbrl_text_env.benchmarks.statistics import Interval
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
@@ -371,7 +372,7 @@ def page_tables(result: Mapping[str, Any]) -> list[harness.Shown]:
         columns += ["GFLOPs", "tokens", "reward calls", "surprisal (best-of-N)", "p"]
         cells = []
         for row in [*baseline, *rows]:
-            start = [str(row["budget_tokens"]), harness.interval(row)]
+            start = [str(row["budget_tokens"]), f"{Interval.of(row):.3f}"]
             cost = [f"{row['flops'] / _GIGA:.0f}", f"{row['tokens']:.0f}"]
             if "multiplier" not in row:
                 cells.append(["best-of-N", *start, "1", "1", *cost, "", "", ""])

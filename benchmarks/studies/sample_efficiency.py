@@ -27,7 +27,7 @@ from mbrl_text_env.agents.values import make_value
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.matched import DEFAULT_PLANNER
 from mbrl_text_env.benchmarks.report import png
-from mbrl_text_env.benchmarks.statistics import mean_interval
+from mbrl_text_env.benchmarks.statistics import Interval, mean_interval
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.benchmarks.studies.harness import Exam, Spent
 from mbrl_text_env.language_models.base import LanguageModel, clear_cache
@@ -358,7 +358,7 @@ def shown(rows: Sequence[dict[str, Any]], reward: str) -> harness.Shown:
                 row["method"],
                 row["amount"],
                 str(row["seeds"]),
-                harness.interval(row),
+                f"{Interval.of(row):.3f}",
                 spent(row["training"]),
                 spent(row["use"]),
                 "" if row["pays_after"] is None else f"{row['pays_after']:,.0f} answers",
