@@ -150,7 +150,7 @@ class RewardOptions:
         """The reward, or another of the same timeout, given up on if a batch takes longer."""
         from mbrl_text_env.rewards import TimeLimit, make
 
-        return TimeLimit(make(spec or self.reward), self.reward_timeout)
+        return TimeLimit(make(self.reward if spec is None else spec), self.reward_timeout)
 
 
 @dataclass(frozen=True, kw_only=True)
