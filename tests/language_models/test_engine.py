@@ -15,7 +15,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mbrl_text_env.language_models import SamplingParams, TransformersLM, batches
+from mbrl_text_env.language_models import SamplingParams, TransformersLM, engine
 from mbrl_text_env.language_models.base import SampleRequest, stream
 from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
 from mbrl_text_env.ledger import Ledger, Usage
@@ -395,7 +395,7 @@ class TestDecoding:
         expected = make(family)
         states, seeds = random_states([70, 3, 41, 40, 17, 16, 1]), range(7)
         others = expected.sample(states, 2, 6, seeds=seeds)
-        monkeypatch.setattr(batches, "_PASS_TOKENS", 16)
+        monkeypatch.setattr(engine, "_PASS_TOKENS", 16)
         lm, widths = make(family, batch_size=8), []
         forward = lm._network.forward
         monkeypatch.setattr(

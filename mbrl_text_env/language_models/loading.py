@@ -1,46 +1,56 @@
-"""Which way of computing a transformers model is right for it: tried out when it is loaded."""
+"""How a transformers model is made ready: adapters merged, and a right way of computing it found.
+
+Which way is right is tried out on random tokens when the model is loaded.
+"""
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import functools
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
-from mbrl_text_env.language_models.batches import (
+from mbrl_text_env.language_models.engine import (
     Batch,
     CachedBatch,
-    DynamicBatch,
-    PlainBatch,
+    OwnBatch,
+    PrefixCache,
+    Tokens,
     plain_hidden,
 )
-from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
-from mbrl_text_env.language_models.kv import KVBatch
+from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError, load
 from mbrl_text_env.language_models.networks import (
+    KVBatch,
     LlamaNetwork,
     ModuleNetwork,
     Network,
     OwnPasses,
     UnsupportedNetworkError,
-    cache_parameter,
-    is_llama_like,
-    length_switch,
+    layer_windows,
 )
-from mbrl_text_env.language_models.prefix_cache import PrefixCache, Tokens
 
 logger = logging.getLogger(__name__)
 
 # How far a way of computing may be from the model's own, as a share of the largest logit.
-TOLERANCES = {torch.float32: 3e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
+_TOLERANCES = {torch.float32: 3e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
 _PROBE_TOKENS = 12
 _PROBE_WINDOW = 64
 _STEPS = 3
 _KV_BYTES = 2**24
+_MOST_KV_BYTES = 4 * 2**30
+# Grouped or full attention, rotary positions, gated feed-forward, a norm before each: one forward
+# pass serves them. Their subclasses may differ in anything, so the type itself has to be one.
+_LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -58,30 +68,37 @@ class Engine:
     alone: bool = False
 
 
+class DifferenceError(UnsupportedNetworkError):
+    """A way of computing a model gives other logits than the model."""
+
+
 def choose_engine(model: Any, dtype: torch.dtype, name: str) -> Engine:
-    """The fastest way that computes what the model itself computes.
+    """The fastest way that computes what the model, which is in evaluation mode, itself computes.
 
     Each is tried on a few random tokens: sequences of several lengths in one batch, twice, so that
-    the second time finds prefixes that are kept; then token by token, while rows leave.
-
-    Args:
-        model: A causal language model in evaluation mode.
-        dtype: Format of the products; int8 has rounding of its own, so that the network around it
-            is tried.
-        name: What messages call the model.
+    the second time finds prefixes that are kept; then token by token, while rows leave. `dtype` is
+    the format of the products; int8 has rounding of its own, so that the network around it is
+    tried.
 
     Raises:
         ModelLoadError: None is right, or the model does not attend to earlier tokens alone.
         ValueError: int8 is not offered for the model.
     """
-    own, device = _passes(model), model.device
+    try:
+        own = OwnPasses(model)
+    except UnsupportedNetworkError as error:
+        # Models whose state is no key-value cache would go on without any memory.
+        raise ModelLoadError(
+            f"{error} Use a causal language model with attention, such as Llama, Qwen, Gemma or "
+            "GPT-2."
+        ) from error
     trial = _Trial(model, own)
     if dtype == torch.int8:
-        if not is_llama_like(model) or device.type != "cpu":
+        if not _is_llama_like(model) or model.device.type != "cpu":
             raise ValueError(
                 f"dtype=torch.int8 is for Llama, Mistral, Qwen2 and Qwen3 models without adapters, "
-                f"on a CPU; {type(model).__name__} is on {device}. Leave dtype out, or choose "
-                "torch.bfloat16."
+                f"on a CPU; {type(model).__name__} is on {model.device}. Leave dtype out, or "
+                "choose torch.bfloat16."
             )
         trial.check_network(LlamaNetwork(model, model.dtype))
         return Engine(own, LlamaNetwork(model, torch.int8))
@@ -90,15 +107,14 @@ def choose_engine(model: Any, dtype: torch.dtype, name: str) -> Engine:
         return Engine(own, network)
     reason: Exception | None = None
     for steps, alone in ((True, False), (True, True), (False, True)):
-        engine = Engine(own, network, steps, alone)
         try:
-            trial.check(functools.partial(plain_batch, engine, model), alone)
+            trial.check(functools.partial(OwnBatch, own, model, steps), alone)
             trial.check_hidden(alone)
         except Exception as error:
             logger.info("%s is not computed with steps=%s, alone=%s: %s", name, steps, alone, error)
             reason = error
             continue
-        return engine
+        return Engine(own, network, steps, alone)
     raise ModelLoadError(
         f"{type(model).__name__} is computed rightly in no way that is known ({reason}). Use a "
         "model with attention, such as Llama, Qwen, Gemma or GPT-2."
@@ -108,7 +124,7 @@ def choose_engine(model: Any, dtype: torch.dtype, name: str) -> Engine:
 def _cached_network(model: Any, trial: _Trial, name: str) -> Network | None:
     """The leanest network over kept keys and values that computes what the model computes."""
     makers: list[Callable[[], Network]] = [lambda: ModuleNetwork(model)]
-    if is_llama_like(model):
+    if _is_llama_like(model):
         makers.insert(0, lambda: LlamaNetwork(model, model.dtype))
     for make in makers:
         try:
@@ -122,33 +138,6 @@ def _cached_network(model: Any, trial: _Trial, name: str) -> Network | None:
             continue
         return network
     return None
-
-
-def plain_batch(engine: Engine, model: Any) -> Batch:
-    """An empty batch of an engine without a network."""
-    if engine.steps:
-        return DynamicBatch(engine.own, model.config, model.device)
-    return PlainBatch(engine.own, model.device)
-
-
-class DifferenceError(UnsupportedNetworkError):
-    """A way of computing a model gives other logits than the model."""
-
-
-def _passes(model: Any) -> OwnPasses:
-    """Refuse models whose state is no key-value cache; they would go on without any memory."""
-    if cache_parameter(model) is None:
-        raise ModelLoadError(
-            f"{type(model).__name__} keeps no key-value cache, so its prefixes cannot be shared "
-            "among samples. Use a model with attention, such as Llama, Qwen, Gemma or GPT-2."
-        )
-    try:
-        return OwnPasses(model)
-    except UnsupportedNetworkError as error:
-        raise ModelLoadError(
-            f"{error} Expected a causal language model of transformers, such as Llama, Qwen, Gemma "
-            "or GPT-2."
-        ) from error
 
 
 class _Trial:
@@ -176,7 +165,7 @@ class _Trial:
                 "and the sizes of its embeddings in its config."
             )
         prefix = self._reference(self._sequences[0][:-_STEPS])
-        if not self._near(self._expected[0][: len(prefix)], prefix):
+        if difference(self._expected[0][: len(prefix)], prefix, model.dtype) is not None:
             raise ModelLoadError(
                 f"{type(model).__name__}: what follows a token changes what the model says of it, "
                 "so it is no causal language model. For a model that can also be an encoder, set "
@@ -197,24 +186,18 @@ class _Trial:
             ) from error
         return logits.float()
 
-    def _near(self, logits: torch.Tensor, expected: torch.Tensor) -> bool:
-        difference = float((logits - expected).abs().max())
-        scale = max(1.0, float(expected.abs().max()))
-        # "<=" is false for NaN, which is a difference too.
-        return difference <= TOLERANCES[self._model.dtype] * scale
-
     def _compare(self, logits: torch.Tensor, expected: torch.Tensor, subject: str) -> None:
-        if not self._near(logits, expected):
-            difference = float((logits - expected).abs().max())
+        found = difference(logits, expected, self._model.dtype)
+        if found is not None:
             raise DifferenceError(
                 f"{subject} does not compute {type(self._model).__name__} (a logit differs by "
-                f"{difference:.3g})."
+                f"{found:.3g})."
             )
 
     def check_network(self, network: Network) -> None:
         """Raise an error unless it agrees: rows side by side, prefixes kept, steps."""
         longest = max(map(len, self._sequences))
-        cache: PrefixCache[Any] = PrefixCache(_KV_BYTES)
+        cache = PrefixCache(_KV_BYTES)
 
         def make() -> CachedBatch:
             kv = KVBatch(network.shape, len(self._sequences) + 1, longest)
@@ -225,8 +208,7 @@ class _Trial:
         for sequences in (self._sequences, self._sequences[:1]):
             batch = make()
             prefixes = [sequence[:-_STEPS] for sequence in sequences]
-            rows = batch.add(prefixes, [1] * len(prefixes)).rows
-            for place, row in enumerate(rows):
+            for place, row in enumerate(batch.add(prefixes, [1] * len(prefixes))[0]):
                 hidden = batch.hidden(place, 0, len(prefixes[row]))
                 expected = self._expected[row][: len(hidden)]
                 self._compare(network.logits(hidden), expected, subject)
@@ -243,9 +225,8 @@ class _Trial:
             batch = make()
             prefixes = [self._sequences[i][:-_STEPS] for i in indices]
             copies = [1 if alone or place else 2 for place in range(len(indices))]
-            active = [
-                (indices[row], len(prefixes[row])) for row in batch.add(prefixes, copies).rows
-            ]
+            rows, _ = batch.add(prefixes, copies)
+            active = [(indices[row], len(prefixes[row])) for row in rows]
             for step in range(_STEPS + 1):
                 logits = batch.logits()
                 for row, (i, length) in enumerate(active):
@@ -263,12 +244,140 @@ class _Trial:
         """Raise an error unless passes without a cache agree."""
         for indices in self._groups(alone):
             sequences = [self._sequences[i] for i in indices]
-            for i, hidden in zip(
-                indices, plain_hidden(self._own, sequences, self._model.device), strict=True
-            ):
+            found = plain_hidden(self._own, sequences, self._model.device)
+            for i, hidden in zip(indices, found, strict=True):
                 self._compare(self._own.logits(hidden), self._expected[i], "A padded batch")
 
     def _groups(self, alone: bool) -> Iterator[Sequence[int]]:
         everything = list(range(len(self._sequences)))
         # The first and the last are of one length: without padding, models find positions alone.
         yield from ([i] for i in everything) if alone else [everything, [0, everything[-1]]]
+
+
+def difference(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float | None:
+    """By how much a logit differs, where that is more than the rounding of a format."""
+    found = float((logits - expected).abs().max())
+    # "<=" is false for NaN, which is a difference too.
+    is_near = found <= _TOLERANCES[dtype] * max(1.0, float(expected.abs().max()))
+    return None if is_near else found
+
+
+def _is_llama_like(model: Any) -> bool:
+    """Whether `LlamaNetwork` computes this model: its type, plain linear layers, no adapters."""
+    if type(model).__name__ not in _LLAMA_LIKE or len(layer_windows(model.config)) > 1:
+        return False
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    wanted = 7 * len(model.model.layers) + 1
+    return len(linear) == wanted and all(type(m) is torch.nn.Linear for m in linear)
+
+
+def length_switch(config: Any) -> int | None:
+    """Tokens beyond which "longrope" models turn all positions by other angles; None for others.
+
+    Up to this length they use their short factors, beyond it the long ones, for the whole sequence.
+    Keys of one kind are of no use beside keys of the other.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if kind.get("rope_type") == "longrope":
+            limit: int | None = kind.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return limit
+    return None
+
+
+def attention_width(config: Any) -> int:
+    """What the heads of all layers have together."""
+    # Some families give each layer a config of its own.
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    # The heads together are as wide as the model, unless the config gives their size.
+    sizes = [getattr(layer, "head_dim", None) for layer in layers]
+    return sum(
+        layer.num_attention_heads * size if size else config.hidden_size
+        for layer, size in zip(layers, sizes, strict=True)
+    )
+
+
+def in_place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model, or that of a name or folder, on its device, in its format, for evaluation."""
+    # int8 products are made from the weights in the format that they came in.
+    is_int8 = dtype == torch.int8
+    if isinstance(model, (str, Path)):
+        model = load("AutoModelForCausalLM", model, dtype="auto" if is_int8 else dtype)
+    # Older releases of PEFT leave their `peft_config` on the base model too.
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = model.to(device)
+    return (model if is_int8 else model.to(dtype)).eval()
+
+
+def from_anywhere(source: Any) -> Any:
+    """A folder by a path that holds in every working directory; all else as it is."""
+    is_path = isinstance(source, (str, Path))
+    return str(Path(source).resolve()) if is_path and Path(source).exists() else source
+
+
+def free_share(device: torch.device) -> int:
+    """A quarter of the memory that is free, at most 4 GiB."""
+    is_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    return max(1, min(free // 4, _MOST_KV_BYTES))
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between pieces in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def merged_adapter(model: Any, folder: str | Path) -> Any:
+    """A copy of a model with an adapter of peft; it shares the weights that do not change.
+
+    Raises:
+        ValueError: Merged, it is not what peft computes with the adapter beside its base.
+        Exception: peft cannot load it.
+    """
+    from peft import PeftModel
+
+    # Detached, not `.data`: these share the version counter, so training is noticed here too.
+    shared: dict[int, Any] = {
+        id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    shared |= {id(b): b for b in model.buffers()}
+    adapted: Any = PeftModel.from_pretrained(copy.deepcopy(model, shared), str(folder)).eval()
+    ids = torch.arange(min(12, model.config.get_text_config().vocab_size), device=model.device)
+    with torch.inference_mode():
+        expected = adapted(input_ids=ids[None], use_cache=False).logits.float()
+    base = adapted.get_base_model()
+    changed = {id(layer.base_layer) for layer in base.modules() if hasattr(layer, "base_layer")}
+    head, embedding = _tied_layers(base)
+    if is_tied(base) and changed & {id(head), id(embedding)}:
+        # An adapter on one of two tied layers changes that one alone.
+        head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)
+    # Merging with safety checks works on copies of the weights that change.
+    merged = adapted.merge_and_unload(safe_merge=True)
+    if not is_tied(merged):
+        merged.config.get_text_config().tie_word_embeddings = False
+    with torch.inference_mode():
+        logits = merged(input_ids=ids[None], use_cache=False).logits.float()
+    found = difference(logits, expected, model.dtype)
+    if found is not None:
+        raise ValueError(
+            f"merged, a logit differs by {found:.3g} from that of the adapter beside its base; "
+            "merge it with peft yourself, save the model and load it by folder"
+        )
+    return merged
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the input embedding is the output layer too."""
+    head, embedding = _tied_layers(model)
+    weight = getattr(head, "weight", None)
+    return weight is not None and weight is getattr(embedding, "weight", None)
+
+
+def _tied_layers(model: Any) -> list[Any]:
+    """The output layer and the input embedding, without the adapters around them."""
+    layers = model.get_output_embeddings(), model.get_input_embeddings()
+    return [getattr(layer, "base_layer", layer) for layer in layers]
