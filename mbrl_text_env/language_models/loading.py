@@ -54,7 +54,7 @@ _LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qw
 
 
 @dataclass(frozen=True)
-class Engine:
+class Way:
     """How a model is computed: by its own passes, or over kept keys and values (`network`).
 
     Without a network, `steps` says whether a token goes on from what transformers keeps of those
@@ -72,7 +72,7 @@ class DifferenceError(UnsupportedNetworkError):
     """A way of computing a model gives other logits than the model."""
 
 
-def choose_engine(model: Any, dtype: torch.dtype, name: str) -> Engine:
+def choose_way(model: Any, dtype: torch.dtype, name: str) -> Way:
     """The fastest way that computes what the model, which is in evaluation mode, itself computes.
 
     Each is tried on a few random tokens: sequences of several lengths in one batch, twice, so that
@@ -101,10 +101,10 @@ def choose_engine(model: Any, dtype: torch.dtype, name: str) -> Engine:
                 "choose torch.bfloat16."
             )
         trial.check_network(LlamaNetwork(model, model.dtype))
-        return Engine(own, LlamaNetwork(model, torch.int8))
+        return Way(own, LlamaNetwork(model, torch.int8))
     network = _cached_network(model, trial, name)
     if network is not None and length_switch(model.config.get_text_config()) is None:
-        return Engine(own, network)
+        return Way(own, network)
     reason: Exception | None = None
     for steps, alone in ((True, False), (True, True), (False, True)):
         try:
@@ -114,7 +114,7 @@ def choose_engine(model: Any, dtype: torch.dtype, name: str) -> Engine:
             logger.info("%s is not computed with steps=%s, alone=%s: %s", name, steps, alone, error)
             reason = error
             continue
-        return Engine(own, network, steps, alone)
+        return Way(own, network, steps, alone)
     raise ModelLoadError(
         f"{type(model).__name__} is computed rightly in no way that is known ({reason}). Use a "
         "model with attention, such as Llama, Qwen, Gemma or GPT-2."

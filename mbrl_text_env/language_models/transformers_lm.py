@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from mbrl_text_env.identity import weights_digest
-from mbrl_text_env.language_models import loading
+from mbrl_text_env.language_models import engine, loading
 from mbrl_text_env.language_models.base import (
     FeatureModel,
     NextTokens,
@@ -37,18 +38,7 @@ from mbrl_text_env.language_models.base import (
     room_after,
     stream,
 )
-from mbrl_text_env.language_models.engine import (
-    Batch,
-    CachedBatch,
-    CacheStats,
-    OwnBatch,
-    PrefixCache,
-    Tokens,
-    chosen_logprobs,
-    draw,
-    plain_hidden,
-    top_tokens,
-)
+from mbrl_text_env.language_models.engine import Batch, Tokens, chosen_logprobs, draw
 from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, ModelLoadError
 from mbrl_text_env.language_models.networks import KVBatch, LlamaNetwork, Network
 from mbrl_text_env.ledger import Ledger, Usage, timed
@@ -67,12 +57,11 @@ T = TypeVar("T")
 class TransformersLM(FeatureModel):
     """A causal language model of transformers.
 
-    Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, other models on their own
+    Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, others on their own
     modules, with a prefix cache where their layers are attention alone; which way is right is tried
-    out when the model is loaded.
-
-    Weights that are trained in place are noticed, and the cache is emptied. A write that goes
-    around PyTorch's version counters (`parameter.data.copy_`) is not: call `weights_changed` then.
+    out when the model is loaded. Weights that are trained in place are noticed, and the cache is
+    emptied. A write that goes around PyTorch's version counters (`parameter.data.copy_`) is not:
+    call `weights_changed` then.
 
     Args:
         model: Name on the Hub, folder, or a loaded transformers model.
@@ -80,15 +69,13 @@ class TransformersLM(FeatureModel):
         name: What reports call it; by default the last part of the model's name or folder.
         device: By default `"cuda"` where there is one, otherwise `"cpu"`.
         dtype: By default float32 on a CPU and bfloat16 elsewhere. On a CPU, bfloat16 and float16
-            are the format of weights and products, and everything else is float32. `torch.int8` is
-            for CPUs and the models named above: products of 8 bits with rotated inputs
-            (`networks.Int8Product`). As with every reduced format, rounding then depends a little
-            on the batch, so the same call in another batch may sample other tokens.
+            are the format of weights and products alone. `torch.int8` is for CPUs and the models
+            named above: products of 8 bits with rotated inputs (`networks.Int8Product`). With every
+            reduced format the same call in another batch may sample other tokens.
         batch_size: Most sequences decoded together.
-        kv_bytes: Most bytes of keys and values: half of them for the sequences being decoded, so
-            that long ones are decoded in smaller batches, half for the prefix cache. A single
-            sequence longer than that is decoded all the same. By default a quarter of the memory
-            that is free now, at most 4 GiB.
+        kv_bytes: Most bytes of keys and values: half for the sequences being decoded, the longer
+            the fewer together (a single one always is), half for the prefix cache. By default a
+            quarter of the memory that is free now, at most 4 GiB.
         prefix_cache: Whether prefixes are kept between calls.
 
     Raises:
@@ -141,13 +128,15 @@ class TransformersLM(FeatureModel):
         self._read_sizes()
         self.kv_bytes = kv_bytes or loading.free_share(self.device)
         self._lock = threading.RLock()
-        self._cache = PrefixCache(self.kv_bytes // 2 if prefix_cache else 0)
+        self._cache = engine.PrefixCache(self.kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
         self._digests: tuple[Any, str] | None = None
         self._weights = self._loaded = self._weights_version()
         with torch.inference_mode():
-            self._engine = loading.choose_engine(self.model, dtype, self.name)
-        self._network = self._engine.network
+            self._way = loading.choose_way(self.model, dtype, self.name)
+        self._network = self._way.network
+        # Most rows side by side where no network is used.
+        self._plain_rows = 1 if self._way.alone else batch_size
         if self._network is not None:
             self.cache_tokens = self._cache.max_bytes // self._network.shape.bytes_per_token
 
@@ -178,7 +167,7 @@ class TransformersLM(FeatureModel):
         return _made_again, self._recipe
 
     @property
-    def cache_stats(self) -> CacheStats:
+    def cache_stats(self) -> engine.CacheStats:
         """What the prefix cache found, missed and dropped so far."""
         return self._cache.stats
 
@@ -258,8 +247,7 @@ class TransformersLM(FeatureModel):
             computed = self._run(queue)
         for drawn in queue:
             reason = finish_reason(self, drawn.state, drawn.tokens)
-            chunk = Chunk(tuple(drawn.tokens), tuple(drawn.logprobs), reason)
-            chunks[drawn.request].append(chunk)
+            chunks[drawn.request].append(Chunk(tuple(drawn.tokens), tuple(drawn.logprobs), reason))
         rows = zip(requests, chunks, computed, strict=True)
         usages = (
             self._usage(len(prefix_of(r.state)), n, list(map(len, row))) for r, row, n in rows
@@ -277,14 +265,13 @@ class TransformersLM(FeatureModel):
         """Those of the model's own forward pass over state and chunk together."""
         check_judging_arguments(states, chunks)
         prefixes = [prefix_of(state) for state in states]
-        pairs = zip(prefixes, chunks, strict=True)
-        sequences = [self._judging(prefix, chunk.token_ids) for prefix, chunk in pairs]
-        firsts = [len(prefix) - 1 for prefix in prefixes]
+        tokens = [chunk.token_ids for chunk in chunks]
+        sequences = list(map(self._judging, prefixes, tokens))
 
-        def read(i: int, hidden: torch.Tensor) -> tuple[float, ...]:
-            return tuple(chosen_logprobs(self._logits(hidden), chunks[i].token_ids))
+        def read(i: int, hidden: Tensor) -> tuple[float, ...]:
+            return tuple(chosen_logprobs(self._logits(hidden), tokens[i]))
 
-        return self._read(sequences, firsts, ledgers, read)
+        return self._read(sequences, [len(p) - 1 for p in prefixes], ledgers, read)
 
     def next_tokens(
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
@@ -294,8 +281,8 @@ class TransformersLM(FeatureModel):
         if not 1 <= k <= self.vocab_size:
             raise ValueError(f"k: expected a number from 1 to {self.vocab_size}, got {k}.")
 
-        def read(i: int, hidden: torch.Tensor) -> NextTokens:
-            ids, logs = top_tokens(self._logits(hidden), k)
+        def read(i: int, hidden: Tensor) -> NextTokens:
+            ids, logs = engine.top_tokens(self._logits(hidden), k)
             return NextTokens(tuple(ids[0].tolist()), tuple(logs[0].tolist()))
 
         sequences = [prefix_of(state) for state in states]
@@ -309,7 +296,7 @@ class TransformersLM(FeatureModel):
         What is computed here is kept: sampling from the same states does not compute it again.
         """
 
-        def read(i: int, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
+        def read(i: int, hidden: Tensor) -> npt.NDArray[np.float32]:
             # A copy: the next pass computes in the same memory.
             return hidden[-1].float().cpu().numpy().copy()
 
@@ -342,7 +329,7 @@ class TransformersLM(FeatureModel):
         sequences: Sequence[Tokens],
         firsts: Sequence[int],
         ledgers: Sequence[Ledger] | None,
-        read: Callable[[int, torch.Tensor], T],
+        read: Callable[[int, Tensor], T],
     ) -> list[T]:
         """What is read of each sequence's hidden states, which are charged to their ledgers."""
         found: dict[int, T] = {}
@@ -369,7 +356,9 @@ class TransformersLM(FeatureModel):
             if self.dtype == torch.int8:
                 self._network = LlamaNetwork(self.model, torch.int8)
 
-    def _cached_batch(self, wanted: int, longest: int, capacity: int) -> tuple[CachedBatch, int]:
+    def _cached_batch(
+        self, wanted: int, longest: int, capacity: int
+    ) -> tuple[engine.CachedBatch, int]:
         """An empty batch of up to `wanted` rows within the memory allowed, and its rows."""
         assert self._network is not None
         shape = self._network.shape
@@ -381,7 +370,7 @@ class TransformersLM(FeatureModel):
             kv = self._kv = KVBatch(shape, rows, capacity)
         # As if it were new: what was sampled before may not change what is sampled now.
         kv.clear(longest, capacity)
-        return CachedBatch(self._network, self._cache, kv), rows
+        return engine.CachedBatch(self._network, self._cache, kv), rows
 
     def _run(self, queue: Sequence[_Sampled]) -> list[int]:
         """Sample the queue; returns the prefix tokens computed for each request."""
@@ -395,14 +384,13 @@ class TransformersLM(FeatureModel):
         self._decode(near, computed, self._network)
         for chunk, limit in zip(near, limits, strict=True):
             chunk.limit = limit
-        going_on = [chunk for chunk in near if not chunk.is_done(self)]
-        far = [chunk for chunk in queue if not chunk.tokens] + going_on
-        self._decode(far, computed, None)
+        fresh = [chunk for chunk in queue if not chunk.tokens]
+        self._decode(fresh + [c for c in near if not c.is_done(self)], computed, None)
         # As `logprobs` gives them: a pass over the whole sequence, with its angles.
         crossing = [chunk for chunk in near if len(chunk.sequence) > switch]
-        sequences = [self._judging(prefix_of(chunk.state), chunk.tokens) for chunk in crossing]
-        firsts = [len(prefix_of(chunk.state)) - 1 for chunk in crossing]
-        for i, hidden, count in self._hidden(sequences, firsts):
+        prefixes = [prefix_of(chunk.state) for chunk in crossing]
+        sequences = [self._judging(p, c.tokens) for p, c in zip(prefixes, crossing, strict=True)]
+        for i, hidden, count in self._hidden(sequences, [len(p) - 1 for p in prefixes]):
             crossing[i].logprobs[:] = chosen_logprobs(self._logits(hidden), crossing[i].tokens)
             computed[crossing[i].request] += count
         return computed
@@ -416,7 +404,7 @@ class TransformersLM(FeatureModel):
         if network is None:
             before = [(len(chunk.sequence), len(chunk.tokens)) for chunk in queue]
             for part in _whole_requests(queue, self._plain_rows):
-                plain = OwnBatch(self._engine.own, self.model, self._engine.steps)
+                plain = engine.OwnBatch(self._way.own, self.model, self._way.steps)
                 _fill_in(part, plain, len(part), self, computed)
             for chunk, (prefix, start) in zip(queue, before, strict=True):
                 computed[chunk.request] += self._repeated(prefix, len(chunk.tokens) - start)
@@ -428,18 +416,13 @@ class TransformersLM(FeatureModel):
         cached, rows = self._cached_batch(len(queue), longest, capacity)
         _fill_in(queue, cached, rows, self, computed)
 
-    @property
-    def _plain_rows(self) -> int:
-        """Most rows side by side where no network is used."""
-        return 1 if self._engine.alone else self.batch_size
-
     def _repeated(self, prefix: int, new: int) -> int:
         """Tokens computed again for `new` tokens after a prefix, where nothing is kept of them."""
-        return 0 if self._engine.steps else sum(prefix + place for place in range(new - 1))
+        return 0 if self._way.steps else sum(prefix + place for place in range(new - 1))
 
     def _hidden(
         self, sequences: Sequence[Tokens], firsts: Sequence[int]
-    ) -> Iterator[tuple[int, torch.Tensor, int]]:
+    ) -> Iterator[tuple[int, Tensor, int]]:
         """Index, hidden states from place `firsts[i]` to the end, and tokens computed for it."""
         self._refresh()
         near = [i for i in range(len(sequences)) if len(sequences[i]) <= self._switch]
@@ -463,7 +446,9 @@ class TransformersLM(FeatureModel):
             order = sorted(indices, key=lambda i: len(sequences[i]))
             for start in range(0, len(order), self._plain_rows):
                 chosen = order[start : start + self._plain_rows]
-                found = plain_hidden(self._engine.own, [sequences[i] for i in chosen], self.device)
+                found = engine.plain_hidden(
+                    self._way.own, [sequences[i] for i in chosen], self.device
+                )
                 for i, hidden in zip(chosen, found, strict=True):
                     yield i, hidden[firsts[i] :], len(sequences[i])
 
@@ -475,12 +460,10 @@ class TransformersLM(FeatureModel):
         crosses = len(prefix) + len(tokens) - 1 == self._switch
         return (*prefix, *(tokens if crosses else tokens[:-1]))
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits(self, hidden: Tensor) -> Tensor:
         """float32[n, V] of hidden states, in parts: logits are large."""
-        return torch.cat([self._to_logits(part) for part in hidden.split(_LOGIT_ROWS)])
-
-    def _to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return (self._network or self._engine.own).logits(hidden)
+        own = self._network or self._way.own
+        return torch.cat([own.logits(part) for part in hidden.split(_LOGIT_ROWS)])
 
 
 def _made_again(model: Any, options: dict[str, Any], *adapters: tuple[Any, str]) -> TransformersLM:
@@ -497,8 +480,8 @@ class _Sampled:
 
     request: int
     state: TextState
-    limit: int
     params: SamplingParams
+    limit: int
     generator: np.random.Generator
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -520,7 +503,7 @@ def _waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[_
     prefixes = [prefix_of(r.state) for r in requests]
     order = sorted(range(len(requests)), key=lambda i: (-len(prefixes[i]), prefixes[i], i))
     return [
-        _Sampled(i, r.state, limits[i], r.params, stream(r.seed, r.state, r.first_sample + k))
+        _Sampled(i, r.state, r.params, limits[i], stream(r.seed, r.state, r.first_sample + k))
         for i, r in ((i, requests[i]) for i in order)
         for k in range(r.num_samples)
     ]
@@ -546,19 +529,15 @@ def _whole_requests(queue: Sequence[_Sampled], size: int) -> Iterator[list[_Samp
 def _fill_in(
     queue: Sequence[_Sampled], batch: Batch, size: int, tokenizer: Tokenizer, computed: list[int]
 ) -> None:
-    """Sample every chunk of the queue to its end.
+    """Sample every chunk of the queue, as `_waiting` gives it, to its end.
 
-    Args:
-        queue: As `_waiting` gives it; the chunks are filled in.
-        batch: An empty batch.
-        size: Most rows of it.
-        tokenizer: Knows the stop tokens, and text where stop strings are looked for.
-        computed: For each request, the prefix tokens that went through the network; added to.
+    The batch is empty and takes `size` rows. To `computed` are added, for each request, the prefix
+    tokens that went through the network.
     """
     pending = list(queue)
     active: list[_Sampled] = []
     # Taken once: fresh memory for every step's logits costs more than the passes over them.
-    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+    buffers: tuple[Tensor, Tensor] | None = None
     while pending or active:
         free = size - len(active)
         if pending and (not active or (batch.refills and free >= max(1, size * _REFILL_SHARE))):
@@ -596,7 +575,7 @@ def _admit(queue: list[_Sampled], batch: Batch, free: int, computed: list[int]) 
     return [next(members[i]) for i in rows]
 
 
-def _draw(active: Sequence[_Sampled], logits: torch.Tensor, scratch: torch.Tensor) -> None:
+def _draw(active: Sequence[_Sampled], logits: Tensor, scratch: Tensor) -> None:
     """Append a token to every chunk."""
     uniforms = torch.tensor([chunk.generator.random() for chunk in active], dtype=torch.float64)
     uniforms = uniforms.to(logits.device)
