@@ -36,13 +36,12 @@ class SamplingParams:
         temperature: 0 is greedy decoding; 1 the model's own distribution.
         top_p: Smallest set of tokens whose probability reaches `top_p`; 1 keeps all.
         top_k: Number of most probable tokens kept; 0 keeps all.
-        stop: Texts that end a chunk as soon as it contains one of them, such as `("\n\n",)` for
-            a paragraph. The token that completes the text belongs to the chunk, and the response
-            goes on: only a stop token ends it.
+        stop: Texts that end a chunk with the token that completes one of them, such as
+            `("\n\n",)` for a paragraph. The response goes on: only a stop token ends it.
 
     Raises:
         ValueError: A value is outside its range.
-        TypeError: `stop` is one string; it has to be a tuple of strings.
+        TypeError: `stop` is one string instead of a tuple.
     """
 
     temperature: float = 1.0
@@ -100,11 +99,9 @@ class Tokenizer(Protocol):
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt, chat template and generation mark included.
 
-        What a prompt says is encoded as text: only the template writes control tokens.
-
-        Raises:
-            PromptTooLongError: The prompt leaves no room for a response.
-            ValueError: It cannot be encoded. The message names it, and what to change.
+        What a prompt says is encoded as text: only the template writes control tokens. A prompt
+        that leaves no room for a response is a `PromptTooLongError`; any other that cannot be
+        encoded, a ValueError that names it and what to change.
         """
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -113,25 +110,18 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class NextTokens:
-    """The most probable next tokens of a state, the most probable first.
-
-    `logprobs` (nats) are those under the model's own distribution.
-    """
+    """The most probable next tokens of a state, best first; `logprobs` (nats) are the model's."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
 
 
 class LanguageModel(ABC):
-    """A distribution over token sequences, batched; it is its own tokenizer (see `Tokenizer`).
+    """A distribution over token sequences, batched; it is its own `Tokenizer`.
 
     Abstract are what it is (`name`, the tokenizer's attributes), `sample_requests`, `logprobs` and
     `usage_bound`; the rest has defaults. `mbrl_text_env.checks.check_language_model` checks them
     all. In all methods `ledgers` has one ledger a state (or request), which is charged for it.
-
-    Attributes:
-        name: What reports and records call it.
-        cache_tokens: Tokens of prefixes that can be kept between calls; 0 for none.
     """
 
     name: str
@@ -139,6 +129,7 @@ class LanguageModel(ABC):
     stop_token_ids: frozenset[int]
     context_length: int
     cache_tokens: int = 0
+    """Tokens of prefixes that can be kept between calls; 0 for none."""
 
     @property
     def counts_flops(self) -> bool:
@@ -181,11 +172,10 @@ class LanguageModel(ABC):
             states: States that have not ended.
             num_samples: Chunks a state, at least 1.
             max_new_tokens: Most tokens a chunk, at least 1. A chunk is shorter only if it ends with
-                a stop token or the context is full.
+                a stop token or text, or the context is full.
             seeds: One a state. Chunk k of a state is a function of its seed, its tokens and k
                 alone (`stream`), not of the batch around it.
-            first_sample: The k of the first chunk: 4 chunks from 0 and then 4 from 4 are the 8
-                from 0.
+            first_sample: The first k: 4 chunks from 0 and then 4 from 4 are the 8 from 0.
             params: Temperature, top-p, top-k, stop strings.
             ledgers: Tokens, calls, FLOPs and time are charged there.
 
@@ -203,10 +193,9 @@ class LanguageModel(ABC):
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """Draw chunks[i][requests[i].num_samples] of requests that differ in more than their state.
+        """`sample` for requests that differ in more: chunks[i][requests[i].num_samples].
 
-        Raises:
-            ValueError: See `sample`; `check_requests` refuses what cannot be sampled.
+        `check_requests` refuses what cannot be sampled.
         """
 
     async def sample_requests_async(
@@ -228,7 +217,7 @@ class LanguageModel(ABC):
     def next_tokens(
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
     ) -> list[NextTokens]:
-        """The k most probable next tokens of each state, which has not ended.
+        """The k most probable next tokens of each state.
 
         Raises:
             NotImplementedError: The model does not give them.
@@ -241,11 +230,9 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """The most that `sample` charges for a state.
+        """The most that `sample` charges for a state of `prefix_tokens`, none of them cached.
 
-        Args:
-            prefix_tokens: Tokens of the state's prompt and response, none of them cached.
-            new_tokens: Length of each chunk sampled after it.
+        `new_tokens` has the length of each chunk sampled after it.
         """
 
     def clear_cache(self) -> None:  # noqa: B027 a default, not a duty
@@ -276,10 +263,9 @@ def sample_requests(
     *,
     ledgers: Sequence[Ledger] | None = None,
 ) -> list[list[Chunk]]:
-    """`LanguageModel.sample_requests` of any language model.
+    """`LanguageModel.sample_requests` of any language model, also one with a `sample` of its own.
 
-    Of a model that has `sample` alone, or a `sample` of its own, requests of one kind are asked for
-    together.
+    Of that one, requests of one kind are asked for together.
     """
     if _has_common_batches(language_model):
         return language_model.sample_requests(requests, ledgers=ledgers)
@@ -356,11 +342,7 @@ def prefix_of(state: TextState) -> tuple[int, ...]:
 
 
 def room_after(state: TextState, context_length: int) -> int:
-    """Tokens that a model's context has left after a state.
-
-    Raises:
-        PromptTooLongError: There are none.
-    """
+    """Tokens that a model's context has left after a state, or a `PromptTooLongError`."""
     length = len(prefix_of(state))
     if length >= context_length:
         raise PromptTooLongError(
@@ -391,20 +373,15 @@ def pass_usage(
 ) -> Usage:
     """One call of a transformer: 2 x parameters for each token that went through, plus attention.
 
-    Args:
-        prefix: Tokens of the state's prompt and response.
-        computed: How many of them were computed; more than there are where some were repeated.
-        new_tokens: Length of each chunk sampled after it.
-        num_parameters: Weights that take part in products.
-        width: Of the heads of all layers together.
+    Of the `prefix` tokens of a state some were `computed`, or more than there are where some were
+    repeated; `width` is that of the heads of all layers together.
     """
     new = sum(new_tokens)
     # Scores and weighted values: 2 x 2 x context x width for each layer and token. The prefix's
     # last tokens are the ones that are computed; a token attends to those before it.
+    attended = computed * prefix / 2
     if computed <= prefix:
         attended = (prefix**2 - (prefix - computed) ** 2) / 2
-    else:
-        attended = computed * prefix / 2
     attended += sum(n * prefix + n * n / 2 for n in new_tokens)
     return Usage(
         prompt_tokens=computed,

@@ -54,9 +54,8 @@ class CacheStats:
 class PrefixCache:
     """A radix tree from token ids to keys and values, at most `max_bytes`, least recent out first.
 
-    An edge holds the tokens between two branchings, with one payload for all of them; sequences
-    that share a prefix share its edges. Planners need no handles: whatever a sequence has in common
-    with one seen before is found by its ids. A payload is a `Span`, or what has its methods.
+    An edge holds the tokens between two branchings, with one payload for all of them: planners
+    need no handles, as whatever a sequence has in common with one seen before is found by its ids.
 
     Source: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs"
     (2024), RadixAttention. Deviation: payloads are copied into the batch that uses them, so
@@ -97,10 +96,10 @@ class PrefixCache:
         return payloads
 
     def insert(self, tokens: Tokens, payload: Span) -> None:
-        """Keep the payload of the last `len(payload)` tokens of a sequence.
+        """Keep the payload of the last `len(payload)` tokens; what is kept already stays as it is.
 
-        What is kept already stays as it is. Where the tokens before the payload are not kept (any
-        more), the payload cannot be reached and is dropped; so is one larger than the bound.
+        Where the tokens before it are not kept (any more), it cannot be reached and is dropped; so
+        is one larger than the bound.
         """
         first = len(tokens) - len(payload)
         path, found = self._walk(tokens)
@@ -190,11 +189,9 @@ class CachedBatch:
     ) -> tuple[list[int], list[int]]:
         """Add rows: `copies[i]` of `sequences[i]`, whose prefixes are computed once each.
 
-        The sequences are no longer than those added before. With `hold`, the last one is the first
-        of the next call, and is not computed again.
-
-        Returns:
-            The sequence of each new row, and the tokens of each sequence that were computed.
+        Returns the sequence of each new row, and the tokens of each sequence that were computed.
+        No sequence is longer than those added before. With `hold`, the last one is the first of
+        the next call, and is not computed again.
         """
         stems = self._compute_stems(sequences)
         if self.kv.size:
@@ -320,10 +317,10 @@ class CachedBatch:
 
 
 class OwnBatch:
-    """Rows of a model's own passes: in `steps`, from what transformers keeps of the tokens before.
+    """`CachedBatch` by a model's own passes: in `steps`, from what transformers keeps of a row.
 
     Without steps there is one row, computed anew for each token: right for every model that can be
-    asked at all. The methods are those of `CachedBatch`.
+    asked at all.
     """
 
     refills = False
@@ -432,20 +429,12 @@ def _passes(missing: Sequence[int]) -> Iterator[range]:
 def draw(
     logits: Tensor, uniforms: Tensor, params: SamplingParams, scratch: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Turn uniform numbers into tokens by the inverse of the cumulative distribution.
+    """Tokens int64[B] of logits float32[B, V], and their unshaped log-probabilities float32[B].
 
+    They are the inverse of the cumulative distribution at `uniforms`, float64[B] in [0, 1).
     `torch.multinomial` takes several passes over the vocabulary and draws from a generator that
-    all sequences share; this takes one for the exponentials and one for sums of blocks.
-
-    Args:
-        logits: float32[B, V].
-        uniforms: float64[B] in [0, 1).
-        params: Temperature, top-k and top-p, applied in this order.
-        scratch: float32[B, V] to work in; taken fresh by default.
-
-    Returns:
-        Tokens int64[B] and their log-probabilities float32[B] (nats) under the unshaped
-        distribution.
+    all sequences share; this takes one for the exponentials and one for sums of blocks. It works
+    in `scratch`, float32[B, V], if that is given.
     """
     largest = logits.amax(-1, keepdim=True)
     weights = torch.sub(logits, largest, out=scratch).exp_()

@@ -57,9 +57,7 @@ _LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qw
 class Way:
     """How a model is computed: by its own passes, or over kept keys and values (`network`).
 
-    Without a network, `steps` says whether a token goes on from what transformers keeps of those
-    before it (or takes a pass over the whole sequence), `alone` whether rows are computed one at a
-    time.
+    Without a network, `steps` and `OwnBatch` are used, with rows one at a time if `alone`.
     """
 
     own: OwnPasses
@@ -76,9 +74,8 @@ def choose_way(model: Any, dtype: torch.dtype, name: str) -> Way:
     """The fastest way that computes what the model, which is in evaluation mode, itself computes.
 
     Each is tried on a few random tokens: sequences of several lengths in one batch, twice, so that
-    the second time finds prefixes that are kept; then token by token, while rows leave. `dtype` is
-    the format of the products; int8 has rounding of its own, so that the network around it is
-    tried.
+    the second time finds prefixes that are kept; then token by token, while rows leave. Products
+    in int8 have rounding of their own, so that the network around them is tried.
 
     Raises:
         ModelLoadError: None is right, or the model does not attend to earlier tokens alone.
@@ -274,7 +271,6 @@ def _is_llama_like(model: Any) -> bool:
 def length_switch(config: Any) -> int | None:
     """Tokens beyond which "longrope" models turn all positions by other angles; None for others.
 
-    Up to this length they use their short factors, beyond it the long ones, for the whole sequence.
     Keys of one kind are of no use beside keys of the other.
     """
     rope = getattr(config, "rope_parameters", None) or {}

@@ -18,7 +18,7 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -32,17 +32,13 @@ class UnsupportedNetworkError(ValueError):
 
 @dataclass(frozen=True)
 class KVShape:
-    """What a network keeps of a token: its keys, values and last hidden state.
+    """What a network keeps of a token: its keys, values and last hidden state."""
 
-    `layers` has (heads, key size, value size) of each layer; `hidden_dtype` is by default `dtype`,
-    that of keys and values.
-    """
-
-    layers: tuple[tuple[int, int, int], ...]
+    layers: tuple[tuple[int, int, int], ...]  # heads, key size, value size
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
-    hidden_dtype: torch.dtype | None = None
+    hidden_dtype: torch.dtype | None = None  # None: that of keys and values
 
     @property
     def groups(self) -> dict[tuple[int, int], int]:
@@ -183,8 +179,8 @@ class KVBatch:
 
 
 @dataclass(eq=False)
-class KVWindow:
-    """The keys and values that one forward pass reads, and the columns of them that it writes.
+class KVWindow(Cache):
+    """The keys and values that one forward pass reads and writes, also as a cache of transformers.
 
     It writes the columns `start` to `end` (exclusive) of some rows, where bool[rows, width] `valid`
     says so (None: everywhere), and reads everything before `end`.
@@ -197,10 +193,16 @@ class KVWindow:
     valid: Tensor | None = None
     _bias: dict[int | None, Tensor] = field(default_factory=dict, init=False)
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def __post_init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values, [rows, heads, width, size]; return all of them."""
+        places = self.batch.places[layer_idx]
         found = []
-        for new, (group, index) in zip((key, value), self.batch.places[layer], strict=True):
+        for new, (group, index) in zip((key_states, value_states), places, strict=True):
             stored = self.batch.groups[group][index, self.rows, :, : self.end]
             target = stored[:, :, self.start :]
             if self.valid is not None:
@@ -208,6 +210,10 @@ class KVWindow:
             target.copy_(new)
             found.append(stored)
         return found[0], found[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before those that are written."""
+        return self.start
 
     def write_hidden(self, hidden: Tensor) -> None:
         """Keep the last hidden states, [rows, width, hidden_size]."""
@@ -331,58 +337,33 @@ class ModuleNetwork:
     @functools.cached_property
     def shape(self) -> KVShape:
         """What it keeps of a token, found by a forward pass over one."""
-        recorder = _Recorder()
+        cache = DynamicCache()
         ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
-        hidden = self._own.hidden(recorder, input_ids=ids)
-        layers = [recorder.shapes.get(i) for i in range(len(recorder.shapes))]
-        if not layers or None in layers:
+        hidden = self._own.hidden(cache, input_ids=ids)
+        kept = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
+        ]
+        layers = [
+            (k.shape[1], k.shape[-1], v.shape[-1])
+            for k, v in kept
+            if k is not None and v is not None
+        ]
+        if not layers or len(layers) < len(kept):
             raise UnsupportedNetworkError(
                 f"{type(self._model).__name__} keeps no keys and values in some layers."
             )
-        return KVShape(tuple(layers), hidden.shape[-1], hidden.dtype, hidden.device)  # type: ignore[arg-type]
+        return KVShape(tuple(layers), hidden.shape[-1], hidden.dtype, hidden.device)
 
     def forward(self, ids: Tensor, positions: Tensor, window: KVWindow) -> Tensor:
         """[rows, width, hidden_size] of ids int64[rows, width]; keys and values in the window."""
         masks = {kind: window.bias(size) for kind, size in self._windows.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-        return self._own.hidden(_WindowCache(window), **inputs)
+        return self._own.hidden(window, **inputs)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """float32[n, V] of hidden states [n, hidden_size]; `out` may be used for them."""
         return self._own.logits(hidden)
-
-
-class _WindowCache(Cache):
-    """A window as transformers' modules see it."""
-
-    def __init__(self, window: KVWindow) -> None:
-        super().__init__(layers=[])
-        self._window = window
-
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
-        return self._window.update(layer_idx, key_states, value_states)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._window.start
-
-
-class _Recorder(Cache):
-    """Notes what the layers keep."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.shapes: dict[int, tuple[int, int, int]] = {}
-
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
-        self.shapes[layer_idx] = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
 
 
 class LlamaNetwork:
@@ -471,7 +452,7 @@ class _LlamaLayer:
             part.view(rows, width, self._heads, -1).transpose(1, 2)
             for part in (_rotated(keys, *turns), values)
         )
-        keys, values = window.update(index, keys, values)
+        keys, values = window.update(keys, values, index)
         # Queries that share keys are further rows of one product: no key is repeated.
         groups = queries.shape[1] // self._heads
         folded = _rotated(queries, *turns).view(rows, width, self._heads, groups, -1)

@@ -91,7 +91,7 @@ class Reference:
         parts = [span(row) for row in numbers]
         for layer in range(len(SHAPE.layers)):
             keys, values = zip(*(layers(part)[layer] for part in parts), strict=True)
-            window.update(layer, torch.stack(keys), torch.stack(values))
+            window.update(torch.stack(keys), torch.stack(values), layer)
         window.write_hidden(torch.stack([part.hidden for part in parts]))
 
     def append(self) -> None:
@@ -263,7 +263,7 @@ class TestWindow:
         window = KVWindow(batch, slice(1, 3), 6, 8)
         for layer in range(2):
             keys, values = zip(*(layers(part)[layer] for part in new), strict=True)
-            found = window.update(layer, torch.stack(keys), torch.stack(values))
+            found = window.update(torch.stack(keys), torch.stack(values), layer)
             for place, start, numbers in ((0, 2, range(10, 14)), (1, 4, range(20, 22))):
                 ids = [*numbers, *((70, 71) if place == 0 else (80, 81))]
                 for mine, theirs in zip(found, layers(span(ids))[layer], strict=True):
@@ -279,7 +279,7 @@ class TestWindow:
         new = [span([50, 51]), span([60, 61]), span([70, 71])]
         for layer in range(2):
             keys, values = zip(*(layers(part)[layer] for part in new), strict=True)
-            window.update(layer, torch.stack(keys), torch.stack(values))
+            window.update(torch.stack(keys), torch.stack(values), layer)
         window.write_hidden(torch.stack([part.hidden for part in new]))
         assert_equal(batch.read(0, 0, 6), span([0, 1, 2, 3, 50, 51]))
         assert_equal(batch.read(1, 0, 4), span([10, 11, 12, 61]))
