@@ -70,11 +70,6 @@ class PrefixCache:
         # A node is moved to the end after all nodes below it, so the first one is always a leaf.
         self._recency: OrderedDict[_Node, None] = OrderedDict()
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are kept."""
-        return sum(len(node.tokens) for node in self._recency)
-
     def clear(self) -> None:
         """Forget everything; the statistics are kept."""
         self._children.clear()

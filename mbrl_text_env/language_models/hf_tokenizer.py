@@ -70,11 +70,8 @@ class HFTokenizer:
         # Where the model has fewer rows than the tokenizer has tokens, it cannot read the rest.
         self.vocab_size: int = getattr(text_config, "vocab_size", None) or len(self.tokenizer)
         generation = _load_optional("GenerationConfig", source) if named else None
-        self.stop_token_ids = (
-            frozenset(stop_token_ids)
-            if stop_token_ids is not None
-            else _stop_ids(self.tokenizer.eos_token_id, generation or text_config)
-        )
+        known = _stop_ids(self.tokenizer.eos_token_id, generation or text_config)
+        self.stop_token_ids = known if stop_token_ids is None else frozenset(stop_token_ids)
         self.context_length: int = context_length or _context_limit(text_config, self.tokenizer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HFTokenizer:
@@ -105,16 +102,14 @@ class HFTokenizer:
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt: chat messages through the chat template, plain text as it is.
 
-        Contents are encoded as text: a control token that is written out in one, such as
-        `<|im_end|>`, is read as its characters. The template's own are tokens. Plain text follows
-        what the tokenizer puts before every text (a token for its beginning), and nothing behind
-        it, since the response goes on from there.
+        Plain text follows what the tokenizer puts before every text (a token for its beginning),
+        and nothing is put behind it, since the response goes on from there.
 
         Raises:
             PromptTooLongError: It leaves no room for a response.
             UnknownTokenError: It has a token that the model does not know.
-            ValueError: It is a chat, and the tokenizer has no chat template, or one that refuses
-                it (for its roles, or their order).
+            PromptEncodingError: It is a chat, and the tokenizer has no chat template, or one that
+                refuses it (for its roles, or their order).
         """
         if isinstance(prompt.content, str):
             ids = [*self._content.opening, *self.encode_text(prompt.content)]
@@ -153,12 +148,7 @@ class HFTokenizer:
     def check_prompt(
         self, prompt: Prompt, ids: Sequence[int], context_length: int, vocab_size: int
     ) -> None:
-        """Refuse a prompt that leaves no room, or has a token without a row in the model.
-
-        Raises:
-            PromptTooLongError: See `check_room`.
-            UnknownTokenError: The tokenizer knows more tokens than the model, and it has one.
-        """
+        """Refuse a prompt that leaves no room, or has a token for which the model has no row."""
         check_room(prompt, len(ids), context_length)
         unknown = next((token for token in ids if token >= vocab_size), None)
         if unknown is not None:
@@ -228,10 +218,9 @@ def _context_limit(config: Any, tokenizer: Any) -> int:
 
 
 def control_texts(tokenizer: Any) -> tuple[str, ...]:
-    """The texts that a transformers tokenizer reads as control tokens.
+    """The texts of a tokenizer's special tokens, and of the added ones that its template writes.
 
-    These are its special tokens, and those of its added tokens that its chat template writes: some
-    models mark turns, reasoning or the results of tools with tokens that are not called special.
+    Some models mark turns, reasoning or results of tools with tokens that are not called special.
     """
     template = getattr(tokenizer, "chat_template", None) or ""
     source = "\n".join(template.values()) if isinstance(template, dict) else template
@@ -271,15 +260,14 @@ def plain_text(text: str, is_special: Callable[[str], bool]) -> str:
 
 
 class ContentEncoder:
-    """Encodes texts and chats with a transformers tokenizer, their contents as text.
+    """Encodes texts and chats with a transformers tokenizer, which is read at first use.
 
     The ids of contents without control tokens' texts are exactly those that the tokenizer and its
     `apply_chat_template` give. Where a text holds one, the template is rendered with something else
     in its place, so that the template's own control tokens can be told from it. Then the whole is
     encoded by a copy of the tokenizer that knows control tokens by other names: everything else
     (pre-tokenization, merges across the template's edges, white space) is the tokenizer's own.
-    Tokenizers that are not made of the `tokenizers` library cannot be copied so; there, the texts
-    of control tokens get a zero-width space. The tokenizer is read at first use.
+    Tokenizers that are not made of the `tokenizers` library cannot be copied so: see `plain_text`.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -300,9 +288,7 @@ class ContentEncoder:
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat and of what begins the answer to it.
 
-        Raises:
-            Exception: Whatever the chat template raises.
-            ValueError: The chat template leaves out a message.
+        Raises what the chat template does, and a ValueError where it leaves out a message.
         """
         kept_apart = self._careful or any(self._marks_in(m).meet(m.content) for m in messages)
         apart = self._apart if kept_apart else None
@@ -327,10 +313,7 @@ class ContentEncoder:
 
     @functools.cached_property
     def opening(self) -> list[int]:
-        """Control tokens that the tokenizer puts before every text, such as the first of a text.
-
-        What it puts behind a text, as for classification, is not for texts that go on.
-        """
+        """Control tokens that the tokenizer puts before every text."""
         inner, whole = _ids(self.tokenizer, "a"), list(self.tokenizer("a")["input_ids"])
         places = (i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
         return whole[: next(places, 0)]
@@ -444,15 +427,13 @@ class _Apart:
         # Special tokens are then encoded as any text; the new names are not special.
         self._tokenizer.encode_special_tokens = True
         flags = ("single_word", "lstrip", "rstrip")
-        self._tokenizer.add_tokens(
-            [
-                AddedToken(
-                    self._names[t["content"]], normalized=False, **{flag: t[flag] for flag in flags}
-                )
-                for t in found
-            ]
-        )
-        self._ids = {self._tokenizer.token_to_id(self._names[t["content"]]): t["id"] for t in found}
+        options = [{"normalized": False, **{flag: t[flag] for flag in flags}} for t in found]
+        names = list(self._names.values())
+        added = [AddedToken(name, **given) for name, given in zip(names, options, strict=True)]
+        self._tokenizer.add_tokens(added)
+        self._ids = {
+            self._tokenizer.token_to_id(n): t["id"] for n, t in zip(names, found, strict=True)
+        }
         # Any text may have unknown words.
         self._control = {t["id"] for t in found if t["content"] != unknown}
 
@@ -484,7 +465,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _finds_hidden(tokenizer: Any, texts: Collection[str]) -> bool:
     """Whether control tokens may be found in texts that do not contain them as they are written.
 
-    So it is where a text is normalized before, or where a model of words or pieces has them.
+    So it is where a text is normalized before, or a model of words or pieces has them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

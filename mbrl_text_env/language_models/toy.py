@@ -1,8 +1,7 @@
 """Small language models whose distributions are known exactly.
 
 They answer what a search should have found: all responses can be enumerated with their
-probabilities. They are fast enough for thousands of property-test cases and implement the whole
-protocol.
+probabilities.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ from mbrl_text_env.types import Chunk, FinishReason, Prompt, TextState
 
 STOP = 0
 """Id of the stop token of every toy."""
-_Row = npt.NDArray[np.float64]
+Ids = tuple[int, ...]
+Row = npt.NDArray[np.float64]
 
 
 class CharTokenizer:
@@ -57,7 +57,7 @@ class CharTokenizer:
         self._texts = ["", *alphabet]
         self._id_of = {character: i + 1 for i, character in enumerate(alphabet)}
 
-    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+    def encode_prompt(self, prompt: Prompt) -> Ids:
         """Ids of the prompt's characters; characters outside the alphabet are left out.
 
         Raises:
@@ -92,9 +92,7 @@ class ExactLM(CharTokenizer, FeatureModel):
         self.feature_size = self.vocab_size
 
     @abstractmethod
-    def next_probabilities(
-        self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]
-    ) -> npt.NDArray[np.float64]:
+    def next_probabilities(self, prompt_ids: Ids, response_ids: Ids) -> Row:
         """float64[vocab_size], the distribution of the next token."""
 
     def features(
@@ -142,9 +140,7 @@ class ExactLM(CharTokenizer, FeatureModel):
         flops = self.flops_per_token * (prefix_tokens + new)
         return Usage(prompt_tokens=prefix_tokens, generated_tokens=new, lm_calls=1, lm_flops=flops)
 
-    def responses(
-        self, state: TextState, max_response_tokens: int
-    ) -> Iterator[tuple[tuple[int, ...], float]]:
+    def responses(self, state: TextState, max_response_tokens: int) -> Iterator[tuple[Ids, float]]:
         """Every complete response after `state` with its probability; they sum to 1.
 
         A response is complete when it ends with the stop token or has `max_response_tokens`.
@@ -160,7 +156,7 @@ class ExactLM(CharTokenizer, FeatureModel):
             for response, probability in self.responses(child, max_response_tokens):
                 yield response, float(probabilities[token]) * probability
 
-    def _after(self, state: TextState, ids: tuple[int, ...]) -> _Row:
+    def _after(self, state: TextState, ids: Ids) -> Row:
         return self.next_probabilities(state.prompt_ids, state.response_ids + ids)
 
     def _draw(self, request: SampleRequest, k: int) -> Chunk:
@@ -168,7 +164,7 @@ class ExactLM(CharTokenizer, FeatureModel):
         uniforms = stream(request.seed, state, request.first_sample + k).random(
             min(request.max_new_tokens, room_after(state, self.context_length))
         )
-        ids: tuple[int, ...] = ()
+        ids: Ids = ()
         logprobs: tuple[float, ...] = ()
         for uniform in uniforms:
             own = self._after(state, ids)
@@ -182,12 +178,8 @@ class ExactLM(CharTokenizer, FeatureModel):
 class TableLM(ExactLM):
     """A table from response prefixes to next-token distributions.
 
-    Args:
-        alphabet: The characters that it writes.
-        table: Probabilities (float[len(alphabet) + 1], the stop token first) by the text of the
-            response prefix. A prefix that is not in the table has the uniform distribution.
-        context_length: Most tokens of prompt and response together.
-        flops_per_token: What a token is charged in the ledger.
+    `table` has probabilities (float[len(alphabet) + 1], the stop token first) by the text of the
+    response prefix. A prefix that is not in it has the uniform distribution.
 
     Raises:
         ValueError: A row has a wrong length, a negative entry, or does not sum to 1; or a prefix
@@ -209,7 +201,7 @@ class TableLM(ExactLM):
     ) -> None:
         super().__init__(alphabet, context_length, flops_per_token)
         self.table = dict(table)
-        self._rows: dict[tuple[int, ...], _Row] = {}
+        self._rows: dict[Ids, Row] = {}
         for prefix, row in table.items():
             unknown = set(prefix) - set(alphabet)
             if unknown:
@@ -228,9 +220,7 @@ class TableLM(ExactLM):
             self._rows[tuple(self._id_of[c] for c in prefix)] = values
         self._uniform = np.full(self.vocab_size, 1.0 / self.vocab_size)
 
-    def next_probabilities(
-        self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]
-    ) -> npt.NDArray[np.float64]:
+    def next_probabilities(self, prompt_ids: Ids, response_ids: Ids) -> Row:
         """The prefix's row of the table, or the uniform distribution."""
         return self._rows.get(response_ids, self._uniform)
 
@@ -238,20 +228,9 @@ class TableLM(ExactLM):
 class NGramLM(ExactLM):
     """An n-gram model with random probabilities, fixed by a seed.
 
-    The next token depends on the last `order - 1` tokens of prompt and response. Its distribution
-    is drawn from a symmetric Dirichlet distribution.
-
-    Args:
-        alphabet: The characters that it writes.
-        order: n, at least 1.
-        seed: Determines every probability.
-        concentration: Of the Dirichlet distribution; small values make peaked distributions.
-        stop_probability: Probability of the stop token at every place, 0 up to (not including) 1.
-        context_length: Most tokens of prompt and response together.
-        flops_per_token: What a token is charged in the ledger.
-
-    Raises:
-        ValueError: A number is outside its range.
+    The next token depends on the last `order - 1` tokens of prompt and response. The stop token has
+    `stop_probability`, from 0 up to (not including) 1, at every place; the rest is drawn from a
+    symmetric Dirichlet distribution, peaked where its `concentration` is small.
     """
 
     def __init__(
@@ -272,11 +251,9 @@ class NGramLM(ExactLM):
             )
         self.order, self.seed = order, seed
         self.concentration, self.stop_probability = concentration, stop_probability
-        self._rows: dict[tuple[int, ...], _Row] = {}
+        self._rows: dict[Ids, Row] = {}
 
-    def next_probabilities(
-        self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]
-    ) -> npt.NDArray[np.float64]:
+    def next_probabilities(self, prompt_ids: Ids, response_ids: Ids) -> Row:
         """The distribution after the last `order - 1` tokens."""
         context = (prompt_ids + response_ids)[1 - self.order :] if self.order > 1 else ()
         if context not in self._rows:
@@ -287,9 +264,7 @@ class NGramLM(ExactLM):
         return self._rows[context]
 
 
-def draw_token(
-    probabilities: npt.NDArray[np.float64], params: SamplingParams, uniform: float
-) -> int:
+def draw_token(probabilities: Row, params: SamplingParams, uniform: float) -> int:
     """Turn one uniform number in [0, 1) into a token of a distribution float64[V].
 
     It is the inverse of the cumulative distribution, after temperature, top-k and top-p.
@@ -301,9 +276,7 @@ def draw_token(
     return min(token, len(probabilities) - 1)
 
 
-def shaped(
-    probabilities: npt.NDArray[np.float64], params: SamplingParams
-) -> npt.NDArray[np.float64]:
+def shaped(probabilities: Row, params: SamplingParams) -> Row:
     """The distribution that tokens are drawn from: float64[V], sums to 1 (temperature above 0)."""
     # Relative to the largest, so that no quotient by a small temperature overflows.
     with np.errstate(divide="ignore", over="ignore"):

@@ -1,7 +1,6 @@
 """Any causal language model of transformers, by name or folder.
 
-Keys and values of prefixes seen before are found by their token ids, a state's prefix is computed
-once for all its samples, and sequences that end make room for others.
+A state's prefix is computed once for all its samples; sequences that end make room for others.
 """
 
 from __future__ import annotations
@@ -79,8 +78,8 @@ class TransformersLM(FeatureModel):
         prefix_cache: Whether prefixes are kept between calls.
 
     Raises:
-        ModelLoadError: Nothing could be loaded, or the model keeps no key-value cache (RWKV; Mamba
-            before transformers 5.24), or no way is right.
+        ModelLoadError: Nothing could be loaded, the model keeps no key-value cache (RWKV), or no
+            way is right.
         ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
             or int8 is asked for where it is not offered.
 
@@ -203,7 +202,7 @@ class TransformersLM(FeatureModel):
         """This model with a LoRA adapter of peft, by its folder or name on the Hub.
 
         Both can be used side by side; only the weights that the adapter changes are held twice.
-        Without a `name` it is called after this model and the folder.
+        By default its name is this model's and the folder's.
 
         Raises:
             ModelLoadError: There is no adapter, or it belongs to another model.
@@ -453,10 +452,7 @@ class TransformersLM(FeatureModel):
                     yield i, hidden[firsts[i] :], len(sequences[i])
 
     def _judging(self, prefix: Tokens, tokens: Sequence[int]) -> Tokens:
-        """What a pass goes over to judge tokens after a prefix.
-
-        The last one is left out, unless it takes a longrope model across its switch.
-        """
+        """What a pass goes over to judge tokens; the last one only where it crosses the switch."""
         crosses = len(prefix) + len(tokens) - 1 == self._switch
         return (*prefix, *(tokens if crosses else tokens[:-1]))
 

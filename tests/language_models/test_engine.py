@@ -227,7 +227,7 @@ class TestCache:
         kept = []
         for seed in range(12):
             lm.features([state_of(random_ids(3 + seed, 100 + seed))])
-            kept.append(lm._cache.num_tokens)
+            kept.append(lm.cached_bytes // token_bytes(lm))
         assert 10 < max(kept) <= lm.cache_tokens
         lm.clear_cache()
         lm.features([state_of(random_ids(21, 2))])
