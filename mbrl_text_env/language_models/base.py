@@ -352,6 +352,16 @@ def room_after(state: TextState, context_length: int) -> int:
     return context_length - length
 
 
+def check_room(prompt: Prompt, length: int, context_length: int) -> None:
+    """Raise a PromptTooLongError where a prompt of `length` tokens leaves no room to respond."""
+    if length >= context_length:
+        raise PromptTooLongError(
+            f"Prompt {prompt.id!r} has {length} tokens, but the model's context holds "
+            f"{context_length} tokens of prompt and response together. Shorten it, or use a model "
+            "with a longer context."
+        )
+
+
 def finish_reason(
     tokenizer: Tokenizer, state: TextState, token_ids: Sequence[int]
 ) -> FinishReason | None:

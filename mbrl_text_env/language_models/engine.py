@@ -177,7 +177,7 @@ class CachedBatch:
     def __init__(self, network: Network, cache: PrefixCache, kv: KVBatch) -> None:
         self.kv = kv
         self._network, self._cache = network, cache
-        self._held: tuple[Tokens, Span] | None = None
+        self._held: dict[Tokens, Span] = {}
 
     def add(
         self, sequences: Sequence[Tokens], copies: Sequence[int], hold: bool = False
@@ -193,10 +193,10 @@ class CachedBatch:
             self.kv.shift()
         first = self.kv.size
         rows, missing = self._fill(sequences)
-        self._held = None
+        self._held.clear()
         if hold:
             row = first + rows.index(len(sequences) - 1)
-            self._held = sequences[-1], self.kv.read(row, 0, len(sequences[-1]))
+            self._held[sequences[-1]] = self.kv.read(row, 0, len(sequences[-1]))
         for row, i in enumerate(list(rows), start=first):
             for _ in range(copies[i] - 1):
                 self.kv.copy(row)
@@ -243,7 +243,8 @@ class CachedBatch:
     def _fill(self, sequences: Sequence[Tokens]) -> tuple[list[int], list[int]]:
         """A row for each sequence: their order, and the tokens of each that were computed."""
         first = self.kv.size
-        known = [self._spans(sequence) for sequence in sequences]
+        held = self._held
+        known = [[held[s]] if s in held else self._cache.match(s) for s in sequences]
         pairs = zip(sequences, known, strict=True)
         missing = [len(sequence) - sum(map(len, spans)) for sequence, spans in pairs]
         # Rows of similar work lie next to each other, so that a pass over them has little padding.
@@ -256,11 +257,6 @@ class CachedBatch:
         for row, i in enumerate(order, start=first):
             self._remember(row, sequences[i], missing[i])
         return order, missing
-
-    def _spans(self, sequence: Tokens) -> Sequence[Span]:
-        if self._held is not None and self._held[0] == sequence:
-            return [self._held[1]]
-        return self._cache.match(sequence)
 
     def _compute(self, rows: slice, chosen: Sequence[tuple[Tokens, int]]) -> None:
         """Forward passes over the last tokens of some rows: (sequence, number of tokens)."""

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from mbrl_text_env.language_models.base import (
     PromptEncodingError,
-    PromptTooLongError,
     UnknownTokenError,
+    check_room,
 )
 from mbrl_text_env.runs import digest
 from mbrl_text_env.types import Message, Prompt
@@ -191,16 +191,6 @@ def _load_optional(factory: str, source: Any) -> Any:
         return getattr(transformers, factory).from_pretrained(str(source))
     except (OSError, ValueError):
         return None
-
-
-def check_room(prompt: Prompt, length: int, context_length: int) -> None:
-    """Raise a PromptTooLongError where a prompt of `length` tokens leaves no room to respond."""
-    if length >= context_length:
-        raise PromptTooLongError(
-            f"Prompt {prompt.id!r} has {length} tokens, but the model's context holds "
-            f"{context_length} tokens of prompt and response together. Shorten it, or use a model "
-            "with a longer context."
-        )
 
 
 def _stop_ids(eos_token_id: int | None, config: Any) -> frozenset[int]:

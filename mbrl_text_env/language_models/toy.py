@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from mbrl_text_env.language_models.base import (
     FeatureModel,
-    PromptTooLongError,
     SampleRequest,
     SamplingParams,
     charge,
     check_judging_arguments,
     check_requests,
+    check_room,
     finish_reason,
     has_stop_text,
     prefix_of,
@@ -58,17 +58,9 @@ class CharTokenizer:
         self._id_of = {character: i + 1 for i, character in enumerate(alphabet)}
 
     def encode_prompt(self, prompt: Prompt) -> Ids:
-        """Ids of the prompt's characters; characters outside the alphabet are left out.
-
-        Raises:
-            PromptTooLongError: The prompt leaves no room for a response.
-        """
+        """Ids of the prompt's characters; characters outside the alphabet are left out."""
         ids = tuple(self._id_of[c] for c in prompt.text if c in self._id_of)
-        if len(ids) >= self.context_length:
-            raise PromptTooLongError(
-                f"Prompt {prompt.id!r} has {len(ids)} tokens, but the context holds "
-                f"{self.context_length} tokens of prompt and response together. Shorten it."
-            )
+        check_room(prompt, len(ids), self.context_length)
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
