@@ -1,7 +1,4 @@
-"""How a transformers model is made ready: adapters merged, and a right way of computing it found.
-
-Which way is right is tried out on random tokens when the model is loaded.
-"""
+"""How a transformers model is made ready: adapters merged, and a right way to compute it found."""
 
 from __future__ import annotations
 
@@ -19,15 +16,9 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
-from mbrl_text_env.language_models.engine import (
-    Batch,
-    CachedBatch,
-    OwnBatch,
-    PrefixCache,
-    Tokens,
-    plain_hidden,
-)
+from mbrl_text_env.language_models import engine
 from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError, load
 from mbrl_text_env.language_models.networks import (
     KVBatch,
@@ -105,13 +96,12 @@ def choose_way(model: Any, dtype: torch.dtype, name: str) -> Way:
     reason: Exception | None = None
     for steps, alone in ((True, False), (True, True), (False, True)):
         try:
-            trial.check(functools.partial(OwnBatch, own, model, steps), alone)
+            trial.check(functools.partial(engine.OwnBatch, own, model, steps), alone)
             trial.check_hidden(alone)
+            return Way(own, network, steps, alone)
         except Exception as error:
             logger.info("%s is not computed with steps=%s, alone=%s: %s", name, steps, alone, error)
             reason = error
-            continue
-        return Way(own, network, steps, alone)
     raise ModelLoadError(
         f"{type(model).__name__} is computed rightly in no way that is known ({reason}). Use a "
         "model with attention, such as Llama, Qwen, Gemma or GPT-2."
@@ -127,13 +117,12 @@ def _cached_network(model: Any, trial: _Trial, name: str) -> Network | None:
         try:
             network = make()
             trial.check_network(network)
+            return network
         except Exception as error:
             # Whatever a family does in its own way, the next way may be right about.
             logger.info("%s runs without a prefix cache: %s", name, error)
             if isinstance(error, DifferenceError):
                 warnings.warn(f"{error} A slower way is taken.", stacklevel=5)
-            continue
-        return network
     return None
 
 
@@ -149,9 +138,8 @@ class _Trial:
         longest = min(_PROBE_TOKENS + (window if window <= _PROBE_WINDOW else 0), most - _STEPS)
         lengths = [max(1, longest), max(1, longest // 2), max(1, longest // 4), max(1, longest)]
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, longest + _STEPS))
-        self._sequences: list[Tokens] = [
-            tuple(row[: length + _STEPS].tolist()) for row, length in zip(ids, lengths, strict=True)
-        ]
+        rows = zip(ids.tolist(), lengths, strict=True)
+        self._sequences = [tuple(row[: length + _STEPS]) for row, length in rows]
         self._expected = [self._reference(sequence) for sequence in self._sequences]
         width = self._expected[0].shape[-1]
         weight = getattr(model.get_input_embeddings(), "weight", None)
@@ -169,11 +157,11 @@ class _Trial:
                 "is_decoder=True in its config."
             )
 
-    def _reference(self, ids: Tokens) -> torch.Tensor:
+    def _reference(self, ids: engine.Tokens) -> Tensor:
         """float32[len(ids), V]: what the model itself makes of a sequence, without any cache."""
         tensor = torch.tensor([ids], device=self._model.device)
         try:
-            logits: torch.Tensor = self._model(input_ids=tensor, use_cache=False).logits[0]
+            logits: Tensor = self._model(input_ids=tensor, use_cache=False).logits[0]
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise ModelLoadError(
@@ -183,7 +171,7 @@ class _Trial:
             ) from error
         return logits.float()
 
-    def _compare(self, logits: torch.Tensor, expected: torch.Tensor, subject: str) -> None:
+    def _compare(self, logits: Tensor, expected: Tensor, subject: str) -> None:
         found = difference(logits, expected, self._model.dtype)
         if found is not None:
             raise DifferenceError(
@@ -194,12 +182,12 @@ class _Trial:
     def check_network(self, network: Network) -> None:
         """Raise an error unless it agrees: rows side by side, prefixes kept, steps."""
         longest = max(map(len, self._sequences))
-        cache = PrefixCache(_KV_BYTES)
+        cache = engine.PrefixCache(_KV_BYTES)
 
-        def make() -> CachedBatch:
+        def make() -> engine.CachedBatch:
             kv = KVBatch(network.shape, len(self._sequences) + 1, longest)
             kv.clear(longest - _STEPS, longest)
-            return CachedBatch(network, cache, kv)
+            return engine.CachedBatch(network, cache, kv)
 
         subject = type(network).__name__
         for sequences in (self._sequences, self._sequences[:1]):
@@ -216,7 +204,9 @@ class _Trial:
         )
         self.check(make, False, subject)
 
-    def check(self, make: Callable[[], Batch], alone: bool, subject: str | None = None) -> None:
+    def check(
+        self, make: Callable[[], engine.Batch], alone: bool, subject: str | None = None
+    ) -> None:
         """Raise an error unless batches agree, while they grow and lose rows."""
         for indices in self._groups(alone):
             batch = make()
@@ -241,7 +231,7 @@ class _Trial:
         """Raise an error unless passes without a cache agree."""
         for indices in self._groups(alone):
             sequences = [self._sequences[i] for i in indices]
-            found = plain_hidden(self._own, sequences, self._model.device)
+            found = engine.plain_hidden(self._own, sequences, self._model.device)
             for i, hidden in zip(indices, found, strict=True):
                 self._compare(self._own.logits(hidden), self._expected[i], "A padded batch")
 
@@ -251,7 +241,7 @@ class _Trial:
         yield from ([i] for i in everything) if alone else [everything, [0, everything[-1]]]
 
 
-def difference(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float | None:
+def difference(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
     """By how much a logit differs, where that is more than the rounding of a format."""
     found = float((logits - expected).abs().max())
     # "<=" is false for NaN, which is a difference too.
