@@ -9,13 +9,16 @@ A constraint is a JSON object with a `type` and the arguments of that type:
 An empty response (nothing but white space) satisfies no constraint, whatever its type. It has no
 commas and few words, and a language model would otherwise be rewarded for saying nothing.
 
-`checkers` has the types, `prefixes` what the beginning of a response decides.
+`kinds` has the types: of each its description, its check and what a prefix decides.
 """
 
-from mbrl_text_env.rewards.verifiable.constraints.checkers import CONSTRAINT_TYPES
-from mbrl_text_env.rewards.verifiable.constraints.checking import ConstraintError, check_constraint
-from mbrl_text_env.rewards.verifiable.constraints.prefixes import prefix_verdict
-from mbrl_text_env.rewards.verifiable.constraints.reward import ConstraintsReward
+from mbrl_text_env.rewards.verifiable.constraints.kinds import CONSTRAINT_TYPES
+from mbrl_text_env.rewards.verifiable.constraints.reward import (
+    ConstraintError,
+    ConstraintsReward,
+    check_constraint,
+    prefix_verdict,
+)
 
 __all__ = [
     "CONSTRAINT_TYPES",

@@ -1,0 +1,536 @@
+"""The types of constraints: of each its description, its check, and what a prefix decides of it.
+
+Most follow IFEval: Zhou et al., "Instruction-Following Evaluation for Large Language Models", 2023,
+and its code, https://github.com/google-research/google-research (instruction_following_eval). Each
+docstring says how it deviates. Common to all: words are counted in any script that puts spaces
+between them, texts are compared in Unicode's composed form, curly apostrophes are straight ones,
+"less than n" is "at most" here, and what needs a tokenizer of NLTK there is done by rules.
+
+What a prefix decides is sound: True or False means that every continuation comes out so. None means
+that continuations differ, or that the rule does not see that they do not; the latter is so for
+words whose last letters a combining accent could still change, where nothing of ASCII follows.
+"""
+
+# ruff: noqa: RUF001 - the commas and quotation marks of other scripts are meant.
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NewType, TypeVar, get_type_hints
+
+from mbrl_text_env.rewards.verifiable.constraints.text import (
+    bare_words,
+    count_occurrences,
+    count_sentences,
+    is_of_marks,
+    normal,
+    settled_phrases,
+    settled_text,
+    settled_words,
+    words_of,
+)
+from mbrl_text_env.rewards.verifiable.isolated import import_optional
+from mbrl_text_env.tables import refuse_constant
+
+Verdict = bool | None
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+Letter = NewType("Letter", str)
+LanguageCode = NewType("LanguageCode", str)
+_CODES = (
+    "af ar bg bn ca cs cy da de el en es et fa fi fr gu he hi hr hu id it ja kn ko lt lv mk ml "
+    "mr ne nl no pa pl pt ro ru sk sl so sq sv sw ta te th tl tr uk ur vi zh-cn zh-tw"
+)
+LANGUAGES = frozenset(_CODES.split())
+"""The languages that langdetect knows, by their codes (mostly of ISO 639-1)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of constraint; called with a response that is not blank and the arguments, it checks.
+
+    Args:
+        description: What it asks for, and how it deviates from IFEval.
+        check: Whether a whole response satisfies it: `check(response, **arguments)`.
+        prefix: What becomes of every response that begins with a prefix, which is not blank, or
+            None: `prefix(prefix, **arguments)`.
+        arguments: The types of the arguments by their names; `prompt` is the text of the prompt.
+    """
+
+    description: str
+    check: Callable[..., bool]
+    prefix: Callable[..., Verdict]
+    arguments: Mapping[str, Any]
+
+    def __call__(self, response: str, **arguments: Any) -> bool:
+        """Whether a whole response satisfies it."""
+        return self.check(response, **arguments)
+
+
+CONSTRAINT_TYPES: dict[str, Kind] = {}
+"""Every type by its name. `check_constraint` also checks the arguments, and blank responses."""
+
+
+def _arguments(function: Callable[..., Any], **more: Any) -> dict[str, Any]:
+    hints = get_type_hints(function)
+    text = function.__code__.co_varnames[0]
+    return {name: hints[name] for name in hints if name not in (text, "return")} | more
+
+
+def _kind(
+    prefix: Callable[..., Verdict] | None = None,
+    *,
+    stays: bool | None = None,
+    settled: Callable[[str], str] = str,
+) -> Callable[[Function], Function]:
+    """A type of constraint, named, described and checked by a function.
+
+    Args:
+        prefix: What a prefix decides.
+        stays: In its place: True if what the settled part of a prefix satisfies stays satisfied,
+            False if what it breaks stays broken. None if nothing is decided before the end.
+        settled: The part of a prefix that stays as it is.
+    """
+
+    def note(check: Function) -> Function:
+        def verdict(prefix: str, **arguments: Any) -> Verdict:
+            if stays is None or check(settled(prefix), **arguments) is not stays:
+                return None
+            return stays
+
+        CONSTRAINT_TYPES[check.__name__] = Kind(
+            check.__doc__ or "", check, prefix or verdict, _arguments(check)
+        )
+        return check
+
+    return note
+
+
+def _counted(
+    settled: Callable[[str], str] = str,
+    *,
+    at_least: str | None = None,
+    at_most: str | None = None,
+    exactly: str | None = None,
+) -> Callable[[Function], Function]:
+    """Up to three types of constraint, by their names, of a function that counts something.
+
+    Args:
+        settled: The part of a prefix whose count nothing after it lowers.
+        at_least: The name of the type that asks for at least `value`; and so on.
+    """
+
+    def note(count: Function) -> Function:
+        def is_at_least(text: str, value: int, **arguments: Any) -> bool:
+            return bool(count(text, **arguments) >= value)
+
+        def is_at_most(text: str, value: int, **arguments: Any) -> bool:
+            return bool(count(text, **arguments) <= value)
+
+        def is_exactly(text: str, value: int, **arguments: Any) -> bool:
+            return bool(count(text, **arguments) == value)
+
+        def enough(prefix: str, value: int, **arguments: Any) -> Verdict:
+            return is_at_least(settled(prefix), value, **arguments) or None
+
+        def too_many(prefix: str, value: int, **arguments: Any) -> Verdict:
+            return None if is_at_most(settled(prefix), value, **arguments) else False
+
+        for name, words, check, verdict in (
+            (at_least, "At least", is_at_least, enough),
+            (at_most, "At most", is_at_most, too_many),
+            (exactly, "Exactly", is_exactly, too_many),
+        ):
+            if name:
+                description = f"{words} `value` {count.__doc__}"
+                types = _arguments(count, value=int)
+                CONSTRAINT_TYPES[name] = Kind(description, check, verdict, types)
+        return count
+
+    return note
+
+
+# --- What is counted ---
+
+
+@_counted(at_least="min_words", at_most="max_words")
+def words(text: str) -> int:
+    """words: runs without white space that have a letter or a digit in them.
+
+    A Chinese, Japanese or Thai text without spaces is one word. IFEval's `number_words` counts runs
+    of letters, digits and underscores: "don't" is two there.
+    """
+    return sum(any(map(str.isalnum, word)) for word in text.split())
+
+
+# "2" may become the number of a list, and "p.s" an abbreviation, while no space follows; and
+# whether "U.S." ends a sentence depends on the next word alone.
+@_counted(settled_words, at_least="min_sentences", at_most="max_sentences", exactly="num_sentences")
+def sentences(text: str) -> int:
+    """sentences.
+
+    A sentence ends at a full stop, question mark, exclamation mark or ellipsis that is followed by
+    white space, at the full stops of other scripts (Chinese, Japanese, Hindi, Arabic, Urdu and
+    more), at a blank line and at the end. Numbers of a list, English titles such as "Dr." and marks
+    without any words do not count. Initials ("J. K. Rowling") and abbreviations such as "U.S.",
+    "Ph.D." and "Inc." end a sentence where a word follows that usually begins one, such as "The";
+    "p.m." and "etc." where a capital letter follows. Speech that ends in a mark of its own
+    ('"Stop!" she said.') does. IFEval asks NLTK's punkt.
+    """
+    return count_sentences(text)
+
+
+_PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
+
+
+@_counted(at_least="min_paragraphs", at_most="max_paragraphs", exactly="num_paragraphs")
+def paragraphs(text: str) -> int:
+    """paragraphs, separated by one or more blank lines; in IFEval by "***"."""
+    return len(_PARAGRAPH_BREAK.split(text.strip()))
+
+
+# A mark and text after it; a line of three marks or more is a rule across the page.
+_BULLET = re.compile(r"^[ \t]*(?!([-*])(?:[ \t]*\1){2,}[ \t\r]*$)[-*][ \t]+\S", re.MULTILINE)
+_OPEN_RULE = re.compile(r"(?:^|\n)[ \t]*([-*])(?:[ \t]*\1)*[ \t\r]*\Z")
+
+
+def _without_open_rule(prefix: str) -> str:
+    return _OPEN_RULE.sub("", prefix)
+
+
+@_counted(_without_open_rule, exactly="num_bullets")
+def bullets(text: str) -> int:
+    """lines that start with "-" or "*" and white space, and go on.
+
+    Indentation is ignored. A rule across the page, such as "* * *", is none. IFEval's
+    `number_bullet_lists` asks for no space after the mark.
+    """
+    return sum(1 for _ in _BULLET.finditer(text))
+
+
+@_counted(
+    settled_phrases,
+    at_least="keyword_count",
+    at_most="max_keyword_count",
+    exactly="exact_keyword_count",
+)
+def occurrences(text: str, keyword: str) -> int:
+    """occurrences of `keyword` as whole words, in any case; see `keywords`.
+
+    IFEval's `frequency` counts it inside of other words, too.
+    """
+    return count_occurrences(keyword, text)
+
+
+@_counted(settled_text, at_least="min_letter_count", at_most="max_letter_count")
+def letters(text: str, letter: Letter) -> int:
+    """occurrences of `letter`, small or capital, as in IFEval; it may be a digit or a mark."""
+    text, form = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", letter)
+    return sum(map(text.count, {form, form.lower(), form.upper()}))
+
+
+@_counted(settled_words, at_least="min_capital_words", at_most="max_capital_words")
+def capital_words(text: str) -> int:
+    """words in capitals, marks and digits aside: "NO", "I", "B-52s" not.
+
+    IFEval's `capital_word_frequency` separates words from marks with NLTK first; the count differs
+    where a word holds both, as in "HE'll".
+    """
+    return sum(map(str.isupper, text.split()))
+
+
+@_counted(at_least="placeholders")
+def placeholders(text: str) -> int:
+    """[bracketed] placeholders, not blank (in IFEval they may be); repeated ones count each."""
+    return sum(bool(inside.strip()) for inside in re.findall(r"\[([^\[\]\n]+)\]", text))
+
+
+@_counted(at_least="highlights")
+def highlights(text: str) -> int:
+    """*highlighted* or **highlighted** parts of lines.
+
+    Spaces inside the marks at either end make none, as in Markdown, so that "2 * 3 * 4" has none;
+    IFEval's `number_highlighted_sections` counts those.
+    """
+    return len(re.findall(r"\*\*(?=\S)[^*\n]+(?<=\S)\*\*|\*(?=\S)[^*\n]+(?<=\S)\*", text))
+
+
+@_counted(at_least="sections")
+def sections(text: str, splitter: str) -> int:
+    """times `splitter`, such as "Section", before a number, as in IFEval.
+
+    It has to be in this case, and no end of a longer word.
+    """
+    return len(re.findall(rf"(?<![^\W_]){re.escape(splitter.strip())}\s?\d+", text))
+
+
+# --- What is there, or is not ---
+
+
+@_kind(stays=True, settled=settled_phrases)
+def keywords(response: str, value: list[str]) -> bool:
+    """Every word or phrase of `value` occurs as whole words, in any case.
+
+    Marks of Markdown around it (`**river**`, `_river_`) are no part of it. Where a script has no
+    spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), a phrase is found wherever
+    its characters stand, in longer words too; a Korean one also with particles after it. IFEval's
+    `existence` finds all of them inside of other words.
+    """
+    return all(count_occurrences(word, response) for word in value)
+
+
+@_kind(stays=False, settled=settled_phrases)
+def forbidden_words(response: str, value: list[str]) -> bool:
+    """No word or phrase of `value` occurs as whole words, in any case; see `keywords`."""
+    return not any(count_occurrences(word, response) for word in value)
+
+
+@_kind(stays=False)
+def no_commas(response: str) -> bool:
+    """No comma, nor its Arabic, Chinese or Japanese form (which IFEval's `no_comma` allows)."""
+    return set(",，、،").isdisjoint(response)
+
+
+# One small letter before a prefix, and it is lowercase unless there is a capital in it.
+@_kind(stays=False, settled="a{}".format)
+def lowercase(response: str) -> bool:
+    """There are letters that have a case, and all of them are small.
+
+    IFEval's `english_lowercase` asks langdetect for English as well; add `language` for that.
+    """
+    return response.islower()
+
+
+@_kind(stays=False, settled="A{}".format)
+def uppercase(response: str) -> bool:
+    """There are letters that have a case, and all of them are capitals; see `lowercase`."""
+    return response.isupper()
+
+
+@_kind(stays=True)
+def title(response: str) -> bool:
+    """There is a title in <<double angle brackets>>, on one line and not blank, as in IFEval."""
+    titles = re.findall(r"<<((?:(?!<<|>>)[^\n])+)>>", response)
+    return any(text.strip("<> \t") for text in titles)
+
+
+@_kind(stays=True)
+def postscript(response: str) -> bool:
+    """There is a line that starts with "P.S."; indentation and marks such as `**` are ignored.
+
+    IFEval's also takes "p. s." and the middle of a line.
+    """
+    return re.search(r"^[ \t>#*_]*P\.S\.", response, re.MULTILINE) is not None
+
+
+# --- How it begins and ends ---
+
+
+def _begins(prefix: str, value: str) -> Verdict:
+    # With something after it, so that its own white space stays.
+    begun, wanted = normal(f"{settled_text(prefix)}.")[:-1], normal(value)
+    if begun.startswith(wanted):
+        return True
+    return None if wanted.startswith(begun) else False
+
+
+@_kind(_begins)
+def starts_with(response: str, value: str) -> bool:
+    """The first characters are `value`, in this case; white space around either is ignored.
+
+    There is no such type in IFEval.
+    """
+    return normal(response).startswith(normal(value))
+
+
+@_kind()
+def ends_with(response: str, value: str) -> bool:
+    """The last characters are `value`, in this case; white space around either is ignored.
+
+    IFEval's `end_checker` ignores the case, and quotation marks around the response.
+    """
+    return normal(response).endswith(normal(value))
+
+
+_QUOTES = {'"': '"', "“": "”"}
+
+
+def _opens_quotation(prefix: str) -> Verdict:
+    return None if prefix.lstrip()[0] in _QUOTES else False
+
+
+@_kind(_opens_quotation)
+def quoted(response: str) -> bool:
+    """The first and last characters are double quotation marks, straight or curly, around text.
+
+    Further quotation marks between them are allowed, for a quotation may have speech in it. IFEval
+    takes straight ones only.
+    """
+    text = response.strip()
+    return bool(text[1:-1].strip()) and _QUOTES.get(text[0]) == text[-1]
+
+
+def _repeats(prefix: str, prompt: str) -> Verdict:
+    asked, given = words_of(prompt), words_of(settled_words(prefix))
+    if given[: len(asked)] != asked[: len(given)]:
+        return False
+    # A word has begun after the last one that was asked for, if not ended.
+    return True if len(given) >= len(asked) and len(prefix.split()) > len(asked) else None
+
+
+@_kind(_repeats)
+def repeats_prompt(response: str, prompt: str) -> bool:
+    """The response begins with the words of the prompt, in any case, and goes on after them.
+
+    Of a chat, the last message of the user counts. IFEval's `repeat_prompt` repeats a text that is
+    an argument (that is `starts_with` here), and asks for nothing after it.
+    """
+    asked, given = words_of(prompt), words_of(response)
+    return len(given) > len(asked) and given[: len(asked)] == asked
+
+
+def _first_word_of_paragraph(prefix: str, index: int, value: str) -> Verdict:
+    begun = _PARAGRAPH_BREAK.split(prefix.lstrip())
+    if index > len(begun):
+        return None
+    paragraph, ended = begun[index - 1], index < len(begun)
+    settled = paragraph if ended else settled_words(paragraph)
+    if is_of_marks(settled) and not ended:
+        return None
+    return bare_words(settled)[:1] == bare_words(value)[:1]
+
+
+@_kind(_first_word_of_paragraph)
+def paragraph_first_word(response: str, index: int, value: str) -> bool:
+    """Paragraph `index`, the first being 1, begins with the word `value`, in any case.
+
+    Marks around the word are ignored, and bullets, headings and dashes before it. IFEval's
+    `nth_paragraph_first_word` also asks for a number of paragraphs; add `num_paragraphs` for that.
+    """
+    found = _PARAGRAPH_BREAK.split(response.strip())[index - 1 : index]
+    return [bare_words(text)[:1] for text in found] == [bare_words(value)[:1]]
+
+
+# --- The whole response ---
+
+
+def _is_object_so_far(prefix: str) -> Verdict:
+    space = " \t\n\r"
+    text = prefix.lstrip(space)
+    if text and not text.startswith("{"):
+        return False
+    try:
+        _, end = json.JSONDecoder(parse_constant=refuse_constant).raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return False if text[end:].strip(space) else None
+
+
+@_kind(_is_object_so_far)
+def json_object(response: str) -> bool:
+    """The whole response is a JSON object, without a code fence or other text around it.
+
+    IFEval's `json_format` takes any JSON value, and one in a code fence.
+    """
+    try:
+        return isinstance(json.loads(response, parse_constant=refuse_constant), dict)
+    except (ValueError, RecursionError):
+        # Thousands of opening brackets, a usual way for a small model to fail, end in the latter.
+        return False
+
+
+def _list_numbers(text: str) -> list[int]:
+    # More digits are no number of a list.
+    return list(map(int, re.findall(r"^[ \t]*(\d{1,9})[.)][ \t]+\S", text, re.MULTILINE)))
+
+
+def _is_numbered_so_far(prefix: str, value: int) -> Verdict:
+    numbers = _list_numbers(prefix)
+    return None if numbers == list(range(1, value + 1))[: len(numbers)] else False
+
+
+@_kind(_is_numbered_so_far)
+def numbered_list(response: str, value: int) -> bool:
+    """The lines with numbers ("1. ", "2) ") are numbered from 1 to `value`, one after the other.
+
+    Indentation is ignored. There is no such type in IFEval.
+    """
+    return _list_numbers(response) == list(range(1, value + 1))
+
+
+_SPLITTER = "******"
+
+
+def _begins_two_texts(prefix: str) -> Verdict:
+    *ended, last = (part.strip() for part in prefix.split(_SPLITTER))
+    texts = [part for part in ended if part]
+    # Marks at the end may become the next splitter.
+    begun = [*texts, last.rstrip("*").strip()] if last.rstrip("*").strip() else texts
+    if not all(ended[1:]) or len(begun) > 2 or (len(texts) == 2 and texts[0] == texts[1]):
+        return False
+    return None
+
+
+@_kind(_begins_two_texts)
+def two_responses(response: str) -> bool:
+    """Two different texts, separated by ******.
+
+    As in IFEval, there may be the same marks before the first and after the second.
+    """
+    parts = [part.strip() for part in response.split(_SPLITTER)]
+    texts = [part for part in parts if part]
+    return len(texts) == 2 and texts[0] != texts[1] and all(parts[1:-1])
+
+
+def _begins_option(prefix: str, value: list[str]) -> Verdict:
+    settled = settled_words(prefix)
+    if is_of_marks(settled):
+        return None
+    begun = bare_words(settled)
+    return None if any(bare_words(option)[: len(begun)] == begun for option in value) else False
+
+
+@_kind(_begins_option)
+def one_of(response: str, value: list[str]) -> bool:
+    """The response is one of the options and nothing else, in any case, marks aside.
+
+    An option of nothing but marks has to be there as it is.
+    IFEval's `constrained_response` asks only that an option is in it, so that an answer that names
+    several passes.
+    """
+    return bare_words(response) in map(bare_words, value)
+
+
+@_kind()
+def language(response: str, value: LanguageCode) -> bool:
+    """The likeliest language is `value` by langdetect, whose random numbers get a fixed seed.
+
+    Short texts get its best guess, too, which is often wrong for less than about five words; so
+    give the response a least number of words. A response without anything to tell a language by
+    (digits, marks) fails. IFEval's `response_language` lets that pass, and draws other random
+    numbers in each call. The extra `verify` has to be installed (`RewardError`).
+    """
+    detectors = _detectors()
+    from langdetect.lang_detect_exception import LangDetectException
+
+    detector = detectors.create()
+    detector.append(response)
+    try:
+        return bool(detector.detect() == value)
+    except LangDetectException:
+        return False
+
+
+@lru_cache(maxsize=1)
+def _detectors() -> Any:
+    # A factory of our own: the package's default one is shared by all that use it, as is its seed.
+    module = import_optional("langdetect.detector_factory", "langdetect", "verify")
+    factory = module.DetectorFactory()
+    factory.load_profile(module.PROFILES_DIRECTORY)
+    factory.set_seed(0)
+    return factory
