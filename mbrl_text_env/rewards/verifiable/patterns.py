@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ Match = Literal["full", "search"]
 
 
 @named("regex")
+@dataclass(eq=False)
 class RegexReward(RewardModel):
     r"""1 if the response matches a regular expression, else 0.
 
@@ -26,8 +28,8 @@ class RegexReward(RewardModel):
     additions such as `\p{L}`.
 
     A pattern such as `(a+)+$` can take exponential time. A match that takes longer than `seconds`
-    is an error and no 0: it is the pattern that is at fault, which its author can fix, and a 0
-    would fall upon whatever responses a busy machine was slow with.
+    is an error and no 0: the pattern is at fault, and a 0 would fall upon whatever responses a busy
+    machine was slow with.
 
     Args:
         pattern: The pattern; None to read `prompt.metadata["pattern"]`.
@@ -49,26 +51,21 @@ class RegexReward(RewardModel):
 
     name = "regex"
 
-    def __init__(
-        self,
-        pattern: str | None = None,
-        *,
-        match: Match = "full",
-        flags: str = "",
-        seconds: float = 1.0,
-    ) -> None:
-        if match not in get_args(Match):
-            raise ValueError(f"match: expected 'full' or 'search', got {match!r}.")
-        if not set(flags) <= set("imsx"):
-            raise ValueError(f"flags: expected letters of 'imsx', got {flags!r}.")
-        if not 0 < seconds < float("inf"):
-            raise ValueError(f"seconds: expected a positive number, got {seconds!r}.")
-        self.pattern = pattern
-        self.match = match
-        self.flags = flags
-        self.seconds = seconds
-        if pattern is not None:
-            _compiled(pattern, flags, f"Reward model {self.name!r}")
+    pattern: str | None = None
+    _: KW_ONLY
+    match: Match = "full"
+    flags: str = ""
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.match not in get_args(Match):
+            raise ValueError(f"match: expected 'full' or 'search', got {self.match!r}.")
+        if not set(self.flags) <= set("imsx"):
+            raise ValueError(f"flags: expected letters of 'imsx', got {self.flags!r}.")
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds: expected a positive number, got {self.seconds!r}.")
+        if self.pattern is not None:
+            _compiled(self.pattern, self.flags, f"Reward model {self.name!r}")
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether there is a pattern, the constructor's or the prompt's."""

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +26,7 @@ MAX_DEPTH = 100
 
 
 @named("json-schema")
+@dataclass(eq=False)
 class JSONSchemaReward(RewardModel):
     """1 if the response is JSON that satisfies a schema, else 0, or part of 1 for any JSON.
 
@@ -63,26 +65,21 @@ class JSONSchemaReward(RewardModel):
     name = "json-schema"
     part_names = ("parses", "valid")
 
-    def __init__(
-        self,
-        schema: Mapping[str, Any] | bool | None = None,
-        *,
-        code_fence: bool = False,
-        partial_credit: float = 0.0,
-        seconds: float = 5.0,
-    ) -> None:
-        if not 0 <= partial_credit <= 1:
+    schema: Mapping[str, Any] | bool | None = None
+    _: KW_ONLY
+    code_fence: bool = False
+    partial_credit: float = 0.0
+    seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.partial_credit <= 1:
             raise ValueError(
-                f"partial_credit: expected a number from 0 to 1, got {partial_credit!r}."
+                f"partial_credit: expected a number from 0 to 1, got {self.partial_credit!r}."
             )
-        if not 0 < seconds < float("inf"):
-            raise ValueError(f"seconds: expected a positive number, got {seconds!r}.")
-        self.schema = schema
-        self.code_fence = code_fence
-        self.partial_credit = partial_credit
-        self.seconds = seconds
-        if schema is not None:
-            _checked_schema(schema, f"Reward model {self.name!r}")
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds: expected a positive number, got {self.seconds!r}.")
+        if self.schema is not None:
+            _checked_schema(self.schema, f"Reward model {self.name!r}")
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether there is a schema, the constructor's or the prompt's."""
@@ -107,10 +104,10 @@ class JSONSchemaReward(RewardModel):
         text = response if fence is None else fence[1]
         if not _is_json(text):
             return False, False
-        prepare = [f"{_HERE}:load_jsonschema"]
+        work, prepare = f"{_HERE}:validate", [f"{_HERE}:load_jsonschema"]
         try:
             problem, valid = call_isolated(
-                f"{_HERE}:validate", schema, text, seconds=self.seconds, prepare=prepare
+                work, schema, text, seconds=self.seconds, prepare=prepare
             )
         except IsolatedError as error:
             problem, valid = str(error), False
@@ -124,11 +121,7 @@ class JSONSchemaReward(RewardModel):
 
 
 def load_jsonschema() -> None:
-    """Import jsonschema; called in the helper process.
-
-    Raises:
-        RewardError: The extra `verify` is not installed.
-    """
+    """Import jsonschema, in the helper process."""
     import_optional("jsonschema", "jsonschema", "verify")
     # Each level of a value takes several frames of the validator.
     sys.setrecursionlimit(5000)
@@ -157,11 +150,7 @@ def _validator(schema: str) -> Any:
 
 
 def _checked_schema(schema: Any, context: str) -> str:
-    """The schema as JSON text.
-
-    Raises:
-        RewardError: It is none; the message begins with the context.
-    """
+    """The schema as JSON text; the error that it is none begins with the context."""
     try:
         text = json.dumps(schema, allow_nan=False)
         problem = "it is null" if schema is None else _schema_problem(text)
@@ -192,13 +181,6 @@ def _is_json(text: str) -> bool:
         return False
     level = [value]
     for _ in range(MAX_DEPTH):
-        if not level:
-            break
-        level = [child for parent in level for child in _children(parent)]
+        parents = [each for each in level if isinstance(each, dict | list)]
+        level = [c for each in parents for c in (each.values() if isinstance(each, dict) else each)]
     return not level
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
