@@ -49,7 +49,6 @@ Sources: the manual pages user_namespaces(7), pid_namespaces(7), pivot_root(2), 
 seccomp(2), prctl(2), getrlimit(2) and capabilities(7).
 """
 
-from mbrl_text_env.sandbox._facilities import Facility, facilities
 from mbrl_text_env.sandbox.programs import (
     Limits,
     Program,
@@ -58,7 +57,7 @@ from mbrl_text_env.sandbox.programs import (
     SandboxUnavailable,
     SandboxWarning,
 )
-from mbrl_text_env.sandbox.runner import run_program, run_programs
+from mbrl_text_env.sandbox.runner import Facility, facilities, run_program, run_programs
 
 __all__ = [
     "Facility",

@@ -1,11 +1,22 @@
-"""What is run in a sandbox, with which limits, and what came of it."""
+"""What is run in a sandbox, with which limits, what comes of it; and the caller's side of a box."""
 
 from __future__ import annotations
 
+import contextlib
+import marshal
+import os
+import select
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import Literal
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 MIB = 1 << 20
 
@@ -27,7 +38,7 @@ class SandboxWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """What a program may use; all of it positive.
 
     Args:
         cpu_seconds: Processor time of all its processes together, measured every 20 ms.
@@ -39,13 +50,6 @@ class Limits:
         max_files: Files and folders there.
         processes: Processes and threads at one time, itself included.
         output_bytes: Standard output and standard error together.
-
-    Raises:
-        ValueError: A limit is not positive.
-
-    Example:
-        >>> Limits(cpu_seconds=1, wall_seconds=2).memory_bytes == 256 * 2**20
-        True
     """
 
     cpu_seconds: float = 5.0
@@ -124,3 +128,227 @@ class ProgramResult:
     def timed_out(self) -> bool:
         """Whether the limit of wall time or of processor time ended it."""
         return self.reason in ("wall", "cpu")
+
+
+# --- The caller's side of a box: orders, output and result ---
+
+# How long the supervisor may take beyond the program's limit before it is given up.
+_GRACE_SECONDS = 30.0
+_OPTIONS = ("-X", "utf8", "-X", "int_max_str_digits=0")
+# The packages are entered by their folders alone, for their `__init__` would import numpy and more.
+_BOOT = """
+import sys
+for name, folder in {packages!r}:
+    package = type(sys)(name)
+    package.__path__ = [folder]
+    sys.modules[name] = package
+from mbrl_text_env.sandbox import _supervisor
+_supervisor.main()
+"""
+
+
+def run(program: Program, limits: Limits, strong: bool) -> ProgramResult:
+    """Run a program: in a box, or (`strong=False`) with limits and a process group alone."""
+    if strong:
+        return _run_in(program, limits, None)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return _run_in(program, limits, folder)
+
+
+def _run_in(program: Program, limits: Limits, folder: str | None) -> ProgramResult:
+    start = time.monotonic()
+    deadline = start + limits.wall_seconds + _GRACE_SECONDS
+    orders = _orders(program, limits, folder)
+    report, stdout, stderr, overflow = _keep(orders, limits.output_bytes, deadline)
+    outcome, _, rest = report.partition("\n")
+    if outcome != "ended":
+        raise SandboxError(
+            "Expected the sandbox to run a program, but it failed: "
+            f"{rest or outcome or _last_words(stderr)}. If that is for want of space, raise "
+            "`Limits.disk_bytes`; else see `sandbox.facilities()` for what this machine has."
+        )
+    status, reason, cpu, seconds = rest.split()
+    ended_by: Any = "output" if overflow else None if reason == "-" else reason
+    code = os.waitstatus_to_exitcode(int(status)) if int(status) >= 0 else 0
+    # The kernel's own limit, which is coarser, comes first if the supervisor gets no processor.
+    at_limit = -code in (signal.SIGXCPU, signal.SIGKILL) and float(cpu) >= limits.cpu_seconds
+    ended_by = ended_by or ("cpu" if at_limit else None)
+    return ProgramResult(
+        exit_code=code if code >= 0 and ended_by is None else None,
+        signal=-code if code < 0 and ended_by is None else None,
+        reason=ended_by,
+        stdout=stdout.decode(errors="replace"),
+        stderr=stderr.decode(errors="replace"),
+        cpu_seconds=float(cpu),
+        seconds=float(seconds),
+        total_seconds=time.monotonic() - start,
+    )
+
+
+def _last_words(stderr: bytes) -> str:
+    return f"the supervisor died; it said {stderr.decode(errors='replace')[-500:]!r}"
+
+
+def _orders(program: Program, limits: Limits, folder: str | None) -> dict[str, Any]:
+    files = {"main.py": program.source, **program.files}
+    return {
+        "probe": False,
+        "strong": folder is None,
+        "folder": folder,
+        # Integers of any length become texts, as in the Python for which most tests were written:
+        # what that takes is limited as all else is. `site` gives programs `exit` and `quit`.
+        "argv": [executable(), "-s", "-B", *_OPTIONS, "main.py"],
+        # Strings would otherwise have other hashes in each run, and sets another order; and the
+        # locale would depend on the machine.
+        "environment": {"PYTHONHASHSEED": "0", "PYTHONCOERCECLOCALE": "0"},
+        "stdin": program.stdin.encode(errors="surrogatepass"),
+        "stdin_path": program.stdin_path,
+        "files": {
+            path: content.encode(errors="surrogatepass") if isinstance(content, str) else content
+            for path, content in files.items()
+        },
+        "wall": limits.wall_seconds,
+        "cpu": limits.cpu_seconds,
+        "memory": limits.memory_bytes,
+        "disk": limits.disk_bytes,
+        # Besides the program's own, the tmpfs has four folders and their parts of the first page.
+        "max_files": limits.max_files + 6,
+        "rlimits": {
+            "CPU": int(limits.cpu_seconds) + 1,
+            "AS": limits.memory_bytes,
+            "FSIZE": limits.disk_bytes,
+            # The first process of the box counts too.
+            "NPROC": limits.processes + 1,
+            "STACK": 8 * MIB,
+            # 1 and not 0: a crash would else start the host's own handler, if it has one, which
+            # runs outside the box (core(5); the 1 is in the kernel's fs/coredump.c).
+            "CORE": 1,
+            "NOFILE": 64,
+            "SIGPENDING": 64,
+            **dict.fromkeys(("MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO"), 0),
+        },
+        **layout(),
+    }
+
+
+def probe() -> dict[str, str]:
+    """Reasons by the names of the namespaces that this machine does not give."""
+    report, _, stderr, _ = _keep({"probe": True}, MIB, time.monotonic() + _GRACE_SECONDS)
+    outcome, *lines = report.split("\n")
+    if outcome != "probe":
+        raise SandboxError(
+            "Expected the supervisor to look at what this machine has, but it failed: "
+            f"{' '.join(lines) or _last_words(stderr)}."
+        )
+    return dict(line.split("\t", 1) for line in lines)
+
+
+def _keep(
+    orders: dict[str, Any], output_bytes: int, deadline: float
+) -> tuple[str, bytes, bytes, bool]:
+    """Start a supervisor; return its report, the program's output, and whether that overflowed.
+
+    Nothing of this process is inherited but the pipes, and no code of it runs in the child, so it
+    may have any number of threads.
+    """
+    report_end, supervisor_end = os.pipe()
+    own = Path(__file__).parent
+    packages = [("mbrl_text_env", str(own.parent)), ("mbrl_text_env.sandbox", str(own))]
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, report_end)
+        try:
+            supervisor: Any = subprocess.Popen(  # noqa: S603 - a list, and our own program
+                [executable(), "-I", "-S", "-c", _BOOT.format(packages=packages)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={},
+                cwd="/",
+                pass_fds=(supervisor_end,),
+                start_new_session=True,
+                bufsize=0,
+            )
+        finally:
+            os.close(supervisor_end)
+        for pipe in (supervisor.stdin, supervisor.stdout, supervisor.stderr):
+            stack.callback(pipe.close)
+        stack.callback(supervisor.wait)
+        stack.callback(supervisor.kill)
+        message = marshal.dumps({**orders, "report": supervisor_end})
+        view = memoryview(len(message).to_bytes(8, "little") + message)
+        with contextlib.suppress(BrokenPipeError):  # A supervisor that died is noticed below.
+            while view:
+                view = view[os.write(supervisor.stdin.fileno(), view) :]
+        return _collect(supervisor, report_end, output_bytes, deadline)
+
+
+def _collect(
+    supervisor: Any, report_end: int, output_bytes: int, deadline: float
+) -> tuple[str, bytes, bytes, bool]:
+    """Read until all pipes have ended: then the supervisor is dead, and the box was before it."""
+    pipes = (supervisor.stdout.fileno(), supervisor.stderr.fileno(), report_end)
+    blocks: dict[int, list[bytes]] = {number: [] for number in pipes}
+    stdout, stderr, report = blocks.values()
+    poll = select.poll()
+    for number in blocks:
+        poll.register(number, select.POLLIN | select.POLLHUP)
+    left, open_pipes, overflow = output_bytes, len(blocks), False
+    while open_pipes:
+        ready = poll.poll(1000)
+        if not ready and supervisor.poll() is not None:
+            break  # Another thread has forked at the wrong moment, and its child holds a pipe open.
+        if time.monotonic() > deadline:
+            raise SandboxError("Expected the supervisor to end a program at its limit; it did not.")
+        for number, _ in ready:
+            block = os.read(number, 65536)
+            if not block:
+                poll.unregister(number)
+                open_pipes -= 1
+            elif number == report_end:
+                report.append(block)
+            else:
+                blocks[number].append(block[:left])
+                overflow = overflow or len(block) > left
+                left -= min(left, len(block))
+                if overflow:
+                    supervisor.stdin.close()  # The order to stop; what still comes is thrown away.
+    return b"".join(report).decode(errors="replace"), b"".join(stdout), b"".join(stderr), overflow
+
+
+# --- What a box shows of the host's files: what the interpreter needs, and no more ---
+
+
+@lru_cache(maxsize=1)
+def executable() -> str:
+    """The interpreter itself, not the link to it in a virtual environment."""
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+@lru_cache(maxsize=1)
+def layout() -> dict[str, list[Any]]:
+    """What the box shows of the host: the interpreter, its libraries, and four devices."""
+    machine = sysconfig.get_config_var("MULTIARCH") or ""
+    # The folders of Debian and its kin, which hold libraries alone; else the general ones.
+    systems = [f"{root}/{machine}" for root in ("/lib", "/usr/lib") if machine]
+    if not any(Path(path).is_dir() for path in systems):
+        systems = ["/lib", "/usr/lib"]
+    systems += ["/lib64", "/usr/lib64"]
+    base = os.path.realpath(sys.base_prefix)
+    own = [] if base == "/usr" else [f"{base}/lib"]
+    names = ("base", "installed_base", "platbase", "installed_platbase")
+    paths = dict.fromkeys(names, sys.base_prefix)
+    standard = [sysconfig.get_path(name, vars=paths) for name in ("stdlib", "platstdlib")]
+    wanted = [os.path.realpath(path) for path in (*systems, *own, *standard)]
+    folders = [path for path in dict.fromkeys(wanted) if Path(path).is_dir()]
+    folders = [
+        path for path in folders if not any(map(path.startswith, (f"{each}/" for each in folders)))
+    ]
+    patterns = ("site-packages", "dist-packages", "python*/site-packages", "python*/dist-packages")
+    masks = [str(mask) for path in folders for each in patterns for mask in Path(path).glob(each)]
+    links = [path for path in map(Path, ("/lib", "/lib64")) if path.is_symlink()]
+    files = ["/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
+    return {
+        "binds": [*folders, executable(), *filter(os.path.exists, files)],
+        "masks": masks,
+        "links": [(str(link), str(link.readlink())) for link in links],
+    }

@@ -1,21 +1,27 @@
-"""Run untrusted programs, each in a box of its own."""
+"""Run untrusted programs, each in a box of its own, on machines that have what a box needs."""
 
 from __future__ import annotations
 
 import os
+import platform
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
-from mbrl_text_env.sandbox import _box
-from mbrl_text_env.sandbox._facilities import facilities
+from mbrl_text_env.sandbox import _kernel
 from mbrl_text_env.sandbox.programs import (
     Limits,
     Program,
     ProgramResult,
+    SandboxError,
     SandboxUnavailable,
     SandboxWarning,
+    probe,
+    run,
 )
 
 
@@ -47,7 +53,7 @@ def run_program(
         '42\\n'
     """
     program = Program(source, stdin, files or {})
-    return _box.run(program, limits or Limits(), _is_strong(allow_weaker))
+    return run(program, limits or Limits(), _is_strong(allow_weaker))
 
 
 def run_programs(
@@ -57,18 +63,13 @@ def run_programs(
     workers: int | None = None,
     allow_weaker: bool = False,
 ) -> list[ProgramResult]:
-    """Run programs, several at a time; the results are in the order of the programs.
+    """Run programs, several at a time; results are in their order, errors as by `run_program`.
 
     Args:
-        programs: The programs; each has a box of its own.
+        programs: The programs; each has a box of its own. After an error no more are started.
         limits: The limits of those that have none of their own; None for `Limits()`.
         workers: How many run at a time; None for as many as this process has processors.
         allow_weaker: See `run_program`.
-
-    Raises:
-        SandboxUnavailable: As by `run_program`.
-        SandboxError: As by `run_program`; the programs that have not started are not run.
-        ValueError: `workers` is less than 1.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"Expected workers to be at least 1, or None, got {workers}.")
@@ -78,14 +79,13 @@ def run_programs(
     count = min(workers or _processors(), len(programs))
     with ThreadPoolExecutor(count, thread_name_prefix="sandbox") as pool:
         runs = [
-            pool.submit(_box.run, each, each.limits or limits or Limits(), strong)
-            for each in programs
+            pool.submit(run, each, each.limits or limits or Limits(), strong) for each in programs
         ]
         try:
-            return [run.result() for run in runs]
+            return [each.result() for each in runs]
         finally:
-            for run in runs:
-                run.cancel()
+            for each in runs:
+                each.cancel()
 
 
 def _processors() -> int:
@@ -116,4 +116,84 @@ def _warn_once(listed: str) -> None:
         f"connect to whatever you can. This machine lacks:\n{listed}",
         SandboxWarning,
         stacklevel=4,
+    )
+
+
+@dataclass(frozen=True)
+class Facility:
+    """Something that a sandbox needs of a machine.
+
+    Args:
+        name: What it is.
+        problem: Why it cannot be used, or "" if it can.
+        remedy: What to do where it cannot.
+    """
+
+    name: str
+    problem: str
+    remedy: str
+
+
+@lru_cache(maxsize=1)
+def facilities() -> tuple[Facility, ...]:
+    """Everything that a sandbox needs, and whether this machine has it; looked at once a process.
+
+    Example:
+        >>> [facility.name for facility in facilities() if facility.problem]  # doctest: +SKIP
+        []
+    """
+    found = _of_the_system()
+    if any(facility.problem for facility in found):
+        return found
+    try:
+        reasons = probe()
+    except SandboxError as error:
+        # Our own mistake, or an interpreter that does not start without its environment.
+        remedy = "Use another interpreter, or report it."
+        return (*found, Facility("a helper process", str(error), remedy))
+    remedy = (
+        "Set the sysctl user.max_user_namespaces above 0, and kernel.unprivileged_userns_clone to "
+        "1 where it exists; in a container, allow `unshare` in its seccomp profile."
+    )
+    for name in ("user", "PID", "mount", "network", "IPC", "UTS", "cgroup"):
+        found += (Facility(f"{name} namespaces", reasons.get(name, ""), remedy),)
+    return found if reasons else (*found, _whole())
+
+
+def _of_the_system() -> tuple[Facility, ...]:
+    machine, release, is_linux = platform.machine(), platform.release(), sys.platform == "linux"
+    numbers = [int(part) if part.isdigit() else 0 for part in release.split("-")[0].split(".")[:2]]
+    known = ", ".join(_kernel.MACHINES)
+    unknown = "" if machine in _kernel.MACHINES else f"the calls of {machine} are not in our table"
+    # Older kernels count the processes of a user over all boxes together.
+    old = "" if not is_linux or numbers >= [5, 14] else f"this is Linux {release}"
+    other = "" if is_linux else f"this is {sys.platform}"
+    found = [
+        Facility("Linux", other, "Use Linux, a virtual machine or WSL 2."),
+        Facility("a known processor", unknown, f"Use one of: {known}."),
+        Facility("Linux 5.14 or newer", old, "Use a newer kernel."),
+    ]
+    for name, path, option in (
+        ("seccomp filters", "/proc/sys/kernel/seccomp/actions_avail", "CONFIG_SECCOMP_FILTER"),
+        ("lists of children", f"/proc/self/task/{os.getpid()}/children", "CONFIG_PROC_CHILDREN"),
+    ):
+        problem = "" if Path(path).exists() else f"{path} is missing"
+        found.append(Facility(name, problem, f"Use a kernel with {option}."))
+    return tuple(found)
+
+
+def _whole() -> Facility:
+    """Whether a program really runs: mounts, ids and filters may be refused all the same."""
+    problem = ""
+    try:
+        result = run(Program("import math\nprint(6 * 7)"), Limits(), strong=True)
+        if result.stdout != "42\n" or result.exit_code != 0:
+            problem = f"a trial program ended with {result.exit_code}: {result.stderr[-300:]!r}"
+    except SandboxError as error:
+        problem = str(error)
+    return Facility(
+        "a box that works",
+        problem,
+        "On Ubuntu, set the sysctl kernel.apparmor_restrict_unprivileged_userns to 0; in a "
+        "container, allow `mount` and `pivot_root`, and give it more than one user id.",
     )
