@@ -155,7 +155,7 @@ def facilities() -> tuple[Facility, ...]:
         "Set the sysctl user.max_user_namespaces above 0, and kernel.unprivileged_userns_clone to "
         "1 where it exists; in a container, allow `unshare` in its seccomp profile."
     )
-    for name in ("user", "PID", "mount", "network", "IPC", "UTS", "cgroup"):
+    for name in _kernel.NAMESPACES:
         found += (Facility(f"{name} namespaces", reasons.get(name, ""), remedy),)
     return found if reasons else (*found, _whole())
 
