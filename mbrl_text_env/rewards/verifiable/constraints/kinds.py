@@ -16,11 +16,12 @@ words whose last letters a combining accent could still change, where nothing of
 from __future__ import annotations
 
 import json
+import operator
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial, wraps
 from typing import Any, NewType, TypeVar, get_type_hints
 
 from mbrl_text_env.rewards.verifiable.constraints.text import (
@@ -52,60 +53,58 @@ LANGUAGES = frozenset(_CODES.split())
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of constraint; called with a response that is not blank and the arguments, it checks.
+    """A type of constraint; called with a whole response and the arguments, it checks.
 
     Args:
         description: What it asks for, and how it deviates from IFEval.
-        check: Whether a whole response satisfies it: `check(response, **arguments)`.
-        prefix: What becomes of every response that begins with a prefix, which is not blank, or
-            None: `prefix(prefix, **arguments)`.
+        decide: `decide(text, ended, **arguments)`: whether the response, which is the text if that
+            has ended and else begins with it, satisfies it; None if that is open. The text is not
+            blank.
         arguments: The types of the arguments by their names; `prompt` is the text of the prompt.
     """
 
     description: str
-    check: Callable[..., bool]
-    prefix: Callable[..., Verdict]
+    decide: Callable[..., Verdict]
     arguments: Mapping[str, Any]
 
     def __call__(self, response: str, **arguments: Any) -> bool:
         """Whether a whole response satisfies it."""
-        return self.check(response, **arguments)
+        return bool(self.decide(response, True, **arguments))
 
 
 CONSTRAINT_TYPES: dict[str, Kind] = {}
 """Every type by its name. `check_constraint` also checks the arguments, and blank responses."""
 
 
-def _arguments(function: Callable[..., Any], **more: Any) -> dict[str, Any]:
-    hints = get_type_hints(function)
-    text = function.__code__.co_varnames[0]
-    return {name: hints[name] for name in hints if name not in (text, "return")} | more
+def _kind(decide: Function) -> Function:
+    """A type of constraint with the name and docstring of the function that decides it."""
+    _add(decide.__name__, decide.__doc__ or "", decide, get_type_hints(decide))
+    return decide
 
 
-def _kind(
-    prefix: Callable[..., Verdict] | None = None,
-    *,
-    stays: bool | None = None,
-    settled: Callable[[str], str] = str,
-) -> Callable[[Function], Function]:
-    """A type of constraint, named, described and checked by a function.
+def _add(name: str, description: str, decide: Callable[..., Verdict], hints: Any) -> None:
+    arguments = {key: hints[key] for key in hints.keys() - {"text", "ended", "return"}}
+    CONSTRAINT_TYPES[name] = Kind(description, decide, arguments)
+
+
+def _stays(verdict: bool | None, settled: Callable[[str], str] = str) -> Any:
+    """A type of constraint with a check of whole texts.
 
     Args:
-        prefix: What a prefix decides.
-        stays: In its place: True if what the settled part of a prefix satisfies stays satisfied,
-            False if what it breaks stays broken. None if nothing is decided before the end.
+        verdict: True if what the settled part of a prefix satisfies stays satisfied, False if what
+            it breaks stays broken, None if nothing is decided before the end.
         settled: The part of a prefix that stays as it is.
     """
 
     def note(check: Function) -> Function:
-        def verdict(prefix: str, **arguments: Any) -> Verdict:
-            if stays is None or check(settled(prefix), **arguments) is not stays:
-                return None
-            return stays
+        @wraps(check)
+        def decide(text: str, ended: bool, **arguments: Any) -> Verdict:
+            if ended:
+                return bool(check(text, **arguments))
+            is_decided = verdict is not None and check(settled(text), **arguments) is verdict
+            return verdict if is_decided else None
 
-        CONSTRAINT_TYPES[check.__name__] = Kind(
-            check.__doc__ or "", check, prefix or verdict, _arguments(check)
-        )
+        _kind(decide)
         return check
 
     return note
@@ -126,33 +125,29 @@ def _counted(
     """
 
     def note(count: Function) -> Function:
-        def is_at_least(text: str, value: int, **arguments: Any) -> bool:
-            return bool(count(text, **arguments) >= value)
-
-        def is_at_most(text: str, value: int, **arguments: Any) -> bool:
-            return bool(count(text, **arguments) <= value)
-
-        def is_exactly(text: str, value: int, **arguments: Any) -> bool:
-            return bool(count(text, **arguments) == value)
-
-        def enough(prefix: str, value: int, **arguments: Any) -> Verdict:
-            return is_at_least(settled(prefix), value, **arguments) or None
-
-        def too_many(prefix: str, value: int, **arguments: Any) -> Verdict:
-            return None if is_at_most(settled(prefix), value, **arguments) else False
-
-        for name, words, check, verdict in (
-            (at_least, "At least", is_at_least, enough),
-            (at_most, "At most", is_at_most, too_many),
-            (exactly, "Exactly", is_exactly, too_many),
+        hints = {**get_type_hints(count), "value": int}
+        for name, words, holds in (
+            (at_least, "At least", operator.ge),
+            (at_most, "At most", operator.le),
+            (exactly, "Exactly", operator.eq),
         ):
             if name:
-                description = f"{words} `value` {count.__doc__}"
-                types = _arguments(count, value=int)
-                CONSTRAINT_TYPES[name] = Kind(description, check, verdict, types)
+                decide = partial(_decide_count, count, settled, holds)
+                _add(name, f"{words} `value` {count.__doc__}", decide, hints)
         return count
 
     return note
+
+
+def _decide_count(
+    count: Any, settled: Any, holds: Any, text: str, ended: bool, *, value: int, **arguments: Any
+) -> Verdict:
+    if ended:
+        return bool(holds(count(text, **arguments), value))
+    found = count(settled(text), **arguments)
+    if holds is operator.ge:
+        return True if found >= value else None
+    return False if found > value else None
 
 
 # --- What is counted ---
@@ -272,8 +267,8 @@ def sections(text: str, splitter: str) -> int:
 # --- What is there, or is not ---
 
 
-@_kind(stays=True, settled=settled_phrases)
-def keywords(response: str, value: list[str]) -> bool:
+@_stays(True, settled_phrases)
+def keywords(text: str, value: list[str]) -> bool:
     """Every word or phrase of `value` occurs as whole words, in any case.
 
     Marks of Markdown around it (`**river**`, `_river_`) are no part of it. Where a script has no
@@ -281,233 +276,197 @@ def keywords(response: str, value: list[str]) -> bool:
     its characters stand, in longer words too; a Korean one also with particles after it. IFEval's
     `existence` finds all of them inside of other words.
     """
-    return all(count_occurrences(word, response) for word in value)
+    return all(count_occurrences(word, text) for word in value)
 
 
-@_kind(stays=False, settled=settled_phrases)
-def forbidden_words(response: str, value: list[str]) -> bool:
+@_stays(False, settled_phrases)
+def forbidden_words(text: str, value: list[str]) -> bool:
     """No word or phrase of `value` occurs as whole words, in any case; see `keywords`."""
-    return not any(count_occurrences(word, response) for word in value)
+    return not any(count_occurrences(word, text) for word in value)
 
 
-@_kind(stays=False)
-def no_commas(response: str) -> bool:
+@_stays(False)
+def no_commas(text: str) -> bool:
     """No comma, nor its Arabic, Chinese or Japanese form (which IFEval's `no_comma` allows)."""
-    return set(",，、،").isdisjoint(response)
+    return set(",，、،").isdisjoint(text)
 
 
 # One small letter before a prefix, and it is lowercase unless there is a capital in it.
-@_kind(stays=False, settled="a{}".format)
-def lowercase(response: str) -> bool:
+@_stays(False, "a{}".format)
+def lowercase(text: str) -> bool:
     """There are letters that have a case, and all of them are small.
 
     IFEval's `english_lowercase` asks langdetect for English as well; add `language` for that.
     """
-    return response.islower()
+    return text.islower()
 
 
-@_kind(stays=False, settled="A{}".format)
-def uppercase(response: str) -> bool:
+@_stays(False, "A{}".format)
+def uppercase(text: str) -> bool:
     """There are letters that have a case, and all of them are capitals; see `lowercase`."""
-    return response.isupper()
+    return text.isupper()
 
 
-@_kind(stays=True)
-def title(response: str) -> bool:
+@_stays(True)
+def title(text: str) -> bool:
     """There is a title in <<double angle brackets>>, on one line and not blank, as in IFEval."""
-    titles = re.findall(r"<<((?:(?!<<|>>)[^\n])+)>>", response)
-    return any(text.strip("<> \t") for text in titles)
+    titles = re.findall(r"<<((?:(?!<<|>>)[^\n])+)>>", text)
+    return any(each.strip("<> \t") for each in titles)
 
 
-@_kind(stays=True)
-def postscript(response: str) -> bool:
+@_stays(True)
+def postscript(text: str) -> bool:
     """There is a line that starts with "P.S."; indentation and marks such as `**` are ignored.
 
     IFEval's also takes "p. s." and the middle of a line.
     """
-    return re.search(r"^[ \t>#*_]*P\.S\.", response, re.MULTILINE) is not None
+    return re.search(r"^[ \t>#*_]*P\.S\.", text, re.MULTILINE) is not None
 
 
 # --- How it begins and ends ---
 
 
-def _begins(prefix: str, value: str) -> Verdict:
-    # With something after it, so that its own white space stays.
-    begun, wanted = normal(f"{settled_text(prefix)}.")[:-1], normal(value)
-    if begun.startswith(wanted):
-        return True
-    return None if wanted.startswith(begun) else False
-
-
-@_kind(_begins)
-def starts_with(response: str, value: str) -> bool:
+@_kind
+def starts_with(text: str, ended: bool, value: str) -> Verdict:
     """The first characters are `value`, in this case; white space around either is ignored.
 
     There is no such type in IFEval.
     """
-    return normal(response).startswith(normal(value))
+    # A prefix with something after it, so that its own white space stays.
+    begun = normal(text) if ended else normal(f"{settled_text(text)}.")[:-1]
+    wanted = normal(value)
+    if begun.startswith(wanted):
+        return True
+    return None if wanted.startswith(begun) and not ended else False
 
 
-@_kind()
-def ends_with(response: str, value: str) -> bool:
+@_stays(None)
+def ends_with(text: str, value: str) -> bool:
     """The last characters are `value`, in this case; white space around either is ignored.
 
     IFEval's `end_checker` ignores the case, and quotation marks around the response.
     """
-    return normal(response).endswith(normal(value))
+    return normal(text).endswith(normal(value))
 
 
-_QUOTES = {'"': '"', "“": "”"}
-
-
-def _opens_quotation(prefix: str) -> Verdict:
-    return None if prefix.lstrip()[0] in _QUOTES else False
-
-
-@_kind(_opens_quotation)
-def quoted(response: str) -> bool:
+@_kind
+def quoted(text: str, ended: bool) -> Verdict:
     """The first and last characters are double quotation marks, straight or curly, around text.
 
     Further quotation marks between them are allowed, for a quotation may have speech in it. IFEval
     takes straight ones only.
     """
-    text = response.strip()
-    return bool(text[1:-1].strip()) and _QUOTES.get(text[0]) == text[-1]
+    text = text.strip()
+    closing = {'"': '"', "“": "”"}.get(text[0])
+    if not ended and closing:
+        return None
+    return bool(text[1:-1].strip()) and text[-1] == closing
 
 
-def _repeats(prefix: str, prompt: str) -> Verdict:
-    asked, given = words_of(prompt), words_of(settled_words(prefix))
-    if given[: len(asked)] != asked[: len(given)]:
-        return False
-    # A word has begun after the last one that was asked for, if not ended.
-    return True if len(given) >= len(asked) and len(prefix.split()) > len(asked) else None
-
-
-@_kind(_repeats)
-def repeats_prompt(response: str, prompt: str) -> bool:
+@_kind
+def repeats_prompt(text: str, ended: bool, prompt: str) -> Verdict:
     """The response begins with the words of the prompt, in any case, and goes on after them.
 
     Of a chat, the last message of the user counts. IFEval's `repeat_prompt` repeats a text that is
     an argument (that is `starts_with` here), and asks for nothing after it.
     """
-    asked, given = words_of(prompt), words_of(response)
-    return len(given) > len(asked) and given[: len(asked)] == asked
+    asked, given = words_of(prompt), words_of(text if ended else settled_words(text))
+    if given[: len(asked)] != asked[: len(given)]:
+        return False
+    # A word has begun after the last one that was asked for, if not ended.
+    goes_on = len(given) >= len(asked) and len(text.split()) > len(asked)
+    return True if goes_on else False if ended else None
 
 
-def _first_word_of_paragraph(prefix: str, index: int, value: str) -> Verdict:
-    begun = _PARAGRAPH_BREAK.split(prefix.lstrip())
-    if index > len(begun):
-        return None
-    paragraph, ended = begun[index - 1], index < len(begun)
-    settled = paragraph if ended else settled_words(paragraph)
-    if is_of_marks(settled) and not ended:
-        return None
-    return bare_words(settled)[:1] == bare_words(value)[:1]
-
-
-@_kind(_first_word_of_paragraph)
-def paragraph_first_word(response: str, index: int, value: str) -> bool:
+@_kind
+def paragraph_first_word(text: str, ended: bool, index: int, value: str) -> Verdict:
     """Paragraph `index`, the first being 1, begins with the word `value`, in any case.
 
     Marks around the word are ignored, and bullets, headings and dashes before it. IFEval's
     `nth_paragraph_first_word` also asks for a number of paragraphs; add `num_paragraphs` for that.
     """
-    found = _PARAGRAPH_BREAK.split(response.strip())[index - 1 : index]
-    return [bare_words(text)[:1] for text in found] == [bare_words(value)[:1]]
+    found = _PARAGRAPH_BREAK.split(text.strip() if ended else text.lstrip())
+    if index > len(found):
+        return False if ended else None
+    begun, is_whole = found[index - 1], ended or index < len(found)
+    if not is_whole:
+        begun = settled_words(begun)
+        if is_of_marks(begun):
+            return None
+    return bare_words(begun)[:1] == bare_words(value)[:1]
 
 
 # --- The whole response ---
 
 
-def _is_object_so_far(prefix: str) -> Verdict:
-    space = " \t\n\r"
-    text = prefix.lstrip(space)
-    if text and not text.startswith("{"):
-        return False
-    try:
-        _, end = json.JSONDecoder(parse_constant=refuse_constant).raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    return False if text[end:].strip(space) else None
-
-
-@_kind(_is_object_so_far)
-def json_object(response: str) -> bool:
+@_kind
+def json_object(text: str, ended: bool) -> Verdict:
     """The whole response is a JSON object, without a code fence or other text around it.
 
     IFEval's `json_format` takes any JSON value, and one in a code fence.
     """
+    decoder, space = json.JSONDecoder(parse_constant=refuse_constant), " \t\n\r"
+    text = text.lstrip(space)
+    if text and not text.startswith("{"):
+        return False
     try:
-        return isinstance(json.loads(response, parse_constant=refuse_constant), dict)
+        _, end = decoder.raw_decode(text)
     except (ValueError, RecursionError):
         # Thousands of opening brackets, a usual way for a small model to fail, end in the latter.
-        return False
+        return False if ended else None
+    return False if text[end:].strip(space) else ended or None
 
 
-def _list_numbers(text: str) -> list[int]:
-    # More digits are no number of a list.
-    return list(map(int, re.findall(r"^[ \t]*(\d{1,9})[.)][ \t]+\S", text, re.MULTILINE)))
-
-
-def _is_numbered_so_far(prefix: str, value: int) -> Verdict:
-    numbers = _list_numbers(prefix)
-    return None if numbers == list(range(1, value + 1))[: len(numbers)] else False
-
-
-@_kind(_is_numbered_so_far)
-def numbered_list(response: str, value: int) -> bool:
+@_kind
+def numbered_list(text: str, ended: bool, value: int) -> Verdict:
     """The lines with numbers ("1. ", "2) ") are numbered from 1 to `value`, one after the other.
 
     Indentation is ignored. There is no such type in IFEval.
     """
-    return _list_numbers(response) == list(range(1, value + 1))
+    # More digits are no number of a list.
+    found = re.findall(r"^[ \t]*(\d{1,9})[.)][ \t]+\S", text, re.MULTILINE)
+    numbers, wanted = list(map(int, found)), list(range(1, value + 1))
+    if ended:
+        return numbers == wanted
+    return None if numbers == wanted[: len(numbers)] else False
 
 
-_SPLITTER = "******"
-
-
-def _begins_two_texts(prefix: str) -> Verdict:
-    *ended, last = (part.strip() for part in prefix.split(_SPLITTER))
-    texts = [part for part in ended if part]
-    # Marks at the end may become the next splitter.
-    begun = [*texts, last.rstrip("*").strip()] if last.rstrip("*").strip() else texts
-    if not all(ended[1:]) or len(begun) > 2 or (len(texts) == 2 and texts[0] == texts[1]):
-        return False
-    return None
-
-
-@_kind(_begins_two_texts)
-def two_responses(response: str) -> bool:
+@_kind
+def two_responses(text: str, ended: bool) -> Verdict:
     """Two different texts, separated by ******.
 
     As in IFEval, there may be the same marks before the first and after the second.
     """
-    parts = [part.strip() for part in response.split(_SPLITTER)]
-    texts = [part for part in parts if part]
-    return len(texts) == 2 and texts[0] != texts[1] and all(parts[1:-1])
+    parts = [part.strip() for part in text.split("******")]
+    if ended:
+        texts = list(filter(None, parts))
+        return len(texts) == 2 and texts[0] != texts[1] and all(parts[1:-1])
+    # Marks at the end may become the next separator.
+    last, texts = parts.pop().rstrip("*").strip(), list(filter(None, parts))
+    is_same = len(texts) == 2 and texts[0] == texts[1]
+    return False if not all(parts[1:]) or len(texts) + bool(last) > 2 or is_same else None
 
 
-def _begins_option(prefix: str, value: list[str]) -> Verdict:
-    settled = settled_words(prefix)
-    if is_of_marks(settled):
-        return None
-    begun = bare_words(settled)
-    return None if any(bare_words(option)[: len(begun)] == begun for option in value) else False
-
-
-@_kind(_begins_option)
-def one_of(response: str, value: list[str]) -> bool:
+@_kind
+def one_of(text: str, ended: bool, value: list[str]) -> Verdict:
     """The response is one of the options and nothing else, in any case, marks aside.
 
     An option of nothing but marks has to be there as it is.
     IFEval's `constrained_response` asks only that an option is in it, so that an answer that names
     several passes.
     """
-    return bare_words(response) in map(bare_words, value)
+    options = list(map(bare_words, value))
+    if ended:
+        return bare_words(text) in options
+    begun = settled_words(text)
+    if is_of_marks(begun):
+        return None
+    words = bare_words(begun)
+    return None if any(option[: len(words)] == words for option in options) else False
 
 
-@_kind()
-def language(response: str, value: LanguageCode) -> bool:
+@_stays(None)
+def language(text: str, value: LanguageCode) -> bool:
     """The likeliest language is `value` by langdetect, whose random numbers get a fixed seed.
 
     Short texts get its best guess, too, which is often wrong for less than about five words; so
@@ -519,7 +478,7 @@ def language(response: str, value: LanguageCode) -> bool:
     from langdetect.lang_detect_exception import LangDetectException
 
     detector = detectors.create()
-    detector.append(response)
+    detector.append(text)
     try:
         return bool(detector.detect() == value)
     except LangDetectException:

@@ -44,7 +44,7 @@ def check_constraint(
         True
     """
     kind, arguments = _read(constraint, prompt)
-    return bool(response.strip()) and kind.check(response, **arguments)
+    return bool(response.strip()) and kind(response, **arguments)
 
 
 def prefix_verdict(
@@ -66,7 +66,7 @@ def prefix_verdict(
         True
     """
     kind, arguments = _read(constraint, prompt)
-    return kind.prefix(prefix, **arguments) if prefix.strip() else None
+    return kind.decide(prefix, False, **arguments) if prefix.strip() else None
 
 
 def _read(constraint: Mapping[str, Any], prompt: str | None) -> tuple[Kind, dict[str, Any]]:
