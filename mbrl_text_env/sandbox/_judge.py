@@ -87,16 +87,14 @@ class Judge(Peer):
 
     def refer(self, value: Any) -> Any:
         if type(value) is Remote:
-            return {"object": object.__getattribute__(value, "_number")}
+            return {"object": _own(value)[1]}
         if isinstance(value, _VIEWS):
             return self.encode(list(value))
         if hasattr(type(value), "__next__"):
             items = list(itertools.islice(value, _MOST_ITEMS))
-            is_all = len(items) < _MOST_ITEMS
             # It may have no end.
-            return {
-                "iterator": [self.encode(items), None if is_all else self.share(value.__next__)]
-            }
+            rest = self.share(value.__next__) if len(items) == _MOST_ITEMS else None
+            return {"iterator": [self.encode(items), rest]}
         path = path_of(value)
         if path:
             return {"path": path}
@@ -136,6 +134,12 @@ class Judge(Peer):
             self.exceptions[name] = type(name, (self.exception_class(bases),), {})
         return self.exceptions[name]
 
+    def send(self, message: Any) -> None:
+        try:
+            super().send(message)
+        except OSError as error:
+            raise Breach(str(error)) from None
+
     def hear(self) -> Any:
         """The next message. All that is wrong with it ends the test."""
         try:
@@ -168,16 +172,13 @@ class Judge(Peer):
                 "keywords": {key: self.encode(value) for key, value in keywords.items()},
             }
         except Unsupported as error:
-            if type(arguments[0]) is Remote and object.__getattribute__(arguments[0], "_rank"):
+            if type(arguments[0]) is Remote and _own(arguments[0])[2]:
                 self.unsupported = str(error)
                 raise
             # The test may have expected plain data, which would have taken it.
             raise TypeError(str(error)) from None
         self.age += operation != "value"
-        try:
-            self.send(request)
-        except OSError as error:
-            raise Breach(str(error)) from None
+        self.send(request)
         message = self.hear()
         while "callback" in message:
             self.call_back(message)
@@ -198,13 +199,11 @@ class Judge(Peer):
     def error(self, message: Any, *, stops: bool) -> BaseException:
         """What was raised, as the nearest of the kinds that the test can name."""
         try:
-            known = {
-                name: self.exceptions[name] for name in message["error"] if name in self.exceptions
-            }
-            error = exception_of(message["error"], message["text"], message["values"], known, stops)
+            names = message["error"]
+            known = {name: self.exceptions[name] for name in names if name in self.exceptions}
+            return exception_of(names, message["text"], message["values"], known, stops)
         except Exception as problem:
             raise Breach(str(problem)[:200]) from None
-        return error
 
     def call_back(self, message: Any) -> None:
         function = self.shared[message["callback"]]
@@ -213,10 +212,7 @@ class Judge(Peer):
             reply = {"result": self.encode(function(*arguments, **keywords))}
         except (Exception, Unsupported) as error:
             reply = {"error": kinds_of(type(error)), "text": str(error)[:1000]}
-        try:
-            self.send(reply)
-        except OSError as error:
-            raise Breach(str(error)) from None
+        self.send(reply)
 
     def plain(self, remote: Any) -> Any:
         """The value of an object whose class was made from a plain one, or the object.
@@ -224,7 +220,7 @@ class Judge(Peer):
         It is asked for once, or once after each question that may have changed it; else an object
         could be equal to one thing after another.
         """
-        number = object.__getattribute__(remote, "_number")
+        number = _own(remote)[1]
         age, value = self.values.get(number, (-1, remote))
         if age == self.age or type(value) in (int, float, complex, str, tuple, frozenset, bytes):
             return value
@@ -254,14 +250,14 @@ class Judge(Peer):
         path = _ask("path", value) if is_remote else path_of(value)
         if type(path) is str and path:
             return self.paths.setdefault(path, object())
-        return self.remote(object.__getattribute__(value, "_number"), 0) if is_remote else value
+        return self.remote(_own(value)[1], 0) if is_remote else value
 
     def ranked(self, name: str, value: Any) -> Any:
         """A name's value. What is handed to it is the test's choice, and to what it returns is not:
         but for the objects of a class, which has a name in capitals."""
         if type(value) is not Remote:
             return value
-        return self.remote(object.__getattribute__(value, "_number"), 1 + name[:1].isupper())
+        return self.remote(_own(value)[1], 1 + name[:1].isupper())
 
 
 class Remote:
@@ -272,16 +268,14 @@ class Remote:
     else it names and for attributes and objects of those, and 0 for the rest.
     """
 
-    __slots__ = ("_judge", "_number", "_rank")
+    __slots__ = ("_own",)
 
     def __init__(self, judge: Judge, number: int, rank: int) -> None:
-        object.__setattr__(self, "_judge", judge)
-        object.__setattr__(self, "_number", number)
-        object.__setattr__(self, "_rank", rank)
+        object.__setattr__(self, "_own", (judge, number, rank))
 
     def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
-        rank = object.__getattribute__(self, "_rank")
-        return _with_rank(max(0, rank - 1), _ask("call", self, *arguments, **keywords))
+        rank = max(0, _own(self)[2] - 1)
+        return _with_rank(rank, _ask("call", self, *arguments, **keywords))
 
     # Not `__getattr__`: what the handle has is not what the object has.
     def __getattribute__(self, name: str) -> Any:
@@ -291,14 +285,7 @@ class Remote:
             return object.__getattribute__(self, name)
         if name in ("__next__", "send"):  # These may stop, as no other function may.
             return lambda *arguments: _ask(name.strip("_"), self, *arguments)
-        rank = object.__getattribute__(self, "_rank")
-        return _with_rank(min(1, rank), _ask("getattr", self, name))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        _ask("setattr", self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        _ask("delattr", self, name)
+        return _with_rank(min(1, _own(self)[2]), _ask("getattr", self, name))
 
     def __instancecheck__(self, instance: Any) -> bool:
         return type(instance) is Remote and _ask("isinstance", self, instance) is True
@@ -327,9 +314,6 @@ class Remote:
         # The judge looks for it: what the solution gives is compared item by item.
         return item in (list(self) if type(value) is Remote else value)
 
-    def __enter__(self) -> Any:
-        return _ask("enter", self)
-
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         """The solution hears of an error and cannot take it back: it may be the test's verdict."""
         if error is None:
@@ -340,16 +324,18 @@ class Remote:
         except Exception:  # noqa: S110 - the one that is raised already goes on
             pass
 
-    def __copy__(self) -> Any:
-        return _ask("copy", self)
-
     def __deepcopy__(self, memo: Any) -> Any:
         return _ask("deepcopy", self)
 
 
+def _own(remote: Any) -> tuple[Judge, int, int]:
+    """The judge, number and rank of a remote object."""
+    own: tuple[Judge, int, int] = object.__getattribute__(remote, "_own")
+    return own
+
+
 def _ask(operation: str, target: Remote, /, *arguments: Any, **keywords: Any) -> Any:
-    judge: Judge = object.__getattribute__(target, "_judge")
-    return judge.ask(operation, target, *arguments, **keywords)
+    return _own(target)[0].ask(operation, target, *arguments, **keywords)
 
 
 async def _wait_for(coroutine: Remote) -> Any:
@@ -359,13 +345,12 @@ async def _wait_for(coroutine: Remote) -> Any:
 def _with_rank(rank: int, value: Any) -> Any:
     if type(value) is not Remote or not rank:
         return value
-    judge: Judge = object.__getattribute__(value, "_judge")
-    return judge.remote(object.__getattribute__(value, "_number"), rank)
+    judge, number, _ = _own(value)
+    return judge.remote(number, rank)
 
 
 def _plain(target: Remote) -> Any:
-    judge: Judge = object.__getattribute__(target, "_judge")
-    return judge.plain(target)
+    return _own(target)[0].plain(target)
 
 
 def _asked(name: str) -> Any:
@@ -397,7 +382,7 @@ def _binary(name: str, *, swapped: bool) -> Any:
     return method
 
 
-for _name in ASKED:
+for _name in (*ASKED, "setattr", "delattr", "enter", "copy"):
     setattr(Remote, f"__{_name}__", _asked(_name))
 for _name in UNARY:
     setattr(Remote, f"__{_name}__", _unary(_name))
@@ -506,12 +491,10 @@ def _guard() -> None:
 
 
 def _keep_only(*kept: int) -> None:
-    for number in range(64):
-        if number not in kept:
-            try:
-                os.close(number)
-            except OSError:
-                pass  # It was not open.
+    first = 0
+    for number in (*sorted(kept), 64):
+        os.closerange(first, number)
+        first = number + 1
     for _ in range(3):
         os.open(os.devnull, os.O_RDWR)  # As standard input, output and error.
 

@@ -7,9 +7,9 @@ Three processes, each the parent of the next:
   program and waits for it. When it dies, the kernel kills all that is left in its PID namespace;
 - the program, a new interpreter.
 
-The supervisor reads its orders from standard input (the length as 8 bytes, then `marshal`). The end
-of standard input is the order to stop: it also comes when the caller dies. Its report is lines on a
-pipe: first the outcome, then numbers or an error.
+The supervisor reads its orders from standard input, by `marshal`. The end of standard input is the
+order to stop: it also comes when the caller dies. Its report is lines on a pipe: first the outcome,
+then numbers or an error.
 """
 
 # ruff: noqa: PTH102, PTH103, PTH112, PTH120, PTH123, PTH208, PTH211, SIM105
@@ -43,7 +43,11 @@ class SetupError(Exception):
 
 def main() -> None:
     """Read the orders, run the program, report."""
-    orders = _read_orders()
+    try:
+        with open(0, "rb", closefd=False) as stdin:
+            orders: dict[str, Any] = marshal.load(stdin)  # noqa: S302 - from our parent
+    except EOFError:
+        return  # The caller died.
     os.set_inheritable(orders["report"], False)
     try:
         report = _probe() if orders["probe"] else _run(orders)
@@ -57,23 +61,6 @@ def _described(error: BaseException, place: str) -> str:
     return (
         str(error) if isinstance(error, SetupError) else f"{place}: {type(error).__name__}: {error}"
     )
-
-
-def _read_orders() -> dict[str, Any]:
-    size = int.from_bytes(_read_exactly(8), "little")
-    orders: dict[str, Any] = marshal.loads(_read_exactly(size))  # noqa: S302 - from our parent
-    return orders
-
-
-def _read_exactly(size: int) -> bytes:
-    blocks = []
-    while size:
-        block = os.read(0, min(size, 1 << 20))
-        if not block:
-            os._exit(0)  # The caller died.
-        blocks.append(block)
-        size -= len(block)
-    return b"".join(blocks)
 
 
 def _run(orders: dict[str, Any]) -> str:

@@ -73,13 +73,10 @@ class Program:
     Args:
         source: The program, which becomes `main.py` in its folder.
         stdin: What it reads from standard input.
-        files: Texts or bytes by their paths in the program's folder.
+        files: Texts or bytes by their paths in the program's folder, in which they have to stay.
         limits: Its own limits; None for those of the call.
         stdin_path: Whether it finds its standard input as the file `/dev/stdin`, too, as after
             `python main.py < input`. False where a part of the program is not to read it.
-
-    Raises:
-        ValueError: A path is absolute, leads out of the folder, or is "main.py".
     """
 
     source: str
@@ -109,8 +106,7 @@ class ProgramResult:
             disk, or a process, is not ended: it gets an error from the system.
         stdout: What it printed, up to the limit; bytes that are no UTF-8 are replaced.
         stderr: The same of standard error.
-        cpu_seconds: Processor time of all its processes, with that of building the box (10 ms); of
-            a program that was ended, as measured last, in steps of 10 ms.
+        cpu_seconds: Processor time of all its processes and of building the box (10 ms).
         seconds: Time from its start to the end of the last of its processes.
         total_seconds: Time from the call to the result.
     """
@@ -274,8 +270,7 @@ def _keep(
             stack.callback(pipe.close)
         stack.callback(supervisor.wait)
         stack.callback(supervisor.kill)
-        message = marshal.dumps({**orders, "report": supervisor_end})
-        view = memoryview(len(message).to_bytes(8, "little") + message)
+        view = memoryview(marshal.dumps({**orders, "report": supervisor_end}))
         with contextlib.suppress(BrokenPipeError):  # A supervisor that died is noticed below.
             while view:
                 view = view[os.write(supervisor.stdin.fileno(), view) :]

@@ -41,7 +41,7 @@ def run_program(
         files: Texts or bytes by their paths in the program's folder, which is empty otherwise.
         limits: None for `Limits()`.
         allow_weaker: If this machine lacks what the sandbox needs, run the program with limits and
-            a process group alone, warning once. It can then read, write and connect to whatever the
+            a process group alone, warning once: it can read, write and connect to whatever the
             caller can. Where nothing is lacking this changes nothing.
 
     Raises:
@@ -76,7 +76,9 @@ def run_programs(
     if not programs:
         return []
     strong = _is_strong(allow_weaker)
-    count = min(workers or _processors(), len(programs))
+    has_affinity = hasattr(os, "sched_getaffinity")
+    processors = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    count = min(workers or processors, len(programs))
     with ThreadPoolExecutor(count, thread_name_prefix="sandbox") as pool:
         runs = [
             pool.submit(run, each, each.limits or limits or Limits(), strong) for each in programs
@@ -86,12 +88,6 @@ def run_programs(
         finally:
             for each in runs:
                 each.cancel()
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _is_strong(allow_weaker: bool) -> bool:
@@ -123,10 +119,7 @@ def _warn_once(listed: str) -> None:
 class Facility:
     """Something that a sandbox needs of a machine.
 
-    Args:
-        name: What it is.
-        problem: Why it cannot be used, or "" if it can.
-        remedy: What to do where it cannot.
+    `problem` is why it cannot be used, "" if it can, and `remedy` what to do then.
     """
 
     name: str
@@ -136,12 +129,7 @@ class Facility:
 
 @lru_cache(maxsize=1)
 def facilities() -> tuple[Facility, ...]:
-    """Everything that a sandbox needs, and whether this machine has it; looked at once a process.
-
-    Example:
-        >>> [facility.name for facility in facilities() if facility.problem]  # doctest: +SKIP
-        []
-    """
+    """All that a sandbox needs, and whether this machine has it; looked at once a process."""
     found = _of_the_system()
     if any(facility.problem for facility in found):
         return found

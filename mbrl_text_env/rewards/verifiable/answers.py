@@ -93,11 +93,7 @@ _MAX_DIGITS = 1000
 
 @dataclass(eq=False)
 class AnswerReward(RewardModel):
-    """Scores the answer of each response by itself.
-
-    Args:
-        extract: Where in the response the answer stands; see the module.
-    """
+    """Scores the answer of each response by itself; `extract` says where it stands."""
 
     extract: str | None = None
 
@@ -160,8 +156,7 @@ class ExactMatchReward(AnswerReward):
     as for multiple choice, so are brackets, full stops, a label, and the text of the choice: "(B)",
     "Option B", `\\text{B}` and "B) Paris" are "B". "B) or C)" is not. With both
     `ignore_punctuation` and `ignore_articles` that is the exact match of SQuAD (Rajpurkar et al.,
-    EMNLP 2016), except that the punctuation and symbols of all scripts are removed and not ASCII's
-    alone. Note that then "3.5" is "35".
+    EMNLP 2016), but for the punctuation and symbols of all scripts. Note that then "3.5" is "35".
 
     Args:
         extract: Where in the response the answer stands; see the module.
@@ -170,8 +165,8 @@ class ExactMatchReward(AnswerReward):
         ignore_articles: Remove the words "a", "an" and "the".
 
     Raises:
-        RewardError: When scoring: a prompt has no reference answer, or one of which nothing is left
-            after normalisation. The message names the prompt.
+        RewardError: When scoring: a prompt, which the message names, has no reference answer, or
+            one of which nothing is left.
 
     Example:
         >>> prompt = Prompt.from_text("Capital of France?", metadata={"reference_answer": "Paris"})
@@ -227,15 +222,12 @@ class NumericReward(AnswerReward):
     those of more than 1000 digits, or beyond the power 1000 of ten, are wrong.
 
     Args:
-        extract: Where in the response the answer stands; see the module. The last number in it
-            counts.
+        extract: Where in the response the answer stands; see the module.
         abs_tol: Largest difference that counts as equal.
         rel_tol: The same in parts of the reference answer's size; the larger of both holds.
 
     Raises:
-        ValueError: A tolerance is negative or not finite.
-        RewardError: When scoring: a prompt has no reference answer, or one that is no number. The
-            message names the prompt.
+        RewardError: When scoring: a prompt, which the message names, has no number as its answer.
 
     Example:
         >>> prompt = Prompt.from_text("6 * 250?", metadata={"reference_answer": "1500"})
@@ -343,19 +335,14 @@ def _after(response: str, marker: str) -> str | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a text, exactly; None where there is none (see `NumericReward`).
+    """The last number of a text, exactly; None where there is none (see `NumericReward`)."""
 
-    Example:
-        >>> last_number("12 of 16 is 75%, or 3/4")
-        Fraction(3, 4)
-    """
-    text = _LATEX_FRACTION.sub(_plain_fraction, joined_thousands(plain_numerals(text).strip()))
+    def plain_fraction(match: re.Match[str]) -> str:
+        return f"{match[1] or ''} {match[2] or match[4]}/{match[3] or match[5]}"
+
+    text = _LATEX_FRACTION.sub(plain_fraction, joined_thousands(plain_numerals(text).strip()))
     matches = list(_NUMBER.finditer(decimal_commas(improper(text))))
     return _value(matches[-1]) if matches else None
-
-
-def _plain_fraction(match: re.Match[str]) -> str:
-    return f"{match[1] or ''} {match[2] or match[4]}/{match[3] or match[5]}"
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -394,24 +381,18 @@ _COMMA = re.compile(r"(?<![\w.,])(?![1-9]\d{0,2},\d{3}(?!\d))(\d+),(\d+)(?!\d|[.
 
 def plain_numerals(text: str) -> str:
     """A text with Unicode's minus, superscripts, fractions and spaces inside numbers in ASCII."""
-    text = _SIGN.sub("-", _SUPERSCRIPT.sub(_power, text.translate(_MINUS)))
-    text = "".join(map(_fraction, " " + text, text))
-    return _SPACES.sub(",", text)
 
+    def power(match: re.Match[str]) -> str:
+        return f"^{{{unicodedata.normalize('NFKC', match[0]).translate(_MINUS)}}}"
 
-def _power(match: re.Match[str]) -> str:
-    return f"^{{{unicodedata.normalize('NFKC', match[0]).translate(_MINUS)}}}"
+    def fraction(match: re.Match[str]) -> str:
+        is_mixed = text[match.start() - 1 : match.start()].isdigit()
+        return " " * is_mixed + unicodedata.normalize("NFKC", match[0])
 
-
-def _fraction(before: str, character: str) -> str:
+    text = _SIGN.sub("-", _SUPERSCRIPT.sub(power, text.translate(_MINUS)))
     # U+2044 is the fraction slash.
-    if character == "\u2044":
-        return "/"
-    name = unicodedata.name(character, "") if unicodedata.category(character) == "No" else ""
-    if "VULGAR FRACTION" not in name:
-        return character
-    written = unicodedata.normalize("NFKC", character).replace("\u2044", "/")
-    return f" {written}" if before.isdigit() else written
+    text = re.sub("[¼-¾⅐-⅞↉]", fraction, text).replace("\u2044", "/")
+    return _SPACES.sub(",", text)
 
 
 def improper(text: str, form: str = "{}/{}") -> str:

@@ -31,6 +31,10 @@ class UnitTestError(ValueError):
     """A prompt has no tests, malformed ones, or one that cannot be run apart from the solution."""
 
 
+def _error(prompt: Prompt, expected: str) -> UnitTestError:
+    return UnitTestError(f"Prompt {prompt.id!r}: expected {expected}")
+
+
 @named("unit-tests")
 @dataclass(eq=False)
 class UnitTestReward(RewardModel):
@@ -44,34 +48,34 @@ class UnitTestReward(RewardModel):
       the input as by `python program.py < input`, prints the output and exits with 0. White space
       at the ends of lines and of the text is ignored. Lists of lines are taken for texts.
 
-    Optional, for statements: `"test_imports"`, imports that they need, which the solution finds
-    done as well; `"setup"`, statements that run between the solution and each test; each a text or
-    a list of texts; and `"entry_point"`, the name, or list of names, of what the solution is asked
-    for, which matters only if it is also the name of a builtin.
+    Optional, for statements: `"test_imports"`, which the solution finds done as well; `"setup"`,
+    which runs between the solution and each test (both a text or a list of texts); and
+    `"entry_point"`, the name, or list of names, of what the solution is asked for, which matters
+    only if it is also the name of a builtin.
 
-    The program is what `extract_code` finds; of several Python blocks, the last one that defines
-    what the tests ask for, or reads input where there is some. It has the standard library, and
-    integers of any length become texts. For statements it finds the names of `typing`, and a
-    `class Solution` what LeetCode imports. An empty program scores 0, and so does one larger than
-    half of `limits.disk_bytes`. Every test runs in a box of its own, so that a test that never ends
-    or takes its processes down costs the others nothing.
+    `extract_code` finds the program; of several Python blocks it is the last that defines what the
+    tests ask for, or reads input where there is some. It has the standard library, and integers of
+    any length become texts. For statements it finds the names of `typing`, and a `class Solution`
+    what LeetCode imports. An empty program scores 0, and so does one larger than half of
+    `limits.disk_bytes`. Every test runs in a box of its own: one that never ends, or takes its
+    processes down, costs the others nothing.
 
     What is guaranteed, where the sandbox is whole (`sandbox.facilities()`):
 
     - A case passes only if the program has printed the output, which is compared outside the box
       and never enters it.
     - A statement passes only if all of it has run, without an exception, in a process that the
-      solution cannot write to or read from. The solution's functions are called in a process that
-      was forked before the test was read. What comes back is data of a closed set of types
-      (numbers, texts, bytes, lists, tuples, sets, dicts, deques, ranges, `decimal`, `fractions`,
-      `datetime`, `pathlib`, `uuid`); all else stays where it is, as a remote object. Nothing that
-      the solution says can name, replace or run anything in the process that decides, and what is
-      no proper answer fails the test, whatever the test catches.
+      solution cannot write to or read from, and that was there before the test was read. What the
+      solution's functions return is data of a closed set of types (numbers, texts, bytes, lists,
+      tuples, sets, dicts, deques, ranges, `decimal`, `fractions`, `datetime`, `pathlib`, `uuid`);
+      all else stays where it is, as a remote object. Nothing that the solution says can name,
+      replace or run anything in the process that decides, and what is no proper answer fails the
+      test, whatever the test catches.
     - Which names are the solution's follows from the tests alone. Builtins, what the tests import
       and define, and what tests take for granted (`math.isclose`, `Counter`) are Python's.
-    - `is`, `type(x)`, `x.__class__` and `hasattr` see the solution's objects, not the handles. A
-      remote object is compared with plain data, and calculated with, as the plain value that its
-      class is made from, by the judge; if it has none, it is equal to none.
+    - `is`, `type(x)`, `x.__class__` and `hasattr` see the solution's objects, not the handles. The
+      judge compares a remote object with plain data, and calculates, by the plain value that its
+      class is made from; one that has none is equal to none.
     - Tests that run code made from data (`eval`, `exec`, `subprocess` and the like) are refused
       before anything runs. Functions of a test that the solution calls, run in the judge: they get
       data and remote objects.
@@ -82,13 +86,12 @@ class UnitTestReward(RewardModel):
       such as `assert f(1) != 2`, or `assert f(1) == g(1)` where all comes from the solution, is
       easy to pass. Remote objects are compared with each other as the solution's classes say.
     - Arguments and results are copies. What the solution does to a list, dict, set, deque or
-      bytearray that is itself an argument is copied back after the call, and such an argument that
-      is returned is the same object. What is inside of it is not: a test that a copy is deep can be
-      passed by a shallow one. Objects of classes of the setup cannot be handed over and raise an
-      error. A class of the test cannot have a class of the solution's as its base,
-      `redirect_stdout` sees nothing of what the solution prints, and a solution's `__exit__` cannot
-      hold back an error: right solutions fail such tests. `v * 2`, where `v` is a remote object
-      without a plain value, and `x in v`, where it cannot be iterated over, raise TypeError.
+      bytearray that is itself an argument is copied back after the call, and returned it is the
+      same object; what is inside of it is not, so that a shallow copy passes for a deep one.
+      Objects of classes of the setup cannot be handed over and raise an error. A class of the test
+      with a base of the solution's, `redirect_stdout`, a solution's `__exit__` that holds back an
+      error, `v * 2` of a remote object without a plain value, and `x in v` of one that cannot be
+      iterated over: right solutions fail such tests.
     - A program near a limit of time may pass in one run and not in another. The limits leave room.
     - With `allow_weaker=True` on a machine without the sandbox nothing at all is guaranteed.
 
@@ -103,8 +106,13 @@ class UnitTestReward(RewardModel):
         allow_weaker: See `sandbox.run_program`.
         name: What reports call it.
 
+    Raises:
+        UnitTestError: When scoring: a prompt has no tests or malformed ones; a test runs code made
+            from data, takes nothing from the solution, leaves open which builtin is the solution's,
+            or hands the solution what cannot be handed over. The message names the prompt.
+        SandboxUnavailable: When scoring: this machine cannot shut untrusted code in.
+
     Example:
-        >>> from mbrl_text_env.types import Prompt
         >>> tests = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
         >>> prompt = Prompt.from_text("Write add(a, b).", metadata={"tests": tests})
         >>> response = "```python\\ndef add(a, b):\\n    return 3\\n```"
@@ -126,16 +134,7 @@ class UnitTestReward(RewardModel):
         return bool(prompt.metadata.get("tests"))
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the fraction of its prompt's tests that each response passes.
-
-        Raises:
-            UnitTestError: A prompt has no tests or malformed ones; a test runs code made from
-                data, or takes nothing from the solution, or does not tell which of several
-                builtins is the solution's; or hands the solution what cannot be handed over. The
-                message names the prompt.
-            ValueError: The numbers of prompts and responses differ.
-            SandboxUnavailable: This machine cannot shut untrusted code in.
-        """
+        """Return float64[B]."""
         if len(prompts) != len(responses):
             raise ValueError(
                 f"Expected one prompt a response, got {len(prompts)} prompts and "
@@ -196,10 +195,11 @@ class _Test:
             return _lines(result.stdout) == _lines(self.output)
         verdict = json.loads(result.stdout)
         if verdict["verdict"] == "unsupported":
-            raise UnitTestError(
-                f"Prompt {prompt.id!r}: expected its tests to hand the solution plain data, "
-                f"functions, or what the solution has returned, but {verdict['detail']}. Change "
-                f"the test {json.loads(self.input)['test']!r}, or leave out the prompt."
+            raise _error(
+                prompt,
+                "its tests to hand the solution plain data, functions, or what the solution has "
+                f"returned, but {verdict['detail']}. Change {json.loads(self.input)['test']!r}, or "
+                "leave out the prompt.",
             )
         return bool(verdict["verdict"] == "passed")
 
@@ -219,10 +219,8 @@ def _suite(prompt: Prompt) -> list[_Test]:
     given = prompt.metadata.get("entry_point") or []
     entry_points = [given] if isinstance(given, str) else given
     if _text(entry_points) is None:
-        raise UnitTestError(
-            f"Prompt {prompt.id!r}: expected metadata['entry_point'] to be a name or a list of "
-            f"names, got {given!r}. Change it, or leave it out."
-        )
+        expected = "metadata['entry_point'] to be a name or a list of names"
+        raise _error(prompt, f"{expected}, got {given!r}. Change it, or leave it out.")
     suite = _read(prompt, entry_points)
     unsure = [test.unsure for test in suite if test.unsure is not None]
     if not unsure:
@@ -231,20 +229,21 @@ def _suite(prompt: Prompt) -> list[_Test]:
     names = frozenset.intersection(*unsure)
     if len(names) == 1:
         return _read(prompt, list(names))
-    raise UnitTestError(
-        f"Prompt {prompt.id!r}: expected tests to use what the solution is asked for, but one "
-        f"takes {', '.join(map(repr, sorted(names))) or 'nothing'} from it. Say in "
-        "metadata['entry_point'] what is asked for, or change the test."
+    taken = ", ".join(map(repr, sorted(names))) or "nothing"
+    raise _error(
+        prompt,
+        f"tests to use what the solution is asked for, but one takes {taken} from it. Say in "
+        "metadata['entry_point'] what is asked for, or change the test.",
     )
 
 
 def _read(prompt: Prompt, entry_points: Sequence[str]) -> list[_Test]:
     tests = prompt.metadata.get("tests")
     if not isinstance(tests, list | tuple) or not tests:
-        raise UnitTestError(
-            f"Prompt {prompt.id!r}: expected metadata['tests'] to be a list of at least one test, "
-            f"got {tests!r}. Add tests, or leave out the prompts for which "
-            "`UnitTestReward.applies_to(prompt)` is False."
+        raise _error(
+            prompt,
+            f"metadata['tests'] to be a list of at least one test, got {tests!r}. Add tests, or "
+            "leave out the prompts for which `UnitTestReward.applies_to(prompt)` is False.",
         )
     frame = [_source(prompt, key) for key in ("test_imports", "setup")]
     return [_test(prompt, i, test, frame, entry_points) for i, test in enumerate(tests)]
@@ -259,20 +258,19 @@ def _test(
         try:
             return _statement(test, *frame, entry_points)
         except StatementError as error:
-            raise UnitTestError(
-                f"Prompt {prompt.id!r}: expected tests that run no code made from data, but "
-                f"{place} or what belongs to it has {error}. It would run what the solution says "
-                "in the process that judges. Compare values instead, or leave out the prompt."
+            raise _error(
+                prompt,
+                f"tests that run no code made from data, but {place} or what belongs to it has "
+                f"{error}. It would run what the solution says in the process that judges. Compare "
+                "values instead, or leave out the prompt.",
             ) from error
     if isinstance(test, Mapping) and test.keys() == {"input", "output"}:
         given, output = _text(test["input"]), _text(test["output"])
         if given is not None and output is not None:
             marks = r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0" if given.strip() else ""
             return _Test(given, output, marks)
-    raise UnitTestError(
-        f"Prompt {prompt.id!r}: expected {place} to be statements such as 'assert f(1) == 2', or a "
-        f"case {{'input': text, 'output': text}}, got {test!r}. Change it to one of them."
-    )
+    cases = "statements such as 'assert f(1) == 2', or a case {'input': text, 'output': text}"
+    raise _error(prompt, f"{place} to be {cases}, got {test!r}. Change it to one of them.")
 
 
 def _statement(test: str, imports: str, setup: str, entry_points: Sequence[str]) -> _Test:
@@ -302,10 +300,8 @@ def _source(prompt: Prompt, key: str) -> str:
     value = prompt.metadata.get(key) or ""
     source = _text(value)
     if source is None:
-        raise UnitTestError(
-            f"Prompt {prompt.id!r}: expected metadata[{key!r}] to be Python statements, a text or "
-            f"a list of texts, got {value!r}. Change it, or leave it out."
-        )
+        expected = f"metadata[{key!r}] to be Python statements, a text or a list of texts"
+        raise _error(prompt, f"{expected}, got {value!r}. Change it, or leave it out.")
     _check_syntax(prompt, f"metadata[{key!r}]", source)
     return source
 
@@ -314,10 +310,8 @@ def _check_syntax(prompt: Prompt, place: str, source: str) -> None:
     try:
         _parsed(source)
     except (SyntaxError, ValueError) as error:
-        raise UnitTestError(
-            f"Prompt {prompt.id!r}: expected {place} to be Python statements, got "
-            f"{source!r} ({error}). Correct them."
-        ) from error
+        what = f"{place} to be Python statements, got {source!r} ({error}). Correct them."
+        raise _error(prompt, what) from error
 
 
 # --- Which names a test takes from the solution; this follows from the tests alone ---
@@ -328,15 +322,11 @@ _TYPING = (
     "Mapping", "NamedTuple", "Optional", "Sequence", "Set", "Tuple", "Type", "TypeVar", "Union",
 )  # fmt: skip
 _CLASSES = {
-    **dict.fromkeys(
-        ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple"), "collections"
-    ),
-    **dict.fromkeys(("date", "datetime", "timedelta"), "datetime"),
-    "Decimal": "decimal",
-    "Fraction": "fractions",
-    "Path": "pathlib",
+    "Counter": "collections", "OrderedDict": "collections", "defaultdict": "collections",
+    "deque": "collections", "namedtuple": "collections", "date": "datetime", "datetime": "datetime",
+    "timedelta": "datetime", "Decimal": "decimal", "Fraction": "fractions", "Path": "pathlib",
     **dict.fromkeys(_TYPING, "typing"),
-}
+}  # fmt: skip
 _MODULES = (
     "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq",
     "itertools", "json", "math", "operator", "os", "random", "re", "statistics", "string", "sys",
@@ -369,12 +359,9 @@ class StatementError(ValueError):
 
 @dataclass(frozen=True)
 class Names:
-    """What a test's names mean.
+    """What a test's names mean: the solution's, and imports of what the test takes for granted.
 
-    Args:
-        solution: Names that are the solution's.
-        imports: Imports of what the test takes for granted.
-        certain: False where only one of `solution` is the solution's, and the others Python's.
+    Where it is not `certain`, only one of `solution` is the solution's, and the others Python's.
     """
 
     solution: frozenset[str]
@@ -385,11 +372,11 @@ class Names:
 def names_of(parts: Sequence[str], entry_points: Sequence[str]) -> Names:
     """Tell the names of a test (imports, setup, test) that are the solution's from others.
 
-    Names that the parts define or import are their own. Of the rest, the entry points (such as "f"
-    or "Solution().f") are the solution's, and so is every name that is neither a builtin nor one of
-    those that tests take for granted (`List`, `Counter`, `math.` and the like). If there is none of
-    these, it is one of the builtins: a test of `solve` that calls `abs` means Python's `abs`, and a
-    test that calls nothing but `abs` means the solution's.
+    Names that the parts define or import are their own. Of the rest, the entry points ("f",
+    "Solution().f") are the solution's, and so is every name that is neither a builtin nor taken for
+    granted (`List`, `Counter`, `math.` and the like). If there is none of these, it is one of the
+    builtins: a test of `solve` that calls `abs` means Python's `abs`, and a test that calls nothing
+    but `abs` means the solution's.
 
     Example:
         >>> names_of(["", "", "assert abs(solve(2) - 1.41) < 0.1"], []).solution
@@ -458,16 +445,8 @@ def _modules(parts: Sequence[str]) -> set[str]:
                 owners.add(node.value)
             elif isinstance(node, ast.Name) and node not in owners:
                 bare.add(node.id)
-    return {
-        name
-        for name, wanted in attributes.items()
-        if name in _MODULES and name not in bare and wanted <= _contents(name)
-    }
-
-
-@lru_cache
-def _contents(module: str) -> frozenset[str]:
-    return frozenset(dir(importlib.import_module(module)))
+    found = attributes.keys() & set(_MODULES) - bare
+    return {name for name in found if attributes[name] <= {*dir(importlib.import_module(name))}}
 
 
 def _refuse_code_of_data(parts: Sequence[str], used: set[str]) -> None:
@@ -488,7 +467,6 @@ def _refuse_code_of_data(parts: Sequence[str], used: set[str]) -> None:
 # What may stand before a fence: white space, marks of quotes, and those of an item of a list.
 _FENCE = re.compile(r"((?:[ \t]|>|[-*+][ \t]|\d{1,9}[.)][ \t])*)(`{3,}|~{3,})(.*)", re.DOTALL)
 _QUOTES = re.compile(r"[ \t]*+>[ \t]?")
-_LANGUAGES = [["python"], ["python3"], ["py"], ["{.python}"]]
 
 
 @dataclass
@@ -519,14 +497,9 @@ def extract_code(response: str, marks: str = "") -> str:
     """The program in a response.
 
     It is the last fenced block marked as Python, else the last fenced block, else the whole
-    response. A block that is not closed goes to the end. A block may be indented, quoted, or belong
-    to an item of a list.
-
-    Args:
-        response: The response.
-        marks: A pattern (with `^` for the start of a line) of what the program has to have; if it
-            is found in one of several blocks, the last of those is the program. So an example of
-            its use, which often comes after the program, is not taken for it.
+    response. A block may be indented, quoted, or belong to an item of a list; one that is not
+    closed goes to the end. Of several, the last with a match of the pattern `marks` comes first: an
+    example of its use, which often comes after the program, is not taken for it.
 
     Example:
         >>> extract_code("Thus:\\n```python\\nprint(1)\\n```\\nIt prints 1.")
@@ -536,20 +509,20 @@ def extract_code(response: str, marks: str = "") -> str:
     is_open = False
     for line in response.removeprefix("\ufeff").splitlines(keepends=True):
         if is_open:
-            text = blocks[-1].line(line)
+            text, fence = blocks[-1].line(line), blocks[-1].fence
             bare = text.strip()
-            fence = blocks[-1].fence
-            if bare.startswith(fence) and not bare.strip(fence[0]):
-                is_open = False
-            else:
+            is_open = not bare.startswith(fence) or bool(bare.strip(fence[0]))
+            if is_open:
                 blocks[-1].lines.append(text)
         elif (match := _FENCE.match(line)) is not None:
             prefix, fence, language = match.groups()
             # A line such as ```x = 1``` is inline code, and no fence.
             if fence[0] not in language:
                 is_open = True
-                blocks.append(_Block(language.strip().lower(), fence, prefix.count(">")))
-    python = [each for each in blocks if each.language.split(maxsplit=1)[:1] in _LANGUAGES]
+                language = " ".join(language.lower().split())
+                blocks.append(_Block(language, fence, prefix.count(">")))
+    languages = ("python", "python3", "py", "{.python}")
+    python = [each for each in blocks if each.language.partition(" ")[0] in languages]
     programs = [each.code() for each in python or blocks]
     fitting = [each for each in programs if marks and re.search(marks, each, re.MULTILINE)]
     return (fitting or programs or [response])[-1]

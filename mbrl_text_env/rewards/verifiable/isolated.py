@@ -46,23 +46,19 @@ class CrashError(IsolatedError):
 
 
 def call_isolated(function: str, *arguments: Any, seconds: float, prepare: Sequence[Any]) -> Any:
-    """Call a function of the package in the helper process.
+    """Call a function of the package in the helper process; JSON values come in and out.
 
     Args:
         function: `"module:name"`.
-        *arguments: JSON values.
+        *arguments: Its arguments.
         seconds: The wall-clock time that it may take.
         prepare: `"module:name"` of a function that is called before, outside the time limit, and
             its arguments: it imports the heavy library, or makes what is the same for many calls,
             and has to keep it in a cache.
 
-    Returns:
-        What the function returned, a JSON value.
-
     Raises:
-        OutOfTimeError: It took longer.
-        CrashError: The process ended, for want of memory for example.
-        IsolatedError: The function raised.
+        IsolatedError: The function raised, took longer (`OutOfTimeError`), or the process ended,
+            for want of memory for example (`CrashError`).
         RewardError: `prepare` raised: the work cannot be done here at all.
 
     Example:

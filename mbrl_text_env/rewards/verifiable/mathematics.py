@@ -39,24 +39,23 @@ _HERE = "mbrl_text_env.rewards.verifiable.mathematics"
 class MathReward(AnswerReward):
     r"""1 if the answer is mathematically the reference answer, else 0, by math-verify.
 
-    LaTeX (`\frac{1}{2}`, with or without `$`), plain expressions (`x**2 + 1`, `sqrt(2)`), sets,
-    intervals, matrices, equations and numbers are compared as `math_verify.verify` does. Numbers
-    with a point are compared to six decimals and in parts of their size (1e-5), exact ones exactly.
-    Without `extract`, math-verify looks for the answer in prose by itself: "final answer is",
-    `\boxed{}`, the last formula, the last number. Variables of plain expressions are single
-    letters. An answer that is a formula is read as a whole or not at all, without emphasis,
-    a label ("Answer:"), currencies, and full stops around it; commas and points are read as
-    `rewards.verifiable.answers` says. Where a response can mean two things, either counts: "73!" is
-    a factorial or an exclamation, "- 73" a negative number or an item of a list.
+    LaTeX (`\frac{1}{2}`, with or without `$`), plain expressions (`x**2 + 1`, `sqrt(2)`; variables
+    are single letters), sets, intervals, matrices, equations and numbers are compared as
+    `math_verify.verify` does. Numbers with a point are compared to six decimals and in parts of
+    their size (1e-5), exact ones exactly. Without `extract`, math-verify looks for the answer in
+    prose by itself: "final answer is", `\boxed{}`, the last formula, the last number. An answer
+    that is a formula is read as a whole or not at all, without emphasis, a label ("Answer:"),
+    currencies, and full stops around it; `rewards.verifiable.answers` says how commas and points
+    are read. Where a response can mean two things, either counts: "73!" is a factorial or an
+    exclamation, "- 73" a negative number or an item of a list.
 
     A reference answer that would be read in part ("18 apples and 5 pears") is refused. It is a
     formula, several joined by "and" or "or" (all of which the response has to have, in any order),
     one in `\boxed`, or a number with its unit.
 
-    Algebra on a text such as `9^{9^{9^9}}` does not end, and math-verify's own limits are signals,
-    which reach the main thread only. So it is done in a process that is killed after `seconds`
-    (`rewards.verifiable.isolated`), with a limit of memory; a response that exceeds either scores
-    0. Threads wait for each other. Not killed, a comparison takes some milliseconds.
+    Algebra on a text such as `9^{9^{9^9}}` does not end. So it is done in a process that is killed
+    after `seconds` (`rewards.verifiable.isolated`), with a limit of memory; a response that exceeds
+    either scores 0. Not killed, a comparison takes some milliseconds.
 
     Source: math-verify, https://github.com/huggingface/Math-Verify. Deviations: expressions without
     LaTeX and without words are read as LaTeX too, for math-verify reads plain arithmetic alone; it
@@ -67,10 +66,9 @@ class MathReward(AnswerReward):
         seconds: Wall-clock time that one comparison may take.
 
     Raises:
-        ValueError: `seconds` is not positive.
-        RewardError: When scoring: the extra `verify` is not installed, or a prompt has no reference
-            answer or one that cannot be read as a whole, or not be compared with a number in time.
-            The message names the prompt.
+        RewardError: When scoring: the extra `verify` is not installed, or a prompt, which the
+            message names, has no reference answer, or one that cannot be read as a whole, or not be
+            compared with a number in time.
 
     Example:
         >>> prompt = Prompt.from_text("Half of x + 1?", metadata={"reference_answer": "(x+1)/2"})
@@ -128,11 +126,7 @@ def load_math_verify() -> None:
 
 
 def grade(accepted: list[str], answer: str) -> bool:
-    """Whether math-verify finds an answer equal to an accepted one; it sets no limit of time.
-
-    Raises:
-        ValueError: An accepted answer is read in part or not at all.
-    """
+    """Whether math-verify finds an answer equal to an accepted one, which it has to read wholly."""
     from math_verify import verify
 
     _compare_by_size()
@@ -281,7 +275,6 @@ _ROOT = re.compile(r"√\s*(\d+|[A-Za-z]|\([^()]*\))")
 def readings(answer: str, symbols: frozenset[str] = frozenset()) -> list[str]:
     r"""What an answer may mean, as texts for math-verify, the likeliest first.
 
-    An answer that is a formula as a whole is put between dollars; some have two readings ("73!").
     `symbols` are variables in what it is compared with: "xy" is then their product.
 
     Example:
@@ -309,12 +302,7 @@ def readings(answer: str, symbols: frozenset[str] = frozenset()) -> list[str]:
 def reference_reading(reference: str) -> str | None:
     r"""What a reference answer means, as a text for math-verify; None where a part would be lost.
 
-    It is a formula, several of them joined by "and" or "or", one in `\boxed`, or a number with a
-    unit. A comma is decimal in none of them, but separates thousands or the elements of a list.
-
-    Example:
-        >>> reference_reading("1331 and 1728")
-        '$1331$ and $1728$'
+    A comma is never decimal in it, but separates thousands or the elements of a list.
     """
     text = _unboxed(reference)
     formula = _formula(text, frozenset())

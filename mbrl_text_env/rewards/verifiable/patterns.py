@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -39,9 +38,8 @@ class RegexReward(RewardModel):
         seconds: Wall-clock time that one match may take.
 
     Raises:
-        RewardError: The pattern does not compile. When scoring: a prompt has none, or one that does
-            not compile, or the match took too long; the message names the prompt.
-        ValueError: `match`, `flags` or `seconds` is not one of the above.
+        RewardError: The pattern does not compile. When scoring, too: a prompt, which the message
+            names, has none, or the match took too long.
 
     Example:
         >>> prompt = Prompt.from_text("Name a date.", "date")
@@ -91,12 +89,6 @@ class RegexReward(RewardModel):
             ) from error
 
 
-@lru_cache(maxsize=1000)
-def _compile(pattern: str, flags: str) -> Any:
-    regex = import_optional("regex", "regex", "verify")
-    return regex.compile(f"(?{flags}){pattern}" if flags else pattern)
-
-
 def _compiled(pattern: Any, flags: str, context: str) -> Any:
     if not isinstance(pattern, str):
         raise RewardError(
@@ -105,7 +97,8 @@ def _compiled(pattern: Any, flags: str, context: str) -> Any:
         )
     regex = import_optional("regex", "regex", "verify")
     try:
-        return _compile(pattern, flags)
+        # The package keeps what it has compiled.
+        return regex.compile(f"(?{flags}){pattern}" if flags else pattern)
     except (regex.error, OverflowError, RecursionError) as error:
         raise RewardError(
             f"{context}: expected a regular expression, got {pattern!r} ({error}). Mend it; "

@@ -73,22 +73,18 @@ class ReasoningGymReward(AnswerReward):
     - `EXPRESSION_TASKS`: an answer other than an expression of numbers, one-letter variables,
       operators and usual functions scores 0 without being read.
     - `MISJUDGED_TASKS`: 1 for the reference answer, else 0.
-    - An answer with which the scorer raises (some do on malformed ones), is out of time or memory,
-      scores 0.
+    - An answer with which the scorer raises, or is out of time or memory, scores 0.
 
     Source: Stojanovski et al., "Reasoning Gym: Reasoning Environments for Reinforcement Learning
     with Verifiable Rewards", 2025, https://github.com/open-thought/reasoning-gym.
 
     Args:
-        extract: Where in the response the answer stands, such as `"<answer>"` or `"last line"`; see
-            `rewards.verifiable.answers`. None for the whole response, without white space around.
+        extract: Where in the response the answer stands; see `rewards.verifiable.answers`.
         seconds: Wall-clock time that one scoring may take.
 
     Raises:
-        ValueError: `seconds` is not positive.
-        RewardError: When scoring: the extra `data` is not installed, or a prompt has no source, or
-            one that makes another puzzle here (by another version of the package, for example).
-            The message names the prompt.
+        RewardError: When scoring: the extra `data` is not installed, or a prompt, which the message
+            names, has no source, or one that makes another puzzle here, by another version.
 
     Example:
         >>> from mbrl_text_env.prompts import reasoning_gym_prompts

@@ -31,14 +31,12 @@ class JSONSchemaReward(RewardModel):
     """1 if the response is JSON that satisfies a schema, else 0, or part of 1 for any JSON.
 
     The response has to be one JSON value as RFC 8259 defines it, with nothing but white space
-    around it: NaN and Infinity, which Python reads, are none, and neither is a value nested more
-    than `MAX_DEPTH` deep, nor an integer of more digits than Python converts (4300). The schema
-    is of draft 2020-12; as there, `format` is not checked. References (`$ref`) are followed inside
-    the schema; none is fetched from anywhere.
+    around it: NaN and Infinity are none, and neither is a value nested more than `MAX_DEPTH` deep,
+    nor an integer of more than 4300 digits. The schema is of draft 2020-12; as there, `format` is
+    not checked. References (`$ref`) are followed inside the schema; none is fetched.
 
     The check runs in a process that is killed after `seconds` (`rewards.verifiable.isolated`), for
-    a schema's own patterns can take exponential time. That is an error, as in `RegexReward`: it is
-    the schema that is at fault.
+    a schema's own patterns can take exponential time. That is an error, as in `RegexReward`.
 
     Parts: `parses` and `valid`, zeros and ones.
 
@@ -49,10 +47,9 @@ class JSONSchemaReward(RewardModel):
         seconds: Wall-clock time that one check may take.
 
     Raises:
-        RewardError: The schema is not valid. When scoring: a prompt has none, or one that is not
-            valid or refers to something outside itself, or the check took too long; the message
-            names the prompt. The extra `verify` is not installed.
-        ValueError: `partial_credit` or `seconds` is out of range.
+        RewardError: The schema is not valid, or the extra `verify` is not installed. When scoring,
+            too: a prompt, which the message names, has none, or one that refers to something
+            outside itself, or the check took too long.
 
     Example:
         >>> schema = {"type": "object", "required": ["name"]}

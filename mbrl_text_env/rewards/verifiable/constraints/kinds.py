@@ -1,14 +1,14 @@
 """The types of constraints: of each its description, its check, and what a prefix decides of it.
 
 Most follow IFEval: Zhou et al., "Instruction-Following Evaluation for Large Language Models", 2023,
-and its code, https://github.com/google-research/google-research (instruction_following_eval). Each
-docstring says how it deviates. Common to all: words are counted in any script that puts spaces
-between them, texts are compared in Unicode's composed form, curly apostrophes are straight ones,
-"less than n" is "at most" here, and what needs a tokenizer of NLTK there is done by rules.
+https://github.com/google-research/google-research (instruction_following_eval). Each docstring says
+how it deviates. Common to all: words are counted in any script that puts spaces between them, texts
+are compared in Unicode's composed form, curly apostrophes are straight ones, "less than n" is "at
+most" here, and what needs a tokenizer of NLTK there is done by rules.
 
-What a prefix decides is sound: True or False means that every continuation comes out so. None means
-that continuations differ, or that the rule does not see that they do not; the latter is so for
-words whose last letters a combining accent could still change, where nothing of ASCII follows.
+What a prefix decides is sound: every continuation comes out so. None means that continuations
+differ, or that the rule does not see that they do not, as of words whose last letters a combining
+accent could still change, where nothing of ASCII follows.
 """
 
 # ruff: noqa: RUF001 - the commas and quotation marks of other scripts are meant.
@@ -90,10 +90,8 @@ def _add(name: str, description: str, decide: Callable[..., Verdict], hints: Any
 def _stays(verdict: bool | None, settled: Callable[[str], str] = str) -> Any:
     """A type of constraint with a check of whole texts.
 
-    Args:
-        verdict: True if what the settled part of a prefix satisfies stays satisfied, False if what
-            it breaks stays broken, None if nothing is decided before the end.
-        settled: The part of a prefix that stays as it is.
+    `verdict` is True if what the `settled` part of a prefix satisfies stays satisfied, False if
+    what it breaks stays broken, None if nothing is decided before the end.
     """
 
     def note(check: Function) -> Function:
@@ -119,9 +117,7 @@ def _counted(
 ) -> Callable[[Function], Function]:
     """Up to three types of constraint, by their names, of a function that counts something.
 
-    Args:
-        settled: The part of a prefix whose count nothing after it lowers.
-        at_least: The name of the type that asks for at least `value`; and so on.
+    `settled` is the part of a prefix whose count nothing after it lowers.
     """
 
     def note(count: Function) -> Function:
@@ -157,8 +153,8 @@ def _decide_count(
 def words(text: str) -> int:
     """words: runs without white space that have a letter or a digit in them.
 
-    A Chinese, Japanese or Thai text without spaces is one word. IFEval's `number_words` counts runs
-    of letters, digits and underscores: "don't" is two there.
+    A Chinese, Japanese or Thai text without spaces is one word. In IFEval's `number_words` "don't"
+    is two.
     """
     return sum(any(map(str.isalnum, word)) for word in text.split())
 
@@ -169,13 +165,12 @@ def words(text: str) -> int:
 def sentences(text: str) -> int:
     """sentences.
 
-    A sentence ends at a full stop, question mark, exclamation mark or ellipsis that is followed by
-    white space, at the full stops of other scripts (Chinese, Japanese, Hindi, Arabic, Urdu and
-    more), at a blank line and at the end. Numbers of a list, English titles such as "Dr." and marks
-    without any words do not count. Initials ("J. K. Rowling") and abbreviations such as "U.S.",
-    "Ph.D." and "Inc." end a sentence where a word follows that usually begins one, such as "The";
-    "p.m." and "etc." where a capital letter follows. Speech that ends in a mark of its own
-    ('"Stop!" she said.') does. IFEval asks NLTK's punkt.
+    They end at a full stop, question mark, exclamation mark or ellipsis with white space after it,
+    at the full stops of other scripts (Chinese, Japanese, Hindi, Arabic, Urdu and more), at a blank
+    line and at the end. Numbers of a list, English titles such as "Dr." and marks without words do
+    not count. Initials ("J. K. Rowling") and abbreviations ("U.S.", "Ph.D.", "Inc.") end one where
+    a word follows that usually begins one, such as "The"; "p.m." and "etc." where a capital letter
+    does. Speech that ends in a mark of its own ('"Stop!" she said.') ends one. IFEval asks punkt.
     """
     return count_sentences(text)
 
@@ -194,11 +189,7 @@ _BULLET = re.compile(r"^[ \t]*(?!([-*])(?:[ \t]*\1){2,}[ \t\r]*$)[-*][ \t]+\S", 
 _OPEN_RULE = re.compile(r"(?:^|\n)[ \t]*([-*])(?:[ \t]*\1)*[ \t\r]*\Z")
 
 
-def _without_open_rule(prefix: str) -> str:
-    return _OPEN_RULE.sub("", prefix)
-
-
-@_counted(_without_open_rule, exactly="num_bullets")
+@_counted(partial(_OPEN_RULE.sub, ""), exactly="num_bullets")
 def bullets(text: str) -> int:
     """lines that start with "-" or "*" and white space, and go on.
 
@@ -272,9 +263,9 @@ def keywords(text: str, value: list[str]) -> bool:
     """Every word or phrase of `value` occurs as whole words, in any case.
 
     Marks of Markdown around it (`**river**`, `_river_`) are no part of it. Where a script has no
-    spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), a phrase is found wherever
-    its characters stand, in longer words too; a Korean one also with particles after it. IFEval's
-    `existence` finds all of them inside of other words.
+    spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), a phrase is found in longer
+    words too; a Korean one also with particles after it. IFEval's `existence` finds all of them
+    inside of other words.
     """
     return all(count_occurrences(word, text) for word in value)
 
@@ -353,8 +344,7 @@ def ends_with(text: str, value: str) -> bool:
 def quoted(text: str, ended: bool) -> Verdict:
     """The first and last characters are double quotation marks, straight or curly, around text.
 
-    Further quotation marks between them are allowed, for a quotation may have speech in it. IFEval
-    takes straight ones only.
+    Further quotation marks between them are allowed, for speech. IFEval takes straight ones only.
     """
     text = text.strip()
     closing = {'"': '"', "“": "”"}.get(text[0])
@@ -451,9 +441,8 @@ def two_responses(text: str, ended: bool) -> Verdict:
 def one_of(text: str, ended: bool, value: list[str]) -> Verdict:
     """The response is one of the options and nothing else, in any case, marks aside.
 
-    An option of nothing but marks has to be there as it is.
-    IFEval's `constrained_response` asks only that an option is in it, so that an answer that names
-    several passes.
+    An option of nothing but marks has to be there as it is. IFEval's `constrained_response` asks
+    only that an option is in it, so that an answer that names several passes.
     """
     options = list(map(bare_words, value))
     if ended:
@@ -469,10 +458,10 @@ def one_of(text: str, ended: bool, value: list[str]) -> Verdict:
 def language(text: str, value: LanguageCode) -> bool:
     """The likeliest language is `value` by langdetect, whose random numbers get a fixed seed.
 
-    Short texts get its best guess, too, which is often wrong for less than about five words; so
-    give the response a least number of words. A response without anything to tell a language by
-    (digits, marks) fails. IFEval's `response_language` lets that pass, and draws other random
-    numbers in each call. The extra `verify` has to be installed (`RewardError`).
+    Its guess is often wrong for less than about five words; so give the response a least number of
+    words. A response without anything to tell a language by (digits, marks) fails; IFEval's
+    `response_language` lets that pass, and draws other random numbers in each call. The extra
+    `verify` has to be installed (`RewardError`).
     """
     detectors = _detectors()
     from langdetect.lang_detect_exception import LangDetectException

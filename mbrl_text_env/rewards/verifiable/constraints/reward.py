@@ -37,7 +37,7 @@ def check_constraint(
 
     Raises:
         ConstraintError: The constraint's type is unknown, or an argument is missing, superfluous or
-            of a wrong type, or the constraint needs the prompt. Raised for an empty response too.
+            of a wrong type, or the constraint needs the prompt.
 
     Example:
         >>> check_constraint({"type": "max_words", "value": 3}, "Short and sweet.")
@@ -50,13 +50,9 @@ def check_constraint(
 def prefix_verdict(
     constraint: Mapping[str, Any], prefix: str, prompt: str | None = None
 ) -> Verdict:
-    """Whether a response that begins with `prefix` satisfies a constraint, however it goes on.
+    """What `check_constraint` returns for `prefix` and every longer response; None if that is open.
 
-    It takes what `check_constraint` takes, and raises what it raises; the prefix may end anywhere.
-
-    Returns:
-        True or False if `check_constraint` returns that for `prefix` and every longer response,
-        None if that is open, or not known. An empty prefix decides nothing.
+    It may also be None where that is not known. An empty prefix decides nothing.
 
     Example:
         >>> prefix_verdict({"type": "no_commas"}, "Well, ")
@@ -147,11 +143,10 @@ def _is_a(hint: Any, value: object) -> bool:
 class ConstraintsReward(ProcessRewardModel):
     """Scores a response by the fraction of its prompt's constraints that it satisfies.
 
-    The constraints are read from `prompt.metadata["constraints"]`, a list. Scores lie in [0, 1].
-    `ConstraintError` names a prompt that has none, or a malformed one.
+    The constraints are read from `prompt.metadata["constraints"]`, a list. `ConstraintError` names
+    a prompt that has none, or a malformed one.
 
     Example:
-        >>> from mbrl_text_env.types import Prompt
         >>> constraints = [{"type": "lowercase"}, {"type": "max_words", "value": 2}]
         >>> prompt = Prompt.from_text("Greet me.", metadata={"constraints": constraints})
         >>> ConstraintsReward().score([prompt, prompt], ["good day", "Good day"])
@@ -178,10 +173,8 @@ class ConstraintsReward(ProcessRewardModel):
 
         The score of a step before the last is the fraction of constraints that the response up to
         its end has not broken, whatever follows (`prefix_verdict` is not False). The last step is
-        scored as the end of the response: its score is `score` of the whole response, and so the
-        scores never rise. A step that costs a constraint is where the score falls. An environment
-        with process rewards scores the steps so far and reads the last score: each of its chunks
-        gets the score of the text up to there.
+        scored as the end of the response, and so the scores never rise. An environment with process
+        rewards reads the last score of the steps so far: that of the text up to there.
 
         Example:
             >>> constraints = [{"type": "no_commas"}, {"type": "ends_with", "value": "Bye."}]
