@@ -25,19 +25,7 @@ import sys
 import types
 from typing import Any
 
-from mbrl_text_env.sandbox._solution import (
-    ASKED,
-    CALCULATED,
-    COMPARED,
-    MUTABLE,
-    UNARY,
-    Peer,
-    Solution,
-    builtin_exception,
-    exception_of,
-    kinds_of,
-    path_of,
-)
+from mbrl_text_env.sandbox import _solution as side
 
 # The program's folder, which the solution can write to: nothing is imported from it any more.
 del sys.path[0]
@@ -50,7 +38,7 @@ _VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 # fault of the test's, which would be an error for the caller.
 _CAUSED = (type, types.CoroutineType, types.FunctionType, types.MethodWrapperType)
 _PLAIN = (
-    *MUTABLE, bytes, complex, float, frozenset, int, range, str, tuple,
+    *side.MUTABLE, bytes, complex, float, frozenset, int, range, str, tuple,
 )  # fmt: skip
 
 
@@ -71,7 +59,7 @@ class Breach(BaseException):
         Breach.happened = True
 
 
-class Judge(Peer):
+class Judge(side.Peer):
     """Runs the test, and asks the solution."""
 
     def __init__(self, source: int, target: int) -> None:
@@ -95,14 +83,14 @@ class Judge(Peer):
             # It may have no end.
             rest = self.share(value.__next__) if len(items) == _MOST_ITEMS else None
             return {"iterator": [self.encode(items), rest]}
-        path = path_of(value)
+        path = side.path_of(value)
         if path:
             return {"path": path}
         if any(value is each for each in self.exceptions.values()):
             return {"exception": value.__name__}
         if isinstance(value, Exception):
             values = [list(value.args), vars(value)]
-            return {"raised": [kinds_of(type(value)), str(value)[:1000], self.encode(values)]}
+            return {"raised": [side.kinds_of(type(value)), str(value)[:1000], self.encode(values)]}
         if callable(value) and _is_own(value):
             return {"function": self.share(value)}
         if type(value) in _CAUSED:
@@ -128,8 +116,8 @@ class Judge(Peer):
     def exception_class(self, names: list[str]) -> Any:
         """An empty class in the place of an exception class of the solution's."""
         name, *bases = names
-        if builtin_exception(name):
-            return builtin_exception(name)
+        if side.builtin_exception(name):
+            return side.builtin_exception(name)
         if name not in self.exceptions:
             self.exceptions[name] = type(name, (self.exception_class(bases),), {})
         return self.exceptions[name]
@@ -186,7 +174,7 @@ class Judge(Peer):
         given = [*arguments, *keywords.values()]
         if len(message["arguments"]) == len(given):
             for mine, theirs in zip(given, message["arguments"], strict=True):
-                if type(mine) in MUTABLE:
+                if type(mine) in side.MUTABLE:
                     _replace(mine, theirs)
         if "error" in message:
             raise self.error(message, stops=operation in ("next", "send"))
@@ -201,7 +189,7 @@ class Judge(Peer):
         try:
             names = message["error"]
             known = {name: self.exceptions[name] for name in names if name in self.exceptions}
-            return exception_of(names, message["text"], message["values"], known, stops)
+            return side.exception_of(names, message["text"], message["values"], known, stops)
         except Exception as problem:
             raise Breach(str(problem)[:200]) from None
 
@@ -211,7 +199,7 @@ class Judge(Peer):
             arguments, keywords = message["arguments"]
             reply = {"result": self.encode(function(*arguments, **keywords))}
         except (Exception, Unsupported) as error:
-            reply = {"error": kinds_of(type(error)), "text": str(error)[:1000]}
+            reply = {"error": side.kinds_of(type(error)), "text": str(error)[:1000]}
         self.send(reply)
 
     def plain(self, remote: Any) -> Any:
@@ -247,7 +235,7 @@ class Judge(Peer):
     def same(self, value: Any) -> Any:
         """What stands for an object, or a class of Python's, in whatever way it has come."""
         is_remote = type(value) is Remote
-        path = _ask("path", value) if is_remote else path_of(value)
+        path = _ask("path", value) if is_remote else side.path_of(value)
         if type(path) is str and path:
             return self.paths.setdefault(path, object())
         return self.remote(_own(value)[1], 0) if is_remote else value
@@ -296,7 +284,7 @@ class Remote:
     def __eq__(self, other: object) -> bool:
         if type(other) is Remote:
             return _ask("eq", self, other) is True
-        path = path_of(other)
+        path = side.path_of(other)
         if path:
             return bool(_ask("path", self) == path)
         value = _plain(self)
@@ -362,7 +350,7 @@ def _unary(name: str) -> Any:
         value = _plain(self)
         if type(value) is Remote:
             return _ask(name, self, *arguments)
-        return UNARY[name](value, *arguments)
+        return side.UNARY[name](value, *arguments)
 
     return method
 
@@ -382,13 +370,13 @@ def _binary(name: str, *, swapped: bool) -> Any:
     return method
 
 
-for _name in (*ASKED, "setattr", "delattr", "enter", "copy"):
+for _name in (*side.ASKED, "setattr", "delattr", "enter", "copy"):
     setattr(Remote, f"__{_name}__", _asked(_name))
-for _name in UNARY:
+for _name in side.UNARY:
     setattr(Remote, f"__{_name}__", _unary(_name))
-for _name in (*COMPARED, *CALCULATED):
+for _name in (*side.COMPARED, *side.CALCULATED):
     setattr(Remote, f"__{_name.rstrip('_')}__", _binary(_name, swapped=False))
-for _name in CALCULATED:
+for _name in side.CALCULATED:
     setattr(Remote, f"__r{_name.rstrip('_')}__", _binary(_name, swapped=True))
 
 
@@ -404,7 +392,7 @@ def _is_instance(value: Any, kinds: Any) -> bool:
         if type(kind) is Remote or type(plain) is not Remote:
             is_one = isinstance(value if type(kind) is Remote else plain, kind)
         else:
-            path = path_of(kind)
+            path = side.path_of(kind)
             is_one = path.startswith(_ABSTRACT) and _ask("isinstance", value, kind) is True
         if is_one:
             return True
@@ -505,7 +493,7 @@ def main() -> None:
     if os.fork() == 0:
         try:
             _keep_only(questions, answer)
-            Solution(questions, answer).serve()
+            side.Solution(questions, answer).serve()
         finally:
             os._exit(1)
     os.close(questions)

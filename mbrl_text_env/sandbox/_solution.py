@@ -242,6 +242,7 @@ class Solution(Peer):
     def __init__(self, source: int, target: int) -> None:
         super().__init__(source, target)
         self.exceptions: dict[str, Any] = {}
+        self.names: dict[str, Any] = {}
 
     def refer(self, value: Any) -> Any:
         if isinstance(value, type) and issubclass(value, Exception) and not path_of(value):
@@ -272,40 +273,39 @@ class Solution(Peer):
             source = file.read()
         module = types.ModuleType("solution")
         sys.modules["solution"] = module
+        self.names = module.__dict__
         # What the task takes for granted comes first, so that the solution may define it otherwise.
         for statement in self.receive():
             try:
-                exec(statement, module.__dict__)  # noqa: S102
+                exec(statement, self.names)  # noqa: S102
             except ImportError:
                 pass  # It may do without.
         # The frames below the solution's, of which it would have but one in a program of its own.
         sys.setrecursionlimit(sys.getrecursionlimit() + 10)
         try:
-            exec(compile(source, "solution.py", "exec"), module.__dict__)  # noqa: S102
+            exec(compile(source, "solution.py", "exec"), self.names)  # noqa: S102
         except SystemExit:
             pass  # What it has defined until then is there.
         while True:
-            self.answer(self.receive(), module.__dict__)
+            self.answer(self.receive())
 
-    def answer(self, request: Any, names: dict[str, Any] | None = None) -> None:
+    def answer(self, request: Any) -> None:
         arguments: list[Any] = []
         keywords: dict[str, Any] = {}
+        reply: dict[str, Any]
         try:
             arguments = [self.decode(each) for each in request["arguments"]]
             keywords = {key: self.decode(each) for key, each in request["keywords"].items()}
             operation = request["operation"]
             if operation == "names":
-                assert names is not None
-                result = {name: names[name] for name in arguments if name in names}
+                result = {name: self.names[name] for name in arguments if name in self.names}
             else:
                 result = _OPERATIONS[operation](*arguments, **keywords)
             # A list that was given is no other list when it comes back.
             given = [*arguments, *keywords.values()]
             same = [i for i, each in enumerate(given) if each is result]
             is_given = same and isinstance(result, MUTABLE)
-            reply: dict[str, Any] = (
-                {"given": same[0]} if is_given else {"result": self.encode(result)}
-            )
+            reply = {"given": same[0]} if is_given else {"result": self.encode(result)}
         except (Exception, SystemExit) as error:
             reply = self.describe(error)
         # What the call did to its arguments is seen by the test too.

@@ -145,17 +145,16 @@ _supervisor.main()
 
 def run(program: Program, limits: Limits, strong: bool) -> ProgramResult:
     """Run a program: in a box, or (`strong=False`) with limits and a process group alone."""
-    if strong:
-        return _run_in(program, limits, None)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        return _run_in(program, limits, folder)
-
-
-def _run_in(program: Program, limits: Limits, folder: str | None) -> ProgramResult:
     start = time.monotonic()
     deadline = start + limits.wall_seconds + _GRACE_SECONDS
-    orders = _orders(program, limits, folder)
-    report, stdout, stderr, overflow = _keep(orders, limits.output_bytes, deadline)
+    with contextlib.ExitStack() as stack:
+        folder = (
+            None
+            if strong
+            else stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        )
+        orders = _orders(program, limits, folder)
+        report, stdout, stderr, overflow = _keep(orders, limits.output_bytes, deadline)
     outcome, _, rest = report.partition("\n")
     if outcome != "ended":
         raise SandboxError(
