@@ -178,7 +178,7 @@ def filter_program(machine: str) -> bytes:
     A program of another architecture is killed, for its calls have other numbers. Calls newer than
     the table do not exist, and neither does clone3, whose flags no filter can read: the C library
     then uses clone. Sockets are of the family AF_UNIX alone, processes get no namespaces, and the
-    limits of other processes cannot be set, nor that of core files: see `runner`.
+    limits of other processes cannot be set, nor that of core files: see `programs`.
     """
     column, architecture = MACHINES[machine]
     denied = sorted(pair[column] or 0 for pair in _NUMBERS.values() if pair[column] is not None)

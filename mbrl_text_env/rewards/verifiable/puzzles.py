@@ -160,8 +160,7 @@ def check_puzzle(puzzle: str, text: str) -> None:
         _, _, entry = _made(puzzle)
     except RewardError:
         raise
-    # The tasks check their settings with assertions, among others.
-    except Exception as error:
+    except Exception as error:  # The tasks check their settings with assertions, among others.
         raise RewardError(
             f"expected the source of a puzzle of reasoning-gym, got {source} "
             f"({type(error).__name__}: {error}). Make the prompt again with the installed version."
@@ -201,9 +200,8 @@ def _made(puzzle: str) -> tuple[str, Any, dict[str, Any]]:
 def _dataset(source: str) -> Any:
     reasoning_gym = import_optional("reasoning_gym", "reasoning-gym", "data")
     given = json.loads(source)
-    task = given["task"]
-    size, seed, config = given["size"], given["seed"], given["config"]
-    dataset = reasoning_gym.create_dataset(task, size=size, seed=seed, **config)
+    task, config = given.pop("task"), given.pop("config")
+    dataset = reasoning_gym.create_dataset(task, **given, **config)
     if task in EVALUATED_TASKS:
         # A module's own name comes before the builtin one.
         vars(sys.modules[type(dataset).__module__])["eval"] = ast.literal_eval

@@ -108,28 +108,20 @@ def _stays(verdict: bool | None, settled: Callable[[str], str] = str) -> Any:
     return note
 
 
-def _counted(
-    settled: Callable[[str], str] = str,
-    *,
-    at_least: str | None = None,
-    at_most: str | None = None,
-    exactly: str | None = None,
-) -> Callable[[Function], Function]:
-    """Up to three types of constraint, by their names, of a function that counts something.
+_RELATIONS = {"at_least": operator.ge, "at_most": operator.le, "exactly": operator.eq}
+
+
+def _counted(settled: Callable[[str], str] = str, **names: str) -> Callable[[Function], Function]:
+    """Types of constraint of a function that counts something, their names by their relations.
 
     `settled` is the part of a prefix whose count nothing after it lowers.
     """
 
     def note(count: Function) -> Function:
-        hints = {**get_type_hints(count), "value": int}
-        for name, words, holds in (
-            (at_least, "At least", operator.ge),
-            (at_most, "At most", operator.le),
-            (exactly, "Exactly", operator.eq),
-        ):
-            if name:
-                decide = partial(_decide_count, count, settled, holds)
-                _add(name, f"{words} `value` {count.__doc__}", decide, hints)
+        for relation, name in names.items():
+            decide = partial(_decide_count, count, settled, _RELATIONS[relation])
+            description = f"{relation.replace('_', ' ').capitalize()} `value` {count.__doc__}"
+            _add(name, description, decide, {**get_type_hints(count), "value": int})
         return count
 
     return note

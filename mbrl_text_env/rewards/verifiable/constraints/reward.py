@@ -185,14 +185,12 @@ class ConstraintsReward(ProcessRewardModel):
         if not steps:
             return np.zeros(0)
         final = _fraction(prompt, "".join(steps))
-        constraints = prompt.metadata["constraints"]
-        undecided, kept, prefix, scores = list(constraints), len(constraints), "", []
+        constraints = kept = prompt.metadata["constraints"]
+        prefix, scores, request = "", list[float](), _request(prompt)
         for step in steps[:-1]:
             prefix += step
-            verdicts = [prefix_verdict(each, prefix, _request(prompt)) for each in undecided]
-            kept -= verdicts.count(False)
-            undecided = [c for c, v in zip(undecided, verdicts, strict=True) if v is None]
-            scores.append(kept / len(constraints))
+            kept = [each for each in kept if prefix_verdict(each, prefix, request) is not False]
+            scores.append(len(kept) / len(constraints))
         return np.array([*scores, final], dtype=np.float64)
 
 
