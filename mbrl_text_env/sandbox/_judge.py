@@ -413,23 +413,17 @@ def _compiled(source: str, name: str) -> Any:
         return ast.Call(ast.Name(function, ast.Load()), [argument], [])
 
     class Handles(ast.NodeTransformer):
-        def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        def visit(self, node: ast.AST) -> Any:
             self.generic_visit(node)
-            if any(isinstance(each, ast.Is | ast.IsNot) for each in node.ops):
-                node.left = called("__same__", node.left)
-                node.comparators = [called("__same__", each) for each in node.comparators]
+            match node:
+                case ast.Compare(ops=ops) if any(isinstance(o, ast.Is | ast.IsNot) for o in ops):
+                    node.left = called("__same__", node.left)
+                    node.comparators = [called("__same__", each) for each in node.comparators]
+                case ast.Attribute(value=value, attr="__class__", ctx=ast.Load()):
+                    return called("__kind__", value)
+                case ast.Call(func=ast.Name(id="type"), args=[value], keywords=[]):
+                    return called("__kind__", value)
             return node
-
-        def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-            self.generic_visit(node)
-            is_kind = node.attr == "__class__" and isinstance(node.ctx, ast.Load)
-            return called("__kind__", node.value) if is_kind else node
-
-        def visit_Call(self, node: ast.Call) -> ast.AST:
-            self.generic_visit(node)
-            name = node.func.id if isinstance(node.func, ast.Name) else ""
-            is_kind = name == "type" and len(node.args) == 1 and not node.keywords
-            return called("__kind__", node.args[0]) if is_kind else node
 
     tree = ast.fix_missing_locations(Handles().visit(ast.parse(source, name)))
     return compile(tree, name, "exec")

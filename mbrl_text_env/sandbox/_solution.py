@@ -22,7 +22,8 @@ _MOST_DEPTH = 300
 BY_VALUE = (dict, collections.Counter, collections.OrderedDict, collections.defaultdict)
 MUTABLE = (list, dict, set, bytearray, collections.deque)
 _DICTS = {kind.__name__: kind for kind in BY_VALUE[:3]}
-_COLLECTIONS = {kind.__name__: kind for kind in (tuple, set, frozenset, collections.deque)}
+_LISTED: tuple[Any, ...] = (tuple, set, frozenset, collections.deque)
+_COLLECTIONS = {kind.__name__: kind for kind in _LISTED}
 
 
 def _of(module: str, name: str, method: str = "", *, of_ints: bool = False) -> Any:

@@ -195,8 +195,9 @@ class ExactMatchReward(AnswerReward):
         ):
             return 1.0
         choices = {self._normal(text) for text in given if _CHOICE.fullmatch(text.strip())}
-        is_choice = chosen is not None and self._normal(chosen[1]) in choices
-        return float(is_choice and not _NOT_CHOSEN.search(chosen[2] or ""))
+        if chosen is None or self._normal(chosen[1]) not in choices:
+            return 0.0
+        return float(not _NOT_CHOSEN.search(chosen[2] or ""))
 
     def _normal(self, text: str) -> str:
         text = unicodedata.normalize("NFC", text)

@@ -198,10 +198,7 @@ def bullets(text: str) -> int:
     exactly="exact_keyword_count",
 )
 def occurrences(text: str, keyword: str) -> int:
-    """occurrences of `keyword` as whole words, in any case; see `keywords`.
-
-    IFEval's `frequency` counts it inside of other words, too.
-    """
+    """occurrences of `keyword` as whole words, in any case (IFEval: in others); see `keywords`."""
     return count_occurrences(keyword, text)
 
 
@@ -216,8 +213,7 @@ def letters(text: str, letter: Letter) -> int:
 def capital_words(text: str) -> int:
     """words in capitals, marks and digits aside: "NO", "I", "B-52s" not.
 
-    IFEval's `capital_word_frequency` separates words from marks with NLTK first; the count differs
-    where a word holds both, as in "HE'll".
+    IFEval's `capital_word_frequency` has NLTK separate words from marks first, as in "HE'll".
     """
     return sum(map(str.isupper, text.split()))
 
@@ -232,18 +228,15 @@ def placeholders(text: str) -> int:
 def highlights(text: str) -> int:
     """*highlighted* or **highlighted** parts of lines.
 
-    Spaces inside the marks at either end make none, as in Markdown, so that "2 * 3 * 4" has none;
-    IFEval's `number_highlighted_sections` counts those.
+    Spaces inside the marks at either end make none, as in Markdown: "2 * 3 * 4" has none. In IFEval
+    it has one.
     """
     return len(re.findall(r"\*\*(?=\S)[^*\n]+(?<=\S)\*\*|\*(?=\S)[^*\n]+(?<=\S)\*", text))
 
 
 @_counted(at_least="sections")
 def sections(text: str, splitter: str) -> int:
-    """times `splitter`, such as "Section", before a number, as in IFEval.
-
-    It has to be in this case, and no end of a longer word.
-    """
+    """times `splitter`, in this case and no end of a longer word, before a number, as in IFEval."""
     return len(re.findall(rf"(?<![^\W_]){re.escape(splitter.strip())}\s?\d+", text))
 
 
@@ -279,7 +272,7 @@ def no_commas(text: str) -> bool:
 def lowercase(text: str) -> bool:
     """There are letters that have a case, and all of them are small.
 
-    IFEval's `english_lowercase` asks langdetect for English as well; add `language` for that.
+    IFEval's `english_lowercase` asks for English as well; add `language` for that.
     """
     return text.islower()
 
@@ -299,10 +292,7 @@ def title(text: str) -> bool:
 
 @_stays(True)
 def postscript(text: str) -> bool:
-    """There is a line that starts with "P.S."; indentation and marks such as `**` are ignored.
-
-    IFEval's also takes "p. s." and the middle of a line.
-    """
+    """A line starts with "P.S.", after marks such as `**`; in IFEval it stands anywhere in one."""
     return re.search(r"^[ \t>#*_]*P\.S\.", text, re.MULTILINE) is not None
 
 
@@ -311,10 +301,7 @@ def postscript(text: str) -> bool:
 
 @_kind
 def starts_with(text: str, ended: bool, value: str) -> Verdict:
-    """The first characters are `value`, in this case; white space around either is ignored.
-
-    There is no such type in IFEval.
-    """
+    """The first characters are `value`, in this case, after white space; not in IFEval."""
     # A prefix with something after it, so that its own white space stays.
     begun = normal(text) if ended else normal(f"{settled_text(text)}.")[:-1]
     wanted = normal(value)
@@ -325,7 +312,7 @@ def starts_with(text: str, ended: bool, value: str) -> Verdict:
 
 @_stays(None)
 def ends_with(text: str, value: str) -> bool:
-    """The last characters are `value`, in this case; white space around either is ignored.
+    """The last characters are `value`, in this case, before white space.
 
     IFEval's `end_checker` ignores the case, and quotation marks around the response.
     """
@@ -349,8 +336,8 @@ def quoted(text: str, ended: bool) -> Verdict:
 def repeats_prompt(text: str, ended: bool, prompt: str) -> Verdict:
     """The response begins with the words of the prompt, in any case, and goes on after them.
 
-    Of a chat, the last message of the user counts. IFEval's `repeat_prompt` repeats a text that is
-    an argument (that is `starts_with` here), and asks for nothing after it.
+    Of a chat, the last message of the user counts. IFEval's `repeat_prompt` repeats an argument
+    (that is `starts_with` here), and asks for nothing after it.
     """
     asked, given = words_of(prompt), words_of(text if ended else settled_words(text))
     if given[: len(asked)] != asked[: len(given)]:
@@ -401,10 +388,7 @@ def json_object(text: str, ended: bool) -> Verdict:
 
 @_kind
 def numbered_list(text: str, ended: bool, value: int) -> Verdict:
-    """The lines with numbers ("1. ", "2) ") are numbered from 1 to `value`, one after the other.
-
-    Indentation is ignored. There is no such type in IFEval.
-    """
+    """The lines with numbers ("1. ", "2) ") go from 1 to `value`, in order; not in IFEval."""
     # More digits are no number of a list.
     found = re.findall(r"^[ \t]*(\d{1,9})[.)][ \t]+\S", text, re.MULTILINE)
     numbers, wanted = list(map(int, found)), list(range(1, value + 1))
@@ -415,10 +399,7 @@ def numbered_list(text: str, ended: bool, value: int) -> Verdict:
 
 @_kind
 def two_responses(text: str, ended: bool) -> Verdict:
-    """Two different texts, separated by ******.
-
-    As in IFEval, there may be the same marks before the first and after the second.
-    """
+    """Two different texts, separated by ******, which may also stand around them, as in IFEval."""
     parts = [part.strip() for part in text.split("******")]
     if ended:
         texts = list(filter(None, parts))
