@@ -101,11 +101,9 @@ class JSONSchemaReward(RewardModel):
         text = response if fence is None else fence[1]
         if not _is_json(text):
             return False, False
-        work, prepare = f"{_HERE}:validate", [f"{_HERE}:load_jsonschema"]
+        limits: Any = {"seconds": self.seconds, "prepare": [f"{_HERE}:load_jsonschema"]}
         try:
-            problem, valid = call_isolated(
-                work, schema, text, seconds=self.seconds, prepare=prepare
-            )
+            problem, valid = call_isolated(f"{_HERE}:validate", schema, text, **limits)
         except IsolatedError as error:
             problem, valid = str(error), False
         if problem is not None:
@@ -126,24 +124,18 @@ def load_jsonschema() -> None:
 
 def validate(schema: str, text: str) -> tuple[str | None, bool]:
     """What is wrong with a schema, if anything, and whether a JSON text satisfies it."""
-    validator = _validator(schema)
+    from jsonschema import Draft202012Validator
+    from referencing import Registry
     from referencing.exceptions import Unresolvable
 
+    # An empty registry fetches nothing; the validator's default one asks the network.
+    validator = Draft202012Validator(json.loads(schema), registry=Registry())
     try:
         return None, validator.is_valid(json.loads(text))
     except Unresolvable as error:
         return f"it refers to {error.ref!r}, which is not in it", False
     except RecursionError:
         return "it refers to itself without end", False
-
-
-@lru_cache(maxsize=100)
-def _validator(schema: str) -> Any:
-    from jsonschema import Draft202012Validator
-    from referencing import Registry
-
-    # An empty registry fetches nothing; the validator's default one asks the network.
-    return Draft202012Validator(json.loads(schema), registry=Registry())
 
 
 def _checked_schema(schema: Any, context: str) -> str:
