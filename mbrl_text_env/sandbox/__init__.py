@@ -47,14 +47,17 @@ seccomp(2), prctl(2), getrlimit(2) and capabilities(7).
 """
 
 from mbrl_text_env.sandbox.programs import (
+    Facility,
     Limits,
     Program,
     ProgramResult,
     SandboxError,
     SandboxUnavailable,
     SandboxWarning,
+    facilities,
+    run_program,
+    run_programs,
 )
-from mbrl_text_env.sandbox.runner import Facility, facilities, run_program, run_programs
 
 __all__ = [
     "Facility",

@@ -1,6 +1,6 @@
 """The system calls that build a box, and the filter of those that may be made inside.
 
-It runs in the small helper process that `_box` starts, so it imports nothing heavy. Constants are
+It runs in the small helper process, so it imports nothing heavy. Constants are
 those of the Linux headers; the numbers of system calls are the pairs (x86_64, aarch64).
 """
 

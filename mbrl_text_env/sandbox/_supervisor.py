@@ -2,7 +2,7 @@
 
 Three processes, each the parent of the next:
 
-- the supervisor, started by `_box` with a clean interpreter, outside the box. It holds the clock;
+- the supervisor, started with a clean interpreter, outside the box. It holds the clock;
 - the first process of the box. It builds the box from within, gives up every privilege, starts the
   program and waits for it. When it dies, the kernel kills all that is left in its PID namespace;
 - the program, a new interpreter.
