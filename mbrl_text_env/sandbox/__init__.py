@@ -35,7 +35,7 @@ What is not protected:
   interpreter's path can be read.
 - Fairness. A box may use all processors that the caller may, at a lower priority (nice 5).
 - The result against its own program. What it prints and its exit code are its own word: a score
-  that is read from them can be forged. `rewards.code.UnitTestReward` says how it is done instead.
+  that is read from them can be forged. `rewards.UnitTestReward` says how it is done instead.
 - Anything, if `allow_weaker=True` and `facilities()` says that something is missing: then there
   are limits and a process group, and a `SandboxWarning`, once.
 

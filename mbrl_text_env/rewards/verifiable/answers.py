@@ -285,19 +285,15 @@ def extract_answer(response: str, extract: str | None) -> str | None:
     elif extract == "last line":
         answer = response.strip().rpartition("\n")[2]
     elif extract.startswith("<"):
-        answer = _in_tags(response, extract)
+        name = extract.strip("<>/ ")
+        _, opening, after = response.rpartition(f"<{name}>")
+        inside, closing, _ = after.partition(f"</{name}>")
+        answer = inside if opening and closing else None
     elif extract.startswith("\\"):
         answer = _in_braces(response, extract)
     else:
         answer = _after(response, extract)
     return (answer or "").strip() or None
-
-
-def _in_tags(response: str, tag: str) -> str | None:
-    name = tag.strip("<>/ ")
-    _, opening, after = response.rpartition(f"<{name}>")
-    inside, closing, _ = after.partition(f"</{name}>")
-    return inside if opening and closing else None
 
 
 def _in_braces(response: str, command: str) -> str | None:

@@ -141,8 +141,8 @@ class UnitTestReward(RewardModel):
                 f"{len(responses)} responses. Repeat a prompt for each of its responses."
             )
         # Every prompt is read before any program is run, and every run is made once.
-        suites = [_suite(prompt) for prompt in prompts]
-        rows = [self._runs(*pair) for pair in zip(suites, responses, strict=True)]
+        suites = list(map(_suite, prompts))
+        rows = list(map(self._runs, suites, responses))
         wanted = dict.fromkeys(run for row in rows for run in row)
         results = sandbox.run_programs(
             [test.program(code) for code, test in wanted],

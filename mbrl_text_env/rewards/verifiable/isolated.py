@@ -1,9 +1,8 @@
 """A helper process for work on untrusted text that may hang, explode or run away with the memory.
 
-Computer algebra, and scorers that evaluate what they are given, can be stopped in no other way: a
-thread cannot be killed, and signals reach the main thread alone. The helper is started at the first
-call, serves all calls of its process in turn (calls from several threads wait for each other), and
-is killed at the end of a call's time and replaced at the next call.
+A thread cannot be killed, and signals reach the main thread alone. So computer algebra, and scorers
+that evaluate what they are given, run in a process that is started at the first call, serves all
+calls in turn (threads wait for each other), and is killed at the end of a call's time and replaced.
 
 The two talk in lines of JSON. Nothing is unpickled, so that a helper that has been taken over could
 still only return a wrong answer. It sees none of the environment variables but the ones that Python

@@ -183,18 +183,12 @@ def settled_words(prefix: str) -> str:
 
 
 def settled_text(prefix: str) -> str:
-    """The prefix before its last ASCII character.
-
-    ASCII characters do not merge with what is before them, so this much of the composed form stays.
-    """
+    """The prefix before its last ASCII character, which merges with nothing before it."""
     return prefix[: max(0, _last(prefix, str.isascii))]
 
 
 def settled_phrases(prefix: str) -> str:
-    """The prefix before its last mark or space that no accent after it changes.
-
-    Phrases in it are complete, and what follows is no part of their last words.
-    """
+    """The prefix before its last mark or space that no accent changes; its phrases are complete."""
     return prefix[: max(0, _last(prefix, _is_border))]
 
 
