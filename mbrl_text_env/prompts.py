@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from mbrl_text_env._lazy import MissingExtraError, extras
-from mbrl_text_env.tables import plain_values, shortened, strict_json_object
+from mbrl_text_env.files import plain_values, shortened, strict_json_object
 from mbrl_text_env.types import Message, Prompt, Split
 
 _SPLITS = get_args(Split)

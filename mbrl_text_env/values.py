@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.rewards.base import reward_name
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage, timed
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Prefix lengths in tokens that values are fitted and checked on by default."""

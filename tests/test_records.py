@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbrl_text_env.ledger import Usage
 from mbrl_text_env.records import (
     Record,
     RecordsError,
@@ -27,7 +26,7 @@ from mbrl_text_env.records import (
     rescore,
 )
 from mbrl_text_env.rewards.base import RewardError, Scores
-from mbrl_text_env.types import Message, Prompt, TextState
+from mbrl_text_env.types import Message, Prompt, TextState, Usage
 
 # Appends records one by one until it is killed. With an event's name and a count it kills itself
 # at that event, for the child cannot be stopped from outside between two given system calls.
@@ -423,7 +422,7 @@ def test_a_shard_that_cannot_be_written_keeps_its_records(tmp_path):
 
 def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path):
     with RecordWriter(tmp_path) as first:
-        with pytest.raises(RecordsError, match="only writer"), RecordWriter(tmp_path):
+        with pytest.raises(RecordsError, match="another writer has it open"), RecordWriter(tmp_path):
             pass
         first.append(make_record(0))
     write(tmp_path, 1, start=1)
