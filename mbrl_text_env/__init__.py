@@ -45,5 +45,5 @@ _gymnasium.register(
 _gymnasium.register(
     id="mbrl_text_env/CandidateChunks-v0",
     entry_point="mbrl_text_env.wrappers:make_candidate_chunks",
-    vector_entry_point="mbrl_text_env.wrappers:make_candidate_chunks_vector",
+    vector_entry_point="mbrl_text_env.wrappers:make_candidate_chunks",
 )

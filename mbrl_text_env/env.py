@@ -75,10 +75,7 @@ class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
         >>> observation, info = env.reset(seed=0)  # doctest: +SKIP
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012
-        "render_modes": ["ansi", "human", "rgb_array"],
-        "render_fps": 4,
-    }
+    metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}  # noqa: RUF012
     kept_if_a_step_fails = ("_outcomes",)
 
     def __init__(
@@ -106,9 +103,8 @@ class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
         """Append a chunk of token ids (an integer array or tensor [n], or a list or tuple of ints).
 
         Raises:
-            EpisodeEndedError: The response has ended.
-            InvalidChunkError: The action is not a chunk.
-            RewardError: The reward model failed; the state is as it was before the step.
+            EpisodeEndedError, InvalidChunkError, RewardError: The response has ended, the action is
+                not a chunk, or the reward model failed; the state stays as it was.
         """
         (outcome,) = self.task.advance(self._current(), [action])
         observation, info = self._show(outcome)
@@ -119,20 +115,13 @@ class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
         return self._current()[0].state
 
     def set_state(self, state: TextState) -> tuple[Any, dict[str, Any]]:
-        """Go on from a state of this or of an equal environment; returns what `reset` would.
-
-        Raises:
-            TypeError: It is no `TextState`.
-            ValueError: Its response is longer than the limit.
-        """
+        """Go on from a state of this or of an equal environment; returns what `reset` would."""
         return self._show(self.task.resume(self.task.check_state(state)))
 
     def render(self) -> Any:
         """The prompt and the response: returned as a string or a frame, or printed."""
         if self.render_mode is None:
-            gym.logger.warn(
-                "render() does nothing without a render mode: gym.make(id, render_mode=...)"
-            )
+            gym.logger.warn("render() needs a render mode: gym.make(id, render_mode=...)")
             return None
         (outcome,) = self._current()
         if self.render_mode == "human":
@@ -161,34 +150,24 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
 
     Args:
         num_envs: N, at least 1.
-        on_reward_error: `"raise"` or `"record"`, as said above.
-        failed_reward: With `"record"`, the reward of an episode that ends without a score: a finite
-            number for whatever learns from it. By default NaN, which makes all weights of a network
-            NaN, and Gymnasium's `NormalizeReward` too: leave such steps out.
+        on_reward_error: `"raise"` or `"record"`.
+        failed_reward: A finite number for whatever learns from it. NaN, the default, makes all
+            weights of a network NaN, and Gymnasium's `NormalizeReward` too: leave such steps out.
         autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
-        render_mode: None, `"ansi"` (`render` returns a tuple of N strings) or `"rgb_array"` (of N
-            frames).
+        render_mode: None, or `"ansi"` or `"rgb_array"`, for a tuple of N.
         prompts, tokenizer, reward_model, **options: As in `TextGenerationEnv`.
 
     Attributes:
-        states: The N current states.
         episode_started: bool[N], which sub-environments the last `reset` or `step` reset.
         final_states: Under `SameStep`, the states in which the last step's episodes ended; None for
             sub-environments that go on.
         num_failed: Responses that could not be scored so far.
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012
-        "render_modes": ["ansi", "rgb_array"],
-        "render_fps": 4,
-    }
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012
     kept_if_a_step_fails = (
-        "_outcomes",
-        "_generators",
-        "_generator_states",
-        "episode_started",
-        "final_states",
-        "num_failed",
+        *("_outcomes", "_generators", "_generator_states"),
+        *("episode_started", "final_states", "num_failed"),
     )
 
     def __init__(
@@ -208,9 +187,8 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}.")
         self._begin(TextTask(prompts, tokenizer, reward_model, **options), render_mode)
         one_of("on_reward_error", on_reward_error, OnRewardError)
-        if math.isinf(failed_reward) or (
-            on_reward_error == "raise" and failed_reward == failed_reward
-        ):
+        unused = on_reward_error == "raise" and not math.isnan(failed_reward)
+        if math.isinf(failed_reward) or unused:
             raise ValueError(
                 "failed_reward: expected a finite number (or NaN) together with "
                 f"on_reward_error='record', got {failed_reward} and {on_reward_error!r}."
@@ -249,12 +227,8 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
     ) -> tuple[Any, dict[str, Any]]:
         """Reset all sub-environments, or those of `options["reset_mask"]` (bool[N]).
 
-        Args:
-            seed: None, one int (sub-environment i gets seed + i), or one a sub-environment.
-            options: `prompt` as in `TextGenerationEnv.reset`, and `reset_mask`.
-
-        Raises:
-            ValueError: The number of seeds or the mask does not fit.
+        `seed` is one int (sub-environment i gets seed + i) or one a sub-environment;
+        `options["prompt"]` is as in `TextGenerationEnv.reset`.
         """
         rest = dict(options or {})
         mask = self._mask(rest.pop("reset_mask", None))
@@ -276,14 +250,12 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
         """Step all sub-environments with one chunk each.
 
         Under `NextStep`, the action for a sub-environment that ended in the last step is not looked
-        at: it is reset instead.
+        at: it is reset instead. An error leaves all states as they were.
 
         Raises:
-            ValueError: The number of actions is not N.
-            InvalidChunkError: An action is not a chunk.
+            ValueError, InvalidChunkError: There are not N actions, or one is not a chunk.
             EpisodeEndedError: Under `Disabled`, a sub-environment has ended and was not reset.
-            RewardError: The reward failed, and `on_reward_error` is `"raise"`. No state has changed
-                then, nor after any other error.
+            RewardError: The reward failed, and `on_reward_error` is `"raise"`.
         """
         return self.step_with_failures(actions, [None] * self.num_envs)
 

@@ -147,9 +147,9 @@ class CandidateProposer:
             )
         self.language_model, self.task = language_model, task
         self.num_candidates, self.chunk_tokens, self.params = num_candidates, chunk_tokens, params
-        self._encoder = self._checked_encoder(encoder)
+        self._encoder, size = self._checked_encoder(encoder)
         self._is_model = self._encoder is language_model
-        self.layout = FeatureLayout(num_candidates, self._embedding_size(), bool(prefix_rewards))
+        self.layout = FeatureLayout(num_candidates, size, bool(prefix_rewards))
 
     def propose(
         self, states: Sequence[TextState], seeds: Sequence[int], ledgers: Sequence[Ledger]
@@ -216,24 +216,25 @@ class CandidateProposer:
                     len(chunk) / self.chunk_tokens,
                     chunk.finish_reason is not None,
                 )
-        if self.layout.prefix_rewards or self._encoder is not None:
-            children = self.children(states, proposals)
-            if self.layout.prefix_rewards:
-                known = [{} for _ in states] if known is None else known
-                self._score(states, children, parts, ledgers, known, failures)
-            if self._encoder is not None:
-                self._embed(states, children, parts, ledgers)
+        if not self.layout.prefix_rewards and self._encoder is None:
+            return rows
+        children = self.children(states, proposals)
+        if self.layout.prefix_rewards:
+            known = [{} for _ in states] if known is None else known
+            self._score(states, children, parts, ledgers, known, failures)
+        if self._encoder is not None:
+            self._embed(states, children, parts, ledgers)
         return rows
 
     def children(
         self, states: Sequence[TextState], proposals: Sequence[list[Chunk]]
     ) -> list[list[TextState]]:
         """The state behind each candidate."""
-        rows = []
-        for state, chunks in zip(states, proposals, strict=True):
-            limit = response_limit(state, self.task.tokenizer, self.task.max_response_tokens)
-            rows.append([transition(state, chunk, limit) for chunk in chunks])
-        return rows
+        most, tokenizer = self.task.max_response_tokens, self.task.tokenizer
+        return [
+            [transition(state, chunk, response_limit(state, tokenizer, most)) for chunk in chunks]
+            for state, chunks in zip(states, proposals, strict=True)
+        ]
 
     def features_bound(self, state: TextState) -> Usage:
         """The most that describing a state and its candidates is charged."""
@@ -259,12 +260,8 @@ class CandidateProposer:
     ) -> None:
         """Fill in the rewards of prefixes, all that are new in one call."""
         shown = [[s, *behind] if behind else [] for s, behind in zip(states, children, strict=True)]
-        new = [
-            (i, state)
-            for i, row in enumerate(shown)
-            for state in dict.fromkeys(row)
-            if state not in known[i]
-        ]
+        all_shown = ((i, state) for i, row in enumerate(shown) for state in dict.fromkeys(row))
+        new = [(i, state) for i, state in all_shown if state not in known[i]]
         decode = self.task.tokenizer.decode
 
         def score(some: Sequence[tuple[int, TextState]]) -> list[float]:
@@ -315,26 +312,23 @@ class CandidateProposer:
             parts.prefix_embedding[i] = block[0]
             parts.embeddings[i, : len(block) - 1] = block[1:]
 
-    def _checked_encoder(self, encoder: Any) -> Any:
-        if encoder == "embedded":
-            return embedded_encoder()
+    def _checked_encoder(self, encoder: Any) -> tuple[Any, int]:
+        """What embeds, and the size of its embeddings."""
+        if encoder is None:
+            return None, 0
         if encoder == "language_model":
-            if not hasattr(self.language_model, "features"):
+            model: Any = self.language_model
+            if not hasattr(model, "features"):
                 raise ValueError(
-                    f"encoder='language_model': {self.language_model.name!r} gives no features. "
-                    "Use 'embedded', None, or an encoder of your own."
+                    f"encoder='language_model': {model.name!r} gives no features. Use 'embedded', "
+                    "None, or an encoder of your own."
                 )
-            return self.language_model
-        if isinstance(encoder, str) or (encoder is not None and not hasattr(encoder, "encode")):
+            return model, int(model.feature_size)
+        if encoder == "embedded":
+            encoder = embedded_encoder()
+        if isinstance(encoder, str) or not hasattr(encoder, "encode"):
             raise ValueError(
                 "encoder: expected 'embedded', 'language_model', None, or an object with "
                 f"encode(texts), got {encoder!r}."
             )
-        return encoder
-
-    def _embedding_size(self) -> int:
-        if self._encoder is None:
-            return 0
-        if self._is_model:
-            return int(self._encoder.feature_size)
-        return int(encode_texts(self._encoder, ["size"]).shape[1])
+        return encoder, int(encode_texts(encoder, ["size"]).shape[1])

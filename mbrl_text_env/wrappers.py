@@ -57,15 +57,16 @@ class CandidateState:
 class _View:
     """What the single and the vector view share: a proposer, and who pays for it."""
 
-    def _begin(self, model: LanguageModel | None, task: TextTask, options: ViewOptions) -> None:
+    def _begin(
+        self, model: LanguageModel | None, task: TextTask, options: ViewOptions
+    ) -> tuple[spaces.Discrete, spaces.Box]:
+        """The spaces of one environment."""
         if model is None:
             model = task.tokenizer if isinstance(task.tokenizer, LanguageModel) else _embedded()
         self.proposer = CandidateProposer(model, task, **options)
         self.ledger = Ledger()
-
-    def _spaces(self) -> tuple[spaces.Discrete, spaces.Box]:
-        count, layout = self.proposer.num_candidates, self.proposer.layout
-        return spaces.Discrete(count), feature_box(layout.size)
+        layout = self.proposer.layout
+        return spaces.Discrete(layout.num_candidates), feature_box(layout.size)
 
     def _proposed(
         self,
@@ -105,8 +106,7 @@ class CandidateChunks(_View, gym.Wrapper[Any, Any, Any, Any], RecordConstructorA
 
     Attributes:
         candidates: The K chunks at the current state; none where it has ended.
-        ledger: What proposing and describing have cost so far; the environment's own scores are
-            not in it.
+        ledger: Without the environment's own scores.
 
     Example:
         >>> import gymnasium as gym, mbrl_text_env
@@ -126,8 +126,8 @@ class CandidateChunks(_View, gym.Wrapper[Any, Any, Any, Any], RecordConstructorA
         )
         gym.Wrapper.__init__(self, env)
         self._base = text_env(env)
-        self._begin(language_model, self._base.task, options)
-        self.action_space, self.observation_space = self._spaces()
+        found = self._begin(language_model, self._base.task, options)
+        self.action_space, self.observation_space = found
         self.candidates: list[Chunk] = []
         self._seed = 0
         self._known: list[Known] = [{}]
@@ -138,15 +138,14 @@ class CandidateChunks(_View, gym.Wrapper[Any, Any, Any, Any], RecordConstructorA
         """Begin a response; see `TextGenerationEnv.reset`."""
         with unchanged_if_it_fails(self):
             _, info = self.env.reset(seed=seed, options=options)
-            self._seed = _draw_seed(self._base.np_random)
+            self._seed = int(self._base.np_random.integers(2**63))
             return self._show(info)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Append candidate `action`; no error changes the state.
 
         Raises:
-            EpisodeEndedError: The response has ended.
-            ValueError: There is no such candidate.
+            EpisodeEndedError, ValueError: The response has ended, or there is no such candidate.
             RewardError: The response or a prefix could not be scored.
         """
         check_not_terminal(self._base.get_state())
@@ -187,14 +186,6 @@ class CandidateChunksVector(_View, _VectorWrapper):
     With `on_reward_error="record"`, rewards of prefixes that cannot be scored cost their own
     environment alone: the observation has zeros for them, the info a `reward_error`, and the next
     step ends the episode without a score; see `TextGenerationVectorEnv`.
-
-    Args:
-        env: A `TextGenerationVectorEnv`.
-        language_model, **options: As in `CandidateChunks`.
-
-    Attributes:
-        candidates: The K chunks of every environment.
-        ledger: As in `CandidateChunks`.
     """
 
     kept_if_a_step_fails = ("candidates", "_seeds", "_failures")
@@ -210,10 +201,9 @@ class CandidateChunksVector(_View, _VectorWrapper):
             raise TypeError(f"Expected a TextGenerationVectorEnv, got {type(env).__name__}.")
         self._base = env
         self.autoreset_mode = env.autoreset_mode
-        self._begin(language_model, env.task, options)
-        self.single_action_space, self.single_observation_space = self._spaces()
-        self.action_space = batch_space(self.single_action_space, env.num_envs)
-        self.observation_space = batch_space(self.single_observation_space, env.num_envs)
+        found = self._begin(language_model, env.task, options)
+        self.single_action_space, self.single_observation_space = found
+        self.action_space, self.observation_space = (batch_space(s, env.num_envs) for s in found)
         self.candidates: list[list[Chunk]] = []
         self._seeds = [0] * env.num_envs
         self._known: list[Known] = [{} for _ in range(env.num_envs)]
@@ -262,7 +252,7 @@ class CandidateChunksVector(_View, _VectorWrapper):
     def _draw_seeds(self) -> None:
         """New seeds where an episode has begun."""
         for i in np.flatnonzero(self._base.episode_started).tolist():
-            self._seeds[i] = _draw_seed(self._base.generator(i))
+            self._seeds[i] = int(self._base.generator(i).integers(2**63))
 
     def _show(
         self, infos: dict[str, Any], shown: npt.NDArray[np.bool_] | None = None
@@ -299,39 +289,23 @@ class CandidateChunksVector(_View, _VectorWrapper):
 def make_candidate_chunks(
     language_model: LanguageModel | None = None,
     *,
+    num_envs: int | None = None,
     tokenizer: Tokenizer | None = None,
     **options: Any,
-) -> CandidateChunks:
-    """Make `mbrl_text_env/CandidateChunks-v0`: a `TextGenerationEnv` under the candidate view.
+) -> CandidateChunks | CandidateChunksVector:
+    """Make `mbrl_text_env/CandidateChunks-v0`, or `num_envs` in one.
 
     Args:
         language_model: Proposes chunks; by default the embedded SmolLM2.
         tokenizer: By default the language model.
         **options: Those of `CandidateProposer` and of `TextGenerationEnv`.
     """
-    model, view, options = _split(language_model, tokenizer, options)
-    return CandidateChunks(TextGenerationEnv(**options), model, **view)
-
-
-def make_candidate_chunks_vector(
-    num_envs: int = 1,
-    language_model: LanguageModel | None = None,
-    *,
-    tokenizer: Tokenizer | None = None,
-    **options: Any,
-) -> CandidateChunksVector:
-    """Make the vector form of `mbrl_text_env/CandidateChunks-v0`; see `make_candidate_chunks`."""
-    model, view, options = _split(language_model, tokenizer, options)
+    model = _embedded() if language_model is None else language_model
+    view: Any = {name: options.pop(name) for name in ViewOptions.__annotations__ if name in options}
+    options["tokenizer"] = model if tokenizer is None else tokenizer
+    if num_envs is None:
+        return CandidateChunks(TextGenerationEnv(**options), model, **view)
     return CandidateChunksVector(TextGenerationVectorEnv(num_envs, **options), model, **view)
-
-
-def _split(
-    language_model: LanguageModel | None, tokenizer: Tokenizer | None, options: dict[str, Any]
-) -> tuple[LanguageModel, Any, dict[str, Any]]:
-    """The language model, the options of the view, and those of the environment in it."""
-    model = language_model if language_model is not None else _embedded()
-    view = {name: options.pop(name) for name in ViewOptions.__annotations__ if name in options}
-    return model, view, {"tokenizer": model if tokenizer is None else tokenizer, **options}
 
 
 @functools.cache
@@ -349,12 +323,8 @@ def _check_states(states: Sequence[object]) -> None:
             )
 
 
-def _draw_seed(generator: np.random.Generator) -> int:
-    return int(generator.integers(2**63))
-
-
 class _RewardWrapper(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """Changes the reward by what a step has changed of the state."""
+    """Changes the reward by what a step has changed of the state; TypeError over other tasks."""
 
     def __init__(self, env: gym.Env[Any, Any], **arguments: Any) -> None:
         RecordConstructorArgs.__init__(self, _disable_deepcopy=True, **arguments)
@@ -389,10 +359,6 @@ class PotentialShaping(_RewardWrapper):
         env: A text environment or a candidate view of one.
         value_model: Predicts the final reward of a prefix.
         discount: The discount that the agent uses, above 0 and at most 1.
-
-    Raises:
-        ValueError: The discount is out of range.
-        TypeError: There is no `TextGenerationEnv` inside.
     """
 
     def __init__(
@@ -430,10 +396,6 @@ class KLPenalty(_RewardWrapper):
         policy: The language model that the chunks are drawn from. Without one only
             `-log reference` is charged: with an entropy bonus of the same coefficient in the agent,
             that is the same objective.
-
-    Raises:
-        ValueError: The coefficient is negative.
-        TypeError: There is no `TextGenerationEnv` inside.
     """
 
     def __init__(
@@ -453,12 +415,8 @@ class KLPenalty(_RewardWrapper):
     def _change(
         self, reward: float, before: TextState, after: TextState
     ) -> tuple[float, dict[str, float]]:
-        ids = after.response_ids[len(before.response_ids) :]
-        ratio = -_logprob(self.reference, before, ids)
+        added = Chunk(after.response_ids[len(before.response_ids) :])
+        ratio = -float(sum(self.reference.logprobs([before], [added])[0]))
         if self.policy is not None:
-            ratio += _logprob(self.policy, before, ids)
+            ratio += float(sum(self.policy.logprobs([before], [added])[0]))
         return -self.coefficient * ratio, {"kl": ratio}
-
-
-def _logprob(model: LanguageModel, state: TextState, token_ids: tuple[int, ...]) -> float:
-    return float(sum(model.logprobs([state], [Chunk(token_ids)])[0]))
