@@ -65,7 +65,7 @@ def encode_texts(
 
 
 def _encoded_by_length(model: Any, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-    """In batches of about as many tokens; a SentenceTransformer sorts by characters, and pads more."""
+    """In batches of about as many tokens: sorting by characters, as it does itself, pads more."""
     order = np.argsort(_token_counts(model, texts), kind="stable")
     batches = np.split(order, range(_CPU_BATCH, len(order), _CPU_BATCH))
     found = [

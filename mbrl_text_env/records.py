@@ -218,8 +218,6 @@ class RecordWriter:
     Example:
         >>> with RecordWriter("records") as writer:  # doctest: +SKIP
         ...     writer.append(record)
-        >>> len(read_records("records"))  # doctest: +SKIP
-        1
     """
 
     def __init__(self, folder: str | Path, *, shard_rows: int = 256) -> None:
@@ -263,8 +261,8 @@ class RecordWriter:
         """Add a record; it is on the disk after the next `flush()` or when its shard is full.
 
         Raises:
-            RecordsError: The record cannot be stored: an integer beyond 64 bits, text that is no
-                valid Unicode, metadata that is not JSON.
+            RecordsError: It has integers beyond 64 bits, invalid Unicode, or metadata that is not
+                JSON.
         """
         self.extend([record])
 
@@ -283,15 +281,10 @@ class RecordWriter:
         self.flush()
 
     def go_on(self, run: Mapping[str, Any]) -> None:
-        """Write records of this run from now on; the folder holds no others.
+        """Write records of this run from now on; RecordsError where the folder holds others.
 
-        Args:
-            run: Whatever the records depend on, apart from their prompts; JSON values, kept in each
-                shard.
-
-        Raises:
-            RecordsError: The folder holds records of another run (the message says what differs),
-                or some that do not say of which.
+        `run` is whatever the records depend on, apart from their prompts: JSON values, kept in each
+        shard.
         """
         self._check_open()
         for shard in _shards_of(self.folder):
@@ -333,26 +326,22 @@ class RecordWriter:
 def read_records(folder: str | Path, *, skip_damaged: bool = False) -> list[Record]:
     """Read all records of a folder, in the order in which they were written.
 
-    Args:
-        folder: As written by `RecordWriter`.
-        skip_damaged: Leave out damaged shards with a warning instead of raising.
-
     Raises:
-        RecordsError: There are no shards, one is damaged (with `skip_damaged`: all are), or one has
-            an unknown version.
+        RecordsError: There are no shards, one has an unknown version, or one is damaged; with
+            `skip_damaged` those are left out with a warning, unless all are.
     """
     return list(iter_records(folder, skip_damaged=skip_damaged))
 
 
 def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[Record]:
-    """Read records one shard at a time; see `read_records`, which takes and raises the same."""
+    """`read_records`, one shard at a time."""
     shards = _shards_of(folder)
     if not shards:
         raise RecordsError(
             f"{folder}: expected a folder with record shards (shard-00000.parquet, ...), got none "
             f"({_what_is(Path(folder))}). Write some with `RecordWriter`, or give another folder."
         )
-    any_sound = False
+    damaged = 0
     for shard in shards:
         try:
             table = _read_shard(shard)
@@ -360,10 +349,10 @@ def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[
             if not skip_damaged:
                 raise _damage(shards) from error
             warnings.warn(f"Left out a damaged shard: {error}", stacklevel=2)
-            continue
-        any_sound = True
-        yield from map(_record, table.to_pylist())
-    if not any_sound:
+            damaged += 1
+        else:
+            yield from map(_record, table.to_pylist())
+    if damaged == len(shards):
         raise RecordsError(
             f"{folder}: expected at least one sound shard, but all {len(shards)} are damaged. "
             "Restore them from a copy, or collect the records again."
@@ -383,14 +372,9 @@ def rescore(
     Nothing is generated again: the new records differ from the old in `score`, `rewards` and
     `reward_name` alone. The new folder appears when all of it is written, or not at all.
 
-    Args:
-        source: Folder of records.
-        reward_model: Scores the responses, `batch_size` together.
-        target: A folder that does not exist, or is empty.
-
     Raises:
         RecordsError: The target is the source, holds something, or cannot be written; the source
-            cannot be read; or `batch_size` is below 1.
+            cannot be read; or `batch_size`, the responses scored together, is below 1.
         RewardError: The reward model failed.
 
     Example:
@@ -448,14 +432,15 @@ def _batch(record: Record) -> pa.RecordBatch:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    messages = record.messages
-    return {
-        **{name: getattr(record, name) for name in SCHEMA.names},
-        "messages": None if messages is None else _json([vars(m) for m in messages]),
-        "metadata": _json(record.metadata),
-        "rewards": _amounts(record.rewards),
-        "usage": _amounts(record.usage),
-    }
+    row = {name: getattr(record, name) for name in SCHEMA.names}
+    if record.messages is not None:
+        row["messages"] = [vars(message) for message in record.messages]
+    for name in ("messages", "metadata"):
+        if row[name] is not None:
+            row[name] = json.dumps(row[name], ensure_ascii=False, allow_nan=False)
+    for name in ("rewards", "usage"):
+        row[name] = [{"name": k, "value": float(v)} for k, v in row[name].items()]
+    return row
 
 
 def _record(row: dict[str, Any]) -> Record:
@@ -467,14 +452,6 @@ def _record(row: dict[str, Any]) -> Record:
     for name in ("prompt_ids", "response_ids", "chunk_ends", "logprobs"):
         row[name] = tuple(row[name])
     return Record(**row)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _amounts(values: Mapping[str, float]) -> list[dict[str, Any]]:
-    return [{"name": name, "value": float(value)} for name, value in values.items()]
 
 
 def _run_of_shard(shard: Path) -> dict[str, Any] | None:

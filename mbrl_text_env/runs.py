@@ -150,7 +150,7 @@ def refuse_others(
     error: type[Exception],
 ) -> None:
     """Refuse to go on with results in folder `where` that depend on something else (`found`)."""
-    differing = [*differences(found, json.loads(json.dumps(record)))]
+    differing = [*_differences(found, json.loads(json.dumps(record)))]
     if differing:
         more = f", and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise error(
@@ -159,18 +159,15 @@ def refuse_others(
         )
 
 
-def differences(found: Any, record: Any, name: str = "") -> Iterator[str]:
+def _differences(found: Any, record: Any, name: str = "") -> Iterator[str]:
     """What differs between two trees of JSON values, each as "lm.name: a there, b here"."""
     if isinstance(found, dict) and isinstance(record, dict):
         for key in sorted({*found, *record}):
             inner = f"{name}.{key}" if name else str(key)
-            yield from differences(found.get(key), record.get(key), inner)
+            yield from _differences(found.get(key), record.get(key), inner)
     elif found != record:
-        yield f"{name}: {_shown(found)} there, {_shown(record)} here"
-
-
-def _shown(value: Any) -> str:
-    return shortened(value if isinstance(value, str) else json.dumps(value), 60)
+        there, here = (v if isinstance(v, str) else json.dumps(v) for v in (found, record))
+        yield f"{name}: {shortened(there, 60)} there, {shortened(here, 60)} here"
 
 
 def prompt_digest(prompt: Prompt) -> str:
@@ -229,11 +226,15 @@ def claim_checkpoints(
         )
     claim_file(note, record, "training", error)
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    # Trainers write their state last: a checkpoint without it was cut off.
-    whole = [path for path in found if _is_json(path / "trainer_state.json")]
-    for path in set(found) - set(whole):
-        shutil.rmtree(path)
-    return str(whole[-1]) if whole else None
+    whole = None
+    for path in found:
+        # Trainers write their state last: a checkpoint without it was cut off.
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            whole = str(path)
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return whole
 
 
 @contextmanager
@@ -251,14 +252,6 @@ def own_randomness(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def identity(part: Any) -> Any:
     """What tells a part of a run (a model, a reward) from others; JSON values. See the module.
 
@@ -273,9 +266,15 @@ def identity(part: Any) -> Any:
 def folder_digest(folder: str | Path) -> str:
     """Tells the content of a folder, or a file, from others; hidden files are left out."""
     root = Path(folder)
-    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    shown = [p for p in paths if not p.relative_to(root).name.startswith(".")]
-    return digest(*(f"{p.relative_to(root)} {_file_digest(p)}".encode() for p in shown))
+    paths = [root] if root.is_file() else sorted(filter(Path.is_file, root.rglob("*")))
+    lines = []
+    for path in paths:
+        name = path.relative_to(root)
+        if not name.name.startswith("."):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+            lines.append(f"{name} {content}".encode())
+    return digest(*lines)
 
 
 def weights_digest(model: Any) -> str:
@@ -407,8 +406,7 @@ def _source_file(defined: Any) -> Path | None:
         path = Path(inspect.getsourcefile(defined) or "")
     except TypeError:
         # A module that was run from a file and is not among the imported ones.
-        code = _first(defined, "__code__")
-        path = Path() if code is None else Path(code.co_filename)
+        path = Path(getattr(_first(defined, "__code__"), "co_filename", ""))
     return path if path.is_file() else None
 
 
@@ -476,8 +474,3 @@ def _is_model_folder(name: str) -> bool:
         return bool(name) and any((Path(name) / file).is_file() for file in _MODEL_FILES)
     except (OSError, ValueError):
         return False
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, hashlib.blake2b).hexdigest()

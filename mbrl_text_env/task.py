@@ -78,22 +78,14 @@ class TaskOptions(TypedDict, total=False):
 
 
 class Outcome(NamedTuple):
-    """What one environment returns of a step or a reset.
+    """What one environment returns of a step or a reset."""
 
-    Args:
-        state: The state after it.
-        response: Its decoded response prefix.
-        reward: float.
-        score: The score of the response: of the whole one where it has ended, of the prefix under
-            `reward="delta"`, otherwise None.
-        info: For the user; new at every call and deterministic.
-    """
-
-    state: TextState
-    response: str
+    state: TextState  # after it
+    response: str  # decoded
     reward: float
+    # Of the whole response where it has ended, of the prefix under `reward="delta"`, else None.
     score: float | None
-    info: dict[str, Any]
+    info: dict[str, Any]  # for the user; new at every call and deterministic
 
     @property
     def terminated(self) -> bool:
@@ -193,9 +185,6 @@ class TextTask:
         """The prompt that `options["prompt"]` names (a `Prompt`, id or index), or a random one.
 
         A number is drawn in either case, so that naming a prompt leaves later draws as they are.
-
-        Raises:
-            ValueError: An option or a prompt is unknown.
         """
         drawn = int(generator.integers(len(self.prompts)))
         if not options:
@@ -226,13 +215,7 @@ class TextTask:
         return self._outcome(state, self.tokenizer.decode(state.response_ids))
 
     def advance(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
-        """Step each state with its action: one reward call for all.
-
-        Raises:
-            EpisodeEndedError: A response has ended already.
-            InvalidChunkError: An action is not a chunk.
-            RewardError: The reward model failed.
-        """
+        """Step each state with its action: one reward call for all."""
         pairs = zip(outcomes, actions, strict=True)
         appended = [self._append(outcome.state, action) for outcome, action in pairs]
         states = [state for state, _ in appended]
@@ -279,11 +262,7 @@ class TextTask:
         return found
 
     def observe(self, outcomes: Sequence[Outcome]) -> list[Any]:
-        """One observation for each outcome.
-
-        Raises:
-            ValueError: A prompt is longer than `max_prompt_tokens`.
-        """
+        """One observation for each outcome; ValueError where a prompt is too long for it."""
         if self.observation == "text":
             return [{"prompt": o.state.prompt.text, "response": o.response} for o in outcomes]
         if self.observation == "embedding":
@@ -291,8 +270,7 @@ class TextTask:
             return list(encode_texts(self.encoder, texts))
         rows = []
         for outcome in outcomes:
-            row: dict[str, Any] = {}
-            state = outcome.state
+            state, row = outcome.state, cast("dict[str, Any]", {})
             if len(state.prompt_ids) > self.max_prompt_tokens:
                 raise ValueError(
                     f"Prompt {state.prompt.id!r} has {len(state.prompt_ids)} tokens, but the "

@@ -167,10 +167,9 @@ class TextState:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens to append to a response: an action.
+    """Tokens to append to a response, at least one: an action. A stop token may only be the last.
 
     Args:
-        token_ids: int[n], n at least 1. A stop token may only be the last.
         logprobs: float[n], the log-probability (nats) of each token under the language model
             itself, before temperature, top-p and top-k; empty where it is not known.
         finish_reason: `"stop"` if the chunk ends the response, `"length"` if the model's context is
@@ -257,13 +256,10 @@ def check_not_terminal(state: TextState) -> None:
 
 
 def transition(state: TextState, chunk: Chunk, max_response_tokens: int) -> TextState:
-    """Append a chunk to a state's response.
+    """Append a chunk to a state's response; EpisodeEndedError where that has ended already.
 
     A chunk that would make the response longer than `max_response_tokens` is cut there; then its
     stop token, if it had one, is lost and the response ends by `"length"`.
-
-    Raises:
-        EpisodeEndedError: The response had ended already.
 
     Example:
         >>> state = TextState(Prompt.from_text("Hi"), prompt_ids=(5, 6))
@@ -303,31 +299,22 @@ def append(
 class Usage:
     """Amounts of computation; usages add up.
 
-    Args:
-        prompt_tokens: Prefix tokens that a language model had to compute.
-        cached_tokens: Prefix tokens that were taken from a cache instead.
-        generated_tokens: Tokens that a language model sampled.
-        lm_calls: Requests to a language model (one a state and call).
-        reward_calls: Responses or prefixes that a reward model scored.
-        value_calls: States that a value model judged.
-        dynamics_calls: Transitions that a learned dynamics model predicted.
-        lm_flops: Floating-point operations of the language model (2 x parameters x tokens, plus
-            attention); those of the other models, where they say it, follow.
-        seconds: Wall time; a batched call is split equally among its states.
+    FLOPs of a language model are 2 x parameters x tokens, plus attention; those of the others are
+    counted where they say them.
     """
 
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    lm_calls: int = 0
-    reward_calls: int = 0
-    value_calls: int = 0
-    dynamics_calls: int = 0
+    prompt_tokens: int = 0  # of the prefix, that a language model had to compute
+    cached_tokens: int = 0  # of the prefix, that were taken from a cache instead
+    generated_tokens: int = 0  # that a language model sampled
+    lm_calls: int = 0  # requests to a language model, one a state and call
+    reward_calls: int = 0  # responses or prefixes that a reward model scored
+    value_calls: int = 0  # states that a value model judged
+    dynamics_calls: int = 0  # transitions that a learned dynamics model predicted
     lm_flops: float = 0.0
     reward_flops: float = 0.0
     value_flops: float = 0.0
     dynamics_flops: float = 0.0
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall time; a batched call is split equally among its states
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*map(operator.add, vars(self).values(), vars(other).values()))
@@ -374,21 +361,16 @@ class BudgetExceededError(RuntimeError):
 class Budget:
     """Hard caps on the computation for one prompt; None means no cap.
 
-    Args:
-        tokens: Generated tokens.
-        flops: Floating-point operations of all models.
-        reward_calls: Responses or prefixes scored.
-        seconds: Wall time. A call under way is never interrupted, so this cap is checked between
-            calls and does not raise.
+    A call under way is never interrupted, so seconds are checked between calls and do not raise.
 
     Raises:
         BudgetError: A cap is not positive.
     """
 
-    tokens: int | None = None
-    flops: float | None = None
-    reward_calls: int | None = None
-    seconds: float | None = None
+    tokens: int | None = None  # generated
+    flops: float | None = None  # of all models
+    reward_calls: int | None = None  # responses or prefixes scored
+    seconds: float | None = None  # of wall time
 
     def __post_init__(self) -> None:
         for name, cap in vars(self).items():
@@ -411,12 +393,7 @@ class Budget:
         return Budget(**left) if all(x is None or x > 0 for x in left.values()) else None
 
     def shared(self, count: int) -> Budget | None:
-        """An equal share for each of `count`; None where one gets nothing.
-
-        Example:
-            >>> Budget(tokens=400).shared(3).tokens
-            133
-        """
+        """An equal share for each of `count`; None where one gets nothing."""
         whole = ("tokens", "reward_calls")
         shares = {
             name: cap if cap is None else cap // count if name in whole else cap / count
@@ -445,35 +422,34 @@ class Ledger:
         """Add what was spent.
 
         Raises:
-            BudgetExceededError: A cap on tokens, FLOPs or reward calls is passed. The charge is
-                kept, so that the account stays true.
+            BudgetExceededError: A cap other than seconds is passed. The charge is kept.
         """
         self.usage = self.usage + usage
-        fault = self._fault(self.usage, check_seconds=False)
-        if fault is not None:
-            raise BudgetExceededError(
-                f"Spent {fault}. An agent asks `ledger.affords(...)` before it spends; this one "
-                "did not, or asked for too little."
-            )
+        for name, amount, cap in self._passed(self.usage):
+            if name != "seconds":
+                raise BudgetExceededError(
+                    f"Spent {amount:,.12g} {name} of a budget of {cap:,.12g}. An agent asks "
+                    "`ledger.affords(...)` before it spends; this one did not, or asked for too "
+                    "little."
+                )
 
     def affords(self, usage: Usage) -> bool:
         """Whether `usage` could be spent without passing a cap."""
-        return self._fault(self.usage + usage, check_seconds=True) is None
+        return not self._passed(self.usage + usage)
 
     def remaining_tokens(self) -> float:
         """Generated tokens that are left; infinity without a cap."""
         cap = self.budget.tokens
         return float("inf") if cap is None else cap - self.usage.generated_tokens
 
-    def _fault(self, usage: Usage, check_seconds: bool) -> str | None:
-        for name, amount in usage.capped.items():
-            cap = getattr(self.budget, name)
-            if cap is None or (name == "seconds" and not check_seconds):
-                continue
-            # Sums of floating-point numbers differ in the last digits with their order.
-            if amount > cap * (1 + 1e-12):
-                return f"{amount:,.12g} {name} of a budget of {cap:,.12g}"
-        return None
+    def _passed(self, usage: Usage) -> list[tuple[str, float, float]]:
+        caps, amounts = vars(self.budget).items(), usage.capped
+        # Sums of floating-point numbers differ in the last digits with their order.
+        return [
+            (name, amounts[name], cap)
+            for name, cap in caps
+            if cap is not None and amounts[name] > cap * (1 + 1e-12)
+        ]
 
 
 # Seconds that blocks inside the one that is being timed have charged.
