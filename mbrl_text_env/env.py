@@ -230,11 +230,20 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
         `seed` is one int (sub-environment i gets seed + i) or one a sub-environment;
         `options["prompt"]` is as in `TextGenerationEnv.reset`.
         """
-        rest = dict(options or {})
-        mask = self._mask(rest.pop("reset_mask", None))
-        seeds = self._seeds(seed)
+        n, rest = self.num_envs, dict(options or {})
+        mask: Any = rest.pop("reset_mask", None)
+        mask = np.ones(n, dtype=np.bool_) if mask is None else np.asarray(mask)
+        if mask.shape != (n,) or mask.dtype != np.bool_ or not mask.any():
+            raise ValueError(
+                f"options['reset_mask']: expected bool[{n}] with at least one True, got {mask!r}."
+            )
+        first: Any = as_index(seed)
+        given: Any = [None] * n if seed is None else seed
+        seeds = list(given) if first is None else [first + i for i in range(n)]
+        if len(seeds) != n:
+            raise ValueError(f"Expected {n} seeds, got {len(seeds)}.")
         with unchanged_if_it_fails(self):
-            outcomes: list[Outcome | None] = [*self._outcomes] or [None] * self.num_envs
+            outcomes: list[Outcome | None] = [*self._outcomes] or [None] * n
             for i in np.flatnonzero(mask).tolist():
                 if seeds[i] is not None:
                     self._generators[i] = seeding.np_random(seeds[i])[0]
@@ -280,12 +289,11 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
             infos = [outcome.info for outcome in outcomes]
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
                 infos = self._restart_ended(outcomes)
-            n = self.num_envs
             return (
                 self._observations(),
-                np.fromiter((outcome.reward for outcome in outcomes), np.float64, n),
-                np.fromiter((outcome.terminated for outcome in outcomes), np.bool_, n),
-                np.fromiter((outcome.truncated for outcome in outcomes), np.bool_, n),
+                np.array([outcome.reward for outcome in outcomes], np.float64),
+                np.array([outcome.terminated for outcome in outcomes], np.bool_),
+                np.array([outcome.truncated for outcome in outcomes], np.bool_),
                 stack_infos(infos),
             )
 
@@ -360,26 +368,6 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
         empty: Any = create_empty_array(space, self.num_envs)
         return concatenate(space, self.task.observe(self._outcomes), empty)
 
-    def _mask(self, mask: Any) -> BoolArray:
-        if mask is None:
-            return np.ones(self.num_envs, dtype=np.bool_)
-        mask = np.asarray(mask)
-        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
-            raise ValueError(
-                f"options['reset_mask']: expected bool[{self.num_envs}] with at least one True, "
-                f"got {mask!r}."
-            )
-        return mask
-
-    def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        first = as_index(seed)
-        seeds = list(seed) if first is None else [first + i for i in range(self.num_envs)]  # type: ignore[arg-type]
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"Expected {self.num_envs} seeds, got {len(seeds)}.")
-        return seeds
-
 
 def _ended(outcomes: Sequence[Outcome]) -> BoolArray:
     return np.array([is_terminal(outcome.state) for outcome in outcomes], dtype=np.bool_)
@@ -390,9 +378,9 @@ def as_actions(actions: Any, num_envs: int) -> list[Any]:
     try:
         found = list(actions)
     except TypeError:
-        raise ValueError(f"Expected {num_envs} actions, got {actions!r:.80}.") from None
+        found = []
     if len(found) != num_envs:
-        raise ValueError(f"Expected {num_envs} actions, got {len(found)}.")
+        raise ValueError(f"Expected {num_envs} actions, got {actions!r:.80}.")
     return found
 
 

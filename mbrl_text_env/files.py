@@ -38,7 +38,6 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically; folders above it are made."""
     with write_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
-        _to_disk(scratch)
 
 
 @contextmanager
@@ -49,6 +48,7 @@ def write_file(path: str | Path) -> Iterator[Path]:
     scratch = _scratch(target)
     try:
         yield scratch
+        _to_disk(scratch)
         scratch.replace(target)
     except BaseException:
         scratch.unlink(missing_ok=True)

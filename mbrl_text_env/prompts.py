@@ -111,9 +111,8 @@ def hub_prompts(
 ) -> list[Prompt]:
     """Load prompts with `datasets.load_dataset`, in TRL's prompt format.
 
-    The ids are `<last part of the name>-<split>-<row>`. The other columns are the metadata; values
-    that JSON cannot hold (images, dates) are left out, and keys whose value is None, which Arrow
-    gives to every row where one row has them.
+    The ids are `<last part of the name>-<split>-<row>`. The other columns are the metadata, without
+    values that are None or that JSON cannot hold (images, dates).
 
     Args:
         dataset_name: Name on the Hub, or a local folder.
@@ -123,8 +122,8 @@ def hub_prompts(
         limit, chat: See `load_prompts`.
 
     Raises:
-        PromptError: The extra `data` is not installed, the dataset cannot be loaded (no network, no
-            such dataset, split or configuration), the column is missing, or a row is no prompt.
+        PromptError: The extra `data` is not installed, the dataset cannot be loaded, the column is
+            missing, or a row is no prompt.
 
     Example:
         >>> prompts = hub_prompts("trl-lib/tldr", split="test", limit=64)  # doctest: +SKIP
@@ -138,8 +137,7 @@ def hub_prompts(
         reason = error.__cause__ or error
         raise PromptError(
             f"{name}, configuration {config!r}: expected a dataset that can be loaded, got "
-            f"{type(reason).__name__}: {reason}. Check the names and the network, or load a file "
-            "with `load_prompts`."
+            f"{type(reason).__name__}: {reason}. Check the names and the network."
         ) from error
     if column not in dataset.column_names:
         columns = dataset.column_names
@@ -199,13 +197,12 @@ def reasoning_gym_prompts(
     """Generate questions with the package reasoning-gym.
 
     The ids are `<task>-<seed>-<index>`. The metadata has the `kind` (the task), the
-    `reference_answer`, as `reasoning_gym` what the task says of the question, without values that
-    JSON cannot hold, and as `reasoning_gym_source` what the question can be made from again: task,
-    seed, size, index and config (if JSON can hold it), which `ReasoningGymReward` needs.
+    `reference_answer`, as `reasoning_gym` what the task says of the question, and as
+    `reasoning_gym_source` what the question can be made from again, for `ReasoningGymReward`; all
+    without what JSON cannot hold.
 
     Args:
         task: Name of a reasoning-gym dataset, such as `"chain_sum"`.
-        size: Number of prompts.
         seed: The prompts follow from it. A few tasks of the package draw from sets, and follow from
             the environment variable PYTHONHASHSEED too (`rewards.puzzles.UNREPEATABLE_TASKS`).
         chat: See `load_prompts`.
@@ -256,60 +253,65 @@ def _rows(source: str | Path) -> tuple[str, list[_Row]]:
     if source == "builtin":
         return "The builtin prompts", list(_jsonl_rows("prompts.jsonl", _builtin()))
     path = Path(source)
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
-    if path.suffix.lower() not in readers:
+    name, ending = str(path), path.suffix.lower()
+    if ending not in (".jsonl", ".csv"):
         raise PromptError(
             f"Expected 'builtin' or the path of a .jsonl or .csv file, got {str(source)!r}. Change "
             "the file's ending, or load a dataset of the Hugging Face Hub with `hub_prompts`."
         )
     try:
-        data = path.read_bytes()
+        # Spreadsheets begin their UTF-8 with a byte order mark.
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise PromptError(
-            f"{path}: expected a file that can be read, got {type(error).__name__}: "
+            f"{name}: expected a file that can be read, got {type(error).__name__}: "
             f"{error.strerror}. Check the path."
         ) from error
-    return str(path), list(readers[path.suffix.lower()](str(path), data))
+    except UnicodeDecodeError as error:
+        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        raise PromptError(
+            f"{name}, line {line}: expected UTF-8, got the byte 0x{byte:02x}. Save the file as "
+            "UTF-8."
+        ) from error
+    return name, list((_jsonl_rows if ending == ".jsonl" else _csv_rows)(name, text))
 
 
 @lru_cache(maxsize=1)
-def _builtin() -> bytes:
-    # The bytes are kept and not the prompts, whose metadata a caller could change for all others.
-    return (resources.files("mbrl_text_env") / "data" / "prompts.jsonl").read_bytes()
+def _builtin() -> str:
+    # The text is kept and not the prompts, whose metadata a caller could change for all others.
+    return (resources.files("mbrl_text_env") / "data" / "prompts.jsonl").read_text("utf-8")
 
 
-def _jsonl_rows(name: str, data: bytes) -> Iterator[_Row]:
+def _row(name: str, line: int) -> _Row:
+    return _Row(f"{name}, line {line}", f"{Path(name).stem}-{line}", {})
+
+
+def _jsonl_rows(name: str, text: str) -> Iterator[_Row]:
     # Not `splitlines`, which also breaks at separators that JSON strings may hold.
-    for number, line in enumerate(_decoded(name, data).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            place, default_id = f"{name}, line {number}", f"{Path(name).stem}-{number}"
-            fields = strict_json_object(place, line, '{"text": "..."}', PromptError)
-            yield _Row(place, default_id, fields)
+            row = _row(name, number)
+            fields = strict_json_object(row.place, line, '{"text": "..."}', PromptError)
+            yield row._replace(fields=fields)
 
 
-def _csv_rows(name: str, data: bytes) -> Iterator[_Row]:
-    reader = csv.reader(io.StringIO(_decoded(name, data), newline=""), strict=True)
+def _csv_rows(name: str, text: str) -> Iterator[_Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     # A quoted field may go over several lines; a row is called by its first.
     first = 1
     try:
         for values in reader:
-            row = _Row(f"{name}, line {first}", f"{Path(name).stem}-{first}", {})
+            row = _row(name, first)
             first = reader.line_num + 1
             if values and not header:
                 header = values
                 if len({"text", "prompt"} & set(header)) != 1 or len(set(header)) != len(header):
-                    raise row.error(
-                        "a header of different columns, one of them `text` or `prompt`",
-                        header,
-                        "Add or rename a column.",
-                    )
+                    expected = "a header of different columns, one of them `text` or `prompt`"
+                    raise row.error(expected, header, "Add or rename a column.")
             elif values and len(values) != len(header):
-                raise row.error(
-                    f"{len(header)} values, one a column",
-                    len(values),
-                    "Put quotes around values that hold commas.",
-                )
+                expected = f"{len(header)} values, one a column"
+                raise row.error(expected, len(values), "Quote values that hold commas.")
             elif values:
                 cells = zip(header, values, strict=True)
                 # An empty cell is how a CSV file says that there is no id or split.
@@ -322,28 +324,14 @@ def _csv_rows(name: str, data: bytes) -> Iterator[_Row]:
         ) from error
 
 
-def _decoded(name: str, data: bytes) -> str:
-    try:
-        # Spreadsheets begin their UTF-8 with a byte order mark.
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise PromptError(
-            f"{name}, line {line}: expected UTF-8, got the byte 0x{data[error.start]:02x}. Save "
-            "the file as UTF-8."
-        ) from error
-
-
 def _prompt(row: _Row, chat: bool) -> Prompt:
     # Files that are written from tables give every row the keys of all, null where one is missing.
     fields = {key: value for key, value in row.fields.items() if value is not None}
     keys = [key for key in _CONTENT_KEYS if key in fields]
     if len(keys) != 1:
-        raise row.error(
-            f"one of the fields {', '.join(_CONTENT_KEYS)}",
-            keys or list(row.fields),
-            "Keep one, or rename the field that holds the prompt.",
-        )
+        change = "Keep one, or rename the field that holds the prompt."
+        expected = f"one of the fields {', '.join(_CONTENT_KEYS)}"
+        raise row.error(expected, keys or list(row.fields), change)
     content = fields.pop(keys[0])
     prompt_id, split = fields.pop("id", row.default_id), fields.pop("split", None)
     if isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int) or prompt_id == "":

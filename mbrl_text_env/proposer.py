@@ -11,21 +11,12 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.encoders import (
-    Encoder,
-    encode_texts,
-    encoder_flops,
-    encoder_flops_bound,
-    prefix_text,
-)
+from mbrl_text_env import encoders
+from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.language_models.registry import embedded_encoder
-from mbrl_text_env.rewards.base import (
-    RewardError,
-    isolate_failures,
-    reward_usage_bound,
-    score_responses,
-)
+from mbrl_text_env.rewards import base as rewards
+from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.task import TextTask, added_text
 from mbrl_text_env.types import (
     Chunk,
@@ -241,12 +232,12 @@ class CandidateProposer:
         count = 1 + self.num_candidates
         usage = Usage()
         if self.layout.prefix_rewards:
-            usage += reward_usage_bound(self.task.reward_model) * count
+            usage += rewards.reward_usage_bound(self.task.reward_model) * count
         if self._is_model:
             tokens = len(state.prompt_ids) + len(state.response_ids) + self.chunk_tokens
             usage += self.language_model.usage_bound(tokens, []) * count
         elif self._encoder is not None:
-            usage += Usage(value_flops=encoder_flops_bound(self._encoder) * count)
+            usage += Usage(value_flops=encoders.encoder_flops_bound(self._encoder) * count)
         return usage
 
     def _score(
@@ -265,14 +256,14 @@ class CandidateProposer:
         decode = self.task.tokenizer.decode
 
         def score(some: Sequence[tuple[int, TextState]]) -> list[float]:
-            return score_responses(
+            return rewards.score_responses(
                 self.task.reward_model,
                 [state.prompt for _, state in some],
                 [decode(state.response_ids) for _, state in some],
                 ledgers=[ledgers[i] for i, _ in some],
             ).total.tolist()
 
-        found = score(new) if failures is None else isolate_failures(score, new)
+        found = score(new) if failures is None else rewards.isolate_failures(score, new)
         for (i, state), value in zip(new, found, strict=True):
             if not isinstance(value, RewardError):
                 known[i][state] = value
@@ -302,10 +293,12 @@ class CandidateProposer:
             vectors = self._encoder.features(shown, ledgers=paid)
         else:
             decode = self.task.tokenizer.decode
-            texts = [prefix_text(s.prompt.text, decode(s.response_ids)) for s in shown]
+            texts = [encoders.prefix_text(s.prompt.text, decode(s.response_ids)) for s in shown]
             with timed(paid):
-                vectors = encode_texts(self._encoder, texts)
-            for ledger, flops in zip(paid, encoder_flops(self._encoder, texts), strict=True):
+                vectors = encoders.encode_texts(self._encoder, texts)
+            for ledger, flops in zip(
+                paid, encoders.encoder_flops(self._encoder, texts), strict=True
+            ):
                 ledger.charge(Usage(value_flops=float(flops)))
         ends = np.cumsum([len(row) for row in rows])[:-1]
         for i, block in enumerate(np.split(vectors, ends)):
@@ -331,4 +324,4 @@ class CandidateProposer:
                 "encoder: expected 'embedded', 'language_model', None, or an object with "
                 f"encode(texts), got {encoder!r}."
             )
-        return encoder, int(encode_texts(encoder, ["size"]).shape[1])
+        return encoder, int(encoders.encode_texts(encoder, ["size"]).shape[1])

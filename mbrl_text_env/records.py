@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from mbrl_text_env.files import write_folder
+from mbrl_text_env.files import remove_scratch, write_file, write_folder
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, score_responses
 from mbrl_text_env.rewards.base import reward_name as name_of
@@ -64,7 +63,6 @@ SCHEMA = pa.schema(
 _UNNUMBERED = pa.schema([column for column in SCHEMA if column.name != "sample"])
 _SCHEMAS = {b"1": _UNNUMBERED, _VERSION: SCHEMA}
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
-_SCRATCH_SUFFIX = ".tmp"
 
 
 class RecordsError(ValueError):
@@ -236,8 +234,7 @@ class RecordWriter:
             busy = "another writer has it open. Wait until that one ends"
             lock = locked(self.folder, busy, RecordsError)
             try:
-                for scratch in self.folder.glob(f"shard-*{_SCRATCH_SUFFIX}"):
-                    scratch.unlink()
+                remove_scratch(self.folder)
                 shards = _shards_of(self.folder)
                 for shard in shards:
                     _count_rows(shard)
@@ -306,8 +303,13 @@ class RecordWriter:
         if self._run is not None:
             metadata = {**(table.schema.metadata or {}), _RUN_KEY: self._run}
             table = table.replace_schema_metadata(metadata)
-        with writing(self.folder, RecordsError):
-            _write_shard(table, self.folder / f"shard-{self._next_shard:05d}.parquet")
+        path = self.folder / f"shard-{self._next_shard:05d}.parquet"
+        with (
+            writing(self.folder, RecordsError),
+            write_file(path) as scratch,
+            scratch.open("wb") as file,
+        ):
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         self._next_shard += 1
         self._pending.clear()
 
@@ -461,19 +463,6 @@ def _run_of_shard(shard: Path) -> dict[str, Any] | None:
     return None if run is None else dict(json.loads(run))
 
 
-def _write_shard(table: pa.Table, path: Path) -> None:
-    scratch = path.with_name(path.name + _SCRATCH_SUFFIX)
-    try:
-        with scratch.open("wb") as file:
-            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
 def _shards_of(folder: str | Path) -> list[Path]:
     """The shards of a folder in the order of writing; none where there is no folder."""
     try:
@@ -508,29 +497,26 @@ def _opened(shard: Path) -> Iterator[pq.ParquetFile]:
     """A shard whose version and columns are known."""
     try:
         with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            _check_schema(shard, file.schema_arrow)
+            schema = file.schema_arrow
+            version = (schema.metadata or {}).get(_VERSION_KEY, b"no version")
+            known, got = _SCHEMAS.get(version), version.decode(errors="replace")
+            if known is None:
+                raise RecordsError(
+                    f"{shard}: expected records of version {_VERSION.decode()}, got {got}. Read it "
+                    "with the release of mbrl-text-env that wrote it, or move it out of the folder."
+                )
+            if not schema.equals(known):
+                raise DamagedShardError(
+                    f"{shard}: expected the columns of version {got} ({known.names}), got "
+                    f"{schema.names} or other types. Restore it from a copy, or move it out of the "
+                    "folder."
+                )
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedShardError(
             f"{shard}: expected a whole shard of records, but it is damaged or cut off ({error}). "
             "Restore it from a copy, or move it out of the folder: `collect` draws it again."
         ) from error
-
-
-def _check_schema(shard: Path, schema: pa.Schema) -> None:
-    version = (schema.metadata or {}).get(_VERSION_KEY, b"no version")
-    known = _SCHEMAS.get(version)
-    got = version.decode(errors="replace")
-    if known is None:
-        raise RecordsError(
-            f"{shard}: expected records of version {_VERSION.decode()}, got {got}. Read it with "
-            "the release of mbrl-text-env that wrote it, or move it out of the folder."
-        )
-    if not schema.equals(known):
-        raise DamagedShardError(
-            f"{shard}: expected the columns of version {got} ({known.names}), got {schema.names} "
-            "or other types. Restore it from a copy, or move it out of the folder."
-        )
 
 
 def _damage(shards: Sequence[Path]) -> RecordsError:

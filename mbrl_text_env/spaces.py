@@ -40,7 +40,7 @@ class _Flat:
         return True
 
     def _refuse_masks(self, *masks: Any) -> None:
-        if masks != (None, None):
+        if any(mask is not None for mask in masks):
             raise ValueError(f"{type(self).__name__}.sample takes no mask.")
 
 

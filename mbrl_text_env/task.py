@@ -24,24 +24,10 @@ from mbrl_text_env.encoders import Encoder, encode_texts, prefix_text
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.language_models.registry import embedded_encoder, embedded_tokenizer
 from mbrl_text_env.prompts import as_prompts, load_prompts
+from mbrl_text_env.rewards import base as rewards
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import (
-    ProcessRewardModel,
-    RewardError,
-    RewardModel,
-    check_process,
-    isolate_failures,
-    part_names,
-    score_responses,
-    score_steps,
-)
-from mbrl_text_env.spaces import (
-    ChunkSpace,
-    UnicodeText,
-    as_token_ids,
-    padded_chunk_space,
-    unpadded,
-)
+from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env.spaces import ChunkSpace, UnicodeText, as_token_ids, padded_chunk_space, unpadded
 from mbrl_text_env.types import (
     ChunkRules,
     InvalidChunkError,
@@ -158,11 +144,11 @@ class TextTask:
         self.reward_model = as_reward_model(reward_model)
         self.ledger: Ledger | None = None
         if reward == "process":
-            check_process(self.reward_model)
+            rewards.check_process(self.reward_model)
         self.reward: RewardMode = reward
         self.action_format: ActionFormat = action_format
         self.observation: ObservationMode = observation
-        self._part_names = part_names(self.reward_model) or ()
+        self._part_names = rewards.part_names(self.reward_model) or ()
         self.max_response_tokens = max_response_tokens
         self.rules = ChunkRules(
             self.tokenizer.vocab_size, self.tokenizer.stop_token_ids, max_chunk_tokens
@@ -221,8 +207,8 @@ class TextTask:
         states = [state for state, _ in appended]
         responses = [self.tokenizer.decode(state.response_ids) for state in states]
         scores = self._scores(states, responses)
-        rewards = self._rewards(outcomes, states, scores)
-        rest = zip(appended, responses, rewards, scores, strict=True)
+        paid = self._rewards(outcomes, states, scores)
+        rest = zip(appended, responses, paid, scores, strict=True)
         return [
             self._outcome(state, response, cut, reward, score)
             for (state, cut), response, reward, score in rest
@@ -242,11 +228,11 @@ class TextTask:
         """
         rows = list(zip(outcomes, actions, strict=True))
         going = [row for row, error in zip(rows, errors, strict=True) if error is None]
-        advanced = iter(
-            isolate_failures(
-                lambda some: self.advance([o for o, _ in some], [a for _, a in some]), going
-            )
-        )
+
+        def step(some: Sequence[tuple[Outcome, Any]]) -> list[Outcome]:
+            return self.advance([o for o, _ in some], [a for _, a in some])
+
+        advanced = iter(rewards.isolate_failures(step, going))
         found = []
         for (outcome, action), error in zip(rows, errors, strict=True):
             result = next(advanced) if error is None else error
@@ -292,10 +278,11 @@ class TextTask:
             raise TypeError(
                 f"Expected a TextState as returned by get_state(), got {type(state).__name__}."
             )
-        if len(state.response_ids) > self.max_response_tokens:
+        length, most = len(state.response_ids), self.max_response_tokens
+        if length > most:
             raise ValueError(
-                f"The state's response has {len(state.response_ids)} tokens, but this environment "
-                f"allows {self.max_response_tokens}. Make it with a larger max_response_tokens."
+                f"The state's response has {length} tokens, but this environment allows {most}. "
+                "Make it with a larger max_response_tokens."
             )
         return state
 
@@ -320,8 +307,7 @@ class TextTask:
         if ids is None:
             raise InvalidChunkError(
                 "Invalid action: expected the token ids of a chunk (an integer array or tensor of "
-                f"one axis, or a list or tuple of ints), got "
-                f"{type(action).__name__} {action!r:.80}."
+                f"one axis, a list or tuple of ints), got {type(action).__name__} {action!r:.80}."
             )
         if self.action_format == "padded" and len(ids) <= self.rules.max_chunk_tokens:
             ids = unpadded(ids, self.rules)
@@ -357,7 +343,7 @@ class TextTask:
         """Score and parts of responses, in one call."""
         if not rows:
             return []
-        scores = score_responses(
+        scores = rewards.score_responses(
             self.reward_model,
             [state.prompt for state, _ in rows],
             [response for _, response in rows],
@@ -379,9 +365,11 @@ class TextTask:
         scores: Sequence[_Score | None],
     ) -> list[float]:
         if self.reward == "process":
-            model = cast("ProcessRewardModel", self.reward_model)
+            model = cast("rewards.ProcessRewardModel", self.reward_model)
             steps = ((state.prompt, step_texts(state, self.tokenizer)) for state in states)
-            return [float(score_steps(model, *row, ledger=self.ledger)[-1]) for row in steps]
+            return [
+                float(rewards.score_steps(model, *row, ledger=self.ledger)[-1]) for row in steps
+            ]
         totals = [score[0] if score else 0.0 for score in scores]
         if self.reward == "terminal":
             return totals
@@ -432,9 +420,8 @@ def feature_box(size: int) -> spaces.Box:
 
 def as_text(outcome: Outcome) -> str:
     """Prompt, response, and how it ended."""
-    return (
-        f"Prompt: {outcome.state.prompt.text}\nResponse: {outcome.response} [{_ending(outcome)}]\n"
-    )
+    prompt, ending = outcome.state.prompt.text, _ending(outcome)
+    return f"Prompt: {prompt}\nResponse: {outcome.response} [{ending}]\n"
 
 
 def as_frame(outcome: Outcome) -> npt.NDArray[np.uint8]:
@@ -455,9 +442,8 @@ def as_frame(outcome: Outcome) -> npt.NDArray[np.uint8]:
     room = places - len(prompt)
     if len(response) > room:
         response = ["...", *response[1 - room :]]
-    for row, (line, colour) in enumerate(
-        [*((line, "dimgray") for line in prompt), *((line, "black") for line in response)]
-    ):
+    for row, line in enumerate([*prompt, *response]):
+        colour = "dimgray" if row < len(prompt) else "black"
         drawing.text((_MARGIN, _MARGIN + row * _LINE), line, font=_font(), fill=colour)
     return np.asarray(image, dtype=np.uint8).copy()
 
@@ -468,15 +454,9 @@ def show(outcome: Outcome) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    score = "" if outcome.score is None else f"score {outcome.score:.3f}"
-    tokens = f"{len(outcome.state.response_ids)} tokens"
-    Console().print(
-        Panel(
-            Text(outcome.response),
-            title=Text(outcome.state.prompt.text),
-            subtitle=f"{outcome.state.finish_reason or 'going on'}, {tokens} {score}",
-        )
-    )
+    title, tokens = Text(outcome.state.prompt.text), len(outcome.state.response_ids)
+    told = f"{tokens} tokens, {_ending(outcome)}"
+    Console().print(Panel(Text(outcome.response), title=title, subtitle=told))
 
 
 def _ending(outcome: Outcome) -> str:

@@ -114,11 +114,10 @@ def predict_values(
     *,
     ledgers: Sequence[Ledger] | None = None,
 ) -> ValueEstimate:
-    """Predict, check the values, and charge the ledgers (one a state).
+    """Predict, and charge the ledgers (one a state).
 
     Raises:
-        ValueModelError: The model is not fitted, or did not return one finite mean and one finite
-            standard deviation of at least 0 for each state.
+        ValueModelError: The model is not fitted, or a value is not finite or missing.
     """
     name, model = type(value_model).__name__, as_value_model(value_model)
     if not model.is_fitted:
@@ -160,12 +159,9 @@ def expected_value_usage(value_model: ValueModel, state: TextState) -> Usage:
 
 
 def check_value_fits(value_model: Any, language_model: Any, reward_model: object) -> None:
-    """Refuse a value model that was fitted on scores or responses of other models.
+    """Refuse, by ValueModelError, one that was fitted on scores or responses of other models.
 
     One that has None as `reward_name_` or `language_model_name_` passes: its author has to know.
-
-    Raises:
-        ValueModelError: It belongs to another reward model or another language model.
     """
     model = as_value_model(value_model)
     # A tokenizer alone has no name, and nothing to compare.
