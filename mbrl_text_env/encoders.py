@@ -57,8 +57,8 @@ def encode_texts(
     autocast = dtype and torch.autocast(model.device.type, dtype=getattr(torch, dtype))
     with autocast or contextlib.nullcontext():
         # What stands in for a model in another thread is no module: it passes all texts on at once.
-        is_module = isinstance(model, torch.nn.Module) and hasattr(model[0], "auto_model")
-        if len(texts) > 1 and is_module and model.device.type == "cpu":
+        on_cpu = isinstance(encoder, torch.nn.Module) and model.device.type == "cpu"
+        if len(texts) > 1 and on_cpu and hasattr(model[0], "auto_model"):
             return _encoded_by_length(model, texts)
         # It shows a bar whenever logging is verbose.
         return np.asarray(model.encode(list(texts), show_progress_bar=False), dtype=np.float32)

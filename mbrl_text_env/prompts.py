@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 from mbrl_text_env._lazy import MissingExtraError, extras
 from mbrl_text_env.files import plain_values, shortened, strict_json_object
@@ -178,10 +178,8 @@ def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:
             f"Pass load_prompts({prompts!r})."
         )
     several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
-    found = [
-        Prompt.from_text(str(p)) if isinstance(p, str) else p
-        for p in (cast("Iterable[Any]", prompts) if several else [prompts])
-    ]
+    given: Any = prompts if several else [prompts]
+    found = [Prompt.from_text(str(p)) if isinstance(p, str) else p for p in given]
     for prompt in found:
         if not isinstance(prompt, Prompt):
             raise PromptError(
