@@ -22,7 +22,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -421,21 +421,18 @@ def _with_neighbours(defined: Any, path: Path) -> list[Path]:
     """The file, and those of its folder that it imports, and so on."""
     folder = path.resolve().parent
     found = {path.resolve()}
-    waiting: list[Iterable[Any]] = [list((_first(defined, "__globals__") or {}).values())]
+    waiting = [_first(defined, "__globals__") or {}]
     while waiting:
-        for value in waiting.pop():
+        for value in list(waiting.pop().values()):
             is_module = isinstance(value, ModuleType)
             name = getattr(value, "__name__" if is_module else "__module__", None)
             module = sys.modules.get(name) if isinstance(name, str) else None
-            source = getattr(module, "__file__", None)
-            if source is None or not source.endswith(".py"):
+            other = Path(getattr(module, "__file__", None) or "").resolve()
+            if other.suffix != ".py" or folder not in other.parents or other in found:
                 continue
-            other = Path(source).resolve()
-            if folder in other.parents and other not in found and "site-packages" not in (
-                other.relative_to(folder).parts
-            ):  # fmt: skip
+            if "site-packages" not in other.relative_to(folder).parts:
                 found.add(other)
-                waiting.append(list(vars(module).values()))
+                waiting.append(vars(module))
     # A number that was imported does not say where it comes from; the import does.
     unread = list(found)
     while unread:
