@@ -103,8 +103,7 @@ class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
         """Append a chunk of token ids (an integer array or tensor [n], or a list or tuple of ints).
 
         Raises:
-            EpisodeEndedError, InvalidChunkError, RewardError: The response has ended, the action is
-                not a chunk, or the reward model failed; the state stays as it was.
+            EpisodeEndedError, InvalidChunkError, RewardError: The state stays as it was.
         """
         (outcome,) = self.task.advance(self._current(), [action])
         observation, info = self._show(outcome)

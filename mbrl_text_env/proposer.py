@@ -104,14 +104,10 @@ class CandidateProposer:
     Args:
         num_candidates: K, at least 1.
         chunk_tokens: Most tokens of a candidate; by default the environment's `max_chunk_tokens`.
-        params: How candidates are drawn.
         encoder: `"embedded"` for MiniLM, `"language_model"` for the model's own features, any
             object with `encode(texts)`, or None for no embeddings.
         prefix_rewards: Whether the reward model scores the prefix with each candidate, as if the
             response ended there. Every score is charged as a reward call.
-
-    Attributes:
-        layout: Where in the features what is.
 
     Raises:
         ValueError: K or `chunk_tokens` is out of range, or the model has no features.

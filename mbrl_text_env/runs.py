@@ -73,10 +73,6 @@ def claimed(
             written.
         grows: Keys of objects in `record`, such as prompts, to which this run may add entries;
             those that are there and not in this run's are kept.
-
-    Example:
-        >>> with claimed("out", {"seed": 0}, "comparison", ValueError):  # doctest: +SKIP
-        ...     pass
     """
     path = Path(folder)
     with writing(path, error):

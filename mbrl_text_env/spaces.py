@@ -97,7 +97,7 @@ class ChunkSpace(_Flat, gym.Space[npt.NDArray[np.int64]]):
         return ids is not None and self.rules.fault(ids) is None
 
     def to_jsonable(self, sample_n: Iterable[npt.NDArray[np.int64]]) -> list[list[int]]:
-        """Chunks as lists of ints."""
+        """As lists of ints."""
         return [np.asarray(chunk).tolist() for chunk in sample_n]
 
     def from_jsonable(self, sample_n: list[Any]) -> list[npt.NDArray[np.int64]]:

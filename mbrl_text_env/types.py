@@ -52,7 +52,6 @@ class Prompt:
         content: Chat messages, rendered with the tokenizer's chat template; or a plain string,
             which is encoded as it is and continued.
         metadata: What a reward model may need (reference answer, constraints, kind). JSON values.
-        split: None where the data has no split.
 
     Raises:
         TypeError: The content is neither a string nor messages of strings.

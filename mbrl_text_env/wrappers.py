@@ -355,10 +355,7 @@ class PotentialShaping(_RewardWrapper):
     the limit is a part of this task and the score is paid there. `info["unshaped_reward"]` is the
     reward before.
 
-    Args:
-        env: A text environment or a candidate view of one.
-        value_model: Predicts the final reward of a prefix.
-        discount: The discount that the agent uses, above 0 and at most 1.
+    The discount is the one that the agent uses, above 0 and at most 1.
     """
 
     def __init__(
@@ -367,8 +364,7 @@ class PotentialShaping(_RewardWrapper):
         if not 0 < discount <= 1:
             raise ValueError(f"discount: expected a number above 0 and up to 1, got {discount}.")
         super().__init__(env, value_model=value_model, discount=discount)
-        self.value_model = value_model
-        self.discount = discount
+        self.value_model, self.discount = value_model, discount
 
     def _change(
         self, reward: float, before: TextState, after: TextState
@@ -390,7 +386,6 @@ class KLPenalty(_RewardWrapper):
     preferences", 2019). `info["kl"]` is a step's ratio in nats.
 
     Args:
-        env: A text environment or a candidate view of one.
         reference: The language model to stay near.
         coefficient: At least 0.
         policy: The language model that the chunks are drawn from. Without one only
@@ -408,9 +403,7 @@ class KLPenalty(_RewardWrapper):
         if not coefficient >= 0:
             raise ValueError(f"coefficient: expected 0 or more, got {coefficient}.")
         super().__init__(env, reference=reference, coefficient=coefficient, policy=policy)
-        self.reference = reference
-        self.coefficient = coefficient
-        self.policy = policy
+        self.reference, self.coefficient, self.policy = reference, coefficient, policy
 
     def _change(
         self, reward: float, before: TextState, after: TextState
