@@ -151,7 +151,7 @@ class FourResults(TextGenerationEnv):
 
 class DoesNotRestore(TextGenerationEnv):
     def set_state(self, state):
-        return self._show(self._current())
+        return self._show(self._current()[0])
 
 
 class RestoresInHalf(TextGenerationEnv):
@@ -215,7 +215,7 @@ class WrongError(TextGenerationEnv):
 class GoesOnAfterTheEnd(TextGenerationEnv):
     def step(self, action):
         if is_terminal(self.get_state()):
-            return self._show(self._current())[0], 0.0, True, False, {}
+            return self._show(self._current()[0])[0], 0.0, True, False, {}
         return super().step(action)
 
 
@@ -327,7 +327,7 @@ def test_broken_environments_fail(cls, match):
 class PaysTheWholeScore(TextGenerationEnv):
     def step(self, action):
         observation, _, *rest = super().step(action)
-        return observation, self._outcome.score, *rest
+        return observation, self._current()[0].score, *rest
 
 
 class RewardsByTheClock(TextGenerationEnv):
