@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from typing import Any, NewType, TypeVar, get_type_hints
 
+from mbrl_text_env.files import refuse_constant
 from mbrl_text_env.rewards.verifiable.constraints.text import (
     bare_words,
     count_occurrences,
@@ -36,7 +37,6 @@ from mbrl_text_env.rewards.verifiable.constraints.text import (
     words_of,
 )
 from mbrl_text_env.rewards.verifiable.isolated import import_optional
-from mbrl_text_env.tables import refuse_constant
 
 Verdict = bool | None
 Function = TypeVar("Function", bound=Callable[..., Any])
