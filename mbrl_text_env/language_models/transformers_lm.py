@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mbrl_text_env.identity import weights_digest
 from mbrl_text_env.language_models import engine, loading
 from mbrl_text_env.language_models.base import (
     FeatureModel,
@@ -40,8 +39,8 @@ from mbrl_text_env.language_models.base import (
 from mbrl_text_env.language_models.engine import Batch, Tokens, chosen_logprobs, draw
 from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, ModelLoadError
 from mbrl_text_env.language_models.networks import KVBatch, LlamaNetwork, Network
-from mbrl_text_env.ledger import Ledger, Usage, timed
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.runs import weights_digest
+from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
