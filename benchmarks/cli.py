@@ -241,7 +241,7 @@ def search_command(
     from mbrl_text_env.agents.registry import AgentSpecError, make
     from mbrl_text_env.benchmarks.report import draw_tree, picture
     from mbrl_text_env.files import write_text
-    from mbrl_text_env.ledger import Budget
+    from mbrl_text_env.types import Budget
 
     asked = options.text_prompt(prompt, plain_prompts)
     language_model, reward, limit = model.load(), judge.load(), max_response_tokens

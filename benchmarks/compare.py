@@ -28,7 +28,6 @@ from mbrl_text_env.benchmarks.report import plot
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.benchmarks.terminal import progress_bar
 from mbrl_text_env.files import write_text
-from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, clear_cache
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -41,7 +40,7 @@ from mbrl_text_env.rewards.base import (
     reward_name,
     score_responses,
 )
-from mbrl_text_env.runs import claimed, prompt_digests, writing
+from mbrl_text_env.runs import claimed, identity, prompt_digests, writing
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 

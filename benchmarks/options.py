@@ -20,9 +20,8 @@ import typer
 from mbrl_text_env._lazy import missing_extra
 from mbrl_text_env.agents.registry import parse_spec
 from mbrl_text_env.benchmarks.terminal import console, errors, plain
-from mbrl_text_env.ledger import Budget
 from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
-from mbrl_text_env.types import Prompt, Split
+from mbrl_text_env.types import Budget, Prompt, Split
 
 _PUZZLES = "reasoning-gym:"
 _PUZZLES_A_SPLIT = 256

@@ -28,11 +28,17 @@ from mbrl_text_env.benchmarks.options import AuditConfig, AuditError, choose_pro
 from mbrl_text_env.benchmarks.report import png
 from mbrl_text_env.benchmarks.terminal import numbers
 from mbrl_text_env.files import write_text
-from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.records import Record, RecordWriter, run_of
 from mbrl_text_env.rewards.base import RewardModel, applies_to, score_responses
-from mbrl_text_env.runs import claimed, prompt_digest, prompt_digests, refuse_others, writing
+from mbrl_text_env.runs import (
+    claimed,
+    identity,
+    prompt_digest,
+    prompt_digests,
+    refuse_others,
+    writing,
+)
 from mbrl_text_env.types import Prompt
 
 _FORMAT = 2

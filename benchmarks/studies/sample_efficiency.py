@@ -31,9 +31,8 @@ from mbrl_text_env.benchmarks.statistics import Interval, mean_interval
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.benchmarks.studies.harness import Exam, Spent
 from mbrl_text_env.language_models.base import LanguageModel, clear_cache
-from mbrl_text_env.ledger import Budget, Ledger
 from mbrl_text_env.rewards import make
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Budget, Ledger, Prompt
 
 SAMPLING, BEST_OF_N = "sampling", "best-of-n"
 UNITS = {
