@@ -8,8 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion, check_positive
-from mbrl_text_env.agents.driver import run
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion, check_positive, run
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, clear_cache

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbrl_text_env.agents.base import check_positive
-from mbrl_text_env.agents.planner import Planner
-from mbrl_text_env.agents.search import Expansion, Search
-from mbrl_text_env.agents.tree import Node
+from mbrl_text_env.agents.search import Expansion, Node, Planner, Search
 from mbrl_text_env.language_models.base import spawn_seed, stream
 from mbrl_text_env.types import FloatArray
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from mbrl_text_env.agents.base import Agent, Completion
+from mbrl_text_env.agents.base import Agent, Completion, run
 from mbrl_text_env.agents.collection import record_of
-from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.filters import CORRECT
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed

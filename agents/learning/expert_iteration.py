@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.agents.base import Agent
-from mbrl_text_env.agents.driver import run
+from mbrl_text_env.agents.base import Agent, run
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers
 from mbrl_text_env.agents.learning.filters import select
 from mbrl_text_env.agents.learning.fine_tuning import Improver, LoraImprover

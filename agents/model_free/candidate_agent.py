@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mbrl_text_env.agents.driver import ask
-from mbrl_text_env.agents.planner import Planner
-from mbrl_text_env.agents.search import Expansion, Search
-from mbrl_text_env.agents.tree import Node
+from mbrl_text_env.agents.base import ask
+from mbrl_text_env.agents.search import Expansion, Node, Planner, Search
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Usage
 from mbrl_text_env.proposer import CandidateProposer, Known
@@ -83,7 +81,7 @@ class CandidateAgent(Planner):
         [row] = await search.expand([Expansion(node, count, self.chunk_tokens, valued=False)])
         proposer = self._proposer(node.state.prompt)
         looking = proposer.features_bound(node.state) + Usage(value_flops=self.policy.flops)
-        reserve = Usage() if search.tree.best() is not None else search.finish_usage(node)
+        reserve = Usage() if search.tree.best() is not None else search.finish_usage(node.state)
         if len(row) < count or not search.ledger.affords(looking + reserve):
             return None
         chunks = [child.chunk for child in row if child.chunk is not None]

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from mbrl_text_env.agents.base import Agent
-from mbrl_text_env.agents.driver import run
+from mbrl_text_env.agents.base import Agent, run
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.benchmarks.studies.harness import StudyError
 from mbrl_text_env.language_models.base import LanguageModel, clear_cache
