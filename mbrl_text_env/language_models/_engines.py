@@ -40,8 +40,7 @@ class Engine:
     """How an engine differs from OpenAI's completions.
 
     Args:
-        draws_many: Whether one request draws several samples, each from a seed of its own
-            (`seed + i`, as vLLM does) or from chance (OpenAI).
+        draws_many: Whether one request draws several samples, from `seed + i` or from chance.
         all_tokens: The `top_k` that keeps all tokens; None where that is the default.
         keeps_stop: Whether tokens of a stop string can be kept; elsewhere it is looked for here.
         continues: Whether it goes on with an assistant message instead of answering it.
@@ -92,13 +91,9 @@ class AbortedError(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says about its model; None where it does not.
+    """What a server says about its model, such as its context in tokens; None where it does not.
 
-    Args:
-        model: Name to ask for it by.
-        engine: A key of `ENGINES`, another owner, or an empty string.
-        context_length: Most tokens of prompt and response together.
-        num_parameters: Of the model.
+    `engine` is a key of `ENGINES`, another owner, or an empty string.
     """
 
     model: str | None = None
@@ -116,12 +111,8 @@ class Served:
 class Answer:
     """A sample of a server's; None where it does not say.
 
-    Args:
-        token_ids: Its tokens.
-        logprobs: One (nats) a token.
-        text: Its text.
-        reason: Why it ended: `"stop"`, `"length"`, or a word of the server's own.
-        matched: The stop token's id or the stop string that ended it.
+    `reason` is `"stop"`, `"length"`, or a word of the server's own; `matched` the stop token's id
+    or the stop string that ended it.
     """
 
     token_ids: tuple[int, ...] | None
@@ -135,10 +126,8 @@ class Answer:
 class Bill:
     """Tokens that a server counts for a request; None where it does not.
 
-    Args:
-        prompt: Of the prompt, once for all samples.
-        cached: How many of them it did not compute.
-        generated: Of all samples together.
+    Those of the prompt once for all samples, those of them that it did not compute, and the
+    generated ones of all samples together.
     """
 
     prompt: int | None = None
@@ -164,8 +153,8 @@ def completion_body(
         body["model"] = served.model
     if not dialect.extras:
         return body
-    body |= _NEUTRAL
     body |= {
+        **_NEUTRAL,
         "cache_prompt": prefix_cache,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
@@ -258,24 +247,21 @@ def read_judged(
 ) -> tuple[float, ...] | None:
     """The log-probabilities of the last tokens of a prompt; None where they are not echoed."""
     if served.how.judging == "native":
-        triples = _list(
-            _field(_field(data, "meta_info", "the answer"), "input_token_logprobs", "meta_info"),
-            "input_token_logprobs",
-        )
-        last = triples[max(0, len(triples) - len(ids)) :]
+        meta = _field(data, "meta_info", "the answer")
+        name = "input_token_logprobs"
+        last = _list(_field(meta, name, "meta_info"), name)[-len(ids) :]
         if [triple[1] for triple in last] != list(ids):
             raise ValueError(f"expected log-probabilities that end with those of {ids}, got {last}")
         return _logprobs([triple[0] for triple in last])
     [choice] = _choices(data, 1)
     if served.how.judging == "prompt":
-        rows = _list(_field(choice, "prompt_logprobs", "the choice"), "prompt_logprobs")
+        name = "prompt_logprobs"
+        rows = _list(_field(choice, name, "the choice"), name)
         if len(rows) <= len(ids):
-            raise ValueError(f"expected more than {len(ids)} prompt_logprobs, got {len(rows)}")
-        entries = [
-            _field(row, str(token), "prompt_logprobs")
-            for token, row in zip(ids, rows[len(rows) - len(ids) :], strict=True)
-        ]
-        return _logprobs([_field(entry, "logprob", "prompt_logprobs") for entry in entries])
+            raise ValueError(f"expected more than {len(ids)} {name}, got {len(rows)}")
+        pairs = zip(ids, rows[-len(ids) :], strict=True)
+        entries = [_field(row, str(token), name) for token, row in pairs]
+        return _logprobs([_field(entry, "logprob", name) for entry in entries])
     found = (choice.get("logprobs") or {}).get("token_logprobs")
     if found is None or len(found) != length:
         return None
@@ -352,9 +338,9 @@ def _answer(ids: Any, logprobs: list[Any] | None, text: Any, reason: Any, matche
 
 def _logprobs(values: Sequence[Any]) -> tuple[float, ...]:
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"expected a log-probability, got {value!r}")
-        if not (math.isfinite(value) and value <= _ROUNDING):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # NaN and -inf are no log-probabilities either.
+        if not (is_number and -math.inf < value <= _ROUNDING):
             raise ValueError(f"expected a finite log-probability of at most 0, got {value!r}")
     return tuple(float(value) for value in values)
 
