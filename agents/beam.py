@@ -139,20 +139,19 @@ class Adaptive(Planner):
     A stage draws as many candidate chunks as the budget allows to the end of the response. Of n
     candidates the best n / `candidates_per_beam` go on, and with them all whose value cannot be
     told from that of the last one kept: those within `margin` standard deviations of it, and equal
-    ones in any case. So where the value says nothing, the search is as broad as best-of-N and loses
-    nothing; where it says much, all candidates of the next stage follow the few best; and a larger
-    budget means more beams, not only more candidates.
+    ones in any case. So where the value says nothing, the search is as broad as best-of-N; where it
+    says much, all candidates of the next stage follow the few best; and a larger budget means more
+    beams, not only more candidates.
 
     Chunks are as short as pays: `shortest_chunk` tokens, or so many that what is spent on values is
     at most `value_share` of what is spent on text. After a stage whose candidates are all
     equal they are twice as long, up to `chunk_tokens`; after one that tells, short again.
 
-    Partial responses are ranked by mean - `caution` x standard deviation. A partial response is
-    given up when a complete one is known that is better than its mean by more than `caution` + 2
-    standard deviations (only value models with an uncertainty can say so); what that saves is spent
-    on the rest, and on further rounds. With a `target` the search ends at the first response that
-    scores as much; so that it can, its rounds begin with a single response, and each has twice as
-    many candidates a stage as the one before.
+    Partial responses are ranked by mean - `caution` x standard deviation. One is given up when a
+    complete one is known that is better than its mean by more than `caution` + 2 standard
+    deviations; what that saves is spent on the rest, and on further rounds. With a `target` the
+    search ends at the first response that scores as much; so that it can, its rounds begin with a
+    single response, and each has twice as many candidates a stage as the one before.
 
     With a value model that gives no standard deviation (`PrefixRewardValue` without a fit),
     `margin` and `caution` change nothing, nothing is given up, and only equal values are not told

@@ -34,8 +34,7 @@ class Lookahead(Planner):
     `BeamSearch` with a beam of `keep`.
 
     Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). As there, an
-    agent whose value model is missing or not fitted falls back to best-of-N (of as many samples as
-    the budget allows, or `num_partials` without one).
+    agent whose value model is missing or not fitted falls back to best-of-N.
     Deviations: a partial response is continued from its token ids, not from its text encoded again;
     one that has ended by itself is not continued; where a response is not longer than
     `prefix_tokens`, the prefix is a quarter of it (the article's share); under a budget, rounds are
@@ -43,11 +42,7 @@ class Lookahead(Planner):
 
     Args:
         value_model: Judges partial responses; None or unfitted for best-of-N.
-        num_partials: Partial responses a round.
-        prefix_tokens: Tokens of a partial response.
         keep: Partial responses that are continued, at most `num_partials`.
-        continuations: Continuations of each.
-        chunkwise: Whether to choose chunk by chunk instead of once.
         partial_params: How partial responses are drawn; `params` says how continuations are (and
             the fallback's responses).
 

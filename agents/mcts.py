@@ -91,16 +91,12 @@ class MCTS(Planner):
     (progressive widening: of n visits, `widening` x n ^ `widening_power` may draw one), draws it,
     and adds the return of what the chunk leads to, a score or an estimate, to every node above.
     After a decision's simulations the search moves to the best child, keeps what is known below it,
-    and goes on until the response has ended: no tokens are spent on a beginning once it is decided.
-    Where a response that ends with the next chunk scores at least the best child's mean, the search
-    begins again at the root instead.
+    and goes on until the response has ended. Where a response that ends with the next chunk scores
+    at least the best child's mean, the search begins again at the root instead.
 
-    Without a budget, each decision has `num_simulations`. Under one, the decisions share what is
-    left equally: a decision with k chunks to go has 1/k of it. Where every simulation ends in a
-    complete response (`leaf_value` "rollout" or "both"), no decision has fewer than
-    `num_simulations`, for a beginning that is judged by one or two continuations is not judged at
-    all, and nothing is lost when the budget ends before the last decision. Later rounds go on in
-    the same tree, from its root.
+    Without a budget, each decision has `num_simulations`. Under one, a decision with k chunks to go
+    has 1/k of what is left; where every simulation ends in a complete response, no fewer than
+    `num_simulations`, for one or two continuations judge nothing. Later rounds go on in the tree.
 
     Root policies:
 
@@ -111,10 +107,9 @@ class MCTS(Planner):
       the prior where values are close; mean alone, a single lucky visit.)
     - `"gumbel"`: at the node that is decided, `max_considered` chunks are considered by sequential
       halving, with Gumbel noise; below it visits follow the improved policy (Danihelka et al.,
-      "Policy Improvement by Planning with Gumbel", 2022). The search moves to the considered child
-      that is best at the end. A node reached earlier keeps its chunks that have not ended the
-      response, and only those missing are drawn; the schedule counts the visits of this decision
-      alone.
+      "Policy Improvement by Planning with Gumbel", 2022). A node reached earlier keeps its chunks
+      that have not ended the response, and only those missing are drawn; the schedule counts the
+      visits of this decision alone.
 
     Leaf values (without a value model, always by rollouts):
 
@@ -125,36 +120,27 @@ class MCTS(Planner):
       (Silver et al., "Mastering the Game of Go with Deep Neural Networks and Tree Search", 2016).
       Nodes further down the rollout get the score alone.
 
-    Several simulations are under way at a time (`batch_size`), so that one call of the language
-    model serves them. Those that follow see a visit without success on the way of each of those
-    before (virtual loss: Chaslot et al., "Parallel Monte-Carlo Tree Search", 2008), which is taken
-    back when the returns come.
+    Simulations under way at a time (`batch_size`) count as a visit without success on their way
+    (virtual loss: Chaslot et al., "Parallel Monte-Carlo Tree Search", 2008) until they return.
 
     Deviations, all because a chunk is a sample and a response's score is certain: priors are shares
     of the samples; there is no Dirichlet noise, for a widened root explores by itself; a response
-    that has ended is never visited again, since nothing is left to learn there, and a node of which
-    all children have ended draws another chunk. There is no discount, and rewards come at the end.
-    `Node.visits`, `Node.total` and `Node.note` tell all this in an exported tree; with backups by
-    maximum `total` is the visit count times the maximum, so that `Node.mean` is the value.
+    that has ended is never visited again, and a node of which all children have ended draws another
+    chunk. There is no discount, and rewards come at the end. With backups by maximum `Node.total`
+    is the visit count times the maximum, so that `Node.mean` is the value.
 
     Args:
-        value_model: Estimates the final reward of partial ones; None for rollouts.
-        num_simulations: Simulations of a decision where no budget says how many; the least of one
-            that ends in complete responses.
-        root_policy: `"puct"` or `"gumbel"`.
-        leaf_value: `"value"`, `"rollout"` or `"both"`.
-        rollout_weight: Share of the rollout in `"both"`, 0 to 1.
+        value_model: Estimates the final reward of partial responses; None for rollouts.
+        num_simulations: Simulations of a decision where no budget says how many.
         backup: A node's value is the `"mean"` of its returns, or the `"max"`.
         c_puct: Weight of PUCT's bonus for little visited children, above 0.
         widening: Chunks that a node may have drawn after its first visit, above 0.
         widening_power: How their number grows with the visits, 0 to 1.
         max_considered: Most chunks considered by the root policy `"gumbel"`.
-        batch_size: Simulations under way at a time: more are faster for a prompt by itself (the
-            calls of several prompts are merged in any case), and find a little less.
+        batch_size: More are faster for a prompt by itself, and find a little less.
         reuse_tree: Whether `act` goes on in the tree of the decision before, where it was made with
             the same seed. Then a decision depends on the ones before it, and what they paid for is
-            not paid for again. The trees of the last 256 searches are kept. `generate` is not
-            changed by it.
+            not paid for again. The trees of the last 256 searches are kept.
 
     The other arguments are those of every `Planner`.
 
@@ -456,14 +442,11 @@ class Simulator:
 
 
 def _in_chunks(search: Search, ends: Sequence[Node], planner: MCTS) -> list[Node]:
-    """Put nodes between complete responses that were drawn in one piece and where they began.
+    """Put nodes `chunk_tokens` apart between complete responses drawn in one piece and their roots.
 
     A chunk of a longer draw is distributed as one drawn for itself, so it is a child like any
     other; beginnings that are there already are shared. (But for stop texts, which end a chunk that
     is drawn for itself, and nothing that is drawn to the end.)
-
-    Returns:
-        The nodes of the same complete responses, now `chunk_tokens` or fewer from their parents.
     """
     nodes, size = search.tree.nodes, planner.chunk_tokens
     pieces = [end for end in dict.fromkeys(ends) if len(_chunk(end)) > size]

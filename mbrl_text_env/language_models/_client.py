@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from mbrl_text_env.language_models import _engines
-from mbrl_text_env.language_models._engines import DIALECTS, Answer, Bill, Dialect, Served
+from mbrl_text_env.language_models._engines import (
+    CHATS,
+    COMPLETIONS,
+    DIALECTS,
+    SGLANG,
+    Answer,
+    Bill,
+    Dialect,
+    Served,
+)
 from mbrl_text_env.language_models._http import (
     Fleet,
     KeyFromEnvironment,
@@ -34,7 +43,6 @@ _MOST_SAMPLES = 128
 _MALFORMED = (ValueError, TypeError, AttributeError, IndexError, KeyError)
 _NO_ROUTE = frozenset({404, 405})
 _BAD_REQUEST = frozenset({400, 422})
-_COMPLETIONS, _CHATS, _SGLANG = "/v1/completions", "/v1/chat/completions", "/generate"
 
 
 @dataclass
@@ -183,7 +191,7 @@ class _Server:
         prompt = [*prefix_of(request.state), *ids]
 
         def body(path: str, dialect: Dialect) -> dict[str, Any]:
-            if path == _SGLANG:
+            if path == SGLANG:
                 kept = seed if dialect.extras else None
                 return _engines.sglang_body(prompt, limit, params, client.stops, kept)
             shared = _engines.completion_body(
@@ -196,7 +204,7 @@ class _Server:
                 )
             if count > 1:
                 shared["n"] = count
-            if path == _COMPLETIONS:
+            if path == COMPLETIONS:
                 shared["prompt"] = prompt if dialect.ids else self._whole_text(prompt)
                 return shared | ({"logprobs": 1} if dialect.logprobs else {})
             shared |= self._chat(served, request.state, ids)
@@ -207,17 +215,17 @@ class _Server:
                 f"{self.url} is SGLang: seeds count only where it was started with "
                 "--enable-deterministic-inference."
             )
-            return await self._adapt(fleet, _SGLANG, body)
+            return await self._adapt(fleet, SGLANG, body)
         if client.mode != "chat" and not self.is_chat:
             try:
-                return await self._adapt(fleet, _COMPLETIONS, body)
+                return await self._adapt(fleet, COMPLETIONS, body)
             except RefusedError as error:
                 # An unknown model is a 404 too, and no reason to talk differently.
                 missing = error.status in _NO_ROUTE and "model" not in error.reason.lower()
                 if client.mode != "auto" or not missing:
                     raise
             self.is_chat = True
-        return await self._adapt(fleet, _CHATS, body)
+        return await self._adapt(fleet, CHATS, body)
 
     def _chat(self, served: Served, state: TextState, ids: Sequence[int]) -> dict[str, Any]:
         """A chat's messages; a response that has begun is a message to go on with."""
@@ -244,7 +252,7 @@ class _Server:
     ) -> Any:
         """The answer in the first dialect that is not refused, from then on in it."""
         served = await self.describe(fleet)
-        last = {_SGLANG: 2, _CHATS: 3}.get(path, len(DIALECTS))
+        last = {SGLANG: 2, CHATS: 3}.get(path, len(DIALECTS))
         first = min(served.how.first, last - 1)
         refusal: RefusedError | None = None
         for number in range(first, last) if self.dialect is None else [self.dialect]:
@@ -257,7 +265,7 @@ class _Server:
                     raise
                 continue
             self.dialect = number
-            if not dialect.extras and path != _SGLANG:
+            if not dialect.extras and path != SGLANG:
                 self._lose(
                     f"{self.url} refuses parameters beyond OpenAI's: its own sampling defaults "
                     "apply (top-k, min-p, penalties), and token ids cannot be asked for."
@@ -398,7 +406,7 @@ class _Server:
             # From the second token on it is this request's own prefix that is reused.
             reuses = self.client.prefix_cache or i > start
             body = _engines.forcing_body(served, prompt[:i], token, reuses)
-            data = await fleet.call(self.url, "POST", _COMPLETIONS, body)
+            data = await fleet.call(self.url, "POST", COMPLETIONS, body)
             [answer], bill = self.read(functools.partial(_engines.read_answers, data))
             if answer.token_ids != (token,) or answer.logprobs is None:
                 raise MalformedAnswerError(
@@ -409,7 +417,7 @@ class _Server:
             bills.append(bill)
         return tuple(found), bills
 
-    def read(self, read: Callable[[], T], path: str = _COMPLETIONS) -> T:
+    def read(self, read: Callable[[], T], path: str = COMPLETIONS) -> T:
         """What a reader makes of an answer, its errors told as the server's."""
         try:
             return read()
