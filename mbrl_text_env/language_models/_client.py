@@ -78,12 +78,16 @@ class Client:
     key: KeyFromEnvironment
     prefix_cache: bool
     losses: list[str] = field(default_factory=list)
+    fleet: Fleet = field(init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "fleet"}
 
     def __post_init__(self) -> None:
         self.stops = sorted(self.tokenizer.stop_token_ids)
         self.servers = {url: _Server(url, self) for url in self.urls}
 
-    async def draw(self, fleet: Fleet, request: SampleRequest) -> list[Group]:
+    async def draw(self, request: SampleRequest) -> list[Group]:
         """The chunks of a request: in one request where the servers draw several samples."""
         first, last = request.first_sample, request.first_sample + request.num_samples
         engines = [server.served.how for server in self.servers.values() if server.served]
@@ -91,25 +95,23 @@ class Client:
         is_many = request.params.temperature and all(engine.draws_many for engine in engines)
         size = _MOST_SAMPLES if is_many else 1
         parts = (range(k, min(k + size, last)) for k in range(first, last, size))
-        return await gather(self._draw_group(fleet, request, part, size > 1) for part in parts)
+        return await gather(self._draw_group(request, part, size > 1) for part in parts)
 
-    async def _draw_group(
-        self, fleet: Fleet, request: SampleRequest, samples: range, seeded: bool
-    ) -> Group:
+    async def _draw_group(self, request: SampleRequest, samples: range, seeded: bool) -> Group:
         group = Group([Drawn() for _ in samples])
         if seeded:
             # The engine adds the sample's place: sample k has the seed of all plus k.
             common = stream(request.seed, request.state, -1).integers(_SEEDS)
-            await self._extend(fleet, request, group, group.chunks, int(common) + samples.start)
+            await self._extend(request, group, group.chunks, int(common) + samples.start)
         for drawn, k in zip(group.chunks, samples, strict=True):
             generator = stream(request.seed, request.state, k)
             while not drawn.is_done:
                 seed = int(generator.integers(_SEEDS))
-                await self._extend(fleet, request, group, [drawn], seed)
+                await self._extend(request, group, [drawn], seed)
         return group
 
     async def _extend(
-        self, fleet: Fleet, request: SampleRequest, group: Group, chunks: list[Drawn], seed: int
+        self, request: SampleRequest, group: Group, chunks: list[Drawn], seed: int
     ) -> None:
         """Ask once for what follows; several chunks are at their beginning."""
         ids, count = chunks[0].ids, len(chunks)
@@ -117,25 +119,25 @@ class Client:
 
         async def job(url: str) -> tuple[_Server, list[Answer], Bill]:
             server = self.servers[url]
-            data = await server.complete(fleet, request, ids, limit, seed, count)
+            data = await server.complete(request, ids, limit, seed, count)
             return server, *server.read(lambda: _engines.read_answers(data, count))
 
-        server, answers, bill = await fleet.run(job)
+        server, answers, bill = await self.fleet.run(job)
         for drawn, answer in zip(chunks, answers, strict=True):
             server.add(drawn, answer, request, limit, bill if count == 1 else Bill())
         group.bills.append(bill)
 
-    async def judge(self, fleet: Fleet, state: TextState, chunk: Chunk) -> Judged:
+    async def judge(self, state: TextState, chunk: Chunk) -> Judged:
         """The log-probabilities of a given chunk, and what was billed."""
-        return await fleet.run(lambda url: self.servers[url].judge(fleet, state, chunk))
+        return await self.fleet.run(lambda url: self.servers[url].judge(state, chunk))
 
-    async def describe_all(self, fleet: Fleet) -> list[Served]:
+    async def describe_all(self) -> list[Served]:
         """What the servers say that are there, at least one."""
-        found = [await fleet.run(lambda url: self.servers[url].describe(fleet))]
+        found = [await self.fleet.run(lambda url: self.servers[url].describe())]
         for server in self.servers.values():
             if server.served is None:
                 try:
-                    found.append(await server.describe(fleet))
+                    found.append(await server.describe())
                 except TransientError:
                     continue  # It is asked when it is back.
         return found
@@ -154,14 +156,14 @@ class _Server:
     dialect: int | None = None
     is_compared: bool = False
 
-    async def describe(self, fleet: Fleet) -> Served:
+    async def describe(self) -> Served:
         """What it says about its model; asked once."""
         if self.served is not None:
             return self.served
         model, engine, path = self.client.model, self.client.engine, "/v1/models"
         served = Served(model, engine or "")
         try:
-            data = await fleet.call(self.url, "GET", path)
+            data = await self.client.fleet.call(self.url, "GET", path)
             served = self.read(lambda: _engines.read_served(data, model, engine), path)
         except RefusedError as error:
             if error.status not in _NO_ROUTE:
@@ -179,7 +181,6 @@ class _Server:
 
     async def complete(
         self,
-        fleet: Fleet,
         request: SampleRequest,
         ids: Sequence[int],
         limit: int,
@@ -187,7 +188,7 @@ class _Server:
         count: int,
     ) -> Any:
         """What it answers when asked for up to `limit` tokens after `ids`."""
-        served, params, client = await self.describe(fleet), request.params, self.client
+        served, params, client = await self.describe(), request.params, self.client
         prompt = [*prefix_of(request.state), *ids]
 
         def body(path: str, dialect: Dialect) -> dict[str, Any]:
@@ -215,17 +216,17 @@ class _Server:
                 f"{self.url} is SGLang: seeds count only where it was started with "
                 "--enable-deterministic-inference."
             )
-            return await self._adapt(fleet, SGLANG, body)
+            return await self._adapt(SGLANG, body)
         if client.mode != "chat" and not self.is_chat:
             try:
-                return await self._adapt(fleet, COMPLETIONS, body)
+                return await self._adapt(COMPLETIONS, body)
             except RefusedError as error:
                 # An unknown model is a 404 too, and no reason to talk differently.
                 missing = error.status in _NO_ROUTE and "model" not in error.reason.lower()
                 if client.mode != "auto" or not missing:
                     raise
             self.is_chat = True
-        return await self._adapt(fleet, CHATS, body)
+        return await self._adapt(CHATS, body)
 
     def _chat(self, served: Served, state: TextState, ids: Sequence[int]) -> dict[str, Any]:
         """A chat's messages; a response that has begun is a message to go on with."""
@@ -247,18 +248,16 @@ class _Server:
         going_on = {"continue_final_message": True, "add_generation_prompt": False}
         return {"messages": messages, **going_on}
 
-    async def _adapt(
-        self, fleet: Fleet, path: str, body: Callable[[str, Dialect], dict[str, Any]]
-    ) -> Any:
+    async def _adapt(self, path: str, body: Callable[[str, Dialect], dict[str, Any]]) -> Any:
         """The answer in the first dialect that is not refused, from then on in it."""
-        served = await self.describe(fleet)
+        served = await self.describe()
         last = {SGLANG: 2, CHATS: 3}.get(path, len(DIALECTS))
         first = min(served.how.first, last - 1)
         refusal: RefusedError | None = None
         for number in range(first, last) if self.dialect is None else [self.dialect]:
             dialect = DIALECTS[number]
             try:
-                data = await fleet.call(self.url, "POST", path, body(path, dialect))
+                data = await self.client.fleet.call(self.url, "POST", path, body(path, dialect))
             except RefusedError as error:
                 refusal = refusal or error
                 if error.status not in _BAD_REQUEST:
@@ -372,17 +371,17 @@ class _Server:
         eos = self.client.tokenizer.tokenizer.eos_token_id
         return [eos if eos in stops else stops[0]], True
 
-    async def judge(self, fleet: Fleet, state: TextState, chunk: Chunk) -> Judged:
+    async def judge(self, state: TextState, chunk: Chunk) -> Judged:
         """The log-probabilities of a given chunk, and what was billed."""
-        served, ids = await self.describe(fleet), chunk.token_ids
+        served, ids = await self.describe(), chunk.token_ids
         prompt = [*prefix_of(state), *ids]
         if self.client.mode == "chat" or self.is_chat:
             raise self._cannot_judge("it is asked for chats")
         if served.how.judging == "forced":
-            return await self._judge_by_forcing(fleet, served, prompt, len(ids))
+            return await self._judge_by_forcing(served, prompt, len(ids))
         path, body = _engines.judging_body(served, prompt, len(ids))
         try:
-            data = await fleet.call(self.url, "POST", path, body)
+            data = await self.client.fleet.call(self.url, "POST", path, body)
         except RefusedError as error:
             raise self._cannot_judge(error.reason) from error
         found = self.read(lambda: _engines.read_judged(served, data, len(prompt), ids), path)
@@ -390,9 +389,7 @@ class _Server:
             raise self._cannot_judge("it does not echo a prompt with its log-probabilities")
         return found, []
 
-    async def _judge_by_forcing(
-        self, fleet: Fleet, served: Served, prompt: list[int], count: int
-    ) -> Judged:
+    async def _judge_by_forcing(self, served: Served, prompt: list[int], count: int) -> Judged:
         """One request for each of the last tokens, in which that token is forced.
 
         llama.cpp gives no log-probabilities of a prompt, but those of a sampled token before any
@@ -406,7 +403,7 @@ class _Server:
             # From the second token on it is this request's own prefix that is reused.
             reuses = self.client.prefix_cache or i > start
             body = _engines.forcing_body(served, prompt[:i], token, reuses)
-            data = await fleet.call(self.url, "POST", COMPLETIONS, body)
+            data = await self.client.fleet.call(self.url, "POST", COMPLETIONS, body)
             [answer], bill = self.read(functools.partial(_engines.read_answers, data))
             if answer.token_ids != (token,) or answer.logprobs is None:
                 raise MalformedAnswerError(

@@ -272,9 +272,13 @@ def _error(state: tenacity.RetryCallState) -> TransientError:
 
 
 class LoopThread:
-    """An event loop in a thread of its own, so that any thread and any notebook may call."""
+    """An event loop in a thread of its own, so that any thread and any notebook may call.
 
-    def __init__(self) -> None:
+    When it is closed, it ends with the coroutine that `last` makes.
+    """
+
+    def __init__(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._last = last
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="ServerLM", daemon=True)
         self._thread.start()
@@ -284,8 +288,8 @@ class LoopThread:
         """Start a coroutine; cancelling its future cancels it."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Cancel what is under way, run the coroutine that `last` makes, and stop."""
+    def close(self) -> None:
+        """Cancel what is under way, and stop."""
         # A thread does not outlive a fork, and the loop's pipe belongs to the parent.
         if self.pid != os.getpid() or not self._thread.is_alive():
             return
@@ -296,7 +300,7 @@ class LoopThread:
                 task.cancel()
             try:
                 await asyncio.gather(*others, return_exceptions=True)
-                await last()
+                await self._last()
             finally:
                 self._loop.stop()
 

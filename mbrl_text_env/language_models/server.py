@@ -34,6 +34,7 @@ from mbrl_text_env.language_models._http import (
 from mbrl_text_env.language_models.base import (
     LanguageModel,
     SampleRequest,
+    charge,
     check_judging_arguments,
     check_requests,
     finish_reason,
@@ -142,7 +143,7 @@ class ServerLM(LanguageModel):
         self._client = Client(self.base_urls, local, model, engine, mode, self._key, prefix_cache)
         self._told = 0
         self._lock = threading.Lock()
-        self._running: tuple[LoopThread, Fleet] | None = None
+        self._running: LoopThread | None = None
         try:
             found = self._run(self._client.describe_all)
         except BaseException:
@@ -192,14 +193,14 @@ class ServerLM(LanguageModel):
     @property
     def served(self) -> dict[str, int]:
         """Requests that each server has answered since the connections were made."""
-        return self._running[1].served if self._running else {}
+        return self._client.fleet.served if self._running else {}
 
     def close(self) -> None:
         """Close the connections; the next call makes new ones."""
         with self._lock:
             running, self._running = self._running, None
         if running is not None:
-            running[0].close(running[1].close)
+            running.close()
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
@@ -219,20 +220,20 @@ class ServerLM(LanguageModel):
         Raises:
             ServerError: A server refuses, fails, does not answer, or answers what it should not.
         """
-        job = self._sampling(requests, ledgers)
+        cut = self._fitted(requests, ledgers)
         with timed(ledgers):
-            groups = self._run(job)
+            groups = self._run(lambda: gather(map(self._client.draw, cut)))
         return self._settled(requests, groups, ledgers)
 
     async def sample_requests_async(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
         """See `sample_requests`; other coroutines go on meanwhile, and no thread waits."""
-        job = self._sampling(requests, ledgers)
+        cut = self._fitted(requests, ledgers)
         began = time.perf_counter()
-        loop, fleet = self._started()
         try:
-            groups = await asyncio.wrap_future(loop.submit(job(fleet)))
+            future = self._started().submit(gather(map(self._client.draw, cut)))
+            groups = await asyncio.wrap_future(future)
         finally:
             self._tell()
         for ledger in ledgers or ():
@@ -255,15 +256,11 @@ class ServerLM(LanguageModel):
         self._check_budgets(ledgers)
         pairs = list(zip(states, chunks, strict=True))
         with timed(ledgers):
-            judged = self._run(
-                lambda fleet: gather(self._client.judge(fleet, s, c) for s, c in pairs)
-            )
-        for (state, chunk), (_, bills), ledger in zip(
-            pairs, judged, ledgers or (), strict=ledgers is not None
-        ):
-            length = len(prefix_of(state)) + len(chunk) - 1
-            computed, _ = _prefix_bill(bills, length, length)
-            ledger.charge(self._usage(computed, length - computed, 0))
+            judged = self._run(lambda: gather(self._client.judge(s, c) for s, c in pairs))
+        lengths = [len(prefix_of(state)) + len(chunk) - 1 for state, chunk in pairs]
+        computed = [_prefix_bill(b, n, n)[0] for (_, b), n in zip(judged, lengths, strict=True)]
+        rows = zip(computed, lengths, strict=True)
+        charge(ledgers, (self._usage(new, length - new, 0) for new, length in rows))
         return [logprobs for logprobs, _ in judged]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
@@ -282,18 +279,17 @@ class ServerLM(LanguageModel):
             lm_flops=2.0 * (self.num_parameters or 0) * (computed + new),
         )
 
-    def _sampling(
+    def _fitted(
         self, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger] | None
-    ) -> Callable[[Fleet], Coroutine[Any, Any, list[list[Group]]]]:
-        """The job of a call, its arguments checked."""
+    ) -> list[SampleRequest]:
+        """The requests, as long as the context allows; checked."""
         check_requests(requests)
         self._check_budgets(ledgers)
         rooms = [room_after(r.state, self.context_length) for r in requests]
-        cut = [
+        return [
             replace(r, max_new_tokens=min(r.max_new_tokens, room))
             for r, room in zip(requests, rooms, strict=True)
         ]
-        return lambda fleet: gather(self._client.draw(fleet, request) for request in cut)
 
     def _check_budgets(self, ledgers: Sequence[Ledger] | None) -> None:
         if not self.counts_flops and any(ledger.budget.flops for ledger in ledgers or ()):
@@ -310,22 +306,23 @@ class ServerLM(LanguageModel):
         ledgers: Sequence[Ledger] | None,
     ) -> list[list[Chunk]]:
         """The chunks of all requests, charged to their ledgers."""
-        rows = [[drawn for group in row for drawn in group.chunks] for row in groups]
-        for request, row, drawn, ledger in zip(
-            requests, groups, rows, ledgers or (), strict=ledgers is not None
-        ):
+        rows, usages = [], []
+        for request, row in zip(requests, groups, strict=True):
+            drawn = [chunk for group in row for chunk in group.chunks]
             bills = [bill for group in row for bill in group.bills]
             prefix = len(prefix_of(request.state))
             computed, cached = _prefix_bill(bills, prefix, prefix * len(drawn))
             new = sum(chunk.generated for chunk in drawn)
-            ledger.charge(self._usage(computed, max(cached, prefix - computed), new))
-        return [
-            [
-                Chunk(tuple(d.ids), tuple(d.logprobs or ()), finish_reason(self, r.state, d.ids))
-                for d in row
-            ]
-            for r, row in zip(requests, rows, strict=True)
-        ]
+            usages.append(self._usage(computed, max(cached, prefix - computed), new))
+            reasons = [finish_reason(self, request.state, chunk.ids) for chunk in drawn]
+            rows.append(
+                [
+                    Chunk(tuple(chunk.ids), tuple(chunk.logprobs or ()), reason)
+                    for chunk, reason in zip(drawn, reasons, strict=True)
+                ]
+            )
+        charge(ledgers, usages)
+        return rows
 
     def _tell(self) -> None:
         """Warn of new losses, from the caller's thread."""
@@ -334,10 +331,9 @@ class ServerLM(LanguageModel):
         for text in new:
             warnings.warn(text, stacklevel=5)
 
-    def _run(self, job: Callable[[Fleet], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine of the event loop's and wait for it; an interrupt cancels it."""
-        loop, fleet = self._started()
-        future = loop.submit(job(fleet))
+    def _run(self, job: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine in the event loop and wait for it; an interrupt cancels it."""
+        future = self._started().submit(job())
         try:
             return future.result()
         except BaseException:
@@ -346,12 +342,13 @@ class ServerLM(LanguageModel):
         finally:
             self._tell()
 
-    def _started(self) -> tuple[LoopThread, Fleet]:
+    def _started(self) -> LoopThread:
         with self._lock:
-            if self._running is None or self._running[0].pid != os.getpid():
-                loop, fleet = LoopThread(), Fleet(self.base_urls, self._key, *self._patience)
-                weakref.finalize(self, loop.close, fleet.close)
-                self._running = loop, fleet
+            if self._running is None or self._running.pid != os.getpid():
+                fleet = Fleet(self.base_urls, self._key, *self._patience)
+                self._client.fleet = fleet
+                self._running = LoopThread(fleet.close)
+                weakref.finalize(self, self._running.close)
             return self._running
 
 
