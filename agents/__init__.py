@@ -6,12 +6,11 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "base": ["Agent", "Completion", "Decision", "Generation"],
-        "beam": ["Adaptive", "BeamSearch"],
+        "beam": ["Adaptive", "BeamSearch", "ParticleFilter"],
         "choices": ["Choice"],
         "collection": ["collect"],
         "lookahead": ["Lookahead", "RecedingHorizon"],
         "mcts": ["MCTS"],
-        "particle_filter": ["ParticleFilter"],
         "registry": ["available", "make"],
         "sampling": ["BestOfN", "RandomAgent", "Sampling"],
         "search": ["Expansion", "Node", "Planner", "Search", "SearchTree"],

@@ -19,7 +19,6 @@ from mbrl_text_env.rewards.names import first_line
 from mbrl_text_env.values import ValueModel
 
 _SAMPLING = ("temperature", "top_p", "top_k")
-_VALUE, _POLICY = "value", "policy"
 
 
 class AgentSpecError(ValueError):
@@ -79,16 +78,16 @@ def make(
     cls = _CLASSES[name]
     known = inspect.signature(cls).parameters
     params = {key: options.pop(key) for key in _SAMPLING if key in options}
-    chosen = _chosen(spec, value_model, options.pop(_VALUE, None))
-    chooses = _POLICY in known
-    policy = _policy(spec, policies or {}, options.pop(_POLICY, None), chooses)
+    chosen = _chosen(spec, value_model, options.pop("value", None))
+    chooses = "policy" in known
+    policy = _policy(spec, policies or {}, options.pop("policy", None), chooses)
     for key, value in options.items():
         if key not in known or key == "params":
             own = [k for k, p in known.items() if p.kind is p.KEYWORD_ONLY]
             there = [k for k in own if not k.endswith("params")]
             raise AgentSpecError(
                 f"Agent {name!r} has no option {key!r}; it has "
-                f"{[*there, *_SAMPLING, _VALUE, _POLICY]}."
+                f"{[*there, *_SAMPLING, 'value', 'policy']}."
             )
         if isinstance(value, float) and known[key].annotation in ("int", "int | None"):
             raise AgentSpecError(f"Agent {spec!r}: {key}: expected a whole number, got {value}.")
@@ -98,7 +97,7 @@ def make(
         if params:
             options["params"] = SamplingParams(**params)
         if chooses:
-            options[_POLICY], policy = policy, None
+            options["policy"], policy = policy, None
         return cls(policy or language_model, reward_model, **{**defaults, **options})
     except (TypeError, ValueError) as error:
         raise AgentSpecError(f"Agent {spec!r}: {error}") from error
@@ -119,11 +118,11 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     for item in items:
         key, _, value = item.partition("=")
-        option = inspect.signature(_CLASSES[name]).parameters.get(key.strip())
+        key = key.strip()
+        parameter = inspect.signature(_CLASSES[name]).parameters.get(key)
         # Such as `root_policy` of MCTS.
-        is_word = option is not None and isinstance(option.default, str)
-        is_word = is_word or key.strip() in (_VALUE, _POLICY)
-        options[key.strip()] = _value(spec, item, value, is_word)
+        is_word = isinstance(getattr(parameter, "default", None), str)
+        options[key] = _value(spec, item, value, is_word or key in ("value", "policy"))
     return name, options
 
 

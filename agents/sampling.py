@@ -27,7 +27,29 @@ _N_WITHOUT_BUDGET = 4
 _MOST_A_WAVE = 16
 
 
-class Sampling(Agent):
+class _Blind(Agent):
+    """Chooses among candidates without a look at what is behind them."""
+
+    def choose(
+        self,
+        states: Sequence[TextState],
+        candidates: Sequence[Sequence[Chunk]],
+        budget: Budget | None = None,
+        *,
+        seed: int = 0,
+    ) -> list[Choice]:
+        """Choose without searching, for nothing."""
+        return [
+            Choice(self._index(state, len(row), seed), (None,) * len(row), Usage())
+            for state, row in zip(states, candidates, strict=True)
+        ]
+
+    def _index(self, state: TextState, count: int, seed: int) -> int:
+        """The first: a sample from the language model like the others."""
+        return 0
+
+
+class Sampling(_Blind):
     """One response from the language model: the baseline that every search has to beat.
 
     `params=SamplingParams(temperature=0)` is greedy decoding. No reward model is needed.
@@ -40,19 +62,8 @@ class Sampling(Agent):
         [completion] = await self.complete(state, 1, ledger, seed)
         return completion
 
-    def choose(
-        self,
-        states: Sequence[TextState],
-        candidates: Sequence[Sequence[Chunk]],
-        budget: Budget | None = None,
-        *,
-        seed: int = 0,
-    ) -> list[Choice]:
-        """Choose the first candidate, which is a sample from the language model like the others."""
-        return [Choice(0, (None,) * len(row), Usage()) for row in candidates]
 
-
-class RandomAgent(Agent):
+class RandomAgent(_Blind):
     """Random tokens, uniform over the vocabulary: the least that any agent can do, for nothing."""
 
     name = "random"
@@ -66,19 +77,8 @@ class RandomAgent(Agent):
         chunk = ChunkRules(lm.vocab_size, lm.stop_token_ids, room).chunk(ids)
         return Completion(transition(state, chunk, self.response_limit(state)))
 
-    def choose(
-        self,
-        states: Sequence[TextState],
-        candidates: Sequence[Sequence[Chunk]],
-        budget: Budget | None = None,
-        *,
-        seed: int = 0,
-    ) -> list[Choice]:
-        """Choose each candidate with the same probability."""
-        return [
-            Choice(int(stream(seed, state, 0).integers(len(row))), (None,) * len(row), Usage())
-            for state, row in zip(states, candidates, strict=True)
-        ]
+    def _index(self, state: TextState, count: int, seed: int) -> int:
+        return int(stream(seed, state, 0).integers(count))
 
 
 @dataclass(eq=False, kw_only=True)
