@@ -36,12 +36,22 @@ from mbrl_text_env.language_models.base import (
     sample_requests,
     sample_requests_async,
 )
-from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
-from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import score_responses
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.types import (
+    Budget,
+    BudgetError,
+    Chunk,
+    Ledger,
+    Prompt,
+    TextState,
+    Usage,
+    initial,
+    is_terminal,
+    response_limit,
+    transition,
+)
 
 T = TypeVar("T")
 Begin: TypeAlias = Callable[[], Coroutine[Any, Any, T]]
@@ -164,10 +174,7 @@ class Agent(ABC):
     ) -> list[Generation]:
         """Answer prompts, all of them side by side in common batches.
 
-        Args:
-            prompts: At least one; a text stands for the prompt of a user who says that.
-            budget: Hard caps for each prompt.
-            seed: The answers follow from it.
+        A text stands for the prompt of a user who says that; the budget is each prompt's.
 
         Raises:
             BudgetError: The budget allows no complete response.
@@ -180,8 +187,7 @@ class Agent(ABC):
     ) -> list[Generation]:
         """`generate` that awaits each batch, so that an event loop goes on; cancelling ends it.
 
-        Language models are awaited where they can be (`sample_requests_async`); other calls are
-        made in a thread, one at a time.
+        Models other than language models are called in a thread, one at a time.
         """
         begun = self._begun(prompts, budget)
         return self._generations(begun, await run_async(*self._searches(begun, seed)), seed)
@@ -191,8 +197,7 @@ class Agent(ABC):
     ) -> list[Decision]:
         """Decide on the next chunk of each state, with a budget for each decision.
 
-        The chunk has at most `chunk_tokens` tokens, so it is an action of an environment whose
-        `max_chunk_tokens` is at least that.
+        The chunk has at most `chunk_tokens` tokens, the least `max_chunk_tokens` of an environment.
 
         Raises:
             ValueError: A state has ended, or its response is as long as the agent's limit.
@@ -256,10 +261,7 @@ class Agent(ABC):
         first_sample: int = 0,
         params: SamplingParams | None = None,
     ) -> list[Completion]:
-        """Sample complete responses from a state, unscored.
-
-        A state that has ended is its own completion, `num_samples` times over, and costs nothing.
-        """
+        """Sample complete responses, unscored; a state that has ended is its own, for nothing."""
         room = self._room(state)
         if room == 0:
             return [Completion(state)] * num_samples
@@ -288,10 +290,7 @@ class Agent(ABC):
         ]
 
     def check_budget(self, prompts: Sequence[Prompt], budget: Budget | None) -> None:
-        """Raise a BudgetError where a budget does not allow a complete response to each prompt.
-
-        Prompts that the language model refuses are passed over; `generate` says what is wrong.
-        """
+        """Raise a BudgetError where a budget allows no response; refused prompts are passed over."""
         for prompt in prompts:
             try:
                 state = initial(prompt, self.language_model)

@@ -10,8 +10,8 @@ from mbrl_text_env.agents.beam import beam_search
 from mbrl_text_env.agents.sampling import BestOfN
 from mbrl_text_env.agents.search import Expansion, Node, Planner, Search
 from mbrl_text_env.language_models.base import SamplingParams, prefix_of
-from mbrl_text_env.ledger import Usage
 from mbrl_text_env.rewards.base import reward_usage_bound
+from mbrl_text_env.types import Usage
 from mbrl_text_env.values import ValueModel, value_usage_bound
 
 PARTIAL_PARAMS = SamplingParams(temperature=0.9)

@@ -23,8 +23,7 @@ from mbrl_text_env.agents.mcts_policies import (
 )
 from mbrl_text_env.agents.search import Expansion, Node, Planner, Search, SearchTree, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
-from mbrl_text_env.mdp import transition
-from mbrl_text_env.types import Chunk, FloatArray, TextState
+from mbrl_text_env.types import Chunk, FloatArray, TextState, transition
 
 RootPolicy = Literal["puct", "gumbel"]
 LeafValue = Literal["value", "rollout", "both"]

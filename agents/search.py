@@ -30,8 +30,6 @@ from mbrl_text_env.language_models.base import (
     cache_tokens,
     prefix_of,
 )
-from mbrl_text_env.ledger import Budget, Ledger, Usage
-from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardModel,
@@ -39,7 +37,17 @@ from mbrl_text_env.rewards.base import (
     reward_usage_bound,
     score_responses,
 )
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.types import (
+    Budget,
+    Chunk,
+    Ledger,
+    Prompt,
+    TextState,
+    Usage,
+    is_terminal,
+    response_limit,
+    transition,
+)
 from mbrl_text_env.values import (
     ValueModel,
     check_value_fits,
@@ -250,10 +258,7 @@ class Search:
 
         Where the budget does not allow all of it, every expansion gets fewer chunks, and then the
         last ones get none. As long as there is no complete response, what finishing one takes is
-        kept back.
-
-        Returns:
-            The children drawn for each expansion, at most `count`; one drawn twice stands twice.
+        kept back. Returned are the children of each expansion; one drawn twice stands twice.
         """
         wanted = list(expansions)
         counts = self._affordable_counts(wanted)
@@ -293,9 +298,7 @@ class Search:
         return sorted(partial(nodes), key=_value, reverse=True)
 
     async def finish(self) -> Node:
-        """The best complete response; where there is none, the best partial one is finished, and
-        what the budget still allows is spent as best-of-N would.
-        """
+        """The best complete response; without one, the best partial one and more are finished."""
         root = self.tree.root
         if self.tree.best() is None:
             node = self._most_promising()
@@ -341,9 +344,7 @@ class Search:
         return count
 
     def value_tokens(self, node: Node) -> float:
-        """About what valuing a partial response after a node costs, in generated tokens; 0 without
-        a value model, or where one of the two says nothing of its FLOPs.
-        """
+        """About what valuing a response after a node costs, in generated tokens; 0 if unknown."""
         room, drawing = self.room(node.state), self._drawing_usage(node.state).flops
         if self.value_model is None or not drawing > 0:
             return 0.0

@@ -20,7 +20,7 @@ from mbrl_text_env.language_models.base import (
     PromptTooLongError,
     UnknownTokenError,
 )
-from mbrl_text_env.language_models.content import plain_text
+from mbrl_text_env.language_models.hf_tokenizer import plain_text
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.types import FloatArray, Message, Prompt
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from mbrl_text_env.language_models.content import control_test, plain_text
+from mbrl_text_env.language_models.hf_tokenizer import control_test, plain_text
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import chat_messages
 from mbrl_text_env.types import Prompt
