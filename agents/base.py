@@ -290,7 +290,7 @@ class Agent(ABC):
         ]
 
     def check_budget(self, prompts: Sequence[Prompt], budget: Budget | None) -> None:
-        """Raise a BudgetError where a budget allows no response; refused prompts are passed over."""
+        """Raise a BudgetError where a budget allows no response; refused prompts pass."""
         for prompt in prompts:
             try:
                 state = initial(prompt, self.language_model)
