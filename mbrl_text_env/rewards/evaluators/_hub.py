@@ -1,4 +1,4 @@
-"""What the learned rewards share: loading from the Hub or a folder, batches, padding, and FLOPs.
+"""What the evaluators share: loading from the Hub or a folder, batches, padding, and FLOPs.
 
 Code that comes with a model is never run. Weights that transformers would make up, because the
 files lack them, are an error.
@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -40,6 +40,8 @@ class Evaluator(RewardModel):
         "model's input",
     )
     """What was cut, and what may allow more, for the warning."""
+    counts: ClassVar[tuple[str, ...]] = ("max_length",)
+    """Arguments that are at least 1."""
     _loaded: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,6 +54,9 @@ class Evaluator(RewardModel):
 
     def _model(self) -> Any:
         if self._loaded is None:
+            for name in self.counts:
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}.")
             self._loaded = self._load()
         return self._loaded
 
@@ -92,61 +97,79 @@ class HubReward(Evaluator):
     name: str = ""
     revision: str | None = None
 
+    counts = ("batch_size", "batch_tokens", "max_length")
+
     def __post_init__(self) -> None:
         self.name = self.name or Path(self.model).name
 
-    def _model(self) -> Any:
-        if self._loaded is None:
-            check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
-        return super()._model()
+    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the floating-point operations of each response: `forward_flops`."""
+        if not responses:
+            return np.zeros(0)
+        lengths = [len(text.ids) for text in self._encode(prompts, responses)]
+        return forward_flops(self._model().model, lengths)
+
+    def flops_bound(self) -> float:
+        """The most that one response can take: a text that fills the model's input."""
+        loaded = self._model()
+        return float(forward_flops(loaded.model, [loaded.max_length])[0])
+
+    @abstractmethod
+    def _encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Any]:
+        """Each text, cut to the model's input, as an object with `ids` and `truncated`."""
+
+    @abstractmethod
+    def _forward(self, texts: Sequence[Any]) -> Sequence[Any]:
+        """The output for each text, from one forward pass."""
+
+    def _outputs(self, texts: Sequence[Any], rows: int) -> list[Any]:
+        """The output for each text, in batches of at most `rows`."""
+        self._check_tokens(texts)
+        self._note_truncated(sum(text.truncated for text in texts), self._model().max_length)
+        found: dict[int, Any] = {}
+        for part in batches([len(text.ids) for text in texts], rows, self.batch_tokens):
+            found.update(zip(part, self._forward([texts[i] for i in part]), strict=True))
+        return [found[i] for i in range(len(texts))]
+
+    def _check_tokens(self, texts: Sequence[Any]) -> None:
+        """Refuse tokens for which the model has no row among its embeddings."""
+        loaded = self._model()
+        rows = loaded.model.get_input_embeddings().num_embeddings
+        unknown = next((token for text in texts for token in text.ids if token >= rows), None)
+        if unknown is not None:
+            raise RewardError(
+                f"Reward model {self.name!r}: a text has the token {unknown} "
+                f"({loaded.tokenizer.convert_ids_to_tokens(unknown)!r}), but the model knows the "
+                f"tokens 0 to {rows - 1} alone. Use the model's own tokenizer, or resize the "
+                "model's embeddings."
+            )
 
     def _read(self, factory: str | Callable[..., Any], kind: str) -> tuple[Any, Any]:
-        """Model and tokenizer."""
-        return load_model(
-            self.model,
-            factory,
-            kind,
-            name=self.name,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        """A model of transformers, ready for inference, and its tokenizer."""
+        import torch
+        import transformers
 
-
-def load_model(
-    source: str | Path,
-    factory: str | Callable[..., Any],
-    kind: str,
-    *,
-    name: str,
-    revision: str | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Any, Any]:
-    """A model of transformers, ready for inference, and its tokenizer."""
-    import torch
-    import transformers
-
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    options["trust_remote_code"] = False
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), **options)
-        load: Any = factory
-        if isinstance(factory, str):
-            load = getattr(transformers, factory).from_pretrained
-        model, report = load(str(source), dtype=dtype, output_loading_info=True, **options)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise RewardError(
-            f"Reward model {name!r}: expected the folder of a transformers {kind} model with its "
-            "tokenizer, or a name on the Hugging Face Hub that is reachable or already downloaded; "
-            f"got {str(source)!r} ({type(error).__name__}: {reason}). Check the spelling, the "
-            "network and HF_HUB_OFFLINE."
-        ) from error
-    check_complete(model, tokenizer, report["missing_keys"], str(source), kind, name)
-    return model.to(device).eval(), tokenizer
+        source = str(self.model)
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        options: dict[str, Any] = {"revision": self.revision} if self.revision else {}
+        options["trust_remote_code"] = False
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            load: Any = factory
+            if isinstance(factory, str):
+                load = getattr(transformers, factory).from_pretrained
+            model, report = load(source, dtype=dtype, output_loading_info=True, **options)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise RewardError(
+                f"Reward model {self.name!r}: expected the folder of a transformers {kind} model "
+                "with its tokenizer, or a name on the Hugging Face Hub that is reachable or "
+                f"already downloaded; got {source!r} ({type(error).__name__}: {reason}). Check the "
+                "spelling, the network and HF_HUB_OFFLINE."
+            ) from error
+        check_complete(model, tokenizer, report["missing_keys"], source, kind, self.name)
+        return model.to(device).eval(), tokenizer
 
 
 def check_complete(
@@ -195,13 +218,6 @@ def check_choices(reward: object, **choices: Sequence[Any]) -> None:
             )
 
 
-def check_at_least_one(reward: object, *arguments: str) -> None:
-    """Refuse counts below 1."""
-    for argument in arguments:
-        if getattr(reward, argument) < 1:
-            raise ValueError(f"{argument}: expected at least 1, got {getattr(reward, argument)!r}.")
-
-
 def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
     """Indices of texts of similar length, the shortest first.
 
@@ -222,26 +238,11 @@ def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int
 def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any, Any]:
     """Rows of ids as one tensor, padded on the right, and its mask: both int64[B, T]."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    shape = len(rows), max(len(row) for row in rows)
-    ids = torch.full(shape, value)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, : len(row)] = 1
-    return ids.to(device), mask.to(device)
-
-
-def check_rows(ids: Iterable[int], model: Any, tokenizer: Any, name: str) -> None:
-    """Refuse tokens for which a model has no row among its embeddings."""
-    rows = model.get_input_embeddings().num_embeddings
-    unknown = next((token for token in ids if token >= rows), None)
-    if unknown is not None:
-        raise RewardError(
-            f"Reward model {name!r}: a text has the token {unknown} "
-            f"({tokenizer.convert_ids_to_tokens(unknown)!r}), but the model knows the tokens 0 to "
-            f"{rows - 1} alone. Use the model's own tokenizer, or resize the model's embeddings."
-        )
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return pad_sequence(ids, batch_first=True, padding_value=value).to(device), mask.to(device)
 
 
 def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
@@ -280,11 +281,8 @@ class TextEncoder:
     Reward models see text, so a response is encoded anew, and its tokens may be others than those
     that were sampled.
 
-    Args:
-        language_model: Whose tokens they are.
-
     Attributes:
-        opening: Special tokens that its tokenizer puts before every plain text.
+        opening: Special tokens that the model's tokenizer puts before every plain text.
         closing: Those that it puts behind.
     """
 
@@ -318,8 +316,7 @@ class TextEncoder:
         if not text:
             return self.opening + self.closing
         try:
-            prompt = Prompt.from_text(text, "text", chat=False)
-            return self.language_model.encode_prompt(prompt)
+            return self.language_model.encode_prompt(Prompt.from_text(text, "text", chat=False))
         except (PromptTooLongError, UnknownTokenError):
             raise
         except ValueError:
@@ -339,7 +336,7 @@ def language_model_of(source: LanguageModel | str | Path | None, name: str) -> L
         from mbrl_text_env.language_models.registry import embedded
 
         return embedded()
-    if isinstance(source, (str, Path)):
+    if isinstance(source, str | Path):
         from mbrl_text_env.language_models.transformers_lm import TransformersLM
 
         try:
@@ -349,7 +346,6 @@ def language_model_of(source: LanguageModel | str | Path | None, name: str) -> L
     if not isinstance(source, LanguageModel):
         raise RewardError(
             f"Reward model {name!r}: expected a language model, its name on the Hugging Face Hub, "
-            f"its folder, or None for the embedded one; got {type(source).__name__}. See "
-            "`language_models.LanguageModel` for the methods of one."
+            f"its folder, or None for the embedded one; got {type(source).__name__}."
         )
     return source

@@ -1,4 +1,4 @@
-"""A language model as a judge: how probable its possible verdicts are."""
+"""A language model as a reward: how probable a response is, and how probable a judge's verdicts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import math
 import string
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -16,12 +17,7 @@ import numpy as np
 
 from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import (
-    Evaluator,
-    TextEncoder,
-    check_at_least_one,
-    language_model_of,
-)
+from mbrl_text_env.rewards.evaluators._hub import Evaluator, TextEncoder, language_model_of
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import Chunk, FloatArray, Prompt, TextState
 
@@ -47,12 +43,186 @@ ANSWERS: Mapping[str, float] = MappingProxyType({str(value): float(value) for va
 YES_NO: Mapping[str, float] = MappingProxyType({"Yes": 1.0, "No": 0.0})
 """Answers for a template that asks a question; the score is P(Yes) / (P(Yes) + P(No))."""
 
-_FIELDS = ("rubric", "prompt", "response")
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A language model, the most tokens that it reads, and those of a judge's answers."""
+
+    language_model: LanguageModel
+    encoder: TextEncoder
+    limit: int
+    answer_ids: Sequence[tuple[int, ...]] = ()
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is asked about a response: tokens that are read, int[P], and int[T] that are judged."""
+
+    ids: tuple[int, ...]
+    judged: tuple[int, ...] = ()
+    truncated: bool = False
+
+
+@dataclass(eq=False, repr=False)
+class _LanguageModelReward(Evaluator):
+    """A reward of log-probabilities: `_read` says what is asked about a response."""
+
+    language_model: LanguageModel | str | Path | None = None
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether the model can read the prompt, with room for a response."""
+        try:
+            self._room(prompt)
+        except RewardError:
+            return False
+        return True
+
+    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], what the language model says that judging each response takes.
+
+        An upper bound: beginnings of texts that it has cached are not computed again.
+        """
+        readings = self._read_all(prompts, responses)
+        # The last token is judged, but nothing is asked of what follows it.
+        lengths = [len(reading.ids) + max(0, len(reading.judged) - 1) for reading in readings]
+        return np.array([self._usage(length) for length in lengths], dtype=np.float64)
+
+    def flops_bound(self) -> float:
+        """The most that one response can take: a text as long as may be."""
+        return self._usage(self._model().limit)
+
+    def _usage(self, tokens: int) -> float:
+        loaded: _Loaded = self._model()
+        new_tokens = [len(ids) - 1 for ids in loaded.answer_ids]
+        return float(loaded.language_model.usage_bound(tokens, new_tokens).lm_flops)
+
+    def _read_all(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[_Reading]:
+        return [self._read(*row) for row in zip(prompts, responses, strict=True)]
+
+    @abstractmethod
+    def _read(self, prompt: Prompt, response: str) -> _Reading:
+        """What is asked about a response, which is cut to what there is room for."""
+
+    @abstractmethod
+    def _room(self, prompt: Prompt) -> int:
+        """Tokens that are left for a response; a `RewardError` where the prompt cannot be read."""
+
+
+@named("fluency")
+@dataclass(eq=False, repr=False)
+class FluencyReward(_LanguageModelReward):
+    """Mean log-probability (nats a token) of a response under a language model, at most 0.
+
+    It is minus the logarithm of the response's perplexity. The text is encoded anew, so its tokens
+    may differ from the sampled ones; special tokens written out in it are read as ordinary text. A
+    response without tokens scores the log-probability that the model ends right there (all its stop
+    tokens together); the end of other responses does not count.
+
+    A text that repeats itself is probable, so a search for this reward alone ends in repetition:
+    combine it with `RepetitionPenalty` or another reward. Responses longer than `max_length`, or
+    than the context has room for, are cut at their end; the first cut gives a warning.
+
+    Args:
+        language_model: One with `logprobs` (`TransformersLM`, `ServerLM`), its name on the Hub or
+            folder; None for the embedded SmolLM2.
+        conditional: Whether the response is judged as an answer to its prompt; otherwise as a text
+            of its own, after the tokenizer's opening token or, where it has none, a stop token.
+        max_length: Most tokens of a response that count.
+        name: What reports call it; by default "fluency", or "fluency-unconditional".
+
+    Attributes:
+        num_truncated: Responses that were cut so far.
+
+    Raises:
+        RewardError: The language model cannot be loaded, has no stop tokens, or a prompt leaves no
+            room in its context. A log-probability of minus infinity is refused by
+            `score_responses`.
+        ValueError: At first use: `max_length` is below 1.
+
+    Example:
+        >>> prompt = Prompt.from_text("Why is the sky blue?")
+        >>> texts = ["Because air scatters blue light.", "Scatters air because light blue."]
+        >>> fluent, muddled = FluencyReward().score([prompt] * 2, texts)  # doctest: +SKIP
+        >>> fluent > muddled  # doctest: +SKIP
+        True
+    """
+
+    _: KW_ONLY
+    conditional: bool = True
+    max_length: int = 2048
+    name: str = ""
+
+    cuts = (
+        "response(s) to {} tokens or what the model's context has room for; the rest of them does "
+        "not count",
+        "context",
+    )
+
+    def __post_init__(self) -> None:
+        self.name = self.name or ("fluency" if self.conditional else "fluency-unconditional")
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the mean log-probability (nats) of each response's tokens."""
+        if not responses:
+            return np.zeros(0)
+        readings = self._read_all(prompts, responses)
+        self._note_truncated(sum(reading.truncated for reading in readings), self.max_length)
+        language_model: LanguageModel = self._model().language_model
+        # A response without tokens is judged by each of the tokens that could end it.
+        stops = [(stop,) for stop in sorted(language_model.stop_token_ids)]
+        asked = [[reading.judged] if reading.judged else stops for reading in readings]
+        states = [TextState(*row) for row in zip(prompts, (r.ids for r in readings), strict=True)]
+        found = iter(
+            language_model.logprobs(
+                [state for state, row in zip(states, asked, strict=True) for _ in row],
+                [Chunk(ids) for row in asked for ids in row],
+            )
+        )
+        scores = np.zeros(len(readings))
+        for i, reading in enumerate(readings):
+            if reading.judged:
+                scores[i] = math.fsum(logprobs := next(found)) / len(logprobs)
+            else:
+                scores[i] = np.logaddexp.reduce([next(found)[0] for _ in stops])
+        return scores
+
+    def _read(self, prompt: Prompt, response: str) -> _Reading:
+        prefix, loaded = self._prefix(prompt), self._model()
+        ids = loaded.encoder.ids(response)
+        kept = ids[: min(loaded.limit - len(prefix), self.max_length)]
+        return _Reading(prefix, kept, truncated=len(kept) < len(ids))
+
+    def _room(self, prompt: Prompt) -> int:
+        return int(self._model().limit) - len(self._prefix(prompt))
+
+    def _prefix(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens that the response follows."""
+        loaded: _Loaded = self._model()
+        if not self.conditional:
+            return loaded.encoder.opening or (min(loaded.language_model.stop_token_ids),)
+        try:
+            return loaded.language_model.encode_prompt(prompt)
+        except PromptTooLongError as error:
+            raise RewardError(f"Reward model {self.name!r}: {error}") from error
+        except ValueError as error:
+            raise RewardError(
+                f"Reward model {self.name!r}: prompt {prompt.id!r} cannot be encoded: {error}"
+            ) from error
+
+    def _load(self) -> _Loaded:
+        language_model = language_model_of(self.language_model, self.name)
+        if not language_model.stop_token_ids:
+            raise RewardError(
+                f"Reward model {self.name!r}: {language_model.name!r} has no stop tokens, by which "
+                "an empty response is judged. Pass a language model that knows when a response "
+                "ends."
+            )
+        return _Loaded(language_model, TextEncoder(language_model), language_model.context_length)
 
 
 @named("judge")
 @dataclass(eq=False, repr=False)
-class JudgeReward(Evaluator):
+class JudgeReward(_LanguageModelReward):
     """The verdict that a language model is expected to give on a response, by a rubric.
 
     Nothing is sampled or parsed: the score is the mean of the answers' values, weighted by the
@@ -102,7 +272,6 @@ class JudgeReward(Evaluator):
         array([0.7...])
     """
 
-    language_model: LanguageModel | str | Path | None = None
     _: KW_ONLY
     rubric: str = RUBRIC
     template: str = TEMPLATE
@@ -121,27 +290,16 @@ class JudgeReward(Evaluator):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "answers": dict(self.answers)}
 
-    def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt leaves room for a response, and its rubric, if any, is text."""
-        try:
-            self._room(prompt)
-        except RewardError:
-            return False
-        return True
-
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], from the least of the answers' values to the greatest."""
         if not responses:
             return np.zeros(0)
         loaded: _Loaded = self._model()
-        questions = [self._question(*row) for row in zip(prompts, responses, strict=True)]
-        self._note_truncated(sum(q.truncated for q in questions), loaded.question_limit)
+        questions = self._read_all(prompts, responses)
+        self._note_truncated(sum(question.truncated for question in questions), loaded.limit)
+        asked = zip(prompts, questions, strict=True)
         found = loaded.language_model.logprobs(
-            [
-                TextState(p, q.ids)
-                for p, q in zip(prompts, questions, strict=True)
-                for _ in self.answers
-            ],
+            [TextState(prompt, question.ids) for prompt, question in asked for _ in self.answers],
             [Chunk(ids) for _ in questions for ids in loaded.answer_ids],
         )
         logs = np.array([math.fsum(values) for values in found]).reshape(len(responses), -1)
@@ -157,79 +315,42 @@ class JudgeReward(Evaluator):
         shares = np.exp(logs - mass[:, None])
         return np.asarray(shares @ np.array(list(self.answers.values()), dtype=np.float64))
 
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], what the language model says that judging each response takes.
-
-        An upper bound: beginnings of questions that it has cached are not computed again.
-        """
-        questions = [self._question(*row) for row in zip(prompts, responses, strict=True)]
-        return np.array([self._usage(len(q.ids)) for q in questions], dtype=np.float64)
-
-    def flops_bound(self) -> float:
-        """The most that one response can take: a question that fills `max_length`."""
-        return self._usage(self._model().question_limit)
-
-    def _usage(self, tokens: int) -> float:
-        loaded: _Loaded = self._model()
-        # The last token of an answer is judged, but nothing is asked of what follows it.
-        new_tokens = [len(ids) - 1 for ids in loaded.answer_ids]
-        return loaded.language_model.usage_bound(tokens, new_tokens).lm_flops
-
-    def _question(self, prompt: Prompt, response: str) -> _Question:
-        """The judge's prompt, in which the response is as long as there is room for."""
-        loaded: _Loaded = self._model()
+    def _read(self, prompt: Prompt, response: str) -> _Reading:
         ids = self._ids(prompt, response)
         if ids is not None:
-            return _Question(ids, truncated=False)
+            return _Reading(ids)
+        loaded: _Loaded = self._model()
         kept, tokens = self._room(prompt), loaded.encoder.ids(response)
-        while kept > 0:
+        while kept > 0 and ids is None:
             # A character of several tokens may have been cut in two.
-            cut = loaded.language_model.decode(tokens[:kept]).rstrip("\ufffd")
-            ids = self._ids(prompt, cut)
-            if ids is not None:
-                return _Question(ids, truncated=True)
+            ids = self._ids(prompt, loaded.language_model.decode(tokens[:kept]).rstrip("\ufffd"))
             # Encoded again and among other text, the tokens may be a few more.
             kept -= 1 + kept // 64
-        return _Question(self._empty(prompt), truncated=True)
+        return _Reading(ids or self._ids(prompt, "") or (), truncated=True)
 
     def _room(self, prompt: Prompt) -> int:
-        """Tokens that are left for a response, at least 1."""
-        room = self._model().question_limit - len(self._empty(prompt))
-        if room < 1:
-            raise self._no_room(prompt)
-        return room
-
-    def _empty(self, prompt: Prompt) -> tuple[int, ...]:
-        """The question about an empty response."""
-        ids = self._ids(prompt, "")
-        if ids is None:
-            raise self._no_room(prompt)
-        return ids
-
-    def _no_room(self, prompt: Prompt) -> RewardError:
-        return RewardError(
-            f"Reward model {self.name!r}: prompt {prompt.id!r} and the template leave no room for "
-            f"a response in {self._model().question_limit} tokens. Shorten them, or raise "
-            "max_length if the judge's context allows it."
-        )
+        limit, empty = int(self._model().limit), self._ids(prompt, "")
+        if empty is None or len(empty) >= limit:
+            raise RewardError(
+                f"Reward model {self.name!r}: prompt {prompt.id!r} and the template leave no room "
+                f"for a response in {limit} tokens. Shorten them, or raise max_length if the "
+                "judge's context allows it."
+            )
+        return limit - len(empty)
 
     def _ids(self, prompt: Prompt, response: str) -> tuple[int, ...] | None:
         """Token ids of a question; None if there are too many."""
         loaded: _Loaded = self._model()
-        text = self.template.format(
-            rubric=self._rubric(prompt),
-            prompt=prompt.text,
-            response=response,
-        )
+        rubric = self._rubric(prompt)
+        text = self.template.format(rubric=rubric, prompt=prompt.text, response=response)
+        question = Prompt.from_text(text, prompt.id, chat=self.chat)
         try:
-            ids = loaded.language_model.encode_prompt(
-                Prompt.from_text(text, prompt.id, chat=self.chat)
-            )
+            ids = loaded.language_model.encode_prompt(question)
         except PromptTooLongError:
             return None
         except ValueError as error:
             raise RewardError(f"Reward model {self.name!r}: {error}") from error
-        return ids if len(ids) <= loaded.question_limit else None
+        return ids if len(ids) <= loaded.limit else None
 
     def _rubric(self, prompt: Prompt) -> str:
         given = prompt.metadata.get("rubric")
@@ -249,23 +370,22 @@ class JudgeReward(Evaluator):
         answer_ids = [encoder.ids(answer) for answer in self.answers]
         self._check_answers(answer_ids)
         limit = min(self.max_length, language_model.context_length) - max(map(len, answer_ids))
-        return _Loaded(language_model, encoder, answer_ids, limit)
+        return _Loaded(language_model, encoder, limit, answer_ids)
 
     def _check_arguments(self) -> None:
-        check_at_least_one(self, "max_length")
         try:
             fields = {field for _, field, _, _ in string.Formatter().parse(self.template)} - {None}
         except ValueError as error:
             raise ValueError(
                 f"template: {error}, in {self.template!r}. Write {{{{ for {{."
             ) from error
-        if "response" not in fields or not fields <= set(_FIELDS):
+        if "response" not in fields or not fields <= {"rubric", "prompt", "response"}:
             raise ValueError(
                 f"template: expected the field {{response}}, and of others {{rubric}} and "
                 f"{{prompt}} alone, got {sorted(map(str, fields))}."
             )
-        values = list(self.answers.values())
-        if len(values) < 2 or not np.isfinite(np.array(values, dtype=np.float64)).all():
+        values = np.array(list(self.answers.values()), dtype=np.float64)
+        if len(values) < 2 or not np.isfinite(values).all():
             raise ValueError(
                 "answers: expected two or more, each with a finite value, got "
                 f"{dict(self.answers)}."
@@ -273,14 +393,14 @@ class JudgeReward(Evaluator):
 
     def _check_answers(self, answer_ids: Sequence[tuple[int, ...]]) -> None:
         """Refuse answers whose probabilities are not those of different events."""
-        named = list(zip(self.answers, answer_ids, strict=True))
-        for answer, ids in named:
+        ids_of = dict(zip(self.answers, answer_ids, strict=True))
+        for answer, ids in ids_of.items():
             if not ids:
                 raise RewardError(
                     f"Reward model {self.name!r}: answer {answer!r} has no tokens. Use another."
                 )
-        for (one, first), (other, second) in itertools.permutations(named, 2):
-            if second[: len(first)] == first:
+        for one, other in itertools.permutations(ids_of, 2):
+            if ids_of[other][: len(ids_of[one])] == ids_of[one]:
                 raise RewardError(
                     f"Reward model {self.name!r}: answer {other!r} begins with the tokens of "
                     f"{one!r}, whose probability would count for both. Use answers that differ "
@@ -297,21 +417,3 @@ class JudgeReward(Evaluator):
                 stacklevel=3,
             )
         self.num_unlikely += count
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Token ids of the judge's prompt, int[P], and whether the response in it was cut."""
-
-    ids: tuple[int, ...]
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A judge, its answers' tokens, and the most tokens that a question may have."""
-
-    language_model: LanguageModel
-    encoder: TextEncoder
-    answer_ids: list[tuple[int, ...]]
-    question_limit: int

@@ -71,8 +71,8 @@ class RelevanceReward(RewardModel):
     def reduced(self, dtype: str = "bfloat16") -> RelevanceReward:
         """The same reward with the encoder's products in another format, for values of prefixes.
 
-        With bfloat16 MiniLM embeds in less than half the time on a CPU with AVX512-BF16; the
-        cosines differ by less than 0.01. On a CPU without such instructions it is slower.
+        With bfloat16 the cosines differ by less than 0.01. It takes less than half the time on a
+        CPU with AVX512-BF16, and longer on others.
         """
         _check_dtype(dtype)
         # A copy leaves out what is kept of prompts, which depends on the format.
@@ -86,18 +86,17 @@ class RelevanceReward(RewardModel):
         scores = np.zeros(len(responses))
         rows = [i for i, response in enumerate(responses) if response.strip()]
         if rows:
-            questions = [prompts[i].text for i in rows]
-            answers = [responses[i] for i in rows]
-            scores[rows] = self._cosines(questions, answers)
+            scores[rows] = self._cosines(
+                [prompts[i].text for i in rows], [responses[i] for i in rows]
+            )
         return scores
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the floating-point operations of embedding each prompt and response.
 
-        2 x parameters (without the embedding tables) x tokens + 4 x layers x width x tokens^2 for
-        each of the two texts. An upper bound: prompts whose embedding is kept are not embedded
-        again, responses that occur twice in a call once, and empty ones not at all. 0 if the
-        encoder is not a SentenceTransformer.
+        An upper bound: prompts whose embedding is kept are not embedded again, responses that occur
+        twice in a call once, and empty ones not at all. 0 if the encoder is not a
+        SentenceTransformer.
         """
         encoder = self._loaded_encoder()
         texts = [prompt.text for prompt in prompts]

@@ -51,15 +51,13 @@ class SentimentReward(RewardModel):
         return np.array([self._sentiment(response) for response in responses], dtype=np.float64)
 
     def _sentiment(self, response: str) -> float:
-        scores = [self._compound(sentence) for sentence in split_sentences(response)]
-        return float(np.mean(scores)) if scores else 0.0
-
-    def _compound(self, sentence: str) -> float:
         if self._analyser is None:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
             self._analyser = SentimentIntensityAnalyzer()
-        return float(self._analyser.polarity_scores(sentence)["compound"])
+        score = self._analyser.polarity_scores
+        scores = [float(score(sentence)["compound"]) for sentence in split_sentences(response)]
+        return float(np.mean(scores)) if scores else 0.0
 
 
 def split_sentences(text: str) -> list[str]:
