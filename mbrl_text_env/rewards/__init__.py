@@ -49,7 +49,6 @@ __getattr__, __dir__, __all__ = attach(
         "learning.reward_trainer": ["LoraSettings", "fit_lora"],
         "verifiable.schema": ["JSONSchemaReward"],
         "evaluators.sentiment": ["SentimentReward"],
-        "composite.time_limit": ["TimeLimit"],
         "composite.transforms": [
             "Clip",
             "LengthPenalty",
@@ -57,6 +56,7 @@ __getattr__, __dir__, __all__ = attach(
             "RepetitionPenalty",
             "RunningNormalise",
             "Threshold",
+            "TimeLimit",
         ],
     },
 )

@@ -39,9 +39,9 @@ class CachedReward(Wrapper):
     """A reward whose scores are kept in a file and looked up there the next time.
 
     The key of a score is the reward model (see `identity`), the prompt's content and metadata, and
-    the response. Several processes may share a file, and one that is killed leaves it whole. What a
-    score costs is charged whether it was looked up or not, so that what agents may spend does not
-    depend on what was run before.
+    the response. Several processes may share a file, and one that is killed leaves it whole. A
+    score that is looked up is charged too, so that what agents may spend does not depend on what
+    was run before.
 
     Args:
         reward: The reward; deterministic, as all are, and not `RunningNormalise`.
@@ -77,32 +77,24 @@ class CachedReward(Wrapper):
         return part_identity(self.reward)
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """Return the reward's scores and parts, each float64[B].
-
-        Raises:
-            RewardError: The reward failed, or the file did.
-        """
+        """Return the reward's scores and parts, each float64[B]."""
         keys = [self._digest(*row) for row in zip(prompts, responses, strict=True)]
 
         def compute(rows: Sequence[int]) -> list[Any]:
-            scores = score_responses(
-                self.reward, [prompts[i] for i in rows], [responses[i] for i in rows]
-            )
-            return [[float(scores.total[i]), scores.parts_of(i)] for i in range(len(rows))]
+            asked, said = [prompts[i] for i in rows], [responses[i] for i in rows]
+            scores = score_responses(self.reward, asked, said)
+            return [[float(total), scores.parts_of(i)] for i, total in enumerate(scores.total)]
 
         values = self._looked_up(keys, compute)
-        total = np.array([value[0] for value in values], dtype=np.float64)
-        parts = {
-            name: np.array([value[1][name] for value in values], dtype=np.float64)
-            for name in (values[0][1] if values else {})
-        }
-        return Scores(total, parts)
+        names = values[0][1] if values else ()
+        parts = {name: np.array([part[name] for _, part in values]) for name in names}
+        return Scores(np.array([total for total, _ in values], dtype=np.float64), parts)
 
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
         """Return float64[len(steps)], the reward's."""
+        key = self._digest(prompt, list(steps))
         (values,) = self._looked_up(
-            [self._digest(prompt, list(steps))],
-            lambda _: [score_steps(self.reward, prompt, steps).tolist()],
+            [key], lambda _: [score_steps(self.reward, prompt, steps).tolist()]
         )
         return np.array(values, dtype=np.float64)
 
@@ -165,14 +157,9 @@ def identity(reward: object) -> str:
 
     Raises:
         ValueError: An argument is none of these, such as a function.
-
-    Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
-        >>> identity(SentimentReward()) == identity(SentimentReward())
-        True
     """
-    described = [version("mbrl-text-env"), _described(reward, reward_name(reward))]
-    return json.dumps(described, sort_keys=True)
+    described = _described(reward, reward_name(reward))
+    return json.dumps([version("mbrl-text-env"), described], sort_keys=True)
 
 
 def _described(value: object, owner: str) -> Any:
@@ -186,10 +173,8 @@ def _described(value: object, owner: str) -> Any:
         return [_described(item, owner) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _described(item, owner) for key, item in value.items()}
-    if isinstance(value, ObjectReward):
-        return _described_reward(value.reward)
     if hasattr(value, "score"):
-        return _described_reward(value)
+        return _described_reward(value.reward if isinstance(value, ObjectReward) else value)
     if is_dataclass(value) and not isinstance(value, type):
         named = {field.name: getattr(value, field.name) for field in fields(value)}
         return [type(value).__qualname__, _described(named, owner)]
@@ -213,9 +198,8 @@ def _described_reward(reward: object) -> Any:
             f"constructor's arguments, and there is no {missing}. Add them, or pass key=..., a "
             "name for the reward model."
         )
-    arguments = {
-        name: _described(getattr(reward, name), reward_name(reward)) for name in sorted(named)
-    }
+    owner = reward_name(reward)
+    arguments = {name: _described(getattr(reward, name), owner) for name in sorted(named)}
     return [f"{cls.__module__}.{cls.__qualname__}", arguments]
 
 

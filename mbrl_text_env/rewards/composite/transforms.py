@@ -1,4 +1,4 @@
-"""One reward, changed: clipped, put on another scale, or lowered by a penalty.
+"""One reward, changed: clipped, put on another scale, lowered by a penalty, or limited in time.
 
 Each keeps the scores of the reward inside it as parts for the report, and penalties add their own.
 """
@@ -6,15 +6,25 @@ Each keeps the scores of the reward inside it as parts for the report, and penal
 from __future__ import annotations
 
 import json
+import threading
 from abc import abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from mbrl_text_env.files import write_text
+from mbrl_text_env.identity import identity
 from mbrl_text_env.rewards.adapters.convert import as_reward_model
-from mbrl_text_env.rewards.base import RewardError, RewardLike, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardLike,
+    Scores,
+    score_responses,
+    score_steps,
+)
 from mbrl_text_env.rewards.composite.combinators import (
     Combined,
     Prompts,
@@ -23,21 +33,18 @@ from mbrl_text_env.rewards.composite.combinators import (
     Wrapper,
     check_finite,
 )
-from mbrl_text_env.types import FloatArray
+from mbrl_text_env.types import FloatArray, Prompt
+
+T = TypeVar("T")
 
 _FORMAT = 1
 
 
 class Clip(Wrapper):
-    """A reward kept within bounds.
-
-    Args:
-        reward: The reward.
-        low: The least score; None for no bound.
-        high: The greatest score; None for no bound.
+    """A reward kept from `low` to `high`, of which one may be None.
 
     Raises:
-        ValueError: There is no bound, one is NaN, or `low` is above `high`.
+        ValueError: Both are None, one is NaN, or `low` is above `high`.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -54,9 +61,7 @@ class Clip(Wrapper):
     ) -> None:
         if low is None and high is None:
             raise ValueError("Clip: expected at least one of low and high, got neither.")
-        floor = -np.inf if low is None else low
-        ceiling = np.inf if high is None else high
-        if not floor <= ceiling:
+        if not (-np.inf if low is None else low) <= (np.inf if high is None else high):
             raise ValueError(f"Clip: expected low to be at most high, got {low} and {high}.")
         super().__init__(reward, name, "clip({})")
         self.low, self.high = low, high
@@ -67,14 +72,7 @@ class Clip(Wrapper):
 
 
 class Threshold(Wrapper):
-    """1 where a reward reaches a threshold, 0 elsewhere.
-
-    Args:
-        reward: The reward.
-        threshold: The least score that makes 1.
-
-    Raises:
-        ValueError: The threshold is not finite.
+    """1 where a reward is at least `threshold`, a finite number; 0 elsewhere.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -94,15 +92,7 @@ class Threshold(Wrapper):
 
 
 class Normalise(Wrapper):
-    """A reward minus a mean, in units of a standard deviation; both are fixed.
-
-    Args:
-        reward: The reward.
-        mean: What becomes 0.
-        std: What becomes 1; above 0.
-
-    Raises:
-        ValueError: A number is not finite, or `std` is not above 0.
+    """A reward minus `mean`, in units of `std`; both are fixed, finite, and `std` is above 0.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -122,11 +112,7 @@ class Normalise(Wrapper):
 
     @classmethod
     def fitted(
-        cls,
-        reward: RewardLike,
-        prompts: Prompts,
-        responses: Texts,
-        name: str | None = None,
+        cls, reward: RewardLike, prompts: Prompts, responses: Texts, name: str | None = None
     ) -> Normalise:
         """Take mean and standard deviation from the scores of some responses.
 
@@ -159,13 +145,10 @@ class RunningNormalise(Wrapper):
     Source: Welford's method for batches (Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
     Algorithm for Computing Sample Variances", 1979).
 
-    Args:
-        reward: The reward.
-
     Attributes:
         count: Scores seen.
         mean: Their mean.
-        std: Their standard deviation, 1 where it is not known yet.
+        std: Their standard deviation.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -280,11 +263,7 @@ class LengthPenalty(Penalty):
     extra_parts = ("length_penalty",)
 
     def __init__(
-        self,
-        reward: RewardLike,
-        max_words: int,
-        weight: float = 0.01,
-        name: str | None = None,
+        self, reward: RewardLike, max_words: int, weight: float = 0.01, name: str | None = None
     ) -> None:
         check_finite("LengthPenalty", weight=weight)
         if max_words < 0 or not weight > 0:
@@ -344,12 +323,67 @@ class RepetitionPenalty(Penalty):
 
 
 def repeated_share(text: str, n: int) -> float:
-    """The share of a text's n-grams of words that have occurred before, 0 to below 1.
-
-    Example:
-        >>> repeated_share("to be or not to be", 2)
-        0.2
-    """
+    """The share of a text's n-grams of words that have occurred before, 0 to below 1."""
     words = text.casefold().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+class TimeLimit(Wrapper):
+    """A reward that is given up on when a call takes longer than `seconds`, above 0 and finite.
+
+    The call, whatever the size of its batch, runs in a thread; then there is a `RewardError`, and
+    the thread is left behind, since nothing can end it from outside: it goes on taking time until
+    it returns by itself or the program ends. The reward must not rely on running in the main thread
+    (`signal.alarm` does). Programs that are to be stopped for certain belong in a process: see
+    `UnitTestReward`.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward = TimeLimit(SentimentReward(), seconds=60)
+        >>> reward.score([Prompt.from_text("Hi")], ["It was good."])
+        array([0.4404])
+    """
+
+    def __init__(self, reward: RewardLike, seconds: float) -> None:
+        check_finite("TimeLimit", seconds=seconds)
+        if not seconds > 0:
+            raise ValueError(f"TimeLimit: expected seconds above 0, got {seconds}.")
+        super().__init__(reward)
+        self.seconds = seconds
+
+    def identity(self) -> Any:
+        """That of the reward: the limit does not change its scores."""
+        return identity(self.reward)
+
+    def reduced(self, dtype: str) -> TimeLimit:
+        """The reward in another format, within the same time."""
+        return TimeLimit(self.reward.reduced(dtype), self.seconds)
+
+    def score_parts(self, prompts: Prompts, responses: Texts) -> Scores:
+        """Return the reward's scores and parts, each float64[B]."""
+        return self._in_time(lambda: score_responses(self.reward, prompts, responses), prompts)
+
+    def score_steps(self, prompt: Prompt, steps: Texts) -> FloatArray:
+        """Return float64[len(steps)], the reward's."""
+        return self._in_time(lambda: score_steps(self.reward, prompt, steps), [prompt])
+
+    def _in_time(self, function: Callable[[], T], prompts: Prompts) -> T:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        # A daemon: a program whose reward hangs can still end.
+        threading.Thread(target=run, name=f"score {self.name}", daemon=True).start()
+        if wait([future], self.seconds).not_done:
+            others = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+            raise RewardError(
+                f"Reward model {self.name!r}: expected scores within {self.seconds:g} seconds, got "
+                f"none for prompt {prompts[0].id!r}{others}. Allow more time, score smaller "
+                "batches, or fix the reward model."
+            )
+        return future.result()
