@@ -32,7 +32,6 @@ from mbrl_text_env.rewards.base import (
     RewardModel,
     check_process,
     isolate_failures,
-    part_names,
     score_responses,
     score_steps,
 )
@@ -151,7 +150,7 @@ class TextTask:
             check_process(self.reward_model)
         self.reward: RewardMode = reward
         self.action_format: ActionFormat = action_format
-        self._part_names = part_names(self.reward_model) or ()
+        self._part_names = self.reward_model.part_names or ()
         self.max_response_tokens = max_response_tokens
         self.rules = ChunkRules(
             self.tokenizer.vocab_size, self.tokenizer.stop_token_ids, max_chunk_tokens

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from traceback import walk_tb
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -18,7 +19,6 @@ import numpy.typing as npt
 
 from mbrl_text_env.identity import identity
 from mbrl_text_env.ledger import Ledger, Usage, timed
-from mbrl_text_env.rewards._python_files import place_of
 from mbrl_text_env.types import FloatArray, Prompt
 
 T = TypeVar("T")
@@ -52,8 +52,8 @@ class Scores:
 class RewardModel(ABC):
     """Scores responses; higher is better. Only `score` has to be written.
 
-    Objects of other classes that have a method `score`, and any of the others, become reward models
-    by `as_reward_model`, which everything that takes a reward calls.
+    Objects of other classes with a method `score` become reward models by `as_reward_model`, which
+    everything that takes a reward calls.
 
     Attributes:
         name: What reports, records and `info` call it; by default the class's name.
@@ -79,7 +79,7 @@ class RewardModel(ABC):
         """Return float64[B], the score of `responses[i]` as an answer to `prompts[i]`."""
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """Return the scores with those of the parts; a reward made of several overrides it."""
+        """Return the scores with those of the parts; a reward made of several has its own."""
         total = _checked(self.score(prompts, responses), self.name, prompts, responses)
         return Scores(total, {self.name: total})
 
@@ -97,11 +97,7 @@ class RewardModel(ABC):
         return np.zeros(len(responses))
 
     def flops_bound(self) -> float:
-        """The most that `flops` says of one response.
-
-        Raises:
-            RewardError: The class has `flops` and does not say this.
-        """
+        """The most that `flops` says of one response; a class with `flops` has to say this."""
         if not _is_default(self.flops):
             raise RewardError(
                 f"Reward model {self.name!r} has `flops` but no `flops_bound() -> float`, the most "
@@ -149,17 +145,13 @@ class Scorer(Protocol):
 
 
 RewardLike: TypeAlias = RewardModel | Scorer | Callable[..., Any] | str
-"""Where a reward is taken: a reward model, an object or function that scores, or a name.
-
-See `rewards.as_reward_model`, by which it becomes a reward model.
-"""
+"""What `rewards.as_reward_model` takes: a reward model, an object or function, or a name."""
 
 
 class ObjectReward(RewardModel):
     """An object with a method `score`, and whatever else of a reward model it has.
 
-    Args:
-        reward: The object. Its other attributes are to be had here too.
+    The object's other attributes are to be had here too.
     """
 
     def __init__(self, reward: Any) -> None:
@@ -210,11 +202,7 @@ class ObjectProcessReward(ObjectReward, ProcessRewardModel):
 
 
 def reward_model_of(reward: object) -> RewardModel:
-    """A reward model as it is, or that of an object with a method `score`.
-
-    Raises:
-        TypeError: It has none.
-    """
+    """A reward model as it is, or that of an object with a method `score`."""
     if isinstance(reward, RewardModel):
         return reward
     if not callable(getattr(reward, "score", None)):
@@ -239,23 +227,16 @@ class Aggregation(StrEnum):
     MEAN = "mean"
 
     def of(self, scores: npt.ArrayLike) -> float:
-        """The score of a response whose steps have `scores`, float[S].
-
-        Raises:
-            RewardError: There are no steps.
-        """
+        """The score of a response whose steps have `scores`, float[S], at least one."""
         values = np.asarray(scores, dtype=np.float64)
         if not values.size:
             raise RewardError(
                 "Expected the scores of at least one step to aggregate, got none. Decide what a "
                 "response without steps is worth before."
             )
-        functions: dict[str, Callable[..., Any]] = {
-            "min": np.min,
-            "product": np.prod,
-            "mean": np.mean,
-            "last": lambda scores: scores[-1],
-        }
+        if self is Aggregation.LAST:
+            return float(values[-1])
+        functions = {"min": np.min, "product": np.prod, "mean": np.mean}
         return float(functions[self.value](values))
 
 
@@ -264,29 +245,13 @@ def reward_name(reward_model: object) -> str:
     return str(getattr(reward_model, "name", type(reward_model).__name__))
 
 
-def part_names(reward_model: object) -> tuple[str, ...] | None:
-    """See `RewardModel.part_names`."""
-    return reward_model_of(reward_model).part_names
-
-
 def applies_to(reward_model: object, prompt: Prompt) -> bool:
     """See `RewardModel.applies_to`."""
     return reward_model_of(reward_model).applies_to(prompt)
 
 
-def reduced(reward_model: RewardLike, dtype: str) -> RewardModel:
-    """See `RewardModel.reduced`."""
-    if isinstance(reward_model, RewardModel):
-        return reward_model.reduced(dtype)
-    return reward_model_of(reward_model).reduced(dtype)
-
-
 def reward_usage_bound(reward_model: object) -> Usage:
-    """The most that scoring one response is charged.
-
-    Raises:
-        RewardError: The model counts its computation but sets no bound to it.
-    """
+    """See `RewardModel.usage_bound`."""
     return reward_model_of(reward_model).usage_bound()
 
 
@@ -326,14 +291,8 @@ def isolate_failures(
 ) -> list[R | RewardError]:
     """Call a batched function so that an item that cannot be scored costs that item alone.
 
-    A batch that fails is halved, and so are its halves, until the items that fail stand alone.
-
-    Args:
-        function: Gives one result an item, or raises `RewardError` for all of them.
-        items: What it is called with.
-
-    Returns:
-        One result an item, or its error.
+    A batch that raises `RewardError` is halved, and so are its halves, until the items that fail
+    stand alone. Returned are one result an item, or its error.
 
     Example:
         >>> def inverse(numbers):
@@ -354,11 +313,7 @@ def isolate_failures(
 
 
 def check_process(reward_model: object) -> ProcessRewardModel:
-    """Return a reward model that scores steps, or refuse one that does not.
-
-    Raises:
-        RewardError: It has no `score_steps`.
-    """
+    """Return a reward model that scores steps, or refuse one that does not."""
     reward = reward_model_of(reward_model)
     if not reward.scores_steps:
         raise RewardError(
@@ -405,8 +360,7 @@ def _guarded(function: Callable[..., Any], name: str, first: Prompt, *args: Any)
     except (RewardError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        # `sys.exit` in a reward, or in a library that it calls, must not end a run as if all were
-        # well.
+        # `sys.exit` in a reward must not end a run as if all were well.
         # The whole batch was passed at once, so the first response stands for it in the message.
         responses = args[-1]
         raise RewardError(
@@ -480,6 +434,17 @@ def _charge(
     flops = _checked(raw, name, prompts, responses)
     for ledger, amount in zip(ledgers, flops, strict=True):
         ledger.charge(Usage(reward_calls=1, reward_flops=float(amount)))
+
+
+def place_of(error: BaseException) -> str:
+    """Where other people's code raised, such as " (my_rewards.py, line 3)"; "" where it did not."""
+    lines = [
+        (frame.f_code.co_filename, line)
+        for frame, line in walk_tb(error.__traceback__)
+        if not str(frame.f_globals.get("__name__")).startswith(("mbrl_text_env", "importlib"))
+    ]
+    own = [line for file, line in lines if file == lines[0][0]]
+    return f" ({lines[0][0]}, line {own[-1]})" if own else ""
 
 
 def _shorten(text: str, width: int = 80) -> str:

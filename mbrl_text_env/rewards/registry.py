@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from mbrl_text_env.rewards._python_files import place_of, run_file
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardModel, place_of
 from mbrl_text_env.rewards.composite.combinators import WeightedSum
 from mbrl_text_env.rewards.names import NAMED, RewardEntry, first_line
 
 GROUP = "mbrl_text_env.rewards"
 """The entry-point group in which other packages offer rewards."""
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _PYTHON_FILE = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 
@@ -77,11 +80,8 @@ def register(
         factory: A class or function that makes the reward: anything that `as_reward_model` takes.
         description: One line; by default the first line of the factory's docstring.
         argument: What is to be given after a colon, such as "FOLDER", and passed to the factory.
-        replace: Whether it may take the place of another reward.
-
-    Raises:
-        RewardSpecError: The name has other characters, or is taken.
-        TypeError: The factory cannot be called.
+        replace: Whether it may take the place of another reward; otherwise a name that is taken is
+            a `RewardSpecError`.
 
     Example:
         >>> from mbrl_text_env.rewards import Clip, SentimentReward
@@ -89,7 +89,7 @@ def register(
         >>> make("2*joy").name
         '2*clip(sentiment)'
     """
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise RewardSpecError(
             f"Expected a name of letters, digits, '.', '-' and '_' for a reward, got {name!r}."
         )
@@ -241,6 +241,52 @@ def _foreign() -> list[str]:
 
 def _packages(points: list[EntryPoint]) -> str:
     return " and ".join(point.dist.name if point.dist else "a package" for point in points)
+
+
+def run_file(path: Path) -> ModuleType:
+    """Run a Python file as a module of its own, which imports the files beside it.
+
+    As for a script, the files of its folder come before installed packages while it runs; two files
+    in different folders may each have a `helpers.py`. Afterwards the folder stands at the end of
+    `sys.path`, for what a function imports when it is called.
+    """
+    folder = str(path.parent)
+    name = f"reward_file_{path.stem}_{hashlib.blake2b(bytes(path), digest_size=6).hexdigest()}"
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[name] = module
+    sys.path.insert(0, folder)
+    try:
+        with _own_neighbours(path.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+    return module
+
+
+@contextmanager
+def _own_neighbours(folder: Path) -> Iterator[None]:
+    """Set modules from elsewhere aside that have the name of a file or package in the folder."""
+    beside = {path.stem for path in folder.glob("*.py")}
+    beside |= {path.parent.name for path in folder.glob("*/__init__.py")}
+    beside -= sys.stdlib_module_names | {"mbrl_text_env"}
+
+    def is_elsewhere(module: ModuleType) -> bool:
+        source = getattr(module, "__file__", None)
+        return source is None or folder not in Path(source).resolve().parents
+
+    found = [key for key in sys.modules if key.partition(".")[0] in beside]
+    aside = {key: sys.modules.pop(key) for key in found if is_elsewhere(sys.modules[key])}
+    try:
+        yield
+    finally:
+        sys.modules.update(aside)
 
 
 def _path(in_file: re.Match[str]) -> Path:

@@ -1,21 +1,24 @@
 """Whatever scores responses as a reward model, and reward models as functions of other packages."""
 
-from mbrl_text_env.rewards.adapters.convert import as_reward_model
-from mbrl_text_env.rewards.adapters.functions import FunctionReward
-from mbrl_text_env.rewards.adapters.openenv import (
+from mbrl_text_env.rewards.adapters.convert import FunctionReward, as_reward_model
+from mbrl_text_env.rewards.adapters.rubrics import (
     OpenEnvReward,
     TextAction,
     TextObservation,
-    to_openenv,
-)
-from mbrl_text_env.rewards.adapters.openrlhf import OpenRLHFFunctionReward, to_openrlhf
-from mbrl_text_env.rewards.adapters.trl import TRLFunctionReward, TRLReward, to_trl
-from mbrl_text_env.rewards.adapters.verifiers import (
     VerifiersFunctionReward,
     VerifiersReward,
+    to_openenv,
     to_verifiers,
 )
-from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward, to_verl
+from mbrl_text_env.rewards.adapters.trainers import (
+    OpenRLHFFunctionReward,
+    TRLFunctionReward,
+    TRLReward,
+    VerlFunctionReward,
+    to_openrlhf,
+    to_trl,
+    to_verl,
+)
 
 __all__ = [
     "FunctionReward",
