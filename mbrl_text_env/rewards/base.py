@@ -1,8 +1,7 @@
 """The reward model's contract, and the one door through which rewards are called.
 
-`score_responses` checks whatever a reward model returns and charges it to the ledgers. Nothing else
-in the package calls `RewardModel.score`, so a reward that fails is an error with names in it and
-never a silent zero.
+Nothing but `score_responses` calls `RewardModel.score` in this package, so a reward that fails is
+an error with names in it and never a silent zero.
 """
 
 from __future__ import annotations
@@ -31,11 +30,9 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward model said of a batch.
+    """What a reward model said of a batch: `total`, float64[B], and parts of that shape by name.
 
-    Args:
-        total: float64[B].
-        parts: float64[B] by name; the model's own name alone where it has no parts.
+    A reward without parts has one, with its own name.
     """
 
     total: FloatArray
@@ -52,11 +49,9 @@ class Scores:
 class RewardModel(ABC):
     """Scores responses; higher is better. Only `score` has to be written.
 
-    Objects of other classes with a method `score` become reward models by `as_reward_model`, which
-    everything that takes a reward calls.
-
-    Attributes:
-        name: What reports, records and `info` call it; by default the class's name.
+    Reports, records and `info` call it by its `name`, by default the class's. Objects of other
+    classes with a method `score` become reward models by `as_reward_model`, which everything that
+    takes a reward calls.
 
     Example:
         >>> class Brevity(RewardModel):
@@ -117,8 +112,7 @@ class RewardModel(ABC):
     def reduced(self, dtype: str) -> RewardModel:
         """The same reward in a faster, less exact number format (`"bfloat16"`), for estimates.
 
-        The two share nothing that depends on the format, so using one never changes what the other
-        says. By default the reward itself.
+        Using one never changes what the other says. By default the reward itself.
         """
         return self
 
@@ -149,15 +143,12 @@ RewardLike: TypeAlias = RewardModel | Scorer | Callable[..., Any] | str
 
 
 class ObjectReward(RewardModel):
-    """An object with a method `score`, and whatever else of a reward model it has.
-
-    The object's other attributes are to be had here too.
-    """
+    """An object with a method `score`, and whatever else of a reward model it has."""
 
     def __init__(self, reward: Any) -> None:
         self.reward = reward
         self.name = str(getattr(reward, "name", type(reward).__name__))
-        for method in ("applies_to", "flops", "flops_bound"):
+        for method in ("score_parts", "applies_to", "flops", "flops_bound"):
             if hasattr(reward, method):
                 setattr(self, method, getattr(reward, method))
 
@@ -173,11 +164,6 @@ class ObjectReward(RewardModel):
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
         """The object's."""
         return cast("npt.ArrayLike", self.reward.score(prompts, responses))
-
-    def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """The object's, or its scores alone."""
-        own = getattr(self.reward, "score_parts", super().score_parts)
-        return cast("Scores", own(prompts, responses))
 
     @property
     def part_names(self) -> tuple[str, ...] | None:
@@ -214,12 +200,7 @@ def reward_model_of(reward: object) -> RewardModel:
 
 
 class Aggregation(StrEnum):
-    """How the scores of a response's steps make one score; search and reports share it.
-
-    Example:
-        >>> Aggregation("min").of([0.9, 0.2, 0.8])
-        0.2
-    """
+    """How the scores of a response's steps make one score; search and reports share it."""
 
     MIN = "min"
     PRODUCT = "product"
@@ -265,8 +246,8 @@ def score_responses(
     """Score responses, check the scores, and charge the ledgers (one a response).
 
     Raises:
-        RewardError: The model raised, returned too few or too many scores, something that is no
-            number, NaN or infinity. The message names the model, the prompt and the response.
+        RewardError: The model raised, returned too few or too many scores, or what is no finite
+            number. The message names the model, the prompt and the response.
     """
     if not responses:
         return Scores(np.zeros(0))
@@ -277,9 +258,7 @@ def score_responses(
         raw_parts = raw.parts if isinstance(raw, Scores) else {}
         total = _checked(raw.total if isinstance(raw, Scores) else raw, name, prompts, responses)
         parts = {
-            part: values
-            if values is total
-            else _checked(values, f"{name}/{part}", prompts, responses)
+            part: _checked(values, f"{name}/{part}", prompts, responses)
             for part, values in raw_parts.items()
         }
     _charge(reward, prompts, responses, ledgers)
@@ -293,14 +272,6 @@ def isolate_failures(
 
     A batch that raises `RewardError` is halved, and so are its halves, until the items that fail
     stand alone. Returned are one result an item, or its error.
-
-    Example:
-        >>> def inverse(numbers):
-        ...     if 0 in numbers:
-        ...         raise RewardError("there is a zero")
-        ...     return [1 / number for number in numbers]
-        >>> isolate_failures(inverse, [1, 2, 0, 4])
-        [1.0, 0.5, RewardError('there is a zero'), 0.25]
     """
     try:
         return list(function(items))
@@ -331,12 +302,7 @@ def score_steps(
     *,
     ledger: Ledger | None = None,
 ) -> FloatArray:
-    """Score the steps of one response with a process reward model, checked and charged.
-
-    Raises:
-        RewardError: The model has no `score_steps`, raised, or did not return exactly one finite
-            score a step.
-    """
+    """Score the steps of one response, float64[len(steps)]; checked and charged alike."""
     reward = check_process(reward_model)
     if not steps:
         return np.zeros(0)
@@ -366,7 +332,7 @@ def _guarded(function: Callable[..., Any], name: str, first: Prompt, *args: Any)
         raise RewardError(
             f"Reward model {name!r}, prompt {first.id!r} and {len(responses) - 1} more in its "
             f"batch: scoring raised {type(error).__name__}: {error}{place_of(error)}. First "
-            f"response: {_shorten(responses[0])!r}. Fix the reward model, or leave out the prompts "
+            f"response: {responses[0][:80]!r}. Fix the reward model, or leave out the prompts "
             "that it cannot score."
         ) from error
 
@@ -379,21 +345,21 @@ def _checked(
     except Exception as error:
         # Whatever refuses to be numbers: tensors and other arrays raise errors of their own.
         raise RewardError(
-            f"Reward model {name!r}: expected {len(responses)} numbers, got {_shorten(repr(raw))} "
-            f"for prompt {prompts[0].id!r}, response {_shorten(responses[0])!r} ({error})."
+            f"Reward model {name!r}: expected {len(responses)} numbers, got {raw!r:.80} "
+            f"for prompt {prompts[0].id!r}, response {responses[0][:80]!r} ({error})."
         ) from error
     if scores.shape != (len(responses),):
         raise RewardError(
             f"Reward model {name!r}: expected one score a response, shape ({len(responses)},), got "
             f"shape {scores.shape} for prompts from {prompts[0].id!r}, first response "
-            f"{_shorten(responses[0])!r}. Return a flat list of floats in the responses' order."
+            f"{responses[0][:80]!r}. Return a flat list of floats in the responses' order."
         )
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
         first = int(bad[0])
         raise RewardError(
             f"Reward model {name!r}: expected finite scores, got {scores[first]} for prompt "
-            f"{prompts[first].id!r}, response {_shorten(responses[first])!r} ({bad.size} of "
+            f"{prompts[first].id!r}, response {responses[first][:80]!r} ({bad.size} of "
             f"{len(scores)} are not finite)."
         )
     return scores
@@ -445,7 +411,3 @@ def place_of(error: BaseException) -> str:
     ]
     own = [line for file, line in lines if file == lines[0][0]]
     return f" ({lines[0][0]}, line {own[-1]})" if own else ""
-
-
-def _shorten(text: str, width: int = 80) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -43,18 +43,15 @@ _registered: dict[str, RewardEntry] = {}
 
 def available() -> list[str]:
     """Names that `make` knows, with what stands after the colon of those that take something."""
-    return [_shown(name, entry) for name, entry in _known().items()] + _foreign()
+    return [_shown(name, entry) for name, entry in _known().items()] + [*_foreign()]
 
 
 def descriptions() -> dict[str, str]:
-    """One line about each reward of `available`; of those that cannot be loaded, why.
-
-    What other packages offer is imported.
-    """
+    """One line about each reward of `available`; of those that cannot be imported, why."""
     lines = {_shown(name, entry): entry.description for name, entry in _known().items()}
-    for name in _foreign():
+    for name, points in _foreign().items():
         try:
-            lines[name] = first_line(_loaded(name))
+            lines[name] = first_line(_loaded(points))
         except RewardSpecError as error:
             lines[name] = f"Cannot be used. {error}"
     return lines
@@ -80,8 +77,7 @@ def register(
         factory: A class or function that makes the reward: anything that `as_reward_model` takes.
         description: One line; by default the first line of the factory's docstring.
         argument: What is to be given after a colon, such as "FOLDER", and passed to the factory.
-        replace: Whether it may take the place of another reward; otherwise a name that is taken is
-            a `RewardSpecError`.
+        replace: Whether it may take the place of another reward.
 
     Example:
         >>> from mbrl_text_env.rewards import Clip, SentimentReward
@@ -112,8 +108,8 @@ def make(spec: str) -> RewardModel:
         spec: A name, such as `"sentiment"`; a name and what it takes, such as
             `"classifier:OpenAssistant/reward-model-deberta-v3-large-v2"`; a function or class in a
             Python file, such as `"my_rewards.py:brevity"`, whose code is then run; or a sum of
-            them, such as `"0.5*sentiment+0.5*relevance"` or `"sentiment+relevance"`. Names with "+"
-            or "*" in them cannot be written in a sum: make the objects. No model is loaded yet.
+            them, such as `"0.5*sentiment+relevance"`, of names without "+" and "*". No model is
+            loaded yet.
 
     Raises:
         RewardSpecError: A name is unknown or cannot be loaded, a weight is no finite number, or a
@@ -182,8 +178,8 @@ def _named(name: str) -> RewardModel:
     entry = _known().get(key)
     if entry is not None and bool(argument) == (entry.argument is not None):
         return _made(name, entry.factory, *([argument] if argument else []))
-    if entry is None and not argument and key in _offered():
-        return _made(name, _loaded(key))
+    if not argument and key in (foreign := _foreign()):
+        return _made(name, _loaded(foreign[key]))
     near = difflib.get_close_matches(name, [*_known(), *available()], cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
     raise RewardSpecError(
@@ -194,16 +190,25 @@ def _named(name: str) -> RewardModel:
 
 
 def _made(name: str, factory: Callable[..., Any], *arguments: str) -> RewardModel:
-    try:
+    with _refused(f"{name!r} cannot be made:"):
         return as_reward_model(factory(*arguments))
-    except (Exception, SystemExit) as error:
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Make a `RewardSpecError` of what other people's code raises, `SystemExit` too."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise RewardSpecError(
-            f"Reward {name!r} cannot be made: {type(error).__name__}: {error}"
+            f"Reward {what} {type(error).__name__}: {error}{place_of(error)}."
         ) from error
 
 
-def _offered() -> dict[str, list[EntryPoint]]:
-    """What installed packages offer, by name."""
+def _foreign() -> dict[str, list[EntryPoint]]:
+    """What only other packages offer, by name."""
     offered: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         offered.setdefault(point.name, []).append(point)
@@ -213,30 +218,20 @@ def _offered() -> dict[str, list[EntryPoint]]:
             "own and stays that.",
             stacklevel=3,
         )
-    return offered
+    return {name: points for name, points in offered.items() if name not in _known()}
 
 
-def _loaded(name: str) -> Callable[..., Any]:
+def _loaded(points: list[EntryPoint]) -> Callable[..., Any]:
     """The factory behind an entry point."""
-    points = _offered()[name]
+    offered = f"{points[0].name!r}, offered by {_packages(points)}"
     if len(points) > 1:
         raise RewardSpecError(
-            f"Reward {name!r} is offered by {_packages(points)}: uninstall all but one of them, or "
-            "import the reward and register it under another name."
+            f"Reward {offered}: uninstall all but one of them, or import the reward and register "
+            "it under another name."
         )
-    try:
+    with _refused(f"{offered}: importing {points[0].value!r} raised"):
         factory: Callable[..., Any] = points[0].load()
-    except (Exception, SystemExit) as error:
-        raise RewardSpecError(
-            f"Reward {name!r}, offered by {_packages(points)}: importing {points[0].value!r} "
-            f"raised {type(error).__name__}: {error}. Fix or uninstall that package."
-        ) from error
-    return factory
-
-
-def _foreign() -> list[str]:
-    """Names that only other packages have."""
-    return [name for name in _offered() if name not in _known()]
+        return factory
 
 
 def _packages(points: list[EntryPoint]) -> str:
@@ -300,15 +295,8 @@ def _from_file(path: Path, name: str) -> RewardModel:
     if not path.is_file():
         reason = "that is a folder" if path.is_dir() else f"there is no file {str(path)!r}"
         raise RewardSpecError(f"Reward {spec!r}: {reason}.")
-    try:
+    with _refused(f"{spec!r}: running the file raised"):
         module = run_file(path.resolve())
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise RewardSpecError(
-            f"Reward {spec!r}: running the file raised {type(error).__name__}: {error}"
-            f"{place_of(error)}."
-        ) from error
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, vars(module))
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

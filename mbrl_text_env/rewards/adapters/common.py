@@ -118,7 +118,7 @@ def listed(
     is_many = isinstance(plain, Iterable) and not isinstance(plain, str | bytes | Mapping)
     values = list(plain) if is_many else None
     if values is None or len(values) != len(responses):
-        got = f"{plain!r}"[:80] if values is None else len(values)
+        got = f"{plain!r:.80}" if values is None else len(values)
         rows = zip(prompts[:1], responses[:1], strict=True)
         first = [f" for prompts from {p.id!r}, first response {r[:80]!r}" for p, r in rows]
         raise RewardError(
@@ -245,22 +245,14 @@ class FunctionAdapter(AdaptedReward):
         self.name = callable_name(function)
 
 
-def adapted(reward: RewardLike) -> RewardModel:
-    """`as_reward_model`, which imports what uses this."""
-    from mbrl_text_env.rewards.adapters.convert import as_reward_model
-
-    return as_reward_model(reward)
-
-
 class RewardFunction:
-    """A reward model as a function of a trainer, under the reward's name.
-
-    Args:
-        reward_model: The reward model, or whatever `as_reward_model` takes.
-    """
+    """A reward model, or whatever `as_reward_model` takes, as a function under its name."""
 
     def __init__(self, reward_model: RewardLike) -> None:
-        self.reward_model = adapted(reward_model)
+        # It imports what uses this.
+        from mbrl_text_env.rewards.adapters.convert import as_reward_model
+
+        self.reward_model = as_reward_model(reward_model)
         self.__name__ = self.reward_model.name
 
     def totals(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -37,11 +37,9 @@ ACCEPTED = """\
 
 
 class FunctionReward(FunctionAdapter):
-    """A function of two texts as a reward model, called once a response.
+    """A function `f(prompt_text, response) -> float` as a reward model, called once a response.
 
-    Args:
-        function: `f(prompt_text, response) -> float`. None, for a prompt that it does not apply to,
-            is an error. May be async. Picklable if it is.
+    None, for a prompt that it does not apply to, is an error. May be async. Picklable if it is.
 
     Example:
         >>> reward = FunctionReward(lambda prompt, response: float(prompt in response))

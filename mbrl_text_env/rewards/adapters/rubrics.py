@@ -18,8 +18,8 @@ import numpy as np
 from mbrl_text_env.rewards.adapters.common import (
     AdaptedReward,
     FunctionAdapter,
+    RewardFunction,
     accepted,
-    adapted,
     as_prompt,
     awaited,
     callable_name,
@@ -29,7 +29,7 @@ from mbrl_text_env.rewards.adapters.common import (
     trl_completion,
     trl_prompt,
 )
-from mbrl_text_env.rewards.base import RewardError, RewardLike, Scores, score_responses
+from mbrl_text_env.rewards.base import RewardError, RewardLike, Scores
 from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -71,27 +71,17 @@ class VerifiersReward(_Verifiers):
     The state of a rollout has the prompt and the completion (messages for chats, texts for plain
     prompts), as `answer` the prompt's reference answer, as `info` the metadata of that name or all
     of them, the metadata as the row's columns, and a `trajectory` of one step. There is no client,
-    model, token or timing. The parts are the rubric's metrics. A rubric's functions are
-    called as verifiers calls them, with what `score_objects` offers, and weighted; the responses of
-    a batch wait side by side. Where verifiers makes a 0 of a function that raises or returns no
-    number, there is an error.
-
-    A rubric applies to prompts whose metadata have what its functions require: `answer` (see
-    `common.REFERENCE_KEYS`) and columns. Functions that score a group of rollouts against each
-    other are refused: a score must not depend on the rest of the batch.
-
-    Args:
-        rubric: The rubric.
-        name: By default the rubric's functions, with "+" between them.
+    model, token or timing. A rubric's functions, which are its parts, are called as verifiers calls
+    them, and weighted; the responses of a batch wait side by side. Where verifiers makes a 0 of a
+    function that raises or returns no number, there is an error. A rubric applies to prompts whose
+    metadata have what its functions require: `answer` (see `common.REFERENCE_KEYS`) and columns.
 
     Raises:
-        TypeError: The rubric scores groups, has no functions, or a `score_rollout` of its own.
+        TypeError: The rubric scores a group of rollouts against each other, has no functions, or a
+            `score_rollout` of its own.
 
     Example:
-        >>> import verifiers as vf  # doctest: +SKIP
-        >>> def correct(completion, answer):  # doctest: +SKIP
-        ...     return float(answer in completion[-1]["content"])
-        >>> reward = VerifiersReward(vf.Rubric(funcs=[correct]))  # doctest: +SKIP
+        >>> reward = VerifiersReward(verifiers.Rubric(funcs=[correct]))  # doctest: +SKIP
     """
 
     def __init__(self, rubric: Any, name: str | None = None) -> None:
@@ -102,12 +92,11 @@ class VerifiersReward(_Verifiers):
                 f"Expected a rubric with reward functions, got a {type(rubric).__name__} with "
                 "none. Add them with `rubric.add_reward_func(function)` first."
             )
-        self.name = "+".join(map(callable_name, functions)) if name is None else name
+        self.name = name or "+".join(map(callable_name, functions))
         if rubric.has_group_rewards:
             raise TypeError(
                 f"Expected a rubric that scores rollouts one by one, got {self.name!r}, which "
-                "scores groups against each other. A reward model's score must not depend on the "
-                "rest of the batch; use the functions that do not."
+                "scores groups against each other. Use the functions that do not."
             )
         own = type(rubric).score_rollout.__qualname__
         if own not in ("Rubric.score_rollout", "RubricGroup.score_rollout"):
@@ -161,14 +150,10 @@ class VerifiersReward(_Verifiers):
 
 
 class VerifiersFunctionReward(_Verifiers, FunctionAdapter):
-    """A reward function of verifiers without a rubric, called once a response; see the rubric's.
+    """A reward function of verifiers without a rubric, called once a response; may be async.
 
-    Args:
-        function: `f(completion, ...) -> float`, which names what it needs of `prompt`,
-            `completion`, `answer`, `info`, `state`, `task` and the metadata's keys. May be async.
-
-    Raises:
-        TypeError: It requires `parser`, which only a rubric has.
+    It names what it needs of `prompt`, `completion`, `answer`, `info`, `state`, `task` and the
+    metadata's keys. One that requires `parser`, which only a rubric has, is a `TypeError`.
 
     Example:
         >>> def correct(completion, answer):
@@ -203,13 +188,10 @@ def to_verifiers(reward_model: RewardLike) -> Any:
 
     The function reads the prompt, the assistant's messages of the completion, and as the prompt's
     metadata the row's `info`, its columns and its `answer`, which is also the "reference_answer".
-    verifiers logs the error of a reward that fails or does not apply, and counts it as 0.
-
-    Raises:
-        ImportError: verifiers with rubrics (before 0.4) is not installed.
+    verifiers (before 0.4) logs the error of a reward that fails or does not apply, and counts it
+    as 0.
 
     Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
         >>> rubric = to_verifiers(SentimentReward())  # doctest: +SKIP
         >>> environment = verifiers.SingleTurnEnv(dataset, rubric=rubric)  # doctest: +SKIP
     """
@@ -221,7 +203,7 @@ def to_verifiers(reward_model: RewardLike) -> Any:
             "pip install 'verifiers>=0.3,<0.4'."
         ) from error
 
-    scorer = adapted(reward_model)
+    scorer = RewardFunction(reward_model)
 
     def function(
         prompt: Any, completion: Any, state: Any, answer: Any = None, info: Any = None
@@ -231,9 +213,9 @@ def to_verifiers(reward_model: RewardLike) -> Any:
         none = answer is None or answer == ""
         truth = {} if none else {"answer": answer, "reference_answer": answer}
         asked = as_prompt(_content(prompt), {**row, **(info or {}), **truth})
-        return float(score_responses(scorer, [asked], [said(_content(completion))]).total[0])
+        return scorer.totals([asked], [said(_content(completion))])[0]
 
-    function.__name__ = scorer.name
+    function.__name__ = scorer.__name__
     return Rubric(funcs=[function])
 
 
@@ -286,29 +268,20 @@ def _content(messages: Any) -> Any:
 class TextAction(str):
     """A response as OpenEnv's action: a text with `metadata`."""
 
-    metadata: Mapping[str, Any]
-
-    def __new__(cls, response: str) -> TextAction:
-        """Make the action of a response."""
-        action = super().__new__(cls, response)
-        action.metadata = {}
-        return action
+    def __init__(self, response: str) -> None:
+        self.metadata: Mapping[str, Any] = {}
 
 
 class TextObservation(str):
     """A prompt as OpenEnv's observation: a text with `prompt`, `metadata`, `done` and `reward`."""
 
-    prompt: Prompt
-    metadata: Mapping[str, Any]
-    done: bool
-    reward: float | None
-
     def __new__(cls, prompt: Prompt) -> TextObservation:
         """Make the observation at the end of a response to a prompt."""
-        observation = super().__new__(cls, prompt.text)
-        observation.prompt, observation.metadata = prompt, dict(prompt.metadata)
-        observation.done, observation.reward = True, None
-        return observation
+        return super().__new__(cls, prompt.text)
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt, self.metadata = prompt, dict(prompt.metadata)
+        self.done, self.reward = True, None
 
     def __getnewargs__(self) -> tuple[Prompt]:  # type: ignore[override]
         """What copies and pickles are made of."""
@@ -320,23 +293,17 @@ class OpenEnvReward(AdaptedReward):
 
     An episode is one step: the action is the response, the observation what is known at the end,
     with `done` True. Before each the rubric and those within it are reset, as by an environment, so
-    that those which collect a trajectory start anew. Hooks and async rubrics are run as OpenEnv
-    runs them.
+    that those which collect a trajectory start anew.
 
     Args:
-        rubric: A rubric, called as `rubric(action, observation)`.
+        rubric: A rubric, called as `rubric(action, observation)`; may be async.
         convert: Makes action and observation of a prompt and a response, for rubrics that expect
             the types of their own environment; by default `TextAction` and `TextObservation`.
         name: By default the rubric's class.
 
     Example:
-        >>> from openenv.core.rubrics import Rubric  # doctest: +SKIP
-        >>> class Polite(Rubric):  # doctest: +SKIP
-        ...     def forward(self, action, observation):
-        ...         return float("please" in action)
-        >>> OpenEnvReward(Polite()).score([Prompt.from_text("Ask.")], ["Tea, please."])  # doctest: +SKIP
-        array([1.])
-    """  # noqa: E501 the example
+        >>> reward = OpenEnvReward(MyRubric())  # doctest: +SKIP
+    """
 
     advice = (
         "Fix the rubric; if it expects the types of its environment, pass "
@@ -351,7 +318,7 @@ class OpenEnvReward(AdaptedReward):
     ) -> None:
         self.rubric = rubric
         self.convert = convert
-        self.name = type(rubric).__name__ if name is None else name
+        self.name = name or type(rubric).__name__
 
     def value(self, prompt: Prompt, response: str) -> Any:
         """What the rubric says."""
@@ -371,14 +338,8 @@ def to_openenv(
 ) -> Any:
     """Return a reward model as a `Rubric` of OpenEnv, which an environment calls when it steps.
 
-    Args:
-        reward_model: The reward model, or whatever `as_reward_model` takes.
-        read: Makes prompt and response of an action and an observation. By default both are texts:
-            the action is the response, the observation the prompt (a `TextObservation` has its
-            metadata too).
-
-    Raises:
-        ImportError: openenv-core is not installed.
+    `read` makes prompt and response of an action and an observation. By default both are texts: the
+    action is the response, the observation the prompt (a `TextObservation` has its metadata too).
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -391,14 +352,14 @@ def to_openenv(
     except ImportError as error:
         raise ImportError("to_openenv needs OpenEnv: pip install openenv-core.") from error
 
-    scorer = adapted(reward_model)
+    scorer = RewardFunction(reward_model)
 
     class RewardModelRubric(Rubric):
         def forward(self, action: Any, observation: Any) -> float:
             prompt, response = (read or _read)(action, observation)
-            return float(score_responses(scorer, [prompt], [response]).total[0])
+            return scorer.totals([prompt], [response])[0]
 
-    RewardModelRubric.__name__ = scorer.name
+    RewardModelRubric.__name__ = scorer.__name__
     return RewardModelRubric()
 
 

@@ -43,23 +43,17 @@ class TRLFunctionReward(FunctionAdapter):
 
     Passed are those of the following that the function names, or all if it takes `**kwargs`:
 
-    - `prompts` and `completions`: strings for prompts of plain text; for chats lists of messages,
-      `[{"role": "assistant", "content": response}]` being the completion. A batch of both kinds
-      makes two calls.
+    - `prompts` and `completions`: strings for prompts of plain text; for chats lists of messages. A
+      batch of both kinds makes two calls.
     - `completion_ids`: only with `encode`; see `as_reward_model`.
-    - The prompts' metadata, each key a column with one value a prompt, None where a prompt lacks
-      it. A column that the function requires has to be in every prompt's metadata: the reward does
-      not apply to other prompts.
-    - `trainer_state` as None (there is no trainer), and `log_extra` and `log_metric`, which do
-      nothing.
+    - The prompts' metadata, each key a column, None where a prompt lacks it. The reward does not
+      apply to prompts without a column that the function requires.
+    - `trainer_state` as None, and `log_extra` and `log_metric`, which do nothing.
 
     Args:
         function: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`. None,
             for a prompt that it does not apply to, is an error. May be async. Picklable if it is.
-        encode: Token ids of a response's text.
-
-    Raises:
-        TypeError: It requires `completion_ids` and there is no `encode`.
+        encode: Token ids of a response's text; needed if the function requires `completion_ids`.
 
     Example:
         >>> def mentions(completions, answer, **kwargs):
@@ -77,8 +71,7 @@ class TRLFunctionReward(FunctionAdapter):
         if encode is None and "completion_ids" in required(self.function):
             raise TypeError(
                 f"Reward function {self.name!r} needs `completion_ids`, but a reward model sees "
-                "text only. Pass as_reward_model(function, encode=...), with a function that gives "
-                "the token ids of a text."
+                "text only. Pass as_reward_model(function, encode=...), which gives a text's ids."
             )
 
     def missing(self, prompt: Prompt) -> list[str]:
@@ -164,11 +157,10 @@ class VerlFunctionReward(FunctionAdapter):
     """A `compute_score` of verl as a reward model, called once a response or, in plurals, a batch.
 
     It gets `data_source` from the prompt's metadata ("" where there is none), `ground_truth` from
-    metadata["reward_model"]["ground_truth"] as in verl's own data, else from "ground_truth",
-    "reference_answer" or "answer", and as `extra_info` the metadata of that name, else all of them;
-    the prompt stands in it under "prompt", unless something else does. Of a dict that is returned,
-    "score" (in old versions "reward") counts. A function whose parameter `ground_truth` has no
-    default applies to prompts that have a ground truth.
+    metadata["reward_model"]["ground_truth"] as in verl's own data, else from `REFERENCE_KEYS`, and
+    as `extra_info` the metadata of that name, else all of them, with the prompt under "prompt" if
+    nothing else is there. Of a dict that is returned, "score" (in old versions "reward") counts. A
+    function whose parameter `ground_truth` has no default applies to prompts that have one.
 
     Args:
         function: `f(data_source, solution_str, ground_truth, extra_info=None) -> float | dict`, or
@@ -222,18 +214,15 @@ class VerlFunctionReward(FunctionAdapter):
 class VerlReward(RewardFunction):
     """A reward model as verl's `compute_score`, also named `to_verl`.
 
-    It is called with one response or, in plurals, a batch. In verl's configuration it is named by a
-    file, `custom_reward_function.path=my_reward.py`, whose content can be
-    `compute_score = to_verl(make("relevance"))`.
+    In verl's configuration it is named by a file, `custom_reward_function.path=my_reward.py`, whose
+    content can be `compute_score = to_verl(make("relevance"))`.
 
     verl does not pass the prompt: it is read from `extra_info`, under "prompt", "raw_prompt",
     "question" or "problem", a text or a list of messages. The ground truth becomes the metadata
     "ground_truth" and "reference_answer"; `data_source` and the rest of `extra_info` stand beside.
 
-    Args:
-        reward_model: The reward model, or whatever `as_reward_model` takes.
-        needs_prompt: Whether a missing prompt is an error; False for a reward that looks at the
-            response alone.
+    A missing prompt is an error, but for a reward that looks at the response alone, which is given
+    with `needs_prompt=False`.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -292,9 +281,6 @@ class OpenRLHFFunctionReward(FunctionAdapter):
     as for verl's functions, or "", as where OpenRLHF's data have none. Of a dict, "rewards" counts,
     or "scores" where that is alone. May be async.
 
-    Args:
-        function: `f(queries, prompts, labels, **kwargs) -> tensor | list | dict`.
-
     Example:
         >>> def reward_func(queries, prompts, labels, **kwargs):
         ...     return {"rewards": [float(l in q) for q, l in zip(queries, labels)]}
@@ -327,9 +313,7 @@ class OpenRLHFReward(RewardFunction):
     "reference_answer" and "ground_truth"; "" and None are none. Returned are float32 tensors:
     "rewards" and "scores", both the total, and in "extra_logs" the parts.
 
-    Args:
-        reward_model: The reward model, or whatever `as_reward_model` takes.
-        end_texts: Stop tokens as text, taken off a response's end.
+    `end_texts`, stop tokens as text, are taken off a response's end.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward

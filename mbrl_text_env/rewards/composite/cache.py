@@ -30,8 +30,7 @@ from mbrl_text_env.rewards.composite.combinators import Wrapper
 from mbrl_text_env.types import FloatArray, Prompt
 
 _CREATE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value TEXT) WITHOUT ROWID"
-# SQLite takes no more than so many parameters in one query.
-_AT_ONCE = 500
+_SELECT = "SELECT value FROM scores WHERE key = ?"
 _BUSY_SECONDS = 60.0
 
 
@@ -52,11 +51,6 @@ class CachedReward(Wrapper):
     Attributes:
         num_found: Scores looked up so far.
         num_computed: Scores computed so far.
-
-    Raises:
-        ValueError: The reward says nothing by which it could be told from others, and there is no
-            `key`.
-        RewardError: When scoring: the file cannot be read or written, or is no such file.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -102,17 +96,16 @@ class CachedReward(Wrapper):
         self, keys: Sequence[bytes], compute: Callable[[Sequence[int]], list[Any]]
     ) -> list[Any]:
         """The values of the keys; `compute` is asked for those of the rows that are missing."""
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
         with self._connection() as connection:
-            found = _select(connection, keys)
-        first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in found}
-        rows = sorted(first.values())
+            kept = {key: connection.execute(_SELECT, (key,)).fetchone() for key in first}
+        found = {key: json.loads(value[0]) for key, value in kept.items() if value is not None}
+        rows = sorted(first[key] for key in first.keys() - found.keys())
         if rows:
             computed = dict(zip([keys[i] for i in rows], compute(rows), strict=True))
+            values = [(key, json.dumps(value)) for key, value in computed.items()]
             with self._connection() as connection:
-                connection.executemany(
-                    "INSERT OR REPLACE INTO scores VALUES (?, ?)",
-                    [(key, json.dumps(value)) for key, value in computed.items()],
-                )
+                connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", values)
             found.update(computed)
         self.num_computed += len(rows)
         self.num_found += len(keys) - len(rows)
@@ -152,11 +145,9 @@ def identity(reward: object) -> str:
     """What tells a reward model from others: its class and what it was made with.
 
     Read are the attributes that have the names of the constructor's arguments: numbers, texts,
-    paths, dataclasses, other rewards, and lists of them. A path to a folder counts with the sizes
-    and times of its files, and the version of this package counts too.
-
-    Raises:
-        ValueError: An argument is none of these, such as a function.
+    paths, dataclasses, other rewards, and lists of them; others, such as functions, are an error. A
+    path to a folder counts with the sizes and times of its files, and so does this package's
+    version.
     """
     described = _described(reward, reward_name(reward))
     return json.dumps([version("mbrl-text-env"), described], sort_keys=True)
@@ -212,14 +203,3 @@ def _folder_state(path: Path) -> Any:
     except (OSError, ValueError):
         # Texts that are no paths: too long, or with characters that no path has.
         return None
-
-
-def _select(connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Any]:
-    found = {}
-    distinct = list(dict.fromkeys(keys))
-    for start in range(0, len(distinct), _AT_ONCE):
-        some = distinct[start : start + _AT_ONCE]
-        marks = ",".join("?" * len(some))
-        query = f"SELECT key, value FROM scores WHERE key IN ({marks})"  # noqa: S608 only marks
-        found.update({key: json.loads(value) for key, value in connection.execute(query, some)})
-    return found

@@ -40,12 +40,8 @@ class Combinator(ProcessRewardModel):
     are theirs: under their own names, or, where two would have the same, as "reward/part". Where
     all of its rewards score steps, so does it, by combining the scores of each step.
 
-    Args:
-        rewards: At least one reward model, each with a name of its own.
-        name: What reports call it; None for `default`, where `{}` is the names of the rewards.
-
-    Raises:
-        ValueError: There are no rewards, or two have the same name.
+    The rewards, at least one, have names of their own, otherwise there is a `ValueError`. Without a
+    name, it is called `default`, where `{}` is the names of the rewards.
     """
 
     combines_steps: ClassVar[bool] = True
@@ -144,17 +140,8 @@ class Wrapper(Combinator):
 class WeightedSum(Combinator):
     """The weighted sum of several rewards.
 
-    Weights are taken as they are: they need not add up to 1, and a weight of 0 makes a part that
-    is reported and does not count.
-
-    Args:
-        rewards: At least one reward model, each with a name of its own.
-        weights: One finite number a reward.
-        name: By default the formula, such as "0.5*sentiment+relevance".
-
-    Raises:
-        ValueError: There are no rewards, more or fewer weights than rewards, a weight is not
-            finite, or two rewards have the same name.
+    Weights are finite and need not add up to 1; one of 0 makes a part that is reported and does not
+    count. The name is by default the formula, such as "0.5*sentiment+relevance".
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -200,14 +187,6 @@ class Product(Combinator):
     All of them have to be high for the product to be. Two negative factors would make a good one:
     clip or normalise rewards that can be negative first.
 
-    Args:
-        rewards: At least one reward model, each with a name of its own.
-        name: By default such as "product(sentiment,constraints)".
-
-    Raises:
-        ValueError: There are no rewards, or two have the same name.
-        RewardError: When scoring: a factor is negative.
-
     Example:
         >>> from mbrl_text_env.rewards import Clip, ConstraintsReward, SentimentReward
         >>> reward = Product([Clip(SentimentReward(), low=0.0), ConstraintsReward()])
@@ -240,12 +219,8 @@ class Gate(Combinator):
         reward: The reward.
         condition: The reward that has to reach `threshold`, such as `ConstraintsReward()`.
         threshold: The least score of `condition` that opens the gate.
-        closed: The score of a response for which it stays closed. It should be no better than what
-            `reward` gives to bad responses: with sentiment, which goes down to -1, a `closed` of 0
-            would reward breaking the constraint.
-
-    Raises:
-        ValueError: A number is not finite, or the two have the same name.
+        closed: The score where it stays closed. It should be no better than what `reward` gives to
+            bad responses, which is -1 for sentiment.
 
     Example:
         >>> from mbrl_text_env.rewards import ConstraintsReward, SentimentReward
@@ -281,8 +256,7 @@ class Gate(Combinator):
 class Ensemble(Combinator):
     """Several judges of the same thing, whose disagreement counts against a response.
 
-    The minimum and the mean minus k standard deviations are harder to exploit than any single
-    judge. The judges should be on one scale; see `Normalise`. Its parts are the judges' scores and
+    The judges should be on one scale; see `Normalise`. Its parts are the judges' scores and
     "disagreement", their standard deviation.
 
     Source: Coste et al., "Reward Model Ensembles Help Mitigate Overoptimization", ICLR 2024 (mean,
@@ -294,10 +268,6 @@ class Ensemble(Combinator):
         rule: `"mean"`, `"min"`, or `"mean-std"`: the mean minus `k` standard deviations (of the
             judges at hand, divided by their number).
         k: See `rule`; at least 0.
-
-    Raises:
-        ValueError: There are fewer than two rewards, two have the same name, the rule is unknown,
-            or `k` is negative or not finite.
 
     Example:
         >>> from mbrl_text_env.rewards import FunctionReward
@@ -340,8 +310,10 @@ class Ensemble(Combinator):
         return stacked.mean(axis=0) - k * disagreement, {"disagreement": disagreement}
 
 
-def check_finite(owner: str, **numbers: float) -> None:
-    """Refuse arguments that are not finite."""
+def check_finite(owner: str, above: float = -np.inf, **numbers: float) -> None:
+    """Refuse arguments that are not finite, or not above a bound."""
+    bound = f" above {above}" if np.isfinite(above) else ""
     for name, number in numbers.items():
-        if not np.isfinite(number):
-            raise ValueError(f"{owner}: expected {name} to be a finite number, got {number!r}.")
+        if not above < number < np.inf:
+            got = f"got {number!r}"
+            raise ValueError(f"{owner}: expected {name} to be a finite number{bound}, {got}.")

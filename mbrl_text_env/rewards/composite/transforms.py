@@ -43,9 +43,6 @@ _FORMAT = 1
 class Clip(Wrapper):
     """A reward kept from `low` to `high`, of which one may be None.
 
-    Raises:
-        ValueError: Both are None, one is NaN, or `low` is above `high`.
-
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
         >>> Clip(SentimentReward(), low=0.0).score([Prompt.from_text("Hi")], ["It was awful."])
@@ -104,9 +101,8 @@ class Normalise(Wrapper):
     def __init__(
         self, reward: RewardLike, mean: float = 0.0, std: float = 1.0, name: str | None = None
     ) -> None:
-        check_finite("Normalise", mean=mean, std=std)
-        if not std > 0:
-            raise ValueError(f"Normalise: expected std to be above 0, got {std}.")
+        check_finite("Normalise", mean=mean)
+        check_finite("Normalise", above=0, std=std)
         super().__init__(reward, name, "normalised({})")
         self.mean, self.std = float(mean), float(std)
 
@@ -114,18 +110,14 @@ class Normalise(Wrapper):
     def fitted(
         cls, reward: RewardLike, prompts: Prompts, responses: Texts, name: str | None = None
     ) -> Normalise:
-        """Take mean and standard deviation from the scores of some responses.
-
-        Raises:
-            RewardError: All of them score the same, or there are fewer than two.
-        """
+        """Take mean and standard deviation from the scores of some responses, not all alike."""
         reward = as_reward_model(reward)
         scores = score_responses(reward, prompts, responses).total
         if len(scores) < 2 or not scores.std() > 0:
             raise RewardError(
-                f"Reward model {reward.name!r}: expected at least two responses with "
-                f"different scores to normalise by, got {len(scores)} with {len(set(scores))} "
-                "different ones. Pass more responses, or mean and std."
+                f"Reward model {reward.name!r}: expected responses with different scores to "
+                f"normalise by, got {len(scores)} with {len(set(scores))} different ones. Pass "
+                "more responses, or mean and std."
             )
         return cls(reward, float(scores.mean()), float(scores.std()), name)
 
@@ -144,11 +136,6 @@ class RunningNormalise(Wrapper):
 
     Source: Welford's method for batches (Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
     Algorithm for Computing Sample Variances", 1979).
-
-    Attributes:
-        count: Scores seen.
-        mean: Their mean.
-        std: Their standard deviation.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -187,28 +174,17 @@ class RunningNormalise(Wrapper):
 
     def save(self, path: str | Path) -> None:
         """Write the statistics as JSON."""
-        statistics = {
-            "format": _FORMAT,
-            "reward": self.reward.name,
-            "count": self.count,
-            "mean": self.mean,
-            "squares": self._squares,
-        }
-        write_text(path, json.dumps(statistics, indent=2))
+        statistics = {"count": self.count, "mean": self.mean, "squares": self._squares}
+        head = {"format": _FORMAT, "reward": self.reward.name}
+        write_text(path, json.dumps({**head, **statistics}, indent=2))
 
     def load(self, path: str | Path) -> RunningNormalise:
-        """Go on from statistics that `save` wrote; returns itself.
-
-        Raises:
-            RewardError: The file holds none, or those of another reward.
-        """
+        """Go on from statistics that `save` wrote for the same reward; returns itself."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            if found["format"] != _FORMAT or found["reward"] != self.reward.name:
-                raise ValueError(
-                    f"it is of reward {found['reward']!r}, format {found['format']}, not of "
-                    f"{self.reward.name!r}, format {_FORMAT}"
-                )
+            head = found["format"], found["reward"]
+            if head != (_FORMAT, self.reward.name):
+                raise ValueError(f"format and reward are {head}, not {_FORMAT, self.reward.name}")
             count, mean = int(found["count"]), float(found["mean"])
             squares = float(found["squares"])
             if count < 0 or not np.isfinite([mean, squares]).all() or squares < 0:
@@ -242,16 +218,11 @@ class Penalty(Wrapper):
 class LengthPenalty(Penalty):
     """A reward minus a penalty for each word beyond a limit.
 
+    `max_words` words (runs without white space) are free; each further one costs `weight`, which is
+    above 0.
+
     Source: the soft overlong punishment of Yu et al., "DAPO", 2025. Deviations: it counts words,
     since a reward model sees text, and does not level off.
-
-    Args:
-        reward: The reward.
-        max_words: Words (runs without white space) that are free.
-        weight: Taken off for each further word; above 0.
-
-    Raises:
-        ValueError: `max_words` is negative, or `weight` is not a finite number above 0.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -265,12 +236,8 @@ class LengthPenalty(Penalty):
     def __init__(
         self, reward: RewardLike, max_words: int, weight: float = 0.01, name: str | None = None
     ) -> None:
-        check_finite("LengthPenalty", weight=weight)
-        if max_words < 0 or not weight > 0:
-            raise ValueError(
-                "LengthPenalty: expected max_words from 0 up and a weight above 0, got "
-                f"{max_words} and {weight}."
-            )
+        check_finite("LengthPenalty", above=-1, max_words=max_words)
+        check_finite("LengthPenalty", above=0, weight=weight)
         super().__init__(reward, name, "{}-length")
         self.max_words, self.weight = max_words, weight
 
@@ -280,21 +247,12 @@ class LengthPenalty(Penalty):
 
 
 class RepetitionPenalty(Penalty):
-    """A reward minus a penalty for n-grams of words that occur again.
+    """A reward minus `weight` (above 0) times the share of n-grams of words that occurred before.
 
-    The penalty is `weight` times the share of a response's n-grams that are repetitions of an
-    earlier one. A response of fewer than n words has none.
+    Case is ignored. A response of fewer than n words has no penalty.
 
     Source: the repetition penalty of Yeo et al., "Demystifying Long Chain-of-Thought Reasoning in
     LLMs", 2025. Deviation: it is added to another reward, and not a reward of its own.
-
-    Args:
-        reward: The reward.
-        weight: Of a response that only repeats; above 0.
-        n: Words in an n-gram, at least 1. Case is ignored.
-
-    Raises:
-        ValueError: `n` is below 1, or `weight` is not a finite number above 0.
 
     Example:
         >>> from mbrl_text_env.rewards import FunctionReward
@@ -308,12 +266,7 @@ class RepetitionPenalty(Penalty):
     def __init__(
         self, reward: RewardLike, weight: float = 1.0, n: int = 3, name: str | None = None
     ) -> None:
-        check_finite("RepetitionPenalty", weight=weight)
-        if n < 1 or not weight > 0:
-            raise ValueError(
-                f"RepetitionPenalty: expected n from 1 up and a weight above 0, got {n} and "
-                f"{weight}."
-            )
+        check_finite("RepetitionPenalty", above=0, weight=weight, n=n)
         super().__init__(reward, name, "{}-repetition")
         self.weight, self.n = weight, n
 
@@ -333,10 +286,9 @@ class TimeLimit(Wrapper):
     """A reward that is given up on when a call takes longer than `seconds`, above 0 and finite.
 
     The call, whatever the size of its batch, runs in a thread; then there is a `RewardError`, and
-    the thread is left behind, since nothing can end it from outside: it goes on taking time until
-    it returns by itself or the program ends. The reward must not rely on running in the main thread
-    (`signal.alarm` does). Programs that are to be stopped for certain belong in a process: see
-    `UnitTestReward`.
+    the thread is left behind, since nothing can end it from outside. The reward must not rely on
+    running in the main thread (`signal.alarm` does). Programs that are to be stopped for certain
+    belong in a process: see `UnitTestReward`.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -346,9 +298,7 @@ class TimeLimit(Wrapper):
     """
 
     def __init__(self, reward: RewardLike, seconds: float) -> None:
-        check_finite("TimeLimit", seconds=seconds)
-        if not seconds > 0:
-            raise ValueError(f"TimeLimit: expected seconds above 0, got {seconds}.")
+        check_finite("TimeLimit", above=0, seconds=seconds)
         super().__init__(reward)
         self.seconds = seconds
 

@@ -35,11 +35,9 @@ class Evaluator(RewardModel):
     """What rewards that read texts with a network share: it is loaded when it is first used."""
 
     num_truncated = 0
-    cuts: tuple[str, str] = (
-        "text(s) to {} tokens, so the rest of them does not count",
-        "model's input",
-    )
-    """What was cut, and what may allow more, for the warning."""
+    """Texts that were cut so far."""
+    cut = "text(s) to {} tokens, so the rest of them does not count"
+    """What the warning says of texts that are too long."""
     counts: ClassVar[tuple[str, ...]] = ("max_length",)
     """Arguments that are at least 1."""
     _loaded: Any = None
@@ -61,15 +59,19 @@ class Evaluator(RewardModel):
         return self._loaded
 
     def _note_truncated(self, count: int, limit: int) -> None:
-        if count and not self.num_truncated:
-            what, room = self.cuts
-            warnings.warn(
-                f"Reward model {self.name!r} cut {count} {what.format(limit)}. Raise max_length if "
-                f"the {room} allows it, or shorten prompts and responses. `num_truncated` counts "
-                "further ones.",
-                stacklevel=3,
-            )
-        self.num_truncated += count
+        message = (
+            f"cut {count} {self.cut.format(limit)}. Raise max_length if the model's context allows "
+            "it, or shorten prompts and responses"
+        )
+        self._note("num_truncated", count, message)
+
+    def _note(self, counter: str, count: int, message: str) -> None:
+        """Count what is not as it should be, and warn of the first time."""
+        before = getattr(self, counter)
+        if count and not before:
+            message = f"Reward model {self.name!r} {message}. `{counter}` counts further ones."
+            warnings.warn(message, stacklevel=4)
+        setattr(self, counter, before + count)
 
 
 @dataclass(eq=False, repr=False)
@@ -80,7 +82,7 @@ class HubReward(Evaluator):
         model: Name on the Hub, or folder with a model and its tokenizer.
         batch_size: Most responses in one forward pass.
         batch_tokens: Most tokens in one, padding included, so that long texts go in small batches.
-        max_length: Most tokens of a text.
+        max_length: Most tokens of a text; the model's input may allow fewer.
         device: By default `"cuda"` where there is one, otherwise `"cpu"`.
         dtype: By default float32 on a CPU and bfloat16 elsewhere.
         name: What reports call it; by default the last part of the model's name or folder.
@@ -137,11 +139,10 @@ class HubReward(Evaluator):
         rows = loaded.model.get_input_embeddings().num_embeddings
         unknown = next((token for text in texts for token in text.ids if token >= rows), None)
         if unknown is not None:
+            token = loaded.tokenizer.convert_ids_to_tokens(unknown)
             raise RewardError(
-                f"Reward model {self.name!r}: a text has the token {unknown} "
-                f"({loaded.tokenizer.convert_ids_to_tokens(unknown)!r}), but the model knows the "
-                f"tokens 0 to {rows - 1} alone. Use the model's own tokenizer, or resize the "
-                "model's embeddings."
+                f"Reward model {self.name!r}: a text has the token {unknown} ({token!r}), but the "
+                f"model knows {rows}. Use its own tokenizer, or resize its embeddings."
             )
 
     def _read(self, factory: str | Callable[..., Any], kind: str) -> tuple[Any, Any]:
@@ -188,9 +189,8 @@ def check_complete(
     if missing_keys:
         raise RewardError(
             f"Reward model {name!r}: {source!r} has no trained weights for "
-            f"{', '.join(sorted(missing_keys))}, so its scores would be random. Expected a {kind} "
-            f"model; its config names {model.config.architectures}. Choose a model that was "
-            "trained for this."
+            f"{', '.join(sorted(missing_keys))}, so its scores would be random. Choose a trained "
+            f"{kind} model; its config names {model.config.architectures}."
         )
 
 
@@ -209,6 +209,13 @@ def input_limit(model: Any, tokenizer: Any, wanted: int) -> int:
     return min(limit for limit in limits if limit is not None and limit > 0)
 
 
+def class_index(config: Any, label: str | int | None) -> tuple[list[str], int | None]:
+    """The names of a classifier's classes, and the index of the one that `label` means."""
+    labels = [config.id2label[i] for i in range(config.num_labels)]
+    index = labels.index(label) if label in labels else label
+    return labels, index if isinstance(index, int) and 0 <= index < len(labels) else None
+
+
 def check_choices(reward: object, **choices: Sequence[Any]) -> None:
     """Refuse an attribute that is none of the choices."""
     for argument, allowed in choices.items():
@@ -219,12 +226,7 @@ def check_choices(reward: object, **choices: Sequence[Any]) -> None:
 
 
 def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
-    """Indices of texts of similar length, the shortest first.
-
-    Example:
-        >>> list(batches([5, 90, 6, 4], rows=8, tokens=20))
-        [[3, 0, 2], [1]]
-    """
+    """Indices of texts of similar length, the shortest first."""
     part: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if part and (len(part) == rows or (len(part) + 1) * lengths[i] > tokens):
@@ -254,12 +256,8 @@ def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
     import torch
 
     config = model.config.get_text_config()
-    parameters = sum(
-        parameter.numel()
-        for module in model.modules()
-        if not isinstance(module, torch.nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    )
+    modules = [m for m in model.modules() if not isinstance(m, torch.nn.Embedding)]
+    parameters = sum(p.numel() for m in modules for p in m.parameters(recurse=False))
     counts = np.asarray(tokens, dtype=np.float64)
     attention = 4.0 * config.num_hidden_layers * config.hidden_size
     return np.asarray(2.0 * parameters * counts + attention * counts**2)
@@ -269,21 +267,13 @@ def chat_messages(prompt: Prompt, is_special: Callable[[str], bool]) -> list[dic
     """A prompt's messages for a chat template, without special tokens in them."""
     content = prompt.content
     messages = (Message("user", content),) if isinstance(content, str) else content
-    return [
-        {"role": message.role, "content": plain_text(message.content, is_special)}
-        for message in messages
-    ]
+    return [{"role": m.role, "content": plain_text(m.content, is_special)} for m in messages]
 
 
 class TextEncoder:
     """Text to token ids with what every language model has, `encode_prompt` and `decode`.
 
-    Reward models see text, so a response is encoded anew, and its tokens may be others than those
-    that were sampled.
-
-    Attributes:
-        opening: Special tokens that the model's tokenizer puts before every plain text.
-        closing: Those that it puts behind.
+    `opening` and `closing` are the special tokens that the model's tokenizer puts around a text.
     """
 
     def __init__(self, language_model: LanguageModel) -> None:
@@ -296,12 +286,9 @@ class TextEncoder:
         self.opening, self.closing = ids[: inner[0]], ids[inner[-1] + 1 :]
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text, without opening and closing; () if it has none.
-
-        White space alone, which is no prompt, is encoded after a letter, and a text that is longer
-        than the model's context in two parts.
-        """
+        """Token ids of a text, without opening and closing; () if it has none."""
         if text and not text.strip():
+            # White space alone is no prompt.
             return self.ids(_ANCHOR + text)[len(self.ids(_ANCHOR)) :]
         try:
             ids = self._encode(text)

@@ -14,6 +14,7 @@ from mbrl_text_env.rewards.evaluators._hub import (
     HubReward,
     chat_messages,
     check_choices,
+    class_index,
     input_limit,
     padded,
 )
@@ -29,13 +30,10 @@ Output = Literal["logit", "sigmoid", "softmax"]
 class ClassifierReward(HubReward):
     """The score that a sequence-classification model gives to a prompt and its response.
 
-    Most reward models on the Hub have one logit, trained on preferences; a model with several
-    classes needs `label`. Code that comes with a model is never run (`trust_remote_code` is off).
-
-    Responses are scored in batches of similar length, one at a time where the config names no
-    padding token; in float32 the batch changes a score by at most 1e-5. The first text that is cut
-    gives a warning. Special tokens written out in a prompt or response get a zero-width space and
-    are read as ordinary text: a response cannot end its own message.
+    Most reward models on the Hub have one logit; a model with several classes needs `label`. Code
+    that comes with a model is never run. In float32 the batch changes a score by at most 1e-5. The
+    first text that is cut gives a warning. Special tokens written out in a prompt or response get a
+    zero-width space and are read as ordinary text: a response cannot end its own message.
 
     The article's reward is `text_format="article"` with `output="sigmoid"`; the sigmoid keeps the
     order of the logits, but flattens at both ends.
@@ -51,20 +49,14 @@ class ClassifierReward(HubReward):
             `truncation_side` as the article's pipeline does.
         output: `"logit"`, `"sigmoid"` (of a single logit) or `"softmax"` (over several classes).
         label: Name or index of the class that is the reward; required with several classes.
-        max_length: Most tokens of a text; the model's input may allow fewer.
-
-    Attributes:
-        num_truncated: Texts that were cut so far.
 
     Raises:
         RewardError: At first use: there is no such model, its classification head has no trained
             weights, `output` or `label` does not fit it, or `"chat"` meets a tokenizer without a
             chat template.
-        ValueError: At first use: an argument is out of its range.
 
     Example:
-        >>> reward = ClassifierReward("OpenAssistant/reward-model-deberta-v3-large-v2")
-        >>> reward.name
+        >>> ClassifierReward("OpenAssistant/reward-model-deberta-v3-large-v2").name
         'reward-model-deberta-v3-large-v2'
     """
 
@@ -120,7 +112,7 @@ class ClassifierReward(HubReward):
 
     def _column(self, config: Any) -> int:
         """Index of the logit that is the reward."""
-        labels = [config.id2label[i] for i in range(config.num_labels)]
+        labels, index = class_index(config, self.label)
         single = len(labels) == 1
         if (self.output == "softmax" and single) or (self.output == "sigmoid" and not single):
             raise RewardError(
@@ -128,17 +120,13 @@ class ClassifierReward(HubReward):
                 f"{len(labels)} output{'' if single else 's'}. Use output='logit' or "
                 f"{'sigmoid' if single else 'softmax'!r}."
             )
-        if single and self.label is None:
-            return 0
-        if isinstance(self.label, str) and self.label in labels:
-            return labels.index(self.label)
-        if isinstance(self.label, int) and 0 <= self.label < len(labels):
-            return self.label
-        raise RewardError(
-            f"Reward model {self.name!r} has the classes {labels}: expected label= to be the name "
-            f"or the index of the one whose score is the reward, got {self.label!r}. Pass label=, "
-            "with output='softmax' or 'logit' if there are several."
-        )
+        if index is None and not (single and self.label is None):
+            raise RewardError(
+                f"Reward model {self.name!r} has the classes {labels}: expected label= to be the "
+                f"name or the index of the one whose score is the reward, got {self.label!r}. Pass "
+                "label=, with output='softmax' or 'logit' if there are several."
+            )
+        return index or 0
 
     def _encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[_Encoding]:
         limit = self._model().max_length
@@ -194,7 +182,7 @@ class ClassifierReward(HubReward):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """Tokens of one text: ids int[T], segment ids int[T] in architectures that have them."""
+    """Token ids of one text, int[T], and its segment ids where the architecture has them."""
 
     ids: list[int]
     type_ids: list[int] | None
@@ -203,11 +191,7 @@ class _Encoding:
 
 @dataclass(frozen=True)
 class LoadedClassifier:
-    """A model with what is to be known of it.
-
-    `is_special` tells texts with special tokens in them, `column` is the logit that is the reward,
-    `max_length` the most tokens of a text, and `pad_id` None where the model has no padding token.
-    """
+    """A model; `is_special` tells texts with special tokens, `column` is the reward's logit."""
 
     model: Any
     tokenizer: Any

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import string
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -116,11 +115,11 @@ class FluencyReward(_LanguageModelReward):
     It is minus the logarithm of the response's perplexity. The text is encoded anew, so its tokens
     may differ from the sampled ones; special tokens written out in it are read as ordinary text. A
     response without tokens scores the log-probability that the model ends right there (all its stop
-    tokens together); the end of other responses does not count.
+    tokens together); the end of other responses does not count. The first response that is cut, to
+    `max_length` or what the context has room for, gives a warning.
 
     A text that repeats itself is probable, so a search for this reward alone ends in repetition:
-    combine it with `RepetitionPenalty` or another reward. Responses longer than `max_length`, or
-    than the context has room for, are cut at their end; the first cut gives a warning.
+    combine it with `RepetitionPenalty` or another reward.
 
     Args:
         language_model: One with `logprobs` (`TransformersLM`, `ServerLM`), its name on the Hub or
@@ -128,23 +127,17 @@ class FluencyReward(_LanguageModelReward):
         conditional: Whether the response is judged as an answer to its prompt; otherwise as a text
             of its own, after the tokenizer's opening token or, where it has none, a stop token.
         max_length: Most tokens of a response that count.
-        name: What reports call it; by default "fluency", or "fluency-unconditional".
-
-    Attributes:
-        num_truncated: Responses that were cut so far.
+        name: By default "fluency", or "fluency-unconditional".
 
     Raises:
         RewardError: The language model cannot be loaded, has no stop tokens, or a prompt leaves no
             room in its context. A log-probability of minus infinity is refused by
             `score_responses`.
-        ValueError: At first use: `max_length` is below 1.
 
     Example:
         >>> prompt = Prompt.from_text("Why is the sky blue?")
         >>> texts = ["Because air scatters blue light.", "Scatters air because light blue."]
         >>> fluent, muddled = FluencyReward().score([prompt] * 2, texts)  # doctest: +SKIP
-        >>> fluent > muddled  # doctest: +SKIP
-        True
     """
 
     _: KW_ONLY
@@ -152,11 +145,7 @@ class FluencyReward(_LanguageModelReward):
     max_length: int = 2048
     name: str = ""
 
-    cuts = (
-        "response(s) to {} tokens or what the model's context has room for; the rest of them does "
-        "not count",
-        "context",
-    )
+    cut = "response(s) to {} tokens or what the context has room for; the rest does not count"
 
     def __post_init__(self) -> None:
         self.name = self.name or ("fluency" if self.conditional else "fluency-unconditional")
@@ -202,20 +191,16 @@ class FluencyReward(_LanguageModelReward):
             return loaded.encoder.opening or (min(loaded.language_model.stop_token_ids),)
         try:
             return loaded.language_model.encode_prompt(prompt)
-        except PromptTooLongError as error:
-            raise RewardError(f"Reward model {self.name!r}: {error}") from error
         except ValueError as error:
-            raise RewardError(
-                f"Reward model {self.name!r}: prompt {prompt.id!r} cannot be encoded: {error}"
-            ) from error
+            which = "" if isinstance(error, PromptTooLongError) else f", prompt {prompt.id!r}"
+            raise RewardError(f"Reward model {self.name!r}{which}: {error}") from error
 
     def _load(self) -> _Loaded:
         language_model = language_model_of(self.language_model, self.name)
         if not language_model.stop_token_ids:
             raise RewardError(
                 f"Reward model {self.name!r}: {language_model.name!r} has no stop tokens, by which "
-                "an empty response is judged. Pass a language model that knows when a response "
-                "ends."
+                "an empty response is judged. Pass a language model that has some."
             )
         return _Loaded(language_model, TextEncoder(language_model), language_model.context_length)
 
@@ -229,10 +214,10 @@ class JudgeReward(_LanguageModelReward):
     probabilities (`logprobs`) that each comes next after the template's question.
 
     Special tokens written out in prompt, response, rubric or template are read as ordinary text, so
-    nothing can end the message or write the judge's answer. A response may still ask in plain words
-    for a good mark. One that does not fit into `max_length` with the rest is cut at its end. The
-    first such cut, and the first question whose answers together are less probable than
-    `least_mass` (template or judge do not suit), gives a warning.
+    nothing can end the message or write the judge's answer; a response may still ask in plain words
+    for a good mark. There is a warning of the first response that is cut at its end, and of the
+    first question whose answers together are less probable than `least_mass` (template or judge do
+    not suit).
 
     Source: Liu et al., "G-Eval: NLG Evaluation using GPT-4 with Better Human Alignment", EMNLP
     2023. Deviations: exact probabilities rather than frequencies of 20 samples, divided by their
@@ -251,17 +236,11 @@ class JudgeReward(_LanguageModelReward):
             text, which the answer continues.
         max_length: Most tokens of question and answer.
         least_mass: Probability of all answers together below which a warning is given.
-        name: What reports call it.
-
-    Attributes:
-        num_truncated: Responses that were cut so far.
-        num_unlikely: Responses so far whose answers were all unlikely.
 
     Raises:
         RewardError: The language model cannot be loaded; an answer has no tokens, or begins with
             another; a prompt's rubric is no text, or the prompt leaves no room for a response; or
             all answers have a probability of 0.
-        ValueError: At first use: the template has other fields, or an argument is out of its range.
 
     Example:
         >>> judge = JudgeReward(
@@ -282,10 +261,8 @@ class JudgeReward(_LanguageModelReward):
     name: str = "judge"
 
     num_unlikely = 0
-    cuts = (
-        "response(s) to fit into {} tokens with the template; the rest of them does not count",
-        "judge's context",
-    )
+    """Responses so far whose answers were all unlikely."""
+    cut = "response(s) to fit into {} tokens with the template; the rest does not count"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "answers": dict(self.answers)}
@@ -311,7 +288,13 @@ class JudgeReward(_LanguageModelReward):
                     f"one of {list(self.answers)} a probability above 0, got none. Change template "
                     "or answers, so that they are what the judge would say."
                 )
-        self._note_unlikely(int(np.sum(np.exp(mass) < self.least_mass)))
+        unlikely = int(np.sum(np.exp(mass) < self.least_mass))
+        message = (
+            f"gives, for {unlikely} response(s), all answers together a probability below "
+            f"{self.least_mass:g}: the judge would say something else. Say in the template what to "
+            "answer, or use another judge"
+        )
+        self._note("num_unlikely", unlikely, message)
         shares = np.exp(logs - mass[:, None])
         return np.asarray(shares @ np.array(list(self.answers.values()), dtype=np.float64))
 
@@ -386,10 +369,8 @@ class JudgeReward(_LanguageModelReward):
             )
         values = np.array(list(self.answers.values()), dtype=np.float64)
         if len(values) < 2 or not np.isfinite(values).all():
-            raise ValueError(
-                "answers: expected two or more, each with a finite value, got "
-                f"{dict(self.answers)}."
-            )
+            got = dict(self.answers)
+            raise ValueError(f"answers: expected two or more, each with a finite value, got {got}.")
 
     def _check_answers(self, answer_ids: Sequence[tuple[int, ...]]) -> None:
         """Refuse answers whose probabilities are not those of different events."""
@@ -406,14 +387,3 @@ class JudgeReward(_LanguageModelReward):
                     f"{one!r}, whose probability would count for both. Use answers that differ "
                     "from their first token on, such as letters."
                 )
-
-    def _note_unlikely(self, count: int) -> None:
-        if count and not self.num_unlikely:
-            warnings.warn(
-                f"Reward model {self.name!r}: for {count} response(s) the judge gives all answers "
-                f"together a probability below {self.least_mass:g}; it would say something else. "
-                "Say in the template what to answer, or use another judge. `num_unlikely` counts "
-                "further ones.",
-                stacklevel=3,
-            )
-        self.num_unlikely += count

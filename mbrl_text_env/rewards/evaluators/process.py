@@ -16,6 +16,7 @@ from mbrl_text_env.rewards.evaluators._hub import (
     HubReward,
     chat_messages,
     check_choices,
+    class_index,
     input_limit,
     padded,
 )
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 StepOutput = Literal["class", "token"]
 
-_QWEN_ARCHITECTURE = "Qwen2ForProcessRewardModel"
 # Stands for the assistant's message in a rendered chat template; a private character.
 _HERE = "\ue000"
 _NUMBERED = re.compile(r"Step \d+:")
@@ -98,21 +98,18 @@ class ProcessReward(HubReward, ProcessRewardModel):
     makes of a response. A response without text is scored as one empty step. Formats:
 
     - `"qwen"`: Qwen2.5-Math-PRM-7B, -72B and Qwen2.5-Math-7B-PRM800K. `<extra_0>` after each step
-      in the assistant's message; the probability of class 1 there. Their head, two linear layers,
-      is read from the checkpoint; the code that comes with the models is not run.
+      in the assistant's message; the probability of class 1 there. The code that comes with the
+      models is not run.
     - `"math-shepherd"`: peiyi9979/math-shepherd-mistral-7b-prm. "Step 1: ... ки" a line; the
       probability of "+" against "-" at each "ки".
     - `"trl"`: what TRL's PRMTrainer trains. A line break after each step; the probability of class
       1 of `AutoModelForTokenClassification` there.
-    - Others: a `StepFormat`; formats with a turn of the chat for each step (RLHFlow's) are none.
+    - Others: a `StepFormat`, but none with a turn of the chat for each step (RLHFlow's).
 
     Special tokens and `step_end` written out in a prompt or step get a zero-width space and are
-    read as ordinary text (line breaks stay, as in training), so what a step contains never moves
-    the places of scores.
-
-    A text longer than `max_length`, or than the model's input, is cut: first the prompt's start, to
-    half of the limit, then the ends of the longest steps, each of which keeps a score of its own.
-    The first cut gives a warning.
+    read as ordinary text (line breaks stay, as in training). A text that is too long is cut: first
+    the prompt's start, to half of the limit, then the ends of the longest steps, each of which
+    keeps a score of its own. The first cut gives a warning.
 
     Source: Zhang et al., "The Lessons of Developing Process Reward Models in Mathematical
     Reasoning", 2025, and the model card of Qwen/Qwen2.5-Math-PRM-7B; Wang et al., "Math-Shepherd:
@@ -125,16 +122,10 @@ class ProcessReward(HubReward, ProcessRewardModel):
         step_format: A name of `PROCESS_FORMATS`, or a `StepFormat`.
         separator: What stands between the steps of a response; blank steps are left out.
         aggregation: How the steps make one score: `"min"`, `"product"`, `"last"` or `"mean"`.
-        max_length: Most tokens of prompt and steps.
-
-    Attributes:
-        num_truncated: Texts that were cut so far.
 
     Raises:
         RewardError: At first use: there is no such model, it has no trained head of this kind, or
-            the format's tokens are not in its vocabulary. Later: a response has so many steps that
-            their ends alone do not fit.
-        ValueError: At first use: an argument is out of its range.
+            the format's tokens are not in its vocabulary. Later: a response has too many steps.
 
     Example:
         >>> reward = ProcessReward("Qwen/Qwen2.5-Math-PRM-7B", "qwen")
@@ -149,11 +140,7 @@ class ProcessReward(HubReward, ProcessRewardModel):
     aggregation: Aggregation | str = "min"
     max_length: int = 4096
 
-    cuts = (
-        "text(s) to {} tokens: the start of the prompt, or the ends of the longest steps, do not "
-        "count",
-        "model's input",
-    )
+    cut = "text(s) to {} tokens: the prompt's start or the longest steps' ends do not count"
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the aggregated scores of each response's steps."""
@@ -195,7 +182,7 @@ class ProcessReward(HubReward, ProcessRewardModel):
         ids, mask = padded([text.ids for text in texts], 0, loaded.model.device)
         inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": mask}
         places = list(range(ids.shape[1]))
-        if loaded.encode.format.output == "token":
+        if loaded.format.output == "token":
             # The vocabulary is wide: logits are computed only where a step ends.
             places = sorted({end for text in texts for end in text.ends})
             inputs["logits_to_keep"] = torch.tensor(places, device=ids.device)
@@ -216,57 +203,29 @@ class ProcessReward(HubReward, ProcessRewardModel):
         if not isinstance(step_format, StepFormat):
             check_choices(self, step_format=list(PROCESS_FORMATS))
             step_format = PROCESS_FORMATS[step_format]
-        if step_format.output not in get_args(StepOutput):
-            raise ValueError(
-                f"step_format.output: expected one of {list(get_args(StepOutput))}, got "
-                f"{step_format.output!r}."
-            )
-        is_class = step_format.output == "class"
-        model, tokenizer = self._read(
-            _classifier if is_class else "AutoModelForCausalLM",
-            "token-classification" if is_class else "causal language",
-        )
+        check_choices(step_format, output=get_args(StepOutput))
+        if step_format.output == "class":
+            model, tokenizer = self._read(_classifier, "token-classification")
+        else:
+            model, tokenizer = self._read("AutoModelForCausalLM", "causal language")
         limit = input_limit(model, tokenizer, self.max_length)
-        encode = StepEncoder(tokenizer, step_format, self.name, limit)
-        return _Loaded(model, tokenizer, encode, _columns(model.config, encode), limit)
-
-
-def _columns(config: Any, encode: StepEncoder) -> list[int]:
-    """The outputs whose softmax gives the score, the good one first."""
-    step_format = encode.format
-    if step_format.output == "token":
-        return [encode.token(step_format.good, "good"), encode.token(step_format.bad, "bad")]
-    label = step_format.label
-    labels = [config.id2label[i] for i in range(config.num_labels)]
-    index = labels.index(label) if label in labels else label
-    if len(labels) < 2 or not isinstance(index, int) or not 0 <= index < len(labels):
-        raise encode.error(
-            "expected two or more classes, and label to be the name or index of the good one; got "
-            f"the classes {labels} and label={label!r}. Pass step_format=StepFormat(label=...), or "
-            "choose a model that was trained as a process reward model"
-        )
-    return [index, *(i for i in range(len(labels)) if i != index)]
+        return _Loaded(model, tokenizer, step_format, self.name, limit)
 
 
 def _classifier(source: str, **options: Any) -> Any:
     """A token-classification model; Qwen's own head is built here, without Qwen's code."""
+    import transformers
     from torch import nn
-    from transformers import (
-        AutoConfig,
-        AutoModelForTokenClassification,
-        Qwen2Config,
-        Qwen2ForTokenClassification,
-    )
 
     found = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
-    config = AutoConfig.from_pretrained(source, **found)
-    if config.architectures != [_QWEN_ARCHITECTURE]:
-        return AutoModelForTokenClassification.from_pretrained(source, **options)
+    config = transformers.AutoConfig.from_pretrained(source, **found)
+    if config.architectures != ["Qwen2ForProcessRewardModel"]:
+        return transformers.AutoModelForTokenClassification.from_pretrained(source, **options)
 
-    class Qwen2ForProcessRewardModel(Qwen2ForTokenClassification):
+    class Qwen2ForProcessRewardModel(transformers.Qwen2ForTokenClassification):
         """Qwen2 with a head of two layers instead of one; the names are the checkpoint's."""
 
-        def __init__(self, config: Qwen2Config) -> None:
+        def __init__(self, config: transformers.Qwen2Config) -> None:
             super().__init__(config)
             size: Any = config.hidden_size
             head: Any = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))
@@ -279,49 +238,50 @@ def _classifier(source: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class _StepText:
-    """Prompt and steps as int[T], and the places of the steps' ends, int[S]."""
+    """Prompt and steps, int[T], and the places of the steps' ends, int[S]."""
 
     ids: list[int]
     ends: list[int]
     truncated: bool
 
 
-@dataclass(frozen=True)
 class _Loaded:
-    """A model, its encoder, and the outputs whose softmax gives the score, the good one first."""
+    """A model, with the encoding of prompts and steps for it.
 
-    model: Any
-    tokenizer: Any
-    encode: StepEncoder
-    columns: list[int]
-    max_length: int
+    `columns` are the outputs whose softmax gives the score, the good one first.
+    """
 
-
-class StepEncoder:
-    """Encodes prompts and steps for one model."""
-
-    def __init__(self, tokenizer: Any, step_format: StepFormat, name: str, max_length: int) -> None:
-        self.tokenizer = tokenizer
-        self.format = step_format
-        self.name = name
-        self.max_length = max_length
+    def __init__(
+        self, model: Any, tokenizer: Any, step_format: StepFormat, name: str, max_length: int
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.format, self.name, self.max_length = step_format, name, max_length
         tag = step_format.step_end.strip()
         # White space is part of any text, and a single character cannot be broken.
         self._is_special = control_test(tokenizer, *([tag] if len(tag) > 1 else []))
         self._check_fields()
         if step_format.chat and tokenizer.chat_template is None:
-            raise self.error(
-                "the format writes a chat, and the tokenizer has no chat template. Use a format "
-                "with chat=False"
-            )
+            raise self.error("the tokenizer has no chat template. Use a format with chat=False")
         # Without its spaces: tokenizers differ in where a space belongs.
         self._end_ids = (
             [self.token(tag, "step_end")] if step_format.whole else self._ids(step_format.step_end)
         )
         if not self._end_ids:
             raise self.error(f"step_end={step_format.step_end!r} has no tokens. Use another text")
+        self.columns = self._columns()
 
-    def __call__(self, prompt: Prompt, steps: Sequence[str]) -> _StepText:
+    def _columns(self) -> list[int]:
+        if self.format.output == "token":
+            return [self.token(self.format.good, "good"), self.token(self.format.bad, "bad")]
+        labels, index = class_index(self.model.config, self.format.label)
+        if len(labels) < 2 or index is None:
+            raise self.error(
+                "expected two or more classes, and label to be the name or index of the good one; "
+                f"got {labels} and label={self.format.label!r}. Pass another StepFormat(label=...)"
+            )
+        return [index, *(i for i in range(len(labels)) if i != index)]
+
+    def encode(self, prompt: Prompt, steps: Sequence[str]) -> _StepText:
         """Token ids of a prompt and its steps, cut to `max_length`; see `ProcessReward`."""
         written = [
             plain_text(self.format.written(i + 1, step), self._is_special)
@@ -349,8 +309,7 @@ class StepEncoder:
         if len(ids) != 1 or unknown:
             raise self.error(
                 f"expected {argument}={text!r} to be a single token of the vocabulary, got "
-                f"{self.tokenizer.convert_ids_to_tokens(ids)}. Pass the model's own with "
-                "step_format=StepFormat(...), or choose a model of this format"
+                f"{self.tokenizer.convert_ids_to_tokens(ids)}. Pass the model's own StepFormat(...)"
             )
         return ids[0]
 
@@ -429,7 +388,7 @@ class StepEncoder:
             raise self.error(
                 f"prompt {prompt.id!r}: a response of {len(parts)} steps does not fit into "
                 f"{self.max_length} tokens, not even the steps' ends. Raise max_length if the "
-                "model's input allows it, divide the response into fewer steps, or shorten it"
+                "model's input allows it, or divide the response into fewer steps"
             )
         most, left = room, room
         for i, length in enumerate(sorted(map(len, parts))):
