@@ -217,7 +217,7 @@ class Aggregation(StrEnum):
             )
         if self is Aggregation.LAST:
             return float(values[-1])
-        functions = {"min": np.min, "product": np.prod, "mean": np.mean}
+        functions: dict[str, Any] = {"min": np.min, "product": np.prod, "mean": np.mean}
         return float(functions[self.value](values))
 
 

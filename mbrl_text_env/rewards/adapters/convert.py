@@ -53,9 +53,7 @@ class FunctionReward(FunctionAdapter):
 
 
 def as_reward_model(
-    reward: RewardLike,
-    *,
-    encode: Callable[[str], Sequence[int]] | None = None,
+    reward: RewardLike, *, encode: Callable[[str], Sequence[int]] | None = None
 ) -> RewardModel:
     """Return a reward model for whatever scores responses; `ACCEPTED` lists what does.
 

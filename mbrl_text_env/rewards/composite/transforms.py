@@ -18,13 +18,7 @@ import numpy as np
 from mbrl_text_env.files import write_text
 from mbrl_text_env.identity import identity
 from mbrl_text_env.rewards.adapters.convert import as_reward_model
-from mbrl_text_env.rewards.base import (
-    RewardError,
-    RewardLike,
-    Scores,
-    score_responses,
-    score_steps,
-)
+from mbrl_text_env.rewards.base import RewardError, RewardLike, Scores, score_responses, score_steps
 from mbrl_text_env.rewards.composite.combinators import (
     Combined,
     Prompts,

@@ -72,7 +72,7 @@ class ClassifierReward(HubReward):
         rows = 1 if self._model().pad_id is None else self.batch_size
         return np.array(self._outputs(self._encode(prompts, responses), rows), dtype=np.float64)
 
-    def _forward(self, texts: Sequence[_Encoding]) -> FloatArray:
+    def _forward(self, texts: Sequence[_Encoding]) -> list[float]:
         import torch
 
         loaded: LoadedClassifier = self._model()
@@ -87,7 +87,7 @@ class ClassifierReward(HubReward):
                 logits = logits.softmax(dim=-1)
             column = logits[:, loaded.column]
             chosen = column.sigmoid() if self.output == "sigmoid" else column
-        return cast("FloatArray", chosen.cpu().numpy())
+        return cast("list[float]", chosen.tolist())
 
     def _load(self) -> LoadedClassifier:
         check_choices(self, text_format=get_args(TextFormat), output=get_args(Output))

@@ -55,11 +55,11 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What is asked about a response: tokens that are read, int[P], and int[T] that are judged."""
+    """What is asked about a response: how probable each text of `asked` is after `ids`, int[P]."""
 
     ids: tuple[int, ...]
-    judged: tuple[int, ...] = ()
-    truncated: bool = False
+    asked: Sequence[tuple[int, ...]]
+    truncated: bool
 
 
 @dataclass(eq=False, repr=False)
@@ -81,10 +81,8 @@ class _LanguageModelReward(Evaluator):
 
         An upper bound: beginnings of texts that it has cached are not computed again.
         """
-        readings = self._read_all(prompts, responses)
-        # The last token is judged, but nothing is asked of what follows it.
-        lengths = [len(reading.ids) + max(0, len(reading.judged) - 1) for reading in readings]
-        return np.array([self._usage(length) for length in lengths], dtype=np.float64)
+        readings = [self._read(*row) for row in zip(prompts, responses, strict=True)]
+        return np.array([self._usage(self._length(r)) for r in readings], dtype=np.float64)
 
     def flops_bound(self) -> float:
         """The most that one response can take: a text as long as may be."""
@@ -92,11 +90,28 @@ class _LanguageModelReward(Evaluator):
 
     def _usage(self, tokens: int) -> float:
         loaded: _Loaded = self._model()
+        # The last token of an answer is judged, but nothing is asked of what follows it.
         new_tokens = [len(ids) - 1 for ids in loaded.answer_ids]
         return float(loaded.language_model.usage_bound(tokens, new_tokens).lm_flops)
 
-    def _read_all(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[_Reading]:
-        return [self._read(*row) for row in zip(prompts, responses, strict=True)]
+    def _length(self, reading: _Reading) -> int:
+        """Tokens that are read before those of `answer_ids`."""
+        return len(reading.ids)
+
+    def _asked(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], limit: int
+    ) -> list[list[Sequence[float]]]:
+        """Log-probabilities of the tokens of each text that is asked about each response."""
+        readings = [self._read(*row) for row in zip(prompts, responses, strict=True)]
+        self._note_truncated(sum(reading.truncated for reading in readings), limit)
+        rows = zip(prompts, readings, strict=True)
+        found = iter(
+            self._model().language_model.logprobs(
+                [TextState(prompt, reading.ids) for prompt, reading in rows for _ in reading.asked],
+                [Chunk(ids) for reading in readings for ids in reading.asked],
+            )
+        )
+        return [[next(found) for _ in reading.asked] for reading in readings]
 
     @abstractmethod
     def _read(self, prompt: Prompt, response: str) -> _Reading:
@@ -154,32 +169,20 @@ class FluencyReward(_LanguageModelReward):
         """Return float64[B], the mean log-probability (nats) of each response's tokens."""
         if not responses:
             return np.zeros(0)
-        readings = self._read_all(prompts, responses)
-        self._note_truncated(sum(reading.truncated for reading in readings), self.max_length)
-        language_model: LanguageModel = self._model().language_model
-        # A response without tokens is judged by each of the tokens that could end it.
-        stops = [(stop,) for stop in sorted(language_model.stop_token_ids)]
-        asked = [[reading.judged] if reading.judged else stops for reading in readings]
-        states = [TextState(*row) for row in zip(prompts, (r.ids for r in readings), strict=True)]
-        found = iter(
-            language_model.logprobs(
-                [state for state, row in zip(states, asked, strict=True) for _ in row],
-                [Chunk(ids) for row in asked for ids in row],
-            )
-        )
-        scores = np.zeros(len(readings))
-        for i, reading in enumerate(readings):
-            if reading.judged:
-                scores[i] = math.fsum(logprobs := next(found)) / len(logprobs)
-            else:
-                scores[i] = np.logaddexp.reduce([next(found)[0] for _ in stops])
-        return scores
+        found = self._asked(prompts, responses, self.max_length)
+        means = [[math.fsum(logs) / len(logs) for logs in row] for row in found]
+        return np.array([np.logaddexp.reduce(row) for row in means], dtype=np.float64)
 
     def _read(self, prompt: Prompt, response: str) -> _Reading:
         prefix, loaded = self._prefix(prompt), self._model()
         ids = loaded.encoder.ids(response)
         kept = ids[: min(loaded.limit - len(prefix), self.max_length)]
-        return _Reading(prefix, kept, truncated=len(kept) < len(ids))
+        # A response without tokens is judged by each of the tokens that could end it.
+        stops = [(stop,) for stop in sorted(loaded.language_model.stop_token_ids)]
+        return _Reading(prefix, [kept] if kept else stops, len(kept) < len(ids))
+
+    def _length(self, reading: _Reading) -> int:
+        return len(reading.ids) + len(reading.asked[0]) - 1
 
     def _room(self, prompt: Prompt) -> int:
         return int(self._model().limit) - len(self._prefix(prompt))
@@ -271,15 +274,8 @@ class JudgeReward(_LanguageModelReward):
         """Return float64[B], from the least of the answers' values to the greatest."""
         if not responses:
             return np.zeros(0)
-        loaded: _Loaded = self._model()
-        questions = self._read_all(prompts, responses)
-        self._note_truncated(sum(question.truncated for question in questions), loaded.limit)
-        asked = zip(prompts, questions, strict=True)
-        found = loaded.language_model.logprobs(
-            [TextState(prompt, question.ids) for prompt, question in asked for _ in self.answers],
-            [Chunk(ids) for _ in questions for ids in loaded.answer_ids],
-        )
-        logs = np.array([math.fsum(values) for values in found]).reshape(len(responses), -1)
+        found = self._asked(prompts, responses, self._model().limit)
+        logs = np.array([[math.fsum(values) for values in row] for row in found])
         mass = np.logaddexp.reduce(logs, axis=1)
         for prompt, value in zip(prompts, mass, strict=True):
             if not value > -np.inf:
@@ -299,17 +295,17 @@ class JudgeReward(_LanguageModelReward):
         return np.asarray(shares @ np.array(list(self.answers.values()), dtype=np.float64))
 
     def _read(self, prompt: Prompt, response: str) -> _Reading:
+        loaded: _Loaded = self._model()
         ids = self._ids(prompt, response)
         if ids is not None:
-            return _Reading(ids)
-        loaded: _Loaded = self._model()
+            return _Reading(ids, loaded.answer_ids, truncated=False)
         kept, tokens = self._room(prompt), loaded.encoder.ids(response)
         while kept > 0 and ids is None:
             # A character of several tokens may have been cut in two.
             ids = self._ids(prompt, loaded.language_model.decode(tokens[:kept]).rstrip("\ufffd"))
             # Encoded again and among other text, the tokens may be a few more.
             kept -= 1 + kept // 64
-        return _Reading(ids or self._ids(prompt, "") or (), truncated=True)
+        return _Reading(ids or self._ids(prompt, "") or (), loaded.answer_ids, truncated=True)
 
     def _room(self, prompt: Prompt) -> int:
         limit, empty = int(self._model().limit), self._ids(prompt, "")

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 StepOutput = Literal["class", "token"]
+_Parts: TypeAlias = tuple[list[int], list[list[int]]]
+"""Ids of what comes before the steps, and of each step."""
 
 # Stands for the assistant's message in a rendered chat template; a private character.
 _HERE = "\ue000"
@@ -342,10 +344,8 @@ class _Loaded:
             raise self.error("the chat template leaves out the assistant's message. Use another")
         return head
 
-    def _as_one(
-        self, prompt: Prompt, before: str, steps: Sequence[str]
-    ) -> tuple[list[int], list[list[int]]]:
-        """Ids of what comes before the steps and of each step, found by their places in it."""
+    def _as_one(self, prompt: Prompt, before: str, steps: Sequence[str]) -> _Parts:
+        """Parts of one encoded text, found by their places in it."""
         text, ends = before, []
         for i, step in enumerate(steps):
             text += (self.format.between if i else "") + step + self.format.step_end
@@ -369,10 +369,8 @@ class _Loaded:
             )
         return ids[:first], [ids[a:b] for a, b in itertools.pairwise(bounds)]
 
-    def _one_by_one(
-        self, prompt: Prompt, before: str, steps: Sequence[str]
-    ) -> tuple[list[int], list[list[int]]]:
-        """Ids of what comes before the steps and of each step, each encoded for itself."""
+    def _one_by_one(self, prompt: Prompt, before: str, steps: Sequence[str]) -> _Parts:
+        """Parts that are each encoded for itself."""
         opening = self.tokenizer.bos_token_id
         first = [] if self.format.chat or opening is None else [opening]
         between = self._ids(self.format.between)

@@ -46,7 +46,6 @@ class RelevanceReward(Evaluator):
             text. The score of a zero vector is refused by `score_responses`.
 
     Example:
-        >>> from mbrl_text_env.types import Prompt
         >>> prompt = Prompt.from_text("Why is the sky blue?")
         >>> RelevanceReward().score([prompt], ["Air scatters blue light."])  # doctest: +SKIP
         array([0.6...])
