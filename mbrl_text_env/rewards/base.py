@@ -255,11 +255,11 @@ def score_responses(
     name = reward.name
     with timed(ledgers):
         raw = _guarded(reward.score_parts, name, prompts[0], prompts, responses)
-        raw_parts = raw.parts if isinstance(raw, Scores) else {}
-        total = _checked(raw.total if isinstance(raw, Scores) else raw, name, prompts, responses)
+        raw = raw if isinstance(raw, Scores) else Scores(raw)
+        total = _checked(raw.total, name, prompts, responses)
         parts = {
             part: _checked(values, f"{name}/{part}", prompts, responses)
-            for part, values in raw_parts.items()
+            for part, values in raw.parts.items()
         }
     _charge(reward, prompts, responses, ledgers)
     return Scores(total, parts or {name: total})
@@ -326,8 +326,8 @@ def _guarded(function: Callable[..., Any], name: str, first: Prompt, *args: Any)
     except (RewardError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        # `sys.exit` in a reward must not end a run as if all were well.
-        # The whole batch was passed at once, so the first response stands for it in the message.
+        # `sys.exit` in a reward must not end a run as if all were well. The whole batch was passed
+        # at once, so the first response stands for it in the message.
         responses = args[-1]
         raise RewardError(
             f"Reward model {name!r}, prompt {first.id!r} and {len(responses) - 1} more in its "

@@ -60,8 +60,7 @@ def as_reward_model(
     It is recognised by its class or the names of its parameters (a function of exactly `prompt` and
     `completion` is one of two texts). A `RewardModel` is returned as it is; what `to_trl`,
     `to_verl` and `to_openrlhf` made of one becomes that one again; of an object with a method
-    `score`, everything else that it has of a `RewardModel` counts too. See `rewards.make` for
-    names, and the adapters' classes for what functions of other packages get.
+    `score`, everything else that it has of a `RewardModel` counts too.
 
     Args:
         reward: One of these.

@@ -38,19 +38,15 @@ class CachedReward(Wrapper):
     """A reward whose scores are kept in a file and looked up there the next time.
 
     The key of a score is the reward model (see `identity`), the prompt's content and metadata, and
-    the response. Several processes may share a file, and one that is killed leaves it whole. A
-    score that is looked up is charged too, so that what agents may spend does not depend on what
-    was run before.
+    the response; `num_found` and `num_computed` count them. Several processes may share a file, and
+    one that is killed leaves it whole. A score that is looked up is charged too, so that what
+    agents may spend does not depend on what was run before.
 
     Args:
         reward: The reward; deterministic, as all are, and not `RunningNormalise`.
         path: A SQLite file; made if it is not there.
         key: Names the reward model in the file instead of `identity(reward)`; needed for functions
             and for rewards that hold objects. Change it when the reward changes.
-
-    Attributes:
-        num_found: Scores looked up so far.
-        num_computed: Scores computed so far.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -63,8 +59,7 @@ class CachedReward(Wrapper):
         super().__init__(reward)
         self.path = Path(path)
         self.key = identity(self.reward) if key is None else key
-        self.num_found = 0
-        self.num_computed = 0
+        self.num_found = self.num_computed = 0
 
     def identity(self) -> Any:
         """That of the reward: scores that are looked up are the same."""

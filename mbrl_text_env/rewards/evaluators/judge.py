@@ -146,8 +146,7 @@ class FluencyReward(_LanguageModelReward):
 
     Raises:
         RewardError: The language model cannot be loaded, has no stop tokens, or a prompt leaves no
-            room in its context. A log-probability of minus infinity is refused by
-            `score_responses`.
+            room in its context. `score_responses` refuses minus infinity.
 
     Example:
         >>> prompt = Prompt.from_text("Why is the sky blue?")
@@ -216,34 +215,30 @@ class JudgeReward(_LanguageModelReward):
     Nothing is sampled or parsed: the score is the mean of the answers' values, weighted by the
     probabilities (`logprobs`) that each comes next after the template's question.
 
-    Special tokens written out in prompt, response, rubric or template are read as ordinary text, so
-    nothing can end the message or write the judge's answer; a response may still ask in plain words
-    for a good mark. There is a warning of the first response that is cut at its end, and of the
-    first question whose answers together are less probable than `least_mass` (template or judge do
-    not suit).
+    Special tokens written out in prompt, response, rubric or template are read as ordinary text; a
+    response may still ask in plain words for a good mark. There is a warning of the first response
+    that is cut at its end, and of the first question whose answers together are less probable than
+    `least_mass` (template or judge do not suit).
 
     Source: Liu et al., "G-Eval: NLG Evaluation using GPT-4 with Better Human Alignment", EMNLP
     2023. Deviations: exact probabilities rather than frequencies of 20 samples, divided by their
     sum over the answers; no chain of thought before the answer.
 
     Args:
-        language_model: One with `logprobs` (`TransformersLM`, `ServerLM`), its name on the Hub or
-            folder; None for the embedded SmolLM2, which is too small to judge well.
+        language_model: See `FluencyReward`; the embedded SmolLM2 is too small to judge well.
         rubric: What deserves which answer. A string under `"rubric"` in a prompt's metadata takes
             its place for that prompt.
         template: The question, with the fields `{rubric}`, `{prompt}` and `{response}`
             (`str.format`); `{response}` is required.
-        answers: The value of each answer, two or more. Each is encoded as a text of its own, and
-            none may begin with the tokens of another.
+        answers: The value of each answer, two or more; none may begin with the tokens of another.
         chat: Whether the question is a user message of the judge's chat template; otherwise plain
             text, which the answer continues.
         max_length: Most tokens of question and answer.
         least_mass: Probability of all answers together below which a warning is given.
 
     Raises:
-        RewardError: The language model cannot be loaded; an answer has no tokens, or begins with
-            another; a prompt's rubric is no text, or the prompt leaves no room for a response; or
-            all answers have a probability of 0.
+        RewardError: The language model cannot be loaded, the answers do not differ, a prompt's
+            rubric is no text, it leaves no room for a response, or no answer is possible.
 
     Example:
         >>> judge = JudgeReward(
