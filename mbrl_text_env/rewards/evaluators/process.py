@@ -279,7 +279,7 @@ class _Loaded:
         if len(labels) < 2 or index is None:
             raise self.error(
                 "expected two or more classes, and label to be the name or index of the good one; "
-                f"got {labels} and label={self.format.label!r}. Pass another StepFormat(label=...)"
+                f"got the classes {labels} and label={self.format.label!r}. Pass another label="
             )
         return [index, *(i for i in range(len(labels)) if i != index)]
 
