@@ -8,7 +8,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
-from mbrl_text_env.language_models.content import control_test, plain_text
+from mbrl_text_env.language_models.hf_tokenizer import control_test, plain_text
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     HubReward,

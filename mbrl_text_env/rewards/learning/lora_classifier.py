@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mbrl_text_env.language_models.content import control_test
+from mbrl_text_env.language_models.hf_tokenizer import control_test
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import check_complete, input_limit
 from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward, LoadedClassifier
