@@ -18,14 +18,6 @@ from gymnasium import spaces
 
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import Tokenizer
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import ChunkRules, InvalidChunkError, append, initial, response_limit
-from mbrl_text_env.observations import (
-    EmbeddingObservation,
-    Observation,
-    TextObservation,
-    TokenObservation,
-)
 from mbrl_text_env.rewards.base import (
     ProcessRewardModel,
     RewardError,
@@ -41,7 +33,22 @@ from mbrl_text_env.spaces import (
     padded_chunk_space,
     unpadded,
 )
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.task import (
+    EmbeddingObservation,
+    Observation,
+    TextObservation,
+    TokenObservation,
+)
+from mbrl_text_env.types import (
+    ChunkRules,
+    InvalidChunkError,
+    Ledger,
+    Prompt,
+    TextState,
+    append,
+    initial,
+    response_limit,
+)
 
 RewardMode = Literal["terminal", "delta", "process"]
 ObservationMode = Literal["text", "tokens", "embedding"]

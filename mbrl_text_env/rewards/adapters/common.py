@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mbrl_text_env.files import plain_values
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
@@ -21,7 +22,6 @@ from mbrl_text_env.rewards.base import (
     place_of,
     score_responses,
 )
-from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Message, Prompt
 
 REFERENCE_KEYS = ("ground_truth", "reference_answer", "answer")

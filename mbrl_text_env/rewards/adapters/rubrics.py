@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mbrl_text_env.files import plain_values
 from mbrl_text_env.rewards.adapters.common import (
     AdaptedReward,
     FunctionAdapter,
@@ -30,7 +31,6 @@ from mbrl_text_env.rewards.adapters.common import (
     trl_prompt,
 )
 from mbrl_text_env.rewards.base import RewardError, RewardLike, Scores
-from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
 _OFFERED = {"prompt", "completion", "info", "state", "task"}

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from mbrl_text_env.files import write_text
-from mbrl_text_env.identity import identity
 from mbrl_text_env.rewards.adapters.convert import as_reward_model
 from mbrl_text_env.rewards.base import RewardError, RewardLike, Scores, score_responses, score_steps
 from mbrl_text_env.rewards.composite.combinators import (
@@ -27,6 +26,7 @@ from mbrl_text_env.rewards.composite.combinators import (
     Wrapper,
     check_finite,
 )
+from mbrl_text_env.runs import identity
 from mbrl_text_env.types import FloatArray, Prompt
 
 T = TypeVar("T")
