@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError, UnknownTokenError
-from mbrl_text_env.language_models.content import plain_text
+from mbrl_text_env.language_models.hf_tokenizer import plain_text
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.types import FloatArray, Message, Prompt
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
-from mbrl_text_env.language_models.content import control_test, plain_text
+from mbrl_text_env.language_models.hf_tokenizer import control_test, plain_text
 from mbrl_text_env.rewards.base import Aggregation, ProcessRewardModel, RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     HubReward,
