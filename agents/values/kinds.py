@@ -16,7 +16,7 @@ from mbrl_text_env.agents.values.rollout import RolloutValue
 from mbrl_text_env.encoders import Encoder, multiplies_bfloat16
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import RewardLike, reduced
+from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.values import ValueModel, ValueModelError, check_value_fits
 
 READY = ("prefix", "prefix-exact", "rollout")
@@ -56,7 +56,7 @@ def make_value(
     limit: dict[str, Any] = {"max_response_tokens": max_response_tokens}
 
     def prefix() -> ValueModel:
-        faster = reduced(reward, "bfloat16") if multiplies_bfloat16() else reward
+        faster = reward.reduced("bfloat16") if multiplies_bfloat16() else reward
         return PrefixRewardValue(faster, lm)
 
     kinds: Mapping[str, Callable[[], ValueModel]] = {

@@ -32,8 +32,7 @@ __getattr__, __dir__, __all__ = attach(
         "verifiable.constraints": ["ConstraintsReward", "check_constraint", "prefix_verdict"],
         "learning.features": ["EmbeddingFeatures", "HiddenFeatures"],
         "learning.fitting": ["fit_reward"],
-        "evaluators.fluency": ["FluencyReward"],
-        "evaluators.judge": ["YES_NO", "JudgeReward"],
+        "evaluators.judge": ["YES_NO", "FluencyReward", "JudgeReward"],
         "learning.learned": ["LearnedReward", "RewardFitError", "RewardFitReport"],
         "verifiable.mathematics": ["MathReward"],
         "verifiable.patterns": ["RegexReward"],
@@ -50,7 +49,6 @@ __getattr__, __dir__, __all__ = attach(
         "learning.reward_trainer": ["LoraSettings", "fit_lora"],
         "verifiable.schema": ["JSONSchemaReward"],
         "evaluators.sentiment": ["SentimentReward"],
-        "composite.time_limit": ["TimeLimit"],
         "composite.transforms": [
             "Clip",
             "LengthPenalty",
@@ -58,6 +56,7 @@ __getattr__, __dir__, __all__ = attach(
             "RepetitionPenalty",
             "RunningNormalise",
             "Threshold",
+            "TimeLimit",
         ],
     },
 )
