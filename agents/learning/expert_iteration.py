@@ -8,12 +8,11 @@ the folder.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,7 @@ import numpy as np
 
 from mbrl_text_env.agents.base import Agent
 from mbrl_text_env.agents.driver import run
-from mbrl_text_env.agents.learning.answers import Hint, collect_answers
-from mbrl_text_env.agents.learning.filters import select
-from mbrl_text_env.agents.learning.fine_tuning import Improver, LoraImprover
-from mbrl_text_env.agents.learning.loop_values import LoopValues, ValueBefore, ValueFactory
-from mbrl_text_env.agents.learning.notes import from_json, to_json, write_json
+from mbrl_text_env.agents.learning.answers import Hint, collect_answers, select
 from mbrl_text_env.agents.learning.presets import LoopSettings, answer_hint, planned
 from mbrl_text_env.agents.learning.reports import (
     Collected,
@@ -40,17 +35,24 @@ from mbrl_text_env.agents.learning.reports import (
     divergence,
     doubts_about,
     fallen,
+    from_json,
+    to_json,
     without_signal,
+    write_json,
 )
 from mbrl_text_env.agents.learning.stages import (
     STAGES,
+    Improver,
     LoopError,
+    LoopValues,
+    LoraImprover,
     NoSignalError,
     Stage,
-    check_prompts,
+    ValueBefore,
+    ValueFactory,
     told_where,
 )
-from mbrl_text_env.agents.learning.training import prompts_digest
+from mbrl_text_env.agents.learning.training import check_prompts, prompts_digest
 from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import FittedValue
@@ -126,9 +128,9 @@ class ExpertIteration:
     train: Sequence[Prompt]
     validation: Sequence[Prompt]
     folder: str | Path
-    settings: LoopSettings = dataclasses.field(default_factory=planned)
+    settings: LoopSettings = field(default_factory=planned)
     _: KW_ONLY
-    improver: Improver = dataclasses.field(default_factory=LoraImprover)
+    improver: Improver = field(default_factory=LoraImprover)
     gold_model: RewardLike | None = None
     agent_factory: AgentFactory | None = None
     value_factory: ValueFactory | None = None
@@ -142,7 +144,11 @@ class ExpertIteration:
         self.settings = self.settings or planned()
         self.improver = self.improver or LoraImprover()
         self.reward_model = self._reward = as_reward_model(self.reward_model)
-        check_prompts(self.train, self.validation, self._reward)
+        for name, prompts in (("train", self.train), ("validation", self.validation)):
+            check_prompts(prompts, self._reward, noun=name, error=LoopError)
+        # A policy is not measured on what it was tuned on.
+        both = [*self.train, *self.validation]
+        check_prompts(both, self._reward, noun="train and validation", error=LoopError)
         self._gold = None if self.gold_model is None else as_reward_model(self.gold_model)
         self._values = LoopValues(
             self.settings, self._reward, self.encoder, self.value_factory, self.value_model
@@ -171,12 +177,10 @@ class ExpertIteration:
                     "validation prompts, or add prompts.",
                     stacklevel=2,
                 )
-            reports = [self._first()]
+            reports: list[IterationReport] = []
             stopped = None
-            for iteration in range(1, self.settings.iterations + 1):
-                report, stopped = self._iterate(iteration, reports)
-                if report is not None:
-                    reports.append(report)
+            for iteration in range(self.settings.iterations + 1):
+                stopped = self._iterate(iteration, reports)
                 if stopped is not None:
                     break
         best = max(reports, key=lambda report: report.validation.mean)
@@ -220,37 +224,31 @@ class ExpertIteration:
 
     # The stages.
 
-    def _first(self) -> IterationReport:
-        self._do(0, "validation", self._validate)
-        if self._values.is_wanted:
-            self._do(0, "value", self._fit_value)
-        return self._report(0, [])
-
-    def _iterate(
-        self, iteration: int, reports: Sequence[IterationReport]
-    ) -> tuple[IterationReport | None, str | None]:
-        """Its report, and why the loop stops with it; no report where nothing was learned."""
-        self._do(iteration, "collected", self._collect)
-        lacking = without_signal(
-            self.records(iteration, "collected"),
-            self.records(iteration - 1, "validation"),
-            is_plain=self._stage(iteration, "collected").read()["is_plain"],
-        )
-        if lacking is not None:
-            told = f"Iteration {iteration}: {lacking}"
-            if iteration == 1:
-                raise NoSignalError(told)
-            warnings.warn(told, stacklevel=3)
-            return None, told
-        self._do(iteration, "selected", self._select)
-        self._do(iteration, "policy", self._improve)
+    def _iterate(self, iteration: int, reports: list[IterationReport]) -> str | None:
+        """Make an iteration and its report, if anything is learned; why the loop stops with it."""
+        if iteration:
+            self._do(iteration, "collected", self._collect)
+            lacking = without_signal(
+                self.records(iteration, "collected"),
+                self.records(iteration - 1, "validation"),
+                is_plain=self._stage(iteration, "collected").read()["is_plain"],
+            )
+            if lacking is not None:
+                told = f"Iteration {iteration}: {lacking}"
+                if iteration == 1:
+                    raise NoSignalError(told)
+                warnings.warn(told, stacklevel=3)
+                return told
+            self._do(iteration, "selected", self._select)
+            self._do(iteration, "policy", self._improve)
         self._do(iteration, "validation", self._validate)
         found = self._stage(iteration, "validation").read()["report"]["mean"]
         means = [*(report.validation.mean for report in reports), found]
         stopped = fallen(means, self.settings.patience)
         if self._values.is_wanted and stopped is None:
             self._do(iteration, "value", self._fit_value)
-        return self._report(iteration, reports), stopped
+        reports.append(self._report(iteration, reports))
+        return stopped
 
     def _collect(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
         before, settings = stage.iteration - 1, self.settings
@@ -408,25 +406,17 @@ class ExpertIteration:
         """Put an iteration's notes together, and write its scores and its ledger."""
         stages = [self._stage(iteration, name) for name in STAGES]
         notes = {stage.name: stage.read() for stage in stages if stage.is_done}
-        parts = {
-            "validation": Validation,
-            "collected": Collected,
-            "selected": Selected,
-            "value": ValueReport,
+        parts = {name: notes[name]["report"] if name in notes else None for name in STAGES}
+        values = {
+            "iteration": iteration,
+            "policy": notes["validation"]["policy"],
+            "improvement": parts.pop("policy"),
+            "usage": {name: note["usage"] for name, note in notes.items()},
         }
-        found: dict[str, Any] = {
-            name: from_json(kind, notes[name]["report"]) if name in notes else None
-            for name, kind in parts.items()
-        }
-        last = found["validation"]
-        report = IterationReport(
-            iteration=iteration,
-            policy=notes["validation"]["policy"],
-            improvement=notes["policy"]["report"] if "policy" in notes else None,
-            usage={name: note["usage"] for name, note in notes.items()},
-            warnings=tuple(doubts_about(before[0].validation if before else last, last)),
-            **found,
-        )
+        report: IterationReport = from_json(IterationReport, {**values, **parts})
+        first = before[0] if before else report
+        doubts = doubts_about(first.validation, report.validation)
+        report = replace(report, warnings=tuple(doubts))
         for doubt in report.warnings:
             warnings.warn(f"Iteration {iteration}: {doubt}", stacklevel=4)
         write_json(stages[0].root / "scores.json", report.to_dict())
@@ -435,22 +425,15 @@ class ExpertIteration:
 
     def _described(self) -> dict[str, Any]:
         """Whatever the results depend on."""
-        settings = dataclasses.asdict(self.settings)
+        settings = asdict(self.settings)
         for name in _ADJUSTABLE:
             settings.pop(name)
-        names = (
-            "language_model",
-            "value_model",
-            "encoder",
-            "agent_factory",
-            "value_factory",
-            "hint",
-        )
+        names = ("language_model", "value_model", "encoder", "agent_factory", "value_factory")
         return {
             "settings": identity(settings),
             "reward": identity(self._reward),
             "gold": identity(self._gold),
             "improver": dict(self.improver.described()),
-            **{name: identity(getattr(self, name)) for name in names},
+            **{name: identity(getattr(self, name)) for name in (*names, "hint")},
             **{name: prompts_digest(getattr(self, name)) for name in ("train", "validation")},
         }

@@ -1,13 +1,19 @@
-"""How a policy is trained on its own answers: the settings of the loop, and four known choices."""
+"""How a policy is trained on its own answers: the settings of the loop, and four known choices.
+
+`star`, `rest_em`, `rejection_sampling` and `planned` give a paper's numbers; whatever else they are
+called with takes the place of a field of `LoopSettings`.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from mbrl_text_env.agents.base import DEFAULT_PARAMS
-from mbrl_text_env.agents.learning.filters import CORRECT, FilterSettings
+from mbrl_text_env.agents.learning.answers import CORRECT, FilterSettings
+from mbrl_text_env.agents.learning.training import expect
 from mbrl_text_env.language_models.base import SamplingParams
 from mbrl_text_env.ledger import Budget
 from mbrl_text_env.types import Message, Prompt
@@ -83,25 +89,16 @@ class LoopSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check = partial(expect, self, error=LoopSettingsError)
         counts = ("iterations", "answers_per_prompt", "max_response_tokens", "value_samples")
         for name in (*counts, "validation_samples", "batch_prompts", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise LoopSettingsError(f"{name}: expected at least 1, got {value!r}.")
-        if self.divergence_samples < 0:
-            raise LoopSettingsError(
-                f"divergence_samples: expected 0 or more, got {self.divergence_samples!r}."
-            )
-        if not (self.error_factor >= 1 and math.isfinite(self.error_factor)):
-            raise LoopSettingsError(
-                f"error_factor: expected a number from 1 up, got {self.error_factor!r}."
-            )
-        choices: dict[str, Any] = {"start_from": StartFrom, "stale_value": StaleValue}
-        for name, words in choices.items():
-            if getattr(self, name) not in get_args(words):
-                raise LoopSettingsError(
-                    f"{name}: expected one of {get_args(words)}, got {getattr(self, name)!r}."
-                )
+            check(name, value is None or value >= 1, "at least 1")
+        check("divergence_samples", self.divergence_samples >= 0, "0 or more")
+        check("error_factor", 1 <= self.error_factor < math.inf, "a number from 1 up")
+        starts, ways = get_args(StartFrom), get_args(StaleValue)
+        check("start_from", self.start_from in starts, f"one of {starts}")
+        check("stale_value", self.stale_value in ways, f"one of {ways}")
 
 
 def _preset(base: dict[str, Any], changes: dict[str, Any]) -> LoopSettings:
@@ -125,9 +122,6 @@ def star(**changes: Any) -> LoopSettings:
     equally many epochs in each iteration, where the paper's 40 steps grow by a fifth; a LoRA
     adapter instead of all weights; temperature 0.7; equal answers to a prompt are tuned on once.
 
-    Args:
-        **changes: Fields of `LoopSettings` to be different.
-
     Example:
         >>> star().hints, star().start_from, star(iterations=16).iterations
         (True, 'base', 16)
@@ -147,13 +141,6 @@ def rest_em(**changes: Any) -> LoopSettings:
     Deviations: of more than ten the first ten, or the ten best where rewards are not 0 or 1 (give
     `filter` a threshold of its own then); a LoRA adapter instead of all weights; equal answers to a
     prompt count once.
-
-    Args:
-        **changes: Fields of `LoopSettings` to be different.
-
-    Example:
-        >>> rest_em().answers_per_prompt, rest_em().filter.best_of_prompt
-        (32, 10)
     """
     base = {
         "name": "rest-em",
@@ -179,14 +166,6 @@ def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) 
     Args:
         keep: All correct answers to a prompt, or one of them (the first, where rewards are 0 or
             1).
-        **changes: Fields of `LoopSettings` to be different.
-
-    Raises:
-        LoopSettingsError: `keep` is something else.
-
-    Example:
-        >>> rejection_sampling(keep="best").filter
-        FilterSettings(distinct=True, threshold=1.0, top_fraction=None, best_of_prompt=1)
     """
     if keep not in ("best", "all"):
         raise LoopSettingsError(f"keep: expected 'best' or 'all', got {keep!r}.")
@@ -212,11 +191,6 @@ def planned(
         agent: Spec of the planner.
         top_fraction: Share of all answers that is tuned on. For a threshold instead, give
             `filter=FilterSettings(threshold=...)`.
-        **changes: Fields of `LoopSettings` to be different.
-
-    Example:
-        >>> planned("beam:width=4").agent
-        'beam:width=4'
     """
     kept = FilterSettings(top_fraction=top_fraction)
     return _preset({"name": "planned", "agent": agent, "filter": kept}, changes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,24 @@ from mbrl_text_env.agents.learning.training import (
     stop_asked,
     stopped,
 )
-from mbrl_text_env.agents.model_free.candidate_policy import CandidatePolicy, check_policy_target
-from mbrl_text_env.agents.model_free.choice_settings import (
+from mbrl_text_env.agents.model_free.candidate_agent import evaluate
+from mbrl_text_env.agents.model_free.candidate_policy import (
+    CandidatePolicy,
     ChoiceReport,
     ChoiceSettings,
     DQNSettings,
     Measured,
     PPOSettings,
+    check_policy_target,
 )
-from mbrl_text_env.agents.model_free.episodes import evaluate
-from mbrl_text_env.agents.model_free.sb3_checkpoint import (
+from mbrl_text_env.agents.model_free.sb3_parts import (
+    CandidateActorCritic,
+    CandidateDQNPolicy,
     ResumableEnv,
+    VectorEnvAdapter,
     read_checkpoint,
     write_checkpoint,
 )
-from mbrl_text_env.agents.model_free.sb3_networks import (
-    CandidateActorCritic,
-    CandidateDQNPolicy,
-    scorer_of,
-)
-from mbrl_text_env.agents.model_free.vec_env import VectorEnvAdapter
 from mbrl_text_env.candidates import CandidateChunksVector
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.identity import identity
@@ -56,12 +54,15 @@ from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import RewardModel, reward_name
+from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.training import own_randomness
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.vector import TextGenerationVectorEnv
 
 _PPO_DEFAULTS, _DQN_DEFAULTS = PPOSettings(), DQNSettings()
+_VALIDATION_STREAM = 1
+# Forward and backward pass of a small network, in forward passes.
+_PASSES = 3
 
 
 def train_ppo(
@@ -111,22 +112,8 @@ def train_ppo(
         >>> policy = load_policy("ppo")  # doctest: +SKIP
         >>> agent = CandidateAgent(embedded(), make("sentiment"), policy)  # doctest: +SKIP
     """
-
-    def make(env: VectorEnvAdapter) -> BaseAlgorithm:
-        return PPO(
-            CandidateActorCritic,
-            env,
-            n_steps=settings.rollout_steps // settings.num_envs,
-            n_epochs=settings.epochs,
-            gae_lambda=settings.gae_lambda,
-            clip_range=settings.clip_range,
-            ent_coef=settings.entropy,
-            **_common(env, settings, settings.batch_size),
-        )
-
-    models = language_model, as_reward_model(reward_model), as_prompts(prompts)
-    training = Training("ppo", *models, Path(folder), settings, as_prompts(validation), encoder)
-    return training.run(make, callbacks, progress_bar)
+    given = (reward_model, prompts, folder, settings, validation, encoder)
+    return Training("ppo", language_model, *given).run(callbacks, progress_bar)
 
 
 def train_dqn(
@@ -149,42 +136,8 @@ def train_dqn(
     Reinforcement Learning", 2016, without the subtraction of the mean; with several environments
     all of them explore in the same steps; a response that meets its token limit counts as ended.
     """
-
-    def make(env: VectorEnvAdapter) -> BaseAlgorithm:
-        return DQN(
-            CandidateDQNPolicy,
-            env,
-            buffer_size=min(settings.buffer_size, settings.total_steps + settings.num_envs),
-            learning_starts=settings.learning_starts,
-            train_freq=1,
-            gradient_steps=settings.updates,
-            # `Training` updates the target network.
-            target_update_interval=sys.maxsize,
-            exploration_fraction=settings.exploration_fraction,
-            exploration_final_eps=settings.exploration_final,
-            **_common(env, settings, settings.batch_size),
-        )
-
-    models = language_model, as_reward_model(reward_model), as_prompts(prompts)
-    training = Training("dqn", *models, Path(folder), settings, as_prompts(validation), encoder)
-    return training.run(make, callbacks, progress_bar)
-
-
-def _common(env: VectorEnvAdapter, settings: ChoiceSettings, batch_size: int) -> dict[str, Any]:
-    layout = env.get_attr("proposer", [0])[0].layout
-    return {
-        "learning_rate": settings.learning_rate,
-        "batch_size": batch_size,
-        "gamma": settings.discount,
-        "policy_kwargs": {"layout": layout, "hidden": settings.hidden},
-        "seed": settings.seed,
-        "device": "cpu",
-    }
-
-
-_VALIDATION_STREAM = 1
-# Forward and backward pass of a small network, in forward passes.
-_PASSES = 3
+    given = (reward_model, prompts, folder, settings, validation, encoder)
+    return Training("dqn", language_model, *given).run(callbacks, progress_bar)
 
 
 @dataclass(eq=False)
@@ -193,9 +146,9 @@ class Training(BaseCallback):
 
     algorithm: str
     language_model: LanguageModel
-    reward_model: RewardModel
+    reward_model: Any
     prompts: Sequence[Prompt]
-    folder: Path
+    folder: Any
     settings: ChoiceSettings
     validation: Sequence[Prompt]
     encoder: Encoder | None
@@ -206,31 +159,29 @@ class Training(BaseCallback):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.is_stopped = False
+        self.reward_model, self.folder = as_reward_model(self.reward_model), Path(self.folder)
+        self.prompts, self.validation = as_prompts(self.prompts), as_prompts(self.validation)
         self.checkpoints = checkpoints_of(self.folder)
+        self.is_stopped = False
         # How often a checkpoint was due; unknown before the first rollout of this call.
         self._saves: int | None = None
 
-    def run(
-        self,
-        make: Callable[[VectorEnvAdapter], BaseAlgorithm],
-        callbacks: Sequence[BaseCallback],
-        progress_bar: bool,
-    ) -> ChoiceReport:
+    def run(self, callbacks: Sequence[BaseCallback], progress_bar: bool) -> ChoiceReport:
         """Train, or go on, to the end, and write the policy; see `train_ppo`."""
         check_policy_target(self.folder)
-        for prompts, least in ((self.prompts, 1), (self.validation, 0)):
-            check_prompts(prompts, self.reward_model, self.language_model, least)
+        models = self.reward_model, self.language_model
+        check_prompts(self.prompts, *models)
+        check_prompts(self.validation, *models, least=0, noun="validation")
+        settings = self.settings
         resumed = claim(self.checkpoints, self._described())
-        with own_randomness(self.settings.seed), stop_asked("this rollout") as self._asked:
+        with own_randomness(settings.seed), stop_asked("this rollout") as self._asked:
             env = self._env = self._made_env()
-            model = make(ResumableEnv(env))
+            model = _made_model(ResumableEnv(env), settings)
             if resumed is not None:
-                by_id = {prompt.id: prompt for prompt in self.prompts}
-                self._recall(read_checkpoint(Path(resumed), model, env, by_id))
+                self._recall(Path(resumed), model)
             # What going on from a checkpoint took is not part of the training.
             self._noted, self._since = env.ledger.usage, time.perf_counter()
-            left = self.settings.total_steps - model.num_timesteps
+            left = settings.total_steps - model.num_timesteps
             if left > 0:
                 model.learn(
                     left,
@@ -239,7 +190,7 @@ class Training(BaseCallback):
                     progress_bar=progress_bar,
                 )
             if self.is_stopped:
-                steps = f"after {model.num_timesteps} of {self.settings.total_steps} steps"
+                steps = f"after {model.num_timesteps} of {settings.total_steps} steps"
                 raise stopped(steps, self.checkpoints)
             self._note()
             if self.validation and self.validated[-1].steps < model.num_timesteps:
@@ -259,8 +210,9 @@ class Training(BaseCallback):
 
     def _policy(self, model: BaseAlgorithm) -> CandidatePolicy:
         """The policy as it is now."""
+        networks: Any = model.policy
         return CandidatePolicy(
-            scorer_of(model.policy),
+            networks.scorer,
             self.settings.view,
             self.settings.hidden,
             self.algorithm,
@@ -292,7 +244,9 @@ class Training(BaseCallback):
             )
         )
 
-    def _recall(self, notes: dict[str, Any]) -> None:
+    def _recall(self, checkpoint: Path, model: BaseAlgorithm) -> None:
+        by_id = {prompt.id: prompt for prompt in self.prompts}
+        notes = read_checkpoint(checkpoint, model, self._env, by_id)
         self.curve = [(int(steps), float(score)) for steps, score in notes["episodes"]]
         self.validated = [Measured.from_json(row) for row in notes["validation"]]
         self.usage, self.wall_seconds = Usage(**notes["usage"]), notes["wall_seconds"]
@@ -399,3 +353,41 @@ class Training(BaseCallback):
                 f"{curve[0][1]:.4g} for all of the first {len(curve)} episodes: there is nothing "
                 "to learn from. Check the reward, or take other prompts."
             )
+
+
+def _made_model(env: VectorEnvAdapter, settings: ChoiceSettings) -> BaseAlgorithm:
+    layout = env.get_attr("proposer", [0])[0].layout
+    common: dict[str, Any] = {
+        "learning_rate": settings.learning_rate,
+        "gamma": settings.discount,
+        "policy_kwargs": {"layout": layout, "hidden": settings.hidden},
+        "seed": settings.seed,
+        "device": "cpu",
+    }
+    if isinstance(settings, PPOSettings):
+        return PPO(
+            CandidateActorCritic,
+            env,
+            n_steps=settings.rollout_steps // settings.num_envs,
+            batch_size=settings.batch_size,
+            n_epochs=settings.epochs,
+            gae_lambda=settings.gae_lambda,
+            clip_range=settings.clip_range,
+            ent_coef=settings.entropy,
+            **common,
+        )
+    assert isinstance(settings, DQNSettings)
+    return DQN(
+        CandidateDQNPolicy,
+        env,
+        buffer_size=min(settings.buffer_size, settings.total_steps + settings.num_envs),
+        batch_size=settings.batch_size,
+        learning_starts=settings.learning_starts,
+        train_freq=1,
+        gradient_steps=settings.updates,
+        # `Training` updates the target network.
+        target_update_interval=sys.maxsize,
+        exploration_fraction=settings.exploration_fraction,
+        exploration_final_eps=settings.exploration_final,
+        **common,
+    )

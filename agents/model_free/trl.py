@@ -17,9 +17,9 @@ import numpy as np
 
 from mbrl_text_env.agents.learning.lora import (
     AdapterSettings,
-    keep,
     tokenizer_of,
     train_adapter,
+    write,
 )
 from mbrl_text_env.agents.learning.training import (
     CURVE,
@@ -29,6 +29,7 @@ from mbrl_text_env.agents.learning.training import (
     check_above_zero,
     check_prompts,
     common_arguments,
+    expect,
     prompts_digest,
 )
 from mbrl_text_env.identity import identity
@@ -88,18 +89,12 @@ class PolicyGradientSettings(AdapterSettings):
         super().__post_init__()
         counts = ("steps", "prompts_per_step", "max_completion_length", "batch_size")
         check_above_zero(self, *counts, "temperature", "learning_rate", "save_steps", "flat_steps")
-        if self.num_generations < 2:
-            raise TuningError(
-                "num_generations: expected at least 2, for responses are judged against each "
-                f"other, got {self.num_generations!r}."
-            )
-        if self.beta < 0:
-            raise TuningError(f"beta: expected 0 or more, got {self.beta!r}.")
-        if self.responses_per_step % self.batch_size:
-            raise TuningError(
-                f"batch_size: expected a divisor of prompts_per_step * num_generations "
-                f"({self.responses_per_step}), got {self.batch_size}."
-            )
+        judged = "at least 2, for responses are judged against each other"
+        expect(self, "num_generations", self.num_generations >= 2, judged)
+        expect(self, "beta", self.beta >= 0, "0 or more")
+        count = self.responses_per_step
+        divisor = f"a divisor of prompts_per_step * num_generations ({count})"
+        expect(self, "batch_size", count % self.batch_size == 0, divisor)
 
     @property
     def responses_per_step(self) -> int:
@@ -273,7 +268,7 @@ def _train(
     on_step: Callable[[StepReport], None] | None,
 ) -> PolicyGradientReport:
     reward_model, prompts = as_reward_model(reward), as_prompts(prompts)
-    check_prompts(prompts, reward_model, language_model, settings.prompts_per_step)
+    check_prompts(prompts, reward_model, language_model, least=settings.prompts_per_step)
     by_id = {prompt.id: prompt for prompt in prompts}
     experience = Experience(algorithm, language_model, reward_model, by_id, settings)
     described = {
@@ -284,11 +279,14 @@ def _train(
     }
     make = functools.partial(_trainer, experience, on_step)
     trainer = train_adapter(language_model, folder, settings, start_from, described, make)
-    names = {"reward_name": reward_name(reward_model), "language_model": language_model.name}
-    log = trainer.state.log_history
-    report: PolicyGradientReport = PolicyGradientReport.from_log(log, algorithm=algorithm, **names)
+    report: PolicyGradientReport = PolicyGradientReport.from_log(
+        trainer.state.log_history,
+        algorithm=algorithm,
+        reward_name=reward_name(reward_model),
+        language_model=language_model.name,
+    )
     notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
-    keep(folder, trainer.model, language_model, notes)
+    write(folder, trainer.model, language_model, notes)
     return report
 
 
@@ -328,27 +326,24 @@ class Experience:
     def sample(self, ids: Sequence[str], trainer: Any) -> dict[str, Any]:
         """Draw the responses of a step with the policy as it is now.
 
-        Args:
-            ids: Prompts of the step, each `num_generations` times in a row.
-            trainer: TRL's, which computes the log-probabilities itself, at the temperature.
+        `ids` are the prompts of the step, each `num_generations` times in a row. The trainer
+        computes the log-probabilities itself, at the temperature.
         """
-        settings = self.settings
-        chosen = [self.prompts[i] for i in ids[:: settings.num_generations]]
+        settings, count = self.settings, self.settings.num_generations
+        chosen = [self.prompts[i] for i in ids[::count]]
         self._ledger = Ledger()
         policy = self._policy(trainer.model)
         states = [initial(prompt, policy) for prompt in chosen]
         rows = policy.sample(
             states,
-            settings.num_generations,
+            count,
             min(response_limit(s, policy, settings.max_completion_length) for s in states),
             seeds=[spawn_seed(settings.seed, trainer.state.global_step)] * len(states),
             params=SamplingParams(temperature=settings.temperature),
             ledgers=[self._ledger] * len(states),
         )
         return {
-            "prompt_ids": [
-                list(state.prompt_ids) for state, row in zip(states, rows, strict=True) for _ in row
-            ],
+            "prompt_ids": [list(s.prompt_ids) for s in states for _ in range(count)],
             "completion_ids": [list(chunk.token_ids) for row in rows for chunk in row],
             "logprobs": None,
         }
@@ -414,7 +409,12 @@ def _trainer(
 ) -> Any:
     import trl
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_callback import PrinterCallback, TrainerCallback
+
+    class ReportSteps(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if on_step is not None and "reward" in state.log_history[-1]:
+                on_step(StepReport.from_log(state.log_history[-1]))
 
     settings = experience.settings
     is_grpo = experience.algorithm == "grpo"
@@ -432,8 +432,7 @@ def _trainer(
         # The rows are in their order.
         shuffle_dataset=False,
     )
-    rollouts = {"rollout_func": experience.sample}
-    make: Any = trl.GRPOTrainer if is_grpo else functools.partial(_rloo_class(), experience)
+    make: Any = trl.GRPOTrainer if is_grpo else _rloo_class()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
         trainer = make(
@@ -442,11 +441,10 @@ def _trainer(
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": experience.rows()}),
             processing_class=tokenizer_of(experience.language_model),
-            **(rollouts if is_grpo else {}),
+            callbacks=[ReportSteps()],
+            rollout_func=experience.sample,
         )
     trainer.remove_callback(PrinterCallback)
-    if on_step is not None:
-        _report_steps(trainer, on_step)
     return trainer
 
 
@@ -456,26 +454,15 @@ def _rloo_class() -> Any:
     import trl
 
     class SampledRLOOTrainer(trl.RLOOTrainer):  # type: ignore[misc, name-defined, unused-ignore]
-        def __init__(self, experience: Experience, **options: Any) -> None:
-            self._experience = experience
+        def __init__(self, rollout_func: Any, **options: Any) -> None:
+            self._sample = rollout_func
             super().__init__(**options)
 
         def _tokenize_prompts(self, prompts: list[str]) -> tuple[Any, None, dict[str, Any]]:
-            self._sampled = self._experience.sample(prompts, self)
+            self._sampled = self._sample(prompts, self)
             return self._sampled["prompt_ids"], None, {}
 
         def _generate_single_turn(self, *inputs: Any) -> Any:
             return self._sampled["completion_ids"]
 
     return SampledRLOOTrainer
-
-
-def _report_steps(trainer: Any, on_step: Callable[[StepReport], None]) -> None:
-    from transformers import TrainerCallback
-
-    class ReportSteps(TrainerCallback):  # type: ignore[misc, unused-ignore]
-        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if "reward" in state.log_history[-1]:
-                on_step(StepReport.from_log(state.log_history[-1]))
-
-    trainer.add_callback(ReportSteps())

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mbrl_text_env.agents.learning import AdapterSettings, TuningError, check_base, serve
-from mbrl_text_env.agents.learning.lora import base_of, check_target, trainable, write
+from mbrl_text_env.agents.learning.lora import BASE, base_of, trainable, write
+from mbrl_text_env.agents.learning.training import refuse_other_folder
 from tests.agents.learning.tiny import tiny_lm
 
 IDS = torch.tensor([[5, 60, 200, 31, 7]])
@@ -150,10 +151,9 @@ class TestRefused:
             AdapterSettings(**setting)
 
     def test_folders_of_others(self, folder, tmp_path):
-        check_target(tmp_path)
-        check_target(tmp_path / "new")
-        check_target(folder)
+        for path in (tmp_path, tmp_path / "new", folder):
+            refuse_other_folder(path, BASE, "an adapter")
         (tmp_path / "mine.txt").write_text("precious")
         for path in (tmp_path, tmp_path / "mine.txt"):
             with pytest.raises(TuningError, match="expected a new folder"):
-                check_target(path)
+                refuse_other_folder(path, BASE, "an adapter")
