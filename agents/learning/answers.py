@@ -201,9 +201,6 @@ class FilterSettings:
         top_fraction: Share of all responses, the highest scores, above 0 and up to 1.
         best_of_prompt: Most responses to each prompt, the highest scores.
 
-    Raises:
-        FilterError: A number is out of its range.
-
     Example:
         >>> FilterSettings(threshold=CORRECT, best_of_prompt=1)
         FilterSettings(distinct=True, threshold=1.0, top_fraction=None, best_of_prompt=1)

@@ -21,37 +21,11 @@ import numpy as np
 
 from mbrl_text_env.agents.base import Agent
 from mbrl_text_env.agents.driver import run
+from mbrl_text_env.agents.learning import reports, stages
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers, select
 from mbrl_text_env.agents.learning.presets import LoopSettings, answer_hint, planned
-from mbrl_text_env.agents.learning.reports import (
-    Collected,
-    Divergence,
-    IterationReport,
-    LoopResult,
-    Selected,
-    Validation,
-    ValueReport,
-    check_gold,
-    divergence,
-    doubts_about,
-    fallen,
-    from_json,
-    to_json,
-    without_signal,
-    write_json,
-)
-from mbrl_text_env.agents.learning.stages import (
-    STAGES,
-    Improver,
-    LoopError,
-    LoopValues,
-    LoraImprover,
-    NoSignalError,
-    Stage,
-    ValueBefore,
-    ValueFactory,
-    told_where,
-)
+from mbrl_text_env.agents.learning.reports import IterationReport, LoopResult, to_json, write_json
+from mbrl_text_env.agents.learning.stages import LoopError, Stage
 from mbrl_text_env.agents.learning.training import check_prompts, prompts_digest
 from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.sampling import Sampling
@@ -75,6 +49,8 @@ from mbrl_text_env.values import ValueModel
 
 AgentFactory = Callable[[LanguageModel, RewardModel, ValueModel | None], Agent]
 """Makes the agent that answers from a policy, the reward and the policy's value model."""
+
+Note = dict[str, Any]
 
 _FEW_PROMPTS = 500
 # What may differ when a loop goes on: it decides how far the loop goes, not what an iteration does.
@@ -109,8 +85,8 @@ class ExpertIteration:
         on_stage: Called with iteration and name of each stage that begins.
 
     Raises:
-        LoopError: There are no prompts, or train and validation share some, or the reward applies
-            to too few of them.
+        LoopError: There are no prompts, or train and validation share some, or the reward does not
+            apply to one.
 
     Example:
         >>> loop = ExpertIteration(
@@ -130,27 +106,24 @@ class ExpertIteration:
     folder: str | Path
     settings: LoopSettings = field(default_factory=planned)
     _: KW_ONLY
-    improver: Improver = field(default_factory=LoraImprover)
+    improver: stages.Improver = field(default_factory=stages.LoraImprover)
     gold_model: RewardLike | None = None
     agent_factory: AgentFactory | None = None
-    value_factory: ValueFactory | None = None
+    value_factory: stages.ValueFactory | None = None
     value_model: FittedValue | None = None
     encoder: Encoder | None = None
     hint: Hint = answer_hint
     on_stage: Callable[[int, str], None] | None = None
 
     def __post_init__(self) -> None:
-        # None stands for the default here too.
-        self.settings = self.settings or planned()
-        self.improver = self.improver or LoraImprover()
         self.reward_model = self._reward = as_reward_model(self.reward_model)
-        for name, prompts in (("train", self.train), ("validation", self.validation)):
-            check_prompts(prompts, self._reward, noun=name, error=LoopError)
+        self._gold = None if self.gold_model is None else as_reward_model(self.gold_model)
         # A policy is not measured on what it was tuned on.
         both = [*self.train, *self.validation]
-        check_prompts(both, self._reward, noun="train and validation", error=LoopError)
-        self._gold = None if self.gold_model is None else as_reward_model(self.gold_model)
-        self._values = LoopValues(
+        lists = (("train", self.train), ("validation", self.validation), ("both", both))
+        for name, prompts in lists:
+            check_prompts(prompts, self._reward, noun=name, error=LoopError)
+        self._values = stages.LoopValues(
             self.settings, self._reward, self.encoder, self.value_factory, self.value_model
         )
         self._serving: tuple[int, LanguageModel] = (0, self.language_model)
@@ -167,7 +140,7 @@ class ExpertIteration:
             KeyboardInterrupt: It was stopped; the same call goes on.
         """
         with (
-            told_where(self.folder, "the start"),
+            stages.told_where(self.folder, "the start"),
             claimed(self.folder, self._described(), "loop", LoopError),
         ):
             if len(self.train) < _FEW_PROMPTS:
@@ -177,27 +150,22 @@ class ExpertIteration:
                     "validation prompts, or add prompts.",
                     stacklevel=2,
                 )
-            reports: list[IterationReport] = []
+            done: list[IterationReport] = []
             stopped = None
             for iteration in range(self.settings.iterations + 1):
-                stopped = self._iterate(iteration, reports)
+                stopped = self._iterate(iteration, done)
                 if stopped is not None:
                     break
-        best = max(reports, key=lambda report: report.validation.mean)
-        return LoopResult(tuple(reports), best.iteration, stopped)
+        best = max(done, key=lambda report: report.validation.mean)
+        return LoopResult(tuple(done), best.iteration, stopped)
 
     def policy(self, iteration: int) -> LanguageModel:
-        """The policy at the end of an iteration; the base model for 0.
-
-        Raises:
-            LoopError: The iteration has none yet.
-        """
+        """The policy at the end of an iteration (`LoopError` if it has none); the base for 0."""
         if iteration != self._serving[0]:
             served = self.language_model
             if iteration:
                 stage = self._stage(iteration, "policy")
-                if not stage.is_done:
-                    raise LoopError(f"{stage.folder}: iteration {iteration} has no policy yet.")
+                stage.read()
                 served = self.improver.serve(self.language_model, stage.folder)
             self._serving = iteration, served
         return self._serving[1]
@@ -224,11 +192,11 @@ class ExpertIteration:
 
     # The stages.
 
-    def _iterate(self, iteration: int, reports: list[IterationReport]) -> str | None:
+    def _iterate(self, iteration: int, done: list[IterationReport]) -> str | None:
         """Make an iteration and its report, if anything is learned; why the loop stops with it."""
         if iteration:
             self._do(iteration, "collected", self._collect)
-            lacking = without_signal(
+            lacking = reports.without_signal(
                 self.records(iteration, "collected"),
                 self.records(iteration - 1, "validation"),
                 is_plain=self._stage(iteration, "collected").read()["is_plain"],
@@ -236,23 +204,31 @@ class ExpertIteration:
             if lacking is not None:
                 told = f"Iteration {iteration}: {lacking}"
                 if iteration == 1:
-                    raise NoSignalError(told)
+                    raise stages.NoSignalError(told)
                 warnings.warn(told, stacklevel=3)
                 return told
             self._do(iteration, "selected", self._select)
             self._do(iteration, "policy", self._improve)
         self._do(iteration, "validation", self._validate)
         found = self._stage(iteration, "validation").read()["report"]["mean"]
-        means = [*(report.validation.mean for report in reports), found]
-        stopped = fallen(means, self.settings.patience)
+        means = [*(report.validation.mean for report in done), found]
+        stopped = reports.fallen(means, self.settings.patience)
         if self._values.is_wanted and stopped is None:
             self._do(iteration, "value", self._fit_value)
-        reports.append(self._report(iteration, reports))
+        done.append(self._report(iteration, done))
         return stopped
 
-    def _collect(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
+    def _collect(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         before, settings = stage.iteration - 1, self.settings
-        agent = self._agent(self.policy(before), self.value(before))
+        policy, value = self.policy(before), self.value(before)
+        if self.agent_factory is not None:
+            agent = self.agent_factory(policy, self._reward, value)
+        else:
+            options: Any = {
+                "max_response_tokens": settings.max_response_tokens,
+                "params": settings.params,
+            }
+            agent = make(settings.agent, policy, self._reward, value, **options)
         with RecordWriter(stage.folder) as writer:
             failed = collect_answers(
                 agent,
@@ -266,18 +242,18 @@ class ExpertIteration:
                 ledger=ledger,
             )
         records = read_records(stage.folder)
-        scores = [record.score for record in records]
-        report = Collected.of(records, num_failed=len(failed), std=float(np.std(scores)))
+        std = float(np.std([record.score for record in records]))
+        report = reports.Collected.of(records, num_failed=len(failed), std=std)
         return {"report": to_json(report), "is_plain": isinstance(agent, Sampling)}
 
-    def _select(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
+    def _select(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         kept = select(self.records(stage.iteration, "collected"), self.settings.filter)
         with RecordWriter(stage.folder) as writer:
             writer.extend(kept)
         lowest = min(record.score for record in kept)
-        return {"report": to_json(Selected.of(kept, lowest=lowest))}
+        return {"report": to_json(reports.Selected.of(kept, lowest=lowest))}
 
-    def _improve(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
+    def _improve(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         before = self._stage(stage.iteration - 1, "policy").folder
         goes_on = self.settings.start_from == "checkpoint" and stage.iteration > 1
         found = self.improver.improve(
@@ -291,34 +267,35 @@ class ExpertIteration:
         details = json.loads(json.dumps(dict(found.details)))
         return {"report": {"num_examples": found.num_examples, **details}}
 
-    def _validate(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
+    def _validate(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         policy, samples = self.policy(stage.iteration), self.settings.validation_samples
         records = self._sampled(stage.folder, policy, self.validation, samples, seed, ledger)
         moved = self._divergence(policy, spawn_seed(seed, 1), ledger)
-        gold = None if self._gold is None else check_gold(self._gold, records, ledger=ledger)
-        report = Validation.of(records, moved, gold)
+        gold = reports.check_gold(self._gold, records, ledger=ledger) if self._gold else None
+        report = reports.Validation.of(records, moved, gold)
         return {"report": to_json(report), "policy": policy.name}
 
-    def _divergence(self, policy: LanguageModel, seed: int, ledger: Ledger) -> Divergence | None:
+    def _divergence(
+        self, policy: LanguageModel, seed: int, ledger: Ledger
+    ) -> reports.Divergence | None:
         """From responses of their own, which are drawn at temperature 1."""
-        count = self.settings.divergence_samples
+        count, size = self.settings.divergence_samples, self.settings.batch_prompts
         if not count or policy is self.language_model:
             return None
         agent = self._sampling(policy, SamplingParams())
         states = []
-        for start in range(0, len(self.validation), self.settings.batch_prompts):
-            batch = self.validation[start : start + self.settings.batch_prompts]
-            begun = [initial(prompt, policy) for prompt in batch]
+        for start in range(0, len(self.validation), size):
+            begun = [initial(prompt, policy) for prompt in self.validation[start : start + size]]
             rows = run([partial(agent.complete, state, count, ledger, seed) for state in begun])
             states += [completion.state for row in rows for completion in row]
-        return divergence(policy, self.language_model, states, ledger=ledger)
+        return reports.divergence(policy, self.language_model, states, ledger=ledger)
 
-    def _fit_value(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
+    def _fit_value(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         last = stage.iteration - 1
         before = None
         if last >= 0:
             folder = self._stage(last, "value").folder
-            before = ValueBefore(folder, self.policy(last), self._value_report(last))
+            before = stages.ValueBefore(folder, self.policy(last), self._value_report(last))
         found = self._values.renew(
             stage.folder,
             self.policy(stage.iteration),
@@ -334,22 +311,20 @@ class ExpertIteration:
 
     # What the stages share.
 
-    def _do(
-        self, iteration: int, name: str, make: Callable[[Stage, Ledger, int], dict[str, Any]]
-    ) -> None:
+    def _do(self, iteration: int, name: str, make: Callable[[Stage, Ledger, int], Note]) -> None:
         """Make a stage, if it is not there."""
         stage = self._stage(iteration, name)
         if stage.is_done:
             return
         if self.on_stage is not None:
             self.on_stage(iteration, name)
-        with told_where(self.folder, f"iteration {iteration}, stage {name!r}"):
+        with stages.told_where(self.folder, f"iteration {iteration}, stage {name!r}"):
             stage.begin()
             # What one policy left in its cache must not depend on where the loop was stopped.
             for model in (self.language_model, self._serving[1]):
                 clear_cache(model)
             ledger, start = Ledger(), time.perf_counter()
-            seed = spawn_seed(self.settings.seed, iteration, STAGES.index(name))
+            seed = spawn_seed(self.settings.seed, iteration, stages.STAGES.index(name))
             note = make(stage, ledger, seed)
             wall = {"wall_seconds": time.perf_counter() - start}
             stage.end({**note, "usage": {**ledger.usage.as_dict(), **wall}})
@@ -357,24 +332,10 @@ class ExpertIteration:
     def _stage(self, iteration: int, name: str) -> Stage:
         return Stage(iteration, name, Path(self.folder) / f"{iteration:02d}")
 
-    def _value_report(self, iteration: int) -> ValueReport:
-        found: ValueReport = from_json(
-            ValueReport, self._stage(iteration, "value").read()["report"]
-        )
+    def _value_report(self, iteration: int) -> reports.ValueReport:
+        values = self._stage(iteration, "value").read()["report"]
+        found: reports.ValueReport = reports.from_json(reports.ValueReport, values)
         return found
-
-    def _agent(self, policy: LanguageModel, value: ValueModel | None) -> Agent:
-        if self.agent_factory is not None:
-            return self.agent_factory(policy, self._reward, value)
-        settings = self.settings
-        return make(
-            settings.agent,
-            policy,
-            self._reward,
-            value,
-            max_response_tokens=settings.max_response_tokens,
-            params=settings.params,
-        )
 
     def _sampling(self, policy: LanguageModel, params: SamplingParams) -> Sampling:
         limit = self.settings.max_response_tokens
@@ -390,44 +351,36 @@ class ExpertIteration:
         ledger: Ledger,
     ) -> list[Record]:
         """Plain samples of a policy, scored and written."""
+        agent, size = self._sampling(policy, self.settings.params), self.settings.batch_prompts
+        options: Any = {"answers": samples, "batch_prompts": size, "seed": seed, "ledger": ledger}
         with RecordWriter(folder) as writer:
-            collect_answers(
-                self._sampling(policy, self.settings.params),
-                prompts,
-                writer,
-                answers=samples,
-                batch_prompts=self.settings.batch_prompts,
-                seed=seed,
-                ledger=ledger,
-            )
+            collect_answers(agent, prompts, writer, **options)
         return read_records(folder)
 
     def _report(self, iteration: int, before: Sequence[IterationReport]) -> IterationReport:
         """Put an iteration's notes together, and write its scores and its ledger."""
-        stages = [self._stage(iteration, name) for name in STAGES]
-        notes = {stage.name: stage.read() for stage in stages if stage.is_done}
-        parts = {name: notes[name]["report"] if name in notes else None for name in STAGES}
+        made = [self._stage(iteration, name) for name in stages.STAGES]
+        notes = {stage.name: stage.read() for stage in made if stage.is_done}
+        parts = {stage.name: notes.get(stage.name, {}).get("report") for stage in made}
         values = {
             "iteration": iteration,
             "policy": notes["validation"]["policy"],
             "improvement": parts.pop("policy"),
             "usage": {name: note["usage"] for name, note in notes.items()},
         }
-        report: IterationReport = from_json(IterationReport, {**values, **parts})
+        report: IterationReport = reports.from_json(IterationReport, {**values, **parts})
         first = before[0] if before else report
-        doubts = doubts_about(first.validation, report.validation)
-        report = replace(report, warnings=tuple(doubts))
-        for doubt in report.warnings:
+        doubts = reports.doubts_about(first.validation, report.validation)
+        for doubt in doubts:
             warnings.warn(f"Iteration {iteration}: {doubt}", stacklevel=4)
-        write_json(stages[0].root / "scores.json", report.to_dict())
-        write_json(stages[0].root / "ledger.json", report.ledger())
+        report = replace(report, warnings=tuple(doubts))
+        write_json(made[0].root / "scores.json", report.to_dict())
+        write_json(made[0].root / "ledger.json", report.ledger())
         return report
 
-    def _described(self) -> dict[str, Any]:
+    def _described(self) -> Note:
         """Whatever the results depend on."""
-        settings = asdict(self.settings)
-        for name in _ADJUSTABLE:
-            settings.pop(name)
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in _ADJUSTABLE}
         names = ("language_model", "value_model", "encoder", "agent_factory", "value_factory")
         return {
             "settings": identity(settings),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import shutil
 import time
 import warnings
@@ -18,19 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mbrl_text_env.agents.learning import training
 from mbrl_text_env.agents.learning.reports import from_json, to_json, write_json
-from mbrl_text_env.agents.learning.training import (
-    TuningError,
-    check_above_zero,
-    checkpoints_of,
-    claim,
-    common_arguments,
-    expect,
-    refuse_other_folder,
-    run,
-    storage,
-)
-from mbrl_text_env.files import recover_folder, write_folder
+from mbrl_text_env.agents.learning.training import TuningError
+from mbrl_text_env.files import recover_folder
+from mbrl_text_env.fitting.folder import FolderKind
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
 from mbrl_text_env.runs import digest
@@ -42,8 +33,14 @@ if TYPE_CHECKING:
 BASE = "base.json"
 """The file of an adapter's folder that says which model it was trained on."""
 
-_WEIGHTS = "adapter_model.safetensors"
-_FORMAT = 1
+ADAPTER = FolderKind(
+    noun="LoRA adapter",
+    writer="fine_tune, train_grpo or train_rloo (`TransformersLM.with_adapter` serves others)",
+    config=BASE,
+    weights="adapter_model.safetensors",
+    version=1,
+    error=TuningError,
+)
 # Values of each weight that its fingerprint is made of.
 _PROBES = 1024
 # The loss before tuning is of this many examples, so that it does not cost an epoch.
@@ -58,14 +55,7 @@ _IGNORED = -100
 class AdapterSettings:
     """The form of an adapter.
 
-    Args:
-        r: Rank of the adapters.
-        alpha: Their scale is `alpha / r`.
-        targets: Names of the modules that get adapters.
-        dropout: Of the adapters' input, while they are trained.
-
-    Raises:
-        TuningError: A number is out of its range, or there are no targets.
+    `r` is the rank, `alpha / r` the scale; modules whose names are in `targets` get adapters.
     """
 
     r: int = 16
@@ -74,10 +64,10 @@ class AdapterSettings:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_above_zero(self, "r", "alpha")
-        expect(self, "dropout", 0 <= self.dropout < 1, "0 or more and below 1")
+        training.check_above_zero(self, "r", "alpha")
+        training.expect(self, "dropout", 0 <= self.dropout < 1, "0 or more and below 1")
         is_listed = bool(self.targets) and not isinstance(self.targets, str)
-        expect(self, "targets", is_listed, "names of modules such as ('q_proj',)")
+        training.expect(self, "targets", is_listed, "names of modules such as ('q_proj',)")
         # JSON gives a list back.
         object.__setattr__(self, "targets", tuple(self.targets))
 
@@ -93,9 +83,6 @@ class FineTuneSettings(AdapterSettings):
         gradient_accumulation: Passes in one step of the optimizer.
         max_length: Most tokens of prompt and response; longer examples are left out.
         seed: Adapters and order of the examples follow from it.
-
-    Raises:
-        TuningError: A number is out of its range.
     """
 
     learning_rate: float = 2e-4
@@ -108,7 +95,7 @@ class FineTuneSettings(AdapterSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = ("batch_size", "gradient_accumulation", "max_length")
-        check_above_zero(self, "learning_rate", "epochs", *counts)
+        training.check_above_zero(self, "learning_rate", "epochs", *counts)
 
 
 @dataclass(frozen=True)
@@ -116,8 +103,6 @@ class FineTuneReport:
     """What fine-tuning did and took.
 
     Args:
-        num_examples: Records that were fitted.
-        steps: Steps of the optimizer.
         loss_before: Mean loss (nats a response token, averaged over batches) of the first examples,
             at most 64, before the first step.
         losses: The same of each step's examples, before that step.
@@ -169,7 +154,7 @@ def fine_tune(
         language_model: The base.
         records: At least two, with the token ids of their responses.
         folder: Where the adapter is written, with `fine_tuning.json`; `serve` takes it.
-        settings: See `FineTuneSettings`.
+        settings: How it is tuned.
         start_from: Folder of an adapter to go on training; None for a new one.
 
     Raises:
@@ -278,7 +263,7 @@ def _trainer(
 
     dataset = Dataset.from_list([example._asdict() for example in examples])
     arguments = trl.SFTConfig(
-        **common_arguments(checkpoints, settings.seed, _SAVE_STEPS),
+        **training.common_arguments(checkpoints, settings.seed, _SAVE_STEPS),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
@@ -358,16 +343,11 @@ def train_adapter(
 ) -> Any:
     """Train an adapter, or go on from a checkpoint, to the end; `write` then writes its folder.
 
-    Args:
-        language_model: The base.
-        folder: Where the adapter will be written; its checkpoints lie beside it.
-        settings: An `AdapterSettings` with a `seed`.
-        start_from: Folder of an adapter to go on from; None for a new one.
-        described: What the adapter depends on beside these. JSON values.
-        make: From a peft model and the folder of checkpoints to a trainer of transformers, which
-            is returned.
+    The settings have a `seed`; `described` is what the adapter depends on beside these, as JSON
+    values. `make` makes a trainer of transformers, which is returned, of a peft model and the
+    folder of checkpoints.
     """
-    refuse_other_folder(Path(folder), BASE, "an adapter")
+    ADAPTER.check_target(folder)
     for package in ("trl", "peft"):
         required(package)
     parts = {
@@ -375,13 +355,13 @@ def train_adapter(
         "base": base_of(language_model),
         "start_from": None if start_from is None else adapter_digest(start_from),
     }
-    checkpoints = checkpoints_of(Path(folder))
-    resumed = claim(checkpoints, {**parts, **described})
+    checkpoints = training.checkpoints_of(Path(folder))
+    resumed = training.claim(checkpoints, {**parts, **described})
     with own_randomness(settings.seed):
         model = trainable(language_model, settings, start_from)
         with quiet():
             trainer = make(model, checkpoints)
-        run(trainer, checkpoints, resumed)
+        training.run(trainer, checkpoints, resumed)
     return trainer
 
 
@@ -404,16 +384,15 @@ def write(
     It holds safetensors, JSON, and the tokenizer, and takes the place of what is there; the
     checkpoints beside it are removed.
     """
-    target = Path(folder)
     for other in set(model.peft_config) - {"default"}:
         # What trainers measure the divergence from.
         model.delete_adapter(other)
-    with storage(target), write_folder(target) as scratch:
+    with ADAPTER.writing(folder) as scratch:
         write_adapter(scratch, model, tokenizer_of(language_model), language_model.name)
-        write_json(scratch / BASE, {"format": _FORMAT, **base_of(language_model)})
+        ADAPTER.write_config(scratch, base_of(language_model))
         for name, note in (notes or {}).items():
             write_json(scratch / name, note)
-    shutil.rmtree(checkpoints_of(target), ignore_errors=True)
+    shutil.rmtree(training.checkpoints_of(Path(folder)), ignore_errors=True)
 
 
 def serve(
@@ -425,7 +404,7 @@ def serve(
         language_model: The base that the adapter was trained on.
         folder: As `fine_tune`, `train_grpo` and `train_rloo` write it.
         name: What reports call it; by default the model's name and the beginning of the digest of
-            the adapter's weights, so that a value model knows whose responses it was fitted on.
+            the adapter's weights.
 
     Raises:
         TuningError: The folder holds no such adapter, or one for another base.
@@ -444,28 +423,20 @@ def adapter_digest(folder: str | Path) -> str:
     """Tells one adapter's weights from another's. May raise `TuningError`."""
     try:
         recover_folder(folder)
-        return hashlib.sha256((Path(folder) / _WEIGHTS).read_bytes()).hexdigest()
+        return hashlib.sha256((Path(folder) / ADAPTER.weights).read_bytes()).hexdigest()
     except OSError as error:
         raise TuningError(
-            f"{folder}: expected the folder of an adapter, with {_WEIGHTS} "
-            f"({type(error).__name__}: {error}). Check the path."
+            f"{folder}: expected the folder of an adapter ({type(error).__name__}: {error}). Check "
+            "the path."
         ) from error
 
 
 def check_base(folder: str | Path, language_model: TransformersLM) -> None:
     """Refuse (`TuningError`) half an adapter, and one that was trained on another base."""
-    try:
-        recover_folder(folder)
-        trained_on = json.loads((Path(folder) / BASE).read_text(encoding="utf-8"))
-        if not (Path(folder) / _WEIGHTS).is_file():
-            raise FileNotFoundError(f"there is no {_WEIGHTS}")
+    with ADAPTER.reading(folder) as (trained_on, _):
+        if not (Path(folder) / ADAPTER.weights).is_file():
+            raise FileNotFoundError(f"there is no {ADAPTER.weights}")
         fingerprint, name = trained_on["fingerprint"], trained_on["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TuningError(
-            f"{folder}: expected the folder of an adapter with a {BASE}, as it is written at the "
-            f"end of tuning ({type(error).__name__}: {error}). Check the path, or tune anew. An "
-            "adapter from elsewhere is served by `TransformersLM.with_adapter`."
-        ) from error
     found = base_of(language_model)
     if fingerprint != found["fingerprint"]:
         raise TuningError(

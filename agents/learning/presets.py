@@ -63,9 +63,6 @@ class LoopSettings:
             stops; None never stops it.
         batch_prompts: Prompts that are answered together.
         seed: All randomness follows from it, the iteration and the stage.
-
-    Raises:
-        LoopSettingsError: A number is out of its range, or a word unknown.
     """
 
     name: str = "expert-iteration"

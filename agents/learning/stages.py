@@ -91,10 +91,8 @@ class Stage:
         try:
             return read_config(self.note, LoopError)
         except LoopError as error:
-            raise LoopError(
-                f"{error} Or remove the file, and those of the stages and iterations after it; the "
-                "loop then makes them again."
-            ) from error
+            again = "those of the stages and iterations after it; the loop then makes them again."
+            raise LoopError(f"{error} Or remove the file, and {again}") from error
 
 
 @contextmanager
@@ -119,13 +117,7 @@ def told_where(folder: str | Path, where: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Improvement:
-    """What an improver did.
-
-    Args:
-        num_examples: Records that were learned.
-        usage: What it took.
-        details: What else there is to say. JSON values.
-    """
+    """What an improver learned, what that took, and what else there is to say, as JSON values."""
 
     num_examples: int
     usage: Usage = field(default_factory=Usage)
@@ -283,15 +275,12 @@ class LoopValues:
         iteration: int,
         before: ValueBefore | None,
     ) -> ValueReport:
-        """Make the value model of an iteration.
+        """Make the value model of a policy, in the folder, with the records that it is fitted on.
 
         Args:
-            folder: Where it is written, with the records that it was fitted on.
-            policy: Whose responses it is to value.
             fresh: Responses of this policy to prompts that no value is fitted on.
             sample: Makes the records to fit on.
             ledger: Is charged for the checks, and for what a fit asks of the reward model.
-            iteration: The iteration's number.
             before: The value model of the iteration before; None for the base model's.
         """
         if self._is_ready:
@@ -307,9 +296,14 @@ class LoopValues:
             return ValueReport(iteration, self.first is None, found, None, found, None)
         last = before.report
         reference = last.after if last.fitted_at == iteration - 1 else last.when_fitted
-        old = check_value(self._carried(before, folder, policy), fresh, ledger=ledger)
+        carried, way = self._read(before.folder, before.policy), self.settings.stale_value
+        carried.language_model_name_ = policy.name
+        # Written and read again: a value that looks into a policy then looks into this one.
+        carried.save(folder / _MODEL)
+        old = check_value(self._read(folder, policy), fresh, ledger=ledger)
         ratio = old.error / reference.error if reference.error > 0 else float("inf")
-        if self._is_due(ratio):
+        is_worse = not ratio <= self.settings.error_factor
+        if way == "refit" or (way == "refit-if-worse" and is_worse):
             records = sample(folder / _RECORDS, policy)
             if len({record.score for record in records}) > 1:
                 self._fitted(records, policy, ledger).save(folder / _MODEL)
@@ -321,22 +315,9 @@ class LoopValues:
                 f"score {records[0].score:.4g}; the one before is taken over.",
                 stacklevel=2,
             )
-        if self.settings.stale_value == "error":
+        if way == "error":
             shutil.rmtree(folder)
         return ValueReport(last.fitted_at, False, reference, old, old, ratio)
-
-    def _is_due(self, error_ratio: float) -> bool:
-        if self.settings.stale_value == "refit-if-worse":
-            return not error_ratio <= self.settings.error_factor
-        return self.settings.stale_value == "refit"
-
-    def _carried(self, before: ValueBefore, folder: Path, policy: LanguageModel) -> FittedValue:
-        """The old value model, taken for one of this policy's."""
-        old = self._read(before.folder, before.policy)
-        old.language_model_name_ = policy.name
-        # Written and read again: a value that looks into a policy then looks into this one.
-        old.save(folder / _MODEL)
-        return self._read(folder, policy)
 
     def _fitted(
         self, records: Sequence[Record], policy: LanguageModel, ledger: Ledger

@@ -47,16 +47,6 @@ def check_above_zero(settings: object, *names: str) -> None:
         expect(settings, name, getattr(settings, name) > 0, "more than 0")
 
 
-def refuse_other_folder(folder: Path, mark: str, noun: str) -> None:
-    """Refuse (`TuningError`) a folder that is not empty and lacks the file `mark`."""
-    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()
-    if is_other or (folder.exists() and not folder.is_dir()):
-        raise TuningError(
-            f"{folder}: expected a new folder, an empty one, or {noun} to replace, got something "
-            "else. Choose another."
-        )
-
-
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """Tells one list of prompts from another."""
     return digest(*(f"{prompt.id} {prompt_digest(prompt)}".encode() for prompt in prompts))

@@ -43,8 +43,7 @@ class CandidateAgent(Planner):
             drawn at which temperature.
         max_response_tokens: Token limit of a response; None for the policy's own.
 
-    Raises:
-        TuningError: The policy was trained with another language model or reward.
+    A policy that was trained with another language model or reward is a `TuningError`.
 
     Example:
         >>> agent = CandidateAgent(lm, reward, load_policy("ppo", lm, reward))  # doctest: +SKIP
@@ -166,13 +165,6 @@ def evaluate(
         ledger: Is charged.
         choose: Instead of the policy: from features to candidates, such as a random choice to
             compare with.
-
-    Raises:
-        TuningError: The policy was trained with other models.
-        RewardError: The reward failed.
-
-    Example:
-        >>> chosen = evaluate(policy, lm, reward, test_prompts, episodes=4)  # doctest: +SKIP
     """
     policy.check_fits(language_model, reward_model)
     encoder = policy.view.resolved(policy.encoder)

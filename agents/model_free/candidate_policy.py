@@ -6,7 +6,6 @@ learned of one candidate is known of all. Only numbers are read from its folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from mbrl_text_env.agents.learning.reports import from_json, write_json
@@ -24,11 +22,9 @@ from mbrl_text_env.agents.learning.training import (
     TuningError,
     check_above_zero,
     expect,
-    refuse_other_folder,
-    storage,
 )
 from mbrl_text_env.encoders import Encoder
-from mbrl_text_env.files import recover_folder, write_folder
+from mbrl_text_env.fitting.folder import FolderKind
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.ledger import Usage
 from mbrl_text_env.proposer import CandidateProposer, FeatureLayout
@@ -43,8 +39,14 @@ EncoderName = Literal["embedded", "language_model", "own"]
 ChunkReward = Literal["terminal", "delta"]
 """When the score is paid: at the end, or chunk by chunk as it rises (the sum is the same)."""
 
-CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
-_FORMAT = 1
+POLICY = FolderKind(
+    noun="policy",
+    writer="train_ppo or train_dqn",
+    config="policy.json",
+    weights="policy.safetensors",
+    version=1,
+    error=TuningError,
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,6 @@ class CandidateView:
         temperature: At which candidates are drawn; by default as agents draw.
         encoder: What embeds the prefix with each candidate; None for no embeddings.
         prefix_rewards: Whether the reward model scores the prefix with each candidate.
-
-    Raises:
-        TuningError: A number is out of its range, or the encoder unknown.
     """
 
     num_candidates: int = 4
@@ -86,11 +85,7 @@ class CandidateView:
         return SamplingParams(temperature=self.temperature)
 
     def resolved(self, encoder: Encoder | None) -> Encoder | str | None:
-        """The encoder itself, or `"language_model"`, as `CandidateProposer` takes it.
-
-        Args:
-            encoder: One's own, where the view's is `"own"`; otherwise None, or a `TuningError`.
-        """
+        """The encoder as `CandidateProposer` takes it; one's own is given where the view's is."""
         if (self.encoder == "own") != (encoder is not None):
             wanted = "an object with encode(texts)" if encoder is None else "None"
             raise TuningError(
@@ -144,9 +139,6 @@ class ChoiceSettings(CandidateView):
         eval_episodes: Episodes of each validation prompt.
         flat_episodes: If so many first episodes all have one score, that is an error.
         seed: Everything follows from it.
-
-    Raises:
-        TuningError: A number is out of its range, or a word unknown.
     """
 
     total_steps: int = 4096
@@ -189,9 +181,6 @@ class PPOSettings(ChoiceSettings):
         gae_lambda: Of generalised advantage estimation.
         clip_range: Most that the ratio of probabilities may leave 1.
         entropy: Weight of the entropy bonus.
-
-    Raises:
-        TuningError: A number is out of its range.
     """
 
     rollout_steps: int = 512
@@ -224,9 +213,6 @@ class DQNSettings(ChoiceSettings):
         target_interval: Environment steps between two updates of the target network.
         exploration_fraction: Share of the training over which exploration falls.
         exploration_final: Probability of a random choice from then on.
-
-    Raises:
-        TuningError: A number is out of its range.
     """
 
     buffer_size: int = 20_000
@@ -253,7 +239,7 @@ class Measured:
         steps: Environment steps so far.
         scores: Mean score of each validation prompt.
         usage: What candidates, features and scores of the training took so far.
-        training_flops: Floating-point operations of the network that chooses so far.
+        training_flops: Of the network that chooses, so far.
         wall_seconds: Of the training so far, measurements aside.
         own_usage: What this measurement took.
     """
@@ -397,11 +383,7 @@ class CandidatePolicy:
         return 2.0 * weights * self.view.num_candidates
 
     def scores(self, features: npt.ArrayLike) -> FloatArray:
-        """Scores of the candidates, float64[B, K], for float32[B, layout.size] of the view.
-
-        Raises:
-            TuningError: The features have another size.
-        """
+        """Scores of the candidates, float64[B, K], for float32[B, layout.size] of the view."""
         rows = np.asarray(features, dtype=np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.scorer.layout.size:
             raise TuningError(
@@ -431,17 +413,10 @@ class CandidatePolicy:
                 )
 
     def save(self, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
-        """Write the policy's folder, whole or not at all: safetensors, JSON, and notes by name.
-
-        Raises:
-            TuningError: The folder holds something else than a policy, or cannot be written.
-        """
+        """Write safetensors, JSON and notes, whole or not at all; `TuningError` if it cannot."""
         from safetensors.torch import save_file
 
-        target = Path(folder)
-        check_policy_target(target)
         config = {
-            "format": _FORMAT,
             "algorithm": self.algorithm,
             "language_model": self.language_model_name,
             "reward": self.reward_name,
@@ -449,15 +424,11 @@ class CandidatePolicy:
             "embedding_size": self.scorer.layout.embedding_size,
             "view": asdict(self.view),
         }
-        with storage(target), write_folder(target) as scratch:
-            save_file(dict(self.scorer.state_dict()), scratch / WEIGHTS)
-            for name, note in {CONFIG: config, **(notes or {})}.items():
+        with POLICY.writing(folder) as scratch:
+            POLICY.write_config(scratch, config)
+            save_file(dict(self.scorer.state_dict()), scratch / POLICY.weights)
+            for name, note in (notes or {}).items():
                 write_json(scratch / name, note)
-
-
-def check_policy_target(folder: Path) -> None:
-    """Refuse (`TuningError`) to write over anything but a policy."""
-    refuse_other_folder(folder, CONFIG, "a policy")
 
 
 def load_policy(
@@ -480,25 +451,16 @@ def load_policy(
     Raises:
         TuningError: The folder holds no whole policy, or one that does not fit.
     """
-    from safetensors.torch import load_file
-
-    try:
-        recover_folder(folder)
-        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-        if config["format"] != _FORMAT:
-            raise ValueError(f"format {config['format']!r}, this version reads {_FORMAT}")
+    with POLICY.reading(folder) as (config, arrays):
         view = CandidateView(**{f.name: config["view"][f.name] for f in fields(CandidateView)})
         layout = FeatureLayout(view.num_candidates, config["embedding_size"], view.prefix_rewards)
         scorer = CandidateScorer(layout, config["hidden"])
-        scorer.load_state_dict(load_file(Path(folder) / WEIGHTS))
-        if not all(torch.isfinite(weights).all() for weights in scorer.parameters()):
-            raise ValueError("weights that are not finite")
+        weights = {name: torch.from_numpy(values) for name, values in arrays().items()}
+        try:
+            scorer.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
         names = config["algorithm"], config["language_model"], config["reward"]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise TuningError(
-            f"{folder}: expected the folder of a policy that train_ppo or train_dqn wrote "
-            f"({type(error).__name__}: {error}). Check the path, or train anew."
-        ) from error
     policy = CandidatePolicy(scorer, view, config["hidden"], *names, encoder, name or "")
     reward = None if reward_model is None else as_reward_model(reward_model)
     policy.check_fits(language_model, reward)

@@ -31,13 +31,13 @@ from mbrl_text_env.agents.learning.training import (
 )
 from mbrl_text_env.agents.model_free.candidate_agent import evaluate
 from mbrl_text_env.agents.model_free.candidate_policy import (
+    POLICY,
     CandidatePolicy,
     ChoiceReport,
     ChoiceSettings,
     DQNSettings,
     Measured,
     PPOSettings,
-    check_policy_target,
 )
 from mbrl_text_env.agents.model_free.sb3_parts import (
     CandidateActorCritic,
@@ -168,7 +168,7 @@ class Training(BaseCallback):
 
     def run(self, callbacks: Sequence[BaseCallback], progress_bar: bool) -> ChoiceReport:
         """Train, or go on, to the end, and write the policy; see `train_ppo`."""
-        check_policy_target(self.folder)
+        POLICY.check_target(self.folder)
         models = self.reward_model, self.language_model
         check_prompts(self.prompts, *models)
         check_prompts(self.validation, *models, least=0, noun="validation")

@@ -88,13 +88,16 @@ class VectorEnvAdapter(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> Any:
-        """Step all environments; returns observations, float32 rewards, dones and infos.
-
-        Raises:
-            RewardError: A reward is NaN or infinite, which would make all weights NaN.
-        """
+        """Step all environments; a reward that is NaN or infinite is a `RewardError`."""
         observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
-        _check_rewards(rewards)
+        bad = np.flatnonzero(~np.isfinite(rewards))
+        if bad.size:
+            raise RewardError(
+                f"Expected finite rewards, got {np.asarray(rewards)[bad].tolist()} from "
+                f"environments {bad.tolist()}: what learns from them would stay NaN. Make the "
+                "environment with failed_reward=0.0 (the reward of an episode whose response "
+                "cannot be scored), or with on_reward_error='raise'."
+            )
         dones = np.logical_or(terminated, truncated)
         now = {key: infos[key] for key in infos if key not in ("final_obs", "final_info")}
         rows = [{**_row(now, i), "TimeLimit.truncated": False} for i in range(self.num_envs)]
@@ -151,17 +154,6 @@ def _row(stacked: Mapping[str, Any], index: int) -> dict[str, Any]:
     return row
 
 
-def _check_rewards(rewards: Any) -> None:
-    bad = np.flatnonzero(~np.isfinite(rewards))
-    if bad.size:
-        raise RewardError(
-            f"Expected finite rewards, got {np.asarray(rewards)[bad].tolist()} from environments "
-            f"{bad.tolist()}: what learns from them would stay NaN. Make the environment "
-            "with failed_reward=0.0 (the reward of an episode whose response cannot be scored), or "
-            "with on_reward_error='raise'."
-        )
-
-
 class _ActorAndCritic(nn.Module):
     """Two networks with the methods of stable-baselines3's extractor."""
 
@@ -184,10 +176,8 @@ class _QValues(_ActorAndCritic):
 class CandidateActorCritic(ActorCriticPolicy):
     """PPO's policy: a logit for each candidate, and the value of the state.
 
-    Args:
-        *args: See `ActorCriticPolicy`, as for the other keywords.
-        layout: Of the observations.
-        hidden: Sizes of the hidden layers of both networks; none for linear ones.
+    It takes `layout`, of the observations, and `hidden`, sizes of the hidden layers of both
+    networks (none for linear ones), beside what `ActorCriticPolicy` takes.
 
     Example:
         >>> layout = env.get_wrapper_attr("proposer").layout  # doctest: +SKIP

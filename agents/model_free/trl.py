@@ -15,23 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbrl_text_env.agents.learning.lora import (
-    AdapterSettings,
-    tokenizer_of,
-    train_adapter,
-    write,
-)
-from mbrl_text_env.agents.learning.training import (
-    CURVE,
-    LEDGER,
-    TrainingReport,
-    TuningError,
-    check_above_zero,
-    check_prompts,
-    common_arguments,
-    expect,
-    prompts_digest,
-)
+from mbrl_text_env.agents.learning import lora, training
+from mbrl_text_env.agents.learning.training import CURVE, LEDGER, TuningError, expect
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
 from mbrl_text_env.ledger import Ledger, Usage
@@ -45,13 +30,16 @@ from mbrl_text_env.types import Prompt
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
 
-
 USAGE, FLAT = "usage/", "flat_share"
 """What each step adds to the trainer's log, which checkpoints keep."""
 
+# Forward passes' worth of work a token: the loss, the gradients of the activations (frozen weights
+# have none), and for RLOO the log-probabilities before the step.
+_PASSES = {"grpo": 2, "rloo": 3}
+
 
 @dataclass(frozen=True)
-class PolicyGradientSettings(AdapterSettings):
+class PolicyGradientSettings(lora.AdapterSettings):
     """How a policy is trained with GRPO or RLOO; for the adapter's fields see `AdapterSettings`.
 
     Args:
@@ -68,9 +56,6 @@ class PolicyGradientSettings(AdapterSettings):
         flat_steps: So many first steps in which no group of responses has two different scores are
             an error.
         seed: Adapter, order of the prompts and responses follow from it.
-
-    Raises:
-        TuningError: A number is out of its range.
     """
 
     steps: int = 60
@@ -88,7 +73,8 @@ class PolicyGradientSettings(AdapterSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = ("steps", "prompts_per_step", "max_completion_length", "batch_size")
-        check_above_zero(self, *counts, "temperature", "learning_rate", "save_steps", "flat_steps")
+        rates = ("temperature", "learning_rate", "save_steps", "flat_steps")
+        training.check_above_zero(self, *counts, *rates)
         judged = "at least 2, for responses are judged against each other"
         expect(self, "num_generations", self.num_generations >= 2, judged)
         expect(self, "beta", self.beta >= 0, "0 or more")
@@ -130,16 +116,11 @@ class StepReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradientReport(TrainingReport):
+class PolicyGradientReport(training.TrainingReport):
     """What training did and took; see `TrainingReport` for the rest.
 
     The `seconds` of its usage are those of all steps, updates included. Steps that were lost to a
-    kill and done again count once.
-
-    Args:
-        reward_name: The reward's name.
-        language_model: The base's name.
-        curve: One entry a step.
+    kill and done again count once. The curve has one entry a step.
     """
 
     reward_name: str
@@ -173,9 +154,6 @@ class PolicyGradientReport(TrainingReport):
 
 
 _DEFAULTS = PolicyGradientSettings()
-# Forward passes' worth of work a token: the loss, the gradients of the activations (frozen weights
-# have none), and for RLOO the log-probabilities before the step.
-_PASSES = {"grpo": 2, "rloo": 3}
 
 
 def train_grpo(
@@ -199,11 +177,8 @@ def train_grpo(
     it. Responses are sampled by the language model as it serves: with int8 or bfloat16 products
     they come from a distribution a little beside the float32 one that is trained.
 
-    Checkpoints lie in `<folder>-checkpoints`, from which a call that was stopped goes on if
-    prompts, reward and settings are the same; on a CPU it ends as if it had not been stopped. They
-    are removed at the end. They hold the optimizer's state in torch's format and
-    `training_args.bin`, a pickle, which nothing here reads: keep checkpoints of others out of that
-    folder. The final folder has safetensors and JSON alone, and is there as a whole or not at all.
+    Stops, checkpoints and the folder are as in `fine_tune`; on a CPU a call that goes on ends as if
+    it had not been stopped.
 
     Args:
         language_model: The base. It samples all responses, in its own number format; int8 is the
@@ -225,12 +200,10 @@ def train_grpo(
 
     Example:
         >>> report = train_grpo(embedded(), make("sentiment"), prompts, "kind")  # doctest: +SKIP
-        >>> report.curve[-1].reward > report.curve[0].reward  # doctest: +SKIP
-        True
         >>> policy = serve(embedded(), "kind")  # doctest: +SKIP
     """
-    given = (settings, start_from, on_step)
-    return _train("grpo", language_model, reward_model, prompts, folder, *given)
+    experience = Experience("grpo", language_model, reward_model, prompts, settings)
+    return experience.train(folder, start_from, on_step)
 
 
 def train_rloo(
@@ -253,44 +226,10 @@ def train_rloo(
     from Human Feedback in LLMs", 2024, by TRL's `RLOOTrainer`. Deviation: TRL clips the ratio of
     probabilities as PPO does; with one update a sample that ratio is 1.
     """
-    given = (settings, start_from, on_step)
-    return _train("rloo", language_model, reward_model, prompts, folder, *given)
+    experience = Experience("rloo", language_model, reward_model, prompts, settings)
+    return experience.train(folder, start_from, on_step)
 
 
-def _train(
-    algorithm: str,
-    language_model: TransformersLM,
-    reward: Any,
-    prompts: Sequence[Prompt],
-    folder: str | Path,
-    settings: PolicyGradientSettings,
-    start_from: str | Path | None,
-    on_step: Callable[[StepReport], None] | None,
-) -> PolicyGradientReport:
-    reward_model, prompts = as_reward_model(reward), as_prompts(prompts)
-    check_prompts(prompts, reward_model, language_model, least=settings.prompts_per_step)
-    by_id = {prompt.id: prompt for prompt in prompts}
-    experience = Experience(algorithm, language_model, reward_model, by_id, settings)
-    described = {
-        "algorithm": algorithm,
-        "dtype": str(language_model.dtype),
-        "reward": identity(reward_model),
-        "prompts": prompts_digest(prompts),
-    }
-    make = functools.partial(_trainer, experience, on_step)
-    trainer = train_adapter(language_model, folder, settings, start_from, described, make)
-    report: PolicyGradientReport = PolicyGradientReport.from_log(
-        trainer.state.log_history,
-        algorithm=algorithm,
-        reward_name=reward_name(reward_model),
-        language_model=language_model.name,
-    )
-    notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
-    write(folder, trainer.model, language_model, notes)
-    return report
-
-
-@dataclass(eq=False)
 class Experience:
     """Samples and scores the responses of each step.
 
@@ -298,15 +237,46 @@ class Experience:
     through a data set. Its trainers call `sample` and, as a reward function, the object itself.
     """
 
-    algorithm: str
-    language_model: TransformersLM
-    reward_model: RewardModel
-    prompts: Mapping[str, Prompt]
-    settings: PolicyGradientSettings
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        algorithm: str,
+        language_model: TransformersLM,
+        reward_model: Any,
+        prompts: Sequence[Prompt],
+        settings: PolicyGradientSettings,
+    ) -> None:
+        self.algorithm, self.language_model, self.settings = algorithm, language_model, settings
+        self.reward_model: RewardModel = as_reward_model(reward_model)
+        listed = as_prompts(prompts)
+        models = self.reward_model, language_model
+        training.check_prompts(listed, *models, least=settings.prompts_per_step)
+        self.prompts = {prompt.id: prompt for prompt in listed}
         self.__name__ = reward_name(self.reward_model)
         self._ledger = Ledger()
+
+    def train(
+        self,
+        folder: str | Path,
+        start_from: str | Path | None,
+        on_step: Callable[[StepReport], None] | None,
+    ) -> PolicyGradientReport:
+        """Train, or go on, to the end, and write the adapter; see `train_grpo`."""
+        lm, settings = self.language_model, self.settings
+        described = {
+            "algorithm": self.algorithm,
+            "dtype": str(lm.dtype),
+            "reward": identity(self.reward_model),
+            "prompts": training.prompts_digest(list(self.prompts.values())),
+        }
+        make = functools.partial(_trainer, self, on_step)
+        trainer = lora.train_adapter(lm, folder, settings, start_from, described, make)
+        names = {"reward_name": self.__name__, "language_model": lm.name}
+        report: PolicyGradientReport = PolicyGradientReport.from_log(
+            trainer.state.log_history, algorithm=self.algorithm, **names
+        )
+        notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
+        lora.write(folder, trainer.model, lm, notes)
+        return report
 
     def rows(self) -> list[str]:
         """Ids of the prompts of all steps, in their order: each pass in another random order.
@@ -330,10 +300,14 @@ class Experience:
         computes the log-probabilities itself, at the temperature.
         """
         settings, count = self.settings, self.settings.num_generations
-        chosen = [self.prompts[i] for i in ids[::count]]
         self._ledger = Ledger()
-        policy = self._policy(trainer.model)
-        states = [initial(prompt, policy) for prompt in chosen]
+        # As it would be served.
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            trainer.model.save_pretrained(
+                folder, selected_adapters=["default"], save_embedding_layers=False
+            )
+            policy = self.language_model.with_adapter(folder, self.language_model.name)
+        states = [initial(self.prompts[i], policy) for i in ids[::count]]
         rows = policy.sample(
             states,
             count,
@@ -347,14 +321,6 @@ class Experience:
             "completion_ids": [list(chunk.token_ids) for row in rows for chunk in row],
             "logprobs": None,
         }
-
-    def _policy(self, model: Any) -> TransformersLM:
-        """The language model with the adapter as it is now, as it would be served."""
-        with quiet(), tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(
-                folder, selected_adapters=["default"], save_embedding_layers=False
-            )
-            return self.language_model.with_adapter(folder, self.language_model.name)
 
     def __call__(
         self,
@@ -416,44 +382,9 @@ def _trainer(
             if on_step is not None and "reward" in state.log_history[-1]:
                 on_step(StepReport.from_log(state.log_history[-1]))
 
-    settings = experience.settings
-    is_grpo = experience.algorithm == "grpo"
-    config: Any = trl.GRPOConfig if is_grpo else trl.RLOOConfig
-    arguments = config(
-        **common_arguments(checkpoints, settings.seed, settings.save_steps),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.responses_per_step // settings.batch_size,
-        num_generations=settings.num_generations,
-        max_completion_length=settings.max_completion_length,
-        temperature=settings.temperature,
-        learning_rate=settings.learning_rate,
-        beta=settings.beta,
-        # The rows are in their order.
-        shuffle_dataset=False,
-    )
-    make: Any = trl.GRPOTrainer if is_grpo else _rloo_class()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-        trainer = make(
-            model=model,
-            reward_funcs=experience,
-            args=arguments,
-            train_dataset=Dataset.from_dict({"prompt": experience.rows()}),
-            processing_class=tokenizer_of(experience.language_model),
-            callbacks=[ReportSteps()],
-            rollout_func=experience.sample,
-        )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-@functools.cache
-def _rloo_class() -> Any:
-    """TRL's `RLOOTrainer` with what its `GRPOTrainer` has as `rollout_func`."""
-    import trl
-
     class SampledRLOOTrainer(trl.RLOOTrainer):  # type: ignore[misc, name-defined, unused-ignore]
+        """TRL's `RLOOTrainer` with the `rollout_func` that its `GRPOTrainer` has."""
+
         def __init__(self, rollout_func: Any, **options: Any) -> None:
             self._sample = rollout_func
             super().__init__(**options)
@@ -465,4 +396,35 @@ def _rloo_class() -> Any:
         def _generate_single_turn(self, *inputs: Any) -> Any:
             return self._sampled["completion_ids"]
 
-    return SampledRLOOTrainer
+    settings = experience.settings
+    kinds: dict[str, tuple[Any, Any]] = {
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
+        "rloo": (SampledRLOOTrainer, trl.RLOOConfig),
+    }
+    make, config = kinds[experience.algorithm]
+    arguments = config(
+        **training.common_arguments(checkpoints, settings.seed, settings.save_steps),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.responses_per_step // settings.batch_size,
+        num_generations=settings.num_generations,
+        max_completion_length=settings.max_completion_length,
+        temperature=settings.temperature,
+        learning_rate=settings.learning_rate,
+        beta=settings.beta,
+        # The rows are in their order.
+        shuffle_dataset=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are using 'rollout_func'")
+        trainer = make(
+            model=model,
+            reward_funcs=experience,
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": experience.rows()}),
+            processing_class=lora.tokenizer_of(experience.language_model),
+            callbacks=[ReportSteps()],
+            rollout_func=experience.sample,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -641,7 +641,7 @@ class TestRefused:
             make_loop(tmp_path, settings).run()
 
     def test_policies_that_are_not_there(self, whole):
-        with pytest.raises(LoopError, match="iteration 7 has no policy yet"):
+        with pytest.raises(LoopError, match="iteration 7 has no 'policy'"):
             whole[2].policy(7)
 
     def test_a_language_model_that_cannot_be_tuned(self, tmp_path):

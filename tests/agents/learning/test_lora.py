@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from mbrl_text_env.agents.learning import AdapterSettings, TuningError, check_base, serve
-from mbrl_text_env.agents.learning.lora import BASE, base_of, trainable, write
-from mbrl_text_env.agents.learning.training import refuse_other_folder
+from mbrl_text_env.agents.learning.lora import ADAPTER, base_of, trainable, write
 from tests.agents.learning.tiny import tiny_lm
 
 IDS = torch.tensor([[5, 60, 200, 31, 7]])
@@ -135,7 +134,7 @@ class TestRefused:
     def test_a_damaged_note(self, folder, tmp_path, text):
         shutil.copytree(folder, tmp_path / "copy")
         (tmp_path / "copy" / "base.json").write_text(text)
-        with pytest.raises(TuningError, match="Check the path, or tune anew"):
+        with pytest.raises(TuningError, match="Check the path, or fit the LoRA adapter anew"):
             serve(tiny_lm(), tmp_path / "copy")
 
     def test_unknown_targets(self):
@@ -152,8 +151,8 @@ class TestRefused:
 
     def test_folders_of_others(self, folder, tmp_path):
         for path in (tmp_path, tmp_path / "new", folder):
-            refuse_other_folder(path, BASE, "an adapter")
+            ADAPTER.check_target(path)
         (tmp_path / "mine.txt").write_text("precious")
         for path in (tmp_path, tmp_path / "mine.txt"):
             with pytest.raises(TuningError, match="expected a new folder"):
-                refuse_other_folder(path, BASE, "an adapter")
+                ADAPTER.check_target(path)

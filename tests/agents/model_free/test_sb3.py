@@ -309,7 +309,7 @@ class TestRefused:
 
     def test_a_folder_with_other_things(self, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(TuningError, match="something else"):
+        with pytest.raises(TuningError, match="with other files"):
             train("ppo", tmp_path)
 
     def test_an_encoder_that_the_settings_do_not_name(self, tmp_path):
