@@ -57,18 +57,13 @@ def collect_answers(
         answers: To each prompt, of different seeds.
         budget: Caps on each answer.
         batch_prompts: Prompts that are answered together.
-        seed: The answers follow from it.
         hint: Where no answer to a prompt is correct (`CORRECT`), it is answered as often again with
             this hint. The record is then of the prompt without the hint, its agent's name ends in
             `HINTED`, and it has no log-probabilities, for these would be of another prompt.
         ledger: Is charged for all.
 
     Returns:
-        The error of each prompt that was left out, by its id.
-
-    Raises:
-        RewardError: Not one prompt could be scored.
-        BudgetError: The budget allows no complete response.
+        The error of each prompt that was left out, by its id. If that is all, a `RewardError`.
     """
     collecting = _Collecting(agent, writer, answers, budget, ledger or Ledger())
     for start in range(0, len(prompts), batch_prompts):
@@ -220,11 +215,7 @@ class FilterSettings:
 
 
 def select(records: Sequence[Record], settings: FilterSettings) -> list[Record]:
-    """Apply a chain of filters.
-
-    Raises:
-        FilterError: Fewer than two responses are left; the message describes the scores.
-    """
+    """Apply a chain of filters; fewer than two responses that are left are a `FilterError`."""
     kept = list(records)
     if settings.distinct:
         kept = without_duplicates(kept)

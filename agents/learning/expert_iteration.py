@@ -9,6 +9,7 @@ the folder.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +25,14 @@ from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning import reports, stages
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers, select
 from mbrl_text_env.agents.learning.presets import LoopSettings, answer_hint, planned
-from mbrl_text_env.agents.learning.reports import IterationReport, LoopResult, to_json, write_json
+from mbrl_text_env.agents.learning.reports import (
+    IterationReport,
+    LoopResult,
+    ValueCheck,
+    ValueReport,
+    to_json,
+    write_json,
+)
 from mbrl_text_env.agents.learning.stages import LoopError, Stage
 from mbrl_text_env.agents.learning.training import check_prompts, prompts_digest
 from mbrl_text_env.agents.registry import make
@@ -53,6 +61,8 @@ AgentFactory = Callable[[LanguageModel, RewardModel, ValueModel | None], Agent]
 Note = dict[str, Any]
 
 _FEW_PROMPTS = 500
+# Of what a value model is fitted on, in its stage.
+_RECORDS = "records"
 # What may differ when a loop goes on: it decides how far the loop goes, not what an iteration does.
 _ADJUSTABLE = ("iterations", "patience")
 
@@ -188,7 +198,7 @@ class ExpertIteration:
     def records(self, iteration: int, stage: str) -> list[Record]:
         """The records of a stage: `"collected"`, `"selected"`, `"validation"` or `"value"`."""
         folder = self._stage(iteration, stage).folder
-        return read_records(folder / "records" if stage == "value" else folder)
+        return read_records(folder / _RECORDS if stage == "value" else folder)
 
     # The stages.
 
@@ -291,23 +301,52 @@ class ExpertIteration:
         return reports.divergence(policy, self.language_model, states, ledger=ledger)
 
     def _fit_value(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
-        last = stage.iteration - 1
-        before = None
-        if last >= 0:
-            folder = self._stage(last, "value").folder
-            before = stages.ValueBefore(folder, self.policy(last), self._value_report(last))
-        found = self._values.renew(
-            stage.folder,
-            self.policy(stage.iteration),
-            self.records(stage.iteration, "validation"),
-            lambda folder, policy: self._sampled(
-                folder, policy, self.train, self.settings.value_samples, seed, ledger
-            ),
-            ledger,
-            iteration=stage.iteration,
-            before=before,
+        """Fit a value on samples of the policy, or take the one before over; check it."""
+        iteration, values, way = stage.iteration, self._values, self.settings.stale_value
+        policy, fresh = self.policy(iteration), self.records(iteration, "validation")
+
+        def samples() -> list[Record]:
+            """On which one is fitted."""
+            count, folder = self.settings.value_samples, stage.folder / _RECORDS
+            return self._sampled(folder, policy, self.train, count, seed, ledger)
+
+        def kept(value: FittedValue) -> ValueCheck:
+            found = values.keep(value, stage.folder, policy)
+            return reports.check_value(found, fresh, ledger=ledger)
+
+        if values.is_ready:
+            value = values.load(stage.folder, policy)
+            found = reports.check_value(value, fresh, ledger=ledger)
+            return {"report": to_json(ValueReport(iteration, False, found, None, found, None))}
+        if iteration == 0:
+            found = kept(values.first or values.fitted(samples(), policy, ledger))
+            report = ValueReport(0, values.first is None, found, None, found, None)
+            return {"report": to_json(report)}
+        last = self._value_report(iteration - 1)
+        reference = last.after if last.fitted_at == iteration - 1 else last.when_fitted
+        carried = values.read(
+            self._stage(iteration - 1, "value").folder, self.policy(iteration - 1)
         )
-        return {"report": to_json(found)}
+        carried.language_model_name_ = policy.name
+        old = kept(carried)
+        ratio = old.error / reference.error if reference.error > 0 else float("inf")
+        report = ValueReport(last.fitted_at, False, reference, old, old, ratio)
+        is_worse = not ratio <= self.settings.error_factor
+        if way == "refit" or (way == "refit-if-worse" and is_worse):
+            records = samples()
+            if len({record.score for record in records}) > 1:
+                after = kept(values.fitted(records, policy, ledger))
+                report = ValueReport(iteration, True, reference, old, after, ratio)
+            else:
+                # What a policy ends in that has learned all there is.
+                warnings.warn(
+                    f"Iteration {iteration}: all responses that a value model was to be fitted on "
+                    f"score {records[0].score:.4g}; the one before is taken over.",
+                    stacklevel=2,
+                )
+        if way == "error":
+            shutil.rmtree(stage.folder)
+        return {"report": to_json(report)}
 
     # What the stages share.
 
@@ -332,9 +371,9 @@ class ExpertIteration:
     def _stage(self, iteration: int, name: str) -> Stage:
         return Stage(iteration, name, Path(self.folder) / f"{iteration:02d}")
 
-    def _value_report(self, iteration: int) -> reports.ValueReport:
+    def _value_report(self, iteration: int) -> ValueReport:
         values = self._stage(iteration, "value").read()["report"]
-        found: reports.ValueReport = reports.from_json(reports.ValueReport, values)
+        found: ValueReport = reports.from_json(ValueReport, values)
         return found
 
     def _sampling(self, policy: LanguageModel, params: SamplingParams) -> Sampling:

@@ -40,12 +40,9 @@ class LoopSettings:
         name: What reports call the method.
         iterations: Rounds of collecting and tuning. A loop that has ended goes on with more.
         agent: Spec of `mbrl_text_env.agents.registry`, which answers the train prompts.
-        answers_per_prompt: Answers to each train prompt, of different seeds.
         budget: Caps on each answer; None for none.
-        max_response_tokens: Token limit of a response.
         params: How plain sampling draws tokens: in collecting, where the agent's spec says nothing
             else, in validation, and for the value model's data.
-        filter: What is tuned on.
         start_from: What is tuned; all answers come from the policy of the iteration before.
         hints: Whether prompts without a correct answer are answered again with a hint, which is
             not part of the prompt that is tuned on.
@@ -62,7 +59,6 @@ class LoopSettings:
         patience: Iterations in a row without a new best validation score after which the loop
             stops; None never stops it.
         batch_prompts: Prompts that are answered together.
-        seed: All randomness follows from it, the iteration and the stage.
     """
 
     name: str = "expert-iteration"

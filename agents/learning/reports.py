@@ -63,7 +63,7 @@ def _read(hint: Any, value: Any) -> Any:
         [item, *_] = get_args(options[0]) or (Any,)
         return tuple(_read(item, each) for each in value)
     for option in options:
-        if isinstance(value, Mapping) and is_dataclass(option):
+        if isinstance(value, Mapping) and isinstance(option, type) and is_dataclass(option):
             return from_json(option, value)
         if isinstance(value, str) and option is float:
             return float(value)
@@ -78,8 +78,6 @@ class Divergence:
         per_response: Nats a response: the mean of log policy - log base over whole responses.
         per_response_error: Its standard error; NaN for one prompt with one response.
         per_token: Nats a token: the same sum, divided by the number of tokens.
-        per_token_error: Its standard error.
-        num_responses: Responses.
     """
 
     per_response: float
@@ -189,7 +187,6 @@ class ValueCheck:
         correlation: Pearson correlation over all prefixes.
         within_prompt: The same without the mean of each prompt's prefixes of one length: what a
             choice among partial responses can use. NaN where nothing varies.
-        num_prefixes: Prefixes.
     """
 
     error: float
@@ -203,14 +200,8 @@ def check_value(
 ) -> ValueCheck:
     """Compare a fitted value model's predictions for prefixes with the final scores.
 
-    Args:
-        value_model: Fitted.
-        records: Complete responses to several prompts, several to each.
-        ledger: Is charged.
-
-    Raises:
-        FitError: No response has two tokens.
-        ValueModelError: The value model is not fitted, or fails.
+    The records are complete responses to several prompts, several to each. If no response has two
+    tokens, that is a `FitError`.
     """
     states, owners = cut_prefixes(records, as_value_model(value_model).lengths)
     charged = None if ledger is None else [ledger] * len(states)
@@ -312,7 +303,6 @@ class Validation:
         mean: Mean score, over prompts.
         error: Its standard error over prompts; NaN for one prompt.
         tokens: Mean length of a response.
-        diversity: Of the responses.
         divergence: From the base model, where it was asked for.
         gold: What a trusted reward says, where there is one.
     """
@@ -366,12 +356,8 @@ class IterationReport:
 
     Args:
         iteration: 0 for the base model, before anything is learned.
-        policy: Name of the policy at its end.
-        validation: What that scores.
+        policy: Name of the policy at its end, which `validation` and `value` are of.
         collected: What the policy before answered.
-        selected: What was tuned on.
-        improvement: What the improver says.
-        value: The value model for this policy.
         usage: What each stage took, of the last try where it was stopped: `Usage.as_dict()`, whose
             seconds are those of the models' calls, and `wall_seconds`.
         warnings: What to look at.
@@ -401,12 +387,10 @@ class IterationReport:
 
 @dataclass(frozen=True)
 class LoopResult:
-    """What a loop did.
+    """A report for each iteration, that of the base model first.
 
-    Args:
-        iterations: A report for each, that of the base model first.
-        best: The iteration with the highest mean on the validation prompts; 0 is the base model.
-        stopped: Why it ended before its last iteration; None where it did not.
+    `best` is the iteration with the highest mean on the validation prompts (0 is the base model),
+    `stopped` why the loop ended before its last iteration.
     """
 
     iterations: tuple[IterationReport, ...]

@@ -8,16 +8,15 @@ again.
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from mbrl_text_env.agents.learning.lora import FineTuneSettings, fine_tune, serve
 from mbrl_text_env.agents.learning.presets import LoopSettings
-from mbrl_text_env.agents.learning.reports import ValueReport, check_value, write_json
+from mbrl_text_env.agents.learning.reports import write_json
 from mbrl_text_env.agents.values import READY, FittedValue, load_value, make_value
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
@@ -33,7 +32,7 @@ STAGES = ("collected", "selected", "policy", "validation", "value")
 
 # What transformers accepts as a seed.
 _SEEDS = 2**31
-_MODEL, _RECORDS = "model", "records"
+_MODEL = "model"
 
 
 class LoopError(RuntimeError):
@@ -212,17 +211,6 @@ def _trainable(base: LanguageModel) -> Any:
 ValueFactory = Callable[[LanguageModel, RewardModel], FittedValue]
 """Makes a value model to fit, of a class that `load_value` reads."""
 
-Sample = Callable[[Path, LanguageModel], list[Record]]
-"""Writes plain samples of a policy to a folder, and gives them back."""
-
-
-class ValueBefore(NamedTuple):
-    """The value model of an iteration, as the next one finds it; `policy` is whose it is."""
-
-    folder: Path
-    policy: LanguageModel
-    report: ValueReport
-
 
 class _Charged(ObjectReward):
     """A reward model that charges a ledger for all that it scores; fits charge nothing."""
@@ -241,7 +229,7 @@ class _Charged(ObjectReward):
 
 @dataclass
 class LoopValues:
-    """Makes, checks and reads a loop's value models; the fields are `ExpertIteration`'s."""
+    """Makes, keeps and reads a loop's value models; the fields are `ExpertIteration`'s."""
 
     settings: LoopSettings
     reward_model: RewardModel
@@ -256,79 +244,33 @@ class LoopValues:
         return any(part is not None for part in given)
 
     @property
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether it needs no fit, and is that of any policy."""
         return self.settings.value in READY and self.factory is None and self.first is None
 
     def load(self, folder: Path, policy: LanguageModel) -> ValueModel:
         """The value model of a stage's folder; `ValueModelError` if it is another policy's."""
-        return self._made(policy) if self._is_ready else self._read(folder, policy)
+        return self._made(policy, self.reward_model) if self.is_ready else self.read(folder, policy)
 
-    def renew(
-        self,
-        folder: Path,
-        policy: LanguageModel,
-        fresh: Sequence[Record],
-        sample: Sample,
-        ledger: Ledger,
-        *,
-        iteration: int,
-        before: ValueBefore | None,
-    ) -> ValueReport:
-        """Make the value model of a policy, in the folder, with the records that it is fitted on.
+    def read(self, folder: Path, policy: LanguageModel) -> FittedValue:
+        """A fitted value model."""
+        return load_value(folder / _MODEL, policy, self.reward_model, self.encoder)
 
-        Args:
-            fresh: Responses of this policy to prompts that no value is fitted on.
-            sample: Makes the records to fit on.
-            ledger: Is charged for the checks, and for what a fit asks of the reward model.
-            before: The value model of the iteration before; None for the base model's.
-        """
-        if self._is_ready:
-            found = check_value(self._made(policy), fresh, ledger=ledger)
-            return ValueReport(iteration, False, found, None, found, None)
-        if before is None:
-            first = self.first
-            if first is None:
-                first = self._fitted(sample(folder / _RECORDS, policy), policy, ledger)
-            check_value_fits(first, policy, self.reward_model)
-            first.save(folder / _MODEL)
-            found = check_value(self._read(folder, policy), fresh, ledger=ledger)
-            return ValueReport(iteration, self.first is None, found, None, found, None)
-        last = before.report
-        reference = last.after if last.fitted_at == iteration - 1 else last.when_fitted
-        carried, way = self._read(before.folder, before.policy), self.settings.stale_value
-        carried.language_model_name_ = policy.name
-        # Written and read again: a value that looks into a policy then looks into this one.
-        carried.save(folder / _MODEL)
-        old = check_value(self._read(folder, policy), fresh, ledger=ledger)
-        ratio = old.error / reference.error if reference.error > 0 else float("inf")
-        is_worse = not ratio <= self.settings.error_factor
-        if way == "refit" or (way == "refit-if-worse" and is_worse):
-            records = sample(folder / _RECORDS, policy)
-            if len({record.score for record in records}) > 1:
-                self._fitted(records, policy, ledger).save(folder / _MODEL)
-                after = check_value(self._read(folder, policy), fresh, ledger=ledger)
-                return ValueReport(iteration, True, reference, old, after, ratio)
-            # What a policy ends in that has learned all there is.
-            warnings.warn(
-                f"Iteration {iteration}: all responses that a value model was to be fitted on "
-                f"score {records[0].score:.4g}; the one before is taken over.",
-                stacklevel=2,
-            )
-        if way == "error":
-            shutil.rmtree(folder)
-        return ValueReport(last.fitted_at, False, reference, old, old, ratio)
+    def keep(self, value: FittedValue, folder: Path, policy: LanguageModel) -> FittedValue:
+        """Write it and read it again: what looks into a policy then looks into this one."""
+        check_value_fits(value, policy, self.reward_model)
+        value.save(folder / _MODEL)
+        return self.read(folder, policy)
 
-    def _fitted(
+    def fitted(
         self, records: Sequence[Record], policy: LanguageModel, ledger: Ledger
     ) -> FittedValue:
-        """Fitted, and to be saved and read again: this one goes on charging the ledger."""
+        """Fitted, and to be kept: this one goes on charging the ledger."""
         value = self._made(policy, _Charged(self.reward_model, ledger))
         assert isinstance(value, FittedValue)
         return value.fit(records)
 
-    def _made(self, policy: LanguageModel, reward_model: RewardModel | None = None) -> ValueModel:
-        reward_model = self.reward_model if reward_model is None else reward_model
+    def _made(self, policy: LanguageModel, reward_model: RewardModel) -> ValueModel:
         if self.factory is not None:
             return self.factory(policy, reward_model)
         settings = self.settings
@@ -339,6 +281,3 @@ class LoopValues:
             )
         limits = {"max_response_tokens": settings.max_response_tokens, "seed": settings.seed}
         return make_value(settings.value, policy, reward_model, encoder=self.encoder, **limits)
-
-    def _read(self, folder: Path, policy: LanguageModel) -> FittedValue:
-        return load_value(folder / _MODEL, policy, self.reward_model, self.encoder)

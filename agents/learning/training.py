@@ -84,8 +84,9 @@ def check_prompts(
             f"got {len(unfit)} others of {len(prompts)}, first {unfit[0].id!r}, whose metadata has "
             f"{sorted(unfit[0].metadata)}. Add what the reward needs, or leave them out."
         )
-    for prompt in prompts if language_model is not None else ():
-        language_model.encode_prompt(prompt)
+    if language_model is not None:
+        for prompt in prompts:
+            language_model.encode_prompt(prompt)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,8 +55,6 @@ class CandidateView:
 
     Args:
         num_candidates: K, chunks to choose from; at least 2.
-        chunk_tokens: Most tokens of a chunk.
-        max_response_tokens: Token limit of a response.
         temperature: At which candidates are drawn; by default as agents draw.
         encoder: What embeds the prefix with each candidate; None for no embeddings.
         prefix_rewards: Whether the reward model scores the prefix with each candidate.
@@ -106,13 +104,16 @@ class CandidateView:
         encoder: Encoder | str | None,
     ) -> CandidateProposer:
         """What proposes and describes the candidates, with an encoder from `resolved`."""
-        limits = {
-            "max_response_tokens": self.max_response_tokens,
-            "max_chunk_tokens": self.chunk_tokens,
-        }
+        task = TextTask(
+            prompts,
+            language_model,
+            reward_model,
+            max_response_tokens=self.max_response_tokens,
+            max_chunk_tokens=self.chunk_tokens,
+        )
         return CandidateProposer(
             language_model,
-            TextTask(prompts, language_model, reward_model, **limits),
+            task,
             self.num_candidates,
             self.chunk_tokens,
             self.params,
@@ -132,13 +133,11 @@ class ChoiceSettings(CandidateView):
         reward: `"delta"` pays each chunk what it adds to the score of the prefix, which needs a
             score of every prefix; `"terminal"` pays the score at the end.
         hidden: Sizes of the network's hidden layers; none for a linear policy.
-        learning_rate: Of Adam.
         discount: Of later rewards; episodes are short, so none by default.
         save_steps: Environment steps between checkpoints.
         eval_steps: Environment steps between two measurements on the validation prompts.
         eval_episodes: Episodes of each validation prompt.
         flat_episodes: If so many first episodes all have one score, that is an error.
-        seed: Everything follows from it.
     """
 
     total_steps: int = 4096
@@ -240,7 +239,7 @@ class Measured:
         scores: Mean score of each validation prompt.
         usage: What candidates, features and scores of the training took so far.
         training_flops: Of the network that chooses, so far.
-        wall_seconds: Of the training so far, measurements aside.
+        wall_seconds: So far, measurements aside.
         own_usage: What this measurement took.
     """
 
@@ -266,12 +265,8 @@ class Measured:
 class ChoiceReport(TrainingReport):
     """What training did and took; see `TrainingReport` for the rest.
 
-    Args:
-        steps: Environment steps.
-        curve: (steps, score) of each episode, in the order in which they ended.
-        validation: The measurements on the validation prompts, of which the first is before any
-            training.
-        wall_seconds: Of the training, measurements aside.
+    The curve has (steps, score) of each episode, in the order in which they ended. The first
+    measurement on the validation prompts is before any training; wall time is without these.
     """
 
     steps: int

@@ -18,17 +18,9 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
-from mbrl_text_env.agents.learning.training import (
-    CURVE,
-    LEDGER,
-    TuningError,
-    check_prompts,
-    checkpoints_of,
-    claim,
-    prompts_digest,
-    stop_asked,
-    stopped,
-)
+from mbrl_text_env.agents.learning import training
+from mbrl_text_env.agents.learning.training import CURVE, LEDGER, TuningError
+from mbrl_text_env.agents.model_free import sb3_parts
 from mbrl_text_env.agents.model_free.candidate_agent import evaluate
 from mbrl_text_env.agents.model_free.candidate_policy import (
     POLICY,
@@ -39,15 +31,7 @@ from mbrl_text_env.agents.model_free.candidate_policy import (
     Measured,
     PPOSettings,
 )
-from mbrl_text_env.agents.model_free.sb3_parts import (
-    CandidateActorCritic,
-    CandidateDQNPolicy,
-    ResumableEnv,
-    VectorEnvAdapter,
-    read_checkpoint,
-    write_checkpoint,
-)
-from mbrl_text_env.candidates import CandidateChunksVector
+from mbrl_text_env.candidates import CandidateChunksVector, make_candidate_chunks_vector
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
@@ -57,7 +41,6 @@ from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.training import own_randomness
 from mbrl_text_env.types import Prompt
-from mbrl_text_env.vector import TextGenerationVectorEnv
 
 _PPO_DEFAULTS, _DQN_DEFAULTS = PPOSettings(), DQNSettings()
 _VALIDATION_STREAM = 1
@@ -161,7 +144,7 @@ class Training(BaseCallback):
         super().__init__()
         self.reward_model, self.folder = as_reward_model(self.reward_model), Path(self.folder)
         self.prompts, self.validation = as_prompts(self.prompts), as_prompts(self.validation)
-        self.checkpoints = checkpoints_of(self.folder)
+        self.checkpoints = training.checkpoints_of(self.folder)
         self.is_stopped = False
         # How often a checkpoint was due; unknown before the first rollout of this call.
         self._saves: int | None = None
@@ -170,13 +153,13 @@ class Training(BaseCallback):
         """Train, or go on, to the end, and write the policy; see `train_ppo`."""
         POLICY.check_target(self.folder)
         models = self.reward_model, self.language_model
-        check_prompts(self.prompts, *models)
-        check_prompts(self.validation, *models, least=0, noun="validation")
+        training.check_prompts(self.prompts, *models)
+        training.check_prompts(self.validation, *models, least=0, noun="validation")
         settings = self.settings
-        resumed = claim(self.checkpoints, self._described())
-        with own_randomness(settings.seed), stop_asked("this rollout") as self._asked:
+        resumed = training.claim(self.checkpoints, self._described())
+        with own_randomness(settings.seed), training.stop_asked("this rollout") as self._asked:
             env = self._env = self._made_env()
-            model = _made_model(ResumableEnv(env), settings)
+            model = _made_model(sb3_parts.ResumableEnv(env), settings)
             if resumed is not None:
                 self._recall(Path(resumed), model)
             # What going on from a checkpoint took is not part of the training.
@@ -191,7 +174,7 @@ class Training(BaseCallback):
                 )
             if self.is_stopped:
                 steps = f"after {model.num_timesteps} of {settings.total_steps} steps"
-                raise stopped(steps, self.checkpoints)
+                raise training.stopped(steps, self.checkpoints)
             self._note()
             if self.validation and self.validated[-1].steps < model.num_timesteps:
                 self._validate(model)
@@ -246,7 +229,7 @@ class Training(BaseCallback):
 
     def _recall(self, checkpoint: Path, model: BaseAlgorithm) -> None:
         by_id = {prompt.id: prompt for prompt in self.prompts}
-        notes = read_checkpoint(checkpoint, model, self._env, by_id)
+        notes = sb3_parts.read_checkpoint(checkpoint, model, self._env, by_id)
         self.curve = [(int(steps), float(score)) for steps, score in notes["episodes"]]
         self.validated = [Measured.from_json(row) for row in notes["validation"]]
         self.usage, self.wall_seconds = Usage(**notes["usage"]), notes["wall_seconds"]
@@ -256,25 +239,21 @@ class Training(BaseCallback):
 
     def _made_env(self) -> CandidateChunksVector:
         settings = self.settings
-        base = TextGenerationVectorEnv(
+        view = make_candidate_chunks_vector(
             settings.num_envs,
-            self.prompts,
             self.language_model,
-            self.reward_model,
+            prompts=self.prompts,
+            reward_model=self.reward_model,
             reward=settings.reward,
             max_response_tokens=settings.max_response_tokens,
             max_chunk_tokens=settings.chunk_tokens,
-            on_reward_error="raise",
             autoreset_mode="SameStep",
-        )
-        view = CandidateChunksVector(
-            base,
-            self.language_model,
             num_candidates=settings.num_candidates,
             params=settings.params,
             encoder=settings.resolved(self.encoder),
             prefix_rewards=settings.prefix_rewards,
         )
+        base: Any = view.env
         base.task.ledger = view.ledger
         return view
 
@@ -285,8 +264,8 @@ class Training(BaseCallback):
             "settings": asdict(self.settings),
             "language_model": identity(self.language_model),
             "reward": identity(self.reward_model),
-            "prompts": prompts_digest(self.prompts),
-            "validation": prompts_digest(self.validation),
+            "prompts": training.prompts_digest(self.prompts),
+            "validation": training.prompts_digest(self.validation),
         }
 
     def _training_flops(self, model: BaseAlgorithm) -> float:
@@ -318,7 +297,9 @@ class Training(BaseCallback):
         if is_due or self._asked:
             self._note()
             taken = {"usage": asdict(self.usage), "wall_seconds": self.wall_seconds}
-            write_checkpoint(self.checkpoints, self.model, self._env, self._curves() | taken)
+            sb3_parts.write_checkpoint(
+                self.checkpoints, self.model, self._env, self._curves() | taken
+            )
             self.is_stopped = bool(self._asked)
 
     def _on_step(self) -> bool:
@@ -355,7 +336,7 @@ class Training(BaseCallback):
             )
 
 
-def _made_model(env: VectorEnvAdapter, settings: ChoiceSettings) -> BaseAlgorithm:
+def _made_model(env: sb3_parts.VectorEnvAdapter, settings: ChoiceSettings) -> BaseAlgorithm:
     layout = env.get_attr("proposer", [0])[0].layout
     common: dict[str, Any] = {
         "learning_rate": settings.learning_rate,
@@ -366,7 +347,7 @@ def _made_model(env: VectorEnvAdapter, settings: ChoiceSettings) -> BaseAlgorith
     }
     if isinstance(settings, PPOSettings):
         return PPO(
-            CandidateActorCritic,
+            sb3_parts.CandidateActorCritic,
             env,
             n_steps=settings.rollout_steps // settings.num_envs,
             batch_size=settings.batch_size,
@@ -378,7 +359,7 @@ def _made_model(env: VectorEnvAdapter, settings: ChoiceSettings) -> BaseAlgorith
         )
     assert isinstance(settings, DQNSettings)
     return DQN(
-        CandidateDQNPolicy,
+        sb3_parts.CandidateDQNPolicy,
         env,
         buffer_size=min(settings.buffer_size, settings.total_steps + settings.num_envs),
         batch_size=settings.batch_size,

@@ -19,7 +19,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors import SafetensorError
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
@@ -173,7 +173,17 @@ class _QValues(_ActorAndCritic):
         return self.value(features) + self.scorer(features)
 
 
-class CandidateActorCritic(ActorCriticPolicy):
+class _OfCandidates(BasePolicy):
+    """A policy that is told the layout of the observations, and the networks' hidden layers."""
+
+    def __init__(
+        self, *args: Any, layout: FeatureLayout, hidden: Sequence[int] = (64,), **kwargs: Any
+    ) -> None:
+        self.layout, self.hidden = layout, tuple(hidden)
+        super().__init__(*args, **kwargs)
+
+
+class CandidateActorCritic(_OfCandidates, ActorCriticPolicy):
     """PPO's policy: a logit for each candidate, and the value of the state.
 
     It takes `layout`, of the observations, and `hidden`, sizes of the hidden layers of both
@@ -183,12 +193,6 @@ class CandidateActorCritic(ActorCriticPolicy):
         >>> layout = env.get_wrapper_attr("proposer").layout  # doctest: +SKIP
         >>> PPO(CandidateActorCritic, env, policy_kwargs={"layout": layout})  # doctest: +SKIP
     """
-
-    def __init__(
-        self, *args: Any, layout: FeatureLayout, hidden: Sequence[int] = (64,), **kwargs: Any
-    ) -> None:
-        self.layout, self.hidden = layout, tuple(hidden)
-        super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Any) -> None:
         self.mlp_extractor: Any = _ActorAndCritic(self.layout, self.hidden)
@@ -204,14 +208,8 @@ class CandidateActorCritic(ActorCriticPolicy):
         return self.mlp_extractor.scorer
 
 
-class CandidateDQNPolicy(DQNPolicy):
+class CandidateDQNPolicy(_OfCandidates, DQNPolicy):
     """DQN's policy: a value for each candidate; the arguments are `CandidateActorCritic`'s."""
-
-    def __init__(
-        self, *args: Any, layout: FeatureLayout, hidden: Sequence[int] = (64,), **kwargs: Any
-    ) -> None:
-        self.layout, self.hidden = layout, tuple(hidden)
-        super().__init__(*args, **kwargs)
 
     def make_q_net(self) -> QNetwork:
         """A network with weights of its own."""
@@ -317,7 +315,7 @@ def _restore(
     state: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    parameters = model.get_parameters() | {"policy": {}}
+    parameters: Any = model.get_parameters() | {"policy": {}}
     buffer: Any = getattr(model, "replay_buffer", None)
     for path, value in tensors.items():
         match path.split("/"):
