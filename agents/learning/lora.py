@@ -172,8 +172,8 @@ def fine_tune(
     start = time.perf_counter()
     examples = examples_of(language_model, records, settings.max_length)
     described = {"examples": digest(repr(examples).encode())}
-    make = partial(_trainer, language_model, examples, settings)
-    trainer = train_adapter(language_model, folder, settings, start_from, described, make)
+    recipe = partial(_recipe, examples, settings)
+    trainer = train_adapter(language_model, folder, settings, start_from, described, recipe)
     lengths = [len(example.input_ids) for example in examples]
     forward = sum(language_model.usage_bound(length, []).lm_flops for length in lengths)
     report = FineTuneReport(
@@ -250,39 +250,24 @@ def _example(language_model: TransformersLM, record: Record) -> Example:
     return Example(prompt + response, [_IGNORED] * len(prompt) + response)
 
 
-def _trainer(
-    language_model: TransformersLM,
-    examples: Sequence[Example],
-    settings: FineTuneSettings,
-    model: Any,
-    checkpoints: Path,
-) -> Any:
+def _recipe(examples: Sequence[Example], settings: FineTuneSettings) -> Recipe:
     import trl
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
 
     dataset = Dataset.from_list([example._asdict() for example in examples])
-    arguments = trl.SFTConfig(
-        **training.common_arguments(checkpoints, settings.seed, _SAVE_STEPS),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
+    arguments = {
+        "save_steps": _SAVE_STEPS,
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
         # Ids and labels are final: nothing is encoded, cut or packed.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-    )
-    trainer: Any = trl.SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(min(len(dataset), _LOSS_EXAMPLES))),
-        processing_class=tokenizer_of(language_model),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.loss_before = float(trainer.evaluate()["eval_loss"])
-    return trainer
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+    }
+    first = dataset.select(range(min(len(dataset), _LOSS_EXAMPLES)))
+    options = {"train_dataset": dataset, "eval_dataset": first}
+    return Recipe(trl.SFTTrainer, trl.SFTConfig, arguments, options)
 
 
 def trainable(
@@ -333,20 +318,32 @@ def trainable(
         ) from error
 
 
+class Recipe(NamedTuple):
+    """A trainer of TRL and its config, as classes, and what they are made with."""
+
+    trainer: Any
+    config: Any
+    arguments: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
 def train_adapter(
     language_model: TransformersLM,
     folder: str | Path,
     settings: Any,
     start_from: str | Path | None,
     described: Mapping[str, Any],
-    make: Callable[[Any, Path], Any],
+    recipe: Callable[[], Recipe],
 ) -> Any:
     """Train an adapter, or go on from a checkpoint, to the end; `write` then writes its folder.
 
-    The settings have a `seed`; `described` is what the adapter depends on beside these, as JSON
-    values. `make` makes a trainer of transformers, which is returned, of a peft model and the
-    folder of checkpoints.
+    The settings have a seed and a learning rate; `described` is what the adapter depends on beside
+    these, as JSON values. The trainer is returned; where its recipe has an `eval_dataset`,
+    `loss_before` is the loss on that before the first step.
     """
+    import torch
+    from transformers import PrinterCallback
+
     ADAPTER.check_target(folder)
     for package in ("trl", "peft"):
         required(package)
@@ -357,10 +354,33 @@ def train_adapter(
     }
     checkpoints = training.checkpoints_of(Path(folder))
     resumed = training.claim(checkpoints, {**parts, **described})
+    has_cuda = torch.cuda.is_available()
     with own_randomness(settings.seed):
         model = trainable(language_model, settings, start_from)
         with quiet():
-            trainer = make(model, checkpoints)
+            make = recipe()
+            arguments = make.config(
+                output_dir=str(checkpoints),
+                save_strategy="steps",
+                save_total_limit=2,
+                logging_steps=1,
+                seed=settings.seed,
+                learning_rate=settings.learning_rate,
+                bf16=False,
+                gradient_checkpointing=False,
+                use_cpu=not has_cuda,
+                dataloader_pin_memory=has_cuda,
+                report_to="none",
+                disable_tqdm=True,
+                **make.arguments,
+            )
+            tokenizer = tokenizer_of(language_model)
+            trainer = make.trainer(
+                model=model, args=arguments, processing_class=tokenizer, **make.options
+            )
+            trainer.remove_callback(PrinterCallback)
+            if "eval_dataset" in make.options:
+                trainer.loss_before = float(trainer.evaluate()["eval_loss"])
         training.run(trainer, checkpoints, resumed)
     return trainer
 

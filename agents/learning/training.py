@@ -120,27 +120,6 @@ def checkpoints_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-checkpoints")
 
 
-def common_arguments(checkpoints: Path, seed: int, save_steps: int) -> dict[str, Any]:
-    """Arguments that all our trainers of transformers have in common."""
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    return {
-        "output_dir": str(checkpoints),
-        "save_strategy": "steps",
-        "save_steps": save_steps,
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "seed": seed,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": not has_cuda,
-        "dataloader_pin_memory": has_cuda,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
 def claim(checkpoints: Path, record: Mapping[str, Any]) -> str | None:
     """`claim_checkpoints`, whose errors and full disks are a `TuningError`."""
     with storage(checkpoints):

@@ -268,8 +268,10 @@ class Experience:
             "reward": identity(self.reward_model),
             "prompts": training.prompts_digest(list(self.prompts.values())),
         }
-        make = functools.partial(_trainer, self, on_step)
-        trainer = lora.train_adapter(lm, folder, settings, start_from, described, make)
+        recipe = functools.partial(_recipe, self, on_step)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'")
+            trainer = lora.train_adapter(lm, folder, settings, start_from, described, recipe)
         names = {"reward_name": self.__name__, "language_model": lm.name}
         report: PolicyGradientReport = PolicyGradientReport.from_log(
             trainer.state.log_history, algorithm=self.algorithm, **names
@@ -367,15 +369,10 @@ class Experience:
         return float(flat.mean())
 
 
-def _trainer(
-    experience: Experience,
-    on_step: Callable[[StepReport], None] | None,
-    model: Any,
-    checkpoints: Path,
-) -> Any:
+def _recipe(experience: Experience, on_step: Callable[[StepReport], None] | None) -> lora.Recipe:
     import trl
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback, TrainerCallback
+    from transformers import TrainerCallback
 
     class ReportSteps(TrainerCallback):  # type: ignore[misc, unused-ignore]
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -401,30 +398,19 @@ def _trainer(
         "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
         "rloo": (SampledRLOOTrainer, trl.RLOOConfig),
     }
-    make, config = kinds[experience.algorithm]
-    arguments = config(
-        **training.common_arguments(checkpoints, settings.seed, settings.save_steps),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.responses_per_step // settings.batch_size,
-        num_generations=settings.num_generations,
-        max_completion_length=settings.max_completion_length,
-        temperature=settings.temperature,
-        learning_rate=settings.learning_rate,
-        beta=settings.beta,
+    same = ("save_steps", "num_generations", "max_completion_length", "temperature", "beta")
+    arguments = {
+        **{name: getattr(settings, name) for name in same},
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.responses_per_step // settings.batch_size,
         # The rows are in their order.
-        shuffle_dataset=False,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-        trainer = make(
-            model=model,
-            reward_funcs=experience,
-            args=arguments,
-            train_dataset=Dataset.from_dict({"prompt": experience.rows()}),
-            processing_class=lora.tokenizer_of(experience.language_model),
-            callbacks=[ReportSteps()],
-            rollout_func=experience.sample,
-        )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+        "shuffle_dataset": False,
+    }
+    options = {
+        "reward_funcs": experience,
+        "train_dataset": Dataset.from_dict({"prompt": experience.rows()}),
+        "callbacks": [ReportSteps()],
+        "rollout_func": experience.sample,
+    }
+    return lora.Recipe(*kinds[experience.algorithm], arguments, options)
