@@ -154,7 +154,6 @@ def fine_tune(
         language_model: The base.
         records: At least two, with the token ids of their responses.
         folder: Where the adapter is written, with `fine_tuning.json`; `serve` takes it.
-        settings: How it is tuned.
         start_from: Folder of an adapter to go on training; None for a new one.
 
     Raises:
@@ -420,14 +419,9 @@ def serve(
 ) -> TransformersLM:
     """The language model with a tuned adapter; both can be used side by side.
 
-    Args:
-        language_model: The base that the adapter was trained on.
-        folder: As `fine_tune`, `train_grpo` and `train_rloo` write it.
-        name: What reports call it; by default the model's name and the beginning of the digest of
-            the adapter's weights.
-
-    Raises:
-        TuningError: The folder holds no such adapter, or one for another base.
+    The folder is as `fine_tune`, `train_grpo` and `train_rloo` write it; another, or an adapter of
+    another base, is a `TuningError`. By default reports call it by the model's name and the
+    beginning of the digest of the adapter's weights.
     """
     check_base(folder, language_model)
     with quiet():

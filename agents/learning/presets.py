@@ -1,7 +1,10 @@
 """How a policy is trained on its own answers: the settings of the loop, and four known choices.
 
 `star`, `rest_em`, `rejection_sampling` and `planned` give a paper's numbers; whatever else they are
-called with takes the place of a field of `LoopSettings`.
+called with takes the place of a field of `LoopSettings`:
+
+>>> star().hints, star().start_from, star(iterations=16).iterations
+(True, 'base', 16)
 """
 
 from __future__ import annotations
@@ -37,7 +40,6 @@ class LoopSettings:
     """What an iteration does.
 
     Args:
-        name: What reports call the method.
         iterations: Rounds of collecting and tuning. A loop that has ended goes on with more.
         agent: Spec of `mbrl_text_env.agents.registry`, which answers the train prompts.
         budget: Caps on each answer; None for none.
@@ -50,7 +52,6 @@ class LoopSettings:
         stale_value: `"refit"`: a new fit for each policy. `"refit-if-worse"`: only where the error
             on fresh data has risen by `error_factor`. `"error"`: the loop stops before a policy is
             searched with another one's value.
-        error_factor: See `stale_value`.
         value_samples: Responses to each train prompt that a value model is fitted on.
         validation_samples: Responses to each validation prompt; the value's correlation within
             prompts needs two.
@@ -58,7 +59,6 @@ class LoopSettings:
             divergence from the base is estimated; 0 leaves it out.
         patience: Iterations in a row without a new best validation score after which the loop
             stops; None never stops it.
-        batch_prompts: Prompts that are answered together.
     """
 
     name: str = "expert-iteration"
@@ -114,10 +114,6 @@ def star(**changes: Any) -> LoopSettings:
     Deviations: no worked examples, and the hint is a sentence at the prompt's end (`answer_hint`);
     equally many epochs in each iteration, where the paper's 40 steps grow by a fifth; a LoRA
     adapter instead of all weights; temperature 0.7; equal answers to a prompt are tuned on once.
-
-    Example:
-        >>> star().hints, star().start_from, star(iterations=16).iterations
-        (True, 'base', 16)
     """
     correct = FilterSettings(threshold=CORRECT)
     base = {"name": "star", "filter": correct, "start_from": "base", "hints": True}
@@ -156,9 +152,7 @@ def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) 
     examples of other tasks, and asks a model about some answers, where here the reward alone
     decides; it does not say how many responses are sampled, here 8; here a LoRA adapter is tuned.
 
-    Args:
-        keep: All correct answers to a prompt, or one of them (the first, where rewards are 0 or
-            1).
+    `keep="best"` takes one correct answer to a prompt: the first, where rewards are 0 or 1.
     """
     if keep not in ("best", "all"):
         raise LoopSettingsError(f"keep: expected 'best' or 'all', got {keep!r}.")
@@ -180,10 +174,8 @@ def planned(
     worth. It names no share to keep, here one half. Its planner is a two-stage lookahead with ridge
     regression on an embedding (`agent="lookahead"`, `value="embedding"`), here any.
 
-    Args:
-        agent: Spec of the planner.
-        top_fraction: Share of all answers that is tuned on. For a threshold instead, give
-            `filter=FilterSettings(threshold=...)`.
+    The best `top_fraction` of all answers is tuned on. For a threshold instead, give
+    `filter=FilterSettings(threshold=...)`.
     """
     kept = FilterSettings(top_fraction=top_fraction)
     return _preset({"name": "planned", "agent": agent, "filter": kept}, changes)

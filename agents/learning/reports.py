@@ -39,7 +39,8 @@ def write_json(path: Path, values: Any) -> None:
 
 def to_json(values: Any) -> dict[str, Any]:
     """A dataclass as JSON values; text for the numbers that JSON does not have."""
-    found: dict[str, Any] = _plain(asdict(values))
+    text = json.dumps(asdict(values))
+    found: dict[str, Any] = json.loads(text, parse_constant=lambda name: str(float(name)))
     return found
 
 
@@ -47,14 +48,6 @@ def from_json(kind: type[Any], values: Mapping[str, Any]) -> Any:
     """Read `to_json`: lists become tuples, objects the dataclasses that the fields name."""
     hints = get_type_hints(kind)
     return kind(**{name: _read(hints[name], value) for name, value in values.items()})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(hint: Any, value: Any) -> Any:

@@ -67,8 +67,8 @@ def check_prompts(
     """
     if len(prompts) < least:
         raise error(
-            f"{noun}: expected at least {least} (as many as a step has), got {len(prompts)}. Pass "
-            "more, or lower the number that a step has."
+            f"{noun}: expected at least {least}, got {len(prompts)}. Pass more, or take fewer in a "
+            "step."
         )
     counts = Counter(prompt.id for prompt in prompts)
     repeated = sorted(name for name, count in counts.items() if count > 1)
@@ -93,11 +93,8 @@ def check_prompts(
 class TrainingReport:
     """What a training from reward did and took.
 
-    Args:
-        algorithm: `"ppo"`, `"dqn"`, `"grpo"` or `"rloo"`.
-        curve: How the reward rose.
-        usage: What candidates or responses, and their scores, took.
-        training_flops: Floating-point operations of what is trained, padding not counted.
+    `usage` is what candidates or responses, and their scores, took; `training_flops` are the
+    floating-point operations of what is trained, padding not counted.
     """
 
     algorithm: str

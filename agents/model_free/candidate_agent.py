@@ -40,10 +40,8 @@ class CandidateAgent(Planner):
         language_model: Proposes chunks.
         reward_model: Scores complete responses and, where the policy sees them, prefixes.
         policy: What `train_ppo` and `train_dqn` train. It says how many chunks of what length are
-            drawn at which temperature.
+            drawn at which temperature; one of another model or reward is a `TuningError`.
         max_response_tokens: Token limit of a response; None for the policy's own.
-
-    A policy that was trained with another language model or reward is a `TuningError`.
 
     Example:
         >>> agent = CandidateAgent(lm, reward, load_policy("ppo", lm, reward))  # doctest: +SKIP
@@ -157,8 +155,6 @@ def evaluate(
 
     Args:
         policy: Chooses, unless `choose` does; it says what is proposed and seen in any case.
-        language_model: Proposes.
-        reward_model: Scores.
         prompts: P prompts.
         episodes: E, of each prompt.
         seed: Of the candidates: two policies with one seed are offered the same at the start.

@@ -345,7 +345,6 @@ class CandidatePolicy:
         scorer: Gives each candidate a score; the highest is chosen, the first of equals.
         view: What it was trained on.
         hidden: Sizes of the scorer's hidden layers.
-        algorithm: What trained it.
         language_model_name: Whose candidates it was trained on; None fits any.
         reward_name: The reward that it was trained for; None fits any.
         encoder: The encoder of its features, where the view's is `"own"`.
@@ -437,14 +436,11 @@ def load_policy(
     """Read a policy that `train_ppo` or `train_dqn` wrote.
 
     Args:
-        folder: The policy's folder.
+        folder: The policy's; `TuningError` if it holds none, or a damaged one.
         language_model: Refused if the policy was trained with another; None is not checked.
         reward_model: The same for the reward.
         encoder: The encoder of the features, where it was passed in to the training.
         name: What reports call it; by default the algorithm.
-
-    Raises:
-        TuningError: The folder holds no whole policy, or one that does not fit.
     """
     with POLICY.reading(folder) as (config, arrays):
         view = CandidateView(**{f.name: config["view"][f.name] for f in fields(CandidateView)})

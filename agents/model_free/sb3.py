@@ -76,12 +76,10 @@ def train_ppo(
         prompts: To train on, with different ids.
         folder: Where the policy is written, with `ledger.json` and `curve.json`; `load_policy`
             takes it.
-        settings: See `PPOSettings`.
         validation: Prompts that the policy is measured on every `eval_steps`; none by default.
         encoder: One's own, with `encoder="own"` in the settings.
         callbacks: Further callbacks of stable-baselines3, such as its `EvalCallback`. No checkpoint
             has their state: a training that goes on starts them new.
-        progress_bar: Show one (tqdm).
 
     Raises:
         TuningError: There are no prompts, two have one id, the reward does not apply to one or
@@ -93,7 +91,6 @@ def train_ppo(
     Example:
         >>> report = train_ppo(embedded(), make("sentiment"), prompts, "ppo")  # doctest: +SKIP
         >>> policy = load_policy("ppo")  # doctest: +SKIP
-        >>> agent = CandidateAgent(embedded(), make("sentiment"), policy)  # doctest: +SKIP
     """
     given = (reward_model, prompts, folder, settings, validation, encoder)
     return Training("ppo", language_model, *given).run(callbacks, progress_bar)

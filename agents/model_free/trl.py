@@ -95,9 +95,7 @@ class StepReport:
     Args:
         step: From 1.
         reward: Mean score of its responses.
-        reward_std: Standard deviation of the scores.
         flat_share: Share of prompts whose responses all have one score, and teach nothing.
-        mean_tokens: Mean length of the responses.
         kl: Divergence (nats a token) from the policy at the start; None where beta is 0.
     """
 
@@ -187,7 +185,6 @@ def train_grpo(
         prompts: With different ids, at least `settings.prompts_per_step`.
         folder: Where the adapter is written, with `ledger.json` and `curve.json`;
             `mbrl_text_env.agents.learning.serve` takes it.
-        settings: See `PolicyGradientSettings`.
         start_from: Folder of an adapter to go on training; None for a new one.
         on_step: Called after each step, for progress.
 

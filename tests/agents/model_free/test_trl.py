@@ -302,7 +302,7 @@ class TestNoSignal:
 
 class TestRefused:
     def test_prompts(self, tmp_path):
-        with pytest.raises(TuningError, match="as many as a step has"):
+        with pytest.raises(TuningError, match="prompts: expected at least 2"):
             train_grpo(tiny_lm(), CountReward(), PROMPTS[:1], tmp_path / "a", QUICK)
         with pytest.raises(TuningError, match=r"different ids, got \['Say"):
             train_grpo(tiny_lm(), CountReward(), PROMPTS[:2] + PROMPTS[:1], tmp_path / "a", QUICK)
