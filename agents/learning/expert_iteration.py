@@ -79,10 +79,8 @@ class ExpertIteration:
 
     Args:
         language_model: The base model.
-        reward_model: Scores the answers.
         train: Prompts to answer; below 500 there is a warning, as the article advises.
         validation: Prompts to measure on, of other ids.
-        folder: Where everything is kept.
         settings: What an iteration does; see `star`, `rest_em`, `rejection_sampling`, `planned`.
         improver: How a policy learns.
         gold_model: A trusted reward that nothing is selected by.
@@ -93,10 +91,6 @@ class ExpertIteration:
         encoder: Of value models that embed texts; None for MiniLM.
         hint: How prompts are hinted, where the settings say so.
         on_stage: Called with iteration and name of each stage that begins.
-
-    Raises:
-        LoopError: There are no prompts, or train and validation share some, or the reward does not
-            apply to one.
 
     Example:
         >>> loop = ExpertIteration(

@@ -158,10 +158,9 @@ class Improver(Protocol):
         ...
 
     def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
-        """The policy of a folder, with the base's tokens and a name of its own.
+        """The policy of a folder, with the base's tokens and a name that no other policy has.
 
-        The name differs between policies, since it is how a value model knows whose responses it
-        was fitted on.
+        By the name a value model knows whose responses it was fitted on.
         """
         ...
 
