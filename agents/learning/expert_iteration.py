@@ -228,11 +228,9 @@ class ExpertIteration:
         if self.agent_factory is not None:
             agent = self.agent_factory(policy, self._reward, value)
         else:
-            options: Any = {
-                "max_response_tokens": settings.max_response_tokens,
-                "params": settings.params,
-            }
-            agent = make(settings.agent, policy, self._reward, value, **options)
+            limit, params = settings.max_response_tokens, settings.params
+            limits: Any = {"max_response_tokens": limit, "params": params}
+            agent = make(settings.agent, policy, self._reward, value, **limits)
         with RecordWriter(stage.folder) as writer:
             failed = collect_answers(
                 agent,
@@ -297,6 +295,10 @@ class ExpertIteration:
     def _fit_value(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         """Fit a value on samples of the policy, or take the one before over; check it."""
         iteration, values, way = stage.iteration, self._values, self.settings.stale_value
+        before = self._stage(iteration - 1, "value").folder
+        carried: FittedValue | None = None
+        if iteration and not values.is_ready:
+            carried = values.read(before, self.policy(iteration - 1))
         policy, fresh = self.policy(iteration), self.records(iteration, "validation")
 
         def samples() -> list[Record]:
@@ -312,15 +314,12 @@ class ExpertIteration:
             value = values.load(stage.folder, policy)
             found = reports.check_value(value, fresh, ledger=ledger)
             return {"report": to_json(ValueReport(iteration, False, found, None, found, None))}
-        if iteration == 0:
+        if carried is None:
             found = kept(values.first or values.fitted(samples(), policy, ledger))
             report = ValueReport(0, values.first is None, found, None, found, None)
             return {"report": to_json(report)}
         last = self._value_report(iteration - 1)
         reference = last.after if last.fitted_at == iteration - 1 else last.when_fitted
-        carried = values.read(
-            self._stage(iteration - 1, "value").folder, self.policy(iteration - 1)
-        )
         carried.language_model_name_ = policy.name
         old = kept(carried)
         ratio = old.error / reference.error if reference.error > 0 else float("inf")
