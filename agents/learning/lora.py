@@ -24,8 +24,7 @@ from mbrl_text_env.files import recover_folder
 from mbrl_text_env.fitting.folder import FolderKind
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
-from mbrl_text_env.runs import digest
-from mbrl_text_env.training import own_randomness
+from mbrl_text_env.runs import digest, own_randomness
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM

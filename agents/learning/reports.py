@@ -18,8 +18,6 @@ from mbrl_text_env.agents.values.training_prefixes import cut_prefixes, samples_
 from mbrl_text_env.files import write_text
 from mbrl_text_env.fitting.report import correlation, root_mean_square, within_prompt
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import is_terminal
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import (
     RewardError,
@@ -28,7 +26,7 @@ from mbrl_text_env.rewards.base import (
     isolate_failures,
     score_responses,
 )
-from mbrl_text_env.types import Chunk, FloatArray, TextState
+from mbrl_text_env.types import Chunk, FloatArray, Ledger, TextState, is_terminal
 from mbrl_text_env.values import ValueModel, as_value_model, predict_values
 
 

@@ -20,11 +20,10 @@ from mbrl_text_env.agents.learning.reports import write_json
 from mbrl_text_env.agents.values import READY, FittedValue, load_value, make_value
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import ObjectReward, RewardModel, Scores, score_responses
 from mbrl_text_env.runs import read_config
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray, Ledger, Prompt, Usage
 from mbrl_text_env.values import ValueModel, check_value_fits
 
 STAGES = ("collected", "selected", "policy", "validation", "value")

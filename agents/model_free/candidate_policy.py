@@ -26,12 +26,11 @@ from mbrl_text_env.agents.learning.training import (
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.fitting.folder import FolderKind
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.ledger import Usage
 from mbrl_text_env.proposer import CandidateProposer, FeatureLayout
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, RewardModel, reward_name
 from mbrl_text_env.task import TextTask
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray, Prompt, Usage
 
 EncoderName = Literal["embedded", "language_model", "own"]
 """MiniLM, the language model's own features, or an encoder that is passed in."""

@@ -31,16 +31,14 @@ from mbrl_text_env.agents.model_free.candidate_policy import (
     Measured,
     PPOSettings,
 )
-from mbrl_text_env.candidates import CandidateChunksVector, make_candidate_chunks_vector
 from mbrl_text_env.encoders import Encoder
-from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
-from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import reward_name
-from mbrl_text_env.training import own_randomness
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.runs import identity, own_randomness
+from mbrl_text_env.types import Ledger, Prompt, Usage
+from mbrl_text_env.wrappers import CandidateChunksVector, make_candidate_chunks
 
 _PPO_DEFAULTS, _DQN_DEFAULTS = PPOSettings(), DQNSettings()
 _VALIDATION_STREAM = 1
@@ -236,9 +234,9 @@ class Training(BaseCallback):
 
     def _made_env(self) -> CandidateChunksVector:
         settings = self.settings
-        view = make_candidate_chunks_vector(
-            settings.num_envs,
+        view = make_candidate_chunks(
             self.language_model,
+            num_envs=settings.num_envs,
             prompts=self.prompts,
             reward_model=self.reward_model,
             reward=settings.reward,
@@ -250,6 +248,7 @@ class Training(BaseCallback):
             encoder=settings.resolved(self.encoder),
             prefix_rewards=settings.prefix_rewards,
         )
+        assert isinstance(view, CandidateChunksVector)
         base: Any = view.env
         base.task.ledger = view.ledger
         return view

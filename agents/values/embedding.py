@@ -21,8 +21,7 @@ from mbrl_text_env.encoders import (
 from mbrl_text_env.fitting.heads import Head
 from mbrl_text_env.fitting.samples import Samples
 from mbrl_text_env.language_models.base import Tokenizer
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import FloatArray, Ledger, TextState
 
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record

@@ -14,8 +14,7 @@ from mbrl_text_env.fitting.folder import Arrays, numbers_of, with_numbers
 from mbrl_text_env.fitting.heads import Head, Spread, choose, fitted
 from mbrl_text_env.fitting.report import root_mean_square, value_report
 from mbrl_text_env.fitting.samples import FitError, IntArray, Samples
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage
 from mbrl_text_env.values import ValueEstimate
 
 if TYPE_CHECKING:

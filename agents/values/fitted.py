@@ -22,8 +22,7 @@ from mbrl_text_env.fitting.folder import Arrays, FolderKind, numbers_of, with_nu
 from mbrl_text_env.fitting.heads import Head, Spread, choose, cross_spread, fitted
 from mbrl_text_env.fitting.report import FitReport, value_report
 from mbrl_text_env.fitting.samples import FitError, Samples
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import FloatArray, Ledger, TextState
 from mbrl_text_env.values import ValueEstimate, ValueModel, ValueModelError
 
 if TYPE_CHECKING:

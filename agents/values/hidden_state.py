@@ -12,8 +12,7 @@ from mbrl_text_env.agents.values.training_prefixes import check_lengths, cut_sam
 from mbrl_text_env.fitting.heads import Head, scaled_ridge
 from mbrl_text_env.fitting.samples import Samples
 from mbrl_text_env.language_models.base import FeatureModel, LanguageModel
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage
 from mbrl_text_env.values import LENGTHS, ValueModelError
 
 if TYPE_CHECKING:

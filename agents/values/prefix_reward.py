@@ -12,7 +12,6 @@ from mbrl_text_env.agents.values.training_prefixes import check_lengths, cut_sam
 from mbrl_text_env.fitting.heads import Head, LinePerLength
 from mbrl_text_env.fitting.samples import Samples
 from mbrl_text_env.language_models.base import Tokenizer
-from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardLike,
@@ -20,7 +19,7 @@ from mbrl_text_env.rewards.base import (
     reward_usage_bound,
     score_responses,
 )
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage
 from mbrl_text_env.values import LENGTHS, ValueEstimate
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class PrefixRewardValue(PrefixScoredValue):
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
-        >>> from mbrl_text_env.mdp import initial
+        >>> from mbrl_text_env.types import initial
         >>> from mbrl_text_env.rewards import as_reward_model
         >>> from mbrl_text_env.types import Prompt
         >>> lm = NGramLM("abc")

@@ -16,9 +16,8 @@ from mbrl_text_env.agents.values.training_prefixes import cut_prefixes, samples_
 from mbrl_text_env.fitting.heads import Head
 from mbrl_text_env.fitting.samples import Samples
 from mbrl_text_env.language_models.base import Tokenizer
-from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.rewards.base import RewardLike, Scores
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import FloatArray, Ledger, TextState
 from mbrl_text_env.values import LENGTHS, ValueModelError
 
 if TYPE_CHECKING:

@@ -14,11 +14,9 @@ from mbrl_text_env.language_models.base import (
     sample_requests,
     spawn_seed,
 )
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, reward_usage_bound, score_responses
-from mbrl_text_env.types import TextState
+from mbrl_text_env.types import Ledger, TextState, Usage, is_terminal, response_limit, transition
 from mbrl_text_env.values import ValueEstimate, ValueModel
 
 # Apart from the streams of an agent with the same seed: what it draws later is news.
@@ -46,7 +44,7 @@ class RolloutValue(ValueModel):
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
-        >>> from mbrl_text_env.mdp import initial
+        >>> from mbrl_text_env.types import initial
         >>> from mbrl_text_env.rewards import as_reward_model
         >>> from mbrl_text_env.types import Prompt
         >>> lm = NGramLM("abc", seed=1)

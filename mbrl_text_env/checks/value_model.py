@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.checks.base import CheckError, expect, expect_methods
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.types import TextState
+from mbrl_text_env.types import Ledger, TextState, Usage
 from mbrl_text_env.values import (
     ValueEstimate,
     expected_value_usage,
@@ -45,7 +44,7 @@ def check_value_model(
         ValueError: There are fewer than two states.
 
     Example:
-        >>> from mbrl_text_env.mdp import initial
+        >>> from mbrl_text_env.types import initial
         >>> prompts = [Prompt.from_text("Hi"), Prompt.from_text("Why?")]  # doctest: +SKIP
         >>> check_value_model(value, [initial(p, lm) for p in prompts])  # doctest: +SKIP
     """

@@ -12,8 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.types import Chunk, FinishReason, Prompt, TextState
+from mbrl_text_env.types import Chunk, FinishReason, Ledger, Prompt, TextState, Usage
 
 
 class PromptEncodingError(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mbrl_text_env.ledger import Usage
+from mbrl_text_env.types import Usage
 
 
 def pass_usage(

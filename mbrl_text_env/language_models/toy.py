@@ -28,8 +28,7 @@ from mbrl_text_env.language_models.base import (
     room_after,
     stream,
 )
-from mbrl_text_env.ledger import Ledger, Usage, timed
-from mbrl_text_env.types import Chunk, FinishReason, Prompt, TextState
+from mbrl_text_env.types import Chunk, FinishReason, Ledger, Prompt, TextState, Usage, timed
 
 STOP = 0
 """Id of the stop token of every toy."""

@@ -19,7 +19,6 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM
 
-from mbrl_text_env.identity import weights_digest
 from mbrl_text_env.language_models.adapters import is_tied, merged_adapter
 from mbrl_text_env.language_models.base import (
     FeatureModel,
@@ -56,8 +55,8 @@ from mbrl_text_env.language_models.kv import KVBatch, Span, free_share, return_f
 from mbrl_text_env.language_models.networks import LlamaNetwork, Network, length_switch
 from mbrl_text_env.language_models.prefix_cache import CacheStats, PrefixCache, Tokens
 from mbrl_text_env.language_models.sampling import chosen_logprobs, top_tokens
-from mbrl_text_env.ledger import Ledger, Usage, timed
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.runs import weights_digest
+from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,10 +16,9 @@ from typing import Any, Protocol, TypeAlias, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.identity import identity
-from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.rewards._python_files import place_of
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.runs import identity
+from mbrl_text_env.types import FloatArray, Ledger, Prompt, Usage, timed
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from mbrl_text_env.language_models import SamplingParams, TransformersLM, batches
 from mbrl_text_env.language_models.base import SampleRequest, stream
 from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage
 from tests.language_models.conftest import VOCAB_SIZE, make_config, save_model
 from tests.language_models.test_transformers_lm import (
     GREEDY,

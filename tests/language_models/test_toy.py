@@ -21,8 +21,7 @@ from mbrl_text_env.language_models import (
 )
 from mbrl_text_env.language_models.base import stream
 from mbrl_text_env.language_models.toy import STOP, ExactLM, draw_token, shaped
-from mbrl_text_env.ledger import Budget, BudgetExceededError, Ledger, Usage
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.types import Budget, BudgetExceededError, Chunk, Ledger, Prompt, TextState, Usage
 
 GREEDY = SamplingParams(temperature=0)
 

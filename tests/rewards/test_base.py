@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from mbrl_text_env.checks import check_reward_model
-from mbrl_text_env.identity import identity
-from mbrl_text_env.ledger import Budget, BudgetExceededError, Ledger, Usage
 from mbrl_text_env.rewards.adapters import as_reward_model, to_trl
 from mbrl_text_env.rewards.base import (
     ProcessRewardModel,
@@ -30,7 +28,8 @@ from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
 from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
 from mbrl_text_env.rewards.verifiable.constraints import ConstraintsReward
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.runs import identity
+from mbrl_text_env.types import Budget, BudgetExceededError, Ledger, Prompt, Usage
 
 PROMPTS = [Prompt.from_text("Say hi", id="p0"), Prompt.from_text("Say bye", id="p1")]
 RESPONSES = ["Hi there", "Bye " * 100]

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from mbrl_text_env.files import plain_values
 from mbrl_text_env.rewards._python_files import place_of
 from mbrl_text_env.rewards.base import RewardError, RewardLike, RewardModel
-from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Message, Prompt
 
 REFERENCE_KEYS = ("ground_truth", "reference_answer", "answer")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mbrl_text_env.files import plain_values
 from mbrl_text_env.rewards.adapters.common import (
     FunctionAdapter,
     accepted,
@@ -24,7 +25,6 @@ from mbrl_text_env.rewards.base import (
     RewardLike,
     score_responses,
 )
-from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import Prompt
 
 END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "</s>")

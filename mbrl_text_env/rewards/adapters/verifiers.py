@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mbrl_text_env.files import plain_values
 from mbrl_text_env.rewards.adapters.common import (
     FunctionAdapter,
     accepted,
@@ -34,7 +35,6 @@ from mbrl_text_env.rewards.base import (
     Scores,
     score_responses,
 )
-from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import FloatArray, Prompt
 
 _OFFERED = {"prompt", "completion", "info", "state", "task"}

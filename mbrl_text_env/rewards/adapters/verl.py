@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mbrl_text_env.files import plain_values
 from mbrl_text_env.rewards.adapters.common import (
     REFERENCE_KEYS,
     FunctionAdapter,
@@ -28,7 +29,6 @@ from mbrl_text_env.rewards.base import (
     RewardLike,
     score_responses,
 )
-from mbrl_text_env.tables import plain_values
 from mbrl_text_env.types import Prompt
 
 _NO_PROMPT = "(not passed by verl)"

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.identity import identity as part_identity
 from mbrl_text_env.rewards.base import (
     ObjectReward,
     RewardError,
@@ -27,6 +26,7 @@ from mbrl_text_env.rewards.base import (
     score_steps,
 )
 from mbrl_text_env.rewards.composite.combinators import Wrapper
+from mbrl_text_env.runs import identity as part_identity
 from mbrl_text_env.types import FloatArray, Prompt
 
 _CREATE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value TEXT) WITHOUT ROWID"

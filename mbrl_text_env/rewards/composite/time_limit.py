@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from mbrl_text_env.identity import identity
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
@@ -15,6 +14,7 @@ from mbrl_text_env.rewards.base import (
     score_steps,
 )
 from mbrl_text_env.rewards.composite.combinators import Wrapper, check_finite
+from mbrl_text_env.runs import identity
 from mbrl_text_env.types import FloatArray, Prompt
 
 T = TypeVar("T")

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from mbrl_text_env.files import write_text
+from mbrl_text_env.files import shortened as shorten
+from mbrl_text_env.files import strict_json_object, write_text
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.tables import shortened as shorten
-from mbrl_text_env.tables import strict_json_object
 from mbrl_text_env.types import Message, Prompt, Split
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from mbrl_text_env.files import refuse_constant
 from mbrl_text_env.rewards.base import RewardError, RewardModel, Scores
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
-from mbrl_text_env.tables import refuse_constant
 from mbrl_text_env.types import FloatArray, Prompt
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL | re.IGNORECASE)

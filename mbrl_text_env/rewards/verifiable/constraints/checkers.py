@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NewType
 
+from mbrl_text_env.files import refuse_constant
 from mbrl_text_env.rewards.verifiable.constraints.counting import (
     bare_words,
     count_bullets,
@@ -39,7 +40,6 @@ from mbrl_text_env.rewards.verifiable.constraints.counting import (
 )
 from mbrl_text_env.rewards.verifiable.constraints.sentences import count_sentences
 from mbrl_text_env.rewards.verifiable.isolated import import_optional
-from mbrl_text_env.tables import refuse_constant
 
 Letter = NewType("Letter", str)
 """An argument that is one letter, digit or mark."""

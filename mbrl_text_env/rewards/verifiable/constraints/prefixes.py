@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mbrl_text_env.files import refuse_constant
 from mbrl_text_env.rewards.verifiable.constraints.checkers import (
     COMMAS,
     DOUBLE_QUOTES,
@@ -40,7 +41,6 @@ from mbrl_text_env.rewards.verifiable.constraints.counting import (
     words_of,
 )
 from mbrl_text_env.rewards.verifiable.constraints.sentences import count_sentences
-from mbrl_text_env.tables import refuse_constant
 
 Verdict = bool | None
 
