@@ -13,7 +13,7 @@ import numpy as np
 from mbrl_text_env.agents.learning.answers import HINTED
 from mbrl_text_env.agents.learning.filters import scores_described
 from mbrl_text_env.agents.learning.notes import to_json
-from mbrl_text_env.agents.values.training_prefixes import cut_prefixes, samples_of
+from mbrl_text_env.agents.values.fitted import cut_prefixes, samples_of
 from mbrl_text_env.fitting.report import correlation, root_mean_square, within_prompt
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.ledger import Ledger

@@ -12,10 +12,14 @@ import numpy as np
 from mbrl_text_env.agents.values.fitted import FittedValue, Sources, value_class
 from mbrl_text_env.fitting.folder import Arrays, numbers_of, with_numbers
 from mbrl_text_env.fitting.heads import Head, Spread, choose, fitted
-from mbrl_text_env.fitting.report import root_mean_square, value_report
-from mbrl_text_env.fitting.samples import FitError, IntArray, Samples
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.fitting.report import (
+    FitError,
+    IntArray,
+    Samples,
+    root_mean_square,
+    value_report,
+)
+from mbrl_text_env.types import FloatArray
 from mbrl_text_env.values import ValueEstimate
 
 if TYPE_CHECKING:
@@ -49,6 +53,16 @@ class EnsembleHead:
         return np.stack([member.predict(inputs) for member in self.members])
 
 
+def _of_base(name: str) -> Any:
+    """A method that is the base's."""
+
+    def method(self: EnsembleValue, *args: Any) -> Any:
+        return getattr(self._shared(), name)(*args)
+
+    return method
+
+
+@dataclass(eq=False, repr=False)
 class EnsembleValue(FittedValue):
     """Members fitted on prompts drawn with replacement; their disagreement is part of the spread.
 
@@ -65,9 +79,6 @@ class EnsembleValue(FittedValue):
         num_members: At least 2; few leave prompts that are in every member's bag.
         seed: Of the bootstrap.
 
-    Raises:
-        ValueError: There are fewer than 2 members, or the base is no `FittedValue`.
-
     Example:
         >>> value = EnsembleValue(StackedValue(lm, reward)).fit(records)  # doctest: +SKIP
         >>> value.predict([state]).std  # doctest: +SKIP
@@ -76,24 +87,28 @@ class EnsembleValue(FittedValue):
 
     kind = "ensemble"
 
-    def __init__(self, base: FittedValue, num_members: int = 8, seed: int = 0) -> None:
-        if num_members < 2:
-            raise ValueError(f"num_members: expected at least 2, got {num_members}.")
-        if not isinstance(base, FittedValue) or isinstance(base, EnsembleValue):
+    base: FittedValue
+    num_members: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_members < 2:
+            raise ValueError(f"num_members: expected at least 2, got {self.num_members}.")
+        if not isinstance(self.base, FittedValue) or isinstance(self.base, EnsembleValue):
             raise ValueError(
                 f"base: expected a value model that is fitted on records (a FittedValue), got "
-                f"{type(base).__name__}. Subclass `agents.values.FittedValue`, which divides a "
-                "value model into inputs that members can share and a head of each."
+                f"{type(self.base).__name__}. Subclass `agents.values.FittedValue`, which divides "
+                "a value model into inputs that members can share and a head of each."
             )
-        self.base = base
-        self.num_members = num_members
-        self.seed = seed
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
-        """float64[B, d]: those of the base."""
-        return self._shared().inputs(states, ledgers)
+    # Inputs and heads are those of the base, and so is what they cost.
+    inputs = _of_base("inputs")
+    heads = _of_base("heads")
+    final_scores = _of_base("final_scores")
+    usage_bound = _of_base("usage_bound")
+    expected_usage = _of_base("expected_usage")
+    flops = _of_base("flops")
+    flops_bound = _of_base("flops_bound")
 
     def samples(self, records: Sequence[Record]) -> Samples:
         """Those of the base."""
@@ -101,36 +116,12 @@ class EnsembleValue(FittedValue):
         self.base_ = copy.copy(self.base)
         return self.base_.samples(records)
 
-    def heads(self) -> Mapping[str, Head]:
-        """Those of the base."""
-        return self._shared().heads()
-
-    def final_scores(self, inputs: FloatArray) -> FloatArray | None:
-        """Those of the base."""
-        return self._shared().final_scores(inputs)
-
     def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
         """Mean of the members; disagreement and noise, scaled."""
         votes = self.head_.votes(inputs)
         noise = self.spread_.at(lengths)
         std = self.head_.scale[0] * np.sqrt(votes.var(axis=0, ddof=1) + noise**2)
         return ValueEstimate(votes.mean(axis=0), std)
-
-    def usage_bound(self, state: TextState) -> Usage:
-        """That of the base: the inputs are shared."""
-        return self._shared().usage_bound(state)
-
-    def expected_usage(self, state: TextState) -> Usage:
-        """That of the base."""
-        return self._shared().expected_usage(state)
-
-    def flops(self, states: Sequence[TextState]) -> FloatArray:
-        """float64[B]: those of the base."""
-        return self._shared().flops(states)
-
-    def flops_bound(self) -> float:
-        """That of the base."""
-        return self._shared().flops_bound()
 
     def _fit(self, samples: Samples, records: Sequence[Record]) -> None:
         heads = self.heads()
@@ -159,7 +150,7 @@ class EnsembleValue(FittedValue):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
-        """See `FittedValue.from_settings`."""
+        """An object with these settings, without its head."""
         kind = value_class(settings["base"]["kind"])
         base = kind.from_settings(settings["base"]["settings"], sources)
         value = cls(**{**settings, "base": base})

@@ -342,6 +342,6 @@ class _Trial(Trial):
             )
             first, second = (f"{a.text!r} with score {a.completion.score}, {a.usage}" for a in pair)
             self.expect(rule, one == two, second, answer=first)
-            scores = [a.completion.score for a in pair]
-            close = scores[0] is scores[1] or np.isclose(*scores, rtol=_TOLERANCE, atol=_TOLERANCE)
+            a, b = (answer.completion.score for answer in pair)
+            close = a is b or np.isclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE)
             self.expect(rule, close, second, answer=first)

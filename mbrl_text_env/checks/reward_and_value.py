@@ -178,7 +178,7 @@ class _RewardTrial(Trial):
 
     def score(self, rows: Sequence[int]) -> FloatArray:
         """Scores of some rows, each checked to be one finite number a response."""
-        prompts, responses = ([of[i] for i in rows] for of in (self.prompts, self.responses))
+        prompts, responses = [self.prompts[i] for i in rows], [self.responses[i] for i in rows]
         return self.finite(
             "score", self.called("score", self.model.score, prompts, responses), responses
         )
@@ -191,7 +191,7 @@ class _RewardTrial(Trial):
             values = np.zeros((0, 0))
         got = f"shape {np.shape(raw)}, {raw!r}" if isinstance(raw, np.ndarray) else raw
         self.expect("shape", values.shape == (len(texts),), got, place=place, size=len(texts))
-        for i in np.flatnonzero(~np.isfinite(values)):
+        for i in map(int, np.flatnonzero(~np.isfinite(values))):
             raise self.fault("finite", f"{values[i]} for {texts[i][:80]!r}", place=place)
         return values
 
@@ -199,7 +199,8 @@ class _RewardTrial(Trial):
         self, rule: str, one: FloatArray, two: FloatArray, texts: Sequence[str], **facts: object
     ) -> None:
         """Report a fault unless two rows of scores are the same."""
-        for i in np.flatnonzero(~np.isclose(one, two, rtol=_TOLERANCE, atol=_TOLERANCE)):
+        close = np.isclose(one, two, rtol=_TOLERANCE, atol=_TOLERANCE)
+        for i in map(int, np.flatnonzero(~close)):
             got = f"{one[i]:g} and {two[i]:g} for {texts[i][:80]!r}"
             raise self.fault(rule, got, **facts)
 

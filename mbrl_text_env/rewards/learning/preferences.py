@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,8 +20,7 @@ import numpy as np
 
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.tables import shortened as shorten
-from mbrl_text_env.tables import strict_json_object
+from mbrl_text_env.tables import shortened, strict_json_object
 from mbrl_text_env.types import Message, Prompt, Split
 
 if TYPE_CHECKING:
@@ -47,17 +46,12 @@ class PreferencePair:
 
     Args:
         prompt: What both answer.
-        chosen: The preferred response. Either may be empty: a language model can end at once.
-        rejected: The other one.
+        chosen, rejected: Either may be empty: a language model can end at once. They differ by more
+            than white space around them.
         margin: By how much, in the units of the judge; None where it is not known.
 
-    Raises:
-        PreferenceError: The responses are the same but for white space around them, or the margin
-            is no finite number of at least 0.
-
     Example:
-        >>> pair = PreferencePair(Prompt.from_text("2 + 2?"), "4", "5")
-        >>> pair.flipped().chosen
+        >>> PreferencePair(Prompt.from_text("2 + 2?"), "4", "5").flipped().chosen
         '5'
     """
 
@@ -70,7 +64,7 @@ class PreferencePair:
         if self.chosen.strip() == self.rejected.strip():
             raise PreferenceError(
                 f"Prompt {self.prompt.id!r}: expected two different responses, got "
-                f"{shorten(repr(self.chosen))} as chosen and as rejected. Leave the pair out."
+                f"{shortened(repr(self.chosen))} as chosen and as rejected. Leave the pair out."
             )
         if self.margin is not None and not 0 <= self.margin < math.inf:
             raise PreferenceError(
@@ -110,17 +104,16 @@ def load_preferences(
             Face Hub, or a folder that `datasets.load_dataset` reads.
         split: Of a dataset, as `datasets` takes it (`"train[:100]"`); a file has all in one.
         config: Name of the dataset's configuration.
-        limit: Read only so many rows, the first; None reads all.
+        limit: Read only so many rows, the first.
 
     Returns:
         At least one pair, in the order of the source.
 
     Raises:
-        PreferenceError: The source cannot be read (no such file, no network, not UTF-8), it has no
-            rows, or a row is no pair; the message names the file and line, or the dataset's row.
+        PreferenceError: The source cannot be read, it has no rows, or a row is no pair; the message
+            names the file and line, or the dataset's row.
 
     Example:
-        >>> pairs = load_preferences("pairs.jsonl")  # doctest: +SKIP
         >>> pairs = load_preferences("trl-lib/ultrafeedback_binarized")  # doctest: +SKIP
     """
     if limit is not None and limit < 1:
@@ -159,15 +152,8 @@ def pairs_from_records(
     Args:
         records: Scored by one reward model.
         pairs_per_prompt: Pairs that are drawn for a prompt, without replacement; None keeps all.
-        min_gap: Only pairs whose scores differ by more than this.
+        min_gap: Only pairs whose scores differ by more than this; it is an error if none do.
         seed: The choice follows from it.
-
-    Returns:
-        At least one pair, prompt by prompt.
-
-    Raises:
-        PreferenceError: A number is out of its range, the records come from different reward
-            models, or no two responses to a prompt differ in score by more than `min_gap`.
 
     Example:
         >>> pairs = pairs_from_records(read_records("records"), seed=0)  # doctest: +SKIP
@@ -188,7 +174,9 @@ def pairs_from_records(
         groups.setdefault(record.prompt_text, {}).setdefault(record.response.strip(), record)
     pairs = []
     for text, responses in groups.items():
-        found = _ordered(list(responses.values()), min_gap)
+        both = combinations(responses.values(), 2)
+        ordered = ((a, b) if a.score > b.score else (b, a) for a, b in both)
+        found = [(a, b) for a, b in ordered if a.score - b.score > min_gap]
         if pairs_per_prompt is not None and len(found) > pairs_per_prompt:
             rng = np.random.default_rng(spawn_seed(seed, *text.encode()))
             kept = sorted(rng.choice(len(found), pairs_per_prompt, replace=False))
@@ -211,16 +199,8 @@ def pairs_from_records(
 def write_preferences(path: str | Path, pairs: Sequence[PreferencePair]) -> None:
     """Write pairs as JSONL that `load_preferences`, `datasets` and TRL read; whole or not at all.
 
-    Prompts that are chats are written as messages and so are the responses to them, as TRL wants
-    it; prompts that are plain text and the responses to them as strings. Metadata is a JSON string,
-    since a dataset's columns have one type each.
-
-    Raises:
-        PreferenceError: There are no pairs, the path does not end in .jsonl, or cannot be written,
-            or a pair holds what JSON cannot.
-
-    Example:
-        >>> write_preferences("pairs.jsonl", pairs)  # doctest: +SKIP
+    Chats and the responses to them are written as messages, as TRL wants it, plain text and the
+    responses to it as strings. Metadata is a JSON string, since a dataset's columns have one type.
     """
     if not pairs or Path(path).suffix != ".jsonl":
         raise PreferenceError(
@@ -237,36 +217,22 @@ def write_preferences(path: str | Path, pairs: Sequence[PreferencePair]) -> None
         ) from error
 
 
-def _ordered(records: Sequence[Record], min_gap: float) -> list[tuple[Record, Record]]:
-    """All pairs of responses to one prompt that are far enough apart, the better one first."""
-    pairs = [(a, b) if a.score > b.score else (b, a) for a, b in combinations(records, 2)]
-    return [(better, worse) for better, worse in pairs if better.score - worse.score > min_gap]
-
-
 def _fields(pair: PreferencePair) -> dict[str, Any]:
     prompt = pair.prompt
-    fields: dict[str, Any] = {"id": prompt.id}
-    if isinstance(prompt.content, str):
-        fields.update(prompt=prompt.content, chosen=pair.chosen, rejected=pair.rejected)
-    else:
-        fields["prompt"] = [{"role": m.role, "content": m.content} for m in prompt.content]
+    fields: dict[str, Any] = {"id": prompt.id, "prompt": prompt.content}
+    fields |= {column: getattr(pair, column) for column in RESPONSES}
+    if not isinstance(prompt.content, str):
+        fields["prompt"] = [asdict(message) for message in prompt.content]
         for column in RESPONSES:
-            fields[column] = [{"role": "assistant", "content": getattr(pair, column)}]
-    if pair.margin is not None:
-        fields["margin"] = pair.margin
-    if prompt.split is not None:
-        fields["split"] = prompt.split
+            fields[column] = [{"role": "assistant", "content": fields[column]}]
+    fields |= {"margin": pair.margin, "split": prompt.split}
     if prompt.metadata:
         fields["metadata"] = json.dumps(dict(prompt.metadata), ensure_ascii=False, allow_nan=False)
-    return fields
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _file_rows(path: Path) -> Rows:
-    """Place and columns of each line of a JSONL file.
-
-    Raises:
-        PreferenceError: It cannot be read, or a line is no JSON object.
-    """
+    """Place and columns of each line of a JSONL file."""
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -290,11 +256,7 @@ def _file_rows(path: Path) -> Rows:
 
 
 def _hub_rows(name: str, split: str, config: str | None, place: str) -> Rows:
-    """Place and columns of each row of a dataset.
-
-    Raises:
-        PreferenceError: `datasets` is not installed, or the dataset cannot be loaded.
-    """
+    """Place and columns of each row of a dataset."""
     if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
         raise PreferenceError(
             f"Expected a .jsonl file, a dataset's folder, or its name on the Hugging Face Hub, got "
@@ -323,16 +285,13 @@ def _hub_rows(name: str, split: str, config: str | None, place: str) -> Rows:
 
 
 def _pair_of(row: Mapping[str, Any], default_id: str, first_ids: dict[Any, str]) -> PreferencePair:
-    """The pair of a row; `first_ids`, default ids of the prompts that were met, is added to.
-
-    Raises:
-        ValueError: The row is no pair.
-    """
-    if missing := [column for column in RESPONSES if column not in row]:
-        raise PreferenceError(
-            f"expected the columns 'chosen' and 'rejected', got {list(row)}. Add "
-            f"{' and '.join(map(repr, missing))}, or rename a column."
-        )
+    """The pair of a row; `first_ids`, default ids of the prompts that were met, is added to."""
+    for column in RESPONSES:
+        if column not in row:
+            raise PreferenceError(
+                f"expected the columns 'chosen' and 'rejected', got {list(row)}. Add {column!r}, "
+                "or rename a column."
+            )
     content, chosen, rejected = _texts(row)
     found: dict[str, Any] = {}
     for name, default, kinds, expected in (
@@ -345,14 +304,14 @@ def _pair_of(row: Mapping[str, Any], default_id: str, first_ids: dict[Any, str])
             value = json.loads(value)
         if isinstance(value, bool) or not isinstance(value, kinds) or value == "":
             raise PreferenceError(
-                f"expected {expected} {name}, got {shorten(repr(value))}. Change it, or leave it "
+                f"expected {expected} {name}, got {shortened(repr(value))}. Change it, or leave it "
                 "out."
             )
         found[name] = value
     split = row.get("split")
     if split is not None and split not in _SPLITS:
         raise PreferenceError(
-            f"expected split to be one of {', '.join(_SPLITS)}, got {shorten(repr(split))}. "
+            f"expected split to be one of {', '.join(_SPLITS)}, got {shortened(repr(split))}. "
             "Change it, or leave it out."
         )
     others = {key: value for key, value in row.items() if key not in _RESERVED}
@@ -367,7 +326,7 @@ def _texts(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], str, str]
     if kinds not in ([str, str], [list, list]):
         raise PreferenceError(
             "expected chosen and rejected to be both strings or both lists of messages, got "
-            f"{shorten(repr(row['chosen']))} and {shorten(repr(row['rejected']))}. Change them."
+            f"{shortened(repr(row['chosen']))} and {shortened(repr(row['rejected']))}. Change them."
         )
     if kinds == [list, list]:
         return _from_messages(row)
@@ -377,17 +336,21 @@ def _texts(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], str, str]
     if not row["chosen"][:cut].strip():
         raise PreferenceError(
             "expected a column 'prompt', or a chosen and a rejected text that begin with the same "
-            f"prompt, got {shorten(row['chosen'])!r} and {shorten(row['rejected'])!r}. Add the "
+            f"prompt, got {shortened(row['chosen'])!r} and {shortened(row['rejected'])!r}. Add the "
             "prompt."
         )
     return row["chosen"][:cut], row["chosen"][cut:], row["rejected"][cut:]
 
 
+def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items at the start are the same."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def _shared_characters(a: str, b: str) -> int:
     """Length of the prompt with which two texts begin."""
-    shared = next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    shared = _shared(a, b)
     turn = a.rfind(_TURN, 0, shared)
     if turn >= 0:
         return turn + len(_TURN)
@@ -398,9 +361,7 @@ def _shared_characters(a: str, b: str) -> int:
 
 def _from_messages(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], str, str]:
     chosen, rejected = (_messages(row[column]) for column in RESPONSES)
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
+    shared = _shared(chosen[:-1], rejected[:-1])
     content = _content(row["prompt"]) if "prompt" in row else None
     if shared:
         repeated = Prompt("shared", chosen[:shared])
@@ -409,8 +370,8 @@ def _from_messages(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], s
         if content is not None and not alike and Prompt("own", content).text != repeated.text:
             raise PreferenceError(
                 "expected chosen and rejected to be responses, or whole conversations that begin "
-                f"with the prompt {shorten(repr(row['prompt']))}, got conversations that begin "
-                f"with {shorten(repr(repeated.text))}. Leave the column 'prompt' out."
+                f"with the prompt {shortened(repr(row['prompt']))}, got conversations that begin "
+                f"with {shortened(repr(repeated.text))}. Leave the column 'prompt' out."
             )
         content = chosen[:shared]
     if content is None:
@@ -431,12 +392,11 @@ def _from_messages(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], s
 
 
 def _content(value: Any) -> str | tuple[Message, ...]:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return _messages(value)
+    if isinstance(value, str | list):
+        return value if isinstance(value, str) else _messages(value)
     raise PreferenceError(
-        f"expected a string or a list of messages as prompt, got {shorten(repr(value))}. Change it."
+        f"expected a string or a list of messages as prompt, got {shortened(repr(value))}. Change "
+        "it."
     )
 
 
@@ -450,7 +410,7 @@ def _messages(values: Sequence[Any]) -> tuple[Message, ...]:
         if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
             raise PreferenceError(
                 "expected messages with a string `role` and a string `content` alone, got "
-                f"{shorten(repr(value))}. Change the message, or leave the row out."
+                f"{shortened(repr(value))}. Change the message, or leave the row out."
             )
         messages.append(Message(given["role"], given["content"]))
     return tuple(messages)
