@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -35,3 +39,28 @@ def minilm() -> Iterator[object]:
     from mbrl_text_env.language_models import embedded_encoder
 
     return embedded_encoder()
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project to build from."""
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
+    folder = tmp_path_factory.mktemp("packaging") / "source"
+    return shutil.copytree(Path(__file__).parents[1], folder, symlinks=True, ignore=ignored)
+
+
+@pytest.fixture(scope="session")
+def wheel(source: Path) -> Path:
+    """The project's wheel, built."""
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return source / "dist" / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what the wheel installs: first on the path, it is the package."""
+    folder = tmp_path_factory.mktemp("installed")
+    shutil.unpack_archive(wheel, folder, "zip")
+    return folder

@@ -1,15 +1,12 @@
 """What the metadata promises is what is tested, and the source distribution can test itself."""
 
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -48,23 +45,11 @@ def test_the_metadata_has_the_projects_addresses():
     assert {"Repository", "Documentation", "Changelog", "Issues"} <= set(PROJECT["urls"])
 
 
-def build(kind, source):
-    """Build a distribution of a folder; its path."""
-    code = f"from setuptools import build_meta; print(build_meta.build_{kind}('dist'))"
+def test_the_source_distribution_holds_what_its_tests_need(source):
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return source / "dist" / done.stdout.splitlines()[-1]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
-    folder = tmp_path_factory.mktemp("packaging") / "source"
-    return shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
-
-
-def test_the_source_distribution_holds_what_its_tests_need(source):
-    with tarfile.open(build("sdist", source)) as tar:
+    with tarfile.open(source / "dist" / done.stdout.splitlines()[-1]) as tar:
         held = {name.partition("/")[2] for name in tar.getnames()}
     needed = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "constraints.txt"]
     needed += ["constraints-oldest.txt", "pyproject.toml", "setup.cfg", "tests/short.txt"]
@@ -75,9 +60,9 @@ def test_the_source_distribution_holds_what_its_tests_need(source):
     assert set(needed) <= held, sorted(set(needed) - held)
 
 
-def test_the_wheel_holds_one_package_without_its_studies(source):
-    with zipfile.ZipFile(build("wheel", source)) as wheel:
-        held = wheel.namelist()
+def test_the_wheel_holds_one_package_without_its_studies(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        held = archive.namelist()
     tops = {name.partition("/")[0] for name in held}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"mbrl_text_env"}
     assert "mbrl_text_env/benchmarks/matched/analysis.py" in held

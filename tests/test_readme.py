@@ -1,8 +1,12 @@
-"""Every code block of the documentation is run."""
+"""Every code block of the documentation is run, with the package as its wheel installs it."""
 
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,12 +47,35 @@ def commands():
             yield shlex.split(line, comments=True)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python(code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "readme"}
-    exec(compile(code, "documentation", "exec"), namespace)  # noqa: S102 our own documentation
-    assert len(namespace) > 2
+def python(installed, folder, *arguments):
+    """Python in a folder that is not the repository, on the installed package."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page in {b.id.rpartition("-")[0] for b in blocks("python")}]
+)
+def test_python(page, installed, tmp_path):
+    """The blocks of a page, each by itself, in one process."""
+    codes = [b.values[0] for b in blocks("python") if b.id.rpartition("-")[0] == page]
+    program = (
+        "import json, mbrl_text_env, sys\n"
+        "for number, code in enumerate(json.load(open('blocks.json'))):\n"
+        "    print('block', number, flush=True)\n"
+        "    exec(compile(code, f'block-{number}', 'exec'), {'__name__': 'page'})\n"
+        "print(mbrl_text_env.__file__)\n"
+    )
+    (tmp_path / "blocks.json").write_text(json.dumps(codes), encoding="utf-8")
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    done = python(installed, tmp_path, "program.py")
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.stdout.splitlines()[-1].startswith(str(installed))
 
 
 @pytest.mark.parametrize("words", [c for c in commands() if c[0] == "make"], ids=" ".join)
@@ -97,3 +124,28 @@ def test_the_layout_names_what_is_there():
         else:
             for name in re.findall(r"[\w./]+(?:\.py|/)(?=\s|$)", line):
                 assert (folder / name).exists(), name
+
+
+def test_a_new_reward_and_a_new_agent_are_one_file_each(installed, tmp_path):
+    """The examples of CONTRIBUTING and of the page on planners; no other file is touched."""
+    package = shutil.copytree(installed, tmp_path / "branch") / "mbrl_text_env"
+    reward, agent = (
+        b.values[0] for b in blocks("python") if b.id in ("CONTRIBUTING.md-0", "CONTRIBUTING.md-1")
+    )
+    [planner] = [b.values[0] for b in blocks("python") if "class Deepening(Planner)" in b.values[0]]
+    (package / "rewards" / "verifiable" / "punctuation.py").write_text(f'"""A reward."""\n{reward}')
+    (package / "agents" / "best_of_eight.py").write_text(f'"""An agent."""\n{agent}')
+    (package / "agents" / "deepening.py").write_text(f'"""A planner."""\n{planner}')
+    words = "compare --agents best-of-eight,deepening --reward punctuation --num-prompts 2 --seed 0"
+    words += " --budget-tokens 100 --max-response-tokens 12 --out comparison"
+    done = python(package.parent, tmp_path, "-m", "mbrl_text_env.benchmarks.cli", *words.split())
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    summary = json.loads((tmp_path / "comparison" / "summary.json").read_text(encoding="utf-8"))
+    assert {row["agent"] for row in summary["agents"]} == {"best-of-eight", "deepening"}
+    checks = (
+        "from mbrl_text_env.checks import check_reward_model\n"
+        "from mbrl_text_env.rewards import make\n"
+        "check_reward_model(make('punctuation'))\n"
+    )
+    done = python(package.parent, tmp_path, "-c", checks)
+    assert done.returncode == 0, done.stderr
