@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -12,13 +12,7 @@ import numpy as np
 from mbrl_text_env.agents.values.fitted import FittedValue, Sources, value_class
 from mbrl_text_env.fitting.folder import Arrays, numbers_of, with_numbers
 from mbrl_text_env.fitting.heads import Head, Spread, choose, fitted
-from mbrl_text_env.fitting.report import (
-    FitError,
-    IntArray,
-    Samples,
-    root_mean_square,
-    value_report,
-)
+from mbrl_text_env.fitting.report import FitError, Samples, root_mean_square, value_report
 from mbrl_text_env.types import FloatArray
 from mbrl_text_env.values import ValueEstimate
 
@@ -34,12 +28,7 @@ _LEAST_NOISE = 0.25
 
 @dataclass(frozen=True)
 class EnsembleHead:
-    """The mean of members.
-
-    Args:
-        members: Heads on the same inputs.
-        scale: float64[1], what calibrates the standard deviation.
-    """
+    """The mean of members on the same inputs; `scale`, float64[1], calibrates their spread."""
 
     members: tuple[Head, ...]
     scale: FloatArray
@@ -75,9 +64,8 @@ class EnsembleValue(FittedValue):
     prompts are drawn, not rows.
 
     Args:
-        base: A value model to be fitted, `FittedValue`; it is not changed itself.
+        base: A `FittedValue` to be fitted; it is not changed itself.
         num_members: At least 2; few leave prompts that are in every member's bag.
-        seed: Of the bootstrap.
 
     Example:
         >>> value = EnsembleValue(StackedValue(lm, reward)).fit(records)  # doctest: +SKIP
@@ -126,19 +114,24 @@ class EnsembleValue(FittedValue):
     def _fit(self, samples: Samples, records: Sequence[Record]) -> None:
         heads = self.heads()
         self.chosen_, _ = choose(heads, samples)
-        bags = list(_bags(samples, self.num_members, self.seed))
+        rng = np.random.default_rng(self.seed)
+        rows_of = [np.flatnonzero(samples.groups == group) for group in np.unique(samples.groups)]
+        # Row indices of prompts drawn with replacement, a bag for each member.
+        bags = [
+            np.concatenate([rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))])
+            for _ in range(self.num_members)
+        ]
         members = tuple(fitted(heads[self.chosen_], samples.rows(bag)) for bag in bags)
         out = _out_of_bag(members, bags, samples)
-        calibration = _calibrated(out, np.ones(len(out.mean), dtype=bool))
-        self.spread_ = calibration.noise
-        self.head_ = EnsembleHead(members, np.asarray([calibration.scale]))
+        self.spread_, scale = out.calibrated(slice(None))
+        self.head_ = EnsembleHead(members, np.asarray([scale]))
         # The report is of calibrations on other prompts than those that they are measured on.
         std = np.zeros(len(out.mean))
         for fold in range(_FOLDS):
             own = out.samples.groups % _FOLDS == fold
             if own.any():
-                rest = ~own if (~own).any() else own
-                std[own] = _calibrated(out, rest).std(out, own)
+                noise, scale = out.calibrated(own if own.all() else ~own)
+                std[own] = scale * out.std(noise, own)
         found = value_report(out.mean, std, out.samples, len(records))
         self.report_ = replace(found, num_prompts=samples.num_prompts)
 
@@ -177,48 +170,27 @@ class EnsembleValue(FittedValue):
 
 
 class _OutOfBag(NamedTuple):
-    """What members say of prompts that they have not seen.
-
-    Args:
-        mean, disagreement: float64[M], of the members that have not seen the row's prompt.
-        samples: The M rows of which at least two members have not seen the prompt.
-    """
+    """What members say of rows whose prompts at least two have not seen, by those: float64[M]."""
 
     mean: FloatArray
     disagreement: FloatArray
     samples: Samples
 
+    def std(self, noise: Spread, rows: Any) -> FloatArray:
+        """Disagreement and noise, not scaled yet."""
+        rest = noise.at(self.samples.lengths[rows])
+        return np.asarray(np.sqrt(self.disagreement[rows] ** 2 + rest**2))
 
-class _Calibration(NamedTuple):
-    noise: Spread
-    scale: float
-
-    def std(self, out: _OutOfBag, rows: Any) -> FloatArray:
-        noise = self.noise.at(out.samples.lengths[rows])
-        return np.asarray(self.scale * np.sqrt(out.disagreement[rows] ** 2 + noise**2))
-
-
-def _calibrated(out: _OutOfBag, rows: Any) -> _Calibration:
-    lengths = out.samples.lengths[rows]
-    errors = (out.mean - out.samples.scores)[rows]
-    total = Spread.fit(errors, lengths)
-    explained = Spread.fit(out.disagreement[rows], lengths)
-    left = np.maximum(total.stds**2 - explained.stds**2, (_LEAST_NOISE * total.stds) ** 2)
-    noise = np.sqrt(left)
-    raw = _Calibration(Spread(total.knots, noise), 1.0)
-    return raw._replace(scale=root_mean_square(errors / np.maximum(raw.std(out, rows), _TINY)))
+    def calibrated(self, rows: Any) -> tuple[Spread, float]:
+        """The noise that no member explains, and what both together are to be multiplied with."""
+        lengths, errors = self.samples.lengths[rows], (self.mean - self.samples.scores)[rows]
+        total, explained = Spread.fit(errors, lengths), Spread.fit(self.disagreement[rows], lengths)
+        left = np.maximum(total.stds**2 - explained.stds**2, (_LEAST_NOISE * total.stds) ** 2)
+        noise = Spread(total.knots, np.sqrt(left))
+        return noise, root_mean_square(errors / np.maximum(self.std(noise, rows), _TINY))
 
 
-def _bags(samples: Samples, count: int, seed: int) -> Iterator[IntArray]:
-    """Row indices of prompts drawn with replacement, a bag for each member."""
-    rng = np.random.default_rng(seed)
-    rows_of = [np.flatnonzero(samples.groups == group) for group in np.unique(samples.groups)]
-    for _ in range(count):
-        drawn = rng.integers(len(rows_of), size=len(rows_of))
-        yield np.concatenate([rows_of[i] for i in drawn])
-
-
-def _out_of_bag(members: Sequence[Head], bags: Sequence[IntArray], samples: Samples) -> _OutOfBag:
+def _out_of_bag(members: Sequence[Head], bags: Sequence[Any], samples: Samples) -> _OutOfBag:
     unseen = np.ones((len(members), len(samples)), dtype=bool)
     for i, bag in enumerate(bags):
         unseen[i, bag] = False
@@ -231,8 +203,5 @@ def _out_of_bag(members: Sequence[Head], bags: Sequence[IntArray], samples: Samp
             "num_members."
         )
     masked = np.ma.masked_array(votes[:, rows], ~unseen[:, rows])
-    return _OutOfBag(
-        np.asarray(masked.mean(axis=0)),
-        np.asarray(masked.std(axis=0, ddof=1)),
-        samples.rows(rows),
-    )
+    mean, std = masked.mean(axis=0), masked.std(axis=0, ddof=1)
+    return _OutOfBag(np.asarray(mean), np.asarray(std), samples.rows(rows))

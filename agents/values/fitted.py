@@ -65,9 +65,6 @@ def cut_prefixes(
 
     Raises:
         FitError: A record has no token ids, or no response has two tokens.
-
-    Example:
-        >>> states, owners = cut_prefixes(records, lengths=(8, 16))  # doctest: +SKIP
     """
     states, owners = [], []
     for record in records:
@@ -163,12 +160,10 @@ class FittedValue(ValueModel):
 
     Attributes:
         head_: What makes the mean of the inputs, fitted.
-        spread_: `Spread`, the standard deviation by prefix length, of the errors on prompts left
-            out.
+        spread_: The standard deviation by prefix length, of the errors on prompts left out.
         chosen_: Name of the head, where there were several to choose from.
         report_: `FitReport` of the fit, on prompts left out.
-        reward_name_: The reward model whose scores it was fitted on.
-        language_model_name_: The language model that wrote the responses.
+        reward_name_, language_model_name_: What it was fitted on.
 
     Example:
         >>> class Length(FittedValue):  # ridge on the number of tokens
@@ -211,8 +206,7 @@ class FittedValue(ValueModel):
         """Fit on scored responses; a fit that fails leaves the model as it was.
 
         Raises:
-            FitError: The records are fewer than two, of several reward models or language models,
-                without token ids, or all scored the same.
+            FitError: See `check_records`; or the records have no token ids.
         """
         check_records(records)
         before = dict(vars(self))
@@ -249,9 +243,6 @@ class FittedValue(ValueModel):
         """`predict`, with what other models take charged to the ledgers, one a state.
 
         A response that has ended is worth its score, where the model sees that, and no guess.
-
-        Raises:
-            ValueModelError: The model is not fitted.
         """
         if not self.is_fitted:
             raise ValueModelError(
@@ -275,12 +266,7 @@ class FittedValue(ValueModel):
         return ValueEstimate(self.head_.predict(inputs), self.spread_.at(lengths))
 
     def save(self, folder: str | Path) -> None:
-        """Write the fitted model, JSON and safetensors; one that is there is replaced.
-
-        Raises:
-            ValueModelError: The model is not fitted, its head is not known, or the folder holds
-                something else.
-        """
+        """Write the fitted model, JSON and safetensors; one that is there is replaced."""
         if not hasattr(self, "head_"):
             raise ValueModelError(
                 f"Only a fitted {type(self).__name__} can be saved. Call fit(records)."
@@ -315,10 +301,7 @@ class FittedValue(ValueModel):
         return value
 
     def settings(self) -> dict[str, Any]:
-        """What a folder keeps of the constructor's arguments and of the fit, besides the head.
-
-        These are all arguments but the models, which are kept as attributes of the same name.
-        """
+        """What a folder keeps besides the head: arguments but models, and `fitted_settings`."""
         names = inspect.signature(type(self)).parameters.keys() - _MODELS.keys()
         try:
             found = {name: getattr(self, name) for name in sorted({*names, *self.fitted_settings})}

@@ -73,11 +73,6 @@ class EmbeddingValue(FittedValue):
         alpha: Strength of the ridge penalty.
         prefix_ratio: Share of a response's words that is kept, above 0 and up to 1.
 
-    Attributes:
-        coef_, intercept_: float64[d] and what they add to, fitted.
-        std_: Standard deviation of every prediction, fitted.
-        report_: `FitReport` of the fit.
-
     Example:
         >>> value = EmbeddingValue(tokenizer).fit(read_records("records"))  # doctest: +SKIP
         >>> value.predict([state]).mean  # doctest: +SKIP
@@ -100,7 +95,7 @@ class EmbeddingValue(FittedValue):
 
     @property
     def coef_(self) -> FloatArray:
-        """float64[d]."""
+        """float64[d], fitted."""
         return np.asarray(self.head_.coef_)
 
     @property
@@ -116,7 +111,7 @@ class EmbeddingValue(FittedValue):
     def inputs(
         self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
     ) -> FloatArray:
-        """float64[B, d]: the embedding of prompt and prefix. Charged by `flops`."""
+        """float64[B, d]: the embedding of prompt and prefix."""
         return self._embedded(self._texts(states))
 
     def samples(self, records: Sequence[Record]) -> Samples:
@@ -142,11 +137,7 @@ class EmbeddingValue(FittedValue):
 
     @classmethod
     def load(cls, folder: str | Path, tokenizer: Tokenizer, encoder: Encoder | None = None) -> Self:
-        """Read what `save` wrote; `load_value` reads every kind and checks what it belongs to.
-
-        Raises:
-            ValueModelError: The folder holds no value model, or one of another kind or format.
-        """
+        """Read what `save` wrote; `load_value` reads every kind and checks what it belongs to."""
         with FOLDER.reading(folder) as (config, arrays):
             return cls.restored(config, arrays(), Sources(tokenizer, encoder=encoder))
 
@@ -257,19 +248,13 @@ class PrefixRewardValue(PrefixScoredValue):
     Every call of it is a call of the reward model and is charged as one.
 
     Args:
-        reward_model: Scores the prefixes.
-        tokenizer: Decodes them; a language model will do.
+        tokenizer: A language model will do.
         lengths: Prefix lengths in tokens that it is calibrated on, increasing.
 
     Example:
-        >>> from mbrl_text_env.language_models import NGramLM
-        >>> from mbrl_text_env.mdp import initial
-        >>> from mbrl_text_env.rewards import as_reward_model
-        >>> from mbrl_text_env.types import Prompt
-        >>> lm = NGramLM("abc")
-        >>> value = PrefixRewardValue(as_reward_model(lambda p, r: float(len(r))), lm)
-        >>> value.predict([initial(Prompt.from_text("ab"), lm)]).mean
-        array([0.])
+        >>> value = PrefixRewardValue(SentimentReward(), lm)  # doctest: +SKIP
+        >>> value.predict([state]).mean  # doctest: +SKIP
+        array([0.98])
     """
 
     kind = "prefix_reward"
@@ -312,9 +297,6 @@ class PrefixStatistics(TransformerMixin, BaseEstimator):
     A prefix's reward tells more the less is to come, and so does its likelihood: each column is
     there a second time, multiplied with the share of the response that is written.
 
-    Args:
-        max_tokens: Tokens of a whole response, what positions are shares of.
-
     Attributes:
         logprob_: Log-probability a token (nats) that is taken where it is not known: the mean.
     """
@@ -349,16 +331,13 @@ class StackedValue(PrefixScoredValue):
     reward. A state without log-probability is given the mean.
 
     Args:
-        tokenizer: Decodes states; a language model will do.
-        reward_model: Scores the prefixes; one call each, charged.
-        lengths: Prefix lengths in tokens that it is fitted on.
+        tokenizer: A language model will do.
+        lengths: Prefix lengths in tokens that it is fitted on, increasing.
         max_response_tokens: Tokens of a whole response, what positions are shares of; None for the
-            longest response of the records.
+            longest response of the records, in `max_tokens_`.
 
     Attributes:
         part_names_: Parts of the reward that it sees: those that all records have.
-        max_tokens_: See `max_response_tokens`.
-        report_: `FitReport` of the fit.
 
     Example:
         >>> value = StackedValue(lm, SentimentReward()).fit(records)  # doctest: +SKIP
@@ -409,17 +388,12 @@ class StackedValue(PrefixScoredValue):
                 f"prompt {states[0].prompt.id!r} the reward gave {sorted(scores.parts)}. Predict "
                 "with the reward that it was fitted with, or fit it anew."
             )
-        likelihoods = np.asarray(
-            [np.nan if state.logprob is None else state.logprob for state in states], np.float64
-        )
+        # None is read as NaN.
+        likelihoods = np.asarray([state.logprob for state in states], dtype=np.float64)
         known = np.isfinite(likelihoods)
-        return np.column_stack(
-            [
-                *(scores.total, *(scores.parts[name] for name in self.part_names_)),
-                np.asarray([float(len(state.response_ids)) for state in states]),
-                *(np.where(known, likelihoods, 0.0), known),
-            ]
-        )
+        rewards = scores.total, *(scores.parts[name] for name in self.part_names_)
+        lengths = [float(len(state.response_ids)) for state in states]
+        return np.column_stack([*rewards, lengths, np.where(known, likelihoods, 0.0), known])
 
 
 @dataclass(eq=False, repr=False)
@@ -431,8 +405,6 @@ class RolloutValue(ValueModel):
     scored once.
 
     Args:
-        language_model: Continues.
-        reward_model: Scores the complete responses.
         n: Continuations of each state. Of one alone the standard deviation is 0, for it says
             nothing of it.
         max_response_tokens: Token limit of a response.
@@ -442,13 +414,11 @@ class RolloutValue(ValueModel):
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
         >>> from mbrl_text_env.mdp import initial
-        >>> from mbrl_text_env.rewards import as_reward_model
         >>> from mbrl_text_env.types import Prompt
         >>> lm = NGramLM("abc", seed=1)
-        >>> reward = as_reward_model(lambda prompt, response: float(response.count("a")))
+        >>> reward = lambda prompt, response: float(response.count("a"))
         >>> value = RolloutValue(lm, reward, n=100, max_response_tokens=4)
-        >>> estimate = value.predict([initial(Prompt.from_text("ab"), lm)])
-        >>> bool(0 < estimate.mean[0] < 4)
+        >>> bool(0 < value.predict([initial(Prompt.from_text("ab"), lm)]).mean[0] < 4)
         True
     """
 
@@ -480,12 +450,9 @@ class RolloutValue(ValueModel):
             [self.language_model.decode(state.response_ids) for _, state in flat],
             ledgers=None if ledgers is None else [ledgers[i] for i, _ in flat],
         ).total
-        ends = np.cumsum([len(row) for row in rows])[:-1]
-        parts = np.split(scores, ends) if rows else []
-        return ValueEstimate(
-            np.asarray([part.mean() for part in parts], dtype=np.float64),
-            np.asarray([part.std(ddof=1) if len(part) > 1 else 0.0 for part in parts]),
-        )
+        parts = np.split(scores, np.cumsum([len(row) for row in rows])[:-1]) if rows else []
+        stds = [part.std(ddof=1) if len(part) > 1 else 0.0 for part in parts]
+        return ValueEstimate(np.asarray([part.mean() for part in parts], float), np.asarray(stds))
 
     def usage_bound(self, state: TextState) -> Usage:
         """The most that one state with as many tokens is charged."""

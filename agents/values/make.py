@@ -40,29 +40,21 @@ def make_value(
     """Make a value model of a kind, with the settings that its class has by default.
 
     Args:
-        name: One of `READY`, which predict at once, or of `FITTED`, which `fit(records)` comes
-            before.
+        name: One of `READY`, or of `FITTED`, which `fit(records)` comes before.
         language_model: Whose responses are valued.
         reward_model: Whose scores are predicted.
         encoder: Embeds texts, where it does; None for MiniLM.
         max_response_tokens: Token limit of a response, where it matters.
         seed: Of rollouts and the bootstrap.
 
-    Raises:
-        ValueModelError: There is no such kind.
-
     Example:
         >>> value = make_value("stacked", lm, SentimentReward()).fit(records)  # doctest: +SKIP
     """
     lm, reward = language_model, as_reward_model(reward_model)
+    faster = reduced(reward, "bfloat16") if name == "prefix" and multiplies_bfloat16() else reward
     limit: dict[str, Any] = {"max_response_tokens": max_response_tokens}
-
-    def prefix() -> ValueModel:
-        faster = reduced(reward, "bfloat16") if multiplies_bfloat16() else reward
-        return PrefixRewardValue(faster, lm)
-
     kinds: Mapping[str, Callable[[], ValueModel]] = {
-        "prefix": prefix,
+        "prefix": lambda: PrefixRewardValue(faster, lm),
         "prefix-exact": lambda: PrefixRewardValue(reward, lm),
         "rollout": lambda: RolloutValue(lm, reward, seed=seed, **limit),
         "calibrated": lambda: PrefixRewardValue(reward, lm),
@@ -87,18 +79,11 @@ def load_value(
 ) -> FittedValue:
     """Read a value model of any kind, for the models that it was fitted with.
 
-    Args:
-        folder: As written by a value model's `save`.
-        language_model: What it values the responses of.
-        reward_model: What it predicts the scores of.
-        encoder: Embeds texts, where it does; None for MiniLM.
-
     Raises:
         ValueModelError: The folder holds no value model, a damaged one, one of another format, or
             one of another reward or language model.
 
     Example:
-        >>> StackedValue(lm, reward).fit(records).save("value")  # doctest: +SKIP
         >>> value = load_value("value", lm, reward)  # doctest: +SKIP
     """
     reward_model = as_reward_model(reward_model)

@@ -20,12 +20,10 @@ _TOLERANCE = 1e-5
 # Shares of a response: exactly one, one and a bit, and several.
 _BUDGETS = (1.0, 1.4, 3.0, 5.7)
 _RULES = {
-    "attributes": "attributes: expected an object with {names}, got {got}. Derive it from "
-    "`agents.Agent`, or add them.",
+    "attributes": "attributes: expected an object with {names}, got {got}. Subclass `Agent`.",
     "answers": "generate: expected one Generation a prompt in the order of the prompts, {ids}, got "
-    "{got}. Put the answers back in the order in which the prompts came.",
-    "decisions": "act: expected a list of {count} decisions, one a state, got {got}. Return one "
-    "Decision a state, in order.",
+    "{got}. Put the answers back in that order.",
+    "decisions": "act: expected a list of {count} decisions, got {got}. Return one a state.",
     "overspent": "{method}: expected that it stays within {budget}, got {got}",
     "too little": "{method}: expected an answer within {budget}, which pays for one response, got "
     "BudgetError: {got} If one response needs more, pass budget_tokens.",
@@ -33,36 +31,33 @@ _RULES = {
     "{got} in the ledgers. Pass the ledgers to every `sample` and `score_responses`.",
     "cap": "{method}: expected at most {cap} {name} a prompt, got {got}. Ask `ledger.affords(...)` "
     "before spending, with the most that a call takes.",
-    "text": "{place}, text: expected the decoded response, {text!r}, got {got}. Decode "
-    "`completion.state.response_ids`; do not edit the text.",
+    "text": "{place}, text: expected the decoded response, {text!r}, got {got}. Do not edit it.",
     "no score": "{place}, score: expected None, for the agent has no reward model, got {got}. "
     "Report a score only where the reward model gave it.",
     "score": "{place}, score: expected what the reward model gives the text {text!r}, {actual:g}, "
-    "got {got}. Report the score of the response that is returned, from `score_responses`.",
-    "goes on": "{place}, state: expected one that goes on from {start}, got {got}. Keep the tokens "
-    "of the state that was asked about.",
+    "got {got}. Report that of the response that is returned.",
+    "goes on": "{place}, state: expected one that goes on from {start}, got {got}. Keep it.",
     "complete": "{place}, state: expected a complete response (finish_reason 'stop' or 'length'), "
-    "got {got}. Return finished candidates only; finish the best one before the budget ends.",
+    "got {got}. Finish the best candidate before the budget ends.",
     "limit": "{place}, state: expected at most max_response_tokens ({limit}) tokens, at least one "
     "of them new, got {got} tokens. Pass the limit to `transition`.",
     "finish_reason": "{place}, finish_reason: expected 'stop' after a stop token, and only then; "
     "'length' at the token limit, got {got}. Append chunks by `transition`, which sets it.",
     "logprobs": "{place}, logprobs: expected none, or one for each of {count} tokens, got {got}. "
-    "Join the log-probabilities of all chunks.",
-    "chunk": "{place}, chunk: expected 1 to chunk_tokens ({most}) tokens, got {got}. Cut the "
-    "completion after chunk_tokens.",
+    "Join those of all chunks.",
+    "chunk": "{place}, chunk: expected 1 to chunk_tokens ({most}) tokens, got {got}. Cut it there.",
     "beginning": "{place}, chunk: expected the beginning of its completion, {rest}, got {got}. "
     "Return the first tokens that the completion adds to the state.",
     "ending": "{place}, chunk: expected finish_reason {reason!r} after the chunk is appended, as "
-    "its completion ends, got {got}. Give the last chunk the finish_reason of the completion.",
+    "its completion ends, got {got}. Give the last chunk the completion's finish_reason.",
     "repeated": "generate: expected the same answer for the same seed: {answer}, got {got}. Derive "
-    "all randomness from `seed` (`stream`, `spawn_seed`), and keep no state between calls.",
-    "batch": "generate: expected the same answer in a batch as alone: {answer}, got {got}. Let an "
-    "answer depend on its prompt and the seed, not on the batch around it.",
+    "all randomness from `seed`, and keep no state between calls.",
+    "batch": "generate: expected the same answer in a batch as alone: {answer}, got {got}. Let it "
+    "depend on its prompt and the seed, not on the batch around it.",
     "seed": "generate: expected that seeds {one} and {two} draw different samples, got the same "
-    "seeds passed to `sample` for both, {got}. Pass the seed on, or one that is derived from it.",
+    "seeds passed to `sample` for both, {got}. Pass on the seed, or one derived from it.",
     "refusal": "generate: expected {error} for {case}, which may not be enough for one response, "
-    "got {got}. Refuse such a budget instead of returning an incomplete response.",
+    "got {got}. Refuse it instead of returning an incomplete response.",
     "end": "act: expected that playing its chunks ends within max_response_tokens ({limit}) steps, "
     "got {got}. Every chunk has at least one token.",
     "ended": "act: expected {error} for {case}, got {got}. Check `is_terminal(state)` first.",
@@ -79,23 +74,20 @@ def check_agent(
     generated token and every reward call is in the ledger, and within budgets from one response up;
     and `act`: chunks that begin the decision's completion and lead to the end.
 
-    While it is checked, the methods of the agent's models are replaced by ones that count, so do
-    not use these models elsewhere at the same time. Every prompt is answered some two dozen times.
-    Check an agent with a toy language model: rounding in a network can change tokens with the
-    batch.
+    Meanwhile the methods of the agent's models are replaced by ones that count: do not use these
+    models elsewhere. Every prompt is answered some two dozen times. Use a toy language model:
+    rounding in a network can change tokens with the batch.
 
     Args:
         agent: Has `generate(prompts, budget, seed=)`, `act(states, budget, seed=)`,
             `language_model`, `reward_model` (or None), `max_response_tokens` and `chunk_tokens`.
         prompts: At least one; better several of different lengths.
-        budget_tokens: The least budget that has to be enough, in generated tokens; by default one
-            response's worth: `max_response_tokens`, or what the context leaves for it. One token
-            less has to be refused.
+        budget_tokens: The least budget that has to be enough; one token less has to be refused. By
+            default one response's worth.
         seed: Of the answers.
 
     Raises:
         CheckError: The contract is broken.
-        ValueError: There are no prompts.
 
     Example:
         >>> from mbrl_text_env.agents import Sampling

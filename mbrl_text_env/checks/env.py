@@ -31,28 +31,26 @@ _RULES = {
     "spaces": "spaces: expected two of Gymnasium's, got {got}",
     "action_space": "action_space of the text environment: expected {expected}, got {got}. Make it "
     "by `task.action_space()`; other actions are for a wrapper to define.",
-    "pair": "{where}: expected a tuple (observation, info), got {got}. Return `observation, info`.",
+    "pair": "{where}: expected a tuple (observation, info), got {got}. Return both.",
     "observation": "{where}, observation: expected an element of {space}, got {got}. Mind shape, "
     "dtype and bounds.",
     "reset": "reset(seed={seed}): expected the same observation, info and state every time, "
     "{first}, got {got}. Draw from `self.np_random`, which `super().reset(seed=seed)` seeds, and "
     "clear what the last episode left.",
-    "prompts": "reset(seed=...): expected different prompts for {count} seeds, got {got}. "
-    "Draw the prompt from `self.np_random`.",
+    "prompts": "reset(seed=...): expected different prompts for {count} seeds, got {got}. Draw the "
+    "prompt from `self.np_random`.",
     "step": "step: expected a tuple (observation, reward, terminated, truncated, info), got {got}. "
     "Return all five.",
-    "reward": "step, reward: expected a finite float, got {got}. Score through "
-    "`rewards.score_responses`, which refuses what is not finite.",
+    "reward": "step, reward: expected a finite float, got {got}. Use `score_responses`.",
     "bools": "step, terminated and truncated: expected bools, got {got}. Convert them with bool().",
     "flags": "step: expected {expected} for finish_reason {reason!r} (terminated at 'stop', "
     "truncated at 'length', never both), got {got}. Derive both from the state's finish_reason.",
-    "info": "{where}, info: expected a dict, got {got}. Return a new dict every time.",
-    "entry": "{where}, info: expected {name!r}, a {kind}, got {got}. Pass on what the text "
-    "environment puts there.",
+    "info": "{where}, info: expected a dict, got {got}. Return a new one every time.",
+    "entry": "{where}, info: expected {name!r}, a {kind}, got {got}. Pass on the environment's.",
     "shown": "{where}, info: expected what the state says, {actual}, got {got}. Do not edit it.",
     "score": "{where}, info: expected a finite float as 'score', and floats by name as "
     "'score_parts', when the response has ended, and only then; 0.0 before, got {got}. Score the "
-    "complete response once, at its end. Convert numbers with float().",
+    "complete response once, at its end.",
     "limit": "step: expected a response of at most max_response_tokens ({limit}), got {got} "
     "tokens. Cut a chunk that would pass the limit.",
     "append": "step: expected that tokens are appended to the response, got {got}. Token ids are "
@@ -61,31 +59,26 @@ _RULES = {
     "{got}. Append the action's token ids.",
     "chunk_cut": "step, info['chunk_cut']: expected {cut}, since {added} of {size} tokens were "
     "appended, got {got}. Say whether the limit cut the chunk.",
-    "terminal": "Rewards of an episode with reward='terminal': expected 0 until the last, which is "
-    "the score {score:g}, got {got}. Pay the score once; pass check_rewards=False if a wrapper "
-    "changes the reward.",
-    "delta": "Rewards of an episode with reward='delta': expected that they add up to the score "
-    "{score:g}, got {got}. Pay the score once; pass check_rewards=False if a wrapper changes the "
-    "reward.",
-    "once": "An episode with reward='terminal': expected one scored response, got {got} scored "
-    "responses. Score the response once, when it has ended: reward models are expensive.",
+    "terminal": "reward='terminal': expected 0 until the last, which is the score {score:g}, got "
+    "{got}. Pay it once; pass check_rewards=False if a wrapper changes the reward.",
+    "delta": "reward='delta': expected that they add up to the score {score:g}, got {got}. Pay it "
+    "once; pass check_rewards=False if a wrapper changes the reward.",
+    "once": "reward='terminal': expected one scored response, got {got} in an episode. Score it "
+    "when it has ended: reward models are expensive.",
     "restored": "set_state: expected that get_state() returns the state that was set, {state}, got "
     "{got}. Restore all that `step` reads.",
     "copied": "set_state: expected the same observation and info for the state and for its pickled "
     "copy, got {got}. Derive both from the state alone.",
-    "state": "get_state: expected a state that can be {able}, got {got}. Make it a frozen "
-    "dataclass of plain data.",
+    "state": "get_state: expected a state that can be {able}, got {got}. Use a frozen dataclass.",
     "end": "An episode: expected an end after at most max_response_tokens ({limit}) steps, got "
     "{got}. Truncate the response at the limit.",
-    "invalid": "action_space: expected that {case} is no element, got {got}. Let `contains` follow "
-    "`ChunkRules.fault`.",
-    "refusal": "step: expected {error} for {case}, got {got}. Leave it to `TextGenerationEnv.step` "
-    "to refuse it.",
+    "invalid": "action_space: expected that {case} is no element, got {got}. See `ChunkRules`.",
+    "refusal": "step: expected {error} for {case}, got {got}. Leave it to the base class.",
     "untouched": "step: expected that {case}, which is refused, leaves the state as it was, "
     "{before}, got {got}. Change the state only after everything that can fail.",
     "repeated": "{where}, {name}: expected the same as the first time, {value}, got {got}. What a "
-    "step returns has to follow from the state and the action alone: draw no other random numbers, "
-    "keep no other state, and leave timings out of info.",
+    "step returns has to follow from state and action alone: draw no other random numbers, keep no "
+    "other state, and leave timings out of info.",
 }
 
 
@@ -112,7 +105,6 @@ def check_text_env(
 
     Raises:
         CheckError: The contract is broken.
-        ValueError: `steps` is below 1.
 
     Example:
         >>> import gymnasium as gym, mbrl_text_env
@@ -156,14 +148,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Trial(Trial):
-    """An environment under check.
-
-    Args:
-        env: As it was passed.
-        base: The text environment inside.
-        layer: Where `get_state` and `set_state` are: the environment or a view of it.
-        seed, check_rewards: As in `check_text_env`.
-    """
+    """An environment under check, the text environment in it, and the layer with `get_state`."""
 
     rules = _RULES
     subject = "Environment"

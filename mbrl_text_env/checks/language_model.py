@@ -33,15 +33,15 @@ _SHAPED = SamplingParams(temperature=0.7, top_p=0.9, top_k=20)
 _Rows = Sequence[Sequence[Chunk]]
 _CONTRACT = ("name", "vocab_size", "stop_token_ids", "context_length", "encode_prompt", "decode")
 _RULES = {
-    "attributes": "attributes: expected an object with {names}, got {got}. See "
-    "`language_models.LanguageModel`.",
+    "attributes": "attributes: expected an object with {names}, got {got}. Subclass "
+    "`LanguageModel`.",
     "name": "name: expected a string that is not empty, got {got}. Reports call it by that.",
     "size": "{size}: expected an int of at least 1, got {got}. Take it from the configuration.",
     "stop_token_ids": "stop_token_ids: expected a frozenset of ids from 0 to {last}, got {got}. "
-    "Ids outside the vocabulary can never be sampled, so no response would end.",
+    "Others can never be sampled, so no response would end.",
     "ids": "encode_prompt of {prompt!r}: expected a tuple of fewer than {context} ints from 0 to "
-    "{last}, got {got}. States are hashed and compared, so ids are tuples of plain ints; a prompt "
-    "that leaves no room for a response raises `PromptTooLongError`.",
+    "{last}, got {got}. States are hashed, so ids are tuples of plain ints; a prompt that leaves "
+    "no room for a response raises `PromptTooLongError`.",
     "same ids": "encode_prompt of {prompt!r}: expected the same ids each time, got {got}. Draw no "
     "random numbers.",
     "decode": "decode: expected a string, the same for a tuple and for a list of ids, got {got}. "
@@ -51,13 +51,12 @@ _RULES = {
     "rows": "sample: expected a list of {states} lists of {samples} chunks, got {got}. Return "
     "chunks[len(states)][num_samples].",
     "chunk": "sample: expected a `Chunk`, got {got}. Return Chunk(ids, logprobs).",
-    "length": "sample: expected a tuple of 1 to max_new_tokens ({most}) token ids, got {got}. Stop "
-    "after max_new_tokens; the stop token counts.",
+    "length": "sample: expected a tuple of 1 to max_new_tokens ({most}) token ids, got {got}. The "
+    "stop token counts.",
     "tokens": "sample: expected ints from 0 to {last}, with a stop token ({stops}) only at the "
     "end, got {got}. End a chunk at its first stop token.",
     "finish_reason": "sample, finish_reason: expected {reason!r} ('stop' after a stop token, "
-    "'length' where the context is full, else None), got {got}. Derive it from the last token and "
-    "the context.",
+    "'length' where the context is full, else None), got {got}. Derive it from both.",
     "early": "sample: expected {most} tokens, or fewer where the response ends, got {got}. Go on "
     "until max_new_tokens, a stop token or a full context.",
     "logprobs": "sample, logprobs: expected one finite log-probability of at most 0 for each of "
@@ -74,35 +73,33 @@ _RULES = {
     "order": "sample: expected the same chunks whatever the order of the states, got {got}. Give "
     "every sequence a random stream of its own; undo any sorting by length.",
     "first_sample": "sample: expected {half} chunks from 0 and {half} from first_sample={half} to "
-    "be the {whole} from 0, got {got}. Chunk k draws from `stream(seed, state, k)`, with k counted "
-    "from first_sample.",
+    "be the {whole} from 0, got {got}. Chunk k draws from `stream(seed, state, k)`.",
     "shorter": "sample: expected that a shorter max_new_tokens ({most}) gives a prefix of the "
-    "longer chunk, got {got}. Draw the numbers of a chunk one after the other from its own stream.",
+    "longer chunk, got {got}. Draw the numbers of a chunk one after the other from its stream.",
     "differ": "sample: expected that {count} samples of a state differ (each token has a "
-    "probability below 1), got {got}. Make the random numbers depend on the sample's index.",
-    "seed": "sample: expected that another seed gives other samples, got {got}. Make the random "
-    "numbers depend on the seed.",
+    "probability below 1), got {got}. Let random numbers depend on the sample's index.",
+    "seed": "sample: expected that another seed gives other samples, got {got}. Let random "
+    "numbers depend on it.",
     "greedy": "sample with temperature 0: expected the same chunk for all samples and seeds of a "
     "state, got {got}. Take the most probable token.",
     "most": "sample with temperature 0: expected the most probable token (another has "
-    "log-probability {most:.4f}), got {got}. Take the most probable token.",
+    "log-probability {most:.4f}), got {got}. Take that.",
     "stop": "sample: expected the chunk up to the token that completes the stop text {stop!r}, got "
     "{got}. End a chunk as soon as its text contains one of `params.stop`.",
     "goes on": "sample with stop={stop!r}: expected finish_reason None: the response goes on, got "
-    "{got}. Only a stop token or a full context ends a response.",
+    "{got}. Only a stop token or a full context ends it.",
     "scoring": "logprobs, ledgers: expected one language-model call and no generated token a "
     "state, got {got}. Charge every state's ledger for the tokens that were computed.",
     "charge": "sample, ledgers: expected generated_tokens={tokens} and lm_calls=1 a state, got "
-    "{got}. Charge every state's ledger for its own chunks: "
-    "`ledger.charge(self.usage_bound(...))`.",
+    "{got}. Charge every state's ledger for its own chunks.",
     "prefix": "sample, ledgers: expected prompt_tokens and cached_tokens that cover the prefix of "
-    "{prefix} tokens, got {got}. Count the prefix: as cached where it was not computed.",
+    "{prefix} tokens, got {got}. Count it as cached where it was not computed.",
     "bound": "sample, ledgers: expected FLOPs above 0 and no amount above `usage_bound(prefix, "
-    "lengths)`, {bound}, got {got}. Budgets rely on `usage_bound` being the most that is charged.",
-    "refusal": "sample: expected {error} for {case}, got {got}. Call "
-    "`language_models.base.check_sample_arguments` first.",
-    "features": "features: expected a float32 array of shape {shape}, got {got}. Return one vector "
-    "of feature_size a state.",
+    "lengths)`, {bound}, got {got}. Budgets rely on it being the most that is charged.",
+    "refusal": "sample: expected {error} for {case}, got {got}. Call `check_sample_arguments` of "
+    "`language_models.base` first.",
+    "features": "features: expected a float32 array of shape {shape}, got {got}. Return a row a "
+    "state.",
     "finite": "features: expected finite numbers, got {got}. Mask the padding.",
     "batch": "features: expected the features that each state has alone, up to {most:g} of their "
     "scale, got {got}. Mask the padding, and read the last token of the prefix itself.",
@@ -124,8 +121,8 @@ def check_language_model(
     sampled beside it, before it or after it; greedy decoding; the charge to the ledgers; the
     arguments that have to be refused; and, where the model has them, its features.
 
-    Check a network in float32: in half precision rounding alone changes tokens with the batch. In
-    float32 that is left to very improbable tokens, and a few such differences are allowed.
+    Check a network in float32, where rounding changes only very improbable tokens with the batch; a
+    few such differences are allowed.
 
     Args:
         lm: A language model.
@@ -136,7 +133,6 @@ def check_language_model(
 
     Raises:
         CheckError: The contract is broken.
-        ValueError: There are no prompts, or `max_new_tokens` is below 2.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM

@@ -61,18 +61,16 @@ _REWARD_RULES = {
     "applies_to": "applies_to: expected True for at least one of {count} prompts, got {got}. Pass "
     "prompts with the metadata that it needs.",
     "failure": "{place}: expected scores for {size} texts, among them empty, long and Unicode "
-    "ones, got {got}. Decide what such texts are worth; prompts that cannot be scored are left out "
-    "by `applies_to(prompt) -> bool`.",
+    "ones, got {got}. Decide what such texts are worth, or leave prompts out by `applies_to`.",
     "arguments": "{place}: expected that prompts and responses are left as they are, got {got}. "
-    "Work on a copy: agents and environments go on using the lists that they pass.",
+    "Work on a copy: callers go on using their lists.",
     "shape": "{place}: expected one number for each of {size} texts, shape ({size},), got {got}. "
     "Return a flat list of floats in the order of the texts.",
     "finite": "{place}: expected finite numbers, got {got}. Decide what such a text is worth, or "
     "raise an error where it cannot be scored.",
     "twice": "{place}: expected the same scores in a second call (deterministic), got {got}. "
     "Keep no state between calls and draw no random numbers.",
-    "order": "score: expected scores in the order of the responses, got {got}. The scores of a "
-    "reversed batch are the reversed scores: undo any sorting.",
+    "order": "score: expected scores in the order of the responses, got {got}. Undo any sorting.",
     "alone": "score: expected the score that the response has alone, whatever else is in its "
     "batch, got {got}. Do not normalise over the batch, and mask the padding.",
     "parts": "score_parts: expected a `rewards.Scores`, got {got}. Return one.",
@@ -86,20 +84,16 @@ _REWARD_RULES = {
     "it aside before they score: make it the most, not the mean.",
 }
 _VALUE_RULES = {
-    "attributes": "attributes: expected an object with {names}, got {got}. Subclass "
-    "`values.ValueModel`.",
-    "is_fitted": "is_fitted: expected True, got {got}. Fit it, or load a fitted one, before it "
-    "is checked.",
+    "attributes": "attributes: expected an object with {names}, got {got}. Subclass `ValueModel`.",
+    "is_fitted": "is_fitted: expected True, got {got}. Fit it, or load a fitted one, before.",
     "arguments": "{place}: expected that the list of states is left as it is, got {got}. Work on "
-    "a copy: planners go on using the list that they pass.",
+    "a copy: planners go on using it.",
     "failure": "{place}: expected values of {size} states, got {got}. Every state of a prompt "
     "that the model is meant for has a value, an empty batch too.",
-    "estimate": "predict: expected a `values.ValueEstimate`, got {got}. Return one, with a mean "
-    "and a standard deviation.",
+    "estimate": "predict: expected a `values.ValueEstimate`, got {got}. Return one.",
     "shape": "predict, {part}: expected float64[{size}], one for each state, got {got}. Return "
     "arrays of floats in the order of the states.",
-    "finite": "predict, {part}: expected finite numbers, got {got}. Decide what such a state is "
-    "worth.",
+    "finite": "predict, {part}: expected finite numbers, got {got}. Decide what it is worth.",
     "std": "predict, std: expected standard deviations of at least 0, got {got}. Return 0 where "
     "nothing is uncertain.",
     "same": "predict, {part}: expected {expected}, got {got}. A value is a function of its state "
@@ -109,9 +103,8 @@ _VALUE_RULES = {
     "counts it; `predict_with` charges other models' calls alone.",
     "bound": "{place}, {amount}: expected 0 to {most:g}, the bound for a prefix of {size} "
     "tokens, got {got}. Budgets rely on `usage_bound` and `flops_bound` being the most.",
-    "pickle": "pickle: expected an object that can be pickled, got {got}. Environments in other "
-    "processes need it: drop what cannot be copied in `__getstate__`, and define the class in a "
-    "module.",
+    "pickle": "pickle: expected an object that can be pickled, got {got}. Drop what cannot be "
+    "copied in `__getstate__`, and define the class in a module.",
 }
 
 
@@ -263,7 +256,6 @@ def check_value_model(
 
     Raises:
         CheckError: The contract is broken.
-        ValueError: There are fewer than two states.
 
     Example:
         >>> from mbrl_text_env.mdp import initial

@@ -186,18 +186,14 @@ class _Asked(NamedTuple):
 def _asked(prompt: str) -> _Asked:
     text = prompt.casefold()
     words = _WORD.findall(text)
-    wanted: list[str] = []
-    unwanted: list[str] = []
+    # As keys, in order: wanted phrases, and unwanted ones.
+    phrases: tuple[dict[str, None], dict[str, None]] = {}, {}
     for match in _QUOTED.finditer(text):
         if phrase := match[1].strip():
             before = text[max(0, match.start() - _BEFORE) : match.start()]
-            (unwanted if _NEGATION.search(before) else wanted).append(phrase)
-    return _Asked(
-        words=frozenset(word for word in words if len(word) > 3),
-        wanted=tuple(dict.fromkeys(wanted)),
-        unwanted=tuple(dict.fromkeys(unwanted)),
-        number=max(map(_number, words), default=0),
-    )
+            phrases[bool(_NEGATION.search(before))][phrase] = None
+    longer = frozenset(word for word in words if len(word) > 3)
+    return _Asked(longer, *map(tuple, phrases), max(map(_number, words), default=0))
 
 
 def _number(word: str) -> int:
@@ -227,8 +223,7 @@ class Features(ABC):
         kind: How folders name the class.
         argument: Name of the argument that is the model which reads.
         use_statistics: Whether the counts of `text_statistics` are among the features.
-        scalers_: The fitted `StandardScaler` of each block.
-        directions_: The fitted `PCA` of the prompts; None where they are not embedded.
+        scalers_, directions_: Fitted, of each block and of the prompts where they are embedded.
     """
 
     kind: ClassVar[str]
@@ -250,11 +245,9 @@ class Features(ABC):
     @property
     def source(self) -> str:
         """Name or folder of the model that reads; the class of an object without a name."""
-        if self.given is None:
-            return EMBEDDED
-        if isinstance(self.given, str | Path):
-            return str(self.given)
-        return str(getattr(self.given, "name", type(self.given).__name__))
+        if isinstance(given := self.given, str | Path | None):
+            return EMBEDDED if given is None else str(given)
+        return str(getattr(given, "name", type(given).__name__))
 
     @abstractmethod
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
@@ -332,13 +325,10 @@ class Features(ABC):
 
     def restore(self, arrays: Arrays) -> Features:
         """Take what was fitted from `numbers`."""
-        self.scalers_ = {
-            name: with_numbers(StandardScaler(), arrays, f"features.{name}")
-            for name in self._names()
-        }
-        self.directions_ = None
-        if "features.directions.0.mean_" in arrays:
-            self.directions_ = with_numbers(PCA(), arrays, "features.directions")
+        names = {name: f"features.{name}" for name in self._names()}
+        self.scalers_ = {n: with_numbers(StandardScaler(), arrays, at) for n, at in names.items()}
+        has_prompts, at = "features.directions.0.mean_" in arrays, "features.directions"
+        self.directions_ = with_numbers(PCA(), arrays, at) if has_prompts else None
         return self
 
     def _counts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, FloatArray]:
@@ -358,10 +348,6 @@ class EmbeddingFeatures(Features):
         encoder: None for the embedded all-MiniLM-L6-v2; a SentenceTransformer's name on the Hub or
             folder; or an object with `encode(list[str]) -> float[B, d]`. Loaded at first use.
         use_statistics: Whether counts are features too.
-
-    Raises:
-        RewardError: At first use: the encoder cannot be loaded, or does not return one finite
-            vector a text.
 
     Example:
         >>> raw = EmbeddingFeatures().read([Prompt.from_text("Hi")], ["Hello"])  # doctest: +SKIP
@@ -429,9 +415,6 @@ class HiddenFeatures(Features):
         language_model: One with `features`; a name on the Hub or folder; None for the embedded
             SmolLM2. Loaded at first use.
         use_statistics: Whether counts are features too.
-
-    Raises:
-        RewardError: At first use: it cannot be loaded, or has no `features`.
     """
 
     kind = "hidden"

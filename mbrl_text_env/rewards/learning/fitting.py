@@ -96,14 +96,12 @@ def fit_reward(
     Raises:
         RewardFitError: There is too little data (fewer than five prompts), all of it looks the same
             to the features, or it does not fit the objective.
-        RewardError: The model that reads texts cannot be loaded.
 
     Example:
         >>> pairs = pairs_from_records(read_records("records"))  # doctest: +SKIP
         >>> reward = fit_reward(pairs, data_name="relevance")  # doctest: +SKIP
         >>> reward.report_.held_out.accuracy  # doctest: +SKIP
         0.93
-        >>> reward.save("my-reward")  # doctest: +SKIP
     """
     _check_arguments(data, objective, head)
     # A copy: the same features in two fits give two rewards.
@@ -124,8 +122,17 @@ def fit_reward(
         fitted = fitted.moved(-fitted(inputs[rows]).mean())
     scores = fitted(inputs)
     origin = data_name or table.data_name
-    model, measured = f"{head} on {features.kind}", table.measured(scores, test)
-    report = RewardFitReport(objective, model, origin, seed, chosen=chosen, **measured)
+    report = RewardFitReport(
+        objective,
+        model=f"{head} on {features.kind}",
+        data=origin,
+        seed=seed,
+        num_fitted=int((~test).sum()),
+        num_fitted_prompts=len(set(compress(table.groups, ~test))),
+        fitted_accuracy=table.report(scores, ~test).accuracy,
+        held_out=table.report(scores, test),
+        chosen=chosen,
+    )
     scorer = HeadScorer(features, fitted)
     return LearnedReward(None, fitted=Fitted(name or f"learned({origin})", scorer, report))
 
@@ -133,11 +140,7 @@ def fit_reward(
 class _Table(NamedTuple):
     """Records, one row each; or pairs, the chosen responses' rows before the rejected ones'.
 
-    Args:
-        groups: The prompt of each record or pair.
-        lengths: Characters of the responses; of a pair, of both.
-        data_name: What reports call it.
-        scores: Of records; None with pairs.
+    Of each record or pair it has the prompt (`groups`) and the characters; of records the scores.
     """
 
     raw: Raw
@@ -156,15 +159,6 @@ class _Table(NamedTuple):
             return Problem(inputs, groups, targets=self.scores)
         chosen, rejected = np.split(inputs, 2)
         return Problem(chosen, groups, rejected=rejected)
-
-    def measured(self, scores: FloatArray, test: Rows) -> dict[str, Any]:
-        """The fields of a `RewardFitReport` that follow from the split."""
-        return {
-            "num_fitted": int((~test).sum()),
-            "num_fitted_prompts": len(set(np.array(self.groups)[~test])),
-            "fitted_accuracy": self.report(scores, ~test).accuracy,
-            "held_out": self.report(scores, test),
-        }
 
     def report(self, scores: FloatArray, used: Rows) -> FitReport:
         groups = [*compress(self.groups, used)]
@@ -195,12 +189,11 @@ def _read_records(data: Sequence[Any], features: Features) -> _Table:
 
 
 def _check_arguments(data: Sequence[Any], objective: str, head: str) -> None:
-    for argument, value, allowed in (
-        ("objective", objective, get_args(Objective)),
-        ("head", head, get_args(HeadKind)),
-    ):
-        if value not in allowed:
-            raise RewardFitError(f"{argument}: expected one of {list(allowed)}, got {value!r}.")
+    allowed = {"objective": get_args(Objective), "head": get_args(HeadKind)}
+    for argument, value in (("objective", objective), ("head", head)):
+        if value not in allowed[argument]:
+            known = list(allowed[argument])
+            raise RewardFitError(f"{argument}: expected one of {known}, got {value!r}.")
     if not data:
         raise RewardFitError("Expected data to fit a reward on, got none.")
     is_pairs = all(isinstance(row, PreferencePair) for row in data)
@@ -226,12 +219,10 @@ class LoraSettings:
     Args:
         base: A sequence-classification or causal checkpoint: name on the Hub or folder;
             `"embedded"` is the package's SmolLM2. A head that the checkpoint lacks starts random.
-        r: Rank of the adapters.
-        alpha: Their scale is `alpha / r`.
+        r: Rank of the adapters; their scale is `alpha / r`.
         targets: Names of the modules that get adapters; None for all linear layers.
         dropout: Of the adapters' input. (TRL turns other dropout off.)
-        max_steps: Steps of the optimizer; None for `epochs`.
-        epochs: Passes over the pairs, where `max_steps` is None.
+        max_steps: Steps of the optimizer; None for `epochs` passes over the pairs.
         batch_size: Pairs in one step.
         learning_rate: Its highest value; it falls linearly to 0.
         max_length: Most tokens of prompt and response; longer texts are cut as `ClassifierReward`
@@ -240,9 +231,6 @@ class LoraSettings:
         seed: Head, adapters, order of the pairs and held-out prompts follow from it.
         use_margin: Whether a pair's margin is taken off its score difference in the loss, as in
             Llama 2 (Touvron et al., 2023); every pair needs one.
-
-    Raises:
-        RewardFitError: A number is out of its range.
     """
 
     base: str = EMBEDDED
@@ -288,16 +276,14 @@ def fit_lora(
     The report is of the pairs of prompts that are held out.
 
     A fit that was stopped goes on from `<folder>-checkpoints` if pairs and settings are the same;
-    that folder is removed at the end. transformers reads its torch files with `weights_only=True`;
-    keep checkpoints of others out of it. The final folder has safetensors and JSON alone: adapter,
-    head, tokenizer, and the name or path of the base, which is not copied.
+    it is removed at the end. transformers reads its torch files with `weights_only=True`; keep
+    checkpoints of others out of it. The final folder has safetensors and JSON alone: adapter, head,
+    tokenizer, and the name or path of the base, which is not copied.
 
     Sources: Hu et al., "LoRA", ICLR 2022; the objective as in `fit_reward`.
 
     Args:
-        pairs: Preference pairs.
         folder: Where the reward is written, and read back from.
-        settings: How it is tuned.
         held_out: Share of the prompts to measure on.
         name: Of the reward; by default `learned(<data_name>)`.
         data_name: What the preferences come from.

@@ -47,8 +47,7 @@ class RewardFitReport:
         objective: `"bradley-terry"` or `"regression"`.
         model: What was fitted, such as `"linear on embedding"` or `"lora"`.
         data: What the preferences or scores come from.
-        num_fitted: Pairs or records that the model was fitted on.
-        num_fitted_prompts: Different prompts among them.
+        num_fitted, num_fitted_prompts: Pairs or records that it was fitted on, and their prompts.
         fitted_accuracy: Pair accuracy on these; far above the held-out one it is overfitting. NaN
             where it was not measured.
         held_out: The figures on the prompts that were left out.
@@ -126,8 +125,7 @@ class LearnedReward(RewardModel):
     are log-odds of being preferred, and the mean over the responses that a head was fitted on is 0;
     of a regression, the gold reward's own. The folder is read at once, models at first use.
 
-    A folder holds `reward.json` (format, name, what the data came from, features or base model,
-    report) and weights as safetensors; nothing in it is executed when it is read.
+    A folder holds `reward.json` and weights as safetensors; nothing in it is executed.
 
     Args:
         folder: As written by `save`, `fit_lora` or `mbrl-text reward fit`; None for a reward that
@@ -137,13 +135,11 @@ class LearnedReward(RewardModel):
         fitted: What a fit gave, instead of a folder; `fit_reward` passes it.
 
     Attributes:
-        name: What reports call it.
         report_: `RewardFitReport` of the fit.
 
     Raises:
-        RewardError: The folder is missing, damaged, half written or of another format, or an
-            encoder or language model is needed. At first use: the encoder or base model cannot be
-            loaded, or does not fit.
+        RewardError: The folder is damaged or of another format, or an encoder or language model is
+            needed. At first use: the encoder or base model cannot be loaded, or does not fit.
 
     Example:
         >>> reward = LearnedReward("my-reward")  # doctest: +SKIP
@@ -191,7 +187,7 @@ class LearnedReward(RewardModel):
             config = described("head", self.fitted, _head_settings(scorer))
             arrays = scorer.features.numbers()
             for i, (weights, bias) in enumerate(scorer.head.layers):
-                arrays[f"layers.{i}.weights"], arrays[f"layers.{i}.bias"] = weights, bias
+                arrays |= {f"layers.{i}.weights": weights, f"layers.{i}.bias": bias}
             FOLDER.write(folder, config, arrays)
             return
         assert self.folder is not None
@@ -201,9 +197,8 @@ class LearnedReward(RewardModel):
 
 def described(kind: str, fitted: Fitted, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `reward.json` says."""
-    report = fitted.report
-    names = {"kind": kind, "name": fitted.name, "data": report.data}
-    return {**names, **settings, "report": report.as_dict()}
+    names = {"kind": kind, "name": fitted.name, "data": fitted.report.data}
+    return {**names, **settings, "report": fitted.report.as_dict()}
 
 
 def _head_settings(scorer: HeadScorer) -> dict[str, Any]:
@@ -240,10 +235,8 @@ def _read_head(config: Mapping[str, Any], arrays: Arrays, given: Mapping[str, An
         for i in range(config["num_layers"])
     )
     widths = [features.size, *(weights.shape[-1] for weights, _ in layers)]
-    if widths[-1] != 1 or any(
-        weights.shape != (size, len(bias))
-        for size, (weights, bias) in zip(widths, layers, strict=False)
-    ):
+    fit = (w.shape == (size, len(bias)) for size, (w, bias) in zip(widths, layers, strict=False))
+    if widths[-1] != 1 or not all(fit):
         raise ValueError(f"layers that do not fit {features.size} features")
     return HeadScorer(features, LayeredHead(layers))
 
