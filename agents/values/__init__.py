@@ -8,12 +8,8 @@ __getattr__, __dir__, __all__ = attach(
         "ensemble": ["EnsembleValue"],
         "fitted": ["FitError", "FitReport", "FittedValue", "Samples", "cut_prefixes", "samples_of"],
         "kinds": [
-            "EmbeddingValue",
-            "HiddenStateValue",
-            "PrefixRewardValue",
-            "RolloutValue",
-            "StackedValue",
+            *("EmbeddingValue", "HiddenStateValue", "PrefixRewardValue", "RolloutValue"),
+            *("StackedValue", "FITTED", "READY", "check_value_fits", "load_value", "make_value"),
         ],
-        "make": ["FITTED", "READY", "check_value_fits", "load_value", "make_value"],
     },
 )

@@ -1,8 +1,8 @@
-"""The kinds of value models: by embedding, hidden state, the prefix's reward, and rollouts."""
+"""The kinds of value models, by their names, and out of folders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
+from mbrl_text_env.agents.values.ensemble import EnsembleValue
 from mbrl_text_env.agents.values.fitted import (
     FOLDER,
     FittedValue,
@@ -21,12 +22,14 @@ from mbrl_text_env.agents.values.fitted import (
     check_lengths,
     cut_prefixes,
     samples_of,
+    value_class,
 )
 from mbrl_text_env.encoders import (
     Encoder,
     encode_texts,
     encoder_flops,
     encoder_flops_bound,
+    multiplies_bfloat16,
     prefix_text,
 )
 from mbrl_text_env.fitting.heads import Head, LinePerLength, scaled_ridge
@@ -43,12 +46,30 @@ from mbrl_text_env.language_models.base import (
 from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import Scores, reward_usage_bound, score_responses
+from mbrl_text_env.rewards.base import (
+    RewardLike,
+    Scores,
+    reduced,
+    reward_usage_bound,
+    score_responses,
+)
 from mbrl_text_env.types import FloatArray, TextState
-from mbrl_text_env.values import LENGTHS, ValueEstimate, ValueModel, ValueModelError
+from mbrl_text_env.values import (
+    LENGTHS,
+    ValueEstimate,
+    ValueModel,
+    ValueModelError,
+    check_value_fits,
+)
 
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
+
+READY = ("prefix", "prefix-exact", "rollout")
+"""Names of value models that predict at once."""
+
+FITTED = ("calibrated", "embedding", "hidden-state", "stacked", "ensemble")
+"""Names of those that are fitted on records first; `calibrated` is `prefix-exact` after a fit."""
 
 # Penalty on inputs of variance 1.
 _ALPHA = 10.0
@@ -491,3 +512,69 @@ class RolloutValue(ValueModel):
     def _room(self, state: TextState) -> int:
         limit = response_limit(state, self.language_model, self.max_response_tokens)
         return max(0, limit - len(state.response_ids))
+
+
+def make_value(
+    name: str,
+    language_model: LanguageModel,
+    reward_model: RewardLike,
+    *,
+    encoder: Encoder | None = None,
+    max_response_tokens: int = 256,
+    seed: int = 0,
+) -> ValueModel:
+    """Make a value model of a kind, with the settings that its class has by default.
+
+    Args:
+        name: One of `READY`, or of `FITTED`, which `fit(records)` comes before.
+        language_model: Whose responses are valued.
+        reward_model: Whose scores are predicted.
+        encoder: Embeds texts, where it does; None for MiniLM.
+        max_response_tokens: Token limit of a response, where it matters.
+        seed: Of rollouts and the bootstrap.
+
+    Example:
+        >>> value = make_value("stacked", lm, SentimentReward()).fit(records)  # doctest: +SKIP
+    """
+    lm, reward = language_model, as_reward_model(reward_model)
+    faster = reduced(reward, "bfloat16") if name == "prefix" and multiplies_bfloat16() else reward
+    limit: dict[str, Any] = {"max_response_tokens": max_response_tokens}
+    kinds: Mapping[str, Callable[[], ValueModel]] = {
+        "prefix": lambda: PrefixRewardValue(faster, lm),
+        "prefix-exact": lambda: PrefixRewardValue(reward, lm),
+        "rollout": lambda: RolloutValue(lm, reward, seed=seed, **limit),
+        "calibrated": lambda: PrefixRewardValue(reward, lm),
+        "embedding": lambda: EmbeddingValue(lm, encoder),
+        "hidden-state": lambda: HiddenStateValue(lm),
+        "stacked": lambda: StackedValue(lm, reward, **limit),
+        "ensemble": lambda: EnsembleValue(StackedValue(lm, reward, **limit), seed=seed),
+    }
+    if name not in kinds:
+        raise ValueModelError(
+            f"Unknown value model {name!r}. Expected one of {sorted(READY)}, or, fitted on "
+            f"records, of {sorted(FITTED)}."
+        )
+    return kinds[name]()
+
+
+def load_value(
+    folder: str | Path,
+    language_model: LanguageModel,
+    reward_model: RewardLike,
+    encoder: Encoder | None = None,
+) -> FittedValue:
+    """Read a value model of any kind, for the models that it was fitted with.
+
+    Raises:
+        ValueModelError: The folder holds no value model, a damaged one, one of another format, or
+            one of another reward or language model.
+
+    Example:
+        >>> value = load_value("value", lm, reward)  # doctest: +SKIP
+    """
+    reward_model = as_reward_model(reward_model)
+    with FOLDER.reading(folder) as (config, arrays):
+        kind = value_class(config["kind"])
+        value = kind.restored(config, arrays(), Sources(language_model, reward_model, encoder))
+    check_value_fits(value, language_model, reward_model)
+    return value

@@ -238,8 +238,6 @@ def pair_report(
     rejected: FloatArray,
     groups: Sequence[Hashable],
     lengths: npt.ArrayLike,
-    *,
-    num_bins: int = _BINS,
 ) -> FitReport:
     """Measure scores of preference pairs; `lengths`, int[B, 2], are the responses' characters.
 
@@ -259,10 +257,10 @@ def pair_report(
     """
     margins = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
     confidence = expit(np.abs(margins))
-    edges = np.linspace(0.5, 1.0, num_bins + 1)
-    place = np.clip(np.digitize(confidence, edges[1:-1]), 0, num_bins - 1)
+    edges = np.linspace(0.5, 1.0, _BINS + 1)
+    place = np.clip(np.digitize(confidence, edges[1:-1]), 0, _BINS - 1)
     bins = []
-    for i, inside in enumerate(place == np.arange(num_bins)[:, None]):
+    for i, inside in enumerate(place == np.arange(_BINS)[:, None]):
         predicted = float(confidence[inside].mean()) if inside.any() else _NAN
         ends = float(edges[i]), float(edges[i + 1])
         bins.append(CalibrationBin(*ends, int(inside.sum()), predicted, _wins(margins[inside])))

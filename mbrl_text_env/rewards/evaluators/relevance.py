@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -135,7 +136,7 @@ class RelevanceReward(RewardModel):
 
     def _loaded_encoder(self) -> Encoder:
         if self._loaded is None:
-            self._loaded = _load(self.encoder)
+            self._loaded = load_encoder(self.encoder, self.name)
         return self._loaded
 
 
@@ -144,22 +145,23 @@ def _check_dtype(dtype: str | None) -> None:
         raise ValueError(f"dtype: expected one of {get_args(ReducedDtype)} or None, got {dtype!r}.")
 
 
-def _load(encoder: Encoder | str | None) -> Encoder:
+def load_encoder(encoder: Encoder | str | Path | None, name: str) -> Encoder:
+    """The encoder that a reward was given, or the embedded one."""
     if encoder is None:
         from mbrl_text_env.language_models.registry import embedded_encoder
 
         return cast("Encoder", embedded_encoder())
-    if not isinstance(encoder, str):
+    if not isinstance(encoder, str | Path):
         return encoder
     from sentence_transformers import SentenceTransformer
 
     try:
-        return cast("Encoder", SentenceTransformer(encoder))
+        return cast("Encoder", SentenceTransformer(str(encoder)))
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise RewardError(
-            "Reward model 'relevance': expected the folder of a SentenceTransformer, or a name on "
+            f"Reward model {name!r}: expected the folder of a SentenceTransformer, or a name on "
             "the Hugging Face Hub that is reachable or already downloaded; got "
-            f"{encoder!r} ({type(error).__name__}: {reason}). Check the spelling, the network and "
-            "HF_HUB_OFFLINE, or pass encoder=None for the embedded MiniLM."
+            f"{str(encoder)!r} ({type(error).__name__}: {reason}). Check the spelling, the network "
+            "and HF_HUB_OFFLINE, or pass encoder=None for the embedded MiniLM."
         ) from error

@@ -25,6 +25,7 @@ from mbrl_text_env.fitting.folder import Arrays, numbers_of, with_numbers
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import TextEncoder, language_model_of
+from mbrl_text_env.rewards.evaluators.relevance import load_encoder
 from mbrl_text_env.types import FloatArray, Prompt, TextState
 
 Raw = Mapping[str, FloatArray]
@@ -400,7 +401,7 @@ class EmbeddingFeatures(Features):
 
     def _encoder(self) -> Encoder:
         if self._loaded is None:
-            self._loaded = _load_encoder(self.encoder)
+            self._loaded = load_encoder(self.encoder, "learned")
         return cast("Encoder", self._loaded)
 
 
@@ -480,24 +481,3 @@ class HiddenFeatures(Features):
 
 def _weight(columns: int) -> float:
     return float(min(1.0, np.sqrt(_FULL_WEIGHT / max(1, columns))))
-
-
-def _load_encoder(encoder: Encoder | str | Path | None) -> Encoder:
-    if encoder is None:
-        from mbrl_text_env.language_models.registry import embedded_encoder
-
-        return cast("Encoder", embedded_encoder())
-    if not isinstance(encoder, str | Path):
-        return encoder
-    from sentence_transformers import SentenceTransformer
-
-    try:
-        return cast("Encoder", SentenceTransformer(str(encoder)))
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise RewardError(
-            "Expected the folder of a SentenceTransformer, or a name on the Hugging Face Hub that "
-            f"is reachable or already downloaded; got {str(encoder)!r} ({type(error).__name__}: "
-            f"{reason}). Check the spelling, the network and HF_HUB_OFFLINE, or leave it out for "
-            "the embedded MiniLM."
-        ) from error

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mbrl_text_env._lazy import MissingExtraError, extras
 from mbrl_text_env.language_models.content import control_test
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import check_complete, input_limit, load_model
@@ -181,9 +182,7 @@ def quiet() -> Iterator[None]:
 def required(module: str) -> Any:
     """Import an optional package."""
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RewardError(
-            f"Expected the package {module!r} to be installed, got {error}. Install it with "
-            "`pip install 'mbrl-text-env[train]'`."
-        ) from error
+        with extras():
+            return importlib.import_module(module)
+    except MissingExtraError as error:
+        raise RewardError(str(error)) from error

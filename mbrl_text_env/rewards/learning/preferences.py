@@ -284,14 +284,16 @@ def _hub_rows(name: str, split: str, config: str | None, place: str) -> Rows:
         yield f"{place}, row {index}", {k: v for k, v in row.items() if v is not None}
 
 
+def _fault(expected: str, got: Any, change: str) -> PreferenceError:
+    return PreferenceError(f"expected {expected}, got {shortened(repr(got))}. {change}")
+
+
 def _pair_of(row: Mapping[str, Any], default_id: str, first_ids: dict[Any, str]) -> PreferencePair:
     """The pair of a row; `first_ids`, default ids of the prompts that were met, is added to."""
     for column in RESPONSES:
         if column not in row:
-            raise PreferenceError(
-                f"expected the columns 'chosen' and 'rejected', got {list(row)}. Add {column!r}, "
-                "or rename a column."
-            )
+            expected = "the columns 'chosen' and 'rejected'"
+            raise _fault(expected, list(row), f"Add {column!r}, or rename a column.")
     content, chosen, rejected = _texts(row)
     found: dict[str, Any] = {}
     for name, default, kinds, expected in (
@@ -303,17 +305,12 @@ def _pair_of(row: Mapping[str, Any], default_id: str, first_ids: dict[Any, str])
         if name == "metadata" and isinstance(value, str):
             value = json.loads(value)
         if isinstance(value, bool) or not isinstance(value, kinds) or value == "":
-            raise PreferenceError(
-                f"expected {expected} {name}, got {shortened(repr(value))}. Change it, or leave it "
-                "out."
-            )
+            raise _fault(f"{expected} {name}", value, "Change it, or leave it out.")
         found[name] = value
     split = row.get("split")
     if split is not None and split not in _SPLITS:
-        raise PreferenceError(
-            f"expected split to be one of {', '.join(_SPLITS)}, got {shortened(repr(split))}. "
-            "Change it, or leave it out."
-        )
+        expected = f"split to be one of {', '.join(_SPLITS)}"
+        raise _fault(expected, split, "Change it, or leave it out.")
     others = {key: value for key, value in row.items() if key not in _RESERVED}
     prompt = Prompt(str(found["id"]), content, {**others, **found["metadata"]}, split)
     margin = found["margin"]
@@ -324,21 +321,16 @@ def _texts(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], str, str]
     """Prompt, chosen and rejected response."""
     kinds = [type(row[column]) for column in RESPONSES]
     if kinds not in ([str, str], [list, list]):
-        raise PreferenceError(
-            "expected chosen and rejected to be both strings or both lists of messages, got "
-            f"{shortened(repr(row['chosen']))} and {shortened(repr(row['rejected']))}. Change them."
-        )
+        expected = "chosen and rejected to be both strings or both lists of messages"
+        raise _fault(expected, [row[column] for column in RESPONSES], "Change them.")
     if kinds == [list, list]:
         return _from_messages(row)
     if "prompt" in row:
         return _content(row["prompt"]), row["chosen"], row["rejected"]
     cut = _shared_characters(row["chosen"], row["rejected"])
     if not row["chosen"][:cut].strip():
-        raise PreferenceError(
-            "expected a column 'prompt', or a chosen and a rejected text that begin with the same "
-            f"prompt, got {shortened(row['chosen'])!r} and {shortened(row['rejected'])!r}. Add the "
-            "prompt."
-        )
+        expected = "a column 'prompt', or texts that begin with the same prompt"
+        raise _fault(expected, [row[column] for column in RESPONSES], "Add the prompt.")
     return row["chosen"][:cut], row["chosen"][cut:], row["rejected"][cut:]
 
 
@@ -368,24 +360,17 @@ def _from_messages(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], s
         # Some datasets repeat the first message of the conversations as their prompt.
         alike = isinstance(content, str) and content == chosen[shared - 1].content
         if content is not None and not alike and Prompt("own", content).text != repeated.text:
-            raise PreferenceError(
-                "expected chosen and rejected to be responses, or whole conversations that begin "
-                f"with the prompt {shortened(repr(row['prompt']))}, got conversations that begin "
-                f"with {shortened(repr(repeated.text))}. Leave the column 'prompt' out."
-            )
+            shown = shortened(repr(row["prompt"]))
+            expected = f"responses, or conversations that begin with the prompt {shown}"
+            raise _fault(expected, repeated.text, "Leave the column 'prompt' out.")
         content = chosen[:shared]
     if content is None:
-        raise PreferenceError(
-            "expected a column 'prompt', or a chosen and a rejected conversation that begin with "
-            "the same messages, got conversations that differ from the first message on. Add the "
-            "prompt."
-        )
+        expected = "a column 'prompt', or conversations that begin with the same messages"
+        raise _fault(expected, [chosen[0].content, rejected[0].content], "Add the prompt.")
     for column, rest in zip(RESPONSES, (chosen[shared:], rejected[shared:]), strict=True):
-        if [message.role for message in rest] != ["assistant"]:
-            raise PreferenceError(
-                f"expected one message of the assistant after the prompt, got {len(rest)} in "
-                f"{column!r}, their roles {[message.role for message in rest]}. Leave the row out."
-            )
+        if (roles := [message.role for message in rest]) != ["assistant"]:
+            expected = f"one message of the assistant after the prompt in {column!r}"
+            raise _fault(expected, roles, "Leave the row out.")
     if isinstance(content, str):
         content = (Message("user", content),)
     return content, chosen[-1].content, rejected[-1].content
@@ -394,23 +379,18 @@ def _from_messages(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], s
 def _content(value: Any) -> str | tuple[Message, ...]:
     if isinstance(value, str | list):
         return value if isinstance(value, str) else _messages(value)
-    raise PreferenceError(
-        f"expected a string or a list of messages as prompt, got {shortened(repr(value))}. Change "
-        "it."
-    )
+    raise _fault("a string or a list of messages as prompt", value, "Change it.")
 
 
 def _messages(values: Sequence[Any]) -> tuple[Message, ...]:
     if not values:
-        raise PreferenceError("expected at least one message, got an empty list. Add the message.")
+        raise _fault("at least one message", values, "Add the message.")
     messages = []
     for value in values:
         # Rows of a dataset have all keys in every message, null where a message has none.
         given = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
         if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
-            raise PreferenceError(
-                "expected messages with a string `role` and a string `content` alone, got "
-                f"{shortened(repr(value))}. Change the message, or leave the row out."
-            )
+            expected = "messages with a string `role` and a string `content` alone"
+            raise _fault(expected, value, "Change the message, or leave the row out.")
         messages.append(Message(given["role"], given["content"]))
     return tuple(messages)

@@ -10,7 +10,7 @@ from mbrl_text_env.agents.values import (
     FittedValue,
     PrefixRewardValue,
     StackedValue,
-    make,
+    kinds,
     make_value,
 )
 from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
@@ -50,7 +50,7 @@ def test_settings_reach_the_models():
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_prefixes_have_the_reduced_reward_where_it_is_faster(minilm, monkeypatch, fast):
-    monkeypatch.setattr(make, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(kinds, "multiplies_bfloat16", lambda: fast)
     reward, states = RelevanceReward(minilm), [state_of("abcde"), state_of("dabbed")]
     rows = [state.prompt for state in states], [LM.decode(s.response_ids) for s in states]
     exact = RelevanceReward(minilm).score(*rows)
@@ -63,7 +63,7 @@ def test_prefixes_have_the_reduced_reward_where_it_is_faster(minilm, monkeypatch
 
 
 def test_a_reward_without_a_reduced_form_is_used_as_it_is(monkeypatch):
-    monkeypatch.setattr(make, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(kinds, "multiplies_bfloat16", lambda: True)
     reward = PaidReward()
     assert make_value("prefix", LM, reward).reward_model.reward is reward
 
