@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -122,19 +123,24 @@ def fit_reward(
         fitted = fitted.moved(-fitted(inputs[rows]).mean())
     scores = fitted(inputs)
     origin = data_name or table.data_name
-    report = RewardFitReport(
-        objective,
-        model=f"{head} on {features.kind}",
-        data=origin,
-        seed=seed,
-        num_fitted=int((~test).sum()),
-        num_fitted_prompts=len(set(compress(table.groups, ~test))),
-        fitted_accuracy=table.report(scores, ~test).accuracy,
-        held_out=table.report(scores, test),
-        chosen=chosen,
-    )
+    facts = {"objective": objective, "model": f"{head} on {features.kind}", "data": origin}
+    measure = partial(table.report, scores)
+    report = _fit_report(table.groups, test, measure, seed=seed, chosen=chosen, **facts)
     scorer = HeadScorer(features, fitted)
     return LearnedReward(None, fitted=Fitted(name or f"learned({origin})", scorer, report))
+
+
+def _fit_report(
+    groups: Sequence[str], test: Rows, measure: Callable[[Rows], FitReport], **facts: Any
+) -> RewardFitReport:
+    """What is known of a fit; `measure` makes the report of some of the rows."""
+    return RewardFitReport(
+        num_fitted=int((~test).sum()),
+        num_fitted_prompts=len(set(compress(groups, ~test))),
+        fitted_accuracy=measure(~test).accuracy,
+        held_out=measure(test),
+        **facts,
+    )
 
 
 class _Table(NamedTuple):
@@ -301,7 +307,7 @@ def fit_lora(
     peft, trl = required("peft"), required("trl")
     groups = [pair.prompt.text for pair in pairs]
     test = split_by_group(groups, held_out, settings.seed)
-    fitted_on, measured_on = list(compress(pairs, ~test)), list(compress(pairs, test))
+    fitted_on = list(compress(pairs, ~test))
     if settings.use_margin and any(pair.margin is None for pair in fitted_on):
         raise RewardFitError("use_margin=True: expected a margin on every pair, got some without.")
     name = name or f"learned({data_name})"
@@ -319,17 +325,10 @@ def fit_lora(
         write_adapter(scratch, trainer.model, base.tokenizer, settings.base)
         # What is measured is what was written.
         scorer = AdapterReward(scratch, settings.base, settings.max_length, name)
-        report = RewardFitReport(
-            objective="bradley-terry",
-            model="lora",
-            data=data_name,
-            seed=settings.seed,
-            num_fitted=len(fitted_on),
-            num_fitted_prompts=len({pair.prompt.text for pair in fitted_on}),
-            fitted_accuracy=_report(scorer, fitted_on).accuracy,
-            held_out=_report(scorer, measured_on),
-            chosen={**asdict(settings), "steps": int(trainer.state.global_step)},
-        )
+        chosen = {**asdict(settings), "steps": int(trainer.state.global_step)}
+        facts = {"objective": "bradley-terry", "model": "lora", "data": data_name}
+        measure = partial(_report, scorer, pairs)
+        report = _fit_report(groups, test, measure, seed=settings.seed, chosen=chosen, **facts)
         kept = {"base": settings.base, "max_length": settings.max_length}
         FOLDER.write_config(scratch, described("lora", Fitted(name, scorer, report), kept))
     shutil.rmtree(checkpoints)
@@ -393,7 +392,8 @@ def _trainer(
     return trainer
 
 
-def _report(scorer: AdapterReward, pairs: Sequence[PreferencePair]) -> FitReport:
+def _report(scorer: AdapterReward, data: Sequence[PreferencePair], used: Rows) -> FitReport:
+    pairs = list(compress(data, used))
     prompts = [pair.prompt for pair in pairs]
     responses = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
     chosen, rejected = np.split(scorer.score(prompts * 2, responses), 2)
