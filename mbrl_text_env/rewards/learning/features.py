@@ -194,7 +194,8 @@ def _asked(prompt: str) -> _Asked:
             before = text[max(0, match.start() - _BEFORE) : match.start()]
             phrases[bool(_NEGATION.search(before))][phrase] = None
     longer = frozenset(word for word in words if len(word) > 3)
-    return _Asked(longer, *map(tuple, phrases), max(map(_number, words), default=0))
+    number = max(map(_number, words), default=0)
+    return _Asked(longer, tuple(phrases[0]), tuple(phrases[1]), number)
 
 
 def _number(word: str) -> int:
