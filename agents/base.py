@@ -16,12 +16,22 @@ from typing import Any, ClassVar
 
 from mbrl_text_env.agents.driver import MOST_AT_ONCE, Begin, ask, ask_for_chunks, run, run_async
 from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, SamplingParams
-from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
-from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import reward_usage_bound, score_responses
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.types import (
+    Budget,
+    BudgetError,
+    Chunk,
+    Ledger,
+    Prompt,
+    TextState,
+    Usage,
+    initial,
+    is_terminal,
+    response_limit,
+    transition,
+)
 
 # The article draws complete responses at this temperature.
 DEFAULT_PARAMS = SamplingParams(temperature=0.7)

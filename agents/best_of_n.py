@@ -12,8 +12,7 @@ from mbrl_text_env.agents.driver import MOST_AT_ONCE
 from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Expansion, Search
 from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.ledger import Budget
-from mbrl_text_env.types import TextState
+from mbrl_text_env.types import Budget, TextState
 from mbrl_text_env.values import ValueModel
 
 # The article's number.

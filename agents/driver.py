@@ -26,8 +26,7 @@ from contextlib import closing
 from typing import Any, TypeAlias, TypeVar
 
 from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, sample_requests
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.types import Chunk
+from mbrl_text_env.types import Chunk, Ledger, Usage
 
 T = TypeVar("T")
 Begin: TypeAlias = Callable[[], Coroutine[Any, Any, T]]

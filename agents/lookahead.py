@@ -10,9 +10,8 @@ from mbrl_text_env.agents.best_of_n import BestOfN
 from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Expansion, Search
 from mbrl_text_env.language_models.base import SamplingParams
-from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards.base import reward_usage_bound
-from mbrl_text_env.types import TextState
+from mbrl_text_env.types import Ledger, TextState, Usage
 from mbrl_text_env.values import ValueModel, value_usage_bound
 
 PARTIAL_PARAMS = SamplingParams(temperature=0.9)

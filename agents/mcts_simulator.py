@@ -17,8 +17,7 @@ from mbrl_text_env.agents.mcts_policies import (
 )
 from mbrl_text_env.agents.search import Expansion, Search, partial
 from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.mdp import transition
-from mbrl_text_env.types import Chunk, FloatArray
+from mbrl_text_env.types import Chunk, FloatArray, transition
 
 RootPolicy = Literal["puct", "gumbel"]
 LeafValue = Literal["value", "rollout", "both"]

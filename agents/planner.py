@@ -12,10 +12,9 @@ from mbrl_text_env.agents.base import Agent, Completion, Generation
 from mbrl_text_env.agents.driver import MOST_AT_ONCE
 from mbrl_text_env.agents.search import Expansion, Search
 from mbrl_text_env.agents.tree import SearchTree
-from mbrl_text_env.ledger import Budget, Ledger, Usage
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import reward_usage_bound
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Budget, Ledger, Prompt, TextState, Usage
 from mbrl_text_env.values import ValueModel, check_value_fits
 
 # Chunks that may be drawn one after the other and lead nowhere new before a search gives up: so

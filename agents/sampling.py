@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from mbrl_text_env.agents.base import Agent, Choice, Completion
 from mbrl_text_env.language_models.base import stream
-from mbrl_text_env.ledger import Budget, Ledger, Usage
-from mbrl_text_env.mdp import ChunkRules, transition
-from mbrl_text_env.types import Chunk, TextState
+from mbrl_text_env.types import Budget, Chunk, ChunkRules, Ledger, TextState, Usage, transition
 
 
 class Sampling(Agent):

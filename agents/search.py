@@ -14,15 +14,13 @@ from mbrl_text_env.agents.base import affordable, is_binding
 from mbrl_text_env.agents.driver import ask, ask_for_chunks
 from mbrl_text_env.agents.tree import Node, SearchTree
 from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, SamplingParams
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.mdp import response_limit, transition
 from mbrl_text_env.rewards.base import (
     RewardModel,
     reward_model_of,
     reward_usage_bound,
     score_responses,
 )
-from mbrl_text_env.types import Chunk, TextState
+from mbrl_text_env.types import Chunk, Ledger, TextState, Usage, response_limit, transition
 from mbrl_text_env.values import (
     ValueModel,
     expected_value_usage,

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mbrl_text_env.language_models.base import Tokenizer
-from mbrl_text_env.mdp import is_terminal
-from mbrl_text_env.types import Chunk, TextState
+from mbrl_text_env.types import Chunk, TextState, is_terminal
 
 
 @dataclass(eq=False)

@@ -264,7 +264,7 @@ def search_command(
     from mbrl_text_env.agents.registry import AgentSpecError, make
     from mbrl_text_env.benchmarks.search_view import draw_tree, picture
     from mbrl_text_env.files import write_text
-    from mbrl_text_env.ledger import Budget
+    from mbrl_text_env.types import Budget
 
     asked = text_prompt(prompt, plain_prompts)
     language_model = model.load()

@@ -25,9 +25,7 @@ from mbrl_text_env.benchmarks.audit.exploit_warnings import trust_warnings
 from mbrl_text_env.benchmarks.settings import CompareConfig, CompareError
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.files import write_text
-from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel, clear_cache
-from mbrl_text_env.ledger import Budget
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
@@ -39,8 +37,8 @@ from mbrl_text_env.rewards.base import (
     reward_name,
     score_responses,
 )
-from mbrl_text_env.runs import claimed, prompt_digests, writing
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.runs import claimed, identity, prompt_digests, writing
+from mbrl_text_env.types import Budget, FloatArray, Prompt
 from mbrl_text_env.values import ValueModel
 
 BASELINE = "best-of-n"

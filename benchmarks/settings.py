@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mbrl_text_env.benchmarks.options import CountOption, SeedOption, TokensOption
-from mbrl_text_env.ledger import Budget
+from mbrl_text_env.types import Budget
 
 _LEAST_OF_AUDITS = {
     "num_prompts": 4,

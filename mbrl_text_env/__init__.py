@@ -13,7 +13,6 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "candidates": ["CandidateChunks", "CandidateChunksVector"],
         "checks": [
             "CheckError",
             "check_agent",
@@ -21,33 +20,30 @@ __getattr__, __dir__, __all__ = attach(
             "check_reward_model",
             "check_text_env",
         ],
-        "env": ["TextGenerationEnv"],
-        "ledger": ["Budget", "BudgetError", "BudgetExceededError", "Ledger", "Usage"],
-        "mdp": [
-            "ChunkRules",
-            "EpisodeEndedError",
-            "InvalidChunkError",
-            "initial",
-            "is_terminal",
-            "transition",
-        ],
+        "env": ["TextGenerationEnv", "TextGenerationVectorEnv"],
         "prompts": ["load_prompts"],
         "records": ["Record", "RecordWriter", "read_records"],
         "spaces": ["ChunkSpace", "UnicodeText"],
-        "types": ["Chunk", "Message", "Prompt", "TextState"],
+        "types": [
+            *("Chunk", "Message", "Prompt", "TextState"),
+            *("Budget", "BudgetError", "BudgetExceededError", "Ledger", "Usage"),
+            *("ChunkRules", "EpisodeEndedError", "InvalidChunkError"),
+            *("initial", "is_terminal", "transition"),
+        ],
         "values": ["ValueEstimate", "ValueModel", "predict_values"],
-        "vector": ["TextGenerationVectorEnv"],
-        "wrappers": ["KLPenalty", "PotentialShaping"],
+        "wrappers": [
+            *("CandidateChunks", "CandidateChunksVector", "KLPenalty", "PotentialShaping"),
+        ],
     },
 )
 
 _gymnasium.register(
     id="mbrl_text_env/TextGeneration-v0",
     entry_point="mbrl_text_env.env:TextGenerationEnv",
-    vector_entry_point="mbrl_text_env.vector:TextGenerationVectorEnv",
+    vector_entry_point="mbrl_text_env.env:TextGenerationVectorEnv",
 )
 _gymnasium.register(
     id="mbrl_text_env/CandidateChunks-v0",
-    entry_point="mbrl_text_env.candidates:make_candidate_chunks",
-    vector_entry_point="mbrl_text_env.candidates:make_candidate_chunks_vector",
+    entry_point="mbrl_text_env.wrappers:make_candidate_chunks",
+    vector_entry_point="mbrl_text_env.wrappers:make_candidate_chunks",
 )

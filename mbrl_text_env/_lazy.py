@@ -1,4 +1,4 @@
-"""Public names that are imported when they are first used (PEP 562).
+"""Public names that are imported when they are first used (PEP 562), and what an extra brings.
 
 `import mbrl_text_env` has to be cheap, while some of its names need torch or transformers.
 """
@@ -11,17 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 _EXTRAS = {
-    "stable_baselines3": "rl",
-    "trl": "train",
-    "peft": "train",
-    "datasets": "data",
-    "httpx": "server",
-    "tenacity": "server",
-    "reasoning_gym": "data",
-    "math_verify": "verify",
-    "jsonschema": "verify",
-    "langdetect": "verify",
-    "regex": "verify",
+    "rl": ("stable_baselines3",),
+    "train": ("trl", "peft"),
+    "data": ("datasets", "reasoning_gym"),
+    "server": ("httpx", "tenacity"),
+    "verify": ("math_verify", "jsonschema", "langdetect", "regex"),
 }
 
 
@@ -32,16 +26,13 @@ class MissingExtraError(ImportError):
 def missing_extra(error: BaseException) -> str | None:
     """The extra that brings the package which an import lacked; None for other errors."""
     name = getattr(error, "name", None) if isinstance(error, ImportError) else None
-    return _EXTRAS.get((name or "").partition(".")[0])
+    package = (name or "").partition(".")[0]
+    return next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
 
 
 @contextmanager
 def extras() -> Iterator[None]:
-    """Name the extra where an import in the block lacks a package.
-
-    Raises:
-        MissingExtraError: A package is not installed.
-    """
+    """Name the extra, by `MissingExtraError`, where an import in the block lacks a package."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -58,12 +49,7 @@ def extras() -> Iterator[None]:
 def attach(
     package: str, names: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Make `__getattr__`, `__dir__` and `__all__` of a package.
-
-    Args:
-        package: The package's `__name__`.
-        names: Public names by the submodule that defines them.
-    """
+    """Make `__getattr__`, `__dir__` and `__all__` of a package of names by their submodule."""
     module_of = {name: module for module, listed in names.items() for name in listed}
 
     def get(name: str) -> Any:

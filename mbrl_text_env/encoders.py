@@ -12,14 +12,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.language_models.content import control_test, plain_text
+from mbrl_text_env.language_models.hf_tokenizer import control_test, plain_text
 from mbrl_text_env.types import FloatArray
 
-# What was found out about an encoder, for as long as it is there.
 _MOST_COUNTS = 65536
 # What a CPU multiplies best still lies in its caches.
 _CPU_BATCH = 16
 _lock = threading.Lock()
+# What was found out about an encoder, for as long as it is there.
 _counts: WeakKeyDictionary[Any, OrderedDict[str, int]] = WeakKeyDictionary()
 _sizes: WeakKeyDictionary[Any, tuple[float, float]] = WeakKeyDictionary()
 _tests: WeakKeyDictionary[Any, Callable[[str], bool]] = WeakKeyDictionary()
@@ -46,27 +46,26 @@ def encode_texts(
 ) -> npt.NDArray[np.float32]:
     """Embed texts without a progress bar: float32[B, d].
 
-    Args:
-        encoder: Embeds them.
-        texts: B texts.
-        dtype: What a SentenceTransformer multiplies in; None for its own format.
+    A SentenceTransformer multiplies in `dtype`; None is its own format.
     """
     if not _is_sentence_transformer(encoder):
         return np.asarray(encoder.encode(list(texts)), dtype=np.float32)
+    import torch
+
     model: Any = encoder
     texts = _without_marks(model, texts)
-    with _products_in(dtype, model.device.type):
-        if len(texts) > 1 and _is_text_model_on_cpu(model):
+    autocast = dtype and torch.autocast(model.device.type, dtype=getattr(torch, dtype))
+    with autocast or contextlib.nullcontext():
+        # What stands in for a model in another thread is no module: it passes all texts on at once.
+        on_cpu = isinstance(encoder, torch.nn.Module) and model.device.type == "cpu"
+        if len(texts) > 1 and on_cpu and hasattr(model[0], "auto_model"):
             return _encoded_by_length(model, texts)
         # It shows a bar whenever logging is verbose.
         return np.asarray(model.encode(list(texts), show_progress_bar=False), dtype=np.float32)
 
 
 def _encoded_by_length(model: Any, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-    """In batches of texts with about as many tokens, so that little is padded.
-
-    A SentenceTransformer itself sorts by characters, and pads more.
-    """
+    """In batches of about as many tokens: sorting by characters, as it does itself, pads more."""
     order = np.argsort(_token_counts(model, texts), kind="stable")
     batches = np.split(order, range(_CPU_BATCH, len(order), _CPU_BATCH))
     found = [
@@ -78,27 +77,8 @@ def _encoded_by_length(model: Any, texts: Sequence[str]) -> npt.NDArray[np.float
     return embeddings
 
 
-def _is_text_model_on_cpu(model: Any) -> bool:
-    from torch import nn
-
-    # What stands in for a model in another thread is no module: it passes all texts on at once.
-    is_model = isinstance(model, nn.Module) and model.device.type == "cpu"
-    return is_model and hasattr(model[0], "auto_model")
-
-
-def _products_in(dtype: ReducedDtype | None, device: str) -> contextlib.AbstractContextManager[Any]:
-    if dtype is None:
-        return contextlib.nullcontext()
-    import torch
-
-    return torch.autocast(device, dtype=getattr(torch, dtype))
-
-
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products in bfloat16.
-
-    Without them bfloat16 is slower than float32.
-    """
+    """Whether this processor has instructions for products in bfloat16, which else are slow."""
     import torch
 
     # Versions of torch that cannot tell count as a processor that cannot.
@@ -146,25 +126,21 @@ def _without_marks(encoder: Any, texts: Sequence[str]) -> list[str]:
     if not hasattr(tokenizer, "added_tokens_decoder"):
         # What is no model of text has another kind of tokenizer, or none.
         return list(texts)
-    is_special = _tests.get(encoder)
-    if is_special is None:
-        is_special = _tests.setdefault(encoder, control_test(tokenizer))
+    if encoder not in _tests:
+        _tests[encoder] = control_test(tokenizer)
+    is_special = _tests[encoder]
     return [plain_text(text, is_special) for text in texts]
 
 
 def _flops(encoder: Any, tokens: FloatArray) -> FloatArray:
-    size = _sizes.get(encoder)
-    if size is None:
+    if encoder not in _sizes:
         transformer = encoder[0].auto_model
+        named = transformer.named_parameters()
+        weights = sum(p.numel() for name, p in named if "embeddings." not in name)
         config = transformer.config
-        weights = {
-            name: p.numel()
-            for name, p in transformer.named_parameters()
-            if "embeddings." not in name
-        }
         attention = 4.0 * config.num_hidden_layers * config.hidden_size
-        size = _sizes.setdefault(encoder, (2.0 * sum(weights.values()), attention))
-    linear, quadratic = size
+        _sizes[encoder] = 2.0 * weights, attention
+    linear, quadratic = _sizes[encoder]
     return linear * tokens + quadratic * tokens**2
 
 

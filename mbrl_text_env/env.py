@@ -1,22 +1,53 @@
-"""Text generation as a Gymnasium environment: `mbrl_text_env/TextGeneration-v0`."""
+"""Text generation as a Gymnasium environment, `mbrl_text_env/TextGeneration-v0`, and N in one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Unpack
+from itertools import chain, compress
+from typing import Any, Literal, Unpack, cast
 
 import gymnasium as gym
-from gymnasium.vector import VectorWrapper
+import numpy as np
+import numpy.typing as npt
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
 from mbrl_text_env.language_models.base import Tokenizer
-from mbrl_text_env.rendering import as_frame, as_text, show
-from mbrl_text_env.rewards.base import RewardModel
-from mbrl_text_env.task import Outcome, TaskOptions, TextTask
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env.spaces import as_index
+from mbrl_text_env.task import Outcome, TaskOptions, TextTask, as_frame, as_text, one_of, show
+from mbrl_text_env.types import EpisodeEndedError, FloatArray, Prompt, TextState, is_terminal
+
+BoolArray = npt.NDArray[np.bool_]
+OnRewardError = Literal["record", "raise"]
+_StepResult = tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]
 
 
-class TextGenerationEnv(gym.Env[Any, Any]):
+class _TextEnv:
+    """The task, and the outcomes that are shown: one, or N."""
+
+    metadata: dict[str, Any]
+    task: TextTask
+    render_mode: str | None
+    _outcomes: list[Outcome]
+
+    def _begin(self, task: TextTask, render_mode: str | None) -> None:
+        modes = self.metadata["render_modes"]
+        if render_mode not in (None, *modes):
+            raise ValueError(f"render_mode: expected None or one of {modes}, got {render_mode!r}.")
+        self.task, self.render_mode, self._outcomes = task, render_mode, []
+
+    def _current(self) -> list[Outcome]:
+        if not self._outcomes:
+            raise gym.error.ResetNeeded("Call `reset()` before anything else.")
+        return self._outcomes
+
+
+class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
     """Write a response to a prompt, chunk by chunk.
 
     An action is a chunk of 1 to `max_chunk_tokens` token ids. A stop token ends the episode with
@@ -44,11 +75,8 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         >>> observation, info = env.reset(seed=0)  # doctest: +SKIP
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012
-        "render_modes": ["ansi", "human", "rgb_array"],
-        "render_fps": 4,
-    }
-    kept_if_a_step_fails = ("_outcome",)
+    metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}  # noqa: RUF012
+    kept_if_a_step_fails = ("_outcomes",)
 
     def __init__(
         self,
@@ -59,12 +87,9 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         render_mode: str | None = None,
         **options: Unpack[TaskOptions],
     ) -> None:
-        check_render_mode(render_mode, self.metadata["render_modes"])
-        self.task = TextTask(prompts, tokenizer, reward_model, **options)
-        self.render_mode = render_mode
+        self._begin(TextTask(prompts, tokenizer, reward_model, **options), render_mode)
         self.action_space = self.task.action_space()
-        self.observation_space = self.task.observation.space
-        self._outcome: Outcome | None = None
+        self.observation_space = self.task.observation_space
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -78,80 +103,328 @@ class TextGenerationEnv(gym.Env[Any, Any]):
         """Append a chunk of token ids (an integer array or tensor [n], or a list or tuple of ints).
 
         Raises:
-            ResetNeeded: There was no `reset` before.
-            EpisodeEndedError: The response has ended.
-            InvalidChunkError: The action is not a chunk.
-            RewardError: The reward model failed; the state is as it was before the step.
+            EpisodeEndedError, InvalidChunkError, RewardError: The state stays as it was.
         """
-        (outcome,) = self.task.advance([self._current()], [action])
+        (outcome,) = self.task.advance(self._current(), [action])
         observation, info = self._show(outcome)
         return observation, outcome.reward, outcome.terminated, outcome.truncated, info
 
     def get_state(self) -> TextState:
-        """The state: frozen and picklable, nothing is copied.
-
-        It holds the episode, not the generator that draws the prompts of later ones.
-
-        Raises:
-            ResetNeeded: There was no `reset` before.
-        """
-        return self._current().state
+        """The state: frozen and picklable. The generator that draws prompts is not in it."""
+        return self._current()[0].state
 
     def set_state(self, state: TextState) -> tuple[Any, dict[str, Any]]:
-        """Go on from a state of this or of an equal environment; returns what `reset` would.
-
-        Raises:
-            TypeError: It is no `TextState`.
-            ValueError: Its response is longer than the limit.
-        """
+        """Go on from a state of this or of an equal environment; returns what `reset` would."""
         return self._show(self.task.resume(self.task.check_state(state)))
 
     def render(self) -> Any:
         """The prompt and the response: returned as a string or a frame, or printed."""
         if self.render_mode is None:
-            gym.logger.warn(
-                "render() does nothing without a render mode: gym.make(id, render_mode=...)"
-            )
+            gym.logger.warn("render() needs a render mode: gym.make(id, render_mode=...)")
             return None
-        outcome = self._current()
-        if self.render_mode == "ansi":
-            return as_text(outcome)
-        if self.render_mode == "rgb_array":
-            return as_frame(outcome)
-        show(outcome)
-        return None
-
-    def _current(self) -> Outcome:
-        if self._outcome is None:
-            raise gym.error.ResetNeeded(
-                "Call `reset()` before `step()`, `get_state()` or `render()`."
-            )
-        return self._outcome
+        (outcome,) = self._current()
+        if self.render_mode == "human":
+            show(outcome)
+            return None
+        return as_text(outcome) if self.render_mode == "ansi" else as_frame(outcome)
 
     def _show(self, outcome: Outcome) -> tuple[Any, dict[str, Any]]:
         (observation,) = self.task.observe([outcome])
-        self._outcome = outcome
+        self._outcomes = [outcome]
         if self.render_mode == "human":
             show(outcome)
         return observation, outcome.info
 
 
-def text_env(env: gym.Env[Any, Any]) -> TextGenerationEnv:
-    """The text environment inside wrappers.
+class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
+    """The vector form of `TextGenerationEnv`, made by `gym.make_vec(id, num_envs=N)`.
 
-    Raises:
-        TypeError: There is none.
+    It returns what `gymnasium.vector.SyncVectorEnv` over N single environments with the same seeds
+    would, but scores all responses in one call.
+
+    A response that the reward model cannot score raises, and no state is changed. With
+    `on_reward_error="record"` it does not cost the others theirs: its episode ends (`truncated`,
+    unless it ended by itself) with the reward `failed_reward`, `info["reward_error"]` says why,
+    `num_failed` counts it, and a warning names it.
+
+    Args:
+        num_envs: N, at least 1.
+        on_reward_error: `"raise"` or `"record"`.
+        failed_reward: A finite number for whatever learns from it. NaN, the default, makes all
+            weights of a network NaN, and Gymnasium's `NormalizeReward` too: leave such steps out.
+        autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
+        render_mode: None, or `"ansi"` or `"rgb_array"`, for a tuple of N.
+        prompts, tokenizer, reward_model, **options: As in `TextGenerationEnv`.
+
+    Attributes:
+        episode_started: bool[N], which sub-environments the last `reset` or `step` reset.
+        final_states: Under `SameStep`, the states in which the last step's episodes ended; None for
+            sub-environments that go on.
+        num_failed: Responses that could not be scored so far.
     """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012
+    kept_if_a_step_fails = (
+        *("_outcomes", "_generators", "_generator_states"),
+        *("episode_started", "final_states", "num_failed"),
+    )
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        prompts: Sequence[Prompt] | None = None,
+        tokenizer: Tokenizer | None = None,
+        reward_model: RewardModel | Callable[..., Any] | str = "sentiment",
+        *,
+        on_reward_error: OnRewardError = "raise",
+        failed_reward: float = math.nan,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        render_mode: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs: expected at least 1, got {num_envs}.")
+        self._begin(TextTask(prompts, tokenizer, reward_model, **options), render_mode)
+        one_of("on_reward_error", on_reward_error, OnRewardError)
+        unused = on_reward_error == "raise" and not math.isnan(failed_reward)
+        if math.isinf(failed_reward) or unused:
+            raise ValueError(
+                "failed_reward: expected a finite number (or NaN) together with "
+                f"on_reward_error='record', got {failed_reward} and {on_reward_error!r}."
+            )
+        self.on_reward_error: OnRewardError = on_reward_error
+        self.failed_reward = float(failed_reward)
+        self.num_failed = 0
+        self.num_envs = num_envs
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.single_action_space = self.task.action_space()
+        self.single_observation_space = self.task.observation_space
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.episode_started = np.zeros(num_envs, dtype=np.bool_)
+        self.final_states: list[TextState | None] = [None] * num_envs
+        self._generators: list[np.random.Generator | None] = [None] * num_envs
+
+    @property
+    def states(self) -> list[TextState]:
+        """The current states."""
+        return [outcome.state for outcome in self._current()]
+
+    def generator(self, index: int) -> np.random.Generator:
+        """The random generator of a sub-environment."""
+        generator = self._generators[index]
+        if generator is None:
+            generator = self._generators[index] = seeding.np_random()[0]
+        return generator
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reset all sub-environments, or those of `options["reset_mask"]` (bool[N]).
+
+        `seed` is one int (sub-environment i gets seed + i) or one a sub-environment;
+        `options["prompt"]` is as in `TextGenerationEnv.reset`.
+        """
+        n, rest = self.num_envs, dict(options or {})
+        mask: Any = rest.pop("reset_mask", None)
+        mask = np.ones(n, dtype=np.bool_) if mask is None else np.asarray(mask)
+        if mask.shape != (n,) or mask.dtype != np.bool_ or not mask.any():
+            raise ValueError(
+                f"options['reset_mask']: expected bool[{n}] with at least one True, got {mask!r}."
+            )
+        first: Any = as_index(seed)
+        given: Any = [None] * n if seed is None else seed
+        seeds = list(given) if first is None else [first + i for i in range(n)]
+        if len(seeds) != n:
+            raise ValueError(f"Expected {n} seeds, got {len(seeds)}.")
+        with unchanged_if_it_fails(self):
+            outcomes: list[Outcome | None] = [*self._outcomes] or [None] * n
+            for i in np.flatnonzero(mask).tolist():
+                if seeds[i] is not None:
+                    self._generators[i] = seeding.np_random(seeds[i])[0]
+                outcomes[i] = self._restarted(i, rest)
+            if None in outcomes:
+                raise gym.error.ResetNeeded("The first reset() must reset every sub-environment.")
+            self._outcomes = [outcome for outcome in outcomes if outcome is not None]
+            self.episode_started = mask
+            infos = [o.info if m else None for o, m in zip(self._outcomes, mask, strict=True)]
+            return self._observations(), stack_infos(infos)
+
+    def step(self, actions: Any) -> _StepResult:
+        """Step all sub-environments with one chunk each.
+
+        Under `NextStep`, the action for a sub-environment that ended in the last step is not looked
+        at: it is reset instead. An error leaves all states as they were.
+
+        Raises:
+            ValueError, InvalidChunkError: There are not N actions, or one is not a chunk.
+            EpisodeEndedError: Under `Disabled`, a sub-environment has ended and was not reset.
+            RewardError: The reward failed, and `on_reward_error` is `"raise"`.
+        """
+        return self.step_with_failures(actions, [None] * self.num_envs)
+
+    def step_with_failures(
+        self, actions: Any, failures: Sequence[RewardError | None]
+    ) -> _StepResult:
+        """`step` where the reward has failed already in some sub-environments: these end."""
+        before = self._current()
+        actions = as_actions(actions, self.num_envs)
+        ended = _ended(before)
+        if self.autoreset_mode != AutoresetMode.NEXT_STEP and ended.any():
+            raise EpisodeEndedError(
+                f"Sub-environments {np.flatnonzero(ended).tolist()} have ended. Reset them with "
+                "reset(options={'reset_mask': terminations | truncations})."
+            )
+        resets = ended if self.autoreset_mode == AutoresetMode.NEXT_STEP else np.zeros_like(ended)
+        with unchanged_if_it_fails(self):
+            going = [*zip(before, actions, failures, strict=True)]
+            found = iter(self._advance(list(compress(going, ~resets))))
+            outcomes = [self._restarted(i) if r else next(found) for i, r in enumerate(resets)]
+            self._outcomes, self.episode_started = outcomes, resets
+            infos = [outcome.info for outcome in outcomes]
+            if self.autoreset_mode == AutoresetMode.SAME_STEP:
+                infos = self._restart_ended(outcomes)
+            return (
+                self._observations(),
+                np.array([outcome.reward for outcome in outcomes], np.float64),
+                np.array([outcome.terminated for outcome in outcomes], np.bool_),
+                np.array([outcome.truncated for outcome in outcomes], np.bool_),
+                stack_infos(infos),
+            )
+
+    @property
+    def _generator_states(self) -> list[Any]:
+        return [None if g is None else g.bit_generator.state for g in self._generators]
+
+    @_generator_states.setter
+    def _generator_states(self, states: list[Any]) -> None:
+        for generator, state in zip(self._generators, states, strict=True):
+            if generator is not None:
+                generator.bit_generator.state = state
+
+    def set_states(self, states: Sequence[TextState]) -> tuple[Any, dict[str, Any]]:
+        """Go on from N states, as `TextGenerationEnv.set_state`; returns what `reset` would."""
+        if len(states) != self.num_envs:
+            raise ValueError(f"Expected {self.num_envs} states, got {len(states)}.")
+        with unchanged_if_it_fails(self):
+            self._outcomes = [self.task.resume(self.task.check_state(state)) for state in states]
+            self.episode_started = np.ones(self.num_envs, dtype=np.bool_)
+            return self._observations(), stack_infos([o.info for o in self._outcomes])
+
+    def render(self) -> tuple[Any, ...] | None:
+        """Prompt and response of every sub-environment, as text or as a frame."""
+        if self.render_mode is None:
+            return None
+        draw = as_text if self.render_mode == "ansi" else as_frame
+        return tuple(draw(outcome) for outcome in self._current())
+
+    def _restart_ended(self, finals: Sequence[Outcome]) -> list[dict[str, Any]]:
+        """Begin anew where episodes have ended; the infos, with the ends in them."""
+        ended, observations = _ended(finals), self.task.observe(finals)
+        self._outcomes = [self._restarted(i) if ended[i] else o for i, o in enumerate(finals)]
+        self.episode_started = ended
+        self.final_states = [o.state if e else None for o, e in zip(finals, ended, strict=True)]
+        rows = [dict(outcome.info) for outcome in self._outcomes]
+        for i in np.flatnonzero(ended).tolist():
+            rows[i].update(final_obs=observations[i], final_info=finals[i].info)
+        return rows
+
+    def _advance(self, rows: Sequence[tuple[Outcome, Any, RewardError | None]]) -> list[Outcome]:
+        """Step outcomes with their actions, where nothing has failed before."""
+        outcomes = [outcome for outcome, _, _ in rows]
+        actions = [action for _, action, _ in rows]
+        failures = [failure for _, _, failure in rows]
+        if not any(failures):
+            try:
+                return self.task.advance(outcomes, actions)
+            except RewardError as error:
+                if self.on_reward_error == "raise":
+                    raise RewardError(
+                        f"{error} No environment has been stepped. To end such episodes and go on, "
+                        "set on_reward_error='record' and failed_reward to the reward that they "
+                        "get."
+                    ) from error
+        advanced = self.task.advance_apart(outcomes, actions, self.failed_reward, failures)
+        errors = [o.info["reward_error"] for o in advanced if "reward_error" in o.info]
+        self.num_failed += len(errors)
+        for told in errors:
+            warnings.warn(
+                f"An episode ends without a score (reward {self.failed_reward}): {told}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return advanced
+
+    def _restarted(self, index: int, options: dict[str, Any] | None = None) -> Outcome:
+        return self.task.start(self.task.choose_prompt(self.generator(index), options))
+
+    def _observations(self) -> Any:
+        space = self.single_observation_space
+        empty: Any = create_empty_array(space, self.num_envs)
+        return concatenate(space, self.task.observe(self._outcomes), empty)
+
+
+def _ended(outcomes: Sequence[Outcome]) -> BoolArray:
+    return np.array([is_terminal(outcome.state) for outcome in outcomes], dtype=np.bool_)
+
+
+def as_actions(actions: Any, num_envs: int) -> list[Any]:
+    """One action for each environment, or a ValueError."""
+    try:
+        found = list(actions)
+    except TypeError:
+        found = []
+    if len(found) != num_envs:
+        raise ValueError(f"Expected {num_envs} actions, got {actions!r:.80}.")
+    return found
+
+
+def stack_infos(rows: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Turn the infos of sub-environments into Gymnasium's vector info; a None row has no keys.
+
+    The result is that of `VectorEnv._add_info` over the rows, made a key at a time, which for many
+    sub-environments is several times faster.
+
+    Example:
+        >>> stack_infos([{"score": 1.0}, None])
+        {'score': array([1., 0.]), '_score': array([ True, False])}
+    """
+    stacked: dict[str, Any] = {}
+    for key in dict.fromkeys(chain.from_iterable(row for row in rows if row)):
+        mask = np.array([row is not None and key in row for row in rows], dtype=np.bool_)
+        values = [row[key] for row in rows if row is not None and key in row]
+        if key != "final_obs" and isinstance(values[0], Mapping):
+            parts = iter(values)
+            stacked[key] = stack_infos([next(parts) if present else None for present in mask])
+        else:
+            stacked[key] = _column(values, mask, plain=key != "final_obs")
+        stacked[f"_{key}"] = mask
+    return stacked
+
+
+def _column(values: list[Any], mask: BoolArray, plain: bool) -> npt.NDArray[Any]:
+    first, given = values[0], cast("Any", values)
+    if plain and isinstance(first, (bool, int, float, np.number)):
+        column = np.zeros(len(mask), dtype=type(first))
+    elif plain and isinstance(first, np.ndarray):
+        column = np.zeros((len(mask), *first.shape), dtype=first.dtype)
+    else:
+        column = np.full(len(mask), None, dtype=object)
+        given = np.fromiter(values, dtype=object, count=len(values))
+    column[mask] = given
+    return column
+
+
+def text_env(env: gym.Env[Any, Any]) -> TextGenerationEnv:
+    """The text environment inside wrappers; TypeError where there is none."""
     base = env.unwrapped
     if not isinstance(base, TextGenerationEnv):
         raise TypeError(f"Expected a TextGenerationEnv inside, got {type(base).__name__}.")
     return base
-
-
-def check_render_mode(render_mode: str | None, known: list[str]) -> None:
-    """Refuse a render mode that an environment does not have."""
-    if render_mode not in (None, *known):
-        raise ValueError(f"render_mode: expected None or one of {known}, got {render_mode!r}.")
 
 
 @contextmanager

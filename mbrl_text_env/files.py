@@ -1,36 +1,43 @@
-"""Files and folders that are whole or not there: written under a temporary name, then renamed.
+"""Files and folders that are whole or not there, and plain values of JSON and tables.
 
-What is guaranteed when the process is killed at any moment: at the path is the old file or folder
-or the new one. For a folder that replaces another this holds at each moment on Linux file systems
-that exchange two names at once (`renameat2`). Elsewhere there is a moment with neither; the old
-folder then stands beside the path, and `recover_folder`, which everything that reads such folders
-calls, puts it back.
+What is written under a temporary name and then renamed is, when the process is killed at any
+moment, the old file or folder or the new one. For a folder that replaces another this holds on
+Linux file systems that exchange two names at once (`renameat2`). Elsewhere there is a moment with
+neither; the old folder then stands beside the path, and `recover_folder`, which everything that
+reads such folders calls, puts it back.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
+import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _SCRATCH_NAME = re.compile(r"\..+-[0-9a-f]{12}")
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically; folders above it are made."""
-    with write_file(path) as scratch, scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with write_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -41,6 +48,7 @@ def write_file(path: str | Path) -> Iterator[Path]:
     scratch = _scratch(target)
     try:
         yield scratch
+        _to_disk(scratch)
         scratch.replace(target)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -122,9 +130,7 @@ def _exchange(one: Path, other: Path) -> bool:
 @contextmanager
 def _held(scratch: Path) -> Iterator[None]:
     """Show other writers that the scratch folder is in use, for as long as this process lives."""
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield
         return
     descriptor = os.open(scratch, os.O_RDONLY)
@@ -136,25 +142,19 @@ def _held(scratch: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         return
     pattern = re.compile(rf"\.{re.escape(target.name)}-[0-9a-f]{{12}}")
     for path in target.parent.iterdir():
         if not pattern.fullmatch(path.name) or not path.is_dir():
             continue
-        try:
+        with suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            continue
-        finally:
-            os.close(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _to_disk(path: Path) -> None:
@@ -170,6 +170,89 @@ def _aside(target: Path) -> Path:
 
 
 def _scratch(target: Path) -> Path:
-    # Not from `tempfile`: that makes files for their owner's eyes only, and renaming keeps the
-    # mode.
+    # Not from `tempfile`: that makes files for their owner's eyes only.
     return target.with_name(f".{target.name}-{uuid.uuid4().hex[:12]}")
+
+
+def plain_values(value: Any) -> Any:
+    """A value of a table (Arrow, pandas, NumPy) or a tensor, as plain Python; others as they are.
+
+    Of a dict, keys whose value is missing (None, NaN or pandas' NA) are left out: tables give every
+    row the keys of all rows.
+
+    Example:
+        >>> plain_values({"answer": np.int64(4), "hint": None, "tests": np.array(["a", "b"])})
+        {'answer': 4, 'tests': ['a', 'b']}
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return value
+    # Arrays, tensors and pandas' columns; Arrow's arrays; Arrow's scalars.
+    for listing in ("tolist", "to_pylist", "as_py"):
+        if hasattr(value, listing):
+            return plain_values(getattr(value, listing)())
+    if isinstance(value, Mapping):
+        rows = ((key, plain_values(inner)) for key, inner in value.items())
+        return {key: inner for key, inner in rows if not _is_missing(inner)}
+    if isinstance(value, (list, tuple)):
+        return [plain_values(inner) for inner in value]
+    return value
+
+
+def _is_missing(value: Any) -> bool:
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return is_nan or value is None or type(value).__name__ in ("NAType", "NaTType")
+
+
+def strict_json_object(
+    place: str, text: str, example: str, error: type[Exception]
+) -> dict[str, Any]:
+    """An object of JSON that every reader takes alike; an `error` that begins with `place`.
+
+    Refused are NaN and infinities, numbers beyond float64, keys that come twice, and halves of
+    characters.
+    """
+    try:
+        fields = json.loads(
+            text,
+            parse_constant=refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_without_repeats,
+        )
+        # JSON can escape halves of characters, which no tokenizer and no file takes.
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as reason:
+        raise error(
+            f"{place}: expected one JSON object, got {shortened(text)} ({reason}). Fix the line."
+        ) from reason
+    if not isinstance(fields, dict):
+        raise error(
+            f"{place}: expected an object such as {example}, got {shortened(text)}. Fix the line."
+        )
+    return fields
+
+
+def refuse_constant(name: str) -> Any:
+    """For `json.loads(parse_constant=...)`: NaN and infinities are not JSON."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is larger than any float64")
+    return number
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    return fields
+
+
+def shortened(text: str, width: int = 80) -> str:
+    """A text cut to a width, for messages."""
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -7,28 +7,26 @@ import difflib
 import importlib
 import io
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 from mbrl_text_env._lazy import MissingExtraError, extras
-from mbrl_text_env.tables import plain_values, shortened, strict_json_object
+from mbrl_text_env.files import plain_values, shortened, strict_json_object
 from mbrl_text_env.types import Message, Prompt, Split
 
 _SPLITS = get_args(Split)
 _CONTENT_KEYS = ("text", "prompt", "messages")
-_CHANGE_OR_LEAVE_OUT = "Change it, or leave it out."
+_CHANGE = "Change it, or leave it out."
 
 
 class PromptError(ValueError):
     """Prompts that cannot be loaded as asked."""
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """A row of a source: where it stands, what it is called by default, and its fields."""
 
     place: str
@@ -36,7 +34,6 @@ class _Row:
     fields: dict[str, Any]
 
     def error(self, expected: str, got: object, change: str) -> PromptError:
-        """What is wrong with it."""
         return PromptError(
             f"{self.place}: expected {expected}, got {shortened(str(got))}. {change}"
         )
@@ -59,14 +56,11 @@ def load_prompts(
 
     Args:
         source: `"builtin"`, or the path of a `.jsonl` or `.csv` file in UTF-8.
-        split: Keep only `"train"`, `"validation"` or `"test"`; None keeps all.
-        kind: Keep only prompts whose `metadata["kind"]` is this; None keeps all.
-        limit: Keep only so many, the first; None keeps all.
+        split: Keep only `"train"`, `"validation"` or `"test"`.
+        kind: Keep only prompts whose `metadata["kind"]` is this.
+        limit: Keep only so many, the first.
         chat: Make a string the one user message of a chat; False leaves it a plain text, which the
             language model continues. Lists of messages are chats always.
-
-    Returns:
-        At least one prompt, in the order of the source.
 
     Raises:
         PromptError: The file is missing, empty, not UTF-8 or malformed, a prompt is empty, an id
@@ -100,9 +94,8 @@ def load_prompts(
         kinds = sorted({str(prompt.metadata.get("kind")) for prompt in prompts})
         raise PromptError(
             f"{name}: expected prompts with split={split!r} and kind={kind!r}, got none of "
-            f"{len(prompts)}. Their splits are {splits}, their kinds {kinds}. Change the filters: "
-            "split=None (`--split all` on the command line) keeps all splits, kind=None (no "
-            "`--kind`) all kinds."
+            f"{len(prompts)}. Their splits are {splits}, their kinds {kinds}. None (`--split all`, "
+            "no `--kind`) keeps all."
         )
     return kept[:limit]
 
@@ -118,21 +111,19 @@ def hub_prompts(
 ) -> list[Prompt]:
     """Load prompts with `datasets.load_dataset`, in TRL's prompt format.
 
-    The ids are `<last part of the name>-<split>-<row>`. The other columns are the metadata; values
-    that JSON cannot hold (images, dates) are left out, and keys whose value is None, which Arrow
-    gives to every row where one row has them.
+    The ids are `<last part of the name>-<split>-<row>`. The other columns are the metadata, without
+    values that are None or that JSON cannot hold (images, dates).
 
     Args:
         dataset_name: Name on the Hub, or a local folder.
         split: As `datasets` takes it, `"train[:100]"` included.
         column: Holds a string or a list of `{"role": ..., "content": ...}`.
         config: Name of the dataset's configuration.
-        limit: Keep only so many, the first; None keeps all.
-        chat: See `load_prompts`.
+        limit, chat: See `load_prompts`.
 
     Raises:
-        PromptError: The extra `data` is not installed, the dataset cannot be loaded (no network, no
-            such dataset, split or configuration), the column is missing, or a row is no prompt.
+        PromptError: The extra `data` is not installed, the dataset cannot be loaded, the column is
+            missing, or a row is no prompt.
 
     Example:
         >>> prompts = hub_prompts("trl-lib/tldr", split="test", limit=64)  # doctest: +SKIP
@@ -140,15 +131,13 @@ def hub_prompts(
     _check_filters(None, limit)
     datasets = _optional("datasets")
     name = f"Dataset {dataset_name!r}, split {split!r}"
-    # Dozens of unrelated exception types come out of `load_dataset`; all mean the same here.
     try:
         dataset = datasets.load_dataset(dataset_name, config, split=split)
-    except Exception as error:
+    except Exception as error:  # dozens of unrelated types, which all mean the same here
         reason = error.__cause__ or error
         raise PromptError(
             f"{name}, configuration {config!r}: expected a dataset that can be loaded, got "
-            f"{type(reason).__name__}: {reason}. Check the names and the network, or load a file "
-            "with `load_prompts`."
+            f"{type(reason).__name__}: {reason}. Check the names and the network."
         ) from error
     if column not in dataset.column_names:
         columns = dataset.column_names
@@ -161,13 +150,13 @@ def hub_prompts(
     if not len(dataset):
         raise PromptError(f"{name}: expected at least one row, got none. Choose another split.")
     base = split.partition("[")[0]
-    prompt_split = cast(Split, base) if base in _SPLITS else None
     prompts = []
     for index, values in enumerate(dataset):
         prompt_id = f"{Path(dataset_name).name}-{split}-{index}"
         row = _Row(f"{name}, row {index}", prompt_id, plain_values(values))
-        content = _content(row, row.fields.pop(column, None), chat)
-        prompts.append(_made(row, prompt_id, content, _json_only(row.fields), prompt_split))
+        content = row.fields.pop(column, None)
+        known = base if base in _SPLITS else None
+        prompts.append(_made(row, prompt_id, content, _json_only(row.fields), known, chat))
     return prompts
 
 
@@ -178,32 +167,22 @@ def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:
 
     Raises:
         PromptError: Something else is among them, or the name of a file is the only text.
-
-    Example:
-        >>> [prompt.text for prompt in as_prompts("Why is the sky blue?")]
-        ['Why is the sky blue?']
     """
     if isinstance(prompts, str) and (prompts == "builtin" or prompts.endswith((".jsonl", ".csv"))):
         raise PromptError(
             f"prompts: expected prompts or their texts, got {prompts!r}, which looks like a file. "
             f"Pass load_prompts({prompts!r})."
         )
-    if isinstance(prompts, (str, Prompt)):
-        return as_prompts([prompts])
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
-        raise _no_prompt(prompts)
-    found = [Prompt.from_text(str(p)) if isinstance(p, str) else p for p in prompts]
+    several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
+    given: Any = prompts if several else [prompts]
+    found = [Prompt.from_text(str(p)) if isinstance(p, str) else p for p in given]
     for prompt in found:
         if not isinstance(prompt, Prompt):
-            raise _no_prompt(prompt)
+            raise PromptError(
+                f"prompts: expected a sequence of Prompt, or of texts, got {prompt!r:.80}. Make "
+                "them with `Prompt.from_text(text)` or `load_prompts(file)`."
+            )
     return found
-
-
-def _no_prompt(found: object) -> PromptError:
-    return PromptError(
-        f"prompts: expected a sequence of Prompt, or of texts, got {found!r:.80}. Make them with "
-        "`Prompt.from_text(text)` or `load_prompts(file)`."
-    )
 
 
 def reasoning_gym_prompts(
@@ -212,13 +191,12 @@ def reasoning_gym_prompts(
     """Generate questions with the package reasoning-gym.
 
     The ids are `<task>-<seed>-<index>`. The metadata has the `kind` (the task), the
-    `reference_answer`, as `reasoning_gym` what the task says of the question, without values that
-    JSON cannot hold, and as `reasoning_gym_source` what the question can be made from again: task,
-    seed, size, index and config (if JSON can hold it), which `ReasoningGymReward` needs.
+    `reference_answer`, as `reasoning_gym` what the task says of the question, and as
+    `reasoning_gym_source` what the question can be made from again, for `ReasoningGymReward`; all
+    without what JSON cannot hold.
 
     Args:
         task: Name of a reasoning-gym dataset, such as `"chain_sum"`.
-        size: Number of prompts.
         seed: The prompts follow from it. A few tasks of the package draw from sets, and follow from
             the environment variable PYTHONHASHSEED too (`rewards.puzzles.UNREPEATABLE_TASKS`).
         chat: See `load_prompts`.
@@ -229,9 +207,7 @@ def reasoning_gym_prompts(
             settings.
 
     Example:
-        >>> prompt = reasoning_gym_prompts("chain_sum", size=1, seed=0)[0]  # doctest: +SKIP
-        >>> prompt.id, prompt.metadata["reference_answer"]  # doctest: +SKIP
-        ('chain_sum-0-0', '4')
+        >>> prompts = reasoning_gym_prompts("chain_sum", size=8, seed=0)  # doctest: +SKIP
     """
     if size < 1:
         raise PromptError(f"size: expected 1 or more, got {size!r}.")
@@ -259,9 +235,8 @@ def reasoning_gym_prompts(
             "reasoning_gym": _json_only(entry["metadata"]),
             **_json_only({"reasoning_gym_source": made_from}),
         }
-        prompt_id = f"{task}-{seed}-{index}"
-        question = entry["question"]
-        prompts.append(Prompt.from_text(question, prompt_id, chat=chat, metadata=metadata))
+        name, question = f"{task}-{seed}-{index}", entry["question"]
+        prompts.append(Prompt.from_text(question, name, chat=chat, metadata=metadata))
     return prompts
 
 
@@ -270,63 +245,65 @@ def _rows(source: str | Path) -> tuple[str, list[_Row]]:
     if source == "builtin":
         return "The builtin prompts", list(_jsonl_rows("prompts.jsonl", _builtin()))
     path = Path(source)
-    readers: dict[str, Callable[[str, bytes], Iterator[_Row]]] = {
-        ".jsonl": _jsonl_rows,
-        ".csv": _csv_rows,
-    }
-    if path.suffix.lower() not in readers:
+    name, ending = str(path), path.suffix.lower()
+    if ending not in (".jsonl", ".csv"):
         raise PromptError(
             f"Expected 'builtin' or the path of a .jsonl or .csv file, got {str(source)!r}. Change "
             "the file's ending, or load a dataset of the Hugging Face Hub with `hub_prompts`."
         )
     try:
-        data = path.read_bytes()
+        # Spreadsheets begin their UTF-8 with a byte order mark.
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise PromptError(
-            f"{path}: expected a file that can be read, got {type(error).__name__}: "
+            f"{name}: expected a file that can be read, got {type(error).__name__}: "
             f"{error.strerror}. Check the path."
         ) from error
-    return str(path), list(readers[path.suffix.lower()](str(path), data))
+    except UnicodeDecodeError as error:
+        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        raise PromptError(
+            f"{name}, line {line}: expected UTF-8, got the byte 0x{byte:02x}. Save the file as "
+            "UTF-8."
+        ) from error
+    return name, list((_jsonl_rows if ending == ".jsonl" else _csv_rows)(name, text))
 
 
 @lru_cache(maxsize=1)
-def _builtin() -> bytes:
-    # The bytes are kept and not the prompts, whose metadata a caller could change for all others.
-    return (resources.files("mbrl_text_env") / "data" / "prompts.jsonl").read_bytes()
+def _builtin() -> str:
+    # The text is kept and not the prompts, whose metadata a caller could change for all others.
+    return (resources.files("mbrl_text_env") / "data" / "prompts.jsonl").read_text("utf-8")
 
 
-def _jsonl_rows(name: str, data: bytes) -> Iterator[_Row]:
+def _row(name: str, line: int) -> _Row:
+    return _Row(f"{name}, line {line}", f"{Path(name).stem}-{line}", {})
+
+
+def _jsonl_rows(name: str, text: str) -> Iterator[_Row]:
     # Not `splitlines`, which also breaks at separators that JSON strings may hold.
-    for number, line in enumerate(_decoded(name, data).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            place, default_id = f"{name}, line {number}", f"{Path(name).stem}-{number}"
-            fields = strict_json_object(place, line, '{"text": "..."}', PromptError)
-            yield _Row(place, default_id, fields)
+            row = _row(name, number)
+            fields = strict_json_object(row.place, line, '{"text": "..."}', PromptError)
+            yield row._replace(fields=fields)
 
 
-def _csv_rows(name: str, data: bytes) -> Iterator[_Row]:
-    reader = csv.reader(io.StringIO(_decoded(name, data), newline=""), strict=True)
+def _csv_rows(name: str, text: str) -> Iterator[_Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     # A quoted field may go over several lines; a row is called by its first.
     first = 1
     try:
         for values in reader:
-            row = _Row(f"{name}, line {first}", f"{Path(name).stem}-{first}", {})
+            row = _row(name, first)
             first = reader.line_num + 1
             if values and not header:
                 header = values
                 if len({"text", "prompt"} & set(header)) != 1 or len(set(header)) != len(header):
-                    raise row.error(
-                        "a header of different columns, one of them `text` or `prompt`",
-                        header,
-                        "Add or rename a column.",
-                    )
+                    expected = "a header of different columns, one of them `text` or `prompt`"
+                    raise row.error(expected, header, "Add or rename a column.")
             elif values and len(values) != len(header):
-                raise row.error(
-                    f"{len(header)} values, one a column",
-                    len(values),
-                    "Put quotes around values that hold commas.",
-                )
+                expected = f"{len(header)} values, one a column"
+                raise row.error(expected, len(values), "Quote values that hold commas.")
             elif values:
                 cells = zip(header, values, strict=True)
                 # An empty cell is how a CSV file says that there is no id or split.
@@ -339,75 +316,48 @@ def _csv_rows(name: str, data: bytes) -> Iterator[_Row]:
         ) from error
 
 
-def _decoded(name: str, data: bytes) -> str:
-    try:
-        # Spreadsheets begin their UTF-8 with a byte order mark.
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise PromptError(
-            f"{name}, line {line}: expected UTF-8, got the byte 0x{data[error.start]:02x}. Save "
-            "the file as UTF-8."
-        ) from error
-
-
 def _prompt(row: _Row, chat: bool) -> Prompt:
     # Files that are written from tables give every row the keys of all, null where one is missing.
     fields = {key: value for key, value in row.fields.items() if value is not None}
     keys = [key for key in _CONTENT_KEYS if key in fields]
     if len(keys) != 1:
-        raise row.error(
-            f"one of the fields {', '.join(_CONTENT_KEYS)}",
-            keys or list(row.fields),
-            "Keep one, or rename the field that holds the prompt.",
-        )
-    content = _content(row, fields.pop(keys[0]), chat)
+        change = "Keep one, or rename the field that holds the prompt."
+        expected = f"one of the fields {', '.join(_CONTENT_KEYS)}"
+        raise row.error(expected, keys or list(row.fields), change)
+    content = fields.pop(keys[0])
     prompt_id, split = fields.pop("id", row.default_id), fields.pop("split", None)
     if isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int) or prompt_id == "":
-        raise row.error("a string or an integer as id", repr(prompt_id), _CHANGE_OR_LEAVE_OUT)
+        raise row.error("a string or an integer as id", repr(prompt_id), _CHANGE)
     if split is not None and split not in _SPLITS:
-        expected = f"split to be one of {', '.join(_SPLITS)}"
-        raise row.error(expected, repr(split), _CHANGE_OR_LEAVE_OUT)
-    return _made(row, str(prompt_id), content, fields, split)
+        raise row.error(f"split to be one of {', '.join(_SPLITS)}", repr(split), _CHANGE)
+    return _made(row, str(prompt_id), content, fields, split, chat)
 
 
 def _made(
-    row: _Row,
-    prompt_id: str,
-    content: str | tuple[Message, ...],
-    metadata: dict[str, Any],
-    split: Split | None,
+    row: _Row, prompt_id: str, content: Any, metadata: dict[str, Any], split: Any, chat: bool
 ) -> Prompt:
+    if isinstance(content, str):
+        texts = [content]
+        content = (Message("user", content),) if chat else content
+    elif isinstance(content, list):
+        content = tuple(_message(row, message) for message in content)
+        texts = [message.content for message in content]
+    else:
+        raise row.error("a string or a list of messages as prompt", repr(content), "Change it.")
+    if not any(text.strip() for text in texts):
+        raise row.error("a prompt with text", "an empty one", "Remove the row, or fill it.")
     try:
         return Prompt(prompt_id, content, metadata, split)
     except ValueError as error:
         raise PromptError(f"{row.place}: {error}") from error
 
 
-def _content(row: _Row, value: Any, chat: bool) -> str | tuple[Message, ...]:
-    if isinstance(value, str):
-        content: str | tuple[Message, ...] = (Message("user", value),) if chat else value
-    elif isinstance(value, list):
-        content = tuple(_message(row, message) for message in value)
-    else:
-        raise row.error(
-            "a string or a list of messages as prompt", repr(value), "Change it to one of these."
-        )
-    texts = [content] if isinstance(content, str) else [message.content for message in content]
-    if not any(text.strip() for text in texts):
-        raise row.error("a prompt with text", "an empty one", "Remove the row, or fill it.")
-    return content
-
-
 def _message(row: _Row, message: Any) -> Message:
     # Rows of a dataset have all keys in every message, null where a message does not use them.
     given = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
     if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
-        raise row.error(
-            "messages with a string `role` and a string `content` alone",
-            repr(message),
-            "Change the message, or leave the row out.",
-        )
+        expected = "messages with a string `role` and a string `content` alone"
+        raise row.error(expected, repr(message), "Change it, or leave the row out.")
     return Message(**given)
 
 

@@ -1,7 +1,9 @@
-"""What the candidate view shows: chunks that a language model proposes, described by numbers."""
+"""Chunks that a language model proposes, described by numbers: what the candidate view shows."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
@@ -9,59 +11,46 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.encoders import (
-    Encoder,
-    encode_texts,
-    encoder_flops,
-    encoder_flops_bound,
-    prefix_text,
-)
+from mbrl_text_env import encoders
+from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
-from mbrl_text_env.ledger import Ledger, Usage, timed
-from mbrl_text_env.mdp import is_terminal, response_limit, transition
-from mbrl_text_env.rewards.base import (
-    RewardError,
-    isolate_failures,
-    reward_usage_bound,
-    score_responses,
-)
+from mbrl_text_env.language_models.registry import embedded_encoder
+from mbrl_text_env.rewards import base as rewards
+from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.task import TextTask, added_text
-from mbrl_text_env.types import Chunk, TextState
+from mbrl_text_env.types import (
+    Chunk,
+    Ledger,
+    TextState,
+    Usage,
+    is_terminal,
+    response_limit,
+    timed,
+    transition,
+)
 
 # Mean log-probabilities below this one are shown as it: about one in five hundred million.
 _LEAST_LOGPROB = -20.0
-_SCALARS = 3
+Known = dict[TextState, float]
+"""Rewards of the prefixes that one environment has shown last."""
 
 
 class FeatureParts(NamedTuple):
-    """Parts of feature vectors, of whatever kind of array they were cut from.
+    """Parts of feature vectors, of whatever kind of array they were cut from."""
 
-    Args:
-        position: [B, 1], the share of the response's tokens that are written.
-        scalars: [B, K, 3], of each candidate: mean log-probability (nats), share of
-            `chunk_tokens`, whether it ends the response.
-        prefix_reward: [B, 1], or [B, 0] without rewards of prefixes.
-        rewards: [B, K, 1], or [B, K, 0].
-        prefix_embedding: [B, d].
-        embeddings: [B, K, d], of the prefix with each candidate.
-    """
-
-    position: Any
+    position: Any  # [B, 1], the share of the response's tokens that are written
+    # [B, K, 3] of each candidate: mean log-probability (nats), share of `chunk_tokens`, whether it
+    # ends the response
     scalars: Any
-    prefix_reward: Any
-    rewards: Any
-    prefix_embedding: Any
-    embeddings: Any
+    prefix_reward: Any  # [B, 1], or [B, 0] without rewards of prefixes
+    rewards: Any  # [B, K, 1], or [B, K, 0]
+    prefix_embedding: Any  # [B, d]
+    embeddings: Any  # [B, K, d], of the prefix with each candidate
 
 
 @dataclass(frozen=True)
 class FeatureLayout:
-    """Where in a feature vector what is.
-
-    Args:
-        num_candidates: K.
-        embedding_size: d, 0 without embeddings.
-        prefix_rewards: Whether the rewards of the prefix and of each candidate are in it.
+    """Where in a feature vector of K candidates what is; `embedding_size` is 0 without embeddings.
 
     Example:
         >>> layout = FeatureLayout(num_candidates=2, embedding_size=3, prefix_rewards=True)
@@ -76,30 +65,22 @@ class FeatureLayout:
     prefix_rewards: bool = False
 
     @property
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        k, d, rewards = self.num_candidates, self.embedding_size, int(self.prefix_rewards)
+        return (1,), (k, 3), (rewards,), (k, rewards), (d,), (k, d)
+
+    @property
     def size(self) -> int:
         """Length of a feature vector."""
-        k = self.num_candidates
-        return 1 + _SCALARS * k + self.prefix_rewards * (1 + k) + (1 + k) * self.embedding_size
+        return sum(map(math.prod, self._shapes))
 
     def split(self, rows: Any) -> FeatureParts:
         """Views of the parts of [B, size], a NumPy array or a torch tensor."""
-        count, k, d = len(rows), self.num_candidates, self.embedding_size
-        rewards = 1 + _SCALARS * k
-        embeddings = rewards + self.prefix_rewards * (1 + k)
+        ends = itertools.accumulate(map(math.prod, self._shapes), initial=0)
+        found = zip(itertools.pairwise(ends), self._shapes, strict=True)
         return FeatureParts(
-            rows[:, :1],
-            rows[:, 1:rewards].reshape(count, k, _SCALARS),
-            rows[:, rewards : rewards + self.prefix_rewards],
-            rows[:, rewards + self.prefix_rewards : embeddings].reshape(
-                count, k, int(self.prefix_rewards)
-            ),
-            rows[:, embeddings : embeddings + d],
-            rows[:, embeddings + d :].reshape(count, k, d),
+            *(rows[:, start:end].reshape(len(rows), *shape) for (start, end), shape in found)
         )
-
-
-Known = dict[TextState, float]
-"""Rewards of the prefixes that one environment has shown last."""
 
 
 class ViewOptions(TypedDict, total=False):
@@ -113,7 +94,7 @@ class ViewOptions(TypedDict, total=False):
 
 
 class CandidateProposer:
-    """Proposes chunks and describes them; shared by the single and the vector view.
+    """Proposes chunks and describes them.
 
     Features: the share of the response's tokens that are written and, for each candidate, its mean
     log-probability, its share of `chunk_tokens`, and whether it ends the response. With
@@ -121,18 +102,12 @@ class CandidateProposer:
     an encoder, their embeddings.
 
     Args:
-        language_model: Proposes chunks.
-        task: The environment's task.
         num_candidates: K, at least 1.
         chunk_tokens: Most tokens of a candidate; by default the environment's `max_chunk_tokens`.
-        params: How candidates are drawn.
         encoder: `"embedded"` for MiniLM, `"language_model"` for the model's own features, any
             object with `encode(texts)`, or None for no embeddings.
         prefix_rewards: Whether the reward model scores the prefix with each candidate, as if the
             response ended there. Every score is charged as a reward call.
-
-    Attributes:
-        layout: Where in the features what is.
 
     Raises:
         ValueError: K or `chunk_tokens` is out of range, or the model has no features.
@@ -157,19 +132,14 @@ class CandidateProposer:
                 f"chunk_tokens: expected 1 to the environment's max_chunk_tokens ({limit}), got "
                 f"{chunk_tokens}."
             )
-        self.language_model = language_model
-        self.task = task
-        self.num_candidates = num_candidates
-        self.chunk_tokens = chunk_tokens
-        self.params = params
-        self._encoder = self._checked_encoder(encoder)
-        self.layout = FeatureLayout(num_candidates, self._embedding_size(), bool(prefix_rewards))
+        self.language_model, self.task = language_model, task
+        self.num_candidates, self.chunk_tokens, self.params = num_candidates, chunk_tokens, params
+        self._encoder, size = self._checked_encoder(encoder)
+        self._is_model = self._encoder is language_model
+        self.layout = FeatureLayout(num_candidates, size, bool(prefix_rewards))
 
     def propose(
-        self,
-        states: Sequence[TextState],
-        seeds: Sequence[int],
-        ledgers: Sequence[Ledger],
+        self, states: Sequence[TextState], seeds: Sequence[int], ledgers: Sequence[Ledger]
     ) -> list[list[Chunk]]:
         """K chunks for each state in one call of the language model; none where it has ended."""
         going = [i for i, state in enumerate(states) if not is_terminal(state)]
@@ -208,21 +178,17 @@ class CandidateProposer:
         known: Sequence[Known] | None = None,
         failures: list[RewardError | None] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Describe states and their candidates.
+        """Describe B states and their candidates: float32[B, layout.size].
+
+        An ended state has zeros for candidates and all rewards. Embeddings count as FLOPs of a
+        value model, or as calls of the language model where that embeds.
 
         Args:
-            states: B states.
-            proposals: The candidates of each.
-            ledgers: One a state. Embeddings count as FLOPs of a value model, or as calls of the
-                language model where that embeds.
+            states, proposals, ledgers: The states, the candidates of each, and who pays for each.
             known: One a state: the rewards of the call before, which are not asked for again. Those
                 of this call take their place.
             failures: One a state. With it, a prefix that cannot be scored costs its own state
                 alone: its error is put there, and its rewards are zeros.
-
-        Returns:
-            float32[B, layout.size]; zeros for the candidates of an ended state, and for all rewards
-            there.
 
         Raises:
             RewardError: A prefix could not be scored, and there is no list of failures.
@@ -237,36 +203,37 @@ class CandidateProposer:
                     len(chunk) / self.chunk_tokens,
                     chunk.finish_reason is not None,
                 )
-        if self.layout.prefix_rewards or self._encoder is not None:
-            children = self.children(states, proposals)
-            if self.layout.prefix_rewards:
-                known = [{} for _ in states] if known is None else known
-                self._score(states, children, parts, ledgers, known, failures)
-            if self._encoder is not None:
-                self._embed(states, children, parts, ledgers)
+        if not self.layout.prefix_rewards and self._encoder is None:
+            return rows
+        children = self.children(states, proposals)
+        if self.layout.prefix_rewards:
+            known = [{} for _ in states] if known is None else known
+            self._score(states, children, parts, ledgers, known, failures)
+        if self._encoder is not None:
+            self._embed(states, children, parts, ledgers)
         return rows
 
     def children(
         self, states: Sequence[TextState], proposals: Sequence[list[Chunk]]
     ) -> list[list[TextState]]:
         """The state behind each candidate."""
-        rows = []
-        for state, chunks in zip(states, proposals, strict=True):
-            limit = response_limit(state, self.task.tokenizer, self.task.max_response_tokens)
-            rows.append([transition(state, chunk, limit) for chunk in chunks])
-        return rows
+        most, tokenizer = self.task.max_response_tokens, self.task.tokenizer
+        return [
+            [transition(state, chunk, response_limit(state, tokenizer, most)) for chunk in chunks]
+            for state, chunks in zip(states, proposals, strict=True)
+        ]
 
     def features_bound(self, state: TextState) -> Usage:
         """The most that describing a state and its candidates is charged."""
         count = 1 + self.num_candidates
         usage = Usage()
         if self.layout.prefix_rewards:
-            usage += reward_usage_bound(self.task.reward_model) * count
-        if self._encoder is self.language_model:
+            usage += rewards.reward_usage_bound(self.task.reward_model) * count
+        if self._is_model:
             tokens = len(state.prompt_ids) + len(state.response_ids) + self.chunk_tokens
             usage += self.language_model.usage_bound(tokens, []) * count
         elif self._encoder is not None:
-            usage += Usage(value_flops=encoder_flops_bound(self._encoder) * count)
+            usage += Usage(value_flops=encoders.encoder_flops_bound(self._encoder) * count)
         return usage
 
     def _score(
@@ -280,23 +247,19 @@ class CandidateProposer:
     ) -> None:
         """Fill in the rewards of prefixes, all that are new in one call."""
         shown = [[s, *behind] if behind else [] for s, behind in zip(states, children, strict=True)]
-        new = [
-            (i, state)
-            for i, row in enumerate(shown)
-            for state in dict.fromkeys(row)
-            if state not in known[i]
-        ]
+        all_shown = ((i, state) for i, row in enumerate(shown) for state in dict.fromkeys(row))
+        new = [(i, state) for i, state in all_shown if state not in known[i]]
         decode = self.task.tokenizer.decode
 
         def score(some: Sequence[tuple[int, TextState]]) -> list[float]:
-            return score_responses(
+            return rewards.score_responses(
                 self.task.reward_model,
                 [state.prompt for _, state in some],
                 [decode(state.response_ids) for _, state in some],
                 ledgers=[ledgers[i] for i, _ in some],
             ).total.tolist()
 
-        found = score(new) if failures is None else isolate_failures(score, new)
+        found = score(new) if failures is None else rewards.isolate_failures(score, new)
         for (i, state), value in zip(new, found, strict=True):
             if not isinstance(value, RewardError):
                 known[i][state] = value
@@ -319,53 +282,42 @@ class CandidateProposer:
         parts: FeatureParts,
         ledgers: Sequence[Ledger],
     ) -> None:
-        shown = [[state, *behind] for state, behind in zip(states, children, strict=True)]
-        paid = [ledger for ledger, row in zip(ledgers, shown, strict=True) for _ in row]
-        vectors = self._vectors([state for row in shown for state in row], paid)
-        ends = np.cumsum([len(row) for row in shown])
-        for i, (end, row) in enumerate(zip(ends, shown, strict=True)):
-            parts.prefix_embedding[i] = vectors[end - len(row)]
-            parts.embeddings[i, : len(row) - 1] = vectors[end - len(row) + 1 : end]
+        rows = [[state, *behind] for state, behind in zip(states, children, strict=True)]
+        shown = [state for row in rows for state in row]
+        paid = [ledger for ledger, row in zip(ledgers, rows, strict=True) for _ in row]
+        if self._is_model:
+            vectors = self._encoder.features(shown, ledgers=paid)
+        else:
+            decode = self.task.tokenizer.decode
+            texts = [encoders.prefix_text(s.prompt.text, decode(s.response_ids)) for s in shown]
+            with timed(paid):
+                vectors = encoders.encode_texts(self._encoder, texts)
+            for ledger, flops in zip(
+                paid, encoders.encoder_flops(self._encoder, texts), strict=True
+            ):
+                ledger.charge(Usage(value_flops=float(flops)))
+        ends = np.cumsum([len(row) for row in rows])[:-1]
+        for i, block in enumerate(np.split(vectors, ends)):
+            parts.prefix_embedding[i] = block[0]
+            parts.embeddings[i, : len(block) - 1] = block[1:]
 
-    def _vectors(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger]
-    ) -> npt.NDArray[np.float32]:
-        if self._encoder is self.language_model:
-            model: Any = self.language_model
-            vectors: npt.NDArray[np.float32] = model.features(states, ledgers=ledgers)
-            return vectors
-        decode = self.task.tokenizer.decode
-        texts = [prefix_text(s.prompt.text, decode(s.response_ids)) for s in states]
-        encoder: Any = self._encoder
-        with timed(ledgers):
-            vectors = encode_texts(encoder, texts)
-        for ledger, flops in zip(ledgers, encoder_flops(encoder, texts), strict=True):
-            ledger.charge(Usage(value_flops=float(flops)))
-        return vectors
-
-    def _checked_encoder(self, encoder: Encoder | str | None) -> Any:
-        if encoder == "embedded":
-            from mbrl_text_env.language_models.registry import embedded_encoder
-
-            return embedded_encoder()
+    def _checked_encoder(self, encoder: Any) -> tuple[Any, int]:
+        """What embeds, and the size of its embeddings."""
+        if encoder is None:
+            return None, 0
         if encoder == "language_model":
-            if not hasattr(self.language_model, "features"):
+            model: Any = self.language_model
+            if not hasattr(model, "features"):
                 raise ValueError(
-                    f"encoder='language_model': {self.language_model.name!r} gives no features. "
-                    "Use 'embedded', None, or an encoder of your own."
+                    f"encoder='language_model': {model.name!r} gives no features. Use 'embedded', "
+                    "None, or an encoder of your own."
                 )
-            return self.language_model
-        if isinstance(encoder, str) or (encoder is not None and not hasattr(encoder, "encode")):
+            return model, int(model.feature_size)
+        if encoder == "embedded":
+            encoder = embedded_encoder()
+        if isinstance(encoder, str) or not hasattr(encoder, "encode"):
             raise ValueError(
                 "encoder: expected 'embedded', 'language_model', None, or an object with "
                 f"encode(texts), got {encoder!r}."
             )
-        return encoder
-
-    def _embedding_size(self) -> int:
-        if self._encoder is None:
-            return 0
-        if self._encoder is self.language_model:
-            model: Any = self.language_model
-            return int(model.feature_size)
-        return int(encode_texts(self._encoder, ["size"]).shape[1])
+        return encoder, int(encoders.encode_texts(encoder, ["size"]).shape[1])

@@ -1,8 +1,7 @@
 """Scored responses as token-level records, kept in folders of Parquet shards.
 
-A record holds all that re-scoring or fitting needs: the prompt, the token ids of prompt and
-response, the text, the scores, and what it cost. A shard is written under a temporary name and then
-renamed, so a folder never shows half of one. The columns load with
+A record holds all that re-scoring or fitting needs. A shard is written under a temporary name and
+then renamed, so a folder never shows half of one. The columns load with
 `datasets.load_dataset("parquet", ...)`, pandas or anything else that reads Parquet.
 """
 
@@ -11,40 +10,67 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock, Timeout
+import pyarrow.parquet as pq
+from filelock import FileLock
 
-from mbrl_text_env._record_files import (
-    RUN_KEY,
-    SCHEMA,
-    SCRATCH_SUFFIX,
-    DamagedShardError,
-    RecordsError,
-    count_rows,
-    damage,
-    number_of,
-    read_shard,
-    run_of_shard,
-    shards_of,
-    what_is,
-    write_shard,
-)
-from mbrl_text_env.files import write_folder
-from mbrl_text_env.identity import identity
+from mbrl_text_env.files import remove_scratch, write_file, write_folder
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import RewardLike, RewardModel, score_responses
+from mbrl_text_env.rewards.base import RewardLike, score_responses
 from mbrl_text_env.rewards.base import reward_name as name_of
-from mbrl_text_env.runs import refuse_others, writing
+from mbrl_text_env.runs import identity, locked, refuse_others, writing
 from mbrl_text_env.types import FinishReason, Message, Prompt, Split, TextState
 
-_LOCK_SECONDS = 1.0
+_VERSION_KEY = b"mbrl_text_env.records_version"
+_VERSION = b"2"
+# What the rows of a shard depend on, apart from their prompts: JSON.
+_RUN_KEY = b"mbrl_text_env.run"
+# Parquet maps are not understood by every reader; a list of name and value is.
+_AMOUNTS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt_text", pa.string()),
+        ("messages", pa.string()),  # JSON; null where the prompt is plain text
+        ("metadata", pa.string()),  # JSON
+        ("split", pa.string()),
+        ("prompt_ids", pa.list_(pa.int64())),
+        ("response_ids", pa.list_(pa.int64())),
+        ("chunk_ends", pa.list_(pa.int64())),
+        ("logprobs", pa.list_(pa.float64())),
+        ("finish_reason", pa.string()),
+        ("response", pa.string()),
+        ("rewards", _AMOUNTS),
+        ("score", pa.float64()),
+        ("reward_name", pa.string()),
+        ("agent", pa.string()),
+        ("language_model", pa.string()),
+        ("seed", pa.int64()),
+        ("usage", _AMOUNTS),
+        ("sample", pa.int64()),  # null where it is not one of several samples
+    ],
+    metadata={_VERSION_KEY: _VERSION},
+)
+_UNNUMBERED = pa.schema([column for column in SCHEMA if column.name != "sample"])
+_SCHEMAS = {b"1": _UNNUMBERED, _VERSION: SCHEMA}
+_SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
+
+
+class RecordsError(ValueError):
+    """Records that cannot be read or written as asked."""
+
+
+class DamagedShardError(RecordsError):
+    """A shard that is not a whole Parquet file of records."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +78,14 @@ class Record:
     """A response with its tokens, its scores and its cost.
 
     Args:
-        prompt_id: The prompt's id.
         prompt_text: The prompt as a person reads it (`Prompt.text`).
-        split: The prompt's split.
-        prompt_ids: int[P], the prompt's token ids, chat template included.
-        response_ids: int[T], the response's token ids, a final stop token included.
+        prompt_ids, response_ids, finish_reason, chunk_ends: See `TextState`.
         logprobs: float[T], log-probability (nats) of each response token under the language model;
             empty where it is not known.
-        finish_reason: `"stop"`, `"length"`, or None for a response that could go on.
-        response: The response's text.
-        rewards: The score's parts by name, without the total.
-        score: The total.
-        reward_name: The reward model that gave the score.
-        agent: The agent that wrote the response.
-        language_model: The language model that it used.
-        seed: The seed that it was given.
+        rewards: The score's parts by name, without the total, `score`.
+        agent, language_model, seed: What wrote the response.
         usage: What the response cost (`Usage.as_dict()`).
-        metadata: The prompt's metadata. JSON values.
         messages: The prompt's chat messages; None where the prompt is plain text, `prompt_text`.
-        chunk_ends: int[C], lengths of the response after each chunk.
         sample: Which of the samples to the prompt it is, from 0; None where there is one alone.
 
     Raises:
@@ -109,64 +124,54 @@ class Record:
 
     def __post_init__(self) -> None:
         if "total" in self.rewards:
-            raise RecordsError(
-                f"Record of prompt {self.prompt_id!r}: expected the parts of the score in rewards, "
-                f"got {self.rewards!r}. Leave out 'total'; it is `score`."
+            raise self._error(
+                f"the parts of the score in rewards, got {self.rewards!r}. Leave out 'total'; it "
+                "is `score`."
             )
         if not all(map(math.isfinite, (self.score, *self.rewards.values()))):
-            raise RecordsError(
-                f"Record of prompt {self.prompt_id!r}: expected finite scores, got score="
-                f"{self.score!r}, rewards={self.rewards!r}. Fix the reward model "
-                f"{self.reward_name!r}, or leave the response out."
+            raise self._error(
+                f"finite scores, got score={self.score!r}, rewards={self.rewards!r}. Fix the "
+                f"reward model {self.reward_name!r}, or leave the response out."
             )
         if len(self.logprobs) not in (0, len(self.response_ids)):
-            raise RecordsError(
-                f"Record of prompt {self.prompt_id!r}: expected one log-probability a response "
-                f"token ({len(self.response_ids)}), got {len(self.logprobs)}. Give all, or none."
+            raise self._error(
+                f"one log-probability a response token ({len(self.response_ids)}), got "
+                f"{len(self.logprobs)}. Give all, or none."
             )
+
+    def _error(self, expected: str) -> RecordsError:
+        return RecordsError(f"Record of prompt {self.prompt_id!r}: expected {expected}")
 
     @classmethod
     def from_state(
         cls,
         state: TextState,
         *,
-        response: str,
-        score: float,
         rewards: Mapping[str, float],
-        reward_name: str,
-        agent: str,
-        language_model: str,
-        seed: int,
         logprobs: Sequence[float] = (),
         usage: Mapping[str, float] | None = None,
-        sample: int | None = None,
+        **others: Any,
     ) -> Record:
-        """Make the record of a scored state; see the class for the arguments.
+        """Make the record of a scored state.
 
-        Raises:
-            RecordsError: See the class.
+        `others` are the class's arguments that do not follow from the state: `response`, `score`,
+        `reward_name`, `agent`, `language_model`, `seed` and, if it is one of several, `sample`.
         """
         prompt = state.prompt
         return cls(
             prompt_id=prompt.id,
             prompt_text=prompt.text,
             split=prompt.split,
-            prompt_ids=state.prompt_ids,
-            response_ids=state.response_ids,
-            logprobs=tuple(logprobs),
-            finish_reason=state.finish_reason,
-            response=response,
-            rewards=dict(rewards),
-            score=score,
-            reward_name=reward_name,
-            agent=agent,
-            language_model=language_model,
-            seed=seed,
-            usage=dict(usage or {}),
             metadata=dict(prompt.metadata),
             messages=None if isinstance(prompt.content, str) else prompt.content,
+            prompt_ids=state.prompt_ids,
+            response_ids=state.response_ids,
+            finish_reason=state.finish_reason,
             chunk_ends=state.chunk_ends,
-            sample=sample,
+            rewards=dict(rewards),
+            logprobs=tuple(logprobs),
+            usage=dict(usage or {}),
+            **others,
         )
 
     def prompt(self) -> Prompt:
@@ -179,16 +184,9 @@ class Record:
         return self.prefix_state(len(self.response_ids))
 
     def prefix_state(self, length: int) -> TextState:
-        """The state after the first `length` tokens; it has ended only if the response had.
-
-        Raises:
-            RecordsError: The response is shorter.
-        """
+        """The state after the first `length` tokens; it has ended only if the response had."""
         if not 0 <= length <= len(self.response_ids):
-            raise RecordsError(
-                f"Record of prompt {self.prompt_id!r}: expected a prefix of 0 to "
-                f"{len(self.response_ids)} tokens, got {length}."
-            )
+            raise self._error(f"a prefix of 0 to {len(self.response_ids)} tokens, got {length}.")
         return TextState(
             self.prompt(),
             self.prompt_ids,
@@ -204,7 +202,8 @@ class RecordWriter:
 
     A full shard is written at once, the rest by `flush()` and at the end of the block, also when
     the block ends with an error. A writer that is killed loses no more than the records that were
-    not flushed. A folder has one writer at a time.
+    not flushed. A folder has one writer at a time. All methods raise RecordsError where the writer
+    is not open or a shard cannot be written.
 
     Args:
         folder: Made if it is not there, appended to if it is.
@@ -217,8 +216,6 @@ class RecordWriter:
     Example:
         >>> with RecordWriter("records") as writer:  # doctest: +SKIP
         ...     writer.append(record)
-        >>> len(read_records("records"))  # doctest: +SKIP
-        1
     """
 
     def __init__(self, folder: str | Path, *, shard_rows: int = 256) -> None:
@@ -226,7 +223,7 @@ class RecordWriter:
             raise RecordsError(f"shard_rows: expected 1 or more, got {shard_rows!r}.")
         self.folder = Path(folder)
         self.shard_rows = shard_rows
-        self._lock = FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS)
+        self._lock: FileLock | None = None
         self._pending: list[pa.RecordBatch] = []
         self._next_shard = 0
         self._run: bytes | None = None
@@ -234,18 +231,18 @@ class RecordWriter:
     def __enter__(self) -> RecordWriter:
         with writing(self.folder, RecordsError):
             self.folder.mkdir(parents=True, exist_ok=True)
+            busy = "another writer has it open. Wait until that one ends"
+            lock = locked(self.folder, busy, RecordsError)
             try:
-                self._lock.acquire()
-            except Timeout as error:
-                raise RecordsError(
-                    f"{self.folder}: expected to be its only writer, but another one has it open. "
-                    "Wait until that one ends, or write to another folder."
-                ) from error
-            try:
-                self._take_over()
+                remove_scratch(self.folder)
+                shards = _shards_of(self.folder)
+                for shard in shards:
+                    _count_rows(shard)
             except BaseException:
-                self._lock.release()
+                lock.release()
                 raise
+        self._next_shard = _number_of(shards[-1]) + 1 if shards else 0
+        self._lock = lock
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -253,15 +250,16 @@ class RecordWriter:
             self.flush()
         finally:
             self._pending.clear()
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
+            self._lock = None
 
     def append(self, record: Record) -> None:
         """Add a record; it is on the disk after the next `flush()` or when its shard is full.
 
         Raises:
-            RecordsError: The record cannot be stored: an integer beyond 64 bits, text that is no
-                valid Unicode, metadata that is not JSON. Or the writer is not open, or the shard
-                cannot be written.
+            RecordsError: It has integers beyond 64 bits, invalid Unicode, or metadata that is not
+                JSON.
         """
         self.extend([record])
 
@@ -280,19 +278,14 @@ class RecordWriter:
         self.flush()
 
     def go_on(self, run: Mapping[str, Any]) -> None:
-        """Write records of this run from now on; the folder holds no others.
+        """Write records of this run from now on; RecordsError where the folder holds others.
 
-        Args:
-            run: Whatever the records depend on, apart from their prompts; JSON values, kept in each
-                shard.
-
-        Raises:
-            RecordsError: The folder holds records of another run (the message says what differs),
-                or some that do not say of which. Or the writer is not open.
+        `run` is whatever the records depend on, apart from their prompts: JSON values, kept in each
+        shard.
         """
         self._check_open()
-        for shard in shards_of(self.folder):
-            found = run_of_shard(shard)
+        for shard in _shards_of(self.folder):
+            found = _run_of_shard(shard)
             if found is None:
                 raise RecordsError(
                     f"{shard} holds records that do not say what they depend on, so nothing can be "
@@ -302,37 +295,30 @@ class RecordWriter:
         self._run = json.dumps(run).encode()
 
     def flush(self) -> None:
-        """Write what was added since the last shard; what cannot be written is kept.
-
-        Raises:
-            RecordsError: The writer is not open, or the shard cannot be written.
-        """
+        """Write what was added since the last shard; what cannot be written is kept."""
         self._check_open()
         if not self._pending:
             return
         table = pa.Table.from_batches(self._pending).combine_chunks()
         if self._run is not None:
-            metadata = {**(table.schema.metadata or {}), RUN_KEY: self._run}
+            metadata = {**(table.schema.metadata or {}), _RUN_KEY: self._run}
             table = table.replace_schema_metadata(metadata)
-        with writing(self.folder, RecordsError):
-            write_shard(table, self.folder / f"shard-{self._next_shard:05d}.parquet")
+        path = self.folder / f"shard-{self._next_shard:05d}.parquet"
+        with (
+            writing(self.folder, RecordsError),
+            write_file(path) as scratch,
+            scratch.open("wb") as file,
+        ):
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         self._next_shard += 1
         self._pending.clear()
 
     def existing(self) -> list[Record]:
         """The records that are on the disk, as `read_records`; none in a new folder."""
-        return read_records(self.folder) if shards_of(self.folder) else []
-
-    def _take_over(self) -> None:
-        for scratch in self.folder.glob(f"shard-*{SCRATCH_SUFFIX}"):
-            scratch.unlink()
-        shards = shards_of(self.folder)
-        for shard in shards:
-            count_rows(shard)
-        self._next_shard = number_of(shards[-1]) + 1 if shards else 0
+        return read_records(self.folder) if _shards_of(self.folder) else []
 
     def _check_open(self) -> None:
-        if not self._lock.is_locked:
+        if self._lock is None:
             raise RecordsError(
                 f"{self.folder}: the writer is not open. Write within "
                 "`with RecordWriter(folder) as writer:`."
@@ -342,41 +328,33 @@ class RecordWriter:
 def read_records(folder: str | Path, *, skip_damaged: bool = False) -> list[Record]:
     """Read all records of a folder, in the order in which they were written.
 
-    Args:
-        folder: As written by `RecordWriter`.
-        skip_damaged: Leave out damaged shards with a warning instead of raising.
-
     Raises:
-        RecordsError: There is no such folder, it has no shards, a shard is damaged (with
-            `skip_damaged`: all are), or a shard has an unknown version.
-
-    Example:
-        >>> [record.score for record in read_records("records")]  # doctest: +SKIP
-        [0.5]
+        RecordsError: There are no shards, one has an unknown version, or one is damaged; with
+            `skip_damaged` those are left out with a warning, unless all are.
     """
     return list(iter_records(folder, skip_damaged=skip_damaged))
 
 
 def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[Record]:
-    """Read records one shard at a time; see `read_records`, which takes and raises the same."""
-    shards = shards_of(folder)
+    """`read_records`, one shard at a time."""
+    shards = _shards_of(folder)
     if not shards:
         raise RecordsError(
             f"{folder}: expected a folder with record shards (shard-00000.parquet, ...), got none "
-            f"({what_is(Path(folder))}). Write some with `RecordWriter`, or give another folder."
+            f"({_what_is(Path(folder))}). Write some with `RecordWriter`, or give another folder."
         )
-    any_sound = False
+    damaged = 0
     for shard in shards:
         try:
-            table = read_shard(shard)
+            table = _read_shard(shard)
         except DamagedShardError as error:
             if not skip_damaged:
-                raise damage(shards) from error
+                raise _damage(shards) from error
             warnings.warn(f"Left out a damaged shard: {error}", stacklevel=2)
-            continue
-        any_sound = True
-        yield from map(_record, table.to_pylist())
-    if not any_sound:
+            damaged += 1
+        else:
+            yield from map(_record, table.to_pylist())
+    if damaged == len(shards):
         raise RecordsError(
             f"{folder}: expected at least one sound shard, but all {len(shards)} are damaged. "
             "Restore them from a copy, or collect the records again."
@@ -385,7 +363,7 @@ def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[
 
 def has_records(folder: str | Path, expected: int = 1) -> bool:
     """Whether a folder holds at least `expected` records; see `read_records` for errors."""
-    return sum(map(count_rows, shards_of(folder))) >= expected
+    return sum(map(_count_rows, _shards_of(folder))) >= expected
 
 
 def rescore(
@@ -396,15 +374,9 @@ def rescore(
     Nothing is generated again: the new records differ from the old in `score`, `rewards` and
     `reward_name` alone. The new folder appears when all of it is written, or not at all.
 
-    Args:
-        source: Folder of records.
-        reward_model: Scores the responses.
-        target: A folder that does not exist, or is empty.
-        batch_size: Responses that are scored together.
-
     Raises:
         RecordsError: The target is the source, holds something, or cannot be written; the source
-            cannot be read; or `batch_size` is below 1.
+            cannot be read; or `batch_size`, the responses scored together, is below 1.
         RewardError: The reward model failed.
 
     Example:
@@ -412,8 +384,7 @@ def rescore(
     """
     if batch_size < 1:
         raise RecordsError(f"batch_size: expected 1 or more, got {batch_size!r}.")
-    reward_model = as_reward_model(reward_model)
-    target = Path(target)
+    model, target = as_reward_model(reward_model), Path(target)
     with writing(target, RecordsError):
         _check_target(Path(source), target)
     records, run = iter_records(source), run_of(source)
@@ -423,30 +394,19 @@ def rescore(
         RecordWriter(scratch) as writer,
     ):
         if run is not None:
-            writer.go_on({**run, "reward": identity(reward_model)})
+            writer.go_on({**run, "reward": identity(model)})
         while batch := list(islice(records, batch_size)):
-            writer.extend(_rescored(batch, reward_model))
+            prompts = [record.prompt() for record in batch]
+            scores = score_responses(model, prompts, [record.response for record in batch])
+            for i, (record, total) in enumerate(zip(batch, scores.total.tolist(), strict=True)):
+                changed: Any = {"rewards": scores.parts_of(i), "reward_name": name_of(model)}
+                writer.append(dataclasses.replace(record, score=total, **changed))
 
 
 def run_of(folder: str | Path) -> dict[str, Any] | None:
     """What the records of a folder depend on (`RecordWriter.go_on`); None where it is not known."""
-    found = [run_of_shard(shard) for shard in shards_of(folder)]
+    found = [_run_of_shard(shard) for shard in _shards_of(folder)]
     return found[0] if found and all(run == found[0] for run in found) else None
-
-
-def _rescored(records: Sequence[Record], reward_model: RewardModel) -> Iterator[Record]:
-    scores = score_responses(
-        reward_model,
-        [record.prompt() for record in records],
-        [record.response for record in records],
-    )
-    for i, record in enumerate(records):
-        yield dataclasses.replace(
-            record,
-            score=float(scores.total[i]),
-            rewards=scores.parts_of(i),
-            reward_name=name_of(reward_model),
-        )
 
 
 def _check_target(source: Path, target: Path) -> None:
@@ -457,7 +417,7 @@ def _check_target(source: Path, target: Path) -> None:
         )
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise RecordsError(
-            f"target: expected a new or empty folder, got {str(target)!r} ({what_is(target)}). "
+            f"target: expected a new or empty folder, got {str(target)!r} ({_what_is(target)}). "
             "Choose another, or remove it."
         )
 
@@ -467,22 +427,22 @@ def _batch(record: Record) -> pa.RecordBatch:
     try:
         return pa.RecordBatch.from_pylist([_row(record)], schema=SCHEMA)
     except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
-        raise RecordsError(
-            f"Record of prompt {record.prompt_id!r}: expected 64-bit integers, valid Unicode text "
-            f"and metadata of JSON values, got {type(error).__name__}: {error}. Convert the value, "
-            "or leave it out of the record."
+        raise record._error(
+            "64-bit integers, valid Unicode text and metadata of JSON values, got "
+            f"{type(error).__name__}: {error}. Convert the value, or leave it out of the record."
         ) from error
 
 
 def _row(record: Record) -> dict[str, Any]:
-    messages = record.messages
-    return {
-        **{name: getattr(record, name) for name in SCHEMA.names},
-        "messages": None if messages is None else _json([vars(m) for m in messages]),
-        "metadata": _json(record.metadata),
-        "rewards": _amounts(record.rewards),
-        "usage": _amounts(record.usage),
-    }
+    row = {name: getattr(record, name) for name in SCHEMA.names}
+    if record.messages is not None:
+        row["messages"] = [vars(message) for message in record.messages]
+    for name in ("messages", "metadata"):
+        if row[name] is not None:
+            row[name] = json.dumps(row[name], ensure_ascii=False, allow_nan=False)
+    for name in ("rewards", "usage"):
+        row[name] = [{"name": k, "value": float(v)} for k, v in row[name].items()]
+    return row
 
 
 def _record(row: dict[str, Any]) -> Record:
@@ -496,9 +456,82 @@ def _record(row: dict[str, Any]) -> Record:
     return Record(**row)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+def _run_of_shard(shard: Path) -> dict[str, Any] | None:
+    """What the records of a shard depend on; None in shards that do not say it."""
+    with _opened(shard) as file:
+        run = (file.schema_arrow.metadata or {}).get(_RUN_KEY)
+    return None if run is None else dict(json.loads(run))
 
 
-def _amounts(values: Mapping[str, float]) -> list[dict[str, Any]]:
-    return [{"name": name, "value": float(value)} for name, value in values.items()]
+def _shards_of(folder: str | Path) -> list[Path]:
+    """The shards of a folder in the order of writing; none where there is no folder."""
+    try:
+        found = [path for path in Path(folder).iterdir() if _SHARD_NAME.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise RecordsError(
+            f"{folder}: expected a folder that can be read, got {error}. Change its permissions, "
+            "or give another folder."
+        ) from error
+    return sorted(found, key=_number_of)
+
+
+def _number_of(shard: Path) -> int:
+    return int(shard.stem.removeprefix("shard-"))
+
+
+def _read_shard(shard: Path) -> pa.Table:
+    with _opened(shard) as file:
+        return file.read()
+
+
+def _count_rows(shard: Path) -> int:
+    """How many rows a shard has, from its footer alone."""
+    with _opened(shard) as file:
+        return int(file.metadata.num_rows)
+
+
+@contextmanager
+def _opened(shard: Path) -> Iterator[pq.ParquetFile]:
+    """A shard whose version and columns are known."""
+    try:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+            schema = file.schema_arrow
+            version = (schema.metadata or {}).get(_VERSION_KEY, b"no version")
+            known, got = _SCHEMAS.get(version), version.decode(errors="replace")
+            if known is None:
+                raise RecordsError(
+                    f"{shard}: expected records of version {_VERSION.decode()}, got {got}. Read it "
+                    "with the release of mbrl-text-env that wrote it, or move it out of the folder."
+                )
+            if not schema.equals(known):
+                raise DamagedShardError(
+                    f"{shard}: expected the columns of version {got} ({known.names}), got "
+                    f"{schema.names} or other types. Restore it from a copy, or move it out of the "
+                    "folder."
+                )
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DamagedShardError(
+            f"{shard}: expected a whole shard of records, but it is damaged or cut off ({error}). "
+            "Restore it from a copy, or move it out of the folder: `collect` draws it again."
+        ) from error
+
+
+def _damage(shards: Sequence[Path]) -> RecordsError:
+    """The error that names the damaged shards, and how many records the others hold."""
+    rows, damaged = 0, []
+    for shard in shards:
+        try:
+            rows += _read_shard(shard).num_rows
+        except DamagedShardError as error:
+            damaged.append(str(error))
+    return RecordsError(
+        f"{' '.join(damaged)} The sound shards hold {rows} records; `skip_damaged=True` reads "
+        "these."
+    )
+
+
+def _what_is(path: Path) -> str:
+    return "a folder" if path.is_dir() else "a file" if path.exists() else "not there"

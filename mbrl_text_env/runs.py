@@ -1,28 +1,54 @@
-"""Folders of results: what their rows depend on, and who works in them.
+"""Folders of results: what their rows depend on, who works in them, and going on from a kill.
 
 A run writes down, by digest, whatever its rows depend on. A later run goes on in the same folder if
-it depends on the same; otherwise it is refused with what differs. Entries of the keys that may
-grow, such as prompts, can be added, never changed.
+it depends on the same; otherwise it is refused with what differs.
+
+`identity` is what is kept of a model, reward or value. A class says it itself with a method
+`identity() -> JSON values`. Without one, it is the class with the file that defines it, its name,
+the constructor's arguments that are kept as attributes of the same name, and what was fitted
+(attributes whose names end in one underscore), as in scikit-learn. Arrays, tensors and folders of
+models count by their content, functions by the file that defines them.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
 import hashlib
+import inspect
 import json
+import random
+import re
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from mbrl_text_env.files import remove_scratch, write_text
+from mbrl_text_env.files import remove_scratch, shortened, write_text
 from mbrl_text_env.types import Prompt
 
 CONFIG = "config.json"
 _LOCK_SECONDS = 1.0
 _SHOWN = 4
+_CHECKPOINTS_OF = "run.json"
+_OWN = "mbrl_text_env"
+# They say how fast something is computed, not what.
+_SPEED = frozenset({"batch_size", "batch_tokens", "device", "workers"})
+# A string that names a folder with one of these is a model's.
+_MODEL_FILES = (
+    "config.json", "reward.json", "value.json", "policy.json", "adapter_config.json", "modules.json"
+)  # fmt: skip
+_MOST_NESTED = 12
 
 
 @contextmanager
@@ -43,16 +69,10 @@ def claimed(
         folder: Made if it is not there.
         record: Whatever the run's results depend on (see `identity`). JSON values.
         noun: What the messages call the run, such as "comparison".
-        error: What is raised.
-        grows: Keys of objects in `record` to which this run may add entries; those that are there
-            and not in this run's are kept.
-
-    Raises:
-        error: The folder holds other files, or another run, is in use, or cannot be written.
-
-    Example:
-        >>> with claimed("out", {"seed": 0}, "comparison", ValueError):  # doctest: +SKIP
-        ...     pass
+        error: What is raised: the folder holds other files, or another run, is in use, or cannot be
+            written.
+        grows: Keys of objects in `record`, such as prompts, to which this run may add entries;
+            those that are there and not in this run's are kept.
     """
     path = Path(folder)
     with writing(path, error):
@@ -60,14 +80,7 @@ def claimed(
         if others and not (path / CONFIG).exists():
             raise error(f"{path} holds other files and no {noun}. Choose a new or empty folder.")
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / ".lock", timeout=_LOCK_SECONDS)
-        try:
-            lock.acquire()
-        except Timeout as busy:
-            raise error(
-                f"{path}: another process works on this {noun}. Wait until it ends, or choose "
-                "another folder."
-            ) from busy
+        lock = locked(path, f"another process works on this {noun}. Wait until it ends", error)
     try:
         with writing(path, error):
             remove_scratch(path)
@@ -75,6 +88,16 @@ def claimed(
         yield
     finally:
         lock.release()
+
+
+def locked(folder: Path, busy: str, error: type[Exception]) -> FileLock:
+    """The lock of a folder, taken; an `error` that says `busy` where another process has it."""
+    lock = FileLock(folder / ".lock", timeout=_LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout as reason:
+        raise error(f"{folder}: {busy}, or choose another folder.") from reason
+    return lock
 
 
 def claim_file(
@@ -85,7 +108,7 @@ def claim_file(
     grows: Sequence[str] = (),
 ) -> None:
     """Write what a run depends on, or make sure that it is there already; see `claimed`."""
-    wanted = _as_json(record)
+    wanted = json.loads(json.dumps(record))
     if not path.exists():
         write_text(path, json.dumps(wanted, indent=2))
         return
@@ -122,12 +145,8 @@ def refuse_others(
     noun: str,
     error: type[Exception],
 ) -> None:
-    """Refuse to go on with results in folder `where` that depend on something else (`found`).
-
-    Raises:
-        error: They differ from this run's `record`; the message says in what.
-    """
-    differing = [*differences(found, _as_json(record))]
+    """Refuse to go on with results in folder `where` that depend on something else (`found`)."""
+    differing = [*_differences(found, json.loads(json.dumps(record)))]
     if differing:
         more = f", and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise error(
@@ -136,28 +155,19 @@ def refuse_others(
         )
 
 
-def differences(found: Any, record: Any, name: str = "") -> Iterator[str]:
-    """What differs between two trees of JSON values, each as "name: old there, new here".
-
-    Example:
-        >>> list(differences({"seed": 0, "lm": {"name": "a"}}, {"seed": 0, "lm": {"name": "b"}}))
-        ['lm.name: a there, b here']
-    """
+def _differences(found: Any, record: Any, name: str = "") -> Iterator[str]:
+    """What differs between two trees of JSON values, each as "lm.name: a there, b here"."""
     if isinstance(found, dict) and isinstance(record, dict):
         for key in sorted({*found, *record}):
             inner = f"{name}.{key}" if name else str(key)
-            yield from differences(found.get(key), record.get(key), inner)
+            yield from _differences(found.get(key), record.get(key), inner)
     elif found != record:
-        yield f"{name}: {_short(found)} there, {_short(record)} here"
+        there, here = (v if isinstance(v, str) else json.dumps(v) for v in (found, record))
+        yield f"{name}: {shortened(there, 60)} there, {shortened(here, 60)} here"
 
 
 def prompt_digest(prompt: Prompt) -> str:
-    """Tells a prompt's content, metadata and split from others; its id is not part of it.
-
-    Example:
-        >>> prompt_digest(Prompt.from_text("a", "1")) == prompt_digest(Prompt.from_text("a", "2"))
-        True
-    """
+    """Tells a prompt's content, metadata and split from others; its id is not part of it."""
     content: Any = prompt.content
     if not isinstance(content, str):
         content = [[message.role, message.content] for message in content]
@@ -192,11 +202,268 @@ def read_config(path: Path, error: type[Exception]) -> dict[str, Any]:
     return values
 
 
-def _as_json(record: Mapping[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(json.dumps(record))
-    return values
+def claim_checkpoints(
+    checkpoints: Path, record: Mapping[str, Any], error: type[Exception]
+) -> str | None:
+    """Make the folder of checkpoints, or find in it the last whole one of the same run.
+
+    Checkpoints that were cut off are removed; None where there is no whole one. A folder of another
+    run, by its `record` of JSON values, or of something else is an `error`.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_scratch(checkpoints)
+    note = checkpoints / _CHECKPOINTS_OF
+    others = any(path.name != _CHECKPOINTS_OF for path in checkpoints.iterdir())
+    if others and not note.is_file():
+        raise error(
+            f"{checkpoints}: expected checkpoints of the same training to go on from, got a folder "
+            "with other files. Remove the folder to begin anew, or choose another folder for the "
+            "result."
+        )
+    claim_file(note, record, "training", error)
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    whole = None
+    for path in found:
+        # Trainers write their state last: a checkpoint without it was cut off.
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            whole = str(path)
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return whole
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Seed the global generators, as trainers do, and put their states back."""
+    import torch
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def identity(part: Any) -> Any:
+    """What tells a part of a run (a model, a reward) from others; JSON values. See the module.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> identity(SentimentReward())
+        {'class': 'mbrl_text_env.rewards.evaluators.sentiment.SentimentReward', 'name': 'sentiment'}
+    """
+    return _identity(part, 0)
+
+
+def folder_digest(folder: str | Path) -> str:
+    """Tells the content of a folder, or a file, from others; hidden files are left out."""
+    root = Path(folder)
+    paths = [root] if root.is_file() else sorted(filter(Path.is_file, root.rglob("*")))
+    lines = []
+    for path in paths:
+        name = path.relative_to(root)
+        if not name.name.startswith("."):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+            lines.append(f"{name} {content}".encode())
+    return digest(*lines)
+
+
+def weights_digest(model: Any) -> str:
+    """Tells the weights of a torch module from others; all of them count."""
+    named = {id(tensor): (name, tensor) for name, tensor in model.state_dict().items()}
+    with ThreadPoolExecutor() as pool:
+        return digest(*pool.map(_tensor_line, named.values()))
+
+
+def _tensor_line(named: tuple[str, Any]) -> bytes:
+    import torch
+
+    name, tensor = named
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {digest(content.data)}".encode()
+
+
+def _identity(part: Any, depth: int) -> Any:
+    inner = functools.partial(_identity, depth=depth + 1)
+    if depth > _MOST_NESTED:
+        return _class_name(type(part))
+    own = getattr(part, "identity", None)
+    if callable(own) and not inspect.isclass(part):
+        return own()
+    if isinstance(part, str) and _is_model_folder(part):
+        return {"folder": folder_digest(part)}
+    if part is None or isinstance(part, bool | int | str):
+        return part
+    if isinstance(part, float):
+        return part if np.isfinite(part) else repr(part)
+    if isinstance(part, Path):
+        return {"content": folder_digest(part)} if part.exists() else str(part)
+    if isinstance(part, Enum):
+        return inner(part.value)
+    if isinstance(part, re.Pattern):
+        return [part.pattern, part.flags]
+    if isinstance(part, bytes):
+        return digest(part)
+    if isinstance(part, np.ndarray | np.generic):
+        return [str(part.dtype), list(part.shape), digest(np.ascontiguousarray(part).tobytes())]
+    if isinstance(part, Mapping):
+        return {str(key): inner(value) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [inner(value) for value in part]
+    if isinstance(part, set | frozenset):
+        return sorted((inner(value) for value in part), key=repr)
+    return _object(part, inner)
+
+
+def _object(part: Any, inner: Any) -> Any:
+    if inspect.isclass(part):
+        return _described(part)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(part, torch.nn.Module):
+        return {"class": _class_name(type(part)), "weights": weights_digest(part)}
+    if torch is not None and isinstance(part, torch.Tensor):
+        return _tensor_line(("", part)).decode()
+    if isinstance(part, functools.partial):
+        return [inner(part.func), inner(part.args), inner(part.keywords)]
+    if inspect.ismethod(part):
+        return [part.__name__, inner(part.__self__)]
+    if inspect.isroutine(part):
+        return _function(part, inner)
+    found = {**_described(type(part)), **_attributes(part, inner)}
+    name = getattr(part, "name", None)
+    return {**found, "name": name} if isinstance(name, str) else found
+
+
+def _attributes(part: Any, inner: Any) -> dict[str, Any]:
+    """Constructor's arguments, and what was fitted."""
+    is_data = dataclasses.is_dataclass(part)
+    names = [field.name for field in dataclasses.fields(part)] if is_data else []
+    with suppress(TypeError, ValueError):
+        # A class below a dataclass may have a constructor of its own.
+        names += inspect.signature(type(part)).parameters
+    state = getattr(part, "__dict__", {})
+    names += [n for n in state if n.endswith("_") and not n.startswith("_")]
+    return {
+        name: inner(getattr(part, name))
+        for name in dict.fromkeys(names)
+        if name not in _SPEED and (name in state or hasattr(part, name))
+    }
+
+
+def _function(function: Any, inner: Any) -> dict[str, Any]:
+    """Its code, and what it holds besides: variables of the functions around, and defaults."""
+    held = []
+    for cell in getattr(function, "__closure__", None) or ():
+        # A variable that is not set yet has an empty cell.
+        with suppress(ValueError):
+            held.append(cell.cell_contents)
+    held += getattr(function, "__defaults__", None) or ()
+    named = getattr(function, "__kwdefaults__", None)
+    values = [inner(value) for value in [*held, *([named] if named else [])]]
+    return {**_described(function), **({"captured": values} if values else {})}
+
+
+def _described(defined: Any) -> dict[str, Any]:
+    """The name of a class or function, and a digest of the code that defines it."""
+    kind = "class" if inspect.isclass(defined) else "function"
+    module = getattr(defined, "__module__", None) or ""
+    found: dict[str, Any] = {kind: _class_name(defined)}
+    if module.partition(".")[0] == _OWN or module in sys.builtin_module_names:
+        # What these compute changes with the format of the results.
+        return found
+    code = _code(defined, module)
+    return {**found, "code": code} if code else found
+
+
+def _class_name(defined: Any) -> str:
+    return f"{getattr(defined, '__module__', '')}.{getattr(defined, '__qualname__', defined)}"
+
+
+def _code(defined: Any, module: str) -> str | None:
+    if module != "__main__":
+        path = _source_file(defined)
+        if path is not None:
+            return digest(*(p.read_bytes() for p in _with_neighbours(defined, path)))
+    # The rest of a script or notebook changes from run to run: its own lines count.
+    try:
+        return digest(inspect.getsource(defined).encode())
+    except (OSError, TypeError):
+        code = getattr(defined, "__code__", None)
+        return None if code is None else digest(code.co_code, repr(code.co_consts).encode())
+
+
+def _source_file(defined: Any) -> Path | None:
+    try:
+        path = Path(inspect.getsourcefile(defined) or "")
+    except TypeError:
+        # A module that was run from a file and is not among the imported ones.
+        path = Path(getattr(_first(defined, "__code__"), "co_filename", ""))
+    return path if path.is_file() else None
+
+
+def _first(defined: Any, name: str) -> Any:
+    """An attribute of a function, or of the first method of a class that has it."""
+    methods = vars(defined).values() if inspect.isclass(defined) else ()
+    found = (getattr(part, name, None) for part in (defined, *methods))
+    return next((value for value in found if value is not None), None)
+
+
+def _with_neighbours(defined: Any, path: Path) -> list[Path]:
+    """The file, and those of its folder that it imports, and so on."""
+    folder = path.resolve().parent
+    found = {path.resolve()}
+    waiting = [_first(defined, "__globals__") or {}]
+    while waiting:
+        for value in list(waiting.pop().values()):
+            is_module = isinstance(value, ModuleType)
+            name = getattr(value, "__name__" if is_module else "__module__", None)
+            module = sys.modules.get(name) if isinstance(name, str) else None
+            other = Path(getattr(module, "__file__", None) or "").resolve()
+            if other.suffix != ".py" or folder not in other.parents or other in found:
+                continue
+            if "site-packages" not in other.relative_to(folder).parts:
+                found.add(other)
+                waiting.append(vars(module))
+    # A number that was imported does not say where it comes from; the import does.
+    unread = list(found)
+    while unread:
+        new = _imported(unread.pop(), folder) - found
+        found |= new
+        unread += new
+    return sorted(found)
+
+
+def _imported(path: Path, folder: Path) -> set[Path]:
+    """Files below a folder that a file of it imports by name."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return set()
+    names: set[tuple[Path, str]] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {(folder, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = path.parents[min(node.level, len(path.parents)) - 1] if node.level else folder
+            start = f"{node.module}." if node.module else ""
+            names |= {(base, f"{start}{alias.name}") for alias in node.names}
+    files = (
+        file
+        for base, name in names
+        for stop in range(1, name.count(".") + 2)
+        for stem in [base.joinpath(*name.split(".")[:stop])]
+        for file in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py")
+    )
+    return {file.resolve() for file in files if file.is_file() and folder in file.parents}
+
+
+def _is_model_folder(name: str) -> bool:
+    try:
+        return bool(name) and any((Path(name) / file).is_file() for file in _MODEL_FILES)
+    except (OSError, ValueError):
+        return False

@@ -1,14 +1,16 @@
 """Gymnasium spaces for chunks of tokens and for Unicode text.
 
 Both work with Gymnasium's functions for spaces, and with Minari's where it is installed. A chunk is
-flattened to int64[C], padded with `vocab_size`; a text to int32[flat_length], code points padded
+flattened to int64[C], padded with `vocab_size`; a text to int32[at most 65,536], code points padded
 with 1,114,112, which is no character. Shared memory holds the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import multiprocessing as mp
 import operator
@@ -23,18 +25,30 @@ from gymnasium.spaces import utils
 from gymnasium.vector.utils import shared_memory
 from gymnasium.wrappers.utils import create_zero_array
 
-from mbrl_text_env.mdp import ChunkRules
+from mbrl_text_env.types import ChunkRules
 
 
-class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
+class _Flat:
+    """A space whose elements become `flat_length` numbers, padded with `padding`."""
+
+    flat_length: int
+    padding: int
+    zero: Any
+
+    @property
+    def is_np_flattenable(self) -> bool:
+        return True
+
+    def _refuse_masks(self, *masks: Any) -> None:
+        if any(mask is not None for mask in masks):
+            raise ValueError(f"{type(self).__name__}.sample takes no mask.")
+
+
+class ChunkSpace(_Flat, gym.Space[npt.NDArray[np.int64]]):
     """Chunks of 1 to C token ids in which a stop token may only be the last.
 
     Elements are int64[n]; lists and tuples of ints are accepted by `contains`. `sample` draws the
     length uniformly from 1 to C, then ordinary tokens uniformly, and lets the last be any token.
-
-    Args:
-        rules: Vocabulary size, stop tokens and C.
-        seed: Seed of `sample`.
 
     Raises:
         ValueError: C or the vocabulary size is below 1.
@@ -46,7 +60,7 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
     """
 
     flat_dtype = np.int64
-    zero: Any = (0,)
+    zero = (0,)
 
     def __init__(self, rules: ChunkRules, seed: int | np.random.Generator | None = None) -> None:
         if rules.max_chunk_tokens < 1 or rules.vocab_size < 1:
@@ -55,22 +69,8 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
                 f"{rules.max_chunk_tokens} and {rules.vocab_size}."
             )
         self.rules = rules
+        self.flat_length, self.padding = rules.max_chunk_tokens, rules.vocab_size
         super().__init__(None, np.int64, seed)
-
-    @property
-    def is_np_flattenable(self) -> bool:
-        """`flatten` gives int64[C], padded with `vocab_size`."""
-        return True
-
-    @property
-    def flat_length(self) -> int:
-        """C."""
-        return self.rules.max_chunk_tokens
-
-    @property
-    def padding(self) -> int:
-        """The vocabulary's size."""
-        return self.rules.vocab_size
 
     def numbers(self, x: Any) -> npt.NDArray[Any]:
         """A chunk as an array that is as long as it is."""
@@ -81,13 +81,8 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
         return numbers.copy()
 
     def sample(self, mask: None = None, probability: None = None) -> npt.NDArray[np.int64]:
-        """Draw a chunk, int64[n]. Masks are not supported.
-
-        Raises:
-            ValueError: A mask was given.
-        """
-        if mask is not None or probability is not None:
-            raise ValueError("ChunkSpace.sample takes no mask: draw from a language model instead.")
+        """Draw a chunk, int64[n]. Masks are refused by a ValueError."""
+        self._refuse_masks(mask, probability)
         rules = self.rules
         length = int(self.np_random.integers(1, rules.max_chunk_tokens + 1))
         ordinary = rules.vocab_size - len(rules.stop_token_ids)
@@ -102,7 +97,7 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
         return ids is not None and self.rules.fault(ids) is None
 
     def to_jsonable(self, sample_n: Iterable[npt.NDArray[np.int64]]) -> list[list[int]]:
-        """Chunks as lists of ints."""
+        """As lists of ints."""
         return [np.asarray(chunk).tolist() for chunk in sample_n]
 
     def from_jsonable(self, sample_n: list[Any]) -> list[npt.NDArray[np.int64]]:
@@ -116,6 +111,55 @@ class ChunkSpace(gym.Space[npt.NDArray[np.int64]]):
         rules = self.rules
         stops = sorted(rules.stop_token_ids)
         return f"ChunkSpace({rules.vocab_size}, stop={stops}, max_tokens={rules.max_chunk_tokens})"
+
+
+class UnicodeText(_Flat, spaces.Text):
+    """Strings of at most `max_length` Unicode characters, the empty string included.
+
+    `gymnasium.spaces.Text` knows only a fixed set of characters and by default no empty string.
+    """
+
+    # Letters, digits and white space of several scripts; sampling need not reach all of Unicode.
+    _CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFG 0123456789 .,;:!?'\n äöüßéñ Жя 日本語 🙂"
+    flat_dtype = np.int32
+    padding = 0x110000
+    zero = ""
+
+    def __init__(self, max_length: int, seed: int | np.random.Generator | None = None) -> None:
+        if max_length < 0:
+            raise ValueError(f"Expected max_length of at least 0, got {max_length}.")
+        self.flat_length = min(max_length, 2**16)
+        super().__init__(max_length, min_length=0, charset=self._CHARACTERS, seed=seed)
+
+    def numbers(self, x: str) -> npt.NDArray[Any]:
+        """The code points of a text; a ValueError where there are more than `flat_length`."""
+        if len(x) > self.flat_length:
+            raise ValueError(
+                f"Expected a text of at most {self.flat_length} characters, got {len(x)}: "
+                "flattened texts and shared memory have no room for more. Use "
+                "observation='tokens', or AsyncVectorEnv with shared_memory=False."
+            )
+        return np.fromiter(map(ord, x), np.int32, len(x))
+
+    def element(self, numbers: npt.NDArray[Any]) -> str:
+        """The text that `numbers` gave."""
+        return "".join(map(chr, numbers.tolist()))
+
+    def sample(self, mask: Any = None, probability: Any = None) -> str:
+        """Draw a string of at most 32 characters. Masks are refused by a ValueError."""
+        self._refuse_masks(mask, probability)
+        length = int(self.np_random.integers(0, min(self.max_length, 32) + 1))
+        return "".join(self.np_random.choice(list(self._CHARACTERS), length))
+
+    def contains(self, x: Any) -> bool:
+        """Whether `x` is a string of at most `max_length` characters."""
+        return isinstance(x, str) and len(x) <= self.max_length
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UnicodeText) and self.max_length == other.max_length
+
+    def __repr__(self) -> str:
+        return f"UnicodeText({self.max_length})"
 
 
 def padded_chunk_space(rules: ChunkRules) -> spaces.MultiDiscrete:
@@ -132,21 +176,13 @@ def padded_chunk_space(rules: ChunkRules) -> spaces.MultiDiscrete:
 
 def unpadded(ids: Sequence[int], rules: ChunkRules) -> list[int]:
     """The chunk that padded ids stand for; see `padded_chunk_space`."""
-    chunk: list[int] = []
-    for token in ids:
-        if token == rules.vocab_size:
-            break
-        chunk.append(token)
-        if token in rules.stop_token_ids:
-            break
-    return chunk
+    chunk = list(itertools.takewhile(lambda token: token != rules.vocab_size, ids))
+    stops = (i for i, token in enumerate(chunk, start=1) if token in rules.stop_token_ids)
+    return chunk[: next(stops, None)]
 
 
 def as_token_ids(action: Any) -> list[int] | None:
-    """An action as a list of ints, or None where it is not a flat sequence of integers.
-
-    Sequences are NumPy arrays and torch tensors of one axis, lists and tuples.
-    """
+    """An array, tensor (of one axis), list or tuple of integers as a list of ints, or else None."""
     action = _as_numpy(action)
     if isinstance(action, np.ndarray):
         return action.tolist() if action.ndim == 1 and action.dtype.kind in "iu" else None
@@ -160,88 +196,16 @@ def as_index(value: Any) -> int | None:
     """An integer of Python, NumPy or torch (arrays of one element too) as an int, or else None."""
     value = _as_numpy(value)
     if isinstance(value, (np.ndarray, np.generic)):
-        is_one = value.size == 1 and value.dtype.kind in "iu"
-        return int(value.item()) if is_one else None
+        return int(value.item()) if value.size == 1 and value.dtype.kind in "iu" else None
     # bool is an int to Python, but True as a token id is a mistake.
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
+    with contextlib.suppress(TypeError):
+        return None if isinstance(value, bool) else operator.index(value)
+    return None
 
 
 def _as_numpy(value: Any) -> Any:
     """A torch tensor as an array, wherever it lies; anything else as it is."""
     return value.detach().cpu().numpy() if hasattr(value, "detach") else value
-
-
-class UnicodeText(spaces.Text):
-    """Strings of any Unicode characters, the empty string included.
-
-    `gymnasium.spaces.Text` knows only a fixed set of characters and by default no empty string.
-
-    Args:
-        max_length: Most characters.
-        seed: Seed of `sample`.
-    """
-
-    # Letters, digits and white space of several scripts; sampling need not reach all of Unicode.
-    _CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFG 0123456789 .,;:!?'\n äöüßéñ Жя 日本語 🙂"
-    _MOST_FLAT = 2**16
-    flat_dtype = np.int32
-    padding = 0x110000
-    zero: Any = ""
-
-    def __init__(self, max_length: int, seed: int | np.random.Generator | None = None) -> None:
-        if max_length < 0:
-            raise ValueError(f"Expected max_length of at least 0, got {max_length}.")
-        super().__init__(max_length, min_length=0, charset=self._CHARACTERS, seed=seed)
-
-    @property
-    def is_np_flattenable(self) -> bool:
-        """`flatten` gives int32[flat_length], code points padded with 1,114,112."""
-        return True
-
-    @property
-    def flat_length(self) -> int:
-        """Characters that `flatten` and shared memory have room for: at most 65,536."""
-        return min(self.max_length, self._MOST_FLAT)
-
-    def numbers(self, x: str) -> npt.NDArray[Any]:
-        """The code points of a text.
-
-        Raises:
-            ValueError: There are more than `flat_length`.
-        """
-        if len(x) > self.flat_length:
-            raise ValueError(
-                f"Expected a text of at most {self.flat_length} characters, got {len(x)}: "
-                "flattened texts and shared memory have no room for more. Use "
-                "observation='tokens', or AsyncVectorEnv with shared_memory=False."
-            )
-        return np.fromiter(map(ord, x), np.int32, len(x))
-
-    def element(self, numbers: npt.NDArray[Any]) -> str:
-        """The text that `numbers` gave."""
-        return "".join(map(chr, numbers.tolist()))
-
-    def sample(self, mask: Any = None, probability: Any = None) -> str:
-        """Draw a string of at most 32 characters. Masks are not supported."""
-        if mask is not None or probability is not None:
-            raise ValueError("UnicodeText.sample takes no mask.")
-        length = int(self.np_random.integers(0, min(self.max_length, 32) + 1))
-        return "".join(self.np_random.choice(list(self._CHARACTERS), length))
-
-    def contains(self, x: Any) -> bool:
-        """Whether `x` is a string of at most `max_length` characters."""
-        return isinstance(x, str) and len(x) <= self.max_length
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, UnicodeText) and self.max_length == other.max_length
-
-    def __repr__(self) -> str:
-        return f"UnicodeText({self.max_length})"
 
 
 _Space = ChunkSpace | UnicodeText
@@ -317,12 +281,11 @@ def _register_with_minari() -> None:
     minari = importlib.import_module("minari.serialization")
 
     def serialize(space: _Space, to_string: bool = True) -> Any:
-        values = (
-            {**vars(space.rules), "stop_token_ids": sorted(space.rules.stop_token_ids)}
-            if isinstance(space, ChunkSpace)
-            else {"max_length": space.max_length}
-        )
-        row = {"type": type(space).__name__, **values}
+        row: dict[str, Any] = {"type": type(space).__name__}
+        if isinstance(space, ChunkSpace):
+            row |= {**vars(space.rules), "stop_token_ids": sorted(space.rules.stop_token_ids)}
+        else:
+            row["max_length"] = space.max_length
         return json.dumps(row) if to_string else row
 
     def chunk_space(row: dict[str, Any]) -> ChunkSpace:

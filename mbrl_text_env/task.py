@@ -1,53 +1,54 @@
-"""What the single and the vector environment share: the task without an episode.
+"""What all environments share: the task without an episode, observations, and how states are shown.
 
 All methods are batched. The single environment is a batch of one, so both give the same numbers.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import compress, pairwise
 from os.path import commonprefix
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
 import numpy as np
+import numpy.typing as npt
 from gymnasium import spaces
 
-from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.encoders import Encoder, encode_texts, prefix_text
 from mbrl_text_env.language_models.base import Tokenizer
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import ChunkRules, InvalidChunkError, append, initial, response_limit
-from mbrl_text_env.observations import (
-    EmbeddingObservation,
-    Observation,
-    TextObservation,
-    TokenObservation,
+from mbrl_text_env.language_models.registry import embedded_encoder, embedded_tokenizer
+from mbrl_text_env.prompts import as_prompts, load_prompts
+from mbrl_text_env.rewards import base as rewards
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env.spaces import ChunkSpace, UnicodeText, as_token_ids, padded_chunk_space, unpadded
+from mbrl_text_env.types import (
+    ChunkRules,
+    InvalidChunkError,
+    Ledger,
+    Prompt,
+    TextState,
+    append,
+    initial,
+    response_limit,
 )
-from mbrl_text_env.rewards.base import (
-    ProcessRewardModel,
-    RewardError,
-    RewardModel,
-    check_process,
-    isolate_failures,
-    part_names,
-    score_responses,
-    score_steps,
-)
-from mbrl_text_env.spaces import (
-    ChunkSpace,
-    as_token_ids,
-    padded_chunk_space,
-    unpadded,
-)
-from mbrl_text_env.types import Prompt, TextState
 
 RewardMode = Literal["terminal", "delta", "process"]
 ObservationMode = Literal["text", "tokens", "embedding"]
 ActionFormat = Literal["chunk", "padded"]
 _Score = tuple[float, dict[str, float]]
+_NAN = float("nan")
+_MAX_CHARACTERS = 2**31 - 1
+# Gymnasium's checker warns of infinite bounds; no embedding comes near this one.
+_LARGEST = float(np.finfo(np.float32).max)
+# Of a frame, in pixels; and characters a line.
+_WIDTH, _HEIGHT, _FONT_SIZE, _LINE, _MARGIN, _COLUMNS = 640, 480, 16, 21, 12, 72
 
 
 class TaskOptions(TypedDict, total=False):
@@ -63,22 +64,14 @@ class TaskOptions(TypedDict, total=False):
 
 
 class Outcome(NamedTuple):
-    """What one environment returns of a step or a reset.
+    """What one environment returns of a step or a reset."""
 
-    Args:
-        state: The state after it.
-        response: Its decoded response prefix.
-        reward: float.
-        score: The score of the response: of the whole one where it has ended, of the prefix under
-            `reward="delta"`, otherwise None.
-        info: For the user; new at every call and deterministic.
-    """
-
-    state: TextState
-    response: str
+    state: TextState  # after it
+    response: str  # decoded
     reward: float
+    # Of the whole response where it has ended, of the prefix under `reward="delta"`, else None.
     score: float | None
-    info: dict[str, Any]
+    info: dict[str, Any]  # for the user; new at every call and deterministic
 
     @property
     def terminated(self) -> bool:
@@ -87,7 +80,7 @@ class Outcome(NamedTuple):
 
     @property
     def truncated(self) -> bool:
-        """The response met a token limit."""
+        """The response ended at a token limit."""
         return self.state.finish_reason == "length"
 
 
@@ -102,11 +95,14 @@ class TextTask:
         reward: `"terminal"`: the score when the response ends, otherwise 0. `"delta"`: the increase
             of the prefix's score at every chunk, from 0 for no response, so that the rewards of an
             episode add up to the score. `"process"`: the process reward of each chunk.
-        observation: `"text"`, `"tokens"` or `"embedding"`.
+        observation: `"text"`: `{"prompt": str, "response": str}`. `"tokens"`: ids padded with 0 on
+            the right and their counts, `{"prompt_ids": int64[P], "prompt_length": int64,
+            "response_ids": int64[R], "response_length": int64}`. `"embedding"`: of prompt and
+            response prefix together, float32[d].
         encoder: Embeds texts for `observation="embedding"`; by default MiniLM.
-        max_response_tokens: Token limit of a response.
+        max_response_tokens: R, the token limit of a response.
         max_chunk_tokens: C, the most tokens in one chunk.
-        max_prompt_tokens: P, the size of `"tokens"` observations; by default the longest prompt's.
+        max_prompt_tokens: P; by default that of the longest prompt.
         action_format: `"chunk"`: a `ChunkSpace`. `"padded"`: arrays of the fixed length C, for
             libraries that know Gymnasium's own spaces only; see `spaces.padded_chunk_space`.
 
@@ -140,23 +136,29 @@ class TextTask:
                 "max_response_tokens and max_chunk_tokens must be at least 1, got "
                 f"{max_response_tokens} and {max_chunk_tokens}."
             )
-        from mbrl_text_env.language_models.registry import embedded_tokenizer
-        from mbrl_text_env.rewards import as_reward_model
-
-        self.prompts = _prompts(prompts)
+        found = load_prompts(split="train") if prompts is None else as_prompts(prompts)
+        if not found:
+            raise ValueError("prompts: expected at least one prompt, got an empty sequence.")
+        self.prompts = tuple(found)
         self.tokenizer = embedded_tokenizer() if tokenizer is None else tokenizer
         self.reward_model = as_reward_model(reward_model)
         self.ledger: Ledger | None = None
         if reward == "process":
-            check_process(self.reward_model)
+            rewards.check_process(self.reward_model)
         self.reward: RewardMode = reward
         self.action_format: ActionFormat = action_format
-        self._part_names = part_names(self.reward_model) or ()
+        self.observation: ObservationMode = observation
+        self._part_names = self.reward_model.part_names or ()
         self.max_response_tokens = max_response_tokens
         self.rules = ChunkRules(
             self.tokenizer.vocab_size, self.tokenizer.stop_token_ids, max_chunk_tokens
         )
-        self.observation = self._observation(observation, encoder, max_prompt_tokens)
+        if observation == "tokens" and max_prompt_tokens is None:
+            max_prompt_tokens = max(len(self.tokenizer.encode_prompt(p)) for p in self.prompts)
+        self.max_prompt_tokens = max_prompt_tokens or 0
+        if observation == "embedding":
+            self.encoder: Any = embedded_encoder() if encoder is None else encoder
+        self.observation_space = self._observation_space()
 
     def action_space(self) -> ChunkSpace | spaces.MultiDiscrete:
         """A new space of chunks, in the action format."""
@@ -169,18 +171,26 @@ class TextTask:
         """The prompt that `options["prompt"]` names (a `Prompt`, id or index), or a random one.
 
         A number is drawn in either case, so that naming a prompt leaves later draws as they are.
-
-        Raises:
-            ValueError: An option or a prompt is unknown.
         """
         drawn = int(generator.integers(len(self.prompts)))
         if not options:
             return self.prompts[drawn]
         if set(options) != {"prompt"}:
-            raise ValueError(
-                f"options: expected {{'prompt': ...}}, got the keys {sorted(options)}."
-            )
-        return self._named_prompt(options["prompt"])
+            keys = sorted(options)
+            raise ValueError(f"options: expected {{'prompt': ...}}, got the keys {keys}.")
+        wanted = options["prompt"]
+        if isinstance(wanted, Prompt):
+            return wanted
+        index = isinstance(wanted, int | np.integer) and not isinstance(wanted, bool)
+        if index and 0 <= wanted < len(self.prompts):
+            return self.prompts[wanted]
+        for prompt in self.prompts:
+            if prompt.id == wanted:
+                return prompt
+        raise ValueError(
+            f"options['prompt']: expected a Prompt, the id of one of {len(self.prompts)} prompts, "
+            f"or an index below {len(self.prompts)}; got {wanted!r}."
+        )
 
     def start(self, prompt: Prompt) -> Outcome:
         """Begin a response."""
@@ -188,34 +198,19 @@ class TextTask:
 
     def resume(self, state: TextState) -> Outcome:
         """Go on from any state."""
-        response = self.tokenizer.decode(state.response_ids)
-        return Outcome(state, response, 0.0, None, self._info(state, response, cut=False))
+        return self._outcome(state, self.tokenizer.decode(state.response_ids))
 
     def advance(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
-        """Step each state with its action: one reward call for all.
-
-        Raises:
-            EpisodeEndedError: A response has ended already.
-            InvalidChunkError: An action is not a chunk.
-            RewardError: The reward model failed.
-        """
-        appended = [
-            self._append(outcome.state, action)
-            for outcome, action in zip(outcomes, actions, strict=True)
-        ]
+        """Step each state with its action: one reward call for all."""
+        pairs = zip(outcomes, actions, strict=True)
+        appended = [self._append(outcome.state, action) for outcome, action in pairs]
         states = [state for state, _ in appended]
         responses = [self.tokenizer.decode(state.response_ids) for state in states]
         scores = self._scores(states, responses)
-        rewards = self._rewards(outcomes, states, scores)
-        rest = zip(appended, responses, rewards, scores, strict=True)
+        paid = self._rewards(outcomes, states, scores)
+        rest = zip(appended, responses, paid, scores, strict=True)
         return [
-            Outcome(
-                state,
-                response,
-                reward,
-                score[0] if score else None,
-                self._info(state, response, cut, score),
-            )
+            self._outcome(state, response, cut, reward, score)
             for (state, cut), response, reward, score in rest
         ]
 
@@ -233,22 +228,49 @@ class TextTask:
         """
         rows = list(zip(outcomes, actions, strict=True))
         going = [row for row, error in zip(rows, errors, strict=True) if error is None]
-        advanced = iter(
-            isolate_failures(
-                lambda some: self.advance([row[0] for row in some], [row[1] for row in some]), going
-            )
-        )
-        results = [next(advanced) if error is None else error for error in errors]
-        return [
-            self._failed(*row, result, failed_reward) if isinstance(result, RewardError) else result
-            for row, result in zip(rows, results, strict=True)
-        ]
+
+        def step(some: Sequence[tuple[Outcome, Any]]) -> list[Outcome]:
+            return self.advance([o for o, _ in some], [a for _, a in some])
+
+        advanced = iter(rewards.isolate_failures(step, going))
+        found = []
+        for (outcome, action), error in zip(rows, errors, strict=True):
+            result = next(advanced) if error is None else error
+            if isinstance(result, RewardError):
+                state, cut = self._append(outcome.state, action)
+                state = replace(state, finish_reason=state.finish_reason or "length")
+                response = self.tokenizer.decode(state.response_ids)
+                nothing = _NAN, dict.fromkeys(self._part_names, _NAN)
+                told = {"reward_error": str(result)}
+                result = self._outcome(state, response, cut, failed_reward, nothing, **told)
+                result = result._replace(score=None)
+            found.append(result)
+        return found
 
     def observe(self, outcomes: Sequence[Outcome]) -> list[Any]:
-        """One observation for each outcome."""
-        return self.observation.observe(
-            [outcome.state for outcome in outcomes], [outcome.response for outcome in outcomes]
-        )
+        """One observation for each outcome; ValueError where a prompt is too long for it."""
+        if self.observation == "text":
+            return [{"prompt": o.state.prompt.text, "response": o.response} for o in outcomes]
+        if self.observation == "embedding":
+            texts = [prefix_text(o.state.prompt.text, o.response) for o in outcomes]
+            return list(encode_texts(self.encoder, texts))
+        rows = []
+        for outcome in outcomes:
+            state, row = outcome.state, cast("dict[str, Any]", {})
+            if len(state.prompt_ids) > self.max_prompt_tokens:
+                raise ValueError(
+                    f"Prompt {state.prompt.id!r} has {len(state.prompt_ids)} tokens, but the "
+                    f"observation holds {self.max_prompt_tokens}. Pass a larger max_prompt_tokens."
+                )
+            for part, ids, size in (
+                ("prompt", state.prompt_ids, self.max_prompt_tokens),
+                ("response", state.response_ids, self.max_response_tokens),
+            ):
+                row[f"{part}_ids"] = np.zeros(size, dtype=np.int64)
+                row[f"{part}_ids"][: len(ids)] = ids
+                row[f"{part}_length"] = np.int64(len(ids))
+            rows.append(row)
+        return rows
 
     def check_state(self, state: object) -> TextState:
         """Refuse what is no state (TypeError), or one with too long a response (ValueError)."""
@@ -256,12 +278,28 @@ class TextTask:
             raise TypeError(
                 f"Expected a TextState as returned by get_state(), got {type(state).__name__}."
             )
-        if len(state.response_ids) > self.max_response_tokens:
+        length, most = len(state.response_ids), self.max_response_tokens
+        if length > most:
             raise ValueError(
-                f"The state's response has {len(state.response_ids)} tokens, but this environment "
-                f"allows {self.max_response_tokens}. Make it with a larger max_response_tokens."
+                f"The state's response has {length} tokens, but this environment allows {most}. "
+                "Make it with a larger max_response_tokens."
             )
         return state
+
+    def _observation_space(self) -> spaces.Space[Any]:
+        if self.observation == "embedding":
+            return feature_box(encode_texts(self.encoder, ["size"]).shape[1])
+        if self.observation == "text":
+            most = _MAX_CHARACTERS
+            return spaces.Dict(prompt=UnicodeText(most), response=UnicodeText(most))
+        prompt, response = self.max_prompt_tokens, self.max_response_tokens
+        high = self.rules.vocab_size - 1
+        return spaces.Dict(
+            prompt_ids=spaces.Box(0, high, (prompt,), np.int64),
+            prompt_length=spaces.Discrete(prompt + 1),
+            response_ids=spaces.Box(0, high, (response,), np.int64),
+            response_length=spaces.Discrete(response + 1),
+        )
 
     def _append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
         """The state after an action, and whether the action was cut."""
@@ -269,8 +307,7 @@ class TextTask:
         if ids is None:
             raise InvalidChunkError(
                 "Invalid action: expected the token ids of a chunk (an integer array or tensor of "
-                f"one axis, or a list or tuple of ints), got "
-                f"{type(action).__name__} {action!r:.80}."
+                f"one axis, a list or tuple of ints), got {type(action).__name__} {action!r:.80}."
             )
         if self.action_format == "padded" and len(ids) <= self.rules.max_chunk_tokens:
             ids = unpadded(ids, self.rules)
@@ -278,41 +315,35 @@ class TextTask:
         state = append(before, tuple(ids), self.rules.finish_reason(ids), limit)
         return state, len(state.response_ids) - len(before.response_ids) < len(ids)
 
-    def _failed(
-        self, outcome: Outcome, action: Any, error: RewardError, failed_reward: float
-    ) -> Outcome:
-        """The end of an episode whose response cannot be scored."""
-        state, cut = self._append(outcome.state, action)
-        if state.finish_reason is None:
-            state = replace(state, finish_reason="length")
-        response = self.tokenizer.decode(state.response_ids)
-        nothing = float("nan"), dict.fromkeys(self._part_names, float("nan"))
-        info = {**self._info(state, response, cut, nothing), "reward_error": str(error)}
-        return Outcome(state, response, failed_reward, None, info)
-
-    def _info(
+    def _outcome(
         self,
         state: TextState,
         response: str,
-        cut: bool,
+        cut: bool = False,
+        reward: float = 0.0,
         score: _Score | None = None,
-    ) -> dict[str, Any]:
-        """What the user is told: the same keys and types from the first step to the last."""
-        if score is None or state.finish_reason is None:
-            score = 0.0, dict.fromkeys(self._part_names, 0.0)
-        return {
+        **more: Any,
+    ) -> Outcome:
+        """An outcome whose info has the same keys and types from the first step to the last."""
+        ended = score is not None and state.finish_reason is not None
+        total, parts = score if ended else (0.0, dict.fromkeys(self._part_names, 0.0))  # type: ignore[misc]
+        info = {
             "prompt_id": state.prompt.id,
             "prompt": state.prompt.text,
             "response": response,
             "finish_reason": state.finish_reason or "",
             "chunk_cut": cut,
-            "score": score[0],
-            "score_parts": score[1],
+            "score": total,
+            "score_parts": parts,
+            **more,
         }
+        return Outcome(state, response, reward, score[0] if score else None, info)
 
     def _scored(self, rows: Sequence[tuple[TextState, str]]) -> list[_Score]:
         """Score and parts of responses, in one call."""
-        scores = score_responses(
+        if not rows:
+            return []
+        scores = rewards.score_responses(
             self.reward_model,
             [state.prompt for state, _ in rows],
             [response for _, response in rows],
@@ -322,14 +353,10 @@ class TextTask:
 
     def _scores(self, states: Sequence[TextState], responses: Sequence[str]) -> list[_Score | None]:
         """Scores of the responses that need them: ended ones, and under delta all."""
-        found: list[_Score | None] = [None] * len(states)
-        everything = self.reward == "delta"
-        wanted = [i for i, s in enumerate(states) if everything or s.finish_reason is not None]
-        if wanted:
-            scored = self._scored([(states[i], responses[i]) for i in wanted])
-            for i, score in zip(wanted, scored, strict=True):
-                found[i] = score
-        return found
+        wanted = [self.reward == "delta" or s.finish_reason is not None for s in states]
+        rows = zip(states, responses, strict=True)
+        found = iter(self._scored(list(compress(rows, wanted))))
+        return [next(found) if needed else None for needed in wanted]
 
     def _rewards(
         self,
@@ -338,52 +365,22 @@ class TextTask:
         scores: Sequence[_Score | None],
     ) -> list[float]:
         if self.reward == "process":
-            model = cast("ProcessRewardModel", self.reward_model)
+            model = cast("rewards.ProcessRewardModel", self.reward_model)
             steps = ((state.prompt, step_texts(state, self.tokenizer)) for state in states)
-            return [float(score_steps(model, *row, ledger=self.ledger)[-1]) for row in steps]
+            return [
+                float(rewards.score_steps(model, *row, ledger=self.ledger)[-1]) for row in steps
+            ]
         totals = [score[0] if score else 0.0 for score in scores]
         if self.reward == "terminal":
             return totals
         # Of the prefixes before the step only those of restored states have to be scored.
         missing = [o for o in outcomes if o.state.response_ids and o.score is None]
-        found = iter(self._scored([(o.state, o.response) for o in missing]) if missing else ())
+        found = iter(self._scored([(o.state, o.response) for o in missing]))
         before = [
             0.0 if not o.state.response_ids else next(found)[0] if o.score is None else o.score
             for o in outcomes
         ]
         return [total - earlier for total, earlier in zip(totals, before, strict=True)]
-
-    def _observation(
-        self, mode: ObservationMode, encoder: Encoder | None, max_prompt_tokens: int | None
-    ) -> Observation:
-        if mode == "text":
-            return TextObservation()
-        if mode == "tokens":
-            if max_prompt_tokens is None:
-                lengths = (len(self.tokenizer.encode_prompt(prompt)) for prompt in self.prompts)
-                max_prompt_tokens = max(lengths)
-            return TokenObservation(
-                self.rules.vocab_size, max_prompt_tokens, self.max_response_tokens
-            )
-        from mbrl_text_env.language_models.registry import embedded_encoder
-
-        return EmbeddingObservation(
-            cast("Encoder", embedded_encoder()) if encoder is None else encoder
-        )
-
-    def _named_prompt(self, wanted: object) -> Prompt:
-        if isinstance(wanted, Prompt):
-            return wanted
-        index = isinstance(wanted, int | np.integer) and not isinstance(wanted, bool)
-        if index and 0 <= cast("int", wanted) < len(self.prompts):
-            return self.prompts[cast("int", wanted)]
-        for prompt in self.prompts:
-            if prompt.id == wanted:
-                return prompt
-        raise ValueError(
-            f"options['prompt']: expected a Prompt, the id of one of {len(self.prompts)} prompts, "
-            f"or an index below {len(self.prompts)}; got {wanted!r}."
-        )
 
 
 def step_texts(state: TextState, tokenizer: Tokenizer) -> list[str]:
@@ -416,15 +413,73 @@ def one_of(name: str, value: object, allowed: Any) -> None:
         raise ValueError(f"{name}: expected one of {list(get_args(allowed))}, got {value!r}.")
 
 
-def _prompts(prompts: Sequence[Prompt] | None) -> tuple[Prompt, ...]:
-    from mbrl_text_env.prompts import as_prompts, load_prompts
+def feature_box(size: int) -> spaces.Box:
+    """A space of feature vectors, float32[size]."""
+    return spaces.Box(-_LARGEST, _LARGEST, (size,), np.float32)
 
-    if prompts is None:
-        return tuple(load_prompts(split="train"))
-    found = as_prompts(prompts)
-    if not found:
-        raise ValueError("prompts: expected at least one prompt, got an empty sequence.")
-    return tuple(found)
+
+def as_text(outcome: Outcome) -> str:
+    """Prompt, response, and how it ended."""
+    prompt, ending = outcome.state.prompt.text, _ending(outcome)
+    return f"Prompt: {prompt}\nResponse: {outcome.response} [{ending}]\n"
+
+
+def as_frame(outcome: Outcome) -> npt.NDArray[np.uint8]:
+    """A picture of `as_text`, uint8[480, 640, 3], black on white.
+
+    Long texts are cut: of the prompt the first lines are shown, of the response the last ones.
+    Characters that DejaVu Sans Mono lacks (Chinese, emoji) are shown as boxes.
+    """
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
+    drawing = ImageDraw.Draw(image)
+    places = (_HEIGHT - 2 * _MARGIN) // _LINE
+    prompt = _wrapped(f"Prompt: {outcome.state.prompt.text}")
+    if len(prompt) > places // 2:
+        prompt = [*prompt[: places // 2 - 1], "..."]
+    response = _wrapped(f"Response: {outcome.response} [{_ending(outcome)}]")
+    room = places - len(prompt)
+    if len(response) > room:
+        response = ["...", *response[1 - room :]]
+    for row, line in enumerate([*prompt, *response]):
+        colour = "dimgray" if row < len(prompt) else "black"
+        drawing.text((_MARGIN, _MARGIN + row * _LINE), line, font=_font(), fill=colour)
+    return np.asarray(image, dtype=np.uint8).copy()
+
+
+def show(outcome: Outcome) -> None:
+    """Print a state in a frame."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    title, tokens = Text(outcome.state.prompt.text), len(outcome.state.response_ids)
+    told = f"{tokens} tokens, {_ending(outcome)}"
+    Console().print(Panel(Text(outcome.response), title=title, subtitle=told))
+
+
+def _ending(outcome: Outcome) -> str:
+    score = "" if outcome.score is None else f", score {outcome.score:.3f}"
+    return (outcome.state.finish_reason or "...") + score
+
+
+def _wrapped(text: str) -> list[str]:
+    lines = []
+    for line in text.splitlines():
+        # What cannot be printed, lone halves of characters too, would stop the drawing.
+        shown = "".join(c if c.isprintable() else "\ufffd" for c in line.expandtabs(4))
+        lines.extend(textwrap.wrap(shown, _COLUMNS, drop_whitespace=False) or [""])
+    return lines
+
+
+@functools.cache
+def _font() -> Any:
+    import matplotlib
+    from PIL import ImageFont
+
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")
+    return ImageFont.truetype(str(path), _FONT_SIZE)
 
 
 def _one_thread() -> None:

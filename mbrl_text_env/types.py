@@ -1,20 +1,27 @@
-"""The data of the decision process: frozen, picklable, and free of behaviour.
+"""The decision process: its frozen, picklable data, its pure functions, and what it costs.
 
-Shapes and units stand beside every field. Token ids are canonical: text is decoded from them for
-people and reward models and is never encoded again to continue a prefix.
+The environments and all planners are thin shells over these. Token ids are canonical: text is
+decoded from them for people and reward models and is never encoded again to continue a prefix.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from mbrl_text_env.language_models.base import Tokenizer
 
 FinishReason = Literal["stop", "length"]
 """Why a response ended: a stop token (or stop string), or a token limit."""
@@ -30,12 +37,7 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a chat.
-
-    Args:
-        role: A name that the chat template knows, such as `"system"`, `"user"` or `"assistant"`.
-        content: Any text.
-    """
+    """One message of a chat; `role` is one that the chat template knows, such as `"user"`."""
 
     role: str
     content: str
@@ -46,11 +48,10 @@ class Prompt:
     """What a response answers.
 
     Args:
-        id: Name that is unique among the prompts of a run; random streams are derived from it.
+        id: Unique among the prompts of a run; random streams are derived from it.
         content: Chat messages, rendered with the tokenizer's chat template; or a plain string,
             which is encoded as it is and continued.
         metadata: What a reward model may need (reference answer, constraints, kind). JSON values.
-        split: `"train"`, `"validation"`, `"test"`, or None where the data has no split.
 
     Raises:
         TypeError: The content is neither a string nor messages of strings.
@@ -70,10 +71,10 @@ class Prompt:
     def __post_init__(self) -> None:
         if not self.id:
             raise ValueError("A prompt needs an id; got an empty string. Give it a unique name.")
-        self._check_content()
-        texts = (self.id, self.text, self.metadata)
-        for place, value in zip(("id", "text", "metadata"), texts, strict=True):
-            half = _half_character(value)
+        if not isinstance(self.content, str):
+            object.__setattr__(self, "content", self._checked_messages())
+        for place in ("id", "text", "metadata"):
+            half = _half_character(getattr(self, place))
             if half is not None:
                 raise ValueError(
                     f"Prompt {self.id!r} has half a character in its {place}: {half!r}. Decode the "
@@ -81,8 +82,7 @@ class Prompt:
                 )
         if not self.text.strip():
             raise ValueError(
-                f"Prompt {self.id!r} is empty: expected text or at least one message with text. "
-                "Remove it or give it content."
+                f"Prompt {self.id!r} is empty: expected text or at least one message with text."
             )
 
     @classmethod
@@ -99,25 +99,24 @@ class Prompt:
         content = (Message("user", text),) if chat else text
         return cls(text if id is None else id, content, dict(metadata or {}), split)
 
-    def _check_content(self) -> None:
-        if isinstance(self.content, str):
-            return
-        if not isinstance(self.content, (tuple, list)) or not all(
+    def _checked_messages(self) -> tuple[Message, ...]:
+        found: Any = self.content
+        if not isinstance(found, (tuple, list)) or not all(
             isinstance(m, Message) and isinstance(m.role, str) and isinstance(m.content, str)
-            for m in self.content
+            for m in found
         ):
             raise TypeError(
                 f"Prompt {self.id!r}: expected a string, or a tuple of `Message(role, content)` "
-                f"with two strings, got {self.content!r:.80}."
+                f"with two strings, got {found!r:.80}."
             )
-        object.__setattr__(self, "content", tuple(self.content))
-        for message in self.content:
+        for message in found:
             # A template writes roles as they are, among its control tokens.
             if not _ROLE.fullmatch(message.role):
                 raise ValueError(
                     f"Prompt {self.id!r}: expected roles of letters, digits, '_', '-', '.' and "
-                    f"spaces, such as 'user', got {message.role!r}. Change it."
+                    f"spaces, such as 'user', got {message.role!r}."
                 )
+        return tuple(found)
 
     @functools.cached_property
     def text(self) -> str:
@@ -130,35 +129,31 @@ class Prompt:
 
 
 def _half_character(value: Any) -> str | None:
-    """The first surrogate in a text, or in the texts of JSON values; None where there is none."""
+    """The first surrogate in a text, or in the texts of JSON values."""
     if isinstance(value, str):
         found = None if value.isascii() else _SURROGATE.search(value)
         return found and found[0]
+    inner: Iterable[Any] = value if isinstance(value, (list, tuple)) else ()
     if isinstance(value, Mapping):
-        inner: Iterable[Any] = itertools.chain(value, value.values())
-    elif isinstance(value, (list, tuple)):
-        inner = value
-    else:
-        return None
-    return next((half for half in map(_half_character, inner) if half is not None), None)
+        inner = itertools.chain(value, value.values())
+    return next(filter(None, map(_half_character, inner)), None)
 
 
 @dataclass(frozen=True)
 class TextState:
     """A prompt and the prefix of its response: the whole Markov state.
 
-    Restoring an environment, forking a search and caching a prefix need nothing else. Two states
-    are equal when their tokens are, whatever chunks they were written in.
+    Two states are equal when their tokens are, whatever chunks they were written in.
 
     Args:
         prompt: The prompt.
         prompt_ids: int[P], the prompt's token ids, chat template included.
         response_ids: int[T], the response's token ids so far, a final stop token included.
         finish_reason: None while the response can go on.
-        chunk_ends: int[C], lengths of the response after each chunk. Only process rewards read it
-            (one score a chunk); it does not take part in comparisons.
-        logprob: Summed log-probability (nats) of the response under the language model itself, or
-            None where it is not known. Only value models read it; not compared either.
+        chunk_ends: int[C], lengths of the response after each chunk, for process rewards (one score
+            a chunk).
+        logprob: Summed log-probability (nats) of the response under the language model itself, for
+            value models; None where it is not known.
     """
 
     prompt: Prompt
@@ -171,10 +166,9 @@ class TextState:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens to append to a response: an action.
+    """Tokens to append to a response, at least one: an action. A stop token may only be the last.
 
     Args:
-        token_ids: int[n], n at least 1. A stop token may only be the last.
         logprobs: float[n], the log-probability (nats) of each token under the language model
             itself, before temperature, top-p and top-k; empty where it is not known.
         finish_reason: `"stop"` if the chunk ends the response, `"length"` if the model's context is
@@ -192,3 +186,291 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+class EpisodeEndedError(RuntimeError):
+    """A state whose response has ended was stepped."""
+
+
+class InvalidChunkError(ValueError):
+    """Token ids that are no action of the decision process."""
+
+
+@dataclass(frozen=True)
+class ChunkRules:
+    """What makes token ids an action: ids below `vocab_size`, 1 to `max_chunk_tokens` of them."""
+
+    vocab_size: int
+    stop_token_ids: frozenset[int]
+    max_chunk_tokens: int
+
+    def fault(self, token_ids: Sequence[int]) -> str | None:
+        """Say in words why `token_ids` is not a chunk, or return None where it is one."""
+        if not 1 <= len(token_ids) <= self.max_chunk_tokens:
+            return f"expected 1 to {self.max_chunk_tokens} token ids, got {len(token_ids)}"
+        if max(token_ids) >= self.vocab_size or min(token_ids) < 0:
+            return f"expected ids from 0 to {self.vocab_size - 1}, got {list(token_ids)}"
+        if not self.stop_token_ids.isdisjoint(token_ids[:-1]):
+            return f"a stop token may only be the last one, got {list(token_ids)}"
+        return None
+
+    def finish_reason(self, token_ids: Sequence[int]) -> FinishReason | None:
+        """`"stop"` if the chunk ends with a stop token; InvalidChunkError where it is none."""
+        fault = self.fault(token_ids)
+        if fault is not None:
+            raise InvalidChunkError(
+                f"Invalid action: {fault}. Sample actions from `env.action_space` or from a "
+                "language model with `max_new_tokens` at most `max_chunk_tokens`."
+            )
+        return "stop" if token_ids[-1] in self.stop_token_ids else None
+
+    def chunk(self, token_ids: Sequence[int]) -> Chunk:
+        """Make a chunk of token ids; see `finish_reason`."""
+        return Chunk(tuple(token_ids), finish_reason=self.finish_reason(token_ids))
+
+
+def initial(prompt: Prompt, tokenizer: Tokenizer) -> TextState:
+    """Return the state of an empty response to `prompt`."""
+    return TextState(prompt, tokenizer.encode_prompt(prompt))
+
+
+def response_limit(state: TextState, tokenizer: Tokenizer, max_response_tokens: int) -> int:
+    """Most tokens that the response can have: the limit given, or what the context leaves."""
+    return min(max_response_tokens, tokenizer.context_length - len(state.prompt_ids))
+
+
+def is_terminal(state: TextState) -> bool:
+    """Whether the response has ended."""
+    return state.finish_reason is not None
+
+
+def check_not_terminal(state: TextState) -> None:
+    """Refuse to step a state whose response has ended, by `EpisodeEndedError`."""
+    if state.finish_reason is not None:
+        raise EpisodeEndedError(
+            f"The response to prompt {state.prompt.id!r} has ended "
+            f"(finish_reason={state.finish_reason!r}), so no chunk can follow. "
+            "Call `reset()`, or continue from a state that is not terminal."
+        )
+
+
+def transition(state: TextState, chunk: Chunk, max_response_tokens: int) -> TextState:
+    """Append a chunk to a state's response; EpisodeEndedError where that has ended already.
+
+    A chunk that would make the response longer than `max_response_tokens` is cut there; then its
+    stop token, if it had one, is lost and the response ends by `"length"`.
+
+    Example:
+        >>> state = TextState(Prompt.from_text("Hi"), prompt_ids=(5, 6))
+        >>> transition(state, Chunk((1, 2, 3)), max_response_tokens=2)  # doctest: +ELLIPSIS
+        TextState(...response_ids=(1, 2), finish_reason='length', chunk_ends=(2,), ...)
+    """
+    return append(state, chunk.token_ids, chunk.finish_reason, max_response_tokens, chunk.logprobs)
+
+
+def append(
+    state: TextState,
+    token_ids: tuple[int, ...],
+    finish_reason: FinishReason | None,
+    max_response_tokens: int,
+    logprobs: tuple[float, ...] = (),
+) -> TextState:
+    """`transition` for the parts of a chunk; the environments' inner loop makes no `Chunk`."""
+    check_not_terminal(state)
+    room = max_response_tokens - len(state.response_ids)
+    if len(token_ids) > room:
+        token_ids, finish_reason = token_ids[:room], None
+    response_ids = state.response_ids + token_ids
+    length = len(response_ids)
+    if finish_reason is None and length >= max_response_tokens:
+        finish_reason = "length"
+    logprob = None
+    if logprobs:
+        before = state.logprob if state.response_ids else 0.0
+        logprob = None if before is None else before + sum(logprobs[: len(token_ids)])
+    chunk_ends = (*state.chunk_ends, length)
+    return TextState(
+        state.prompt, state.prompt_ids, response_ids, finish_reason, chunk_ends, logprob
+    )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Amounts of computation; usages add up.
+
+    FLOPs of a language model are 2 x parameters x tokens, plus attention; those of the others are
+    counted where they say them.
+    """
+
+    prompt_tokens: int = 0  # of the prefix, that a language model had to compute
+    cached_tokens: int = 0  # of the prefix, that were taken from a cache instead
+    generated_tokens: int = 0  # that a language model sampled
+    lm_calls: int = 0  # requests to a language model, one a state and call
+    reward_calls: int = 0  # responses or prefixes that a reward model scored
+    value_calls: int = 0  # states that a value model judged
+    dynamics_calls: int = 0  # transitions that a learned dynamics model predicted
+    lm_flops: float = 0.0
+    reward_flops: float = 0.0
+    value_flops: float = 0.0
+    dynamics_flops: float = 0.0
+    seconds: float = 0.0  # wall time; a batched call is split equally among its states
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*map(operator.add, vars(self).values(), vars(other).values()))
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(*map(operator.sub, vars(self).values(), vars(other).values()))
+
+    def __mul__(self, count: int) -> Usage:
+        return Usage(*(amount * count for amount in vars(self).values()))
+
+    def maximum(self, other: Usage) -> Usage:
+        """The larger of each amount: the most that one of two things is charged."""
+        return Usage(*map(max, vars(self).values(), vars(other).values()))
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of all models together."""
+        return self.lm_flops + self.reward_flops + self.value_flops + self.dynamics_flops
+
+    @property
+    def capped(self) -> dict[str, int | float]:
+        """The amounts that a `Budget` has caps for, by the cap's name."""
+        return {
+            "tokens": self.generated_tokens,
+            "flops": self.flops,
+            "reward_calls": self.reward_calls,
+            "seconds": self.seconds,
+        }
+
+    def as_dict(self) -> dict[str, int | float]:
+        """All amounts by name, `flops` (their sum) included."""
+        return {**vars(self), "flops": self.flops}
+
+
+class BudgetError(ValueError):
+    """A budget that allows no complete response, or is not a positive number."""
+
+
+class BudgetExceededError(RuntimeError):
+    """An agent spent more than its budget allows."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Hard caps on the computation for one prompt; None means no cap.
+
+    A call under way is never interrupted, so seconds are checked between calls and do not raise.
+
+    Raises:
+        BudgetError: A cap is not positive.
+    """
+
+    tokens: int | None = None  # generated
+    flops: float | None = None  # of all models
+    reward_calls: int | None = None  # responses or prefixes scored
+    seconds: float | None = None  # of wall time
+
+    def __post_init__(self) -> None:
+        for name, cap in vars(self).items():
+            if cap is not None and not cap > 0:
+                raise BudgetError(
+                    f"Budget({name}={cap!r}): expected a positive number, or None for no cap."
+                )
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether any amount has a cap."""
+        return any(cap is not None for cap in vars(self).values())
+
+    def after(self, usage: Usage) -> Budget | None:
+        """What is left of the caps when `usage` is spent; None where nothing is."""
+        left = {
+            name: None if cap is None else cap - usage.capped[name]
+            for name, cap in vars(self).items()
+        }
+        return Budget(**left) if all(x is None or x > 0 for x in left.values()) else None
+
+    def shared(self, count: int) -> Budget | None:
+        """An equal share for each of `count`; None where one gets nothing."""
+        whole = ("tokens", "reward_calls")
+        shares = {
+            name: cap if cap is None else cap // count if name in whole else cap / count
+            for name, cap in vars(self).items()
+        }
+        return None if 0 in shares.values() else Budget(**shares)
+
+
+class Ledger:
+    """The running account of one prompt: its `budget` (None for no caps) and its `usage` so far.
+
+    Every call of a model is charged to the ledger of the prompt that it was made for.
+
+    Example:
+        >>> ledger = Ledger(Budget(tokens=100))
+        >>> ledger.charge(Usage(generated_tokens=96))
+        >>> ledger.affords(Usage(generated_tokens=5))
+        False
+    """
+
+    def __init__(self, budget: Budget | None = None) -> None:
+        self.budget = Budget() if budget is None else budget
+        self.usage = Usage()
+
+    def charge(self, usage: Usage) -> None:
+        """Add what was spent.
+
+        Raises:
+            BudgetExceededError: A cap other than seconds is passed. The charge is kept.
+        """
+        self.usage = self.usage + usage
+        for name, amount, cap in self._passed(self.usage):
+            if name != "seconds":
+                raise BudgetExceededError(
+                    f"Spent {amount:,.12g} {name} of a budget of {cap:,.12g}. An agent asks "
+                    "`ledger.affords(...)` before it spends; this one did not, or asked for too "
+                    "little."
+                )
+
+    def affords(self, usage: Usage) -> bool:
+        """Whether `usage` could be spent without passing a cap."""
+        return not self._passed(self.usage + usage)
+
+    def remaining_tokens(self) -> float:
+        """Generated tokens that are left; infinity without a cap."""
+        cap = self.budget.tokens
+        return float("inf") if cap is None else cap - self.usage.generated_tokens
+
+    def _passed(self, usage: Usage) -> list[tuple[str, float, float]]:
+        caps, amounts = vars(self.budget).items(), usage.capped
+        # Sums of floating-point numbers differ in the last digits with their order.
+        return [
+            (name, amounts[name], cap)
+            for name, cap in caps
+            if cap is not None and amounts[name] > cap * (1 + 1e-12)
+        ]
+
+
+# Seconds that blocks inside the one that is being timed have charged.
+_charged_inside: ContextVar[list[float] | None] = ContextVar("_charged_inside", default=None)
+
+
+@contextmanager
+def timed(ledgers: Sequence[Ledger] | None) -> Iterator[None]:
+    """Charge the wall time of a block to `ledgers`, in equal parts.
+
+    What a block inside it charges is not charged again. Do not await anything else's turn in it.
+    """
+    inside: list[float] = []
+    outside = _charged_inside.get()
+    token = _charged_inside.set(inside)
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        elapsed = time.perf_counter() - start
+        _charged_inside.reset(token)
+        if outside is not None:
+            outside.append(elapsed if ledgers else sum(inside))
+        for ledger in ledgers or ():
+            ledger.charge(Usage(seconds=(elapsed - sum(inside)) / len(ledgers or ())))

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.ledger import Ledger, Usage, timed
 from mbrl_text_env.rewards.base import reward_name
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage, timed
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Prefix lengths in tokens that values are fitted and checked on by default."""
@@ -23,12 +22,7 @@ class ValueModelError(RuntimeError):
 
 @dataclass(frozen=True)
 class ValueEstimate:
-    """The expected final reward of each prefix, with its uncertainty.
-
-    Args:
-        mean: float64[B].
-        std: float64[B], standard deviation of the final reward around `mean`.
-    """
+    """float64[B] each: the expected final reward of prefixes, and its standard deviation."""
 
     mean: FloatArray
     std: FloatArray
@@ -88,20 +82,14 @@ class ValueModel(ABC):
         return self.usage_bound(state)
 
 
-_CONTRACT = (
-    *("reward_name_", "language_model_name_", "lengths"),
-    *("predict", "predict_with", "flops", "flops_bound", "usage_bound", "expected_usage"),
-)
-
-
 class _Adapted(ValueModel):
     """An object that is no `ValueModel`; what it has of the contract replaces the defaults."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        for name in _CONTRACT:
-            found = getattr(model, name, None)
-            if found is not None:
+        for name in vars(ValueModel):
+            found = None if name.startswith("_") else getattr(model, name, None)
+            if found is not None and name != "is_fitted":
                 setattr(self, name, found)
 
     @property
@@ -126,11 +114,10 @@ def predict_values(
     *,
     ledgers: Sequence[Ledger] | None = None,
 ) -> ValueEstimate:
-    """Predict, check the values, and charge the ledgers (one a state).
+    """Predict, and charge the ledgers (one a state).
 
     Raises:
-        ValueModelError: The model is not fitted, or did not return one finite mean and one finite
-            standard deviation of at least 0 for each state.
+        ValueModelError: The model is not fitted, or a value is not finite or missing.
     """
     name, model = type(value_model).__name__, as_value_model(value_model)
     if not model.is_fitted:
@@ -141,7 +128,7 @@ def predict_values(
         except SystemExit as left:
             raise ValueModelError(
                 f"{name}: predicting for prompt {states[0].prompt.id!r} left the program "
-                f"(SystemExit: {left}). A value model returns numbers or raises an error."
+                f"(SystemExit: {left})."
             ) from left
     mean, std = np.asarray(estimate.mean, float), np.asarray(estimate.std, float)
     for label, values in (("mean", mean), ("std", std)):
@@ -172,29 +159,21 @@ def expected_value_usage(value_model: ValueModel, state: TextState) -> Usage:
 
 
 def check_value_fits(value_model: Any, language_model: Any, reward_model: object) -> None:
-    """Refuse a value model that was fitted on scores or responses of other models.
+    """Refuse, by ValueModelError, one that was fitted on scores or responses of other models.
 
     One that has None as `reward_name_` or `language_model_name_` passes: its author has to know.
-
-    Raises:
-        ValueModelError: It belongs to another reward model or another language model.
-
-    Example:
-        >>> check_value_fits(value, lm, SentimentReward())  # doctest: +SKIP
     """
     model = as_value_model(value_model)
     # A tokenizer alone has no name, and nothing to compare.
-    policy = getattr(language_model, "name", None)
-    rewards = model.reward_name_, reward_name(reward_model)
-    policies = model.language_model_name_, policy
-    for label, attribute, (expected, got), change in (
-        ("reward model", "reward_name_", rewards, "re-score the records"),
-        ("language model", "language_model_name_", policies, "collect records"),
-    ):
+    found = {
+        "reward": (model.reward_name_, reward_name(reward_model)),
+        "language_model": (model.language_model_name_, getattr(language_model, "name", None)),
+    }
+    for part, (expected, got) in found.items():
         if expected is not None and got is not None and expected != got:
             raise ValueModelError(
-                f"{type(value_model).__name__} was fitted for the {label} {expected!r}, got "
-                f"{got!r}: it would predict something else. Use that {label}, or {change} with "
-                f"this one and fit a value model anew; or set `{attribute}` to None, if it is to "
-                "be used all the same."
+                f"{type(value_model).__name__} was fitted for the {part.replace('_', ' ')} "
+                f"{expected!r}, got {got!r}. Use that one; or re-score or collect records with "
+                f"this one and fit anew; or set `{part}_name_` to None, if it is to be used all "
+                "the same."
             )

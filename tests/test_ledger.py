@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbrl_text_env.ledger import Budget, BudgetError, BudgetExceededError, Ledger, Usage, timed
+from mbrl_text_env.types import Budget, BudgetError, BudgetExceededError, Ledger, Usage, timed
 
 COUNTS = [f.name for f in dataclasses.fields(Usage) if f.type == "int"]
 AMOUNTS = [f.name for f in dataclasses.fields(Usage)]

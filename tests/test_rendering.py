@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from mbrl_text_env.rendering import as_frame
-from mbrl_text_env.task import Outcome
+from mbrl_text_env.task import Outcome, as_frame
 from mbrl_text_env.types import Prompt, TextState
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.files import write_folder, write_text
-from mbrl_text_env.identity import folder_digest, identity
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.rewards import (
     ExactMatchReward,
@@ -21,7 +20,7 @@ from mbrl_text_env.rewards import (
     make,
 )
 from mbrl_text_env.rewards.base import score_responses
-from mbrl_text_env.runs import claimed, prompt_digest
+from mbrl_text_env.runs import claimed, folder_digest, identity, prompt_digest
 from mbrl_text_env.types import Message, Prompt
 from mbrl_text_env.values import ValueModelError, predict_values
 from tests.toys import PROMPTS, CountReward, FixedValue
@@ -254,7 +253,7 @@ def test_a_reward_is_stopped_by_ctrl_c():
 
 
 def test_a_value_that_leaves_the_program_is_an_error():
-    from mbrl_text_env.mdp import initial
+    from mbrl_text_env.types import initial
 
     lm = NGramLM("abc")
     value = FixedValue(lambda text: sys.exit(0), lm)

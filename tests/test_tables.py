@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mbrl_text_env.tables import plain_values
+from mbrl_text_env.files import plain_values
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mbrl_text_env  # noqa: F401 registers the environments
+from mbrl_text_env.env import stack_infos
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.mdp import EpisodeEndedError, initial
 from mbrl_text_env.rewards import RewardError
-from mbrl_text_env.types import Prompt
-from mbrl_text_env.vector import stack_infos
+from mbrl_text_env.types import EpisodeEndedError, Prompt, initial
 from tests.toys import CountReward, LetterEncoder, StepReward, toy_options
 
 TEXT, CANDIDATES = "mbrl_text_env/TextGeneration-v0", "mbrl_text_env/CandidateChunks-v0"

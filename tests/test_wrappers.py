@@ -4,12 +4,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from mbrl_text_env.candidates import CandidateChunks
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.language_models import NGramLM, TableLM
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModelError
-from mbrl_text_env.wrappers import KLPenalty, PotentialShaping
+from mbrl_text_env.wrappers import CandidateChunks, KLPenalty, PotentialShaping
 from tests.toys import CountReward, FixedValue, toy_options
 
 

@@ -13,11 +13,9 @@ from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.filters import CORRECT
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.ledger import Budget, Ledger, Usage
-from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import RecordWriter
 from mbrl_text_env.rewards.base import RewardError, isolate_failures
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Budget, Ledger, Prompt, TextState, Usage, initial
 
 HINTED = "+hint"
 """Ends the agent's name in records of answers that were found with a hint."""

@@ -25,9 +25,9 @@ from mbrl_text_env.agents.learning.training import (
     common_arguments,
 )
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.ledger import Usage
 from mbrl_text_env.records import Record
 from mbrl_text_env.runs import digest
+from mbrl_text_env.types import Usage
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM

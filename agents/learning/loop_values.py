@@ -14,10 +14,9 @@ from mbrl_text_env.agents.learning.reports import ValueReport, check_value
 from mbrl_text_env.agents.values import READY, FittedValue, load_value, make_value
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import RewardModel, Scores, score_responses
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray, Ledger, Prompt
 from mbrl_text_env.values import ValueModel, check_value_fits
 
 ValueFactory = Callable[[LanguageModel, RewardModel], FittedValue]

@@ -27,7 +27,7 @@ from mbrl_text_env.agents.learning.training import (
 )
 from mbrl_text_env.files import recover_folder, write_folder
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
-from mbrl_text_env.training import own_randomness
+from mbrl_text_env.runs import own_randomness
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM

@@ -9,8 +9,7 @@ from typing import Any, Literal, get_args
 from mbrl_text_env.agents.base import DEFAULT_PARAMS
 from mbrl_text_env.agents.learning.filters import CORRECT, FilterSettings
 from mbrl_text_env.language_models.base import SamplingParams
-from mbrl_text_env.ledger import Budget
-from mbrl_text_env.types import Message, Prompt
+from mbrl_text_env.types import Budget, Message, Prompt
 
 StartFrom = Literal["base", "checkpoint"]
 """What is tuned in each iteration: the base model, or the policy of the iteration before."""

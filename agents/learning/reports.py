@@ -16,8 +16,6 @@ from mbrl_text_env.agents.learning.notes import to_json
 from mbrl_text_env.agents.values.fitted import cut_prefixes, samples_of
 from mbrl_text_env.fitting.report import correlation, root_mean_square, within_prompt
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import is_terminal
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import (
     RewardError,
@@ -26,7 +24,7 @@ from mbrl_text_env.rewards.base import (
     isolate_failures,
     score_responses,
 )
-from mbrl_text_env.types import Chunk, FloatArray, TextState
+from mbrl_text_env.types import Chunk, FloatArray, Ledger, TextState, is_terminal
 from mbrl_text_env.values import ValueModel, as_value_model, predict_values
 
 _NGRAMS = (1, 2, 3)

@@ -16,12 +16,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.ledger import Usage
 from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
 from mbrl_text_env.rewards.learning.lora_classifier import quiet
-from mbrl_text_env.runs import digest, prompt_digest
-from mbrl_text_env.training import claim_checkpoints
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.runs import claim_checkpoints, digest, prompt_digest
+from mbrl_text_env.types import Prompt, Usage
 
 LEDGER, CURVE = "ledger.json", "curve.json"
 """Files beside a policy: what its training took, and how the reward rose."""

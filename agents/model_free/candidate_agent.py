@@ -12,11 +12,10 @@ from mbrl_text_env.agents.planner import Planner
 from mbrl_text_env.agents.search import Expansion, Search
 from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.ledger import Usage
 from mbrl_text_env.proposer import CandidateProposer, Known
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Prompt, Usage
 
 if TYPE_CHECKING:
     # It needs torch; an agent that only looks it up by name does not.

@@ -11,7 +11,7 @@ import numpy as np
 from mbrl_text_env.agents.learning.notes import from_json
 from mbrl_text_env.agents.learning.training import TrainingReport, TuningError, check_above_zero
 from mbrl_text_env.agents.model_free.candidate_policy import CandidateView
-from mbrl_text_env.ledger import Usage
+from mbrl_text_env.types import Usage
 
 ChunkReward = Literal["terminal", "delta"]
 """When the score is paid: at the end, or chunk by chunk as it rises (the sum is the same)."""

@@ -10,11 +10,18 @@ import numpy.typing as npt
 
 from mbrl_text_env.agents.model_free.candidate_policy import CandidatePolicy
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.proposer import CandidateProposer, Known
 from mbrl_text_env.rewards.base import RewardModel, score_responses
-from mbrl_text_env.types import FloatArray, Prompt, TextState
+from mbrl_text_env.types import (
+    FloatArray,
+    Ledger,
+    Prompt,
+    TextState,
+    initial,
+    is_terminal,
+    response_limit,
+    transition,
+)
 
 Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
 """From features float32[B, layout.size] to the candidates chosen, int64[B]."""

@@ -49,17 +49,15 @@ from mbrl_text_env.agents.model_free.sb3_networks import (
     scorer_of,
 )
 from mbrl_text_env.agents.model_free.vec_env import VectorEnvAdapter
-from mbrl_text_env.candidates import CandidateChunksVector
 from mbrl_text_env.encoders import Encoder
-from mbrl_text_env.identity import identity
+from mbrl_text_env.env import TextGenerationVectorEnv
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
-from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel, reward_name
-from mbrl_text_env.training import own_randomness
-from mbrl_text_env.types import Prompt
-from mbrl_text_env.vector import TextGenerationVectorEnv
+from mbrl_text_env.runs import identity, own_randomness
+from mbrl_text_env.types import Ledger, Prompt, Usage
+from mbrl_text_env.wrappers import CandidateChunksVector
 
 _PPO_DEFAULTS, _DQN_DEFAULTS = PPOSettings(), DQNSettings()
 

@@ -21,10 +21,9 @@ from stable_baselines3.common.buffers import ReplayBuffer
 
 from mbrl_text_env.agents.learning.training import TuningError, storage
 from mbrl_text_env.agents.model_free.vec_env import VectorEnvAdapter
-from mbrl_text_env.candidates import CandidateChunksVector, CandidateState
 from mbrl_text_env.files import write_folder
-from mbrl_text_env.mdp import initial
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Prompt, TextState, initial
+from mbrl_text_env.wrappers import CandidateChunksVector, CandidateState
 
 _STATE, _TENSORS = "trainer_state.json", "tensors.safetensors"
 _BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")

@@ -31,15 +31,13 @@ from mbrl_text_env.agents.learning.training import (
     common_arguments,
     prompts_digest,
 )
-from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.mdp import initial, response_limit
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
 from mbrl_text_env.rewards.learning.lora_classifier import quiet
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.runs import identity
+from mbrl_text_env.types import Ledger, Prompt, Usage, initial, response_limit
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM

@@ -19,11 +19,10 @@ from mbrl_text_env.agents.collection import collect, collection_run, missing_sam
 from mbrl_text_env.benchmarks.audit.text_changes import INTERVENTIONS, intervene
 from mbrl_text_env.benchmarks.settings import AuditError
 from mbrl_text_env.files import write_text
-from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.records import Record, RecordWriter, run_of
 from mbrl_text_env.rewards.base import RewardModel, score_responses
-from mbrl_text_env.runs import prompt_digest, refuse_others, writing
+from mbrl_text_env.runs import identity, prompt_digest, refuse_others, writing
 from mbrl_text_env.types import FloatArray, Prompt
 
 PoolScores = tuple[FloatArray, dict[str, FloatArray]]

@@ -29,10 +29,9 @@ from mbrl_text_env.benchmarks.audit.verdict import Verdict, decide, trivial
 from mbrl_text_env.benchmarks.compare import choose_prompts
 from mbrl_text_env.benchmarks.settings import AuditConfig, AuditError
 from mbrl_text_env.files import write_text
-from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardModel, applies_to
-from mbrl_text_env.runs import claimed, prompt_digests, writing
+from mbrl_text_env.runs import claimed, identity, prompt_digests, writing
 from mbrl_text_env.types import FloatArray, Prompt
 
 _FORMAT = 2

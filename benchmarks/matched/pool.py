@@ -14,11 +14,9 @@ import numpy as np
 
 from mbrl_text_env.benchmarks.audit.pool import fill_pool, score_pool
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.ledger import Usage
-from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import RewardModel
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray, Prompt, Usage, initial
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from mbrl_text_env.benchmarks.studies.efficiency_rows import BEST_OF_N, Point
 from mbrl_text_env.benchmarks.studies.harness import kept
 from mbrl_text_env.benchmarks.studies.measuring import Exam, Spent
 from mbrl_text_env.language_models.base import LanguageModel, clear_cache
-from mbrl_text_env.ledger import Budget, Ledger
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Budget, Ledger, Prompt
 
 SAMPLING = "sampling"
 METHODS = ("search", "ppo", "dqn", "grpo", "expert-iteration")

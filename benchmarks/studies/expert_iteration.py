@@ -24,8 +24,8 @@ from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.benchmarks.studies.measuring import Exam
-from mbrl_text_env.ledger import Budget
 from mbrl_text_env.rewards import make
+from mbrl_text_env.types import Budget
 
 if TYPE_CHECKING:
     from mbrl_text_env.agents.learning import ExpertIteration

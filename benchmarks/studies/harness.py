@@ -24,10 +24,9 @@ from mbrl_text_env.benchmarks.statistics import (
     win_rate,
 )
 from mbrl_text_env.files import write_text
-from mbrl_text_env.identity import identity
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards.base import applies_to
-from mbrl_text_env.runs import claimed, prompt_digests
+from mbrl_text_env.runs import claimed, identity, prompt_digests
 
 if TYPE_CHECKING:
     from rich.table import Table

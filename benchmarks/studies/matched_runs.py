@@ -29,14 +29,12 @@ from mbrl_text_env.benchmarks.compare import (
 )
 from mbrl_text_env.benchmarks.matched.analysis import Cell, Unit
 from mbrl_text_env.benchmarks.matched.pool import Pool, make_pool
-from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
-from mbrl_text_env.runs import claimed
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.runs import claimed, identity
+from mbrl_text_env.types import Prompt, initial
 from mbrl_text_env.values import ValueModel
 
 _FORMAT = 2

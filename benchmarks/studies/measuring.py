@@ -12,10 +12,8 @@ from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.benchmarks.studies.harness import StudyError
 from mbrl_text_env.language_models.base import LanguageModel, clear_cache
-from mbrl_text_env.ledger import Budget, Ledger, Usage
-from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardModel, score_responses
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Budget, Ledger, Prompt, Usage, initial
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,20 @@ import numpy as np
 
 from mbrl_text_env.checks.base import Trial, counted
 from mbrl_text_env.language_models.base import SamplingParams
-from mbrl_text_env.ledger import Budget, BudgetError, BudgetExceededError, Usage
-from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.rewards.base import score_responses
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.types import (
+    Budget,
+    BudgetError,
+    BudgetExceededError,
+    Chunk,
+    Prompt,
+    TextState,
+    Usage,
+    initial,
+    is_terminal,
+    response_limit,
+    transition,
+)
 
 _TOLERANCE = 1e-5
 # Shares of a response: exactly one, one and a bit, and several.

@@ -41,8 +41,7 @@ from mbrl_text_env.language_models.base import (
     room_after,
 )
 from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, check_room
-from mbrl_text_env.ledger import Ledger, Usage, timed
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,9 +7,17 @@ from mbrl_text_env.agents.base import Completion, affordable, best
 from mbrl_text_env.agents.registry import available, make
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.language_models import NGramLM, SamplingParams
-from mbrl_text_env.ledger import Budget, BudgetError, Ledger, Usage
-from mbrl_text_env.mdp import initial, is_terminal, transition
-from mbrl_text_env.types import Chunk, Prompt
+from mbrl_text_env.types import (
+    Budget,
+    BudgetError,
+    Chunk,
+    Ledger,
+    Prompt,
+    Usage,
+    initial,
+    is_terminal,
+    transition,
+)
 from tests.toys import PROMPTS, CountReward, ExactValue, FixedValue, now, toy_options
 
 LM = NGramLM("abc", order=2, seed=3, stop_probability=0.15)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from mbrl_text_env.agents import BestOfN
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.ledger import Budget
-from mbrl_text_env.mdp import initial
+from mbrl_text_env.types import Budget, initial
 from tests.toys import PROMPTS, CountReward, FixedValue
 
 LM = NGramLM("abc", seed=3)
@@ -71,7 +70,7 @@ def test_a_time_limit_ends_the_search(monkeypatch):
     # A clock that goes on by a millisecond whenever it is read.
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: 0.001 * next(ticks))
-    monkeypatch.setattr("mbrl_text_env.ledger.time", clock)
+    monkeypatch.setattr("mbrl_text_env.types.time", clock)
     (generation,) = BestOfN(LM, CountReward(), max_response_tokens=5).generate(
         PROMPTS[:1], Budget(seconds=0.05)
     )

@@ -15,9 +15,15 @@ from mbrl_text_env.agents.mcts import MCTS, GumbelDecision
 from mbrl_text_env.agents.mcts_simulator import Simulator
 from mbrl_text_env.agents.search import Search
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
-from mbrl_text_env.ledger import Budget, BudgetError, Ledger
-from mbrl_text_env.mdp import initial, is_terminal, transition
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import (
+    Budget,
+    BudgetError,
+    Ledger,
+    Prompt,
+    initial,
+    is_terminal,
+    transition,
+)
 from tests.toys import PROMPTS, CountReward, FixedValue, OptimalValue, now
 
 PLAIN = SamplingParams()

@@ -21,9 +21,7 @@ from mbrl_text_env.agents import (
 from mbrl_text_env.agents.driver import MOST_AT_ONCE
 from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
-from mbrl_text_env.ledger import Budget, BudgetError, Ledger
-from mbrl_text_env.mdp import initial, is_terminal
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Budget, BudgetError, Ledger, Prompt, TextState, initial, is_terminal
 from mbrl_text_env.values import ValueEstimate
 from tests.toys import PROMPTS, CountReward, FixedValue, OptimalValue
 

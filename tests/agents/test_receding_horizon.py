@@ -2,7 +2,7 @@ import pytest
 
 from mbrl_text_env.agents import RecedingHorizon
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.ledger import Budget
+from mbrl_text_env.types import Budget
 from tests.toys import PROMPTS, CountReward, FixedValue
 
 LM = NGramLM("abcdefgh", seed=3, concentration=50.0, stop_probability=0.0)

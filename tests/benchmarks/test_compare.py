@@ -21,9 +21,8 @@ from mbrl_text_env.benchmarks.compare import (
 )
 from mbrl_text_env.benchmarks.report import plot
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.ledger import BudgetError
 from mbrl_text_env.rewards import ConstraintsReward, as_reward_model
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import BudgetError, Prompt
 from tests.toys import CountReward, FixedValue
 
 LM = NGramLM("abc", seed=3)

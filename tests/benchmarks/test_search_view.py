@@ -9,7 +9,7 @@ from rich.console import Console
 from mbrl_text_env.agents import Adaptive, BeamSearch
 from mbrl_text_env.benchmarks.search_view import draw_tree, picture
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.ledger import Budget
+from mbrl_text_env.types import Budget
 from tests.toys import PROMPTS, CountReward, FixedValue
 
 LM = NGramLM("abcdefgh", seed=3, concentration=5.0, stop_probability=0.1)

@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbrl_text_env import CheckError, TextGenerationEnv, checks
-from mbrl_text_env.candidates import CandidateChunks
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.mdp import InvalidChunkError, is_terminal
 from mbrl_text_env.spaces import ChunkSpace
-from mbrl_text_env.types import Prompt
-from mbrl_text_env.wrappers import KLPenalty, PotentialShaping
+from mbrl_text_env.types import InvalidChunkError, Prompt, is_terminal
+from mbrl_text_env.wrappers import CandidateChunks, KLPenalty, PotentialShaping
 from tests.checks.common import CANDIDATES, LM, TEXT, broken
 from tests.toys import PROMPTS, CountReward, FixedValue, LetterEncoder, StepReward, toy_options
 
@@ -153,7 +151,7 @@ class FourResults(TextGenerationEnv):
 
 class DoesNotRestore(TextGenerationEnv):
     def set_state(self, state):
-        return self._show(self._current())
+        return self._show(self._current()[0])
 
 
 class RestoresInHalf(TextGenerationEnv):
@@ -217,7 +215,7 @@ class WrongError(TextGenerationEnv):
 class GoesOnAfterTheEnd(TextGenerationEnv):
     def step(self, action):
         if is_terminal(self.get_state()):
-            return self._show(self._current())[0], 0.0, True, False, {}
+            return self._show(self._current()[0])[0], 0.0, True, False, {}
         return super().step(action)
 
 
@@ -329,7 +327,7 @@ def test_broken_environments_fail(cls, match):
 class PaysTheWholeScore(TextGenerationEnv):
     def step(self, action):
         observation, _, *rest = super().step(action)
-        return observation, self._outcome.score, *rest
+        return observation, self._current()[0].score, *rest
 
 
 class RewardsByTheClock(TextGenerationEnv):

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from mbrl_text_env import CheckError, checks
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.ledger import Usage
-from mbrl_text_env.types import Chunk, Prompt
+from mbrl_text_env.types import Chunk, Prompt, Usage
 from tests.checks.common import LM, broken
 
 # Language models that keep the contract.

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from mbrl_text_env import CheckError
 from mbrl_text_env.agents.values import PrefixRewardValue, RolloutValue
 from mbrl_text_env.checks import check_value_model
-from mbrl_text_env.ledger import Usage
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Prompt, TextState, Usage
 from mbrl_text_env.values import ValueEstimate
 from tests.checks.common import LM, broken
 from tests.toys import CountReward, ExactValue, OptimalValue

@@ -40,9 +40,7 @@ from mbrl_text_env.language_models import (
     embedded_tokenizer,
 )
 from mbrl_text_env.language_models.server import ServerConfigError
-from mbrl_text_env.ledger import Budget, Ledger
-from mbrl_text_env.mdp import initial
-from mbrl_text_env.types import Chunk, Message, Prompt, TextState
+from mbrl_text_env.types import Budget, Chunk, Ledger, Message, Prompt, TextState, initial
 from tests.language_models.fake_server import (
     MODELS,
     FakeServer,

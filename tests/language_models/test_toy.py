@@ -21,8 +21,7 @@ from mbrl_text_env.language_models import (
 )
 from mbrl_text_env.language_models.base import stream
 from mbrl_text_env.language_models.toy import STOP, ExactLM, draw_token, shaped
-from mbrl_text_env.ledger import Budget, BudgetExceededError, Ledger, Usage
-from mbrl_text_env.types import Chunk, Prompt, TextState
+from mbrl_text_env.types import Budget, BudgetExceededError, Chunk, Ledger, Prompt, TextState, Usage
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -81,7 +80,7 @@ class TestCharTokenizer:
     def test_a_prompt_must_leave_room(self):
         tokenizer = CharTokenizer("ab", context_length=3)
         assert tokenizer.encode_prompt(Prompt("p", "ab")) == (1, 2)
-        with pytest.raises(PromptTooLongError, match="'p' has 3 tokens, but the context holds 3"):
+        with pytest.raises(PromptTooLongError, match=r"'p' has 3 tokens, but .* context holds 3"):
             tokenizer.encode_prompt(Prompt("p", "aba"))
 
 

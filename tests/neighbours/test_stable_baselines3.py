@@ -21,7 +21,7 @@ def test_make_vec_env():
 
 
 def test_by_id():
-    gym.register("Toy-v0", "mbrl_text_env.candidates:make_candidate_chunks", kwargs=VIEW)
+    gym.register("Toy-v0", "mbrl_text_env.wrappers:make_candidate_chunks", kwargs=VIEW)
     try:
         model = DQN("MlpPolicy", "Toy-v0", learning_starts=8, device="cpu").learn(24)
     finally:

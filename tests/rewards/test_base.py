@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from mbrl_text_env.checks import check_reward_model
-from mbrl_text_env.identity import identity
-from mbrl_text_env.ledger import Budget, BudgetExceededError, Ledger, Usage
 from mbrl_text_env.rewards.adapters import as_reward_model, to_trl
 from mbrl_text_env.rewards.base import (
     ProcessRewardModel,
@@ -19,7 +17,6 @@ from mbrl_text_env.rewards.base import (
     RewardModel,
     Scores,
     applies_to,
-    reduced,
     reward_name,
     reward_usage_bound,
     score_responses,
@@ -30,7 +27,8 @@ from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
 from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
 from mbrl_text_env.rewards.verifiable.constraints import ConstraintsReward
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.runs import identity
+from mbrl_text_env.types import Budget, BudgetExceededError, Ledger, Prompt, Usage
 
 PROMPTS = [Prompt.from_text("Say hi", id="p0"), Prompt.from_text("Say bye", id="p1")]
 RESPONSES = ["Hi there", "Bye " * 100]
@@ -186,7 +184,7 @@ def test_defaults_of_the_optional_methods():
 
 def test_a_reward_without_another_format_is_its_own_reduced_form():
     reward = Stub([])
-    assert reduced(reward, "bfloat16").reward is reward
+    assert as_reward_model(reward).reduced("bfloat16").reward is reward
 
 
 def test_a_reward_says_what_its_reduced_form_is():
@@ -194,9 +192,9 @@ def test_a_reward_says_what_its_reduced_form_is():
         def reduced(self, dtype):
             return Rounded([dtype])
 
-    assert reduced(Rounded([]), "bfloat16").result == ["bfloat16"]
+    assert as_reward_model(Rounded([])).reduced("bfloat16").result == ["bfloat16"]
     relevance = RelevanceReward()
-    found = reduced(relevance, "float16")
+    found = relevance.reduced("float16")
     assert (found.dtype, relevance.dtype) == ("float16", None)
 
 

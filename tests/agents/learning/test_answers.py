@@ -14,9 +14,9 @@ from mbrl_text_env.agents.learning import answer_hint, collect_answers
 from mbrl_text_env.agents.learning.answers import _share
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.records import RecordWriter, read_records
 from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.types import Ledger, Usage
 from tests.agents.learning.worlds import BASE, TOKENS, TRAIN, AnswerReward, CopyLM
 from tests.toys import CountReward
 

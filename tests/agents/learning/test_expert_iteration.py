@@ -32,13 +32,11 @@ from mbrl_text_env.agents.learning.reports import fallen, without_signal
 from mbrl_text_env.agents.learning.stages import STAGES, Stage
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import StackedValue
-from mbrl_text_env.identity import identity
 from mbrl_text_env.language_models import SamplingParams
-from mbrl_text_env.ledger import Budget, BudgetError
-from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import read_records
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.runs import identity
+from mbrl_text_env.types import Budget, BudgetError, Prompt, initial
 from mbrl_text_env.values import ValueModelError
 from tests.agents.learning.worlds import (
     BASE,
@@ -301,7 +299,7 @@ class TestKills:
         script = textwrap.dedent(
             """
             import os, signal, sys
-            from mbrl_text_env.identity import identity
+            from mbrl_text_env.runs import identity
             from tests.agents.learning.test_expert_iteration import SETTINGS
             from tests.agents.learning.worlds import make_loop
             from tests.toys import CountReward

@@ -14,10 +14,8 @@ from mbrl_text_env.agents.learning.notes import from_json, to_json
 from mbrl_text_env.agents.learning.reports import Divergence, Diversity, _standard_error
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Ledger, Prompt, TextState, initial
 from tests.agents.values.worlds import written
 from tests.toys import CountReward, FixedValue, now
 

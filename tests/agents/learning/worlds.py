@@ -19,10 +19,8 @@ from mbrl_text_env.agents.values import StackedValue
 from mbrl_text_env.files import write_folder
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.language_models.toy import STOP, ExactLM
-from mbrl_text_env.ledger import Usage
-from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Prompt, Usage, initial
 from tests.toys import CountReward, ExactValue
 
 LETTERS = "abcde"

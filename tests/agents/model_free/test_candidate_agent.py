@@ -10,10 +10,8 @@ from mbrl_text_env.agents.learning import TuningError
 from mbrl_text_env.agents.model_free import CandidateAgent, CandidateView, load_policy
 from mbrl_text_env.agents.model_free.episodes import play
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.ledger import Budget, Ledger
-from mbrl_text_env.mdp import initial, is_terminal
 from mbrl_text_env.proposer import FeatureLayout
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Budget, Ledger, Prompt, initial, is_terminal
 from tests.agents.model_free.choice_worlds import LM, PROMPTS, VIEW, LetterShares, reward
 from tests.agents.model_free.test_candidate_policy import greedy, policy
 

@@ -20,10 +20,8 @@ from mbrl_text_env.agents.model_free import (
     train_rloo,
 )
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Ledger, Prompt, initial, transition
 from tests.agents.learning.tiny import PROMPTS, tiny_lm
 from tests.toys import CountReward
 

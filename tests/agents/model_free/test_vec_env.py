@@ -10,9 +10,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import mbrl_text_env  # noqa: F401 registers the environments
 from mbrl_text_env.agents.model_free import VectorEnvAdapter
-from mbrl_text_env.candidates import CandidateChunksVector
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.rewards import RewardError
+from mbrl_text_env.wrappers import CandidateChunksVector
 from tests.toys import toy_options
 
 ID = "mbrl_text_env/CandidateChunks-v0"

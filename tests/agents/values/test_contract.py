@@ -15,7 +15,7 @@ from mbrl_text_env.agents.values import (
     load_value,
 )
 from mbrl_text_env.checks import check_value_model
-from mbrl_text_env.ledger import Ledger, Usage
+from mbrl_text_env.types import Ledger, Usage
 from mbrl_text_env.values import ValueModelError, predict_values
 from tests.agents.values.worlds import (
     LENGTHS,

@@ -6,9 +6,8 @@ from sklearn.linear_model import Ridge
 
 from mbrl_text_env.agents.values import EmbeddingValue, FitError
 from mbrl_text_env.language_models import CharTokenizer
-from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.records import Record
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Ledger, Prompt, TextState
 from mbrl_text_env.values import ValueModelError, predict_values
 from tests.toys import FixedValue, LetterEncoder
 

@@ -19,9 +19,8 @@ from mbrl_text_env.agents.values import (
 )
 from mbrl_text_env.agents.values.ensemble import EnsembleHead
 from mbrl_text_env.fitting.heads import Spread
-from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.rewards import make as make_reward
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Ledger, Prompt
 from mbrl_text_env.values import ValueModelError, predict_values
 from tests.agents.values.worlds import (
     LENGTHS,

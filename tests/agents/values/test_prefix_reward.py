@@ -5,9 +5,8 @@ import pytest
 
 from mbrl_text_env.agents.values import FitError, PrefixRewardValue
 from mbrl_text_env.language_models import CharTokenizer
-from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards import make as make_reward
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Ledger, Prompt, TextState, Usage
 from mbrl_text_env.values import predict_values
 from tests.agents.values.worlds import LM, PaidReward, state_of, written
 from tests.toys import CountReward

@@ -26,8 +26,8 @@ from mbrl_text_env.benchmarks.studies.matched_figures import (
     plot_scaling,
 )
 from mbrl_text_env.benchmarks.studies.matched_runs import LazyValues, Study, run_study, slug
-from mbrl_text_env.ledger import Budget
 from mbrl_text_env.prompts import load_prompts
+from mbrl_text_env.types import Budget
 from tests.benchmarks.studies.tiny_command import Command
 from tests.benchmarks.test_matched import LM, CostlyCount
 from tests.toys import CountReward

@@ -33,10 +33,8 @@ from mbrl_text_env.benchmarks.studies.efficiency_rows import (
 from mbrl_text_env.benchmarks.studies.harness import prompts_for
 from mbrl_text_env.benchmarks.studies.measuring import Exam, Spent
 from mbrl_text_env.language_models import TableLM, TransformersLM
-from mbrl_text_env.ledger import Budget, Ledger, Usage
-from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards import make
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import Budget, Ledger, Prompt, Usage, initial
 from tests.agents.learning.tiny import PROMPTS, tiny_lm
 from tests.benchmarks.studies.tiny_command import TOKENS, Command, said
 from tests.toys import CountReward, now
