@@ -20,8 +20,7 @@ import numpy as np
 from mbrl_text_env.fitting.folder import Arrays, FolderKind, numbers_of, with_numbers
 from mbrl_text_env.fitting.heads import Head, Spread, choose, cross_spread, fitted
 from mbrl_text_env.fitting.report import FitError, FitReport, Samples, value_report
-from mbrl_text_env.ledger import Ledger
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import FloatArray, Ledger, TextState
 from mbrl_text_env.values import LENGTHS, ValueEstimate, ValueModel, ValueModelError
 
 if TYPE_CHECKING:

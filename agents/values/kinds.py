@@ -43,8 +43,6 @@ from mbrl_text_env.language_models.base import (
     sample_requests,
     spawn_seed,
 )
-from mbrl_text_env.ledger import Ledger, Usage
-from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardLike,
@@ -53,7 +51,15 @@ from mbrl_text_env.rewards.base import (
     reward_usage_bound,
     score_responses,
 )
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import (
+    FloatArray,
+    Ledger,
+    TextState,
+    Usage,
+    is_terminal,
+    response_limit,
+    transition,
+)
 from mbrl_text_env.values import (
     LENGTHS,
     ValueEstimate,
@@ -434,7 +440,7 @@ class RolloutValue(ValueModel):
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
-        >>> from mbrl_text_env.mdp import initial
+        >>> from mbrl_text_env.types import initial
         >>> from mbrl_text_env.types import Prompt
         >>> lm = NGramLM("abc", seed=1)
         >>> reward = lambda prompt, response: float(response.count("a"))

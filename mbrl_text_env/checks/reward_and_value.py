@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.checks.base import CheckError, Trial
-from mbrl_text_env.ledger import Ledger, Usage
 from mbrl_text_env.rewards.base import (
     ProcessRewardModel,
     RewardError,
@@ -20,7 +19,7 @@ from mbrl_text_env.rewards.base import (
     check_process,
     reward_model_of,
 )
-from mbrl_text_env.types import FloatArray, Message, Prompt, TextState
+from mbrl_text_env.types import FloatArray, Ledger, Message, Prompt, TextState, Usage
 from mbrl_text_env.values import (
     ValueEstimate,
     expected_value_usage,
@@ -258,7 +257,7 @@ def check_value_model(
         CheckError: The contract is broken.
 
     Example:
-        >>> from mbrl_text_env.mdp import initial
+        >>> from mbrl_text_env.types import initial
         >>> prompts = [Prompt.from_text("Hi"), Prompt.from_text("Why?")]  # doctest: +SKIP
         >>> check_value_model(value, [initial(p, lm) for p in prompts])  # doctest: +SKIP
     """

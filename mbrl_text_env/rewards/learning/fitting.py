@@ -42,8 +42,7 @@ from mbrl_text_env.rewards.learning.lora_classifier import (
     write_adapter,
 )
 from mbrl_text_env.rewards.learning.preferences import PreferencePair
-from mbrl_text_env.runs import writing
-from mbrl_text_env.training import claim_checkpoints, own_randomness
+from mbrl_text_env.runs import claim_checkpoints, own_randomness, writing
 from mbrl_text_env.types import FloatArray
 
 if TYPE_CHECKING:

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from mbrl_text_env.files import write_text
+from mbrl_text_env.files import shortened, strict_json_object, write_text
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.tables import shortened, strict_json_object
 from mbrl_text_env.types import Message, Prompt, Split
 
 if TYPE_CHECKING:

@@ -5,10 +5,9 @@ import pytest
 
 from mbrl_text_env.agents.values import PrefixRewardValue, StackedValue
 from mbrl_text_env.agents.values.kinds import PrefixStatistics
-from mbrl_text_env.ledger import Ledger
 from mbrl_text_env.rewards import make as make_reward
 from mbrl_text_env.rewards.base import Scores
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Ledger, Prompt, TextState
 from mbrl_text_env.values import ValueModelError, predict_values
 from tests.agents.values.worlds import LENGTHS, LM, state_of, toy_records, written
 from tests.toys import CountReward
