@@ -47,7 +47,6 @@ from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardLike,
     Scores,
-    reduced,
     reward_usage_bound,
     score_responses,
 )
@@ -543,7 +542,7 @@ def make_value(
         >>> value = make_value("stacked", lm, SentimentReward()).fit(records)  # doctest: +SKIP
     """
     lm, reward = language_model, as_reward_model(reward_model)
-    faster = reduced(reward, "bfloat16") if name == "prefix" and multiplies_bfloat16() else reward
+    faster = reward.reduced("bfloat16") if name == "prefix" and multiplies_bfloat16() else reward
     limit: dict[str, Any] = {"max_response_tokens": max_response_tokens}
     kinds: Mapping[str, Callable[[], ValueModel]] = {
         "prefix": lambda: PrefixRewardValue(faster, lm),

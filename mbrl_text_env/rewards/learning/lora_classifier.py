@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mbrl_text_env._lazy import MissingExtraError, extras
-from mbrl_text_env.language_models.content import control_test
+from mbrl_text_env.language_models.hf_tokenizer import control_test
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import check_complete, input_limit, load_model
+from mbrl_text_env.rewards.evaluators._hub import check_complete, input_limit
 from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward, LoadedClassifier
 from mbrl_text_env.rewards.learning.features import EMBEDDED
 from mbrl_text_env.types import Prompt
@@ -41,10 +41,7 @@ class AdapterReward(ClassifierReward):
         return [encoding.ids for encoding in self._encode(prompts, responses)]
 
     def _load(self) -> LoadedClassifier:
-        model, tokenizer = load_model(
-            self.model, self._adapted, "LoRA-tuned classification", name=self.name
-        )
-        return self._use(model, tokenizer)
+        return self._use(*self._read(self._adapted, "LoRA-tuned classification"))
 
     def _use(self, model: Any, tokenizer: Any) -> LoadedClassifier:
         """What scoring needs of a model and its tokenizer."""
