@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.language_models.content import control_test, plain_text
+from mbrl_text_env.language_models.hf_tokenizer import control_test, plain_text
 from mbrl_text_env.types import FloatArray
 
 _MOST_COUNTS = 65536

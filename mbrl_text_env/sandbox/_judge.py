@@ -25,19 +25,7 @@ import sys
 import types
 from typing import Any
 
-from mbrl_text_env.sandbox._solution import (
-    ASKED,
-    CALCULATED,
-    COMPARED,
-    MUTABLE,
-    UNARY,
-    Peer,
-    Solution,
-    builtin_exception,
-    exception_of,
-    kinds_of,
-    path_of,
-)
+from mbrl_text_env.sandbox import _solution as side
 
 # The program's folder, which the solution can write to: nothing is imported from it any more.
 del sys.path[0]
@@ -50,7 +38,7 @@ _VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 # fault of the test's, which would be an error for the caller.
 _CAUSED = (type, types.CoroutineType, types.FunctionType, types.MethodWrapperType)
 _PLAIN = (
-    *MUTABLE, bytes, complex, float, frozenset, int, range, str, tuple,
+    *side.MUTABLE, bytes, complex, float, frozenset, int, range, str, tuple,
 )  # fmt: skip
 
 
@@ -71,7 +59,7 @@ class Breach(BaseException):
         Breach.happened = True
 
 
-class Judge(Peer):
+class Judge(side.Peer):
     """Runs the test, and asks the solution."""
 
     def __init__(self, source: int, target: int) -> None:
@@ -87,24 +75,22 @@ class Judge(Peer):
 
     def refer(self, value: Any) -> Any:
         if type(value) is Remote:
-            return {"object": object.__getattribute__(value, "_number")}
+            return {"object": _own(value)[1]}
         if isinstance(value, _VIEWS):
             return self.encode(list(value))
         if hasattr(type(value), "__next__"):
             items = list(itertools.islice(value, _MOST_ITEMS))
-            is_all = len(items) < _MOST_ITEMS
             # It may have no end.
-            return {
-                "iterator": [self.encode(items), None if is_all else self.share(value.__next__)]
-            }
-        path = path_of(value)
+            rest = self.share(value.__next__) if len(items) == _MOST_ITEMS else None
+            return {"iterator": [self.encode(items), rest]}
+        path = side.path_of(value)
         if path:
             return {"path": path}
         if any(value is each for each in self.exceptions.values()):
             return {"exception": value.__name__}
         if isinstance(value, Exception):
             values = [list(value.args), vars(value)]
-            return {"raised": [kinds_of(type(value)), str(value)[:1000], self.encode(values)]}
+            return {"raised": [side.kinds_of(type(value)), str(value)[:1000], self.encode(values)]}
         if callable(value) and _is_own(value):
             return {"function": self.share(value)}
         if type(value) in _CAUSED:
@@ -130,11 +116,17 @@ class Judge(Peer):
     def exception_class(self, names: list[str]) -> Any:
         """An empty class in the place of an exception class of the solution's."""
         name, *bases = names
-        if builtin_exception(name):
-            return builtin_exception(name)
+        if side.builtin_exception(name):
+            return side.builtin_exception(name)
         if name not in self.exceptions:
             self.exceptions[name] = type(name, (self.exception_class(bases),), {})
         return self.exceptions[name]
+
+    def send(self, message: Any) -> None:
+        try:
+            super().send(message)
+        except OSError as error:
+            raise Breach(str(error)) from None
 
     def hear(self) -> Any:
         """The next message. All that is wrong with it ends the test."""
@@ -168,16 +160,13 @@ class Judge(Peer):
                 "keywords": {key: self.encode(value) for key, value in keywords.items()},
             }
         except Unsupported as error:
-            if type(arguments[0]) is Remote and object.__getattribute__(arguments[0], "_rank"):
+            if type(arguments[0]) is Remote and _own(arguments[0])[2]:
                 self.unsupported = str(error)
                 raise
             # The test may have expected plain data, which would have taken it.
             raise TypeError(str(error)) from None
         self.age += operation != "value"
-        try:
-            self.send(request)
-        except OSError as error:
-            raise Breach(str(error)) from None
+        self.send(request)
         message = self.hear()
         while "callback" in message:
             self.call_back(message)
@@ -185,7 +174,7 @@ class Judge(Peer):
         given = [*arguments, *keywords.values()]
         if len(message["arguments"]) == len(given):
             for mine, theirs in zip(given, message["arguments"], strict=True):
-                if type(mine) in MUTABLE:
+                if type(mine) in side.MUTABLE:
                     _replace(mine, theirs)
         if "error" in message:
             raise self.error(message, stops=operation in ("next", "send"))
@@ -198,13 +187,11 @@ class Judge(Peer):
     def error(self, message: Any, *, stops: bool) -> BaseException:
         """What was raised, as the nearest of the kinds that the test can name."""
         try:
-            known = {
-                name: self.exceptions[name] for name in message["error"] if name in self.exceptions
-            }
-            error = exception_of(message["error"], message["text"], message["values"], known, stops)
+            names = message["error"]
+            known = {name: self.exceptions[name] for name in names if name in self.exceptions}
+            return side.exception_of(names, message["text"], message["values"], known, stops)
         except Exception as problem:
             raise Breach(str(problem)[:200]) from None
-        return error
 
     def call_back(self, message: Any) -> None:
         function = self.shared[message["callback"]]
@@ -212,11 +199,8 @@ class Judge(Peer):
             arguments, keywords = message["arguments"]
             reply = {"result": self.encode(function(*arguments, **keywords))}
         except (Exception, Unsupported) as error:
-            reply = {"error": kinds_of(type(error)), "text": str(error)[:1000]}
-        try:
-            self.send(reply)
-        except OSError as error:
-            raise Breach(str(error)) from None
+            reply = {"error": side.kinds_of(type(error)), "text": str(error)[:1000]}
+        self.send(reply)
 
     def plain(self, remote: Any) -> Any:
         """The value of an object whose class was made from a plain one, or the object.
@@ -224,7 +208,7 @@ class Judge(Peer):
         It is asked for once, or once after each question that may have changed it; else an object
         could be equal to one thing after another.
         """
-        number = object.__getattribute__(remote, "_number")
+        number = _own(remote)[1]
         age, value = self.values.get(number, (-1, remote))
         if age == self.age or type(value) in (int, float, complex, str, tuple, frozenset, bytes):
             return value
@@ -251,17 +235,17 @@ class Judge(Peer):
     def same(self, value: Any) -> Any:
         """What stands for an object, or a class of Python's, in whatever way it has come."""
         is_remote = type(value) is Remote
-        path = _ask("path", value) if is_remote else path_of(value)
+        path = _ask("path", value) if is_remote else side.path_of(value)
         if type(path) is str and path:
             return self.paths.setdefault(path, object())
-        return self.remote(object.__getattribute__(value, "_number"), 0) if is_remote else value
+        return self.remote(_own(value)[1], 0) if is_remote else value
 
     def ranked(self, name: str, value: Any) -> Any:
         """A name's value. What is handed to it is the test's choice, and to what it returns is not:
         but for the objects of a class, which has a name in capitals."""
         if type(value) is not Remote:
             return value
-        return self.remote(object.__getattribute__(value, "_number"), 1 + name[:1].isupper())
+        return self.remote(_own(value)[1], 1 + name[:1].isupper())
 
 
 class Remote:
@@ -272,16 +256,14 @@ class Remote:
     else it names and for attributes and objects of those, and 0 for the rest.
     """
 
-    __slots__ = ("_judge", "_number", "_rank")
+    __slots__ = ("_own",)
 
     def __init__(self, judge: Judge, number: int, rank: int) -> None:
-        object.__setattr__(self, "_judge", judge)
-        object.__setattr__(self, "_number", number)
-        object.__setattr__(self, "_rank", rank)
+        object.__setattr__(self, "_own", (judge, number, rank))
 
     def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
-        rank = object.__getattribute__(self, "_rank")
-        return _with_rank(max(0, rank - 1), _ask("call", self, *arguments, **keywords))
+        rank = max(0, _own(self)[2] - 1)
+        return _with_rank(rank, _ask("call", self, *arguments, **keywords))
 
     # Not `__getattr__`: what the handle has is not what the object has.
     def __getattribute__(self, name: str) -> Any:
@@ -291,14 +273,7 @@ class Remote:
             return object.__getattribute__(self, name)
         if name in ("__next__", "send"):  # These may stop, as no other function may.
             return lambda *arguments: _ask(name.strip("_"), self, *arguments)
-        rank = object.__getattribute__(self, "_rank")
-        return _with_rank(min(1, rank), _ask("getattr", self, name))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        _ask("setattr", self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        _ask("delattr", self, name)
+        return _with_rank(min(1, _own(self)[2]), _ask("getattr", self, name))
 
     def __instancecheck__(self, instance: Any) -> bool:
         return type(instance) is Remote and _ask("isinstance", self, instance) is True
@@ -309,7 +284,7 @@ class Remote:
     def __eq__(self, other: object) -> bool:
         if type(other) is Remote:
             return _ask("eq", self, other) is True
-        path = path_of(other)
+        path = side.path_of(other)
         if path:
             return bool(_ask("path", self) == path)
         value = _plain(self)
@@ -327,9 +302,6 @@ class Remote:
         # The judge looks for it: what the solution gives is compared item by item.
         return item in (list(self) if type(value) is Remote else value)
 
-    def __enter__(self) -> Any:
-        return _ask("enter", self)
-
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         """The solution hears of an error and cannot take it back: it may be the test's verdict."""
         if error is None:
@@ -340,16 +312,18 @@ class Remote:
         except Exception:  # noqa: S110 - the one that is raised already goes on
             pass
 
-    def __copy__(self) -> Any:
-        return _ask("copy", self)
-
     def __deepcopy__(self, memo: Any) -> Any:
         return _ask("deepcopy", self)
 
 
+def _own(remote: Any) -> tuple[Judge, int, int]:
+    """The judge, number and rank of a remote object."""
+    own: tuple[Judge, int, int] = object.__getattribute__(remote, "_own")
+    return own
+
+
 def _ask(operation: str, target: Remote, /, *arguments: Any, **keywords: Any) -> Any:
-    judge: Judge = object.__getattribute__(target, "_judge")
-    return judge.ask(operation, target, *arguments, **keywords)
+    return _own(target)[0].ask(operation, target, *arguments, **keywords)
 
 
 async def _wait_for(coroutine: Remote) -> Any:
@@ -359,13 +333,12 @@ async def _wait_for(coroutine: Remote) -> Any:
 def _with_rank(rank: int, value: Any) -> Any:
     if type(value) is not Remote or not rank:
         return value
-    judge: Judge = object.__getattribute__(value, "_judge")
-    return judge.remote(object.__getattribute__(value, "_number"), rank)
+    judge, number, _ = _own(value)
+    return judge.remote(number, rank)
 
 
 def _plain(target: Remote) -> Any:
-    judge: Judge = object.__getattribute__(target, "_judge")
-    return judge.plain(target)
+    return _own(target)[0].plain(target)
 
 
 def _asked(name: str) -> Any:
@@ -377,7 +350,7 @@ def _unary(name: str) -> Any:
         value = _plain(self)
         if type(value) is Remote:
             return _ask(name, self, *arguments)
-        return UNARY[name](value, *arguments)
+        return side.UNARY[name](value, *arguments)
 
     return method
 
@@ -397,13 +370,13 @@ def _binary(name: str, *, swapped: bool) -> Any:
     return method
 
 
-for _name in ASKED:
+for _name in (*side.ASKED, "setattr", "delattr", "enter", "copy"):
     setattr(Remote, f"__{_name}__", _asked(_name))
-for _name in UNARY:
+for _name in side.UNARY:
     setattr(Remote, f"__{_name}__", _unary(_name))
-for _name in (*COMPARED, *CALCULATED):
+for _name in (*side.COMPARED, *side.CALCULATED):
     setattr(Remote, f"__{_name.rstrip('_')}__", _binary(_name, swapped=False))
-for _name in CALCULATED:
+for _name in side.CALCULATED:
     setattr(Remote, f"__r{_name.rstrip('_')}__", _binary(_name, swapped=True))
 
 
@@ -419,7 +392,7 @@ def _is_instance(value: Any, kinds: Any) -> bool:
         if type(kind) is Remote or type(plain) is not Remote:
             is_one = isinstance(value if type(kind) is Remote else plain, kind)
         else:
-            path = path_of(kind)
+            path = side.path_of(kind)
             is_one = path.startswith(_ABSTRACT) and _ask("isinstance", value, kind) is True
         if is_one:
             return True
@@ -440,23 +413,17 @@ def _compiled(source: str, name: str) -> Any:
         return ast.Call(ast.Name(function, ast.Load()), [argument], [])
 
     class Handles(ast.NodeTransformer):
-        def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        def visit(self, node: ast.AST) -> Any:
             self.generic_visit(node)
-            if any(isinstance(each, ast.Is | ast.IsNot) for each in node.ops):
-                node.left = called("__same__", node.left)
-                node.comparators = [called("__same__", each) for each in node.comparators]
+            match node:
+                case ast.Compare(ops=ops) if any(isinstance(o, ast.Is | ast.IsNot) for o in ops):
+                    node.left = called("__same__", node.left)
+                    node.comparators = [called("__same__", each) for each in node.comparators]
+                case ast.Attribute(value=value, attr="__class__", ctx=ast.Load()):
+                    return called("__kind__", value)
+                case ast.Call(func=ast.Name(id="type"), args=[value], keywords=[]):
+                    return called("__kind__", value)
             return node
-
-        def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-            self.generic_visit(node)
-            is_kind = node.attr == "__class__" and isinstance(node.ctx, ast.Load)
-            return called("__kind__", node.value) if is_kind else node
-
-        def visit_Call(self, node: ast.Call) -> ast.AST:
-            self.generic_visit(node)
-            name = node.func.id if isinstance(node.func, ast.Name) else ""
-            is_kind = name == "type" and len(node.args) == 1 and not node.keywords
-            return called("__kind__", node.args[0]) if is_kind else node
 
     tree = ast.fix_missing_locations(Handles().visit(ast.parse(source, name)))
     return compile(tree, name, "exec")
@@ -506,12 +473,10 @@ def _guard() -> None:
 
 
 def _keep_only(*kept: int) -> None:
-    for number in range(64):
-        if number not in kept:
-            try:
-                os.close(number)
-            except OSError:
-                pass  # It was not open.
+    first = 0
+    for number in (*sorted(kept), 64):
+        os.closerange(first, number)
+        first = number + 1
     for _ in range(3):
         os.open(os.devnull, os.O_RDWR)  # As standard input, output and error.
 
@@ -522,7 +487,7 @@ def main() -> None:
     if os.fork() == 0:
         try:
             _keep_only(questions, answer)
-            Solution(questions, answer).serve()
+            side.Solution(questions, answer).serve()
         finally:
             os._exit(1)
     os.close(questions)

@@ -1,6 +1,6 @@
 """The system calls that build a box, and the filter of those that may be made inside.
 
-It runs in the small helper process that `_box` starts, so it imports nothing heavy. Constants are
+It runs in the small helper process, so it imports nothing heavy. Constants are
 those of the Linux headers; the numbers of system calls are the pairs (x86_64, aarch64).
 """
 
@@ -12,13 +12,11 @@ import os
 import struct
 from typing import Any
 
-CLONE_NEWNS = 0x00020000
-CLONE_NEWCGROUP = 0x02000000
-CLONE_NEWUTS = 0x04000000
-CLONE_NEWIPC = 0x08000000
-CLONE_NEWUSER = 0x10000000
-CLONE_NEWPID = 0x20000000
-CLONE_NEWNET = 0x40000000
+NAMESPACES = {
+    "user": 0x10000000, "PID": 0x20000000, "mount": 0x00020000, "network": 0x40000000,
+    "IPC": 0x08000000, "UTS": 0x04000000, "cgroup": 0x02000000,
+}  # fmt: skip
+"""Flags of clone(2), CLONE_NEW..., by the kinds of namespaces."""
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
@@ -35,78 +33,33 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     # Other processes: their memory, files and limits.
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440),
-    "kcmp": (312, 272),
-    "pidfd_getfd": (438, 438),
-    "move_pages": (279, 239),
-    "migrate_pages": (256, 238),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440), "kcmp": (312, 272), "pidfd_getfd": (438, 438),
+    "move_pages": (279, 239), "migrate_pages": (256, 238),
     # The file system's shape, and namespaces.
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "fsconfig": (431, 431),
-    "fsmount": (432, 432),
-    "fspick": (433, 433),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265),
-    "lookup_dcookie": (212, 18),
-    "quotactl": (179, 60),
-    "fanotify_init": (300, 262),
+    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
+    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431),
+    "fsmount": (432, 432), "fspick": (433, 433), "unshare": (272, 97), "setns": (308, 268),
+    "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "lookup_dcookie": (212, 18),
+    "quotactl": (179, 60), "fanotify_init": (300, 262),
     # Parts of the kernel that have been ways out of boxes before.
-    "keyctl": (250, 219),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "userfaultfd": (323, 282),
-    "modify_ldt": (154, None),
+    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "bpf": (321, 280),
+    "perf_event_open": (298, 241), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427), "userfaultfd": (323, 282), "modify_ldt": (154, None),
     "personality": (135, 92),
     # Memory that the limits do not see: it outlives its mapping, or its process.
-    "memfd_create": (319, 279),
-    "shmget": (29, 194),
-    "shmat": (30, 196),
-    "shmctl": (31, 195),
-    "semget": (64, 190),
-    "msgget": (68, 186),
-    "mq_open": (240, 180),
-    "mbind": (237, 235),
+    "memfd_create": (319, 279), "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195),
+    "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "mbind": (237, 235),
     # A number of these is allowed to a user, over all boxes and outside.
-    "inotify_init": (253, None),
-    "inotify_init1": (294, 26),
-    "set_mempolicy": (238, 237),
+    "inotify_init": (253, None), "inotify_init1": (294, 26), "set_mempolicy": (238, 237),
     # The machine itself. These need capabilities too, which the box does not have.
-    "kexec_load": (246, 104),
-    "kexec_file_load": (320, 294),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "delete_module": (176, 106),
-    "reboot": (169, 142),
-    "swapon": (167, 224),
-    "swapoff": (168, 225),
-    "syslog": (103, 116),
-    "acct": (163, 89),
-    "settimeofday": (164, 170),
-    "clock_settime": (227, 112),
-    "clock_adjtime": (305, 266),
-    "adjtimex": (159, 171),
-    "iopl": (172, None),
-    "ioperm": (173, None),
-    "vhangup": (153, 58),
-    "sethostname": (170, 161),
-    "setdomainname": (171, 162),
-}
+    "kexec_load": (246, 104), "kexec_file_load": (320, 294), "init_module": (175, 105),
+    "finit_module": (313, 273), "delete_module": (176, 106), "reboot": (169, 142),
+    "swapon": (167, 224), "swapoff": (168, 225), "syslog": (103, 116), "acct": (163, 89),
+    "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266),
+    "adjtimex": (159, 171), "iopl": (172, None), "ioperm": (173, None), "vhangup": (153, 58),
+    "sethostname": (170, 161), "setdomainname": (171, 162),
+}  # fmt: skip
 _PIVOT_ROOT = _NUMBERS["pivot_root"]
 _MOUNT_SETATTR = 442
 _CLONE, _CLONE3, _SOCKET = (56, 220), 435, (41, 198)
@@ -125,9 +78,9 @@ def _call(function: str, *args: object) -> int:
     return result
 
 
-def unshare(flags: int) -> None:
-    """Put this process, or with CLONE_NEWPID its children, into namespaces of their own."""
-    _call("unshare", ctypes.c_int(flags))
+def unshare(*kinds: str) -> None:
+    """Put this process, or of "PID" its children, into namespaces of their own."""
+    _call("unshare", ctypes.c_int(sum({NAMESPACES[kind] for kind in kinds})))
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
@@ -142,15 +95,10 @@ def make_readonly(path: str) -> None:
     Unlike a remount, mount_setattr(2) sees to the mounts below and keeps the locked flags.
     """
     attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID, 0, 0, 0)
-    _call(
-        "syscall",
-        ctypes.c_long(_MOUNT_SETATTR),
-        ctypes.c_long(_AT_FDCWD),
-        os.fsencode(path),
-        ctypes.c_long(_AT_RECURSIVE),
-        attributes,
-        ctypes.c_long(len(attributes)),
+    number, folder, flags, size = map(
+        ctypes.c_long, (_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, len(attributes))
     )
+    _call("syscall", number, folder, os.fsencode(path), flags, attributes, size)
 
 
 def change_root(path: str) -> None:
@@ -230,14 +178,10 @@ def filter_program(machine: str) -> bytes:
     A program of another architecture is killed, for its calls have other numbers. Calls newer than
     the table do not exist, and neither does clone3, whose flags no filter can read: the C library
     then uses clone. Sockets are of the family AF_UNIX alone, processes get no namespaces, and the
-    limits of other processes cannot be set, nor that of core files: see `runner`.
+    limits of other processes cannot be set, nor that of core files: see `programs`.
     """
     column, architecture = MACHINES[machine]
     denied = sorted(pair[column] or 0 for pair in _NUMBERS.values() if pair[column] is not None)
-    namespaces = (
-        CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER
-        | CLONE_NEWPID | CLONE_NEWNET
-    )  # fmt: skip
     code = [
         (_LOAD, 0, 0, _AT_ARCH),
         (_JUMP_EQ, 1, 0, architecture),
@@ -249,7 +193,7 @@ def filter_program(machine: str) -> bytes:
         (_RETURN, 0, 0, _ERRNO | _ENOSYS),
         (_JUMP_EQ, 0, 1, _CLONE3),
         (_RETURN, 0, 0, _ERRNO | _ENOSYS),
-        *_refuse(_CLONE[column], 0, (_JUMP_SET, 0, 1, namespaces), _EPERM),
+        *_refuse(_CLONE[column], 0, (_JUMP_SET, 0, 1, sum(NAMESPACES.values())), _EPERM),
         *_refuse(_SOCKET[column], 0, (_JUMP_EQ, 1, 0, _AF_UNIX), _EAFNOSUPPORT),
         *_refuse(_PRLIMIT64[column], 0, (_JUMP_EQ, 1, 0, 0), _EPERM),
         *_refuse(_PRLIMIT64[column], 1, (_JUMP_EQ, 0, 1, _RLIMIT_CORE), _EPERM),

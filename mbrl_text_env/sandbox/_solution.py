@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import functools
 import json
 import operator
 import os
@@ -20,76 +21,75 @@ _MOST_BYTES = 32 << 20
 _MOST_DEPTH = 300
 BY_VALUE = (dict, collections.Counter, collections.OrderedDict, collections.defaultdict)
 MUTABLE = (list, dict, set, bytearray, collections.deque)
-_DICTS: dict[str, Any] = {
-    "dict": dict, "Counter": collections.Counter, "OrderedDict": collections.OrderedDict,
-}  # fmt: skip
-_COLLECTIONS: dict[str, Any] = {
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "deque": collections.deque,
-}
+_DICTS = {kind.__name__: kind for kind in BY_VALUE[:3]}
+_LISTED: tuple[Any, ...] = (tuple, set, frozenset, collections.deque)
+_COLLECTIONS = {kind.__name__: kind for kind in _LISTED}
 
 
-def _of(module: str, name: str, method: str = "") -> Any:
+def _of(module: str, name: str, method: str = "", *, of_ints: bool = False) -> Any:
     """Builds a value of a class whose module would take longer to import than most tests."""
 
     def build(text: str) -> Any:
         kind = getattr(__import__(module), name)
+        if of_ints:
+            return kind(*(int(each, 16) for each in text.split()))
         return getattr(kind, method)(text) if method else kind(text)
 
     return build
 
 
-def _ints(text: str) -> list[int]:
-    return [int(each, 16) for each in text.split()]
+def _ints(*names: str) -> Any:
+    """Writes a value by its attributes. Hexadecimal numbers take linear time."""
+    return lambda value: " ".join(hex(getattr(value, name)) for name in names)
+
+
+def _slice(text: str) -> slice:
+    return slice(*(each if each is None else int(each) for each in json.loads(text)))
 
 
 # Values that cross as a text: how it is made, by the name of the class, and how it is read.
 _ATOMS: dict[str, tuple[Any, Any]] = {
-    # Hexadecimal numbers take linear time.
     "builtins.int": (hex, lambda text: int(text, 16)),
     "builtins.bytes": (bytes.hex, bytes.fromhex),
     "builtins.bytearray": (bytearray.hex, bytearray.fromhex),
     "builtins.complex": (repr, complex),
-    "builtins.range": (
-        lambda value: " ".join(map(hex, (value.start, value.stop, value.step))),
-        lambda text: range(*_ints(text)),
-    ),
-    "builtins.slice": (
-        lambda value: json.dumps([value.start, value.stop, value.step]),
-        lambda text: slice(*(each if each is None else int(each) for each in json.loads(text))),
-    ),
-    "decimal.Decimal": (str, _of("decimal", "Decimal")),
+    "builtins.range": (_ints("start", "stop", "step"), _of("builtins", "range", of_ints=True)),
+    "builtins.slice": (lambda value: json.dumps([value.start, value.stop, value.step]), _slice),
     "fractions.Fraction": (
-        lambda value: f"{value.numerator:x} {value.denominator:x}",
-        lambda text: __import__("fractions").Fraction(*_ints(text)),
-    ),
-    "datetime.date": (str, _of("datetime", "date", "fromisoformat")),
-    "datetime.time": (lambda value: value.isoformat(), _of("datetime", "time", "fromisoformat")),
-    "datetime.datetime": (
-        lambda value: value.isoformat(),
-        _of("datetime", "datetime", "fromisoformat"),
+        _ints("numerator", "denominator"),
+        _of("fractions", "Fraction", of_ints=True),
     ),
     "datetime.timedelta": (
-        lambda value: " ".join(map(hex, (value.days, value.seconds, value.microseconds))),
-        lambda text: __import__("datetime").timedelta(*_ints(text)),
+        _ints("days", "seconds", "microseconds"),
+        _of("datetime", "timedelta", of_ints=True),
     ),
-    "pathlib.PosixPath": (str, _of("pathlib", "PosixPath")),
-    "pathlib.PurePosixPath": (str, _of("pathlib", "PurePosixPath")),
-    "pathlib.PureWindowsPath": (str, _of("pathlib", "PureWindowsPath")),
-    "uuid.UUID": (str, _of("uuid", "UUID")),
+    **{
+        f"datetime.{name}": (str, _of("datetime", name, "fromisoformat"))
+        for name in ("date", "time", "datetime")
+    },
+    **{
+        f"{module}.{name}": (str, _of(module, name))
+        for module, name in (
+            ("decimal", "Decimal"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "PurePosixPath"),
+            ("pathlib", "PureWindowsPath"),
+            ("uuid", "UUID"),
+        )
+    },
 }
 
 
 class Peer:
-    """What both sides share: messages of plain data."""
+    """What both sides share: messages of plain data, and of what each side refers to."""
+
+    refer: Any
+    resolve: Any
 
     def __init__(self, source: int, target: int) -> None:
         self.source, self.target = source, target
         self.shared: list[Any] = []
         self.numbers: dict[int, int] = {}
-        self.named: dict[tuple[str, ...], Any] = {}
 
     def send(self, message: Any) -> None:
         data = json.dumps(message).encode()
@@ -153,19 +153,12 @@ class Peer:
             return collections.defaultdict(self.decode(factory), made)
         if tag == "named":
             names, items = content
-            return self.named_tuple(names)._make(self.decode(items, depth + 1))
+            return _named_tuple(*names)._make(self.decode(items, depth + 1))
         if tag in _COLLECTIONS and type(content) is list:
             return _COLLECTIONS[tag](self.decode(content, depth + 1))
         if tag in _ATOMS and type(content) is str:
             return _ATOMS[tag][1](content)
         return self.resolve(tag, content)
-
-    def named_tuple(self, names: list[str]) -> Any:
-        """The class of that name and these fields, which `namedtuple` checks."""
-        key = tuple(names)
-        if key not in self.named:
-            self.named[key] = collections.namedtuple(key[0], key[1:])
-        return self.named[key]
 
     def share(self, value: Any) -> int:
         """The number of an object, the same each time; the object is kept."""
@@ -174,11 +167,11 @@ class Peer:
             self.shared.append(value)
         return self.numbers[id(value)]
 
-    def refer(self, value: Any) -> Any:
-        raise NotImplementedError
 
-    def resolve(self, tag: str, content: Any) -> Any:
-        raise NotImplementedError
+@functools.cache
+def _named_tuple(name: str, *fields: str) -> Any:
+    """The class of that name and these fields, which `namedtuple` checks."""
+    return collections.namedtuple(name, fields)
 
 
 def kinds_of(kind: Any) -> list[str]:
@@ -250,6 +243,7 @@ class Solution(Peer):
     def __init__(self, source: int, target: int) -> None:
         super().__init__(source, target)
         self.exceptions: dict[str, Any] = {}
+        self.names: dict[str, Any] = {}
 
     def refer(self, value: Any) -> Any:
         if isinstance(value, type) and issubclass(value, Exception) and not path_of(value):
@@ -280,40 +274,39 @@ class Solution(Peer):
             source = file.read()
         module = types.ModuleType("solution")
         sys.modules["solution"] = module
+        self.names = module.__dict__
         # What the task takes for granted comes first, so that the solution may define it otherwise.
         for statement in self.receive():
             try:
-                exec(statement, module.__dict__)  # noqa: S102
+                exec(statement, self.names)  # noqa: S102
             except ImportError:
                 pass  # It may do without.
         # The frames below the solution's, of which it would have but one in a program of its own.
         sys.setrecursionlimit(sys.getrecursionlimit() + 10)
         try:
-            exec(compile(source, "solution.py", "exec"), module.__dict__)  # noqa: S102
+            exec(compile(source, "solution.py", "exec"), self.names)  # noqa: S102
         except SystemExit:
             pass  # What it has defined until then is there.
         while True:
-            self.answer(self.receive(), module.__dict__)
+            self.answer(self.receive())
 
-    def answer(self, request: Any, names: dict[str, Any] | None = None) -> None:
+    def answer(self, request: Any) -> None:
         arguments: list[Any] = []
         keywords: dict[str, Any] = {}
+        reply: dict[str, Any]
         try:
             arguments = [self.decode(each) for each in request["arguments"]]
             keywords = {key: self.decode(each) for key, each in request["keywords"].items()}
             operation = request["operation"]
             if operation == "names":
-                assert names is not None
-                result = {name: names[name] for name in arguments if name in names}
+                result = {name: self.names[name] for name in arguments if name in self.names}
             else:
                 result = _OPERATIONS[operation](*arguments, **keywords)
             # A list that was given is no other list when it comes back.
             given = [*arguments, *keywords.values()]
             same = [i for i, each in enumerate(given) if each is result]
             is_given = same and isinstance(result, MUTABLE)
-            reply: dict[str, Any] = (
-                {"given": same[0]} if is_given else {"result": self.encode(result)}
-            )
+            reply = {"given": same[0]} if is_given else {"result": self.encode(result)}
         except (Exception, SystemExit) as error:
             reply = self.describe(error)
         # What the call did to its arguments is seen by the test too.

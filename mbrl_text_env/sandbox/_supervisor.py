@@ -2,17 +2,17 @@
 
 Three processes, each the parent of the next:
 
-- the supervisor, started by `_box` with a clean interpreter, outside the box. It holds the clock;
+- the supervisor, started with a clean interpreter, outside the box. It holds the clock;
 - the first process of the box. It builds the box from within, gives up every privilege, starts the
   program and waits for it. When it dies, the kernel kills all that is left in its PID namespace;
 - the program, a new interpreter.
 
-The supervisor reads its orders from standard input (the length as 8 bytes, then `marshal`). The end
-of standard input is the order to stop: it also comes when the caller dies. Its report is lines on a
-pipe: first the outcome, then numbers or an error.
+The supervisor reads its orders from standard input, by `marshal`. The end of standard input is the
+order to stop: it also comes when the caller dies. Its report is lines on a pipe: first the outcome,
+then numbers or an error.
 """
 
-# ruff: noqa: PTH102, PTH103, PTH112, PTH120, PTH123, PTH211, SIM105
+# ruff: noqa: PTH102, PTH103, PTH112, PTH120, PTH123, PTH208, PTH211, SIM105
 # Importing pathlib and contextlib would take as long as all the rest.
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import time
 from typing import Any, NoReturn
 
 from mbrl_text_env.sandbox import _kernel
-from mbrl_text_env.sandbox._usage import usage_of
 
 _INSIDE_ID = 1000
 # "nobody", the id of the program outside where the caller is root.
@@ -44,33 +43,24 @@ class SetupError(Exception):
 
 def main() -> None:
     """Read the orders, run the program, report."""
-    orders = _read_orders()
+    try:
+        with open(0, "rb", closefd=False) as stdin:
+            orders: dict[str, Any] = marshal.load(stdin)  # noqa: S302 - from our parent
+    except EOFError:
+        return  # The caller died.
     os.set_inheritable(orders["report"], False)
     try:
         report = _probe() if orders["probe"] else _run(orders)
-    except SetupError as error:
-        report = f"failed\n{error}"
     except BaseException as error:
-        report = f"failed\nsupervisor: {type(error).__name__}: {error}"
+        report = f"failed\n{_described(error, 'supervisor')}"
     os.write(orders["report"], report.encode(errors="replace"))
     os._exit(0)
 
 
-def _read_orders() -> dict[str, Any]:
-    size = int.from_bytes(_read_exactly(8), "little")
-    orders: dict[str, Any] = marshal.loads(_read_exactly(size))  # noqa: S302 - from our parent
-    return orders
-
-
-def _read_exactly(size: int) -> bytes:
-    blocks = []
-    while size:
-        block = os.read(0, min(size, 1 << 20))
-        if not block:
-            os._exit(0)  # The caller died.
-        blocks.append(block)
-        size -= len(block)
-    return b"".join(blocks)
+def _described(error: BaseException, place: str) -> str:
+    return (
+        str(error) if isinstance(error, SetupError) else f"{place}: {type(error).__name__}: {error}"
+    )
 
 
 def _run(orders: dict[str, Any]) -> str:
@@ -89,24 +79,20 @@ def _run(orders: dict[str, Any]) -> str:
     try:
         status, reason, started = _watch(orders, first, parent_end)
         # What is killed with the box is not in its usage below.
-        sampled, _ = usage_of(first)
+        sampled, _ = _usage_of(first)
     finally:
         # In a box this is enough: nothing survives the first process of its PID namespace.
         if not orders["strong"]:
-            _kill_group(first)
+            try:
+                os.killpg(first, _KILL)
+            except ProcessLookupError:
+                pass  # It died before it had a group.
         os.kill(first, _KILL)
         _, _, usage = os.wait4(first, 0)
     seconds = time.monotonic() - started
     cpu = max(sampled, usage.ru_utime + usage.ru_stime)
     code = -1 if status is None else status
     return f"ended\n{code} {reason or '-'} {cpu:.6f} {seconds:.6f}"
-
-
-def _kill_group(first: int) -> None:
-    try:
-        os.killpg(first, _KILL)
-    except ProcessLookupError:
-        pass  # It died before it had a group.
 
 
 def _watch(orders: dict[str, Any], first: int, pipe: int) -> tuple[int | None, str | None, float]:
@@ -137,11 +123,40 @@ def _watch(orders: dict[str, Any], first: int, pipe: int) -> tuple[int | None, s
             return None, "stopped", started
         if time.monotonic() > started + orders["wall"]:
             return None, "wall", started
-        cpu, memory = usage_of(first)
+        cpu, memory = _usage_of(first)
         if cpu > orders["cpu"]:
             return None, "cpu", started
         if memory > orders["memory"]:
             return None, "memory", started
+
+
+def _usage_of(first: int) -> tuple[float, int]:
+    """Processor seconds and bytes of memory of a process and all below it."""
+    ticks = memory = 0
+    waiting = [str(first)]
+    while waiting:
+        folder = f"/proc/{waiting.pop()}"
+        try:
+            with open(folder + "/stat", "rb") as file:
+                # utime, stime, cutime, cstime; the name before the bracket may contain anything.
+                ticks += sum(map(int, file.read().rpartition(b")")[2].split()[11:15]))
+            tasks = [f"{folder}/task/{task}" for task in os.listdir(folder + "/task")]
+            memory += max(map(_memory_of, tasks), default=0)
+            for task in tasks:
+                with open(task + "/children") as file:
+                    waiting += file.read().split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # It has just ended.
+    return ticks / os.sysconf("SC_CLK_TCK"), memory
+
+
+def _memory_of(task: str) -> int:
+    """Bytes of memory of a thread's process; 0 if the thread has ended, be it the main one."""
+    with open(task + "/status", "rb") as file:
+        lines = file.read().splitlines()
+    # Memory may be shared between the processes of a box, but not the files of the interpreter.
+    kinds = (b"RssAnon:", b"RssShmem:")
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kinds))
 
 
 def _step(name: str, function: Any, *args: Any) -> None:
@@ -158,7 +173,7 @@ def _enter_namespaces() -> None:
     user, group = os.geteuid(), os.getegid()
     supervisor = os.getpid()
     if user:
-        _kernel.unshare(_kernel.CLONE_NEWUSER | _kernel.CLONE_NEWPID)
+        _kernel.unshare("user", "PID")
         _write(f"/proc/{supervisor}/setgroups", "deny")
         _write(f"/proc/{supervisor}/uid_map", f"{_INSIDE_ID} {user} 1")
         _write(f"/proc/{supervisor}/gid_map", f"{_INSIDE_ID} {group} 1")
@@ -176,7 +191,7 @@ def _enter_namespaces() -> None:
                 os._exit(0)
             finally:
                 os._exit(1)
-        _kernel.unshare(_kernel.CLONE_NEWUSER | _kernel.CLONE_NEWPID)
+        _kernel.unshare("user", "PID")
         os.close(go)
         os.close(ready)
         if os.waitpid(mapper, 0)[1] != 0:
@@ -196,11 +211,8 @@ def _be_first(orders: dict[str, Any], pipe: int, alive: int) -> NoReturn:
     """Build the box, start the program, and tell its status; never returns."""
     try:
         _start_and_wait(orders, pipe, alive)
-    except SetupError as error:
-        os.write(pipe, b"E" + str(error).encode(errors="replace")[:2000])
     except BaseException as error:
-        text = f"first process: {type(error).__name__}: {error}"
-        os.write(pipe, b"E" + text.encode(errors="replace")[:2000])
+        os.write(pipe, b"E" + _described(error, "first process").encode(errors="replace")[:2000])
     finally:
         os._exit(0)
 
@@ -267,7 +279,7 @@ def _become_program(orders: dict[str, Any], stdin: int, pipe: int) -> NoReturn:
             _limit(name, value)
         os.execve(orders["argv"][0], orders["argv"], orders["environment"])  # noqa: S606
     except BaseException as error:
-        text = f"starting {orders['argv'][0]}: {type(error).__name__}: {error}"
+        text = _described(error, f"starting {orders['argv'][0]}")
         os.write(pipe, b"E" + text.encode(errors="replace")[:2000])
     finally:
         os._exit(127)
@@ -284,11 +296,8 @@ def _limit(name: str, value: int) -> None:
 
 
 def _build(orders: dict[str, Any]) -> None:
-    _step("a mount namespace", _kernel.unshare, _kernel.CLONE_NEWNS)
-    _step("a network namespace", _kernel.unshare, _kernel.CLONE_NEWNET)
-    _step("an IPC namespace", _kernel.unshare, _kernel.CLONE_NEWIPC)
-    _step("a UTS namespace", _kernel.unshare, _kernel.CLONE_NEWUTS)
-    _step("a cgroup namespace", _kernel.unshare, _kernel.CLONE_NEWCGROUP)
+    for kind in ("mount", "network", "IPC", "UTS", "cgroup"):
+        _step(f"{kind} namespace", _kernel.unshare, kind)
     private = _kernel.MS_REC | _kernel.MS_PRIVATE
     _step("private mounts", _kernel.mount, "none", "/", "none", private)
     os.umask(0o022)
@@ -333,23 +342,17 @@ def _mount_writable(orders: dict[str, Any], folders: list[str]) -> None:
     work = folders[0]
     options = f"mode=700,size={orders['disk']},nr_inodes={orders['max_files']}"
     _step("mounting a tmpfs", _kernel.mount, "work", work, "tmpfs", flags, options)
-    for index, folder in enumerate(folders[1:]):
+    # The program's own folder comes last: it starts empty but for the program's files.
+    for index, folder in enumerate([*folders[1:], work]):
         part = f"{work}/{index}"
         os.mkdir(part)
         os.chown(part, _INSIDE_ID, _INSIDE_ID)
         _step("mounting a tmpfs", _kernel.mount, part, folder, "none", _kernel.MS_BIND)
-    # The program's own folder is a third part: it starts empty but for the program's files.
-    part = f"{work}/{len(folders)}"
-    os.mkdir(part)
-    os.chown(part, _INSIDE_ID, _INSIDE_ID)
-    _step("mounting a tmpfs", _kernel.mount, part, work, "none", _kernel.MS_BIND)
 
 
 def _write_files(files: dict[str, bytes]) -> None:
     for path, content in files.items():
-        folder = os.path.dirname(path)
-        if folder:
-            os.makedirs(folder, exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "wb") as file:
             file.write(content)
 
@@ -369,19 +372,11 @@ def _drop_privileges() -> None:
 def _probe() -> str:
     """The report: the namespaces that cannot be had, each with the reason, one a line."""
     lines = ["probe"]
-    for name, flag in (
-        ("user", 0),
-        ("PID", _kernel.CLONE_NEWPID),
-        ("mount", _kernel.CLONE_NEWNS),
-        ("network", _kernel.CLONE_NEWNET),
-        ("IPC", _kernel.CLONE_NEWIPC),
-        ("UTS", _kernel.CLONE_NEWUTS),
-        ("cgroup", _kernel.CLONE_NEWCGROUP),
-    ):
+    for name in _kernel.NAMESPACES:
         pid = os.fork()
         if pid == 0:
             try:
-                _kernel.unshare(_kernel.CLONE_NEWUSER | flag)
+                _kernel.unshare("user", name)
             except OSError as error:
                 os._exit(error.errno or 255)
             os._exit(0)

@@ -1,11 +1,31 @@
-"""What is run in a sandbox, with which limits, and what came of it."""
+"""Run untrusted programs, each in a box of its own: the caller's side.
+
+What is run, with which limits, and what comes of it; whether this machine has what a box needs; the
+orders to the helper process (`_supervisor`); and what a box shows of the host's files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import marshal
+import os
+import platform
+import select
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import Literal
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from mbrl_text_env.sandbox import _kernel
 
 MIB = 1 << 20
 
@@ -27,7 +47,7 @@ class SandboxWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """What a program may use; all of it positive.
 
     Args:
         cpu_seconds: Processor time of all its processes together, measured every 20 ms.
@@ -39,13 +59,6 @@ class Limits:
         max_files: Files and folders there.
         processes: Processes and threads at one time, itself included.
         output_bytes: Standard output and standard error together.
-
-    Raises:
-        ValueError: A limit is not positive.
-
-    Example:
-        >>> Limits(cpu_seconds=1, wall_seconds=2).memory_bytes == 256 * 2**20
-        True
     """
 
     cpu_seconds: float = 5.0
@@ -69,13 +82,10 @@ class Program:
     Args:
         source: The program, which becomes `main.py` in its folder.
         stdin: What it reads from standard input.
-        files: Texts or bytes by their paths in the program's folder.
+        files: Texts or bytes by their paths in the program's folder, in which they have to stay.
         limits: Its own limits; None for those of the call.
         stdin_path: Whether it finds its standard input as the file `/dev/stdin`, too, as after
             `python main.py < input`. False where a part of the program is not to read it.
-
-    Raises:
-        ValueError: A path is absolute, leads out of the folder, or is "main.py".
     """
 
     source: str
@@ -105,8 +115,7 @@ class ProgramResult:
             disk, or a process, is not ended: it gets an error from the system.
         stdout: What it printed, up to the limit; bytes that are no UTF-8 are replaced.
         stderr: The same of standard error.
-        cpu_seconds: Processor time of all its processes, with that of building the box (10 ms); of
-            a program that was ended, as measured last, in steps of 10 ms.
+        cpu_seconds: Processor time of all its processes and of building the box (10 ms).
         seconds: Time from its start to the end of the last of its processes.
         total_seconds: Time from the call to the result.
     """
@@ -124,3 +133,390 @@ class ProgramResult:
     def timed_out(self) -> bool:
         """Whether the limit of wall time or of processor time ended it."""
         return self.reason in ("wall", "cpu")
+
+
+def run_program(
+    source: str,
+    *,
+    stdin: str = "",
+    files: Mapping[str, str | bytes] | None = None,
+    limits: Limits | None = None,
+    allow_weaker: bool = False,
+) -> ProgramResult:
+    """Run an untrusted Python program in a box of its own; see the package for what that is.
+
+    Args:
+        source: The program. It runs with the standard library alone, hash seed 0 and UTF-8.
+        stdin: What it reads from standard input.
+        files: Texts or bytes by their paths in the program's folder, which is empty otherwise.
+        limits: None for `Limits()`.
+        allow_weaker: If this machine lacks what the sandbox needs, run the program with limits and
+            a process group alone, warning once: it can read, write and connect to whatever the
+            caller can. Where nothing is lacking this changes nothing.
+
+    Raises:
+        SandboxUnavailable: The machine lacks something, and `allow_weaker` is False.
+        SandboxError: The box could not be built, or its supervisor died.
+
+    Example:
+        >>> run_program("print(6 * 7)").stdout  # doctest: +SKIP
+        '42\\n'
+    """
+    program = Program(source, stdin, files or {})
+    return _run(program, limits or Limits(), _is_strong(allow_weaker))
+
+
+def run_programs(
+    programs: Sequence[Program],
+    *,
+    limits: Limits | None = None,
+    workers: int | None = None,
+    allow_weaker: bool = False,
+) -> list[ProgramResult]:
+    """Run programs, several at a time; results are in their order, errors as by `run_program`.
+
+    Args:
+        programs: The programs; each has a box of its own. After an error no more are started.
+        limits: The limits of those that have none of their own; None for `Limits()`.
+        workers: How many run at a time; None for as many as this process has processors.
+        allow_weaker: See `run_program`.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"Expected workers to be at least 1, or None, got {workers}.")
+    if not programs:
+        return []
+    strong = _is_strong(allow_weaker)
+    has_affinity = hasattr(os, "sched_getaffinity")
+    processors = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    count = min(workers or processors, len(programs))
+    with ThreadPoolExecutor(count, thread_name_prefix="sandbox") as pool:
+        runs = [
+            pool.submit(_run, each, each.limits or limits or Limits(), strong) for each in programs
+        ]
+        try:
+            return [each.result() for each in runs]
+        finally:
+            for each in runs:
+                each.cancel()
+
+
+def _is_strong(allow_weaker: bool) -> bool:
+    missing = [facility for facility in facilities() if facility.problem]
+    if not missing:
+        return True
+    listed = "\n".join(f"- {each.name}: {each.problem}. {each.remedy}" for each in missing)
+    if not allow_weaker:
+        raise SandboxUnavailable(
+            "Expected a machine on which untrusted code can be shut in, and this one lacks:\n"
+            f"{listed}\nUse another machine, or pass allow_weaker=True to run the code without "
+            "protection but for limits: only code that you would run without a sandbox."
+        )
+    _warn_once(listed)
+    return False
+
+
+@lru_cache(maxsize=1)
+def _warn_once(listed: str) -> None:
+    warnings.warn(
+        "Untrusted code is run with limits and a process group alone: it can read, write and "
+        f"connect to whatever you can. This machine lacks:\n{listed}",
+        SandboxWarning,
+        stacklevel=4,
+    )
+
+
+# --- What this machine has ---
+
+
+@dataclass(frozen=True)
+class Facility:
+    """Something that a sandbox needs of a machine.
+
+    `problem` is why it cannot be used, "" if it can, and `remedy` what to do then.
+    """
+
+    name: str
+    problem: str
+    remedy: str
+
+
+@lru_cache(maxsize=1)
+def facilities() -> tuple[Facility, ...]:
+    """All that a sandbox needs, and whether this machine has it; looked at once a process."""
+    found = _of_the_system()
+    if any(facility.problem for facility in found):
+        return found
+    try:
+        reasons = _probe()
+    except SandboxError as error:
+        # Our own mistake, or an interpreter that does not start without its environment.
+        remedy = "Use another interpreter, or report it."
+        return (*found, Facility("a helper process", str(error), remedy))
+    remedy = (
+        "Set the sysctl user.max_user_namespaces above 0, and kernel.unprivileged_userns_clone to "
+        "1 where it exists; in a container, allow `unshare` in its seccomp profile."
+    )
+    for name in _kernel.NAMESPACES:
+        found += (Facility(f"{name} namespaces", reasons.get(name, ""), remedy),)
+    return found if reasons else (*found, _whole())
+
+
+def _of_the_system() -> tuple[Facility, ...]:
+    machine, release, is_linux = platform.machine(), platform.release(), sys.platform == "linux"
+    numbers = [int(part) if part.isdigit() else 0 for part in release.split("-")[0].split(".")[:2]]
+    known = ", ".join(_kernel.MACHINES)
+    unknown = "" if machine in _kernel.MACHINES else f"the calls of {machine} are not in our table"
+    # Older kernels count the processes of a user over all boxes together.
+    old = "" if not is_linux or numbers >= [5, 14] else f"this is Linux {release}"
+    other = "" if is_linux else f"this is {sys.platform}"
+    found = [
+        Facility("Linux", other, "Use Linux, a virtual machine or WSL 2."),
+        Facility("a known processor", unknown, f"Use one of: {known}."),
+        Facility("Linux 5.14 or newer", old, "Use a newer kernel."),
+    ]
+    for name, path, option in (
+        ("seccomp filters", "/proc/sys/kernel/seccomp/actions_avail", "CONFIG_SECCOMP_FILTER"),
+        ("lists of children", f"/proc/self/task/{os.getpid()}/children", "CONFIG_PROC_CHILDREN"),
+    ):
+        problem = "" if Path(path).exists() else f"{path} is missing"
+        found.append(Facility(name, problem, f"Use a kernel with {option}."))
+    return tuple(found)
+
+
+def _whole() -> Facility:
+    """Whether a program really runs: mounts, ids and filters may be refused all the same."""
+    problem = ""
+    try:
+        result = _run(Program("import math\nprint(6 * 7)"), Limits(), strong=True)
+        if result.stdout != "42\n" or result.exit_code != 0:
+            problem = f"a trial program ended with {result.exit_code}: {result.stderr[-300:]!r}"
+    except SandboxError as error:
+        problem = str(error)
+    return Facility(
+        "a box that works",
+        problem,
+        "On Ubuntu, set the sysctl kernel.apparmor_restrict_unprivileged_userns to 0; in a "
+        "container, allow `mount` and `pivot_root`, and give it more than one user id.",
+    )
+
+
+# --- One box: orders, output and result ---
+
+# How long the supervisor may take beyond the program's limit before it is given up.
+_GRACE_SECONDS = 30.0
+_OPTIONS = ("-X", "utf8", "-X", "int_max_str_digits=0")
+# The packages are entered by their folders alone, for their `__init__` would import numpy and more.
+_BOOT = """
+import sys
+for name, folder in {packages!r}:
+    package = type(sys)(name)
+    package.__path__ = [folder]
+    sys.modules[name] = package
+from mbrl_text_env.sandbox import _supervisor
+_supervisor.main()
+"""
+
+
+def _run(program: Program, limits: Limits, strong: bool) -> ProgramResult:
+    """Run a program: in a box, or (`strong=False`) with limits and a process group alone."""
+    start = time.monotonic()
+    deadline = start + limits.wall_seconds + _GRACE_SECONDS
+    with contextlib.ExitStack() as stack:
+        folder = (
+            None
+            if strong
+            else stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        )
+        orders = _orders(program, limits, folder)
+        report, stdout, stderr, overflow = _keep(orders, limits.output_bytes, deadline)
+    outcome, _, rest = report.partition("\n")
+    if outcome != "ended":
+        raise SandboxError(
+            "Expected the sandbox to run a program, but it failed: "
+            f"{rest or outcome or _last_words(stderr)}. If that is for want of space, raise "
+            "`Limits.disk_bytes`; else see `sandbox.facilities()` for what this machine has."
+        )
+    status, reason, cpu, seconds = rest.split()
+    ended_by: Any = "output" if overflow else None if reason == "-" else reason
+    code = os.waitstatus_to_exitcode(int(status)) if int(status) >= 0 else 0
+    # The kernel's own limit, which is coarser, comes first if the supervisor gets no processor.
+    at_limit = -code in (signal.SIGXCPU, signal.SIGKILL) and float(cpu) >= limits.cpu_seconds
+    ended_by = ended_by or ("cpu" if at_limit else None)
+    return ProgramResult(
+        exit_code=code if code >= 0 and ended_by is None else None,
+        signal=-code if code < 0 and ended_by is None else None,
+        reason=ended_by,
+        stdout=stdout.decode(errors="replace"),
+        stderr=stderr.decode(errors="replace"),
+        cpu_seconds=float(cpu),
+        seconds=float(seconds),
+        total_seconds=time.monotonic() - start,
+    )
+
+
+def _last_words(stderr: bytes) -> str:
+    return f"the supervisor died; it said {stderr.decode(errors='replace')[-500:]!r}"
+
+
+def _orders(program: Program, limits: Limits, folder: str | None) -> dict[str, Any]:
+    files = {"main.py": program.source, **program.files}
+    return {
+        "probe": False,
+        "strong": folder is None,
+        "folder": folder,
+        # Integers of any length become texts, as in the Python for which most tests were written:
+        # what that takes is limited as all else is. `site` gives programs `exit` and `quit`.
+        "argv": [executable(), "-s", "-B", *_OPTIONS, "main.py"],
+        # Strings would otherwise have other hashes in each run, and sets another order; and the
+        # locale would depend on the machine.
+        "environment": {"PYTHONHASHSEED": "0", "PYTHONCOERCECLOCALE": "0"},
+        "stdin": program.stdin.encode(errors="surrogatepass"),
+        "stdin_path": program.stdin_path,
+        "files": {
+            path: content.encode(errors="surrogatepass") if isinstance(content, str) else content
+            for path, content in files.items()
+        },
+        "wall": limits.wall_seconds,
+        "cpu": limits.cpu_seconds,
+        "memory": limits.memory_bytes,
+        "disk": limits.disk_bytes,
+        # Besides the program's own, the tmpfs has four folders and their parts of the first page.
+        "max_files": limits.max_files + 6,
+        "rlimits": {
+            "CPU": int(limits.cpu_seconds) + 1,
+            "AS": limits.memory_bytes,
+            "FSIZE": limits.disk_bytes,
+            # The first process of the box counts too.
+            "NPROC": limits.processes + 1,
+            "STACK": 8 * MIB,
+            # 1 and not 0: a crash would else start the host's own handler, if it has one, which
+            # runs outside the box (core(5); the 1 is in the kernel's fs/coredump.c).
+            "CORE": 1,
+            "NOFILE": 64,
+            "SIGPENDING": 64,
+            **dict.fromkeys(("MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO"), 0),
+        },
+        **_layout(),
+    }
+
+
+def _probe() -> dict[str, str]:
+    """Reasons by the names of the namespaces that this machine does not give."""
+    report, _, stderr, _ = _keep({"probe": True}, MIB, time.monotonic() + _GRACE_SECONDS)
+    outcome, *lines = report.split("\n")
+    if outcome != "probe":
+        raise SandboxError(
+            "Expected the supervisor to look at what this machine has, but it failed: "
+            f"{' '.join(lines) or _last_words(stderr)}."
+        )
+    return dict(line.split("\t", 1) for line in lines)
+
+
+def _keep(
+    orders: dict[str, Any], output_bytes: int, deadline: float
+) -> tuple[str, bytes, bytes, bool]:
+    """Start a supervisor; return its report, the program's output, and whether that overflowed.
+
+    Nothing of this process is inherited but the pipes, and no code of it runs in the child, so it
+    may have any number of threads.
+    """
+    report_end, supervisor_end = os.pipe()
+    own = Path(__file__).parent
+    packages = [("mbrl_text_env", str(own.parent)), ("mbrl_text_env.sandbox", str(own))]
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, report_end)
+        try:
+            supervisor: Any = subprocess.Popen(  # noqa: S603 - a list, and our own program
+                [executable(), "-I", "-S", "-c", _BOOT.format(packages=packages)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={},
+                cwd="/",
+                pass_fds=(supervisor_end,),
+                start_new_session=True,
+                bufsize=0,
+            )
+        finally:
+            os.close(supervisor_end)
+        for pipe in (supervisor.stdin, supervisor.stdout, supervisor.stderr):
+            stack.callback(pipe.close)
+        stack.callback(supervisor.wait)
+        stack.callback(supervisor.kill)
+        view = memoryview(marshal.dumps({**orders, "report": supervisor_end}))
+        with contextlib.suppress(BrokenPipeError):  # A supervisor that died is noticed below.
+            while view:
+                view = view[os.write(supervisor.stdin.fileno(), view) :]
+        return _collect(supervisor, report_end, output_bytes, deadline)
+
+
+def _collect(
+    supervisor: Any, report_end: int, output_bytes: int, deadline: float
+) -> tuple[str, bytes, bytes, bool]:
+    """Read until all pipes have ended: then the supervisor is dead, and the box was before it."""
+    pipes = (supervisor.stdout.fileno(), supervisor.stderr.fileno(), report_end)
+    blocks: dict[int, list[bytes]] = {number: [] for number in pipes}
+    stdout, stderr, report = blocks.values()
+    poll = select.poll()
+    for number in blocks:
+        poll.register(number, select.POLLIN | select.POLLHUP)
+    left, open_pipes, overflow = output_bytes, len(blocks), False
+    while open_pipes:
+        ready = poll.poll(1000)
+        if not ready and supervisor.poll() is not None:
+            break  # Another thread has forked at the wrong moment, and its child holds a pipe open.
+        if time.monotonic() > deadline:
+            raise SandboxError("Expected the supervisor to end a program at its limit; it did not.")
+        for number, _ in ready:
+            block = os.read(number, 65536)
+            if not block:
+                poll.unregister(number)
+                open_pipes -= 1
+            elif number == report_end:
+                report.append(block)
+            else:
+                blocks[number].append(block[:left])
+                overflow = overflow or len(block) > left
+                left -= min(left, len(block))
+                if overflow:
+                    supervisor.stdin.close()  # The order to stop; what still comes is thrown away.
+    return b"".join(report).decode(errors="replace"), b"".join(stdout), b"".join(stderr), overflow
+
+
+# --- What a box shows of the host's files: what the interpreter needs, and no more ---
+
+
+@lru_cache(maxsize=1)
+def executable() -> str:
+    """The interpreter itself, not the link to it in a virtual environment."""
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+@lru_cache(maxsize=1)
+def _layout() -> dict[str, list[Any]]:
+    """What the box shows of the host: the interpreter, its libraries, and four devices."""
+    machine = sysconfig.get_config_var("MULTIARCH") or ""
+    # The folders of Debian and its kin, which hold libraries alone; else the general ones.
+    systems = [f"{root}/{machine}" for root in ("/lib", "/usr/lib") if machine]
+    if not any(Path(path).is_dir() for path in systems):
+        systems = ["/lib", "/usr/lib"]
+    systems += ["/lib64", "/usr/lib64"]
+    base = os.path.realpath(sys.base_prefix)
+    own = [] if base == "/usr" else [f"{base}/lib"]
+    names = ("base", "installed_base", "platbase", "installed_platbase")
+    paths = dict.fromkeys(names, sys.base_prefix)
+    standard = [sysconfig.get_path(name, vars=paths) for name in ("stdlib", "platstdlib")]
+    wanted = [os.path.realpath(path) for path in (*systems, *own, *standard)]
+    folders = [path for path in dict.fromkeys(wanted) if Path(path).is_dir()]
+    folders = [
+        path for path in folders if not any(map(path.startswith, (f"{each}/" for each in folders)))
+    ]
+    patterns = ("site-packages", "dist-packages", "python*/site-packages", "python*/dist-packages")
+    masks = [str(mask) for path in folders for each in patterns for mask in Path(path).glob(each)]
+    links = [path for path in map(Path, ("/lib", "/lib64")) if path.is_symlink()]
+    files = ["/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
+    return {
+        "binds": [*folders, executable(), *filter(os.path.exists, files)],
+        "masks": masks,
+        "links": [(str(link), str(link.readlink())) for link in links],
+    }

@@ -187,12 +187,12 @@ def _make(family: str, small: dict[str, Any], seed: int) -> Any:
 
 def way_of(lm: TransformersLM) -> str:
     """How the model is computed."""
-    engine = lm._engine
-    if engine.network is not None:
+    way = lm._way
+    if way.network is not None:
         return "prefix cache"
-    if not engine.steps:
+    if not way.steps:
         return "no cache, one sequence at a time"
-    return "no prefix cache, one sequence at a time" if engine.alone else "no prefix cache"
+    return "no prefix cache, one sequence at a time" if way.alone else "no prefix cache"
 
 
 def largest_error(model: Any, tokenizer: Any) -> tuple[str, float]:
@@ -242,7 +242,7 @@ def _errors(
         errors.append(_off([float(expected[i]) for i in found.token_ids], found.logprobs))
     for state, row in zip(states, lm.features(states), strict=True):
         with torch.inference_mode():
-            logits = lm._to_logits(torch.from_numpy(row)[None])[0].log_softmax(-1)
+            logits = lm._logits(torch.from_numpy(row)[None])[0].log_softmax(-1)
         errors.append(float((logits - _reference(lm, state.prompt_ids)[-1]).abs().max()))
     return errors
 

@@ -21,7 +21,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from mbrl_text_env.language_models import HFTokenizer, embedded_tokenizer
-from mbrl_text_env.language_models.content import control_texts
+from mbrl_text_env.language_models.hf_tokenizer import control_texts
 from mbrl_text_env.types import Message, Prompt
 from tests.language_models.conftest import SENTENCES
 

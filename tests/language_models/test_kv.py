@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbrl_text_env.language_models.kv import KVBatch, KVShape, Span
+from mbrl_text_env.language_models.networks import KVBatch, KVShape, KVWindow, Span
 
 # Two layers of different heads and sizes; keys are wider than values in the second one.
 SHAPE = KVShape(((2, 3, 3), (1, 4, 2)), 5, torch.float32, torch.device("cpu"))
@@ -87,11 +87,11 @@ class Reference:
             self.write(slice(row, row + 1), end - length + first, end, [numbers[first:]])
 
     def write(self, rows: slice, start: int, end: int, numbers: list[list[int]]) -> None:
-        window = self.batch.window(rows, start, end)
+        window = KVWindow(self.batch, rows, start, end)
         parts = [span(row) for row in numbers]
         for layer in range(len(SHAPE.layers)):
             keys, values = zip(*(layers(part)[layer] for part in parts), strict=True)
-            window.update(layer, torch.stack(keys), torch.stack(values))
+            window.update(torch.stack(keys), torch.stack(values), layer)
         window.write_hidden(torch.stack([part.hidden for part in parts]))
 
     def append(self) -> None:
@@ -260,10 +260,10 @@ class TestWindow:
         batch = self.batch(6, 4, 2)
         batch.columns += 2
         new = [span([70, 71]), span([80, 81])]
-        window = batch.window(slice(1, 3), 6, 8)
+        window = KVWindow(batch, slice(1, 3), 6, 8)
         for layer in range(2):
             keys, values = zip(*(layers(part)[layer] for part in new), strict=True)
-            found = window.update(layer, torch.stack(keys), torch.stack(values))
+            found = window.update(torch.stack(keys), torch.stack(values), layer)
             for place, start, numbers in ((0, 2, range(10, 14)), (1, 4, range(20, 22))):
                 ids = [*numbers, *((70, 71) if place == 0 else (80, 81))]
                 for mine, theirs in zip(found, layers(span(ids))[layer], strict=True):
@@ -275,11 +275,11 @@ class TestWindow:
     def test_where_it_is_not_valid_everything_stays(self):
         batch = self.batch(6, 4, 2)
         valid = torch.tensor([[True, True], [False, True], [False, False]])
-        window = batch.window(slice(0, 3), 4, 6, valid)
+        window = KVWindow(batch, slice(0, 3), 4, 6, valid)
         new = [span([50, 51]), span([60, 61]), span([70, 71])]
         for layer in range(2):
             keys, values = zip(*(layers(part)[layer] for part in new), strict=True)
-            window.update(layer, torch.stack(keys), torch.stack(values))
+            window.update(torch.stack(keys), torch.stack(values), layer)
         window.write_hidden(torch.stack([part.hidden for part in new]))
         assert_equal(batch.read(0, 0, 6), span([0, 1, 2, 3, 50, 51]))
         assert_equal(batch.read(1, 0, 4), span([10, 11, 12, 61]))
@@ -294,7 +294,7 @@ class TestWindow:
     def test_a_step_sees_the_row_without_its_padding(self):
         batch = self.batch(6, 3, 1)
         batch.columns = 7
-        window = batch.window(slice(0, 3), 6, 7)
+        window = KVWindow(batch, slice(0, 3), 6, 7)
         assert self.seen(window.bias()) == [["xxxxxxx"], ["...xxxx"], [".....xx"]]
         assert self.seen(window.bias(3)) == [["....xxx"], ["....xxx"], [".....xx"]]
         assert self.seen(window.bias(7)) == self.seen(window.bias())
@@ -302,29 +302,29 @@ class TestWindow:
         assert self.seen(window.bias(1)) == [["......x"]] * 3
 
     def test_a_pass_is_causal(self):
-        window = self.batch(6, 4).window(slice(0, 2), 2, 6)
+        window = KVWindow(self.batch(6, 4), slice(0, 2), 2, 6)
         assert self.seen(window.bias()) == [
             ["xxx...", "xxxx..", "xxxxx.", "xxxxxx"],
             ["..x...", "..xx..", "..xxx.", "..xxxx"],
         ]
 
     def test_a_pass_with_a_sliding_window(self):
-        window = self.batch(6, 4).window(slice(0, 2), 2, 6)
+        window = KVWindow(self.batch(6, 4), slice(0, 2), 2, 6)
         assert self.seen(window.bias(2)) == [
             [".xx...", "..xx..", "...xx.", "....xx"],
             ["..x...", "..xx..", "...xx.", "....xx"],
         ]
 
     def test_the_first_columns_alone(self):
-        window = self.batch(6, 4).window(slice(0, 2), 0, 3)
+        window = KVWindow(self.batch(6, 4), slice(0, 2), 0, 3)
         assert self.seen(window.bias()) == [["x..", "xx.", "xxx"], ["x..", ".x.", "..x"]]
 
     def test_queries_in_the_padding_see_themselves(self):
-        window = self.batch(6, 2).window(slice(1, 2), 1, 6)
+        window = KVWindow(self.batch(6, 2), slice(1, 2), 1, 6)
         assert self.seen(window.bias()) == [[".x....", "..x...", "...x..", "....x.", "....xx"]]
 
     def test_masks_are_made_once(self):
-        window = self.batch(6, 2).window(slice(0, 2), 1, 6)
+        window = KVWindow(self.batch(6, 2), slice(0, 2), 1, 6)
         assert window.bias() is window.bias()
         assert window.bias(3) is window.bias(3)
         assert window.bias(3) is not window.bias()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbrl_text_env.language_models.products import FloatProduct, Int8Product, make_product
+from mbrl_text_env.language_models.networks import FloatProduct, Int8Product, make_product
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from scipy import stats
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from mbrl_text_env.language_models import SamplingParams
-from mbrl_text_env.language_models.sampling import draw, top_tokens
+from mbrl_text_env.language_models.engine import draw, top_tokens
 
 SIZE = 1301
 DRAWS = 8000

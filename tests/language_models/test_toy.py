@@ -80,7 +80,7 @@ class TestCharTokenizer:
     def test_a_prompt_must_leave_room(self):
         tokenizer = CharTokenizer("ab", context_length=3)
         assert tokenizer.encode_prompt(Prompt("p", "ab")) == (1, 2)
-        with pytest.raises(PromptTooLongError, match="'p' has 3 tokens, but the context holds 3"):
+        with pytest.raises(PromptTooLongError, match=r"'p' has 3 tokens, but .* context holds 3"):
             tokenizer.encode_prompt(Prompt("p", "aba"))
 
 

@@ -28,8 +28,8 @@ from mbrl_text_env.language_models import (
     embedded_tokenizer,
 )
 from mbrl_text_env.language_models.base import UnknownTokenError, stream
+from mbrl_text_env.language_models.engine import draw
 from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
-from mbrl_text_env.language_models.sampling import draw
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.types import Chunk, Ledger, Message, Prompt, TextState, Usage
 from tests.language_models.conftest import (

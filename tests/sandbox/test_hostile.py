@@ -15,7 +15,7 @@ import pytest
 
 from mbrl_text_env import sandbox
 from mbrl_text_env.sandbox import Limits, Program, ProgramResult, run_programs
-from mbrl_text_env.sandbox._layout import executable
+from mbrl_text_env.sandbox.programs import executable
 from tests.sandbox.hostile import NAMES, Hostile, programs
 
 SECRET = "canary-5f0c1e77"  # noqa: S105 - of this test

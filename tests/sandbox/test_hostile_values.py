@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from mbrl_text_env.rewards.verifiable.code import UnitTestReward
-from mbrl_text_env.rewards.verifiable.programs import extract_code
+from mbrl_text_env.rewards.verifiable.code import UnitTestReward, extract_code
 from mbrl_text_env.sandbox import Limits, facilities
 from mbrl_text_env.types import Prompt
 

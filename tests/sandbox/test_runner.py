@@ -24,13 +24,12 @@ from mbrl_text_env.sandbox import (
     SandboxError,
     SandboxUnavailable,
     SandboxWarning,
-    _box,
     _kernel,
     facilities,
     run_program,
     run_programs,
-    runner,
 )
+from mbrl_text_env.sandbox import programs as boxes
 from tests.sandbox.hostile import programs
 
 MIB = 1 << 20
@@ -49,10 +48,10 @@ def lacking(monkeypatch):
         Facility("user namespaces", "Operation not permitted", "Set a sysctl."),
         Facility("seccomp filters", "missing", "Use another kernel."),
     )
-    monkeypatch.setattr("mbrl_text_env.sandbox.runner.facilities", lambda: lacks)
-    runner._warn_once.cache_clear()
+    monkeypatch.setattr("mbrl_text_env.sandbox.programs.facilities", lambda: lacks)
+    boxes._warn_once.cache_clear()
     yield
-    runner._warn_once.cache_clear()
+    boxes._warn_once.cache_clear()
 
 
 @needs_box
@@ -338,9 +337,9 @@ def test_the_weaker_way_is_warned_of_once_and_keeps_the_limits(lacking):
 
 @needs_box
 def test_a_facility_that_is_missing_after_all_is_an_error_and_no_result(monkeypatch):
-    layout = _box.layout()
+    layout = boxes._layout()
     broken = {**layout, "binds": [*layout["binds"], "/no/such/folder"]}
-    monkeypatch.setattr(_box, "layout", lambda: broken)
+    monkeypatch.setattr(boxes, "_layout", lambda: broken)
     with pytest.raises(SandboxError, match=r"mounting /no/such/folder: .*No such file"):
         run_program("print(1)")
 

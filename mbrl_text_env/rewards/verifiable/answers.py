@@ -1,28 +1,41 @@
-"""Answers that are right or wrong: the same text, the same number.
+r"""Answers that are right or wrong: the same text, the same number.
 
 Both, and `mathematics.MathReward`, read `prompt.metadata["reference_answer"]`, one answer or a list
 of accepted ones, and take `extract`, which says where in a response its answer stands:
 
-| `extract`        | The answer                                                                |
-|------------------|---------------------------------------------------------------------------|
-| None             | the whole response                                                        |
-| `"last line"`    | its last line that is not blank                                           |
-| `"<answer>"`     | what stands between the last `<answer>` and `</answer>` (any such tag)    |
-| `"\\boxed"`       | what stands in the braces of the last `\\boxed{...}` (any such command)    |
+| `extract`        | The answer                                                                 |
+|------------------|----------------------------------------------------------------------------|
+| None             | the whole response                                                         |
+| `"last line"`    | its last line that is not blank                                            |
+| `"<answer>"`     | what stands between the last `<answer>` and `</answer>` (any such tag)     |
+| `"\boxed"`       | what stands in the braces of the last `\boxed{...}` (any such command)     |
 | other text       | what follows its last occurrence, in any case, to the end of the line, or, |
-|                  | if that is blank, on the next line that is not: "####", "Answer:"         |
+|                  | if that is blank, on the next line that is not: "####", "Answer:"          |
 
 Emphasis around such a text ("**Answer:** 42") is no part of the answer. A response without such a
 place has no answer and scores 0, like an empty one.
+
+A comma or a point between digits is read in one way everywhere:
+
+| written                    | read as    | because                                               |
+|----------------------------|------------|-------------------------------------------------------|
+| `1,222`, `1,222,333`       | 1222, ...  | a group of three digits after a comma is thousands    |
+| `1,22`, `0,125`, `1000,999`| 1.22, ...  | these cannot be thousands, so the comma is decimal    |
+| `1.222`                    | 1.222      | a point is decimal                                    |
+| `1.222,5`, `1.222.333`     | 1222.5, ...| a point cannot be decimal here                        |
+| `1 222`, `1'222`           | 1222       | as an answer by itself                                |
+| `1,2,3`                    | a list     | more than one comma, and no thousands                 |
 """
 
-# ruff: noqa: RUF001 - the quotation marks and brackets of other scripts are meant.
+# ruff: noqa: RUF001 - the marks, digits and spaces of other scripts are meant.
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -30,14 +43,10 @@ import numpy as np
 
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.rewards.names import named
-from mbrl_text_env.rewards.verifiable.numerals import (
-    decimal_commas,
-    improper,
-    joined_thousands,
-    plain_numerals,
-)
 from mbrl_text_env.types import FloatArray, Prompt
 
+CURRENCIES = "$€£¥₹₽₩₪₫฿₺₴"
+EMPHASIS = re.compile(r"(\*\*\*|\*\*|\*|___|__|_|`)(?=\S)(.*\S)\1", re.DOTALL)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LATEX_FRACTION = re.compile(
     r"(\d)?\s*\\[dtc]?frac\s*(?:\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))"
@@ -78,52 +87,76 @@ _CHOSEN = re.compile(
 _NOT_CHOSEN = re.compile(
     r"\b[A-Z]\b|\b[a-z]\)|\b(?:not|or|and\s+[a-z]|wrong|incorrect|false|isn't|either)\b"
 )
-_EMPHASIS = re.compile(r"(\*\*\*|\*\*|\*|___|__|_|`)(?=\S)(.*\S)\1", re.DOTALL)
 # Numbers of more digits are no answers; reading them takes time that grows with their square.
 _MAX_DIGITS = 1000
 
 
-def extract_answer(response: str, extract: str | None) -> str | None:
-    r"""The part of a response that is its answer, stripped; None where there is none.
+@dataclass(eq=False)
+class AnswerReward(RewardModel):
+    """Scores the answer of each response by itself; `extract` says where it stands."""
 
-    Args:
-        response: The response.
-        extract: Where the answer stands; see the table above.
+    extract: str | None = None
 
-    Example:
-        >>> extract_answer("3 + 4 = 7\n#### 7", "####")
-        '7'
-        >>> extract_answer(r"So \boxed{\frac{1}{2}}.", r"\boxed")
-        '\\frac{1}{2}'
-    """
-    if extract is None:
-        answer: str | None = response
-    elif extract == "last line":
-        answer = response.strip().rpartition("\n")[2]
-    elif extract.startswith("<"):
-        answer = _in_tags(response, extract)
-    elif extract.startswith("\\"):
-        answer = _in_braces(response, extract)
-    else:
-        answer = _after(response, extract)
-    return (answer or "").strip() or None
+    def __post_init__(self) -> None:
+        if self.extract is not None and not (
+            isinstance(self.extract, str) and self.extract.strip()
+        ):
+            raise ValueError(
+                "extract: expected None for the whole response, 'last line', a tag such as "
+                rf"'<answer>', '\boxed', or a marker such as '####', got {self.extract!r}."
+            )
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether `prompt.metadata["reference_answer"]` is something to compare with."""
+        return _references(prompt) is not None
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B] in [0, 1]."""
+        return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
+
+    @abstractmethod
+    def _score(self, prompt: Prompt, response: str) -> float: ...
+
+    def references(self, prompt: Prompt) -> list[str]:
+        """The accepted answers; `RewardError` where there are none."""
+        found = _references(prompt)
+        if found is None:
+            raise self.unusable(prompt, "a text that is not blank, a number, or a list of such")
+        return found
+
+    def unusable(self, prompt: Prompt, expected: str) -> RewardError:
+        """The error that a prompt's reference answer is not what is expected."""
+        return RewardError(
+            f"Reward model {self.name!r}, prompt {prompt.id!r}: expected "
+            f"metadata['reference_answer'] to be {expected}, got "
+            f"{prompt.metadata.get('reference_answer')!r}. Add the answer, or leave out the "
+            "prompts that the reward does not apply to."
+        )
+
+
+def _references(prompt: Prompt) -> list[str] | None:
+    given = prompt.metadata.get("reference_answer")
+    answers = given if isinstance(given, list | tuple) else [given]
+    return list(map(str, answers)) if answers and all(map(_is_answer, answers)) else None
+
+
+def _is_answer(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number or (isinstance(value, str) and bool(value.strip()))
 
 
 @named("exact-match")
-class ExactMatchReward(RewardModel):
+@dataclass(eq=False)
+class ExactMatchReward(AnswerReward):
     """1 if the answer is the reference answer, else 0.
 
     Compared are texts in Unicode's composed form (NFC), without white space around them and with
     one space for any other, and changed by the options. Emphasis of Markdown around the whole
     answer ("**Paris**") is ignored where the reference has none. Where the reference is one letter,
     as for multiple choice, so are brackets, full stops, a label, and the text of the choice: "(B)",
-    "Option B", `\\text{B}` and "B) Paris" are "B". "B) or C)" is not.
-    With both `ignore_punctuation` and `ignore_articles` that is the exact match of SQuAD, except
-    that the punctuation and symbols of all scripts are removed and not ASCII's alone. Note that
-    then "3.5" is "35".
-
-    Source: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP
-    2016, and its evaluation script.
+    "Option B", `\\text{B}` and "B) Paris" are "B". "B) or C)" is not. With both
+    `ignore_punctuation` and `ignore_articles` that is the exact match of SQuAD (Rajpurkar et al.,
+    EMNLP 2016), but for the punctuation and symbols of all scripts. Note that then "3.5" is "35".
 
     Args:
         extract: Where in the response the answer stands; see the module.
@@ -132,8 +165,8 @@ class ExactMatchReward(RewardModel):
         ignore_articles: Remove the words "a", "an" and "the".
 
     Raises:
-        RewardError: When scoring: a prompt has no reference answer, or one of which nothing is left
-            after normalisation. The message names the prompt.
+        RewardError: When scoring: a prompt, which the message names, has no reference answer, or
+            one of which nothing is left.
 
     Example:
         >>> prompt = Prompt.from_text("Capital of France?", metadata={"reference_answer": "Paris"})
@@ -143,48 +176,28 @@ class ExactMatchReward(RewardModel):
 
     name = "exact-match"
 
-    def __init__(
-        self,
-        extract: str | None = None,
-        *,
-        ignore_case: bool = True,
-        ignore_punctuation: bool = False,
-        ignore_articles: bool = False,
-    ) -> None:
-        self.extract = checked_extract(extract)
-        self.ignore_case = ignore_case
-        self.ignore_punctuation = ignore_punctuation
-        self.ignore_articles = ignore_articles
-
-    def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt has a reference answer."""
-        return has_reference(prompt)
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B] of zeros and ones."""
-        return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
+    _: KW_ONLY
+    ignore_case: bool = True
+    ignore_punctuation: bool = False
+    ignore_articles: bool = False
 
     def _score(self, prompt: Prompt, response: str) -> float:
-        given = references(prompt, self.name)
-        accepted = {self._normal(text) for text in given}
+        given = self.references(prompt)
+        accepted = set(map(self._normal, given))
         if "" in accepted:
-            raise unusable_reference(
-                self.name, prompt, "a text of which something is left when normalised"
-            )
+            raise self.unusable(prompt, "a text of which something is left when normalised")
         answer = extract_answer(response, self.extract)
         if answer is None:
             return 0.0
-        emphasised, chosen = _EMPHASIS.fullmatch(answer), _CHOSEN.fullmatch(answer)
-        readings = [answer, *([emphasised[2]] if emphasised else [])]
+        emphasised, chosen = EMPHASIS.fullmatch(answer), _CHOSEN.fullmatch(answer)
+        if not accepted.isdisjoint(
+            map(self._normal, [answer, emphasised[2]] if emphasised else [answer])
+        ):
+            return 1.0
         choices = {self._normal(text) for text in given if _CHOICE.fullmatch(text.strip())}
-        return float(
-            any(self._normal(reading) in accepted for reading in readings)
-            or (
-                chosen is not None
-                and self._normal(chosen[1]) in choices
-                and not _NOT_CHOSEN.search(chosen[2] or "")
-            )
-        )
+        if chosen is None or self._normal(chosen[1]) not in choices:
+            return 0.0
+        return float(not _NOT_CHOSEN.search(chosen[2] or ""))
 
     def _normal(self, text: str) -> str:
         text = unicodedata.normalize("NFC", text)
@@ -198,27 +211,24 @@ class ExactMatchReward(RewardModel):
 
 
 @named("numeric")
-class NumericReward(RewardModel):
+@dataclass(eq=False)
+class NumericReward(AnswerReward):
     r"""1 if the answer's last number is the reference answer, within a tolerance, else 0.
 
     Read are integers, decimals, groups of three digits (`1,234,567`), fractions (`3/4`,
     `\frac{3}{4}`), mixed numbers (`1 1/2`), powers (`2^5`, `1.5e-3`, `1.5 \times 10^{-3}`), percent
     (a hundredth), signs and a currency before the number, and Unicode's own forms of all these
-    (`½`, `10³`). Commas are thousands or decimal as `rewards.verifiable.numerals` says: "1,22" is
-    1.22 and "1,222" is 1222. A minus after a letter or digit is none: of "5-3" the last number is
-    3. Numbers are compared exactly, as fractions, whatever their size; those of more than 1000
-    digits, or beyond the power 1000 of ten, are wrong.
+    (`½`, `10³`); the module says which commas are decimal. A minus after a letter or digit is none:
+    of "5-3" the last number is 3. Numbers are compared exactly, as fractions, whatever their size;
+    those of more than 1000 digits, or beyond the power 1000 of ten, are wrong.
 
     Args:
-        extract: Where in the response the answer stands; see the module. The last number in it
-            counts.
+        extract: Where in the response the answer stands; see the module.
         abs_tol: Largest difference that counts as equal.
         rel_tol: The same in parts of the reference answer's size; the larger of both holds.
 
     Raises:
-        ValueError: A tolerance is negative or not finite.
-        RewardError: When scoring: a prompt has no reference answer, or one that is no number. The
-            message names the prompt.
+        RewardError: When scoring: a prompt, which the message names, has no number as its answer.
 
     Example:
         >>> prompt = Prompt.from_text("6 * 250?", metadata={"reference_answer": "1500"})
@@ -228,118 +238,62 @@ class NumericReward(RewardModel):
 
     name = "numeric"
 
-    def __init__(
-        self, extract: str | None = None, *, abs_tol: float = 0.0, rel_tol: float = 0.0
-    ) -> None:
-        self.extract = checked_extract(extract)
-        self.abs_tol = _checked_tolerance("abs_tol", abs_tol)
-        self.rel_tol = _checked_tolerance("rel_tol", rel_tol)
+    _: KW_ONLY
+    abs_tol: float = 0.0
+    rel_tol: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("abs_tol", "rel_tol"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}.")
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt has reference answers that are numbers."""
-        return has_reference(prompt) and None not in map(last_number, references(prompt, self.name))
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B] of zeros and ones."""
-        return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
+        return super().applies_to(prompt) and None not in map(last_number, self.references(prompt))
 
     def _score(self, prompt: Prompt, response: str) -> float:
-        accepted = [last_number(text) for text in references(prompt, self.name)]
-        numbers = [number for number in accepted if number is not None]
-        if len(numbers) < len(accepted):
-            raise unusable_reference(self.name, prompt, "a number")
-        answer = extract_answer(response, self.extract)
+        accepted = [last_number(text) for text in self.references(prompt)]
+        answer = extract_answer(response, self.extract) or ""
         # "- 73" is a negative number or an item of a list.
-        item = _ITEM.fullmatch(answer or "")
-        values = [last_number(text) for text in (answer, item and item[1]) if text]
-        return float(any(v is not None and self._equal(v, n) for v in values for n in numbers))
+        item = _ITEM.fullmatch(answer)
+        values = [last_number(text) for text in (answer, item[1] if item else "")]
+        if None in accepted:
+            raise self.unusable(prompt, "a number")
+        return float(any(self._equal(v, n) for v in values for n in accepted))
 
-    def _equal(self, value: Fraction, reference: Fraction) -> bool:
+    def _equal(self, value: Fraction | None, reference: Fraction | None) -> bool:
+        if value is None or reference is None:
+            return False
         tolerance = max(Fraction(self.abs_tol), Fraction(self.rel_tol) * abs(reference))
         return abs(value - reference) <= tolerance
 
 
-def last_number(text: str) -> Fraction | None:
-    """The last number of a text, exactly; None where there is none (see `NumericReward`).
+# --- Where an answer stands ---
+
+
+def extract_answer(response: str, extract: str | None) -> str | None:
+    r"""The part of a response that is its answer, stripped; None where there is none.
 
     Example:
-        >>> last_number("12 of 16 is 75%, or 3/4")
-        Fraction(3, 4)
+        >>> extract_answer(r"So \boxed{\frac{1}{2}}.", r"\boxed")
+        '\\frac{1}{2}'
     """
-    text = _LATEX_FRACTION.sub(_plain_fraction, joined_thousands(plain_numerals(text).strip()))
-    matches = list(_NUMBER.finditer(decimal_commas(improper(text))))
-    return _value(matches[-1]) if matches else None
-
-
-def _plain_fraction(match: re.Match[str]) -> str:
-    return f"{match[1] or ''} {match[2] or match[4]}/{match[3] or match[5]}"
-
-
-def has_reference(prompt: Prompt) -> bool:
-    """Whether `prompt.metadata["reference_answer"]` is something to compare with."""
-    given = prompt.metadata.get("reference_answer")
-    answers = given if isinstance(given, list | tuple) else [given]
-    return bool(answers) and all(_is_answer(answer) for answer in answers)
-
-
-def references(prompt: Prompt, name: str) -> list[str]:
-    """The accepted answers of a prompt, as texts.
-
-    Args:
-        prompt: The prompt.
-        name: The reward's, for the message.
-
-    Raises:
-        RewardError: There are none; the message names the prompt.
-    """
-    if not has_reference(prompt):
-        raise unusable_reference(
-            name, prompt, "a text that is not blank, a number, or a list of such"
-        )
-    given = prompt.metadata["reference_answer"]
-    return [str(answer) for answer in (given if isinstance(given, list | tuple) else [given])]
-
-
-def _is_answer(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def unusable_reference(name: str, prompt: Prompt, expected: str) -> RewardError:
-    """The error that a prompt's reference answer is not what a reward expects."""
-    return RewardError(
-        f"Reward model {name!r}, prompt {prompt.id!r}: expected metadata['reference_answer'] to be "
-        f"{expected}, got {prompt.metadata.get('reference_answer')!r}. Add the answer, or leave "
-        "out the prompts that the reward does not apply to."
-    )
-
-
-def checked_extract(extract: str | None) -> str | None:
-    """An `extract` that says where an answer stands.
-
-    Raises:
-        ValueError: It says nothing.
-    """
-    if extract is None or (isinstance(extract, str) and extract.strip()):
-        return extract
-    raise ValueError(
-        "extract: expected None for the whole response, 'last line', a tag such as '<answer>', "
-        rf"'\boxed', or a marker such as '####', got {extract!r}."
-    )
-
-
-def _checked_tolerance(name: str, value: float) -> float:
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}.")
-    return value
-
-
-def _in_tags(response: str, tag: str) -> str | None:
-    name = tag.strip("<>/ ")
-    _, opening, after = response.rpartition(f"<{name}>")
-    inside, closing, _ = after.partition(f"</{name}>")
-    return inside if opening and closing else None
+    if extract is None:
+        answer: str | None = response
+    elif extract == "last line":
+        answer = response.strip().rpartition("\n")[2]
+    elif extract.startswith("<"):
+        name = extract.strip("<>/ ")
+        _, opening, after = response.rpartition(f"<{name}>")
+        inside, closing, _ = after.partition(f"</{name}>")
+        answer = inside if opening and closing else None
+    elif extract.startswith("\\"):
+        answer = _in_braces(response, extract)
+    else:
+        answer = _after(response, extract)
+    return (answer or "").strip() or None
 
 
 def _in_braces(response: str, command: str) -> str | None:
@@ -370,8 +324,22 @@ def _after(response: str, marker: str) -> str | None:
     if answer and not response[places[-1].end()].isspace():
         # "Answer:**42**" opens an emphasis of its own.
         answer, closing = closing + answer, ""
-    is_open = opening and not closing and _EMPHASIS.fullmatch(answer) is None
+    is_open = opening and not closing and EMPHASIS.fullmatch(answer) is None
     return answer.removesuffix(opening) if is_open else answer
+
+
+# --- How numbers are written ---
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of a text, exactly; None where there is none (see `NumericReward`)."""
+
+    def plain_fraction(match: re.Match[str]) -> str:
+        return f"{match[1] or ''} {match[2] or match[4]}/{match[3] or match[5]}"
+
+    text = _LATEX_FRACTION.sub(plain_fraction, joined_thousands(plain_numerals(text).strip()))
+    matches = list(_NUMBER.finditer(decimal_commas(improper(text))))
+    return _value(matches[-1]) if matches else None
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -390,3 +358,64 @@ def _value(match: re.Match[str]) -> Fraction | None:
     value **= int(power)
     value /= 100 if match["percent"] else 1
     return -value if match["sign"] == "-" else value
+
+
+_SUPERSCRIPT = re.compile("[⁺⁻⁰¹²³⁴-⁹]+")
+_MINUS = str.maketrans({"−": "-", "－": "-", "﹣": "-"})
+# A dash, "negative" or "minus" before a number, where no subtraction or range can be meant.
+_SIGN = re.compile(
+    r"(?:(?<![\w)\]}%])(?<![\d)\]}%]\s)(?<!\b[A-Za-z]\s)–(?=[\d.$€£])|\bnegative\s+(?=[\d.$€£])"
+    r"|(?:(?<=^)|(?<=\bis\s)|(?<=\bequals\s)|(?<=[=:]\s)|(?<=[*($]))minus\s+(?=[\d.$€£]))",
+    re.IGNORECASE,
+)
+_SPACES = re.compile(r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f]|\\[,!:; ]|\{,\}|,\\!)(?=\d{3}(?!\d))")
+_MIXED = re.compile(r"(?<![\w.,/^{])(-?)(\d{1,9})[ \u00a0](\d{1,9})/(\d{1,9})(?![\d./^]\d|\w)")
+_POINTS = re.compile(
+    r"(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+|(?<=\.\d{3}\.\d{3}))(?!\d|[.,]\d)"
+)
+_COMMA = re.compile(r"(?<![\w.,])(?![1-9]\d{0,2},\d{3}(?!\d))(\d+),(\d+)(?!\d|[.,]\d)")
+
+
+def plain_numerals(text: str) -> str:
+    """A text with Unicode's minus, superscripts, fractions and spaces inside numbers in ASCII."""
+
+    def power(match: re.Match[str]) -> str:
+        return f"^{{{unicodedata.normalize('NFKC', match[0]).translate(_MINUS)}}}"
+
+    def fraction(match: re.Match[str]) -> str:
+        is_mixed = text[match.start() - 1 : match.start()].isdigit()
+        return " " * is_mixed + unicodedata.normalize("NFKC", match[0])
+
+    text = _SIGN.sub("-", _SUPERSCRIPT.sub(power, text.translate(_MINUS)))
+    # U+2044 is the fraction slash.
+    text = re.sub("[¼-¾⅐-⅞↉]", fraction, text).replace("\u2044", "/")
+    return _SPACES.sub(",", text)
+
+
+def improper(text: str, form: str = "{}/{}") -> str:
+    """A text with its mixed numbers, such as "1 1/2", as fractions."""
+
+    def fraction(match: re.Match[str]) -> str:
+        whole, above, below = (int(match[i]) for i in (2, 3, 4))
+        if above >= below:
+            return match[0]
+        return match[1] + form.format(whole * below + above, below)
+
+    return _MIXED.sub(fraction, text)
+
+
+def decimal_commas(text: str) -> str:
+    """A text with decimal points where a comma can be nothing but decimal; see the module."""
+    text = _POINTS.sub(lambda match: match[0].replace(".", "").replace(",", "."), text)
+    return _COMMA.sub(r"\1.\2", text)
+
+
+def joined_thousands(text: str) -> str:
+    """An answer that is a number with spaces or apostrophes between its thousands, without them."""
+    match = re.fullmatch(
+        r"([-+]?\D?\s?)([1-9]\d{0,2}(?:(?: \d{3})+|(?:['’]\d{3})+))([.,]\d+)?(\s?\D?)", text
+    )
+    if match is None:
+        return text
+    before, digits, decimals, after = match.groups("")
+    return before + re.sub(r"\D", "", digits) + decimals + after

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
+import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import symtable
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,20 +20,23 @@ import numpy as np
 from mbrl_text_env import sandbox
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.rewards.names import named
-from mbrl_text_env.rewards.verifiable.programs import extract_code
-from mbrl_text_env.rewards.verifiable.statements import StatementError, granted, names_of, parse
 from mbrl_text_env.sandbox import Limits, Program, ProgramResult
 from mbrl_text_env.types import FloatArray, Prompt
 
+# Programs that recurse often start a thread with a stack of 256 MiB, of which they use little.
 _LIMITS = Limits(memory_bytes=512 * 2**20)
-"""Programs that recurse often start a thread with a stack of 256 MiB, of which they use little."""
 
 
 class UnitTestError(ValueError):
     """A prompt has no tests, malformed ones, or one that cannot be run apart from the solution."""
 
 
+def _error(prompt: Prompt, expected: str) -> UnitTestError:
+    return UnitTestError(f"Prompt {prompt.id!r}: expected {expected}")
+
+
 @named("unit-tests")
+@dataclass(eq=False)
 class UnitTestReward(RewardModel):
     """The fraction of its prompt's tests that the program in a response passes, in [0, 1].
 
@@ -40,35 +48,34 @@ class UnitTestReward(RewardModel):
       the input as by `python program.py < input`, prints the output and exits with 0. White space
       at the ends of lines and of the text is ignored. Lists of lines are taken for texts.
 
-    Optional, for statements: `"test_imports"`, imports that they need, which the solution finds
-    done as well; `"setup"`, statements that run between the solution and each test; each a text or
-    a list of texts; and `"entry_point"`, the name, or list of names, of what the solution is asked
-    for, which matters only if it is also the name of a builtin.
+    Optional, for statements: `"test_imports"`, which the solution finds done as well; `"setup"`,
+    which runs between the solution and each test (both a text or a list of texts); and
+    `"entry_point"`, the name, or list of names, of what the solution is asked for, which matters
+    only if it is also the name of a builtin.
 
-    The program is the last fenced block marked as Python, else the last fenced block, else the
-    whole response; of several Python blocks, the last one that defines what the tests ask for, or
-    reads input where there is some. It has the standard library, and integers of any length become
-    texts. For statements it finds the names of `typing`, and a `class Solution` what LeetCode
-    imports. An empty program scores 0, and so does one larger than half of `limits.disk_bytes`.
-    Every test runs in a box of its own, so that a test that never ends or takes its processes down
-    costs the others nothing.
+    `extract_code` finds the program; of several Python blocks it is the last that defines what the
+    tests ask for, or reads input where there is some. It has the standard library, and integers of
+    any length become texts. For statements it finds the names of `typing`, and a `class Solution`
+    what LeetCode imports. An empty program scores 0, and so does one larger than half of
+    `limits.disk_bytes`. Every test runs in a box of its own: one that never ends, or takes its
+    processes down, costs the others nothing.
 
     What is guaranteed, where the sandbox is whole (`sandbox.facilities()`):
 
-    - A case passes only if the program has printed the output. The output is compared outside the
-      box and never enters it.
+    - A case passes only if the program has printed the output, which is compared outside the box
+      and never enters it.
     - A statement passes only if all of it has run, without an exception, in a process that the
-      solution cannot write to or read from. The solution's functions are called in a process that
-      was forked before the test was read. What comes back is data of a closed set of types
-      (numbers, texts, bytes, lists, tuples, sets, dicts, deques, ranges, `decimal`, `fractions`,
-      `datetime`, `pathlib`, `uuid`); all else stays where it is, as a remote object. Nothing that
-      the solution says can name, replace or run anything in the process that decides, and what is
-      no proper answer fails the test, whatever the test catches.
+      solution cannot write to or read from, and that was there before the test was read. What the
+      solution's functions return is data of a closed set of types (numbers, texts, bytes, lists,
+      tuples, sets, dicts, deques, ranges, `decimal`, `fractions`, `datetime`, `pathlib`, `uuid`);
+      all else stays where it is, as a remote object. Nothing that the solution says can name,
+      replace or run anything in the process that decides, and what is no proper answer fails the
+      test, whatever the test catches.
     - Which names are the solution's follows from the tests alone. Builtins, what the tests import
       and define, and what tests take for granted (`math.isclose`, `Counter`) are Python's.
-    - `is`, `type(x)`, `x.__class__` and `hasattr` see the solution's objects, not the handles.
-    - A remote object is compared with plain data as the plain value that its class is made from,
-      by the judge; if it has none, it is equal to none. So is arithmetic with plain data.
+    - `is`, `type(x)`, `x.__class__` and `hasattr` see the solution's objects, not the handles. The
+      judge compares a remote object with plain data, and calculates, by the plain value that its
+      class is made from; one that has none is equal to none.
     - Tests that run code made from data (`eval`, `exec`, `subprocess` and the like) are refused
       before anything runs. Functions of a test that the solution calls, run in the judge: they get
       data and remote objects.
@@ -79,13 +86,12 @@ class UnitTestReward(RewardModel):
       such as `assert f(1) != 2`, or `assert f(1) == g(1)` where all comes from the solution, is
       easy to pass. Remote objects are compared with each other as the solution's classes say.
     - Arguments and results are copies. What the solution does to a list, dict, set, deque or
-      bytearray that is itself an argument is copied back after the call, and such an argument that
-      is returned is the same object. What is inside of it is not: a test that a copy is deep can be
-      passed by a shallow one. Objects of classes of the setup cannot be handed over and raise an
-      error. A class of the test cannot have a class of the solution's as its base,
-      `redirect_stdout` sees nothing of what the solution prints, and a solution's `__exit__` cannot
-      hold back an error: right solutions fail such tests. `v * 2`, where `v` is a remote object
-      without a plain value, and `x in v`, where it cannot be iterated over, raise TypeError.
+      bytearray that is itself an argument is copied back after the call, and returned it is the
+      same object; what is inside of it is not, so that a shallow copy passes for a deep one.
+      Objects of classes of the setup cannot be handed over and raise an error. A class of the test
+      with a base of the solution's, `redirect_stdout`, a solution's `__exit__` that holds back an
+      error, `v * 2` of a remote object without a plain value, and `x in v` of one that cannot be
+      iterated over: right solutions fail such tests.
     - A program near a limit of time may pass in one run and not in another. The limits leave room.
     - With `allow_weaker=True` on a machine without the sandbox nothing at all is guaranteed.
 
@@ -100,8 +106,13 @@ class UnitTestReward(RewardModel):
         allow_weaker: See `sandbox.run_program`.
         name: What reports call it.
 
+    Raises:
+        UnitTestError: When scoring: a prompt has no tests or malformed ones; a test runs code made
+            from data, takes nothing from the solution, leaves open which builtin is the solution's,
+            or hands the solution what cannot be handed over. The message names the prompt.
+        SandboxUnavailable: When scoring: this machine cannot shut untrusted code in.
+
     Example:
-        >>> from mbrl_text_env.types import Prompt
         >>> tests = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
         >>> prompt = Prompt.from_text("Write add(a, b).", metadata={"tests": tests})
         >>> response = "```python\\ndef add(a, b):\\n    return 3\\n```"
@@ -109,46 +120,32 @@ class UnitTestReward(RewardModel):
         array([0.5])
     """
 
-    def __init__(
-        self,
-        partial: bool = True,
-        limits: Limits | None = None,
-        workers: int | None = None,
-        allow_weaker: bool = False,
-        name: str = "unit-tests",
-    ) -> None:
-        self.partial = partial
-        self.limits = limits or _LIMITS
-        self.workers = workers
-        self.allow_weaker = allow_weaker
-        self.name = name
+    partial: bool = True
+    limits: Limits | None = None
+    workers: int | None = None
+    allow_weaker: bool = False
+    name: str = "unit-tests"
+
+    def __post_init__(self) -> None:
+        self.limits = self.limits or _LIMITS
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt has tests."""
         return bool(prompt.metadata.get("tests"))
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the fraction of its prompt's tests that each response passes.
-
-        Raises:
-            UnitTestError: A prompt has no tests or malformed ones; a test runs code made from
-                data, or takes nothing from the solution, or does not tell which of several
-                builtins is the solution's; or hands the solution what cannot be handed over. The
-                message names the prompt.
-            ValueError: The numbers of prompts and responses differ.
-            SandboxUnavailable: This machine cannot shut untrusted code in.
-        """
+        """Return float64[B]."""
         if len(prompts) != len(responses):
             raise ValueError(
                 f"Expected one prompt a response, got {len(prompts)} prompts and "
                 f"{len(responses)} responses. Repeat a prompt for each of its responses."
             )
         # Every prompt is read before any program is run, and every run is made once.
-        suites = [_suite(prompt) for prompt in prompts]
-        rows = [self._runs(*pair) for pair in zip(suites, responses, strict=True)]
+        suites = list(map(_suite, prompts))
+        rows = list(map(self._runs, suites, responses))
         wanted = dict.fromkeys(run for row in rows for run in row)
         results = sandbox.run_programs(
-            [run.program() for run in wanted],
+            [test.program(code) for code, test in wanted],
             limits=self.limits,
             workers=self.workers,
             allow_weaker=self.allow_weaker,
@@ -156,74 +153,60 @@ class UnitTestReward(RewardModel):
         result_of = dict(zip(wanted, results, strict=True))
         scores = np.zeros(len(responses))
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            passed = [_passes(prompt, run, result_of[run]) for run in row]
+            passed = [run[1].passes(prompt, result_of[run]) for run in row]
             if passed:
                 scores[i] = np.mean(passed) if self.partial else float(all(passed))
         return scores
 
-    def _runs(self, suite: Sequence[_Case | _Statement], response: str) -> list[_Run]:
+    def _runs(self, suite: Sequence[_Test], response: str) -> list[tuple[str, _Test]]:
         code = extract_code(response, "|".join({test.marks for test in suite} - {""}))
-        room = self.limits.disk_bytes // 2
+        room = (self.limits or _LIMITS).disk_bytes // 2
         if not code.strip() or len(code.encode(errors="surrogatepass")) > room:
             return []
-        return [_Run(code, test) for test in suite]
+        return [(code, test) for test in suite]
+
+
+# --- The tests of a prompt ---
 
 
 @dataclass(frozen=True)
-class _Case:
-    """What a program reads, and what it should print."""
+class _Test:
+    """A case, with the output that it should have, or statements in Python, without one."""
 
+    # What the program reads; of statements, what the judge reads: JSON.
     input: str
-    output: str
-
-    @property
-    def marks(self) -> str:
-        """A pattern of what a program has that can pass."""
-        return r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0" if self.input.strip() else ""
-
-
-@dataclass(frozen=True)
-class _Statement:
-    """A test in Python, as the judge reads it: JSON."""
-
-    orders: str
+    output: str | None
+    # A pattern of what a program has that can pass.
     marks: str
+    # What may be the solution's name, where the test does not tell.
+    unsure: frozenset[str] | None = field(default=None, compare=False)
 
-
-@dataclass(frozen=True)
-class _Run:
-    code: str
-    test: _Case | _Statement
-
-    def program(self) -> Program:
-        if isinstance(self.test, _Case):
-            return Program(self.code, self.test.input)
-        files = {"solution.py": self.code, f"{_FOLDER}/_solution.py": _source_of("_solution.py")}
+    def program(self, code: str) -> Program:
+        if self.output is not None:
+            return Program(code, self.input)
+        files = {"solution.py": code, "mbrl_text_env/sandbox/_solution.py": _source_of("_solution")}
         # The orders are for the judge alone.
-        return Program(_source_of("_judge.py"), self.test.orders, files, stdin_path=False)
+        return Program(_source_of("_judge"), self.input, files, stdin_path=False)
 
-
-_FOLDER = "mbrl_text_env/sandbox"
+    def passes(self, prompt: Prompt, result: ProgramResult) -> bool:
+        if result.exit_code != 0:
+            return False
+        if self.output is not None:
+            return _lines(result.stdout) == _lines(self.output)
+        verdict = json.loads(result.stdout)
+        if verdict["verdict"] == "unsupported":
+            raise _error(
+                prompt,
+                "its tests to hand the solution plain data, functions, or what the solution has "
+                f"returned, but {verdict['detail']}. Change {json.loads(self.input)['test']!r}, or "
+                "leave out the prompt.",
+            )
+        return bool(verdict["verdict"] == "passed")
 
 
 @lru_cache(maxsize=2)
-def _source_of(file: str) -> str:
-    return (Path(sandbox.__file__).parent / file).read_text(encoding="utf-8")
-
-
-def _passes(prompt: Prompt, run: _Run, result: ProgramResult) -> bool:
-    if result.exit_code != 0:
-        return False
-    if isinstance(run.test, _Case):
-        return _lines(result.stdout) == _lines(run.test.output)
-    verdict = json.loads(result.stdout)
-    if verdict["verdict"] == "unsupported":
-        raise UnitTestError(
-            f"Prompt {prompt.id!r}: expected its tests to hand the solution plain data, functions, "
-            f"or what the solution has returned, but {verdict['detail']}. Change the test "
-            f"{json.loads(run.test.orders)['test']!r}, or leave out the prompt."
-        )
-    return bool(verdict["verdict"] == "passed")
+def _source_of(module: str) -> str:
+    return (Path(sandbox.__file__).parent / f"{module}.py").read_text(encoding="utf-8")
 
 
 def _lines(text: str) -> list[str]:
@@ -231,82 +214,78 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip("\ufeff\n\r\t\v\f ").split("\n")]
 
 
-def _suite(prompt: Prompt) -> list[_Case | _Statement]:
+def _suite(prompt: Prompt) -> list[_Test]:
     """The tests of a prompt, read."""
-    suite, unsure = _read(prompt, _entry_points(prompt))
+    given = prompt.metadata.get("entry_point") or []
+    entry_points = [given] if isinstance(given, str) else given
+    if _text(entry_points) is None:
+        expected = "metadata['entry_point'] to be a name or a list of names"
+        raise _error(prompt, f"{expected}, got {given!r}. Change it, or leave it out.")
+    suite = _read(prompt, entry_points)
+    unsure = [test.unsure for test in suite if test.unsure is not None]
     if not unsure:
         return suite
     # These use builtins alone: the one that all of them use is what the solution is asked for.
     names = frozenset.intersection(*unsure)
     if len(names) == 1:
-        return _read(prompt, list(names))[0]
-    raise UnitTestError(
-        f"Prompt {prompt.id!r}: expected tests to use what the solution is asked for, but one "
-        f"takes {', '.join(map(repr, sorted(names))) or 'nothing'} from it. Say in "
-        "metadata['entry_point'] what is asked for, or change the test."
+        return _read(prompt, list(names))
+    taken = ", ".join(map(repr, sorted(names))) or "nothing"
+    raise _error(
+        prompt,
+        f"tests to use what the solution is asked for, but one takes {taken} from it. Say in "
+        "metadata['entry_point'] what is asked for, or change the test.",
     )
 
 
-def _read(
-    prompt: Prompt, entry_points: Sequence[str]
-) -> tuple[list[_Case | _Statement], list[frozenset[str]]]:
-    """The tests, and for each that does not tell which names are the solution's, what may be."""
+def _read(prompt: Prompt, entry_points: Sequence[str]) -> list[_Test]:
     tests = prompt.metadata.get("tests")
     if not isinstance(tests, list | tuple) or not tests:
-        raise UnitTestError(
-            f"Prompt {prompt.id!r}: expected metadata['tests'] to be a list of at least one test, "
-            f"got {tests!r}. Add tests, or leave out the prompts for which "
-            "`UnitTestReward.applies_to(prompt)` is False."
+        raise _error(
+            prompt,
+            f"metadata['tests'] to be a list of at least one test, got {tests!r}. Add tests, or "
+            "leave out the prompts for which `UnitTestReward.applies_to(prompt)` is False.",
         )
-    frame = {
-        "imports": _source(prompt, "test_imports"),
-        "setup": _source(prompt, "setup"),
-        "entry_points": entry_points,
-    }
-    pairs = [_test(prompt, index, test, frame) for index, test in enumerate(tests)]
-    return [test for test, _ in pairs], [names for _, names in pairs if names is not None]
+    frame = [_source(prompt, key) for key in ("test_imports", "setup")]
+    return [_test(prompt, i, test, frame, entry_points) for i, test in enumerate(tests)]
 
 
 def _test(
-    prompt: Prompt, index: int, test: Any, frame: Mapping[str, Any]
-) -> tuple[_Case | _Statement, frozenset[str] | None]:
+    prompt: Prompt, index: int, test: Any, frame: list[str], entry_points: Sequence[str]
+) -> _Test:
+    place = f"metadata['tests'][{index}]"
     if isinstance(test, str) and test.strip():
-        _check_syntax(prompt, f"metadata['tests'][{index}]", test)
+        _check_syntax(prompt, place, test)
         try:
-            return _statement(test, **frame)
+            return _statement(test, frame[0], frame[1], entry_points)
         except StatementError as error:
-            raise UnitTestError(
-                f"Prompt {prompt.id!r}: expected tests that run no code made from data, but "
-                f"metadata['tests'][{index}] or what belongs to it has {error}. It would run what "
-                "the solution says in the process that judges. Compare values instead, or leave "
-                "out the prompt."
+            raise _error(
+                prompt,
+                f"tests that run no code made from data, but {place} or what belongs to it has "
+                f"{error}. It would run what the solution says in the process that judges. Compare "
+                "values instead, or leave out the prompt.",
             ) from error
     if isinstance(test, Mapping) and test.keys() == {"input", "output"}:
-        texts = [_text(test[key]) for key in ("input", "output")]
-        if None not in texts:
-            return _Case(str(texts[0]), str(texts[1])), None
-    raise UnitTestError(
-        f"Prompt {prompt.id!r}: expected metadata['tests'][{index}] to be statements such as "
-        "'assert f(1) == 2', or a case {'input': text, 'output': text}, got "
-        f"{test!r}. Change it to one of them."
-    )
+        given, output = _text(test["input"]), _text(test["output"])
+        if given is not None and output is not None:
+            marks = r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0" if given.strip() else ""
+            return _Test(given, output, marks)
+    cases = "statements such as 'assert f(1) == 2', or a case {'input': text, 'output': text}"
+    raise _error(prompt, f"{place} to be {cases}, got {test!r}. Change it to one of them.")
 
 
-def _statement(
-    test: str, imports: str, setup: str, entry_points: Sequence[str]
-) -> tuple[_Statement, frozenset[str] | None]:
+def _statement(test: str, imports: str, setup: str, entry_points: Sequence[str]) -> _Test:
     names = names_of([imports, setup, test], entry_points)
     orders = {
         "imports": f"{names.imports}\n{imports}",
         "setup": setup,
         "test": test,
         "names": sorted(names.solution),
-        "granted": granted(imports, "Solution" in names.solution),
+        "granted": _granted(imports, "Solution" in names.solution),
     }
     listed = "|".join(map(re.escape, sorted(names.solution)))
     marks = rf"^(?:(?:async[ \t]+)?def|class)[ \t]+(?:{listed})\b|^(?:{listed})[ \t]*=(?!=)"
     sure = names.certain and names.solution
-    return _Statement(json.dumps(orders), marks), None if sure else names.solution
+    return _Test(json.dumps(orders), None, marks, None if sure else names.solution)
 
 
 def _text(value: Any) -> str | None:
@@ -321,30 +300,229 @@ def _source(prompt: Prompt, key: str) -> str:
     value = prompt.metadata.get(key) or ""
     source = _text(value)
     if source is None:
-        raise UnitTestError(
-            f"Prompt {prompt.id!r}: expected metadata[{key!r}] to be Python statements, a text or "
-            f"a list of texts, got {value!r}. Change it, or leave it out."
-        )
+        expected = f"metadata[{key!r}] to be Python statements, a text or a list of texts"
+        raise _error(prompt, f"{expected}, got {value!r}. Change it, or leave it out.")
     _check_syntax(prompt, f"metadata[{key!r}]", source)
     return source
 
 
-def _entry_points(prompt: Prompt) -> list[str]:
-    value = prompt.metadata.get("entry_point") or []
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not all(isinstance(each, str) for each in names):
-        raise UnitTestError(
-            f"Prompt {prompt.id!r}: expected metadata['entry_point'] to be a name or a list of "
-            f"names, got {value!r}. Change it, or leave it out."
-        )
-    return list(names)
-
-
 def _check_syntax(prompt: Prompt, place: str, source: str) -> None:
     try:
-        parse(source)
+        _parsed(source)
     except (SyntaxError, ValueError) as error:
-        raise UnitTestError(
-            f"Prompt {prompt.id!r}: expected {place} to be Python statements, got "
-            f"{source!r} ({error}). Correct them."
-        ) from error
+        what = f"{place} to be Python statements, got {source!r} ({error}). Correct them."
+        raise _error(prompt, what) from error
+
+
+# --- Which names a test takes from the solution; this follows from the tests alone ---
+
+# Names that tests and signatures use as if they were builtins, by their modules.
+_TYPING = (
+    "Any", "Callable", "Dict", "FrozenSet", "Generator", "Iterable", "Iterator", "List", "Literal",
+    "Mapping", "NamedTuple", "Optional", "Sequence", "Set", "Tuple", "Type", "TypeVar", "Union",
+)  # fmt: skip
+_CLASSES = {
+    "Counter": "collections", "OrderedDict": "collections", "defaultdict": "collections",
+    "deque": "collections", "namedtuple": "collections", "date": "datetime", "datetime": "datetime",
+    "timedelta": "datetime", "Decimal": "decimal", "Fraction": "fractions", "Path": "pathlib",
+    **dict.fromkeys(_TYPING, "typing"),
+}  # fmt: skip
+_MODULES = (
+    "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq",
+    "itertools", "json", "math", "operator", "os", "random", "re", "statistics", "string", "sys",
+)  # fmt: skip
+# What the sites that ask for a `class Solution` put before it.
+_PREAMBLE = (
+    *(f"import {module}" for module in _MODULES),
+    *(f"from {module} import *" for module in (
+        "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random",
+        "statistics", "itertools", "functools", "operator",
+    )),
+    "inf = math.inf",
+)  # fmt: skip
+_RUN_CODE = frozenset({"eval", "exec", "compile", "__import__", "breakpoint"})
+_RUN_MODULES = frozenset(
+    {"code", "codeop", "ctypes", "doctest", "importlib", "multiprocessing", "pty", "runpy",
+     "subprocess", "timeit"}
+)  # fmt: skip
+_PYTHON = frozenset(
+    name
+    for name, value in vars(builtins).items()
+    # Not what `site` and interactive shells add.
+    if isinstance(value, type | types.BuiltinFunctionType) or name in ("exit", "quit")
+)
+
+
+class StatementError(ValueError):
+    """The test runs code that is made from data; the message names the means."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a test's names mean: the solution's, and imports of what the test takes for granted.
+
+    Where it is not `certain`, only one of `solution` is the solution's, and the others Python's.
+    """
+
+    solution: frozenset[str]
+    imports: str
+    certain: bool
+
+
+def names_of(parts: Sequence[str], entry_points: Sequence[str]) -> Names:
+    """Tell the names of a test (imports, setup, test) that are the solution's from others.
+
+    Names that the parts define or import are their own. Of the rest, the entry points ("f",
+    "Solution().f") are the solution's, and so is every name that is neither a builtin nor taken for
+    granted (`List`, `Counter`, `math.` and the like). If there is none of these, it is one of the
+    builtins: a test of `solve` that calls `abs` means Python's `abs`, and a test that calls nothing
+    but `abs` means the solution's.
+
+    Example:
+        >>> names_of(["", "", "assert abs(solve(2) - 1.41) < 0.1"], []).solution
+        frozenset({'solve'})
+    """
+    used, bound = set[str](), set[str]()
+    for part in parts:
+        for name, is_bound in _globals(part):
+            (bound if is_bound else used).add(name)
+    entries = {match[0] for each in entry_points if (match := re.match(r"[^\W\d]\w*", each))}
+    free = {name for name in used - bound | used & entries if not name.startswith("__")}
+    modules = {name for name in _modules(parts) & free if name not in entries}
+    classes = (free & _CLASSES.keys()) - modules - entries
+    python = (free & _PYTHON) - entries
+    solution = free - modules - classes - python
+    certain = bool(solution or entries)
+    if not certain:
+        solution = (classes | python) or modules
+    _refuse_code_of_data(parts, used - solution)
+    imports = [f"import {name}" for name in sorted(modules - solution)]
+    imports += [f"from {_CLASSES[name]} import {name}" for name in sorted(classes - solution)]
+    return Names(frozenset(solution), "\n".join(imports), certain)
+
+
+def _granted(imports: str, is_class: bool) -> list[str]:
+    """Imports that a solution finds done: the test's, those of types, and a site's preamble."""
+    body = _parsed(imports).body
+    own = [ast.unparse(each) for each in body if isinstance(each, ast.Import | ast.ImportFrom)]
+    return [*(_PREAMBLE if is_class else ()), f"from typing import {', '.join(_TYPING)}", *own]
+
+
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(_short(source))
+
+
+def _short(source: str) -> str:
+    # This interpreter refuses long integers, and their value does not matter here.
+    return re.sub(r"\d{4000,}", "1", source)
+
+
+def _globals(source: str) -> Iterator[tuple[str, bool]]:
+    """The names of the module's own scope, each with whether it is bound there."""
+    top = symtable.symtable(_short(source), "<test>", "exec")
+    tables = [top]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if table is not top and not symbol.is_global():
+                continue
+            if symbol.is_assigned() or symbol.is_imported():
+                yield symbol.get_name(), True
+            if symbol.is_referenced():
+                yield symbol.get_name(), False
+
+
+def _modules(parts: Sequence[str]) -> set[str]:
+    """Modules of which the test uses nothing but attributes that they have."""
+    attributes: dict[str, set[str]] = {}
+    bare: set[str] = set()
+    for part in parts:
+        owners = set()
+        for node in ast.walk(_parsed(part)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                attributes.setdefault(node.value.id, set()).add(node.attr)
+                owners.add(node.value)
+            elif isinstance(node, ast.Name) and node not in owners:
+                bare.add(node.id)
+    found = attributes.keys() & set(_MODULES) - bare
+    return {name for name in found if attributes[name] <= {*dir(importlib.import_module(name))}}
+
+
+def _refuse_code_of_data(parts: Sequence[str], used: set[str]) -> None:
+    imported = set[str]()
+    for part in parts:
+        for node in ast.walk(_parsed(part)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    found = used & _RUN_CODE | imported & _RUN_MODULES
+    if found:
+        raise StatementError(", ".join(sorted(found)))
+
+
+# --- The program in a response ---
+
+# What may stand before a fence: white space, marks of quotes, and those of an item of a list.
+_FENCE = re.compile(r"((?:[ \t]|>|[-*+][ \t]|\d{1,9}[.)][ \t])*)(`{3,}|~{3,})(.*)", re.DOTALL)
+_QUOTES = re.compile(r"[ \t]*+>[ \t]?")
+
+
+@dataclass
+class _Block:
+    language: str
+    fence: str
+    quotes: int
+    lines: list[str] = field(default_factory=list)
+
+    def line(self, line: str) -> str:
+        """A line without the marks of the quote that the block stands in."""
+        # One match, however many quotes are in each other: a response can have thousands.
+        start = 0
+        for _, mark in zip(range(self.quotes), _QUOTES.finditer(line), strict=False):
+            if mark.start() != start:
+                break
+            start = mark.end()
+        return line[start:]
+
+    def code(self) -> str:
+        """The lines, less what the first one is indented by: no program begins so."""
+        first = next((line for line in self.lines if line.strip()), "")
+        indent = first[: len(first) - len(first.lstrip(" \t"))]
+        return "".join(line.removeprefix(indent) for line in self.lines)
+
+
+def extract_code(response: str, marks: str = "") -> str:
+    """The program in a response.
+
+    It is the last fenced block marked as Python, else the last fenced block, else the whole
+    response. A block may be indented, quoted, or belong to an item of a list; one that is not
+    closed goes to the end. Of several, the last with a match of the pattern `marks` comes first: an
+    example of its use, which often comes after the program, is not taken for it.
+
+    Example:
+        >>> extract_code("Thus:\\n```python\\nprint(1)\\n```\\nIt prints 1.")
+        'print(1)\\n'
+    """
+    blocks: list[_Block] = []
+    is_open = False
+    for line in response.removeprefix("\ufeff").splitlines(keepends=True):
+        if is_open:
+            text, fence = blocks[-1].line(line), blocks[-1].fence
+            bare = text.strip()
+            is_open = not bare.startswith(fence) or bool(bare.strip(fence[0]))
+            if is_open:
+                blocks[-1].lines.append(text)
+        elif (match := _FENCE.match(line)) is not None:
+            prefix, fence, language = match.groups()
+            # A line such as ```x = 1``` is inline code, and no fence.
+            if fence[0] not in language:
+                is_open = True
+                language = " ".join(language.lower().split())
+                blocks.append(_Block(language, fence, prefix.count(">")))
+    languages = ("python", "python3", "py", "{.python}")
+    python = [each for each in blocks if each.language.partition(" ")[0] in languages]
+    programs = [each.code() for each in python or blocks]
+    fitting = [each for each in programs if marks and re.search(marks, each, re.MULTILINE)]
+    return (fitting or programs or [response])[-1]

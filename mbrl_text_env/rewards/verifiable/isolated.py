@@ -1,9 +1,8 @@
 """A helper process for work on untrusted text that may hang, explode or run away with the memory.
 
-Computer algebra, and scorers that evaluate what they are given, can be stopped in no other way: a
-thread cannot be killed, and signals reach the main thread alone. The helper is started at the first
-call, serves all calls of its process in turn (calls from several threads wait for each other), and
-is killed at the end of a call's time and replaced at the next call.
+A thread cannot be killed, and signals reach the main thread alone. So computer algebra, and scorers
+that evaluate what they are given, run in a process that is started at the first call, serves all
+calls in turn (threads wait for each other), and is killed at the end of a call's time and replaced.
 
 The two talk in lines of JSON. Nothing is unpickled, so that a helper that has been taken over could
 still only return a wrong answer. It sees none of the environment variables but the ones that Python
@@ -22,16 +21,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Sequence
+from typing import Any
 
 from mbrl_text_env.rewards.base import RewardError
 
+# For starting Python and importing a library, on a busy machine too.
 _PREPARE_SECONDS = 120.0
-"""For starting Python and importing a library, on a busy machine too."""
-
 _MEMORY_BYTES = 4 * 2**30
-
 _ENVIRONMENT = ("PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP")
 
 
@@ -48,51 +45,38 @@ class CrashError(IsolatedError):
 
 
 def call_isolated(function: str, *arguments: Any, seconds: float, prepare: Sequence[Any]) -> Any:
-    """Call a function of the package in the helper process.
+    """Call a function of the package in the helper process; JSON values come in and out.
 
     Args:
         function: `"module:name"`.
-        *arguments: JSON values.
+        *arguments: Its arguments.
         seconds: The wall-clock time that it may take.
         prepare: `"module:name"` of a function that is called before, outside the time limit, and
             its arguments: it imports the heavy library, or makes what is the same for many calls,
             and has to keep it in a cache.
 
-    Returns:
-        What the function returned, a JSON value.
-
     Raises:
-        OutOfTimeError: It took longer.
-        CrashError: The process ended, for want of memory for example.
-        IsolatedError: The function raised.
+        IsolatedError: The function raised, took longer (`OutOfTimeError`), or the process ended,
+            for want of memory for example (`CrashError`).
         RewardError: `prepare` raised: the work cannot be done here at all.
 
     Example:
-        >>> module = "mbrl_text_env.rewards.verifiable.mathematics"
-        >>> call_isolated(
-        ...     f"{module}:grade",
-        ...     ["1/2"],
-        ...     "0.5",
-        ...     seconds=5.0,
-        ...     prepare=[f"{module}:load_math_verify"],
-        ... )  # doctest: +SKIP
-        True
+        >>> call_isolated("math:factorial", 5, seconds=5.0, prepare=["os:getpid"])  # doctest: +SKIP
+        120
     """
+    global _helper
     with _lock:
-        helper = _running_helper()
+        if _helper is None or _helper.process.poll() is not None:
+            _helper = _Helper()
         try:
-            helper.call(prepare[0], list(prepare[1:]), _PREPARE_SECONDS)
+            _helper.call(prepare[0], list(prepare[1:]), _PREPARE_SECONDS)
         except IsolatedError as error:
             raise RewardError(str(error)) from error
-        return helper.call(function, list(arguments), seconds)
+        return _helper.call(function, list(arguments), seconds)
 
 
 def import_optional(module: str, package: str, extra: str) -> Any:
-    """Import an optional library.
-
-    Raises:
-        RewardError: It is not installed; the message names `pip install` and the extra.
-    """
+    """Import an optional library; a `RewardError` that it is missing names the extra."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -108,20 +92,15 @@ class _Helper:
     def __init__(self) -> None:
         paths = [os.path.abspath(path) for path in sys.path]  # noqa: PTH100 - "" is the folder
         kept = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
+        # Sets in the same order in every run; one thread, whose stack counts as memory.
+        fixed = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(  # noqa: S603 - this module, and no shell
             [sys.executable, "-B", "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=tempfile.gettempdir(),
-            # Sets in the same order in every run; one thread, whose stack counts as memory.
-            env={
-                **kept,
-                "PYTHONPATH": os.pathsep.join(paths),
-                "PYTHONHASHSEED": "0",
-                "OMP_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-            },
+            env={**kept, **fixed, "PYTHONPATH": os.pathsep.join(paths)},
             # Ctrl-C is for the caller, which then kills this one.
             start_new_session=True,
         )
@@ -178,13 +157,6 @@ _lock = threading.Lock()
 _helper: _Helper | None = None
 
 
-def _running_helper() -> _Helper:
-    global _helper
-    if _helper is None or _helper.process.poll() is not None:
-        _helper = _Helper()
-    return _helper
-
-
 @atexit.register
 def _stop() -> None:
     if _helper is not None:
@@ -203,12 +175,15 @@ if hasattr(os, "register_at_fork"):
 
 def _serve() -> None:
     """The helper's side: answer requests until there are no more."""
-    with _own_channel() as (requests, replies):
-        _limit_resources()
-        for line in requests:
-            request = json.loads(line)
-            replies.write(json.dumps(_answer(**request)).encode() + b"\n")
-            replies.flush()
+    # Out of the reach of code that prints or reads its standard streams.
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
+    _limit_resources()
+    for line in requests:
+        replies.write(json.dumps(_answer(**json.loads(line))).encode() + b"\n")
+        replies.flush()
 
 
 def _answer(function: str, arguments: list[Any]) -> dict[str, Any]:
@@ -222,16 +197,6 @@ def _answer(function: str, arguments: list[Any]) -> dict[str, Any]:
     except BaseException as error:
         return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
     return {"value": value}
-
-
-@contextlib.contextmanager
-def _own_channel() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The two pipes, out of the reach of code that prints or reads its standard streams."""
-    with os.fdopen(os.dup(0), "rb") as requests, os.fdopen(os.dup(1), "wb") as replies:
-        nothing = os.open(os.devnull, os.O_RDWR)
-        os.dup2(nothing, 0)
-        os.dup2(nothing, 1)
-        yield requests, replies
 
 
 def _limit_resources() -> None:

@@ -1,63 +1,61 @@
-"""Answers that are mathematically right or wrong."""
+r"""Answers that are mathematically right or wrong, by math-verify, and what is given to it to read.
+
+math-verify finds the last formula or number in prose. So prose is left to it, while an answer that
+is a formula as a whole is put between dollars, for only then is all of it read.
+"""
+
+# ruff: noqa: RUF001 - the signs of other scripts are meant.
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
-from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.answers import (
-    checked_extract,
+    CURRENCIES,
+    EMPHASIS,
+    AnswerReward,
+    decimal_commas,
     extract_answer,
-    has_reference,
-    references,
-    unusable_reference,
-)
-from mbrl_text_env.rewards.verifiable.formulas import (
-    clock_time,
-    readings,
-    reference_reading,
-    symbols_of,
+    improper,
+    joined_thousands,
+    plain_numerals,
 )
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import Prompt
 
-_WHOLE = re.compile(r"\$[^$]+\$(?: and \$[^$]+\$)*")
 # Parts of their size by which two numbers may differ: one of them with a point, or both exact.
 _FLOAT_TOLERANCE = 1e-5
 _EXACT_TOLERANCE = 1e-12
 _INTERVAL = re.compile(r"\[[^\[\]]*[\])]|\([^()]*\]|\\infty|∞")
-_SOME_NUMBER = "12345.678"
 _HERE = "mbrl_text_env.rewards.verifiable.mathematics"
 
 
 @named("math")
-class MathReward(RewardModel):
+@dataclass(eq=False)
+class MathReward(AnswerReward):
     r"""1 if the answer is mathematically the reference answer, else 0, by math-verify.
 
-    LaTeX (`\frac{1}{2}`, with or without `$`), plain expressions (`x**2 + 1`, `sqrt(2)`), sets,
-    intervals, matrices, equations and numbers are compared as `math_verify.verify` does. Numbers
-    with a point are compared to six decimals and in parts of their size (1e-5), exact ones exactly.
-    Without `extract`, math-verify looks for the answer in prose by itself: "final answer is",
-    `\boxed{}`, the last formula, the last number. Variables of plain expressions are single
-    letters. An answer that is a formula is read as a whole or not at all, without emphasis,
-    a label ("Answer:"), currencies, and full stops around it; `rewards.verifiable.numerals` says
-    how commas and points are read. Where a response can mean two things, either counts: "73!" is a
-    factorial or an exclamation, "- 73" a negative number or an item of a list.
+    LaTeX (`\frac{1}{2}`, with or without `$`), plain expressions (`x**2 + 1`, `sqrt(2)`; variables
+    are single letters), sets, intervals, matrices, equations and numbers are compared as
+    `math_verify.verify` does. Numbers with a point are compared to six decimals and in parts of
+    their size (1e-5), exact ones exactly. Without `extract`, math-verify looks for the answer in
+    prose by itself: "final answer is", `\boxed{}`, the last formula, the last number. An answer
+    that is a formula is read as a whole or not at all, without emphasis, a label ("Answer:"),
+    currencies, and full stops around it; `rewards.verifiable.answers` says how commas and points
+    are read. Where a response can mean two things, either counts: "73!" is a factorial or an
+    exclamation, "- 73" a negative number or an item of a list.
 
     A reference answer that would be read in part ("18 apples and 5 pears") is refused. It is a
     formula, several joined by "and" or "or" (all of which the response has to have, in any order),
     one in `\boxed`, or a number with its unit.
 
-    Algebra on a text such as `9^{9^{9^9}}` does not end, and math-verify's own limits are signals,
-    which reach the main thread only. So it is done in a process that is killed after `seconds`
-    (`rewards.verifiable.isolated`), with a limit of memory; a response that exceeds either scores
-    0. Threads wait for each other. Not killed, a comparison takes some milliseconds.
+    Algebra on a text such as `9^{9^{9^9}}` does not end. So it is done in a process that is killed
+    after `seconds` (`rewards.verifiable.isolated`), with a limit of memory; a response that exceeds
+    either scores 0. Not killed, a comparison takes some milliseconds.
 
     Source: math-verify, https://github.com/huggingface/Math-Verify. Deviations: expressions without
     LaTeX and without words are read as LaTeX too, for math-verify reads plain arithmetic alone; it
@@ -68,10 +66,9 @@ class MathReward(RewardModel):
         seconds: Wall-clock time that one comparison may take.
 
     Raises:
-        ValueError: `seconds` is not positive.
-        RewardError: When scoring: the extra `verify` is not installed, or a prompt has no reference
-            answer or one that cannot be read as a whole, or not be compared with a number in time.
-            The message names the prompt.
+        RewardError: When scoring: the extra `verify` is not installed, or a prompt, which the
+            message names, has no reference answer, or one that cannot be read as a whole, or not be
+            compared with a number in time.
 
     Example:
         >>> prompt = Prompt.from_text("Half of x + 1?", metadata={"reference_answer": "(x+1)/2"})
@@ -81,28 +78,22 @@ class MathReward(RewardModel):
 
     name = "math"
 
-    def __init__(self, extract: str | None = None, *, seconds: float = 5.0) -> None:
-        if not 0 < seconds < float("inf"):
-            raise ValueError(f"seconds: expected a positive number, got {seconds!r}.")
-        self.extract = checked_extract(extract)
-        self.seconds = seconds
+    _: KW_ONLY
+    seconds: float = 5.0
 
-    def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt has a reference answer."""
-        return has_reference(prompt)
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B] of zeros and ones."""
-        return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds: expected a positive number, got {self.seconds!r}.")
 
     def _score(self, prompt: Prompt, response: str) -> float:
-        accepted = references(prompt, self.name)
+        accepted = self.references(prompt)
         for reference in accepted:
             try:
                 _check_reference(reference, self.seconds)
             except IsolatedError as error:
                 expected = f"mathematics that math-verify can read and compare ({error})"
-                raise unusable_reference(self.name, prompt, expected) from error
+                raise self.unusable(prompt, expected) from error
         answer = extract_answer(response, self.extract)
         try:
             return float(answer is not None and _graded(accepted, answer, self.seconds))
@@ -116,7 +107,7 @@ def _check_reference(reference: str, seconds: float) -> None:
     """Raise unless an answer is equal to itself, and can be compared with some number in time."""
     if not _graded([reference], reference, seconds):
         raise IsolatedError("nothing mathematical was found in it")
-    _graded([reference], _SOME_NUMBER, seconds)
+    _graded([reference], "12345.678", seconds)
 
 
 def _graded(accepted: list[str], answer: str, seconds: float) -> bool:
@@ -124,27 +115,18 @@ def _graded(accepted: list[str], answer: str, seconds: float) -> bool:
     return bool(call_isolated(f"{_HERE}:grade", accepted, answer, seconds=seconds, prepare=prepare))
 
 
+# --- In the helper process ---
+
+
 @lru_cache(maxsize=1)
 def load_math_verify() -> None:
-    """Import math-verify and make a first comparison, which takes longer than later ones.
-
-    Called in the helper process, where the time does not count.
-
-    Raises:
-        RewardError: The extra `verify` is not installed.
-    """
+    """Import math-verify and make a first comparison, which takes longer than later ones."""
     import_optional("math_verify", "math-verify", "verify")
     grade(["x/2"], "$0.5 x$")
 
 
 def grade(accepted: list[str], answer: str) -> bool:
-    """Whether math-verify finds an answer equal to an accepted one; for the helper process.
-
-    It sets no limit of time: use `MathReward`.
-
-    Raises:
-        ValueError: An accepted answer is read in part or not at all.
-    """
+    """Whether math-verify finds an answer equal to an accepted one, which it has to read wholly."""
     from math_verify import verify
 
     _compare_by_size()
@@ -174,7 +156,7 @@ def _parsed(text: str | None) -> list[Any]:
 
     if text is None:
         return []
-    if _WHOLE.fullmatch(text):
+    if re.fullmatch(r"\$[^$]+\$(?: and \$[^$]+\$)*", text):
         latex = [LatexExtractionConfig()]
         return list(parse(text, latex, fallback_mode="no_fallback", parsing_timeout=None))
     return list(parse(text, parsing_timeout=None))
@@ -216,12 +198,211 @@ def _is_close(a: Any, b: Any) -> bool:
 
 
 def _evaluated(expression: Any) -> Any:
-    """An expression as a number of 30 digits.
-
-    Raises:
-        TypeError: It is none.
-    """
     number = expression.evalf(30)
     if not number.is_number:
         raise TypeError(f"expected a number, got {number}")
     return number
+
+
+# --- What a text may mean as a formula ---
+
+# Reading a formula takes more than linear time; an answer is not longer.
+_MAX_FORMULA = 1000
+_DELIMITED = re.compile(r"\$|\\[(\[]|\\boxed")
+_SPAN = re.compile(r"\$\$.+?\$\$|(?<!\\)\$.+?(?<!\\)\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
+_DELIMITERS = re.compile(r"^(?:\$+|\\[(\[])|(?:\$+|\\[)\]])$")
+_COMMAND = re.compile(r"\\(?:begin|end)\{\w+\*?\}(?:\{[lcr| ]*\})?|\\text\{[^{}]*\}|\\[A-Za-z]+")
+_ROMAN = re.compile(r"\\(?:mathrm|mathit|mathbf|text|textit|textrm|rm)\{\s*([A-Za-z])\s*\}")
+_FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|log|ln|exp|pi|infty"
+_BARE_FUNCTION = re.compile(rf"(?<![A-Za-z\\])({_FUNCTIONS})(?![A-Za-z])")
+_POWER_OF_TEN = re.compile(r"(\d)[eE]([-+]?\d+)")
+_TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
+_PLAIN_POWER = re.compile(r"\^\s*([-+]?\s?\d+\.\d+|[-+]\s?\d+|[-+][A-Za-z])")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_LABEL = re.compile(
+    r"(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b)?|ans\.?|result|solution|a(?=\s*[*_]*\s*:))"
+    r"\s*[*_]*\s*[:=]?\s*[*_]*\s*",
+    re.IGNORECASE,
+)
+_MONEY = re.compile(
+    rf"(-?)[{re.escape(CURRENCIES)}]\s?(-?[\d.,' ]*\d)|(-?\d[\d.,' ]*)\s?[{re.escape(CURRENCIES)}]"
+)
+# Tags, commands and spaces that change how a formula looks and not what it says.
+_LOOKS = re.compile(
+    r"</?(?:b|strong|em|i|u|mark)>|\\(?:underline|boldsymbol|bm|pmb|bf|displaystyle)(?![A-Za-z])"
+    r"|(?:(?<!\\)\\+|\\quad|\\,|~)\s*(?=\$*$)"
+)
+_CLOCK = re.compile(r"(?<![\d:.])\d{1,2} ?: ?[0-5]\d(?: ?: ?[0-5]\d)?(?![\d:])(?!\.\d)")
+_BOXED = re.compile(r".*?\\boxed\s*\{(.*)\}[\s.$\\\])]*", re.DOTALL)
+_ABOUT = re.compile(r"(?:\\(?:approx|simeq|sim)(?![A-Za-z])|[≈~])\s*(?=[-+\d.\\$])")
+_CHOICE = re.compile(
+    r"(?:\\text(?:bf)?\s*\{)?\(?([A-Ea-e])[).]\}?\s*\}?(?:\\ |\\quad|\\,|~|\s)\s*(\S.*)"
+)
+_ONES = (
+    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|"
+    "sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|"
+    "hundred|thousand|million|billion"
+)
+_SPELLED = re.compile(rf"(?:(?:{_ONES}|and)[\s-]+)+\(([^()]+)\)", re.IGNORECASE)
+_LISTED = re.compile(r"\s*,?\s*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*|\s*;\s*")
+_DIGITS = re.compile(r"[-+]?[\d.,]*\d")
+_NUMBER = r"-?\d(?:[\d.,'’]|(?<=\d) (?=\d{3}))*(?:/\d+)?"
+# Nothing that computes: no letters, operators, relations or percent.
+_NUMBER_IN_MARKS = re.compile(rf"[=≈~→⇒#✅\s\"'“‘*_]*({_NUMBER})[;,:?✓✔✅\s\"'”’*_]*")
+_UNIT = r"(?:[kcmdn]?m|s|h|[km]?g|[mdc]?[lL]|[kM]?[WJN]|V|A|K|Hz)(?:\^\{?[23]\}?)?"
+_MEASURE = re.compile(rf"({_NUMBER}) ?{_UNIT}(?:/{_UNIT})?")
+_QUANTITY = re.compile(
+    rf"[-+]?[{re.escape(CURRENCIES)}]?\s?([\d.,/ ]*\d)\s*%?((?:\s*[^\W\d_.]+\.?){{0,2}})"
+)
+# Words that say more of a number than its unit.
+_QUALIFIERS = (
+    "and or to between through than least most not no over under above below about around up down "
+    "more less fewer but plus minus times either neither nor per cent percent dozen hundred "
+    "thousand million billion trillion one two three four five six seven eight nine ten half"
+)
+_NO_UNITS = frozenset(_QUALIFIERS.split())
+_UNITS = frozenset(re.findall(r"\w+", "cm mm km kg mg ml dm nm mb kb am pm st nd rd th"))
+_VARIABLES = frozenset("abcmnpqrstxyz")
+_SIGNS = {
+    "×": r" \times ", "·": r" \cdot ", "⋅": r" \cdot ", "÷": "/", "π": r" \pi ", "∞": r" \infty ",
+    "≤": r" \le ", "≥": r" \ge ", "≠": r" \ne ", "±": r" \pm ", "∪": r" \cup ", "∩": r" \cap ",
+    "°": r"^\circ ", r"\colon": ":", "~": r"\, ", r"\langle": "(", r"\rangle": ")",
+    r"\degree": r"^\circ ", r"\varnothing": r"\emptyset ", "**": "^",
+}  # fmt: skip
+_ROOT = re.compile(r"√\s*(\d+|[A-Za-z]|\([^()]*\))")
+
+
+def readings(answer: str, symbols: frozenset[str] = frozenset()) -> list[str]:
+    r"""What an answer may mean, as texts for math-verify, the likeliest first.
+
+    `symbols` are variables in what it is compared with: "xy" is then their product.
+
+    Example:
+        >>> readings("**€1 000.5**"), readings("So it is 7.")
+        (['$1000.5$'], ['So it is 7.'])
+    """
+    text = _unboxed(answer)
+    choice = _CHOICE.fullmatch(text)
+    is_one = choice and choice[1] not in symbols and not _LISTED.search(choice[2])
+    if choice and is_one and _formula(_plain(choice[2]), symbols) is not None:
+        text = _plain(choice[2])
+    formula = _formula(text, symbols)
+    if formula is None:
+        return [_ROMAN.sub(r"{\1}", improper(_LOOKS.sub("", plain_numerals(answer))))]
+    decimal = _latex(decimal_commas(formula))
+    found = [decimal, _latex(formula)] if "," in formula else [decimal]
+    for pattern in (r"(.*\d)!+", r"[-*•]\s+(\S.*)", _MEASURE):
+        match = re.fullmatch(pattern, text)
+        inner = match and _formula(match[1].strip(), symbols)
+        if inner and _DIGITS.fullmatch(inner):
+            found.append(_latex(decimal_commas(inner)))
+    return list(dict.fromkeys(found))
+
+
+def reference_reading(reference: str) -> str | None:
+    r"""What a reference answer means, as a text for math-verify; None where a part would be lost.
+
+    A comma is never decimal in it, but separates thousands or the elements of a list.
+    """
+    text = _unboxed(reference)
+    formula = _formula(text, frozenset())
+    if formula is not None:
+        return _latex(formula)
+    if _DELIMITED.search(text):
+        return text if _is_covered(text) else None
+    quantity = _QUANTITY.fullmatch(text)
+    words = re.findall(r"[^\W\d_]+", quantity[2].casefold()) if quantity else []
+    if quantity is None or _NO_UNITS.intersection(words):
+        return None
+    return _latex(improper(text[: quantity.end(1)].lstrip(CURRENCIES + " "), r"\frac{{{}}}{{{}}}"))
+
+
+def clock_time(text: str) -> tuple[int, ...] | None:
+    """The last time of day in a text ("10:30", "09:05:00"); None where there is none."""
+    found = _CLOCK.findall(text)
+    return tuple(map(int, re.findall(r"\d+", found[-1]))) if found else None
+
+
+def symbols_of(reference: str) -> frozenset[str]:
+    """The letters of a reference answer that stand for variables, as far as can be seen."""
+    bare = _SPAN.sub(lambda match: match[0].strip("$"), reference)
+    return frozenset(re.findall(r"(?<![A-Za-z\\{])[A-Za-z](?![A-Za-z])", bare))
+
+
+def _unboxed(text: str) -> str:
+    text = _plain(text)
+    boxed = _BOXED.fullmatch(text) if text.count(r"\boxed") == 1 else None
+    return _plain(boxed[1]) if boxed else text
+
+
+def _plain(text: str) -> str:
+    """Without a label, emphasis, other looks and a full stop around it."""
+    text = _LOOKS.sub("", plain_numerals(text).strip()).strip()
+    for _ in range(3):
+        match = EMPHASIS.fullmatch(text)
+        text = match[2] if match else text
+        label = _LABEL.match(text)
+        rest = text[label.end() :] if label else ""
+        text = (rest or text).strip().removesuffix(".").removesuffix("。").strip()
+        # The label took the first mark of a pair.
+        text = re.sub(r"(?<=[^*_\s])[*_]+$", "", text) if rest else text
+        span = _SPAN.fullmatch(text)
+        inside = _DELIMITERS.sub("", text) if span else text
+        text = text if _DELIMITED.search(inside) else inside.strip()
+        about, spelled = _ABOUT.match(text), _SPELLED.fullmatch(text)
+        text = text[about.end() :] if about else spelled[1] if spelled else text
+    alone = _NUMBER_IN_MARKS.fullmatch(text.removeprefix("\\$"))
+    return alone[1].strip(" .,'") if alone else text
+
+
+def _formula(text: str, symbols: frozenset[str]) -> str | None:
+    """A text that is a formula as a whole, its money and thousands as plain numbers; else None."""
+    parts = [part for part in _LISTED.split(text) if part]
+    if len(parts) > 1 and r"\begin" not in text:
+        formulas = [_formula(part, symbols) for part in parts[:7]]
+        # math-verify joins up to six.
+        if len(parts) > 6 or None in formulas:
+            return None
+        return "$ and $".join(map(str, formulas))
+    money = _MONEY.fullmatch(text)
+    if money:
+        text = f"{money[1] or ''}{money[2] or money[3]}".strip()
+    text = joined_thousands(text)
+    bare = _COMMAND.sub(" ", _BARE_FUNCTION.sub(" ", text.replace("sqrt", " ")))
+    is_prose = ("\n" in text and r"\begin" not in text) or any(
+        not _is_product(match, bare, symbols) for match in _WORD.finditer(bare)
+    )
+    if not text or len(text) > _MAX_FORMULA or _DELIMITED.search(text) or is_prose:
+        return None
+    return text
+
+
+def _is_product(match: re.Match[str], text: str, symbols: frozenset[str]) -> bool:
+    """Whether letters side by side are variables, not a word."""
+    if set(match[0]) <= symbols:
+        return True
+    beside = text[max(0, match.start() - 1) : match.start()] + text[match.end() : match.end() + 1]
+    is_short = len(match[0]) <= 3 and set(match[0]) <= _VARIABLES and match[0] not in _UNITS
+    return is_short and bool(re.search(r"[\d+*/^=()-]", beside))
+
+
+def _is_covered(text: str) -> bool:
+    """Whether a text is formulas between delimiters, joined by words, or one with a unit."""
+    spans = len(_SPAN.findall(text))
+    rest = _SPAN.sub(" | ", text).strip(" .")
+    if spans == 1 and r"\boxed" not in text:
+        after = re.fullmatch(r"\|\s*%?((?:\s*[^\W\d_.]+){0,2})", rest)
+        return after is not None and not _NO_UNITS.intersection(after[1].casefold().split())
+    return re.fullmatch(r"\|(?:\s*(?:,|,?\s*and|,?\s*or)\s*\|)*", rest) is not None
+
+
+def _latex(formula: str) -> str:
+    """A formula (or several with "$ and $" between them) in LaTeX, between dollars."""
+    formula = improper(formula, r"\frac{{{}}}{{{}}}")
+    formula = _TIMES_TEN.sub(r" \\times ", formula)
+    formula = _POWER_OF_TEN.sub(r"\1 \\cdot 10^{\2}", formula)
+    formula = _ROOT.sub(lambda match: rf"\sqrt{{{match[1].strip('()')}}}", formula)
+    for sign, command in _SIGNS.items():
+        formula = formula.replace(sign, command)
+    formula = _PLAIN_POWER.sub(r"^{\1}", _ROMAN.sub(r"{\1}", formula))
+    return "$" + _BARE_FUNCTION.sub(r"\\\1 ", formula) + "$"

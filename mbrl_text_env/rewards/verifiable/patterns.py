@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,6 +18,7 @@ Match = Literal["full", "search"]
 
 
 @named("regex")
+@dataclass(eq=False)
 class RegexReward(RewardModel):
     r"""1 if the response matches a regular expression, else 0.
 
@@ -26,8 +27,8 @@ class RegexReward(RewardModel):
     additions such as `\p{L}`.
 
     A pattern such as `(a+)+$` can take exponential time. A match that takes longer than `seconds`
-    is an error and no 0: it is the pattern that is at fault, which its author can fix, and a 0
-    would fall upon whatever responses a busy machine was slow with.
+    is an error and no 0: the pattern is at fault, and a 0 would fall upon whatever responses a busy
+    machine was slow with.
 
     Args:
         pattern: The pattern; None to read `prompt.metadata["pattern"]`.
@@ -37,9 +38,8 @@ class RegexReward(RewardModel):
         seconds: Wall-clock time that one match may take.
 
     Raises:
-        RewardError: The pattern does not compile. When scoring: a prompt has none, or one that does
-            not compile, or the match took too long; the message names the prompt.
-        ValueError: `match`, `flags` or `seconds` is not one of the above.
+        RewardError: The pattern does not compile. When scoring, too: a prompt, which the message
+            names, has none, or the match took too long.
 
     Example:
         >>> prompt = Prompt.from_text("Name a date.", "date")
@@ -49,26 +49,21 @@ class RegexReward(RewardModel):
 
     name = "regex"
 
-    def __init__(
-        self,
-        pattern: str | None = None,
-        *,
-        match: Match = "full",
-        flags: str = "",
-        seconds: float = 1.0,
-    ) -> None:
-        if match not in get_args(Match):
-            raise ValueError(f"match: expected 'full' or 'search', got {match!r}.")
-        if not set(flags) <= set("imsx"):
-            raise ValueError(f"flags: expected letters of 'imsx', got {flags!r}.")
-        if not 0 < seconds < float("inf"):
-            raise ValueError(f"seconds: expected a positive number, got {seconds!r}.")
-        self.pattern = pattern
-        self.match = match
-        self.flags = flags
-        self.seconds = seconds
-        if pattern is not None:
-            _compiled(pattern, flags, f"Reward model {self.name!r}")
+    pattern: str | None = None
+    _: KW_ONLY
+    match: Match = "full"
+    flags: str = ""
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.match not in get_args(Match):
+            raise ValueError(f"match: expected 'full' or 'search', got {self.match!r}.")
+        if not set(self.flags) <= set("imsx"):
+            raise ValueError(f"flags: expected letters of 'imsx', got {self.flags!r}.")
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds: expected a positive number, got {self.seconds!r}.")
+        if self.pattern is not None:
+            _compiled(self.pattern, self.flags, f"Reward model {self.name!r}")
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether there is a pattern, the constructor's or the prompt's."""
@@ -94,12 +89,6 @@ class RegexReward(RewardModel):
             ) from error
 
 
-@lru_cache(maxsize=1000)
-def _compile(pattern: str, flags: str) -> Any:
-    regex = import_optional("regex", "regex", "verify")
-    return regex.compile(f"(?{flags}){pattern}" if flags else pattern)
-
-
 def _compiled(pattern: Any, flags: str, context: str) -> Any:
     if not isinstance(pattern, str):
         raise RewardError(
@@ -108,7 +97,8 @@ def _compiled(pattern: Any, flags: str, context: str) -> Any:
         )
     regex = import_optional("regex", "regex", "verify")
     try:
-        return _compile(pattern, flags)
+        # The package keeps what it has compiled.
+        return regex.compile(f"(?{flags}){pattern}" if flags else pattern)
     except (regex.error, OverflowError, RecursionError) as error:
         raise RewardError(
             f"{context}: expected a regular expression, got {pattern!r} ({error}). Mend it; "

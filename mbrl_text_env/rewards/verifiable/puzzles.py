@@ -8,17 +8,16 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
-from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.names import named
-from mbrl_text_env.rewards.verifiable.answers import checked_extract, extract_answer
+from mbrl_text_env.rewards.verifiable.answers import AnswerReward, extract_answer
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import Prompt
 
 _HERE = "mbrl_text_env.rewards.verifiable.puzzles"
 _SOURCE = "reasoning_gym_source"
@@ -28,26 +27,15 @@ EVALUATED_TASKS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "stri
 """Tasks whose scorers would `eval` the response."""
 
 EXPRESSION_TASKS = frozenset(
-    {
-        "countdown",
-        "intermediate_integration",
-        "polynomial_multiplication",
-        "puzzle24",
-        "simple_integration",
-    }
-)
+    ("countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24",
+     "simple_integration")
+)  # fmt: skip
 """Tasks whose scorers pass the response to `sympy.parse_expr`, which runs it as Python."""
 
 UNREPEATABLE_TASKS = frozenset(
-    {
-        "isomorphic_strings",
-        "knight_swap",
-        "list_functions",
-        "polynomial_multiplication",
-        "ransom_note",
-        "word_ladder",
-    }
-)
+    ("isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication",
+     "ransom_note", "word_ladder")
+)  # fmt: skip
 """Tasks that make other puzzles in each Python process, as they draw from sets; their scorers need
 nothing but what the prompt's metadata hold."""
 
@@ -67,14 +55,14 @@ _EXPRESSION = re.compile(
 
 
 @named("reasoning-gym")
-class ReasoningGymReward(RewardModel):
+@dataclass(eq=False)
+class ReasoningGymReward(AnswerReward):
     """The score that reasoning-gym's own scorer of the prompt's task gives, usually 0 to 1.
 
     It scores answers to the prompts of `prompts.reasoning_gym_prompts`. The puzzle is made again
-    from its `metadata["reasoning_gym_source"]` (task, seed, size, config, index), because scorers
-    need what JSON cannot hold, and has to be the one of the prompt. (`UNREPEATABLE_TASKS` are
-    scored by the prompt's other metadata.) Which wrong answers get part of the score is up to the
-    task; an empty answer gets 0.
+    from its `metadata["reasoning_gym_source"]`, because scorers need what JSON cannot hold, and has
+    to be the one of the prompt. (`UNREPEATABLE_TASKS` are scored by the prompt's other metadata.)
+    Which wrong answers get part of the score is up to the task; an empty answer gets 0.
 
     Responses are untrusted, and some scorers run them as Python or do algebra on them. All of them
     run in a process that is killed after `seconds` (`rewards.verifiable.isolated`); beyond that,
@@ -85,22 +73,18 @@ class ReasoningGymReward(RewardModel):
     - `EXPRESSION_TASKS`: an answer other than an expression of numbers, one-letter variables,
       operators and usual functions scores 0 without being read.
     - `MISJUDGED_TASKS`: 1 for the reference answer, else 0.
-    - An answer with which the scorer raises (some do on malformed ones), is out of time or memory,
-      scores 0.
+    - An answer with which the scorer raises, or is out of time or memory, scores 0.
 
     Source: Stojanovski et al., "Reasoning Gym: Reasoning Environments for Reinforcement Learning
     with Verifiable Rewards", 2025, https://github.com/open-thought/reasoning-gym.
 
     Args:
-        extract: Where in the response the answer stands, such as `"<answer>"` or `"last line"`; see
-            `rewards.verifiable.answers`. None for the whole response, without white space around.
+        extract: Where in the response the answer stands; see `rewards.verifiable.answers`.
         seconds: Wall-clock time that one scoring may take.
 
     Raises:
-        ValueError: `seconds` is not positive.
-        RewardError: When scoring: the extra `data` is not installed, or a prompt has no source, or
-            one that makes another puzzle here (by another version of the package, for example).
-            The message names the prompt.
+        RewardError: When scoring: the extra `data` is not installed, or a prompt, which the message
+            names, has no source, or one that makes another puzzle here, by another version.
 
     Example:
         >>> from mbrl_text_env.prompts import reasoning_gym_prompts
@@ -111,20 +95,18 @@ class ReasoningGymReward(RewardModel):
 
     name = "reasoning-gym"
 
-    def __init__(self, extract: str | None = None, *, seconds: float = 10.0) -> None:
-        if not 0 < seconds < float("inf"):
-            raise ValueError(f"seconds: expected a positive number, got {seconds!r}.")
-        self.extract = checked_extract(extract)
-        self.seconds = seconds
+    _: KW_ONLY
+    seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds: expected a positive number, got {self.seconds!r}.")
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt says what its puzzle is made from."""
         source = prompt.metadata.get(_SOURCE)
         return isinstance(source, Mapping) and set(source) == _SOURCE_KEYS
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B]."""
-        return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
 
     def _score(self, prompt: Prompt, response: str) -> float:
         source = prompt.metadata.get(_SOURCE)
@@ -138,17 +120,12 @@ class ReasoningGymReward(RewardModel):
         answer = extract_answer(response, self.extract)
         if answer is None:
             return 0.0
-        prepare = [f"{_HERE}:check_puzzle", _puzzle_of(prompt), prompt.text]
+        puzzle = _puzzle_of(prompt)
+        prepare = [f"{_HERE}:check_puzzle", puzzle, prompt.text]
+        work = f"{_HERE}:score_answer"
         try:
-            return float(
-                call_isolated(
-                    f"{_HERE}:score_answer",
-                    prepare[1],
-                    answer,
-                    seconds=self.seconds,
-                    prepare=prepare,
-                )
-            )
+            score = call_isolated(work, puzzle, answer, seconds=self.seconds, prepare=prepare)
+            return float(score)
         except RewardError as error:
             raise RewardError(
                 f"Reward model {self.name!r}, prompt {prompt.id!r}: {error}"
@@ -171,15 +148,7 @@ def _puzzle_of(prompt: Prompt) -> str:
 
 
 def check_puzzle(puzzle: str, text: str) -> None:
-    """Make a puzzle in the helper process, and check that it is the one that was asked.
-
-    Args:
-        puzzle: `{"source": ..., "entry": ...}` as JSON.
-        text: The prompt's text.
-
-    Raises:
-        RewardError: It cannot be made, or the prompt does not ask it.
-    """
+    """Make a puzzle, in the helper process; `RewardError` unless the prompt's text asks it."""
     given = json.loads(puzzle)
     source, stored = given["source"], given["entry"]
     if stored and None in stored.values():
@@ -191,8 +160,7 @@ def check_puzzle(puzzle: str, text: str) -> None:
         _, _, entry = _made(puzzle)
     except RewardError:
         raise
-    # The tasks check their settings with assertions, among others.
-    except Exception as error:
+    except Exception as error:  # The tasks check their settings with assertions, among others.
         raise RewardError(
             f"expected the source of a puzzle of reasoning-gym, got {source} "
             f"({type(error).__name__}: {error}). Make the prompt again with the installed version."
@@ -205,11 +173,7 @@ def check_puzzle(puzzle: str, text: str) -> None:
 
 
 def score_answer(puzzle: str, answer: str) -> float:
-    """The task's own score of an answer; for the helper process, see `ReasoningGymReward`.
-
-    Raises:
-        ValueError: The scorer returned something that is no finite number.
-    """
+    """The task's own score of an answer, in the helper process; a finite number."""
     task, dataset, entry = _made(puzzle)
     if task in EXPRESSION_TASKS and not _EXPRESSION.fullmatch(answer):
         return 0.0
@@ -236,10 +200,8 @@ def _made(puzzle: str) -> tuple[str, Any, dict[str, Any]]:
 def _dataset(source: str) -> Any:
     reasoning_gym = import_optional("reasoning_gym", "reasoning-gym", "data")
     given = json.loads(source)
-    task = given["task"]
-    dataset = reasoning_gym.create_dataset(
-        task, size=given["size"], seed=given["seed"], **given["config"]
-    )
+    task, config = given.pop("task"), given.pop("config")
+    dataset = reasoning_gym.create_dataset(task, **given, **config)
     if task in EVALUATED_TASKS:
         # A module's own name comes before the builtin one.
         vars(sys.modules[type(dataset).__module__])["eval"] = ast.literal_eval

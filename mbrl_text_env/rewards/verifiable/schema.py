@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -25,18 +26,17 @@ MAX_DEPTH = 100
 
 
 @named("json-schema")
+@dataclass(eq=False)
 class JSONSchemaReward(RewardModel):
     """1 if the response is JSON that satisfies a schema, else 0, or part of 1 for any JSON.
 
     The response has to be one JSON value as RFC 8259 defines it, with nothing but white space
-    around it: NaN and Infinity, which Python reads, are none, and neither is a value nested more
-    than `MAX_DEPTH` deep, nor an integer of more digits than Python converts (4300). The schema
-    is of draft 2020-12; as there, `format` is not checked. References (`$ref`) are followed inside
-    the schema; none is fetched from anywhere.
+    around it: NaN and Infinity are none, and neither is a value nested more than `MAX_DEPTH` deep,
+    nor an integer of more than 4300 digits. The schema is of draft 2020-12; as there, `format` is
+    not checked. References (`$ref`) are followed inside the schema; none is fetched.
 
     The check runs in a process that is killed after `seconds` (`rewards.verifiable.isolated`), for
-    a schema's own patterns can take exponential time. That is an error, as in `RegexReward`: it is
-    the schema that is at fault.
+    a schema's own patterns can take exponential time. That is an error, as in `RegexReward`.
 
     Parts: `parses` and `valid`, zeros and ones.
 
@@ -47,10 +47,9 @@ class JSONSchemaReward(RewardModel):
         seconds: Wall-clock time that one check may take.
 
     Raises:
-        RewardError: The schema is not valid. When scoring: a prompt has none, or one that is not
-            valid or refers to something outside itself, or the check took too long; the message
-            names the prompt. The extra `verify` is not installed.
-        ValueError: `partial_credit` or `seconds` is out of range.
+        RewardError: The schema is not valid, or the extra `verify` is not installed. When scoring,
+            too: a prompt, which the message names, has none, or one that refers to something
+            outside itself, or the check took too long.
 
     Example:
         >>> schema = {"type": "object", "required": ["name"]}
@@ -63,26 +62,21 @@ class JSONSchemaReward(RewardModel):
     name = "json-schema"
     part_names = ("parses", "valid")
 
-    def __init__(
-        self,
-        schema: Mapping[str, Any] | bool | None = None,
-        *,
-        code_fence: bool = False,
-        partial_credit: float = 0.0,
-        seconds: float = 5.0,
-    ) -> None:
-        if not 0 <= partial_credit <= 1:
+    schema: Mapping[str, Any] | bool | None = None
+    _: KW_ONLY
+    code_fence: bool = False
+    partial_credit: float = 0.0
+    seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.partial_credit <= 1:
             raise ValueError(
-                f"partial_credit: expected a number from 0 to 1, got {partial_credit!r}."
+                f"partial_credit: expected a number from 0 to 1, got {self.partial_credit!r}."
             )
-        if not 0 < seconds < float("inf"):
-            raise ValueError(f"seconds: expected a positive number, got {seconds!r}.")
-        self.schema = schema
-        self.code_fence = code_fence
-        self.partial_credit = partial_credit
-        self.seconds = seconds
-        if schema is not None:
-            _checked_schema(schema, f"Reward model {self.name!r}")
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds: expected a positive number, got {self.seconds!r}.")
+        if self.schema is not None:
+            _checked_schema(self.schema, f"Reward model {self.name!r}")
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether there is a schema, the constructor's or the prompt's."""
@@ -107,11 +101,9 @@ class JSONSchemaReward(RewardModel):
         text = response if fence is None else fence[1]
         if not _is_json(text):
             return False, False
-        prepare = [f"{_HERE}:load_jsonschema"]
+        limits: Any = {"seconds": self.seconds, "prepare": [f"{_HERE}:load_jsonschema"]}
         try:
-            problem, valid = call_isolated(
-                f"{_HERE}:validate", schema, text, seconds=self.seconds, prepare=prepare
-            )
+            problem, valid = call_isolated(f"{_HERE}:validate", schema, text, **limits)
         except IsolatedError as error:
             problem, valid = str(error), False
         if problem is not None:
@@ -124,11 +116,7 @@ class JSONSchemaReward(RewardModel):
 
 
 def load_jsonschema() -> None:
-    """Import jsonschema; called in the helper process.
-
-    Raises:
-        RewardError: The extra `verify` is not installed.
-    """
+    """Import jsonschema, in the helper process."""
     import_optional("jsonschema", "jsonschema", "verify")
     # Each level of a value takes several frames of the validator.
     sys.setrecursionlimit(5000)
@@ -136,9 +124,12 @@ def load_jsonschema() -> None:
 
 def validate(schema: str, text: str) -> tuple[str | None, bool]:
     """What is wrong with a schema, if anything, and whether a JSON text satisfies it."""
-    validator = _validator(schema)
+    from jsonschema import Draft202012Validator
+    from referencing import Registry
     from referencing.exceptions import Unresolvable
 
+    # An empty registry fetches nothing; the validator's default one asks the network.
+    validator = Draft202012Validator(json.loads(schema), registry=Registry())
     try:
         return None, validator.is_valid(json.loads(text))
     except Unresolvable as error:
@@ -147,21 +138,8 @@ def validate(schema: str, text: str) -> tuple[str | None, bool]:
         return "it refers to itself without end", False
 
 
-@lru_cache(maxsize=100)
-def _validator(schema: str) -> Any:
-    from jsonschema import Draft202012Validator
-    from referencing import Registry
-
-    # An empty registry fetches nothing; the validator's default one asks the network.
-    return Draft202012Validator(json.loads(schema), registry=Registry())
-
-
 def _checked_schema(schema: Any, context: str) -> str:
-    """The schema as JSON text.
-
-    Raises:
-        RewardError: It is none; the message begins with the context.
-    """
+    """The schema as JSON text; the error that it is none begins with the context."""
     try:
         text = json.dumps(schema, allow_nan=False)
         problem = "it is null" if schema is None else _schema_problem(text)
@@ -192,13 +170,6 @@ def _is_json(text: str) -> bool:
         return False
     level = [value]
     for _ in range(MAX_DEPTH):
-        if not level:
-            break
-        level = [child for parent in level for child in _children(parent)]
+        parents = [each for each in level if isinstance(each, dict | list)]
+        level = [c for each in parents for c in (each.values() if isinstance(each, dict) else each)]
     return not level
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []

@@ -305,7 +305,7 @@ def test_as_many_prompts_as_responses():
 
 def test_a_machine_without_the_sandbox_refuses(monkeypatch):
     lacks = (Facility("user namespaces", "not permitted", "Set a sysctl."),)
-    monkeypatch.setattr("mbrl_text_env.sandbox.runner.facilities", lambda: lacks)
+    monkeypatch.setattr("mbrl_text_env.sandbox.programs.facilities", lambda: lacks)
     with pytest.raises(SandboxUnavailable, match="user namespaces"):
         UnitTestReward().score([ADD], ["def add(a, b): return 3"])
     with pytest.raises(RewardError, match="user namespaces"):

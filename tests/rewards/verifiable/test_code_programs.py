@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mbrl_text_env.rewards.verifiable.code import UnitTestError, UnitTestReward
-from mbrl_text_env.rewards.verifiable.statements import names_of
+from mbrl_text_env.rewards.verifiable.code import UnitTestError, UnitTestReward, names_of
 from mbrl_text_env.sandbox import Limits, facilities
 from mbrl_text_env.types import Prompt
 

@@ -21,7 +21,6 @@ from mbrl_text_env.rewards.verifiable.constraints import (
     check_constraint,
     prefix_verdict,
 )
-from mbrl_text_env.rewards.verifiable.constraints.prefixes import PREFIX_RULES
 from mbrl_text_env.types import Message, Prompt
 
 PROMPT = "Why is the sky blue?"
@@ -306,7 +305,7 @@ def test_every_type_has_a_case_that_holds_and_one_that_fails():
 
 
 def test_there_is_a_sample_of_every_type():
-    assert [sample["type"] for sample in SAMPLES] == list(CONSTRAINT_TYPES)
+    assert sorted(sample["type"] for sample in SAMPLES) == sorted(CONSTRAINT_TYPES)
 
 
 @pytest.mark.parametrize("constraint", SAMPLES, ids=lambda sample: sample["type"])
@@ -548,8 +547,8 @@ RULES: list[tuple[dict[str, Any], list[str], set[bool]]] = [
 ]
 
 
-def test_every_type_has_a_rule_for_prefixes_and_a_row_that_tests_it():
-    assert set(PREFIX_RULES) == set(CONSTRAINT_TYPES)
+def test_every_type_has_a_description_and_a_row_that_tests_its_rule_for_prefixes():
+    assert all(kind.description for kind in CONSTRAINT_TYPES.values())
     assert {row[0]["type"] for row in RULES} == set(CONSTRAINT_TYPES)
     assert {row[0]["type"] for row in RULES if not row[2]} == OPEN_TYPES
 
@@ -675,7 +674,7 @@ def test_the_languages_are_those_of_langdetect():
     from langdetect import DetectorFactory
     from langdetect.detector_factory import PROFILES_DIRECTORY
 
-    from mbrl_text_env.rewards.verifiable.constraints.checkers import LANGUAGES
+    from mbrl_text_env.rewards.verifiable.constraints.kinds import LANGUAGES
 
     factory = DetectorFactory()
     factory.load_profile(PROFILES_DIRECTORY)

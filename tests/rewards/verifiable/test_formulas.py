@@ -2,7 +2,7 @@
 
 import pytest
 
-from mbrl_text_env.rewards.verifiable.formulas import readings, reference_reading, symbols_of
+from mbrl_text_env.rewards.verifiable.mathematics import readings, reference_reading, symbols_of
 
 
 @pytest.mark.parametrize(

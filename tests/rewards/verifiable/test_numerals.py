@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbrl_text_env.rewards.verifiable.numerals import (
+from mbrl_text_env.rewards.verifiable.answers import (
     decimal_commas,
     improper,
     joined_thousands,

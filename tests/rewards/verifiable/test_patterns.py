@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards.base import RewardError, applies_to
-from mbrl_text_env.rewards.verifiable import patterns
 from mbrl_text_env.rewards.verifiable.patterns import RegexReward
 from mbrl_text_env.types import Prompt
 
@@ -118,7 +117,6 @@ def test_a_prompt_without_a_pattern_is_named():
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "regex", None)
-    patterns._compile.cache_clear()
     with pytest.raises(RewardError, match=r"pip install 'mbrl-text-env\[verify\]'"):
         RegexReward("a")
 

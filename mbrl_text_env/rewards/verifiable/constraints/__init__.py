@@ -1,21 +1,21 @@
 """Constraints that a program can check, and the share of them that a response satisfies.
 
-A constraint is a JSON object with a `type` and the arguments of that type:
+A constraint is a JSON object with a `type`, one of `CONSTRAINT_TYPES`, and its arguments:
 
-    {"type": "max_words", "value": 50}
     {"type": "keyword_count", "keyword": "river", "value": 2}
     {"type": "no_commas"}
 
-An empty response (nothing but white space) satisfies no constraint, whatever its type. It has no
-commas and few words, and a language model would otherwise be rewarded for saying nothing.
-
-`checkers` has the types, `prefixes` what the beginning of a response decides.
+An empty response (nothing but white space) satisfies no constraint. It has no commas and few words,
+and a language model would otherwise be rewarded for saying nothing.
 """
 
-from mbrl_text_env.rewards.verifiable.constraints.checkers import CONSTRAINT_TYPES
-from mbrl_text_env.rewards.verifiable.constraints.checking import ConstraintError, check_constraint
-from mbrl_text_env.rewards.verifiable.constraints.prefixes import prefix_verdict
-from mbrl_text_env.rewards.verifiable.constraints.reward import ConstraintsReward
+from mbrl_text_env.rewards.verifiable.constraints.kinds import CONSTRAINT_TYPES
+from mbrl_text_env.rewards.verifiable.constraints.reward import (
+    ConstraintError,
+    ConstraintsReward,
+    check_constraint,
+    prefix_verdict,
+)
 
 __all__ = [
     "CONSTRAINT_TYPES",

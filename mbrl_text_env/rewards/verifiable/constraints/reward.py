@@ -1,28 +1,152 @@
-"""The share of a prompt's constraints that a response satisfies."""
+"""Whether a response, or every one with a prefix, satisfies constraints; and the share of them."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mbrl_text_env.rewards.base import ProcessRewardModel
 from mbrl_text_env.rewards.names import named
-from mbrl_text_env.rewards.verifiable.constraints.checking import ConstraintError, check_constraint
-from mbrl_text_env.rewards.verifiable.constraints.prefixes import prefix_verdict
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.rewards.verifiable.constraints.kinds import (
+    CONSTRAINT_TYPES,
+    LANGUAGES,
+    Kind,
+    LanguageCode,
+    Letter,
+    Verdict,
+)
+from mbrl_text_env.types import FloatArray, Prompt
+
+
+class ConstraintError(ValueError):
+    """A constraint has an unknown type or wrong arguments, or a prompt has no constraints."""
+
+
+def check_constraint(
+    constraint: Mapping[str, Any], response: str, prompt: str | None = None
+) -> bool:
+    """Whether a response satisfies a constraint; an empty response satisfies none.
+
+    Args:
+        constraint: `{"type": name, ...arguments}`, the name being one of `CONSTRAINT_TYPES`.
+        response: The response's text.
+        prompt: The prompt's text, which `repeats_prompt` needs.
+
+    Raises:
+        ConstraintError: The constraint's type is unknown, or an argument is missing, superfluous or
+            of a wrong type, or the constraint needs the prompt.
+
+    Example:
+        >>> check_constraint({"type": "max_words", "value": 3}, "Short and sweet.")
+        True
+    """
+    kind, arguments = _read(constraint, prompt)
+    return bool(response.strip()) and kind(response, **arguments)
+
+
+def prefix_verdict(
+    constraint: Mapping[str, Any], prefix: str, prompt: str | None = None
+) -> Verdict:
+    """What `check_constraint` returns for `prefix` and every longer response; None if that is open.
+
+    It may also be None where that is not known. An empty prefix decides nothing.
+
+    Example:
+        >>> prefix_verdict({"type": "no_commas"}, "Well, ")
+        False
+        >>> prefix_verdict({"type": "keywords", "value": ["river"]}, "The river")  # "rivers"?
+        >>> prefix_verdict({"type": "keywords", "value": ["river"]}, "The river ")
+        True
+    """
+    kind, arguments = _read(constraint, prompt)
+    return kind.decide(prefix, False, **arguments) if prefix.strip() else None
+
+
+def _read(constraint: Mapping[str, Any], prompt: str | None) -> tuple[Kind, dict[str, Any]]:
+    """The constraint's type, and the arguments that its check takes beside the response."""
+    name = constraint.get("type") if isinstance(constraint, Mapping) else None
+    if not isinstance(name, str):
+        raise ConstraintError(
+            f"Expected a constraint such as {{'type': 'max_words', 'value': 50}}, got "
+            f"{constraint!r}. Make it an object whose 'type' is a string."
+        )
+    kind = CONSTRAINT_TYPES.get(name)
+    if kind is None:
+        near = difflib.get_close_matches(name, CONSTRAINT_TYPES)
+        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ConstraintError(
+            f"Expected a known constraint type, got {name!r}. {hint}Change it to one of: "
+            f"{', '.join(sorted(CONSTRAINT_TYPES))}."
+        )
+    # Tables (Arrow, pandas) give every row the keys of all rows, with None where one is not given.
+    given = {key: value for key, value in constraint.items() if value is not None and key != "type"}
+    expected = {key: hint for key, hint in kind.arguments.items() if key != "prompt"}
+    for change, keys in (
+        ("Add", expected.keys() - given.keys()),
+        ("Remove", given.keys() - expected.keys()),
+    ):
+        if keys:
+            raise ConstraintError(
+                f"Constraint {name!r}: expected {_listed(expected)}, got {_listed(given)}. "
+                f"{change} {_listed(keys)}."
+            )
+    for key, hint in expected.items():
+        if not _is_a(hint, given[key]):
+            raise ConstraintError(
+                f"Constraint {name!r}: expected {key!r} to be {_DESCRIPTIONS[hint]}, got "
+                f"{given[key]!r}. Change it."
+            )
+    if "prompt" not in kind.arguments:
+        return kind, given
+    if prompt is None:
+        raise ConstraintError(
+            f"Constraint {name!r}: expected the prompt's text, got none. Pass it: "
+            "check_constraint(constraint, response, prompt)."
+        )
+    return kind, {**given, "prompt": prompt}
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(map(repr, names))) or "no arguments"
+
+
+_DESCRIPTIONS: Mapping[Any, str] = {
+    int: "an integer of at least 1",
+    str: "a string that is not blank",
+    list[str]: "a list of at least one string, none of them blank",
+    Letter: "one letter, digit or mark",
+    LanguageCode: f"a language's code, one of {', '.join(sorted(LANGUAGES))}",
+}
+
+
+def _is_a(hint: Any, value: object) -> bool:
+    match value:
+        case bool():  # A subclass of int; `true` in a JSON file is no count.
+            return False
+        case int():
+            return hint is int and value >= 1
+        case str() if hint is Letter:
+            return len(value) == 1 and not value.isspace()
+        case str() if hint is LanguageCode:
+            return value in LANGUAGES
+        case str():
+            return hint is str and bool(value.strip())
+        case list() | tuple():
+            return hint == list[str] and bool(value) and all(_is_a(str, each) for each in value)
+    return False
 
 
 @named("constraints")
 class ConstraintsReward(ProcessRewardModel):
     """Scores a response by the fraction of its prompt's constraints that it satisfies.
 
-    The constraints are read from `prompt.metadata["constraints"]`, a list. Scores lie in [0, 1].
+    The constraints are read from `prompt.metadata["constraints"]`, a list. `ConstraintError` names
+    a prompt that has none, or a malformed one.
 
     Example:
-        >>> from mbrl_text_env.types import Prompt
         >>> constraints = [{"type": "lowercase"}, {"type": "max_words", "value": 2}]
         >>> prompt = Prompt.from_text("Greet me.", metadata={"constraints": constraints})
         >>> ConstraintsReward().score([prompt, prompt], ["good day", "Good day"])
@@ -35,43 +159,22 @@ class ConstraintsReward(ProcessRewardModel):
         """Whether the prompt has constraints."""
         return bool(prompt.metadata.get("constraints"))
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.NDArray[np.float64]:
-        """Return float64[B], the fraction of constraints that each response satisfies.
-
-        Args:
-            prompts: B prompts, each with constraints.
-            responses: B responses, `responses[i]` being an answer to `prompts[i]`.
-
-        Raises:
-            ConstraintError: A prompt has no constraints or a malformed one; the message names it.
-            ValueError: The numbers of prompts and responses differ.
-        """
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the fraction of constraints that each response satisfies."""
         if len(prompts) != len(responses):
             raise ValueError(
                 f"Expected one prompt a response, got {len(prompts)} prompts and "
                 f"{len(responses)} responses. Repeat a prompt for each of its responses."
             )
-        fractions = [_fraction(*pair) for pair in zip(prompts, responses, strict=True)]
-        return np.array(fractions, dtype=np.float64)
+        return np.array([_fraction(*row) for row in zip(prompts, responses, strict=True)], float)
 
-    def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> npt.NDArray[np.float64]:
+    def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
         """Return float64[len(steps)]: how much of the score is still within reach.
 
         The score of a step before the last is the fraction of constraints that the response up to
         its end has not broken, whatever follows (`prefix_verdict` is not False). The last step is
-        scored as the end of the response: its score is `score` of the whole response, and so the
-        scores never rise. A step that costs a constraint is where the score falls. An environment
-        with process rewards scores the steps so far and reads the last score: each of its chunks
-        gets the score of the text up to there.
-
-        A constraint that is decided is not looked at again.
-
-        Args:
-            prompt: A prompt with constraints.
-            steps: The response in pieces, which are joined as they are.
-
-        Raises:
-            ConstraintError: The prompt has no constraints or a malformed one.
+        scored as the end of the response, and so the scores never rise. An environment with process
+        rewards reads the last score of the steps so far: that of the text up to there.
 
         Example:
             >>> constraints = [{"type": "no_commas"}, {"type": "ends_with", "value": "Bye."}]
@@ -82,20 +185,17 @@ class ConstraintsReward(ProcessRewardModel):
         if not steps:
             return np.zeros(0)
         final = _fraction(prompt, "".join(steps))
-        constraints = prompt.metadata["constraints"]
-        undecided, kept, prefix = list(constraints), len(constraints), ""
-        scores = []
+        constraints = kept = prompt.metadata["constraints"]
+        prefix, scores, request = "", list[float](), _request(prompt)
         for step in steps[:-1]:
             prefix += step
-            verdicts = [prefix_verdict(each, prefix, _request(prompt)) for each in undecided]
-            kept -= verdicts.count(False)
-            undecided = [c for c, v in zip(undecided, verdicts, strict=True) if v is None]
-            scores.append(kept / len(constraints))
+            kept = [each for each in kept if prefix_verdict(each, prefix, request) is not False]
+            scores.append(len(kept) / len(constraints))
         return np.array([*scores, final], dtype=np.float64)
 
 
 def _fraction(prompt: Prompt, response: str) -> float:
-    constraints: Sequence[Mapping[str, Any]] | Any = prompt.metadata.get("constraints")
+    constraints: Any = prompt.metadata.get("constraints")
     if not isinstance(constraints, list | tuple) or not constraints:
         raise ConstraintError(
             f"Prompt {prompt.id!r}: expected metadata['constraints'] to be a list of at least one "

@@ -1,0 +1,505 @@
+"""The engine: prefixes that are kept, batches of sequences over them, and tokens from logits."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mbrl_text_env.language_models.base import SamplingParams
+from mbrl_text_env.language_models.networks import KVBatch, KVWindow, Network, OwnPasses, Span
+
+Tokens = tuple[int, ...]
+
+# A forward pass over prefixes has at most this many tokens, padding included, so that what it makes
+# stays in the processor's caches; larger ones were up to a third slower.
+_PASS_TOKENS = 512
+# What several prefixes share is computed once if it has at least this many tokens.
+_LEAST_STEM = 8
+# The cumulative sums run over blocks of this many tokens first, and then within one block.
+_BLOCK = 128
+# A nucleus larger than this is looked for by sorting the whole vocabulary.
+_MOST_IN_NUCLEUS = 512
+
+
+@dataclass(eq=False)
+class _Node:
+    """An edge of the tree with the tokens on it; it is one of the `siblings` below a branching."""
+
+    tokens: Tokens
+    payload: Span
+    siblings: dict[int, _Node]
+    children: dict[int, _Node] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Prefix tokens that a cache found, those that it did not, and those dropped for room."""
+
+    hit_tokens: int = 0
+    missed_tokens: int = 0
+    evicted_tokens: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prefix tokens asked for that was found; 0 before anything was asked."""
+        return self.hit_tokens / max(1, self.hit_tokens + self.missed_tokens)
+
+
+class PrefixCache:
+    """A radix tree from token ids to keys and values, at most `max_bytes`, least recent out first.
+
+    An edge holds the tokens between two branchings, with one payload for all of them: planners
+    need no handles, as whatever a sequence has in common with one seen before is found by its ids.
+
+    Source: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs"
+    (2024), RadixAttention. Deviation: payloads are copied into the batch that uses them, so
+    nothing in use has to be pinned.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self.stats = CacheStats()
+        self._children: dict[int, _Node] = {}
+        # A node is moved to the end after all nodes below it, so the first one is always a leaf.
+        self._recency: OrderedDict[_Node, None] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forget everything; the statistics are kept."""
+        self._children.clear()
+        self._recency.clear()
+        self.nbytes = 0
+
+    def known(self, tokens: Tokens) -> int:
+        """How many of the first tokens are kept; asking is no use of them."""
+        return self._walk(tokens)[1]
+
+    def match(self, tokens: Tokens) -> list[Span]:
+        """Payloads of the longest prefix of `tokens` that is kept, in order."""
+        path, found = self._walk(tokens)
+        payloads = [node.payload for node in path]
+        if beyond := sum(map(len, payloads)) - found:
+            payloads[-1] = payloads[-1].view(0, len(payloads[-1]) - beyond)
+        self._touch(path)
+        self._count(hit=found, missed=len(tokens) - found)
+        return payloads
+
+    def insert(self, tokens: Tokens, payload: Span) -> None:
+        """Keep the payload of the last `len(payload)` tokens; what is kept already stays as it is.
+
+        Where the tokens before it are not kept (any more), it cannot be reached and is dropped; so
+        is one larger than the bound.
+        """
+        first = len(tokens) - len(payload)
+        path, found = self._walk(tokens)
+        fits = 0 < payload.nbytes <= self.max_bytes
+        if fits and first <= found < len(tokens):
+            if beyond := sum(len(node.tokens) for node in path) - found:
+                path[-1] = self._split(path[-1], len(path[-1].tokens) - beyond)
+            rest = payload if found == first else payload.part(found - first, len(payload))
+            siblings = path[-1].children if path else self._children
+            path.append(self._attach(siblings, tokens[found:], rest))
+        self._touch(path)
+        self.shrink(self.max_bytes)
+
+    def shrink(self, max_bytes: int) -> None:
+        """Drop what was used longest ago until at most `max_bytes` are kept."""
+        evicted = 0
+        while self.nbytes > max_bytes and self._recency:
+            node, _ = self._recency.popitem(last=False)
+            del node.siblings[node.tokens[0]]
+            self.nbytes -= node.payload.nbytes
+            evicted += len(node.tokens)
+        self._count(evicted=evicted)
+
+    def _walk(self, tokens: Tokens) -> tuple[list[_Node], int]:
+        """Nodes along `tokens`, and how many tokens they match; the last one maybe in part."""
+        path: list[_Node] = []
+        found, children = 0, self._children
+        while found < len(tokens) and (node := children.get(tokens[found])) is not None:
+            shared = common_length(node.tokens, tokens, found)
+            path.append(node)
+            found += shared
+            if shared < len(node.tokens):
+                break
+            children = node.children
+        return path, found
+
+    def _attach(self, siblings: dict[int, _Node], tokens: Tokens, payload: Span) -> _Node:
+        node = siblings[tokens[0]] = _Node(tokens, payload, siblings)
+        self._recency[node] = None
+        self.nbytes += payload.nbytes
+        return node
+
+    def _split(self, node: _Node, at: int) -> _Node:
+        """Cut a node in two; returns the upper one, to which the lower one now belongs."""
+        self.nbytes -= node.payload.nbytes
+        upper = self._attach(node.siblings, node.tokens[:at], node.payload.part(0, at))
+        node.payload = node.payload.part(at, len(node.tokens))
+        node.tokens, node.siblings = node.tokens[at:], upper.children
+        upper.children[node.tokens[0]] = node
+        self.nbytes += node.payload.nbytes
+        return upper
+
+    def _touch(self, path: Sequence[_Node]) -> None:
+        for node in reversed(path):
+            self._recency.move_to_end(node)
+
+    def _count(self, hit: int = 0, missed: int = 0, evicted: int = 0) -> None:
+        old = self.stats
+        self.stats = CacheStats(
+            old.hit_tokens + hit, old.missed_tokens + missed, old.evicted_tokens + evicted
+        )
+
+
+def common_length(part: Sequence[int], tokens: Sequence[int], start: int = 0) -> int:
+    """How many tokens `part` has in common with `tokens` from `start` on."""
+    most = min(len(part), len(tokens) - start)
+    if tuple(part[:most]) == tuple(tokens[start : start + most]):
+        return most
+    return next(i for i in range(most) if part[i] != tokens[start + i])
+
+
+class CachedBatch:
+    """Rows over preallocated keys and values, with a prefix cache behind them.
+
+    The columns of `kv`, which has no rows yet, hold the longest sequence to be added.
+    """
+
+    refills = True  # Rows can be added while others are under way.
+
+    def __init__(self, network: Network, cache: PrefixCache, kv: KVBatch) -> None:
+        self.kv = kv
+        self._network, self._cache = network, cache
+        self._held: dict[Tokens, Span] = {}
+
+    def add(
+        self, sequences: Sequence[Tokens], copies: Sequence[int], hold: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Add rows: `copies[i]` of `sequences[i]`, whose prefixes are computed once each.
+
+        Returns the sequence of each new row, and the tokens of each sequence that were computed.
+        No sequence is longer than those added before. With `hold`, the last one is the first of
+        the next call, and is not computed again.
+        """
+        stems = self._compute_stems(sequences)
+        if self.kv.size:
+            self.kv.shift()
+        first = self.kv.size
+        rows, missing = self._fill(sequences)
+        self._held.clear()
+        if hold:
+            row = first + rows.index(len(sequences) - 1)
+            self._held[sequences[-1]] = self.kv.read(row, 0, len(sequences[-1]))
+        for row, i in enumerate(list(rows), start=first):
+            for _ in range(copies[i] - 1):
+                self.kv.copy(row)
+                rows.append(i)
+        return rows, [a + b for a, b in zip(stems, missing, strict=True)]
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Append a token to every row."""
+        kv = self.kv
+        if kv.columns == kv.capacity:
+            kv.shift()
+        kv.columns += 1
+        ids = torch.tensor(tokens, device=kv.shape.device)[:, None]
+        positions = torch.from_numpy(kv.lengths() - 1).to(kv.shape.device)[:, None]
+        window = KVWindow(kv, slice(0, kv.size), kv.columns - 1, kv.columns)
+        window.write_hidden(self._network.forward(ids, positions, window))
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last one takes its place."""
+        self.kv.drop(row)
+
+    def keep(self, row: int, sequence: Tokens) -> None:
+        """Remember the row for later prefixes: all of its sequence that has been computed."""
+        known = int(self.kv.lengths()[row])
+        self._remember(row, sequence[:known], known)
+
+    def logits(self, out: Tensor | None = None) -> Tensor:
+        """float32[rows, V] for the next token of every row; `out` may be used for them."""
+        return self._network.logits(self.kv.hidden[: self.kv.size, self.kv.columns - 1], out)
+
+    def hidden(self, row: int, first: int, last: int) -> Tensor:
+        """[last - first, hidden_size] of a row's tokens, counted from its start."""
+        start = int(self.kv.starts[row])
+        return self.kv.hidden[row, start + first : start + last]
+
+    def _remember(self, row: int, sequence: Tokens, at_most: int) -> None:
+        """Keep what the cache does not have of the row's last `at_most` tokens."""
+        if self._cache.max_bytes <= 0 or at_most <= 0:
+            return
+        first = max(self._cache.known(sequence), len(sequence) - at_most)
+        if first < len(sequence):
+            self._cache.insert(sequence, self.kv.read(row, first, len(sequence)))
+
+    def _fill(self, sequences: Sequence[Tokens]) -> tuple[list[int], list[int]]:
+        """A row for each sequence: their order, and the tokens of each that were computed."""
+        first = self.kv.size
+        held = self._held
+        known = [[held[s]] if s in held else self._cache.match(s) for s in sequences]
+        pairs = zip(sequences, known, strict=True)
+        missing = [len(sequence) - sum(map(len, spans)) for sequence, spans in pairs]
+        # Rows of similar work lie next to each other, so that a pass over them has little padding.
+        order = sorted(range(len(sequences)), key=lambda i: -missing[i])
+        for i in order:
+            self.kv.add(len(sequences[i]), known[i])
+        for rows in _passes([missing[i] for i in order]):
+            chosen = [(sequences[order[r]], missing[order[r]]) for r in rows]
+            self._compute(slice(first + rows.start, first + rows.stop), chosen)
+        for row, i in enumerate(order, start=first):
+            self._remember(row, sequences[i], missing[i])
+        return order, missing
+
+    def _compute(self, rows: slice, chosen: Sequence[tuple[Tokens, int]]) -> None:
+        """Forward passes over the last tokens of some rows: (sequence, number of tokens)."""
+        kv = self.kv
+        ids, valid = _padded([sequence[len(sequence) - missing :] for sequence, missing in chosen])
+        width, everywhere = ids.shape[1], bool(valid.all())
+        ends = torch.tensor([len(sequence) for sequence, _ in chosen])
+        positions = (ends[:, None] - width + torch.arange(width)).clamp(min=0)
+        ids, positions, valid = (x.to(kv.shape.device) for x in (ids, positions, valid))
+        step = max(1, _PASS_TOKENS // len(chosen))
+        first = kv.columns - width
+        for start in range(0, width, step):
+            end = min(width, start + step)
+            part = slice(start, end)
+            mask = None if everywhere else valid[:, part]
+            window = KVWindow(kv, rows, first + start, first + end, mask)
+            window.write_hidden(self._network.forward(ids[:, part], positions[:, part], window))
+
+    def _compute_stems(self, sequences: Sequence[Tokens]) -> list[int]:
+        """Compute once, into the cache, what several of the sequences begin with.
+
+        Returns the tokens computed, each counted for the first sequence that needed them.
+        """
+        computed = [0] * len(sequences)
+        while self._cache.max_bytes > 0 and (stems := self._stems(sequences)):
+            longest = max(map(len, stems))
+            kv = KVBatch(self.kv.shape, len(stems), longest)
+            kv.clear(longest, longest)
+            _, counts = CachedBatch(self._network, self._cache, kv)._fill(list(stems))
+            for count, owner in zip(counts, stems.values(), strict=True):
+                computed[owner] += count
+            if all(self._cache.known(stem) < len(stem) for stem in stems):
+                break  # The cache is too small to keep them.
+        return computed
+
+    def _stems(self, sequences: Sequence[Tokens]) -> dict[Tokens, int]:
+        """What groups of sequences share beyond what is known: stem and its first sequence."""
+        groups: dict[Tokens, list[int]] = {}
+        for i, sequence in enumerate(sequences):
+            known = self._cache.known(sequence)
+            if known < len(sequence):
+                groups.setdefault(sequence[: known + 1], []).append(i)
+        stems = {}
+        for start, members in groups.items():
+            shared = min(common_length(sequences[i], sequences[members[0]]) for i in members)
+            if len(members) > 1 and shared - len(start) + 1 >= _LEAST_STEM:
+                stems[sequences[members[0]][:shared]] = members[0]
+        return stems
+
+
+class OwnBatch:
+    """`CachedBatch` by a model's own passes: in `steps`, from what transformers keeps of a row.
+
+    Without steps there is one row, computed anew for each token: right for every model that can be
+    asked at all.
+    """
+
+    refills = False
+
+    def __init__(self, own: OwnPasses, model: Any, steps: bool) -> None:
+        self._own, self._steps = own, steps
+        self._config, self._device = model.config, model.device
+
+    def add(
+        self, sequences: Sequence[Tokens], copies: Sequence[int], hold: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Add rows to the batch, which is empty before."""
+        inputs = _padded_inputs(sequences, self._device)
+        self._sequences = sequences
+        self._cache: Any = DynamicCache(config=self._config) if self._steps else None
+        self._hidden = self._own.hidden(self._cache, **inputs)[:, -1]
+        self._mask = inputs.get("attention_mask")
+        self._positions = torch.tensor([[len(s) - 1] for s in sequences], device=self._device)
+        rows = [i for i, count in enumerate(copies) for _ in range(count)]
+        if rows != list(range(len(sequences))):
+            self._select(rows)
+        return rows, [len(sequence) for sequence in sequences]
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Append a token to every row."""
+        if not self._steps:
+            self.add([(*self._sequences[0], *tokens)], [1])
+            return
+        ids = torch.tensor(tokens, device=self._device)[:, None]
+        self._positions = self._positions + 1
+        inputs = {"input_ids": ids, "position_ids": self._positions}
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+            inputs["attention_mask"] = self._mask
+        self._hidden = self._own.hidden(self._cache, **inputs)[:, -1]
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last one takes its place."""
+        rows = list(range(len(self._positions)))
+        last = rows.pop()
+        if row != last:
+            rows[row] = last
+        if rows:
+            self._select(rows)
+
+    def keep(self, row: int, sequence: Tokens) -> None:
+        """Nothing is kept."""
+
+    def logits(self, out: Tensor | None = None) -> Tensor:
+        """float32[rows, V] for the next token of every row."""
+        return self._own.logits(self._hidden)
+
+    def _select(self, rows: Sequence[int]) -> None:
+        index = torch.tensor(rows, dtype=torch.long, device=self._device)
+        # The beam search's reordering: unlike the cache's other methods on the batch, every kind of
+        # layer has it, those of hybrid models too.
+        self._cache.reorder_cache(index)
+        self._positions, self._hidden = self._positions[index], self._hidden[index]
+        if self._mask is not None:
+            self._mask = self._mask[index]
+
+
+Batch = CachedBatch | OwnBatch
+
+
+def plain_hidden(own: OwnPasses, sequences: Sequence[Tokens], device: torch.device) -> list[Tensor]:
+    """Hidden states [tokens, hidden_size] of each sequence, in one pass without any cache."""
+    hidden = own.hidden(None, **_padded_inputs(sequences, device))
+    return [row[len(row) - len(s) :] for row, s in zip(hidden, sequences, strict=True)]
+
+
+def _padded_inputs(sequences: Sequence[Tokens], device: torch.device) -> dict[str, Tensor]:
+    """Sequences padded on the left, with mask and positions where there is padding."""
+    ids, mask = _padded(sequences)
+    inputs = {"input_ids": ids}
+    if not mask.all():
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs |= {"attention_mask": mask.long(), "position_ids": positions}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def _padded(sequences: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+    """Ids int64[rows, width] of sequences padded on the left, and bool[rows, width] where."""
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids[row, width - len(sequence) :] = torch.tensor(sequence)
+        mask[row, width - len(sequence) :] = True
+    return ids, mask
+
+
+def _passes(missing: Sequence[int]) -> Iterator[range]:
+    """Ranges of rows for one pass each; `missing` falls from row to row, zeros are left out."""
+    start = 0
+    while start < len(missing) and missing[start]:
+        width = missing[start]
+        most = min(len(missing), start + max(1, _PASS_TOKENS // width))
+        end = start + 1
+        while end < most and missing[end] and width <= 1.5 * missing[end] + 4:
+            end += 1
+        yield range(start, end)
+        start = end
+
+
+def draw(
+    logits: Tensor, uniforms: Tensor, params: SamplingParams, scratch: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens int64[B] of logits float32[B, V], and their unshaped log-probabilities float32[B].
+
+    They are the inverse of the cumulative distribution at `uniforms`, float64[B] in [0, 1).
+    `torch.multinomial` takes several passes over the vocabulary and draws from a generator that
+    all sequences share; this takes one for the exponentials and one for sums of blocks. It works
+    in `scratch`, float32[B, V], if that is given.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    weights = torch.sub(logits, largest, out=scratch).exp_()
+    total = weights.sum(-1)
+    if params.temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        if not params.is_plain:
+            # Relative to the largest, so that no quotient by a small temperature overflows.
+            scaled = torch.sub(logits, largest, out=weights)
+            scaled /= max(params.temperature, torch.finfo(scaled.dtype).tiny)
+            weights = _shaped(scaled, params).exp_()
+        tokens = _inverse(weights, uniforms)
+    chosen = (logits.gather(-1, tokens[:, None]) - largest).squeeze(-1)
+    return tokens, chosen - total.log()
+
+
+def _shaped(scaled: Tensor, params: SamplingParams) -> Tensor:
+    """Logits with those that top-k and top-p drop at minus infinity."""
+    size = scaled.shape[-1]
+    if params.top_k and params.top_k < size:
+        least = scaled.topk(params.top_k).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    if params.top_p == 1.0:
+        return scaled
+    total = scaled.exp().sum(-1, keepdim=True)
+    found = scaled.topk(min(size, _MOST_IN_NUCLEUS))
+    if bool((found.values.exp().sum(-1, keepdim=True) < params.top_p * total).any()):
+        found = scaled.topk(size)
+    probabilities = found.values.exp() / total
+    # A token stays if the ones before it have not reached top_p; the first always does.
+    kept = probabilities.cumsum(-1) - probabilities < params.top_p
+    kept[:, 0] = True
+    values = found.values.masked_fill(~kept, -torch.inf)
+    return torch.full_like(scaled, -torch.inf).scatter_(-1, found.indices, values)
+
+
+def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token of each row at which the cumulative weight exceeds the row's share."""
+    rows, size = weights.shape
+    padding = -size % _BLOCK
+    if padding:
+        weights = torch.nn.functional.pad(weights, (0, padding))
+    blocks = weights.view(rows, -1, _BLOCK)
+    # Doubles from here on: the rounding of 50,000 sums would show in the samples.
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    targets = uniforms[:, None] * ends[:, -1:]
+    block = _first_above(ends, targets)
+    end = ends.gather(-1, block)
+    start = torch.where(block > 0, ends.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks[torch.arange(rows, device=blocks.device), block[:, 0]]
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    # The block's sum in single precision differs from the sum of its doubles: as a share of the
+    # block the number falls on a token of positive weight for certain.
+    share = ((targets - start) / (end - start)).clamp(0.0, 1.0 - 1e-12)
+    return (block * _BLOCK + _first_above(inside, share * inside[:, -1:])).squeeze(-1)
+
+
+def _first_above(cumulative: Tensor, targets: Tensor) -> Tensor:
+    places = torch.searchsorted(cumulative, targets, right=True)
+    return places.clamp(max=cumulative.shape[-1] - 1)
+
+
+def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most probable tokens int64[B, k], the best first, and their log-probabilities."""
+    found = logits.topk(k)
+    return found.indices, found.values - logits.logsumexp(-1, keepdim=True)
+
+
+def chosen_logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities of one token a row; rows that follow the last are left out."""
+    ids = torch.tensor(tokens, dtype=torch.long, device=logits.device)
+    logits = logits[: len(tokens)]
+    chosen: list[float] = (
+        logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    ).tolist()
+    return chosen

@@ -1,0 +1,369 @@
+"""How a transformers model is made ready: adapters merged, and a right way to compute it found."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from mbrl_text_env.language_models import engine
+from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError, load
+from mbrl_text_env.language_models.networks import (
+    KVBatch,
+    LlamaNetwork,
+    ModuleNetwork,
+    Network,
+    OwnPasses,
+    UnsupportedNetworkError,
+    layer_windows,
+)
+
+logger = logging.getLogger(__name__)
+
+# How far a way of computing may be from the model's own, as a share of the largest logit.
+_TOLERANCES = {torch.float32: 3e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
+_PROBE_TOKENS = 12
+_PROBE_WINDOW = 64
+_STEPS = 3
+_KV_BYTES = 2**24
+_MOST_KV_BYTES = 4 * 2**30
+# Grouped or full attention, rotary positions, gated feed-forward, a norm before each: one forward
+# pass serves them. Their subclasses may differ in anything, so the type itself has to be one.
+_LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is computed: by its own passes, or over kept keys and values (`network`).
+
+    Without a network, `steps` and `OwnBatch` are used, with rows one at a time if `alone`.
+    """
+
+    own: OwnPasses
+    network: Network | None = None
+    steps: bool = True
+    alone: bool = False
+
+
+class DifferenceError(UnsupportedNetworkError):
+    """A way of computing a model gives other logits than the model."""
+
+
+def choose_way(model: Any, dtype: torch.dtype, name: str) -> Way:
+    """The fastest way that computes what the model, which is in evaluation mode, itself computes.
+
+    Each is tried on a few random tokens: sequences of several lengths in one batch, twice, so that
+    the second time finds prefixes that are kept; then token by token, while rows leave. Products
+    in int8 have rounding of their own, so that the network around them is tried.
+
+    Raises:
+        ModelLoadError: None is right, or the model does not attend to earlier tokens alone.
+        ValueError: int8 is not offered for the model.
+    """
+    try:
+        own = OwnPasses(model)
+    except UnsupportedNetworkError as error:
+        # Models whose state is no key-value cache would go on without any memory.
+        raise ModelLoadError(
+            f"{error} Use a causal language model with attention, such as Llama, Qwen, Gemma or "
+            "GPT-2."
+        ) from error
+    trial = _Trial(model, own)
+    if dtype == torch.int8:
+        if not _is_llama_like(model) or model.device.type != "cpu":
+            raise ValueError(
+                f"dtype=torch.int8 is for Llama, Mistral, Qwen2 and Qwen3 models without adapters, "
+                f"on a CPU; {type(model).__name__} is on {model.device}. Leave dtype out, or "
+                "choose torch.bfloat16."
+            )
+        trial.check_network(LlamaNetwork(model, model.dtype))
+        return Way(own, LlamaNetwork(model, torch.int8))
+    network = _cached_network(model, trial, name)
+    if network is not None and length_switch(model.config.get_text_config()) is None:
+        return Way(own, network)
+    reason: Exception | None = None
+    for steps, alone in ((True, False), (True, True), (False, True)):
+        try:
+            trial.check(functools.partial(engine.OwnBatch, own, model, steps), alone)
+            trial.check_hidden(alone)
+            return Way(own, network, steps, alone)
+        except Exception as error:
+            logger.info("%s is not computed with steps=%s, alone=%s: %s", name, steps, alone, error)
+            reason = error
+    raise ModelLoadError(
+        f"{type(model).__name__} is computed rightly in no way that is known ({reason}). Use a "
+        "model with attention, such as Llama, Qwen, Gemma or GPT-2."
+    ) from reason
+
+
+def _cached_network(model: Any, trial: _Trial, name: str) -> Network | None:
+    """The leanest network over kept keys and values that computes what the model computes."""
+    makers: list[Callable[[], Network]] = [lambda: ModuleNetwork(model)]
+    if _is_llama_like(model):
+        makers.insert(0, lambda: LlamaNetwork(model, model.dtype))
+    for make in makers:
+        try:
+            network = make()
+            trial.check_network(network)
+            return network
+        except Exception as error:
+            # Whatever a family does in its own way, the next way may be right about.
+            logger.info("%s runs without a prefix cache: %s", name, error)
+            if isinstance(error, DifferenceError):
+                warnings.warn(f"{error} A slower way is taken.", stacklevel=5)
+    return None
+
+
+class _Trial:
+    """Random sequences, and the logits that the model itself gives for each of them alone."""
+
+    def __init__(self, model: Any, own: OwnPasses) -> None:
+        self._model, self._own = model, own
+        config = model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) or 0
+        # Beyond a switch, the model itself judges a prefix and its continuation by other angles.
+        most = length_switch(config) or getattr(config, "max_position_embeddings", None) or 2**31
+        longest = min(_PROBE_TOKENS + (window if window <= _PROBE_WINDOW else 0), most - _STEPS)
+        lengths = [max(1, longest), max(1, longest // 2), max(1, longest // 4), max(1, longest)]
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, longest + _STEPS))
+        rows = zip(ids.tolist(), lengths, strict=True)
+        self._sequences = [tuple(row[: length + _STEPS]) for row, length in rows]
+        self._expected = [self._reference(sequence) for sequence in self._sequences]
+        width = self._expected[0].shape[-1]
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+        if weight is not None and len(weight) < width:
+            raise ModelLoadError(
+                f"{type(model).__name__} gives {width} logits, but its input embedding has "
+                f"{len(weight)} rows, so it may draw tokens that it cannot read. Check vocab_size "
+                "and the sizes of its embeddings in its config."
+            )
+        prefix = self._reference(self._sequences[0][:-_STEPS])
+        if difference(self._expected[0][: len(prefix)], prefix, model.dtype) is not None:
+            raise ModelLoadError(
+                f"{type(model).__name__}: what follows a token changes what the model says of it, "
+                "so it is no causal language model. For a model that can also be an encoder, set "
+                "is_decoder=True in its config."
+            )
+
+    def _reference(self, ids: engine.Tokens) -> Tensor:
+        """float32[len(ids), V]: what the model itself makes of a sequence, without any cache."""
+        tensor = torch.tensor([ids], device=self._model.device)
+        try:
+            logits: Tensor = self._model(input_ids=tensor, use_cache=False).logits[0]
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise ModelLoadError(
+                f"{type(self._model).__name__} cannot be asked about {len(ids)} tokens "
+                f"({type(error).__name__}: {reason}). Expected a causal language model of "
+                "transformers whose forward pass takes token ids alone."
+            ) from error
+        return logits.float()
+
+    def _compare(self, logits: Tensor, expected: Tensor, subject: str) -> None:
+        found = difference(logits, expected, self._model.dtype)
+        if found is not None:
+            raise DifferenceError(
+                f"{subject} does not compute {type(self._model).__name__} (a logit differs by "
+                f"{found:.3g})."
+            )
+
+    def check_network(self, network: Network) -> None:
+        """Raise an error unless it agrees: rows side by side, prefixes kept, steps."""
+        longest = max(map(len, self._sequences))
+        cache = engine.PrefixCache(_KV_BYTES)
+
+        def make() -> engine.CachedBatch:
+            kv = KVBatch(network.shape, len(self._sequences) + 1, longest)
+            kv.clear(longest - _STEPS, longest)
+            return engine.CachedBatch(network, cache, kv)
+
+        subject = type(network).__name__
+        for sequences in (self._sequences, self._sequences[:1]):
+            batch = make()
+            prefixes = [sequence[:-_STEPS] for sequence in sequences]
+            for place, row in enumerate(batch.add(prefixes, [1] * len(prefixes))[0]):
+                hidden = batch.hidden(place, 0, len(prefixes[row]))
+                expected = self._expected[row][: len(hidden)]
+                self._compare(network.logits(hidden), expected, subject)
+            cache.clear()
+        # First with prefixes of prefixes, then with these: what is kept is gone on from.
+        make().add(
+            [sequence[: -_STEPS - 1] or sequence[:1] for sequence in self._sequences], [1] * 4
+        )
+        self.check(make, False, subject)
+
+    def check(
+        self, make: Callable[[], engine.Batch], alone: bool, subject: str | None = None
+    ) -> None:
+        """Raise an error unless batches agree, while they grow and lose rows."""
+        for indices in self._groups(alone):
+            batch = make()
+            prefixes = [self._sequences[i][:-_STEPS] for i in indices]
+            copies = [1 if alone or place else 2 for place in range(len(indices))]
+            rows, _ = batch.add(prefixes, copies)
+            active = [(indices[row], len(prefixes[row])) for row in rows]
+            for step in range(_STEPS + 1):
+                logits = batch.logits()
+                for row, (i, length) in enumerate(active):
+                    expected = self._expected[i][length - 1]
+                    self._compare(logits[row], expected, subject or type(batch).__name__)
+                if step == _STEPS:
+                    break
+                if len(active) > 2:
+                    batch.drop(0)
+                    active[0] = active.pop()
+                batch.append([self._sequences[i][length] for i, length in active])
+                active = [(i, length + 1) for i, length in active]
+
+    def check_hidden(self, alone: bool) -> None:
+        """Raise an error unless passes without a cache agree."""
+        for indices in self._groups(alone):
+            sequences = [self._sequences[i] for i in indices]
+            found = engine.plain_hidden(self._own, sequences, self._model.device)
+            for i, hidden in zip(indices, found, strict=True):
+                self._compare(self._own.logits(hidden), self._expected[i], "A padded batch")
+
+    def _groups(self, alone: bool) -> Iterator[Sequence[int]]:
+        everything = list(range(len(self._sequences)))
+        # The first and the last are of one length: without padding, models find positions alone.
+        yield from ([i] for i in everything) if alone else [everything, [0, everything[-1]]]
+
+
+def difference(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
+    """By how much a logit differs, where that is more than the rounding of a format."""
+    found = float((logits - expected).abs().max())
+    # "<=" is false for NaN, which is a difference too.
+    is_near = found <= _TOLERANCES[dtype] * max(1.0, float(expected.abs().max()))
+    return None if is_near else found
+
+
+def _is_llama_like(model: Any) -> bool:
+    """Whether `LlamaNetwork` computes this model: its type, plain linear layers, no adapters."""
+    if type(model).__name__ not in _LLAMA_LIKE or len(layer_windows(model.config)) > 1:
+        return False
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    wanted = 7 * len(model.model.layers) + 1
+    return len(linear) == wanted and all(type(m) is torch.nn.Linear for m in linear)
+
+
+def length_switch(config: Any) -> int | None:
+    """Tokens beyond which "longrope" models turn all positions by other angles; None for others.
+
+    Keys of one kind are of no use beside keys of the other.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if kind.get("rope_type") == "longrope":
+            limit: int | None = kind.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return limit
+    return None
+
+
+def attention_width(config: Any) -> int:
+    """What the heads of all layers have together."""
+    # Some families give each layer a config of its own.
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    # The heads together are as wide as the model, unless the config gives their size.
+    sizes = [getattr(layer, "head_dim", None) for layer in layers]
+    return sum(
+        layer.num_attention_heads * size if size else config.hidden_size
+        for layer, size in zip(layers, sizes, strict=True)
+    )
+
+
+def in_place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model, or that of a name or folder, on its device, in its format, for evaluation."""
+    # int8 products are made from the weights in the format that they came in.
+    is_int8 = dtype == torch.int8
+    if isinstance(model, (str, Path)):
+        model = load("AutoModelForCausalLM", model, dtype="auto" if is_int8 else dtype)
+    # Older releases of PEFT leave their `peft_config` on the base model too.
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = model.to(device)
+    return (model if is_int8 else model.to(dtype)).eval()
+
+
+def from_anywhere(source: Any) -> Any:
+    """A folder by a path that holds in every working directory; all else as it is."""
+    is_path = isinstance(source, (str, Path))
+    return str(Path(source).resolve()) if is_path and Path(source).exists() else source
+
+
+def free_share(device: torch.device) -> int:
+    """A quarter of the memory that is free, at most 4 GiB."""
+    is_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    return max(1, min(free // 4, _MOST_KV_BYTES))
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between pieces in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def merged_adapter(model: Any, folder: str | Path) -> Any:
+    """A copy of a model with an adapter of peft; it shares the weights that do not change.
+
+    Raises:
+        ValueError: Merged, it is not what peft computes with the adapter beside its base.
+        Exception: peft cannot load it.
+    """
+    from peft import PeftModel
+
+    # Detached, not `.data`: these share the version counter, so training is noticed here too.
+    shared: dict[int, Any] = {
+        id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    shared |= {id(b): b for b in model.buffers()}
+    adapted: Any = PeftModel.from_pretrained(copy.deepcopy(model, shared), str(folder)).eval()
+    ids = torch.arange(min(12, model.config.get_text_config().vocab_size), device=model.device)
+    with torch.inference_mode():
+        expected = adapted(input_ids=ids[None], use_cache=False).logits.float()
+    base = adapted.get_base_model()
+    changed = {id(layer.base_layer) for layer in base.modules() if hasattr(layer, "base_layer")}
+    head, embedding = _tied_layers(base)
+    if is_tied(base) and changed & {id(head), id(embedding)}:
+        # An adapter on one of two tied layers changes that one alone.
+        head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)
+    # Merging with safety checks works on copies of the weights that change.
+    merged = adapted.merge_and_unload(safe_merge=True)
+    if not is_tied(merged):
+        merged.config.get_text_config().tie_word_embeddings = False
+    with torch.inference_mode():
+        logits = merged(input_ids=ids[None], use_cache=False).logits.float()
+    found = difference(logits, expected, model.dtype)
+    if found is not None:
+        raise ValueError(
+            f"merged, a logit differs by {found:.3g} from that of the adapter beside its base; "
+            "merge it with peft yourself, save the model and load it by folder"
+        )
+    return merged
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the input embedding is the output layer too."""
+    head, embedding = _tied_layers(model)
+    weight = getattr(head, "weight", None)
+    return weight is not None and weight is getattr(embedding, "weight", None)
+
+
+def _tied_layers(model: Any) -> list[Any]:
+    """The output layer and the input embedding, without the adapters around them."""
+    layers = model.get_output_embeddings(), model.get_input_embeddings()
+    return [getattr(layer, "base_layer", layer) for layer in layers]
