@@ -12,9 +12,9 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
-from mbrl_text_env.agents.values.training_prefixes import cut_prefixes, samples_of
 
 from mbrl_text_env.agents.learning.answers import HINTED, scores_described
+from mbrl_text_env.agents.values.fitted import cut_prefixes, samples_of
 from mbrl_text_env.files import write_text
 from mbrl_text_env.fitting.report import correlation, root_mean_square, within_prompt
 from mbrl_text_env.language_models.base import LanguageModel
