@@ -31,7 +31,7 @@ __getattr__, __dir__, __all__ = attach(
         "composite.combinators": ["Ensemble", "Gate", "Product", "WeightedSum"],
         "verifiable.constraints": ["ConstraintsReward", "check_constraint", "prefix_verdict"],
         "learning.features": ["EmbeddingFeatures", "HiddenFeatures"],
-        "learning.fitting": ["fit_reward"],
+        "learning.fitting": ["LoraSettings", "fit_lora", "fit_reward"],
         "evaluators.judge": ["YES_NO", "FluencyReward", "JudgeReward"],
         "learning.learned": ["LearnedReward", "RewardFitError", "RewardFitReport"],
         "verifiable.mathematics": ["MathReward"],
@@ -46,7 +46,6 @@ __getattr__, __dir__, __all__ = attach(
         "evaluators.process": ["PROCESS_FORMATS", "ProcessReward", "StepFormat"],
         "verifiable.puzzles": ["ReasoningGymReward"],
         "evaluators.relevance": ["RelevanceReward"],
-        "learning.reward_trainer": ["LoraSettings", "fit_lora"],
         "verifiable.schema": ["JSONSchemaReward"],
         "evaluators.sentiment": ["SentimentReward"],
         "composite.transforms": [

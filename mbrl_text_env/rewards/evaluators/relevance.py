@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -126,26 +127,31 @@ class RelevanceReward(Evaluator):
         return dict(zip(texts, directions, strict=True))
 
     def _load(self) -> Encoder:
-        if self.encoder is None:
-            from mbrl_text_env.language_models.registry import embedded_encoder
-
-            return cast("Encoder", embedded_encoder())
-        if not isinstance(self.encoder, str):
-            return self.encoder
-        from sentence_transformers import SentenceTransformer
-
-        try:
-            return cast("Encoder", SentenceTransformer(self.encoder))
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise RewardError(
-                "Reward model 'relevance': expected the folder of a SentenceTransformer, or a name "
-                "on the Hugging Face Hub that is reachable or already downloaded; got "
-                f"{self.encoder!r} ({type(error).__name__}: {reason}). Check the spelling, the "
-                "network and HF_HUB_OFFLINE, or pass encoder=None for the embedded MiniLM."
-            ) from error
+        return load_encoder(self.encoder, self.name)
 
 
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in get_args(ReducedDtype):
         raise ValueError(f"dtype: expected one of {get_args(ReducedDtype)} or None, got {dtype!r}.")
+
+
+def load_encoder(encoder: Encoder | str | Path | None, name: str) -> Encoder:
+    """The encoder that a reward was given, or the embedded one."""
+    if encoder is None:
+        from mbrl_text_env.language_models.registry import embedded_encoder
+
+        return cast("Encoder", embedded_encoder())
+    if not isinstance(encoder, str | Path):
+        return encoder
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return cast("Encoder", SentenceTransformer(str(encoder)))
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise RewardError(
+            f"Reward model {name!r}: expected the folder of a SentenceTransformer, or a name on "
+            "the Hugging Face Hub that is reachable or already downloaded; got "
+            f"{str(encoder)!r} ({type(error).__name__}: {reason}). Check the spelling, the network "
+            "and HF_HUB_OFFLINE, or pass encoder=None for the embedded MiniLM."
+        ) from error
