@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from mbrl_text_env.agents.driver import ask
-from mbrl_text_env.agents.planner import Planner
-from mbrl_text_env.agents.tree import Node
 
-from mbrl_text_env.agents.search import Expansion, Search
+from mbrl_text_env.agents.base import ask
+from mbrl_text_env.agents.search import Expansion, Node, Planner, Search
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.proposer import CandidateProposer, Known
 from mbrl_text_env.rewards.adapters import as_reward_model
