@@ -92,7 +92,7 @@ class CandidateAgent(Planner):
         [row] = await search.expand([Expansion(node, count, self.chunk_tokens, valued=False)])
         proposer = self._proposer(node.state.prompt)
         looking = proposer.features_bound(node.state) + Usage(value_flops=self.policy.flops)
-        reserve = Usage() if search.tree.best() is not None else search.finish_usage(node)
+        reserve = Usage() if search.tree.best() is not None else search.finish_usage(node.state)
         if len(row) < count or not search.ledger.affords(looking + reserve):
             return None
         features = await ask(
