@@ -1,24 +1,44 @@
 """What an agent is: a search for a complete response, from any state, under a budget.
 
-An agent implements `search`; `generate` and `act` follow from it. Everything an agent spends goes
-through the ledgers that it is given.
+An agent implements `search`, a coroutine. Searches run side by side on one thread: each goes on
+until it awaits a model call (`ask`), and when all wait, the calls of one function are merged
+(`run`). A chunk depends on its seed and state alone, so the results are those of one by one.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import inspect
-import math
+import itertools
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Coroutine,
+    Generator,
+    Hashable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from mbrl_text_env.agents.driver import MOST_AT_ONCE, Begin, ask, ask_for_chunks, run, run_async
-from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, SamplingParams
+from mbrl_text_env.agents.choices import Choice, ChoicePlan
+from mbrl_text_env.language_models.base import (
+    LanguageModel,
+    SampleRequest,
+    SamplingParams,
+    prefix_of,
+    sample_requests,
+    sample_requests_async,
+)
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import reward_usage_bound, score_responses
+from mbrl_text_env.rewards.base import score_responses
 from mbrl_text_env.types import (
     Budget,
     BudgetError,
@@ -33,8 +53,18 @@ from mbrl_text_env.types import (
     transition,
 )
 
+T = TypeVar("T")
+Begin: TypeAlias = Callable[[], Coroutine[Any, Any, T]]
+"""Begins a search."""
+Prompts: TypeAlias = str | Prompt | Iterable[str | Prompt]
+_Begun: TypeAlias = list[tuple[TextState, Ledger]]
+
 # The article draws complete responses at this temperature.
 DEFAULT_PARAMS = SamplingParams(temperature=0.7)
+# Searches that wait cost little; how many sequences are decoded together is the engine's affair.
+MOST_AT_ONCE = 256
+# Reward and value models need not be safe for several threads.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -43,10 +73,8 @@ class Completion:
 
     Args:
         state: Terminal.
-        logprobs: Log-probability (nats) under the language model of each token that the search
-            added; empty where it is not known.
-        score: The reward model's score, or None where it was not asked.
-        parts: The score's parts by name.
+        logprobs: Log-probability (nats) of each token that the search added; empty where unknown.
+        score: The reward model's score, and its `parts` by name; None where it was not asked.
     """
 
     state: TextState
@@ -54,35 +82,20 @@ class Completion:
     score: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def known_score(self) -> float:
+        """The score; a ValueError where there is none."""
+        if self.score is None:
+            raise ValueError("Expected scored completions; score them with `Agent.scored` first.")
+        return self.score
+
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do in a state.
-
-    Args:
-        chunk: The chunk to append.
-        completion: The complete response that the search settled on; `chunk` begins it.
-        usage: What it cost.
-    """
+    """What to do in a state: the chunk that begins the completion found, and what it cost."""
 
     chunk: Chunk
     completion: Completion
-    usage: Usage
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which of several chunks to append.
-
-    Args:
-        index: Of the chunk.
-        completions: The complete response found behind each chunk; None where none was looked for,
-            because the budget did not allow it or the agent does not need it.
-        usage: What the choice cost.
-    """
-
-    index: int
-    completions: tuple[Completion | None, ...]
     usage: Usage
 
 
@@ -102,9 +115,8 @@ class Generation:
 class Agent(ABC):
     """Searches for the best complete response that its budget allows.
 
-    A subclass gives itself a `name` and implements `search`, a coroutine. Several states are
-    searched side by side: what the searches await of the models is answered in common batches
-    (`agents.driver`). A subclass with options of its own is a `@dataclass(eq=False, kw_only=True)`.
+    A subclass gives itself a `name` and implements `search`. One with options of its own is a
+    `@dataclass(eq=False, kw_only=True)`.
 
     Args:
         language_model: Proposes tokens.
@@ -113,9 +125,6 @@ class Agent(ABC):
         max_response_tokens: Token limit of a response.
         chunk_tokens: Most tokens of the chunk that `act` returns.
         params: How tokens are drawn.
-
-    Raises:
-        ValueError: A limit is below 1.
 
     Example:
         >>> class Greedy(Agent):
@@ -143,9 +152,8 @@ class Agent(ABC):
             if inspect.isfunction(own) and not inspect.iscoroutinefunction(own):
                 raise TypeError(
                     f"{cls.__name__}.{method}: expected a coroutine, got a plain function. Write "
-                    f"`async def {method}({signature})` and await what it asks for: "
-                    "`await search.expand(...)`, `await self.complete(state, ...)`, "
-                    "`await self.scored(...)`, which take one state or its completions at a time."
+                    f"`async def {method}({signature})` and await what it asks for, of one state: "
+                    "`search.expand(...)`, `self.complete(state, ...)`, `self.scored(...)`."
                 )
 
     def __post_init__(self) -> None:
@@ -155,77 +163,49 @@ class Agent(ABC):
 
     @abstractmethod
     async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
-        """Find a complete response from a state.
+        """Find a complete response from a state that has not ended.
 
-        It awaits `complete`, `scored` and `agents.driver.ask`, and nothing else.
-
-        Args:
-            state: It has not ended.
-            ledger: Its budget allows at least one complete response.
-            seed: All randomness follows from it, the state and the sample index.
+        It awaits `complete`, `scored` and `ask` alone. The ledger affords one complete response.
+        All randomness follows from the seed, the state and the sample index.
         """
 
     def generate(
-        self,
-        prompts: str | Prompt | Iterable[str | Prompt],
-        budget: Budget | None = None,
-        *,
-        seed: int = 0,
+        self, prompts: Prompts, budget: Budget | None = None, *, seed: int = 0
     ) -> list[Generation]:
         """Answer prompts, all of them side by side in common batches.
 
-        Args:
-            prompts: At least one. A text stands for the prompt of a user who says that, and one
-                prompt alone for a list of one.
-            budget: Hard caps for each prompt.
-            seed: The answers follow from it.
+        A text stands for the prompt of a user who says that; the budget is each prompt's.
 
         Raises:
-            ValueError: There are no prompts, or something else is among them.
             BudgetError: The budget allows no complete response.
         """
-        states, ledgers = self._begun(prompts, budget)
-        completions = run(*self._searches(states, ledgers, seed))
-        return self._generations(states, completions, ledgers, seed)
+        begun = self._begun(prompts, budget)
+        return self._generations(begun, run(*self._searches(begun, seed)), seed)
 
     async def generate_async(
-        self,
-        prompts: str | Prompt | Iterable[str | Prompt],
-        budget: Budget | None = None,
-        *,
-        seed: int = 0,
+        self, prompts: Prompts, budget: Budget | None = None, *, seed: int = 0
     ) -> list[Generation]:
-        """`generate` that awaits each batch, so that an event loop goes on meanwhile.
+        """`generate` that awaits each batch, so that an event loop goes on; cancelling ends it.
 
-        Cancelling it ends the search. Language models are awaited where they can be
-        (`sample_requests_async`); other calls are made in a thread, one at a time.
-
-        Example:
-            >>> answers = await asyncio.gather(  # doctest: +SKIP
-            ...     agent.generate_async("Praise the sea."), agent.generate_async("Name a fruit.")
-            ... )
+        Models other than language models are called in a thread, one at a time.
         """
-        states, ledgers = self._begun(prompts, budget)
-        completions = await run_async(*self._searches(states, ledgers, seed))
-        return self._generations(states, completions, ledgers, seed)
+        begun = self._begun(prompts, budget)
+        return self._generations(begun, await run_async(*self._searches(begun, seed)), seed)
 
     def act(
         self, states: Sequence[TextState], budget: Budget | None = None, *, seed: int = 0
     ) -> list[Decision]:
         """Decide on the next chunk of each state, with a budget for each decision.
 
-        The chunk has at most `chunk_tokens` tokens, so it is an action of an environment whose
-        `max_chunk_tokens` is at least that.
+        The chunk has at most `chunk_tokens` tokens, the least `max_chunk_tokens` of an environment.
 
         Raises:
             ValueError: A state has ended, or its response is as long as the agent's limit.
-            BudgetError: The budget allows no complete response.
         """
         for state in states:
             if is_terminal(state):
                 raise ValueError(
-                    f"The response to prompt {state.prompt.id!r} has ended; there is nothing to "
-                    "decide. Reset the environment."
+                    f"The response to prompt {state.prompt.id!r} has ended. Reset the environment."
                 )
             if self._room(state) < 1:
                 raise ValueError(
@@ -233,11 +213,11 @@ class Agent(ABC):
                     f"tokens, and agent {self.name!r} writes at most {self.max_response_tokens}. "
                     "Make the agent with the environment's max_response_tokens."
                 )
-        ledgers = [Ledger(budget) for _ in states]
-        completions = run(*self._searches(states, ledgers, seed))
+        begun = [(state, Ledger(budget)) for state in states]
+        found = run(*self._searches(begun, seed))
         return [
             Decision(self._first_chunk(state, completion), completion, ledger.usage)
-            for state, completion, ledger in zip(states, completions, ledgers, strict=True)
+            for (state, ledger), completion in zip(begun, found, strict=True)
         ]
 
     def choose(
@@ -252,42 +232,21 @@ class Agent(ABC):
 
         The budget of a decision is shared equally by the candidates: from the state behind each of
         them the agent searches for a complete response, and the chunk with the best one is chosen
-        (the first of equals). Where the budget does not allow a response behind all of them, those
-        with the highest log-probability a token are looked at.
-
-        Args:
-            states: States that have not ended.
-            candidates: The chunks offered in each, at least one.
-            budget: Hard caps for each decision.
-            seed: The choices follow from it.
+        (the first of equals). Where the budget does not allow all of them, those with the highest
+        log-probability a token are looked at.
 
         Raises:
-            ValueError: A state has ended, or one has no candidates.
             BudgetError: The budget allows no complete response behind any candidate.
-
-        Example:
-            >>> env = gym.make("mbrl_text_env/CandidateChunks-v0")  # doctest: +SKIP
-            >>> state = env.unwrapped.get_state()  # doctest: +SKIP
-            >>> candidates = env.get_wrapper_attr("candidates")  # doctest: +SKIP
-            >>> [choice] = agent.choose([state], [candidates])  # doctest: +SKIP
-            >>> env.step(choice.index)  # doctest: +SKIP
         """
-        for state, row in zip(states, candidates, strict=True):
-            if is_terminal(state) or not row:
-                raise ValueError(
-                    f"choose, prompt {state.prompt.id!r}: expected a state that has not ended and "
-                    f"at least one candidate, got finish_reason {state.finish_reason!r} and "
-                    f"{len(row)} candidates."
-                )
         plans = [
-            _ChoicePlan(state, row, budget, self)
+            ChoicePlan(self, state, row, budget)
             for state, row in zip(states, candidates, strict=True)
         ]
         run([plan.score_ended for plan in plans])
         searched = [(plan, i, ledger) for plan in plans for i, ledger in plan.shares().items()]
-        behind, ledgers = [plan.after[i] for plan, i, _ in searched], [x for *_, x in searched]
-        completions = run(*self._searches(behind, ledgers, seed))
-        for (plan, i, ledger), completion in zip(searched, completions, strict=True):
+        begun = [(plan.after[i], ledger) for plan, i, ledger in searched]
+        found = run(*self._searches(begun, seed))
+        for (plan, i, ledger), completion in zip(searched, found, strict=True):
             plan.found[i] = completion
             plan.ledger.charge(ledger.usage)
         return [plan.choice() for plan in plans]
@@ -302,25 +261,18 @@ class Agent(ABC):
         first_sample: int = 0,
         params: SamplingParams | None = None,
     ) -> list[Completion]:
-        """Sample complete responses from a state, unscored.
-
-        A state that has ended is its own completion, `num_samples` times over, and costs nothing.
-        """
+        """Sample complete responses, unscored; a state that has ended is its own, for nothing."""
         room = self._room(state)
         if room == 0:
             return [Completion(state)] * num_samples
         params = self.params if params is None else params
         request = SampleRequest(state, num_samples, room, seed, first_sample, params)
         [chunks] = await ask_for_chunks(self.language_model, [request], [ledger])
-        limit = self._limit(state)
+        limit = self.response_limit(state)
         return [Completion(transition(state, chunk, limit), chunk.logprobs) for chunk in chunks]
 
     async def scored(self, completions: Sequence[Completion], ledger: Ledger) -> list[Completion]:
-        """Completions with their scores.
-
-        Raises:
-            ValueError: The agent has no reward model.
-        """
+        """Completions with their scores; a ValueError where the agent has no reward model."""
         if self.reward_model is None:
             raise ValueError(f"Agent {self.name!r} needs a reward model: pass one when making it.")
         if not completions:
@@ -338,13 +290,7 @@ class Agent(ABC):
         ]
 
     def check_budget(self, prompts: Sequence[Prompt], budget: Budget | None) -> None:
-        """Make sure beforehand that a budget allows a complete response to each prompt.
-
-        Prompts that the language model refuses are passed over; `generate` says what is wrong.
-
-        Raises:
-            BudgetError: It does not.
-        """
+        """Raise a BudgetError where a budget allows no response; refused prompts pass."""
         for prompt in prompts:
             try:
                 state = initial(prompt, self.language_model)
@@ -352,148 +298,64 @@ class Agent(ABC):
                 continue
             self._check_affords(state, Ledger(budget))
 
+    def response_usage(self, state: TextState) -> Usage:
+        """The most that one complete response from `state` is charged."""
+        return self.language_model.usage_bound(len(prefix_of(state)), [self._room(state)])
+
+    def response_limit(self, state: TextState) -> int:
+        """Most tokens of a response to the state's prompt."""
+        return response_limit(state, self.language_model, self.max_response_tokens)
+
     def _check_affords(self, state: TextState, ledger: Ledger) -> None:
         least = self.response_usage(state)
         if not ledger.affords(least):
             raise BudgetError(
-                f"{ledger.budget} is too small for one response to prompt "
-                f"{state.prompt.id!r}: that can take {least.generated_tokens} tokens, "
-                f"{least.flops:.3g} FLOPs and {least.reward_calls} reward calls. Raise the "
-                "budget or lower max_response_tokens."
+                f"{ledger.budget} is too small for one response to prompt {state.prompt.id!r}: it "
+                f"can take {least.generated_tokens} tokens, {least.flops:.3g} FLOPs and "
+                f"{least.reward_calls} reward calls. Raise it or lower max_response_tokens."
             )
 
-    def _begun(
-        self, prompts: str | Prompt | Iterable[str | Prompt], budget: Budget | None
-    ) -> tuple[list[TextState], list[Ledger]]:
+    def _begun(self, prompts: Prompts, budget: Budget | None) -> _Begun:
         prompts = as_prompts(prompts)
         if not prompts:
             raise ValueError("generate: expected at least one prompt, got none.")
-        states = [initial(prompt, self.language_model) for prompt in prompts]
-        return states, [Ledger(budget) for _ in prompts]
+        return [(initial(prompt, self.language_model), Ledger(budget)) for prompt in prompts]
 
-    def _searches(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger], seed: int
-    ) -> tuple[list[Begin[Completion]], int]:
+    def _searches(self, begun: _Begun, seed: int) -> tuple[list[Begin[Completion]], int]:
         """What `run` is called with."""
-        for state, ledger in zip(states, ledgers, strict=True):
+        for state, ledger in begun:
             self._check_affords(state, ledger)
-        searches: list[Begin[Completion]] = [
-            partial(self.search, state, ledger, seed)
-            for state, ledger in zip(states, ledgers, strict=True)
-        ]
-        return searches, self._most_at_once(states[0], ledgers[0].budget) if states else 1
+        most = self._most_at_once(begun[0][0], begun[0][1].budget) if begun else 1
+        return [partial(self.search, state, ledger, seed) for state, ledger in begun], most
 
     def _generations(
-        self,
-        states: Sequence[TextState],
-        completions: Sequence[Completion],
-        ledgers: Sequence[Ledger],
-        seed: int,
+        self, begun: _Begun, found: Sequence[Completion], seed: int
     ) -> list[Generation]:
-        texts = [self.language_model.decode(found.state.response_ids) for found in completions]
-        rows = zip(states, completions, texts, ledgers, strict=True)
+        texts = [self.language_model.decode(each.state.response_ids) for each in found]
         return [
             Generation(state.prompt, completion, text, ledger.usage, self.name, seed)
-            for state, completion, text, ledger in rows
+            for (state, ledger), completion, text in zip(begun, found, texts, strict=True)
         ]
 
     def _most_at_once(self, state: TextState, budget: Budget) -> int:
         """Searches that are under way at a time."""
         return MOST_AT_ONCE
 
-    def response_usage(self, state: TextState) -> Usage:
-        """The most that one complete response from `state` is charged."""
-        prefix = len(state.prompt_ids) + len(state.response_ids)
-        return self.language_model.usage_bound(prefix, [self._room(state)])
-
     def _room(self, state: TextState) -> int:
         """Tokens that the response can still have; 0 where it has ended."""
-        if is_terminal(state):
-            return 0
-        return max(0, self._limit(state) - len(state.response_ids))
-
-    def _limit(self, state: TextState) -> int:
-        return response_limit(state, self.language_model, self.max_response_tokens)
+        room = self.response_limit(state) - len(state.response_ids)
+        return 0 if is_terminal(state) else max(0, room)
 
     def _first_chunk(self, state: TextState, completion: Completion) -> Chunk:
-        start, end = len(state.response_ids), len(state.response_ids) + self.chunk_tokens
-        ids = completion.state.response_ids[start:end]
-        whole = end >= len(completion.state.response_ids)
-        logprobs = completion.logprobs[: len(ids)]
-        return Chunk(ids, logprobs, completion.state.finish_reason if whole else None)
-
-
-class _ChoicePlan:
-    """One decision of `Agent.choose`: which candidates are looked at, and with what."""
-
-    def __init__(
-        self, state: TextState, candidates: Sequence[Chunk], budget: Budget | None, agent: Agent
-    ) -> None:
-        self.state, self.agent, self.ledger = state, agent, Ledger(budget)
-        self.after = [transition(state, chunk, agent._limit(state)) for chunk in candidates]
-        # Equal candidates are looked at once.
-        self.first = [self.after.index(after) for after in self.after]
-        means = [chunk.logprob / len(chunk) if chunk.logprobs else 0.0 for chunk in candidates]
-        self.likely_first = sorted(sorted(set(self.first)), key=means.__getitem__, reverse=True)
-        self.found: dict[int, Completion] = {}
-
-    async def score_ended(self) -> None:
-        """Score the candidates that end the response, as many as the budget allows."""
-        bound = reward_usage_bound(self.agent.reward_model)
-        ended: list[int] = []
-        for i in self.likely_first:
-            if is_terminal(self.after[i]) and self.ledger.affords(bound * (len(ended) + 1)):
-                ended.append(i)
-        completions = [Completion(self.after[i]) for i in ended]
-        scored = await self.agent.scored(completions, self.ledger)
-        self.found.update(zip(ended, scored, strict=True))
-
-    def shares(self) -> dict[int, Ledger]:
-        """An equal share of what is left for each candidate whose response can be finished."""
-        going = [i for i in self.likely_first if not is_terminal(self.after[i])]
-        left = self.ledger.budget.after(self.ledger.usage)
-        while going and left is not None:
-            share = left.shared(len(going))
-            if share is not None and all(
-                Ledger(share).affords(self.agent.response_usage(self.after[i])) for i in going
-            ):
-                return {i: Ledger(share) for i in sorted(going)}
-            going.pop()
-        if not self.found:
-            raise BudgetError(
-                f"{self.ledger.budget} is too small for one response behind any of the "
-                f"{len(self.after)} candidates of prompt {self.state.prompt.id!r}. Raise the "
-                "budget or lower max_response_tokens."
-            )
-        return {}
-
-    def choice(self) -> Choice:
-        index = max(sorted(self.found), key=lambda i: _score(self.found[i]))
-        completions = tuple(self.found.get(i) for i in self.first)
-        return Choice(index, completions, self.ledger.usage)
+        added = completion.state.response_ids[len(state.response_ids) :]
+        ids = added[: self.chunk_tokens]
+        reason = completion.state.finish_reason if len(ids) == len(added) else None
+        return Chunk(ids, completion.logprobs[: len(ids)], reason)
 
 
 def best(completions: Sequence[Completion]) -> Completion:
     """The completion with the highest score; the first of equals."""
-    return max(completions, key=lambda completion: _score(completion))
-
-
-def affordable(ledger: Ledger, cost: Callable[[int], Usage], at_most: int) -> int:
-    """The largest count from 0 to `at_most` whose cost, which grows, the ledger affords."""
-    low, high = 0, at_most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if ledger.affords(cost(middle)) else (low, middle - 1)
-    return low
-
-
-def is_binding(budget: Budget, usage: Usage) -> bool:
-    """Whether a search that goes on and on, at this cost a time, ever meets a cap.
-
-    A cap on something that costs nothing here is none: without this test, such a search would not
-    end.
-    """
-    return budget.seconds is not None or not Ledger(budget).affords(usage * 1_000_000)
+    return max(completions, key=lambda completion: completion.known_score)
 
 
 def check_positive(**counts: int | None) -> None:
@@ -503,13 +365,225 @@ def check_positive(**counts: int | None) -> None:
             raise ValueError(f"{name}: expected at least 1, got {count}.")
 
 
-def check_target(target: float | None) -> None:
-    """Raise a ValueError for a target that no score reaches because it is not a number."""
-    if target is not None and math.isnan(target):
-        raise ValueError("target: expected a score, or None to spend the whole budget, got nan.")
+@dataclass(eq=False)
+class Call:
+    """A batched call that a search awaits; made by `ask`, which says what the arguments are."""
+
+    function: Callable[..., Any]
+    common: tuple[Any, ...]
+    columns: Mapping[str, Sequence[Any]]
+    ledgers: Sequence[Ledger] | None
+    may_repeat: bool
+    awaited: Callable[..., Coroutine[Any, Any, Any]] | None
+    result: Any = None
+    error: Exception | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __await__(self) -> Generator[Call, None, Any]:
+        yield self
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+    @property
+    def key(self) -> Hashable:
+        """Calls with the same key are merged."""
+        common = tuple(map(_comparable, (self.function, *self.common)))
+        return common, tuple(self.columns), self.ledgers is None
+
+    def make(self) -> None:
+        """Call the function."""
+        try:
+            self.result = self._called(self.function)
+        except Exception as error:
+            self.error = error
+
+    async def make_in_loop(self) -> None:
+        """Call the function so that the event loop goes on meanwhile."""
+        if self.awaited is None:
+            return await asyncio.to_thread(self._make_alone)
+        try:
+            self.result = await self._called(self.awaited)
+        except Exception as error:
+            self.error = error
+
+    def _called(self, function: Callable[..., Any]) -> Any:
+        ledgers = {} if self.ledgers is None else {"ledgers": self.ledgers}
+        return function(*self.common, **self.columns, **ledgers)
+
+    def _make_alone(self) -> None:
+        with _ONE_AT_A_TIME:
+            self.make()
 
 
-def _score(completion: Completion) -> float:
-    if completion.score is None:
-        raise ValueError("Expected scored completions; score them with `Agent.scored` first.")
-    return completion.score
+def ask(
+    function: Callable[..., Any],
+    *common: Any,
+    ledgers: Sequence[Ledger] | None = None,
+    may_repeat: bool = True,
+    awaited: Callable[..., Coroutine[Any, Any, Any]] | None = None,
+    **columns: Sequence[Any],
+) -> Call:
+    """A call to await in a search: `function(*common, **columns, ledgers=ledgers)`.
+
+    Calls of the same function with equal `common` arguments, such as the model, are answered
+    together, their columns joined. So whatever is batched can be asked.
+
+    Args:
+        function: Gives one result an item: a sequence, or a dataclass or mapping of sequences. It
+            charges its time itself (`ledger.timed`), as the doors of the models do.
+        ledgers: One an item; None where the function takes none.
+        may_repeat: Whether a merged call that fails, and has charged nothing but time, is made
+            again for each search alone, so that an error is that search's and names its prompt.
+        awaited: What `generate_async` awaits instead; by default the function runs in a thread.
+        **columns: Arguments with one entry an item.
+
+    Example:
+        >>> async def search(texts):
+        ...     return await ask(lengths, texts=texts)
+        >>> def lengths(texts):  # called once, with three texts
+        ...     return [len(text) for text in texts]
+        >>> run([lambda: search(["a", "bb"]), lambda: search(["ccc"])])
+        [[1, 2], [3]]
+    """
+    return Call(function, common, columns, ledgers, may_repeat, awaited)
+
+
+def ask_for_chunks(
+    language_model: LanguageModel, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger]
+) -> Call:
+    """A call of `sample_requests`; one that failed may have charged, and is not made again."""
+    columns, awaited = {"requests": requests}, sample_requests_async
+    return Call(sample_requests, (language_model,), columns, ledgers, False, awaited)
+
+
+def run(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[T]:
+    """Run searches side by side, so many at once, and return their results in order.
+
+    They await nothing but calls (`ask`); there is no event loop, so it also works inside one.
+
+    Raises:
+        BaseException: Of the searches that failed at the same time, what the first in the list
+            raised; the others are given up.
+    """
+    results: list[Any] = [None] * len(searches)
+    with closing(_calls(searches, most_at_once, results)) as calls:
+        for call in calls:
+            call.make()
+    return results
+
+
+async def run_async(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[T]:
+    """`run` that awaits each batch. Cancelled, it lets a batch in a thread end, and drops it."""
+    results: list[Any] = [None] * len(searches)
+    with closing(_calls(searches, most_at_once, results)) as calls:
+        for call in calls:
+            await call.make_in_loop()
+    return results
+
+
+def _calls(
+    searches: Sequence[Begin[T]], most_at_once: int, results: list[Any]
+) -> Generator[Call, None, None]:
+    """Advance searches, and yield the merged calls to make; put what they return into `results`."""
+    waiting = iter(list(enumerate(searches)))
+    active: dict[int, Coroutine[Any, Any, T]] = {}
+    try:
+        while True:
+            for place, begin in itertools.islice(waiting, most_at_once - len(active)):
+                active[place] = begin()
+            if not active:
+                return
+            for group in _advanced(active, results):
+                yield from _answered(group)
+    finally:
+        for search in active.values():
+            search.close()
+
+
+def _advanced(active: dict[int, Coroutine[Any, Any, T]], results: list[Any]) -> list[list[Call]]:
+    """Advance every search until it waits or ends; what they wait for, by what can be merged."""
+    groups: dict[Hashable, list[Call]] = {}
+    errors = []
+    for place, search in list(active.items()):
+        try:
+            call = search.send(None)
+            if not isinstance(call, Call):
+                raise TypeError(
+                    f"A search awaited {type(call).__name__}. It can only wait for models: await "
+                    "`search.expand(...)`, `self.scored(...)`, or `agents.base.ask(...)`."
+                )
+            groups.setdefault(call.key, []).append(call)
+        except StopIteration as ended:
+            results[place] = ended.value
+            del active[place]
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return list(groups.values())
+
+
+def _answered(calls: list[Call]) -> Iterable[Call]:
+    """The calls to make for a group that can be merged: one, or each by itself where that fails."""
+    if len(calls) == 1:
+        # As it came: the doors check the length.
+        yield from calls
+        return
+    merged = _merged(calls)
+    before = [ledger.usage for ledger in merged.ledgers or ()]
+    yield merged
+    try:
+        if merged.error is None:
+            _share_out(merged, calls)
+            return
+    except Exception as error:
+        merged.error = error
+    spent = [ledger.usage - old for ledger, old in zip(merged.ledgers or (), before, strict=True)]
+    if merged.may_repeat and all(dataclasses.replace(u, seconds=0.0) == Usage() for u in spent):
+        yield from calls
+        return
+    for call in calls:
+        call.error = merged.error
+
+
+def _merged(calls: Sequence[Call]) -> Call:
+    columns = {name: [x for call in calls for x in call.columns[name]] for name in calls[0].columns}
+    ledgers = None
+    if calls[0].ledgers is not None:
+        ledgers = [ledger for call in calls for ledger in call.ledgers or ()]
+    return dataclasses.replace(calls[0], columns=columns, ledgers=ledgers)
+
+
+def _share_out(merged: Call, calls: Sequence[Call]) -> None:
+    found, ends = _size(merged.result), list(itertools.accumulate(map(len, calls)))
+    if found != ends[-1]:
+        name = getattr(merged.function, "__name__", type(merged.function).__name__)
+        raise ValueError(f"{name}: expected {ends[-1]} results, got {found}.")
+    for call, start, end in zip(calls, [0, *ends], ends, strict=False):
+        call.result = _part(merged.result, slice(start, end))
+
+
+def _size(results: Any) -> int:
+    while isinstance(results, Mapping) or dataclasses.is_dataclass(results):
+        columns = results if isinstance(results, Mapping) else vars(results)
+        results = next(iter(columns.values()))
+    return len(results)
+
+
+def _part(results: Any, part: slice) -> Any:
+    if isinstance(results, Mapping):
+        return {name: _part(values, part) for name, values in results.items()}
+    if dataclasses.is_dataclass(results) and not isinstance(results, type):
+        return dataclasses.replace(results, **_part(vars(results), part))
+    return results[part]
+
+
+def _comparable(value: Any) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value

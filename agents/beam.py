@@ -1,17 +1,34 @@
-"""Beam search over chunks, with independent subtrees for diversity."""
+"""Searches that move partial responses on stage by stage: beams, adaptive ones, and particles."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mbrl_text_env.agents.base import check_positive
-from mbrl_text_env.agents.planner import Planner
-from mbrl_text_env.agents.search import Expansion, Search, shares
-from mbrl_text_env.agents.tree import Node
+import numpy as np
 
-# Candidates a stage where neither the caller nor a budget says how many.
+from mbrl_text_env.agents.base import check_positive
+from mbrl_text_env.agents.search import (
+    Expansion,
+    Node,
+    Planner,
+    Search,
+    check_target,
+    partial,
+)
+from mbrl_text_env.language_models.base import spawn_seed, stream
+from mbrl_text_env.types import FloatArray
+
+# Candidates a stage, or particles, where neither the caller nor a budget says how many.
 _WITHOUT_BUDGET = 4
+# Candidates a stage of the adaptive search where no budget says how many.
+_NARROW = 8
+# Values closer than this are the same.
+_SAME = 1e-9
+# Apart from the streams that chunks are drawn from.
+_RESAMPLING = 5
 
 
 @dataclass(eq=False, kw_only=True)
@@ -29,9 +46,8 @@ class BeamSearch(Planner):
     scored; the number of candidates follows from the budget that is left, at every stage anew.
 
     Args:
-        value_model: Ranks partial ones; without one their order is that in which they were drawn,
-            so that a beam search without a value model chooses among complete responses alone, and
-            wastes what the others cost.
+        value_model: Ranks partial responses; without one they stay in the order of their drawing,
+            and the search chooses among complete responses alone.
         beam_width: Partial responses that are kept at a stage, all subtrees together.
         candidates: Chunks drawn at a stage, all beams together; None as many as the budget allows
             to the end of the response, or 4 without one.
@@ -41,7 +57,6 @@ class BeamSearch(Planner):
 
     Example:
         >>> planner = BeamSearch(lm, reward, value, beam_width=2)  # doctest: +SKIP
-        >>> [answer] = planner.generate("Praise the sea.", Budget(tokens=64))  # doctest: +SKIP
     """
 
     name = "beam"
@@ -77,26 +92,32 @@ async def beam_search(
     """One beam search from the root of a search; see `BeamSearch` for the numbers."""
     # Of each subtree: its beams. At the start there is one, the root, and all share it.
     frontiers: list[list[Node]] = [[search.tree.root]] * subtrees
-    widths = [len(range(i, beam_width, subtrees)) for i in range(subtrees)]
+    widths = shares(beam_width, subtrees)
     while any(frontiers):
         beams = [node for frontier in frontiers for node in frontier]
-        counts = shares(candidates or _affordable(search, beams[0], chunk_tokens), len(beams))
-        wanted = [
-            Expansion(node, count, chunk_tokens)
-            for node, count in zip(beams, counts, strict=True)
-            if count
-        ]
-        rows = iter(await search.expand(wanted))
-        drawn = iter([next(rows) if count else [] for count in counts])
+        width = candidates or search.width(beams[0], chunk_tokens)
+        drawn = iter(
+            await _drawn(search, beams, _WITHOUT_BUDGET if width is None else width, chunk_tokens)
+        )
         frontiers = [
             _kept(search, [next(drawn) for _ in frontier], width)
             for frontier, width in zip(frontiers, widths, strict=True)
         ]
 
 
-def _affordable(search: Search, node: Node, chunk_tokens: int) -> int:
-    width = search.width(node, chunk_tokens)
-    return _WITHOUT_BUDGET if width is None else width
+async def _drawn(
+    search: Search, beams: Sequence[Node], total: int, chunk_tokens: int
+) -> list[list[Node]]:
+    """The children of each beam, `total` of them shared equally."""
+    counts = shares(total, len(beams))
+    rows = iter(
+        await search.expand(
+            Expansion(beam, count, chunk_tokens)
+            for beam, count in zip(beams, counts, strict=True)
+            if count
+        )
+    )
+    return [next(rows) if count else [] for count in counts]
 
 
 def _kept(search: Search, rows: Sequence[Sequence[Node]], width: int) -> list[Node]:
@@ -105,3 +126,231 @@ def _kept(search: Search, rows: Sequence[Sequence[Node]], width: int) -> list[No
     for rank, node in enumerate(kept, start=1):
         node.note = f"kept: number {rank} of {len(drawn)} candidates"
     return kept
+
+
+def shares(total: int, count: int) -> list[int]:
+    """`total` in `count` parts that differ by at most 1, the larger ones first.
+
+    Example:
+        >>> shares(5, 3)
+        [2, 2, 1]
+    """
+    each, more = divmod(total, count)
+    return [each + (i < more) for i in range(count)]
+
+
+@dataclass(eq=False, kw_only=True)
+class Adaptive(Planner):
+    """Beam search that stays broad where the value cannot tell and narrows where it can.
+
+    A stage draws as many candidate chunks as the budget allows to the end of the response. Of n
+    candidates the best n / `candidates_per_beam` go on, and with them all whose value cannot be
+    told from that of the last one kept: those within `margin` standard deviations of it, and equal
+    ones in any case. So where the value says nothing, the search is as broad as best-of-N; where it
+    says much, all candidates of the next stage follow the few best; and a larger budget means more
+    beams, not only more candidates.
+
+    Chunks are as short as pays: `shortest_chunk` tokens, or so many that what is spent on values is
+    at most `value_share` of what is spent on text. After a stage whose candidates are all
+    equal they are twice as long, up to `chunk_tokens`; after one that tells, short again.
+
+    Partial responses are ranked by mean - `caution` x standard deviation. One is given up when a
+    complete one is known that is better than its mean by more than `caution` + 2 standard
+    deviations; what that saves is spent on the rest, and on further rounds. With a `target` the
+    search ends at the first response that scores as much; so that it can, its rounds begin with a
+    single response, and each has twice as many candidates a stage as the one before.
+
+    With a value model that gives no standard deviation (`PrefixRewardValue` without a fit),
+    `margin` and `caution` change nothing, nothing is given up, and only equal values are not told
+    apart.
+
+    Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise choice);
+    Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model
+    Parameters", 2024 (beam width by the budget); Kidambi et al., "MOReL: Model-Based Offline
+    Reinforcement Learning", 2020 (pessimism by the model's uncertainty). The rule for what goes on
+    is this project's: successive elimination (Even-Dar et al., "Action Elimination and Stopping
+    Conditions", 2006) applied to the candidates of a stage.
+
+    Args:
+        candidates_per_beam: Candidates for each beam that goes on for certain.
+        margin: Standard deviations within which values cannot be told apart; 0 or more.
+        caution: k of mean - k x standard deviation; 0 or more.
+        target: The score from which on a response is good enough; None spends the whole budget.
+        value_share: Most FLOPs spent on values, as a share of those spent on text.
+        shortest_chunk: Fewest tokens of a chunk; `chunk_tokens` is the most.
+
+    The other arguments are those of every `Planner`.
+
+    Example:
+        >>> planner = Adaptive(lm, reward, value, target=1.0)  # doctest: +SKIP
+    """
+
+    name = "adaptive"
+
+    candidates_per_beam: int = 4
+    margin: float = 0.1
+    value_share: float = 0.5
+    caution: float = 0.0
+    target: float | None = None
+    shortest_chunk: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(
+            candidates_per_beam=self.candidates_per_beam, shortest_chunk=self.shortest_chunk
+        )
+        check_target(self.target)
+        if not self.value_share > 0:
+            raise ValueError(f"value_share: expected a number above 0, got {self.value_share}.")
+        for name in ("margin", "caution"):
+            if not (number := getattr(self, name)) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {number}.")
+
+    async def plan(self, search: Search) -> None:
+        """One search from the root to the end of the responses."""
+        beams = [search.tree.root]
+        pays = math.ceil(search.value_tokens(search.tree.root) / self.value_share)
+        shortest = max(self.shortest_chunk, pays)
+        size = shortest = min(shortest, self.chunk_tokens)
+        while beams and not search.has_reached(self.target):
+            width = self._width(search, beams[0], size)
+            drawn = [node for row in await _drawn(search, beams, width, size) for node in row]
+            beams = self._kept(search, drawn, max(1, width // self.candidates_per_beam))
+            size = shortest if self._tells(drawn) else min(2 * size, self.chunk_tokens)
+
+    def _width(self, search: Search, node: Node, size: int) -> int:
+        """Candidates of a stage."""
+        affordable = search.width(node, size)
+        if affordable is None:
+            return _NARROW
+        return affordable if self.target is None else min(affordable, 1 << search.round)
+
+    def _kept(self, search: Search, drawn: Sequence[Node], certain: int) -> list[Node]:
+        """The best `certain` candidates, and those that cannot be told from the last of them."""
+        ranked = sorted(self._hopeful(search, partial(drawn)), key=self._cautious, reverse=True)
+        if not ranked:
+            return []
+        last = ranked[min(certain, len(ranked)) - 1]
+        cut = self._cautious(last) - self.margin * last.std - _SAME
+        kept = [node for node in ranked if self._cautious(node) >= cut]
+        for rank, node in enumerate(kept, start=1):
+            told = "" if rank <= certain else ", not to be told from those before"
+            node.note = f"kept: number {rank} of {len(drawn)} candidates{told}"
+        return kept
+
+    def _hopeful(self, search: Search, nodes: Sequence[Node]) -> list[Node]:
+        best = search.tree.best()
+        if best is None or best.score is None:
+            return list(nodes)
+        return [
+            node
+            for node in nodes
+            if node.value is None
+            or node.std == 0
+            or node.value + (self.caution + 2.0) * node.std >= best.score
+        ]
+
+    def _tells(self, drawn: Sequence[Node]) -> bool:
+        """Whether the value tells some of the candidates apart."""
+        worths = [self._cautious(node) for node in partial(drawn)]
+        return bool(worths) and max(worths) - min(worths) > _SAME
+
+    def _cautious(self, node: Node) -> float:
+        return float("-inf") if node.value is None else node.value - self.caution * node.std
+
+
+@dataclass(eq=False, kw_only=True)
+class ParticleFilter(Planner):
+    """Twisted sequential Monte Carlo over chunks.
+
+    Particles are partial responses. At each step every particle draws one chunk from the language
+    model and its weight is multiplied by exp((value after - value before) / `temperature`). When
+    the effective number of particles falls below half of them, and at the end, they are resampled.
+    What is sampled tends to the language model's distribution times exp(reward / `temperature`);
+    the answer is the best of the responses. A node's visit count is the number of particles that
+    have gone on from there, or ended there.
+
+    Sources: Zhao et al., "Probabilistic Inference in Language Models via Twisted Sequential Monte
+    Carlo", 2024 (the target and the twist functions); Puri et al., "A Probabilistic Inference
+    Approach to Inference-Time Scaling of LLMs using Particle-Based Monte Carlo Methods", 2025 (the
+    use as a search); Kitagawa, "Monte Carlo Filter and Smoother", 1996 (systematic resampling).
+    Deviation: the root has no value, so the first weights come from the values alone.
+
+    Args:
+        particles: Their number; None as many as the budget allows, or 4 without one.
+        temperature: In units of the reward; small values follow the value more closely.
+
+    The other arguments are those of every `Planner`.
+    """
+
+    name = "particle-filter"
+
+    particles: int | None = None
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(particles=self.particles)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}.")
+
+    async def plan(self, search: Search) -> None:
+        """Move one set of particles from the root to the end."""
+        root = search.tree.root
+        count = self.particles or search.width(root, self.chunk_tokens)
+        particles = [root] * (_WITHOUT_BUDGET if count is None else max(1, count))
+        rng = stream(spawn_seed(search.seed, _RESAMPLING), root.state, root.samples)
+        log_weights = np.zeros(len(particles))
+        while any(not particle.is_terminal for particle in particles):
+            moved = await self._moved(search, particles)
+            if moved is None:
+                break
+            gains = [_worth(new) - _worth(old) for old, new in zip(particles, moved, strict=True)]
+            log_weights = log_weights + np.asarray(gains) / self.temperature
+            particles = moved
+            weights = np.exp(log_weights - log_weights.max())
+            weights /= weights.sum()
+            few = 1.0 / (weights**2).sum() < len(particles) / 2
+            if few or all(particle.is_terminal for particle in particles):
+                particles = [particles[i] for i in systematic(weights, rng.random())]
+                log_weights = np.zeros(len(particles))
+            _count(particle for particle in particles if not particle.is_terminal)
+        _count(particle for particle in particles if particle.is_terminal)
+
+    async def _moved(self, search: Search, particles: list[Node]) -> list[Node] | None:
+        """Each particle after one more chunk; None where the budget does not allow all of them."""
+        counts = Counter(particle for particle in particles if not particle.is_terminal)
+        rows = await search.expand(
+            Expansion(node, count, self.chunk_tokens) for node, count in counts.items()
+        )
+        children = {node: list(row) for node, row in zip(counts, rows, strict=True)}
+        if any(len(children[node]) < count for node, count in counts.items()):
+            return None
+        return [p if p.is_terminal else children[p].pop(0) for p in particles]
+
+
+def systematic(weights: FloatArray, uniform: float) -> list[int]:
+    """Systematic resampling: as many indices as weights, each floor or ceiling of n x its weight.
+
+    Args:
+        weights: float64[n], sum to 1.
+        uniform: In [0, 1).
+
+    Example:
+        >>> systematic(np.array([0.5, 0.25, 0.25, 0.0]), 0.5)
+        [0, 0, 1, 2]
+    """
+    places = (np.arange(len(weights)) + uniform) / len(weights)
+    # Rounding may leave the last sum a little below 1.
+    found = np.searchsorted(np.cumsum(weights), places, side="right")
+    return [min(int(i), len(weights) - 1) for i in found]
+
+
+def _count(particles: Iterable[Node]) -> None:
+    for particle in particles:
+        particle.visits += 1
+        particle.total += _worth(particle)
+
+
+def _worth(node: Node) -> float:
+    return 0.0 if node.worth is None else node.worth

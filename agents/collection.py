@@ -8,8 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion, check_positive
-from mbrl_text_env.agents.driver import run
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion, check_positive, run
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, clear_cache
 from mbrl_text_env.prompts import as_prompts
@@ -38,10 +37,10 @@ def collect(
 ) -> dict[str, str]:
     """Sample responses to prompts, score them all, and write every one of them.
 
-    Low scores are kept too: a value model learns from the whole range. The records of a batch are
-    written together. What is there already is not sampled again: a collection that was killed goes
-    on, and one with more prompts or samples adds what is missing, as if all had been asked for at
-    once. A prompt with a response that cannot be scored is left out with a warning.
+    The records of a batch are written together. What is there already is not sampled again: a
+    collection that was killed goes on, and one with more prompts or samples adds what is missing,
+    as if all had been asked for at once. A prompt with a response that cannot be scored is left out
+    with a warning.
 
     Args:
         language_model: Proposes responses.
@@ -59,7 +58,6 @@ def collect(
         The error of each prompt that was left out, by the prompt's id.
 
     Raises:
-        ValueError: There are no prompts, or a count is below 1.
         RecordsError: The folder holds records of other models, settings or prompts, or some twice.
         RewardError: Not one prompt could be scored.
     """
@@ -114,11 +112,8 @@ def collection_run(
 def missing_samples(
     records: Sequence[Record], prompts: Sequence[Prompt], samples: int
 ) -> dict[str, list[int]]:
-    """The samples, numbers from 0 to `samples`, that records of `collect` lack, by prompt.
-
-    Raises:
-        RecordsError: Some records are of a prompt of the same id and other content, or are there
-            twice.
+    """The samples, numbers from 0 to `samples`, that records of `collect` lack, by prompt; a
+    RecordsError where some are of another prompt of the same id, or are there twice.
     """
     wanted = {prompt.id: prompt_digest(prompt) for prompt in prompts}
     there: dict[str, set[int | None]] = {name: set() for name in wanted}

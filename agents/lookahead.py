@@ -1,29 +1,22 @@
-"""Lookahead with a value: the article's two stages, and chunk by chunk."""
+"""Searches that look ahead and then decide: lookahead with a value, and a receding horizon."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.beam import beam_search
-from mbrl_text_env.agents.best_of_n import BestOfN
-from mbrl_text_env.agents.planner import Planner
-from mbrl_text_env.agents.search import Expansion, Search
-from mbrl_text_env.language_models.base import SamplingParams
+from mbrl_text_env.agents.sampling import BestOfN
+from mbrl_text_env.agents.search import Expansion, Node, Planner, Search
+from mbrl_text_env.language_models.base import SamplingParams, prefix_of
 from mbrl_text_env.rewards.base import reward_usage_bound
-from mbrl_text_env.types import Ledger, TextState, Usage
+from mbrl_text_env.types import Usage
 from mbrl_text_env.values import ValueModel, value_usage_bound
 
 PARTIAL_PARAMS = SamplingParams(temperature=0.9)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How many partial responses, how many of them are kept, and how often each is continued."""
-
-    partials: int
-    keep: int
-    continuations: int
+# Plans a step of a receding horizon where nobody says how many.
+_WITHOUT_BUDGET = 4
 
 
 @dataclass(eq=False, kw_only=True)
@@ -41,20 +34,15 @@ class Lookahead(Planner):
     `BeamSearch` with a beam of `keep`.
 
     Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). As there, an
-    agent whose value model is missing or not fitted falls back to best-of-N (of as many samples as
-    the budget allows, or `num_partials` without one).
+    agent whose value model is missing or not fitted falls back to best-of-N.
     Deviations: a partial response is continued from its token ids, not from its text encoded again;
     one that has ended by itself is not continued; where a response is not longer than
     `prefix_tokens`, the prefix is a quarter of it (the article's share); under a budget, rounds are
     repeated, the last ones with fewer branches, until the budget allows no further response.
 
     Args:
-        value_model: Judges partial ones; None or unfitted for best-of-N.
-        num_partials: Partial responses a round.
-        prefix_tokens: Tokens of a partial response.
+        value_model: Judges partial responses; None or unfitted for best-of-N.
         keep: Partial responses that are continued, at most `num_partials`.
-        continuations: Continuations of each.
-        chunkwise: Whether to choose chunk by chunk instead of once.
         partial_params: How partial responses are drawn; `params` says how continuations are (and
             the fallback's responses).
 
@@ -72,12 +60,8 @@ class Lookahead(Planner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(
-            num_partials=self.num_partials,
-            prefix_tokens=self.prefix_tokens,
-            keep=self.keep,
-            continuations=self.continuations,
-        )
+        counts = ("num_partials", "prefix_tokens", "keep", "continuations")
+        check_positive(**{name: getattr(self, name) for name in counts})
         if self.keep > self.num_partials:
             raise ValueError(
                 f"keep: expected at most num_partials ({self.num_partials}), got {self.keep}."
@@ -86,65 +70,132 @@ class Lookahead(Planner):
     async def plan(self, search: Search) -> None:
         """One round: the largest that the budget allows for certain."""
         if search.value_model is None:
-            await self._fallback(search).plan(search)
+            count = None if search.is_capped else self.num_partials
+            await BestOfN(self.language_model, self.reward_model, n=count).plan(search)
             return
         if self.chunkwise:
             candidates = None if search.is_capped else self.num_partials
             await beam_search(search, self.chunk_tokens, self.keep, candidates)
             return
-        plan = self._plan(search.tree.root.state, search.ledger)
         root = search.tree.root
-        if plan is None:
+        counts = self._affordable_round(search)
+        if counts is None:
             # A response may still be affordable where a round is not.
             await search.expand([Expansion(root)])
             return
-        size = self._prefix_size(root.state)
-        [row] = await search.expand([Expansion(root, plan.partials, size, self.partial_params)])
-        kept = search.ranked(row)[: plan.keep]
+        partials, continuations = counts
+        size = self._prefix_size(search)
+        [row] = await search.expand([Expansion(root, partials, size, self.partial_params)])
+        kept = search.ranked(row)[: min(self.keep, partials)]
         for node in kept:
-            node.note = f"continued: value among the best {plan.keep} of {len(row)}"
-        await search.expand(Expansion(node, plan.continuations) for node in kept)
+            node.note = f"continued: value among the best {min(self.keep, partials)} of {len(row)}"
+        await search.expand(Expansion(node, continuations) for node in kept)
 
     def values(self) -> ValueModel | None:
         """The value model, once it is fitted."""
         usable = self.value_model is not None and self.value_model.is_fitted
         return self.value_model if usable else None
 
-    def _fallback(self, search: Search) -> BestOfN:
-        return BestOfN(
-            self.language_model,
-            self.reward_model,
-            n=None if search.is_capped else self.num_partials,
-            max_response_tokens=self.max_response_tokens,
-            params=self.params,
-        )
-
-    def _prefix_size(self, state: TextState) -> int:
-        room = self._room(state)
+    def _prefix_size(self, search: Search) -> int:
+        room = search.room(search.tree.root.state)
         return self.prefix_tokens if self.prefix_tokens < room else max(1, room // 4)
 
-    def _plan(self, state: TextState, ledger: Ledger) -> _Plan | None:
-        """The largest round that the ledger affords for certain, or None."""
+    def _affordable_round(self, search: Search) -> tuple[int, int] | None:
+        """Partial responses and continuations of the largest round that is affordable, or None."""
         for partials in range(self.num_partials, 0, -1):
             for continuations in range(self.continuations, 0, -1):
-                plan = _Plan(partials, min(self.keep, partials), continuations)
-                if ledger.affords(self._round_usage(state, plan)):
-                    return plan
+                if search.ledger.affords(self._round_usage(search, partials, continuations)):
+                    return partials, continuations
         return None
 
-    def _round_usage(self, state: TextState, plan: _Plan) -> Usage:
+    def _round_usage(self, search: Search, partials: int, continuations: int) -> Usage:
         """The most that a round is charged."""
         assert self.value_model is not None
-        start, room = len(state.prompt_ids) + len(state.response_ids), self._room(state)
-        size = min(self._prefix_size(state), room)
+        state, keep = search.tree.root.state, min(self.keep, partials)
+        start, room = len(prefix_of(state)), search.room(state)
+        size = min(self._prefix_size(search), room)
         usage = self.language_model.usage_bound
         # Where nothing is left to continue, the partial responses are complete.
-        tails = [room - size] * plan.continuations if room > size else []
+        tails = [room - size] * continuations if room > size else []
         reward = reward_usage_bound(self.reward_model)
         value = reward.maximum(value_usage_bound(self.value_model, state))
         return (
-            usage(start, [size] * plan.partials)
-            + value * plan.partials
-            + usage(start + size, tails) * (plan.keep if tails else 0)
-            + reward * (plan.keep * plan.continuations)
+            usage(start, [size] * partials)
+            + value * partials
+            + usage(start + size, tails) * (keep if tails else 0)
+            + reward * (keep * continuations)
         )
+
+
+@dataclass(eq=False, kw_only=True)
+class RecedingHorizon(Planner):
+    """Model-predictive control over chunks.
+
+    At each step, plans of `horizon` chunks are rolled out from the state reached so far. The plan
+    of highest value at its end (a complete one: of highest score) is chosen, its first chunk is
+    executed, and what is left of the plans that begin with this chunk competes with the plans that
+    are rolled out next. Without a value model the horizon is the end of the response: the last
+    chunk of a plan is the whole rest, and its score decides.
+
+    Source: random-shooting model-predictive control, as in Nagabandi et al., "Neural Network
+    Dynamics for Model-Based Deep Reinforcement Learning with Model-Free Fine-Tuning", 2018.
+    Deviations: plans are drawn from the language model instead of uniformly; those that begin with
+    the executed chunk are kept; the objective is the value at the horizon, for text has no reward
+    before its end.
+
+    Args:
+        horizon: Chunks of a plan.
+        plans: Plans rolled out at a step; None as many as the budget allows to the end of the
+            response, or 4 without one.
+
+    The other arguments are those of every `Planner`.
+    """
+
+    name = "receding-horizon"
+
+    horizon: int = 2
+    plans: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(horizon=self.horizon, plans=self.plans)
+
+    async def plan(self, search: Search) -> None:
+        """Plan and execute from the root until the response ends."""
+        node = search.tree.root
+        while not node.is_terminal:
+            ends = await self._rolled_out(search, node)
+            if not ends:
+                return
+            best = max(ends, key=_worth)
+            node = next(step for step in best.path() if step.parent is node)
+            node.note = f"executed: {_worth(best):.4g} is the best at the end of {len(ends)} plans"
+
+    async def _rolled_out(self, search: Search, node: Node) -> list[Node]:
+        """Ends of the plans from a node: new ones, and those that were there."""
+        frontier = Counter({node: self._count(search, node)})
+        for ahead in range(1, self.horizon + 1):
+            is_last = ahead == self.horizon
+            tokens = None if is_last and search.value_model is None else self.chunk_tokens
+            rows = await search.expand(
+                Expansion(stem, copies, tokens, valued=is_last) for stem, copies in frontier.items()
+            )
+            frontier = Counter(child for row in rows for child in row if not child.is_terminal)
+            if not frontier:
+                break
+        below = (each for each in search.tree.nodes if node in each.path() and each is not node)
+        return [end for end in below if end.worth is not None]
+
+    def _count(self, search: Search, node: Node) -> int:
+        if self.plans is not None:
+            return self.plans
+        width = search.width(node, self.chunk_tokens)
+        # Each of the chunks that are left is planned, and each plan has up to `horizon` of them.
+        left = -(-search.room(node.state) // self.chunk_tokens)
+        horizon = left if search.value_model is None else self.horizon
+        mean_length = sum(min(horizon, k) for k in range(1, left + 1)) / left
+        return _WITHOUT_BUDGET if width is None else max(1, int(width / mean_length))
+
+
+def _worth(node: Node) -> float:
+    return float("-inf") if node.worth is None else node.worth

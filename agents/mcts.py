@@ -1,27 +1,33 @@
-"""Monte Carlo tree search over chunks."""
+"""Monte Carlo tree search over chunks: decisions, and the simulations that they rest on."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.mcts_policies import (
+    Children,
     considered_visits,
+    gumbel_interior_scores,
     gumbel_root_scores,
     perturbed_log_priors,
+    puct_scores,
+    widened,
 )
-from mbrl_text_env.agents.mcts_simulator import Backup, LeafValue, RootPolicy, Simulator
-from mbrl_text_env.agents.planner import Planner
-from mbrl_text_env.agents.search import Search, partial
-from mbrl_text_env.agents.tree import Node, SearchTree
+from mbrl_text_env.agents.search import Expansion, Node, Planner, Search, SearchTree, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import Chunk, FloatArray, TextState, transition
+
+RootPolicy = Literal["puct", "gumbel"]
+LeafValue = Literal["value", "rollout", "both"]
+Backup = Literal["mean", "max"]
 
 # Trees that are kept for the next decisions: one an episode that is under way.
 _TREES_KEPT = 256
@@ -84,16 +90,12 @@ class MCTS(Planner):
     (progressive widening: of n visits, `widening` x n ^ `widening_power` may draw one), draws it,
     and adds the return of what the chunk leads to, a score or an estimate, to every node above.
     After a decision's simulations the search moves to the best child, keeps what is known below it,
-    and goes on until the response has ended: no tokens are spent on a beginning once it is decided.
-    Where a response that ends with the next chunk scores at least the best child's mean, the search
-    begins again at the root instead.
+    and goes on until the response has ended. Where a response that ends with the next chunk scores
+    at least the best child's mean, the search begins again at the root instead.
 
-    Without a budget, each decision has `num_simulations`. Under one, the decisions share what is
-    left equally: a decision with k chunks to go has 1/k of it. Where every simulation ends in a
-    complete response (`leaf_value` "rollout" or "both"), no decision has fewer than
-    `num_simulations`, for a beginning that is judged by one or two continuations is not judged at
-    all, and nothing is lost when the budget ends before the last decision. Later rounds go on in
-    the same tree, from its root.
+    Without a budget, each decision has `num_simulations`. Under one, a decision with k chunks to go
+    has 1/k of what is left; where every simulation ends in a complete response, no fewer than
+    `num_simulations`, for one or two continuations judge nothing. Later rounds go on in the tree.
 
     Root policies:
 
@@ -104,10 +106,9 @@ class MCTS(Planner):
       the prior where values are close; mean alone, a single lucky visit.)
     - `"gumbel"`: at the node that is decided, `max_considered` chunks are considered by sequential
       halving, with Gumbel noise; below it visits follow the improved policy (Danihelka et al.,
-      "Policy Improvement by Planning with Gumbel", 2022). The search moves to the considered child
-      that is best at the end. A node reached earlier keeps its chunks that have not ended the
-      response, and only those missing are drawn; the schedule counts the visits of this decision
-      alone.
+      "Policy Improvement by Planning with Gumbel", 2022). A node reached earlier keeps its chunks
+      that have not ended the response, and only those missing are drawn; the schedule counts the
+      visits of this decision alone.
 
     Leaf values (without a value model, always by rollouts):
 
@@ -118,42 +119,32 @@ class MCTS(Planner):
       (Silver et al., "Mastering the Game of Go with Deep Neural Networks and Tree Search", 2016).
       Nodes further down the rollout get the score alone.
 
-    Several simulations are under way at a time (`batch_size`), so that one call of the language
-    model serves them. Those that follow see a visit without success on the way of each of those
-    before (virtual loss: Chaslot et al., "Parallel Monte-Carlo Tree Search", 2008), which is taken
-    back when the returns come.
+    Simulations under way at a time (`batch_size`) count as a visit without success on their way
+    (virtual loss: Chaslot et al., "Parallel Monte-Carlo Tree Search", 2008) until they return.
 
     Deviations, all because a chunk is a sample and a response's score is certain: priors are shares
     of the samples; there is no Dirichlet noise, for a widened root explores by itself; a response
-    that has ended is never visited again, since nothing is left to learn there, and a node of which
-    all children have ended draws another chunk. There is no discount, and rewards come at the end.
-    `Node.visits`, `Node.total` and `Node.note` tell all this in an exported tree; with backups by
-    maximum `total` is the visit count times the maximum, so that `Node.mean` is the value.
+    that has ended is never visited again, and a node of which all children have ended draws another
+    chunk. There is no discount, and rewards come at the end. With backups by maximum `Node.total`
+    is the visit count times the maximum, so that `Node.mean` is the value.
 
     Args:
-        value_model: Estimates the final reward of partial ones; None for rollouts.
-        num_simulations: Simulations of a decision where no budget says how many; the least of one
-            that ends in complete responses.
-        root_policy: `"puct"` or `"gumbel"`.
-        leaf_value: `"value"`, `"rollout"` or `"both"`.
-        rollout_weight: Share of the rollout in `"both"`, 0 to 1.
+        value_model: Estimates the final reward of partial responses; None for rollouts.
+        num_simulations: Simulations of a decision where no budget says how many.
         backup: A node's value is the `"mean"` of its returns, or the `"max"`.
         c_puct: Weight of PUCT's bonus for little visited children, above 0.
         widening: Chunks that a node may have drawn after its first visit, above 0.
         widening_power: How their number grows with the visits, 0 to 1.
         max_considered: Most chunks considered by the root policy `"gumbel"`.
-        batch_size: Simulations under way at a time: more are faster for a prompt by itself (the
-            calls of several prompts are merged in any case), and find a little less.
+        batch_size: More are faster for a prompt by itself, and find a little less.
         reuse_tree: Whether `act` goes on in the tree of the decision before, where it was made with
             the same seed. Then a decision depends on the ones before it, and what they paid for is
-            not paid for again. The trees of the last 256 searches are kept. `generate` is not
-            changed by it.
+            not paid for again. The trees of the last 256 searches are kept.
 
     The other arguments are those of every `Planner`.
 
     Example:
         >>> planner = MCTS(lm, reward, value, root_policy="gumbel")  # doctest: +SKIP
-        >>> [answer] = planner.generate("Praise the sea.", Budget(tokens=64))  # doctest: +SKIP
     """
 
     name = "mcts"
@@ -225,7 +216,7 @@ class MCTS(Planner):
             return self.num_simulations
         if not ends_complete:
             return max(1, width)
-        decisions = math.ceil(search.room(node) / self.chunk_tokens)
+        decisions = math.ceil(search.room(node.state) / self.chunk_tokens)
         return max(self.num_simulations, width // decisions)
 
 
@@ -313,3 +304,180 @@ def _robust(node: Node) -> Node | None:
 def _is_better_ended(node: Node, child: Node) -> bool:
     """Whether a response that ends with the next chunk is as good as a child's mean."""
     return any(end.is_terminal and end.mean >= child.mean for end in node.children)
+
+
+class Simulator:
+    """Runs simulations in one tree, and keeps what is under way apart from what is known.
+
+    Attributes:
+        is_valued: Whether new partial responses are valued.
+        rolls_out: Whether every simulation ends in a complete response.
+        is_broke: Whether a chunk could not be afforded.
+    """
+
+    def __init__(self, planner: MCTS, search: Search) -> None:
+        self.planner, self.search = planner, search
+        self.is_valued = search.value_model is not None and planner.leaf_value != "rollout"
+        self.rolls_out = not self.is_valued or planner.leaf_value == "both"
+        self.is_broke = False
+        self._under_way: Counter[Node] = Counter()
+        self._drawing: Counter[Node] = Counter()
+
+    async def run(self, node: Node, count: int) -> None:
+        """Simulations from a node down, `batch_size` at a time."""
+        while count > 0 and not self.is_broke:
+            batch = min(count, self.planner.batch_size)
+            await self.complete(self.descend(node) for _ in range(batch))
+            count -= batch
+
+    def descend(self, node: Node) -> Node:
+        """Go down from a node to one that draws a chunk; note that a simulation is under way."""
+        while True:
+            self._under_way[node] += 1
+            open_children = partial(node.children)
+            if not open_children or self._may_widen(node):
+                self._drawing[node] += 1
+                return node
+            known = self.children(node, open_children)
+            if self.planner.root_policy == "puct":
+                scores = puct_scores(known, self.planner.c_puct)
+            else:
+                scores = gumbel_interior_scores(known)
+            node = open_children[int(np.argmax(scores))]
+
+    async def complete(self, stems: Iterable[Node]) -> None:
+        """Draw a chunk from each of the nodes and back up what it leads to."""
+        going = list(stems)
+        while going and not self.is_broke:
+            step = self._valued if self.is_valued else self._rolled_out
+            going = await step(going)
+        self._under_way.clear()
+        self._drawing.clear()
+
+    def children(self, node: Node, children: Sequence[Node]) -> Children:
+        """What is known of some of a node's children, simulations under way counted as lost."""
+        copies = np.array([child.copies for child in children], float)
+        under_way = np.array([self._under_way[child] for child in children], float)
+        own_visits = np.array([child.visits for child in children], float)
+        totals = np.array([child.total for child in children])
+        seen = own_visits > 0
+        means = np.divide(totals, own_visits, where=seen, out=np.zeros(len(children)))
+        lowest = min([*means[seen], *([node.mean] if node.visits else [])], default=0.0)
+        visits = own_visits + under_way
+        values = np.divide(
+            totals + lowest * under_way, visits, where=visits > 0, out=np.zeros(len(children))
+        )
+        return Children(
+            visits,
+            values,
+            copies / copies.sum(),
+            node.visits + self._under_way[node],
+            node.mean if node.visits else None,
+            node.value,
+        )
+
+    def _may_widen(self, node: Node) -> bool:
+        # The simulation that asks is under way already.
+        visits = node.visits + self._under_way[node] - 1
+        allowed = widened(visits, self.planner.widening, self.planner.widening_power)
+        return node.samples + self._drawing[node] < allowed
+
+    async def _valued(self, stems: Sequence[Node]) -> list[Node]:
+        """Value a new chunk of each node; those that drew a known one go on from there."""
+        rows = await self.search.expand(
+            Expansion(stem, 1, self.planner.chunk_tokens) for stem in stems
+        )
+        self._drawing.clear()
+        self.is_broke = self.is_broke or not all(rows)
+        leaves: list[Node] = []
+        going: list[Node] = []
+        for [child] in filter(None, rows):
+            is_known = child.visits > 0 or child in leaves
+            (going if is_known and not child.is_terminal else leaves).append(child)
+        open_leaves = partial(leaves) if self.rolls_out else []
+        ends = await self._drawn_to_the_end(open_leaves) if open_leaves else []
+        scores: dict[Node, float] = {}
+        for leaf, end in zip(open_leaves, ends, strict=True):
+            if end is not None:
+                scores[leaf] = self._back_up_end(end, above=leaf)
+        weight = self.planner.rollout_weight
+        for leaf in leaves:
+            worth = leaf.worth
+            assert worth is not None
+            if leaf in scores:
+                worth = (1 - weight) * worth + weight * scores[leaf]
+            self._back_up(leaf, worth)
+        # Only now, so that it sees the returns of this batch.
+        return [self.descend(node) for node in going]
+
+    async def _rolled_out(self, stems: Sequence[Node]) -> list[Node]:
+        """A rollout from each node, scored and backed up."""
+        for end in await self._drawn_to_the_end(stems):
+            if end is not None:
+                self._back_up_end(end)
+        return []
+
+    async def _drawn_to_the_end(self, nodes: Sequence[Node]) -> list[Node | None]:
+        """A complete response drawn from each node, its chunks nodes of the tree."""
+        # To the end, so `Search` leaves out stop texts: they end a chunk, but not a response.
+        rows = await self.search.expand(Expansion(node, valued=False) for node in nodes)
+        self.is_broke = self.is_broke or not all(rows)
+        ends = iter(_in_chunks(self.search, [end for row in rows for end in row], self.planner))
+        return [next(ends) if row else None for row in rows]
+
+    def _back_up_end(self, end: Node, above: Node | None = None) -> float:
+        assert end.score is not None
+        self._back_up(end, end.score, above)
+        return end.score
+
+    def _back_up(self, node: Node, value: float, above: Node | None = None) -> None:
+        """Add a return to a node and those before it, up to the root or to the one above."""
+        for each in node.path():
+            if each is above:
+                return
+            best = max(value, each.mean) if each.visits else value
+            each.visits += 1
+            each.total = each.visits * best if self.planner.backup == "max" else each.total + value
+
+
+def _in_chunks(search: Search, ends: Sequence[Node], planner: MCTS) -> list[Node]:
+    """Put nodes `chunk_tokens` apart between complete responses drawn in one piece and their roots.
+
+    A chunk of a longer draw is distributed as one drawn for itself, so it is a child like any
+    other; beginnings that are there already are shared. (But for stop texts, which end a chunk that
+    is drawn for itself, and nothing that is drawn to the end.)
+    """
+    nodes, size = search.tree.nodes, planner.chunk_tokens
+    pieces = [end for end in dict.fromkeys(ends) if len(_chunk(end)) > size]
+    if not pieces:
+        return list(ends)
+    first = min(end.index for end in pieces)
+    nodes[first:] = [node for node in nodes[first:] if node not in pieces]
+    for index, node in enumerate(nodes[first:], start=first):
+        node.index = index
+    placed = {end: _add_path(search, end, size) for end in pieces}
+    return [placed.get(end, end) for end in ends]
+
+
+def _add_path(search: Search, end: Node, chunk_tokens: int) -> Node:
+    """Take a node from its parent, and add what leads to it in chunks, as often as it was drawn."""
+    parent, chunk = end.parent, _chunk(end)
+    assert parent is not None
+    parent.children.remove(end)
+    parent.samples -= end.copies
+    node = parent
+    for _ in range(end.copies):
+        node = parent
+        for start in range(0, len(chunk), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            reason = chunk.finish_reason if start + chunk_tokens >= len(chunk) else None
+            piece = Chunk(chunk.token_ids[part], chunk.logprobs[part], reason)
+            node = search.tree.add(node, piece, transition(node.state, piece, search.limit))
+    if node.score is None:
+        node.score, node.parts = end.score, end.parts
+    return node
+
+
+def _chunk(node: Node) -> Chunk:
+    assert node.chunk is not None
+    return node.chunk

@@ -33,7 +33,6 @@ class Children:
         visits: float64[n], visit counts.
         values: float64[n], mean returns; anything where a child has no visits.
         prior: float64[n], probabilities; they sum to 1.
-        node_visits: Visit count of the node itself.
         node_value: Mean return of the node's visits; None before the first.
         raw_value: The value model's estimate of the node; None where there is none.
     """
@@ -54,11 +53,6 @@ def puct_scores(children: Children, c_puct: float = 1.25) -> FloatArray:
 
     Sources: Silver et al., 2017, and Schrittwieser et al., 2020, appendix B (see `MCTS`); mctx,
     `muzero_action_selection`. Deviation: of equal scores the first wins, not one at random.
-
-    Example:
-        >>> two = Children(np.array([3.0, 1.0]), np.array([0.5, 0.5]), np.array([0.5, 0.5]), 4.0)
-        >>> puct_scores(two).round(3).tolist()  # equal values, so only the bonus counts
-        [0.313, 0.625]
     """
     visits = children.node_visits
     c = c_puct + math.log((visits + _C_BASE + 1) / _C_BASE)
@@ -70,11 +64,6 @@ def rescaled_values(children: Children) -> FloatArray:
     """Values between 0, the lowest of the node and its children, and 1, the highest of them.
 
     A child without visits gets 0. Source: mctx, `qtransform_by_parent_and_siblings`.
-
-    Example:
-        >>> two = Children(np.array([1.0, 1.0]), np.array([0.2, 0.6]), np.ones(2) / 2, 2.0, 0.4)
-        >>> rescaled_values(two).tolist()
-        [0.0, 1.0]
     """
     seen = children.visits > 0
     known = list(children.values[seen])
@@ -97,12 +86,6 @@ def completed_values(children: Children) -> FloatArray:
     Source: Danihelka et al., "Policy Improvement by Planning with Gumbel", 2022, section 3.4 and
     appendix D; mctx, `qtransform_completed_by_mix_value`. Deviation: a node that no value model
     has estimated enters the mixed value with weight 0.
-
-    Example:
-        >>> visits, values = np.array([1.0, 0.0]), np.array([0.6, 0.0])
-        >>> two = Children(visits, values, np.ones(2) / 2, 2.0, 0.4, raw_value=0.2)
-        >>> completed_values(two).round(2).tolist()  # the second gets (0.2 + 0.6) / 2
-        [5.1, 0.0]
     """
     seen = children.visits > 0
     values = np.where(seen, children.values, _mixed_value(children))
@@ -129,11 +112,6 @@ def gumbel_interior_scores(children: Children) -> FloatArray:
 
     `softmax(log prior + completed values) - n / (1 + sum of n)`. Source: Danihelka et al., 2022,
     section 5; mctx, `gumbel_muzero_interior_action_selection`.
-
-    Example:
-        >>> two = Children(np.array([1.0, 0.0]), np.array([0.5, 0.5]), np.ones(2) / 2, 1.0)
-        >>> gumbel_interior_scores(two).tolist()
-        [0.0, 0.5]
     """
     logits = np.log(np.maximum(children.prior, np.finfo(float).tiny)) + completed_values(children)
     weights = np.exp(logits - logits.max())
@@ -148,13 +126,9 @@ def gumbel_root_scores(
     Source: Danihelka et al., 2022, algorithm 1; mctx, `score_considered`.
 
     Args:
-        children: The considered children.
         perturbed: float64[n], Gumbel noise plus log-prior (`perturbed_log_priors`).
         counts: float64[n], visits of this decision.
         considered: The visit count whose turn it is (`considered_visits`).
-
-    Returns:
-        float64[n]; -inf for a child with another visit count.
     """
     return np.where(counts == considered, perturbed + completed_values(children), -np.inf)
 
@@ -188,23 +162,14 @@ def considered_visits(num_considered: int, num_simulations: int) -> tuple[int, .
 def perturbed_log_priors(copies: Sequence[int], rng: np.random.Generator) -> FloatArray:
     """Gumbel noise plus log-prior of chunks of which only samples are known.
 
-    Gumbel-top-k needs `log p(a) + g(a)` for the k chunks where it is largest. Let chunks be drawn
-    one after another at the times of a Poisson process of rate 1: the first time at which chunk a
-    comes is exponential with rate p(a), and independent of the others, so minus its logarithm is
-    distributed as `log p(a) + g(a)`. So chunks drawn from the language model as it samples
-    (temperature and all) give exact Gumbel-top-k without any probability being known. Only how
-    often each came is recorded; the order of independent draws is uniform, so it is drawn here.
+    The chunk drawn from the language model at the times of a Poisson process of rate 1 comes first
+    at a time that is exponential with rate p(a), so minus its logarithm is distributed as
+    `log p(a) + g(a)`: chunks that were drawn (temperature and all) give exact Gumbel-top-k without
+    any probability being known. Only how often each came is recorded; the order of independent
+    draws is uniform, so it is drawn here.
 
-    Source: this is the exponential race behind the Gumbel-max trick (Maddison et al., "A*
-    Sampling", 2014); mctx has all logits and adds Gumbel noise to them.
-
-    Args:
-        copies: int[n], how often each chunk was drawn, at least once each.
-        rng: Where the order and the times come from.
-
-    Example:
-        >>> perturbed_log_priors([3, 1], np.random.default_rng(0)).shape
-        (2,)
+    Source: the exponential race behind the Gumbel-max trick (Maddison et al., "A* Sampling", 2014);
+    mctx has all logits and adds Gumbel noise to them. `copies` are at least 1 each.
     """
     order = rng.permutation(np.repeat(np.arange(len(copies)), copies))
     times = np.cumsum(rng.exponential(size=len(order)))
@@ -219,9 +184,5 @@ def widened(visits: float, factor: float, power: float) -> int:
     al., "Progressive Strategies for Monte-Carlo Tree Search", 2008 (both widen a sorted list of
     moves; here the next move is a sample, as in Couëtoux et al., "Continuous Upper Confidence
     Trees", 2011).
-
-    Example:
-        >>> [widened(visits, 1.0, 0.5) for visits in (0, 1, 2, 4, 5)]
-        [1, 1, 2, 2, 3]
     """
     return max(1, math.ceil(factor * visits**power))

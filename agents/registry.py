@@ -19,7 +19,6 @@ from mbrl_text_env.rewards.names import first_line
 from mbrl_text_env.values import ValueModel
 
 _SAMPLING = ("temperature", "top_p", "top_k")
-_VALUE, _POLICY = "value", "policy"
 
 
 class AgentSpecError(ValueError):
@@ -68,58 +67,48 @@ def make(
         value_model: For agents that take one; or several by name, of which an agent takes the one
             that its option `value` names, or else the first.
         policies: By the names that specs use (`policy=tuned`): language models that take the place
-            of `language_model`, such as a base model's fine-tuned versions; and for the agent
-            `candidates`, which has to name one, choices that were trained
-            (`mbrl_text_env.agents.model_free.load_policy`).
+            of `language_model`; and for the agent `candidates`, which has to name one, choices that
+            were trained (`mbrl_text_env.agents.model_free.load_policy`).
         **defaults: Options that the spec does not name, such as `max_response_tokens`.
 
     Raises:
         AgentSpecError: The name or an option is unknown, or a value does not fit.
-
-    Example:
-        >>> make("best-of-n:n=8", language_model, reward_model).n  # doctest: +SKIP
-        8
     """
     name, options = parse_spec(spec)
     cls = _CLASSES[name]
     known = inspect.signature(cls).parameters
     params = {key: options.pop(key) for key in _SAMPLING if key in options}
-    chosen = _chosen(spec, value_model, options.pop(_VALUE, None))
-    chooses = _POLICY in known
-    policy = _policy(spec, policies or {}, options.pop(_POLICY, None), chooses)
-    unknown = [key for key in options if key not in known or key == "params"]
+    chosen = _chosen(spec, value_model, options.pop("value", None))
+    chooses = "policy" in known
+    policy = _policy(spec, policies or {}, options.pop("policy", None), chooses)
     for key, value in options.items():
-        annotation = known[key].annotation if key in known else None
-        if isinstance(value, float) and annotation in ("int", "int | None"):
+        if key not in known or key == "params":
+            own = [k for k, p in known.items() if p.kind is p.KEYWORD_ONLY]
+            there = [k for k in own if not k.endswith("params")]
+            raise AgentSpecError(
+                f"Agent {name!r} has no option {key!r}; it has "
+                f"{[*there, *_SAMPLING, 'value', 'policy']}."
+            )
+        if isinstance(value, float) and known[key].annotation in ("int", "int | None"):
             raise AgentSpecError(f"Agent {spec!r}: {key}: expected a whole number, got {value}.")
-    if unknown:
-        numeric = [key for key, p in known.items() if p.kind is p.KEYWORD_ONLY]
-        raise AgentSpecError(
-            f"Agent {name!r} has no option {unknown[0]!r}; it has "
-            f"{[k for k in numeric if not k.endswith('params')] + [*_SAMPLING, _VALUE, _POLICY]}."
-        )
     if "value_model" in known:
         options["value_model"] = chosen
     try:
         if params:
             options["params"] = SamplingParams(**params)
         if chooses:
-            options[_POLICY], policy = policy, None
+            options["policy"], policy = policy, None
         return cls(policy or language_model, reward_model, **{**defaults, **options})
     except (TypeError, ValueError) as error:
         raise AgentSpecError(f"Agent {spec!r}: {error}") from error
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Split a spec into its name and options.
+    """Split a spec such as `best-of-n:n=8` into its name and options, here `{"n": 8}`.
 
     Raises:
         AgentSpecError: The name is unknown, or an option is not `key=number`, or `key=word` where
             the constructor takes a word.
-
-    Example:
-        >>> parse_spec("best-of-n:n=8")
-        ('best-of-n', {'n': 8})
     """
     name, *items = spec.strip().split(":")
     if name not in _CLASSES:
@@ -129,7 +118,11 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     for item in items:
         key, _, value = item.partition("=")
-        options[key.strip()] = _value(spec, item, value, _takes_word(name, key.strip()))
+        key = key.strip()
+        parameter = inspect.signature(_CLASSES[name]).parameters.get(key)
+        # Such as `root_policy` of MCTS.
+        is_word = isinstance(getattr(parameter, "default", None), str)
+        options[key] = _value(spec, item, value, is_word or key in ("value", "policy"))
     return name, options
 
 
@@ -159,14 +152,6 @@ def _policy(spec: str, policies: Mapping[str, Any], name: str | None, chooses: b
             f"Agent {spec!r}: expected a {kind} of {there or 'no policies by name'}, got {name!r}."
         )
     return policies[name]
-
-
-def _takes_word(name: str, option: str) -> bool:
-    """Whether an agent's option is a word, such as `root_policy` of MCTS, and not a number."""
-    if option in (_VALUE, _POLICY):
-        return True
-    parameter = inspect.signature(_CLASSES[name]).parameters.get(option)
-    return parameter is not None and isinstance(parameter.default, str)
 
 
 def _value(spec: str, item: str, value: str, is_word: bool) -> int | float | str:

@@ -1,27 +1,32 @@
-"""Agents that do not search: the language model's own answer, and random tokens."""
+"""Agents that sample complete responses: one, random tokens, and the best of N."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mbrl_text_env.agents.base import Agent, Choice, Completion
+from mbrl_text_env.agents.base import (
+    MOST_AT_ONCE,
+    Agent,
+    Completion,
+    check_positive,
+)
+from mbrl_text_env.agents.choices import Choice
+from mbrl_text_env.agents.search import Expansion, Planner, Search, check_target
 from mbrl_text_env.language_models.base import stream
 from mbrl_text_env.types import Budget, Chunk, ChunkRules, Ledger, TextState, Usage, transition
+from mbrl_text_env.values import ValueModel
+
+# The article's number.
+_N_WITHOUT_BUDGET = 4
+# A cap on seconds is looked at between waves.
+_MOST_A_WAVE = 16
 
 
-class Sampling(Agent):
-    """One response from the language model: the baseline that every search has to beat.
-
-    `params=SamplingParams(temperature=0)` is greedy decoding. The arguments are those of `Agent`;
-    no reward model is needed.
-    """
-
-    name = "sampling"
-
-    async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
-        """Sample once."""
-        [completion] = await self.complete(state, 1, ledger, seed)
-        return completion
+class _Blind(Agent):
+    """Chooses among candidates without a look at what is behind them."""
 
     def choose(
         self,
@@ -31,16 +36,33 @@ class Sampling(Agent):
         *,
         seed: int = 0,
     ) -> list[Choice]:
-        """Choose the first candidate, which is a sample from the language model like the others."""
-        return [Choice(0, (None,) * len(row), Usage()) for row in candidates]
+        """Choose without searching, for nothing."""
+        return [
+            Choice(self._index(state, len(row), seed), (None,) * len(row), Usage())
+            for state, row in zip(states, candidates, strict=True)
+        ]
+
+    def _index(self, state: TextState, count: int, seed: int) -> int:
+        """The first: a sample from the language model like the others."""
+        return 0
 
 
-class RandomAgent(Agent):
-    """Random tokens, uniform over the vocabulary: the least that any agent can do.
+class Sampling(_Blind):
+    """One response from the language model: the baseline that every search has to beat.
 
-    It asks neither the language model for tokens nor the reward model for scores, so it spends
-    nothing. The arguments are those of `Agent`.
+    `params=SamplingParams(temperature=0)` is greedy decoding. No reward model is needed.
     """
+
+    name = "sampling"
+
+    async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
+        """Sample once."""
+        [completion] = await self.complete(state, 1, ledger, seed)
+        return completion
+
+
+class RandomAgent(_Blind):
+    """Random tokens, uniform over the vocabulary: the least that any agent can do, for nothing."""
 
     name = "random"
 
@@ -51,18 +73,110 @@ class RandomAgent(Agent):
         ended = [length for length, token in enumerate(ids, 1) if token in lm.stop_token_ids]
         ids = ids[: min(ended, default=room)]
         chunk = ChunkRules(lm.vocab_size, lm.stop_token_ids, room).chunk(ids)
-        return Completion(transition(state, chunk, self._limit(state)))
+        return Completion(transition(state, chunk, self.response_limit(state)))
 
-    def choose(
-        self,
-        states: Sequence[TextState],
-        candidates: Sequence[Sequence[Chunk]],
-        budget: Budget | None = None,
-        *,
-        seed: int = 0,
-    ) -> list[Choice]:
-        """Choose each candidate with the same probability."""
-        return [
-            Choice(int(stream(seed, state, 0).integers(len(row))), (None,) * len(row), Usage())
-            for state, row in zip(states, candidates, strict=True)
-        ]
+    def _index(self, state: TextState, count: int, seed: int) -> int:
+        return int(stream(seed, state, 0).integers(count))
+
+
+@dataclass(eq=False, kw_only=True)
+class BestOfN(Planner):
+    """Sample responses until there are N or the budget allows no more; keep the best.
+
+    A response is only begun if it could be finished and scored at its longest. What short responses
+    leave over is spent on more of them. Sample k of a prompt is the same whatever N is, so a larger
+    budget never gives a lower score. A response that was drawn before is not scored again.
+
+    With `keep` below 1 hopeless samples are pruned: all of them are drawn chunk by chunk, and after
+    each chunk the share `keep` with the highest values goes on.
+
+    With a `target` sampling ends with the wave in which a response scores as much. Waves begin with
+    one response and double.
+
+    Source of the pruning: Sun et al., "Fast Best-of-N Decoding via Speculative Rejection", 2024.
+    Deviation: there a share is dropped whenever memory is full, here after every chunk.
+
+    Args:
+        value_model: Says which samples are hopeless where `keep` is below 1.
+        n: N; None takes as many as the budget allows, or 4 (the article's number) without one.
+        keep: Share of the samples that goes on after each chunk, above 0 and up to 1.
+        target: The score from which on a response is good enough; None draws all of them.
+
+    The other arguments are those of every `Planner`; `chunk_tokens` lie between prunings.
+    """
+
+    name = "best-of-n"
+
+    n: int | None = None
+    keep: float = 1.0
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(n=self.n)
+        check_target(self.target)
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep: expected a share above 0 and up to 1, got {self.keep}.")
+        if self.keep < 1 and self.value_model is None:
+            raise ValueError(
+                f"keep={self.keep}: expected a value model that says which samples are hopeless, "
+                "got none. Pass one, or keep=1.0."
+            )
+        if self.keep < 1 and self.target is not None:
+            raise ValueError(
+                f"Expected keep=1.0 with a target, got keep={self.keep}: samples that are pruned "
+                "are drawn together, so there is nothing to end early."
+            )
+
+    async def plan(self, search: Search) -> None:
+        """Sample one wave after the other, or one set of samples that is pruned."""
+        root, wanted = search.tree.root, self.n
+        if wanted is None and not search.is_capped:
+            wanted = _N_WITHOUT_BUDGET
+        if self.keep < 1:
+            await self._pruned(search, wanted)
+            return
+        while (wanted is None or root.samples < wanted) and not search.has_reached(self.target):
+            most = _MOST_A_WAVE if self.target is None else min(max(1, root.samples), _MOST_A_WAVE)
+            left = most if wanted is None else min(wanted - root.samples, most)
+            [row] = await search.expand([Expansion(root, left)])
+            if wanted is None or not row:
+                return
+
+    def values(self) -> ValueModel | None:
+        """The value model, where there is pruning."""
+        return self.value_model if self.keep < 1 else None
+
+    def _most_at_once(self, state: TextState, budget: Budget) -> int:
+        """Samples that are not pruned have nothing in common but the prompt."""
+        return MOST_AT_ONCE if self.keep == 1 else super()._most_at_once(state, budget)
+
+    async def _pruned(self, search: Search, wanted: int | None) -> None:
+        root = search.tree.root
+        if wanted is not None and root.samples >= wanted:
+            return
+        if search.is_capped:
+            # More would be begun than can be finished.
+            most = self._affordable(search)
+            wanted = most if wanted is None else min(wanted, most)
+        assert wanted is not None
+        frontier = [root] * max(1, wanted)
+        while frontier:
+            rows = await search.expand(
+                Expansion(node, count, self.chunk_tokens)
+                for node, count in Counter(frontier).items()
+            )
+            drawn = [node for row in rows for node in row if not node.is_terminal]
+            # 0.28 x 25 is a little above 7 in floating point.
+            kept = math.ceil(self.keep * len(drawn) - 1e-9)
+            # As often as they were drawn.
+            frontier = [best for best in search.ranked(drawn) for _ in range(drawn.count(best))]
+            frontier = frontier[:kept]
+
+    def _affordable(self, search: Search) -> int:
+        """How many samples can be begun if a share of them goes on after each chunk."""
+        root = search.tree.root
+        full = search.width(root, self.chunk_tokens) or 0
+        stages = math.ceil(search.room(root.state) / self.chunk_tokens)
+        shares = sum(self.keep**stage for stage in range(stages))
+        return int(full * stages / shares)

@@ -1,41 +1,205 @@
-"""The one search under all planners: expand, evaluate, stay within the budget, finish.
+"""Planners: agents that search a tree of chunks from each state, round after round.
 
-A planner says which nodes get how many children of what length (`Expansion`); everything else is
-here. So every planner keeps its budget, ends with a complete and scored response, and leaves a tree
-that can be looked at.
+A planner says which nodes of a `SearchTree` get how many children of what length (`Expansion`);
+`Search` draws and evaluates them, keeps the budget, and ends with a complete and scored response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, InitVar, dataclass, replace
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
+from operator import attrgetter
+from typing import Any
 
-from mbrl_text_env.agents.base import affordable, is_binding
-from mbrl_text_env.agents.driver import ask, ask_for_chunks
-from mbrl_text_env.agents.tree import Node, SearchTree
-from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, SamplingParams
+from mbrl_text_env.agents.base import (
+    MOST_AT_ONCE,
+    Agent,
+    Completion,
+    Generation,
+    ask,
+    ask_for_chunks,
+)
+from mbrl_text_env.language_models.base import (
+    LanguageModel,
+    SampleRequest,
+    SamplingParams,
+    Tokenizer,
+    cache_tokens,
+    prefix_of,
+)
+from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardModel,
     reward_model_of,
     reward_usage_bound,
     score_responses,
 )
-from mbrl_text_env.types import Chunk, Ledger, TextState, Usage, response_limit, transition
+from mbrl_text_env.types import (
+    Budget,
+    Chunk,
+    Ledger,
+    Prompt,
+    TextState,
+    Usage,
+    is_terminal,
+    response_limit,
+    transition,
+)
 from mbrl_text_env.values import (
     ValueModel,
+    check_value_fits,
     expected_value_usage,
     predict_values,
     value_usage_bound,
 )
 
+# Chunks that may be drawn one after the other and lead nowhere new before a search gives up: so
+# many, or this many times those that were drawn before. What is new may be rare, and worth it.
+_PATIENCE = 64
+_PERSISTENCE = 8
+# Fewer searches side by side would make batches too small, whatever the cache can hold.
+_FEWEST_AT_ONCE = 8
+
+
+@dataclass(eq=False)
+class Node:
+    """A state that a search has reached.
+
+    Args:
+        index: Its place in `SearchTree.nodes`.
+        parent: The state before, and the `chunk` that leads here from it; None at the root.
+        children: In the order in which they were drawn; a chunk drawn twice is one child.
+        samples: Chunks drawn from here, repetitions included.
+        copies: How often this node was drawn from its parent.
+        value: The value model's mean and its standard deviation `std`, where it was asked.
+        score: The reward of a complete response and its `parts` by name, where it was asked.
+        visits: Visit count, and the `total` of the returns backed up, in searches that count.
+        note: Why the search went on from here, or did not.
+    """
+
+    index: int
+    state: TextState
+    parent: Node | None = None
+    chunk: Chunk | None = None
+    children: list[Node] = field(default_factory=list)
+    samples: int = 0
+    copies: int = 1
+    value: float | None = None
+    std: float = 0.0
+    score: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    visits: int = 0
+    total: float = 0.0
+    note: str = ""
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the response has ended."""
+        return is_terminal(self.state)
+
+    @property
+    def worth(self) -> float | None:
+        """The score of a complete response, the estimated value of a partial one, or None."""
+        return self.score if self.score is not None else self.value
+
+    @property
+    def mean(self) -> float:
+        """Mean of the returns backed up through here; NaN before the first."""
+        return self.total / self.visits if self.visits else float("nan")
+
+    @property
+    def depth(self) -> int:
+        """Chunks from the root."""
+        return sum(1 for _ in self.path()) - 1
+
+    def path(self) -> Iterator[Node]:
+        """This node and those before it, up to the root."""
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+    def logprobs(self) -> tuple[float, ...]:
+        """Log-probability (nats) of each token from the root to here."""
+        chunks = [node.chunk for node in self.path() if node.chunk is not None]
+        return tuple(value for chunk in reversed(chunks) for value in chunk.logprobs)
+
+
+class SearchTree:
+    """All states that a search has reached from one, and which it has `chosen` as the answer."""
+
+    def __init__(self, state: TextState) -> None:
+        self.nodes = [Node(0, state)]
+        self.chosen: Node | None = None
+
+    @property
+    def root(self) -> Node:
+        """Where the search started."""
+        return self.nodes[0]
+
+    def add(self, parent: Node, chunk: Chunk, state: TextState) -> Node:
+        """The child that a drawn chunk leads to; the one that is there if it was drawn before."""
+        parent.samples += 1
+        for child in parent.children:
+            if child.state == state:
+                child.copies += 1
+                return child
+        child = Node(len(self.nodes), state, parent, chunk)
+        self.nodes.append(child)
+        parent.children.append(child)
+        return child
+
+    def complete(self) -> list[Node]:
+        """The complete responses that have a score."""
+        return [node for node in self.nodes if node.score is not None]
+
+    def best(self) -> Node | None:
+        """The complete response with the highest score; the first of equals."""
+        return max(self.complete(), key=attrgetter("score"), default=None)
+
+    def to_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """JSON values: the prompt, and every node with its text, worth, visits and note."""
+        on_path = set() if self.chosen is None else {node.index for node in self.chosen.path()}
+        return {
+            "prompt_id": self.root.state.prompt.id,
+            "prompt": self.root.state.prompt.text,
+            "prefix": tokenizer.decode(self.root.state.response_ids),
+            "chosen": None if self.chosen is None else self.chosen.index,
+            "nodes": [_node_dict(node, tokenizer, on_path) for node in self.nodes],
+        }
+
+
+def _node_dict(node: Node, tokenizer: Tokenizer, on_path: set[int]) -> dict[str, Any]:
+    chunk = node.chunk
+    return {
+        "index": node.index,
+        "parent": None if node.parent is None else node.parent.index,
+        "depth": node.depth,
+        "text": "" if chunk is None else tokenizer.decode(chunk.token_ids),
+        "token_ids": [] if chunk is None else list(chunk.token_ids),
+        "logprob": sum(chunk.logprobs) if chunk is not None and chunk.logprobs else None,
+        "response_tokens": len(node.state.response_ids),
+        "finish_reason": node.state.finish_reason,
+        "copies": node.copies,
+        "value": node.value,
+        "std": node.std if node.value is not None else None,
+        "score": node.score,
+        "parts": dict(node.parts),
+        "visits": node.visits,
+        "mean": node.mean if node.visits else None,
+        "chosen": node.index in on_path,
+        "note": node.note,
+    }
+
 
 @dataclass(frozen=True)
 class Expansion:
-    """Children that a node is to get.
+    """Children that a node is to get, which has not ended: `count` chunks.
 
     Args:
-        node: A node that has not ended.
-        count: Chunks to draw, at least 1.
         tokens: Most tokens of a chunk; None draws to the end of the response.
         params: How they are drawn; None for the search's own.
         valued: Whether partial responses among them are valued.
@@ -50,17 +214,9 @@ class Expansion:
 
 @dataclass(eq=False)
 class Search:
-    """One state's search: a tree, what evaluates its nodes, and the ledger that pays for it.
+    """A search from a state that has not ended: a tree, what evaluates it, the ledger that pays.
 
-    Args:
-        state: Where it starts; it has not ended.
-        language_model: Draws chunks.
-        reward_model: Scores complete responses.
-        value_model: Estimates the final reward of partial ones; None leaves them without.
-        ledger: Charged for everything.
-        seed: All chunks follow from it, their node's tokens and their number.
-        params: How chunks are drawn.
-        max_response_tokens: Token limit of a response.
+    All chunks follow from the seed, their node's tokens and their number.
 
     Attributes:
         tree: What was found so far.
@@ -69,13 +225,6 @@ class Search:
         limit: Most tokens of a response to this prompt.
         is_capped: Whether the budget ends a search that goes on and on.
         is_short: Whether the budget did not allow all that was asked for in this round.
-
-    Example:
-        >>> async def greedy(search):  # two candidates a chunk, the better one is kept
-        ...     frontier = [search.tree.root]
-        ...     while frontier:
-        ...         [row] = await search.expand([Expansion(frontier[0], 2, tokens=16)])
-        ...         frontier = search.ranked(row)[:1]
     """
 
     state: InitVar[TextState]
@@ -95,33 +244,31 @@ class Search:
         self.is_short = False
         self._scores: dict[tuple[int, ...], tuple[float, dict[str, float]]] = {}
         self.limit = response_limit(state, self.language_model, max_response_tokens)
-        self.is_capped = is_binding(self.ledger.budget, self.finish_usage(self.tree.root))
+        # A cap on something that costs nothing here is none: the search would not end.
+        endless = self.finish_usage(self.tree.root.state) * 1_000_000
+        budget = self.ledger.budget
+        self.is_capped = budget.seconds is not None or not Ledger(budget).affords(endless)
 
-    def room(self, node: Node) -> int:
-        """Tokens that a node's response can still have; 0 where it has ended."""
-        return 0 if node.is_terminal else max(0, self.limit - len(node.state.response_ids))
+    def room(self, state: TextState) -> int:
+        """Tokens that a response can still have; 0 where it has ended."""
+        return 0 if is_terminal(state) else max(0, self.limit - len(state.response_ids))
 
     async def expand(self, expansions: Iterable[Expansion]) -> list[list[Node]]:
         """Draw chunks, add what they lead to, score what is complete and value the rest.
 
         Where the budget does not allow all of it, every expansion gets fewer chunks, and then the
         last ones get none. As long as there is no complete response, what finishing one takes is
-        kept back.
-
-        Returns:
-            The children drawn for each expansion, at most `count`; one that was drawn twice stands
-            there twice.
+        kept back. Returned are the children of each expansion; one drawn twice stands twice.
         """
         wanted = list(expansions)
         counts = self._affordable_counts(wanted)
         self.is_short |= sum(counts) < sum(expansion.count for expansion in wanted)
-        rows: list[list[Node]] = [[] for _ in wanted]
-        places = [i for i, count in enumerate(counts) if count]
-        if not places:
-            return rows
-        drawn = await self._chunks([(wanted[i], counts[i]) for i in places])
-        for i, chunks in zip(places, drawn, strict=True):
-            rows[i] = [self._added(wanted[i].node, chunk) for chunk in chunks]
+        pairs = list(zip(wanted, counts, strict=True))
+        drawn = iter(await self._chunks([pair for pair in pairs if pair[1]]) if any(counts) else ())
+        rows = [
+            [self._added(expansion.node, chunk) for chunk in next(drawn)] if count else []
+            for expansion, count in pairs
+        ]
         self.drawn += sum(map(len, rows))
         await self.evaluate(
             node
@@ -151,11 +298,7 @@ class Search:
         return sorted(partial(nodes), key=_value, reverse=True)
 
     async def finish(self) -> Node:
-        """Return the best complete response.
-
-        If there is none, the best partial one is finished, and what the budget still allows is
-        spent as best-of-N would: values may have cost more than it held, and left most of it.
-        """
+        """The best complete response; without one, the best partial one and more are finished."""
         root = self.tree.root
         if self.tree.best() is None:
             node = self._most_promising()
@@ -173,88 +316,74 @@ class Search:
     def has_reached(self, target: float | None) -> bool:
         """Whether a complete response scores at least `target`; False where that is None."""
         best = self.tree.best()
-        if target is None or best is None or best.score is None:
-            return False
-        return best.score >= target
+        return target is not None and best is not None and (best.score or 0.0) >= target
 
-    def width(self, node: Node, tokens: int | None, at_most: int = 4096) -> int | None:
-        """About how many candidates a chunk the budget allows from a node to the end.
+    def width(self, node: Node, tokens: int | None) -> int | None:
+        """About how many candidates a chunk the budget allows from a node to the end, up to 4096.
 
-        None where no cap says: there is none, or only one on seconds.
-
-        Args:
-            node: Where the candidates start.
-            tokens: Tokens of a chunk, each of which is evaluated; None for whole responses.
-            at_most: The largest answer wanted.
+        None where no cap says: there is none, or only one on seconds. Each chunk of `tokens` is
+        evaluated; None stands for whole responses.
         """
-        path = self.path_usage(node, tokens)
-        caps = vars(self.ledger.budget)
-        counted = (name for name, amount in path.capped.items() if amount > 0 and name != "seconds")
-        if not self.is_capped or all(caps[name] is None for name in counted):
-            return None
-        count = affordable(self.ledger, lambda count: path * count, at_most)
-        self.is_short |= not count
-        return count
-
-    def path_usage(self, node: Node, tokens: int | None) -> Usage:
-        """About what one response is charged that goes on from a node in chunks of `tokens`."""
-        room, new = self.room(node), self._drawing_usage(node)
+        room, path = self.room(node.state), self._drawing_usage(node.state)
         lengths = range(tokens or room, room, tokens or room)
         if self.value_model is not None and lengths:
             # What a value takes grows about evenly with the length: the ends tell of all.
             half = len(lengths) // 2
             for at, count in ((0, len(lengths) - half), (-1, half)):
                 state = _stand_in(node.state, lengths[at])
-                new += expected_value_usage(self.value_model, state) * count
+                path += expected_value_usage(self.value_model, state) * count
         complete = _stand_in(node.state, room)
         text = self.language_model.decode(complete.response_ids)
-        return new + self.reward_model.usage(complete.prompt, text)
+        path += self.reward_model.usage(complete.prompt, text)
+        caps = vars(self.ledger.budget)
+        counted = (name for name, amount in path.capped.items() if amount > 0 and name != "seconds")
+        if not self.is_capped or all(caps[name] is None for name in counted):
+            return None
+        count = affordable(self.ledger, lambda count: path * count, 4096)
+        self.is_short |= not count
+        return count
 
     def value_tokens(self, node: Node) -> float:
-        """About what valuing a partial response after a node costs, in generated tokens.
-
-        0 without a value model, or where one of the two says nothing of its FLOPs.
-        """
-        room, drawing = self.room(node), self._drawing_usage(node).flops
+        """About what valuing a response after a node costs, in generated tokens; 0 if unknown."""
+        room, drawing = self.room(node.state), self._drawing_usage(node.state).flops
         if self.value_model is None or not drawing > 0:
             return 0.0
         halfway = _stand_in(node.state, room // 2)
         return expected_value_usage(self.value_model, halfway).flops * room / drawing
 
-    def finish_usage(self, node: Node) -> Usage:
-        """The most that finishing a node's response and scoring it is charged."""
-        return self._finish_usage(node.state, self.room(node))
+    def finish_usage(self, state: TextState) -> Usage:
+        """The most that finishing a response and scoring it is charged."""
+        if not (room := self.room(state)):
+            return Usage()
+        usage = self.language_model.usage_bound(len(prefix_of(state)), [room])
+        return usage + reward_usage_bound(self.reward_model)
 
     async def _score(self, complete: Sequence[Node]) -> None:
         """Score complete responses; one that was reached before on another way is known."""
-        by_ids: dict[tuple[int, ...], list[Node]] = {}
-        for node in complete:
-            by_ids.setdefault(node.state.response_ids, []).append(node)
-        new = [ids for ids in by_ids if ids not in self._scores]
+        ids = dict.fromkeys(node.state.response_ids for node in complete)
+        new = [each for each in ids if each not in self._scores]
         if new:
             scores = await ask(
                 score_responses,
                 self.reward_model,
                 prompts=[self.tree.root.state.prompt] * len(new),
-                responses=[self.language_model.decode(ids) for ids in new],
+                responses=[self.language_model.decode(each) for each in new],
                 ledgers=[self.ledger] * len(new),
             )
-            for i, ids in enumerate(new):
-                self._scores[ids] = float(scores.total[i]), scores.parts_of(i)
-        for ids, nodes in by_ids.items():
-            for node in nodes:
-                node.score, node.parts = self._scores[ids]
+            for i, each in enumerate(new):
+                self._scores[each] = float(scores.total[i]), scores.parts_of(i)
+        for node in complete:
+            node.score, node.parts = self._scores[node.state.response_ids]
 
     async def _chunks(self, counted: Sequence[tuple[Expansion, int]]) -> list[list[Chunk]]:
         """Draw so many chunks for each; no chunk number of a node is asked for twice."""
         first = {expansion.node: expansion.node.samples for expansion, _ in counted}
         requests = []
-        for expansion, count in counted:
-            node, length, params = expansion.node, self._length(expansion), self._params(expansion)
-            requests.append(
-                SampleRequest(node.state, count, length, self.seed, first[node], params)
-            )
-            first[node] += count
+        for each, count in counted:
+            state, length, start = each.node.state, self._length(each), first[each.node]
+            params = self._params(each)
+            requests.append(SampleRequest(state, count, length, self.seed, start, params))
+            first[each.node] += count
         ledgers = [self.ledger] * len(requests)
         rows: list[list[Chunk]] = await ask_for_chunks(self.language_model, requests, ledgers)
         return rows
@@ -272,67 +401,159 @@ class Search:
             return [min(expansion.count, cap) for expansion in wanted]
 
         def leading(number: int) -> list[int]:
-            return [1 if i < number else 0 for i in range(len(wanted))]
+            return [int(i < number) for i in range(len(wanted))]
 
         most = max((expansion.count for expansion in wanted), default=0)
         cap = affordable(self.ledger, lambda c: self._cost(wanted, capped(c)), most)
         if cap:
             return capped(cap)
-        number = affordable(self.ledger, lambda n: self._cost(wanted, leading(n)), len(wanted))
-        return leading(number)
+        count = len(wanted)
+        return leading(affordable(self.ledger, lambda n: self._cost(wanted, leading(n)), count))
 
     def _cost(self, wanted: Sequence[Expansion], counts: Sequence[int]) -> Usage:
         """The most that drawing and evaluating is charged, and finishing one response after it."""
-        total, reserve = Usage(), None
+        total, ends = Usage(), []
         for expansion, count in zip(wanted, counts, strict=True):
-            if not count:
-                continue
-            node, length = expansion.node, self._length(expansion)
-            total += self.language_model.usage_bound(_size(node.state), [length] * count)
-            total += self._evaluation_bound(expansion) * count
-            left = self._finish_usage(_stand_in(node.state, length), self.room(node) - length)
-            if reserve is None or left.generated_tokens < reserve.generated_tokens:
-                reserve = left
-        if reserve is None or self.tree.best() is not None:
+            if count:
+                state, length = expansion.node.state, self._length(expansion)
+                prefix = len(prefix_of(state))
+                total += self.language_model.usage_bound(prefix, [length] * count)
+                total += self._evaluation_bound(expansion) * count
+                ends.append(self.finish_usage(_stand_in(state, length)))
+        if not ends or self.tree.best() is not None:
             return total
-        return total + reserve
+        return total + min(ends, key=lambda usage: usage.generated_tokens)
 
     def _evaluation_bound(self, expansion: Expansion) -> Usage:
         """The most that evaluating one child is charged: a score if it ends, or else a value."""
-        bound = reward_usage_bound(self.reward_model)
-        length = self._length(expansion)
-        if self.value_model is None or not expansion.valued or length == self.room(expansion.node):
+        bound, length = reward_usage_bound(self.reward_model), self._length(expansion)
+        state = expansion.node.state
+        if self.value_model is None or not expansion.valued or length == self.room(state):
             return bound
         # A stop text can end a chunk after its first token, and what is left to roll out is longer.
-        lengths = (1, length) if self._params(expansion).stop else (length,)
-        for tokens in lengths:
-            after = _stand_in(expansion.node.state, tokens)
-            bound = bound.maximum(value_usage_bound(self.value_model, after))
+        for tokens in {length, 1} if self._params(expansion).stop else {length}:
+            after = value_usage_bound(self.value_model, _stand_in(state, tokens))
+            bound = bound.maximum(after)
         return bound
 
-    def _finish_usage(self, state: TextState, room: int) -> Usage:
-        if room <= 0:
-            return Usage()
-        usage = self.language_model.usage_bound(_size(state), [room])
-        return usage + reward_usage_bound(self.reward_model)
-
-    def _drawing_usage(self, node: Node) -> Usage:
+    def _drawing_usage(self, state: TextState) -> Usage:
         """What drawing the rest of a response is charged, its prefix left out."""
-        usage, prefix = self.language_model.usage_bound, _size(node.state)
-        return usage(prefix, [self.room(node)]) - usage(prefix, [])
+        usage, prefix = self.language_model.usage_bound, len(prefix_of(state))
+        return usage(prefix, [self.room(state)]) - usage(prefix, [])
 
     def _length(self, expansion: Expansion) -> int:
-        room = self.room(expansion.node)
+        room = self.room(expansion.node.state)
         return room if expansion.tokens is None else min(expansion.tokens, room)
 
     def _most_promising(self) -> Node:
         """The partial response of highest value that can be finished within the budget."""
         nodes = [node for node in self.tree.nodes if not node.is_terminal]
         for node in sorted(nodes, key=lambda n: (_value(n), n.depth), reverse=True):
-            if self.ledger.affords(self.finish_usage(node)):
+            if self.ledger.affords(self.finish_usage(node.state)):
                 return node
         # Time has run out: the nearest end.
-        return min(nodes, key=self.room)
+        return min(nodes, key=lambda node: self.room(node.state))
+
+
+@dataclass(eq=False)
+class Planner(Agent):
+    """An agent that searches a tree; a subclass implements `plan`, one round of its search.
+
+    Without a budget there is one round. Under one, rounds are repeated in the same tree until what
+    is left does not afford another response, or many chunks in a row (64, or 8 times those before)
+    lead only to states that are known. Where a round is too expensive and a response is not, plain
+    samples spend the rest. The answer is the best of all complete responses that were paid for, so
+    a misleading value costs samples, never a better response that was seen.
+
+    All planners take the arguments of `Agent` (the reward model is a must) and a `value_model`,
+    which estimates the final reward of partial responses; a number out of range is a ValueError.
+
+    Example:
+        >>> class Deepening(Planner):  # three samples of one token, the best of them finished
+        ...     name = "deepening"
+        ...     async def plan(self, search):
+        ...         [row] = await search.expand([Expansion(search.tree.root, 3, tokens=1)])
+        ...         await search.expand(Expansion(node) for node in search.ranked(row)[:1])
+    """
+
+    reward_model: Any = field()
+    value_model: ValueModel | None = None
+    _watched: dict[TextState, SearchTree] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # None is no reward to plan for.
+        self.reward_model = as_reward_model(self.reward_model)
+        super().__post_init__()
+        check_value_fits(self.value_model, self.language_model, self.reward_model)
+
+    @abstractmethod
+    async def plan(self, search: Search) -> None:
+        """Search for one round; `search.expand` returns fewer children when the budget ends."""
+
+    async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
+        """Plan in rounds; see `Agent.search`."""
+        search = Search(
+            state,
+            self.language_model,
+            self.reward_model,
+            self.values(),
+            ledger=ledger,
+            seed=seed,
+            params=self.params,
+            max_response_tokens=self.max_response_tokens,
+        )
+        idle, going = 0, True
+        while going:
+            known, drawn = len(search.tree.nodes), search.drawn
+            search.is_short = False
+            await self.plan(search)
+            search.round += 1
+            if search.is_capped and search.is_short and len(search.tree.nodes) == known:
+                await search.expand([Expansion(search.tree.root)])
+            new = search.drawn - drawn
+            idle = 0 if len(search.tree.nodes) > known else idle + new
+            patience = max(_PATIENCE, _PERSISTENCE * (search.drawn - idle))
+            going = search.is_capped and new > 0 and idle < patience
+        found = await search.finish()
+        if self._watched is not None:
+            self._watched[state] = search.tree
+        return Completion(found.state, found.logprobs(), found.score, found.parts)
+
+    def explore(
+        self, prompts: Sequence[Prompt], budget: Budget | None = None, *, seed: int = 0
+    ) -> list[tuple[Generation, SearchTree]]:
+        """`generate` for different prompts, with the tree behind each answer."""
+        watched = copy.copy(self)
+        watched._watched = {}
+        generations = watched.generate(prompts, budget, seed=seed)
+        trees = {state.prompt.id: tree for state, tree in watched._watched.items()}
+        if twice := len(prompts) - len(trees):
+            raise ValueError(
+                f"explore: expected different prompts, got {twice} of {len(prompts)} more than "
+                "once. Leave out the repetitions."
+            )
+        return [(generation, trees[generation.prompt.id]) for generation in generations]
+
+    def response_usage(self, state: TextState) -> Usage:
+        """The most that one scored response from `state` is charged."""
+        return super().response_usage(state) + reward_usage_bound(self.reward_model)
+
+    def values(self) -> ValueModel | None:
+        """What values partial responses in a search; None where nothing does."""
+        return self.value_model
+
+    def _most_at_once(self, state: TextState, budget: Budget) -> int:
+        """Searches whose texts the prefix cache can hold, about; more would drive out their own."""
+        kept = cache_tokens(self.language_model)
+        prefix = len(prefix_of(state))
+        caps: list[float] = [] if budget.tokens is None else [budget.tokens]
+        if budget.flops is not None:
+            usage = self.language_model.usage_bound
+            each = (usage(prefix, [1]) - usage(prefix, [])).flops
+            caps += [budget.flops / each] if each > 0 else []
+        if not kept or not caps:
+            return MOST_AT_ONCE
+        return max(_FEWEST_AT_ONCE, min(MOST_AT_ONCE, int(kept / (prefix + min(caps)))))
 
 
 def partial(nodes: Iterable[Node]) -> list[Node]:
@@ -340,23 +561,23 @@ def partial(nodes: Iterable[Node]) -> list[Node]:
     return [node for node in dict.fromkeys(nodes) if not node.is_terminal]
 
 
-def shares(total: int, count: int) -> list[int]:
-    """`total` in `count` parts that differ by at most 1, the larger ones first.
+def affordable(ledger: Ledger, cost: Callable[[int], Usage], at_most: int) -> int:
+    """The largest count from 0 to `at_most` whose cost, which grows, the ledger affords."""
+    low, high = 0, at_most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if ledger.affords(cost(middle)) else (low, middle - 1)
+    return low
 
-    Example:
-        >>> shares(5, 3)
-        [2, 2, 1]
-    """
-    each, more = divmod(total, count)
-    return [each + (i < more) for i in range(count)]
+
+def check_target(target: float | None) -> None:
+    """Raise a ValueError for a target that no score reaches because it is not a number."""
+    if target is not None and math.isnan(target):
+        raise ValueError("target: expected a score, or None to spend the whole budget, got nan.")
 
 
 def _value(node: Node) -> float:
     return float("-inf") if node.value is None else node.value
-
-
-def _size(state: TextState) -> int:
-    return len(state.prompt_ids) + len(state.response_ids)
 
 
 def _stand_in(state: TextState, new_tokens: int) -> TextState:

@@ -119,7 +119,7 @@ class MethodOptions:
 
     def lora_settings(self, seed: int) -> Any:
         """The `LoraSettings`."""
-        from mbrl_text_env.rewards.learning.reward_trainer import LoraSettings
+        from mbrl_text_env.rewards.learning.fitting import LoraSettings
 
         return LoraSettings(
             base=self.model,
@@ -162,7 +162,7 @@ def fit_command(
     shared: dict[str, Any] = {"held_out": held_out, "name": name, "data_name": data_name}
     with console.status(f"Fitting on {len(rows)} {'records' if data.is_scored else 'pairs'}"):
         if how.method == "lora":
-            from mbrl_text_env.rewards.learning.reward_trainer import fit_lora
+            from mbrl_text_env.rewards.learning.fitting import fit_lora
 
             reward = fit_lora(rows, out, how.lora_settings(seed), **shared)
         else:

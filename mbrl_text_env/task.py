@@ -148,7 +148,7 @@ class TextTask:
         self.reward: RewardMode = reward
         self.action_format: ActionFormat = action_format
         self.observation: ObservationMode = observation
-        self._part_names = rewards.part_names(self.reward_model) or ()
+        self._part_names = self.reward_model.part_names or ()
         self.max_response_tokens = max_response_tokens
         self.rules = ChunkRules(
             self.tokenizer.vocab_size, self.tokenizer.stop_token_ids, max_chunk_tokens

@@ -5,27 +5,26 @@ from mbrl_text_env._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "answers": ["collect_answers"],
-        "expert_iteration": ["ExpertIteration"],
-        "filters": [
+        "answers": [
             "FilterError",
             "FilterSettings",
             "at_least",
             "best_of_prompt",
+            "collect_answers",
             "correct_only",
             "select",
             "top_fraction",
             "without_duplicates",
         ],
-        "fine_tuning": [
+        "expert_iteration": ["ExpertIteration"],
+        "lora": [
+            "AdapterSettings",
             "FineTuneReport",
             "FineTuneSettings",
-            "Improvement",
-            "Improver",
-            "LoraImprover",
+            "check_base",
             "fine_tune",
+            "serve",
         ],
-        "lora": ["AdapterSettings", "check_base", "serve"],
         "presets": [
             "LoopSettings",
             "LoopSettingsError",
@@ -49,7 +48,7 @@ __getattr__, __dir__, __all__ = attach(
             "divergence",
             "diversity",
         ],
-        "stages": ["LoopError", "NoSignalError"],
+        "stages": ["Improvement", "Improver", "LoopError", "LoraImprover", "NoSignalError"],
         "training": ["TuningError"],
     },
 )

@@ -1,24 +1,31 @@
-"""Scored answers of any agent to many prompts, with a second try for those who need a hint."""
+"""Scored answers of any agent to many prompts, and which of them a policy is to be tuned on."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
-from mbrl_text_env.agents.base import Agent, Completion
+import numpy as np
+
+from mbrl_text_env.agents.base import Agent, Completion, run
 from mbrl_text_env.agents.collection import record_of
-from mbrl_text_env.agents.driver import run
-from mbrl_text_env.agents.learning.filters import CORRECT
+from mbrl_text_env.agents.learning.training import expect
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.records import RecordWriter
+from mbrl_text_env.records import Record, RecordWriter
 from mbrl_text_env.rewards.base import RewardError, isolate_failures
-from mbrl_text_env.types import Budget, Ledger, Prompt, TextState, Usage, initial
+from mbrl_text_env.types import Budget, Ledger, Prompt, Usage, initial
 
 HINTED = "+hint"
 """Ends the agent's name in records of answers that were found with a hint."""
+
+CORRECT = 1.0
+"""Score of a correct response under the verifiable rewards."""
 
 Hint = Callable[[Prompt], Prompt | None]
 """A prompt with a hint, with the same id and metadata; None where there is nothing to tell."""
@@ -47,21 +54,15 @@ def collect_answers(
         answers: To each prompt, of different seeds.
         budget: Caps on each answer.
         batch_prompts: Prompts that are answered together.
-        seed: The answers follow from it.
         hint: Where no answer to a prompt is correct (`CORRECT`), it is answered as often again with
             this hint. The record is then of the prompt without the hint, its agent's name ends in
             `HINTED`, and it has no log-probabilities, for these would be of another prompt.
         ledger: Is charged for all.
 
     Returns:
-        The error of each prompt that was left out, by its id.
-
-    Raises:
-        RewardError: Not one prompt could be scored.
-        BudgetError: The budget allows no complete response.
+        The error of each prompt that was left out, by its id. If that is all, a `RewardError`.
     """
-    ledger = Ledger() if ledger is None else ledger
-    collecting = _Collecting(agent, writer, answers, budget, ledger)
+    collecting = _Collecting(agent, writer, answers, budget, ledger or Ledger())
     for start in range(0, len(prompts), batch_prompts):
         batch = prompts[start : start + batch_prompts]
         done = collecting.write([(prompt, prompt) for prompt in batch], seed, agent.name)
@@ -98,8 +99,7 @@ class _Collecting:
     def write(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int, name: str) -> set[str]:
         """Answer each first prompt by asking the second, and write the answers.
 
-        Returns:
-            The prompts that have a correct answer, or none at all.
+        Returns the prompts that have a correct answer, or none at all.
         """
         rows = isolate_failures(lambda some: self._answered(some, seed), pairs)
         done = set()
@@ -126,12 +126,17 @@ class _Collecting:
             seeds = [spawn_seed(seed, 0, k) for k in range(self.answers)]
             rounds = [agent.generate(asked, self.budget, seed=own) for own in seeds]
             rows = [[(g.completion, g.usage) for g in row] for row in zip(*rounds, strict=True)]
-        return self._scored(
-            [
-                [(self._of(completion, first, second), usage) for completion, usage in row]
-                for (first, second), row in zip(pairs, rows, strict=True)
-            ]
-        )
+        for (prompt, told), row in zip(pairs, rows, strict=True):
+            if told is not prompt:
+                # The same response as an answer to the prompt that was not told anything.
+                ids = agent.language_model.encode_prompt(prompt)
+                own: dict[str, Any] = {"prompt_ids": ids, "logprob": None}
+                row[:] = [
+                    (Completion(replace(found.state, prompt=prompt, **own)), usage)
+                    for found, usage in row
+                ]
+        self._score(rows)
+        return rows
 
     def _sampled(self, prompts: Sequence[Prompt], seed: int) -> list[Row]:
         """All answers of a prompt in one call, which computes the prompt once."""
@@ -146,27 +151,17 @@ class _Collecting:
             for row, ledger in zip(rows, ledgers, strict=True)
         ]
 
-    def _of(self, completion: Completion, prompt: Prompt, asked: Prompt) -> Completion:
-        """The same response as an answer to the prompt that was not told anything."""
-        if asked is prompt:
-            return completion
-        told = completion.state
-        ids = self.agent.language_model.encode_prompt(prompt)
-        state = TextState(prompt, ids, told.response_ids, told.finish_reason, told.chunk_ends)
-        return Completion(state)
-
-    def _scored(self, rows: Sequence[Row]) -> list[Row]:
+    def _score(self, rows: Sequence[Row]) -> None:
         """Score what has no score yet; what that takes is added to each answer's usage."""
-        plain = [answer for row in rows for answer in row]
-        missing = [i for i, (completion, _) in enumerate(plain) if completion.score is None]
-        if missing:
-            ledgers = [Ledger() for _ in missing]
-            alone = zip(missing, ledgers, strict=True)
-            found = run([partial(self.agent.scored, [plain[i][0]], own) for i, own in alone])
-            for i, [completion], ledger in zip(missing, found, ledgers, strict=True):
-                plain[i] = completion, plain[i][1] + ledger.usage
-        numbered = iter(plain)
-        return [[next(numbered) for _ in row] for row in rows]
+        places = [(row, k) for row in rows for k, (found, _) in enumerate(row)]
+        places = [(row, k) for row, k in places if row[k][0].score is None]
+        if not places:
+            return
+        ledgers = [Ledger() for _ in places]
+        alone = zip(places, ledgers, strict=True)
+        scored = run([partial(self.agent.scored, [row[k][0]], own) for (row, k), own in alone])
+        for (row, k), [completion], ledger in zip(places, scored, ledgers, strict=True):
+            row[k] = completion, row[k][1] + ledger.usage
 
 
 def _share(usage: Usage, parts: int, index: int) -> Usage:
@@ -178,3 +173,117 @@ def _share(usage: Usage, parts: int, index: int) -> Usage:
         else:
             amounts[name] = amount / parts
     return Usage(**amounts)
+
+
+# Filters: functions from records to records that keep their order. Of equal scores the first is
+# taken.
+
+
+class FilterError(ValueError):
+    """A filter that leaves too little to learn from, or whose settings are out of range."""
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """A chain of filters, applied in the order of the fields; None leaves one out.
+
+    Args:
+        distinct: Drop responses to a prompt that are token for token one that came before.
+        threshold: Least score, itself included. For correct responses only, `CORRECT`.
+        top_fraction: Share of all responses, the highest scores, above 0 and up to 1.
+        best_of_prompt: Most responses to each prompt, the highest scores.
+
+    Example:
+        >>> FilterSettings(threshold=CORRECT, best_of_prompt=1)
+        FilterSettings(distinct=True, threshold=1.0, top_fraction=None, best_of_prompt=1)
+    """
+
+    distinct: bool = True
+    threshold: float | None = None
+    top_fraction: float | None = None
+    best_of_prompt: int | None = None
+
+    def __post_init__(self) -> None:
+        check = partial(expect, self, error=FilterError)
+        least, share, most = self.threshold, self.top_fraction, self.best_of_prompt
+        check("threshold", least is None or math.isfinite(least), "a finite score")
+        check("top_fraction", share is None or 0 < share <= 1, "a share above 0 and up to 1")
+        check("best_of_prompt", most is None or most >= 1, "at least 1")
+
+
+def select(records: Sequence[Record], settings: FilterSettings) -> list[Record]:
+    """Apply a chain of filters; fewer than two responses that are left are a `FilterError`."""
+    kept = list(records)
+    if settings.distinct:
+        kept = without_duplicates(kept)
+    num_distinct = len(kept)
+    if settings.threshold is not None:
+        kept = at_least(kept, settings.threshold)
+    if settings.top_fraction is not None:
+        kept = top_fraction(kept, settings.top_fraction)
+    if settings.best_of_prompt is not None:
+        kept = best_of_prompt(kept, settings.best_of_prompt)
+    if len(kept) < 2:
+        raise FilterError(
+            f"Expected a filter that leaves at least two responses, got {len(kept)} of "
+            f"{len(records)} ({num_distinct} of them different) with {settings}. "
+            f"{scores_described(records)} Lower the threshold, raise top_fraction or "
+            "best_of_prompt, or collect more responses, or with a stronger planner."
+        )
+    return kept
+
+
+def at_least(records: Sequence[Record], threshold: float) -> list[Record]:
+    """Responses with a score of `threshold` or more."""
+    return [record for record in records if record.score >= threshold]
+
+
+def correct_only(records: Sequence[Record]) -> list[Record]:
+    """Responses that a verifiable reward calls correct (`CORRECT`)."""
+    return at_least(records, CORRECT)
+
+
+def top_fraction(records: Sequence[Record], fraction: float) -> list[Record]:
+    """The share of all responses with the highest scores, rounded up.
+
+    Prompts whose responses score high in general get more of it; `best_of_prompt` treats all
+    prompts alike.
+    """
+    # 0.1 x 30 is a little above 3 in floating point.
+    count = math.ceil(fraction * len(records) - 1e-9)
+    return [records[i] for i in sorted(_ranked(records)[:count])]
+
+
+def best_of_prompt(records: Sequence[Record], n: int = 1) -> list[Record]:
+    """The n responses to each prompt with the highest scores."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    for i in _ranked(records):
+        rows[records[i].prompt_id].append(i)
+    return [records[i] for i in sorted(i for row in rows.values() for i in row[:n])]
+
+
+def without_duplicates(records: Sequence[Record]) -> list[Record]:
+    """The first of each prompt's responses with the same tokens."""
+    first: dict[tuple[str, tuple[int, ...]], Record] = {}
+    for record in records:
+        first.setdefault((record.prompt_id, record.response_ids), record)
+    return list(first.values())
+
+
+def scores_described(records: Sequence[Record]) -> str:
+    """The distribution of scores, in a sentence."""
+    if not records:
+        return "There are no scores."
+    scores = [record.score for record in records]
+    low, lower, middle, upper, high = np.quantile(scores, [0, 0.25, 0.5, 0.75, 1])
+    [(common, count)] = Counter(scores).most_common(1)
+    return (
+        f"The {len(scores)} scores of {len({r.prompt_id for r in records})} prompts go from "
+        f"{low:.4g} to {high:.4g}, quartiles {lower:.4g}, {middle:.4g} and {upper:.4g}; the most "
+        f"frequent is {common:.4g} ({count} times)."
+    )
+
+
+def _ranked(records: Sequence[Record]) -> list[int]:
+    """Places of the records, the highest score first."""
+    return sorted(range(len(records)), key=lambda i: -records[i].score)

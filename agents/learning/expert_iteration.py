@@ -8,49 +8,32 @@ the folder.
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.agents.base import Agent
-from mbrl_text_env.agents.driver import run
-from mbrl_text_env.agents.learning.answers import Hint, collect_answers
-from mbrl_text_env.agents.learning.filters import select
-from mbrl_text_env.agents.learning.fine_tuning import Improver, LoraImprover
-from mbrl_text_env.agents.learning.loop_values import LoopValues, ValueBefore, ValueFactory
-from mbrl_text_env.agents.learning.notes import from_json, to_json, write_json
+from mbrl_text_env.agents.base import Agent, run
+from mbrl_text_env.agents.learning import reports, stages
+from mbrl_text_env.agents.learning.answers import Hint, collect_answers, select
 from mbrl_text_env.agents.learning.presets import LoopSettings, answer_hint, planned
 from mbrl_text_env.agents.learning.reports import (
-    Collected,
-    Divergence,
     IterationReport,
     LoopResult,
-    Selected,
-    Validation,
+    ValueCheck,
     ValueReport,
-    check_gold,
-    divergence,
-    doubts_about,
-    fallen,
-    without_signal,
+    to_json,
+    write_json,
 )
-from mbrl_text_env.agents.learning.stages import (
-    STAGES,
-    LoopError,
-    NoSignalError,
-    Stage,
-    check_prompts,
-    told_where,
-)
-from mbrl_text_env.agents.learning.training import prompts_digest
+from mbrl_text_env.agents.learning.stages import LoopError, Stage
+from mbrl_text_env.agents.learning.training import check_prompts, prompts_digest
 from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import FittedValue
@@ -71,7 +54,11 @@ from mbrl_text_env.values import ValueModel
 AgentFactory = Callable[[LanguageModel, RewardModel, ValueModel | None], Agent]
 """Makes the agent that answers from a policy, the reward and the policy's value model."""
 
+Note = dict[str, Any]
+
 _FEW_PROMPTS = 500
+# Of what a value model is fitted on, in its stage.
+_RECORDS = "records"
 # What may differ when a loop goes on: it decides how far the loop goes, not what an iteration does.
 _ADJUSTABLE = ("iterations", "patience")
 
@@ -88,10 +75,8 @@ class ExpertIteration:
 
     Args:
         language_model: The base model.
-        reward_model: Scores the answers.
         train: Prompts to answer; below 500 there is a warning, as the article advises.
         validation: Prompts to measure on, of other ids.
-        folder: Where everything is kept.
         settings: What an iteration does; see `star`, `rest_em`, `rejection_sampling`, `planned`.
         improver: How a policy learns.
         gold_model: A trusted reward that nothing is selected by.
@@ -102,10 +87,6 @@ class ExpertIteration:
         encoder: Of value models that embed texts; None for MiniLM.
         hint: How prompts are hinted, where the settings say so.
         on_stage: Called with iteration and name of each stage that begins.
-
-    Raises:
-        LoopError: There are no prompts, or train and validation share some, or the reward applies
-            to too few of them.
 
     Example:
         >>> loop = ExpertIteration(
@@ -123,25 +104,26 @@ class ExpertIteration:
     train: Sequence[Prompt]
     validation: Sequence[Prompt]
     folder: str | Path
-    settings: LoopSettings = dataclasses.field(default_factory=planned)
+    settings: LoopSettings = field(default_factory=planned)
     _: KW_ONLY
-    improver: Improver = dataclasses.field(default_factory=LoraImprover)
+    improver: stages.Improver = field(default_factory=stages.LoraImprover)
     gold_model: RewardLike | None = None
     agent_factory: AgentFactory | None = None
-    value_factory: ValueFactory | None = None
+    value_factory: stages.ValueFactory | None = None
     value_model: FittedValue | None = None
     encoder: Encoder | None = None
     hint: Hint = answer_hint
     on_stage: Callable[[int, str], None] | None = None
 
     def __post_init__(self) -> None:
-        # None stands for the default here too.
-        self.settings = self.settings or planned()
-        self.improver = self.improver or LoraImprover()
         self.reward_model = self._reward = as_reward_model(self.reward_model)
-        check_prompts(self.train, self.validation, self._reward)
         self._gold = None if self.gold_model is None else as_reward_model(self.gold_model)
-        self._values = LoopValues(
+        # A policy is not measured on what it was tuned on.
+        both = [*self.train, *self.validation]
+        lists = (("train", self.train), ("validation", self.validation), ("both", both))
+        for name, prompts in lists:
+            check_prompts(prompts, self._reward, noun=name, error=LoopError)
+        self._values = stages.LoopValues(
             self.settings, self._reward, self.encoder, self.value_factory, self.value_model
         )
         self._serving: tuple[int, LanguageModel] = (0, self.language_model)
@@ -158,7 +140,7 @@ class ExpertIteration:
             KeyboardInterrupt: It was stopped; the same call goes on.
         """
         with (
-            told_where(self.folder, "the start"),
+            stages.told_where(self.folder, "the start"),
             claimed(self.folder, self._described(), "loop", LoopError),
         ):
             if len(self.train) < _FEW_PROMPTS:
@@ -168,29 +150,22 @@ class ExpertIteration:
                     "validation prompts, or add prompts.",
                     stacklevel=2,
                 )
-            reports = [self._first()]
+            done: list[IterationReport] = []
             stopped = None
-            for iteration in range(1, self.settings.iterations + 1):
-                report, stopped = self._iterate(iteration, reports)
-                if report is not None:
-                    reports.append(report)
+            for iteration in range(self.settings.iterations + 1):
+                stopped = self._iterate(iteration, done)
                 if stopped is not None:
                     break
-        best = max(reports, key=lambda report: report.validation.mean)
-        return LoopResult(tuple(reports), best.iteration, stopped)
+        best = max(done, key=lambda report: report.validation.mean)
+        return LoopResult(tuple(done), best.iteration, stopped)
 
     def policy(self, iteration: int) -> LanguageModel:
-        """The policy at the end of an iteration; the base model for 0.
-
-        Raises:
-            LoopError: The iteration has none yet.
-        """
+        """The policy at the end of an iteration (`LoopError` if it has none); the base for 0."""
         if iteration != self._serving[0]:
             served = self.language_model
             if iteration:
                 stage = self._stage(iteration, "policy")
-                if not stage.is_done:
-                    raise LoopError(f"{stage.folder}: iteration {iteration} has no policy yet.")
+                stage.read()
                 served = self.improver.serve(self.language_model, stage.folder)
             self._serving = iteration, served
         return self._serving[1]
@@ -213,45 +188,45 @@ class ExpertIteration:
     def records(self, iteration: int, stage: str) -> list[Record]:
         """The records of a stage: `"collected"`, `"selected"`, `"validation"` or `"value"`."""
         folder = self._stage(iteration, stage).folder
-        return read_records(folder / "records" if stage == "value" else folder)
+        return read_records(folder / _RECORDS if stage == "value" else folder)
 
     # The stages.
 
-    def _first(self) -> IterationReport:
-        self._do(0, "validation", self._validate)
-        if self._values.is_wanted:
-            self._do(0, "value", self._fit_value)
-        return self._report(0, [])
-
-    def _iterate(
-        self, iteration: int, reports: Sequence[IterationReport]
-    ) -> tuple[IterationReport | None, str | None]:
-        """Its report, and why the loop stops with it; no report where nothing was learned."""
-        self._do(iteration, "collected", self._collect)
-        lacking = without_signal(
-            self.records(iteration, "collected"),
-            self.records(iteration - 1, "validation"),
-            is_plain=self._stage(iteration, "collected").read()["is_plain"],
-        )
-        if lacking is not None:
-            told = f"Iteration {iteration}: {lacking}"
-            if iteration == 1:
-                raise NoSignalError(told)
-            warnings.warn(told, stacklevel=3)
-            return None, told
-        self._do(iteration, "selected", self._select)
-        self._do(iteration, "policy", self._improve)
+    def _iterate(self, iteration: int, done: list[IterationReport]) -> str | None:
+        """Make an iteration and its report, if anything is learned; why the loop stops with it."""
+        if iteration:
+            self._do(iteration, "collected", self._collect)
+            lacking = reports.without_signal(
+                self.records(iteration, "collected"),
+                self.records(iteration - 1, "validation"),
+                is_plain=self._stage(iteration, "collected").read()["is_plain"],
+            )
+            if lacking is not None:
+                told = f"Iteration {iteration}: {lacking}"
+                if iteration == 1:
+                    raise stages.NoSignalError(told)
+                warnings.warn(told, stacklevel=3)
+                return told
+            self._do(iteration, "selected", self._select)
+            self._do(iteration, "policy", self._improve)
         self._do(iteration, "validation", self._validate)
         found = self._stage(iteration, "validation").read()["report"]["mean"]
-        means = [*(report.validation.mean for report in reports), found]
-        stopped = fallen(means, self.settings.patience)
+        means = [*(report.validation.mean for report in done), found]
+        stopped = reports.fallen(means, self.settings.patience)
         if self._values.is_wanted and stopped is None:
             self._do(iteration, "value", self._fit_value)
-        return self._report(iteration, reports), stopped
+        done.append(self._report(iteration, done))
+        return stopped
 
-    def _collect(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
+    def _collect(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         before, settings = stage.iteration - 1, self.settings
-        agent = self._agent(self.policy(before), self.value(before))
+        policy, value = self.policy(before), self.value(before)
+        if self.agent_factory is not None:
+            agent = self.agent_factory(policy, self._reward, value)
+        else:
+            limit, params = settings.max_response_tokens, settings.params
+            limits: Any = {"max_response_tokens": limit, "params": params}
+            agent = make(settings.agent, policy, self._reward, value, **limits)
         with RecordWriter(stage.folder) as writer:
             failed = collect_answers(
                 agent,
@@ -265,18 +240,18 @@ class ExpertIteration:
                 ledger=ledger,
             )
         records = read_records(stage.folder)
-        scores = [record.score for record in records]
-        report = Collected.of(records, num_failed=len(failed), std=float(np.std(scores)))
+        std = float(np.std([record.score for record in records]))
+        report = reports.Collected.of(records, num_failed=len(failed), std=std)
         return {"report": to_json(report), "is_plain": isinstance(agent, Sampling)}
 
-    def _select(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
+    def _select(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         kept = select(self.records(stage.iteration, "collected"), self.settings.filter)
         with RecordWriter(stage.folder) as writer:
             writer.extend(kept)
         lowest = min(record.score for record in kept)
-        return {"report": to_json(Selected.of(kept, lowest=lowest))}
+        return {"report": to_json(reports.Selected.of(kept, lowest=lowest))}
 
-    def _improve(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
+    def _improve(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         before = self._stage(stage.iteration - 1, "policy").folder
         goes_on = self.settings.start_from == "checkpoint" and stage.iteration > 1
         found = self.improver.improve(
@@ -290,65 +265,94 @@ class ExpertIteration:
         details = json.loads(json.dumps(dict(found.details)))
         return {"report": {"num_examples": found.num_examples, **details}}
 
-    def _validate(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
+    def _validate(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         policy, samples = self.policy(stage.iteration), self.settings.validation_samples
         records = self._sampled(stage.folder, policy, self.validation, samples, seed, ledger)
         moved = self._divergence(policy, spawn_seed(seed, 1), ledger)
-        gold = None if self._gold is None else check_gold(self._gold, records, ledger=ledger)
-        report = Validation.of(records, moved, gold)
+        gold = reports.check_gold(self._gold, records, ledger=ledger) if self._gold else None
+        report = reports.Validation.of(records, moved, gold)
         return {"report": to_json(report), "policy": policy.name}
 
-    def _divergence(self, policy: LanguageModel, seed: int, ledger: Ledger) -> Divergence | None:
+    def _divergence(
+        self, policy: LanguageModel, seed: int, ledger: Ledger
+    ) -> reports.Divergence | None:
         """From responses of their own, which are drawn at temperature 1."""
-        count = self.settings.divergence_samples
+        count, size = self.settings.divergence_samples, self.settings.batch_prompts
         if not count or policy is self.language_model:
             return None
         agent = self._sampling(policy, SamplingParams())
         states = []
-        for start in range(0, len(self.validation), self.settings.batch_prompts):
-            batch = self.validation[start : start + self.settings.batch_prompts]
-            begun = [initial(prompt, policy) for prompt in batch]
+        for start in range(0, len(self.validation), size):
+            begun = [initial(prompt, policy) for prompt in self.validation[start : start + size]]
             rows = run([partial(agent.complete, state, count, ledger, seed) for state in begun])
             states += [completion.state for row in rows for completion in row]
-        return divergence(policy, self.language_model, states, ledger=ledger)
+        return reports.divergence(policy, self.language_model, states, ledger=ledger)
 
-    def _fit_value(self, stage: Stage, ledger: Ledger, seed: int) -> dict[str, Any]:
-        last = stage.iteration - 1
-        before = None
-        if last >= 0:
-            folder = self._stage(last, "value").folder
-            before = ValueBefore(folder, self.policy(last), self._value_report(last))
-        found = self._values.renew(
-            stage.folder,
-            self.policy(stage.iteration),
-            self.records(stage.iteration, "validation"),
-            lambda folder, policy: self._sampled(
-                folder, policy, self.train, self.settings.value_samples, seed, ledger
-            ),
-            ledger,
-            iteration=stage.iteration,
-            before=before,
-        )
-        return {"report": to_json(found)}
+    def _fit_value(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
+        """Fit a value on samples of the policy, or take the one before over; check it."""
+        iteration, values, way = stage.iteration, self._values, self.settings.stale_value
+        before = self._stage(iteration - 1, "value").folder
+        carried: FittedValue | None = None
+        if iteration and not values.is_ready:
+            carried = values.read(before, self.policy(iteration - 1))
+        policy, fresh = self.policy(iteration), self.records(iteration, "validation")
+
+        def samples() -> list[Record]:
+            """On which one is fitted."""
+            count, folder = self.settings.value_samples, stage.folder / _RECORDS
+            return self._sampled(folder, policy, self.train, count, seed, ledger)
+
+        def kept(value: FittedValue) -> ValueCheck:
+            found = values.keep(value, stage.folder, policy)
+            return reports.check_value(found, fresh, ledger=ledger)
+
+        if values.is_ready:
+            value = values.load(stage.folder, policy)
+            found = reports.check_value(value, fresh, ledger=ledger)
+            return {"report": to_json(ValueReport(iteration, False, found, None, found, None))}
+        if carried is None:
+            found = kept(values.first or values.fitted(samples(), policy, ledger))
+            report = ValueReport(0, values.first is None, found, None, found, None)
+            return {"report": to_json(report)}
+        last = self._value_report(iteration - 1)
+        reference = last.after if last.fitted_at == iteration - 1 else last.when_fitted
+        carried.language_model_name_ = policy.name
+        old = kept(carried)
+        ratio = old.error / reference.error if reference.error > 0 else float("inf")
+        report = ValueReport(last.fitted_at, False, reference, old, old, ratio)
+        is_worse = not ratio <= self.settings.error_factor
+        if way == "refit" or (way == "refit-if-worse" and is_worse):
+            records = samples()
+            if len({record.score for record in records}) > 1:
+                after = kept(values.fitted(records, policy, ledger))
+                report = ValueReport(iteration, True, reference, old, after, ratio)
+            else:
+                # What a policy ends in that has learned all there is.
+                warnings.warn(
+                    f"Iteration {iteration}: all responses that a value model was to be fitted on "
+                    f"score {records[0].score:.4g}; the one before is taken over.",
+                    stacklevel=2,
+                )
+        if way == "error":
+            shutil.rmtree(stage.folder)
+        return {"report": to_json(report)}
 
     # What the stages share.
 
-    def _do(
-        self, iteration: int, name: str, make: Callable[[Stage, Ledger, int], dict[str, Any]]
-    ) -> None:
+    def _do(self, iteration: int, name: str, make: Callable[[Stage, Ledger, int], Note]) -> None:
         """Make a stage, if it is not there."""
         stage = self._stage(iteration, name)
         if stage.is_done:
             return
         if self.on_stage is not None:
             self.on_stage(iteration, name)
-        with told_where(self.folder, f"iteration {iteration}, stage {name!r}"):
+        with stages.told_where(self.folder, f"iteration {iteration}, stage {name!r}"):
             stage.begin()
             # What one policy left in its cache must not depend on where the loop was stopped.
             for model in (self.language_model, self._serving[1]):
                 clear_cache(model)
             ledger, start = Ledger(), time.perf_counter()
-            seed = spawn_seed(self.settings.seed, iteration, STAGES.index(name))
+            seed = spawn_seed(self.settings.seed, iteration, stages.STAGES.index(name))
             note = make(stage, ledger, seed)
             wall = {"wall_seconds": time.perf_counter() - start}
             stage.end({**note, "usage": {**ledger.usage.as_dict(), **wall}})
@@ -357,23 +361,9 @@ class ExpertIteration:
         return Stage(iteration, name, Path(self.folder) / f"{iteration:02d}")
 
     def _value_report(self, iteration: int) -> ValueReport:
-        found: ValueReport = from_json(
-            ValueReport, self._stage(iteration, "value").read()["report"]
-        )
+        values = self._stage(iteration, "value").read()["report"]
+        found: ValueReport = reports.from_json(ValueReport, values)
         return found
-
-    def _agent(self, policy: LanguageModel, value: ValueModel | None) -> Agent:
-        if self.agent_factory is not None:
-            return self.agent_factory(policy, self._reward, value)
-        settings = self.settings
-        return make(
-            settings.agent,
-            policy,
-            self._reward,
-            value,
-            max_response_tokens=settings.max_response_tokens,
-            params=settings.params,
-        )
 
     def _sampling(self, policy: LanguageModel, params: SamplingParams) -> Sampling:
         limit = self.settings.max_response_tokens
@@ -389,65 +379,42 @@ class ExpertIteration:
         ledger: Ledger,
     ) -> list[Record]:
         """Plain samples of a policy, scored and written."""
+        agent, size = self._sampling(policy, self.settings.params), self.settings.batch_prompts
+        options: Any = {"answers": samples, "batch_prompts": size, "seed": seed, "ledger": ledger}
         with RecordWriter(folder) as writer:
-            collect_answers(
-                self._sampling(policy, self.settings.params),
-                prompts,
-                writer,
-                answers=samples,
-                batch_prompts=self.settings.batch_prompts,
-                seed=seed,
-                ledger=ledger,
-            )
+            collect_answers(agent, prompts, writer, **options)
         return read_records(folder)
 
     def _report(self, iteration: int, before: Sequence[IterationReport]) -> IterationReport:
         """Put an iteration's notes together, and write its scores and its ledger."""
-        stages = [self._stage(iteration, name) for name in STAGES]
-        notes = {stage.name: stage.read() for stage in stages if stage.is_done}
-        parts = {
-            "validation": Validation,
-            "collected": Collected,
-            "selected": Selected,
-            "value": ValueReport,
+        made = [self._stage(iteration, name) for name in stages.STAGES]
+        notes = {stage.name: stage.read() for stage in made if stage.is_done}
+        parts = {stage.name: notes.get(stage.name, {}).get("report") for stage in made}
+        values = {
+            "iteration": iteration,
+            "policy": notes["validation"]["policy"],
+            "improvement": parts.pop("policy"),
+            "usage": {name: note["usage"] for name, note in notes.items()},
         }
-        found: dict[str, Any] = {
-            name: from_json(kind, notes[name]["report"]) if name in notes else None
-            for name, kind in parts.items()
-        }
-        last = found["validation"]
-        report = IterationReport(
-            iteration=iteration,
-            policy=notes["validation"]["policy"],
-            improvement=notes["policy"]["report"] if "policy" in notes else None,
-            usage={name: note["usage"] for name, note in notes.items()},
-            warnings=tuple(doubts_about(before[0].validation if before else last, last)),
-            **found,
-        )
-        for doubt in report.warnings:
+        report: IterationReport = reports.from_json(IterationReport, {**values, **parts})
+        first = before[0] if before else report
+        doubts = reports.doubts_about(first.validation, report.validation)
+        for doubt in doubts:
             warnings.warn(f"Iteration {iteration}: {doubt}", stacklevel=4)
-        write_json(stages[0].root / "scores.json", report.to_dict())
-        write_json(stages[0].root / "ledger.json", report.ledger())
+        report = replace(report, warnings=tuple(doubts))
+        write_json(made[0].root / "scores.json", report.to_dict())
+        write_json(made[0].root / "ledger.json", report.ledger())
         return report
 
-    def _described(self) -> dict[str, Any]:
+    def _described(self) -> Note:
         """Whatever the results depend on."""
-        settings = dataclasses.asdict(self.settings)
-        for name in _ADJUSTABLE:
-            settings.pop(name)
-        names = (
-            "language_model",
-            "value_model",
-            "encoder",
-            "agent_factory",
-            "value_factory",
-            "hint",
-        )
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in _ADJUSTABLE}
+        names = ("language_model", "value_model", "encoder", "agent_factory", "value_factory")
         return {
             "settings": identity(settings),
             "reward": identity(self._reward),
             "gold": identity(self._gold),
             "improver": dict(self.improver.described()),
-            **{name: identity(getattr(self, name)) for name in names},
+            **{name: identity(getattr(self, name)) for name in (*names, "hint")},
             **{name: prompts_digest(getattr(self, name)) for name in ("train", "validation")},
         }

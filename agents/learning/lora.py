@@ -1,33 +1,30 @@
-"""LoRA adapters of the language models that agents use: made, written, checked and served.
+"""LoRA adapters of the language models that agents use, and supervised fine-tuning with them.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022; the defaults are
-the article's.
+the article's, except for the batch size (1 there). Fine-tuning is TRL's `SFTTrainer`.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import shutil
-from collections.abc import Callable, Mapping
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mbrl_text_env.agents.learning.notes import write_json
-from mbrl_text_env.agents.learning.training import (
-    TuningError,
-    check_above_zero,
-    checkpoints_of,
-    claim,
-    refuse_other_folder,
-    run,
-    storage,
-)
-from mbrl_text_env.files import recover_folder, write_folder
+from mbrl_text_env.agents.learning import training
+from mbrl_text_env.agents.learning.reports import from_json, to_json, write_json
+from mbrl_text_env.agents.learning.training import TuningError
+from mbrl_text_env.files import recover_folder
+from mbrl_text_env.fitting.folder import FolderKind
+from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
-from mbrl_text_env.runs import own_randomness
+from mbrl_text_env.runs import digest, own_randomness
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
@@ -35,23 +32,29 @@ if TYPE_CHECKING:
 BASE = "base.json"
 """The file of an adapter's folder that says which model it was trained on."""
 
-_FORMAT = 1
+ADAPTER = FolderKind(
+    noun="LoRA adapter",
+    writer="fine_tune, train_grpo or train_rloo (`TransformersLM.with_adapter` serves others)",
+    config=BASE,
+    weights="adapter_model.safetensors",
+    version=1,
+    error=TuningError,
+)
 # Values of each weight that its fingerprint is made of.
 _PROBES = 1024
+# The loss before tuning is of this many examples, so that it does not cost an epoch.
+_LOSS_EXAMPLES = 64
+_SAVE_STEPS = 25
+# Forward, and the gradients of the activations; frozen weights have none.
+_PASSES = 2
+_IGNORED = -100
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
     """The form of an adapter.
 
-    Args:
-        r: Rank of the adapters.
-        alpha: Their scale is `alpha / r`.
-        targets: Names of the modules that get adapters.
-        dropout: Of the adapters' input, while they are trained.
-
-    Raises:
-        TuningError: A number is out of its range, or there are no targets.
+    `r` is the rank, `alpha / r` the scale; modules whose names are in `targets` get adapters.
     """
 
     r: int = 16
@@ -60,15 +63,209 @@ class AdapterSettings:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_above_zero(self, "r", "alpha")
-        if not 0 <= self.dropout < 1:
-            raise TuningError(f"dropout: expected 0 or more and below 1, got {self.dropout!r}.")
-        if isinstance(self.targets, str) or not self.targets:
-            raise TuningError(
-                f"targets: expected names of modules such as ('q_proj',), got {self.targets!r}."
-            )
+        training.check_above_zero(self, "r", "alpha")
+        training.expect(self, "dropout", 0 <= self.dropout < 1, "0 or more and below 1")
+        is_listed = bool(self.targets) and not isinstance(self.targets, str)
+        training.expect(self, "targets", is_listed, "names of modules such as ('q_proj',)")
         # JSON gives a list back.
         object.__setattr__(self, "targets", tuple(self.targets))
+
+
+@dataclass(frozen=True)
+class FineTuneSettings(AdapterSettings):
+    """How a policy is fine-tuned; for the adapter's fields see `AdapterSettings`.
+
+    Args:
+        learning_rate: Its highest value; it falls linearly to 0.
+        epochs: Passes over the examples.
+        batch_size: Examples in one forward pass.
+        gradient_accumulation: Passes in one step of the optimizer.
+        max_length: Most tokens of prompt and response; longer examples are left out.
+        seed: Adapters and order of the examples follow from it.
+    """
+
+    learning_rate: float = 2e-4
+    epochs: float = 1.0
+    batch_size: int = 4
+    gradient_accumulation: int = 4
+    max_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = ("batch_size", "gradient_accumulation", "max_length")
+        training.check_above_zero(self, "learning_rate", "epochs", *counts)
+
+
+@dataclass(frozen=True)
+class FineTuneReport:
+    """What fine-tuning did and took.
+
+    Args:
+        loss_before: Mean loss (nats a response token, averaged over batches) of the first examples,
+            at most 64, before the first step.
+        losses: The same of each step's examples, before that step.
+        seconds: Wall time; of the last call alone where an earlier one was stopped.
+        tokens: Tokens of prompts and responses passed through the model in training.
+        flops: Twice a forward pass (frozen weights need no gradients), padding not counted.
+    """
+
+    num_examples: int
+    steps: int
+    loss_before: float | None
+    losses: tuple[float, ...]
+    seconds: float
+    tokens: int
+    flops: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return to_json(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FineTuneReport:
+        """The report that `to_dict` described."""
+        return from_json(cls, values)
+
+
+def fine_tune(
+    language_model: TransformersLM,
+    records: Sequence[Record],
+    folder: str | Path,
+    settings: FineTuneSettings = FineTuneSettings(),
+    *,
+    start_from: str | Path | None = None,
+) -> FineTuneReport:
+    """Raise the likelihood of recorded responses with a LoRA adapter.
+
+    Prompts are encoded by the language model's own template and responses are the recorded token
+    ids, with a stop token at the end where the response ended by itself. The loss is of the
+    responses alone. Training is in float32; on a CPU the same records and settings give the same
+    adapter.
+
+    Checkpoints lie in `<folder>-checkpoints`, from which a call that was stopped goes on if
+    records and settings are the same; they are removed at the end. They hold the optimizer's state
+    in torch's format and `training_args.bin`, a pickle, which nothing here reads: keep checkpoints
+    of others out of that folder. The final folder has safetensors and JSON alone, and is there as a
+    whole or not at all.
+
+    Args:
+        language_model: The base.
+        records: At least two, with the token ids of their responses.
+        folder: Where the adapter is written, with `fine_tuning.json`; `serve` takes it.
+        start_from: Folder of an adapter to go on training; None for a new one.
+
+    Raises:
+        TuningError: There are fewer than two records, one has no token ids or is of another
+            language model, `start_from` is for another base, the checkpoints are of another run,
+            or there is no space left.
+        RewardError: `trl` or `peft` is not installed.
+        KeyboardInterrupt: It was stopped; a checkpoint is saved and the same call goes on.
+
+    Example:
+        >>> best = [r for r in read_records("records") if r.score > 0.9]  # doctest: +SKIP
+        >>> report = fine_tune(lm, best, "tuned")  # doctest: +SKIP
+        >>> policy = serve(lm, "tuned")  # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    examples = examples_of(language_model, records, settings.max_length)
+    described = {"examples": digest(repr(examples).encode())}
+    recipe = partial(_recipe, examples, settings)
+    trainer = train_adapter(language_model, folder, settings, start_from, described, recipe)
+    lengths = [len(example.input_ids) for example in examples]
+    forward = sum(language_model.usage_bound(length, []).lm_flops for length in lengths)
+    report = FineTuneReport(
+        num_examples=len(examples),
+        steps=int(trainer.state.global_step),
+        loss_before=trainer.loss_before,
+        losses=tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
+        seconds=time.perf_counter() - start,
+        tokens=round(settings.epochs * sum(lengths)),
+        flops=settings.epochs * _PASSES * forward,
+    )
+    notes = {"settings": asdict(settings), "report": report.to_dict()}
+    write(folder, trainer.model, language_model, {"fine_tuning.json": notes})
+    return report
+
+
+class Example(NamedTuple):
+    """Token ids of prompt and response, and the label of each: -100 for the prompt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def examples_of(
+    language_model: TransformersLM, records: Sequence[Record], max_length: int
+) -> list[Example]:
+    """What is learned from each record; longer ones than `max_length` are left out.
+
+    A response that ended by itself ends with a stop token, also where the record lacks it. The
+    prompt is the record's own in the template, without a hint that it was sampled with.
+    """
+    if len(records) < 2:
+        raise TuningError(
+            f"Expected at least two records to fine-tune on, got {len(records)}. Collect more, or "
+            "loosen the filter."
+        )
+    made = [_example(language_model, record) for record in records]
+    limit = min(max_length, language_model.context_length)
+    kept = [example for example in made if len(example.input_ids) <= limit]
+    if len(kept) < len(made):
+        warnings.warn(
+            f"{len(made) - len(kept)} of {len(made)} records have more than {limit} tokens of "
+            "prompt and response, and are left out. Raise max_length to keep them.",
+            stacklevel=3,
+        )
+    if len(kept) < 2:
+        raise TuningError(
+            f"Expected at least two records of at most {limit} tokens, got {len(kept)} of "
+            f"{len(made)}. Raise max_length, or collect shorter responses."
+        )
+    return kept
+
+
+def _example(language_model: TransformersLM, record: Record) -> Example:
+    # Tuned generations of a model are named "<base>+<adapter>"; they have the base's tokens.
+    response, stops = list(record.response_ids), language_model.stop_token_ids
+    fault = None
+    if record.language_model.partition("+")[0] != language_model.name.partition("+")[0]:
+        fault = (
+            f"a response of {language_model.name!r}, got one of {record.language_model!r}, whose "
+            "token ids mean other texts. Collect responses with this model."
+        )
+    elif not response:
+        fault = "the token ids of its response, got none. Leave it out, or collect it anew."
+    elif max(response) >= language_model.vocab_size or min(response) < 0:
+        top = language_model.vocab_size - 1
+        fault = f"token ids from 0 to {top}, got {max(response)}. It is of another model."
+    if fault is not None:
+        raise TuningError(f"Record of prompt {record.prompt_id!r}: expected {fault}")
+    if record.finish_reason == "stop" and response[-1] not in stops and stops:
+        own = tokenizer_of(language_model).eos_token_id
+        response.append(int(own if own is not None else min(stops)))
+    prompt = list(language_model.encode_prompt(record.prompt()))
+    return Example(prompt + response, [_IGNORED] * len(prompt) + response)
+
+
+def _recipe(examples: Sequence[Example], settings: FineTuneSettings) -> Recipe:
+    import trl
+    from datasets import Dataset
+
+    dataset = Dataset.from_list([example._asdict() for example in examples])
+    arguments = {
+        "save_steps": _SAVE_STEPS,
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        # Ids and labels are final: nothing is encoded, cut or packed.
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+    }
+    first = dataset.select(range(min(len(dataset), _LOSS_EXAMPLES)))
+    options = {"train_dataset": dataset, "eval_dataset": first}
+    return Recipe(trl.SFTTrainer, trl.SFTConfig, arguments, options)
 
 
 def trainable(
@@ -79,13 +276,8 @@ def trainable(
     """A peft model of the language model's weights, for a trainer; a new adapter changes nothing.
 
     The frozen weights are the language model's own where these are float32 (also under int8
-    products), else a float32 copy. The language model itself does not change.
-
-    Args:
-        language_model: Whose policy is tuned.
-        settings: The adapter's form; an adapter to start from keeps its own.
-        start_from: Folder of an adapter to go on from; None for a new one, which torch's global
-            generator draws.
+    products), else a float32 copy. The language model itself does not change. torch's global
+    generator draws a new adapter; one to start from keeps its own form.
 
     Raises:
         TuningError: No module has the name of a target, or `start_from` is for another base.
@@ -94,7 +286,13 @@ def trainable(
     import torch
 
     peft = required("peft")
-    model = _shared_copy(language_model.model).to(torch.float32)
+    # Detached tensors share memory and version counter, so a write would be noticed in both.
+    own = language_model.model
+    shared: dict[int, Any] = {
+        id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in own.parameters()
+    }
+    shared |= {id(b): b for b in own.buffers()}
+    model: Any = copy.deepcopy(own, shared).to(torch.float32)
     if start_from is not None:
         check_base(start_from, language_model)
         with quiet():
@@ -110,26 +308,21 @@ def trainable(
         with quiet():
             return peft.get_peft_model(model, config)
     except ValueError as error:
-        linear = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
+        modules = model.named_modules()
+        linear = {n.rpartition(".")[2] for n, m in modules if isinstance(m, torch.nn.Linear)}
         raise TuningError(
             f"targets: expected names among {sorted(linear)}, the linear layers of "
             f"{language_model.name!r}; got {list(settings.targets)} ({error})."
         ) from error
 
 
-def _shared_copy(model: Any) -> Any:
-    import torch
+class Recipe(NamedTuple):
+    """A trainer of TRL and its config, as classes, and what they are made with."""
 
-    # Detached tensors share memory and version counter, so a write would be noticed in both.
-    shared: dict[int, Any] = {
-        id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
-    }
-    shared |= {id(b): b for b in model.buffers()}
-    return copy.deepcopy(model, shared)
+    trainer: Any
+    config: Any
+    arguments: Mapping[str, Any]
+    options: Mapping[str, Any]
 
 
 def train_adapter(
@@ -138,45 +331,56 @@ def train_adapter(
     settings: Any,
     start_from: str | Path | None,
     described: Mapping[str, Any],
-    make: Callable[[Any, Path], Any],
+    recipe: Callable[[], Recipe],
 ) -> Any:
-    """Train an adapter, or go on from a checkpoint, to the end; `keep` then writes its folder.
+    """Train an adapter, or go on from a checkpoint, to the end; `write` then writes its folder.
 
-    Args:
-        language_model: The base.
-        folder: Where the adapter will be written; its checkpoints lie beside it.
-        settings: An `AdapterSettings` with a `seed`.
-        start_from: Folder of an adapter to go on from; None for a new one.
-        described: What the adapter depends on beside these. JSON values.
-        make: From a peft model and the folder of checkpoints to a trainer of transformers, which
-            is returned.
+    The settings have a seed and a learning rate; `described` is what the adapter depends on beside
+    these, as JSON values. The trainer is returned; where its recipe has an `eval_dataset`,
+    `loss_before` is the loss on that before the first step.
     """
-    check_target(Path(folder))
+    import torch
+    from transformers import PrinterCallback
+
+    ADAPTER.check_target(folder)
     for package in ("trl", "peft"):
         required(package)
     parts = {
         "settings": asdict(settings),
         "base": base_of(language_model),
-        "start_from": adapter_digest(start_from),
+        "start_from": None if start_from is None else adapter_digest(start_from),
     }
-    checkpoints = checkpoints_of(Path(folder))
-    resumed = claim(checkpoints, {**parts, **described})
+    checkpoints = training.checkpoints_of(Path(folder))
+    resumed = training.claim(checkpoints, {**parts, **described})
+    has_cuda = torch.cuda.is_available()
     with own_randomness(settings.seed):
         model = trainable(language_model, settings, start_from)
         with quiet():
-            trainer = make(model, checkpoints)
-        run(trainer, checkpoints, resumed)
+            make = recipe()
+            arguments = make.config(
+                output_dir=str(checkpoints),
+                save_strategy="steps",
+                save_total_limit=2,
+                logging_steps=1,
+                seed=settings.seed,
+                learning_rate=settings.learning_rate,
+                bf16=False,
+                gradient_checkpointing=False,
+                use_cpu=not has_cuda,
+                dataloader_pin_memory=has_cuda,
+                report_to="none",
+                disable_tqdm=True,
+                **make.arguments,
+            )
+            tokenizer = tokenizer_of(language_model)
+            trainer = make.trainer(
+                model=model, args=arguments, processing_class=tokenizer, **make.options
+            )
+            trainer.remove_callback(PrinterCallback)
+            if "eval_dataset" in make.options:
+                trainer.loss_before = float(trainer.evaluate()["eval_loss"])
+        training.run(trainer, checkpoints, resumed)
     return trainer
-
-
-def keep(
-    folder: str | Path, model: Any, language_model: TransformersLM, notes: Mapping[str, Any]
-) -> None:
-    """`write` an adapter at the end of its training, and remove the checkpoints."""
-    target = Path(folder)
-    with storage(target):
-        write(target, model, language_model, notes)
-    shutil.rmtree(checkpoints_of(target))
 
 
 def tokenizer_of(language_model: TransformersLM) -> Any:
@@ -193,27 +397,20 @@ def write(
     language_model: TransformersLM,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an adapter's folder as a whole: safetensors, JSON, and the tokenizer.
+    """Write the folder of what `trainable` made, whole or not at all, with notes by file name.
 
-    Args:
-        folder: Takes the place of what is there.
-        model: What `trainable` made.
-        language_model: The model below it.
-        notes: JSON values to write beside it, by the name of the file.
+    It holds safetensors, JSON, and the tokenizer, and takes the place of what is there; the
+    checkpoints beside it are removed.
     """
     for other in set(model.peft_config) - {"default"}:
         # What trainers measure the divergence from.
         model.delete_adapter(other)
-    with write_folder(folder) as scratch:
+    with ADAPTER.writing(folder) as scratch:
         write_adapter(scratch, model, tokenizer_of(language_model), language_model.name)
-        write_json(scratch / BASE, {"format": _FORMAT, **base_of(language_model)})
+        ADAPTER.write_config(scratch, base_of(language_model))
         for name, note in (notes or {}).items():
             write_json(scratch / name, note)
-
-
-def check_target(folder: Path) -> None:
-    """Refuse (`TuningError`) to write over anything but an adapter."""
-    refuse_other_folder(folder, BASE, "an adapter")
+    shutil.rmtree(training.checkpoints_of(Path(folder)), ignore_errors=True)
 
 
 def serve(
@@ -221,18 +418,9 @@ def serve(
 ) -> TransformersLM:
     """The language model with a tuned adapter; both can be used side by side.
 
-    Args:
-        language_model: The base that the adapter was trained on.
-        folder: As `fine_tune`, `train_grpo` and `train_rloo` write it.
-        name: What reports call it; by default the model's name and the beginning of the digest of
-            the adapter's weights, so that a value model knows whose responses it was fitted on.
-
-    Raises:
-        TuningError: The folder holds no such adapter, or one for another base.
-
-    Example:
-        >>> fine_tune(lm, records, "tuned")  # doctest: +SKIP
-        >>> policy = serve(lm, "tuned")  # doctest: +SKIP
+    The folder is as `fine_tune`, `train_grpo` and `train_rloo` write it; another, or an adapter of
+    another base, is a `TuningError`. By default reports call it by the model's name and the
+    beginning of the digest of the adapter's weights.
     """
     check_base(folder, language_model)
     with quiet():
@@ -241,43 +429,27 @@ def serve(
 
 def adapted_name(language_model: TransformersLM, folder: str | Path) -> str:
     """The default name of a language model with an adapter; the same for the same weights."""
-    return f"{language_model.name}+{(adapter_digest(folder) or '')[:12]}"
+    return f"{language_model.name}+{adapter_digest(folder)[:12]}"
 
 
-def adapter_digest(folder: str | Path | None) -> str | None:
-    """Tells one adapter's weights from another's; None for None. May raise `TuningError`."""
-    if folder is None:
-        return None
-    path = Path(folder) / "adapter_model.safetensors"
+def adapter_digest(folder: str | Path) -> str:
+    """Tells one adapter's weights from another's. May raise `TuningError`."""
     try:
         recover_folder(folder)
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256((Path(folder) / ADAPTER.weights).read_bytes()).hexdigest()
     except OSError as error:
         raise TuningError(
-            f"{folder}: expected the folder of an adapter, with {path.name} "
-            f"({type(error).__name__}: {error}). Check the path."
+            f"{folder}: expected the folder of an adapter ({type(error).__name__}: {error}). Check "
+            "the path."
         ) from error
 
 
 def check_base(folder: str | Path, language_model: TransformersLM) -> None:
-    """Refuse an adapter that was trained on another base.
-
-    Raises:
-        TuningError: It was, or the folder holds no whole adapter.
-    """
-    path = Path(folder) / BASE
-    try:
-        recover_folder(folder)
-        trained_on = json.loads(path.read_text(encoding="utf-8"))
-        if not (Path(folder) / "adapter_model.safetensors").is_file():
-            raise FileNotFoundError("there is no adapter_model.safetensors")
+    """Refuse (`TuningError`) half an adapter, and one that was trained on another base."""
+    with ADAPTER.reading(folder) as (trained_on, _):
+        if not (Path(folder) / ADAPTER.weights).is_file():
+            raise FileNotFoundError(f"there is no {ADAPTER.weights}")
         fingerprint, name = trained_on["fingerprint"], trained_on["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TuningError(
-            f"{folder}: expected the folder of an adapter with a {BASE}, as it is written at the "
-            f"end of tuning ({type(error).__name__}: {error}). Check the path, or tune anew. An "
-            "adapter from elsewhere is served by `TransformersLM.with_adapter`."
-        ) from error
     found = base_of(language_model)
     if fingerprint != found["fingerprint"]:
         raise TuningError(
@@ -296,10 +468,10 @@ def base_of(language_model: TransformersLM) -> dict[str, str]:
     import torch
 
     model = language_model.model
-    digest = hashlib.sha256(type(model).__name__.encode())
+    sums = hashlib.sha256(type(model).__name__.encode())
     for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        sums.update(f"{name} {tuple(weight.shape)}".encode())
         flat = weight.detach().flatten()
         probes = flat[:: max(1, len(flat) // _PROBES)].to(torch.bfloat16)
-        digest.update(probes.view(torch.int16).cpu().numpy().tobytes())
-    return {"name": language_model.name, "fingerprint": digest.hexdigest()}
+        sums.update(probes.view(torch.int16).cpu().numpy().tobytes())
+    return {"name": language_model.name, "fingerprint": sums.hexdigest()}

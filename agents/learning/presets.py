@@ -1,13 +1,22 @@
-"""How a policy is trained on its own answers: the settings of the loop, and four known choices."""
+"""How a policy is trained on its own answers: the settings of the loop, and four known choices.
+
+`star`, `rest_em`, `rejection_sampling` and `planned` give a paper's numbers; whatever else they are
+called with takes the place of a field of `LoopSettings`:
+
+>>> star().hints, star().start_from, star(iterations=16).iterations
+(True, 'base', 16)
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from mbrl_text_env.agents.base import DEFAULT_PARAMS
-from mbrl_text_env.agents.learning.filters import CORRECT, FilterSettings
+from mbrl_text_env.agents.learning.answers import CORRECT, FilterSettings
+from mbrl_text_env.agents.learning.training import expect
 from mbrl_text_env.language_models.base import SamplingParams
 from mbrl_text_env.types import Budget, Message, Prompt
 
@@ -30,15 +39,11 @@ class LoopSettings:
     """What an iteration does.
 
     Args:
-        name: What reports call the method.
         iterations: Rounds of collecting and tuning. A loop that has ended goes on with more.
         agent: Spec of `mbrl_text_env.agents.registry`, which answers the train prompts.
-        answers_per_prompt: Answers to each train prompt, of different seeds.
         budget: Caps on each answer; None for none.
-        max_response_tokens: Token limit of a response.
         params: How plain sampling draws tokens: in collecting, where the agent's spec says nothing
             else, in validation, and for the value model's data.
-        filter: What is tuned on.
         start_from: What is tuned; all answers come from the policy of the iteration before.
         hints: Whether prompts without a correct answer are answered again with a hint, which is
             not part of the prompt that is tuned on.
@@ -46,7 +51,6 @@ class LoopSettings:
         stale_value: `"refit"`: a new fit for each policy. `"refit-if-worse"`: only where the error
             on fresh data has risen by `error_factor`. `"error"`: the loop stops before a policy is
             searched with another one's value.
-        error_factor: See `stale_value`.
         value_samples: Responses to each train prompt that a value model is fitted on.
         validation_samples: Responses to each validation prompt; the value's correlation within
             prompts needs two.
@@ -54,11 +58,6 @@ class LoopSettings:
             divergence from the base is estimated; 0 leaves it out.
         patience: Iterations in a row without a new best validation score after which the loop
             stops; None never stops it.
-        batch_prompts: Prompts that are answered together.
-        seed: All randomness follows from it, the iteration and the stage.
-
-    Raises:
-        LoopSettingsError: A number is out of its range, or a word unknown.
     """
 
     name: str = "expert-iteration"
@@ -82,25 +81,16 @@ class LoopSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check = partial(expect, self, error=LoopSettingsError)
         counts = ("iterations", "answers_per_prompt", "max_response_tokens", "value_samples")
         for name in (*counts, "validation_samples", "batch_prompts", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise LoopSettingsError(f"{name}: expected at least 1, got {value!r}.")
-        if self.divergence_samples < 0:
-            raise LoopSettingsError(
-                f"divergence_samples: expected 0 or more, got {self.divergence_samples!r}."
-            )
-        if not (self.error_factor >= 1 and math.isfinite(self.error_factor)):
-            raise LoopSettingsError(
-                f"error_factor: expected a number from 1 up, got {self.error_factor!r}."
-            )
-        choices: dict[str, Any] = {"start_from": StartFrom, "stale_value": StaleValue}
-        for name, words in choices.items():
-            if getattr(self, name) not in get_args(words):
-                raise LoopSettingsError(
-                    f"{name}: expected one of {get_args(words)}, got {getattr(self, name)!r}."
-                )
+            check(name, value is None or value >= 1, "at least 1")
+        check("divergence_samples", self.divergence_samples >= 0, "0 or more")
+        check("error_factor", 1 <= self.error_factor < math.inf, "a number from 1 up")
+        starts, ways = get_args(StartFrom), get_args(StaleValue)
+        check("start_from", self.start_from in starts, f"one of {starts}")
+        check("stale_value", self.stale_value in ways, f"one of {ways}")
 
 
 def _preset(base: dict[str, Any], changes: dict[str, Any]) -> LoopSettings:
@@ -123,13 +113,6 @@ def star(**changes: Any) -> LoopSettings:
     Deviations: no worked examples, and the hint is a sentence at the prompt's end (`answer_hint`);
     equally many epochs in each iteration, where the paper's 40 steps grow by a fifth; a LoRA
     adapter instead of all weights; temperature 0.7; equal answers to a prompt are tuned on once.
-
-    Args:
-        **changes: Fields of `LoopSettings` to be different.
-
-    Example:
-        >>> star().hints, star().start_from, star(iterations=16).iterations
-        (True, 'base', 16)
     """
     correct = FilterSettings(threshold=CORRECT)
     base = {"name": "star", "filter": correct, "start_from": "base", "hints": True}
@@ -146,13 +129,6 @@ def rest_em(**changes: Any) -> LoopSettings:
     Deviations: of more than ten the first ten, or the ten best where rewards are not 0 or 1 (give
     `filter` a threshold of its own then); a LoRA adapter instead of all weights; equal answers to a
     prompt count once.
-
-    Args:
-        **changes: Fields of `LoopSettings` to be different.
-
-    Example:
-        >>> rest_em().answers_per_prompt, rest_em().filter.best_of_prompt
-        (32, 10)
     """
     base = {
         "name": "rest-em",
@@ -175,17 +151,7 @@ def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) 
     examples of other tasks, and asks a model about some answers, where here the reward alone
     decides; it does not say how many responses are sampled, here 8; here a LoRA adapter is tuned.
 
-    Args:
-        keep: All correct answers to a prompt, or one of them (the first, where rewards are 0 or
-            1).
-        **changes: Fields of `LoopSettings` to be different.
-
-    Raises:
-        LoopSettingsError: `keep` is something else.
-
-    Example:
-        >>> rejection_sampling(keep="best").filter
-        FilterSettings(distinct=True, threshold=1.0, top_fraction=None, best_of_prompt=1)
+    `keep="best"` takes one correct answer to a prompt: the first, where rewards are 0 or 1.
     """
     if keep not in ("best", "all"):
         raise LoopSettingsError(f"keep: expected 'best' or 'all', got {keep!r}.")
@@ -207,15 +173,8 @@ def planned(
     worth. It names no share to keep, here one half. Its planner is a two-stage lookahead with ridge
     regression on an embedding (`agent="lookahead"`, `value="embedding"`), here any.
 
-    Args:
-        agent: Spec of the planner.
-        top_fraction: Share of all answers that is tuned on. For a threshold instead, give
-            `filter=FilterSettings(threshold=...)`.
-        **changes: Fields of `LoopSettings` to be different.
-
-    Example:
-        >>> planned("beam:width=4").agent
-        'beam:width=4'
+    The best `top_fraction` of all answers is tuned on. For a threshold instead, give
+    `filter=FilterSettings(threshold=...)`.
     """
     kept = FilterSettings(top_fraction=top_fraction)
     return _preset({"name": "planned", "agent": agent, "filter": kept}, changes)

@@ -1,19 +1,21 @@
-"""What is known of each iteration of a loop."""
+"""What is known of each iteration of a loop, and how figures are written as JSON and read."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
-from mbrl_text_env.agents.learning.answers import HINTED
-from mbrl_text_env.agents.learning.filters import scores_described
-from mbrl_text_env.agents.learning.notes import to_json
-from mbrl_text_env.agents.values.training_prefixes import cut_prefixes, samples_of
+from mbrl_text_env.agents.learning.answers import HINTED, scores_described
+from mbrl_text_env.agents.values.fitted import cut_prefixes, samples_of
+from mbrl_text_env.files import write_text
 from mbrl_text_env.fitting.report import correlation, root_mean_square, within_prompt
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.records import Record
@@ -27,7 +29,36 @@ from mbrl_text_env.rewards.base import (
 from mbrl_text_env.types import Chunk, FloatArray, Ledger, TextState, is_terminal
 from mbrl_text_env.values import ValueModel, as_value_model, predict_values
 
-_NGRAMS = (1, 2, 3)
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a file of JSON as a whole."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def to_json(values: Any) -> dict[str, Any]:
+    """A dataclass as JSON values; text for the numbers that JSON does not have."""
+    text = json.dumps(asdict(values))
+    found: dict[str, Any] = json.loads(text, parse_constant=lambda name: str(float(name)))
+    return found
+
+
+def from_json(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """Read `to_json`: lists become tuples, objects the dataclasses that the fields name."""
+    hints = get_type_hints(kind)
+    return kind(**{name: _read(hints[name], value) for name, value in values.items()})
+
+
+def _read(hint: Any, value: Any) -> Any:
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if isinstance(value, list):
+        [item, *_] = get_args(options[0]) or (Any,)
+        return tuple(_read(item, each) for each in value)
+    for option in options:
+        if isinstance(value, Mapping) and isinstance(option, type) and is_dataclass(option):
+            return from_json(option, value)
+        if isinstance(value, str) and option is float:
+            return float(value)
+    return value
 
 
 @dataclass(frozen=True)
@@ -38,68 +69,12 @@ class Divergence:
         per_response: Nats a response: the mean of log policy - log base over whole responses.
         per_response_error: Its standard error; NaN for one prompt with one response.
         per_token: Nats a token: the same sum, divided by the number of tokens.
-        per_token_error: Its standard error.
-        num_responses: Responses.
     """
 
     per_response: float
     per_response_error: float
     per_token: float
     per_token_error: float
-    num_responses: int
-
-
-@dataclass(frozen=True)
-class Diversity:
-    """How much a set of responses repeats itself.
-
-    Args:
-        distinct: Share of different n-grams of words among all, for n of 1, 2 and 3; NaN where
-            there is none. It falls with the number of responses: compare sets of one size.
-        duplicates: Share of responses with the same words as a response to another prompt.
-        repeats: Share of responses with the same words as an earlier one to the same prompt.
-    """
-
-    distinct: tuple[float, float, float]
-    duplicates: float
-    repeats: float
-
-
-@dataclass(frozen=True)
-class ValueCheck:
-    """How well a value model predicts responses that it was not fitted on.
-
-    Args:
-        error: Root mean square of prediction - final score, over prefixes of all lengths.
-        correlation: Pearson correlation over all prefixes.
-        within_prompt: The same without the mean of each prompt's prefixes of one length: what a
-            choice among partial responses can use. NaN where nothing varies.
-        num_prefixes: Prefixes.
-    """
-
-    error: float
-    correlation: float
-    within_prompt: float
-    num_prefixes: int
-
-
-@dataclass(frozen=True)
-class GoldCheck:
-    """What a trusted reward that was not optimised says of the same responses.
-
-    Args:
-        proxy: Mean score under the reward that is optimised, of the responses below.
-        gold: Mean score under the trusted one.
-        gap: proxy - gold. Its change since the base model is the part of a rise that is not real,
-            where both rewards have one scale.
-        correlation: Of the two, over responses; NaN where one does not vary.
-        num_responses: Responses that the trusted reward could score.
-    """
-
-    proxy: float
-    gold: float
-    gap: float
-    correlation: float
     num_responses: int
 
 
@@ -114,16 +89,8 @@ def divergence(
 
     The estimate is unbiased if the policy drew them at temperature 1, without top-k or top-p.
     Standard errors are over prompts, with the usual linearisation for the ratio of nats and tokens;
-    over responses where there is one prompt.
-
-    Args:
-        policy: What sampled them.
-        base: With the same tokens.
-        states: Terminal.
-        ledger: Is charged for both models' computation.
-
-    Returns:
-        Infinite values where the base could not have written a response.
+    over responses where there is one prompt. The values are infinite where the base could not have
+    written a response.
 
     Raises:
         ValueError: There are no responses, or one has not ended.
@@ -161,14 +128,27 @@ def _standard_error(deviations: FloatArray, clusters: Sequence[str]) -> float:
     return float(np.sqrt(correction * np.square(sums).sum()) / len(deviations))
 
 
+@dataclass(frozen=True)
+class Diversity:
+    """How much a set of responses repeats itself.
+
+    Args:
+        distinct: Share of different n-grams of words among all, for n of 1, 2 and 3; NaN where
+            there is none. It falls with the number of responses: compare sets of one size.
+        duplicates: Share of responses with the same words as a response to another prompt.
+        repeats: Share of responses with the same words as an earlier one to the same prompt.
+    """
+
+    distinct: tuple[float, float, float]
+    duplicates: float
+    repeats: float
+
+
 def diversity(records: Sequence[Record]) -> Diversity:
     """Count what responses have in common; words are divided by spaces, case does not count.
 
     Source of distinct-n: Li et al., "A Diversity-Promoting Objective Function for Neural
-    Conversation Models", NAACL 2016.
-
-    Raises:
-        ValueError: There are no records.
+    Conversation Models", NAACL 2016. A `ValueError` if there are no records.
     """
     if not records:
         raise ValueError("diversity: expected at least one record, got none.")
@@ -176,12 +156,11 @@ def diversity(records: Sequence[Record]) -> Diversity:
     askers: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for text, record in zip(texts, records, strict=True):
         askers[text].add(record.prompt_id)
-    pairs = {(record.prompt_id, text) for record, text in zip(records, texts, strict=True)}
-    one, two, three = (_distinct(texts, n) for n in _NGRAMS)
+    num_different = sum(len(own) for own in askers.values())
     return Diversity(
-        (one, two, three),
+        (_distinct(texts, 1), _distinct(texts, 2), _distinct(texts, 3)),
         sum(len(askers[text]) > 1 for text in texts) / len(texts),
-        1 - len(pairs) / len(texts),
+        1 - num_different / len(texts),
     )
 
 
@@ -190,19 +169,30 @@ def _distinct(texts: Sequence[tuple[str, ...]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
+@dataclass(frozen=True)
+class ValueCheck:
+    """How well a value model predicts responses that it was not fitted on.
+
+    Args:
+        error: Root mean square of prediction - final score, over prefixes of all lengths.
+        correlation: Pearson correlation over all prefixes.
+        within_prompt: The same without the mean of each prompt's prefixes of one length: what a
+            choice among partial responses can use. NaN where nothing varies.
+    """
+
+    error: float
+    correlation: float
+    within_prompt: float
+    num_prefixes: int
+
+
 def check_value(
     value_model: ValueModel, records: Sequence[Record], *, ledger: Ledger | None = None
 ) -> ValueCheck:
-    """Compare a value model's predictions for prefixes with the final scores.
+    """Compare a fitted value model's predictions for prefixes with the final scores.
 
-    Args:
-        value_model: Fitted.
-        records: Complete responses to several prompts, several to each.
-        ledger: Is charged.
-
-    Raises:
-        FitError: No response has two tokens.
-        ValueModelError: The value model is not fitted, or fails.
+    The records are complete responses to several prompts, several to each. If no response has two
+    tokens, that is a `FitError`.
     """
     states, owners = cut_prefixes(records, as_value_model(value_model).lengths)
     charged = None if ledger is None else [ledger] * len(states)
@@ -214,6 +204,26 @@ def check_value(
         within_prompt(mean, samples),
         len(states),
     )
+
+
+@dataclass(frozen=True)
+class GoldCheck:
+    """What a trusted reward that was not optimised says of the same responses.
+
+    Args:
+        proxy: Mean score under the reward that is optimised, of the responses below.
+        gold: Mean score under the trusted one.
+        gap: proxy - gold. Its change since the base model is the part of a rise that is not real,
+            where both rewards have one scale.
+        correlation: Of the two, over responses; NaN where one does not vary.
+        num_responses: Responses that the trusted reward could score.
+    """
+
+    proxy: float
+    gold: float
+    gap: float
+    correlation: float
+    num_responses: int
 
 
 def check_gold(
@@ -284,7 +294,6 @@ class Validation:
         mean: Mean score, over prompts.
         error: Its standard error over prompts; NaN for one prompt.
         tokens: Mean length of a response.
-        diversity: Of the responses.
         divergence: From the base model, where it was asked for.
         gold: What a trusted reward says, where there is one.
     """
@@ -301,13 +310,11 @@ class Validation:
         cls, records: Sequence[Record], divergence: Divergence | None, gold: GoldCheck | None
     ) -> Validation:
         """Sum up records."""
-        by_prompt: dict[str, list[float]] = {}
+        by_prompt: dict[str, list[float]] = defaultdict(list)
         for record in records:
-            by_prompt.setdefault(record.prompt_id, []).append(record.score)
+            by_prompt[record.prompt_id].append(record.score)
         means = np.asarray([np.mean(scores) for scores in by_prompt.values()])
-        error = float("nan")
-        if len(means) > 1:
-            error = float(means.std(ddof=1) / np.sqrt(len(means)))
+        error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else math.nan
         tokens = float(np.mean([len(record.response_ids) for record in records]))
         return cls(float(means.mean()), error, tokens, diversity(records), divergence, gold)
 
@@ -340,12 +347,8 @@ class IterationReport:
 
     Args:
         iteration: 0 for the base model, before anything is learned.
-        policy: Name of the policy at its end.
-        validation: What that scores.
+        policy: Name of the policy at its end, which `validation` and `value` are of.
         collected: What the policy before answered.
-        selected: What was tuned on.
-        improvement: What the improver says.
-        value: The value model for this policy.
         usage: What each stage took, of the last try where it was stopped: `Usage.as_dict()`, whose
             seconds are those of the models' calls, and `wall_seconds`.
         warnings: What to look at.
@@ -375,12 +378,10 @@ class IterationReport:
 
 @dataclass(frozen=True)
 class LoopResult:
-    """What a loop did.
+    """A report for each iteration, that of the base model first.
 
-    Args:
-        iterations: A report for each, that of the base model first.
-        best: The iteration with the highest mean on the validation prompts; 0 is the base model.
-        stopped: Why it ended before its last iteration; None where it did not.
+    `best` is the iteration with the highest mean on the validation prompts (0 is the base model),
+    `stopped` why the loop ended before its last iteration.
     """
 
     iterations: tuple[IterationReport, ...]
@@ -390,14 +391,13 @@ class LoopResult:
 
 def doubts_about(first: Validation, last: Validation) -> list[str]:
     """What a rise of the reward since the base model may hide."""
-    if first.gold is None or last.gold is None:
-        return []
-    if last.gold.proxy <= first.gold.proxy or last.gold.gold >= first.gold.gold:
+    one, other = first.gold, last.gold
+    if one is None or other is None or other.proxy <= one.proxy or other.gold >= one.gold:
         return []
     return [
-        f"the reward rose from {first.gold.proxy:.4g} to {last.gold.proxy:.4g} since the base "
-        f"model, while the gold reward fell from {first.gold.gold:.4g} to {last.gold.gold:.4g} on "
-        "the same responses: the policy may be learning the reward model's mistakes."
+        f"the reward rose from {one.proxy:.4g} to {other.proxy:.4g} since the base model, while "
+        f"the gold reward fell from {one.gold:.4g} to {other.gold:.4g} on the same responses: the "
+        "policy may be learning the reward model's mistakes."
     ]
 
 
@@ -421,11 +421,9 @@ def without_signal(
 
 
 def fallen(means: Sequence[float], patience: int | None) -> str | None:
-    """Why a loop stops after the last of its validation means; None where it does not.
+    """Why a loop stops after `patience` iterations without a new best; None where it does not.
 
-    Args:
-        means: Of each iteration, the base model's first.
-        patience: Iterations without a new best after which it stops; None for never.
+    `means` are the validation means of each iteration, the base model's first.
     """
     best = max(range(len(means)), key=lambda i: means[i])
     since = len(means) - 1 - best

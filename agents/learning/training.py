@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
 from mbrl_text_env.rewards.learning.lora_classifier import quiet
-from mbrl_text_env.runs import claim_checkpoints, digest, prompt_digest
+from mbrl_text_env.runs import claim_checkpoints, digest, prompt_digest, writing
 from mbrl_text_env.types import Prompt, Usage
 
 LEDGER, CURVE = "ledger.json", "curve.json"
@@ -29,21 +27,22 @@ class TuningError(ValueError):
     """Data, settings or folders that a policy cannot be tuned with."""
 
 
+def expect(
+    settings: object,
+    name: str,
+    is_right: bool,
+    expected: str,
+    error: type[Exception] = TuningError,
+) -> None:
+    """Refuse (`error`) a setting that is not what is expected."""
+    if not is_right:
+        raise error(f"{name}: expected {expected}, got {getattr(settings, name)!r}.")
+
+
 def check_above_zero(settings: object, *names: str) -> None:
     """Refuse (`TuningError`) settings that are not above 0."""
     for name in names:
-        if not getattr(settings, name) > 0:
-            raise TuningError(f"{name}: expected more than 0, got {getattr(settings, name)!r}.")
-
-
-def refuse_other_folder(folder: Path, mark: str, noun: str) -> None:
-    """Refuse (`TuningError`) a folder that is not empty and lacks the file `mark`."""
-    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()
-    if is_other or (folder.exists() and not folder.is_dir()):
-        raise TuningError(
-            f"{folder}: expected a new folder, an empty one, or {noun} to replace, got something "
-            "else. Choose another."
-        )
+        expect(settings, name, getattr(settings, name) > 0, "more than 0")
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
@@ -54,40 +53,46 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 def check_prompts(
     prompts: Sequence[Prompt],
     reward_model: RewardModel,
-    language_model: LanguageModel,
+    language_model: LanguageModel | None = None,
+    *,
     least: int = 1,
+    noun: str = "prompts",
+    error: type[Exception] = TuningError,
 ) -> None:
-    """Refuse (`TuningError`) prompts that cannot be trained on from reward."""
+    """Refuse (`error`) too few prompts, two of one id, and those that the reward cannot score.
+
+    A language model raises its own error for a prompt that it cannot encode.
+    """
     if len(prompts) < least:
-        raise TuningError(
-            f"Expected at least {least} prompts (as many as a step has), got {len(prompts)}. Pass "
-            "more, or lower the number that a step has."
+        raise error(
+            f"{noun}: expected at least {least}, got {len(prompts)}. Pass more, or take fewer in a "
+            "step."
         )
-    ids = {prompt.id for prompt in prompts}
-    if len(ids) < len(prompts):
-        raise TuningError(
-            f"Expected prompts with different ids, got {len(ids)} ids for {len(prompts)} prompts. "
-            "Leave out the doubles, or give them ids of their own."
+    counts = Counter(prompt.id for prompt in prompts)
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+    if repeated:
+        raise error(
+            f"{noun}: expected different ids, got {repeated[:5]} more than once. Leave out the "
+            "doubles, or give them ids of their own."
         )
-    for prompt in prompts:
-        if not applies_to(reward_model, prompt):
-            raise TuningError(
-                f"Prompt {prompt.id!r}: reward model {reward_name(reward_model)!r} does not apply "
-                f"to it; its metadata has {sorted(prompt.metadata)}. Add what the reward needs, or "
-                "leave out such prompts."
-            )
-        language_model.encode_prompt(prompt)
+    unfit = [prompt for prompt in prompts if not applies_to(reward_model, prompt)]
+    if unfit:
+        raise error(
+            f"{noun}: expected prompts that the reward {reward_name(reward_model)!r} applies to, "
+            f"got {len(unfit)} others of {len(prompts)}, first {unfit[0].id!r}, whose metadata has "
+            f"{sorted(unfit[0].metadata)}. Add what the reward needs, or leave them out."
+        )
+    if language_model is not None:
+        for prompt in prompts:
+            language_model.encode_prompt(prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
     """What a training from reward did and took.
 
-    Args:
-        algorithm: `"ppo"`, `"dqn"`, `"grpo"` or `"rloo"`.
-        curve: How the reward rose.
-        usage: What candidates or responses, and their scores, took.
-        training_flops: Floating-point operations of what is trained, padding not counted.
+    `usage` is what candidates or responses, and their scores, took; `training_flops` are the
+    floating-point operations of what is trained, padding not counted.
     """
 
     algorithm: str
@@ -108,26 +113,6 @@ class TrainingReport:
 def checkpoints_of(folder: Path) -> Path:
     """Where the checkpoints of a run lie: beside what it writes in the end."""
     return folder.with_name(f"{folder.name}-checkpoints")
-
-
-def common_arguments(checkpoints: Path, seed: int, save_steps: int) -> dict[str, Any]:
-    """Arguments that all our trainers of transformers have in common."""
-    import torch
-
-    return {
-        "output_dir": str(checkpoints),
-        "save_strategy": "steps",
-        "save_steps": save_steps,
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "seed": seed,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
 
 
 def claim(checkpoints: Path, record: Mapping[str, Any]) -> str | None:
@@ -173,14 +158,12 @@ def stopped(where: str, checkpoints: Path) -> KeyboardInterrupt:
 
 @contextmanager
 def stop_asked(after: str) -> Iterator[list[bool]]:
-    """Note the first Ctrl-C in the list instead of raising it; a second one stops at once.
+    """Note the first Ctrl-C in the list, and say what is still done (`after`); a second one stops.
 
-    Args:
-        after: What is still done, in the words of the message.
+    Only the main thread hears of signals.
     """
     asked: list[bool] = []
     if threading.current_thread() is not threading.main_thread():
-        # Only the main thread hears of signals.
         yield asked
         return
 
@@ -198,17 +181,11 @@ def stop_asked(after: str) -> Iterator[list[bool]]:
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Make a `TuningError` of an `OSError`, or of what torch and safetensors make of one."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # Neither library keeps the type of the error.
-        written = isinstance(error, OSError | SafetensorError) or "PytorchStream" in str(error)
-        if not written:
-            raise
-        is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
-        raise TuningError(
-            f"{path}: {'there is no space left' if is_full else 'it cannot be written or read'} "
-            f"({type(error).__name__}: {error}). Free some space, or choose a folder that can be "
-            "written; after that the same call goes on from the last whole checkpoint."
-        ) from error
+    """`writing` with a `TuningError`, also for what torch makes of a full disk."""
+    with writing(path, TuningError):
+        try:
+            yield
+        except RuntimeError as error:
+            if "PytorchStream" not in str(error):
+                raise
+            raise OSError(str(error)) from error

@@ -5,11 +5,18 @@ from mbrl_text_env._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "candidate_agent": ["CandidateAgent"],
-        "candidate_policy": ["CandidatePolicy", "CandidateView", "load_policy"],
-        "choice_settings": ["ChoiceReport", "DQNSettings", "Measured", "PPOSettings"],
-        "episodes": ["evaluate", "play"],
+        "candidate_agent": ["CandidateAgent", "evaluate", "play"],
+        "candidate_policy": [
+            "CandidatePolicy",
+            "CandidateView",
+            "ChoiceReport",
+            "DQNSettings",
+            "Measured",
+            "PPOSettings",
+            "load_policy",
+        ],
         "sb3": ["train_dqn", "train_ppo"],
+        "sb3_parts": ["CandidateActorCritic", "CandidateDQNPolicy", "VectorEnvAdapter"],
         "trl": [
             "PolicyGradientReport",
             "PolicyGradientSettings",
@@ -17,6 +24,5 @@ __getattr__, __dir__, __all__ = attach(
             "train_grpo",
             "train_rloo",
         ],
-        "vec_env": ["VectorEnvAdapter"],
     },
 )

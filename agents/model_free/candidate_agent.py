@@ -1,25 +1,38 @@
-"""A trained choice among candidates as an agent: in comparisons, under budgets, in environments."""
+"""A trained choice among candidates at work: as an agent under budgets, and in whole episodes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from mbrl_text_env.agents.driver import ask
-from mbrl_text_env.agents.planner import Planner
-from mbrl_text_env.agents.search import Expansion, Search
-from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.agents.base import ask
+from mbrl_text_env.agents.search import Expansion, Node, Planner, Search
+from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.proposer import CandidateProposer, Known
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import RewardLike
-from mbrl_text_env.types import Prompt, Usage
+from mbrl_text_env.rewards.base import RewardLike, RewardModel, score_responses
+from mbrl_text_env.types import (
+    FloatArray,
+    Ledger,
+    Prompt,
+    TextState,
+    Usage,
+    initial,
+    is_terminal,
+    response_limit,
+    transition,
+)
 
 if TYPE_CHECKING:
     # It needs torch; an agent that only looks it up by name does not.
     from mbrl_text_env.agents.model_free.candidate_policy import CandidatePolicy
+
+Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
+"""From features float32[B, layout.size] to the candidates chosen, int64[B]."""
 
 
 class CandidateAgent(Planner):
@@ -33,11 +46,8 @@ class CandidateAgent(Planner):
         language_model: Proposes chunks.
         reward_model: Scores complete responses and, where the policy sees them, prefixes.
         policy: What `train_ppo` and `train_dqn` train. It says how many chunks of what length are
-            drawn at which temperature.
+            drawn at which temperature; one of another model or reward is a `TuningError`.
         max_response_tokens: Token limit of a response; None for the policy's own.
-
-    Raises:
-        TuningError: The policy was trained with another language model or reward.
 
     Example:
         >>> agent = CandidateAgent(lm, reward, load_policy("ppo", lm, reward))  # doctest: +SKIP
@@ -82,34 +92,90 @@ class CandidateAgent(Planner):
         [row] = await search.expand([Expansion(node, count, self.chunk_tokens, valued=False)])
         proposer = self._proposer(node.state.prompt)
         looking = proposer.features_bound(node.state) + Usage(value_flops=self.policy.flops)
-        reserve = Usage() if search.tree.best() is not None else search.finish_usage(node)
+        reserve = Usage() if search.tree.best() is not None else search.finish_usage(node.state)
         if len(row) < count or not search.ledger.affords(looking + reserve):
             return None
-        chunks = [child.chunk for child in row if child.chunk is not None]
         features = await ask(
             proposer.features,
             states=[node.state],
-            proposals=[chunks],
+            proposals=[[child.chunk for child in row if child.chunk is not None]],
             ledgers=[search.ledger],
             known=[known],
         )
         search.ledger.charge(Usage(value_flops=self.policy.flops))
         scores = self.policy.scores(features)[0]
-        best = int(np.argmax(scores))
         for child, score in zip(row, scores, strict=True):
             child.note = f"{self.policy.algorithm}: {score:.3g}"
-        row[best].note += ", chosen"
-        return row[best]
+        chosen = row[int(np.argmax(scores))]
+        chosen.note += ", chosen"
+        return chosen
 
     def _proposer(self, prompt: Prompt) -> CandidateProposer:
         """One for all searches, so that its calls are merged."""
         if self._shared_proposer is None:
             view = replace(self.policy.view, max_response_tokens=self.max_response_tokens)
-            by_model = view.encoder == "language_model"
+            encoder = view.encoder if view.encoder == "language_model" else self.encoder
             self._shared_proposer = view.proposer(
-                self.language_model,
-                self.reward_model,
-                [prompt],
-                "language_model" if by_model else self.encoder,
+                self.language_model, self.reward_model, [prompt], encoder
             )
         return self._shared_proposer
+
+
+def play(
+    proposer: CandidateProposer,
+    choose: Choose,
+    states: Sequence[TextState],
+    seeds: Sequence[int],
+    ledgers: Sequence[Ledger],
+) -> list[TextState]:
+    """Choose chunk after chunk until all responses have ended; returns the B terminal states.
+
+    All B states are played side by side. The candidates of a state follow from its seed; its ledger
+    is charged for candidates and features.
+    """
+    found = list(states)
+    known: list[Known] = [{} for _ in states]
+    task = proposer.task
+    while going := [i for i, state in enumerate(found) if not is_terminal(state)]:
+        now, paid = [found[i] for i in going], [ledgers[i] for i in going]
+        proposals = proposer.propose(now, [seeds[i] for i in going], paid)
+        features = proposer.features(now, proposals, paid, [known[i] for i in going])
+        for i, row, k in zip(going, proposals, choose(features).tolist(), strict=True):
+            limit = response_limit(found[i], task.tokenizer, task.max_response_tokens)
+            found[i] = transition(found[i], row[k], limit)
+    return found
+
+
+def evaluate(
+    policy: CandidatePolicy,
+    language_model: LanguageModel,
+    reward_model: RewardModel,
+    prompts: Sequence[Prompt],
+    *,
+    episodes: int = 1,
+    seed: int = 0,
+    ledger: Ledger | None = None,
+    choose: Callable[[Any], Any] | None = None,
+) -> FloatArray:
+    """Scores of episodes in which the policy chooses, float64[P, E].
+
+    Args:
+        policy: Chooses, unless `choose` does; it says what is proposed and seen in any case.
+        prompts: P prompts.
+        episodes: E, of each prompt.
+        seed: Of the candidates: two policies with one seed are offered the same at the start.
+        ledger: Is charged.
+        choose: Instead of the policy: from features to candidates, such as a random choice to
+            compare with.
+    """
+    policy.check_fits(language_model, reward_model)
+    encoder = policy.view.resolved(policy.encoder)
+    proposer = policy.view.proposer(language_model, reward_model, prompts, encoder)
+    states = [initial(prompt, language_model) for prompt in prompts for _ in range(episodes)]
+    seeds = [spawn_seed(seed, e) for _ in prompts for e in range(episodes)]
+    ledgers = [ledger if ledger is not None else Ledger()] * len(states)
+    ended = play(proposer, choose or policy.choose, states, seeds, ledgers)
+    texts = [language_model.decode(state.response_ids) for state in ended]
+    asked = [state.prompt for state in ended]
+    scores = score_responses(reward_model, asked, texts, ledgers=ledgers).total
+    return scores.reshape(len(prompts), episodes)

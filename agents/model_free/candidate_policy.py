@@ -1,4 +1,4 @@
-"""Policies that choose among the chunks that a language model proposes.
+"""Policies that choose among the chunks that a language model proposes, and how they are trained.
 
 A policy gives each candidate a score by the same small network wherever it stands, so that what is
 learned of one candidate is known of all. Only numbers are read from its folder.
@@ -6,8 +6,7 @@ learned of one candidate is known of all. Only numbers are read from its folder.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,26 +14,38 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from mbrl_text_env.agents.base import check_positive
-from mbrl_text_env.agents.learning.notes import write_json
-from mbrl_text_env.agents.learning.training import TuningError, refuse_other_folder, storage
+from mbrl_text_env.agents.learning.reports import from_json, write_json
+from mbrl_text_env.agents.learning.training import (
+    TrainingReport,
+    TuningError,
+    check_above_zero,
+    expect,
+)
 from mbrl_text_env.encoders import Encoder
-from mbrl_text_env.files import recover_folder, write_folder
+from mbrl_text_env.fitting.folder import FolderKind
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.proposer import CandidateProposer, FeatureLayout
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, RewardModel, reward_name
 from mbrl_text_env.task import TextTask
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray, Prompt, Usage
 
 EncoderName = Literal["embedded", "language_model", "own"]
 """MiniLM, the language model's own features, or an encoder that is passed in."""
 
-CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
-_FORMAT = 1
+ChunkReward = Literal["terminal", "delta"]
+"""When the score is paid: at the end, or chunk by chunk as it rises (the sum is the same)."""
+
+POLICY = FolderKind(
+    noun="policy",
+    writer="train_ppo or train_dqn",
+    config="policy.json",
+    weights="policy.safetensors",
+    version=1,
+    error=TuningError,
+)
 
 
 @dataclass(frozen=True)
@@ -43,14 +54,9 @@ class CandidateView:
 
     Args:
         num_candidates: K, chunks to choose from; at least 2.
-        chunk_tokens: Most tokens of a chunk.
-        max_response_tokens: Token limit of a response.
         temperature: At which candidates are drawn; by default as agents draw.
         encoder: What embeds the prefix with each candidate; None for no embeddings.
         prefix_rewards: Whether the reward model scores the prefix with each candidate.
-
-    Raises:
-        TuningError: A number is out of its range, or the encoder unknown.
     """
 
     num_candidates: int = 4
@@ -61,21 +67,11 @@ class CandidateView:
     prefix_rewards: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_candidates < 2:
-            raise TuningError(
-                "num_candidates: expected at least 2, for there is nothing to choose otherwise, "
-                f"got {self.num_candidates!r}."
-            )
-        if self.encoder is not None and self.encoder not in get_args(EncoderName):
-            raise TuningError(
-                f"encoder: expected one of {get_args(EncoderName)} or None, got {self.encoder!r}."
-            )
-        limits = {
-            "chunk_tokens": self.chunk_tokens,
-            "max_response_tokens": self.max_response_tokens,
-        }
+        names = (*get_args(EncoderName), None)
+        expect(self, "num_candidates", self.num_candidates >= 2, "at least 2, to choose from")
+        expect(self, "encoder", self.encoder in names, f"one of {names}")
+        check_above_zero(self, "chunk_tokens", "max_response_tokens")
         try:
-            check_positive(**limits)
             SamplingParams(temperature=self.temperature)
         except ValueError as error:
             raise TuningError(str(error)) from error
@@ -86,11 +82,7 @@ class CandidateView:
         return SamplingParams(temperature=self.temperature)
 
     def resolved(self, encoder: Encoder | None) -> Encoder | str | None:
-        """The encoder itself, or `"language_model"`, as `CandidateProposer` takes it.
-
-        Args:
-            encoder: One's own, where the view's is `"own"`; otherwise None, or a `TuningError`.
-        """
+        """The encoder as `CandidateProposer` takes it; one's own is given where the view's is."""
         if (self.encoder == "own") != (encoder is not None):
             wanted = "an object with encode(texts)" if encoder is None else "None"
             raise TuningError(
@@ -127,6 +119,163 @@ class CandidateView:
             encoder,
             self.prefix_rewards,
         )
+
+
+@dataclass(frozen=True)
+class ChoiceSettings(CandidateView):
+    """What PPO and DQN have in common; for the view's fields see `CandidateView`.
+
+    Args:
+        total_steps: Environment steps, each of which draws K chunks. Whole rollouts are played, so
+            it may be a few more.
+        num_envs: Environments that are stepped together.
+        reward: `"delta"` pays each chunk what it adds to the score of the prefix, which needs a
+            score of every prefix; `"terminal"` pays the score at the end.
+        hidden: Sizes of the network's hidden layers; none for a linear policy.
+        discount: Of later rewards; episodes are short, so none by default.
+        save_steps: Environment steps between checkpoints.
+        eval_steps: Environment steps between two measurements on the validation prompts.
+        eval_episodes: Episodes of each validation prompt.
+        flat_episodes: If so many first episodes all have one score, that is an error.
+    """
+
+    total_steps: int = 4096
+    num_envs: int = 16
+    reward: ChunkReward = "delta"
+    hidden: tuple[int, ...] = (64,)
+    learning_rate: float = 1e-3
+    discount: float = 1.0
+    save_steps: int = 1024
+    eval_steps: int = 1024
+    eval_episodes: int = 1
+    flat_episodes: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = ("total_steps", "num_envs", "save_steps", "eval_steps", "eval_episodes")
+        check_above_zero(self, *counts, "learning_rate", "flat_episodes")
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        expect(self, "hidden", min(self.hidden, default=1) >= 1, "sizes of at least 1")
+        expect(self, "discount", 0 < self.discount <= 1, "above 0, at most 1")
+        ways = get_args(ChunkReward)
+        expect(self, "reward", self.reward in ways, f"one of {ways}")
+
+    @property
+    def view(self) -> CandidateView:
+        """What the policy needs to know where it is used."""
+        return CandidateView(**{f.name: getattr(self, f.name) for f in fields(CandidateView)})
+
+
+@dataclass(frozen=True)
+class PPOSettings(ChoiceSettings):
+    """How PPO learns; see `ChoiceSettings` for the rest.
+
+    Args:
+        rollout_steps: Environment steps between two updates, over all environments; a multiple of
+            `num_envs`.
+        batch_size: Steps in a batch; at most `rollout_steps`.
+        epochs: Passes over a rollout.
+        gae_lambda: Of generalised advantage estimation.
+        clip_range: Most that the ratio of probabilities may leave 1.
+        entropy: Weight of the entropy bonus.
+    """
+
+    rollout_steps: int = 512
+    batch_size: int = 128
+    epochs: int = 10
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    entropy: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_above_zero(self, "rollout_steps", "batch_size", "epochs", "clip_range")
+        expect(
+            self,
+            "rollout_steps",
+            self.rollout_steps % self.num_envs == 0 and self.rollout_steps >= self.batch_size,
+            f"a multiple of num_envs ({self.num_envs}), at least batch_size ({self.batch_size})",
+        )
+
+
+@dataclass(frozen=True)
+class DQNSettings(ChoiceSettings):
+    """How DQN learns; see `ChoiceSettings` for the rest.
+
+    Args:
+        buffer_size: Transitions that are kept.
+        learning_starts: Environment steps before the first update.
+        batch_size: Transitions in an update.
+        updates: Updates a step of all environments.
+        target_interval: Environment steps between two updates of the target network.
+        exploration_fraction: Share of the training over which exploration falls.
+        exploration_final: Probability of a random choice from then on.
+    """
+
+    buffer_size: int = 20_000
+    learning_starts: int = 256
+    batch_size: int = 128
+    updates: int = 8
+    target_interval: int = 256
+    exploration_fraction: float = 0.4
+    exploration_final: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = ("buffer_size", "learning_starts", "batch_size", "updates", "target_interval")
+        check_above_zero(self, *counts)
+        for name in ("exploration_fraction", "exploration_final"):
+            expect(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The policy's choices on the validation prompts, after so much training.
+
+    Args:
+        steps: Environment steps so far.
+        scores: Mean score of each validation prompt.
+        usage: What candidates, features and scores of the training took so far.
+        training_flops: Of the network that chooses, so far.
+        wall_seconds: So far, measurements aside.
+        own_usage: What this measurement took.
+    """
+
+    steps: int
+    scores: tuple[float, ...]
+    usage: Usage
+    training_flops: float
+    wall_seconds: float
+    own_usage: Usage
+
+    @property
+    def mean(self) -> float:
+        """Mean over the prompts."""
+        return float(np.mean(self.scores))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Measured:
+        """Read what `dataclasses.asdict` and JSON made of it."""
+        return from_json(cls, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceReport(TrainingReport):
+    """What training did and took; see `TrainingReport` for the rest.
+
+    The curve has (steps, score) of each episode, in the order in which they ended. The first
+    measurement on the validation prompts is before any training; wall time is without these.
+    """
+
+    steps: int
+    curve: tuple[tuple[int, float], ...]
+    validation: tuple[Measured, ...]
+    wall_seconds: float
+
+    def ledger(self) -> dict[str, Any]:
+        """What training took, as JSON values."""
+        return super().ledger() | {"steps": self.steps, "wall_seconds": self.wall_seconds}
 
 
 class _Network(nn.Module):
@@ -195,7 +344,6 @@ class CandidatePolicy:
         scorer: Gives each candidate a score; the highest is chosen, the first of equals.
         view: What it was trained on.
         hidden: Sizes of the scorer's hidden layers.
-        algorithm: What trained it.
         language_model_name: Whose candidates it was trained on; None fits any.
         reward_name: The reward that it was trained for; None fits any.
         encoder: The encoder of its features, where the view's is `"own"`.
@@ -228,11 +376,7 @@ class CandidatePolicy:
         return 2.0 * weights * self.view.num_candidates
 
     def scores(self, features: npt.ArrayLike) -> FloatArray:
-        """Scores of the candidates, float64[B, K], for float32[B, layout.size] of the view.
-
-        Raises:
-            TuningError: The features have another size.
-        """
+        """Scores of the candidates, float64[B, K], for float32[B, layout.size] of the view."""
         rows = np.asarray(features, dtype=np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.scorer.layout.size:
             raise TuningError(
@@ -262,21 +406,10 @@ class CandidatePolicy:
                 )
 
     def save(self, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
-        """Write the policy's folder, whole or not at all: safetensors and JSON.
-
-        Args:
-            folder: Takes the place of a policy that is there.
-            notes: JSON values to write beside it, by the name of the file.
-
-        Raises:
-            TuningError: The folder holds something else, or cannot be written.
-        """
+        """Write safetensors, JSON and notes, whole or not at all; `TuningError` if it cannot."""
         from safetensors.torch import save_file
 
-        target = Path(folder)
-        check_policy_target(target)
         config = {
-            "format": _FORMAT,
             "algorithm": self.algorithm,
             "language_model": self.language_model_name,
             "reward": self.reward_name,
@@ -284,15 +417,11 @@ class CandidatePolicy:
             "embedding_size": self.scorer.layout.embedding_size,
             "view": asdict(self.view),
         }
-        with storage(target), write_folder(target) as scratch:
-            save_file(dict(self.scorer.state_dict()), scratch / WEIGHTS)
-            for name, note in {CONFIG: config, **(notes or {})}.items():
+        with POLICY.writing(folder) as scratch:
+            POLICY.write_config(scratch, config)
+            save_file(dict(self.scorer.state_dict()), scratch / POLICY.weights)
+            for name, note in (notes or {}).items():
                 write_json(scratch / name, note)
-
-
-def check_policy_target(folder: Path) -> None:
-    """Refuse (`TuningError`) to write over anything but a policy."""
-    refuse_other_folder(folder, CONFIG, "a policy")
 
 
 def load_policy(
@@ -306,37 +435,22 @@ def load_policy(
     """Read a policy that `train_ppo` or `train_dqn` wrote.
 
     Args:
-        folder: The policy's folder.
+        folder: The policy's; `TuningError` if it holds none, or a damaged one.
         language_model: Refused if the policy was trained with another; None is not checked.
         reward_model: The same for the reward.
         encoder: The encoder of the features, where it was passed in to the training.
         name: What reports call it; by default the algorithm.
-
-    Raises:
-        TuningError: The folder holds no whole policy, or one that does not fit.
-
-    Example:
-        >>> policy = load_policy("ppo", embedded(), make("sentiment"))  # doctest: +SKIP
     """
-    from safetensors.torch import load_file
-
-    try:
-        recover_folder(folder)
-        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-        if config["format"] != _FORMAT:
-            raise ValueError(f"format {config['format']!r}, this version reads {_FORMAT}")
+    with POLICY.reading(folder) as (config, arrays):
         view = CandidateView(**{f.name: config["view"][f.name] for f in fields(CandidateView)})
         layout = FeatureLayout(view.num_candidates, config["embedding_size"], view.prefix_rewards)
         scorer = CandidateScorer(layout, config["hidden"])
-        scorer.load_state_dict(load_file(Path(folder) / WEIGHTS))
-        if not all(torch.isfinite(weights).all() for weights in scorer.parameters()):
-            raise ValueError("weights that are not finite")
+        weights = {name: torch.from_numpy(values) for name, values in arrays().items()}
+        try:
+            scorer.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
         names = config["algorithm"], config["language_model"], config["reward"]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise TuningError(
-            f"{folder}: expected the folder of a policy that train_ppo or train_dqn wrote "
-            f"({type(error).__name__}: {error}). Check the path, or train anew."
-        ) from error
     policy = CandidatePolicy(scorer, view, config["hidden"], *names, encoder, name or "")
     reward = None if reward_model is None else as_reward_model(reward_model)
     policy.check_fits(language_model, reward)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,48 +18,32 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
-from mbrl_text_env.agents.learning.training import (
-    CURVE,
-    LEDGER,
-    TuningError,
-    check_prompts,
-    checkpoints_of,
-    claim,
-    prompts_digest,
-    stop_asked,
-    stopped,
-)
-from mbrl_text_env.agents.model_free.candidate_policy import CandidatePolicy, check_policy_target
-from mbrl_text_env.agents.model_free.choice_settings import (
+from mbrl_text_env.agents.learning import training
+from mbrl_text_env.agents.learning.training import CURVE, LEDGER, TuningError
+from mbrl_text_env.agents.model_free import sb3_parts
+from mbrl_text_env.agents.model_free.candidate_agent import evaluate
+from mbrl_text_env.agents.model_free.candidate_policy import (
+    POLICY,
+    CandidatePolicy,
     ChoiceReport,
     ChoiceSettings,
     DQNSettings,
     Measured,
     PPOSettings,
 )
-from mbrl_text_env.agents.model_free.episodes import evaluate
-from mbrl_text_env.agents.model_free.sb3_checkpoint import (
-    ResumableEnv,
-    read_checkpoint,
-    write_checkpoint,
-)
-from mbrl_text_env.agents.model_free.sb3_networks import (
-    CandidateActorCritic,
-    CandidateDQNPolicy,
-    scorer_of,
-)
-from mbrl_text_env.agents.model_free.vec_env import VectorEnvAdapter
 from mbrl_text_env.encoders import Encoder
-from mbrl_text_env.env import TextGenerationVectorEnv
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import RewardModel, reward_name
+from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.runs import identity, own_randomness
 from mbrl_text_env.types import Ledger, Prompt, Usage
-from mbrl_text_env.wrappers import CandidateChunksVector
+from mbrl_text_env.wrappers import CandidateChunksVector, make_candidate_chunks
 
 _PPO_DEFAULTS, _DQN_DEFAULTS = PPOSettings(), DQNSettings()
+_VALIDATION_STREAM = 1
+# Forward and backward pass of a small network, in forward passes.
+_PASSES = 3
 
 
 def train_ppo(
@@ -90,12 +74,10 @@ def train_ppo(
         prompts: To train on, with different ids.
         folder: Where the policy is written, with `ledger.json` and `curve.json`; `load_policy`
             takes it.
-        settings: See `PPOSettings`.
         validation: Prompts that the policy is measured on every `eval_steps`; none by default.
         encoder: One's own, with `encoder="own"` in the settings.
         callbacks: Further callbacks of stable-baselines3, such as its `EvalCallback`. No checkpoint
             has their state: a training that goes on starts them new.
-        progress_bar: Show one (tqdm).
 
     Raises:
         TuningError: There are no prompts, two have one id, the reward does not apply to one or
@@ -107,24 +89,9 @@ def train_ppo(
     Example:
         >>> report = train_ppo(embedded(), make("sentiment"), prompts, "ppo")  # doctest: +SKIP
         >>> policy = load_policy("ppo")  # doctest: +SKIP
-        >>> agent = CandidateAgent(embedded(), make("sentiment"), policy)  # doctest: +SKIP
     """
-
-    def make(env: VectorEnvAdapter) -> BaseAlgorithm:
-        return PPO(
-            CandidateActorCritic,
-            env,
-            n_steps=settings.rollout_steps // settings.num_envs,
-            n_epochs=settings.epochs,
-            gae_lambda=settings.gae_lambda,
-            clip_range=settings.clip_range,
-            ent_coef=settings.entropy,
-            **_common(env, settings, settings.batch_size),
-        )
-
-    models = language_model, as_reward_model(reward_model), as_prompts(prompts)
-    training = Training("ppo", *models, Path(folder), settings, as_prompts(validation), encoder)
-    return training.run(make, callbacks, progress_bar)
+    given = (reward_model, prompts, folder, settings, validation, encoder)
+    return Training("ppo", language_model, *given).run(callbacks, progress_bar)
 
 
 def train_dqn(
@@ -147,42 +114,8 @@ def train_dqn(
     Reinforcement Learning", 2016, without the subtraction of the mean; with several environments
     all of them explore in the same steps; a response that meets its token limit counts as ended.
     """
-
-    def make(env: VectorEnvAdapter) -> BaseAlgorithm:
-        return DQN(
-            CandidateDQNPolicy,
-            env,
-            buffer_size=min(settings.buffer_size, settings.total_steps + settings.num_envs),
-            learning_starts=settings.learning_starts,
-            train_freq=1,
-            gradient_steps=settings.updates,
-            # `Training` updates the target network.
-            target_update_interval=sys.maxsize,
-            exploration_fraction=settings.exploration_fraction,
-            exploration_final_eps=settings.exploration_final,
-            **_common(env, settings, settings.batch_size),
-        )
-
-    models = language_model, as_reward_model(reward_model), as_prompts(prompts)
-    training = Training("dqn", *models, Path(folder), settings, as_prompts(validation), encoder)
-    return training.run(make, callbacks, progress_bar)
-
-
-def _common(env: VectorEnvAdapter, settings: ChoiceSettings, batch_size: int) -> dict[str, Any]:
-    layout = env.get_attr("proposer", [0])[0].layout
-    return {
-        "learning_rate": settings.learning_rate,
-        "batch_size": batch_size,
-        "gamma": settings.discount,
-        "policy_kwargs": {"layout": layout, "hidden": settings.hidden},
-        "seed": settings.seed,
-        "device": "cpu",
-    }
-
-
-_VALIDATION_STREAM = 1
-# Forward and backward pass of a small network, in forward passes.
-_PASSES = 3
+    given = (reward_model, prompts, folder, settings, validation, encoder)
+    return Training("dqn", language_model, *given).run(callbacks, progress_bar)
 
 
 @dataclass(eq=False)
@@ -191,9 +124,9 @@ class Training(BaseCallback):
 
     algorithm: str
     language_model: LanguageModel
-    reward_model: RewardModel
+    reward_model: Any
     prompts: Sequence[Prompt]
-    folder: Path
+    folder: Any
     settings: ChoiceSettings
     validation: Sequence[Prompt]
     encoder: Encoder | None
@@ -204,31 +137,29 @@ class Training(BaseCallback):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.reward_model, self.folder = as_reward_model(self.reward_model), Path(self.folder)
+        self.prompts, self.validation = as_prompts(self.prompts), as_prompts(self.validation)
+        self.checkpoints = training.checkpoints_of(self.folder)
         self.is_stopped = False
-        self.checkpoints = checkpoints_of(self.folder)
         # How often a checkpoint was due; unknown before the first rollout of this call.
         self._saves: int | None = None
 
-    def run(
-        self,
-        make: Callable[[VectorEnvAdapter], BaseAlgorithm],
-        callbacks: Sequence[BaseCallback],
-        progress_bar: bool,
-    ) -> ChoiceReport:
+    def run(self, callbacks: Sequence[BaseCallback], progress_bar: bool) -> ChoiceReport:
         """Train, or go on, to the end, and write the policy; see `train_ppo`."""
-        check_policy_target(self.folder)
-        for prompts, least in ((self.prompts, 1), (self.validation, 0)):
-            check_prompts(prompts, self.reward_model, self.language_model, least)
-        resumed = claim(self.checkpoints, self._described())
-        with own_randomness(self.settings.seed), stop_asked("this rollout") as self._asked:
+        POLICY.check_target(self.folder)
+        models = self.reward_model, self.language_model
+        training.check_prompts(self.prompts, *models)
+        training.check_prompts(self.validation, *models, least=0, noun="validation")
+        settings = self.settings
+        resumed = training.claim(self.checkpoints, self._described())
+        with own_randomness(settings.seed), training.stop_asked("this rollout") as self._asked:
             env = self._env = self._made_env()
-            model = make(ResumableEnv(env))
+            model = _made_model(sb3_parts.ResumableEnv(env), settings)
             if resumed is not None:
-                by_id = {prompt.id: prompt for prompt in self.prompts}
-                self._recall(read_checkpoint(Path(resumed), model, env, by_id))
+                self._recall(Path(resumed), model)
             # What going on from a checkpoint took is not part of the training.
             self._noted, self._since = env.ledger.usage, time.perf_counter()
-            left = self.settings.total_steps - model.num_timesteps
+            left = settings.total_steps - model.num_timesteps
             if left > 0:
                 model.learn(
                     left,
@@ -237,8 +168,8 @@ class Training(BaseCallback):
                     progress_bar=progress_bar,
                 )
             if self.is_stopped:
-                steps = f"after {model.num_timesteps} of {self.settings.total_steps} steps"
-                raise stopped(steps, self.checkpoints)
+                steps = f"after {model.num_timesteps} of {settings.total_steps} steps"
+                raise training.stopped(steps, self.checkpoints)
             self._note()
             if self.validation and self.validated[-1].steps < model.num_timesteps:
                 self._validate(model)
@@ -257,8 +188,9 @@ class Training(BaseCallback):
 
     def _policy(self, model: BaseAlgorithm) -> CandidatePolicy:
         """The policy as it is now."""
+        networks: Any = model.policy
         return CandidatePolicy(
-            scorer_of(model.policy),
+            networks.scorer,
             self.settings.view,
             self.settings.hidden,
             self.algorithm,
@@ -290,7 +222,9 @@ class Training(BaseCallback):
             )
         )
 
-    def _recall(self, notes: dict[str, Any]) -> None:
+    def _recall(self, checkpoint: Path, model: BaseAlgorithm) -> None:
+        by_id = {prompt.id: prompt for prompt in self.prompts}
+        notes = sb3_parts.read_checkpoint(checkpoint, model, self._env, by_id)
         self.curve = [(int(steps), float(score)) for steps, score in notes["episodes"]]
         self.validated = [Measured.from_json(row) for row in notes["validation"]]
         self.usage, self.wall_seconds = Usage(**notes["usage"]), notes["wall_seconds"]
@@ -300,25 +234,22 @@ class Training(BaseCallback):
 
     def _made_env(self) -> CandidateChunksVector:
         settings = self.settings
-        base = TextGenerationVectorEnv(
-            settings.num_envs,
-            self.prompts,
+        view = make_candidate_chunks(
             self.language_model,
-            self.reward_model,
+            num_envs=settings.num_envs,
+            prompts=self.prompts,
+            reward_model=self.reward_model,
             reward=settings.reward,
             max_response_tokens=settings.max_response_tokens,
             max_chunk_tokens=settings.chunk_tokens,
-            on_reward_error="raise",
             autoreset_mode="SameStep",
-        )
-        view = CandidateChunksVector(
-            base,
-            self.language_model,
             num_candidates=settings.num_candidates,
             params=settings.params,
             encoder=settings.resolved(self.encoder),
             prefix_rewards=settings.prefix_rewards,
         )
+        assert isinstance(view, CandidateChunksVector)
+        base: Any = view.env
         base.task.ledger = view.ledger
         return view
 
@@ -329,8 +260,8 @@ class Training(BaseCallback):
             "settings": asdict(self.settings),
             "language_model": identity(self.language_model),
             "reward": identity(self.reward_model),
-            "prompts": prompts_digest(self.prompts),
-            "validation": prompts_digest(self.validation),
+            "prompts": training.prompts_digest(self.prompts),
+            "validation": training.prompts_digest(self.validation),
         }
 
     def _training_flops(self, model: BaseAlgorithm) -> float:
@@ -362,7 +293,9 @@ class Training(BaseCallback):
         if is_due or self._asked:
             self._note()
             taken = {"usage": asdict(self.usage), "wall_seconds": self.wall_seconds}
-            write_checkpoint(self.checkpoints, self.model, self._env, self._curves() | taken)
+            sb3_parts.write_checkpoint(
+                self.checkpoints, self.model, self._env, self._curves() | taken
+            )
             self.is_stopped = bool(self._asked)
 
     def _on_step(self) -> bool:
@@ -397,3 +330,41 @@ class Training(BaseCallback):
                 f"{curve[0][1]:.4g} for all of the first {len(curve)} episodes: there is nothing "
                 "to learn from. Check the reward, or take other prompts."
             )
+
+
+def _made_model(env: sb3_parts.VectorEnvAdapter, settings: ChoiceSettings) -> BaseAlgorithm:
+    layout = env.get_attr("proposer", [0])[0].layout
+    common: dict[str, Any] = {
+        "learning_rate": settings.learning_rate,
+        "gamma": settings.discount,
+        "policy_kwargs": {"layout": layout, "hidden": settings.hidden},
+        "seed": settings.seed,
+        "device": "cpu",
+    }
+    if isinstance(settings, PPOSettings):
+        return PPO(
+            sb3_parts.CandidateActorCritic,
+            env,
+            n_steps=settings.rollout_steps // settings.num_envs,
+            batch_size=settings.batch_size,
+            n_epochs=settings.epochs,
+            gae_lambda=settings.gae_lambda,
+            clip_range=settings.clip_range,
+            ent_coef=settings.entropy,
+            **common,
+        )
+    assert isinstance(settings, DQNSettings)
+    return DQN(
+        sb3_parts.CandidateDQNPolicy,
+        env,
+        buffer_size=min(settings.buffer_size, settings.total_steps + settings.num_envs),
+        batch_size=settings.batch_size,
+        learning_starts=settings.learning_starts,
+        train_freq=1,
+        gradient_steps=settings.updates,
+        # `Training` updates the target network.
+        target_update_interval=sys.maxsize,
+        exploration_fraction=settings.exploration_fraction,
+        exploration_final_eps=settings.exploration_final,
+        **common,
+    )

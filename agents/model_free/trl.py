@@ -15,22 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbrl_text_env.agents.learning.lora import (
-    AdapterSettings,
-    keep,
-    tokenizer_of,
-    train_adapter,
-)
-from mbrl_text_env.agents.learning.training import (
-    CURVE,
-    LEDGER,
-    TrainingReport,
-    TuningError,
-    check_above_zero,
-    check_prompts,
-    common_arguments,
-    prompts_digest,
-)
+from mbrl_text_env.agents.learning import lora, training
+from mbrl_text_env.agents.learning.training import CURVE, LEDGER, TuningError, expect
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -42,13 +28,16 @@ from mbrl_text_env.types import Ledger, Prompt, Usage, initial, response_limit
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
 
-
 USAGE, FLAT = "usage/", "flat_share"
 """What each step adds to the trainer's log, which checkpoints keep."""
 
+# Forward passes' worth of work a token: the loss, the gradients of the activations (frozen weights
+# have none), and for RLOO the log-probabilities before the step.
+_PASSES = {"grpo": 2, "rloo": 3}
+
 
 @dataclass(frozen=True)
-class PolicyGradientSettings(AdapterSettings):
+class PolicyGradientSettings(lora.AdapterSettings):
     """How a policy is trained with GRPO or RLOO; for the adapter's fields see `AdapterSettings`.
 
     Args:
@@ -65,9 +54,6 @@ class PolicyGradientSettings(AdapterSettings):
         flat_steps: So many first steps in which no group of responses has two different scores are
             an error.
         seed: Adapter, order of the prompts and responses follow from it.
-
-    Raises:
-        TuningError: A number is out of its range.
     """
 
     steps: int = 60
@@ -85,19 +71,14 @@ class PolicyGradientSettings(AdapterSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = ("steps", "prompts_per_step", "max_completion_length", "batch_size")
-        check_above_zero(self, *counts, "temperature", "learning_rate", "save_steps", "flat_steps")
-        if self.num_generations < 2:
-            raise TuningError(
-                "num_generations: expected at least 2, for responses are judged against each "
-                f"other, got {self.num_generations!r}."
-            )
-        if self.beta < 0:
-            raise TuningError(f"beta: expected 0 or more, got {self.beta!r}.")
-        if self.responses_per_step % self.batch_size:
-            raise TuningError(
-                f"batch_size: expected a divisor of prompts_per_step * num_generations "
-                f"({self.responses_per_step}), got {self.batch_size}."
-            )
+        rates = ("temperature", "learning_rate", "save_steps", "flat_steps")
+        training.check_above_zero(self, *counts, *rates)
+        judged = "at least 2, for responses are judged against each other"
+        expect(self, "num_generations", self.num_generations >= 2, judged)
+        expect(self, "beta", self.beta >= 0, "0 or more")
+        count = self.responses_per_step
+        divisor = f"a divisor of prompts_per_step * num_generations ({count})"
+        expect(self, "batch_size", count % self.batch_size == 0, divisor)
 
     @property
     def responses_per_step(self) -> int:
@@ -112,9 +93,7 @@ class StepReport:
     Args:
         step: From 1.
         reward: Mean score of its responses.
-        reward_std: Standard deviation of the scores.
         flat_share: Share of prompts whose responses all have one score, and teach nothing.
-        mean_tokens: Mean length of the responses.
         kl: Divergence (nats a token) from the policy at the start; None where beta is 0.
     """
 
@@ -133,16 +112,11 @@ class StepReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradientReport(TrainingReport):
+class PolicyGradientReport(training.TrainingReport):
     """What training did and took; see `TrainingReport` for the rest.
 
     The `seconds` of its usage are those of all steps, updates included. Steps that were lost to a
-    kill and done again count once.
-
-    Args:
-        reward_name: The reward's name.
-        language_model: The base's name.
-        curve: One entry a step.
+    kill and done again count once. The curve has one entry a step.
     """
 
     reward_name: str
@@ -176,9 +150,6 @@ class PolicyGradientReport(TrainingReport):
 
 
 _DEFAULTS = PolicyGradientSettings()
-# Forward passes' worth of work a token: the loss, the gradients of the activations (frozen weights
-# have none), and for RLOO the log-probabilities before the step.
-_PASSES = {"grpo": 2, "rloo": 3}
 
 
 def train_grpo(
@@ -202,11 +173,8 @@ def train_grpo(
     it. Responses are sampled by the language model as it serves: with int8 or bfloat16 products
     they come from a distribution a little beside the float32 one that is trained.
 
-    Checkpoints lie in `<folder>-checkpoints`, from which a call that was stopped goes on if
-    prompts, reward and settings are the same; on a CPU it ends as if it had not been stopped. They
-    are removed at the end. They hold the optimizer's state in torch's format and
-    `training_args.bin`, a pickle, which nothing here reads: keep checkpoints of others out of that
-    folder. The final folder has safetensors and JSON alone, and is there as a whole or not at all.
+    Stops, checkpoints and the folder are as in `fine_tune`; on a CPU a call that goes on ends as if
+    it had not been stopped.
 
     Args:
         language_model: The base. It samples all responses, in its own number format; int8 is the
@@ -215,7 +183,6 @@ def train_grpo(
         prompts: With different ids, at least `settings.prompts_per_step`.
         folder: Where the adapter is written, with `ledger.json` and `curve.json`;
             `mbrl_text_env.agents.learning.serve` takes it.
-        settings: See `PolicyGradientSettings`.
         start_from: Folder of an adapter to go on training; None for a new one.
         on_step: Called after each step, for progress.
 
@@ -228,12 +195,10 @@ def train_grpo(
 
     Example:
         >>> report = train_grpo(embedded(), make("sentiment"), prompts, "kind")  # doctest: +SKIP
-        >>> report.curve[-1].reward > report.curve[0].reward  # doctest: +SKIP
-        True
         >>> policy = serve(embedded(), "kind")  # doctest: +SKIP
     """
-    given = (settings, start_from, on_step)
-    return _train("grpo", language_model, reward_model, prompts, folder, *given)
+    experience = Experience("grpo", language_model, reward_model, prompts, settings)
+    return experience.train(folder, start_from, on_step)
 
 
 def train_rloo(
@@ -256,41 +221,10 @@ def train_rloo(
     from Human Feedback in LLMs", 2024, by TRL's `RLOOTrainer`. Deviation: TRL clips the ratio of
     probabilities as PPO does; with one update a sample that ratio is 1.
     """
-    given = (settings, start_from, on_step)
-    return _train("rloo", language_model, reward_model, prompts, folder, *given)
+    experience = Experience("rloo", language_model, reward_model, prompts, settings)
+    return experience.train(folder, start_from, on_step)
 
 
-def _train(
-    algorithm: str,
-    language_model: TransformersLM,
-    reward: Any,
-    prompts: Sequence[Prompt],
-    folder: str | Path,
-    settings: PolicyGradientSettings,
-    start_from: str | Path | None,
-    on_step: Callable[[StepReport], None] | None,
-) -> PolicyGradientReport:
-    reward_model, prompts = as_reward_model(reward), as_prompts(prompts)
-    check_prompts(prompts, reward_model, language_model, settings.prompts_per_step)
-    by_id = {prompt.id: prompt for prompt in prompts}
-    experience = Experience(algorithm, language_model, reward_model, by_id, settings)
-    described = {
-        "algorithm": algorithm,
-        "dtype": str(language_model.dtype),
-        "reward": identity(reward_model),
-        "prompts": prompts_digest(prompts),
-    }
-    make = functools.partial(_trainer, experience, on_step)
-    trainer = train_adapter(language_model, folder, settings, start_from, described, make)
-    names = {"reward_name": reward_name(reward_model), "language_model": language_model.name}
-    log = trainer.state.log_history
-    report: PolicyGradientReport = PolicyGradientReport.from_log(log, algorithm=algorithm, **names)
-    notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
-    keep(folder, trainer.model, language_model, notes)
-    return report
-
-
-@dataclass(eq=False)
 class Experience:
     """Samples and scores the responses of each step.
 
@@ -298,15 +232,48 @@ class Experience:
     through a data set. Its trainers call `sample` and, as a reward function, the object itself.
     """
 
-    algorithm: str
-    language_model: TransformersLM
-    reward_model: RewardModel
-    prompts: Mapping[str, Prompt]
-    settings: PolicyGradientSettings
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        algorithm: str,
+        language_model: TransformersLM,
+        reward_model: Any,
+        prompts: Sequence[Prompt],
+        settings: PolicyGradientSettings,
+    ) -> None:
+        self.algorithm, self.language_model, self.settings = algorithm, language_model, settings
+        self.reward_model: RewardModel = as_reward_model(reward_model)
+        listed = as_prompts(prompts)
+        models = self.reward_model, language_model
+        training.check_prompts(listed, *models, least=settings.prompts_per_step)
+        self.prompts = {prompt.id: prompt for prompt in listed}
         self.__name__ = reward_name(self.reward_model)
         self._ledger = Ledger()
+
+    def train(
+        self,
+        folder: str | Path,
+        start_from: str | Path | None,
+        on_step: Callable[[StepReport], None] | None,
+    ) -> PolicyGradientReport:
+        """Train, or go on, to the end, and write the adapter; see `train_grpo`."""
+        lm, settings = self.language_model, self.settings
+        described = {
+            "algorithm": self.algorithm,
+            "dtype": str(lm.dtype),
+            "reward": identity(self.reward_model),
+            "prompts": training.prompts_digest(list(self.prompts.values())),
+        }
+        recipe = functools.partial(_recipe, self, on_step)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'")
+            trainer = lora.train_adapter(lm, folder, settings, start_from, described, recipe)
+        names = {"reward_name": self.__name__, "language_model": lm.name}
+        report: PolicyGradientReport = PolicyGradientReport.from_log(
+            trainer.state.log_history, algorithm=self.algorithm, **names
+        )
+        notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
+        lora.write(folder, trainer.model, lm, notes)
+        return report
 
     def rows(self) -> list[str]:
         """Ids of the prompts of all steps, in their order: each pass in another random order.
@@ -326,38 +293,31 @@ class Experience:
     def sample(self, ids: Sequence[str], trainer: Any) -> dict[str, Any]:
         """Draw the responses of a step with the policy as it is now.
 
-        Args:
-            ids: Prompts of the step, each `num_generations` times in a row.
-            trainer: TRL's, which computes the log-probabilities itself, at the temperature.
+        `ids` are the prompts of the step, each `num_generations` times in a row. The trainer
+        computes the log-probabilities itself, at the temperature.
         """
-        settings = self.settings
-        chosen = [self.prompts[i] for i in ids[:: settings.num_generations]]
+        settings, count = self.settings, self.settings.num_generations
         self._ledger = Ledger()
-        policy = self._policy(trainer.model)
-        states = [initial(prompt, policy) for prompt in chosen]
+        # As it would be served.
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            trainer.model.save_pretrained(
+                folder, selected_adapters=["default"], save_embedding_layers=False
+            )
+            policy = self.language_model.with_adapter(folder, self.language_model.name)
+        states = [initial(self.prompts[i], policy) for i in ids[::count]]
         rows = policy.sample(
             states,
-            settings.num_generations,
+            count,
             min(response_limit(s, policy, settings.max_completion_length) for s in states),
             seeds=[spawn_seed(settings.seed, trainer.state.global_step)] * len(states),
             params=SamplingParams(temperature=settings.temperature),
             ledgers=[self._ledger] * len(states),
         )
         return {
-            "prompt_ids": [
-                list(state.prompt_ids) for state, row in zip(states, rows, strict=True) for _ in row
-            ],
+            "prompt_ids": [list(s.prompt_ids) for s in states for _ in range(count)],
             "completion_ids": [list(chunk.token_ids) for row in rows for chunk in row],
             "logprobs": None,
         }
-
-    def _policy(self, model: Any) -> TransformersLM:
-        """The language model with the adapter as it is now, as it would be served."""
-        with quiet(), tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(
-                folder, selected_adapters=["default"], save_embedding_layers=False
-            )
-            return self.language_model.with_adapter(folder, self.language_model.name)
 
     def __call__(
         self,
@@ -404,76 +364,48 @@ class Experience:
         return float(flat.mean())
 
 
-def _trainer(
-    experience: Experience,
-    on_step: Callable[[StepReport], None] | None,
-    model: Any,
-    checkpoints: Path,
-) -> Any:
+def _recipe(experience: Experience, on_step: Callable[[StepReport], None] | None) -> lora.Recipe:
     import trl
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
+    from transformers import TrainerCallback
 
-    settings = experience.settings
-    is_grpo = experience.algorithm == "grpo"
-    config: Any = trl.GRPOConfig if is_grpo else trl.RLOOConfig
-    arguments = config(
-        **common_arguments(checkpoints, settings.seed, settings.save_steps),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.responses_per_step // settings.batch_size,
-        num_generations=settings.num_generations,
-        max_completion_length=settings.max_completion_length,
-        temperature=settings.temperature,
-        learning_rate=settings.learning_rate,
-        beta=settings.beta,
-        # The rows are in their order.
-        shuffle_dataset=False,
-    )
-    rollouts = {"rollout_func": experience.sample}
-    make: Any = trl.GRPOTrainer if is_grpo else functools.partial(_rloo_class(), experience)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-        trainer = make(
-            model=model,
-            reward_funcs=experience,
-            args=arguments,
-            train_dataset=Dataset.from_dict({"prompt": experience.rows()}),
-            processing_class=tokenizer_of(experience.language_model),
-            **(rollouts if is_grpo else {}),
-        )
-    trainer.remove_callback(PrinterCallback)
-    if on_step is not None:
-        _report_steps(trainer, on_step)
-    return trainer
-
-
-@functools.cache
-def _rloo_class() -> Any:
-    """TRL's `RLOOTrainer` with what its `GRPOTrainer` has as `rollout_func`."""
-    import trl
+    class ReportSteps(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if on_step is not None and "reward" in state.log_history[-1]:
+                on_step(StepReport.from_log(state.log_history[-1]))
 
     class SampledRLOOTrainer(trl.RLOOTrainer):  # type: ignore[misc, name-defined, unused-ignore]
-        def __init__(self, experience: Experience, **options: Any) -> None:
-            self._experience = experience
+        """TRL's `RLOOTrainer` with the `rollout_func` that its `GRPOTrainer` has."""
+
+        def __init__(self, rollout_func: Any, **options: Any) -> None:
+            self._sample = rollout_func
             super().__init__(**options)
 
         def _tokenize_prompts(self, prompts: list[str]) -> tuple[Any, None, dict[str, Any]]:
-            self._sampled = self._experience.sample(prompts, self)
+            self._sampled = self._sample(prompts, self)
             return self._sampled["prompt_ids"], None, {}
 
         def _generate_single_turn(self, *inputs: Any) -> Any:
             return self._sampled["completion_ids"]
 
-    return SampledRLOOTrainer
-
-
-def _report_steps(trainer: Any, on_step: Callable[[StepReport], None]) -> None:
-    from transformers import TrainerCallback
-
-    class ReportSteps(TrainerCallback):  # type: ignore[misc, unused-ignore]
-        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if "reward" in state.log_history[-1]:
-                on_step(StepReport.from_log(state.log_history[-1]))
-
-    trainer.add_callback(ReportSteps())
+    settings = experience.settings
+    kinds: dict[str, tuple[Any, Any]] = {
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
+        "rloo": (SampledRLOOTrainer, trl.RLOOConfig),
+    }
+    same = ("save_steps", "num_generations", "max_completion_length", "temperature", "beta")
+    arguments = {
+        **{name: getattr(settings, name) for name in same},
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.responses_per_step // settings.batch_size,
+        # The rows are in their order.
+        "shuffle_dataset": False,
+    }
+    options = {
+        "reward_funcs": experience,
+        "train_dataset": Dataset.from_dict({"prompt": experience.rows()}),
+        "callbacks": [ReportSteps()],
+        "rollout_func": experience.sample,
+    }
+    return lora.Recipe(*kinds[experience.algorithm], arguments, options)

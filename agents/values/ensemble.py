@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -12,9 +12,8 @@ import numpy as np
 from mbrl_text_env.agents.values.fitted import FittedValue, Sources, value_class
 from mbrl_text_env.fitting.folder import Arrays, numbers_of, with_numbers
 from mbrl_text_env.fitting.heads import Head, Spread, choose, fitted
-from mbrl_text_env.fitting.report import root_mean_square, value_report
-from mbrl_text_env.fitting.samples import FitError, IntArray, Samples
-from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage
+from mbrl_text_env.fitting.report import FitError, Samples, root_mean_square, value_report
+from mbrl_text_env.types import FloatArray
 from mbrl_text_env.values import ValueEstimate
 
 if TYPE_CHECKING:
@@ -29,12 +28,7 @@ _LEAST_NOISE = 0.25
 
 @dataclass(frozen=True)
 class EnsembleHead:
-    """The mean of members.
-
-    Args:
-        members: Heads on the same inputs.
-        scale: float64[1], what calibrates the standard deviation.
-    """
+    """The mean of members on the same inputs; `scale`, float64[1], calibrates their spread."""
 
     members: tuple[Head, ...]
     scale: FloatArray
@@ -48,6 +42,16 @@ class EnsembleHead:
         return np.stack([member.predict(inputs) for member in self.members])
 
 
+def _of_base(name: str) -> Any:
+    """A method that is the base's."""
+
+    def method(self: EnsembleValue, *args: Any) -> Any:
+        return getattr(self._shared(), name)(*args)
+
+    return method
+
+
+@dataclass(eq=False, repr=False)
 class EnsembleValue(FittedValue):
     """Members fitted on prompts drawn with replacement; their disagreement is part of the spread.
 
@@ -60,12 +64,8 @@ class EnsembleValue(FittedValue):
     prompts are drawn, not rows.
 
     Args:
-        base: A value model to be fitted, `FittedValue`; it is not changed itself.
+        base: A `FittedValue` to be fitted; it is not changed itself.
         num_members: At least 2; few leave prompts that are in every member's bag.
-        seed: Of the bootstrap.
-
-    Raises:
-        ValueError: There are fewer than 2 members, or the base is no `FittedValue`.
 
     Example:
         >>> value = EnsembleValue(StackedValue(lm, reward)).fit(records)  # doctest: +SKIP
@@ -75,38 +75,34 @@ class EnsembleValue(FittedValue):
 
     kind = "ensemble"
 
-    def __init__(self, base: FittedValue, num_members: int = 8, seed: int = 0) -> None:
-        if num_members < 2:
-            raise ValueError(f"num_members: expected at least 2, got {num_members}.")
-        if not isinstance(base, FittedValue) or isinstance(base, EnsembleValue):
+    base: FittedValue
+    num_members: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_members < 2:
+            raise ValueError(f"num_members: expected at least 2, got {self.num_members}.")
+        if not isinstance(self.base, FittedValue) or isinstance(self.base, EnsembleValue):
             raise ValueError(
                 f"base: expected a value model that is fitted on records (a FittedValue), got "
-                f"{type(base).__name__}. Subclass `agents.values.FittedValue`, which divides a "
-                "value model into inputs that members can share and a head of each."
+                f"{type(self.base).__name__}. Subclass `agents.values.FittedValue`, which divides "
+                "a value model into inputs that members can share and a head of each."
             )
-        self.base = base
-        self.num_members = num_members
-        self.seed = seed
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
-        """float64[B, d]: those of the base."""
-        return self._shared().inputs(states, ledgers)
+    # Inputs and heads are those of the base, and so is what they cost.
+    inputs = _of_base("inputs")
+    heads = _of_base("heads")
+    final_scores = _of_base("final_scores")
+    usage_bound = _of_base("usage_bound")
+    expected_usage = _of_base("expected_usage")
+    flops = _of_base("flops")
+    flops_bound = _of_base("flops_bound")
 
     def samples(self, records: Sequence[Record]) -> Samples:
         """Those of the base."""
         # A copy, so that one base can serve several ensembles.
         self.base_ = copy.copy(self.base)
         return self.base_.samples(records)
-
-    def heads(self) -> Mapping[str, Head]:
-        """Those of the base."""
-        return self._shared().heads()
-
-    def final_scores(self, inputs: FloatArray) -> FloatArray | None:
-        """Those of the base."""
-        return self._shared().final_scores(inputs)
 
     def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
         """Mean of the members; disagreement and noise, scaled."""
@@ -115,38 +111,27 @@ class EnsembleValue(FittedValue):
         std = self.head_.scale[0] * np.sqrt(votes.var(axis=0, ddof=1) + noise**2)
         return ValueEstimate(votes.mean(axis=0), std)
 
-    def usage_bound(self, state: TextState) -> Usage:
-        """That of the base: the inputs are shared."""
-        return self._shared().usage_bound(state)
-
-    def expected_usage(self, state: TextState) -> Usage:
-        """That of the base."""
-        return self._shared().expected_usage(state)
-
-    def flops(self, states: Sequence[TextState]) -> FloatArray:
-        """float64[B]: those of the base."""
-        return self._shared().flops(states)
-
-    def flops_bound(self) -> float:
-        """That of the base."""
-        return self._shared().flops_bound()
-
     def _fit(self, samples: Samples, records: Sequence[Record]) -> None:
         heads = self.heads()
         self.chosen_, _ = choose(heads, samples)
-        bags = list(_bags(samples, self.num_members, self.seed))
+        rng = np.random.default_rng(self.seed)
+        rows_of = [np.flatnonzero(samples.groups == group) for group in np.unique(samples.groups)]
+        # Row indices of prompts drawn with replacement, a bag for each member.
+        bags = [
+            np.concatenate([rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))])
+            for _ in range(self.num_members)
+        ]
         members = tuple(fitted(heads[self.chosen_], samples.rows(bag)) for bag in bags)
         out = _out_of_bag(members, bags, samples)
-        calibration = _calibrated(out, np.ones(len(out.mean), dtype=bool))
-        self.spread_ = calibration.noise
-        self.head_ = EnsembleHead(members, np.asarray([calibration.scale]))
+        self.spread_, scale = out.calibrated(slice(None))
+        self.head_ = EnsembleHead(members, np.asarray([scale]))
         # The report is of calibrations on other prompts than those that they are measured on.
         std = np.zeros(len(out.mean))
         for fold in range(_FOLDS):
             own = out.samples.groups % _FOLDS == fold
             if own.any():
-                rest = ~own if (~own).any() else own
-                std[own] = _calibrated(out, rest).std(out, own)
+                noise, scale = out.calibrated(own if own.all() else ~own)
+                std[own] = scale * out.std(noise, own)
         found = value_report(out.mean, std, out.samples, len(records))
         self.report_ = replace(found, num_prompts=samples.num_prompts)
 
@@ -158,7 +143,7 @@ class EnsembleValue(FittedValue):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
-        """See `FittedValue.from_settings`."""
+        """An object with these settings, without its head."""
         kind = value_class(settings["base"]["kind"])
         base = kind.from_settings(settings["base"]["settings"], sources)
         value = cls(**{**settings, "base": base})
@@ -185,48 +170,27 @@ class EnsembleValue(FittedValue):
 
 
 class _OutOfBag(NamedTuple):
-    """What members say of prompts that they have not seen.
-
-    Args:
-        mean, disagreement: float64[M], of the members that have not seen the row's prompt.
-        samples: The M rows of which at least two members have not seen the prompt.
-    """
+    """What members say of rows whose prompts at least two have not seen, by those: float64[M]."""
 
     mean: FloatArray
     disagreement: FloatArray
     samples: Samples
 
+    def std(self, noise: Spread, rows: Any) -> FloatArray:
+        """Disagreement and noise, not scaled yet."""
+        rest = noise.at(self.samples.lengths[rows])
+        return np.asarray(np.sqrt(self.disagreement[rows] ** 2 + rest**2))
 
-class _Calibration(NamedTuple):
-    noise: Spread
-    scale: float
-
-    def std(self, out: _OutOfBag, rows: Any) -> FloatArray:
-        noise = self.noise.at(out.samples.lengths[rows])
-        return np.asarray(self.scale * np.sqrt(out.disagreement[rows] ** 2 + noise**2))
-
-
-def _calibrated(out: _OutOfBag, rows: Any) -> _Calibration:
-    lengths = out.samples.lengths[rows]
-    errors = (out.mean - out.samples.scores)[rows]
-    total = Spread.fit(errors, lengths)
-    explained = Spread.fit(out.disagreement[rows], lengths)
-    left = np.maximum(total.stds**2 - explained.stds**2, (_LEAST_NOISE * total.stds) ** 2)
-    noise = np.sqrt(left)
-    raw = _Calibration(Spread(total.knots, noise), 1.0)
-    return raw._replace(scale=root_mean_square(errors / np.maximum(raw.std(out, rows), _TINY)))
+    def calibrated(self, rows: Any) -> tuple[Spread, float]:
+        """The noise that no member explains, and what both together are to be multiplied with."""
+        lengths, errors = self.samples.lengths[rows], (self.mean - self.samples.scores)[rows]
+        total, explained = Spread.fit(errors, lengths), Spread.fit(self.disagreement[rows], lengths)
+        left = np.maximum(total.stds**2 - explained.stds**2, (_LEAST_NOISE * total.stds) ** 2)
+        noise = Spread(total.knots, np.sqrt(left))
+        return noise, root_mean_square(errors / np.maximum(self.std(noise, rows), _TINY))
 
 
-def _bags(samples: Samples, count: int, seed: int) -> Iterator[IntArray]:
-    """Row indices of prompts drawn with replacement, a bag for each member."""
-    rng = np.random.default_rng(seed)
-    rows_of = [np.flatnonzero(samples.groups == group) for group in np.unique(samples.groups)]
-    for _ in range(count):
-        drawn = rng.integers(len(rows_of), size=len(rows_of))
-        yield np.concatenate([rows_of[i] for i in drawn])
-
-
-def _out_of_bag(members: Sequence[Head], bags: Sequence[IntArray], samples: Samples) -> _OutOfBag:
+def _out_of_bag(members: Sequence[Head], bags: Sequence[Any], samples: Samples) -> _OutOfBag:
     unseen = np.ones((len(members), len(samples)), dtype=bool)
     for i, bag in enumerate(bags):
         unseen[i, bag] = False
@@ -239,8 +203,5 @@ def _out_of_bag(members: Sequence[Head], bags: Sequence[IntArray], samples: Samp
             "num_members."
         )
     masked = np.ma.masked_array(votes[:, rows], ~unseen[:, rows])
-    return _OutOfBag(
-        np.asarray(masked.mean(axis=0)),
-        np.asarray(masked.std(axis=0, ddof=1)),
-        samples.rows(rows),
-    )
+    mean, std = masked.mean(axis=0), masked.std(axis=0, ddof=1)
+    return _OutOfBag(np.asarray(mean), np.asarray(std), samples.rows(rows))

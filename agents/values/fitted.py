@@ -3,7 +3,7 @@
 A value model is split in two: `inputs`, which asks the models that cost something (an encoder, the
 reward model, the language model) and is charged, and a head, an estimator of scikit-learn, which is
 arithmetic on these numbers. So fitting many heads, as validation and `EnsembleValue` do, pays for
-the inputs once.
+the inputs once. A search asks for the value of prefixes of every length, so every length is fitted.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from mbrl_text_env.agents.values.training_prefixes import check_records
 from mbrl_text_env.fitting.folder import Arrays, FolderKind, numbers_of, with_numbers
 from mbrl_text_env.fitting.heads import Head, Spread, choose, cross_spread, fitted
-from mbrl_text_env.fitting.report import FitReport, value_report
-from mbrl_text_env.fitting.samples import FitError, Samples
+from mbrl_text_env.fitting.report import FitError, FitReport, Samples, value_report
 from mbrl_text_env.types import FloatArray, Ledger, TextState
-from mbrl_text_env.values import ValueEstimate, ValueModel, ValueModelError
+from mbrl_text_env.values import LENGTHS, ValueEstimate, ValueModel, ValueModelError
 
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
@@ -36,8 +34,6 @@ FOLDER = FolderKind(
     version=3,
     error=ValueModelError,
 )
-
-
 # Arguments of constructors that are models, and the field of `Sources` that takes their place.
 _MODELS = {
     "tokenizer": "tokenizer",
@@ -55,27 +51,124 @@ class Sources(NamedTuple):
     encoder: Any = None
 
 
+def cut_prefixes(
+    records: Sequence[Record], lengths: Sequence[int] = LENGTHS
+) -> tuple[list[TextState], list[Record]]:
+    """Cut partial responses out of complete ones.
+
+    Every length in tokens below a response's own gives one prefix; a response that is too short for
+    all of them, but has two tokens, gives its first half.
+
+    Returns:
+        The states, and the record that each is a prefix of.
+
+    Raises:
+        FitError: A record has no token ids, or no response has two tokens.
+    """
+    states, owners = [], []
+    for record in records:
+        size = len(record.response_ids)
+        if not record.prompt_ids or (record.response and not size):
+            raise FitError(
+                f"Record of prompt {record.prompt_id!r}: expected token ids of prompt and "
+                f"response, got {len(record.prompt_ids)} and {size}. Collect the records with "
+                "`mbrl-text collect`, which keeps them."
+            )
+        below = [length for length in lengths if length < size]
+        for length in below or ([size // 2] if size > 1 else []):
+            states.append(record.prefix_state(length))
+            owners.append(record)
+    if not states:
+        raise FitError(
+            f"Expected responses of at least 2 tokens, got {len(records)} without a single "
+            "prefix. Collect longer responses."
+        )
+    return states, owners
+
+
+def samples_of(
+    inputs: FloatArray, owners: Sequence[Record], lengths: Sequence[int] | None = None
+) -> Samples:
+    """Inputs beside the scores of the records that they are of; all have to be finite."""
+    inputs = np.asarray(inputs, dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(inputs).all(axis=1))
+    if bad.size:
+        raise FitError(
+            f"Expected finite inputs, got others for {bad.size} of {len(owners)} prefixes, first "
+            f"of prompt {owners[bad[0]].prompt_id!r}. Fix the encoder or the language model."
+        )
+    _, groups = np.unique([record.prompt_id for record in owners], return_inverse=True)
+    return Samples(
+        inputs,
+        np.asarray([record.score for record in owners], dtype=np.float64),
+        np.asarray([0] * len(owners) if lengths is None else lengths, dtype=np.int64),
+        groups.astype(np.int64),
+    )
+
+
+def check_records(records: Sequence[Record]) -> None:
+    """Refuse records that no value can be learned from.
+
+    Raises:
+        FitError: There are fewer than two, their scores come from several reward models, their
+            responses from several language models, or all their scores are equal.
+    """
+    if len(records) < 2:
+        raise FitError(
+            f"Expected at least 2 scored records to fit a value model, got {len(records)}. Collect "
+            "more with `mbrl-text collect`."
+        )
+    for what, names, change in (
+        (
+            "scores of one reward model",
+            {record.reward_name for record in records},
+            "Re-score the records with one of them (`records.rescore`).",
+        ),
+        (
+            "responses of one language model",
+            {record.language_model for record in records},
+            "A value is that of what one model writes: fit one for each.",
+        ),
+    ):
+        if len(names) > 1:
+            raise FitError(f"Expected {what}, got those of {sorted(names)}. {change}")
+    _check_scores(np.asarray([record.score for record in records]))
+
+
+def _check_scores(scores: FloatArray) -> None:
+    if np.ptp(scores) == 0:
+        raise FitError(
+            f"Expected scores that differ, got {float(scores[0])!r} {len(scores)} times: there is "
+            "no signal to learn from. Collect responses to other prompts, more and longer ones, or "
+            "score them with another reward model."
+        )
+
+
+def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Prefix lengths; refused with a `ValueError` if they are not increasing and positive."""
+    if not lengths or min(lengths) < 1 or list(lengths) != sorted(set(lengths)):
+        raise ValueError(
+            f"lengths: expected prefix lengths of at least 1 token in increasing order, got "
+            f"{tuple(lengths)}."
+        )
+    return tuple(lengths)
+
+
 class FittedValue(ValueModel):
     """A value model that learns from records; a subclass says what it sees and how it is fitted.
 
     Attributes:
         head_: What makes the mean of the inputs, fitted.
-        spread_: `Spread`, the standard deviation by prefix length, of the errors on prompts left
-            out.
+        spread_: The standard deviation by prefix length, of the errors on prompts left out.
         chosen_: Name of the head, where there were several to choose from.
         report_: `FitReport` of the fit, on prompts left out.
-        reward_name_: The reward model whose scores it was fitted on.
-        language_model_name_: The language model that wrote the responses.
+        reward_name_, language_model_name_: What it was fitted on.
 
     Example:
         >>> class Length(FittedValue):  # ridge on the number of tokens
         ...     kind = "length"
         ...     def inputs(self, states, ledgers=None):
         ...         return np.array([[len(s.response_ids)] for s in states], dtype=float)
-        ...     def samples(self, records):
-        ...         states, owners = cut_prefixes(records)
-        ...         lengths = [len(state.response_ids) for state in states]
-        ...         return samples_of(self.inputs(states), owners, lengths)
         ...     def heads(self):
         ...         return {"ridge": sklearn.linear_model.Ridge()}
     """
@@ -90,9 +183,10 @@ class FittedValue(ValueModel):
     ) -> FloatArray:
         """float64[B, d]: what is seen of the states; other models' calls are charged."""
 
-    @abstractmethod
     def samples(self, records: Sequence[Record]) -> Samples:
-        """What the model is fitted on; asks the models that cost something, uncharged."""
+        """What the model is fitted on, uncharged: by default prefixes of `lengths` tokens."""
+        states, owners = cut_prefixes(records, self.lengths)
+        return samples_of(self.inputs(states), owners, [len(s.response_ids) for s in states])
 
     @abstractmethod
     def heads(self) -> Mapping[str, Head]:
@@ -111,18 +205,13 @@ class FittedValue(ValueModel):
         """Fit on scored responses; a fit that fails leaves the model as it was.
 
         Raises:
-            FitError: The records are fewer than two, of several reward models or language models,
-                without token ids, or all scored the same.
+            FitError: See `check_records`; or the records have no token ids.
         """
         check_records(records)
         before = dict(vars(self))
         try:
             samples = self.samples(records)
-            if np.ptp(samples.scores) == 0:
-                raise FitError(
-                    "Expected prefixes of responses whose scores differ, got one score: there is "
-                    "no signal to learn from. Collect more responses, and longer ones."
-                )
+            _check_scores(samples.scores)
             self._fit(samples, records)
         except BaseException:
             # Half of a new fit and half of a former one would predict nonsense.
@@ -137,21 +226,14 @@ class FittedValue(ValueModel):
         heads = self.heads()
         self.chosen_, guess = choose(heads, samples)
         self.head_ = fitted(heads[self.chosen_], samples)
-        if guess is None:
-            deviations = samples.scores - samples.scores.mean()
-            self.spread_ = Spread.fit(deviations, samples.lengths)
-            self.report_ = value_report(None, None, samples, len(records))
-            return
-        self.spread_ = Spread.fit(guess.mean - samples.scores, samples.lengths)
-        std = cross_spread(guess, samples)
-        self.report_ = value_report(guess.mean, std, samples, len(records))
+        mean = None if guess is None else guess.mean
+        std = None if guess is None else cross_spread(guess, samples)
+        errors = (samples.scores.mean() if mean is None else mean) - samples.scores
+        self.spread_ = Spread.fit(errors, samples.lengths)
+        self.report_ = value_report(mean, std, samples, len(records))
 
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
-        """Mean and standard deviation, each float64[B]; uncharged.
-
-        Raises:
-            ValueModelError: The model is not fitted.
-        """
+        """Mean and standard deviation, each float64[B]; uncharged."""
         return self.predict_with(states, None)
 
     def predict_with(
@@ -160,9 +242,6 @@ class FittedValue(ValueModel):
         """`predict`, with what other models take charged to the ledgers, one a state.
 
         A response that has ended is worth its score, where the model sees that, and no guess.
-
-        Raises:
-            ValueModelError: The model is not fitted.
         """
         if not self.is_fitted:
             raise ValueModelError(
@@ -186,12 +265,7 @@ class FittedValue(ValueModel):
         return ValueEstimate(self.head_.predict(inputs), self.spread_.at(lengths))
 
     def save(self, folder: str | Path) -> None:
-        """Write the fitted model, JSON and safetensors; one that is there is replaced.
-
-        Raises:
-            ValueModelError: The model is not fitted, its head is not known, or the folder holds
-                something else.
-        """
+        """Write the fitted model, JSON and safetensors; one that is there is replaced."""
         if not hasattr(self, "head_"):
             raise ValueModelError(
                 f"Only a fitted {type(self).__name__} can be saved. Call fit(records)."
@@ -204,20 +278,16 @@ class FittedValue(ValueModel):
             "language_model": self.language_model_name_,
             "report": self.report_.to_dict(),
         }
-        spread = {f"spread.{name}": values for name, values in self.spread_._asdict().items()}
+        arrays = {f"spread.{name}": values for name, values in self.spread_._asdict().items()}
         try:
-            arrays = {**self.head_numbers(), **spread}
+            arrays |= self.head_numbers()
         except ValueError as error:
             raise ValueModelError(f"{type(self).__name__} cannot be saved: {error}.") from error
         FOLDER.write(folder, config, arrays)
 
     @classmethod
     def restored(cls, config: Mapping[str, Any], arrays: Arrays, sources: Sources) -> Self:
-        """Make a value model of what `save` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: Something is missing or wrong.
-        """
+        """The value model of which `save` wrote this."""
         if config["kind"] != cls.kind:
             raise ValueError(f"a value of kind {config['kind']!r}, expected {cls.kind!r}")
         value = cls.from_settings(config["settings"], sources)
@@ -230,10 +300,7 @@ class FittedValue(ValueModel):
         return value
 
     def settings(self) -> dict[str, Any]:
-        """What a folder keeps of the constructor's arguments and of the fit, besides the head.
-
-        These are all arguments but the models, which are kept as attributes of the same name.
-        """
+        """What a folder keeps besides the head: arguments but models, and `fitted_settings`."""
         names = inspect.signature(type(self)).parameters.keys() - _MODELS.keys()
         try:
             found = {name: getattr(self, name) for name in sorted({*names, *self.fitted_settings})}
@@ -248,11 +315,7 @@ class FittedValue(ValueModel):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
-        """An object with these settings, without its head.
-
-        Raises:
-            KeyError, TypeError: A setting is missing, or not known.
-        """
+        """An object with these settings, without its head."""
         wanted = _MODELS.keys() & inspect.signature(cls).parameters.keys()
         models = {name: getattr(sources, _MODELS[name]) for name in wanted}
         found = {name: settings[name] for name in cls.fitted_settings}
@@ -270,11 +333,7 @@ class FittedValue(ValueModel):
 
 
 def value_class(kind: str) -> type[FittedValue]:
-    """The subclass of a kind, of those that are imported.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The subclass of a kind, of those that are imported."""
     found: dict[str, type[FittedValue]] = {}
     waiting = list(FittedValue.__subclasses__())
     while waiting:

@@ -8,8 +8,7 @@ from mbrl_text_env.checks.agent import check_agent
 from mbrl_text_env.checks.base import CheckError
 from mbrl_text_env.checks.env import check_text_env
 from mbrl_text_env.checks.language_model import check_language_model
-from mbrl_text_env.checks.reward_model import check_reward_model
-from mbrl_text_env.checks.value_model import check_value_model
+from mbrl_text_env.checks.reward_and_value import check_reward_model, check_value_model
 
 __all__ = [
     "CheckError",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.checks.base import CheckError, counted, expect, expect_error, expect_methods
+from mbrl_text_env.checks.base import Trial, counted
 from mbrl_text_env.language_models.base import SamplingParams
 from mbrl_text_env.rewards.base import score_responses
 from mbrl_text_env.types import (
@@ -27,10 +27,51 @@ from mbrl_text_env.types import (
 )
 
 _TOLERANCE = 1e-5
-_METHODS = ("generate", "act")
-_ATTRIBUTES = ("language_model", "reward_model", "max_response_tokens", "chunk_tokens")
 # Shares of a response: exactly one, one and a bit, and several.
 _BUDGETS = (1.0, 1.4, 3.0, 5.7)
+_RULES = {
+    "attributes": "attributes: expected an object with {names}, got {got}. Subclass `Agent`.",
+    "answers": "generate: expected one Generation a prompt in the order of the prompts, {ids}, got "
+    "{got}. Put the answers back in that order.",
+    "decisions": "act: expected a list of {count} decisions, got {got}. Return one a state.",
+    "overspent": "{method}: expected that it stays within {budget}, got {got}",
+    "too little": "{method}: expected an answer within {budget}, which pays for one response, got "
+    "BudgetError: {got} If one response needs more, pass budget_tokens.",
+    "usage": "{method}, usage: expected all {asked} {name} that its models were asked for, got "
+    "{got} in the ledgers. Pass the ledgers to every `sample` and `score_responses`.",
+    "cap": "{method}: expected at most {cap} {name} a prompt, got {got}. Ask `ledger.affords(...)` "
+    "before spending, with the most that a call takes.",
+    "text": "{place}, text: expected the decoded response, {text!r}, got {got}. Do not edit it.",
+    "no score": "{place}, score: expected None, for the agent has no reward model, got {got}. "
+    "Report a score only where the reward model gave it.",
+    "score": "{place}, score: expected what the reward model gives the text {text!r}, {actual:g}, "
+    "got {got}. Report that of the response that is returned.",
+    "goes on": "{place}, state: expected one that goes on from {start}, got {got}. Keep it.",
+    "complete": "{place}, state: expected a complete response (finish_reason 'stop' or 'length'), "
+    "got {got}. Finish the best candidate before the budget ends.",
+    "limit": "{place}, state: expected at most max_response_tokens ({limit}) tokens, at least one "
+    "of them new, got {got} tokens. Pass the limit to `transition`.",
+    "finish_reason": "{place}, finish_reason: expected 'stop' after a stop token, and only then; "
+    "'length' at the token limit, got {got}. Append chunks by `transition`, which sets it.",
+    "logprobs": "{place}, logprobs: expected none, or one for each of {count} tokens, got {got}. "
+    "Join those of all chunks.",
+    "chunk": "{place}, chunk: expected 1 to chunk_tokens ({most}) tokens, got {got}. Cut it there.",
+    "beginning": "{place}, chunk: expected the beginning of its completion, {rest}, got {got}. "
+    "Return the first tokens that the completion adds to the state.",
+    "ending": "{place}, chunk: expected finish_reason {reason!r} after the chunk is appended, as "
+    "its completion ends, got {got}. Give the last chunk the completion's finish_reason.",
+    "repeated": "generate: expected the same answer for the same seed: {answer}, got {got}. Derive "
+    "all randomness from `seed`, and keep no state between calls.",
+    "batch": "generate: expected the same answer in a batch as alone: {answer}, got {got}. Let it "
+    "depend on its prompt and the seed, not on the batch around it.",
+    "seed": "generate: expected that seeds {one} and {two} draw different samples, got the same "
+    "seeds passed to `sample` for both, {got}. Pass on the seed, or one derived from it.",
+    "refusal": "generate: expected {error} for {case}, which may not be enough for one response, "
+    "got {got}. Refuse it instead of returning an incomplete response.",
+    "end": "act: expected that playing its chunks ends within max_response_tokens ({limit}) steps, "
+    "got {got}. Every chunk has at least one token.",
+    "ended": "act: expected {error} for {case}, got {got}. Check `is_terminal(state)` first.",
+}
 
 
 def check_agent(
@@ -43,23 +84,20 @@ def check_agent(
     generated token and every reward call is in the ledger, and within budgets from one response up;
     and `act`: chunks that begin the decision's completion and lead to the end.
 
-    While it is checked, the methods of the agent's models are replaced by ones that count, so do
-    not use these models elsewhere at the same time. Every prompt is answered some two dozen times.
-    Check an agent with a toy language model: rounding in a network can change tokens with the
-    batch.
+    Meanwhile the methods of the agent's models are replaced by ones that count: do not use these
+    models elsewhere. Every prompt is answered some two dozen times. Use a toy language model:
+    rounding in a network can change tokens with the batch.
 
     Args:
         agent: Has `generate(prompts, budget, seed=)`, `act(states, budget, seed=)`,
             `language_model`, `reward_model` (or None), `max_response_tokens` and `chunk_tokens`.
         prompts: At least one; better several of different lengths.
-        budget_tokens: The least budget that has to be enough, in generated tokens; by default one
-            response's worth: `max_response_tokens`, or what the context leaves for it. One token
-            less has to be refused.
+        budget_tokens: The least budget that has to be enough; one token less has to be refused. By
+            default one response's worth.
         seed: Of the answers.
 
     Raises:
         CheckError: The contract is broken.
-        ValueError: There are no prompts.
 
     Example:
         >>> from mbrl_text_env.agents import Sampling
@@ -70,24 +108,19 @@ def check_agent(
     if not prompts:
         raise ValueError("check_agent: expected at least one prompt, got none.")
     subject = f"Agent {getattr(agent, 'name', type(agent).__name__)!r}"
-    expect_methods(
-        agent,
-        (*_METHODS, *_ATTRIBUTES),
-        subject,
-        "Derive it from `agents.Agent`, or add them.",
-    )
-    least = _longest_response(agent, prompts) if budget_tokens is None else budget_tokens
-    trial = _Trial(agent, subject, tuple(prompts), least, seed)
-    _check_determinism(trial)
-    _check_seed(trial)
-    _check_batching(trial)
-    _check_budgets(trial)
-    _check_acting(trial)
-
-
-def _longest_response(agent: Any, prompts: Sequence[Prompt]) -> int:
-    lm = agent.language_model
-    return max(response_limit(initial(p, lm), lm, agent.max_response_tokens) for p in prompts)
+    trial = _Trial(agent, subject, tuple(prompts), budget_tokens or 0, seed)
+    sizes = ("language_model", "reward_model", "max_response_tokens", "chunk_tokens")
+    trial.expect_attributes(agent, "generate", "act", *sizes)
+    if budget_tokens is None:
+        limits = (
+            response_limit(state, agent.language_model, agent.max_response_tokens)
+            for state in trial.starts()
+        )
+        trial.least = max(limits)
+    trial.check_seed()
+    trial.check_batching()
+    trial.check_budgets()
+    trial.check_acting()
 
 
 @dataclass
@@ -119,15 +152,20 @@ class _Counts:
         self.reward_calls += 1
 
 
-@dataclass(frozen=True)
-class _Trial:
+@dataclass
+class _Trial(Trial):
     """An agent under check; `least` generated tokens have to be enough for one response."""
 
+    rules = _RULES
     agent: Any
     subject: str
     prompts: tuple[Prompt, ...]
     least: int
     seed: int
+
+    def starts(self) -> list[TextState]:
+        """The states in which nothing is written yet."""
+        return [initial(prompt, self.agent.language_model) for prompt in self.prompts]
 
     def generate(
         self,
@@ -139,63 +177,46 @@ class _Trial:
     ) -> list[Any]:
         """Answers of the agent, each checked, and their cost compared with what was asked for."""
         counts = _Counts() if counts is None else counts
-        with self._watched(counts, budget):
-            answers = self.agent.generate(
-                list(prompts), budget, seed=self.seed if seed is None else seed
-            )
-        expect(
-            isinstance(answers, list) and [a.prompt for a in answers] == list(prompts),
-            f"{self.subject}, generate",
-            f"one Generation a prompt in the order of the prompts, {[p.id for p in prompts]}",
-            [answer.prompt.id for answer in answers],
-            "Put the answers back in the order in which the prompts came.",
-        )
+        seed = self.seed if seed is None else seed
+        with self.watched("generate", counts, budget):
+            answers = self.agent.generate(list(prompts), budget, seed=seed)
+        right = isinstance(answers, list) and [a.prompt for a in answers] == list(prompts)
+        got, ids = [answer.prompt.id for answer in answers], [prompt.id for prompt in prompts]
+        self.expect("answers", right, got, ids=ids)
         for answer in answers:
-            _check_generation(self, answer)
-        self._check_cost("generate", [answer.usage for answer in answers], budget, counts)
+            self.check_generation(answer)
+        self.check_cost("generate", [answer.usage for answer in answers], budget, counts)
         return answers
 
     def act(self, states: Sequence[TextState], budget: Budget | None = None) -> list[Any]:
         """Decisions of the agent, each checked, and their cost compared."""
         counts = _Counts()
-        with self._watched(counts, budget):
+        with self.watched("act", counts, budget):
             decisions = self.agent.act(list(states), budget, seed=self.seed)
-        expect(
-            isinstance(decisions, list) and len(decisions) == len(states),
-            f"{self.subject}, act",
-            f"a list of {len(states)} decisions, one a state",
-            decisions,
-            "Return one Decision a state, in order.",
-        )
+        right = isinstance(decisions, list) and len(decisions) == len(states)
+        self.expect("decisions", right, decisions, count=len(states))
         for state, decision in zip(states, decisions, strict=True):
-            _check_decision(self, state, decision)
-        self._check_cost("act", [decision.usage for decision in decisions], budget, counts)
+            self.check_decision(state, decision)
+        self.check_cost("act", [decision.usage for decision in decisions], budget, counts)
         return decisions
 
     @contextmanager
-    def _watched(self, counts: _Counts, budget: Budget | None) -> Iterator[None]:
-        score = {"score": counts.of_score, "score_parts": counts.of_score}
+    def watched(self, method: str, counts: _Counts, budget: Budget | None) -> Iterator[None]:
+        """Count what the models are asked for; running out of the budget is a fault."""
+        score, steps = counts.of_score, counts.of_steps
+        of_reward = {"score": score, "score_parts": score, "score_steps": steps}
         try:
-            with ExitStack() as stack:
-                stack.enter_context(
-                    counted(self.agent.language_model, {"sample": counts.of_sample})
-                )
-                if self.agent.reward_model is not None:
-                    stack.enter_context(
-                        counted(self.agent.reward_model, {**score, "score_steps": counts.of_steps})
-                    )
+            with (
+                counted(self.agent.language_model, {"sample": counts.of_sample}),
+                counted(self.agent.reward_model, of_reward),
+            ):
                 yield
         except BudgetExceededError as error:
-            raise CheckError(
-                f"{self.subject}: expected that it stays within {budget}, got {error}"
-            ) from error
+            raise self.fault("overspent", str(error), method=method, budget=budget) from error
         except BudgetError as error:
-            raise CheckError(
-                f"{self.subject}: expected an answer within {budget}, which pays for one response, "
-                f"got BudgetError: {error} If one response needs more, pass budget_tokens."
-            ) from error
+            raise self.fault("too little", str(error), method=method, budget=budget) from error
 
-    def _check_cost(
+    def check_cost(
         self, method: str, usages: Sequence[Usage], budget: Budget | None, counts: _Counts
     ) -> None:
         spent = sum(usages, start=Usage())
@@ -203,242 +224,126 @@ class _Trial:
             ("generated tokens", spent.generated_tokens, counts.tokens),
             ("reward calls", spent.reward_calls, counts.reward_calls),
         ):
-            expect(
-                charged == asked,
-                f"{self.subject}, {method}, usage",
-                f"all {asked} {name} that its models were asked for",
-                f"{charged} in the ledgers",
-                "Pass the ledgers to every `sample` and `score_responses`.",
+            self.expect("usage", charged == asked, charged, method=method, asked=asked, name=name)
+        for name, amount in (item for usage in usages for item in usage.capped.items()):
+            cap = getattr(budget, name, None)
+            within = cap is None or amount <= cap or name == "seconds"
+            self.expect("cap", within, f"{amount:g}", method=method, cap=cap, name=name)
+
+    def check_generation(self, answer: Any) -> None:
+        agent, completion = self.agent, answer.completion
+        place = f"answer to {answer.prompt.id!r}"
+        self.check_completion(initial(answer.prompt, agent.language_model), completion, place)
+        text, score = agent.language_model.decode(completion.state.response_ids), completion.score
+        self.expect("text", answer.text == text, repr(answer.text), place=place, text=text)
+        if score is not None:
+            self.expect("no score", agent.reward_model is not None, score, place=place)
+            actual = float(score_responses(agent.reward_model, [answer.prompt], [text]).total[0])
+            close = np.isclose(score, actual, rtol=_TOLERANCE, atol=_TOLERANCE)
+            self.expect("score", close, score, place=place, text=text, actual=actual)
+
+    def check_completion(self, start: TextState, completion: Any, place: str) -> None:
+        """A completion is a complete response that goes on from `start`."""
+        lm, state = self.agent.language_model, completion.state
+        ids, begun = state.response_ids, len(start.response_ids)
+        same = (state.prompt, state.prompt_ids) == (start.prompt, start.prompt_ids)
+        goes_on = same and ids[:begun] == start.response_ids
+        self.expect("goes on", goes_on, state, place=place, start=start)
+        got = f"finish_reason None after {len(ids)} tokens"
+        self.expect("complete", is_terminal(state), got, place=place)
+        limit = self.agent.max_response_tokens
+        self.expect("limit", begun < len(ids) <= limit, len(ids), place=place, limit=limit)
+        full = len(ids) == limit or len(state.prompt_ids) + len(ids) == lm.context_length
+        stopped = state.finish_reason == "stop"
+        self.expect(
+            "finish_reason",
+            lm.stop_token_ids.isdisjoint(ids[:-1])
+            and stopped == (ids[-1] in lm.stop_token_ids)
+            and (stopped or full),
+            f"{state.finish_reason!r} after {len(ids)} tokens that end with {ids[-5:]}",
+            place=place,
+        )
+        logprobs = completion.logprobs
+        right = len(logprobs) in (0, len(ids), len(ids) - begun)
+        self.expect("logprobs", right, logprobs, place=place, count=len(ids))
+
+    def check_decision(self, state: TextState, decision: Any) -> None:
+        place = f"decision for {state.prompt.id!r}"
+        self.check_completion(state, decision.completion, place)
+        chunk, complete = decision.chunk, decision.completion.state
+        most = self.agent.chunk_tokens
+        self.expect("chunk", 1 <= len(chunk) <= most, chunk, place=place, most=most)
+        ids, rest = state.response_ids + chunk.token_ids, complete.response_ids
+        begins = rest[: len(ids)] == ids
+        rest = rest[len(state.response_ids) :]
+        self.expect("beginning", begins, chunk.token_ids, place=place, rest=rest)
+        reason = complete.finish_reason if len(rest) == len(chunk) else None
+        found = transition(state, chunk, self.agent.max_response_tokens).finish_reason
+        got = f"{found!r} after {chunk}"
+        self.expect("ending", found == reason, got, place=place, reason=reason)
+
+    def check_seed(self) -> None:
+        first, other, seeds = _Counts(), _Counts(), (self.seed, self.seed + 1)
+        answers = self.generate(self.prompts, counts=first)
+        self.expect_same("repeated", answers, self.generate(self.prompts))
+        self.generate(self.prompts, seed=seeds[1], counts=other)
+        # The answers may well be the same: a search that looks long enough finds the best one.
+        differ = not first.streams or first.streams != other.streams
+        self.expect("seed", differ, first.streams[:3], one=seeds[0], two=seeds[1])
+
+    def check_batching(self) -> None:
+        # Twice the first one: what a prompt gets may not depend on where in the batch it stands.
+        prompts = [*self.prompts, self.prompts[0]]
+        alone = [answer for prompt in prompts for answer in self.generate([prompt])]
+        self.expect_same("batch", self.generate(prompts), alone)
+
+    def check_budgets(self) -> None:
+        budgets = [Budget(tokens=int(share * self.least)) for share in _BUDGETS]
+        if hasattr(self.agent, "response_usage"):
+            needs = [self.agent.response_usage(state) for state in self.starts()]
+            flops = max(usage.flops for usage in needs)
+            calls = max(1, *(usage.reward_calls for usage in needs))
+            budgets += [Budget(flops=share * flops) for share in _BUDGETS if flops > 0]
+            budgets += [Budget(reward_calls=int(share * calls)) for share in _BUDGETS]
+        for budget in budgets:
+            self.generate(self.prompts, budget)
+        if self.least > 1:
+            low = Budget(tokens=self.least - 1)
+            prompts = list(self.prompts)
+            self.expect_error(
+                "refusal",
+                BudgetError,
+                lambda: self.agent.generate(prompts, low, seed=self.seed),
+                str(low),
             )
-        if budget is None:
-            return
-        for usage in usages:
-            for name, amount in usage.capped.items():
-                cap = getattr(budget, name)
-                expect(
-                    cap is None or amount <= cap or name == "seconds",
-                    f"{self.subject}, {method}",
-                    f"at most {cap} {name} a prompt",
-                    f"{amount:g}",
-                    "Ask `ledger.affords(...)` before spending, with the most that a call takes.",
-                )
 
-
-def _check_generation(trial: _Trial, answer: Any) -> None:
-    agent, completion = trial.agent, answer.completion
-    subject = f"{trial.subject}, answer to {answer.prompt.id!r}"
-    start = initial(answer.prompt, agent.language_model)
-    _check_completion(trial, start, completion, subject)
-    text = agent.language_model.decode(completion.state.response_ids)
-    expect(
-        answer.text == text,
-        f"{subject}, text",
-        f"the decoded response, {text!r}",
-        repr(answer.text),
-        "Decode `completion.state.response_ids`; do not edit the text.",
-    )
-    expect(
-        completion.score is None or agent.reward_model is not None,
-        f"{subject}, score",
-        "None, for the agent has no reward model",
-        completion.score,
-        "Report a score only where the reward model gave it.",
-    )
-    if completion.score is not None:
-        actual = float(score_responses(agent.reward_model, [answer.prompt], [text]).total[0])
-        expect(
-            np.isclose(completion.score, actual, rtol=_TOLERANCE, atol=_TOLERANCE),
-            f"{subject}, score",
-            f"what the reward model gives the text {text!r}, {actual:g}",
-            completion.score,
-            "Report the score of the response that is returned, from `score_responses`.",
+    def check_acting(self) -> None:
+        """Decide and play until all responses have ended."""
+        agent, states, steps = self.agent, self.starts(), 0
+        self.act(states)
+        while going := [i for i, state in enumerate(states) if not is_terminal(state)]:
+            got = [states[i] for i in going]
+            self.expect("end", steps < agent.max_response_tokens, got, limit=steps)
+            decisions = self.act(got, Budget(tokens=self.least))
+            for i, decision in zip(going, decisions, strict=True):
+                states[i] = transition(states[i], decision.chunk, agent.max_response_tokens)
+            steps += 1
+        self.expect_error(
+            "ended",
+            ValueError,
+            lambda: agent.act(states[:1], None, seed=self.seed),
+            "a state that has ended",
         )
 
-
-def _check_completion(trial: _Trial, start: TextState, completion: Any, subject: str) -> None:
-    """A completion is a complete response that goes on from `start`."""
-    lm, state = trial.agent.language_model, completion.state
-    ids, begun = state.response_ids, len(start.response_ids)
-    expect(
-        (state.prompt, state.prompt_ids) == (start.prompt, start.prompt_ids)
-        and ids[:begun] == start.response_ids,
-        f"{subject}, state",
-        f"one that goes on from {start}",
-        state,
-        "Keep the tokens of the state that was asked about.",
-    )
-    expect(
-        is_terminal(state),
-        f"{subject}, state",
-        "a complete response (finish_reason 'stop' or 'length')",
-        f"finish_reason None after {len(ids)} tokens",
-        "Return finished candidates only; finish the best one before the budget ends.",
-    )
-    limit = trial.agent.max_response_tokens
-    expect(
-        begun < len(ids) <= limit,
-        f"{subject}, state",
-        f"at most max_response_tokens ({limit}) tokens, at least one of them new",
-        f"{len(ids)} tokens",
-        "Pass the limit to `transition`.",
-    )
-    full = len(ids) == limit or len(state.prompt_ids) + len(ids) == lm.context_length
-    expect(
-        lm.stop_token_ids.isdisjoint(ids[:-1])
-        and (state.finish_reason == "stop") == (ids[-1] in lm.stop_token_ids)
-        and (state.finish_reason == "stop" or full),
-        f"{subject}, finish_reason",
-        "'stop' after a stop token, and only then; 'length' at the token limit",
-        f"{state.finish_reason!r} after {len(ids)} tokens that end with {ids[-5:]}",
-        "Append chunks by `transition`, which sets it.",
-    )
-    expect(
-        len(completion.logprobs) in (0, len(ids), len(ids) - begun),
-        f"{subject}, logprobs",
-        f"none, or one for each of {len(ids)} tokens",
-        completion.logprobs,
-        "Join the log-probabilities of all chunks.",
-    )
-
-
-def _check_decision(trial: _Trial, state: TextState, decision: Any) -> None:
-    subject = f"{trial.subject}, decision for {state.prompt.id!r}"
-    _check_completion(trial, state, decision.completion, subject)
-    chunk, complete = decision.chunk, decision.completion.state
-    expect(
-        1 <= len(chunk) <= trial.agent.chunk_tokens,
-        f"{subject}, chunk",
-        f"1 to chunk_tokens ({trial.agent.chunk_tokens}) tokens",
-        chunk,
-        "Cut the completion after chunk_tokens.",
-    )
-    ids = state.response_ids + chunk.token_ids
-    expect(
-        complete.response_ids[: len(ids)] == ids,
-        f"{subject}, chunk",
-        f"the beginning of its completion, {complete.response_ids[len(state.response_ids) :]}",
-        chunk.token_ids,
-        "Return the first tokens that the completion adds to the state.",
-    )
-    reason = complete.finish_reason if len(ids) == len(complete.response_ids) else None
-    played = transition(state, chunk, trial.agent.max_response_tokens)
-    expect(
-        played.finish_reason == reason,
-        f"{subject}, chunk",
-        f"finish_reason {reason!r} after the chunk is appended, for its completion has "
-        f"{len(complete.response_ids)} tokens and ends by {complete.finish_reason!r}",
-        f"{played.finish_reason!r} after {chunk}",
-        "Give the last chunk of a completion the finish_reason of the completion.",
-    )
-
-
-def _check_determinism(trial: _Trial) -> None:
-    _expect_same(
-        trial,
-        trial.generate(trial.prompts),
-        trial.generate(trial.prompts),
-        "the same answer for the same seed",
-        "Derive all randomness from `seed` (`stream`, `spawn_seed`), and keep no state between "
-        "calls.",
-    )
-
-
-def _check_seed(trial: _Trial) -> None:
-    first, other = _Counts(), _Counts()
-    trial.generate(trial.prompts, counts=first)
-    trial.generate(trial.prompts, seed=trial.seed + 1, counts=other)
-    # The answers may well be the same: a search that looks long enough finds the best one.
-    expect(
-        not first.streams or first.streams != other.streams,
-        f"{trial.subject}, generate",
-        f"that seeds {trial.seed} and {trial.seed + 1} draw different samples",
-        f"the same seeds passed to `sample` for both, {first.streams[:3]}",
-        "Pass the seed on, or one that is derived from it.",
-    )
-
-
-def _check_batching(trial: _Trial) -> None:
-    # Twice the first one: what a prompt gets may not depend on where in the batch it stands.
-    prompts = [*trial.prompts, trial.prompts[0]]
-    _expect_same(
-        trial,
-        trial.generate(prompts),
-        [answer for prompt in prompts for answer in trial.generate([prompt])],
-        "the same answer in a batch as alone",
-        "Let an answer depend on its prompt and the seed, not on the batch around it.",
-    )
-
-
-def _check_budgets(trial: _Trial) -> None:
-    for share in _BUDGETS:
-        trial.generate(trial.prompts, Budget(tokens=int(share * trial.least)))
-    if hasattr(trial.agent, "response_usage"):
-        states = [initial(prompt, trial.agent.language_model) for prompt in trial.prompts]
-        needs = [trial.agent.response_usage(state) for state in states]
-        flops = max(usage.flops for usage in needs)
-        calls = max(1, *(usage.reward_calls for usage in needs))
-        for share in _BUDGETS:
-            if flops > 0:
-                trial.generate(trial.prompts, Budget(flops=share * flops))
-            trial.generate(trial.prompts, Budget(reward_calls=int(share * calls)))
-    if trial.least > 1:
-        budget = Budget(tokens=trial.least - 1)
-        expect_error(
-            BudgetError,
-            lambda: trial.agent.generate(list(trial.prompts), budget, seed=trial.seed),
-            f"{trial.subject}, generate",
-            f"{budget}, which may not be enough for one response",
-            "Refuse such a budget instead of returning an incomplete response.",
-        )
-
-
-def _check_acting(trial: _Trial) -> None:
-    """Decide and play until all responses have ended."""
-    agent = trial.agent
-    states = [initial(prompt, agent.language_model) for prompt in trial.prompts]
-    trial.act(states)
-    steps = 0
-    while going := [i for i, state in enumerate(states) if not is_terminal(state)]:
-        expect(
-            steps < agent.max_response_tokens,
-            f"{trial.subject}, act",
-            f"that playing its chunks ends within max_response_tokens ({steps}) steps",
-            [states[i] for i in going],
-            "Every chunk has at least one token.",
-        )
-        decisions = trial.act([states[i] for i in going], Budget(tokens=trial.least))
-        for i, decision in zip(going, decisions, strict=True):
-            states[i] = transition(states[i], decision.chunk, agent.max_response_tokens)
-        steps += 1
-    expect_error(
-        ValueError,
-        lambda: agent.act(states[:1], None, seed=trial.seed),
-        f"{trial.subject}, act",
-        "a state that has ended",
-        "Check `is_terminal(state)` first.",
-    )
-
-
-def _expect_same(
-    trial: _Trial, answers: list[Any], others: list[Any], expected: str, change: str
-) -> None:
-    for answer, other in zip(answers, others, strict=True):
-        one, two = (
-            (a.completion.state, a.text, a.usage.generated_tokens, a.usage.reward_calls)
-            for a in (answer, other)
-        )
-        expect(
-            one == two,
-            f"{trial.subject}, generate",
-            f"{expected}: {answer.text!r} for {answer.usage}",
-            f"{other.text!r} for {other.usage}",
-            change,
-        )
-        scores = answer.completion.score, other.completion.score
-        expect(
-            scores[0] is scores[1] or np.isclose(*scores, rtol=_TOLERANCE, atol=_TOLERANCE),
-            f"{trial.subject}, generate",
-            f"{expected}, score {scores[0]}",
-            scores[1],
-            change,
-        )
+    def expect_same(self, rule: str, answers: Sequence[Any], others: Sequence[Any]) -> None:
+        """Report a fault unless two rows of answers agree in texts, costs and scores."""
+        for pair in zip(answers, others, strict=True):
+            one, two = (
+                (a.completion.state, a.text, a.usage.generated_tokens, a.usage.reward_calls)
+                for a in pair
+            )
+            first, second = (f"{a.text!r} with score {a.completion.score}, {a.usage}" for a in pair)
+            self.expect(rule, one == two, second, answer=first)
+            a, b = (answer.completion.score for answer in pair)
+            close = a is b or np.isclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE)
+            self.expect(rule, close, second, answer=first)

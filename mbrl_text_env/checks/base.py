@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from mbrl_text_env.rewards.base import ObjectReward
 
@@ -16,49 +17,62 @@ class CheckError(AssertionError):
     """A contract is broken; the message says what was expected, what came and what to change."""
 
 
-def expect(condition: object, subject: str, expected: str, got: object, change: str) -> None:
-    """Report a fault unless `condition` holds.
+class Trial:
+    """Something under check.
 
-    Args:
-        condition: True where the contract is kept.
-        subject: What was looked at.
-        expected: What the contract says.
-        got: What came instead; shown by its `repr`, texts as they are.
-        change: What to do about it, as a sentence.
+    Attributes:
+        rules: The contract: by name, what is expected, where, and what to change. In braces is what
+            a check fills in, `{got}` always among it.
+        subject: What is checked; messages begin with it.
     """
-    if not condition:
-        raise CheckError(f"{subject}: expected {expected}, got {_shown(got)}. {change}")
 
+    rules: ClassVar[Mapping[str, str]]
+    subject: str
 
-def expect_error(
-    kind: type[Exception], call: Callable[[], object], subject: str, case: str, change: str
-) -> None:
-    """Report a fault unless `call` raises an error of `kind`."""
-    try:
-        result = call()
-    except kind:
-        return
-    except Exception as error:
-        got = f"{type(error).__name__}: {error}"
-        raise CheckError(
-            f"{subject}: expected {kind.__name__} for {case}, got {_shown(got)}. {change}"
-        ) from error
-    raise CheckError(
-        f"{subject}: expected {kind.__name__} for {case}, got no error but {_shown(result)}. "
-        f"{change}"
-    )
+    def expect(self, rule: str, holds: object, got: object, **facts: object) -> None:
+        """Report a fault against a rule unless it holds."""
+        if not holds:
+            raise self.fault(rule, got, **facts)
 
+    def fault(self, rule: str, got: object, **facts: object) -> CheckError:
+        """The error that says how a rule is broken; texts are shown as they are."""
+        text = got if isinstance(got, str) else repr(got)
+        if len(text) > _MOST_SHOWN:
+            text = text[: _MOST_SHOWN - 3] + "..."
+        return CheckError(f"{self.subject}, {self.rules[rule].format(got=text, **facts)}")
 
-def expect_methods(thing: object, names: tuple[str, ...], subject: str, change: str) -> None:
-    """Report a fault unless a thing has all attributes of a protocol."""
-    missing = [name for name in names if not hasattr(thing, name)]
-    expect(
-        not missing,
-        subject,
-        f"an object with {', '.join(names)}",
-        f"a {type(thing).__name__} without {', '.join(missing)}",
-        change,
-    )
+    def expect_attributes(self, thing: object, *names: str) -> None:
+        """Report a fault against the rule "attributes" unless a thing has all of them."""
+        missing = [name for name in names if not hasattr(thing, name)]
+        got = f"a {type(thing).__name__} without {', '.join(missing)}"
+        self.expect("attributes", not missing, got, names=", ".join(names))
+
+    def expect_error(
+        self, rule: str, kind: type[Exception], call: Callable[[], object], case: str
+    ) -> None:
+        """Report a fault unless `call` raises an error of `kind`."""
+        cause = None
+        try:
+            got = f"no error but {call()!r}"
+        except kind:
+            return
+        except Exception as error:
+            got, cause = f"{type(error).__name__}: {error}", error
+        raise self.fault(rule, got, error=kind.__name__, case=case) from cause
+
+    def called(self, place: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a method that has to leave its arguments as they are, and may not fail."""
+        before, failure, result = copy.deepcopy(args), None, None
+        try:
+            result = function(*args)
+        except Exception as error:
+            failure = error
+        # First, for it may be why the call failed.
+        self.expect("arguments", args == before, "changed ones", place=place)
+        if failure is not None:
+            got = f"{type(failure).__name__}: {failure}".rstrip(". ")
+            raise self.fault("failure", got, place=place, size=len(args[-1])) from failure
+        return result
 
 
 @contextmanager
@@ -98,20 +112,13 @@ def counted(thing: object, counters: Mapping[str, Callable[..., None]]) -> Itera
             object.__setattr__(thing, name, over(getattr(thing, name), counters[name]))
     except AttributeError as error:
         raise CheckError(
-            f"{type(thing).__name__}: expected an object whose method {name!r} can be replaced for "
-            f"the time of the check, so that its calls are counted, got {error}. Remove its "
-            "__slots__, or check a subclass without them."
+            f"{type(thing).__name__}: expected that its method {name!r} can be replaced, to count "
+            f"its calls, got {error}. Remove __slots__, or check a subclass without them."
         ) from error
     try:
         yield
     finally:
         for name in present:
+            object.__delattr__(thing, name)
             if name in before:
                 object.__setattr__(thing, name, before[name])
-            else:
-                object.__delattr__(thing, name)
-
-
-def _shown(got: object) -> str:
-    text = got if isinstance(got, str) else repr(got)
-    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.utils.passive_env_checker import check_action_space, check_observation_space
 
-from mbrl_text_env.checks.base import CheckError, counted, expect, expect_error
+from mbrl_text_env.checks.base import CheckError, Trial, counted
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.spaces import ChunkSpace
 from mbrl_text_env.types import EpisodeEndedError, InvalidChunkError, TextState
@@ -26,6 +26,59 @@ _INFO: dict[str, type] = {
 }
 _TOLERANCE = 1e-9
 _MOST_SEEDS = 64
+_RULES = {
+    "spaces": "spaces: expected two of Gymnasium's, got {got}",
+    "action_space": "action_space of the text environment: expected {expected}, got {got}. Make it "
+    "by `task.action_space()`; other actions are for a wrapper to define.",
+    "pair": "{where}: expected a tuple (observation, info), got {got}. Return both.",
+    "observation": "{where}, observation: expected an element of {space}, got {got}. Mind shape, "
+    "dtype and bounds.",
+    "reset": "reset(seed={seed}): expected the same observation, info and state every time, "
+    "{first}, got {got}. Draw from `self.np_random`, which `super().reset(seed=seed)` seeds, and "
+    "clear what the last episode left.",
+    "prompts": "reset(seed=...): expected different prompts for {count} seeds, got {got}. Draw the "
+    "prompt from `self.np_random`.",
+    "step": "step: expected a tuple (observation, reward, terminated, truncated, info), got {got}. "
+    "Return all five.",
+    "reward": "step, reward: expected a finite float, got {got}. Use `score_responses`.",
+    "bools": "step, terminated and truncated: expected bools, got {got}. Convert them with bool().",
+    "flags": "step: expected {expected} for finish_reason {reason!r} (terminated at 'stop', "
+    "truncated at 'length', never both), got {got}. Derive both from the state's finish_reason.",
+    "info": "{where}, info: expected a dict, got {got}. Return a new one every time.",
+    "entry": "{where}, info: expected {name!r}, a {kind}, got {got}. Pass on the environment's.",
+    "shown": "{where}, info: expected what the state says, {actual}, got {got}. Do not edit it.",
+    "score": "{where}, info: expected a finite float as 'score', and floats by name as "
+    "'score_parts', when the response has ended, and only then; 0.0 before, got {got}. Score the "
+    "complete response once, at its end.",
+    "limit": "step: expected a response of at most max_response_tokens ({limit}), got {got} "
+    "tokens. Cut a chunk that would pass the limit.",
+    "append": "step: expected that tokens are appended to the response, got {got}. Token ids are "
+    "canonical: never encode the text again.",
+    "chunk": "step: expected the chunk {chunk} at the end of the response, cut at the limit, got "
+    "{got}. Append the action's token ids.",
+    "chunk_cut": "step, info['chunk_cut']: expected {cut}, since {added} of {size} tokens were "
+    "appended, got {got}. Say whether the limit cut the chunk.",
+    "terminal": "reward='terminal': expected 0 until the last, which is the score {score:g}, got "
+    "{got}. Pay it once; pass check_rewards=False if a wrapper changes the reward.",
+    "delta": "reward='delta': expected that they add up to the score {score:g}, got {got}. Pay it "
+    "once; pass check_rewards=False if a wrapper changes the reward.",
+    "once": "reward='terminal': expected one scored response, got {got} in an episode. Score it "
+    "when it has ended: reward models are expensive.",
+    "restored": "set_state: expected that get_state() returns the state that was set, {state}, got "
+    "{got}. Restore all that `step` reads.",
+    "copied": "set_state: expected the same observation and info for the state and for its pickled "
+    "copy, got {got}. Derive both from the state alone.",
+    "state": "get_state: expected a state that can be {able}, got {got}. Use a frozen dataclass.",
+    "end": "An episode: expected an end after at most max_response_tokens ({limit}) steps, got "
+    "{got}. Truncate the response at the limit.",
+    "invalid": "action_space: expected that {case} is no element, got {got}. See `ChunkRules`.",
+    "refusal": "step: expected {error} for {case}, got {got}. Leave it to the base class.",
+    "untouched": "step: expected that {case}, which is refused, leaves the state as it was, "
+    "{before}, got {got}. Change the state only after everything that can fail.",
+    "repeated": "{where}, {name}: expected the same as the first time, {value}, got {got}. What a "
+    "step returns has to follow from state and action alone: draw no other random numbers, keep no "
+    "other state, and leave timings out of info.",
+}
 
 
 def check_text_env(
@@ -51,7 +104,6 @@ def check_text_env(
 
     Raises:
         CheckError: The contract is broken.
-        ValueError: `steps` is below 1.
 
     Example:
         >>> import gymnasium as gym, mbrl_text_env
@@ -66,36 +118,13 @@ def check_text_env(
             f"{type(base).__name__}. Derive it from TextGenerationEnv, or wrap one."
         )
     trial = _Trial(env, base, _stateful_layer(env), seed, check_rewards)
-    _check_spaces(trial)
-    _check_reset(trial)
-    _check_episodes(trial, steps)
-    _check_restoring(trial)
-    _check_end(trial)
+    trial.check_spaces()
+    trial.check_reset()
+    trial.check_episodes(steps)
+    trial.check_restoring()
+    trial.check_end()
     if isinstance(env.action_space, ChunkSpace):
-        _check_invalid_actions(trial, env.action_space)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """An environment under check.
-
-    Args:
-        env: As it was passed.
-        base: The text environment inside.
-        layer: Where `get_state` and `set_state` are: the environment or a view of it.
-        seed, check_rewards: As in `check_text_env`.
-    """
-
-    env: gym.Env[Any, Any]
-    base: TextGenerationEnv
-    layer: Any
-    seed: int
-    check_rewards: bool
-
-    @property
-    def limit(self) -> int:
-        """Token limit of a response."""
-        return self.base.task.max_response_tokens
+        trial.check_invalid_actions(env.action_space)
 
 
 @dataclass(frozen=True)
@@ -116,105 +145,230 @@ class _Step:
         return self.terminated or self.truncated
 
 
-def _stateful_layer(env: gym.Env[Any, Any]) -> Any:
-    layer: Any = env
-    while not (hasattr(type(layer), "get_state") and hasattr(type(layer), "set_state")):
-        if not isinstance(layer, gym.Wrapper):
-            raise CheckError(
-                f"{type(layer).__name__}: expected `get_state` and `set_state`, got an environment "
-                "without them. Searches restore states: define both."
+@dataclass(frozen=True)
+class _Trial(Trial):
+    """An environment under check, the text environment in it, and the layer with `get_state`."""
+
+    rules = _RULES
+    subject = "Environment"
+    env: gym.Env[Any, Any]
+    base: TextGenerationEnv
+    layer: Any
+    seed: int
+    check_rewards: bool
+
+    @property
+    def limit(self) -> int:
+        """Token limit of a response."""
+        return self.base.task.max_response_tokens
+
+    def check_spaces(self) -> None:
+        try:
+            check_observation_space(self.env.observation_space)
+            check_action_space(self.env.action_space)
+        except Exception as error:
+            raise self.fault("spaces", str(error)) from error
+        found, expected = self.base.action_space, self.base.task.action_space()
+        self.expect("action_space", found == expected, found, expected=expected)
+
+    def check_pair(self, result: Any, where: str, env: Any) -> None:
+        """Check what `reset` or `set_state` returned."""
+        self.expect("pair", isinstance(result, tuple) and len(result) == 2, result, where=where)
+        self.check_observation(env, result[0], where)
+        self.check_info(result[1], self.base.get_state(), where)
+
+    def check_reset(self) -> None:
+        first = self.env.reset(seed=self.seed)
+        self.check_pair(first, "reset", self.env)
+        state = self.layer.get_state()
+        self.env.step(_Actions(self)(0))
+        again = self.env.reset(seed=self.seed)
+        same = data_equivalence(first, again, exact=True) and self.layer.get_state() == state
+        self.expect("reset", same, again[1], seed=self.seed, first=first[1])
+        seeds = range(self.seed + 1, self.seed + 1 + _MOST_SEEDS)
+        ids = (self.env.reset(seed=other)[1]["prompt_id"] for other in seeds)
+        differ = len({prompt.id for prompt in self.base.task.prompts}) == 1 or any(
+            prompt != first[1]["prompt_id"] for prompt in ids
+        )
+        self.expect("prompts", differ, f"always {first[1]['prompt_id']!r}", count=_MOST_SEEDS)
+
+    def check_episodes(self, steps: int) -> None:
+        """Play episodes, and each of them a second time."""
+        calls = episode = 0
+
+        def count(result: object, prompts: object, responses: list[str]) -> None:
+            nonlocal calls
+            calls += len(responses)
+
+        while steps > 0:
+            calls = 0
+            with counted(self.base.task.reward_model, {"score": count, "score_parts": count}):
+                first = self.played(episode, [None] * steps)
+            if first[-1].ended and self.check_rewards:
+                self.check_return(first, calls)
+            again = self.played(episode, [step.action for step in first])
+            for number, (one, other) in enumerate(zip(first, again, strict=False), start=1):
+                where = f"step {number} of an episode that is played again"
+                self.expect_repeated(one, other, where)
+            steps -= len(first)
+            episode += 1
+
+    def played(self, episode: int, actions: list[Any]) -> list[_Step]:
+        """The steps of an episode; an action that is None is drawn."""
+        self.env.reset(seed=self.seed + episode)
+        draw, played = _Actions(self, episode), []
+        for number, action in enumerate(actions):
+            played.append(self.stepped(draw(number) if action is None else action))
+            if played[-1].ended:
+                break
+        return played
+
+    def stepped(self, action: Any) -> _Step:
+        """Take a step and check what it returns."""
+        before = self.base.get_state()
+        result = self.env.step(action)
+        self.expect("step", isinstance(result, tuple) and len(result) == 5, result)
+        step = _Step(before, action, *result, self.base.get_state())
+        self.check_observation(self.env, step.observation, "step")
+        finite = isinstance(step.reward, float) and math.isfinite(step.reward)
+        self.expect("reward", finite, step.reward)
+        flags, reason = (step.terminated, step.truncated), step.after.finish_reason
+        self.expect("bools", all(isinstance(flag, (bool, np.bool_)) for flag in flags), flags)
+        right = (reason == "stop", reason == "length")
+        expected, got = (f"terminated={a}, truncated={b}" for a, b in (right, flags))
+        self.expect("flags", flags == right, got, expected=expected, reason=reason)
+        self.check_info(step.info, step.after, "step")
+        self.check_transition(step)
+        return step
+
+    def check_info(self, info: Any, state: TextState, where: str) -> None:
+        self.expect("info", isinstance(info, dict), info, where=where)
+        for name, kind in _INFO.items():
+            right = isinstance(info.get(name), kind)
+            self.expect("entry", right, info, where=where, name=name, kind=kind.__name__)
+        response = self.base.task.tokenizer.decode(state.response_ids)
+        values = (state.prompt.id, state.prompt.text, response, state.finish_reason or "")
+        shown = {name: info[name] for name in _SHOWN}
+        actual = dict(zip(_SHOWN, values, strict=True))
+        self.expect("shown", shown == actual, shown, where=where, actual=actual)
+        ended = where == "step" and state.finish_reason is not None
+        numbers = [info["score"], *info["score_parts"].values()]
+        right = all(isinstance(number, float) and math.isfinite(number) for number in numbers)
+        got = {name: info[name] for name in ("score", "score_parts")}
+        self.expect("score", right and (ended or not any(numbers)), got, where=where)
+
+    def check_transition(self, step: _Step) -> None:
+        before, after = step.before.response_ids, step.after.response_ids
+        self.expect("limit", len(after) <= self.limit, len(after), limit=self.limit)
+        grows = step.after.prompt == step.before.prompt and after[: len(before)] == before
+        self.expect("append", grows, f"{before}, then {after}")
+        if isinstance(self.env.action_space, ChunkSpace):
+            chunk, added = tuple(map(int, step.action)), after[len(before) :]
+            whole = added == chunk[: self.limit - len(before)]
+            self.expect("chunk", whole, added, chunk=chunk)
+            cut, said = len(added) < len(chunk), step.info["chunk_cut"]
+            self.expect("chunk_cut", said == cut, said, cut=cut, added=len(added), size=len(chunk))
+
+    def check_return(self, steps: list[_Step], calls: int) -> None:
+        mode, score = self.base.task.reward, steps[-1].info["score"]
+        rewards = [step.reward for step in steps]
+        if mode == "terminal":
+            right = rewards == [0.0] * (len(rewards) - 1) + [score]
+            self.expect("terminal", right, rewards, score=score)
+            self.expect("once", calls == 1, calls)
+        if mode == "delta":
+            close = abs(sum(rewards) - score) <= _TOLERANCE * max(1.0, abs(score))
+            got = f"{rewards}, which add up to {sum(rewards):g}"
+            self.expect("delta", close, got, score=score)
+
+    def check_restoring(self) -> None:
+        """Snapshot, act, restore, act again; with other episodes in between every second time."""
+        for episode in (0, 1):
+            self.env.reset(seed=self.seed + episode)
+            actions = _Actions(self, episode)
+            for number in range(4):
+                state = self.layer.get_state()
+                self.check_state(state)
+                first = self.stepped(actions(number))
+                if number % 2:
+                    self.played(number, [None] * 3)
+                self.restore(state)
+                again = self.stepped(first.action)
+                where = "the step after get_state, a step and set_state"
+                self.expect_repeated(first, again, where)
+                if first.ended:
+                    break
+
+    def restore(self, state: Any) -> None:
+        """Set a state, and check that all of it is there again."""
+        result = self.layer.set_state(state)
+        found = self.layer.get_state()
+        self.expect("restored", found == state, found, state=state)
+        self.check_pair(result, "set_state", self.layer)
+        copied = self.layer.set_state(pickle.loads(pickle.dumps(state)))  # noqa: S301 made here
+        self.expect("copied", data_equivalence(result, copied, exact=True), "different ones")
+
+    def check_state(self, state: Any) -> None:
+        able = "pickled"
+        try:
+            same = pickle.loads(pickle.dumps(state)) == state  # noqa: S301 it was made here
+            able = "hashed"
+            hash(state)
+        except Exception as error:
+            got = f"{type(error).__name__}: {error}"
+            raise self.fault("state", got, able=able) from error
+        self.expect("state", same, state, able="pickled, and equals its copy")
+
+    def check_end(self) -> None:
+        """Step on after the end of an episode, and after that end was restored."""
+        # Every step adds a token, so an episode has at most as many steps as a response has tokens.
+        last = self.played(1, [None] * self.limit)[-1]
+        self.expect("end", last.ended, last.after, limit=self.limit)
+        end = self.layer.get_state()
+        self.expect_refused(EpisodeEndedError, last.action, "a step after the end")
+        self.env.reset(seed=self.seed)
+        self.restore(end)
+        self.expect_refused(EpisodeEndedError, last.action, "a step after a restored end")
+
+    def check_invalid_actions(self, space: ChunkSpace) -> None:
+        ordinary, stop = _ordinary_and_stop(space)
+        rules = space.rules
+        cases = {
+            "an empty chunk": [],
+            "an id outside the vocabulary": [rules.vocab_size],
+            "a negative id": [-1],
+        }
+        if ordinary is not None:
+            cases["more than max_chunk_tokens"] = [ordinary] * (rules.max_chunk_tokens + 1)
+            if stop is not None and rules.max_chunk_tokens > 1:
+                cases["a stop token before the last place"] = [stop, ordinary]
+        self.env.reset(seed=self.seed)
+        for case, ids in cases.items():
+            action = np.asarray(ids, dtype=np.int64)
+            self.expect("invalid", action not in space, ids, case=case)
+            self.expect_refused(InvalidChunkError, action, case)
+
+    def expect_refused(self, kind: type[Exception], action: Any, case: str) -> None:
+        """Report a fault unless a step is refused and leaves no trace."""
+        before = self.layer.get_state()
+        self.expect_error("refusal", kind, lambda: self.env.step(action), case)
+        after = self.layer.get_state()
+        self.expect("untouched", after == before, after, case=case, before=before)
+
+    def check_observation(self, env: Any, observation: Any, where: str) -> None:
+        space = env.observation_space
+        self.expect("observation", observation in space, observation, where=where, space=space)
+
+    def expect_repeated(self, one: _Step, other: _Step, where: str) -> None:
+        """Report a fault unless two steps are the same."""
+        for name in ("observation", "reward", "terminated", "truncated", "info", "after"):
+            value, again = getattr(one, name), getattr(other, name)
+            same = (
+                math.isclose(value, again, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+                if name == "reward"
+                else data_equivalence(value, again, exact=True)
             )
-        layer = layer.env
-    return layer
-
-
-def _check_spaces(trial: _Trial) -> None:
-    try:
-        check_observation_space(trial.env.observation_space)
-        check_action_space(trial.env.action_space)
-    except Exception as error:
-        raise CheckError(
-            f"observation_space and action_space: expected two of Gymnasium's spaces, got {error}"
-        ) from error
-    expected = trial.base.task.action_space()
-    expect(
-        trial.base.action_space == expected,
-        "action_space of the text environment",
-        str(expected),
-        trial.base.action_space,
-        "Make it by `task.action_space()`; other actions are for a wrapper to define.",
-    )
-
-
-def _check_pair(trial: _Trial, result: Any, where: str, env: Any) -> None:
-    """Check what `reset` or `set_state` returned."""
-    expect(
-        isinstance(result, tuple) and len(result) == 2,
-        where,
-        "a tuple (observation, info)",
-        result,
-        "Return `observation, info`.",
-    )
-    _check_observation(env, result[0], where)
-    _check_info(result[1], trial.base.get_state(), trial, where)
-
-
-def _check_reset(trial: _Trial) -> None:
-    first = trial.env.reset(seed=trial.seed)
-    _check_pair(trial, first, "reset", trial.env)
-    state = trial.layer.get_state()
-    trial.env.step(_Actions(trial)(0))
-    again = trial.env.reset(seed=trial.seed)
-    expect(
-        data_equivalence(first, again, exact=True) and trial.layer.get_state() == state,
-        f"reset(seed={trial.seed})",
-        f"the same observation, info and state every time, {first[1]}",
-        again[1],
-        "Draw from `self.np_random`, which `super().reset(seed=seed)` seeds, and clear what the "
-        "last episode left.",
-    )
-    prompts = {prompt.id for prompt in trial.base.task.prompts}
-    seeds = range(trial.seed + 1, trial.seed + 1 + _MOST_SEEDS)
-    drawn = (trial.env.reset(seed=other)[1]["prompt_id"] for other in seeds)
-    expect(
-        len(prompts) == 1 or any(prompt != first[1]["prompt_id"] for prompt in drawn),
-        "reset(seed=...)",
-        f"different prompts for {_MOST_SEEDS} different seeds, of {len(prompts)} prompts",
-        f"always {first[1]['prompt_id']!r}",
-        "Draw the prompt from `self.np_random`.",
-    )
-
-
-def _check_episodes(trial: _Trial, steps: int) -> None:
-    """Play episodes, and each of them a second time."""
-    calls = episode = 0
-
-    def count(result: object, prompts: object, responses: list[str]) -> None:
-        nonlocal calls
-        calls += len(responses)
-
-    while steps > 0:
-        calls = 0
-        with counted(trial.base.task.reward_model, {"score": count, "score_parts": count}):
-            first = _played(trial, episode, [None] * steps)
-        if first[-1].ended and trial.check_rewards:
-            _check_return(trial, first, calls)
-        again = _played(trial, episode, [step.action for step in first])
-        for number, (one, other) in enumerate(zip(first, again, strict=False), start=1):
-            _expect_repeated(one, other, f"step {number} of an episode that is played again")
-        steps -= len(first)
-        episode += 1
-
-
-def _played(trial: _Trial, episode: int, actions: list[Any]) -> list[_Step]:
-    """The steps of an episode; an action that is None is drawn."""
-    trial.env.reset(seed=trial.seed + episode)
-    draw, played = _Actions(trial, episode), []
-    for number, action in enumerate(actions):
-        played.append(_stepped(trial, draw(number) if action is None else action))
-        if played[-1].ended:
-            break
-    return played
+            self.expect("repeated", same, again, where=where, name=name, value=value)
 
 
 class _Actions:
@@ -241,278 +395,16 @@ class _Actions:
         return action
 
 
-def _stepped(trial: _Trial, action: Any) -> _Step:
-    """Take a step and check what it returns."""
-    before = trial.base.get_state()
-    result = trial.env.step(action)
-    expect(
-        isinstance(result, tuple) and len(result) == 5,
-        "step",
-        "a tuple (observation, reward, terminated, truncated, info)",
-        result,
-        "Return all five.",
-    )
-    step = _Step(before, action, *result, trial.base.get_state())
-    _check_observation(trial.env, step.observation, "step")
-    expect(
-        isinstance(step.reward, float) and math.isfinite(step.reward),
-        "step, reward",
-        "a finite float",
-        step.reward,
-        "Score through `rewards.score_responses`, which refuses what is not finite.",
-    )
-    _check_flags(step)
-    _check_info(step.info, step.after, trial, "step")
-    _check_transition(trial, step)
-    return step
-
-
-def _check_flags(step: _Step) -> None:
-    flags, reason = (step.terminated, step.truncated), step.after.finish_reason
-    expect(
-        all(isinstance(flag, (bool, np.bool_)) for flag in flags),
-        "step, terminated and truncated",
-        "bools",
-        flags,
-        "Convert them with bool().",
-    )
-    expect(
-        flags == (reason == "stop", reason == "length"),
-        "step",
-        f"terminated={reason == 'stop'}, truncated={reason == 'length'} for finish_reason "
-        f"{reason!r} (terminated at 'stop', truncated at 'length', never both)",
-        f"terminated={flags[0]}, truncated={flags[1]}",
-        "Derive both from the state's finish_reason.",
-    )
-
-
-def _check_info(info: Any, state: TextState, trial: _Trial, where: str) -> None:
-    subject = f"{where}, info"
-    expect(isinstance(info, dict), subject, "a dict", info, "Return a new dict every time.")
-    for name, kind in _INFO.items():
-        expect(
-            isinstance(info.get(name), kind),
-            subject,
-            f"{name!r}, a {kind.__name__}",
-            info,
-            "Pass on what the text environment puts there.",
-        )
-    response = trial.base.task.tokenizer.decode(state.response_ids)
-    values = (state.prompt.id, state.prompt.text, response, state.finish_reason or "")
-    shown, actual = {name: info[name] for name in _SHOWN}, dict(zip(_SHOWN, values, strict=True))
-    expect(shown == actual, subject, f"what the state says, {actual}", shown, "Do not edit it.")
-    ended = where == "step" and state.finish_reason is not None
-    numbers = [info["score"], *info["score_parts"].values()]
-    expect(
-        all(isinstance(number, float) and math.isfinite(number) for number in numbers)
-        and (ended or not any(numbers)),
-        subject,
-        "a finite float as 'score', and floats by name as 'score_parts', when the response has "
-        "ended, and only then; 0.0 before",
-        {name: info[name] for name in ("score", "score_parts")},
-        "Score the complete response once, at its end. Convert numbers with float().",
-    )
-
-
-def _check_transition(trial: _Trial, step: _Step) -> None:
-    before, after = step.before.response_ids, step.after.response_ids
-    expect(
-        len(after) <= trial.limit,
-        "step",
-        f"a response of at most max_response_tokens ({trial.limit})",
-        f"{len(after)} tokens",
-        "Cut a chunk that would pass the limit.",
-    )
-    expect(
-        step.after.prompt == step.before.prompt and after[: len(before)] == before,
-        "step",
-        "that tokens are appended to the response",
-        f"{before}, then {after}",
-        "Token ids are canonical: never encode the text again.",
-    )
-    if not isinstance(trial.env.action_space, ChunkSpace):
-        return
-    chunk, added = tuple(map(int, step.action)), after[len(before) :]
-    expect(
-        added == chunk[: trial.limit - len(before)],
-        "step",
-        f"the chunk {chunk} at the end of the response, cut at the limit",
-        added,
-        "Append the action's token ids.",
-    )
-    expect(
-        step.info["chunk_cut"] == (len(added) < len(chunk)),
-        "step, info['chunk_cut']",
-        f"{len(added) < len(chunk)}, since {len(added)} of {len(chunk)} tokens were appended",
-        step.info["chunk_cut"],
-        "Say whether the limit cut the chunk.",
-    )
-
-
-def _check_return(trial: _Trial, steps: list[_Step], calls: int) -> None:
-    mode, score = trial.base.task.reward, steps[-1].info["score"]
-    rewards = [step.reward for step in steps]
-    subject = f"Rewards of an episode with reward={mode!r}"
-    advice = "Pay the score once; pass check_rewards=False if a wrapper changes the reward."
-    if mode == "terminal":
-        expect(
-            rewards == [0.0] * (len(rewards) - 1) + [score],
-            subject,
-            f"0 until the last, which is the score {score:g}",
-            rewards,
-            advice,
-        )
-        expect(
-            calls == 1,
-            "An episode with reward='terminal'",
-            "one scored response",
-            f"{calls} scored responses",
-            "Score the response once, when it has ended: reward models are expensive.",
-        )
-    if mode == "delta":
-        expect(
-            abs(sum(rewards) - score) <= _TOLERANCE * max(1.0, abs(score)),
-            subject,
-            f"that they add up to the score {score:g}",
-            f"{rewards}, which add up to {sum(rewards):g}",
-            advice,
-        )
-
-
-def _check_restoring(trial: _Trial) -> None:
-    """Snapshot, act, restore, act again; with other episodes in between every second time."""
-    for episode in (0, 1):
-        trial.env.reset(seed=trial.seed + episode)
-        actions = _Actions(trial, episode)
-        for number in range(4):
-            state = trial.layer.get_state()
-            _check_state(state)
-            first = _stepped(trial, actions(number))
-            if number % 2:
-                _played(trial, number, [None] * 3)
-            _restore(trial, state)
-            again = _stepped(trial, first.action)
-            _expect_repeated(first, again, "the step after get_state, a step and set_state")
-            if first.ended:
-                break
-
-
-def _restore(trial: _Trial, state: Any) -> None:
-    result = trial.layer.set_state(state)
-    expect(
-        trial.layer.get_state() == state,
-        "set_state",
-        f"that get_state() returns the state that was set, {state}",
-        trial.layer.get_state(),
-        "Restore all that `step` reads.",
-    )
-    _check_pair(trial, result, "set_state", trial.layer)
-    expect(
-        data_equivalence(result, trial.layer.set_state(pickle.loads(pickle.dumps(state))), True),  # noqa: S301 it was made here
-        "set_state",
-        "the same observation and info for the state and for its pickled copy",
-        "different ones",
-        "Derive both from the state alone.",
-    )
-
-
-def _check_state(state: Any) -> None:
-    advice = "Make it a frozen dataclass of plain data."
-    able = "pickled"
-    try:
-        same = pickle.loads(pickle.dumps(state)) == state  # noqa: S301 it was made here
-        able = "hashed"
-        hash(state)
-    except Exception as error:
-        raise CheckError(
-            f"get_state: expected a state that can be {able}, got {type(error).__name__}: {error}. "
-            f"{advice}"
-        ) from error
-    expect(same, "get_state", "a state that equals its pickled copy", state, advice)
-
-
-def _check_end(trial: _Trial) -> None:
-    """Step on after the end of an episode, and after that end was restored."""
-    # Every step adds a token, so an episode has at most as many steps as a response has tokens.
-    steps = _played(trial, 1, [None] * trial.limit)
-    expect(
-        steps[-1].ended,
-        "An episode",
-        f"an end after at most max_response_tokens ({trial.limit}) steps",
-        steps[-1].after,
-        "Truncate the response at the limit.",
-    )
-    end = trial.layer.get_state()
-    _expect_refused(trial, EpisodeEndedError, steps[-1].action, "a step after the end")
-    trial.env.reset(seed=trial.seed)
-    _restore(trial, end)
-    _expect_refused(trial, EpisodeEndedError, steps[-1].action, "a step after a restored end")
-
-
-def _check_invalid_actions(trial: _Trial, space: ChunkSpace) -> None:
-    ordinary, stop = _ordinary_and_stop(space)
-    rules = space.rules
-    cases = {
-        "an empty chunk": [],
-        "an id outside the vocabulary": [rules.vocab_size],
-        "a negative id": [-1],
-    }
-    if ordinary is not None:
-        cases["more than max_chunk_tokens"] = [ordinary] * (rules.max_chunk_tokens + 1)
-        if stop is not None and rules.max_chunk_tokens > 1:
-            cases["a stop token before the last place"] = [stop, ordinary]
-    trial.env.reset(seed=trial.seed)
-    for case, ids in cases.items():
-        action = np.asarray(ids, dtype=np.int64)
-        expect(
-            action not in space,
-            "action_space",
-            f"that {case} is no element",
-            ids,
-            "Let `contains` follow `ChunkRules.fault`.",
-        )
-        _expect_refused(trial, InvalidChunkError, action, case)
-
-
-def _expect_refused(trial: _Trial, kind: type[Exception], action: Any, case: str) -> None:
-    before = trial.layer.get_state()
-    change = "Leave it to `TextGenerationEnv.step` to refuse it."
-    expect_error(kind, lambda: trial.env.step(action), "step", case, change)
-    expect(
-        trial.layer.get_state() == before,
-        "step",
-        f"that {case}, which is refused, leaves the state as it was, {before}",
-        trial.layer.get_state(),
-        "Change the state only after everything that can fail.",
-    )
-
-
-def _check_observation(env: Any, observation: Any, where: str) -> None:
-    expect(
-        observation in env.observation_space,
-        f"{where}, observation",
-        f"an element of {env.observation_space}",
-        observation,
-        "Mind shape, dtype and bounds.",
-    )
-
-
-def _expect_repeated(one: _Step, other: _Step, where: str) -> None:
-    for name in ("observation", "reward", "terminated", "truncated", "info", "after"):
-        value, again = getattr(one, name), getattr(other, name)
-        same = (
-            math.isclose(value, again, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-            if name == "reward"
-            else data_equivalence(value, again, exact=True)
-        )
-        expect(
-            same,
-            f"{where}, {name}",
-            f"the same as the first time, {value}",
-            again,
-            "What a step returns has to follow from the state and the action alone: draw no other "
-            "random numbers, keep no other state, and leave timings out of info.",
-        )
+def _stateful_layer(env: gym.Env[Any, Any]) -> Any:
+    layer: Any = env
+    while not (hasattr(type(layer), "get_state") and hasattr(type(layer), "set_state")):
+        if not isinstance(layer, gym.Wrapper):
+            raise CheckError(
+                f"{type(layer).__name__}: expected `get_state` and `set_state`, got an environment "
+                "without them. Searches restore states: define both."
+            )
+        layer = layer.env
+    return layer
 
 
 def _ordinary_and_stop(space: ChunkSpace) -> tuple[int | None, int | None]:

@@ -27,14 +27,12 @@ _NUMBERS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class FolderKind:
-    """How one kind of fitted thing is kept, and what is said where that fails.
+    """How one kind of fitted thing is kept, and what is raised and said where that fails.
 
     Args:
-        noun: What it is, such as "value model".
-        writer: What writes such folders.
+        noun: What it is, such as "value model"; `writer` writes its folders.
         config, weights: Names of the files.
         version: Of the format; others are refused.
-        error: What is raised.
     """
 
     noun: str
@@ -45,11 +43,7 @@ class FolderKind:
     error: type[Exception]
 
     def check_target(self, folder: str | Path) -> None:
-        """Refuse to write over other things.
-
-        Raises:
-            error: There is a file, or a folder with other things in it.
-        """
+        """Refuse to write over a file, or a folder with other things in it."""
         path = Path(folder)
         is_other = path.is_dir() and any(path.iterdir()) and not (path / self.config).is_file()
         if is_other or (path.exists() and not path.is_dir()):
@@ -67,17 +61,12 @@ class FolderKind:
 
     def write_config(self, folder: Path, config: Mapping[str, Any]) -> None:
         """Write the JSON file."""
-        text = json.dumps(
-            {"format": self.version, **config}, indent=2, ensure_ascii=False, allow_nan=False
-        )
+        values = {"format": self.version, **config}
+        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / self.config).write_text(text, encoding="utf-8")
 
     def write(self, folder: str | Path, config: Mapping[str, Any], arrays: Arrays) -> None:
-        """Write JSON and arrays; one of this kind that is there is replaced.
-
-        Raises:
-            error: The folder holds something else, or cannot be written.
-        """
+        """Write JSON and arrays; one of this kind that is there is replaced."""
         from safetensors.numpy import save
 
         with self.writing(folder) as scratch:
@@ -88,11 +77,7 @@ class FolderKind:
 
     @contextmanager
     def reading(self, folder: str | Path) -> Iterator[tuple[dict[str, Any], Callable[[], Arrays]]]:
-        """The JSON file, and what reads the arrays; errors of the block are a damaged folder's.
-
-        Raises:
-            error: The folder is none of this kind, damaged, or of another format.
-        """
+        """The JSON file, and what reads the arrays; errors of the block are a damaged folder's."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -121,11 +106,7 @@ class FolderKind:
 
 
 def numbers_of(estimator: Any, name: str) -> Arrays:
-    """The fitted numbers of an estimator, as arrays whose names begin with `name`.
-
-    Raises:
-        ValueError: It is of a class that is not known.
-    """
+    """The fitted numbers of an estimator of a known class, as arrays whose names begin so."""
     return {
         f"{name}.{place}.{attribute}": np.asarray(getattr(step, attribute))
         for place, step in _steps(estimator)
@@ -134,12 +115,7 @@ def numbers_of(estimator: Any, name: str) -> Arrays:
 
 
 def with_numbers(estimator: Any, arrays: Arrays, name: str) -> Any:
-    """The estimator, which was not fitted, with the numbers that `numbers_of` gave.
-
-    Raises:
-        KeyError: An array is missing.
-        ValueError: Arrays do not fit each other.
-    """
+    """The estimator, which was not fitted, with the numbers that `numbers_of` gave."""
     for place, step in _steps(estimator):
         found = {name_: arrays[f"{name}.{place}.{name_}"] for name_ in _attributes(step)}
         vars(step).update(found)

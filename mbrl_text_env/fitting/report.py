@@ -1,4 +1,8 @@
-"""One report for all that is fitted: how good it is on prompts that it was not fitted on."""
+"""What heads are fitted on, and one report: how good a fit is on prompts that it has not seen.
+
+Data is divided by prompt, never by row: responses to one prompt resemble each other, and a head
+that has seen some of them would seem better on the others than it is.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +15,73 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from mbrl_text_env.fitting.samples import IntArray, Samples
 from mbrl_text_env.types import FloatArray
 
+IntArray = npt.NDArray[np.int64]
+
+_LEAST_PROMPTS = 5
 _NAN = math.nan
 _TINY = 1e-12
 _BINS = 5
+
+
+class FitError(ValueError):
+    """Data that nothing can be fitted on, or arguments that do not fit each other."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N rows of features, float64[N, d], with what their responses scored in the end.
+
+    Args:
+        lengths: int64[N], tokens of each prefix; all 0 where nothing is cut by tokens.
+        groups: int64[N], number of the prompt.
+    """
+
+    inputs: FloatArray
+    scores: FloatArray
+    lengths: IntArray
+    groups: IntArray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def rows(self, which: Any) -> Samples:
+        """Some of the rows, by a mask or by indices."""
+        return Samples(*(values[which] for values in vars(self).values()))
+
+    @property
+    def num_prompts(self) -> int:
+        """Different prompts."""
+        return len(np.unique(self.groups))
+
+
+def split_by_group(groups: Sequence[Hashable], held_out: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which rows are held out: bool[B]; all rows of a group are, or none.
+
+    Raises:
+        FitError: There are fewer than five groups, or `held_out` is not between 0 and 1.
+    """
+    if not 0 < held_out < 1:
+        raise FitError(f"held_out: expected a number between 0 and 1, got {held_out!r}.")
+    distinct = list(dict.fromkeys(groups))
+    if len(distinct) < _LEAST_PROMPTS:
+        raise FitError(
+            f"Expected at least {_LEAST_PROMPTS} different prompts, to fit on some and measure on "
+            f"others, got {len(distinct)} in {len(groups)} rows. Add data of other prompts."
+        )
+    # At least one prompt is measured on, and at least three are fitted on.
+    count = min(max(1, round(held_out * len(distinct))), len(distinct) - 3)
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    chosen = {distinct[i] for i in order[:count]}
+    return np.asarray([group in chosen for group in groups])
 
 
 @dataclass(frozen=True)
 class LengthReport:
     """The part of a `FitReport` for one length.
 
-    Args:
-        length: Tokens of the prefixes; of complete responses, least characters (a power of two).
-        num_prefixes: Rows of that length.
-        correlation, within_prompt, std: As in `FitReport`.
+    It is in tokens; of complete responses, the least number of characters, a power of two.
     """
 
     length: int
@@ -38,11 +93,9 @@ class LengthReport:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Pairs of which the model is about equally sure.
+    """Pairs of which the model is about equally sure, by the probability of what it prefers.
 
     Args:
-        low, high: Ends of the bin; the probability of the response that the model prefers.
-        count: Pairs in the bin.
         predicted: Their mean predicted probability; NaN without pairs.
         observed: Share of them in which the model's preference is right; NaN without pairs.
     """
@@ -110,11 +163,7 @@ class FitReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
-        """Read `to_dict`.
-
-        Raises:
-            KeyError, TypeError: It is something else.
-        """
+        """Read `to_dict`."""
         lengths = tuple(LengthReport(**with_nan(row)) for row in values["by_length"])
         bins = tuple(CalibrationBin(**with_nan(row)) for row in values["calibration"])
         return cls(**{**with_nan(values), "by_length": lengths, "calibration": bins})
@@ -150,17 +199,9 @@ def value_report(
 
 
 def regression_report(
-    predicted: FloatArray,
-    scores: FloatArray,
-    groups: Sequence[Hashable],
-    lengths: npt.ArrayLike,
+    predicted: FloatArray, scores: FloatArray, groups: Sequence[Hashable], lengths: npt.ArrayLike
 ) -> FitReport:
-    """Measure predicted against known scores of complete responses.
-
-    Args:
-        predicted, scores: float64[B].
-        groups: B prompts.
-        lengths: int[B], characters of the responses.
+    """Measure predicted against known scores of complete responses, with their characters.
 
     Example:
         >>> report = regression_report(
@@ -197,10 +238,8 @@ def pair_report(
     rejected: FloatArray,
     groups: Sequence[Hashable],
     lengths: npt.ArrayLike,
-    *,
-    num_bins: int = _BINS,
 ) -> FitReport:
-    """Measure scores of preference pairs.
+    """Measure scores of preference pairs; `lengths`, int[B, 2], are the responses' characters.
 
     The probability of a preference is the Bradley-Terry model's, sigmoid(chosen - rejected). The
     calibration curve is that of the response which the model prefers, so it goes from 0.5 to 1; the
@@ -208,12 +247,6 @@ def pair_report(
     way. Where both score the same, half of the pair counts as right.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (bins of equal width).
-
-    Args:
-        chosen, rejected: float64[B], scores of the responses.
-        groups: B prompts.
-        lengths: int[B, 2], characters of the chosen and the rejected response.
-        num_bins: Bins of equal width.
 
     Example:
         >>> report = pair_report(
@@ -224,10 +257,10 @@ def pair_report(
     """
     margins = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
     confidence = expit(np.abs(margins))
-    edges = np.linspace(0.5, 1.0, num_bins + 1)
-    place = np.clip(np.digitize(confidence, edges[1:-1]), 0, num_bins - 1)
+    edges = np.linspace(0.5, 1.0, _BINS + 1)
+    place = np.clip(np.digitize(confidence, edges[1:-1]), 0, _BINS - 1)
     bins = []
-    for i, inside in enumerate(place == np.arange(num_bins)[:, None]):
+    for i, inside in enumerate(place == np.arange(_BINS)[:, None]):
         predicted = float(confidence[inside].mean()) if inside.any() else _NAN
         ends = float(edges[i]), float(edges[i + 1])
         bins.append(CalibrationBin(*ends, int(inside.sum()), predicted, _wins(margins[inside])))
@@ -246,12 +279,7 @@ def pair_report(
 
 
 def bradley_terry_loss(margins: FloatArray) -> float:
-    """Mean of -log sigmoid(margin), in nats, for margins float64[B] of chosen over rejected.
-
-    Example:
-        >>> bradley_terry_loss(np.zeros(3)) == math.log(2)
-        True
-    """
+    """Mean of -log sigmoid(margin), in nats, for margins float64[B] of chosen over rejected."""
     return float(np.logaddexp(0.0, -np.asarray(margins, dtype=np.float64)).mean())
 
 

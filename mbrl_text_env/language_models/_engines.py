@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from mbrl_text_env.language_models.base import SamplingParams
 
-# Ends that a server's own trouble made; the same request may be answered the next time.
-_ABORTED = frozenset({"abort", "error"})
+COMPLETIONS, CHATS, SGLANG = "/v1/completions", "/v1/chat/completions", "/generate"
 # Log-probabilities are rounded: a certain token may come out a hair above 0.
 _ROUNDING = 1e-6
 # Above every logit: a token with this bias is drawn for certain.
@@ -40,8 +39,7 @@ class Engine:
     """How an engine differs from OpenAI's completions.
 
     Args:
-        draws_many: Whether one request draws several samples, each from a seed of its own
-            (`seed + i`, as vLLM does) or from chance (OpenAI).
+        draws_many: Whether one request draws several samples, from `seed + i` or from chance.
         all_tokens: The `top_k` that keeps all tokens; None where that is the default.
         keeps_stop: Whether tokens of a stop string can be kept; elsewhere it is looked for here.
         continues: Whether it goes on with an assistant message instead of answering it.
@@ -92,14 +90,7 @@ class AbortedError(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says about its model; None where it does not.
-
-    Args:
-        model: Name to ask for it by.
-        engine: A key of `ENGINES`, another owner, or an empty string.
-        context_length: Most tokens of prompt and response together.
-        num_parameters: Of the model.
-    """
+    """What a server says about its model, such as its context in tokens; None where it does not."""
 
     model: str | None = None
     engine: str = ""
@@ -114,15 +105,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sample of a server's; None where it does not say.
-
-    Args:
-        token_ids: Its tokens.
-        logprobs: One (nats) a token.
-        text: Its text.
-        reason: Why it ended: `"stop"`, `"length"`, or a word of the server's own.
-        matched: The stop token's id or the stop string that ended it.
-    """
+    """A sample of a server's, None where it does not say; `matched` is the stop that ended it."""
 
     token_ids: tuple[int, ...] | None
     logprobs: tuple[float, ...] | None
@@ -133,12 +116,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Bill:
-    """Tokens that a server counts for a request; None where it does not.
+    """Tokens that a server counts for a request, None where it does not.
 
-    Args:
-        prompt: Of the prompt, once for all samples.
-        cached: How many of them it did not compute.
-        generated: Of all samples together.
+    Those of the prompt count once for all samples; `cached` are those of them not computed.
     """
 
     prompt: int | None = None
@@ -159,13 +139,11 @@ def completion_body(
         "top_p": params.top_p,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-    }
-    if served.model is not None:
-        body["model"] = served.model
+    } | _named(served)
     if not dialect.extras:
         return body
-    body |= _NEUTRAL
     body |= {
+        **_NEUTRAL,
         "cache_prompt": prefix_cache,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
@@ -202,35 +180,30 @@ def judging_body(served: Served, prompt: list[int], count: int) -> tuple[str, di
     if served.how.judging == "native":
         sampling = {"temperature": 0.0, "max_new_tokens": 0}
         body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
-        return "/generate", {**body, "logprob_start_len": len(prompt) - count - 1}
-    body = {"prompt": prompt, "temperature": 0.0}
-    if served.model is not None:
-        body["model"] = served.model
+        return SGLANG, {**body, "logprob_start_len": len(prompt) - count - 1}
+    body = {"prompt": prompt, "temperature": 0.0, **_named(served)}
     if served.how.judging == "prompt":
-        return "/v1/completions", {**body, "max_tokens": 1, "prompt_logprobs": 1}
-    return "/v1/completions", {**body, "max_tokens": 0, "echo": True, "logprobs": 1}
+        return COMPLETIONS, {**body, "max_tokens": 1, "prompt_logprobs": 1}
+    return COMPLETIONS, {**body, "max_tokens": 0, "echo": True, "logprobs": 1}
 
 
 def forcing_body(
     served: Served, prompt: list[int], token: int, prefix_cache: bool
 ) -> dict[str, Any]:
     """What makes llama.cpp sample a token and say how probable it was."""
-    return {
-        **_NEUTRAL,
-        "cache_prompt": prefix_cache,
-        "prompt": prompt,
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "logprobs": 1,
-        "logit_bias": [[token, _FORCED]],
-        "model": served.model,
-    }
+    forced = {"max_tokens": 1, "temperature": 0.0, "logprobs": 1, "logit_bias": [[token, _FORCED]]}
+    own = {"cache_prompt": prefix_cache, "prompt": prompt, "model": served.model}
+    return {**_NEUTRAL, **own, **forced}
+
+
+def _named(served: Served) -> dict[str, Any]:
+    return {} if served.model is None else {"model": served.model}
 
 
 def read_served(data: Any, wanted: str | None, engine: str | None) -> Served:
     """What `/v1/models` says of a model, or of the only one there."""
-    entries = _list(_field(data, "data", "the list of models"), "the list of models")
-    names = [str(_field(entry, "id", "a model")) for entry in entries]
+    entries = _list(data, "data")
+    names = [str(_field(entry, "id")) for entry in entries]
     if not names:
         raise ValueError("expected at least one model, got none")
     if wanted is None and len(names) > 1:
@@ -238,19 +211,25 @@ def read_served(data: Any, wanted: str | None, engine: str | None) -> Served:
     entry = entries[names.index(wanted) if wanted in names else 0]
     meta = entry.get("meta") or {}
     return Served(
-        model=names[0] if wanted is None else wanted,
-        engine=engine or str(entry.get("owned_by") or "").lower(),
-        context_length=_count(entry.get("max_model_len") or meta.get("n_ctx")) or None,
-        num_parameters=_count(meta.get("n_params")) or None,
+        names[0] if wanted is None else wanted,
+        engine or str(entry.get("owned_by") or "").lower(),
+        _count(entry.get("max_model_len") or meta.get("n_ctx")) or None,
+        _count(meta.get("n_params")) or None,
     )
 
 
 def read_answers(data: Any, count: int = 1) -> tuple[list[Answer], Bill]:
-    """The answers of completions, of chats, or of SGLang's `/generate`."""
+    """The answers of completions, of chats, or of SGLang's `/generate`, and what is billed."""
     if isinstance(data, dict) and "meta_info" in data:
-        return [_sglang_answer(data)], _bill(data["meta_info"])
-    choices = _choices(data, count)
-    return [_openai_answer(choice) for choice in choices], _bill(data.get("usage") or {})
+        usage = data["meta_info"]
+        answers = [_sglang_answer(data)]
+    else:
+        answers = [_openai_answer(choice) for choice in _choices(data, count)]
+        usage = data.get("usage") or {}
+    details = usage.get("prompt_tokens_details") or {}
+    cached = details.get("cached_tokens", usage.get("cached_tokens"))
+    counts = (usage.get("prompt_tokens"), cached, usage.get("completion_tokens"))
+    return answers, Bill(*map(_count, counts))
 
 
 def read_judged(
@@ -258,73 +237,51 @@ def read_judged(
 ) -> tuple[float, ...] | None:
     """The log-probabilities of the last tokens of a prompt; None where they are not echoed."""
     if served.how.judging == "native":
-        triples = _list(
-            _field(_field(data, "meta_info", "the answer"), "input_token_logprobs", "meta_info"),
-            "input_token_logprobs",
-        )
-        last = triples[max(0, len(triples) - len(ids)) :]
+        last = _list(_field(data, "meta_info"), "input_token_logprobs")[-len(ids) :]
         if [triple[1] for triple in last] != list(ids):
             raise ValueError(f"expected log-probabilities that end with those of {ids}, got {last}")
         return _logprobs([triple[0] for triple in last])
     [choice] = _choices(data, 1)
     if served.how.judging == "prompt":
-        rows = _list(_field(choice, "prompt_logprobs", "the choice"), "prompt_logprobs")
+        rows = _list(choice, "prompt_logprobs")
         if len(rows) <= len(ids):
             raise ValueError(f"expected more than {len(ids)} prompt_logprobs, got {len(rows)}")
-        entries = [
-            _field(row, str(token), "prompt_logprobs")
-            for token, row in zip(ids, rows[len(rows) - len(ids) :], strict=True)
-        ]
-        return _logprobs([_field(entry, "logprob", "prompt_logprobs") for entry in entries])
+        pairs = zip(ids, rows[-len(ids) :], strict=True)
+        return _logprobs([_field(_field(row, str(token)), "logprob") for token, row in pairs])
     found = (choice.get("logprobs") or {}).get("token_logprobs")
-    if found is None or len(found) != length:
-        return None
-    return _logprobs(found[length - len(ids) :])
-
-
-def _bill(usage: dict[str, Any]) -> Bill:
-    details = usage.get("prompt_tokens_details") or {}
-    return Bill(
-        _count(usage.get("prompt_tokens")),
-        _count(details.get("cached_tokens", usage.get("cached_tokens"))),
-        _count(usage.get("completion_tokens")),
-    )
+    return None if found is None or len(found) != length else _logprobs(found[-len(ids) :])
 
 
 def _sglang_answer(data: dict[str, Any]) -> Answer:
     meta = data["meta_info"]
     finish, triples = meta.get("finish_reason") or {}, meta.get("output_token_logprobs")
-    logprobs = None if triples is None else [triple[0] for triple in _list(triples, "logprobs")]
-    ids = _field(data, "output_ids", "the answer")
-    return _answer(ids, logprobs, data.get("text"), finish.get("type"), finish.get("matched"))
+    logprobs = None if triples is None else [triple[0] for triple in triples]
+    ids, (reason, matched) = _field(data, "output_ids"), map(finish.get, ("type", "matched"))
+    return _answer(ids, logprobs, data.get("text"), reason, matched)
 
 
 def _openai_answer(choice: dict[str, Any]) -> Answer:
-    listed, logprobs = _listed(choice.get("logprobs") or {})
+    logs = choice.get("logprobs") or {}
+    tokens: list[Any] | None = None
+    found: list[Any] | None = None
+    # Ids and log-probabilities are listed in the new form or in the old one.
+    if logs.get("content") is not None:
+        entries = _list(logs, "content")
+        tokens = [e["id"] if "id" in e else _placeholder(e.get("token")) for e in entries]
+        found = [_field(entry, "logprob") for entry in entries]
+    elif logs.get("token_logprobs") is not None:
+        tokens = [_placeholder(token) for token in logs.get("tokens") or []]
+        found = _list(logs, "token_logprobs")
+    if tokens is not None and (None in tokens or len(tokens) != len(found or ())):
+        tokens = None
     ids, matched = choice.get("token_ids"), choice.get("stop_reason")
     return _answer(
-        listed if ids is None else ids,
-        logprobs,
+        tokens if ids is None else ids,
+        found,
         (choice.get("message") or choice).get("content" if "message" in choice else "text"),
         choice.get("finish_reason"),
         choice.get("matched_stop") if matched is None else matched,
     )
-
-
-def _listed(logs: dict[str, Any]) -> tuple[list[Any] | None, list[Any] | None]:
-    """Ids and log-probabilities as they are listed with `logprobs`, in the old form or the new."""
-    if logs.get("content") is not None:
-        entries = _list(logs["content"], "logprobs")
-        tokens = [
-            entry["id"] if "id" in entry else _placeholder(entry.get("token")) for entry in entries
-        ]
-        found = [_field(entry, "logprob", "logprobs") for entry in entries]
-    elif logs.get("token_logprobs") is not None:
-        tokens = [_placeholder(token) for token in logs.get("tokens") or []]
-        found = _list(logs["token_logprobs"], "token_logprobs")
-    else:
-        return None, None
-    return (None if None in tokens or len(tokens) != len(found) else tokens), found
 
 
 def _placeholder(token: Any) -> int | None:
@@ -334,33 +291,34 @@ def _placeholder(token: Any) -> int | None:
 
 
 def _answer(ids: Any, logprobs: list[Any] | None, text: Any, reason: Any, matched: Any) -> Answer:
-    if reason in _ABORTED:
+    # Ends that a server's own trouble made; the same request may be answered the next time.
+    if reason in ("abort", "error"):
         raise AbortedError(f"the server gave up (finish_reason {reason!r})")
+    if ids is None and not isinstance(text, str):
+        raise ValueError(f"expected token ids or text, got {text!r}")
     if ids is not None:
-        ids = tuple(_list(ids, "token ids"))
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise ValueError(f"expected token ids, got {ids}")
+        if not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids):
+            raise ValueError(f"expected token ids, got {str(ids)[:200]}")
         if logprobs is not None and len(logprobs) != len(ids):
             raise ValueError(
                 f"expected one log-probability a token ({len(ids)}), got {len(logprobs)}"
             )
-    elif not isinstance(text, str):
-        raise ValueError(f"expected token ids or text, got {text!r}")
     checked = None if logprobs is None else _logprobs(logprobs)
-    return Answer(ids, checked, text if isinstance(text, str) else "", reason, matched)
+    text = text if isinstance(text, str) else ""
+    return Answer(None if ids is None else tuple(ids), checked, text, reason, matched)
 
 
 def _logprobs(values: Sequence[Any]) -> tuple[float, ...]:
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"expected a log-probability, got {value!r}")
-        if not (math.isfinite(value) and value <= _ROUNDING):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # NaN and -inf are no log-probabilities either.
+        if not (is_number and -math.inf < value <= _ROUNDING):
             raise ValueError(f"expected a finite log-probability of at most 0, got {value!r}")
     return tuple(float(value) for value in values)
 
 
 def _choices(data: Any, count: int) -> list[dict[str, Any]]:
-    choices = _list(_field(data, "choices", "the answer"), "choices")
+    choices = _list(data, "choices")
     if not choices:
         raise AbortedError("an answer without choices")
     if len(choices) != count or not all(isinstance(choice, dict) for choice in choices):
@@ -369,15 +327,16 @@ def _choices(data: Any, count: int) -> list[dict[str, Any]]:
     return sorted(choices, key=lambda choice: choice.get("index") or 0)
 
 
-def _field(data: Any, name: str, where: str) -> Any:
+def _field(data: Any, name: str) -> Any:
     if not isinstance(data, dict) or name not in data:
-        raise ValueError(f"expected the field {name!r} in {where}, got {str(data)[:200]}")
+        raise ValueError(f"expected the field {name!r}, got {str(data)[:200]}")
     return data[name]
 
 
-def _list(value: Any, what: str) -> list[Any]:
+def _list(data: Any, name: str) -> list[Any]:
+    value = _field(data, name)
     if not isinstance(value, list):
-        raise ValueError(f"expected a list for {what}, got {str(value)[:200]}")
+        raise ValueError(f"expected a list for {name}, got {str(value)[:200]}")
     return value
 
 

@@ -19,8 +19,7 @@ import tenacity
 
 T = TypeVar("T")
 
-_FIRST_PAUSE = 0.25
-_LONGEST_PAUSE = 2.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 2.0
 _CONNECT_SECONDS = 5.0
 # Busy, restarting, or loading its model: no fault of the request's.
 _NOT_READY = frozenset({429, 502, 503, 504})
@@ -54,35 +53,19 @@ class RefusedError(ServerError):
 
     def __init__(self, message: str, status: int, reason: str) -> None:
         super().__init__(message)
-        self.status = status
-        self.reason = reason
+        self.status, self.reason = status, reason
 
 
 class TransientError(Exception):
-    """A failure that may pass.
+    """A failure that may pass, after the `pause` in seconds that the server asks for.
 
-    Args:
-        reason: What happened.
-        is_counted: Whether the request itself may be the cause, so that it is given up after a few
-            attempts. A server that is down or busy is waited for instead.
-        pause: Seconds that the server asks for.
+    It is counted where the request itself may be the cause, which is given up after a few attempts.
+    A server that is down or busy is waited for instead.
     """
 
     def __init__(self, reason: str, *, is_counted: bool, pause: float | None = None) -> None:
         super().__init__(reason)
-        self.is_counted = is_counted
-        self.pause = pause
-
-
-@dataclass
-class Endpoint:
-    """One server of a fleet: its address without `/v1`, and how it is doing."""
-
-    url: str
-    slots: asyncio.Semaphore
-    in_flight: int = 0
-    served: int = 0
-    aside_until: float = 0.0
+        self.is_counted, self.pause = is_counted, pause
 
 
 class KeyFromEnvironment(httpx.Auth):
@@ -91,41 +74,43 @@ class KeyFromEnvironment(httpx.Auth):
     def __init__(self, variable: str) -> None:
         self.variable = variable
 
-    def key(self) -> str:
-        """The key, or an empty string.
-
-        Raises:
-            ServerError: It cannot be sent in a header.
-        """
-        key = os.environ.get(self.variable, "").strip()
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Add the header; called by httpx."""
+        key = self._key()
         if not (key.isascii() and (key == "" or key.isprintable())):
             # Sent on, it would be quoted in the HTTP library's error.
             raise ServerError(
                 f"The environment variable {self.variable} holds characters that no API key has "
                 "(line breaks or letters outside ASCII). Set it again."
             )
-        return key
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """Add the header; called by httpx."""
-        key = self.key()
         if key:
             request.headers["Authorization"] = f"Bearer {key}"
         yield request
 
-    def scrub(self, text: str) -> str:
-        """`text` without the key, should a server have quoted it."""
-        key = os.environ.get(self.variable, "").strip()
-        return text.replace(key, "***") if key else text
+    def scrub(self, text: object) -> str:
+        """The text without the key, should a server have quoted it."""
+        key = self._key()
+        return str(text).replace(key, "***") if key else str(text)
+
+    def _key(self) -> str:
+        return os.environ.get(self.variable, "").strip()
+
+
+@dataclass
+class _Endpoint:
+    """How a server of a fleet is doing."""
+
+    url: str
+    slots: asyncio.Semaphore
+    in_flight: int = 0
+    served: int = 0
+    aside_until: float = 0.0
 
 
 class Fleet:
     """Servers of the same model. All coroutines have to run on one event loop.
 
-    Args:
-        urls: Their addresses.
-        key: The API key.
-        max_concurrency, timeout, max_wait, max_attempts: See `server.ServerLM`.
+    For the limits see `server.ServerLM`.
     """
 
     def __init__(
@@ -137,10 +122,9 @@ class Fleet:
         max_wait: float,
         max_attempts: int,
     ) -> None:
-        self.endpoints = [Endpoint(url, asyncio.Semaphore(max_concurrency)) for url in urls]
+        self._endpoints = [_Endpoint(url, asyncio.Semaphore(max_concurrency)) for url in urls]
         self._timeout, self._max_wait, self._max_attempts = timeout, max_wait, max_attempts
-        self._key = key
-        self._last_answer = -float("inf")
+        self._key, self._last_answer = key, -float("inf")
         self._client = httpx.AsyncClient(
             auth=key,
             timeout=httpx.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout), pool=None),
@@ -153,11 +137,16 @@ class Fleet:
             trust_env=not all(_is_loopback(url) for url in urls),
         )
 
+    @property
+    def served(self) -> dict[str, int]:
+        """Requests that each server has answered."""
+        return {endpoint.url: endpoint.served for endpoint in self._endpoints}
+
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
 
-    async def run(self, job: Callable[[Endpoint], Awaitable[T]]) -> T:
+    async def run(self, job: Callable[[str], Awaitable[T]]) -> T:
         """The result of a job at the server with the least to do; `TransientError` is retried.
 
         Raises:
@@ -166,20 +155,19 @@ class Fleet:
         """
         began, counted = time.monotonic(), 0
         backoff = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE)
-        endpoint = self.endpoints[0]
+        endpoint = self._endpoints[0]
 
         def wait(state: tenacity.RetryCallState) -> float:
             """Set the server aside; wait only where every server is."""
             now, pause = time.monotonic(), _error(state).pause
             pause = backoff(state) if pause is None else pause
             endpoint.aside_until = max(endpoint.aside_until, now + pause)
-            return max(0.0, min(e.aside_until for e in self.endpoints) - now)
+            return max(0.0, min(e.aside_until for e in self._endpoints) - now)
 
         def stop(state: tenacity.RetryCallState) -> bool:
             nonlocal counted
-            error = _error(state)
-            counted += error.is_counted
-            failure = f"The last failure was {endpoint.url}: {error}."
+            counted += _error(state).is_counted
+            failure = f"The last failure was {endpoint.url}: {_error(state)}."
             if counted >= self._max_attempts:
                 raise ServerError(
                     f"A request failed {counted} times although a server was there. {failure} "
@@ -188,7 +176,7 @@ class Fleet:
             wake = time.monotonic() + state.upcoming_sleep
             if state.upcoming_sleep and wake > max(began, self._last_answer) + self._max_wait:
                 raise ServerUnavailableError(
-                    f"No server answers: {', '.join(e.url for e in self.endpoints)}. {failure} "
+                    f"No server answers: {', '.join(e.url for e in self._endpoints)}. {failure} "
                     f"They were waited for up to max_wait={self._max_wait:g} s. Start the server "
                     "again, or wait longer; a comparison that is run again goes on where it "
                     "stopped."
@@ -201,23 +189,19 @@ class Fleet:
         async for attempt in retrying:
             with attempt:
                 now = time.monotonic()
-                ready = [e for e in self.endpoints if e.aside_until <= now] or self.endpoints
+                ready = [e for e in self._endpoints if e.aside_until <= now] or self._endpoints
                 endpoint = min(ready, key=lambda e: (e.in_flight, e.served))
-                result = await self._at(endpoint, job)
+                endpoint.in_flight += 1
+                try:
+                    async with endpoint.slots:
+                        result = await job(endpoint.url)
+                finally:
+                    endpoint.in_flight -= 1
+                endpoint.served += 1
+                endpoint.aside_until, self._last_answer = 0.0, time.monotonic()
         return result
 
-    async def _at(self, endpoint: Endpoint, job: Callable[[Endpoint], Awaitable[T]]) -> T:
-        endpoint.in_flight += 1
-        try:
-            async with endpoint.slots:
-                result = await job(endpoint)
-        finally:
-            endpoint.in_flight -= 1
-        endpoint.served += 1
-        endpoint.aside_until, self._last_answer = 0.0, time.monotonic()
-        return result
-
-    async def call(self, endpoint: Endpoint, method: str, path: str, body: Any = None) -> Any:
+    async def call(self, url: str, method: str, path: str, body: Any = None) -> Any:
         """What a server answers to one request, read from JSON.
 
         Raises:
@@ -229,49 +213,40 @@ class Fleet:
         try:
             # httpx limits the pauses between bytes; this limits the whole answer.
             async with asyncio.timeout(self._timeout):
-                response = await self._client.request(method, endpoint.url + path, json=body)
-        except httpx.ConnectTimeout:
-            raise TransientError("no connection in time", is_counted=False) from None
-        except httpx.ConnectError as error:
-            raise TransientError(
-                f"no connection ({self._key.scrub(str(error))})", is_counted=False
-            ) from None
+                response = await self._client.request(method, url + path, json=body)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            reason = f"no connection ({self._key.scrub(error) or 'in time'})"
+            raise TransientError(reason, is_counted=False) from None
         except (httpx.TimeoutException, TimeoutError):
             raise TransientError(f"no answer within {self._timeout:g} s", is_counted=True) from None
         except httpx.RequestError as error:
-            raise TransientError(
-                f"the connection broke, or the answer cannot be decoded "
-                f"({self._key.scrub(str(error))})",
-                is_counted=True,
-            ) from None
-        self._check_status(endpoint, response, response.status_code)
-        data = self._parsed(endpoint.url + path, response)
-        if isinstance(data, dict) and data.get("error"):
-            # Gateways answer 200 and put the status of the server behind them into the body.
-            said = data["error"]
-            code = said.get("code") if isinstance(said, dict) else None
-            self._check_status(endpoint, response, code if isinstance(code, int) else 500)
-        return data
-
-    def _parsed(self, address: str, response: httpx.Response) -> Any:
+            reason = f"the connection broke, or the answer cannot be decoded ({error})"
+            raise TransientError(self._key.scrub(reason), is_counted=True) from None
+        self._check_status(url, response, response.status_code)
         try:
-            return response.json()
+            data = response.json()
         except ValueError:
             shown = self._key.scrub(response.text)[:_SHOWN_CHARACTERS]
-        if not shown.strip() or shown.lstrip().startswith(("{", "[")):
-            raise TransientError(f"an answer that was cut off: {shown!r}", is_counted=True)
-        raise MalformedAnswerError(
-            f"{address}: expected JSON, got {shown!r}. Is this the address of an "
-            "OpenAI-compatible server?"
-        )
+            if not shown.strip() or shown.lstrip().startswith(("{", "[")):
+                reason = f"an answer that was cut off: {shown!r}"
+                raise TransientError(reason, is_counted=True) from None
+            raise MalformedAnswerError(
+                f"{url}{path}: expected JSON, got {shown!r}. Is this the address of an "
+                "OpenAI-compatible server?"
+            ) from None
+        if isinstance(data, dict) and (said := data.get("error")):
+            # Gateways answer 200 and put the status of the server behind them into the body.
+            code = said.get("code") if isinstance(said, dict) else None
+            self._check_status(url, response, code if isinstance(code, int) else 500)
+        return data
 
-    def _check_status(self, endpoint: Endpoint, response: httpx.Response, status: int) -> None:
+    def _check_status(self, url: str, response: httpx.Response, status: int) -> None:
         if status < 300:
             return
         if status < 400:
             target = self._key.scrub(shown_url(response.headers.get("location", "")))
             raise ServerError(
-                f"{endpoint.url} redirects to {target!r}. Redirects are not followed, since the "
+                f"{url} redirects to {target!r}. Redirects are not followed, since the "
                 "API key would go along; pass the address that it points to."
             )
         reason = self._key.scrub(_reason(response))[:_SHOWN_CHARACTERS]
@@ -283,12 +258,11 @@ class Fleet:
             )
         if status in {401, 403}:
             raise ServerError(
-                f"{endpoint.url} refuses the API key (status {status}: {reason}). It is read from "
+                f"{url} refuses the API key (status {status}: {reason}). It is read from "
                 f"the environment variable {self._key.variable}."
             )
-        raise RefusedError(
-            f"{endpoint.url} refuses the request (status {status}): {reason}", status, reason
-        )
+        said = f"{url} refuses the request (status {status}): {reason}"
+        raise RefusedError(said, status, reason)
 
 
 def _error(state: tenacity.RetryCallState) -> TransientError:
@@ -298,9 +272,13 @@ def _error(state: tenacity.RetryCallState) -> TransientError:
 
 
 class LoopThread:
-    """An event loop in a thread of its own, so that any thread and any notebook may call."""
+    """An event loop in a thread of its own, so that any thread and any notebook may call.
 
-    def __init__(self) -> None:
+    When it is closed, it ends with the coroutine that `last` makes.
+    """
+
+    def __init__(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._last = last
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="ServerLM", daemon=True)
         self._thread.start()
@@ -310,8 +288,8 @@ class LoopThread:
         """Start a coroutine; cancelling its future cancels it."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Cancel what is under way, run the coroutine that `last` makes, and stop."""
+    def close(self) -> None:
+        """Cancel what is under way, and stop."""
         # A thread does not outlive a fork, and the loop's pipe belongs to the parent.
         if self.pid != os.getpid() or not self._thread.is_alive():
             return
@@ -322,7 +300,7 @@ class LoopThread:
                 task.cancel()
             try:
                 await asyncio.gather(*others, return_exceptions=True)
-                await last()
+                await self._last()
             finally:
                 self._loop.stop()
 
@@ -348,12 +326,15 @@ async def gather(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def checked_url(url: str) -> str:
-    """A server's address without a trailing `/v1`.
+def checked_urls(base_urls: str | Sequence[str]) -> list[str]:
+    """Servers' addresses without a trailing `/v1`; a ServerConfigError where they are none."""
+    urls = [_checked_url(u) for u in ([base_urls] if isinstance(base_urls, str) else base_urls)]
+    if not urls or len(set(urls)) < len(urls):
+        raise ServerConfigError(f"base_urls: expected one or more different addresses, got {urls}.")
+    return urls
 
-    Raises:
-        ServerConfigError: It is no plain http or https address.
-    """
+
+def _checked_url(url: str) -> str:
     try:
         parsed = httpx.URL(url.strip())
     except (httpx.InvalidURL, AttributeError):
@@ -373,10 +354,9 @@ def checked_url(url: str) -> str:
 def shown_url(url: str) -> str:
     """An address as it may be shown: without name, password and query."""
     try:
-        parsed = httpx.URL(url)
+        return str(httpx.URL(url).copy_with(username=None, password=None, query=None))
     except httpx.InvalidURL:
         return "an address that cannot be read"
-    return str(parsed.copy_with(username=None, password=None, query=None))
 
 
 def _is_loopback(url: str) -> bool:
@@ -396,7 +376,7 @@ def _reason(response: httpx.Response) -> str:
     for field in ("error", "message", "detail"):
         if isinstance(data, dict) and data.get(field):
             data = data[field]
-    return data if isinstance(data, str) else str(data)
+    return str(data)
 
 
 def _retry_after(response: httpx.Response) -> float | None:
@@ -405,8 +385,6 @@ def _retry_after(response: httpx.Response) -> float | None:
     try:
         return max(0.0, float(text))
     except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
+        with contextlib.suppress(ValueError, TypeError):
+            return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    return None

@@ -256,6 +256,22 @@ def clear_cache(language_model: LanguageModel) -> None:
         language_model.clear_cache()
 
 
+def cache_tokens(language_model: LanguageModel) -> int:
+    """Tokens of prefixes that a language model keeps; one that inherits nothing may not say."""
+    return getattr(language_model, "cache_tokens", 0)
+
+
+async def sample_requests_async(
+    language_model: LanguageModel, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger]
+) -> list[list[Chunk]]:
+    """See `LanguageModel.sample_requests_async`; one that inherits nothing has the default."""
+    own = getattr(language_model, "sample_requests_async", None)
+    if own is None:
+        return await LanguageModel.sample_requests_async(language_model, requests, ledgers=ledgers)
+    chunks: list[list[Chunk]] = await own(requests, ledgers=ledgers)
+    return chunks
+
+
 def sample_requests(
     language_model: LanguageModel,
     requests: Sequence[SampleRequest],

@@ -15,9 +15,9 @@ import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from mbrl_text_env.language_models._client import Client, Drawn, Group, Mode, short_name
+from mbrl_text_env.language_models._client import Client, Group, Mode, short_name
 from mbrl_text_env.language_models._engines import ENGINES, Bill
 from mbrl_text_env.language_models._http import (
     Fleet,
@@ -28,12 +28,13 @@ from mbrl_text_env.language_models._http import (
     ServerError,
     ServerUnavailableError,
     UnsupportedByServerError,
-    checked_url,
+    checked_urls,
     gather,
 )
 from mbrl_text_env.language_models.base import (
     LanguageModel,
     SampleRequest,
+    charge,
     check_judging_arguments,
     check_requests,
     finish_reason,
@@ -61,10 +62,9 @@ T = TypeVar("T")
 class ServerLM(LanguageModel):
     """A language model behind one or more OpenAI-compatible servers.
 
-    The distribution is the model's own, shaped by the request's parameters alone; which sample
-    comes is up to the server's arithmetic: engines round differently in different batches and after
-    reused prefixes. `docs/language_models.md` says what each engine gives and how it is seeded.
-    What a server cannot give is warned of once, and listed in `losses`.
+    Which sample comes is up to the server's arithmetic: engines round differently in different
+    batches and after reused prefixes. `docs/language_models.md` says what each engine gives and how
+    it is seeded. What a server cannot give is warned of once, and listed in `losses`.
 
     Requests are retried with growing pauses when a connection fails, and when an answer is late,
     cut off, or an error that may pass (408, 409, 425, 429 and 5xx, also inside a 200). A server
@@ -86,25 +86,21 @@ class ServerLM(LanguageModel):
         max_attempts: Times that a request is sent which the servers fail to answer.
         api_key_env: Name of the environment variable that holds the API key, if there is one.
         num_parameters: Of the model, from which FLOPs are estimated; by default as the server says
-            (llama.cpp does). Where it is not known, FLOPs are not counted, and budgets in FLOPs
-            are refused.
+            (llama.cpp does). Where it is not known, budgets in FLOPs are refused.
         context_length: Most tokens of prompt and response; by default the least of what servers and
             tokenizer say.
-        prefix_cache: Whether the server may reuse prefixes that it computed before. llama.cpp
-            rounds a reused prefix differently; without reuse and with `max_concurrency=1` the same
-            call gives the same chunks, but every prefix is computed anew. Other engines have their
-            own switches for this.
+        prefix_cache: Whether the server may reuse prefixes. llama.cpp rounds a reused one
+            differently; without reuse and with `max_concurrency=1` the same call gives the same
+            chunks. Other engines have their own switches for this.
 
     Raises:
         ServerUnavailableError: No server answers.
         ServerError: A server refuses to say what it serves, or they serve different models.
-        ServerConfigError: An option is outside its range.
 
     Example:
         >>> from mbrl_text_env.language_models import ServerLM, embedded_tokenizer
-        >>> lm = ServerLM(  # doctest: +SKIP
-        ...     ["http://127.0.0.1:8000", "http://127.0.0.1:8001"], tokenizer=embedded_tokenizer()
-        ... )
+        >>> urls = ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
+        >>> lm = ServerLM(urls, tokenizer=embedded_tokenizer())  # doctest: +SKIP
     """
 
     def __init__(
@@ -125,27 +121,28 @@ class ServerLM(LanguageModel):
         context_length: int | None = None,
         prefix_cache: bool = True,
     ) -> None:
-        self.base_urls = _checked_urls(base_urls)
-        counts = {"max_concurrency": max_concurrency, "max_attempts": max_attempts}
-        _check_options(
-            mode,
-            engine,
-            {**counts, "num_parameters": 1 if num_parameters is None else num_parameters},
-            timeout,
-            max_wait,
-        )
+        self.base_urls = checked_urls(base_urls)
+        if mode not in get_args(Mode):
+            raise ServerConfigError(f"mode: expected one of {get_args(Mode)}, got {mode!r}.")
+        if engine is not None and engine not in ENGINES:
+            raise ServerConfigError(f"engine: expected one of {sorted(ENGINES)}, got {engine!r}.")
+        if min(max_concurrency, max_attempts, 1 if num_parameters is None else num_parameters) < 1:
+            raise ServerConfigError(
+                "Expected max_concurrency, max_attempts and num_parameters of at least 1, got "
+                f"{max_concurrency}, {max_attempts} and {num_parameters}."
+            )
+        if not timeout > 0 or not max_wait >= 0:
+            raise ServerConfigError(
+                f"Expected a timeout above 0 and a max_wait from 0 up, got {timeout}, {max_wait}."
+            )
         self.model = model
-        self._key = KeyFromEnvironment(api_key_env)
         self._patience = (max_concurrency, timeout, max_wait, max_attempts)
-        self._tokenizer = (
-            tokenizer if isinstance(tokenizer, HFTokenizer) else HFTokenizer(tokenizer)
-        )
-        self._client = Client(
-            self.base_urls, self._tokenizer, model, engine, mode, self._key, prefix_cache
-        )
+        local = tokenizer if isinstance(tokenizer, HFTokenizer) else HFTokenizer(tokenizer)
+        self._tokenizer, self._key = local, KeyFromEnvironment(api_key_env)
+        self._client = Client(self.base_urls, local, model, engine, mode, self._key, prefix_cache)
         self._told = 0
         self._lock = threading.Lock()
-        self._running: tuple[LoopThread, Fleet] | None = None
+        self._running: LoopThread | None = None
         try:
             found = self._run(self._client.describe_all)
         except BaseException:
@@ -155,9 +152,8 @@ class ServerLM(LanguageModel):
         self.num_parameters = num_parameters or next(iter(said), None)
         self.name = name or short_name(model or found[0].model) or "server"
         limits = [served.context_length for served in found if served.context_length]
-        self.vocab_size = self._tokenizer.vocab_size
-        self.stop_token_ids = self._tokenizer.stop_token_ids
-        self.context_length = context_length or min([self._tokenizer.context_length, *limits])
+        self.vocab_size, self.stop_token_ids = local.vocab_size, local.stop_token_ids
+        self.context_length = context_length or min([local.context_length, *limits])
 
     def __repr__(self) -> str:
         return f"ServerLM({self.base_urls!r}, name={self.name!r})"
@@ -196,15 +192,14 @@ class ServerLM(LanguageModel):
     @property
     def served(self) -> dict[str, int]:
         """Requests that each server has answered since the connections were made."""
-        running = self._running
-        return {e.url: e.served for e in running[1].endpoints} if running else {}
+        return self._client.fleet.served if self._running else {}
 
     def close(self) -> None:
         """Close the connections; the next call makes new ones."""
         with self._lock:
             running, self._running = self._running, None
         if running is not None:
-            running[0].close(running[1].close)
+            running.close()
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
@@ -222,24 +217,22 @@ class ServerLM(LanguageModel):
         """Draw chunks, all at once; see `LanguageModel.sample_requests`.
 
         Raises:
-            ValueError: See `LanguageModel.sample`.
-            ServerError: A server refuses, fails, or answers what it should not.
-            ServerUnavailableError: No server answers.
+            ServerError: A server refuses, fails, does not answer, or answers what it should not.
         """
-        job = self._sampling(requests, ledgers)
+        cut = self._fitted(requests, ledgers)
         with timed(ledgers):
-            groups = self._run(job)
+            groups = self._run(lambda: gather(map(self._client.draw, cut)))
         return self._settled(requests, groups, ledgers)
 
     async def sample_requests_async(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
         """See `sample_requests`; other coroutines go on meanwhile, and no thread waits."""
-        job = self._sampling(requests, ledgers)
+        cut = self._fitted(requests, ledgers)
         began = time.perf_counter()
-        loop, fleet = self._started()
         try:
-            groups = await asyncio.wrap_future(loop.submit(job(fleet)))
+            future = self._started().submit(gather(map(self._client.draw, cut)))
+            groups = await asyncio.wrap_future(future)
         finally:
             self._tell()
         for ledger in ledgers or ():
@@ -257,28 +250,22 @@ class ServerLM(LanguageModel):
 
         Raises:
             UnsupportedByServerError: The server cannot judge given tokens.
-            ServerError: See `sample_requests`.
         """
         check_judging_arguments(states, chunks)
         self._check_budgets(ledgers)
         pairs = list(zip(states, chunks, strict=True))
         with timed(ledgers):
-            judged = self._run(
-                lambda fleet: gather(self._client.judge(fleet, s, c) for s, c in pairs)
-            )
-        for (state, chunk), (_, bills), ledger in zip(
-            pairs, judged, ledgers or (), strict=ledgers is not None
-        ):
-            length = len(prefix_of(state)) + len(chunk) - 1
-            computed, _ = _prefix_bill(bills, length, length)
-            ledger.charge(self._usage(computed, length - computed, 0))
+            judged = self._run(lambda: gather(self._client.judge(s, c) for s, c in pairs))
+        lengths = [len(prefix_of(state)) + len(chunk) - 1 for state, chunk in pairs]
+        computed = [_prefix_bill(b, n, n)[0] for (_, b), n in zip(judged, lengths, strict=True)]
+        rows = zip(computed, lengths, strict=True)
+        charge(ledgers, (self._usage(new, length - new, 0) for new, length in rows))
         return [logprobs for logprobs, _ in judged]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """2 x parameters for each token of the prefix and of the chunks.
+        """2 x parameters for each token of the chunks, and of the prefix for each of them.
 
-        Attention is left out, since servers do not say what their models look like. A server need
-        not share a prefix among the samples of a state; then each of them computes it.
+        Attention is left out, since servers do not say what their models look like.
         """
         return self._usage(prefix_tokens * max(1, len(new_tokens)), 0, sum(new_tokens))
 
@@ -291,19 +278,17 @@ class ServerLM(LanguageModel):
             lm_flops=2.0 * (self.num_parameters or 0) * (computed + new),
         )
 
-    def _sampling(
+    def _fitted(
         self, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger] | None
-    ) -> Callable[[Fleet], Coroutine[Any, Any, list[list[Group]]]]:
-        """The job of a call, its arguments checked."""
+    ) -> list[SampleRequest]:
+        """The requests, as long as the context allows; checked."""
         check_requests(requests)
         self._check_budgets(ledgers)
-        cut = [
-            replace(
-                r, max_new_tokens=min(r.max_new_tokens, room_after(r.state, self.context_length))
-            )
-            for r in requests
+        rooms = [room_after(r.state, self.context_length) for r in requests]
+        return [
+            replace(r, max_new_tokens=min(r.max_new_tokens, room))
+            for r, room in zip(requests, rooms, strict=True)
         ]
-        return lambda fleet: gather(self._client.draw(fleet, request) for request in cut)
 
     def _check_budgets(self, ledgers: Sequence[Ledger] | None) -> None:
         if not self.counts_flops and any(ledger.budget.flops for ledger in ledgers or ()):
@@ -320,23 +305,23 @@ class ServerLM(LanguageModel):
         ledgers: Sequence[Ledger] | None,
     ) -> list[list[Chunk]]:
         """The chunks of all requests, charged to their ledgers."""
-        rows = [[drawn for group in row for drawn in group.chunks] for row in groups]
-        for request, row, drawn, ledger in zip(
-            requests, groups, rows, ledgers or (), strict=ledgers is not None
-        ):
+        rows, usages = [], []
+        for request, row in zip(requests, groups, strict=True):
+            drawn = [chunk for group in row for chunk in group.chunks]
             bills = [bill for group in row for bill in group.bills]
             prefix = len(prefix_of(request.state))
             computed, cached = _prefix_bill(bills, prefix, prefix * len(drawn))
             new = sum(chunk.generated for chunk in drawn)
-            ledger.charge(self._usage(computed, max(cached, prefix - computed), new))
-        return [
-            [self._chunk(request.state, drawn) for drawn in row]
-            for request, row in zip(requests, rows, strict=True)
-        ]
-
-    def _chunk(self, state: TextState, drawn: Drawn) -> Chunk:
-        reason = finish_reason(self, state, drawn.ids)
-        return Chunk(tuple(drawn.ids), tuple(drawn.logprobs or ()), reason)
+            usages.append(self._usage(computed, max(cached, prefix - computed), new))
+            reasons = [finish_reason(self, request.state, chunk.ids) for chunk in drawn]
+            rows.append(
+                [
+                    Chunk(tuple(chunk.ids), tuple(chunk.logprobs or ()), reason)
+                    for chunk, reason in zip(drawn, reasons, strict=True)
+                ]
+            )
+        charge(ledgers, usages)
+        return rows
 
     def _tell(self) -> None:
         """Warn of new losses, from the caller's thread."""
@@ -345,10 +330,9 @@ class ServerLM(LanguageModel):
         for text in new:
             warnings.warn(text, stacklevel=5)
 
-    def _run(self, job: Callable[[Fleet], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine of the event loop's and wait for it; an interrupt cancels it."""
-        loop, fleet = self._started()
-        future = loop.submit(job(fleet))
+    def _run(self, job: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine in the event loop and wait for it; an interrupt cancels it."""
+        future = self._started().submit(job())
         try:
             return future.result()
         except BaseException:
@@ -357,12 +341,13 @@ class ServerLM(LanguageModel):
         finally:
             self._tell()
 
-    def _started(self) -> tuple[LoopThread, Fleet]:
+    def _started(self) -> LoopThread:
         with self._lock:
-            if self._running is None or self._running[0].pid != os.getpid():
-                loop, fleet = LoopThread(), Fleet(self.base_urls, self._key, *self._patience)
-                weakref.finalize(self, loop.close, fleet.close)
-                self._running = loop, fleet
+            if self._running is None or self._running.pid != os.getpid():
+                fleet = Fleet(self.base_urls, self._key, *self._patience)
+                self._client.fleet = fleet
+                self._running = LoopThread(fleet.close)
+                weakref.finalize(self, self._running.close)
             return self._running
 
 
@@ -374,30 +359,3 @@ def _prefix_bill(bills: Sequence[Bill], once: int, most: int) -> tuple[int, int]
     # A chunk that was sampled in parts may have had its prefix computed again.
     computed = min(most, sum(prompt - min(prompt, cached) for prompt, cached in counts))
     return computed, sum(min(prompt, cached) for prompt, cached in counts)
-
-
-def _checked_urls(base_urls: str | Sequence[str]) -> list[str]:
-    urls = [checked_url(u) for u in ([base_urls] if isinstance(base_urls, str) else base_urls)]
-    if not urls or len(set(urls)) < len(urls):
-        raise ServerConfigError(f"base_urls: expected one or more different addresses, got {urls}.")
-    return urls
-
-
-def _check_options(
-    mode: str,
-    engine: str | None,
-    counts: dict[str, int],
-    timeout: float,
-    max_wait: float,
-) -> None:
-    if mode not in {"auto", "completions", "chat"}:
-        raise ServerConfigError(f"mode: expected 'auto', 'completions' or 'chat', got {mode!r}.")
-    if engine is not None and engine not in ENGINES:
-        raise ServerConfigError(f"engine: expected one of {sorted(ENGINES)}, got {engine!r}.")
-    for name, value in counts.items():
-        if value < 1:
-            raise ServerConfigError(f"{name}: expected at least 1, got {value}.")
-    if not timeout > 0 or not max_wait >= 0:
-        raise ServerConfigError(
-            f"Expected a timeout above 0 and a max_wait from 0 up, got {timeout} and {max_wait}."
-        )

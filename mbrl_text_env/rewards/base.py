@@ -1,8 +1,7 @@
 """The reward model's contract, and the one door through which rewards are called.
 
-`score_responses` checks whatever a reward model returns and charges it to the ledgers. Nothing else
-in the package calls `RewardModel.score`, so a reward that fails is an error with names in it and
-never a silent zero.
+Nothing but `score_responses` calls `RewardModel.score` in this package, so a reward that fails is
+an error with names in it and never a silent zero.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from traceback import walk_tb
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.rewards._python_files import place_of
 from mbrl_text_env.runs import identity
 from mbrl_text_env.types import FloatArray, Ledger, Prompt, Usage, timed
 
@@ -30,11 +29,9 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward model said of a batch.
+    """What a reward model said of a batch: `total`, float64[B], and parts of that shape by name.
 
-    Args:
-        total: float64[B].
-        parts: float64[B] by name; the model's own name alone where it has no parts.
+    A reward without parts has one, with its own name.
     """
 
     total: FloatArray
@@ -51,11 +48,9 @@ class Scores:
 class RewardModel(ABC):
     """Scores responses; higher is better. Only `score` has to be written.
 
-    Objects of other classes that have a method `score`, and any of the others, become reward models
-    by `as_reward_model`, which everything that takes a reward calls.
-
-    Attributes:
-        name: What reports, records and `info` call it; by default the class's name.
+    Reports, records and `info` call it by its `name`, by default the class's. Objects of other
+    classes with a method `score` become reward models by `as_reward_model`, which everything that
+    takes a reward calls.
 
     Example:
         >>> class Brevity(RewardModel):
@@ -78,7 +73,7 @@ class RewardModel(ABC):
         """Return float64[B], the score of `responses[i]` as an answer to `prompts[i]`."""
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """Return the scores with those of the parts; a reward made of several overrides it."""
+        """Return the scores with those of the parts; a reward made of several has its own."""
         total = _checked(self.score(prompts, responses), self.name, prompts, responses)
         return Scores(total, {self.name: total})
 
@@ -96,11 +91,7 @@ class RewardModel(ABC):
         return np.zeros(len(responses))
 
     def flops_bound(self) -> float:
-        """The most that `flops` says of one response.
-
-        Raises:
-            RewardError: The class has `flops` and does not say this.
-        """
+        """The most that `flops` says of one response; a class with `flops` has to say this."""
         if not _is_default(self.flops):
             raise RewardError(
                 f"Reward model {self.name!r} has `flops` but no `flops_bound() -> float`, the most "
@@ -120,8 +111,7 @@ class RewardModel(ABC):
     def reduced(self, dtype: str) -> RewardModel:
         """The same reward in a faster, less exact number format (`"bfloat16"`), for estimates.
 
-        The two share nothing that depends on the format, so using one never changes what the other
-        says. By default the reward itself.
+        Using one never changes what the other says. By default the reward itself.
         """
         return self
 
@@ -148,23 +138,16 @@ class Scorer(Protocol):
 
 
 RewardLike: TypeAlias = RewardModel | Scorer | Callable[..., Any] | str
-"""Where a reward is taken: a reward model, an object or function that scores, or a name.
-
-See `rewards.as_reward_model`, by which it becomes a reward model.
-"""
+"""What `rewards.as_reward_model` takes: a reward model, an object or function, or a name."""
 
 
 class ObjectReward(RewardModel):
-    """An object with a method `score`, and whatever else of a reward model it has.
-
-    Args:
-        reward: The object. Its other attributes are to be had here too.
-    """
+    """An object with a method `score`, and whatever else of a reward model it has."""
 
     def __init__(self, reward: Any) -> None:
         self.reward = reward
         self.name = str(getattr(reward, "name", type(reward).__name__))
-        for method in ("applies_to", "flops", "flops_bound"):
+        for method in ("score_parts", "applies_to", "flops", "flops_bound"):
             if hasattr(reward, method):
                 setattr(self, method, getattr(reward, method))
 
@@ -180,11 +163,6 @@ class ObjectReward(RewardModel):
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
         """The object's."""
         return cast("npt.ArrayLike", self.reward.score(prompts, responses))
-
-    def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """The object's, or its scores alone."""
-        own = getattr(self.reward, "score_parts", super().score_parts)
-        return cast("Scores", own(prompts, responses))
 
     @property
     def part_names(self) -> tuple[str, ...] | None:
@@ -209,11 +187,7 @@ class ObjectProcessReward(ObjectReward, ProcessRewardModel):
 
 
 def reward_model_of(reward: object) -> RewardModel:
-    """A reward model as it is, or that of an object with a method `score`.
-
-    Raises:
-        TypeError: It has none.
-    """
+    """A reward model as it is, or that of an object with a method `score`."""
     if isinstance(reward, RewardModel):
         return reward
     if not callable(getattr(reward, "score", None)):
@@ -225,12 +199,7 @@ def reward_model_of(reward: object) -> RewardModel:
 
 
 class Aggregation(StrEnum):
-    """How the scores of a response's steps make one score; search and reports share it.
-
-    Example:
-        >>> Aggregation("min").of([0.9, 0.2, 0.8])
-        0.2
-    """
+    """How the scores of a response's steps make one score; search and reports share it."""
 
     MIN = "min"
     PRODUCT = "product"
@@ -238,23 +207,16 @@ class Aggregation(StrEnum):
     MEAN = "mean"
 
     def of(self, scores: npt.ArrayLike) -> float:
-        """The score of a response whose steps have `scores`, float[S].
-
-        Raises:
-            RewardError: There are no steps.
-        """
+        """The score of a response whose steps have `scores`, float[S], at least one."""
         values = np.asarray(scores, dtype=np.float64)
         if not values.size:
             raise RewardError(
                 "Expected the scores of at least one step to aggregate, got none. Decide what a "
                 "response without steps is worth before."
             )
-        functions: dict[str, Callable[..., Any]] = {
-            "min": np.min,
-            "product": np.prod,
-            "mean": np.mean,
-            "last": lambda scores: scores[-1],
-        }
+        if self is Aggregation.LAST:
+            return float(values[-1])
+        functions: dict[str, Any] = {"min": np.min, "product": np.prod, "mean": np.mean}
         return float(functions[self.value](values))
 
 
@@ -263,29 +225,13 @@ def reward_name(reward_model: object) -> str:
     return str(getattr(reward_model, "name", type(reward_model).__name__))
 
 
-def part_names(reward_model: object) -> tuple[str, ...] | None:
-    """See `RewardModel.part_names`."""
-    return reward_model_of(reward_model).part_names
-
-
 def applies_to(reward_model: object, prompt: Prompt) -> bool:
     """See `RewardModel.applies_to`."""
     return reward_model_of(reward_model).applies_to(prompt)
 
 
-def reduced(reward_model: RewardLike, dtype: str) -> RewardModel:
-    """See `RewardModel.reduced`."""
-    if isinstance(reward_model, RewardModel):
-        return reward_model.reduced(dtype)
-    return reward_model_of(reward_model).reduced(dtype)
-
-
 def reward_usage_bound(reward_model: object) -> Usage:
-    """The most that scoring one response is charged.
-
-    Raises:
-        RewardError: The model counts its computation but sets no bound to it.
-    """
+    """See `RewardModel.usage_bound`."""
     return reward_model_of(reward_model).usage_bound()
 
 
@@ -299,8 +245,8 @@ def score_responses(
     """Score responses, check the scores, and charge the ledgers (one a response).
 
     Raises:
-        RewardError: The model raised, returned too few or too many scores, something that is no
-            number, NaN or infinity. The message names the model, the prompt and the response.
+        RewardError: The model raised, returned too few or too many scores, or what is no finite
+            number. The message names the model, the prompt and the response.
     """
     if not responses:
         return Scores(np.zeros(0))
@@ -308,13 +254,11 @@ def score_responses(
     name = reward.name
     with timed(ledgers):
         raw = _guarded(reward.score_parts, name, prompts[0], prompts, responses)
-        raw_parts = raw.parts if isinstance(raw, Scores) else {}
-        total = _checked(raw.total if isinstance(raw, Scores) else raw, name, prompts, responses)
+        raw = raw if isinstance(raw, Scores) else Scores(raw)
+        total = _checked(raw.total, name, prompts, responses)
         parts = {
-            part: values
-            if values is total
-            else _checked(values, f"{name}/{part}", prompts, responses)
-            for part, values in raw_parts.items()
+            part: _checked(values, f"{name}/{part}", prompts, responses)
+            for part, values in raw.parts.items()
         }
     _charge(reward, prompts, responses, ledgers)
     return Scores(total, parts or {name: total})
@@ -325,22 +269,8 @@ def isolate_failures(
 ) -> list[R | RewardError]:
     """Call a batched function so that an item that cannot be scored costs that item alone.
 
-    A batch that fails is halved, and so are its halves, until the items that fail stand alone.
-
-    Args:
-        function: Gives one result an item, or raises `RewardError` for all of them.
-        items: What it is called with.
-
-    Returns:
-        One result an item, or its error.
-
-    Example:
-        >>> def inverse(numbers):
-        ...     if 0 in numbers:
-        ...         raise RewardError("there is a zero")
-        ...     return [1 / number for number in numbers]
-        >>> isolate_failures(inverse, [1, 2, 0, 4])
-        [1.0, 0.5, RewardError('there is a zero'), 0.25]
+    A batch that raises `RewardError` is halved, and so are its halves, until the items that fail
+    stand alone. Returned are one result an item, or its error.
     """
     try:
         return list(function(items))
@@ -353,11 +283,7 @@ def isolate_failures(
 
 
 def check_process(reward_model: object) -> ProcessRewardModel:
-    """Return a reward model that scores steps, or refuse one that does not.
-
-    Raises:
-        RewardError: It has no `score_steps`.
-    """
+    """Return a reward model that scores steps, or refuse one that does not."""
     reward = reward_model_of(reward_model)
     if not reward.scores_steps:
         raise RewardError(
@@ -375,12 +301,7 @@ def score_steps(
     *,
     ledger: Ledger | None = None,
 ) -> FloatArray:
-    """Score the steps of one response with a process reward model, checked and charged.
-
-    Raises:
-        RewardError: The model has no `score_steps`, raised, or did not return exactly one finite
-            score a step.
-    """
+    """Score the steps of one response, float64[len(steps)]; checked and charged alike."""
     reward = check_process(reward_model)
     if not steps:
         return np.zeros(0)
@@ -404,14 +325,13 @@ def _guarded(function: Callable[..., Any], name: str, first: Prompt, *args: Any)
     except (RewardError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        # `sys.exit` in a reward, or in a library that it calls, must not end a run as if all were
-        # well.
-        # The whole batch was passed at once, so the first response stands for it in the message.
+        # `sys.exit` in a reward must not end a run as if all were well. The whole batch was passed
+        # at once, so the first response stands for it in the message.
         responses = args[-1]
         raise RewardError(
             f"Reward model {name!r}, prompt {first.id!r} and {len(responses) - 1} more in its "
             f"batch: scoring raised {type(error).__name__}: {error}{place_of(error)}. First "
-            f"response: {_shorten(responses[0])!r}. Fix the reward model, or leave out the prompts "
+            f"response: {responses[0][:80]!r}. Fix the reward model, or leave out the prompts "
             "that it cannot score."
         ) from error
 
@@ -424,21 +344,21 @@ def _checked(
     except Exception as error:
         # Whatever refuses to be numbers: tensors and other arrays raise errors of their own.
         raise RewardError(
-            f"Reward model {name!r}: expected {len(responses)} numbers, got {_shorten(repr(raw))} "
-            f"for prompt {prompts[0].id!r}, response {_shorten(responses[0])!r} ({error})."
+            f"Reward model {name!r}: expected {len(responses)} numbers, got {raw!r:.80} "
+            f"for prompt {prompts[0].id!r}, response {responses[0][:80]!r} ({error})."
         ) from error
     if scores.shape != (len(responses),):
         raise RewardError(
             f"Reward model {name!r}: expected one score a response, shape ({len(responses)},), got "
             f"shape {scores.shape} for prompts from {prompts[0].id!r}, first response "
-            f"{_shorten(responses[0])!r}. Return a flat list of floats in the responses' order."
+            f"{responses[0][:80]!r}. Return a flat list of floats in the responses' order."
         )
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
         first = int(bad[0])
         raise RewardError(
             f"Reward model {name!r}: expected finite scores, got {scores[first]} for prompt "
-            f"{prompts[first].id!r}, response {_shorten(responses[first])!r} ({bad.size} of "
+            f"{prompts[first].id!r}, response {responses[first][:80]!r} ({bad.size} of "
             f"{len(scores)} are not finite)."
         )
     return scores
@@ -481,5 +401,12 @@ def _charge(
         ledger.charge(Usage(reward_calls=1, reward_flops=float(amount)))
 
 
-def _shorten(text: str, width: int = 80) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
+def place_of(error: BaseException) -> str:
+    """Where other people's code raised, such as " (my_rewards.py, line 3)"; "" where it did not."""
+    lines = [
+        (frame.f_code.co_filename, line)
+        for frame, line in walk_tb(error.__traceback__)
+        if not str(frame.f_globals.get("__name__")).startswith(("mbrl_text_env", "importlib"))
+    ]
+    own = [line for file, line in lines if file == lines[0][0]]
+    return f" ({lines[0][0]}, line {own[-1]})" if own else ""

@@ -13,13 +13,9 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class RewardEntry:
-    """A reward that has a name.
+    """A reward that has a name; `factory` is called without arguments or with `argument`'s value.
 
-    Args:
-        factory: Makes it: called without arguments, or with what stands after the colon. What it
-            returns is passed to `as_reward_model`.
-        description: One line about it.
-        argument: What stands after the colon of the name, such as "FOLDER"; None for nothing.
+    `argument` says what stands after the colon of the name, such as "FOLDER"; None for nothing.
     """
 
     factory: Callable[..., Any]
@@ -33,17 +29,10 @@ NAMED: dict[str, RewardEntry] = {}
 def named(name: str, *, argument: str | None = None, **options: Any) -> Callable[[T], T]:
     """Name a reward class of this package, for `rewards.make` and the command line.
 
-    The first line of its docstring describes it. Rewards of a program are named by
-    `rewards.register`, those of other packages by an entry point.
-
-    Args:
-        name: The name.
-        argument: What stands after a colon behind it and is passed to the class, such as "FOLDER".
-        **options: Passed to the class too.
-
-    Example:
-        >>> @named("brevity")  # doctest: +SKIP
-        ... class Brevity(RewardModel): ...
+    The first line of its docstring describes it. What stands after a colon behind the name, such as
+    a folder, is passed to the class if there is an `argument`, which says what it is; so are the
+    options. Rewards of a program are named by `rewards.register`, those of other packages by an
+    entry point.
     """
 
     def note(factory: T) -> T:

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from mbrl_text_env.rewards._python_files import place_of, run_file
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.rewards.base import RewardModel, place_of
 from mbrl_text_env.rewards.composite.combinators import WeightedSum
 from mbrl_text_env.rewards.names import NAMED, RewardEntry, first_line
 
 GROUP = "mbrl_text_env.rewards"
 """The entry-point group in which other packages offer rewards."""
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _PYTHON_FILE = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 
@@ -40,18 +43,15 @@ _registered: dict[str, RewardEntry] = {}
 
 def available() -> list[str]:
     """Names that `make` knows, with what stands after the colon of those that take something."""
-    return [_shown(name, entry) for name, entry in _known().items()] + _foreign()
+    return [_shown(name, entry) for name, entry in _known().items()] + [*_foreign()]
 
 
 def descriptions() -> dict[str, str]:
-    """One line about each reward of `available`; of those that cannot be loaded, why.
-
-    What other packages offer is imported.
-    """
+    """One line about each reward of `available`; of those that cannot be imported, why."""
     lines = {_shown(name, entry): entry.description for name, entry in _known().items()}
-    for name in _foreign():
+    for name, points in _foreign().items():
         try:
-            lines[name] = first_line(_loaded(name))
+            lines[name] = first_line(_loaded(points))
         except RewardSpecError as error:
             lines[name] = f"Cannot be used. {error}"
     return lines
@@ -79,17 +79,13 @@ def register(
         argument: What is to be given after a colon, such as "FOLDER", and passed to the factory.
         replace: Whether it may take the place of another reward.
 
-    Raises:
-        RewardSpecError: The name has other characters, or is taken.
-        TypeError: The factory cannot be called.
-
     Example:
         >>> from mbrl_text_env.rewards import Clip, SentimentReward
         >>> register("joy", lambda: Clip(SentimentReward(), low=0), "Sentiment from 0 up.")
         >>> make("2*joy").name
         '2*clip(sentiment)'
     """
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise RewardSpecError(
             f"Expected a name of letters, digits, '.', '-' and '_' for a reward, got {name!r}."
         )
@@ -112,8 +108,8 @@ def make(spec: str) -> RewardModel:
         spec: A name, such as `"sentiment"`; a name and what it takes, such as
             `"classifier:OpenAssistant/reward-model-deberta-v3-large-v2"`; a function or class in a
             Python file, such as `"my_rewards.py:brevity"`, whose code is then run; or a sum of
-            them, such as `"0.5*sentiment+0.5*relevance"` or `"sentiment+relevance"`. Names with "+"
-            or "*" in them cannot be written in a sum: make the objects. No model is loaded yet.
+            them, such as `"0.5*sentiment+relevance"`, of names without "+" and "*". No model is
+            loaded yet.
 
     Raises:
         RewardSpecError: A name is unknown or cannot be loaded, a weight is no finite number, or a
@@ -182,8 +178,8 @@ def _named(name: str) -> RewardModel:
     entry = _known().get(key)
     if entry is not None and bool(argument) == (entry.argument is not None):
         return _made(name, entry.factory, *([argument] if argument else []))
-    if entry is None and not argument and key in _offered():
-        return _made(name, _loaded(key))
+    if not argument and key in (foreign := _foreign()):
+        return _made(name, _loaded(foreign[key]))
     near = difflib.get_close_matches(name, [*_known(), *available()], cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
     raise RewardSpecError(
@@ -194,16 +190,25 @@ def _named(name: str) -> RewardModel:
 
 
 def _made(name: str, factory: Callable[..., Any], *arguments: str) -> RewardModel:
-    try:
+    with _refused(f"{name!r} cannot be made:"):
         return as_reward_model(factory(*arguments))
-    except (Exception, SystemExit) as error:
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Make a `RewardSpecError` of what other people's code raises, `SystemExit` too."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise RewardSpecError(
-            f"Reward {name!r} cannot be made: {type(error).__name__}: {error}"
+            f"Reward {what} {type(error).__name__}: {error}{place_of(error)}."
         ) from error
 
 
-def _offered() -> dict[str, list[EntryPoint]]:
-    """What installed packages offer, by name."""
+def _foreign() -> dict[str, list[EntryPoint]]:
+    """What only other packages offer, by name."""
     offered: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         offered.setdefault(point.name, []).append(point)
@@ -213,34 +218,70 @@ def _offered() -> dict[str, list[EntryPoint]]:
             "own and stays that.",
             stacklevel=3,
         )
-    return offered
+    return {name: points for name, points in offered.items() if name not in _known()}
 
 
-def _loaded(name: str) -> Callable[..., Any]:
+def _loaded(points: list[EntryPoint]) -> Callable[..., Any]:
     """The factory behind an entry point."""
-    points = _offered()[name]
+    offered = f"{points[0].name!r}, offered by {_packages(points)}"
     if len(points) > 1:
         raise RewardSpecError(
-            f"Reward {name!r} is offered by {_packages(points)}: uninstall all but one of them, or "
-            "import the reward and register it under another name."
+            f"Reward {offered}: uninstall all but one of them, or import the reward and register "
+            "it under another name."
         )
-    try:
+    with _refused(f"{offered}: importing {points[0].value!r} raised"):
         factory: Callable[..., Any] = points[0].load()
-    except (Exception, SystemExit) as error:
-        raise RewardSpecError(
-            f"Reward {name!r}, offered by {_packages(points)}: importing {points[0].value!r} "
-            f"raised {type(error).__name__}: {error}. Fix or uninstall that package."
-        ) from error
-    return factory
-
-
-def _foreign() -> list[str]:
-    """Names that only other packages have."""
-    return [name for name in _offered() if name not in _known()]
+        return factory
 
 
 def _packages(points: list[EntryPoint]) -> str:
     return " and ".join(point.dist.name if point.dist else "a package" for point in points)
+
+
+def run_file(path: Path) -> ModuleType:
+    """Run a Python file as a module of its own, which imports the files beside it.
+
+    As for a script, the files of its folder come before installed packages while it runs; two files
+    in different folders may each have a `helpers.py`. Afterwards the folder stands at the end of
+    `sys.path`, for what a function imports when it is called.
+    """
+    folder = str(path.parent)
+    name = f"reward_file_{path.stem}_{hashlib.blake2b(bytes(path), digest_size=6).hexdigest()}"
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[name] = module
+    sys.path.insert(0, folder)
+    try:
+        with _own_neighbours(path.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+    return module
+
+
+@contextmanager
+def _own_neighbours(folder: Path) -> Iterator[None]:
+    """Set modules from elsewhere aside that have the name of a file or package in the folder."""
+    beside = {path.stem for path in folder.glob("*.py")}
+    beside |= {path.parent.name for path in folder.glob("*/__init__.py")}
+    beside -= sys.stdlib_module_names | {"mbrl_text_env"}
+
+    def is_elsewhere(module: ModuleType) -> bool:
+        source = getattr(module, "__file__", None)
+        return source is None or folder not in Path(source).resolve().parents
+
+    found = [key for key in sys.modules if key.partition(".")[0] in beside]
+    aside = {key: sys.modules.pop(key) for key in found if is_elsewhere(sys.modules[key])}
+    try:
+        yield
+    finally:
+        sys.modules.update(aside)
 
 
 def _path(in_file: re.Match[str]) -> Path:
@@ -254,15 +295,8 @@ def _from_file(path: Path, name: str) -> RewardModel:
     if not path.is_file():
         reason = "that is a folder" if path.is_dir() else f"there is no file {str(path)!r}"
         raise RewardSpecError(f"Reward {spec!r}: {reason}.")
-    try:
+    with _refused(f"{spec!r}: running the file raised"):
         module = run_file(path.resolve())
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise RewardSpecError(
-            f"Reward {spec!r}: running the file raised {type(error).__name__}: {error}"
-            f"{place_of(error)}."
-        ) from error
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, vars(module))
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

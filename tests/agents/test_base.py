@@ -3,8 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbrl_text_env.agents import BestOfN, Lookahead, RandomAgent, Sampling
-from mbrl_text_env.agents.base import Completion, affordable, best
+from mbrl_text_env.agents.base import Completion, best
 from mbrl_text_env.agents.registry import available, make
+from mbrl_text_env.agents.search import affordable
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.types import (

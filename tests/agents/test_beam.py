@@ -1,7 +1,7 @@
 import pytest
 
 from mbrl_text_env.agents import BeamSearch, Lookahead
-from mbrl_text_env.agents.search import shares
+from mbrl_text_env.agents.beam import shares
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.types import Budget
 from tests.toys import PROMPTS, CountReward, FixedValue

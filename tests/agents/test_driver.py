@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.agents import BestOfN, Lookahead, Planner, Sampling
-from mbrl_text_env.agents.base import Agent
-from mbrl_text_env.agents.driver import ask, ask_for_chunks, run, run_async
+from mbrl_text_env.agents.base import Agent, ask, ask_for_chunks, run, run_async
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.language_models.base import NextTokens, SampleRequest
 from mbrl_text_env.rewards.base import RewardError, Scores, score_responses
@@ -438,8 +437,8 @@ class TestErrors:
         ("base", "method", "hint"),
         [
             (Agent, "search", r"async def search\(self, state, ledger, seed\)"),
-            (Sampling, "search", "await self.complete"),
-            (Planner, "plan", r"async def plan\(self, search\).*await search.expand"),
+            (Sampling, "search", "self.complete"),
+            (Planner, "plan", r"async def plan\(self, search\).*search.expand"),
         ],
     )
     def test_a_search_that_is_no_coroutine_is_told_what_to_write(self, base, method, hint):

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from mbrl_text_env import checks
 from mbrl_text_env.agents import BestOfN
-from mbrl_text_env.agents.mcts import MCTS, GumbelDecision
-from mbrl_text_env.agents.mcts_simulator import Simulator
+from mbrl_text_env.agents.mcts import MCTS, GumbelDecision, Simulator
 from mbrl_text_env.agents.search import Search
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
 from mbrl_text_env.types import (

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbrl_text_env.agents import ParticleFilter, particle_filter
-from mbrl_text_env.agents.particle_filter import systematic
+from mbrl_text_env.agents import ParticleFilter, beam
+from mbrl_text_env.agents.beam import systematic
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.types import Prompt, initial
 from mbrl_text_env.values import ValueEstimate
@@ -118,8 +118,8 @@ def test_a_particle_that_has_ended_is_counted_once():
 def test_resampling_is_independent_of_the_chunks(monkeypatch):
     """The uniform number must not come from a stream that a chunk was drawn from."""
     used, drawn = [], []
-    real = particle_filter.stream
-    monkeypatch.setattr(particle_filter, "stream", lambda *args: used.append(args) or real(*args))
+    real = beam.stream
+    monkeypatch.setattr(beam, "stream", lambda *args: used.append(args) or real(*args))
     lm = NGramLM("abc", seed=3, stop_probability=0.0)
     sample = lm.sample
 

@@ -18,7 +18,7 @@ from mbrl_text_env.agents import (
     RecedingHorizon,
     Sampling,
 )
-from mbrl_text_env.agents.driver import MOST_AT_ONCE
+from mbrl_text_env.agents.base import MOST_AT_ONCE
 from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.types import Budget, BudgetError, Ledger, Prompt, TextState, initial, is_terminal

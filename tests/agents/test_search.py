@@ -185,7 +185,7 @@ def test_what_a_value_costs_in_tokens():
 def test_ended_responses_have_no_room():
     search = begun()
     [[node]] = now(search.expand([Expansion(search.tree.root)]))
-    assert (search.room(search.tree.root), search.room(node)) == (8, 0)
+    assert (search.room(search.tree.root.state), search.room(node.state)) == (8, 0)
 
 
 def test_stop_texts_end_chunks_and_not_what_is_drawn_to_the_end():

@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbrl_text_env.fitting.report import bradley_terry_loss, pair_report, regression_report
-from mbrl_text_env.fitting.samples import split_by_group
+from mbrl_text_env.fitting.report import (
+    bradley_terry_loss,
+    pair_report,
+    regression_report,
+    split_by_group,
+)
 from mbrl_text_env.rewards import RewardFitError, RewardFitReport
 
 LOG3 = math.log(3)

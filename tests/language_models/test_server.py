@@ -1005,7 +1005,7 @@ class TestFormats:
                     (float("nan"), "a finite log-probability"),
                     (float("-inf"), "a finite log-probability"),
                     (0.5, "at most 0"),
-                    (None, "expected a log-probability, got None"),
+                    (None, "a finite log-probability of at most 0, got None"),
                 )
             ),
         ],

@@ -17,7 +17,6 @@ from mbrl_text_env.rewards.base import (
     RewardModel,
     Scores,
     applies_to,
-    reduced,
     reward_name,
     reward_usage_bound,
     score_responses,
@@ -185,7 +184,7 @@ def test_defaults_of_the_optional_methods():
 
 def test_a_reward_without_another_format_is_its_own_reduced_form():
     reward = Stub([])
-    assert reduced(reward, "bfloat16").reward is reward
+    assert as_reward_model(reward).reduced("bfloat16").reward is reward
 
 
 def test_a_reward_says_what_its_reduced_form_is():
@@ -193,9 +192,9 @@ def test_a_reward_says_what_its_reduced_form_is():
         def reduced(self, dtype):
             return Rounded([dtype])
 
-    assert reduced(Rounded([]), "bfloat16").result == ["bfloat16"]
+    assert as_reward_model(Rounded([])).reduced("bfloat16").result == ["bfloat16"]
     relevance = RelevanceReward()
-    found = reduced(relevance, "float16")
+    found = relevance.reduced("float16")
     assert (found.dtype, relevance.dtype) == ("float16", None)
 
 

@@ -1,37 +1,20 @@
 """Whatever scores responses as a reward model, and reward models as functions of other packages."""
 
-from mbrl_text_env.rewards.adapters.convert import as_reward_model
-from mbrl_text_env.rewards.adapters.functions import FunctionReward
-from mbrl_text_env.rewards.adapters.openenv import (
-    OpenEnvReward,
-    TextAction,
-    TextObservation,
-    to_openenv,
+from mbrl_text_env.rewards.adapters.convert import FunctionReward as FunctionReward
+from mbrl_text_env.rewards.adapters.convert import as_reward_model as as_reward_model
+from mbrl_text_env.rewards.adapters.rubrics import OpenEnvReward as OpenEnvReward
+from mbrl_text_env.rewards.adapters.rubrics import TextAction as TextAction
+from mbrl_text_env.rewards.adapters.rubrics import TextObservation as TextObservation
+from mbrl_text_env.rewards.adapters.rubrics import (
+    VerifiersFunctionReward as VerifiersFunctionReward,
 )
-from mbrl_text_env.rewards.adapters.openrlhf import OpenRLHFFunctionReward, to_openrlhf
-from mbrl_text_env.rewards.adapters.trl import TRLFunctionReward, TRLReward, to_trl
-from mbrl_text_env.rewards.adapters.verifiers import (
-    VerifiersFunctionReward,
-    VerifiersReward,
-    to_verifiers,
-)
-from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward, to_verl
-
-__all__ = [
-    "FunctionReward",
-    "OpenEnvReward",
-    "OpenRLHFFunctionReward",
-    "TRLFunctionReward",
-    "TRLReward",
-    "TextAction",
-    "TextObservation",
-    "VerifiersFunctionReward",
-    "VerifiersReward",
-    "VerlFunctionReward",
-    "as_reward_model",
-    "to_openenv",
-    "to_openrlhf",
-    "to_trl",
-    "to_verifiers",
-    "to_verl",
-]
+from mbrl_text_env.rewards.adapters.rubrics import VerifiersReward as VerifiersReward
+from mbrl_text_env.rewards.adapters.rubrics import to_openenv as to_openenv
+from mbrl_text_env.rewards.adapters.rubrics import to_verifiers as to_verifiers
+from mbrl_text_env.rewards.adapters.trainers import OpenRLHFFunctionReward as OpenRLHFFunctionReward
+from mbrl_text_env.rewards.adapters.trainers import TRLFunctionReward as TRLFunctionReward
+from mbrl_text_env.rewards.adapters.trainers import TRLReward as TRLReward
+from mbrl_text_env.rewards.adapters.trainers import VerlFunctionReward as VerlFunctionReward
+from mbrl_text_env.rewards.adapters.trainers import to_openrlhf as to_openrlhf
+from mbrl_text_env.rewards.adapters.trainers import to_trl as to_trl
+from mbrl_text_env.rewards.adapters.trainers import to_verl as to_verl

@@ -7,7 +7,6 @@ import functools
 import inspect
 import os
 import threading
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
@@ -16,8 +15,13 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.files import plain_values
-from mbrl_text_env.rewards._python_files import place_of
-from mbrl_text_env.rewards.base import RewardError, RewardLike, RewardModel
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardLike,
+    RewardModel,
+    place_of,
+    score_responses,
+)
 from mbrl_text_env.types import FloatArray, Message, Prompt
 
 REFERENCE_KEYS = ("ground_truth", "reference_answer", "answer")
@@ -36,6 +40,22 @@ def parameters(function: object) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(function).parameters  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return {}
+
+
+def required(function: object) -> set[str]:
+    """Names of the parameters that have no default."""
+    return {
+        name
+        for name, p in parameters(function).items()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
+
+
+def accepted(function: object, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keywords that a function names, or all if it takes `**kwargs`."""
+    named = parameters(function)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in named.values())
+    return {name: value for name, value in offered.items() if takes_all or name in named}
 
 
 def callable_name(function: object) -> str:
@@ -72,19 +92,8 @@ def _event_loop(process: int, depth: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def adapted(reward: RewardLike) -> RewardModel:
-    """`as_reward_model`, which imports what uses this."""
-    from mbrl_text_env.rewards.adapters.convert import as_reward_model
-
-    return as_reward_model(reward)
-
-
 def number(value: Any, name: str, prompt: Prompt, response: str) -> float:
-    """What a function returned for a response, as a number.
-
-    Raises:
-        RewardError: It is None or no number. (A text is none, whatever it looks like.)
-    """
+    """What a function returned for a response, as a number, which None and texts are not."""
     if value is None:
         raise RewardError(
             f"Reward model {name!r} does not apply to prompt {prompt.id!r}: it returned None for "
@@ -101,45 +110,15 @@ def number(value: Any, name: str, prompt: Prompt, response: str) -> float:
         ) from error
 
 
-def accepted(function: object, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Those keywords that a function names, or all if it takes `**kwargs`."""
-    named = parameters(function)
-    if any(p.kind is p.VAR_KEYWORD for p in named.values()):
-        return dict(offered)
-    return {name: value for name, value in offered.items() if name in named}
-
-
-def required(function: object) -> set[str]:
-    """Names of the parameters that have no default."""
-    return {
-        name
-        for name, p in parameters(function).items()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    }
-
-
-def reference_answer(prompt: Prompt) -> Any:
-    """The right answer in a prompt's metadata (see `REFERENCE_KEYS`); None where there is none."""
-    nested = prompt.metadata.get("reward_model")
-    if isinstance(nested, Mapping) and nested.get("ground_truth") is not None:
-        return nested["ground_truth"]
-    found = (prompt.metadata.get(key) for key in REFERENCE_KEYS)
-    return next((value for value in found if value is not None), None)
-
-
 def listed(
     result: Any, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> list[Any]:
-    """What a batched function returned (a list, tensor or array), as a list.
-
-    Raises:
-        RewardError: It is none of these, or has not one value a response.
-    """
+    """What a batched function returned (a list, tensor or array), as a list of one a response."""
     plain = result if isinstance(result, Mapping) else plain_values(result)
     is_many = isinstance(plain, Iterable) and not isinstance(plain, str | bytes | Mapping)
     values = list(plain) if is_many else None
     if values is None or len(values) != len(responses):
-        got = f"{plain!r}"[:80] if values is None else len(values)
+        got = f"{plain!r:.80}" if values is None else len(values)
         rows = zip(prompts[:1], responses[:1], strict=True)
         first = [f" for prompts from {p.id!r}, first response {r[:80]!r}" for p, r in rows]
         raise RewardError(
@@ -147,6 +126,14 @@ def listed(
             f"{got}{''.join(first)}. Change the function."
         )
     return values
+
+
+def reference_answer(prompt: Prompt) -> Any:
+    """The right answer in a prompt's metadata (see `REFERENCE_KEYS`); None where there is none."""
+    nested = prompt.metadata.get("reward_model")
+    found = [nested.get("ground_truth")] if isinstance(nested, Mapping) else []
+    found += [prompt.metadata.get(key) for key in REFERENCE_KEYS]
+    return next((value for value in found if value is not None), None)
 
 
 def trl_prompt(prompt: Prompt) -> Any:
@@ -197,28 +184,44 @@ def _content_text(content: Any) -> str:
 
 
 class AdaptedReward(RewardModel):
-    """What all adapters share: a subclass gives `values`, which become checked numbers."""
+    """Something else that scores, as a reward model: a subclass gives `value` or `values`."""
 
     advice = "Fix the function."
     """What an error says at its end."""
+    answer_keys = ""
+    """Where a missing answer may stand, for the error."""
 
-    @abstractmethod
+    def missing(self, prompt: Prompt) -> list[str]:
+        """What it requires of a prompt's metadata that they do not have."""
+        return []
+
+    def value(self, prompt: Prompt, response: str) -> Any:
+        """What is said of a response, which becomes a checked number."""
+        raise NotImplementedError
+
     def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Any]:
-        """What the function says of each response, as it is."""
+        """What is said of each response; by default one at a time."""
+        return [self.value(*row) for row in zip(prompts, responses, strict=True)]
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether the prompt's metadata have what is required."""
+        return not self.missing(prompt)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts that it does not apply to."""
+        for prompt in prompts:
+            if missing := self.missing(prompt):
+                raise RewardError(
+                    f"Reward model {self.name!r}, prompt {prompt.id!r}: expected {missing} in the "
+                    f"metadata{self.answer_keys}, got the keys {sorted(prompt.metadata)}. Add "
+                    "them, or leave out the prompt."
+                )
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B].
-
-        Raises:
-            RewardError: The function raised or returned no number, or not one a response; the
-                message names the prompt and the response.
-        """
-        values = self.values(prompts, responses)
-        numbers = [
-            number(value, self.name, prompt, response)
-            for value, prompt, response in zip(values, prompts, responses, strict=True)
-        ]
-        return np.array(numbers, dtype=np.float64)
+        """Return float64[B]; an error where one is no number names the prompt and the response."""
+        self.check(prompts)
+        rows = zip(self.values(prompts, responses), prompts, responses, strict=True)
+        return np.array([number(v, self.name, p, r) for v, p, r in rows], dtype=np.float64)
 
     def called(self, prompt: Prompt, response: str, function: Callable[[], Any]) -> Any:
         """What a function says of one response; whatever it raises names prompt and response."""
@@ -235,12 +238,24 @@ class AdaptedReward(RewardModel):
 
 
 class FunctionAdapter(AdaptedReward):
-    """An adapter of one function.
-
-    Attributes:
-        name: The function's `__name__`.
-    """
+    """An adapter of one function, whose `__name__` is its name."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = callable_name(function)
+
+
+class RewardFunction:
+    """A reward model, or whatever `as_reward_model` takes, as a function under its name."""
+
+    def __init__(self, reward_model: RewardLike) -> None:
+        # It imports what uses this.
+        from mbrl_text_env.rewards.adapters.convert import as_reward_model
+
+        self.reward_model = as_reward_model(reward_model)
+        self.__name__ = self.reward_model.name
+
+    def totals(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """The scores as plain numbers."""
+        scores = score_responses(self.reward_model, prompts, responses)
+        return [float(score) for score in scores.total]

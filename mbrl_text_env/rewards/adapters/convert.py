@@ -1,4 +1,4 @@
-"""`as_reward_model`: which adapter fits."""
+"""Functions of two texts as reward models, and `as_reward_model`: which adapter fits."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from mbrl_text_env.rewards.adapters.common import callable_name, parameters
-from mbrl_text_env.rewards.adapters.functions import FunctionReward
-from mbrl_text_env.rewards.adapters.openenv import OpenEnvReward
-from mbrl_text_env.rewards.adapters.openrlhf import OpenRLHFFunctionReward, OpenRLHFReward
-from mbrl_text_env.rewards.adapters.trl import TRLFunctionReward, TRLReward
-from mbrl_text_env.rewards.adapters.verifiers import VerifiersFunctionReward, VerifiersReward
-from mbrl_text_env.rewards.adapters.verl import VerlFunctionReward, VerlReward
+from mbrl_text_env.rewards.adapters.common import (
+    FunctionAdapter,
+    RewardFunction,
+    callable_name,
+    parameters,
+)
+from mbrl_text_env.rewards.adapters.rubrics import (
+    OpenEnvReward,
+    VerifiersFunctionReward,
+    VerifiersReward,
+)
+from mbrl_text_env.rewards.adapters.trainers import (
+    OpenRLHFFunctionReward,
+    TRLFunctionReward,
+    VerlFunctionReward,
+)
 from mbrl_text_env.rewards.base import RewardLike, RewardModel, reward_model_of
+from mbrl_text_env.types import Prompt
 
 ACCEPTED = """\
   a name, or a sum of names           "sentiment", "0.5*sentiment+relevance", "my_file.py:brevity"
@@ -26,24 +36,37 @@ ACCEPTED = """\
   one of OpenRLHF                     f(queries, prompts, labels, **kwargs)"""
 
 
+class FunctionReward(FunctionAdapter):
+    """A function `f(prompt_text, response) -> float` as a reward model, called once a response.
+
+    None, for a prompt that it does not apply to, is an error. May be async. Picklable if it is.
+
+    Example:
+        >>> reward = FunctionReward(lambda prompt, response: float(prompt in response))
+        >>> reward.score([Prompt.from_text("Paris")], ["Paris, France"])
+        array([1.])
+    """
+
+    def value(self, prompt: Prompt, response: str) -> Any:
+        """What the function returns."""
+        return self.called(prompt, response, lambda: self.function(prompt.text, response))
+
+
 def as_reward_model(
-    reward: RewardLike,
-    *,
-    encode: Callable[[str], Sequence[int]] | None = None,
+    reward: RewardLike, *, encode: Callable[[str], Sequence[int]] | None = None
 ) -> RewardModel:
     """Return a reward model for whatever scores responses; `ACCEPTED` lists what does.
 
     It is recognised by its class or the names of its parameters (a function of exactly `prompt` and
     `completion` is one of two texts). A `RewardModel` is returned as it is; what `to_trl`,
     `to_verl` and `to_openrlhf` made of one becomes that one again; of an object with a method
-    `score`, everything else that it has of a `RewardModel` counts too. See `rewards.make` for
-    names, and the adapters' classes for what functions of other packages get.
+    `score`, everything else that it has of a `RewardModel` counts too.
 
     Args:
         reward: One of these.
         encode: Token ids of a response's text, for TRL's functions that read `completion_ids`
             (usually for the length). Reward models see text only, so these are ids of the text
-            encoded anew, with whatever tokenizer is passed; they may differ from the sampled ones.
+            encoded anew; they may differ from the sampled ones.
 
     Raises:
         RewardSpecError: It is a name that is not known.
@@ -51,7 +74,6 @@ def as_reward_model(
             without `encode`, or the other responses of a group.
 
     Example:
-        >>> from mbrl_text_env.types import Prompt
         >>> def brevity(prompt, response):
         ...     return -len(response.split())
         >>> reward = as_reward_model(brevity)
@@ -72,23 +94,21 @@ def as_reward_model(
         return VerifiersReward(reward)
     if _is_rubric_of("openenv", reward):
         return OpenEnvReward(reward)
-    if isinstance(reward, TRLReward | VerlReward | OpenRLHFReward):
+    if isinstance(reward, RewardFunction):
         return reward.reward_model
     if isinstance(reward, RewardModel) or callable(getattr(reward, "score", None)):
         return reward_model_of(reward)
     function = cast("Callable[..., Any]", reward)
     named = parameters(function)
-    if "completions" in named or "completion_ids" in named:
+    positional = _positional(named)
+    if not named.keys().isdisjoint({"completions", "completion_ids"}):
         return TRLFunctionReward(function, encode)
-    if "solution_str" in named or "solution_strs" in named:
+    if not named.keys().isdisjoint({"solution_str", "solution_strs"}):
         return VerlFunctionReward(function)
     if "queries" in named:
         return OpenRLHFFunctionReward(function)
-    positional = _positional(named)
-    if not named.keys().isdisjoint({"completion", "state"}) and positional != [
-        "prompt",
-        "completion",
-    ]:
+    of_verifiers = not named.keys().isdisjoint({"completion", "state"})
+    if of_verifiers and positional != ["prompt", "completion"]:
         return VerifiersFunctionReward(function)
     if positional is not None and len(positional) == 2:
         return FunctionReward(function)

@@ -30,8 +30,7 @@ from mbrl_text_env.runs import identity as part_identity
 from mbrl_text_env.types import FloatArray, Prompt
 
 _CREATE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value TEXT) WITHOUT ROWID"
-# SQLite takes no more than so many parameters in one query.
-_AT_ONCE = 500
+_SELECT = "SELECT value FROM scores WHERE key = ?"
 _BUSY_SECONDS = 60.0
 
 
@@ -39,24 +38,15 @@ class CachedReward(Wrapper):
     """A reward whose scores are kept in a file and looked up there the next time.
 
     The key of a score is the reward model (see `identity`), the prompt's content and metadata, and
-    the response. Several processes may share a file, and one that is killed leaves it whole. What a
-    score costs is charged whether it was looked up or not, so that what agents may spend does not
-    depend on what was run before.
+    the response; `num_found` and `num_computed` count them. Several processes may share a file, and
+    one that is killed leaves it whole. A score that is looked up is charged too, so that what
+    agents may spend does not depend on what was run before.
 
     Args:
         reward: The reward; deterministic, as all are, and not `RunningNormalise`.
         path: A SQLite file; made if it is not there.
         key: Names the reward model in the file instead of `identity(reward)`; needed for functions
             and for rewards that hold objects. Change it when the reward changes.
-
-    Attributes:
-        num_found: Scores looked up so far.
-        num_computed: Scores computed so far.
-
-    Raises:
-        ValueError: The reward says nothing by which it could be told from others, and there is no
-            `key`.
-        RewardError: When scoring: the file cannot be read or written, or is no such file.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -69,40 +59,31 @@ class CachedReward(Wrapper):
         super().__init__(reward)
         self.path = Path(path)
         self.key = identity(self.reward) if key is None else key
-        self.num_found = 0
-        self.num_computed = 0
+        self.num_found = self.num_computed = 0
 
     def identity(self) -> Any:
         """That of the reward: scores that are looked up are the same."""
         return part_identity(self.reward)
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """Return the reward's scores and parts, each float64[B].
-
-        Raises:
-            RewardError: The reward failed, or the file did.
-        """
+        """Return the reward's scores and parts, each float64[B]."""
         keys = [self._digest(*row) for row in zip(prompts, responses, strict=True)]
 
         def compute(rows: Sequence[int]) -> list[Any]:
-            scores = score_responses(
-                self.reward, [prompts[i] for i in rows], [responses[i] for i in rows]
-            )
-            return [[float(scores.total[i]), scores.parts_of(i)] for i in range(len(rows))]
+            asked, said = [prompts[i] for i in rows], [responses[i] for i in rows]
+            scores = score_responses(self.reward, asked, said)
+            return [[float(total), scores.parts_of(i)] for i, total in enumerate(scores.total)]
 
         values = self._looked_up(keys, compute)
-        total = np.array([value[0] for value in values], dtype=np.float64)
-        parts = {
-            name: np.array([value[1][name] for value in values], dtype=np.float64)
-            for name in (values[0][1] if values else {})
-        }
-        return Scores(total, parts)
+        names = values[0][1] if values else ()
+        parts = {name: np.array([part[name] for _, part in values]) for name in names}
+        return Scores(np.array([total for total, _ in values], dtype=np.float64), parts)
 
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
         """Return float64[len(steps)], the reward's."""
+        key = self._digest(prompt, list(steps))
         (values,) = self._looked_up(
-            [self._digest(prompt, list(steps))],
-            lambda _: [score_steps(self.reward, prompt, steps).tolist()],
+            [key], lambda _: [score_steps(self.reward, prompt, steps).tolist()]
         )
         return np.array(values, dtype=np.float64)
 
@@ -110,17 +91,16 @@ class CachedReward(Wrapper):
         self, keys: Sequence[bytes], compute: Callable[[Sequence[int]], list[Any]]
     ) -> list[Any]:
         """The values of the keys; `compute` is asked for those of the rows that are missing."""
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
         with self._connection() as connection:
-            found = _select(connection, keys)
-        first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in found}
-        rows = sorted(first.values())
+            kept = {key: connection.execute(_SELECT, (key,)).fetchone() for key in first}
+        found = {key: json.loads(value[0]) for key, value in kept.items() if value is not None}
+        rows = sorted(first[key] for key in first.keys() - found.keys())
         if rows:
             computed = dict(zip([keys[i] for i in rows], compute(rows), strict=True))
+            values = [(key, json.dumps(value)) for key, value in computed.items()]
             with self._connection() as connection:
-                connection.executemany(
-                    "INSERT OR REPLACE INTO scores VALUES (?, ?)",
-                    [(key, json.dumps(value)) for key, value in computed.items()],
-                )
+                connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", values)
             found.update(computed)
         self.num_computed += len(rows)
         self.num_found += len(keys) - len(rows)
@@ -160,19 +140,12 @@ def identity(reward: object) -> str:
     """What tells a reward model from others: its class and what it was made with.
 
     Read are the attributes that have the names of the constructor's arguments: numbers, texts,
-    paths, dataclasses, other rewards, and lists of them. A path to a folder counts with the sizes
-    and times of its files, and the version of this package counts too.
-
-    Raises:
-        ValueError: An argument is none of these, such as a function.
-
-    Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
-        >>> identity(SentimentReward()) == identity(SentimentReward())
-        True
+    paths, dataclasses, other rewards, and lists of them; others, such as functions, are an error. A
+    path to a folder counts with the sizes and times of its files, and so does this package's
+    version.
     """
-    described = [version("mbrl-text-env"), _described(reward, reward_name(reward))]
-    return json.dumps(described, sort_keys=True)
+    described = _described(reward, reward_name(reward))
+    return json.dumps([version("mbrl-text-env"), described], sort_keys=True)
 
 
 def _described(value: object, owner: str) -> Any:
@@ -186,10 +159,8 @@ def _described(value: object, owner: str) -> Any:
         return [_described(item, owner) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _described(item, owner) for key, item in value.items()}
-    if isinstance(value, ObjectReward):
-        return _described_reward(value.reward)
     if hasattr(value, "score"):
-        return _described_reward(value)
+        return _described_reward(value.reward if isinstance(value, ObjectReward) else value)
     if is_dataclass(value) and not isinstance(value, type):
         named = {field.name: getattr(value, field.name) for field in fields(value)}
         return [type(value).__qualname__, _described(named, owner)]
@@ -213,9 +184,8 @@ def _described_reward(reward: object) -> Any:
             f"constructor's arguments, and there is no {missing}. Add them, or pass key=..., a "
             "name for the reward model."
         )
-    arguments = {
-        name: _described(getattr(reward, name), reward_name(reward)) for name in sorted(named)
-    }
+    owner = reward_name(reward)
+    arguments = {name: _described(getattr(reward, name), owner) for name in sorted(named)}
     return [f"{cls.__module__}.{cls.__qualname__}", arguments]
 
 
@@ -228,14 +198,3 @@ def _folder_state(path: Path) -> Any:
     except (OSError, ValueError):
         # Texts that are no paths: too long, or with characters that no path has.
         return None
-
-
-def _select(connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Any]:
-    found = {}
-    distinct = list(dict.fromkeys(keys))
-    for start in range(0, len(distinct), _AT_ONCE):
-        some = distinct[start : start + _AT_ONCE]
-        marks = ",".join("?" * len(some))
-        query = f"SELECT key, value FROM scores WHERE key IN ({marks})"  # noqa: S608 only marks
-        found.update({key: json.loads(value) for key, value in connection.execute(query, some)})
-    return found

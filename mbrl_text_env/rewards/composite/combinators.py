@@ -1,6 +1,7 @@
 """Rewards made of several rewards: sums, products, gates, ensembles.
 
-Each keeps the scores of its parts for the report. `transforms.py` has those that change one reward.
+`Combinator` has all that such rewards hand on from their parts; `transforms.py` has those that
+change one reward.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from mbrl_text_env.rewards.base import (
     ProcessRewardModel,
     RewardError,
     RewardLike,
-    RewardModel,
     Scores,
     score_responses,
     score_steps,
@@ -34,19 +34,14 @@ Texts: TypeAlias = Sequence[str]
 
 
 class Combinator(ProcessRewardModel):
-    """What rewards that are made of rewards share.
+    """What rewards that are made of rewards share; a subclass says in `combine` how.
 
-    A subclass says in `combine` how the totals make one. It applies to a prompt where all of its
-    rewards do, costs what they cost together, and its parts are theirs: under their own names, or,
-    where two would have the same, as "reward/part". Where all of its rewards score steps, so does
-    it, by combining the scores of each step.
+    It applies to a prompt where all of its rewards do, costs what they cost together, and its parts
+    are theirs: under their own names, or, where two would have the same, as "reward/part". Where
+    all of its rewards score steps, so does it, by combining the scores of each step.
 
-    Args:
-        rewards: At least one reward model, each with a name of its own.
-        name: What reports call it; None for `default`, where `{}` is the names of the rewards.
-
-    Raises:
-        ValueError: There are no rewards, or two have the same name.
+    The rewards, at least one, have names of their own, otherwise there is a `ValueError`. Without a
+    name, it is called `default`, where `{}` is the names of the rewards.
     """
 
     combines_steps: ClassVar[bool] = True
@@ -78,11 +73,7 @@ class Combinator(ProcessRewardModel):
         return self.score_parts(prompts, responses).total
 
     def score_parts(self, prompts: Prompts, responses: Texts) -> Scores:
-        """Return the combined scores and their parts as they are before, each float64[B].
-
-        Raises:
-            RewardError: A reward failed; the message names it.
-        """
+        """Return the combined scores and their parts as they are before, each float64[B]."""
         scores = [score_responses(reward, prompts, responses) for reward in self.rewards]
         total, extra = self.combine([inner.total for inner in scores], prompts, responses)
         return Scores(total, {**self._flat_parts([s.parts for s in scores]), **extra})
@@ -149,20 +140,11 @@ class Wrapper(Combinator):
 class WeightedSum(Combinator):
     """The weighted sum of several rewards.
 
-    Weights are taken as they are: they need not add up to 1, and a weight of 0 makes a part that
-    is reported and does not count.
-
-    Args:
-        rewards: At least one reward model, each with a name of its own.
-        weights: One finite number a reward.
-        name: What reports call it; by default the formula, such as "0.5*sentiment+relevance".
-
-    Raises:
-        ValueError: There are no rewards, more or fewer weights than rewards, a weight is not
-            finite, or two rewards have the same name.
+    Weights are finite and need not add up to 1; one of 0 makes a part that is reported and does not
+    count. The name is by default the formula, such as "0.5*sentiment+relevance".
 
     Example:
-        >>> from mbrl_text_env.rewards import SentimentReward, score_responses
+        >>> from mbrl_text_env.rewards import SentimentReward
         >>> reward = WeightedSum([SentimentReward()], [2.0])
         >>> scores = score_responses(reward, [Prompt.from_text("Tell me.")], ["It was good."])
         >>> reward.name, scores.total.tolist(), scores.parts_of(0)
@@ -172,17 +154,19 @@ class WeightedSum(Combinator):
     def __init__(
         self, rewards: Sequence[RewardLike], weights: Sequence[float], name: str | None = None
     ) -> None:
-        models = [as_reward_model(reward) for reward in rewards]
         self.weights = tuple(float(weight) for weight in weights)
         if not rewards or len(rewards) != len(self.weights):
             raise ValueError(
                 f"Expected at least one reward and one weight for each, got {len(rewards)} rewards "
                 f"and {len(self.weights)} weights."
             )
+        models = [as_reward_model(reward) for reward in rewards]
+        names = [model.name for model in models]
         if not np.isfinite(self.weights).all():
-            names = [model.name for model in models]
             raise ValueError(f"Expected finite weights, got {list(self.weights)} for {names}.")
-        super().__init__(models, name, _formula(models, self.weights))
+        terms = zip(self.weights, names, strict=True)
+        formula = "+".join(own if weight == 1 else f"{weight:g}*{own}" for weight, own in terms)
+        super().__init__(models, name, formula)
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """The weighted sum."""
@@ -203,13 +187,6 @@ class Product(Combinator):
     All of them have to be high for the product to be. Two negative factors would make a good one:
     clip or normalise rewards that can be negative first.
 
-    Args:
-        rewards: At least one reward model, each with a name of its own.
-        name: What reports call it; by default such as "product(sentiment,constraints)".
-
-    Raises:
-        ValueError: There are no rewards, or two have the same name.
-
     Example:
         >>> from mbrl_text_env.rewards import Clip, ConstraintsReward, SentimentReward
         >>> reward = Product([Clip(SentimentReward(), low=0.0), ConstraintsReward()])
@@ -222,15 +199,10 @@ class Product(Combinator):
         super().__init__(rewards, name, "product({})")
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
-        """The product.
-
-        Raises:
-            RewardError: A factor is negative.
-        """
+        """The product."""
         for reward, total in zip(self.rewards, totals, strict=True):
-            negative = np.flatnonzero(total < 0)
-            if negative.size:
-                row = int(negative[0])
+            if (total < 0).any():
+                row = int(np.argmax(total < 0))
                 raise RewardError(
                     f"Reward model {self.name!r}: expected factors from 0 up, got {total[row]:g} "
                     f"from {reward.name!r} for prompt {prompts[row].id!r}, response "
@@ -247,12 +219,8 @@ class Gate(Combinator):
         reward: The reward.
         condition: The reward that has to reach `threshold`, such as `ConstraintsReward()`.
         threshold: The least score of `condition` that opens the gate.
-        closed: The score of a response for which it stays closed. It should be no better than what
-            `reward` gives to bad responses: with sentiment, which goes down to -1, a `closed` of 0
-            would reward breaking the constraint.
-
-    Raises:
-        ValueError: A number is not finite, or the two have the same name.
+        closed: The score where it stays closed. It should be no better than what `reward` gives to
+            bad responses, which is -1 for sentiment.
 
     Example:
         >>> from mbrl_text_env.rewards import ConstraintsReward, SentimentReward
@@ -272,10 +240,11 @@ class Gate(Combinator):
         name: str | None = None,
     ) -> None:
         check_finite("Gate", threshold=threshold, closed=closed)
-        models = as_reward_model(reward), as_reward_model(condition)
-        super().__init__(models, name, f"{models[0].name} if {models[1].name}")
-        self.reward, self.condition = models
+        self.reward, self.condition = as_reward_model(reward), as_reward_model(condition)
         self.threshold, self.closed = threshold, closed
+        super().__init__(
+            [self.reward, self.condition], name, f"{self.reward.name} if {self.condition.name}"
+        )
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """The reward where the condition holds, `closed` elsewhere."""
@@ -287,9 +256,8 @@ class Gate(Combinator):
 class Ensemble(Combinator):
     """Several judges of the same thing, whose disagreement counts against a response.
 
-    What one judge overrates the others may not: the minimum and the mean minus k standard
-    deviations are harder to exploit than any single one. The judges should be on one scale; see
-    `Normalise`. Its parts are the judges' scores and "disagreement", their standard deviation.
+    The judges should be on one scale; see `Normalise`. Its parts are the judges' scores and
+    "disagreement", their standard deviation.
 
     Source: Coste et al., "Reward Model Ensembles Help Mitigate Overoptimization", ICLR 2024 (mean,
     worst case, uncertainty-weighted). Deviation: the uncertainty is the standard deviation, which
@@ -300,10 +268,6 @@ class Ensemble(Combinator):
         rule: `"mean"`, `"min"`, or `"mean-std"`: the mean minus `k` standard deviations (of the
             judges at hand, divided by their number).
         k: See `rule`; at least 0.
-
-    Raises:
-        ValueError: There are fewer than two rewards, two have the same name, the rule is unknown,
-            or `k` is negative or not finite.
 
     Example:
         >>> from mbrl_text_env.rewards import FunctionReward
@@ -346,19 +310,10 @@ class Ensemble(Combinator):
         return stacked.mean(axis=0) - k * disagreement, {"disagreement": disagreement}
 
 
-def check_finite(owner: str, **numbers: float) -> None:
-    """Refuse arguments that are not finite.
-
-    Raises:
-        ValueError: One is not; the message names it.
-    """
+def check_finite(owner: str, above: float = -np.inf, **numbers: float) -> None:
+    """Refuse arguments that are not finite, or not above a bound."""
+    bound = f" above {above}" if np.isfinite(above) else ""
     for name, number in numbers.items():
-        if not np.isfinite(number):
-            raise ValueError(f"{owner}: expected {name} to be a finite number, got {number!r}.")
-
-
-def _formula(rewards: Sequence[RewardModel], weights: Sequence[float]) -> str:
-    return "+".join(
-        reward.name if weight == 1.0 else f"{weight:g}*{reward.name}"
-        for reward, weight in zip(rewards, weights, strict=True)
-    )
+        if not above < number < np.inf:
+            got = f"got {number!r}"
+            raise ValueError(f"{owner}: expected {name} to be a finite number{bound}, {got}.")

@@ -1,4 +1,4 @@
-"""One reward, changed: clipped, put on another scale, or lowered by a penalty.
+"""One reward, changed: clipped, put on another scale, lowered by a penalty, or limited in time.
 
 Each keeps the scores of the reward inside it as parts for the report, and penalties add their own.
 """
@@ -6,15 +6,18 @@ Each keeps the scores of the reward inside it as parts for the report, and penal
 from __future__ import annotations
 
 import json
+import threading
 from abc import abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from mbrl_text_env.files import write_text
 from mbrl_text_env.rewards.adapters.convert import as_reward_model
-from mbrl_text_env.rewards.base import RewardError, RewardLike, score_responses
+from mbrl_text_env.rewards.base import RewardError, RewardLike, Scores, score_responses, score_steps
 from mbrl_text_env.rewards.composite.combinators import (
     Combined,
     Prompts,
@@ -23,21 +26,16 @@ from mbrl_text_env.rewards.composite.combinators import (
     Wrapper,
     check_finite,
 )
-from mbrl_text_env.types import FloatArray
+from mbrl_text_env.runs import identity
+from mbrl_text_env.types import FloatArray, Prompt
+
+T = TypeVar("T")
 
 _FORMAT = 1
 
 
 class Clip(Wrapper):
-    """A reward kept within bounds.
-
-    Args:
-        reward: The reward.
-        low: The least score; None for no bound.
-        high: The greatest score; None for no bound.
-
-    Raises:
-        ValueError: There is no bound, one is NaN, or `low` is above `high`.
+    """A reward kept from `low` to `high`, of which one may be None.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -54,9 +52,7 @@ class Clip(Wrapper):
     ) -> None:
         if low is None and high is None:
             raise ValueError("Clip: expected at least one of low and high, got neither.")
-        floor = -np.inf if low is None else low
-        ceiling = np.inf if high is None else high
-        if not floor <= ceiling:
+        if not (-np.inf if low is None else low) <= (np.inf if high is None else high):
             raise ValueError(f"Clip: expected low to be at most high, got {low} and {high}.")
         super().__init__(reward, name, "clip({})")
         self.low, self.high = low, high
@@ -67,14 +63,7 @@ class Clip(Wrapper):
 
 
 class Threshold(Wrapper):
-    """1 where a reward reaches a threshold, 0 elsewhere.
-
-    Args:
-        reward: The reward.
-        threshold: The least score that makes 1.
-
-    Raises:
-        ValueError: The threshold is not finite.
+    """1 where a reward is at least `threshold`, a finite number; 0 elsewhere.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -94,15 +83,7 @@ class Threshold(Wrapper):
 
 
 class Normalise(Wrapper):
-    """A reward minus a mean, in units of a standard deviation; both are fixed.
-
-    Args:
-        reward: The reward.
-        mean: What becomes 0.
-        std: What becomes 1; above 0.
-
-    Raises:
-        ValueError: A number is not finite, or `std` is not above 0.
+    """A reward minus `mean`, in units of `std`; both are fixed, finite, and `std` is above 0.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -114,32 +95,23 @@ class Normalise(Wrapper):
     def __init__(
         self, reward: RewardLike, mean: float = 0.0, std: float = 1.0, name: str | None = None
     ) -> None:
-        check_finite("Normalise", mean=mean, std=std)
-        if not std > 0:
-            raise ValueError(f"Normalise: expected std to be above 0, got {std}.")
+        check_finite("Normalise", mean=mean)
+        check_finite("Normalise", above=0, std=std)
         super().__init__(reward, name, "normalised({})")
         self.mean, self.std = float(mean), float(std)
 
     @classmethod
     def fitted(
-        cls,
-        reward: RewardLike,
-        prompts: Prompts,
-        responses: Texts,
-        name: str | None = None,
+        cls, reward: RewardLike, prompts: Prompts, responses: Texts, name: str | None = None
     ) -> Normalise:
-        """Take mean and standard deviation from the scores of some responses.
-
-        Raises:
-            RewardError: All of them score the same, or there are fewer than two.
-        """
+        """Take mean and standard deviation from the scores of some responses, not all alike."""
         reward = as_reward_model(reward)
         scores = score_responses(reward, prompts, responses).total
         if len(scores) < 2 or not scores.std() > 0:
             raise RewardError(
-                f"Reward model {reward.name!r}: expected at least two responses with "
-                f"different scores to normalise by, got {len(scores)} with {len(set(scores))} "
-                "different ones. Pass more responses, or mean and std."
+                f"Reward model {reward.name!r}: expected responses with different scores to "
+                f"normalise by, got {len(scores)} with {len(set(scores))} different ones. Pass "
+                "more responses, or mean and std."
             )
         return cls(reward, float(scores.mean()), float(scores.std()), name)
 
@@ -158,14 +130,6 @@ class RunningNormalise(Wrapper):
 
     Source: Welford's method for batches (Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
     Algorithm for Computing Sample Variances", 1979).
-
-    Args:
-        reward: The reward.
-
-    Attributes:
-        count: Scores seen.
-        mean: Their mean.
-        std: Their standard deviation, 1 where it is not known yet.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -204,28 +168,17 @@ class RunningNormalise(Wrapper):
 
     def save(self, path: str | Path) -> None:
         """Write the statistics as JSON."""
-        statistics = {
-            "format": _FORMAT,
-            "reward": self.reward.name,
-            "count": self.count,
-            "mean": self.mean,
-            "squares": self._squares,
-        }
-        write_text(path, json.dumps(statistics, indent=2))
+        statistics = {"count": self.count, "mean": self.mean, "squares": self._squares}
+        head = {"format": _FORMAT, "reward": self.reward.name}
+        write_text(path, json.dumps({**head, **statistics}, indent=2))
 
     def load(self, path: str | Path) -> RunningNormalise:
-        """Go on from statistics that `save` wrote; returns itself.
-
-        Raises:
-            RewardError: The file holds none, or those of another reward.
-        """
+        """Go on from statistics that `save` wrote for the same reward; returns itself."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            if found["format"] != _FORMAT or found["reward"] != self.reward.name:
-                raise ValueError(
-                    f"it is of reward {found['reward']!r}, format {found['format']}, not of "
-                    f"{self.reward.name!r}, format {_FORMAT}"
-                )
+            head = found["format"], found["reward"]
+            if head != (_FORMAT, self.reward.name):
+                raise ValueError(f"format and reward are {head}, not {_FORMAT, self.reward.name}")
             count, mean = int(found["count"]), float(found["mean"])
             squares = float(found["squares"])
             if count < 0 or not np.isfinite([mean, squares]).all() or squares < 0:
@@ -259,16 +212,11 @@ class Penalty(Wrapper):
 class LengthPenalty(Penalty):
     """A reward minus a penalty for each word beyond a limit.
 
+    `max_words` words (runs without white space) are free; each further one costs `weight`, which is
+    above 0.
+
     Source: the soft overlong punishment of Yu et al., "DAPO", 2025. Deviations: it counts words,
     since a reward model sees text, and does not level off.
-
-    Args:
-        reward: The reward.
-        max_words: Words (runs without white space) that are free.
-        weight: Taken off for each further word; above 0.
-
-    Raises:
-        ValueError: `max_words` is negative, or `weight` is not a finite number above 0.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -280,18 +228,10 @@ class LengthPenalty(Penalty):
     extra_parts = ("length_penalty",)
 
     def __init__(
-        self,
-        reward: RewardLike,
-        max_words: int,
-        weight: float = 0.01,
-        name: str | None = None,
+        self, reward: RewardLike, max_words: int, weight: float = 0.01, name: str | None = None
     ) -> None:
-        check_finite("LengthPenalty", weight=weight)
-        if max_words < 0 or not weight > 0:
-            raise ValueError(
-                "LengthPenalty: expected max_words from 0 up and a weight above 0, got "
-                f"{max_words} and {weight}."
-            )
+        check_finite("LengthPenalty", above=-1, max_words=max_words)
+        check_finite("LengthPenalty", above=0, weight=weight)
         super().__init__(reward, name, "{}-length")
         self.max_words, self.weight = max_words, weight
 
@@ -301,21 +241,12 @@ class LengthPenalty(Penalty):
 
 
 class RepetitionPenalty(Penalty):
-    """A reward minus a penalty for n-grams of words that occur again.
+    """A reward minus `weight` (above 0) times the share of n-grams of words that occurred before.
 
-    The penalty is `weight` times the share of a response's n-grams that are repetitions of an
-    earlier one. A response of fewer than n words has none.
+    Case is ignored. A response of fewer than n words has no penalty.
 
     Source: the repetition penalty of Yeo et al., "Demystifying Long Chain-of-Thought Reasoning in
     LLMs", 2025. Deviation: it is added to another reward, and not a reward of its own.
-
-    Args:
-        reward: The reward.
-        weight: Of a response that only repeats; above 0.
-        n: Words in an n-gram, at least 1. Case is ignored.
-
-    Raises:
-        ValueError: `n` is below 1, or `weight` is not a finite number above 0.
 
     Example:
         >>> from mbrl_text_env.rewards import FunctionReward
@@ -329,12 +260,7 @@ class RepetitionPenalty(Penalty):
     def __init__(
         self, reward: RewardLike, weight: float = 1.0, n: int = 3, name: str | None = None
     ) -> None:
-        check_finite("RepetitionPenalty", weight=weight)
-        if n < 1 or not weight > 0:
-            raise ValueError(
-                f"RepetitionPenalty: expected n from 1 up and a weight above 0, got {n} and "
-                f"{weight}."
-            )
+        check_finite("RepetitionPenalty", above=0, weight=weight, n=n)
         super().__init__(reward, name, "{}-repetition")
         self.weight, self.n = weight, n
 
@@ -344,12 +270,64 @@ class RepetitionPenalty(Penalty):
 
 
 def repeated_share(text: str, n: int) -> float:
-    """The share of a text's n-grams of words that have occurred before, 0 to below 1.
-
-    Example:
-        >>> repeated_share("to be or not to be", 2)
-        0.2
-    """
+    """The share of a text's n-grams of words that have occurred before, 0 to below 1."""
     words = text.casefold().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+class TimeLimit(Wrapper):
+    """A reward that is given up on when a call takes longer than `seconds`, above 0 and finite.
+
+    The call, whatever the size of its batch, runs in a thread; then there is a `RewardError`, and
+    the thread is left behind, since nothing can end it from outside. The reward must not rely on
+    running in the main thread (`signal.alarm` does). Programs that are to be stopped for certain
+    belong in a process: see `UnitTestReward`.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward = TimeLimit(SentimentReward(), seconds=60)
+        >>> reward.score([Prompt.from_text("Hi")], ["It was good."])
+        array([0.4404])
+    """
+
+    def __init__(self, reward: RewardLike, seconds: float) -> None:
+        check_finite("TimeLimit", above=0, seconds=seconds)
+        super().__init__(reward)
+        self.seconds = seconds
+
+    def identity(self) -> Any:
+        """That of the reward: the limit does not change its scores."""
+        return identity(self.reward)
+
+    def reduced(self, dtype: str) -> TimeLimit:
+        """The reward in another format, within the same time."""
+        return TimeLimit(self.reward.reduced(dtype), self.seconds)
+
+    def score_parts(self, prompts: Prompts, responses: Texts) -> Scores:
+        """Return the reward's scores and parts, each float64[B]."""
+        return self._in_time(lambda: score_responses(self.reward, prompts, responses), prompts)
+
+    def score_steps(self, prompt: Prompt, steps: Texts) -> FloatArray:
+        """Return float64[len(steps)], the reward's."""
+        return self._in_time(lambda: score_steps(self.reward, prompt, steps), [prompt])
+
+    def _in_time(self, function: Callable[[], T], prompts: Prompts) -> T:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        # A daemon: a program whose reward hangs can still end.
+        threading.Thread(target=run, name=f"score {self.name}", daemon=True).start()
+        if wait([future], self.seconds).not_done:
+            others = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+            raise RewardError(
+                f"Reward model {self.name!r}: expected scores within {self.seconds:g} seconds, got "
+                f"none for prompt {prompts[0].id!r}{others}. Allow more time, score smaller "
+                "batches, or fix the reward model."
+            )
+        return future.result()

@@ -1,4 +1,4 @@
-"""What the learned rewards share: loading from the Hub or a folder, batches, padding, and FLOPs.
+"""What the evaluators share: loading from the Hub or a folder, batches, padding, and FLOPs.
 
 Code that comes with a model is never run. Weights that transformers would make up, because the
 files lack them, are an error.
@@ -11,15 +11,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mbrl_text_env.language_models.base import (
-    LanguageModel,
-    PromptTooLongError,
-    UnknownTokenError,
-)
+from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError, UnknownTokenError
 from mbrl_text_env.language_models.hf_tokenizer import plain_text
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.types import FloatArray, Message, Prompt
@@ -35,11 +31,11 @@ class Evaluator(RewardModel):
     """What rewards that read texts with a network share: it is loaded when it is first used."""
 
     num_truncated = 0
-    cuts: tuple[str, str] = (
-        "text(s) to {} tokens, so the rest of them does not count",
-        "model's input",
-    )
-    """What was cut, and what may allow more, for the warning."""
+    """Texts that were cut so far."""
+    cut = "text(s) to {} tokens, so the rest of them does not count"
+    """What the warning says of texts that are too long."""
+    counts: ClassVar[tuple[str, ...]] = ("max_length",)
+    """Arguments that are at least 1."""
     _loaded: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,19 +48,26 @@ class Evaluator(RewardModel):
 
     def _model(self) -> Any:
         if self._loaded is None:
+            for name in self.counts:
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}.")
             self._loaded = self._load()
         return self._loaded
 
     def _note_truncated(self, count: int, limit: int) -> None:
-        if count and not self.num_truncated:
-            what, room = self.cuts
-            warnings.warn(
-                f"Reward model {self.name!r} cut {count} {what.format(limit)}. Raise max_length if "
-                f"the {room} allows it, or shorten prompts and responses. `num_truncated` counts "
-                "further ones.",
-                stacklevel=3,
-            )
-        self.num_truncated += count
+        message = (
+            f"cut {count} {self.cut.format(limit)}. Raise max_length if the model's context allows "
+            "it, or shorten prompts and responses"
+        )
+        self._note("num_truncated", count, message)
+
+    def _note(self, counter: str, count: int, message: str) -> None:
+        """Count what is not as it should be, and warn of the first time."""
+        before = getattr(self, counter)
+        if count and not before:
+            message = f"Reward model {self.name!r} {message}. `{counter}` counts further ones."
+            warnings.warn(message, stacklevel=4)
+        setattr(self, counter, before + count)
 
 
 @dataclass(eq=False, repr=False)
@@ -75,7 +78,7 @@ class HubReward(Evaluator):
         model: Name on the Hub, or folder with a model and its tokenizer.
         batch_size: Most responses in one forward pass.
         batch_tokens: Most tokens in one, padding included, so that long texts go in small batches.
-        max_length: Most tokens of a text.
+        max_length: Most tokens of a text; the model's input may allow fewer.
         device: By default `"cuda"` where there is one, otherwise `"cpu"`.
         dtype: By default float32 on a CPU and bfloat16 elsewhere.
         name: What reports call it; by default the last part of the model's name or folder.
@@ -92,61 +95,78 @@ class HubReward(Evaluator):
     name: str = ""
     revision: str | None = None
 
+    counts = ("batch_size", "batch_tokens", "max_length")
+
     def __post_init__(self) -> None:
         self.name = self.name or Path(self.model).name
 
-    def _model(self) -> Any:
-        if self._loaded is None:
-            check_at_least_one(self, "batch_size", "batch_tokens", "max_length")
-        return super()._model()
+    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the floating-point operations of each response: `forward_flops`."""
+        if not responses:
+            return np.zeros(0)
+        lengths = [len(text.ids) for text in self._encode(prompts, responses)]
+        return forward_flops(self._model().model, lengths)
+
+    def flops_bound(self) -> float:
+        """The most that one response can take: a text that fills the model's input."""
+        loaded = self._model()
+        return float(forward_flops(loaded.model, [loaded.max_length])[0])
+
+    @abstractmethod
+    def _encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Any]:
+        """Each text, cut to the model's input, as an object with `ids` and `truncated`."""
+
+    @abstractmethod
+    def _forward(self, texts: Sequence[Any]) -> Sequence[Any]:
+        """The output for each text, from one forward pass."""
+
+    def _outputs(self, texts: Sequence[Any], rows: int) -> list[Any]:
+        """The output for each text, in batches of at most `rows`."""
+        self._check_tokens(texts)
+        self._note_truncated(sum(text.truncated for text in texts), self._model().max_length)
+        found: dict[int, Any] = {}
+        for part in batches([len(text.ids) for text in texts], rows, self.batch_tokens):
+            found.update(zip(part, self._forward([texts[i] for i in part]), strict=True))
+        return [found[i] for i in range(len(texts))]
+
+    def _check_tokens(self, texts: Sequence[Any]) -> None:
+        """Refuse tokens for which the model has no row among its embeddings."""
+        loaded = self._model()
+        rows = loaded.model.get_input_embeddings().num_embeddings
+        unknown = next((token for text in texts for token in text.ids if token >= rows), None)
+        if unknown is not None:
+            token = loaded.tokenizer.convert_ids_to_tokens(unknown)
+            raise RewardError(
+                f"Reward model {self.name!r}: a text has the token {unknown} ({token!r}), but the "
+                f"model knows {rows}. Use its own tokenizer, or resize its embeddings."
+            )
 
     def _read(self, factory: str | Callable[..., Any], kind: str) -> tuple[Any, Any]:
-        """Model and tokenizer."""
-        return load_model(
-            self.model,
-            factory,
-            kind,
-            name=self.name,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        """A model of transformers, ready for inference, and its tokenizer."""
+        import torch
+        import transformers
 
-
-def load_model(
-    source: str | Path,
-    factory: str | Callable[..., Any],
-    kind: str,
-    *,
-    name: str,
-    revision: str | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Any, Any]:
-    """A model of transformers, ready for inference, and its tokenizer."""
-    import torch
-    import transformers
-
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    options["trust_remote_code"] = False
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), **options)
-        load: Any = factory
-        if isinstance(factory, str):
-            load = getattr(transformers, factory).from_pretrained
-        model, report = load(str(source), dtype=dtype, output_loading_info=True, **options)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise RewardError(
-            f"Reward model {name!r}: expected the folder of a transformers {kind} model with its "
-            "tokenizer, or a name on the Hugging Face Hub that is reachable or already downloaded; "
-            f"got {str(source)!r} ({type(error).__name__}: {reason}). Check the spelling, the "
-            "network and HF_HUB_OFFLINE."
-        ) from error
-    check_complete(model, tokenizer, report["missing_keys"], str(source), kind, name)
-    return model.to(device).eval(), tokenizer
+        source = str(self.model)
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        options: dict[str, Any] = {"revision": self.revision} if self.revision else {}
+        options["trust_remote_code"] = False
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            load: Any = factory
+            if isinstance(factory, str):
+                load = getattr(transformers, factory).from_pretrained
+            model, report = load(source, dtype=dtype, output_loading_info=True, **options)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise RewardError(
+                f"Reward model {self.name!r}: expected the folder of a transformers {kind} model "
+                "with its tokenizer, or a name on the Hugging Face Hub that is reachable or "
+                f"already downloaded; got {source!r} ({type(error).__name__}: {reason}). Check the "
+                "spelling, the network and HF_HUB_OFFLINE."
+            ) from error
+        check_complete(model, tokenizer, report["missing_keys"], source, kind, self.name)
+        return model.to(device).eval(), tokenizer
 
 
 def check_complete(
@@ -165,9 +185,8 @@ def check_complete(
     if missing_keys:
         raise RewardError(
             f"Reward model {name!r}: {source!r} has no trained weights for "
-            f"{', '.join(sorted(missing_keys))}, so its scores would be random. Expected a {kind} "
-            f"model; its config names {model.config.architectures}. Choose a model that was "
-            "trained for this."
+            f"{', '.join(sorted(missing_keys))}, so its scores would be random. Choose a trained "
+            f"{kind} model; its config names {model.config.architectures}."
         )
 
 
@@ -186,6 +205,13 @@ def input_limit(model: Any, tokenizer: Any, wanted: int) -> int:
     return min(limit for limit in limits if limit is not None and limit > 0)
 
 
+def class_index(config: Any, label: str | int | None) -> tuple[list[str], int | None]:
+    """The names of a classifier's classes, and the index of the one that `label` means."""
+    labels = [config.id2label[i] for i in range(config.num_labels)]
+    index = labels.index(label) if label in labels else label
+    return labels, index if isinstance(index, int) and 0 <= index < len(labels) else None
+
+
 def check_choices(reward: object, **choices: Sequence[Any]) -> None:
     """Refuse an attribute that is none of the choices."""
     for argument, allowed in choices.items():
@@ -195,20 +221,8 @@ def check_choices(reward: object, **choices: Sequence[Any]) -> None:
             )
 
 
-def check_at_least_one(reward: object, *arguments: str) -> None:
-    """Refuse counts below 1."""
-    for argument in arguments:
-        if getattr(reward, argument) < 1:
-            raise ValueError(f"{argument}: expected at least 1, got {getattr(reward, argument)!r}.")
-
-
 def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
-    """Indices of texts of similar length, the shortest first.
-
-    Example:
-        >>> list(batches([5, 90, 6, 4], rows=8, tokens=20))
-        [[3, 0, 2], [1]]
-    """
+    """Indices of texts of similar length, the shortest first."""
     part: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if part and (len(part) == rows or (len(part) + 1) * lengths[i] > tokens):
@@ -222,26 +236,11 @@ def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int
 def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any, Any]:
     """Rows of ids as one tensor, padded on the right, and its mask: both int64[B, T]."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    shape = len(rows), max(len(row) for row in rows)
-    ids = torch.full(shape, value)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, : len(row)] = 1
-    return ids.to(device), mask.to(device)
-
-
-def check_rows(ids: Iterable[int], model: Any, tokenizer: Any, name: str) -> None:
-    """Refuse tokens for which a model has no row among its embeddings."""
-    rows = model.get_input_embeddings().num_embeddings
-    unknown = next((token for token in ids if token >= rows), None)
-    if unknown is not None:
-        raise RewardError(
-            f"Reward model {name!r}: a text has the token {unknown} "
-            f"({tokenizer.convert_ids_to_tokens(unknown)!r}), but the model knows the tokens 0 to "
-            f"{rows - 1} alone. Use the model's own tokenizer, or resize the model's embeddings."
-        )
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return pad_sequence(ids, batch_first=True, padding_value=value).to(device), mask.to(device)
 
 
 def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
@@ -253,12 +252,8 @@ def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
     import torch
 
     config = model.config.get_text_config()
-    parameters = sum(
-        parameter.numel()
-        for module in model.modules()
-        if not isinstance(module, torch.nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    )
+    modules = [m for m in model.modules() if not isinstance(m, torch.nn.Embedding)]
+    parameters = sum(p.numel() for m in modules for p in m.parameters(recurse=False))
     counts = np.asarray(tokens, dtype=np.float64)
     attention = 4.0 * config.num_hidden_layers * config.hidden_size
     return np.asarray(2.0 * parameters * counts + attention * counts**2)
@@ -268,24 +263,13 @@ def chat_messages(prompt: Prompt, is_special: Callable[[str], bool]) -> list[dic
     """A prompt's messages for a chat template, without special tokens in them."""
     content = prompt.content
     messages = (Message("user", content),) if isinstance(content, str) else content
-    return [
-        {"role": message.role, "content": plain_text(message.content, is_special)}
-        for message in messages
-    ]
+    return [{"role": m.role, "content": plain_text(m.content, is_special)} for m in messages]
 
 
 class TextEncoder:
     """Text to token ids with what every language model has, `encode_prompt` and `decode`.
 
-    Reward models see text, so a response is encoded anew, and its tokens may be others than those
-    that were sampled.
-
-    Args:
-        language_model: Whose tokens they are.
-
-    Attributes:
-        opening: Special tokens that its tokenizer puts before every plain text.
-        closing: Those that it puts behind.
+    `opening` and `closing` are the special tokens that the model's tokenizer puts around a text.
     """
 
     def __init__(self, language_model: LanguageModel) -> None:
@@ -298,12 +282,9 @@ class TextEncoder:
         self.opening, self.closing = ids[: inner[0]], ids[inner[-1] + 1 :]
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text, without opening and closing; () if it has none.
-
-        White space alone, which is no prompt, is encoded after a letter, and a text that is longer
-        than the model's context in two parts.
-        """
+        """Token ids of a text, without opening and closing; () if it has none."""
         if text and not text.strip():
+            # White space alone is no prompt.
             return self.ids(_ANCHOR + text)[len(self.ids(_ANCHOR)) :]
         try:
             ids = self._encode(text)
@@ -318,8 +299,7 @@ class TextEncoder:
         if not text:
             return self.opening + self.closing
         try:
-            prompt = Prompt.from_text(text, "text", chat=False)
-            return self.language_model.encode_prompt(prompt)
+            return self.language_model.encode_prompt(Prompt.from_text(text, "text", chat=False))
         except (PromptTooLongError, UnknownTokenError):
             raise
         except ValueError:
@@ -339,7 +319,7 @@ def language_model_of(source: LanguageModel | str | Path | None, name: str) -> L
         from mbrl_text_env.language_models.registry import embedded
 
         return embedded()
-    if isinstance(source, (str, Path)):
+    if isinstance(source, str | Path):
         from mbrl_text_env.language_models.transformers_lm import TransformersLM
 
         try:
@@ -349,7 +329,6 @@ def language_model_of(source: LanguageModel | str | Path | None, name: str) -> L
     if not isinstance(source, LanguageModel):
         raise RewardError(
             f"Reward model {name!r}: expected a language model, its name on the Hugging Face Hub, "
-            f"its folder, or None for the embedded one; got {type(source).__name__}. See "
-            "`language_models.LanguageModel` for the methods of one."
+            f"its folder, or None for the embedded one; got {type(source).__name__}."
         )
     return source

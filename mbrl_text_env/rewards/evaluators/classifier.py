@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -13,19 +12,14 @@ from mbrl_text_env.language_models.hf_tokenizer import control_test, plain_text
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     HubReward,
-    batches,
     chat_messages,
     check_choices,
-    check_rows,
-    forward_flops,
+    class_index,
     input_limit,
     padded,
 )
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import FloatArray, Prompt
-
-if TYPE_CHECKING:
-    import torch
 
 TextFormat = Literal["pair", "chat", "article"]
 Output = Literal["logit", "sigmoid", "softmax"]
@@ -36,14 +30,10 @@ Output = Literal["logit", "sigmoid", "softmax"]
 class ClassifierReward(HubReward):
     """The score that a sequence-classification model gives to a prompt and its response.
 
-    Most reward models on the Hub have one logit, trained on preferences; a model with several
-    classes needs `label`. Code that comes with a model is never run (`trust_remote_code` is off).
-
-    Responses are scored in batches of similar length, one at a time where the config names no
-    padding token; in float32 the batch changes a score by at most 1e-5. Texts longer than
-    `max_length`, or than the model's input, are cut; the first cut gives a warning. Special tokens
-    written out in a prompt or response get a zero-width space and are read as ordinary text: a
-    response cannot end its own message.
+    Most reward models on the Hub have one logit; a model with several classes needs `label`. Code
+    that comes with a model is never run. In float32 the batch changes a score by at most 1e-5. The
+    first text that is cut gives a warning. Special tokens written out in a prompt or response get a
+    zero-width space and are read as ordinary text: a response cannot end its own message.
 
     The article's reward is `text_format="article"` with `output="sigmoid"`; the sigmoid keeps the
     order of the logits, but flattens at both ends.
@@ -51,7 +41,6 @@ class ClassifierReward(HubReward):
     Source: Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020.
 
     Args (see `HubReward` for the others):
-        model: Name on the Hub, or folder with a model and its tokenizer.
         text_format: `"pair"`: prompt and response as the tokenizer's two segments, the longer cut
             first, at the tokenizer's `truncation_side` (as a rule its end). `"chat"`: the
             conversation in the tokenizer's chat template, cut at its start: heads of decoders read
@@ -60,20 +49,14 @@ class ClassifierReward(HubReward):
             `truncation_side` as the article's pipeline does.
         output: `"logit"`, `"sigmoid"` (of a single logit) or `"softmax"` (over several classes).
         label: Name or index of the class that is the reward; required with several classes.
-        max_length: Most tokens of a text.
-
-    Attributes:
-        num_truncated: Texts that were cut so far.
 
     Raises:
-        RewardError: At first use, when the model is loaded: there is none, its classification head
-            has no trained weights, `output` or `label` does not fit it, or `"chat"` meets a
-            tokenizer without a chat template.
-        ValueError: At first use: an argument is out of its range.
+        RewardError: At first use: there is no such model, its classification head has no trained
+            weights, `output` or `label` does not fit it, or `"chat"` meets a tokenizer without a
+            chat template.
 
     Example:
-        >>> reward = ClassifierReward("OpenAssistant/reward-model-deberta-v3-large-v2")
-        >>> reward.name
+        >>> ClassifierReward("OpenAssistant/reward-model-deberta-v3-large-v2").name
         'reward-model-deberta-v3-large-v2'
     """
 
@@ -86,26 +69,25 @@ class ClassifierReward(HubReward):
         """Return float64[B], the model's output for each prompt and response."""
         if not responses:
             return np.zeros(0)
-        encodings = self._encode(prompts, responses)
-        loaded = self._model()
-        self._note_truncated(sum(e.truncated for e in encodings), loaded.max_length)
-        rows = 1 if loaded.pad_id is None else self.batch_size
-        scores = np.zeros(len(encodings))
-        for part in batches([len(e.ids) for e in encodings], rows, self.batch_tokens):
-            scores[part] = loaded.outputs([encodings[i] for i in part], self.output)
-        return scores
+        rows = 1 if self._model().pad_id is None else self.batch_size
+        return np.array(self._outputs(self._encode(prompts, responses), rows), dtype=np.float64)
 
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of each response: `forward_flops`."""
-        if not responses:
-            return np.zeros(0)
-        lengths = [len(encoding.ids) for encoding in self._encode(prompts, responses)]
-        return forward_flops(self._model().model, lengths)
+    def _forward(self, texts: Sequence[_Encoding]) -> list[float]:
+        import torch
 
-    def flops_bound(self) -> float:
-        """The most that one response can take: a text that fills the model's input."""
-        loaded = self._model()
-        return float(forward_flops(loaded.model, [loaded.max_length])[0])
+        loaded: LoadedClassifier = self._model()
+        device = loaded.model.device
+        ids, mask = padded([text.ids for text in texts], loaded.pad_id or 0, device)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if texts[0].type_ids is not None:
+            inputs["token_type_ids"], _ = padded([text.type_ids or [] for text in texts], 0, device)
+        with torch.inference_mode():
+            logits = loaded.model(**inputs).logits.double()
+            if self.output == "softmax":
+                logits = logits.softmax(dim=-1)
+            column = logits[:, loaded.column]
+            chosen = column.sigmoid() if self.output == "sigmoid" else column
+        return cast("list[float]", chosen.tolist())
 
     def _load(self) -> LoadedClassifier:
         check_choices(self, text_format=get_args(TextFormat), output=get_args(Output))
@@ -130,7 +112,7 @@ class ClassifierReward(HubReward):
 
     def _column(self, config: Any) -> int:
         """Index of the logit that is the reward."""
-        labels = [config.id2label[i] for i in range(config.num_labels)]
+        labels, index = class_index(config, self.label)
         single = len(labels) == 1
         if (self.output == "softmax" and single) or (self.output == "sigmoid" and not single):
             raise RewardError(
@@ -138,35 +120,27 @@ class ClassifierReward(HubReward):
                 f"{len(labels)} output{'' if single else 's'}. Use output='logit' or "
                 f"{'sigmoid' if single else 'softmax'!r}."
             )
-        if single and self.label is None:
-            return 0
-        if isinstance(self.label, str) and self.label in labels:
-            return labels.index(self.label)
-        if isinstance(self.label, int) and 0 <= self.label < len(labels):
-            return self.label
-        raise RewardError(
-            f"Reward model {self.name!r} has the classes {labels}: expected label= to be the name "
-            f"or the index of the one whose score is the reward, got {self.label!r}. Pass label=, "
-            "with output='softmax' or 'logit' if there are several."
-        )
+        if index is None and not (single and self.label is None):
+            raise RewardError(
+                f"Reward model {self.name!r} has the classes {labels}: expected label= to be the "
+                f"name or the index of the one whose score is the reward, got {self.label!r}. Pass "
+                "label=, with output='softmax' or 'logit' if there are several."
+            )
+        return index or 0
 
     def _encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[_Encoding]:
-        """Token ids of each text, cut to the model's input."""
         limit = self._model().max_length
         encodings = self._tokenize(prompts, responses)
         long = [i for i, encoding in enumerate(encodings) if len(encoding.ids) > limit]
-        if long and self.text_format == "chat":
-            for i in long:
-                encodings[i] = self._without_start(encodings[i], limit)
-        elif long:
-            cut = self._tokenize(
-                [prompts[i] for i in long],
-                [responses[i] for i in long],
-                truncation=True,
-                max_length=limit,
-            )
-            for i, encoding in zip(long, cut, strict=True):
-                encodings[i] = _Encoding(encoding.ids, encoding.type_ids, truncated=True)
+        if not long:
+            return encodings
+        if self.text_format == "chat":
+            cut = [self._without_start(encodings[i], limit) for i in long]
+        else:
+            asked, said = [prompts[i] for i in long], [responses[i] for i in long]
+            cut = self._tokenize(asked, said, truncation=True, max_length=limit)
+        for i, encoding in zip(long, cut, strict=True):
+            encodings[i] = _Encoding(encoding.ids, encoding.type_ids, truncated=True)
         return encodings
 
     def _without_start(self, encoding: _Encoding, limit: int) -> _Encoding:
@@ -175,17 +149,13 @@ class ClassifierReward(HubReward):
         opened = encoding.ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
         kept = [0] * (opened and limit > 1)
         kept += range(len(encoding.ids) - limit + len(kept), len(encoding.ids))
-        type_ids = encoding.type_ids
-        return _Encoding(
-            [encoding.ids[i] for i in kept],
-            None if type_ids is None else [type_ids[i] for i in kept],
-            truncated=True,
-        )
+        types = encoding.type_ids
+        return _Encoding([encoding.ids[i] for i in kept], types and [types[i] for i in kept])
 
     def _tokenize(
         self, prompts: Sequence[Prompt], responses: Sequence[str], **options: Any
     ) -> list[_Encoding]:
-        loaded = self._model()
+        loaded: LoadedClassifier = self._model()
         answers = [plain_text(response, loaded.is_special) for response in responses]
         texts = [self._text(*row) for row in zip(prompts, answers, strict=True)]
         batch = loaded.tokenizer(
@@ -196,25 +166,23 @@ class ClassifierReward(HubReward):
             verbose=False,
             **options,
         )
-        check_rows(itertools.chain(*batch["input_ids"]), loaded.model, loaded.tokenizer, self.name)
         type_ids = batch.get("token_type_ids", [None] * len(texts))
         return [_Encoding(*row) for row in zip(batch["input_ids"], type_ids, strict=True)]
 
     def _text(self, prompt: Prompt, response: str) -> str:
         """The text of a response, or its first segment under `"pair"`."""
-        is_special = self._model().is_special
-        if self.text_format == "pair":
-            return plain_text(prompt.text, is_special)
-        if self.text_format == "article":
-            return f"User: {plain_text(prompt.text, is_special)}\nAssistant: {response}"
-        messages = chat_messages(prompt, is_special)
-        messages.append({"role": "assistant", "content": response})
-        return cast("str", self._model().tokenizer.apply_chat_template(messages, tokenize=False))
+        loaded: LoadedClassifier = self._model()
+        if self.text_format == "chat":
+            messages = chat_messages(prompt, loaded.is_special)
+            messages.append({"role": "assistant", "content": response})
+            return cast("str", loaded.tokenizer.apply_chat_template(messages, tokenize=False))
+        asked = plain_text(prompt.text, loaded.is_special)
+        return asked if self.text_format == "pair" else f"User: {asked}\nAssistant: {response}"
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """Tokens of one text: ids int[T], segment ids int[T] in architectures that have them."""
+    """Token ids of one text, int[T], and its segment ids where the architecture has them."""
 
     ids: list[int]
     type_ids: list[int] | None
@@ -223,11 +191,7 @@ class _Encoding:
 
 @dataclass(frozen=True)
 class LoadedClassifier:
-    """A model with what is to be known of it.
-
-    `is_special` tells texts with special tokens in them, `column` is the logit that is the reward,
-    `max_length` the most tokens of a text, and `pad_id` None where the model has no padding token.
-    """
+    """A model; `is_special` tells texts with special tokens, `column` is the reward's logit."""
 
     model: Any
     tokenizer: Any
@@ -235,25 +199,3 @@ class LoadedClassifier:
     column: int
     max_length: int
     pad_id: int | None
-
-    def outputs(self, encodings: Sequence[_Encoding], output: Output) -> FloatArray:
-        """float64[B], from one forward pass."""
-        import torch
-
-        with torch.inference_mode():
-            logits = self.model(**self._inputs(encodings)).logits.double()
-            if output == "softmax":
-                logits = logits.softmax(dim=-1)
-            column = logits[:, self.column]
-            chosen = column.sigmoid() if output == "sigmoid" else column
-        return cast("FloatArray", chosen.cpu().numpy())
-
-    def _inputs(self, encodings: Sequence[_Encoding]) -> dict[str, torch.Tensor]:
-        """Ids, mask and segment ids, padded on the right: int64[B, T]."""
-        device = self.model.device
-        ids, mask = padded([encoding.ids for encoding in encodings], self.pad_id or 0, device)
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if encodings[0].type_ids is not None:
-            type_ids = [encoding.type_ids or [] for encoding in encodings]
-            inputs["token_type_ids"], _ = padded(type_ids, 0, device)
-        return inputs

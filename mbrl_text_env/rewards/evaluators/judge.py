@@ -1,11 +1,11 @@
-"""A language model as a judge: how probable its possible verdicts are."""
+"""A language model as a reward: how probable a response is, and how probable a judge's verdicts."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import string
-import warnings
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -16,12 +16,7 @@ import numpy as np
 
 from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import (
-    Evaluator,
-    TextEncoder,
-    check_at_least_one,
-    language_model_of,
-)
+from mbrl_text_env.rewards.evaluators._hub import Evaluator, TextEncoder, language_model_of
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import Chunk, FloatArray, Prompt, TextState
 
@@ -47,51 +42,203 @@ ANSWERS: Mapping[str, float] = MappingProxyType({str(value): float(value) for va
 YES_NO: Mapping[str, float] = MappingProxyType({"Yes": 1.0, "No": 0.0})
 """Answers for a template that asks a question; the score is P(Yes) / (P(Yes) + P(No))."""
 
-_FIELDS = ("rubric", "prompt", "response")
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A language model, the most tokens that it reads, and those of a judge's answers."""
+
+    language_model: LanguageModel
+    encoder: TextEncoder
+    limit: int
+    answer_ids: Sequence[tuple[int, ...]] = ()
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is asked about a response: how probable each text of `asked` is after `ids`, int[P]."""
+
+    ids: tuple[int, ...]
+    asked: Sequence[tuple[int, ...]]
+    truncated: bool
+
+
+@dataclass(eq=False, repr=False)
+class _LanguageModelReward(Evaluator):
+    """A reward of log-probabilities: `_read` says what is asked about a response."""
+
+    language_model: LanguageModel | str | Path | None = None
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether the model can read the prompt, with room for a response."""
+        try:
+            self._room(prompt)
+        except RewardError:
+            return False
+        return True
+
+    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], what the language model says that judging each response takes.
+
+        An upper bound: beginnings of texts that it has cached are not computed again.
+        """
+        readings = [self._read(*row) for row in zip(prompts, responses, strict=True)]
+        return np.array([self._usage(self._length(r)) for r in readings], dtype=np.float64)
+
+    def flops_bound(self) -> float:
+        """The most that one response can take: a text as long as may be."""
+        return self._usage(self._model().limit)
+
+    def _usage(self, tokens: int) -> float:
+        loaded: _Loaded = self._model()
+        # The last token of an answer is judged, but nothing is asked of what follows it.
+        new_tokens = [len(ids) - 1 for ids in loaded.answer_ids]
+        return float(loaded.language_model.usage_bound(tokens, new_tokens).lm_flops)
+
+    def _length(self, reading: _Reading) -> int:
+        """Tokens that are read before those of `answer_ids`."""
+        return len(reading.ids)
+
+    def _asked(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], limit: int
+    ) -> list[list[Sequence[float]]]:
+        """Log-probabilities of the tokens of each text that is asked about each response."""
+        readings = [self._read(*row) for row in zip(prompts, responses, strict=True)]
+        self._note_truncated(sum(reading.truncated for reading in readings), limit)
+        rows = zip(prompts, readings, strict=True)
+        found = iter(
+            self._model().language_model.logprobs(
+                [TextState(prompt, reading.ids) for prompt, reading in rows for _ in reading.asked],
+                [Chunk(ids) for reading in readings for ids in reading.asked],
+            )
+        )
+        return [[next(found) for _ in reading.asked] for reading in readings]
+
+    @abstractmethod
+    def _read(self, prompt: Prompt, response: str) -> _Reading:
+        """What is asked about a response, which is cut to what there is room for."""
+
+    @abstractmethod
+    def _room(self, prompt: Prompt) -> int:
+        """Tokens that are left for a response; a `RewardError` where the prompt cannot be read."""
+
+
+@named("fluency")
+@dataclass(eq=False, repr=False)
+class FluencyReward(_LanguageModelReward):
+    """Mean log-probability (nats a token) of a response under a language model, at most 0.
+
+    It is minus the logarithm of the response's perplexity. The text is encoded anew, so its tokens
+    may differ from the sampled ones; special tokens written out in it are read as ordinary text. A
+    response without tokens scores the log-probability that the model ends right there (all its stop
+    tokens together); the end of other responses does not count. The first response that is cut, to
+    `max_length` or what the context has room for, gives a warning.
+
+    A text that repeats itself is probable, so a search for this reward alone ends in repetition:
+    combine it with `RepetitionPenalty` or another reward.
+
+    Args:
+        language_model: One with `logprobs` (`TransformersLM`, `ServerLM`), its name on the Hub or
+            folder; None for the embedded SmolLM2.
+        conditional: Whether the response is judged as an answer to its prompt; otherwise as a text
+            of its own, after the tokenizer's opening token or, where it has none, a stop token.
+        max_length: Most tokens of a response that count.
+        name: By default "fluency", or "fluency-unconditional".
+
+    Raises:
+        RewardError: The language model cannot be loaded, has no stop tokens, or a prompt leaves no
+            room in its context. `score_responses` refuses minus infinity.
+
+    Example:
+        >>> prompt = Prompt.from_text("Why is the sky blue?")
+        >>> texts = ["Because air scatters blue light.", "Scatters air because light blue."]
+        >>> fluent, muddled = FluencyReward().score([prompt] * 2, texts)  # doctest: +SKIP
+    """
+
+    _: KW_ONLY
+    conditional: bool = True
+    max_length: int = 2048
+    name: str = ""
+
+    cut = "response(s) to {} tokens or what the context has room for; the rest does not count"
+
+    def __post_init__(self) -> None:
+        self.name = self.name or ("fluency" if self.conditional else "fluency-unconditional")
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the mean log-probability (nats) of each response's tokens."""
+        if not responses:
+            return np.zeros(0)
+        found = self._asked(prompts, responses, self.max_length)
+        means = [[math.fsum(logs) / len(logs) for logs in row] for row in found]
+        return np.array([np.logaddexp.reduce(row) for row in means], dtype=np.float64)
+
+    def _read(self, prompt: Prompt, response: str) -> _Reading:
+        prefix, loaded = self._prefix(prompt), self._model()
+        ids = loaded.encoder.ids(response)
+        kept = ids[: min(loaded.limit - len(prefix), self.max_length)]
+        # A response without tokens is judged by each of the tokens that could end it.
+        stops = [(stop,) for stop in sorted(loaded.language_model.stop_token_ids)]
+        return _Reading(prefix, [kept] if kept else stops, len(kept) < len(ids))
+
+    def _length(self, reading: _Reading) -> int:
+        return len(reading.ids) + len(reading.asked[0]) - 1
+
+    def _room(self, prompt: Prompt) -> int:
+        return int(self._model().limit) - len(self._prefix(prompt))
+
+    def _prefix(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens that the response follows."""
+        loaded: _Loaded = self._model()
+        if not self.conditional:
+            return loaded.encoder.opening or (min(loaded.language_model.stop_token_ids),)
+        try:
+            return loaded.language_model.encode_prompt(prompt)
+        except ValueError as error:
+            which = "" if isinstance(error, PromptTooLongError) else f", prompt {prompt.id!r}"
+            raise RewardError(f"Reward model {self.name!r}{which}: {error}") from error
+
+    def _load(self) -> _Loaded:
+        language_model = language_model_of(self.language_model, self.name)
+        if not language_model.stop_token_ids:
+            raise RewardError(
+                f"Reward model {self.name!r}: {language_model.name!r} has no stop tokens, by which "
+                "an empty response is judged. Pass a language model that has some."
+            )
+        return _Loaded(language_model, TextEncoder(language_model), language_model.context_length)
 
 
 @named("judge")
 @dataclass(eq=False, repr=False)
-class JudgeReward(Evaluator):
+class JudgeReward(_LanguageModelReward):
     """The verdict that a language model is expected to give on a response, by a rubric.
 
     Nothing is sampled or parsed: the score is the mean of the answers' values, weighted by the
     probabilities (`logprobs`) that each comes next after the template's question.
 
-    Special tokens written out in prompt, response, rubric or template are read as ordinary text, so
-    nothing can end the message or write the judge's answer. A response may still ask in plain words
-    for a good mark. One that does not fit into `max_length` with the rest is cut at its end. The
-    first such cut, and the first question whose answers together are less probable than
-    `least_mass` (template or judge do not suit), gives a warning.
+    Special tokens written out in prompt, response, rubric or template are read as ordinary text; a
+    response may still ask in plain words for a good mark. There is a warning of the first response
+    that is cut at its end, and of the first question whose answers together are less probable than
+    `least_mass` (template or judge do not suit).
 
     Source: Liu et al., "G-Eval: NLG Evaluation using GPT-4 with Better Human Alignment", EMNLP
     2023. Deviations: exact probabilities rather than frequencies of 20 samples, divided by their
     sum over the answers; no chain of thought before the answer.
 
     Args:
-        language_model: One with `logprobs` (`TransformersLM`, `ServerLM`), its name on the Hub or
-            folder; None for the embedded SmolLM2, which is too small to judge well.
+        language_model: See `FluencyReward`; the embedded SmolLM2 is too small to judge well.
         rubric: What deserves which answer. A string under `"rubric"` in a prompt's metadata takes
             its place for that prompt.
         template: The question, with the fields `{rubric}`, `{prompt}` and `{response}`
             (`str.format`); `{response}` is required.
-        answers: The value of each answer, two or more. Each is encoded as a text of its own, and
-            none may begin with the tokens of another.
+        answers: The value of each answer, two or more; none may begin with the tokens of another.
         chat: Whether the question is a user message of the judge's chat template; otherwise plain
             text, which the answer continues.
         max_length: Most tokens of question and answer.
         least_mass: Probability of all answers together below which a warning is given.
-        name: What reports call it.
-
-    Attributes:
-        num_truncated: Responses that were cut so far.
-        num_unlikely: Responses so far whose answers were all unlikely.
 
     Raises:
-        RewardError: The language model cannot be loaded; an answer has no tokens, or begins with
-            another; a prompt's rubric is no text, or the prompt leaves no room for a response; or
-            all answers have a probability of 0.
-        ValueError: At first use: the template has other fields, or an argument is out of its range.
+        RewardError: The language model cannot be loaded, the answers do not differ, a prompt's
+            rubric is no text, it leaves no room for a response, or no answer is possible.
 
     Example:
         >>> judge = JudgeReward(
@@ -102,7 +249,6 @@ class JudgeReward(Evaluator):
         array([0.7...])
     """
 
-    language_model: LanguageModel | str | Path | None = None
     _: KW_ONLY
     rubric: str = RUBRIC
     template: str = TEMPLATE
@@ -113,38 +259,18 @@ class JudgeReward(Evaluator):
     name: str = "judge"
 
     num_unlikely = 0
-    cuts = (
-        "response(s) to fit into {} tokens with the template; the rest of them does not count",
-        "judge's context",
-    )
+    """Responses so far whose answers were all unlikely."""
+    cut = "response(s) to fit into {} tokens with the template; the rest does not count"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "answers": dict(self.answers)}
-
-    def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt leaves room for a response, and its rubric, if any, is text."""
-        try:
-            self._room(prompt)
-        except RewardError:
-            return False
-        return True
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], from the least of the answers' values to the greatest."""
         if not responses:
             return np.zeros(0)
-        loaded: _Loaded = self._model()
-        questions = [self._question(*row) for row in zip(prompts, responses, strict=True)]
-        self._note_truncated(sum(q.truncated for q in questions), loaded.question_limit)
-        found = loaded.language_model.logprobs(
-            [
-                TextState(p, q.ids)
-                for p, q in zip(prompts, questions, strict=True)
-                for _ in self.answers
-            ],
-            [Chunk(ids) for _ in questions for ids in loaded.answer_ids],
-        )
-        logs = np.array([math.fsum(values) for values in found]).reshape(len(responses), -1)
+        found = self._asked(prompts, responses, self._model().limit)
+        logs = np.array([[math.fsum(values) for values in row] for row in found])
         mass = np.logaddexp.reduce(logs, axis=1)
         for prompt, value in zip(prompts, mass, strict=True):
             if not value > -np.inf:
@@ -153,83 +279,52 @@ class JudgeReward(Evaluator):
                     f"one of {list(self.answers)} a probability above 0, got none. Change template "
                     "or answers, so that they are what the judge would say."
                 )
-        self._note_unlikely(int(np.sum(np.exp(mass) < self.least_mass)))
+        unlikely = int(np.sum(np.exp(mass) < self.least_mass))
+        message = (
+            f"gives, for {unlikely} response(s), all answers together a probability below "
+            f"{self.least_mass:g}: the judge would say something else. Say in the template what to "
+            "answer, or use another judge"
+        )
+        self._note("num_unlikely", unlikely, message)
         shares = np.exp(logs - mass[:, None])
         return np.asarray(shares @ np.array(list(self.answers.values()), dtype=np.float64))
 
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], what the language model says that judging each response takes.
-
-        An upper bound: beginnings of questions that it has cached are not computed again.
-        """
-        questions = [self._question(*row) for row in zip(prompts, responses, strict=True)]
-        return np.array([self._usage(len(q.ids)) for q in questions], dtype=np.float64)
-
-    def flops_bound(self) -> float:
-        """The most that one response can take: a question that fills `max_length`."""
-        return self._usage(self._model().question_limit)
-
-    def _usage(self, tokens: int) -> float:
-        loaded: _Loaded = self._model()
-        # The last token of an answer is judged, but nothing is asked of what follows it.
-        new_tokens = [len(ids) - 1 for ids in loaded.answer_ids]
-        return loaded.language_model.usage_bound(tokens, new_tokens).lm_flops
-
-    def _question(self, prompt: Prompt, response: str) -> _Question:
-        """The judge's prompt, in which the response is as long as there is room for."""
+    def _read(self, prompt: Prompt, response: str) -> _Reading:
         loaded: _Loaded = self._model()
         ids = self._ids(prompt, response)
         if ids is not None:
-            return _Question(ids, truncated=False)
+            return _Reading(ids, loaded.answer_ids, truncated=False)
         kept, tokens = self._room(prompt), loaded.encoder.ids(response)
-        while kept > 0:
+        while kept > 0 and ids is None:
             # A character of several tokens may have been cut in two.
-            cut = loaded.language_model.decode(tokens[:kept]).rstrip("\ufffd")
-            ids = self._ids(prompt, cut)
-            if ids is not None:
-                return _Question(ids, truncated=True)
+            ids = self._ids(prompt, loaded.language_model.decode(tokens[:kept]).rstrip("\ufffd"))
             # Encoded again and among other text, the tokens may be a few more.
             kept -= 1 + kept // 64
-        return _Question(self._empty(prompt), truncated=True)
+        return _Reading(ids or self._ids(prompt, "") or (), loaded.answer_ids, truncated=True)
 
     def _room(self, prompt: Prompt) -> int:
-        """Tokens that are left for a response, at least 1."""
-        room = self._model().question_limit - len(self._empty(prompt))
-        if room < 1:
-            raise self._no_room(prompt)
-        return room
-
-    def _empty(self, prompt: Prompt) -> tuple[int, ...]:
-        """The question about an empty response."""
-        ids = self._ids(prompt, "")
-        if ids is None:
-            raise self._no_room(prompt)
-        return ids
-
-    def _no_room(self, prompt: Prompt) -> RewardError:
-        return RewardError(
-            f"Reward model {self.name!r}: prompt {prompt.id!r} and the template leave no room for "
-            f"a response in {self._model().question_limit} tokens. Shorten them, or raise "
-            "max_length if the judge's context allows it."
-        )
+        limit, empty = int(self._model().limit), self._ids(prompt, "")
+        if empty is None or len(empty) >= limit:
+            raise RewardError(
+                f"Reward model {self.name!r}: prompt {prompt.id!r} and the template leave no room "
+                f"for a response in {limit} tokens. Shorten them, or raise max_length if the "
+                "judge's context allows it."
+            )
+        return limit - len(empty)
 
     def _ids(self, prompt: Prompt, response: str) -> tuple[int, ...] | None:
         """Token ids of a question; None if there are too many."""
         loaded: _Loaded = self._model()
-        text = self.template.format(
-            rubric=self._rubric(prompt),
-            prompt=prompt.text,
-            response=response,
-        )
+        rubric = self._rubric(prompt)
+        text = self.template.format(rubric=rubric, prompt=prompt.text, response=response)
+        question = Prompt.from_text(text, prompt.id, chat=self.chat)
         try:
-            ids = loaded.language_model.encode_prompt(
-                Prompt.from_text(text, prompt.id, chat=self.chat)
-            )
+            ids = loaded.language_model.encode_prompt(question)
         except PromptTooLongError:
             return None
         except ValueError as error:
             raise RewardError(f"Reward model {self.name!r}: {error}") from error
-        return ids if len(ids) <= loaded.question_limit else None
+        return ids if len(ids) <= loaded.limit else None
 
     def _rubric(self, prompt: Prompt) -> str:
         given = prompt.metadata.get("rubric")
@@ -249,69 +344,37 @@ class JudgeReward(Evaluator):
         answer_ids = [encoder.ids(answer) for answer in self.answers]
         self._check_answers(answer_ids)
         limit = min(self.max_length, language_model.context_length) - max(map(len, answer_ids))
-        return _Loaded(language_model, encoder, answer_ids, limit)
+        return _Loaded(language_model, encoder, limit, answer_ids)
 
     def _check_arguments(self) -> None:
-        check_at_least_one(self, "max_length")
         try:
             fields = {field for _, field, _, _ in string.Formatter().parse(self.template)} - {None}
         except ValueError as error:
             raise ValueError(
                 f"template: {error}, in {self.template!r}. Write {{{{ for {{."
             ) from error
-        if "response" not in fields or not fields <= set(_FIELDS):
+        if "response" not in fields or not fields <= {"rubric", "prompt", "response"}:
             raise ValueError(
                 f"template: expected the field {{response}}, and of others {{rubric}} and "
                 f"{{prompt}} alone, got {sorted(map(str, fields))}."
             )
-        values = list(self.answers.values())
-        if len(values) < 2 or not np.isfinite(np.array(values, dtype=np.float64)).all():
-            raise ValueError(
-                "answers: expected two or more, each with a finite value, got "
-                f"{dict(self.answers)}."
-            )
+        values = np.array(list(self.answers.values()), dtype=np.float64)
+        if len(values) < 2 or not np.isfinite(values).all():
+            got = dict(self.answers)
+            raise ValueError(f"answers: expected two or more, each with a finite value, got {got}.")
 
     def _check_answers(self, answer_ids: Sequence[tuple[int, ...]]) -> None:
         """Refuse answers whose probabilities are not those of different events."""
-        named = list(zip(self.answers, answer_ids, strict=True))
-        for answer, ids in named:
+        ids_of = dict(zip(self.answers, answer_ids, strict=True))
+        for answer, ids in ids_of.items():
             if not ids:
                 raise RewardError(
                     f"Reward model {self.name!r}: answer {answer!r} has no tokens. Use another."
                 )
-        for (one, first), (other, second) in itertools.permutations(named, 2):
-            if second[: len(first)] == first:
+        for one, other in itertools.permutations(ids_of, 2):
+            if ids_of[other][: len(ids_of[one])] == ids_of[one]:
                 raise RewardError(
                     f"Reward model {self.name!r}: answer {other!r} begins with the tokens of "
                     f"{one!r}, whose probability would count for both. Use answers that differ "
                     "from their first token on, such as letters."
                 )
-
-    def _note_unlikely(self, count: int) -> None:
-        if count and not self.num_unlikely:
-            warnings.warn(
-                f"Reward model {self.name!r}: for {count} response(s) the judge gives all answers "
-                f"together a probability below {self.least_mass:g}; it would say something else. "
-                "Say in the template what to answer, or use another judge. `num_unlikely` counts "
-                "further ones.",
-                stacklevel=3,
-            )
-        self.num_unlikely += count
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Token ids of the judge's prompt, int[P], and whether the response in it was cut."""
-
-    ids: tuple[int, ...]
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A judge, its answers' tokens, and the most tokens that a question may have."""
-
-    language_model: LanguageModel
-    encoder: TextEncoder
-    answer_ids: list[tuple[int, ...]]
-    question_limit: int

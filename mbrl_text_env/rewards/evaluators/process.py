@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
-from mbrl_text_env.rewards.base import Aggregation, ProcessRewardModel
+from mbrl_text_env.language_models.hf_tokenizer import control_test, plain_text
+from mbrl_text_env.rewards.base import Aggregation, ProcessRewardModel, RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     HubReward,
-    batches,
+    chat_messages,
     check_choices,
-    check_rows,
-    forward_flops,
+    class_index,
     input_limit,
     padded,
-)
-from mbrl_text_env.rewards.evaluators._steps import (
-    PROCESS_FORMATS,
-    StepEncoder,
-    StepFormat,
-    StepOutput,
-    StepText,
 )
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import FloatArray, Prompt
@@ -31,9 +26,69 @@ from mbrl_text_env.types import FloatArray, Prompt
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PROCESS_FORMATS", "ProcessReward", "StepFormat"]
+StepOutput = Literal["class", "token"]
+_Parts: TypeAlias = tuple[list[int], list[list[int]]]
+"""Ids of what comes before the steps, and of each step."""
 
-_QWEN_ARCHITECTURE = "Qwen2ForProcessRewardModel"
+# Stands for the assistant's message in a rendered chat template; a private character.
+_HERE = "\ue000"
+_NUMBERED = re.compile(r"Step \d+:")
+
+
+@dataclass(frozen=True)
+class StepFormat:
+    """How a process reward model reads a prompt and steps, and which output is a step's score.
+
+    After each step comes `step_end`; the model's output at its last token is the step's score.
+
+    Args:
+        step_end: Text after each step.
+        output: `"class"`: the probability of the class `label` of a token-classification head.
+            `"token"`: the probability that `good` comes next rather than `bad`.
+        chat: Whether prompt and response are messages of the tokenizer's chat template.
+        before: Written before the first step, where it is no chat; `{prompt}` is the prompt.
+        step: A step; `{n}` is its number from 1, `{step}` its text without surrounding white space.
+            A step that begins with its number already ("Step 2:") is written as it is.
+        between: Written between `step_end` and the next step.
+        whole: Whether all is encoded as one text, in which `step_end` has to be a single token;
+            otherwise prompt, steps and `step_end` are encoded one by one, the opening token first.
+        label: Index or name of the class that is good.
+        good: The token that comes after a good step; one token of the vocabulary.
+        bad: The one that comes after a bad step.
+        system: System message of a chat that has none.
+    """
+
+    step_end: str
+    output: StepOutput = "class"
+    chat: bool = False
+    before: str = "{prompt}"
+    step: str = "{step}"
+    between: str = ""
+    whole: bool = True
+    label: int | str = 1
+    good: str = "+"
+    bad: str = "-"
+    system: str | None = None
+
+    def written(self, number: int, step: str) -> str:
+        """A step's text as the model reads it."""
+        text = step.strip()
+        # An empty step leaves no space before `step_end`.
+        return text if _NUMBERED.match(text) else self.step.format(n=number, step=text).strip()
+
+
+PROCESS_FORMATS: dict[str, StepFormat] = {
+    "qwen": StepFormat(
+        "<extra_0>",
+        chat=True,
+        system="Please reason step by step, and put your final answer within \\boxed{}.",
+    ),
+    "math-shepherd": StepFormat(
+        " ки", output="token", before="{prompt} ", step="Step {n}: {step}", between="\n"
+    ),
+    "trl": StepFormat("\n", whole=False),
+}
+"""Formats by name; see `ProcessReward` for their sources."""
 
 
 @named("process", argument="NAME_OR_FOLDER")
@@ -45,21 +100,18 @@ class ProcessReward(HubReward, ProcessRewardModel):
     makes of a response. A response without text is scored as one empty step. Formats:
 
     - `"qwen"`: Qwen2.5-Math-PRM-7B, -72B and Qwen2.5-Math-7B-PRM800K. `<extra_0>` after each step
-      in the assistant's message; the probability of class 1 there. Their head, two linear layers,
-      is read from the checkpoint; the code that comes with the models is not run.
+      in the assistant's message; the probability of class 1 there. The code that comes with the
+      models is not run.
     - `"math-shepherd"`: peiyi9979/math-shepherd-mistral-7b-prm. "Step 1: ... ки" a line; the
       probability of "+" against "-" at each "ки".
     - `"trl"`: what TRL's PRMTrainer trains. A line break after each step; the probability of class
       1 of `AutoModelForTokenClassification` there.
-    - Others: a `StepFormat`.
+    - Others: a `StepFormat`, but none with a turn of the chat for each step (RLHFlow's).
 
-    Formats with a turn of the chat for each step (RLHFlow's) are not among them. Special tokens and
-    `step_end` written out in a prompt or step get a zero-width space and are read as ordinary text
-    (line breaks stay, as in training), so what a step contains never moves the places of scores.
-
-    A text longer than `max_length`, or than the model's input, is cut: first the prompt's start, to
-    half of the limit, then the ends of the longest steps, each of which keeps a score of its own.
-    The first cut gives a warning.
+    Special tokens and `step_end` written out in a prompt or step get a zero-width space and are
+    read as ordinary text (line breaks stay, as in training). A text that is too long is cut: first
+    the prompt's start, to half of the limit, then the ends of the longest steps, each of which
+    keeps a score of its own. The first cut gives a warning.
 
     Source: Zhang et al., "The Lessons of Developing Process Reward Models in Mathematical
     Reasoning", 2025, and the model card of Qwen/Qwen2.5-Math-PRM-7B; Wang et al., "Math-Shepherd:
@@ -69,20 +121,13 @@ class ProcessReward(HubReward, ProcessRewardModel):
     space, and texts are cut as above (TRL cuts the last steps off).
 
     Args (see `HubReward` for the others):
-        model: Name on the Hub, or folder with a model and its tokenizer.
         step_format: A name of `PROCESS_FORMATS`, or a `StepFormat`.
         separator: What stands between the steps of a response; blank steps are left out.
         aggregation: How the steps make one score: `"min"`, `"product"`, `"last"` or `"mean"`.
-        max_length: Most tokens of prompt and steps.
-
-    Attributes:
-        num_truncated: Texts that were cut so far.
 
     Raises:
         RewardError: At first use: there is no such model, it has no trained head of this kind, or
-            the format's tokens are not in its vocabulary. Later: a response has so many steps that
-            their ends alone do not fit.
-        ValueError: At first use: an argument is out of its range.
+            the format's tokens are not in its vocabulary. Later: a response has too many steps.
 
     Example:
         >>> reward = ProcessReward("Qwen/Qwen2.5-Math-PRM-7B", "qwen")
@@ -97,11 +142,7 @@ class ProcessReward(HubReward, ProcessRewardModel):
     aggregation: Aggregation | str = "min"
     max_length: int = 4096
 
-    cuts = (
-        "text(s) to {} tokens: the start of the prompt, or the ends of the longest steps, do not "
-        "count",
-        "model's input",
-    )
+    cut = "text(s) to {} tokens: the prompt's start or the longest steps' ends do not count"
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the aggregated scores of each response's steps."""
@@ -116,27 +157,13 @@ class ProcessReward(HubReward, ProcessRewardModel):
     def score_steps_batch(
         self, prompts: Sequence[Prompt], steps: Sequence[Sequence[str]]
     ) -> list[FloatArray]:
-        """Score the steps of several responses together.
-
-        Args:
-            prompts: One a response.
-            steps: The steps of each response; there may be none.
-
-        Returns:
-            float64[len(steps[i])] for each response.
-        """
+        """Score the steps of several responses together: float64[len(steps[i])] for each."""
         scores = [np.zeros(0) for _ in steps]
         asked = [i for i, row in enumerate(steps) if row]
-        if not asked:
-            return scores
-        loaded = self._model()
-        texts = [loaded.encode(prompts[i], steps[i]) for i in asked]
-        for text in texts:
-            check_rows(text.ids, loaded.model, loaded.encode.tokenizer, self.name)
-        self._note_truncated(sum(text.truncated for text in texts), loaded.encode.max_length)
-        for part in batches([len(t.ids) for t in texts], self.batch_size, self.batch_tokens):
-            for k, row in zip(part, loaded.outputs([texts[k] for k in part]), strict=True):
-                scores[asked[k]] = row
+        if asked:
+            texts = [self._model().encode(prompts[i], steps[i]) for i in asked]
+            for i, found in zip(asked, self._outputs(texts, self.batch_size), strict=True):
+                scores[i] = found
         return scores
 
     def steps(self, response: str) -> list[str]:
@@ -146,79 +173,61 @@ class ProcessReward(HubReward, ProcessRewardModel):
         found = [step for step in response.split(self.separator) if step.strip()]
         return found or [""]
 
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of each response: `forward_flops`."""
-        if not responses:
-            return np.zeros(0)
-        loaded = self._model()
-        lengths = [
-            len(loaded.encode(prompt, self.steps(response)).ids)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        return forward_flops(loaded.model, lengths)
+    def _encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[_StepText]:
+        encode = self._model().encode
+        return [encode(*row) for row in zip(prompts, map(self.steps, responses), strict=True)]
 
-    def flops_bound(self) -> float:
-        """The most that one response can take: a text that fills the model's input."""
-        loaded = self._model()
-        return float(forward_flops(loaded.model, [loaded.encode.max_length])[0])
+    def _forward(self, texts: Sequence[_StepText]) -> list[FloatArray]:
+        import torch
+
+        loaded: _Loaded = self._model()
+        ids, mask = padded([text.ids for text in texts], 0, loaded.model.device)
+        inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": mask}
+        places = list(range(ids.shape[1]))
+        if loaded.format.output == "token":
+            # The vocabulary is wide: logits are computed only where a step ends.
+            places = sorted({end for text in texts for end in text.ends})
+            inputs["logits_to_keep"] = torch.tensor(places, device=ids.device)
+        with torch.inference_mode():
+            logits = loaded.model(**inputs).logits[:, :, loaded.columns].double().cpu()
+        if logits.shape[1] != len(places):
+            # Some models compute all of them, whatever they are asked for.
+            places = list(range(ids.shape[1]))
+        row_of = {place: row for row, place in enumerate(places)}
+        return [
+            logits[i, [row_of[end] for end in text.ends]].softmax(dim=-1)[:, 0].numpy()
+            for i, text in enumerate(texts)
+        ]
 
     def _load(self) -> _Loaded:
         check_choices(self, aggregation=[choice.value for choice in Aggregation])
-        if not isinstance(self.step_format, StepFormat):
+        step_format = self.step_format
+        if not isinstance(step_format, StepFormat):
             check_choices(self, step_format=list(PROCESS_FORMATS))
-        named = self.step_format
-        step_format = named if isinstance(named, StepFormat) else PROCESS_FORMATS[named]
-        if step_format.output not in get_args(StepOutput):
-            raise ValueError(
-                f"step_format.output: expected one of {list(get_args(StepOutput))}, got "
-                f"{step_format.output!r}."
-            )
-        is_class = step_format.output == "class"
-        model, tokenizer = self._read(
-            _classifier if is_class else "AutoModelForCausalLM",
-            "token-classification" if is_class else "causal language",
-        )
+            step_format = PROCESS_FORMATS[step_format]
+        check_choices(step_format, output=get_args(StepOutput))
+        if step_format.output == "class":
+            model, tokenizer = self._read(_classifier, "token-classification")
+        else:
+            model, tokenizer = self._read("AutoModelForCausalLM", "causal language")
         limit = input_limit(model, tokenizer, self.max_length)
-        encode = StepEncoder(tokenizer, step_format, self.name, limit)
-        return _Loaded(model, encode, _columns(model.config, encode))
-
-
-def _columns(config: Any, encode: StepEncoder) -> list[int]:
-    """The outputs whose softmax gives the score, the good one first."""
-    step_format = encode.format
-    if step_format.output == "token":
-        return [encode.token(step_format.good, "good"), encode.token(step_format.bad, "bad")]
-    label = step_format.label
-    labels = [config.id2label[i] for i in range(config.num_labels)]
-    index = labels.index(label) if label in labels else label
-    if len(labels) < 2 or not isinstance(index, int) or not 0 <= index < len(labels):
-        raise encode.error(
-            "expected two or more classes, and label to be the name or index of the good one; got "
-            f"the classes {labels} and label={label!r}. Pass step_format=StepFormat(label=...), or "
-            "choose a model that was trained as a process reward model"
-        )
-    return [index, *(i for i in range(len(labels)) if i != index)]
+        return _Loaded(model, tokenizer, step_format, self.name, limit)
 
 
 def _classifier(source: str, **options: Any) -> Any:
     """A token-classification model; Qwen's own head is built here, without Qwen's code."""
+    import transformers
     from torch import nn
-    from transformers import (
-        AutoConfig,
-        AutoModelForTokenClassification,
-        Qwen2Config,
-        Qwen2ForTokenClassification,
-    )
 
     found = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
-    config = AutoConfig.from_pretrained(source, **found)
-    if config.architectures != [_QWEN_ARCHITECTURE]:
-        return AutoModelForTokenClassification.from_pretrained(source, **options)
+    config = transformers.AutoConfig.from_pretrained(source, **found)
+    if config.architectures != ["Qwen2ForProcessRewardModel"]:
+        return transformers.AutoModelForTokenClassification.from_pretrained(source, **options)
 
-    class Qwen2ForProcessRewardModel(Qwen2ForTokenClassification):
+    class Qwen2ForProcessRewardModel(transformers.Qwen2ForTokenClassification):
         """Qwen2 with a head of two layers instead of one; the names are the checkpoint's."""
 
-        def __init__(self, config: Qwen2Config) -> None:
+        def __init__(self, config: transformers.Qwen2Config) -> None:
             super().__init__(config)
             size: Any = config.hidden_size
             head: Any = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))
@@ -230,31 +239,163 @@ def _classifier(source: str, **options: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class _StepText:
+    """Prompt and steps, int[T], and the places of the steps' ends, int[S]."""
+
+    ids: list[int]
+    ends: list[int]
+    truncated: bool
+
+
 class _Loaded:
-    """A model, its encoder, and the outputs whose softmax gives the score, the good one first."""
+    """A model, with the encoding of prompts and steps for it.
 
-    model: Any
-    encode: StepEncoder
-    columns: list[int]
+    `columns` are the outputs whose softmax gives the score, the good one first.
+    """
 
-    def outputs(self, texts: Sequence[StepText]) -> list[FloatArray]:
-        """float64[S] for each text, from one forward pass."""
-        import torch
+    def __init__(
+        self, model: Any, tokenizer: Any, step_format: StepFormat, name: str, max_length: int
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.format, self.name, self.max_length = step_format, name, max_length
+        tag = step_format.step_end.strip()
+        # White space is part of any text, and a single character cannot be broken.
+        self._is_special = control_test(tokenizer, *([tag] if len(tag) > 1 else []))
+        self._check_fields()
+        if step_format.chat and tokenizer.chat_template is None:
+            raise self.error("the tokenizer has no chat template. Use a format with chat=False")
+        # Without its spaces: tokenizers differ in where a space belongs.
+        self._end_ids = (
+            [self.token(tag, "step_end")] if step_format.whole else self._ids(step_format.step_end)
+        )
+        if not self._end_ids:
+            raise self.error(f"step_end={step_format.step_end!r} has no tokens. Use another text")
+        self.columns = self._columns()
 
-        ids, mask = padded([text.ids for text in texts], 0, self.model.device)
-        inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": mask}
-        places = list(range(ids.shape[1]))
-        if self.encode.format.output == "token":
-            # The vocabulary is wide: logits are computed only where a step ends.
-            places = sorted({end for text in texts for end in text.ends})
-            inputs["logits_to_keep"] = torch.tensor(places, device=ids.device)
-        with torch.inference_mode():
-            logits = self.model(**inputs).logits[:, :, self.columns].double().cpu()
-        if logits.shape[1] != len(places):
-            # Some models compute all of them, whatever they are asked for.
-            places = list(range(ids.shape[1]))
-        row_of = {place: row for row, place in enumerate(places)}
-        return [
-            logits[i, [row_of[end] for end in text.ends]].softmax(dim=-1)[:, 0].numpy()
-            for i, text in enumerate(texts)
+    def _columns(self) -> list[int]:
+        if self.format.output == "token":
+            return [self.token(self.format.good, "good"), self.token(self.format.bad, "bad")]
+        labels, index = class_index(self.model.config, self.format.label)
+        if len(labels) < 2 or index is None:
+            raise self.error(
+                "expected two or more classes, and label to be the name or index of the good one; "
+                f"got the classes {labels} and label={self.format.label!r}. Pass another label="
+            )
+        return [index, *(i for i in range(len(labels)) if i != index)]
+
+    def encode(self, prompt: Prompt, steps: Sequence[str]) -> _StepText:
+        """Token ids of a prompt and its steps, cut to `max_length`; see `ProcessReward`."""
+        written = [
+            plain_text(self.format.written(i + 1, step), self._is_special)
+            for i, step in enumerate(steps)
         ]
+        if self.format.chat:
+            before = self._chat(prompt)
+        else:
+            before = self.format.before.format(prompt=plain_text(prompt.text, self._is_special))
+        encode = self._as_one if self.format.whole else self._one_by_one
+        head, parts = encode(prompt, before, written)
+        total = sum(map(len, parts))
+        truncated = len(head) + total > self.max_length
+        if truncated:
+            kept = max(self.max_length // 2, self.max_length - total)
+            head = head[max(0, len(head) - kept) :]
+            parts = self._shortened(prompt, parts, self.max_length - len(head))
+        ends = np.cumsum([len(head), *map(len, parts)])[1:] - 1
+        return _StepText([*head, *itertools.chain(*parts)], ends.tolist(), truncated)
+
+    def token(self, text: str, argument: str) -> int:
+        """The id of a text that has to be one token."""
+        ids = self._ids(text)
+        unknown = ids == [self.tokenizer.unk_token_id] and text != self.tokenizer.unk_token
+        if len(ids) != 1 or unknown:
+            raise self.error(
+                f"expected {argument}={text!r} to be a single token of the vocabulary, got "
+                f"{self.tokenizer.convert_ids_to_tokens(ids)}. Pass the model's own StepFormat(...)"
+            )
+        return ids[0]
+
+    def error(self, reason: str) -> RewardError:
+        """An error that names the reward."""
+        return RewardError(f"Reward model {self.name!r}: {reason}.")
+
+    def _check_fields(self) -> None:
+        try:
+            complete = _HERE in self.format.written(1, _HERE)
+            complete &= self.format.chat or _HERE in self.format.before.format(prompt=_HERE)
+        except (KeyError, IndexError, ValueError):
+            complete = False
+        if not complete:
+            raise self.error(
+                "expected the field {step}, and of others {n} alone, in the format's step, and "
+                f"{{prompt}} alone in its before; got step={self.format.step!r} and "
+                f"before={self.format.before!r}. Write {{{{ for a brace"
+            )
+
+    def _chat(self, prompt: Prompt) -> str:
+        """The rendered chat up to the assistant's message."""
+        messages = chat_messages(prompt, self._is_special)
+        if self.format.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.format.system})
+        messages.append({"role": "assistant", "content": _HERE})
+        text = cast("str", self.tokenizer.apply_chat_template(messages, tokenize=False))
+        head, found, _ = text.rpartition(_HERE)
+        if not found:
+            raise self.error("the chat template leaves out the assistant's message. Use another")
+        return head
+
+    def _as_one(self, prompt: Prompt, before: str, steps: Sequence[str]) -> _Parts:
+        """Parts of one encoded text, found by their places in it."""
+        text, ends = before, []
+        for i, step in enumerate(steps):
+            text += (self.format.between if i else "") + step + self.format.step_end
+            ends.append(len(text))
+        encoded = self.tokenizer(
+            text,
+            # A chat template writes them itself.
+            add_special_tokens=not self.format.chat,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        place = {end: i for i, (start, end) in enumerate(offsets) if end > start}
+        first = next(i for i, (_, end) in enumerate(offsets) if end > len(before))
+        found = [place.get(end) for end in ends]
+        bounds = [first, *(i + 1 for i in found if i is not None and ids[i] == self._end_ids[0])]
+        if len(bounds) != len(steps) + 1:
+            raise self.error(
+                f"prompt {prompt.id!r}: step_end={self.format.step_end!r} is not a token of its "
+                "own after each step. Use another, or StepFormat(whole=False)"
+            )
+        return ids[:first], [ids[a:b] for a, b in itertools.pairwise(bounds)]
+
+    def _one_by_one(self, prompt: Prompt, before: str, steps: Sequence[str]) -> _Parts:
+        """Parts that are each encoded for itself."""
+        opening = self.tokenizer.bos_token_id
+        first = [] if self.format.chat or opening is None else [opening]
+        between = self._ids(self.format.between)
+        parts = [
+            (between if i else []) + self._ids(step) + self._end_ids for i, step in enumerate(steps)
+        ]
+        return first + self._ids(before), parts
+
+    def _shortened(self, prompt: Prompt, parts: list[list[int]], room: int) -> list[list[int]]:
+        """Steps that have `room` tokens together; the longest lose the tokens before their ends."""
+        end = len(self._end_ids)
+        if len(parts) * end > room:
+            raise self.error(
+                f"prompt {prompt.id!r}: a response of {len(parts)} steps does not fit into "
+                f"{self.max_length} tokens, not even the steps' ends. Raise max_length if the "
+                "model's input allows it, or divide the response into fewer steps"
+            )
+        most, left = room, room
+        for i, length in enumerate(sorted(map(len, parts))):
+            most = left // (len(parts) - i)
+            if length > most:
+                break
+            left -= length
+        return [p if len(p) <= most else p[: most - end] + p[-end:] for p in parts]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids

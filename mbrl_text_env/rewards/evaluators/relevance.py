@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from mbrl_text_env.encoders import (
     Encoder,
@@ -17,7 +17,8 @@ from mbrl_text_env.encoders import (
     encoder_flops,
     encoder_flops_bound,
 )
-from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.evaluators._hub import Evaluator
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -25,7 +26,7 @@ _PROMPTS_KEPT = 4096
 
 
 @named("relevance")
-class RelevanceReward(RewardModel):
+class RelevanceReward(Evaluator):
     """Cosine of the embeddings of prompt and response, in [-1, 1].
 
     An empty response (nothing but white space) scores 0: it is about nothing. Texts beyond the
@@ -42,19 +43,17 @@ class RelevanceReward(RewardModel):
             own format. See `reduced`.
 
     Raises:
-        ValueError: `dtype` is another.
         RewardError: At first use: the encoder cannot be loaded, or does not return one vector a
-            text. A zero vector, which has no direction, makes a score that `score_responses`
-            refuses.
+            text. The score of a zero vector is refused by `score_responses`.
 
     Example:
-        >>> from mbrl_text_env.types import Prompt
         >>> prompt = Prompt.from_text("Why is the sky blue?")
         >>> RelevanceReward().score([prompt], ["Air scatters blue light."])  # doctest: +SKIP
         array([0.6...])
     """
 
     name = "relevance"
+    counts = ()
 
     def __init__(
         self, encoder: Encoder | str | None = None, *, dtype: ReducedDtype | None = None
@@ -62,17 +61,15 @@ class RelevanceReward(RewardModel):
         _check_dtype(dtype)
         self.encoder = encoder
         self.dtype = dtype
-        self._loaded: Encoder | None = None
-        self._questions: OrderedDict[str, npt.NDArray[np.float64]] = OrderedDict()
+        self._questions: OrderedDict[str, FloatArray] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None, "_questions": OrderedDict()}
+        return {**super().__getstate__(), "_questions": OrderedDict()}
 
     def reduced(self, dtype: str = "bfloat16") -> RelevanceReward:
-        """The same reward with the encoder's products in another format, for values of prefixes.
+        """The same with the encoder's products in another format: bfloat16 is within 0.01.
 
-        With bfloat16 MiniLM embeds in less than half the time on a CPU with AVX512-BF16; the
-        cosines differ by less than 0.01. On a CPU without such instructions it is slower.
+        It takes less than half the time on a CPU with AVX512-BF16, and longer on others.
         """
         _check_dtype(dtype)
         # A copy leaves out what is kept of prompts, which depends on the format.
@@ -86,57 +83,51 @@ class RelevanceReward(RewardModel):
         scores = np.zeros(len(responses))
         rows = [i for i, response in enumerate(responses) if response.strip()]
         if rows:
-            questions = [prompts[i].text for i in rows]
-            answers = [responses[i] for i in rows]
-            scores[rows] = self._cosines(questions, answers)
+            scores[rows] = self._cosines(
+                [prompts[i].text for i in rows], [responses[i] for i in rows]
+            )
         return scores
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of embedding each prompt and response.
+        """Return float64[B], the operations of embedding each prompt and response.
 
-        2 x parameters (without the embedding tables) x tokens + 4 x layers x width x tokens^2 for
-        each of the two texts. An upper bound: prompts whose embedding is kept are not embedded
-        again, responses that occur twice in a call once, and empty ones not at all. 0 if the
-        encoder is not a SentenceTransformer.
+        An upper bound, since what is kept or occurs twice is not embedded again; 0 if the encoder
+        is not a SentenceTransformer.
         """
-        encoder = self._loaded_encoder()
+        encoder = self._model()
         texts = [prompt.text for prompt in prompts]
         return encoder_flops(encoder, texts) + encoder_flops(encoder, responses)
 
     def flops_bound(self) -> float:
         """The most that one response can take: two texts that fill the encoder's input."""
-        return 2.0 * encoder_flops_bound(self._loaded_encoder())
+        return 2.0 * encoder_flops_bound(self._model())
 
     def _cosines(self, questions: Sequence[str], answers: Sequence[str]) -> FloatArray:
         # A search asks for the same prompts again and again.
         known = {text: self._questions[text] for text in questions if text in self._questions}
         new = [text for text in dict.fromkeys(questions) if text not in known]
-        directions = self._directions([*new, *answers])
-        known.update(zip(new, directions, strict=False))
-        self._questions.update((text, known[text]) for text in new)
+        directions = self._directions(list(dict.fromkeys([*new, *answers])))
+        known.update((text, directions[text]) for text in new)
+        self._questions.update((text, directions[text]) for text in new)
         while len(self._questions) > _PROMPTS_KEPT:
             self._questions.popitem(last=False)
-        kept = np.stack([known[text] for text in questions])
-        return cast("FloatArray", (kept * directions[len(new) :]).sum(axis=1))
+        asked, said = [known[text] for text in questions], [directions[text] for text in answers]
+        return cast("FloatArray", (np.stack(asked) * np.stack(said)).sum(axis=1))
 
-    def _directions(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
-        """Embeddings of length 1: float64[len(texts), d]."""
-        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        embeddings = encode_texts(self._loaded_encoder(), list(place), self.dtype)
-        embeddings = embeddings.astype(np.float64)
-        if embeddings.ndim != 2 or len(embeddings) != len(place):
+    def _directions(self, texts: list[str]) -> dict[str, FloatArray]:
+        """Embeddings of length 1, each float64[d]."""
+        embeddings = encode_texts(self._model(), texts, self.dtype).astype(np.float64)
+        if embeddings.ndim != 2 or len(embeddings) != len(texts):
             raise RewardError(
                 f"Reward model {self.name!r}: expected the encoder to return one vector a text, "
-                f"shape ({len(place)}, d), got shape {embeddings.shape}. Change its `encode`."
+                f"shape ({len(texts)}, d), got shape {embeddings.shape}. Change its `encode`."
             )
         with np.errstate(invalid="ignore"):
             directions = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-        return cast("npt.NDArray[np.float64]", directions[[place[text] for text in texts]])
+        return dict(zip(texts, directions, strict=True))
 
-    def _loaded_encoder(self) -> Encoder:
-        if self._loaded is None:
-            self._loaded = _load(self.encoder)
-        return self._loaded
+    def _load(self) -> Encoder:
+        return load_encoder(self.encoder, self.name)
 
 
 def _check_dtype(dtype: str | None) -> None:
@@ -144,22 +135,23 @@ def _check_dtype(dtype: str | None) -> None:
         raise ValueError(f"dtype: expected one of {get_args(ReducedDtype)} or None, got {dtype!r}.")
 
 
-def _load(encoder: Encoder | str | None) -> Encoder:
+def load_encoder(encoder: Encoder | str | Path | None, name: str) -> Encoder:
+    """The encoder that a reward was given, or the embedded one."""
     if encoder is None:
         from mbrl_text_env.language_models.registry import embedded_encoder
 
         return cast("Encoder", embedded_encoder())
-    if not isinstance(encoder, str):
+    if not isinstance(encoder, str | Path):
         return encoder
     from sentence_transformers import SentenceTransformer
 
     try:
-        return cast("Encoder", SentenceTransformer(encoder))
+        return cast("Encoder", SentenceTransformer(str(encoder)))
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise RewardError(
-            "Reward model 'relevance': expected the folder of a SentenceTransformer, or a name on "
+            f"Reward model {name!r}: expected the folder of a SentenceTransformer, or a name on "
             "the Hugging Face Hub that is reachable or already downloaded; got "
-            f"{encoder!r} ({type(error).__name__}: {reason}). Check the spelling, the network and "
-            "HF_HUB_OFFLINE, or pass encoder=None for the embedded MiniLM."
+            f"{str(encoder)!r} ({type(error).__name__}: {reason}). Check the spelling, the network "
+            "and HF_HUB_OFFLINE, or pass encoder=None for the embedded MiniLM."
         ) from error

@@ -23,15 +23,13 @@ class SentimentReward(RewardModel):
     """Mean VADER compound score of a response's sentences, in [-1, 1].
 
     A sentence ends at a run of `.`, `!` or `?` that white space follows, and at every line break.
-    Parts that are only digits, marks and white space are no sentences. A response without a
-    sentence scores 0, as a neutral one does. The prompt is not looked at. VADER's lexicon is
-    English.
+    Parts that are only digits, marks and white space are none. A response without a sentence scores
+    0. The prompt is not looked at. VADER's lexicon is English.
 
     Source: Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
     Social Media Text", ICWSM 2014.
 
     Example:
-        >>> from mbrl_text_env.types import Prompt
         >>> prompt = Prompt.from_text("How was the film?")
         >>> SentimentReward().score([prompt, prompt], ["It was good.", "It was good. I left."])
         array([0.4404, 0.2202])
@@ -51,22 +49,15 @@ class SentimentReward(RewardModel):
         return np.array([self._sentiment(response) for response in responses], dtype=np.float64)
 
     def _sentiment(self, response: str) -> float:
-        scores = [self._compound(sentence) for sentence in split_sentences(response)]
-        return float(np.mean(scores)) if scores else 0.0
-
-    def _compound(self, sentence: str) -> float:
         if self._analyser is None:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
             self._analyser = SentimentIntensityAnalyzer()
-        return float(self._analyser.polarity_scores(sentence)["compound"])
+        score = self._analyser.polarity_scores
+        scores = [float(score(sentence)["compound"]) for sentence in split_sentences(response)]
+        return float(np.mean(scores)) if scores else 0.0
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text, their marks included; see `SentimentReward` for what ends one.
-
-    Example:
-        >>> split_sentences("1. Really?! It cost 3.50.")
-        ['Really?!', 'It cost 3.50.']
-    """
+    """Sentences of a text, their marks included; see `SentimentReward` for what ends one."""
     return [part for part in _SENTENCE_BREAK.split(text) if not _NO_SENTENCE.fullmatch(part)]

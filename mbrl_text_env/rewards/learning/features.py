@@ -1,15 +1,20 @@
 """What fitted heads see of a prompt and a response: frozen embeddings or hidden states, and counts.
 
 Reading (the models' work) and standardising (fitted on training data) are apart, so that texts are
-read once however often a head is fitted.
+read once however often a head is fitted. No count is a rule of its own: a fitted head decides what
+each is worth.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -20,7 +25,7 @@ from mbrl_text_env.fitting.folder import Arrays, numbers_of, with_numbers
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import TextEncoder, language_model_of
-from mbrl_text_env.rewards.learning.text_statistics import STATISTICS, text_statistics
+from mbrl_text_env.rewards.evaluators.relevance import load_encoder
 from mbrl_text_env.types import FloatArray, Prompt, TextState
 
 Raw = Mapping[str, FloatArray]
@@ -36,6 +41,176 @@ _FULL_WEIGHT = 32
 _PROMPT_DIRECTIONS = 16
 _TINY = 1e-9
 
+# Bounded repetitions only: responses may be long and strange, and every one of them is searched.
+_WORD = re.compile(r"\w+(?:['\u2019-]\w+){0,8}")
+_SENTENCE_END = re.compile(
+    r"(?<![.!?\u2026])[.!?\u2026]+(?=[\s\"')\]\u201d\u2019]|$)|[\u3002\uff01\uff1f]"
+)
+_BULLET = re.compile(r"^[ \t]{0,8}(?:[-*\u2022]|\d{1,3}[.)])[ \t]", re.MULTILINE)
+_PARAGRAPH = re.compile(r"\n[ \t]*\n")
+_QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d\n]{1,200})[\"\u201d]")
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve"
+_NUMBERS = {name: number for number, name in enumerate(_NUMBER_WORDS.split())}
+# Before a phrase, what says that it is not wanted; and how many characters before.
+_NEGATION = re.compile(
+    r"\b(?:no|not|never|without|avoid\w*|omit\w*|exclud\w*|neither|nor|leave out|skip|forbidden)\b"
+    r"|n['\u2019]t\b"
+)
+_BEFORE = 60
+_QUOTES = '"\u201c\u201d'
+
+
+def _count(characters: str) -> Callable[[str], float]:
+    return lambda text: math.log1p(sum(map(text.count, characters)))
+
+
+def _share(
+    test: Callable[[str], bool], among: Callable[[str], bool] | None = None
+) -> Callable[[str], float]:
+    return lambda text: _mean([test(c) for c in text if among is None or among(c)])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _distinct(text: str) -> float:
+    words = text.casefold().split()
+    return len(set(words)) / len(words) if words else 1.0
+
+
+def _word_length(text: str) -> float:
+    words = text.split()
+    return math.log1p(len("".join(words)) / len(words)) if words else 0.0
+
+
+def _cased(character: str) -> bool:
+    return character.isupper() or character.islower()
+
+
+_OF_RESPONSE: dict[str, Callable[[str], float]] = {
+    "characters": lambda text: math.log1p(len(text)),
+    "words": lambda text: math.log1p(len(text.split())),
+    "sentences": lambda text: math.log1p(_sentences(text)),
+    "lines": lambda text: math.log1p(len(text.splitlines())),
+    "paragraphs": lambda text: math.log1p(_paragraphs(text)),
+    "list items": lambda text: math.log1p(len(_BULLET.findall(text))),
+    "commas": _count(",\uff0c\u3001\u060c"),
+    "full stops": _count(".\u3002"),
+    "exclamation marks": _count("!\uff01"),
+    "question marks": _count("?\uff1f"),
+    "colons": _count(":;"),
+    "quotation marks": _count(_QUOTES),
+    "round brackets": _count("()"),
+    "square brackets": _count("[]"),
+    "angle brackets": _count("<>"),
+    "braces": _count("{}"),
+    "has a comma": lambda text: float("," in text),
+    "capitals among letters": _share(str.isupper, _cased),
+    "no capitals": lambda text: float(text.islower()),
+    "capitals alone": lambda text: float(text.isupper()),
+    "digits": _share(str.isdigit),
+    "outside ASCII": _share(lambda character: not character.isascii()),
+    "different words": _distinct,
+    "length of words": _word_length,
+    "starts with a quotation mark": lambda text: float(text[:1] in _QUOTES and bool(text)),
+    "ends with a quotation mark": lambda text: float(text[-1:] in _QUOTES and bool(text)),
+    "ends a sentence": lambda text: float(text[-1:] in ".!?\u2026\u3002" and bool(text)),
+    "within braces": lambda text: float(text.startswith("{") and text.endswith("}")),
+    "empty": lambda text: float(not text),
+}
+_BESIDE_PROMPT = (
+    "prompt's words",
+    "wanted phrases that occur",
+    "wanted phrases, times",
+    "unwanted phrases that occur",
+    "starts with a quoted phrase",
+    "ends with a quoted phrase",
+    *(
+        f"{unit}, {relation} the prompt's number"
+        for unit in ("words", "sentences", "paragraphs", "list items")
+        for relation in ("off", "above")
+    ),
+)
+STATISTICS: tuple[str, ...] = (*_OF_RESPONSE, *_BESIDE_PROMPT)
+"""Names of the statistics, in the order of `text_statistics`; a saved head depends on it."""
+
+
+def text_statistics(prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+    """Numbers about each response: float64[B, len(STATISTICS)], all finite.
+
+    Counts are logarithms of 1 + count; shares and tests are between 0 and 1. Beside the prompt they
+    are the share of its words that the response has; the share of its phrases in quotation marks,
+    those up to 60 characters after a word such as "without" or "never" apart, as unwanted; and how
+    far counts of the response are from the largest number that the prompt names: the logarithm of
+    their ratio, without its sign (`off`) and where it is positive (`above`), 0 without a number.
+    White space around the response does not count.
+    """
+    rows = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        text = response.strip()
+        rows.append(
+            [*(count(text) for count in _OF_RESPONSE.values()), *_beside(prompt.text, text)]
+        )
+    return np.asarray(rows, dtype=np.float64).reshape(len(rows), len(STATISTICS))
+
+
+def _beside(prompt: str, response: str) -> list[float]:
+    asked = _asked(prompt)
+    text = response.casefold()
+    found = set(_WORD.findall(text))
+    wanted = [text.count(phrase) for phrase in asked.wanted]
+    unwanted = [text.count(phrase) for phrase in asked.unwanted]
+    counts = [len(text.split()), _sentences(text), _paragraphs(text), len(_BULLET.findall(text))]
+    ratios = [math.log((1 + n) / (1 + asked.number)) if asked.number else 0.0 for n in counts]
+    return [
+        _mean([word in found for word in asked.words]),
+        _mean([count > 0 for count in wanted]),
+        math.log1p(sum(wanted)),
+        _mean([count > 0 for count in unwanted]),
+        float(any(map(text.startswith, asked.wanted))),
+        float(any(map(text.endswith, asked.wanted))),
+        *(value for ratio in ratios for value in (abs(ratio), max(0.0, ratio))),
+    ]
+
+
+class _Asked(NamedTuple):
+    """What a prompt names: longer words, phrases in quotation marks, and its largest number."""
+
+    words: frozenset[str]
+    wanted: tuple[str, ...]
+    unwanted: tuple[str, ...]
+    number: int
+
+
+@lru_cache(maxsize=4096)
+def _asked(prompt: str) -> _Asked:
+    text = prompt.casefold()
+    words = _WORD.findall(text)
+    # As keys, in order: wanted phrases, and unwanted ones.
+    phrases: tuple[dict[str, None], dict[str, None]] = {}, {}
+    for match in _QUOTED.finditer(text):
+        if phrase := match[1].strip():
+            before = text[max(0, match.start() - _BEFORE) : match.start()]
+            phrases[bool(_NEGATION.search(before))][phrase] = None
+    longer = frozenset(word for word in words if len(word) > 3)
+    number = max(map(_number, words), default=0)
+    return _Asked(longer, tuple(phrases[0]), tuple(phrases[1]), number)
+
+
+def _number(word: str) -> int:
+    if word.isascii() and word.isdigit() and len(word) < 7:
+        return int(word)
+    return _NUMBERS.get(word, 0)
+
+
+def _sentences(text: str) -> int:
+    return len(_SENTENCE_END.findall(text))
+
+
+def _paragraphs(text: str) -> int:
+    return sum(bool(part.strip()) for part in _PARAGRAPH.split(text))
+
 
 class Features(ABC):
     """Standardised features of prompts and responses.
@@ -46,39 +221,35 @@ class Features(ABC):
     directions of the prompts (principal components, on one common scale), so that a linear head can
     learn what is good for which kind of prompt.
 
-    Args:
-        use_statistics: Whether the counts of `text_statistics` are among the features.
-
     Attributes:
-        scalers_: The fitted `StandardScaler` of each block.
-        directions_: The fitted `PCA` of the prompts; None where they are not embedded.
+        kind: How folders name the class.
+        argument: Name of the argument that is the model which reads.
+        use_statistics: Whether the counts of `text_statistics` are among the features.
+        scalers_, directions_: Fitted, of each block and of the prompts where they are embedded.
     """
 
-    kind: str
-    block_names: tuple[str, ...]
+    kind: ClassVar[str]
+    argument: ClassVar[str]
+    block_names: ClassVar[tuple[str, ...]]
+    use_statistics: bool
+    _loaded: Any = None
     scalers_: dict[str, StandardScaler]
     directions_: PCA | None
-
-    def __init__(self, use_statistics: bool = True) -> None:
-        self.use_statistics = use_statistics
-        self._loaded: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
 
     @property
-    @abstractmethod
     def given(self) -> Any:
         """The model that reads, as it was passed: None, a name, a folder or an object."""
+        return getattr(self, self.argument)
 
     @property
     def source(self) -> str:
         """Name or folder of the model that reads; the class of an object without a name."""
-        if self.given is None:
-            return EMBEDDED
-        if isinstance(self.given, str | Path):
-            return str(self.given)
-        return str(getattr(self.given, "name", type(self.given).__name__))
+        if isinstance(given := self.given, str | Path | None):
+            return EMBEDDED if given is None else str(given)
+        return str(getattr(given, "name", type(given).__name__))
 
     @abstractmethod
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
@@ -104,11 +275,6 @@ class Features(ABC):
         return (*self.block_names, "statistics") if self.use_statistics else self.block_names
 
     @property
-    def is_fitted(self) -> bool:
-        """Whether `transform` knows the data's mean and scale."""
-        return hasattr(self, "scalers_")
-
-    @property
     def size(self) -> int:
         """D, the columns of `transform`, once fitted."""
         blocks = sum(scaler.n_features_in_ for scaler in self.scalers_.values())
@@ -131,11 +297,7 @@ class Features(ABC):
         return self
 
     def transform(self, raw: Raw) -> FloatArray:
-        """Return float64[B, D].
-
-        Raises:
-            RewardError: The model gives vectors of another length than those of the fit.
-        """
+        """Return float64[B, D]; a model that gives vectors of another length is an error."""
         columns = []
         for name, values in self._blocks(raw).items():
             scaler = self.scalers_[name]
@@ -164,28 +326,18 @@ class Features(ABC):
         return arrays
 
     def restore(self, arrays: Arrays) -> Features:
-        """Take what was fitted from `numbers`.
-
-        Raises:
-            KeyError, ValueError: Something is missing or does not fit.
-        """
-        self.scalers_ = {
-            name: with_numbers(StandardScaler(), arrays, f"features.{name}")
-            for name in self._names()
-        }
-        self.directions_ = None
-        if "features.directions.0.mean_" in arrays:
-            self.directions_ = with_numbers(PCA(), arrays, "features.directions")
+        """Take what was fitted from `numbers`."""
+        names = {name: f"features.{name}" for name in self._names()}
+        self.scalers_ = {n: with_numbers(StandardScaler(), arrays, at) for n, at in names.items()}
+        has_prompts, at = "features.directions.0.mean_" in arrays, "features.directions"
+        self.directions_ = with_numbers(PCA(), arrays, at) if has_prompts else None
         return self
 
-    def _with_statistics(
-        self, raw: dict[str, FloatArray], prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> Raw:
-        if self.use_statistics:
-            raw["statistics"] = text_statistics(prompts, responses)
-        return raw
+    def _counts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, FloatArray]:
+        return {"statistics": text_statistics(prompts, responses)} if self.use_statistics else {}
 
 
+@dataclass(eq=False, repr=False)
 class EmbeddingFeatures(Features):
     """Of a sentence encoder's vectors p of the prompt and r of the response: r, p * r, |p - r| and
     the cosine; and counts.
@@ -197,11 +349,7 @@ class EmbeddingFeatures(Features):
     Args:
         encoder: None for the embedded all-MiniLM-L6-v2; a SentenceTransformer's name on the Hub or
             folder; or an object with `encode(list[str]) -> float[B, d]`. Loaded at first use.
-        use_statistics: See `Features`.
-
-    Raises:
-        RewardError: At first use: the encoder cannot be loaded, or does not return one finite
-            vector a text.
+        use_statistics: Whether counts are features too.
 
     Example:
         >>> raw = EmbeddingFeatures().read([Prompt.from_text("Hi")], ["Hello"])  # doctest: +SKIP
@@ -210,18 +358,10 @@ class EmbeddingFeatures(Features):
     """
 
     kind = "embedding"
+    argument = "encoder"
     block_names = ("response", "product", "difference", "cosine")
-
-    def __init__(
-        self, encoder: Encoder | str | Path | None = None, use_statistics: bool = True
-    ) -> None:
-        super().__init__(use_statistics)
-        self.encoder = encoder
-
-    @property
-    def given(self) -> Encoder | str | Path | None:
-        """See `Features.given`."""
-        return self.encoder
+    encoder: Encoder | str | Path | None = None
+    use_statistics: bool = True
 
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
         """Embed: `prompt` and `response` float64[B, d], and `statistics`."""
@@ -237,7 +377,7 @@ class EmbeddingFeatures(Features):
             )
         found = vectors[[place[text] for text in texts]]
         raw = {"prompt": found[: len(prompts)], "response": found[len(prompts) :]}
-        return self._with_statistics(raw, prompts, responses)
+        return raw | self._counts(prompts, responses)
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """float64[B]: of embedding prompt and response; see `encoder_flops`."""
@@ -262,10 +402,11 @@ class EmbeddingFeatures(Features):
 
     def _encoder(self) -> Encoder:
         if self._loaded is None:
-            self._loaded = _load_encoder(self.encoder)
+            self._loaded = load_encoder(self.encoder, "learned")
         return cast("Encoder", self._loaded)
 
 
+@dataclass(eq=False, repr=False)
 class HiddenFeatures(Features):
     """A language model's last hidden state after prompt and response; and counts.
 
@@ -275,27 +416,14 @@ class HiddenFeatures(Features):
     Args:
         language_model: One with `features`; a name on the Hub or folder; None for the embedded
             SmolLM2. Loaded at first use.
-        use_statistics: See `Features`.
-
-    Raises:
-        RewardError: At first use: it cannot be loaded, or has no `features`.
+        use_statistics: Whether counts are features too.
     """
 
     kind = "hidden"
+    argument = "language_model"
     block_names = ("hidden",)
-
-    def __init__(
-        self,
-        language_model: LanguageModel | str | Path | None = None,
-        use_statistics: bool = True,
-    ) -> None:
-        super().__init__(use_statistics)
-        self.language_model = language_model
-
-    @property
-    def given(self) -> LanguageModel | str | Path | None:
-        """See `Features.given`."""
-        return self.language_model
+    language_model: LanguageModel | str | Path | None = None
+    use_statistics: bool = True
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt fits into the context; a chat needs a chat template."""
@@ -315,17 +443,13 @@ class HiddenFeatures(Features):
         found = np.asarray(rows, dtype=np.float64).reshape(len(distinct), -1)
         place = {state: i for i, state in enumerate(distinct)}
         raw = {"hidden": found[[place[state] for state in states]]}
-        return self._with_statistics(raw, prompts, responses)
+        return raw | self._counts(prompts, responses)
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """float64[B], what the language model says that reading takes."""
-        model = self._model()[0]
-        lengths = [
-            len(s.prompt_ids) + len(s.response_ids) for s in self._states(prompts, responses)
-        ]
-        return np.array(
-            [model.usage_bound(length, []).lm_flops for length in lengths], dtype=np.float64
-        )
+        bound, states = self._model()[0].usage_bound, self._states(prompts, responses)
+        lengths = [len(state.prompt_ids) + len(state.response_ids) for state in states]
+        return np.array([bound(length, []).lm_flops for length in lengths], dtype=np.float64)
 
     def flops_bound(self) -> float:
         """A prompt and a response that fill the context."""
@@ -340,8 +464,7 @@ class HiddenFeatures(Features):
                 prompt_ids = model.encode_prompt(prompt)
             except ValueError as error:
                 raise RewardError(f"Prompt {prompt.id!r} cannot be encoded: {error}") from error
-            room = model.context_length - len(prompt_ids)
-            ids = encoder.ids(response)[:room]
+            ids = encoder.ids(response)[: model.context_length - len(prompt_ids)]
             states.append(TextState(prompt, prompt_ids, ids))
         return states
 
@@ -359,24 +482,3 @@ class HiddenFeatures(Features):
 
 def _weight(columns: int) -> float:
     return float(min(1.0, np.sqrt(_FULL_WEIGHT / max(1, columns))))
-
-
-def _load_encoder(encoder: Encoder | str | Path | None) -> Encoder:
-    if encoder is None:
-        from mbrl_text_env.language_models.registry import embedded_encoder
-
-        return cast("Encoder", embedded_encoder())
-    if not isinstance(encoder, str | Path):
-        return encoder
-    from sentence_transformers import SentenceTransformer
-
-    try:
-        return cast("Encoder", SentenceTransformer(str(encoder)))
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise RewardError(
-            "Expected the folder of a SentenceTransformer, or a name on the Hugging Face Hub that "
-            f"is reachable or already downloaded; got {str(encoder)!r} ({type(error).__name__}: "
-            f"{reason}). Check the spelling, the network and HF_HUB_OFFLINE, or leave it out for "
-            "the embedded MiniLM."
-        ) from error

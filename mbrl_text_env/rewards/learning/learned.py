@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,19 @@ import numpy as np
 
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.fitting.folder import Arrays, FolderKind
-from mbrl_text_env.fitting.report import FitReport, with_nan, without_nan
-from mbrl_text_env.fitting.reward_heads import LayeredHead
-from mbrl_text_env.fitting.samples import FitError
+from mbrl_text_env.fitting.heads import LayeredHead
+from mbrl_text_env.fitting.report import FitError, FitReport, with_nan, without_nan
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardError, RewardModel, applies_to
 from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
 from mbrl_text_env.rewards.learning.features import (
     EMBEDDED,
+    STATISTICS,
     EmbeddingFeatures,
     Features,
     HiddenFeatures,
 )
-from mbrl_text_env.rewards.learning.text_statistics import STATISTICS
+from mbrl_text_env.rewards.learning.lora_classifier import read_adapter
 from mbrl_text_env.types import FloatArray, Prompt
 
 FOLDER = FolderKind(
@@ -37,8 +37,6 @@ FOLDER = FolderKind(
 )
 
 RewardFitError = FitError
-EncoderLike = Encoder | str | Path | None
-LanguageModelLike = LanguageModel | str | Path | None
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,7 @@ class RewardFitReport:
         objective: `"bradley-terry"` or `"regression"`.
         model: What was fitted, such as `"linear on embedding"` or `"lora"`.
         data: What the preferences or scores come from.
-        seed: Split and fit follow from it.
-        num_fitted: Pairs or records that the model was fitted on.
-        num_fitted_prompts: Different prompts among them.
+        num_fitted, num_fitted_prompts: Pairs or records that it was fitted on, and their prompts.
         fitted_accuracy: Pair accuracy on these; far above the held-out one it is overfitting. NaN
             where it was not measured.
         held_out: The figures on the prompts that were left out.
@@ -75,26 +71,17 @@ class RewardFitReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RewardFitReport:
-        """The report of which `as_dict` made `values`.
-
-        Raises:
-            KeyError, TypeError: Something is missing or unknown.
-        """
+        """The report of which `as_dict` made `values`."""
         held_out = FitReport.from_dict(values["held_out"])
         return cls(**{**with_nan(values), "held_out": held_out})
 
 
+@dataclass(frozen=True, eq=False)
 class HeadScorer:
-    """A head on frozen features.
+    """A head on frozen features, which are fitted."""
 
-    Args:
-        features: Fitted.
-        head: Takes as many columns as the features have.
-    """
-
-    def __init__(self, features: Features, head: LayeredHead) -> None:
-        self.features = features
-        self.head = head
+    features: Features
+    head: LayeredHead
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the model below the head can read the prompt."""
@@ -104,8 +91,7 @@ class HeadScorer:
         """float64[B]."""
         if not responses:
             return np.zeros(0)
-        raw = self.features.read(prompts, responses)
-        return self.head(self.features.transform(raw))
+        return self.head(self.features.transform(self.features.read(prompts, responses)))
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """float64[B]: what reading takes, and two operations for each weight of the head."""
@@ -121,93 +107,6 @@ class HeadScorer:
         return float(sum(2 * weights.size for weights, _ in self.head.layers))
 
 
-class LearnedReward(RewardModel):
-    """A fitted reward: a head on frozen features, or a classifier that was tuned with LoRA.
-
-    `fit_reward` makes one with a head, `fit_lora` one with a tuned classifier; this class reads
-    either from its folder. The scale of scores is the fit's: of a Bradley-Terry fit, differences
-    are log-odds of being preferred, and the mean over the responses that a head was fitted on is 0;
-    of a regression, the gold reward's own. The folder is read at once, models at first use.
-
-    A folder holds `reward.json` (format, name, what the data came from, features or base model,
-    report) and weights as safetensors; nothing in it is executed when it is read.
-
-    Args:
-        folder: As written by `save`, `fit_lora` or `mbrl-text reward fit`; None for a reward that
-            was just fitted and is not saved.
-        encoder: Needed if the fit used an encoder that has no name, or to take another copy of it.
-        language_model: The same for hidden states.
-        fitted: What a fit gave, instead of a folder; `fit_reward` passes it.
-
-    Attributes:
-        name: What reports call it.
-        report_: `RewardFitReport` of the fit.
-
-    Raises:
-        RewardError: The folder is missing, damaged, half written or of another format, or an
-            encoder or language model is needed. At first use: the encoder or base model cannot be
-            loaded, or does not fit.
-
-    Example:
-        >>> reward = LearnedReward("my-reward")  # doctest: +SKIP
-        >>> reward.score([Prompt.from_text("Hi")], ["Hello!"])  # doctest: +SKIP
-        array([0.7])
-    """
-
-    def __init__(
-        self,
-        folder: str | Path | None,
-        *,
-        encoder: EncoderLike = None,
-        language_model: LanguageModelLike = None,
-        fitted: Fitted | None = None,
-    ) -> None:
-        self.folder = folder
-        self.encoder = encoder
-        self.language_model = language_model
-        if fitted is None:
-            if folder is None:
-                raise RewardError("LearnedReward: expected a folder, got None.")
-            fitted = _read(Path(folder), encoder, language_model)
-        self.fitted = fitted
-        self.name = fitted.name
-        self.report_ = fitted.report
-
-    def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt can be read: one that fills a language model's context cannot."""
-        return applies_to(self.fitted.scorer, prompt)
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B]."""
-        return self.fitted.scorer.score(prompts, responses)
-
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of scoring each response."""
-        return self.fitted.scorer.flops(prompts, responses)
-
-    def flops_bound(self) -> float:
-        """The most that one response can take."""
-        return self.fitted.scorer.flops_bound()
-
-    def save(self, folder: str | Path) -> None:
-        """Write the reward, whole or not at all; a learned reward that is there is replaced.
-
-        Raises:
-            RewardError: The folder holds other things, or cannot be written.
-        """
-        scorer = self.fitted.scorer
-        if isinstance(scorer, HeadScorer):
-            config = described("head", self.fitted, _head_settings(scorer))
-            arrays = scorer.features.numbers()
-            for i, (weights, bias) in enumerate(scorer.head.layers):
-                arrays[f"layers.{i}.weights"], arrays[f"layers.{i}.bias"] = weights, bias
-            FOLDER.write(folder, config, arrays)
-            return
-        assert self.folder is not None
-        with FOLDER.writing(folder) as scratch:
-            shutil.copytree(self.folder, scratch, dirs_exist_ok=True)
-
-
 @dataclass(frozen=True)
 class Fitted:
     """What a fit gives: a name, what scores, and how well."""
@@ -217,11 +116,89 @@ class Fitted:
     report: RewardFitReport
 
 
+@dataclass(eq=False, repr=False)
+class LearnedReward(RewardModel):
+    """A fitted reward: a head on frozen features, or a classifier that was tuned with LoRA.
+
+    `fit_reward` makes one with a head, `fit_lora` one with a tuned classifier; this class reads
+    either from its folder. The scale of scores is the fit's: of a Bradley-Terry fit, differences
+    are log-odds of being preferred, and the mean over the responses that a head was fitted on is 0;
+    of a regression, the gold reward's own. The folder is read at once, models at first use.
+
+    A folder holds `reward.json` and weights as safetensors; nothing in it is executed.
+
+    Args:
+        folder: As written by `save`, `fit_lora` or `mbrl-text reward fit`; None for a reward that
+            was just fitted and is not saved.
+        encoder: Needed if the fit used an encoder that has no name, or to take another copy of it.
+        language_model: The same for hidden states.
+        fitted: What a fit gave, instead of a folder; `fit_reward` passes it.
+
+    Attributes:
+        report_: `RewardFitReport` of the fit.
+
+    Raises:
+        RewardError: The folder is damaged or of another format, or an encoder or language model is
+            needed. At first use: the encoder or base model cannot be loaded, or does not fit.
+
+    Example:
+        >>> reward = LearnedReward("my-reward")  # doctest: +SKIP
+        >>> reward.score([Prompt.from_text("Hi")], ["Hello!"])  # doctest: +SKIP
+        array([0.7])
+    """
+
+    folder: str | Path | None
+    _: KW_ONLY
+    encoder: Encoder | str | Path | None = None
+    language_model: LanguageModel | str | Path | None = None
+    fitted: Fitted | None = None
+
+    def __post_init__(self) -> None:
+        if self.fitted is None:
+            if self.folder is None:
+                raise RewardError("LearnedReward: expected a folder, got None.")
+            given = {"encoder": self.encoder, "language_model": self.language_model}
+            self.fitted = _read(Path(self.folder), given)
+        self.name = self.fitted.name
+        self.report_ = self.fitted.report
+        self._scorer = self.fitted.scorer
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether the prompt can be read: one that fills a language model's context cannot."""
+        return applies_to(self._scorer, prompt)
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B]."""
+        return self._scorer.score(prompts, responses)
+
+    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B], the floating-point operations of scoring each response."""
+        return self._scorer.flops(prompts, responses)
+
+    def flops_bound(self) -> float:
+        """The most that one response can take."""
+        return self._scorer.flops_bound()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the reward, whole or not at all; a learned reward that is there is replaced."""
+        scorer = self._scorer
+        if isinstance(scorer, HeadScorer):
+            assert self.fitted is not None
+            config = described("head", self.fitted, _head_settings(scorer))
+            arrays = scorer.features.numbers()
+            for i, (weights, bias) in enumerate(scorer.head.layers):
+                arrays |= {f"layers.{i}.weights": weights, f"layers.{i}.bias": bias}
+            FOLDER.write(folder, config, arrays)
+            return
+        assert self.folder is not None
+        with FOLDER.writing(folder) as scratch:
+            shutil.copytree(self.folder, scratch, dirs_exist_ok=True)
+
+
 def described(kind: str, fitted: Fitted, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `reward.json` says."""
-    report = fitted.report
-    names = {"kind": kind, "name": fitted.name, "data": report.data}
-    return {**names, **settings, "report": report.as_dict()}
+    names = {"kind": kind, "name": fitted.name, "data": fitted.report.data}
+    return {**names, **settings, "report": fitted.report.as_dict()}
 
 
 def _head_settings(scorer: HeadScorer) -> dict[str, Any]:
@@ -237,62 +214,49 @@ def _head_settings(scorer: HeadScorer) -> dict[str, Any]:
     }
 
 
-def _read(folder: Path, encoder: EncoderLike, language_model: LanguageModelLike) -> Fitted:
+def _read(folder: Path, given: Mapping[str, Any]) -> Fitted:
+    scorer: HeadScorer | ClassifierReward
     with FOLDER.reading(folder) as (config, arrays):
         report = RewardFitReport.from_dict(config["report"])
-        if config["kind"] == "head":
-            scorer: HeadScorer | ClassifierReward = _read_head(
-                config, arrays(), encoder, language_model
-            )
-        elif config["kind"] == "lora":
-            from mbrl_text_env.rewards.learning.lora_classifier import read_adapter
-
-            scorer = read_adapter(folder, config)
-        else:
-            raise ValueError(f"kind {config['kind']!r}, expected 'head' or 'lora'")
+        match config["kind"]:
+            case "head":
+                scorer = _read_head(config, arrays(), given)
+            case "lora":
+                scorer = read_adapter(folder, config)
+            case kind:
+                raise ValueError(f"kind {kind!r}, expected 'head' or 'lora'")
         return Fitted(str(config["name"]), scorer, report)
 
 
-def _read_head(
-    config: Mapping[str, Any],
-    arrays: Arrays,
-    encoder: EncoderLike,
-    language_model: LanguageModelLike,
-) -> HeadScorer:
-    features = _features(config["features"], encoder, language_model).restore(arrays)
+def _read_head(config: Mapping[str, Any], arrays: Arrays, given: Mapping[str, Any]) -> HeadScorer:
+    features = _features(config["features"], given).restore(arrays)
     layers = tuple(
         (arrays[f"layers.{i}.weights"], arrays[f"layers.{i}.bias"])
         for i in range(config["num_layers"])
     )
     widths = [features.size, *(weights.shape[-1] for weights, _ in layers)]
-    if widths[-1] != 1 or any(
-        weights.shape != (size, len(bias))
-        for size, (weights, bias) in zip(widths, layers, strict=False)
-    ):
+    fit = (w.shape == (size, len(bias)) for size, (w, bias) in zip(widths, layers, strict=False))
+    if widths[-1] != 1 or not all(fit):
         raise ValueError(f"layers that do not fit {features.size} features")
     return HeadScorer(features, LayeredHead(layers))
 
 
-def _features(
-    config: Mapping[str, Any],
-    encoder: EncoderLike,
-    language_model: LanguageModelLike,
-) -> Features:
+def _features(config: Mapping[str, Any], given: Mapping[str, Any]) -> Features:
     """Features of a saved head, not fitted yet."""
     statistics = config["statistics"]
     if statistics is not None and tuple(statistics) != STATISTICS:
         raise ValueError("counts of texts that this version of the package does not make")
-    given: Any = encoder if config["kind"] == "embedding" else language_model
-    if given is None and not config["has_name"]:
-        argument = "encoder" if config["kind"] == "embedding" else "language_model"
+    kinds = {kind.kind: kind for kind in (EmbeddingFeatures, HiddenFeatures)}
+    if config["kind"] not in kinds:
+        raise ValueError(f"features {config['kind']!r}, expected one of {sorted(kinds)}")
+    kind: Any = kinds[config["kind"]]
+    model = given[kind.argument]
+    if model is None and not config["has_name"]:
         raise ValueError(
             f"it was fitted with a {config['source']!r} object, which has no name to load it by: "
-            f"pass LearnedReward(folder, {argument}=...)"
+            f"pass LearnedReward(folder, {kind.argument}=...)"
         )
-    if given is None and config["source"] != EMBEDDED:
-        given = config["source"]
-    if config["kind"] == "embedding":
-        return EmbeddingFeatures(given, statistics is not None)
-    if config["kind"] == "hidden":
-        return HiddenFeatures(given, statistics is not None)
-    raise ValueError(f"features {config['kind']!r}, expected 'embedding' or 'hidden'")
+    if model is None and config["source"] != EMBEDDED:
+        model = config["source"]
+    features: Features = kind(model, statistics is not None)
+    return features

@@ -9,13 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mbrl_text_env._lazy import MissingExtraError, extras
 from mbrl_text_env.language_models.hf_tokenizer import control_test
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import (
-    check_complete,
-    input_limit,
-    load_model,
-)
+from mbrl_text_env.rewards.evaluators._hub import check_complete, input_limit
 from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward, LoadedClassifier
 from mbrl_text_env.rewards.learning.features import EMBEDDED
 from mbrl_text_env.types import Prompt
@@ -31,16 +28,8 @@ _SAFE = (".json", ".jinja", ".model", ".safetensors", ".txt")
 class AdapterReward(ClassifierReward):
     """A classifier whose base and adapter are kept apart; `LearnedReward` reads its folder.
 
-    The adapter is merged into the base's weights when it is loaded.
-
-    Args:
-        folder: With adapter and tokenizer.
-        base: Name on the Hub or folder of the model below; `"embedded"` is the package's SmolLM2.
-        max_length: Most tokens of a text.
-        name: What reports call it.
-
-    Raises:
-        RewardError: At first use: base or adapter cannot be loaded, or do not fit each other.
+    The adapter, which is in the folder with the tokenizer, is merged into the base's weights when
+    it is loaded.
     """
 
     def __init__(self, folder: str | Path, base: str, max_length: int, name: str) -> None:
@@ -52,10 +41,7 @@ class AdapterReward(ClassifierReward):
         return [encoding.ids for encoding in self._encode(prompts, responses)]
 
     def _load(self) -> LoadedClassifier:
-        model, tokenizer = load_model(
-            self.model, self._adapted, "LoRA-tuned classification", name=self.name
-        )
-        return self._use(model, tokenizer)
+        return self._use(*self._read(self._adapted, "LoRA-tuned classification"))
 
     def _use(self, model: Any, tokenizer: Any) -> LoadedClassifier:
         """What scoring needs of a model and its tokenizer."""
@@ -85,12 +71,7 @@ class AdapterReward(ClassifierReward):
 
 
 def read_adapter(folder: Path, config: Mapping[str, Any]) -> AdapterReward:
-    """The scorer of a folder that `fit_lora` wrote.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: The adapter's weights cannot be read.
-    """
+    """The scorer of a folder that `fit_lora` wrote."""
     from safetensors import safe_open
 
     for file in (_ADAPTER, _ADAPTER_CONFIG):
@@ -103,11 +84,7 @@ def read_adapter(folder: Path, config: Mapping[str, Any]) -> AdapterReward:
 
 
 def load_base(base: str, max_length: int, name: str) -> Base:
-    """The base as a classifier, with its tokenizer and the encoding that will score later.
-
-    Raises:
-        RewardError: It cannot be loaded, or lacks trained weights below its head.
-    """
+    """The base as a classifier, with its tokenizer and the encoding that will score later."""
     from transformers import AutoTokenizer
 
     model, missing = _classifier(base)
@@ -147,13 +124,12 @@ def _classifier(base: str, dtype: Any = None) -> tuple[Any, list[str]]:
 
 
 def _from_base(factory: Any, base: str, **options: Any) -> Any:
-    """What a class of transformers makes of the base.
+    """What a class of transformers makes of the base."""
+    from mbrl_text_env.language_models.registry import embedded_folder
 
-    Raises:
-        RewardError: It cannot be loaded.
-    """
     try:
-        return factory.from_pretrained(_path(base), trust_remote_code=False, **options)
+        path = str(embedded_folder()) if base == EMBEDDED else base
+        return factory.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise RewardError(
@@ -164,11 +140,7 @@ def _from_base(factory: Any, base: str, **options: Any) -> Any:
 
 
 def _head_of(key: str, model: Any) -> str:
-    """The head that a missing weight belongs to.
-
-    Raises:
-        RewardError: It belongs to none: the checkpoint is of another architecture.
-    """
+    """The head that a missing weight belongs to; one of none is of another architecture."""
     head = key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
     if head not in _HEADS:
         raise RewardError(
@@ -176,14 +148,6 @@ def _head_of(key: str, model: Any) -> str:
             f"{key!r}; its config names {model.config.architectures}. Choose another base."
         )
     return head
-
-
-def _path(base: str) -> str:
-    if base != EMBEDDED:
-        return base
-    from mbrl_text_env.language_models.registry import embedded_folder
-
-    return str(embedded_folder())
 
 
 def write_adapter(folder: Path, model: Any, tokenizer: Any, base: str) -> None:
@@ -213,15 +177,9 @@ def quiet() -> Iterator[None]:
 
 
 def required(module: str) -> Any:
-    """Import an optional package.
-
-    Raises:
-        RewardError: It is not installed.
-    """
+    """Import an optional package."""
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RewardError(
-            f"Expected the package {module!r} to be installed, got {error}. Install it with "
-            "`pip install 'mbrl-text-env[train]'`."
-        ) from error
+        with extras():
+            return importlib.import_module(module)
+    except MissingExtraError as error:
+        raise RewardError(str(error)) from error

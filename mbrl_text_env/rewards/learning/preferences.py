@@ -11,15 +11,14 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from mbrl_text_env.files import shortened as shorten
-from mbrl_text_env.files import strict_json_object, write_text
+from mbrl_text_env.files import shortened, strict_json_object, write_text
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.types import Message, Prompt, Split
 
@@ -46,17 +45,12 @@ class PreferencePair:
 
     Args:
         prompt: What both answer.
-        chosen: The preferred response. Either may be empty: a language model can end at once.
-        rejected: The other one.
+        chosen, rejected: Either may be empty: a language model can end at once. They differ by more
+            than white space around them.
         margin: By how much, in the units of the judge; None where it is not known.
 
-    Raises:
-        PreferenceError: The responses are the same but for white space around them, or the margin
-            is no finite number of at least 0.
-
     Example:
-        >>> pair = PreferencePair(Prompt.from_text("2 + 2?"), "4", "5")
-        >>> pair.flipped().chosen
+        >>> PreferencePair(Prompt.from_text("2 + 2?"), "4", "5").flipped().chosen
         '5'
     """
 
@@ -69,7 +63,7 @@ class PreferencePair:
         if self.chosen.strip() == self.rejected.strip():
             raise PreferenceError(
                 f"Prompt {self.prompt.id!r}: expected two different responses, got "
-                f"{shorten(repr(self.chosen))} as chosen and as rejected. Leave the pair out."
+                f"{shortened(repr(self.chosen))} as chosen and as rejected. Leave the pair out."
             )
         if self.margin is not None and not 0 <= self.margin < math.inf:
             raise PreferenceError(
@@ -109,17 +103,16 @@ def load_preferences(
             Face Hub, or a folder that `datasets.load_dataset` reads.
         split: Of a dataset, as `datasets` takes it (`"train[:100]"`); a file has all in one.
         config: Name of the dataset's configuration.
-        limit: Read only so many rows, the first; None reads all.
+        limit: Read only so many rows, the first.
 
     Returns:
         At least one pair, in the order of the source.
 
     Raises:
-        PreferenceError: The source cannot be read (no such file, no network, not UTF-8), it has no
-            rows, or a row is no pair; the message names the file and line, or the dataset's row.
+        PreferenceError: The source cannot be read, it has no rows, or a row is no pair; the message
+            names the file and line, or the dataset's row.
 
     Example:
-        >>> pairs = load_preferences("pairs.jsonl")  # doctest: +SKIP
         >>> pairs = load_preferences("trl-lib/ultrafeedback_binarized")  # doctest: +SKIP
     """
     if limit is not None and limit < 1:
@@ -158,15 +151,8 @@ def pairs_from_records(
     Args:
         records: Scored by one reward model.
         pairs_per_prompt: Pairs that are drawn for a prompt, without replacement; None keeps all.
-        min_gap: Only pairs whose scores differ by more than this.
+        min_gap: Only pairs whose scores differ by more than this; it is an error if none do.
         seed: The choice follows from it.
-
-    Returns:
-        At least one pair, prompt by prompt.
-
-    Raises:
-        PreferenceError: A number is out of its range, the records come from different reward
-            models, or no two responses to a prompt differ in score by more than `min_gap`.
 
     Example:
         >>> pairs = pairs_from_records(read_records("records"), seed=0)  # doctest: +SKIP
@@ -187,7 +173,9 @@ def pairs_from_records(
         groups.setdefault(record.prompt_text, {}).setdefault(record.response.strip(), record)
     pairs = []
     for text, responses in groups.items():
-        found = _ordered(list(responses.values()), min_gap)
+        both = combinations(responses.values(), 2)
+        ordered = ((a, b) if a.score > b.score else (b, a) for a, b in both)
+        found = [(a, b) for a, b in ordered if a.score - b.score > min_gap]
         if pairs_per_prompt is not None and len(found) > pairs_per_prompt:
             rng = np.random.default_rng(spawn_seed(seed, *text.encode()))
             kept = sorted(rng.choice(len(found), pairs_per_prompt, replace=False))
@@ -210,16 +198,8 @@ def pairs_from_records(
 def write_preferences(path: str | Path, pairs: Sequence[PreferencePair]) -> None:
     """Write pairs as JSONL that `load_preferences`, `datasets` and TRL read; whole or not at all.
 
-    Prompts that are chats are written as messages and so are the responses to them, as TRL wants
-    it; prompts that are plain text and the responses to them as strings. Metadata is a JSON string,
-    since a dataset's columns have one type each.
-
-    Raises:
-        PreferenceError: There are no pairs, the path does not end in .jsonl, or cannot be written,
-            or a pair holds what JSON cannot.
-
-    Example:
-        >>> write_preferences("pairs.jsonl", pairs)  # doctest: +SKIP
+    Chats and the responses to them are written as messages, as TRL wants it, plain text and the
+    responses to it as strings. Metadata is a JSON string, since a dataset's columns have one type.
     """
     if not pairs or Path(path).suffix != ".jsonl":
         raise PreferenceError(
@@ -236,36 +216,22 @@ def write_preferences(path: str | Path, pairs: Sequence[PreferencePair]) -> None
         ) from error
 
 
-def _ordered(records: Sequence[Record], min_gap: float) -> list[tuple[Record, Record]]:
-    """All pairs of responses to one prompt that are far enough apart, the better one first."""
-    pairs = [(a, b) if a.score > b.score else (b, a) for a, b in combinations(records, 2)]
-    return [(better, worse) for better, worse in pairs if better.score - worse.score > min_gap]
-
-
 def _fields(pair: PreferencePair) -> dict[str, Any]:
     prompt = pair.prompt
-    fields: dict[str, Any] = {"id": prompt.id}
-    if isinstance(prompt.content, str):
-        fields.update(prompt=prompt.content, chosen=pair.chosen, rejected=pair.rejected)
-    else:
-        fields["prompt"] = [{"role": m.role, "content": m.content} for m in prompt.content]
+    fields: dict[str, Any] = {"id": prompt.id, "prompt": prompt.content}
+    fields |= {column: getattr(pair, column) for column in RESPONSES}
+    if not isinstance(prompt.content, str):
+        fields["prompt"] = [asdict(message) for message in prompt.content]
         for column in RESPONSES:
-            fields[column] = [{"role": "assistant", "content": getattr(pair, column)}]
-    if pair.margin is not None:
-        fields["margin"] = pair.margin
-    if prompt.split is not None:
-        fields["split"] = prompt.split
+            fields[column] = [{"role": "assistant", "content": fields[column]}]
+    fields |= {"margin": pair.margin, "split": prompt.split}
     if prompt.metadata:
         fields["metadata"] = json.dumps(dict(prompt.metadata), ensure_ascii=False, allow_nan=False)
-    return fields
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _file_rows(path: Path) -> Rows:
-    """Place and columns of each line of a JSONL file.
-
-    Raises:
-        PreferenceError: It cannot be read, or a line is no JSON object.
-    """
+    """Place and columns of each line of a JSONL file."""
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -289,11 +255,7 @@ def _file_rows(path: Path) -> Rows:
 
 
 def _hub_rows(name: str, split: str, config: str | None, place: str) -> Rows:
-    """Place and columns of each row of a dataset.
-
-    Raises:
-        PreferenceError: `datasets` is not installed, or the dataset cannot be loaded.
-    """
+    """Place and columns of each row of a dataset."""
     if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
         raise PreferenceError(
             f"Expected a .jsonl file, a dataset's folder, or its name on the Hugging Face Hub, got "
@@ -321,17 +283,16 @@ def _hub_rows(name: str, split: str, config: str | None, place: str) -> Rows:
         yield f"{place}, row {index}", {k: v for k, v in row.items() if v is not None}
 
 
-def _pair_of(row: Mapping[str, Any], default_id: str, first_ids: dict[Any, str]) -> PreferencePair:
-    """The pair of a row; `first_ids`, default ids of the prompts that were met, is added to.
+def _fault(expected: str, got: Any, change: str) -> PreferenceError:
+    return PreferenceError(f"expected {expected}, got {shortened(repr(got))}. {change}")
 
-    Raises:
-        ValueError: The row is no pair.
-    """
-    if missing := [column for column in RESPONSES if column not in row]:
-        raise PreferenceError(
-            f"expected the columns 'chosen' and 'rejected', got {list(row)}. Add "
-            f"{' and '.join(map(repr, missing))}, or rename a column."
-        )
+
+def _pair_of(row: Mapping[str, Any], default_id: str, first_ids: dict[Any, str]) -> PreferencePair:
+    """The pair of a row; `first_ids`, default ids of the prompts that were met, is added to."""
+    for column in RESPONSES:
+        if column not in row:
+            expected = "the columns 'chosen' and 'rejected'"
+            raise _fault(expected, list(row), f"Add {column!r}, or rename a column.")
     content, chosen, rejected = _texts(row)
     found: dict[str, Any] = {}
     for name, default, kinds, expected in (
@@ -343,17 +304,12 @@ def _pair_of(row: Mapping[str, Any], default_id: str, first_ids: dict[Any, str])
         if name == "metadata" and isinstance(value, str):
             value = json.loads(value)
         if isinstance(value, bool) or not isinstance(value, kinds) or value == "":
-            raise PreferenceError(
-                f"expected {expected} {name}, got {shorten(repr(value))}. Change it, or leave it "
-                "out."
-            )
+            raise _fault(f"{expected} {name}", value, "Change it, or leave it out.")
         found[name] = value
     split = row.get("split")
     if split is not None and split not in _SPLITS:
-        raise PreferenceError(
-            f"expected split to be one of {', '.join(_SPLITS)}, got {shorten(repr(split))}. "
-            "Change it, or leave it out."
-        )
+        expected = f"split to be one of {', '.join(_SPLITS)}"
+        raise _fault(expected, split, "Change it, or leave it out.")
     others = {key: value for key, value in row.items() if key not in _RESERVED}
     prompt = Prompt(str(found["id"]), content, {**others, **found["metadata"]}, split)
     margin = found["margin"]
@@ -364,29 +320,28 @@ def _texts(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], str, str]
     """Prompt, chosen and rejected response."""
     kinds = [type(row[column]) for column in RESPONSES]
     if kinds not in ([str, str], [list, list]):
-        raise PreferenceError(
-            "expected chosen and rejected to be both strings or both lists of messages, got "
-            f"{shorten(repr(row['chosen']))} and {shorten(repr(row['rejected']))}. Change them."
-        )
+        expected = "chosen and rejected to be both strings or both lists of messages"
+        raise _fault(expected, [row[column] for column in RESPONSES], "Change them.")
     if kinds == [list, list]:
         return _from_messages(row)
     if "prompt" in row:
         return _content(row["prompt"]), row["chosen"], row["rejected"]
     cut = _shared_characters(row["chosen"], row["rejected"])
     if not row["chosen"][:cut].strip():
-        raise PreferenceError(
-            "expected a column 'prompt', or a chosen and a rejected text that begin with the same "
-            f"prompt, got {shorten(row['chosen'])!r} and {shorten(row['rejected'])!r}. Add the "
-            "prompt."
-        )
+        expected = "a column 'prompt', or texts that begin with the same prompt"
+        raise _fault(expected, [row[column] for column in RESPONSES], "Add the prompt.")
     return row["chosen"][:cut], row["chosen"][cut:], row["rejected"][cut:]
+
+
+def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items at the start are the same."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _shared_characters(a: str, b: str) -> int:
     """Length of the prompt with which two texts begin."""
-    shared = next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    shared = _shared(a, b)
     turn = a.rfind(_TURN, 0, shared)
     if turn >= 0:
         return turn + len(_TURN)
@@ -397,59 +352,44 @@ def _shared_characters(a: str, b: str) -> int:
 
 def _from_messages(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], str, str]:
     chosen, rejected = (_messages(row[column]) for column in RESPONSES)
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
+    shared = _shared(chosen[:-1], rejected[:-1])
     content = _content(row["prompt"]) if "prompt" in row else None
     if shared:
         repeated = Prompt("shared", chosen[:shared])
         # Some datasets repeat the first message of the conversations as their prompt.
         alike = isinstance(content, str) and content == chosen[shared - 1].content
         if content is not None and not alike and Prompt("own", content).text != repeated.text:
-            raise PreferenceError(
-                "expected chosen and rejected to be responses, or whole conversations that begin "
-                f"with the prompt {shorten(repr(row['prompt']))}, got conversations that begin "
-                f"with {shorten(repr(repeated.text))}. Leave the column 'prompt' out."
-            )
+            shown = shortened(repr(row["prompt"]))
+            expected = f"responses, or conversations that begin with the prompt {shown}"
+            raise _fault(expected, repeated.text, "Leave the column 'prompt' out.")
         content = chosen[:shared]
     if content is None:
-        raise PreferenceError(
-            "expected a column 'prompt', or a chosen and a rejected conversation that begin with "
-            "the same messages, got conversations that differ from the first message on. Add the "
-            "prompt."
-        )
+        expected = "a column 'prompt', or conversations that begin with the same messages"
+        raise _fault(expected, [chosen[0].content, rejected[0].content], "Add the prompt.")
     for column, rest in zip(RESPONSES, (chosen[shared:], rejected[shared:]), strict=True):
-        if [message.role for message in rest] != ["assistant"]:
-            raise PreferenceError(
-                f"expected one message of the assistant after the prompt, got {len(rest)} in "
-                f"{column!r}, their roles {[message.role for message in rest]}. Leave the row out."
-            )
+        if (roles := [message.role for message in rest]) != ["assistant"]:
+            expected = f"one message of the assistant after the prompt in {column!r}"
+            raise _fault(expected, roles, "Leave the row out.")
     if isinstance(content, str):
         content = (Message("user", content),)
     return content, chosen[-1].content, rejected[-1].content
 
 
 def _content(value: Any) -> str | tuple[Message, ...]:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return _messages(value)
-    raise PreferenceError(
-        f"expected a string or a list of messages as prompt, got {shorten(repr(value))}. Change it."
-    )
+    if isinstance(value, str | list):
+        return value if isinstance(value, str) else _messages(value)
+    raise _fault("a string or a list of messages as prompt", value, "Change it.")
 
 
 def _messages(values: Sequence[Any]) -> tuple[Message, ...]:
     if not values:
-        raise PreferenceError("expected at least one message, got an empty list. Add the message.")
+        raise _fault("at least one message", values, "Add the message.")
     messages = []
     for value in values:
         # Rows of a dataset have all keys in every message, null where a message has none.
         given = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
         if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
-            raise PreferenceError(
-                "expected messages with a string `role` and a string `content` alone, got "
-                f"{shorten(repr(value))}. Change the message, or leave the row out."
-            )
+            expected = "messages with a string `role` and a string `content` alone"
+            raise _fault(expected, value, "Change the message, or leave the row out.")
         messages.append(Message(given["role"], given["content"]))
     return tuple(messages)

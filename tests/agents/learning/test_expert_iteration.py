@@ -349,7 +349,7 @@ class TestKills:
                 make_loop(tmp_path / "a", replace(SETTINGS, iterations=1), **options).run()
                 patch.setattr("mbrl_text_env.records.write_shard", fail)
             if where == "note":
-                patch.setattr("mbrl_text_env.agents.learning.notes.write_text", fail)
+                patch.setattr("mbrl_text_env.agents.learning.reports.write_text", fail)
             # Records have an error of their own, which names the folder too.
             with pytest.raises((LoopError, ValueError), match="No space left on device") as caught:
                 loop.run()
@@ -621,7 +621,7 @@ class TestRefused:
             reward = reward or CountReward()
             return ExpertIteration(BASE, reward, train, validation, tmp_path, SETTINGS)
 
-        with pytest.raises(LoopError, match="train: expected at least one prompt"):
+        with pytest.raises(LoopError, match="train: expected at least 1"):
             loop([], VALIDATION)
         with pytest.raises(LoopError, match=r"different ids, got \['train-aa'\] more than once"):
             loop(TRAIN, [TRAIN[0]])
@@ -639,7 +639,7 @@ class TestRefused:
             make_loop(tmp_path, settings).run()
 
     def test_policies_that_are_not_there(self, whole):
-        with pytest.raises(LoopError, match="iteration 7 has no policy yet"):
+        with pytest.raises(LoopError, match="iteration 7 has no 'policy'"):
             whole[2].policy(7)
 
     def test_a_language_model_that_cannot_be_tuned(self, tmp_path):

@@ -18,7 +18,7 @@ from mbrl_text_env.agents.learning import (
     top_fraction,
     without_duplicates,
 )
-from mbrl_text_env.agents.learning.filters import scores_described
+from mbrl_text_env.agents.learning.answers import scores_described
 from tests.agents.values.worlds import written
 
 ROWS = [

@@ -21,7 +21,7 @@ from mbrl_text_env.agents.learning import (
     fine_tune,
     serve,
 )
-from mbrl_text_env.agents.learning.fine_tuning import examples_of
+from mbrl_text_env.agents.learning.lora import examples_of
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.types import Prompt
 from tests.agents.learning.tiny import PROMPTS, logprob, record, tiny_lm
@@ -152,7 +152,7 @@ class TestStopped:
 
     @pytest.fixture
     def often(self, monkeypatch):
-        monkeypatch.setattr("mbrl_text_env.agents.learning.fine_tuning._SAVE_STEPS", 2)
+        monkeypatch.setattr("mbrl_text_env.agents.learning.lora._SAVE_STEPS", 2)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -235,14 +235,14 @@ class TestStopped:
                 patch.setattr(trl.SFTTrainer, "save_model", full)
             else:
                 patch.setattr("mbrl_text_env.agents.learning.lora.write_adapter", full)
-            with pytest.raises(TuningError, match=r"there is no space left .* Free some space"):
+            with pytest.raises(TuningError, match=r"No space left .* Free some space"):
                 fine_tune(tiny_lm(), RECORDS, tmp_path / "a", QUICK)
         assert [path.name for path in tmp_path.iterdir()] == ["a-checkpoints"]
         assert fine_tune(tiny_lm(), RECORDS, tmp_path / "a", QUICK).steps == 3
 
     def test_a_folder_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(TuningError, match="it cannot be written"):
+        with pytest.raises(TuningError, match="a folder that can be written"):
             fine_tune(tiny_lm(), RECORDS, tmp_path / "file" / "a", QUICK)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mbrl_text_env.agents.learning import AdapterSettings, TuningError, check_base, serve
-from mbrl_text_env.agents.learning.lora import base_of, check_target, trainable, write
+from mbrl_text_env.agents.learning.lora import ADAPTER, base_of, trainable, write
 from tests.agents.learning.tiny import tiny_lm
 
 IDS = torch.tensor([[5, 60, 200, 31, 7]])
@@ -134,7 +134,7 @@ class TestRefused:
     def test_a_damaged_note(self, folder, tmp_path, text):
         shutil.copytree(folder, tmp_path / "copy")
         (tmp_path / "copy" / "base.json").write_text(text)
-        with pytest.raises(TuningError, match="Check the path, or tune anew"):
+        with pytest.raises(TuningError, match="Check the path, or fit the LoRA adapter anew"):
             serve(tiny_lm(), tmp_path / "copy")
 
     def test_unknown_targets(self):
@@ -150,10 +150,9 @@ class TestRefused:
             AdapterSettings(**setting)
 
     def test_folders_of_others(self, folder, tmp_path):
-        check_target(tmp_path)
-        check_target(tmp_path / "new")
-        check_target(folder)
+        for path in (tmp_path, tmp_path / "new", folder):
+            ADAPTER.check_target(path)
         (tmp_path / "mine.txt").write_text("precious")
         for path in (tmp_path, tmp_path / "mine.txt"):
             with pytest.raises(TuningError, match="expected a new folder"):
-                check_target(path)
+                ADAPTER.check_target(path)

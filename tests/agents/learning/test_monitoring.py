@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.agents.learning import check_gold, check_value, divergence, diversity
-from mbrl_text_env.agents.learning.notes import from_json, to_json
-from mbrl_text_env.agents.learning.reports import Divergence, Diversity, _standard_error
+from mbrl_text_env.agents.learning.reports import (
+    Divergence,
+    Diversity,
+    _standard_error,
+    from_json,
+    to_json,
+)
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
 from mbrl_text_env.rewards.base import RewardError

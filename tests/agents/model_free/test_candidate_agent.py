@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from mbrl_text_env import checks
 from mbrl_text_env.agents.learning import TuningError
-from mbrl_text_env.agents.model_free import CandidateAgent, CandidateView, load_policy
-from mbrl_text_env.agents.model_free.episodes import play
+from mbrl_text_env.agents.model_free import CandidateAgent, CandidateView, load_policy, play
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.proposer import FeatureLayout
 from mbrl_text_env.types import Budget, Ledger, Prompt, initial, is_terminal

@@ -108,12 +108,12 @@ class TestFolder:
             "nan": lambda: None,
         }
         changes[damage]()
-        with pytest.raises(TuningError, match="expected the folder of a policy"):
+        with pytest.raises(TuningError, match="Expected the folder of a policy"):
             load_policy(tmp_path / "p")
 
     def test_other_folders_are_not_written_over(self, tmp_path):
         (tmp_path / "file.txt").write_text("mine")
-        with pytest.raises(TuningError, match="something else"):
+        with pytest.raises(TuningError, match="with other files"):
             policy().save(tmp_path)
         assert (tmp_path / "file.txt").read_text() == "mine"
 

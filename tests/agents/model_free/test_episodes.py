@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from mbrl_text_env.agents.model_free import evaluate
-from mbrl_text_env.agents.model_free.episodes import play
+from mbrl_text_env.agents.model_free import evaluate, play
 from mbrl_text_env.types import Ledger, initial, is_terminal
 from tests.agents.model_free.choice_worlds import LM, PROMPTS, reward
 from tests.agents.model_free.test_candidate_policy import greedy

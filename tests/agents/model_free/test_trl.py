@@ -262,7 +262,7 @@ def test_any_reward_goes(tmp_path):
     for i, reward in enumerate((vowels, brevity)):
         report = train_grpo(tiny_lm(), reward, prompts, tmp_path / f"{i}", replace(QUICK, steps=1))
         assert report.reward_name == reward.__name__
-    with pytest.raises(TuningError, match=r"Prompt 'Say fox.': .* 'vowels' does not apply"):
+    with pytest.raises(TuningError, match=r"the reward 'vowels' applies to, got 6 others"):
         train_grpo(tiny_lm(), vowels, PROMPTS, tmp_path / "c", QUICK)
 
 
@@ -300,16 +300,16 @@ class TestNoSignal:
 
 class TestRefused:
     def test_prompts(self, tmp_path):
-        with pytest.raises(TuningError, match="as many as a step has"):
+        with pytest.raises(TuningError, match="prompts: expected at least 2"):
             train_grpo(tiny_lm(), CountReward(), PROMPTS[:1], tmp_path / "a", QUICK)
-        with pytest.raises(TuningError, match="2 ids for 3 prompts"):
+        with pytest.raises(TuningError, match=r"different ids, got \['Say"):
             train_grpo(tiny_lm(), CountReward(), PROMPTS[:2] + PROMPTS[:1], tmp_path / "a", QUICK)
         assert not list(tmp_path.iterdir())
 
     def test_metadata_that_a_reward_needs(self, tmp_path):
         from mbrl_text_env.rewards import make
 
-        with pytest.raises(TuningError, match=r"Prompt 'Say fox.'.*does not apply"):
+        with pytest.raises(TuningError, match=r"first 'Say fox.', whose metadata"):
             train_rloo(tiny_lm(), make("constraints"), PROMPTS, tmp_path / "a", QUICK)
 
     @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_a_value_of_another_reward_or_language_model_is_refused(tmp_path):
     value.save(tmp_path / "value")
     other = Other("abcde", order=2, seed=1)
     for lm, reward, match in (
-        (LM, CountReward(), "reward model 'paid', got 'count'.*re-score"),
+        (LM, CountReward(), "reward 'paid', got 'count'.*re-score"),
         (other, PaidReward(), f"language model '{LM.name}', got 'another'.*collect"),
     ):
         with pytest.raises(ValueModelError, match=match):
@@ -191,7 +191,7 @@ def test_a_failed_fit_leaves_the_value_unfitted():
 
 def test_searches_side_by_side_share_its_calls():
     """The calls of several searches are merged."""
-    from mbrl_text_env.agents.driver import ask, run
+    from mbrl_text_env.agents.base import ask, run
 
     states = prefixes()[:4]
     for kind in KINDS:

@@ -76,7 +76,7 @@ def test_unknown_names_are_refused():
 def test_a_planner_refuses_the_value_of_another_reward():
     value = made("stacked").fit(toy_records(PaidReward()))
     BeamSearch(LM, PaidReward(), value)
-    with pytest.raises(ValueModelError, match="fitted for the reward model 'paid', got 'count'"):
+    with pytest.raises(ValueModelError, match="fitted for the reward 'paid', got 'count'"):
         BeamSearch(LM, CountReward(), value)
     value.reward_name_ = None
     BeamSearch(LM, CountReward(), value)

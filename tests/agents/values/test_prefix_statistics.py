@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.agents.values import PrefixRewardValue, StackedValue
-from mbrl_text_env.agents.values.prefix_statistics import PrefixStatistics
+from mbrl_text_env.agents.values.kinds import PrefixStatistics
 from mbrl_text_env.rewards import make as make_reward
 from mbrl_text_env.rewards.base import Scores
 from mbrl_text_env.types import Ledger, Prompt, TextState
@@ -139,7 +139,7 @@ def test_a_failed_fit_leaves_the_former_one():
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"max_response_tokens": 0}, "max_response_tokens of at least 1"),
+        ({"max_response_tokens": 0}, "max_response_tokens: expected at least 1"),
         ({"lengths": (4, 4)}, "lengths"),
     ],
 )

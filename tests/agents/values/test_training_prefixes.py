@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.agents.values import FitError, cut_prefixes, samples_of
-from mbrl_text_env.agents.values.training_prefixes import check_lengths, check_records
+from mbrl_text_env.agents.values.fitted import check_lengths, check_records
 from mbrl_text_env.values import LENGTHS
 from tests.agents.values.worlds import samples, written
 

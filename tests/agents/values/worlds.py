@@ -16,7 +16,7 @@ from mbrl_text_env.agents.values import (
     RolloutValue,
     StackedValue,
 )
-from mbrl_text_env.fitting.samples import Samples
+from mbrl_text_env.fitting.report import Samples
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.records import Record

@@ -10,10 +10,9 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from mbrl_text_env.agents.best_of_n import BestOfN
 from mbrl_text_env.agents.learning import LoraImprover, serve
 from mbrl_text_env.agents.model_free import evaluate, load_policy
-from mbrl_text_env.agents.sampling import Sampling
+from mbrl_text_env.agents.sampling import BestOfN, Sampling
 from mbrl_text_env.benchmarks.statistics import mean_interval
 from mbrl_text_env.benchmarks.studies import sample_efficiency
 from mbrl_text_env.benchmarks.studies.harness import Exam, Spent, prompts_for

@@ -272,7 +272,7 @@ class TestTRLCalls:
         assert applies_to(reward, CHAT)
         assert not applies_to(reward, TURNS)
         with pytest.raises(
-            RewardError, match=r"'has_answer' requires \['answer'\].*'turns' has \[\]"
+            RewardError, match=r"'has_answer', prompt 'turns': expected \['answer'\].*keys \[\]"
         ):
             score(reward, [CHAT, TURNS], ["x", "y"])
 

@@ -5,7 +5,6 @@ import pytest
 from mbrl_text_env.rewards.base import score_responses
 from mbrl_text_env.rewards.composite.cache import CachedReward
 from mbrl_text_env.rewards.composite.combinators import Ensemble, Gate, Product, WeightedSum
-from mbrl_text_env.rewards.composite.time_limit import TimeLimit
 from mbrl_text_env.rewards.composite.transforms import (
     Clip,
     LengthPenalty,
@@ -13,6 +12,7 @@ from mbrl_text_env.rewards.composite.transforms import (
     RepetitionPenalty,
     RunningNormalise,
     Threshold,
+    TimeLimit,
 )
 from mbrl_text_env.types import Prompt
 

@@ -9,7 +9,7 @@ import pytest
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards.base import RewardError, score_responses
-from mbrl_text_env.rewards.composite.time_limit import TimeLimit
+from mbrl_text_env.rewards.composite.transforms import TimeLimit
 from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
 from mbrl_text_env.types import Prompt

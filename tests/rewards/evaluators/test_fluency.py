@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.language_models import NGramLM, TableLM
 from mbrl_text_env.rewards.base import RewardError, score_responses
-from mbrl_text_env.rewards.evaluators.fluency import FluencyReward
+from mbrl_text_env.rewards.evaluators.judge import FluencyReward
 from mbrl_text_env.types import Prompt
 
 PROMPT = Prompt.from_text("Why is the sky blue?")

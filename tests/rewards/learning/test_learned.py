@@ -174,7 +174,7 @@ class TestDamage:
             score(LearnedReward(folder, encoder=Wider()))
         with pytest.raises(RewardError, match="'Broken' to return one finite vector a text"):
             score(LearnedReward(folder, encoder=Broken()))
-        with pytest.raises(RewardError, match="Expected the folder of a SentenceTransformer"):
+        with pytest.raises(RewardError, match="expected the folder of a SentenceTransformer"):
             score(LearnedReward(folder, encoder="no-such/encoder"))
 
 

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards.base import RewardError, score_responses
+from mbrl_text_env.rewards.learning.fitting import LoraSettings, fit_lora
 from mbrl_text_env.rewards.learning.learned import LearnedReward, RewardFitError
 from mbrl_text_env.rewards.learning.preferences import PreferencePair
-from mbrl_text_env.rewards.learning.reward_trainer import LoraSettings, fit_lora
 from mbrl_text_env.types import Prompt
 from tests.rewards.conftest import CHAT_TEMPLATE, SIZES
 

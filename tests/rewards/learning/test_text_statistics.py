@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbrl_text_env.rewards.learning.text_statistics import STATISTICS, text_statistics
+from mbrl_text_env.rewards.learning.features import STATISTICS, text_statistics
 from mbrl_text_env.types import Prompt
 
 

@@ -1,24 +1,26 @@
-"""The rubrics and reward functions of verifiers as reward models, and reward models as rubrics.
+"""The rubrics of verifiers and OpenEnv as reward models, and reward models as rubrics.
 
-Source: `verifiers.Rubric` in version 0.3 (0.4 has tasks with `@reward` methods, which need
-a whole rollout, and no rubrics): functions that take by name what they need of `prompt`,
-`completion`, `answer`, `info`, `state`, `task`, `parser` and the row's columns.
+Sources: `verifiers.Rubric` in version 0.3 (0.4 has tasks with `@reward` methods, which need a whole
+rollout, and no rubrics), whose functions take by name what they need of `prompt`, `completion`,
+`answer`, `info`, `state`, `task`, `parser` and the row's columns; `openenv.core.rubrics.Rubric`
+(RFC 004 of OpenEnv): `rubric(action, observation) -> float`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mbrl_text_env.files import plain_values
 from mbrl_text_env.rewards.adapters.common import (
+    AdaptedReward,
     FunctionAdapter,
+    RewardFunction,
     accepted,
-    adapted,
     as_prompt,
     awaited,
     callable_name,
@@ -28,20 +30,11 @@ from mbrl_text_env.rewards.adapters.common import (
     trl_completion,
     trl_prompt,
 )
-from mbrl_text_env.rewards.base import (
-    RewardError,
-    RewardLike,
-    RewardModel,
-    Scores,
-    score_responses,
-)
+from mbrl_text_env.rewards.base import RewardError, RewardLike, Scores
 from mbrl_text_env.types import FloatArray, Prompt
 
 _OFFERED = {"prompt", "completion", "info", "state", "task"}
 """What every function can ask for; `answer` and columns have to be in the prompt's metadata."""
-
-
-_ADVICE = "Fix the function, or add what it needs to the prompt's metadata."
 
 
 class TurnMessage(dict[str, Any]):
@@ -55,33 +48,40 @@ class TurnMessage(dict[str, Any]):
             raise AttributeError(name) from None
 
 
-class VerifiersReward(RewardModel):
+class _Verifiers(AdaptedReward):
+    """A rubric or function of verifiers, which says in `needs` what metadata it requires."""
+
+    advice = "Fix the function, or add what it needs to the prompt's metadata."
+
+    def needs(self) -> set[str]:
+        """Names of the answer and the columns that are required."""
+        raise NotImplementedError
+
+    def missing(self, prompt: Prompt) -> list[str]:
+        """Those of `needs` that the prompt lacks; the answer may have another name."""
+        given = {key for key, value in prompt.metadata.items() if value is not None}
+        if reference_answer(prompt) is not None:
+            given.add("answer")
+        return sorted(self.needs() - given)
+
+
+class VerifiersReward(_Verifiers):
     """A rubric of verifiers as a reward model.
 
     The state of a rollout has the prompt and the completion (messages for chats, texts for plain
     prompts), as `answer` the prompt's reference answer, as `info` the metadata of that name or all
     of them, the metadata as the row's columns, and a `trajectory` of one step. There is no client,
-    model, token or timing. The parts are the rubric's metrics. A rubric's functions are
-    called as verifiers calls them, with what `score_objects` offers, and weighted; the responses of
-    a batch wait side by side. Where verifiers makes a 0 of a function that raises or returns no
-    number, there is an error.
-
-    A rubric applies to prompts whose metadata have what its functions require: `answer` (see
-    `common.REFERENCE_KEYS`) and columns. Functions that score a group of rollouts against each
-    other are refused: a score must not depend on the rest of the batch.
-
-    Args:
-        rubric: The rubric.
-        name: By default the rubric's functions, with "+" between them.
+    model, token or timing. A rubric's functions, which are its parts, are called as verifiers calls
+    them, and weighted; the responses of a batch wait side by side. Where verifiers makes a 0 of a
+    function that raises or returns no number, there is an error. A rubric applies to prompts whose
+    metadata have what its functions require: `answer` (see `common.REFERENCE_KEYS`) and columns.
 
     Raises:
-        TypeError: The rubric scores groups, has no functions, or a `score_rollout` of its own.
+        TypeError: The rubric scores a group of rollouts against each other, has no functions, or a
+            `score_rollout` of its own.
 
     Example:
-        >>> import verifiers as vf  # doctest: +SKIP
-        >>> def correct(completion, answer):  # doctest: +SKIP
-        ...     return float(answer in completion[-1]["content"])
-        >>> reward = VerifiersReward(vf.Rubric(funcs=[correct]))  # doctest: +SKIP
+        >>> reward = VerifiersReward(verifiers.Rubric(funcs=[correct]))  # doctest: +SKIP
     """
 
     def __init__(self, rubric: Any, name: str | None = None) -> None:
@@ -92,12 +92,11 @@ class VerifiersReward(RewardModel):
                 f"Expected a rubric with reward functions, got a {type(rubric).__name__} with "
                 "none. Add them with `rubric.add_reward_func(function)` first."
             )
-        self.name = "+".join(map(callable_name, functions)) if name is None else name
+        self.name = name or "+".join(map(callable_name, functions))
         if rubric.has_group_rewards:
             raise TypeError(
                 f"Expected a rubric that scores rollouts one by one, got {self.name!r}, which "
-                "scores groups against each other. A reward model's score must not depend on the "
-                "rest of the batch; use the functions that do not."
+                "scores groups against each other. Use the functions that do not."
             )
         own = type(rubric).score_rollout.__qualname__
         if own not in ("Rubric.score_rollout", "RubricGroup.score_rollout"):
@@ -106,23 +105,13 @@ class VerifiersReward(RewardModel):
                 "Write what it computes as a reward function."
             )
 
-    def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt's metadata have what the rubric's functions require."""
-        return not _missing(self._needs(), prompt)
-
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B]."""
         return self.score_parts(prompts, responses).total
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """Return the rubric's rewards, and the scores of its functions as parts.
-
-        Raises:
-            RewardError: A function raised or returned no number, or a prompt lacks something.
-        """
-        needs = self._needs()
-        for prompt in prompts:
-            _check_metadata(self.name, needs, prompt)
+        """Return the rubric's rewards, and the scores of its functions as parts."""
+        self.check(prompts)
 
         async def all_scored() -> list[list[float]]:
             return await asyncio.gather(*map(self._scored, prompts, responses))
@@ -135,6 +124,10 @@ class VerifiersReward(RewardModel):
             name = callable_name(function)
             parts[name] = parts.get(name, 0.0) + column
         return Scores(total, parts)
+
+    def needs(self) -> set[str]:
+        """What the rubric's functions require."""
+        return set().union(*(_needs_of(*row[:2]) for row in _functions(self.rubric)))
 
     async def _scored(self, prompt: Prompt, response: str) -> list[float]:
         """What each function says; they are called as `Rubric.score_rollout` calls them."""
@@ -151,26 +144,16 @@ class VerifiersReward(RewardModel):
                 raise RewardError(
                     f"Reward model {self.name!r}: {callable_name(function)} raised "
                     f"{type(error).__name__}: {error} for prompt {prompt.id!r}, response "
-                    f"{response[:80]!r}. {_ADVICE}"
+                    f"{response[:80]!r}. {self.advice}"
                 ) from error
         return scores
 
-    def _needs(self) -> set[str]:
-        return set().union(*(_needs_of(*row[:2]) for row in _functions(self.rubric)))
 
+class VerifiersFunctionReward(_Verifiers, FunctionAdapter):
+    """A reward function of verifiers without a rubric, called once a response; may be async.
 
-class VerifiersFunctionReward(FunctionAdapter):
-    """A reward function of verifiers without a rubric, called once a response; see the rubric's.
-
-    Args:
-        function: `f(completion, ...) -> float`, which names what it needs of `prompt`,
-            `completion`, `answer`, `info`, `state`, `task` and the metadata's keys. May be async.
-
-    Attributes:
-        name: The function's `__name__`.
-
-    Raises:
-        TypeError: It requires `parser`, which only a rubric has.
+    It names what it needs of `prompt`, `completion`, `answer`, `info`, `state`, `task` and the
+    metadata's keys. One that requires `parser`, which only a rubric has, is a `TypeError`.
 
     Example:
         >>> def correct(completion, answer):
@@ -180,8 +163,6 @@ class VerifiersFunctionReward(FunctionAdapter):
         array([1.])
     """
 
-    advice = _ADVICE
-
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         if "parser" in required(function):
@@ -190,16 +171,12 @@ class VerifiersFunctionReward(FunctionAdapter):
                 "verifiers.Rubric(funcs=[function], parser=...)."
             )
 
-    def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt's metadata have what the function requires."""
-        return not _missing(required(self.function) - _OFFERED, prompt)
+    def needs(self) -> set[str]:
+        """What the function requires."""
+        return required(self.function) - _OFFERED
 
-    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
-        """What the function returns for each response."""
-        return [self._value(*row) for row in zip(prompts, responses, strict=True)]
-
-    def _value(self, prompt: Prompt, response: str) -> Any:
-        _check_metadata(self.name, required(self.function) - _OFFERED, prompt)
+    def value(self, prompt: Prompt, response: str) -> Any:
+        """What the function returns."""
         state = _rollout(prompt, response)
         named = {key: state[key] for key in ("prompt", "completion", "answer", "info", "task")}
         keywords = accepted(self.function, {**state["input"], **named, "state": state})
@@ -211,13 +188,10 @@ def to_verifiers(reward_model: RewardLike) -> Any:
 
     The function reads the prompt, the assistant's messages of the completion, and as the prompt's
     metadata the row's `info`, its columns and its `answer`, which is also the "reference_answer".
-    verifiers logs the error of a reward that fails or does not apply, and counts it as 0.
-
-    Raises:
-        ImportError: verifiers with rubrics (before 0.4) is not installed.
+    verifiers (before 0.4) logs the error of a reward that fails or does not apply, and counts it
+    as 0.
 
     Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
         >>> rubric = to_verifiers(SentimentReward())  # doctest: +SKIP
         >>> environment = verifiers.SingleTurnEnv(dataset, rubric=rubric)  # doctest: +SKIP
     """
@@ -229,8 +203,7 @@ def to_verifiers(reward_model: RewardLike) -> Any:
             "pip install 'verifiers>=0.3,<0.4'."
         ) from error
 
-    scorer = adapted(reward_model)
-    name = scorer.name
+    scorer = RewardFunction(reward_model)
 
     def function(
         prompt: Any, completion: Any, state: Any, answer: Any = None, info: Any = None
@@ -240,10 +213,9 @@ def to_verifiers(reward_model: RewardLike) -> Any:
         none = answer is None or answer == ""
         truth = {} if none else {"answer": answer, "reference_answer": answer}
         asked = as_prompt(_content(prompt), {**row, **(info or {}), **truth})
-        response = said(_content(completion))
-        return float(score_responses(scorer, [asked], [response]).total[0])
+        return scorer.totals([asked], [said(_content(completion))])[0]
 
-    function.__name__ = name
+    function.__name__ = scorer.__name__
     return Rubric(funcs=[function])
 
 
@@ -261,44 +233,22 @@ def _needs_of(rubric: Any, function: Callable[..., Any]) -> set[str]:
     return required(function) - _OFFERED - set(rubric.class_objects)
 
 
-def _missing(needs: set[str], prompt: Prompt) -> list[str]:
-    has_answer = reference_answer(prompt) is not None
-    return sorted(
-        key
-        for key in needs
-        if not (has_answer if key == "answer" else prompt.metadata.get(key) is not None)
-    )
-
-
-def _check_metadata(name: str, needs: set[str], prompt: Prompt) -> None:
-    if missing := _missing(needs, prompt):
-        raise RewardError(
-            f"Reward model {name!r}, prompt {prompt.id!r}: expected {missing} in the metadata, got "
-            f"the keys {sorted(prompt.metadata)}. Add them, or leave out the prompt."
-        )
-
-
 def _rollout(prompt: Prompt, response: str) -> dict[str, Any]:
     """The state of a rollout of one turn."""
     metadata = {key: value for key, value in prompt.metadata.items() if value is not None}
     asked, completion = _messages(trl_prompt(prompt)), _messages(trl_completion(prompt, response))
     answer = reference_answer(prompt)
-    step = {
-        "prompt": asked, "completion": completion, "response": None, "tokens": None,
-        "reward": None, "advantage": None, "is_truncated": False, "trajectory_id": prompt.id,
-        "extras": {},
-    }  # fmt: skip
+    turn = {"prompt": asked, "completion": completion, "is_truncated": False}
+    missing = dict.fromkeys(("response", "tokens", "reward", "advantage"))
     return {
-        "prompt": asked,
-        "completion": completion,
+        **turn,
         "answer": "" if answer is None else answer,
         "info": metadata.get("info", metadata),
         "task": metadata.get("task", "default"),
         "input": {**metadata, "prompt": asked, "example_id": prompt.id},
         "example_id": prompt.id,
-        "trajectory": [step],
+        "trajectory": [{**turn, **missing, "trajectory_id": prompt.id, "extras": {}}],
         "is_completed": True,
-        "is_truncated": False,
         "error": None,
         "metrics": {},
     }
@@ -313,3 +263,112 @@ def _content(messages: Any) -> Any:
     if isinstance(messages, str) or [message["role"] for message in messages] != ["text"]:
         return messages
     return messages[0]["content"]
+
+
+class TextAction(str):
+    """A response as OpenEnv's action: a text with `metadata`."""
+
+    def __init__(self, response: str) -> None:
+        self.metadata: Mapping[str, Any] = {}
+
+
+class TextObservation(str):
+    """A prompt as OpenEnv's observation: a text with `prompt`, `metadata`, `done` and `reward`."""
+
+    def __new__(cls, prompt: Prompt) -> TextObservation:
+        """Make the observation at the end of a response to a prompt."""
+        return super().__new__(cls, prompt.text)
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt, self.metadata = prompt, dict(prompt.metadata)
+        self.done, self.reward = True, None
+
+    def __getnewargs__(self) -> tuple[Prompt]:  # type: ignore[override]
+        """What copies and pickles are made of."""
+        return (self.prompt,)
+
+
+class OpenEnvReward(AdaptedReward):
+    """A rubric of OpenEnv as a reward model, called once a response.
+
+    An episode is one step: the action is the response, the observation what is known at the end,
+    with `done` True. Before each the rubric and those within it are reset, as by an environment, so
+    that those which collect a trajectory start anew.
+
+    Args:
+        rubric: A rubric, called as `rubric(action, observation)`; may be async.
+        convert: Makes action and observation of a prompt and a response, for rubrics that expect
+            the types of their own environment; by default `TextAction` and `TextObservation`.
+        name: By default the rubric's class.
+
+    Example:
+        >>> reward = OpenEnvReward(MyRubric())  # doctest: +SKIP
+    """
+
+    advice = (
+        "Fix the rubric; if it expects the types of its environment, pass "
+        "OpenEnvReward(rubric, convert=...)."
+    )
+
+    def __init__(
+        self,
+        rubric: Any,
+        convert: Callable[[Prompt, str], tuple[Any, Any]] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.rubric = rubric
+        self.convert = convert
+        self.name = name or type(rubric).__name__
+
+    def value(self, prompt: Prompt, response: str) -> Any:
+        """What the rubric says."""
+
+        def episode() -> Any:
+            for rubric in (self.rubric, *self.rubric.rubrics()):
+                rubric.reset()
+            if self.convert is not None:
+                return self.rubric(*self.convert(prompt, response))
+            return self.rubric(TextAction(response), TextObservation(prompt))
+
+        return self.called(prompt, response, episode)
+
+
+def to_openenv(
+    reward_model: RewardLike, read: Callable[[Any, Any], tuple[Prompt, str]] | None = None
+) -> Any:
+    """Return a reward model as a `Rubric` of OpenEnv, which an environment calls when it steps.
+
+    `read` makes prompt and response of an action and an observation. By default both are texts: the
+    action is the response, the observation the prompt (a `TextObservation` has its metadata too).
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> rubric = to_openenv(SentimentReward())  # doctest: +SKIP
+        >>> rubric("It was good.", "How was it?")  # doctest: +SKIP
+        0.4404
+    """
+    try:
+        from openenv.core.rubrics import Rubric
+    except ImportError as error:
+        raise ImportError("to_openenv needs OpenEnv: pip install openenv-core.") from error
+
+    scorer = RewardFunction(reward_model)
+
+    class RewardModelRubric(Rubric):
+        def forward(self, action: Any, observation: Any) -> float:
+            prompt, response = (read or _read)(action, observation)
+            return scorer.totals([prompt], [response])[0]
+
+    RewardModelRubric.__name__ = scorer.__name__
+    return RewardModelRubric()
+
+
+def _read(action: Any, observation: Any) -> tuple[Prompt, str]:
+    if not isinstance(action, str) or not isinstance(observation, str):
+        raise TypeError(
+            f"Expected texts, got a {type(action).__name__} as action and a "
+            f"{type(observation).__name__} as observation. Pass to_openenv(reward, read=...), a "
+            "function that makes prompt and response of them."
+        )
+    prompt = getattr(observation, "prompt", None) or as_prompt(observation, {})
+    return prompt, str(action)

@@ -1,0 +1,370 @@
+"""Reward functions of TRL, verl and OpenRLHF, both ways.
+
+`...FunctionReward` makes the trainer's call from prompts and responses, `to_...` answers it with a
+reward model. Sources: `GRPOTrainer._calculate_rewards` of TRL; `NaiveRewardManager` and
+`BatchRewardManager` in verl/workers/reward_manager; examples/python/reward_func.py of OpenRLHF.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mbrl_text_env.files import plain_values
+from mbrl_text_env.rewards.adapters.common import (
+    REFERENCE_KEYS,
+    FunctionAdapter,
+    RewardFunction,
+    accepted,
+    as_prompt,
+    awaited,
+    listed,
+    parameters,
+    reference_answer,
+    required,
+    said,
+    trl_completion,
+    trl_prompt,
+)
+from mbrl_text_env.rewards.base import RewardError, RewardLike, score_responses
+from mbrl_text_env.types import Prompt
+
+END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "</s>")
+"""Stop tokens as text, which OpenRLHF leaves at the end of a query."""
+
+_TEXT_COLUMNS = ("prompts", "completions", "completion_ids")
+# What TRL's trainer adds to every call; not columns of the data.
+_TRAINER_KEYWORDS = ("trainer_state", "log_extra", "log_metric", "environments")
+_VERL_PROMPT_KEYS = ("prompt", "raw_prompt", "question", "problem")
+
+
+class TRLFunctionReward(FunctionAdapter):
+    """A reward function of TRL as a reward model, called once a batch with keywords only.
+
+    Passed are those of the following that the function names, or all if it takes `**kwargs`:
+
+    - `prompts` and `completions`: strings for prompts of plain text; for chats lists of messages. A
+      batch of both kinds makes two calls.
+    - `completion_ids`: only with `encode`; see `as_reward_model`.
+    - The prompts' metadata, each key a column, None where a prompt lacks it. The reward does not
+      apply to prompts without a column that the function requires.
+    - `trainer_state` as None, and `log_extra` and `log_metric`, which do nothing.
+
+    Args:
+        function: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`. None,
+            for a prompt that it does not apply to, is an error. May be async. Picklable if it is.
+        encode: Token ids of a response's text; needed if the function requires `completion_ids`.
+
+    Example:
+        >>> def mentions(completions, answer, **kwargs):
+        ...     return [float(a in c[0]["content"]) for c, a in zip(completions, answer)]
+        >>> prompt = Prompt.from_text("Capital of France?", metadata={"answer": "Paris"})
+        >>> TRLFunctionReward(mentions).score([prompt], ["It is Paris."])
+        array([1.])
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], encode: Callable[[str], Sequence[int]] | None = None
+    ) -> None:
+        super().__init__(function)
+        self.encode = encode
+        if encode is None and "completion_ids" in required(self.function):
+            raise TypeError(
+                f"Reward function {self.name!r} needs `completion_ids`, but a reward model sees "
+                "text only. Pass as_reward_model(function, encode=...), which gives a text's ids."
+            )
+
+    def missing(self, prompt: Prompt) -> list[str]:
+        """Columns that the function requires; one that is None is not there."""
+        given = (key for key, value in prompt.metadata.items() if value is not None)
+        return sorted(required(self.function) - {*_TEXT_COLUMNS, *_TRAINER_KEYWORDS, *given})
+
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """What the function returns for each completion."""
+        values: list[Any] = [None] * len(responses)
+        for kind in (True, False):
+            rows = [i for i, p in enumerate(prompts) if isinstance(p.content, str) is kind]
+            asked, answers = [prompts[i] for i in rows], [responses[i] for i in rows]
+            result = awaited(self.function(**self._keywords(asked, answers))) if rows else []
+            for i, value in zip(rows, listed(result, self.name, asked, answers), strict=True):
+                values[i] = value
+        return values
+
+    def _keywords(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, Any]:
+        keys = dict.fromkeys(key for prompt in prompts for key in prompt.metadata)
+        offered: dict[str, Any] = {
+            **{key: [p.metadata.get(key) for p in prompts] for key in keys},
+            "trainer_state": None,
+            "log_extra": _ignore,
+            "log_metric": _ignore,
+            "prompts": [trl_prompt(prompt) for prompt in prompts],
+            "completions": [trl_completion(*row) for row in zip(prompts, responses, strict=True)],
+        }
+        offered.pop("completion_ids", None)
+        if self.encode is not None:
+            offered["completion_ids"] = [list(self.encode(response)) for response in responses]
+        return accepted(self.function, offered)
+
+
+class TRLReward(RewardFunction):
+    """A reward model as a reward function of TRL, also named `to_trl`.
+
+    The columns of the data set become the prompts' metadata, and a column `id` their ids. A row
+    that the reward model does not apply to gives None, which TRL leaves out of its sum; a failure
+    raises. Of a completion of several messages, the assistant's are scored, joined by line breaks.
+    Picklable if the reward model is.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> function = to_trl(SentimentReward())
+        >>> function(prompts=["How was it?"], completions=["It was good."])
+        [0.4404]
+        >>> trainer = GRPOTrainer(model, reward_funcs=function, ...)  # doctest: +SKIP
+    """
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
+        """Score completions as `GRPOTrainer` asks for it."""
+        dropped = (*_TEXT_COLUMNS, *_TRAINER_KEYWORDS)
+        columns = {
+            key: self._column(key, values, len(prompts))
+            for key, values in columns.items()
+            if key not in dropped and values is not None
+        }
+        completions = self._column("completions", completions, len(prompts))
+        converted = [
+            as_prompt(prompt, {key: values[i] for key, values in columns.items()})
+            for i, prompt in enumerate(prompts)
+        ]
+        rows = [i for i, prompt in enumerate(converted) if self.reward_model.applies_to(prompt)]
+        found = self.totals([converted[i] for i in rows], [said(completions[i]) for i in rows])
+        scores = dict(zip(rows, found, strict=True))
+        return [scores.get(i) for i in range(len(converted))]
+
+    def _column(self, key: str, values: Any, rows: int) -> list[Any]:
+        is_list = hasattr(values, "__iter__") and not isinstance(values, str | bytes | Mapping)
+        column = list(values) if is_list else []
+        if len(column) != rows:
+            raise RewardError(
+                f"Reward model {self.__name__!r}: expected {key} to be a list with one value for "
+                f"each of {rows} prompts, got {values!r:.80}. Pass columns as lists."
+            )
+        return column
+
+
+class VerlFunctionReward(FunctionAdapter):
+    """A `compute_score` of verl as a reward model, called once a response or, in plurals, a batch.
+
+    It gets `data_source` from the prompt's metadata ("" where there is none), `ground_truth` from
+    metadata["reward_model"]["ground_truth"] as in verl's own data, else from `REFERENCE_KEYS`, and
+    as `extra_info` the metadata of that name, else all of them, with the prompt under "prompt" if
+    nothing else is there. Of a dict that is returned, "score" (in old versions "reward") counts. A
+    function whose parameter `ground_truth` has no default applies to prompts that have one.
+
+    Args:
+        function: `f(data_source, solution_str, ground_truth, extra_info=None) -> float | dict`, or
+            `f(data_sources, solution_strs, ground_truths, extra_infos) -> list`. May be async.
+
+    Example:
+        >>> def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        ...     return {"score": float(ground_truth in solution_str), "acc": True}
+        >>> prompt = Prompt.from_text("2 + 2?", metadata={"reward_model": {"ground_truth": "4"}})
+        >>> VerlFunctionReward(compute_score).score([prompt], ["It is 4."])
+        array([1.])
+    """
+
+    answer_keys = f" (under 'reward_model' or one of {list(REFERENCE_KEYS)})"
+
+    def missing(self, prompt: Prompt) -> list[str]:
+        """The ground truth, if the function requires one."""
+        needed = not {"ground_truth", "ground_truths"}.isdisjoint(required(self.function))
+        return ["ground_truth"] if needed and reference_answer(prompt) is None else []
+
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """The number in what the function returns for each response."""
+        if not responses or "solution_strs" not in parameters(self.function):
+            values = super().values(prompts, responses)
+        else:
+            rows = [self._row(*pair) for pair in zip(prompts, responses, strict=True)]
+            columns = {f"{key}s": [row[key] for row in rows] for key in rows[0]}
+            result = awaited(self.function(**accepted(self.function, columns)))
+            values = listed(result, self.name, prompts, responses)
+        return [v.get("score", v.get("reward")) if isinstance(v, Mapping) else v for v in values]
+
+    def value(self, prompt: Prompt, response: str) -> Any:
+        """What the function returns for one response."""
+        keywords = accepted(self.function, self._row(prompt, response))
+        return self.called(prompt, response, lambda: self.function(**keywords))
+
+    def _row(self, prompt: Prompt, response: str) -> dict[str, Any]:
+        info = prompt.metadata.get("extra_info")
+        source = prompt.metadata.get("data_source")
+        return {
+            "data_source": "" if source is None else source,
+            "solution_str": response,
+            "ground_truth": reference_answer(prompt),
+            "extra_info": {
+                "prompt": trl_prompt(prompt),
+                **(prompt.metadata if info is None else info),
+            },
+        }
+
+
+class VerlReward(RewardFunction):
+    """A reward model as verl's `compute_score`, also named `to_verl`.
+
+    In verl's configuration it is named by a file, `custom_reward_function.path=my_reward.py`, whose
+    content can be `compute_score = to_verl(make("relevance"))`.
+
+    verl does not pass the prompt: it is read from `extra_info`, under "prompt", "raw_prompt",
+    "question" or "problem", a text or a list of messages. The ground truth becomes the metadata
+    "ground_truth" and "reference_answer"; `data_source` and the rest of `extra_info` stand beside.
+
+    A missing prompt is an error, but for a reward that looks at the response alone, which is given
+    with `needs_prompt=False`.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> compute_score = to_verl(SentimentReward(), needs_prompt=False)
+        >>> compute_score(data_source="films", solution_str="It was good.", ground_truth=None)
+        0.4404
+    """
+
+    def __init__(self, reward_model: RewardLike, *, needs_prompt: bool = True) -> None:
+        super().__init__(reward_model)
+        self.needs_prompt = needs_prompt
+
+    def __call__(
+        self,
+        data_source: Any = "",
+        solution_str: str | None = None,
+        ground_truth: Any = None,
+        extra_info: Mapping[str, Any] | None = None,
+        *,
+        data_sources: Sequence[Any] | None = None,
+        solution_strs: Sequence[str] | None = None,
+        ground_truths: Sequence[Any] | None = None,
+        extra_infos: Sequence[Mapping[str, Any] | None] | None = None,
+        **ignored: Any,
+    ) -> float | list[float]:
+        """Score one response, or the responses in `solution_strs`."""
+        if solution_strs is None:
+            if solution_str is None:
+                raise TypeError("Expected solution_str or solution_strs, got neither.")
+            prompt = self._prompt(data_source, ground_truth, extra_info)
+            return self.totals([prompt], [str(solution_str)])[0]
+        none = [None] * len(solution_strs)
+        # verl passes arrays, which are neither true nor false.
+        columns = [none if c is None else c for c in (data_sources, ground_truths, extra_infos)]
+        prompts = [self._prompt(*row) for row in zip(*columns, strict=True)]
+        return self.totals(prompts, [str(text) for text in solution_strs])
+
+    def _prompt(self, source: Any, truth: Any, info: Mapping[str, Any] | None) -> Prompt:
+        rest = plain_values({} if info is None else info)
+        key = next((key for key in _VERL_PROMPT_KEYS if rest.get(key) is not None), None)
+        if key is None and self.needs_prompt:
+            raise RewardError(
+                f"Reward model {self.__name__!r}: expected the prompt in extra_info, under one of "
+                f"{list(_VERL_PROMPT_KEYS)}, got the keys {sorted(rest)}. Add it to the data, or "
+                "pass to_verl(reward, needs_prompt=False) if the reward does not look at it."
+            )
+        content = rest.pop(key) if key is not None else "(not passed by verl)"
+        return as_prompt(content, {**rest, "data_source": source, **_truths(truth)})
+
+
+class OpenRLHFFunctionReward(FunctionAdapter):
+    """A reward function of OpenRLHF as a reward model, called once a batch.
+
+    A query is the prompt's text with the response right behind it (OpenRLHF has applied the chat
+    template before; here there are no template marks). A label is the prompt's reference answer,
+    as for verl's functions, or "", as where OpenRLHF's data have none. Of a dict, "rewards" counts,
+    or "scores" where that is alone. May be async.
+
+    Example:
+        >>> def reward_func(queries, prompts, labels, **kwargs):
+        ...     return {"rewards": [float(l in q) for q, l in zip(queries, labels)]}
+        >>> prompt = Prompt.from_text("2 + 2?", metadata={"reference_answer": "4"})
+        >>> OpenRLHFFunctionReward(reward_func).score([prompt], [" It is 4."])
+        array([1.])
+    """
+
+    def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
+        """What the function returns for each query."""
+        labels = map(reference_answer, prompts)
+        offered = {
+            "queries": [p.text + r for p, r in zip(prompts, responses, strict=True)],
+            "prompts": [prompt.text for prompt in prompts],
+            "labels": ["" if label is None else label for label in labels],
+        }
+        result = awaited(self.function(**accepted(self.function, offered)))
+        if isinstance(result, Mapping):
+            result = result.get("rewards", result.get("scores"))
+        return listed(result, self.name, prompts, responses)
+
+
+class OpenRLHFReward(RewardFunction):
+    """A reward model as OpenRLHF's `reward_func`, also named `to_openrlhf`.
+
+    It is named by a file, `--remote_rm_url my_reward.py`, whose content can be
+    `reward_func = to_openrlhf(make("sentiment"))`.
+
+    The response is what follows the prompt in a query. A label becomes the metadata
+    "reference_answer" and "ground_truth"; "" and None are none. Returned are float32 tensors:
+    "rewards" and "scores", both the total, and in "extra_logs" the parts.
+
+    `end_texts`, stop tokens as text, are taken off a response's end.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward_func = to_openrlhf(SentimentReward())
+        >>> reward_func(["How was it? Good.</s>"], ["How was it?"], [None])["rewards"]
+        tensor([0.4404])
+    """
+
+    def __init__(self, reward_model: RewardLike, *, end_texts: Sequence[str] = END_TEXTS) -> None:
+        super().__init__(reward_model)
+        self.end_texts = end_texts
+
+    def __call__(
+        self,
+        queries: Sequence[str],
+        prompts: Sequence[str],
+        labels: Sequence[Any] | None = None,
+        **ignored: Any,
+    ) -> dict[str, Any]:
+        """Score the responses in `queries`."""
+        import torch
+
+        given = [None] * len(queries) if labels is None else map(plain_values, labels)
+        responses = [self._response(*row) for row in zip(queries, prompts, strict=True)]
+        asked = [
+            as_prompt(prompt, _truths(None if label == "" else label))
+            for prompt, label in zip(prompts, given, strict=True)
+        ]
+        scores = score_responses(self.reward_model, asked, responses)
+        total = torch.tensor(scores.total, dtype=torch.float32)
+        logs = {name: torch.tensor(v, dtype=torch.float32) for name, v in scores.parts.items()}
+        return {"rewards": total, "scores": total, "extra_logs": logs}
+
+    def _response(self, query: str, prompt: str) -> str:
+        if not query.startswith(prompt):
+            raise RewardError(
+                f"Reward model {self.__name__!r}: expected a query that begins with its prompt "
+                f"{prompt[:80]!r}, got {query[:80]!r}. Pass prompts as they stand in the queries."
+            )
+        response = query[len(prompt) :]
+        for text in self.end_texts:
+            response = response.removesuffix(text)
+        return response
+
+
+to_trl, to_verl, to_openrlhf = TRLReward, VerlReward, OpenRLHFReward
+
+
+def _truths(truth: Any) -> dict[str, Any]:
+    return {} if truth is None else {"ground_truth": truth, "reference_answer": truth}
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stand in for TRL's log."""
