@@ -237,9 +237,8 @@ def search_command(
     ] = None,
 ) -> None:
     """Answer a prompt with a planner and show its search: chunks, values, what was chosen, why."""
-    from mbrl_text_env.agents.planner import Planner
-
     from mbrl_text_env.agents.registry import AgentSpecError, make
+    from mbrl_text_env.agents.search import Planner
     from mbrl_text_env.benchmarks.report import draw_tree, picture
     from mbrl_text_env.files import write_text
     from mbrl_text_env.types import Budget
