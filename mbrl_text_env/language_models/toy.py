@@ -101,7 +101,13 @@ class ExactLM(CharTokenizer, FeatureModel):
         """Draw chunks; see `LanguageModel.sample_requests`."""
         check_requests(requests)
         with timed(ledgers):
-            rows = [[self._draw(r, k) for k in range(r.num_samples)] for r in requests]
+            rows = [
+                [
+                    self._draw(r.state, stream(r.seed, r.state, k), r.max_new_tokens, r.params)
+                    for k in range(r.first_sample, r.first_sample + r.num_samples)
+                ]
+                for r in requests
+            ]
         pairs = zip(requests, rows, strict=True)
         lengths = ((len(prefix_of(r.state)), [len(chunk) for chunk in row]) for r, row in pairs)
         charge(ledgers, (self.usage_bound(prefix, new) for prefix, new in lengths))
@@ -150,11 +156,15 @@ class ExactLM(CharTokenizer, FeatureModel):
     def _after(self, state: TextState, ids: Ids) -> Row:
         return self.next_probabilities(state.prompt_ids, state.response_ids + ids)
 
-    def _draw(self, request: SampleRequest, k: int) -> Chunk:
-        state, params = request.state, request.params
-        uniforms = stream(request.seed, state, request.first_sample + k).random(
-            min(request.max_new_tokens, room_after(state, self.context_length))
-        )
+    def _draw(
+        self,
+        state: TextState,
+        generator: np.random.Generator,
+        max_new_tokens: int,
+        params: SamplingParams,
+    ) -> Chunk:
+        room = min(max_new_tokens, room_after(state, self.context_length))
+        uniforms = generator.random(room)
         ids: Ids = ()
         logprobs: tuple[float, ...] = ()
         for uniform in uniforms:
