@@ -17,6 +17,7 @@ from mbrl_text_env.rewards.base import (
     RewardModel,
     Scores,
     check_process,
+    reward_bounds,
     reward_model_of,
 )
 from mbrl_text_env.types import FloatArray, Ledger, Message, Prompt, TextState, Usage
@@ -30,6 +31,8 @@ from mbrl_text_env.values import (
 # The batch around a response may change the rounding of a network's score, no more.
 _TOLERANCE = 1e-5
 _ROUNDING = 1e-9
+# Places at which a response is cut to try bounds.
+_CUTS = 16
 
 _PROMPTS = (
     Prompt.from_text("Why is the sky blue?", "question"),
@@ -76,6 +79,8 @@ _REWARD_RULES = {
     "total": "score_parts: expected the total that `score` returns, got {got}. Let `score` "
     "return `score_parts(...).total`.",
     "part": "score_parts: expected parts by name, got {got}. Name it.",
+    "reach": "bound: expected at least the score of a response that begins so, {score:g}, got {got}. "
+    "It is the most that any continuation can score: return infinity where that is not known.",
     "flops": "flops: expected numbers from 0, got {got}. Count operations.",
     "bound": "flops_bound: expected a finite number of at least 0, got {got}. Return the "
     "operations of the longest response that it reads.",
@@ -116,7 +121,7 @@ def check_reward_model(
 
     Checked are the name; one finite score a response, the same in every call, whatever the order
     and the rest of the batch (up to 1e-5); that the arguments are left as they are; and, where the
-    model has them, `score_parts`, `flops`, `flops_bound` and `score_steps`.
+    model has them, `score_parts`, `bound`, `flops`, `flops_bound` and `score_steps`.
 
     Args:
         reward_model: A reward model; a function is made one by `rewards.as_reward_model`.
@@ -152,6 +157,7 @@ def check_reward_model(
     trial.responses = [answers[row % len(answers)] for row in rows]
     trial.check_scores()
     trial.check_parts()
+    trial.check_bounds()
     trial.check_flops()
     if model.scores_steps:
         trial.check_steps(check_process(model), asked)
@@ -213,6 +219,20 @@ class _RewardTrial(Trial):
         for part, values in scores.parts.items():
             self.expect("part", isinstance(part, str) and part, part)
             self.finite(f"{place}, part {part!r}", values, self.responses)
+
+    def check_bounds(self) -> None:
+        """No beginning of a response may be bound below the response's own score."""
+        scores = self.score(range(len(self.responses)))
+        for prompt, text, score in zip(self.prompts, self.responses, scores, strict=True):
+            ends = sorted({round(share * len(text) / _CUTS) for share in range(_CUTS + 1)})
+            prefixes = [text[:end] for end in ends]
+            try:
+                bounds = reward_bounds(self.model, [prompt] * len(ends), prefixes)
+            except RewardError as error:
+                raise CheckError(f"{self.subject}: {error}") from error
+            for prefix, bound in zip(prefixes, bounds, strict=True):
+                got = f"{bound:g} for {prefix[-80:]!r} of {text[:80]!r}, prompt {prompt.id!r}"
+                self.expect("reach", bound >= score - _ROUNDING, got, score=score)
 
     def check_flops(self) -> None:
         raw = self.called("flops", self.model.flops, self.prompts, self.responses)

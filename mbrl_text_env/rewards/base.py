@@ -86,6 +86,27 @@ class RewardModel(ABC):
         """Whether it can score answers to `prompt`; by default to all."""
         return True
 
+    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> npt.ArrayLike:
+        """Return float64[B], the most that a response can score that begins with `prefixes[i]`.
+
+        It is never too low, and may be too high: by default it is infinite. That of the empty
+        prefix is the most that any response to the prompt can score. Searches leave prefixes whose
+        bound is below what they look for; `check_reward_model` tries it.
+
+        Example:
+            >>> class Brevity(RewardModel):
+            ...     def score(self, prompts, responses):
+            ...         return [-len(response.split()) for response in responses]
+            ...     def bound(self, prompts, prefixes):  # words never become fewer
+            ...         return self.score(prompts, prefixes)
+        """
+        return np.full(len(prefixes), np.inf)
+
+    @property
+    def has_bound(self) -> bool:
+        """Whether `bound` says anything."""
+        return not _is_default(self.bound)
+
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
         """Return float64[B], the floating-point operations of each score; by default none."""
         return np.zeros(len(responses))
@@ -147,7 +168,7 @@ class ObjectReward(RewardModel):
     def __init__(self, reward: Any) -> None:
         self.reward = reward
         self.name = str(getattr(reward, "name", type(reward).__name__))
-        for method in ("score_parts", "applies_to", "flops", "flops_bound"):
+        for method in ("score_parts", "applies_to", "bound", "flops", "flops_bound"):
             if hasattr(reward, method):
                 setattr(self, method, getattr(reward, method))
 
@@ -264,6 +285,22 @@ def score_responses(
     return Scores(total, parts or {name: total})
 
 
+def reward_bounds(
+    reward_model: object, prompts: Sequence[Prompt], prefixes: Sequence[str]
+) -> FloatArray:
+    """float64[B], what `RewardModel.bound` says, checked: minus infinity to infinity, never NaN.
+
+    A `RewardError` names what is wrong. Bounds are not charged: they must cost next to nothing
+    beside a score.
+    """
+    reward = reward_model_of(reward_model)
+    if not prefixes:
+        return np.zeros(0)
+    name = f"{reward.name}: bound"
+    raw = _guarded(reward.bound, name, prompts[0], prompts, prefixes)
+    return _checked(raw, name, prompts, prefixes, infinite=True)
+
+
 def isolate_failures(
     function: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]
 ) -> list[R | RewardError]:
@@ -337,7 +374,11 @@ def _guarded(function: Callable[..., Any], name: str, first: Prompt, *args: Any)
 
 
 def _checked(
-    raw: Any, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
+    raw: Any,
+    name: str,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    infinite: bool = False,
 ) -> FloatArray:
     try:
         scores = _as_floats(raw)
@@ -353,11 +394,11 @@ def _checked(
             f"shape {scores.shape} for prompts from {prompts[0].id!r}, first response "
             f"{responses[0][:80]!r}. Return a flat list of floats in the responses' order."
         )
-    bad = np.flatnonzero(~np.isfinite(scores))
+    bad = np.flatnonzero(np.isnan(scores) if infinite else ~np.isfinite(scores))
     if bad.size:
         first = int(bad[0])
         raise RewardError(
-            f"Reward model {name!r}: expected finite scores, got {scores[first]} for prompt "
+            f"Reward model {name!r}: expected {'numbers' if infinite else 'finite scores'}, got {scores[first]} for prompt "
             f"{prompts[first].id!r}, response {responses[first][:80]!r} ({bad.size} of "
             f"{len(scores)} are not finite)."
         )

@@ -19,6 +19,7 @@ from mbrl_text_env.rewards.base import (
     RewardError,
     RewardLike,
     Scores,
+    reward_bounds,
     score_responses,
     score_steps,
 )
@@ -92,6 +93,20 @@ class Combinator(ProcessRewardModel):
         """Whether all of the rewards can score answers to `prompt`."""
         return all(reward.applies_to(prompt) for reward in self.rewards)
 
+    def bound(self, prompts: Prompts, prefixes: Texts) -> FloatArray:
+        """Return float64[B], what the bounds of the rewards leave possible."""
+        bounds = [reward_bounds(reward, prompts, prefixes) for reward in self.rewards]
+        return self.most(bounds, prefixes)
+
+    @property
+    def has_bound(self) -> bool:
+        """Whether one of the rewards has, or the combination has one of its own."""
+        return any(reward.has_bound for reward in self.rewards)
+
+    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
+        """The most that `combine` can make of scores up to `bounds`; by default not known."""
+        return np.full(len(prefixes), np.inf)
+
     def flops(self, prompts: Prompts, responses: Texts) -> FloatArray:
         """Return float64[B], the floating-point operations of the rewards together."""
         counts = [np.asarray(reward.flops(prompts, responses)) for reward in self.rewards]
@@ -133,8 +148,12 @@ class Wrapper(Combinator):
         return self.change(totals[0]), {}
 
     def change(self, scores: FloatArray) -> FloatArray:
-        """The changed scores, float64[B]; by default as they are."""
+        """The changed scores, float64[B], which do not fall as scores rise; by default as they are."""
         return scores
+
+    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
+        """The bound, changed as scores are."""
+        return self.change(bounds[0])
 
 
 class WeightedSum(Combinator):
@@ -175,6 +194,12 @@ class WeightedSum(Combinator):
             summed += weight * total
         return summed, {}
 
+    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
+        """The weighted sum; not known where a weight is negative, for nothing bounds from below."""
+        terms = [w * b for w, b in zip(self.weights, bounds, strict=True) if w > 0]
+        known = min(self.weights) >= 0
+        return np.sum(terms, axis=0) if terms and known else np.full(len(prefixes), np.inf)
+
     def reduced(self, dtype: str) -> WeightedSum:
         """The sum of the rewards in another format."""
         rewards = [reward.reduced(dtype) for reward in self.rewards]
@@ -210,6 +235,12 @@ class Product(Combinator):
                     "instead."
                 )
         return np.prod(np.stack(totals), axis=0), {}
+
+    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
+        """The product; 0 where a factor can only be 0, whatever the others are."""
+        stacked = np.maximum(np.stack(bounds), 0.0)
+        with np.errstate(invalid="ignore"):
+            return np.where((stacked == 0).any(axis=0), 0.0, stacked.prod(axis=0))
 
 
 class Gate(Combinator):
@@ -251,6 +282,12 @@ class Gate(Combinator):
         reward, condition = totals
         # A fraction such as 3 of 3 constraints may miss 1 by its rounding.
         return np.where(condition >= self.threshold - 1e-9, reward, self.closed), {}
+
+    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
+        """What the closed gate gives, or the reward can, where the condition can still hold."""
+        reward, condition = bounds
+        can_open = condition >= self.threshold - 1e-9
+        return np.where(can_open, np.maximum(reward, self.closed), self.closed)
 
 
 class Ensemble(Combinator):
@@ -308,6 +345,11 @@ class Ensemble(Combinator):
             return stacked.min(axis=0), {"disagreement": disagreement}
         k = self.k if self.rule == "mean-std" else 0.0
         return stacked.mean(axis=0) - k * disagreement, {"disagreement": disagreement}
+
+    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
+        """The mean or the minimum; a standard deviation is at least 0."""
+        stacked = np.stack(bounds)
+        return stacked.min(axis=0) if self.rule == "min" else stacked.mean(axis=0)
 
 
 def check_finite(owner: str, above: float = -np.inf, **numbers: float) -> None:

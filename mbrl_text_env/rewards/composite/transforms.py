@@ -162,6 +162,10 @@ class RunningNormalise(Wrapper):
             self.count = total
         return (scores - self.mean) / self.std
 
+    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
+        """Not known: the scale goes on changing."""
+        return np.full(len(prefixes), np.inf)
+
     def frozen(self) -> Normalise:
         """A reward that normalises by the present statistics and goes on doing so."""
         return Normalise(self.reward, self.mean, self.std, self.name)
@@ -208,6 +212,10 @@ class Penalty(Wrapper):
         penalty = self.weight * np.array([self.penalty(r) for r in responses], dtype=np.float64)
         return totals[0] - penalty, {self.extra_parts[0]: penalty}
 
+    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
+        """That of the reward: a penalty may still fall to 0."""
+        return bounds[0]
+
 
 class LengthPenalty(Penalty):
     """A reward minus a penalty for each word beyond a limit.
@@ -238,6 +246,10 @@ class LengthPenalty(Penalty):
     def penalty(self, response: str) -> float:
         """Words beyond the limit."""
         return max(0, len(response.split()) - self.max_words)
+
+    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
+        """That of the reward, minus the penalty so far: words never become fewer."""
+        return bounds[0] - self.weight * np.array([self.penalty(p) for p in prefixes])
 
 
 class RepetitionPenalty(Penalty):

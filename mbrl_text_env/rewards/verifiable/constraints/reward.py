@@ -168,6 +168,11 @@ class ConstraintsReward(ProcessRewardModel):
             )
         return np.array([_fraction(*row) for row in zip(prompts, responses, strict=True)], float)
 
+    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
+        """Return float64[B], the fraction of constraints that a prefix has not broken for good."""
+        rows = zip(prompts, prefixes, strict=True)
+        return np.array([self._within_reach(prompt, [prefix])[0] for prompt, prefix in rows], float)
+
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
         """Return float64[len(steps)]: how much of the score is still within reach.
 
@@ -185,16 +190,20 @@ class ConstraintsReward(ProcessRewardModel):
         if not steps:
             return np.zeros(0)
         final = _fraction(prompt, "".join(steps))
-        constraints = kept = prompt.metadata["constraints"]
+        return np.array([*self._within_reach(prompt, steps[:-1]), final], dtype=np.float64)
+
+    def _within_reach(self, prompt: Prompt, steps: Sequence[str]) -> list[float]:
+        """The fraction of constraints that are not broken after each step."""
+        constraints = kept = _constraints(prompt)
         prefix, scores, request = "", list[float](), _request(prompt)
-        for step in steps[:-1]:
+        for step in steps:
             prefix += step
             kept = [each for each in kept if prefix_verdict(each, prefix, request) is not False]
             scores.append(len(kept) / len(constraints))
-        return np.array([*scores, final], dtype=np.float64)
+        return scores
 
 
-def _fraction(prompt: Prompt, response: str) -> float:
+def _constraints(prompt: Prompt) -> Sequence[Mapping[str, Any]]:
     constraints: Any = prompt.metadata.get("constraints")
     if not isinstance(constraints, list | tuple) or not constraints:
         raise ConstraintError(
@@ -202,6 +211,11 @@ def _fraction(prompt: Prompt, response: str) -> float:
             f"constraint, got {constraints!r}. Add constraints, or leave out the prompts for which "
             "`ConstraintsReward.applies_to(prompt)` is False."
         )
+    return constraints
+
+
+def _fraction(prompt: Prompt, response: str) -> float:
+    constraints = _constraints(prompt)
     try:
         kept = [check_constraint(each, response, _request(prompt)) for each in constraints]
     except ConstraintError as error:
