@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "beam": ["Adaptive", "BeamSearch", "ParticleFilter"],
         "choices": ["Choice"],
         "collection": ["collect"],
+        "guarded": ["Guarded"],
         "lookahead": ["Lookahead", "RecedingHorizon"],
         "mcts": ["MCTS"],
         "registry": ["available", "make"],

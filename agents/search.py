@@ -23,6 +23,7 @@ from mbrl_text_env.agents.base import (
     ask_for_chunks,
 )
 from mbrl_text_env.language_models.base import (
+    Guard,
     LanguageModel,
     SampleRequest,
     SamplingParams,
@@ -203,6 +204,7 @@ class Expansion:
         tokens: Most tokens of a chunk; None draws to the end of the response.
         params: How they are drawn; None for the search's own.
         valued: Whether partial responses among them are valued.
+        guard: What their text may not become.
     """
 
     node: Node
@@ -210,6 +212,7 @@ class Expansion:
     tokens: int | None = None
     params: SamplingParams | None = None
     valued: bool = True
+    guard: Guard | None = None
 
 
 @dataclass(eq=False)
@@ -382,7 +385,9 @@ class Search:
         for each, count in counted:
             state, length, start = each.node.state, self._length(each), first[each.node]
             params = self._params(each)
-            requests.append(SampleRequest(state, count, length, self.seed, start, params))
+            requests.append(
+                SampleRequest(state, count, length, self.seed, start, params, each.guard)
+            )
             first[each.node] += count
         ledgers = [self.ledger] * len(requests)
         rows: list[list[Chunk]] = await ask_for_chunks(self.language_model, requests, ledgers)

@@ -79,8 +79,8 @@ _REWARD_RULES = {
     "total": "score_parts: expected the total that `score` returns, got {got}. Let `score` "
     "return `score_parts(...).total`.",
     "part": "score_parts: expected parts by name, got {got}. Name it.",
-    "reach": "bound: expected at least the score of a response that begins so, {score:g}, got {got}. "
-    "It is the most that any continuation can score: return infinity where that is not known.",
+    "reach": "bound: expected at least {score:g}, the score of a response that begins so, got "
+    "{got}. It is the most that any continuation can score, and infinity where that is not known.",
     "flops": "flops: expected numbers from 0, got {got}. Count operations.",
     "bound": "flops_bound: expected a finite number of at least 0, got {got}. Return the "
     "operations of the longest response that it reads.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -68,6 +68,37 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What a response's text may not become, watched while its tokens are drawn.
+
+    A token is drawn as ever and looked at; only if the text may not go on so, another one is drawn
+    from the most probable tokens that are left, as the sampling parameters shape them, and so on.
+    Where none is left, the chunk ends with the token first drawn: there is no way on from there.
+    Where nothing is refused, tokens are those of plain sampling.
+
+    The law of a token is the model's, shaped, among the `candidates` most probable tokens of a
+    log-probability of at least `floor` that may follow, and among all tokens where the first one
+    drawn may stay. A response drawn so is not a sample from the model's distribution of responses
+    that are allowed: each token is renormalised by itself, whatever it leads to.
+
+    Source: locally constrained decoding; see Lipkin et al., "Fast Controlled Generation from
+    Language Models with Adaptive Weighted Rejection Sampling", 2025, for what is lazy here and for
+    weights that undo the renormalisation.
+
+    Args:
+        allows: `allows(states, texts, ended) -> bool[B]`: whether the response to
+            `states[i].prompt` may begin with `texts[i]`, or be it where `ended[i]`. What it
+            refuses, it refuses however the text goes on.
+        floor: The least log-probability (nats) of a token in place of a refused one.
+        candidates: How many of the most probable tokens are tried.
+    """
+
+    allows: Callable[[Sequence[TextState], Sequence[str], Sequence[bool]], Sequence[bool]]
+    floor: float = -7.0
+    candidates: int = 64
+
+
+@dataclass(frozen=True)
 class SampleRequest:
     """One state's part of a call of `LanguageModel.sample`, which describes the fields."""
 
@@ -77,6 +108,7 @@ class SampleRequest:
     seed: int
     first_sample: int = 0
     params: SamplingParams = field(default_factory=SamplingParams)
+    guard: Guard | None = None
 
 
 @runtime_checkable
@@ -128,6 +160,7 @@ class LanguageModel(ABC):
     stop_token_ids: frozenset[int]
     context_length: int
     cache_tokens: int = 0
+    guards: bool = False
     """Tokens of prefixes that can be kept between calls; 0 for none."""
 
     @property
@@ -351,6 +384,39 @@ def has_stop_text(tokenizer: Tokenizer, token_ids: Sequence[int], params: Sampli
     return any(stop in text for stop in params.stop)
 
 
+class GrowingText:
+    """The text of tokens that come one by one, decoded from the last few of them.
+
+    A character of which bytes are missing at the end is left out until it is complete.
+
+    Source: vLLM's incremental detokenization, which decodes as far back as what it has read last.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._text, self._before, self._read = "", "", 0
+        self._recent: list[int] = []
+        for token in token_ids:
+            self.append(token)
+
+    def with_token(self, token: int) -> str:
+        """The text if `token` comes next."""
+        return self._text + self._new(token).rstrip("\ufffd")
+
+    def append(self, token: int) -> None:
+        """Go on with a token."""
+        new = self._new(token)
+        self._recent.append(token)
+        if new and not new.endswith("\ufffd"):
+            self._text += new
+            self._recent = self._recent[self._read :]
+            self._read = len(self._recent)
+            self._before = self._tokenizer.decode(self._recent)
+
+    def _new(self, token: int) -> str:
+        return self._tokenizer.decode([*self._recent, token])[len(self._before) :]
+
+
 def prefix_of(state: TextState) -> tuple[int, ...]:
     """All tokens of a state."""
     return state.prompt_ids + state.response_ids
@@ -417,9 +483,14 @@ def pass_usage(
     )
 
 
-def check_requests(requests: Sequence[SampleRequest]) -> None:
-    """Refuse requests that no language model can answer: see `check_sample_arguments`."""
+def check_requests(requests: Sequence[SampleRequest], guards: bool = False) -> None:
+    """Refuse requests that cannot be answered, also those with a guard where there are none."""
     for r in requests:
+        if r.guard is not None and not guards:
+            raise ValueError(
+                "guard: expected a language model with `guards`, such as `TransformersLM`, got one "
+                "without. Leave out the guard."
+            )
         check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
 
 

@@ -9,7 +9,6 @@ import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,20 +22,17 @@ from mbrl_text_env.language_models.base import (
     FeatureModel,
     NextTokens,
     SampleRequest,
-    SamplingParams,
-    Tokenizer,
     charge,
     check_judging_arguments,
     check_requests,
     check_unfinished,
     finish_reason,
-    has_stop_text,
     pass_usage,
     prefix_of,
     room_after,
-    stream,
 )
-from mbrl_text_env.language_models.engine import Batch, Tokens, chosen_logprobs, draw
+from mbrl_text_env.language_models.decoding import Sampled, fill_in, waiting, whole_requests
+from mbrl_text_env.language_models.engine import Tokens, chosen_logprobs
 from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, ModelLoadError
 from mbrl_text_env.language_models.networks import KVBatch, LlamaNetwork, Network
 from mbrl_text_env.runs import weights_digest
@@ -47,8 +43,6 @@ if TYPE_CHECKING:
 
 # A pass of the output layer takes this many tokens.
 _LOGIT_ROWS = 256
-# Rows are added when this share of the batch is free: every addition is a pass over few tokens.
-_REFILL_SHARE = 1 / 8
 T = TypeVar("T")
 
 
@@ -86,6 +80,8 @@ class TransformersLM(FeatureModel):
         >>> from mbrl_text_env.language_models import TransformersLM
         >>> lm = TransformersLM("Qwen/Qwen2.5-0.5B-Instruct")  # doctest: +SKIP
     """
+
+    guards = True
 
     def __init__(
         self,
@@ -237,11 +233,11 @@ class TransformersLM(FeatureModel):
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
         """Draw chunks; see `LanguageModel.sample_requests`."""
-        check_requests(requests)
+        check_requests(requests, self.guards)
         limits = [min(r.max_new_tokens, room_after(r.state, self.context_length)) for r in requests]
         chunks: list[list[Chunk]] = [[] for _ in requests]
         with timed(ledgers), self._lock, torch.inference_mode():
-            queue = _waiting(requests, limits)
+            queue = waiting(requests, limits)
             computed = self._run(queue)
         for drawn in queue:
             reason = finish_reason(self, drawn.state, drawn.tokens)
@@ -370,7 +366,7 @@ class TransformersLM(FeatureModel):
         kv.clear(longest, capacity)
         return engine.CachedBatch(self._network, self._cache, kv), rows
 
-    def _run(self, queue: Sequence[_Sampled]) -> list[int]:
+    def _run(self, queue: Sequence[Sampled]) -> list[int]:
         """Sample the queue; returns the prefix tokens computed for each request."""
         computed = [0] * (1 + max((chunk.request for chunk in queue), default=-1))
         self._refresh()
@@ -394,16 +390,16 @@ class TransformersLM(FeatureModel):
         return computed
 
     def _decode(
-        self, queue: Sequence[_Sampled], computed: list[int], network: Network | None
+        self, queue: Sequence[Sampled], computed: list[int], network: Network | None
     ) -> None:
         """Sample chunks, over kept keys and values where a network is given."""
         if not queue:
             return
         if network is None:
             before = [(len(chunk.sequence), len(chunk.tokens)) for chunk in queue]
-            for part in _whole_requests(queue, self._plain_rows):
+            for part in whole_requests(queue, self._plain_rows):
                 plain = engine.OwnBatch(self._way.own, self.model, self._way.steps)
-                _fill_in(part, plain, len(part), self, computed)
+                fill_in(part, plain, len(part), self, computed)
             for chunk, (prefix, start) in zip(queue, before, strict=True):
                 computed[chunk.request] += self._repeated(prefix, len(chunk.tokens) - start)
             return
@@ -412,7 +408,7 @@ class TransformersLM(FeatureModel):
         # Room to go on without moving anything while rows come and go.
         capacity += capacity // 4 if len(queue) > self.batch_size else 0
         cached, rows = self._cached_batch(len(queue), longest, capacity)
-        _fill_in(queue, cached, rows, self, computed)
+        fill_in(queue, cached, rows, self, computed)
 
     def _repeated(self, prefix: int, new: int) -> int:
         """Tokens computed again for `new` tokens after a prefix, where nothing is kept of them."""
@@ -467,121 +463,3 @@ def _made_again(model: Any, options: dict[str, Any], *adapters: tuple[Any, str])
     for folder, name in adapters:
         lm = lm.with_adapter(folder, name)
     return lm
-
-
-@dataclass
-class _Sampled:
-    """A chunk of a request (by index) that is being sampled, or waits to be."""
-
-    request: int
-    state: TextState
-    params: SamplingParams
-    limit: int
-    generator: np.random.Generator
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def sequence(self) -> Tokens:
-        """All tokens: prompt, response and the chunk so far."""
-        return prefix_of(self.state) + tuple(self.tokens)
-
-    def is_done(self, tokenizer: Tokenizer) -> bool:
-        """Whether the chunk has all of its tokens."""
-        if len(self.tokens) == self.limit or self.tokens[-1] in tokenizer.stop_token_ids:
-            return True
-        return has_stop_text(tokenizer, self.tokens, self.params)
-
-
-def _waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[_Sampled]:
-    """The chunks of all requests, longest prefix first, those of one state together."""
-    prefixes = [prefix_of(r.state) for r in requests]
-    order = sorted(range(len(requests)), key=lambda i: (-len(prefixes[i]), prefixes[i], i))
-    return [
-        _Sampled(i, r.state, r.params, limits[i], stream(r.seed, r.state, r.first_sample + k))
-        for i, r in ((i, requests[i]) for i in order)
-        for k in range(r.num_samples)
-    ]
-
-
-def _whole_requests(queue: Sequence[_Sampled], size: int) -> Iterator[list[_Sampled]]:
-    """Batches in which each request is as little divided as possible."""
-    part: list[_Sampled] = []
-    groups: dict[int, list[_Sampled]] = {}
-    for chunk in queue:
-        groups.setdefault(chunk.request, []).append(chunk)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            piece = group[start : start + size]
-            if part and len(part) + len(piece) > size:
-                yield part
-                part = []
-            part = part + piece
-    if part:
-        yield part
-
-
-def _fill_in(
-    queue: Sequence[_Sampled], batch: Batch, size: int, tokenizer: Tokenizer, computed: list[int]
-) -> None:
-    """Sample every chunk of the queue, as `_waiting` gives it, to its end.
-
-    The batch is empty and takes `size` rows. To `computed` are added, for each request, the prefix
-    tokens that went through the network.
-    """
-    pending = list(queue)
-    active: list[_Sampled] = []
-    # Taken once: fresh memory for every step's logits costs more than the passes over them.
-    buffers: tuple[Tensor, Tensor] | None = None
-    while pending or active:
-        free = size - len(active)
-        if pending and (not active or (batch.refills and free >= max(1, size * _REFILL_SHARE))):
-            active += _admit(pending, batch, free, computed)
-        logits = batch.logits(buffers and buffers[0][: len(active)])
-        if buffers is None:
-            whole = (size, logits.shape[-1])
-            buffers = logits.new_empty(whole), logits.new_empty(whole)
-        _draw(active, logits, buffers[1][: len(active)])
-        # From the last row on: a row that leaves is replaced by the last one.
-        for row in reversed(range(len(active))):
-            if not active[row].is_done(tokenizer):
-                continue
-            if active[row].tokens[-1] not in tokenizer.stop_token_ids:
-                batch.keep(row, active[row].sequence)
-            batch.drop(row)
-            last = active.pop()
-            if row < len(active):
-                active[row] = last
-        if active:
-            batch.append([chunk.tokens[-1] for chunk in active])
-
-
-def _admit(queue: list[_Sampled], batch: Batch, free: int, computed: list[int]) -> list[_Sampled]:
-    """Move up to `free` chunks from the queue into the batch."""
-    groups: dict[Tokens, list[_Sampled]] = {}
-    for chunk in queue[:free]:
-        groups.setdefault(chunk.sequence, []).append(chunk)
-    del queue[:free]
-    hold = bool(queue) and queue[0].sequence in groups
-    rows, counts = batch.add(list(groups), [len(group) for group in groups.values()], hold)
-    for group, count in zip(groups.values(), counts, strict=True):
-        computed[group[0].request] += count
-    members = [iter(group) for group in groups.values()]
-    return [next(members[i]) for i in rows]
-
-
-def _draw(active: Sequence[_Sampled], logits: Tensor, scratch: Tensor) -> None:
-    """Append a token to every chunk."""
-    uniforms = torch.tensor([chunk.generator.random() for chunk in active], dtype=torch.float64)
-    uniforms = uniforms.to(logits.device)
-    kinds: dict[SamplingParams, list[int]] = {}
-    for row, chunk in enumerate(active):
-        kinds.setdefault(chunk.params, []).append(row)
-    for params, rows in kinds.items():
-        if len(kinds) == 1:
-            tokens, logprobs = draw(logits, uniforms, params, scratch)
-        else:
-            tokens, logprobs = draw(logits[rows], uniforms[rows], params)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            active[row].tokens.append(token)
-            active[row].logprobs.append(logprob)

@@ -102,11 +102,6 @@ class RewardModel(ABC):
         """
         return np.full(len(prefixes), np.inf)
 
-    @property
-    def has_bound(self) -> bool:
-        """Whether `bound` says anything."""
-        return not _is_default(self.bound)
-
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
         """Return float64[B], the floating-point operations of each score; by default none."""
         return np.zeros(len(responses))
@@ -398,9 +393,9 @@ def _checked(
     if bad.size:
         first = int(bad[0])
         raise RewardError(
-            f"Reward model {name!r}: expected {'numbers' if infinite else 'finite scores'}, got {scores[first]} for prompt "
-            f"{prompts[first].id!r}, response {responses[first][:80]!r} ({bad.size} of "
-            f"{len(scores)} are not finite)."
+            f"Reward model {name!r}: expected {'numbers' if infinite else 'finite scores'}, got "
+            f"{scores[first]} for prompt {prompts[first].id!r}, response "
+            f"{responses[first][:80]!r} ({bad.size} of {len(scores)} are not finite)."
         )
     return scores
 

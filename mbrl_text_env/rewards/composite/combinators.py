@@ -98,11 +98,6 @@ class Combinator(ProcessRewardModel):
         bounds = [reward_bounds(reward, prompts, prefixes) for reward in self.rewards]
         return self.most(bounds, prefixes)
 
-    @property
-    def has_bound(self) -> bool:
-        """Whether one of the rewards has, or the combination has one of its own."""
-        return any(reward.has_bound for reward in self.rewards)
-
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
         """The most that `combine` can make of scores up to `bounds`; by default not known."""
         return np.full(len(prefixes), np.inf)
@@ -148,7 +143,7 @@ class Wrapper(Combinator):
         return self.change(totals[0]), {}
 
     def change(self, scores: FloatArray) -> FloatArray:
-        """The changed scores, float64[B], which do not fall as scores rise; by default as they are."""
+        """The changed scores, float64[B]: never less for a higher one. By default as they are."""
         return scores
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:

@@ -1,0 +1,221 @@
+"""The decoding loop: many requests side by side in one batch that is kept full, and guards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbrl_text_env.language_models.base import (
+    GrowingText,
+    Guard,
+    SampleRequest,
+    SamplingParams,
+    Tokenizer,
+    has_stop_text,
+    prefix_of,
+    stream,
+)
+from mbrl_text_env.language_models.engine import Batch, Tokens, draw, top_tokens
+from mbrl_text_env.types import TextState
+
+# Rows are added when this share of the batch is free: every addition is a pass over few tokens.
+_REFILL_SHARE = 1 / 8
+
+
+@dataclass
+class Sampled:
+    """A chunk of a request (by index) that is being sampled, or waits to be."""
+
+    request: int
+    state: TextState
+    params: SamplingParams
+    limit: int
+    generator: np.random.Generator
+    guard: Guard | None = None
+    text: GrowingText | None = None
+    is_dead: bool = False
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> Tokens:
+        """All tokens: prompt, response and the chunk so far."""
+        return prefix_of(self.state) + tuple(self.tokens)
+
+    def is_done(self, tokenizer: Tokenizer) -> bool:
+        """Whether the chunk has all of its tokens."""
+        if (
+            self.is_dead
+            or len(self.tokens) == self.limit
+            or self.tokens[-1] in tokenizer.stop_token_ids
+        ):
+            return True
+        return has_stop_text(tokenizer, self.tokens, self.params)
+
+
+def waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[Sampled]:
+    """The chunks of all requests, longest prefix first, those of one state together."""
+    prefixes = [prefix_of(r.state) for r in requests]
+    order = sorted(range(len(requests)), key=lambda i: (-len(prefixes[i]), prefixes[i], i))
+    return [
+        Sampled(
+            i, r.state, r.params, limits[i], stream(r.seed, r.state, r.first_sample + k), r.guard
+        )
+        for i, r in ((i, requests[i]) for i in order)
+        for k in range(r.num_samples)
+    ]
+
+
+def whole_requests(queue: Sequence[Sampled], size: int) -> Iterator[list[Sampled]]:
+    """Batches in which each request is as little divided as possible."""
+    part: list[Sampled] = []
+    groups: dict[int, list[Sampled]] = {}
+    for chunk in queue:
+        groups.setdefault(chunk.request, []).append(chunk)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            piece = group[start : start + size]
+            if part and len(part) + len(piece) > size:
+                yield part
+                part = []
+            part = part + piece
+    if part:
+        yield part
+
+
+def fill_in(
+    queue: Sequence[Sampled], batch: Batch, size: int, tokenizer: Tokenizer, computed: list[int]
+) -> None:
+    """Sample every chunk of the queue, as `waiting` gives it, to its end.
+
+    The batch is empty and takes `size` rows. To `computed` are added, for each request, the prefix
+    tokens that went through the network.
+    """
+    pending = list(queue)
+    active: list[Sampled] = []
+    # Taken once: fresh memory for every step's logits costs more than the passes over them.
+    buffers: tuple[Tensor, Tensor] | None = None
+    while pending or active:
+        free = size - len(active)
+        if pending and (not active or (batch.refills and free >= max(1, size * _REFILL_SHARE))):
+            active += _admit(pending, batch, free, computed)
+        logits = batch.logits(buffers and buffers[0][: len(active)])
+        if buffers is None:
+            whole = (size, logits.shape[-1])
+            buffers = logits.new_empty(whole), logits.new_empty(whole)
+        _draw(active, logits, buffers[1][: len(active)])
+        _redraw_refused(active, logits, tokenizer)
+        # From the last row on: a row that leaves is replaced by the last one.
+        for row in reversed(range(len(active))):
+            if not active[row].is_done(tokenizer):
+                continue
+            if active[row].tokens[-1] not in tokenizer.stop_token_ids:
+                batch.keep(row, active[row].sequence)
+            batch.drop(row)
+            last = active.pop()
+            if row < len(active):
+                active[row] = last
+        if active:
+            batch.append([chunk.tokens[-1] for chunk in active])
+
+
+def _admit(queue: list[Sampled], batch: Batch, free: int, computed: list[int]) -> list[Sampled]:
+    """Move up to `free` chunks from the queue into the batch."""
+    groups: dict[Tokens, list[Sampled]] = {}
+    for chunk in queue[:free]:
+        groups.setdefault(chunk.sequence, []).append(chunk)
+    del queue[:free]
+    hold = bool(queue) and queue[0].sequence in groups
+    rows, counts = batch.add(list(groups), [len(group) for group in groups.values()], hold)
+    for group, count in zip(groups.values(), counts, strict=True):
+        computed[group[0].request] += count
+    members = [iter(group) for group in groups.values()]
+    return [next(members[i]) for i in rows]
+
+
+def _draw(active: Sequence[Sampled], logits: Tensor, scratch: Tensor) -> None:
+    """Append a token to every chunk."""
+    uniforms = torch.tensor([chunk.generator.random() for chunk in active], dtype=torch.float64)
+    uniforms = uniforms.to(logits.device)
+    kinds: dict[SamplingParams, list[int]] = {}
+    for row, chunk in enumerate(active):
+        kinds.setdefault(chunk.params, []).append(row)
+    for params, rows in kinds.items():
+        if len(kinds) == 1:
+            tokens, logprobs = draw(logits, uniforms, params, scratch)
+        else:
+            tokens, logprobs = draw(logits[rows], uniforms[rows], params)
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            active[row].tokens.append(token)
+            active[row].logprobs.append(logprob)
+
+
+def _redraw_refused(active: Sequence[Sampled], logits: Tensor, tokenizer: Tokenizer) -> None:
+    """Replace the last tokens that a guard refuses; see `Guard`."""
+    guards: dict[int, list[int]] = {}
+    for row, chunk in enumerate(active):
+        if chunk.guard is not None:
+            guards.setdefault(id(chunk.guard), []).append(row)
+    for rows in guards.values():
+        guard = active[rows[0]].guard
+        assert guard is not None
+        left: dict[int, Iterator[tuple[int, float]]] = {}
+        asked = {row: (active[row].tokens[-1], active[row].logprobs[-1]) for row in rows}
+        while asked:
+            allowed = _allowed(guard, active, asked, tokenizer)
+            refused = [row for row, well in zip(asked, allowed, strict=True) if not well]
+            for row in asked.keys() - set(refused):
+                active[row].tokens[-1], active[row].logprobs[-1] = asked[row]
+            for row in refused:
+                if row not in left:
+                    left[row] = _others(active[row], logits[row], guard)
+            nexts = {row: next(left[row], None) for row in refused}
+            for row, other in nexts.items():
+                active[row].is_dead = other is None
+            asked = {row: other for row, other in nexts.items() if other is not None}
+    for rows in guards.values():
+        for row in rows:
+            text, token = active[row].text, active[row].tokens[-1]
+            if text is not None and not active[row].is_done(tokenizer):
+                text.append(token)
+
+
+def _allowed(
+    guard: Guard,
+    active: Sequence[Sampled],
+    asked: Mapping[int, tuple[int, float]],
+    tokenizer: Tokenizer,
+) -> Sequence[bool]:
+    """What the guard says of a token for each row."""
+    texts, ended = [], []
+    for row, (token, _) in asked.items():
+        chunk = active[row]
+        if chunk.text is None:
+            before = (*chunk.state.response_ids, *chunk.tokens[:-1])
+            chunk.text = GrowingText(tokenizer, before)
+        texts.append(chunk.text.with_token(token))
+        ended.append(token in tokenizer.stop_token_ids)
+    return guard.allows([active[row].state for row in asked], texts, ended)
+
+
+def _others(chunk: Sampled, logits: Tensor, guard: Guard) -> Iterator[tuple[int, float]]:
+    """Tokens and their log-probabilities in place of the last one, drawn without replacement."""
+    ids, logs = top_tokens(logits[None], min(guard.candidates, logits.shape[-1]))
+    tried = chunk.tokens[-1]
+    left = [
+        (int(token), float(log))
+        for token, log in zip(ids[0], logs[0], strict=True)
+        if log >= guard.floor and token != tried
+    ]
+    while left:
+        place = 0
+        if chunk.params.temperature > 0:
+            scaled = np.array([log for _, log in left]) / chunk.params.temperature
+            ends = np.exp(scaled - scaled.max()).cumsum()
+            share = chunk.generator.random() * ends[-1]
+            place = min(int(np.searchsorted(ends, share, side="right")), len(left) - 1)
+        yield left.pop(place)
