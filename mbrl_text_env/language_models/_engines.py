@@ -27,7 +27,6 @@ from mbrl_text_env.language_models._http import (
     UnsupportedByServerError,
 )
 from mbrl_text_env.language_models.base import SampleRequest, has_stop_text, prefix_of
-from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
 from mbrl_text_env.types import Chunk, TextState
 
 T = TypeVar("T")
@@ -75,21 +74,6 @@ _DIALECTS = (
 _LAST = {COMPLETIONS: 4, CHATS: 2, "/generate": 1}
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One question: `count` continuations of the tokens `ids` of a request's chunk."""
-
-    request: SampleRequest
-    ids: Sequence[int]
-    seed: int
-    count: int
-
-    @property
-    def limit(self) -> int:
-        """Most tokens that are wanted."""
-        return self.request.max_new_tokens - len(self.ids)
-
-
 @dataclass
 class Drawn:
     """A chunk as far as it has come; `generated` counts tokens after a stop string too."""
@@ -98,6 +82,25 @@ class Drawn:
     logprobs: list[float] | None = field(default_factory=list)
     generated: int = 0
     is_done: bool = False
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What follows one unfinished chunk of a request, or what several begin with."""
+
+    request: SampleRequest
+    chunks: Sequence[Drawn]
+    seed: int
+
+    @property
+    def prompt(self) -> list[int]:
+        """All tokens so far."""
+        return [*prefix_of(self.request.state), *self.chunks[0].ids]
+
+    @property
+    def limit(self) -> int:
+        """Most tokens that are wanted."""
+        return self.request.max_new_tokens - len(self.chunks[0].ids)
 
 
 @dataclass
@@ -110,7 +113,6 @@ class Engine:
 
     url: str
     options: Options
-    tokenizer: HFTokenizer
     losses: list[str]
     kind: str = ""
     model: str | None = None
@@ -136,10 +138,10 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.is_chat = self.options.mode == "chat"
-        self.stops = sorted(self.tokenizer.stop_token_ids)
+        self.stops = sorted(self.options.tokenizer.stop_token_ids)
 
-    async def complete(self, call: Call, ask: Ask) -> tuple[list[Answer], Bill]:
-        """What it answers in the first dialect that is not refused, and from then on in it."""
+    async def complete(self, call: Call, ask: Ask) -> Bill:
+        """Extend chunks, in the first dialect that is not refused and from then on in it."""
         path = CHATS if self.is_chat else self.path
         last = _LAST[path]
         numbers = range(min(self.first, last), last + 1) if self.dialect is None else [self.dialect]
@@ -166,7 +168,11 @@ class Engine:
                 )
             if not dialect.ids:
                 self.lose("takes no token ids: prompts are sent as text.")
-            return self.checked(path, self.read, data, ask.count)
+            answers, bill = self.checked(path, self.read, data, len(ask.chunks))
+            alone = bill if len(answers) == 1 else Bill()
+            for drawn, answer in zip(ask.chunks, answers, strict=True):
+                self.extend(drawn, answer, ask.request, alone)
+            return bill
         raise refusals[0]
 
     def body(self, path: str, ask: Ask, dialect: Dialect) -> dict[str, Any]:
@@ -198,14 +204,14 @@ class Engine:
                 f"{self.url} refuses parameters beyond OpenAI's, so it cannot sample with "
                 f"top_k={params.top_k}. Use top_k=0, or another server."
             )
-        if ask.count > 1:
-            body["n"] = ask.count
+        if len(ask.chunks) > 1:
+            body["n"] = len(ask.chunks)
         if path == CHATS:
             logs: dict[str, Any] = {"logprobs": True, "top_logprobs": 1}
-            body |= self._chat(ask.request.state, ask.ids)
+            body |= self._chat(ask)
         else:
-            logs, prompt = {"logprobs": 1}, [*prefix_of(ask.request.state), *ask.ids]
-            body["prompt"] = prompt if dialect.ids else self._whole_text(prompt)
+            logs = {"logprobs": 1}
+            body["prompt"] = ask.prompt if dialect.ids else self._whole_text(ask.prompt)
         return body | (logs if dialect.logprobs else {})
 
     def read(self, data: Any, count: int) -> tuple[list[Answer], Bill]:
@@ -255,9 +261,9 @@ class Engine:
             "SGLang or llama.cpp, or an agent that does without."
         )
 
-    def extend(self, drawn: Drawn, answer: Answer, ask: Ask, bill: Bill) -> None:
+    def extend(self, drawn: Drawn, answer: Answer, request: SampleRequest, bill: Bill) -> None:
         """Add what was sampled to a chunk."""
-        params, limit = ask.request.params, ask.limit
+        params, limit = request.params, request.max_new_tokens - len(drawn.ids)
         ids, logprobs = self._tokens(answer, limit)
         if logprobs is None or not (self.has_own_logprobs or params.temperature in (0.0, 1.0)):
             logprobs = None
@@ -265,7 +271,9 @@ class Engine:
         drawn.generated += len(ids)
         for i, token in enumerate(ids, start=1):
             chunk = [*drawn.ids, *ids[:i]]
-            drawn.is_done = token in self.stops or has_stop_text(self.tokenizer, chunk, params)
+            drawn.is_done = token in self.stops or has_stop_text(
+                self.options.tokenizer, chunk, params
+            )
             if drawn.is_done:
                 ids = ids[:i]
                 break
@@ -290,7 +298,7 @@ class Engine:
 
     def _tokens(self, answer: Answer, limit: int) -> tuple[list[int], list[float] | None]:
         """The sampled ids, and their log-probabilities where those are known."""
-        tokenizer, ids = self.tokenizer, answer.token_ids
+        tokenizer, ids = self.options.tokenizer, answer.token_ids
         if ids is None:
             self.lose(
                 "gives no token ids: its text is encoded anew, and the tokens may differ from "
@@ -338,15 +346,16 @@ class Engine:
                 f"{self.url} ended a response, but the tokenizer has no stop token. Pass "
                 "HFTokenizer(..., stop_token_ids=[...])."
             )
-        eos = self.tokenizer.tokenizer.eos_token_id
+        eos = self.options.tokenizer.tokenizer.eos_token_id
         return [eos if eos in stops else stops[0]], True
 
-    def _chat(self, state: TextState, ids: Sequence[int]) -> dict[str, Any]:
+    def _chat(self, ask: Ask) -> dict[str, Any]:
         """A chat's messages; a response that has begun is a message to go on with."""
         self.lose(
             "is asked for chats: it applies its own template, and the tokens of a response that is "
             "continued are those that it makes of the text."
         )
+        state = ask.request.state
         prompt = state.prompt
         if isinstance(prompt.content, str):
             raise UnsupportedByServerError(
@@ -354,7 +363,7 @@ class Engine:
                 "prompts as chats, or use a server with /v1/completions."
             )
         messages = [{"role": m.role, "content": m.content} for m in prompt.content]
-        text = self.tokenizer.decode([*state.response_ids, *ids])
+        text = self.options.tokenizer.decode([*state.response_ids, *ask.chunks[0].ids])
         if not text:
             return {"messages": messages}
         if not self.continues:
@@ -369,7 +378,7 @@ class Engine:
 
     def _whole_text(self, ids: list[int]) -> str:
         """Text with its special tokens, for servers that take no ids."""
-        text: str = self.tokenizer.tokenizer.decode(
+        text: str = self.options.tokenizer.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
@@ -433,8 +442,7 @@ class SGLang(Engine):
             sampling["sampling_seed"] = ask.seed
         if params.stop:
             sampling |= {"stop": list(params.stop), "no_stop_trim": True}
-        prompt = [*prefix_of(ask.request.state), *ask.ids]
-        return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+        return {"input_ids": ask.prompt, "sampling_params": sampling, "return_logprob": True}
 
     def read(self, data: Any, count: int) -> tuple[list[Answer], Bill]:
         if not isinstance(data, dict) or "meta_info" not in data:
@@ -514,24 +522,24 @@ _ENGINES: dict[str, type[Engine]] = {
 """By the name that servers give as the owner of their models, or that `engine=` gives."""
 
 
-async def look(
-    call: Call, url: str, options: Options, tokenizer: HFTokenizer, losses: list[str]
-) -> Engine:
+async def look(call: Call, url: str, options: Options, losses: list[str]) -> Engine:
     """What is at an address, by what it says of its models."""
-    wanted = options.model
-    unknown = Engine(url, options, tokenizer, losses)
-    kind, model, context_length, num_parameters = options.engine or "", wanted, None, None
+    unknown = Engine(url, options, losses)
+    entry: dict[str, Any] = {}
     try:
         data = await call(url, MODELS)
+        entry = unknown.checked(MODELS, model_entry, data, options.model)
     except RefusedError as error:
         if error.status not in _NO_ROUTE:
             raise
-    else:
-        entry = unknown.checked(MODELS, model_entry, data, wanted)
-        meta = entry.get("meta") or {}
-        kind = options.engine or str(entry.get("owned_by") or "").lower()
-        model = wanted or str(entry["id"])
-        context_length = count_of(entry.get("max_model_len") or meta.get("n_ctx")) or None
-        num_parameters = count_of(meta.get("n_params")) or None
-    engine = _ENGINES.get(kind, Engine)
-    return engine(url, options, tokenizer, losses, kind, model, context_length, num_parameters)
+    meta = entry.get("meta") or {}
+    kind = options.engine or str(entry.get("owned_by") or "").lower()
+    return _ENGINES.get(kind, Engine)(
+        url,
+        options,
+        losses,
+        kind,
+        options.model or (str(entry["id"]) if entry else None),
+        count_of(entry.get("max_model_len") or meta.get("n_ctx")) or None,
+        count_of(meta.get("n_params")) or None,
+    )

@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar, get_args
 import httpx
 import tenacity
 
+from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
+
 T = TypeVar("T")
 Mode = Literal["auto", "completions", "chat"]
 Kind = Literal["llamacpp", "openai", "sglang", "tgi", "vllm"]
@@ -75,6 +77,7 @@ class Options:
     """How servers are asked, checked; for the fields see `server.ServerLM`."""
 
     urls: Sequence[str]
+    tokenizer: HFTokenizer
     model: str | None
     engine: str | None
     mode: Mode

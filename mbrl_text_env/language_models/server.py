@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -130,22 +131,12 @@ class ServerLM(LanguageModel):
         context_length: int | None = None,
         prefix_cache: bool = True,
     ) -> None:
-        self._options = Options(
-            base_urls,
-            model,
-            engine,
-            mode,
-            max_concurrency,
-            timeout,
-            max_wait,
-            max_attempts,
-            api_key_env,
-            num_parameters,
-            prefix_cache,
-        )
-        self.base_urls, self.model = self._options.urls, model
         local = tokenizer if isinstance(tokenizer, HFTokenizer) else HFTokenizer(tokenizer)
-        self._tokenizer = local
+        self._options = Options(
+            base_urls, local, model, engine, mode, max_concurrency, timeout, max_wait,
+            max_attempts, api_key_env, num_parameters, prefix_cache,
+        )  # fmt: skip
+        self.base_urls, self.model, self._tokenizer = self._options.urls, model, local
         self._engines: dict[str, Engine] = {}
         self._losses: list[str] = []
         self._told = 0
@@ -265,7 +256,14 @@ class ServerLM(LanguageModel):
         self._check_budgets(ledgers)
         pairs = list(zip(states, chunks, strict=True))
         with timed(ledgers):
-            judged = self._run(lambda transport: gather(self._judge(transport, *p) for p in pairs))
+            judged = self._run(
+                lambda transport: gather(
+                    self._at_one(
+                        transport, partial(Engine.judge, call=transport.call, state=s, chunk=c)
+                    )
+                    for s, c in pairs
+                )
+            )
         lengths = [len(prefix_of(state)) + len(chunk) - 1 for state, chunk in pairs]
         computed = [_prefix_bill(b, n, n)[0] for (_, b), n in zip(judged, lengths, strict=True)]
         rows = zip(computed, lengths, strict=True)
@@ -339,16 +337,8 @@ class ServerLM(LanguageModel):
         bills: list[Bill] = []
 
         async def ask(chunks: list[Drawn], seed: int) -> None:
-            """Ask once for what follows; several chunks are at their beginning."""
-            question = Ask(request, tuple(chunks[0].ids), seed, len(chunks))
-
-            async def job(url: str) -> tuple[Engine, Any]:
-                engine = await self._look(transport, url)
-                return engine, await engine.complete(transport.call, question)
-
-            engine, (answers, bill) = await transport.run(job)
-            for drawn, answer in zip(chunks, answers, strict=True):
-                engine.extend(drawn, answer, question, bill if len(chunks) == 1 else Bill())
+            question = Ask(request, chunks, seed)
+            bill = await self._at_one(transport, lambda e: e.complete(transport.call, question))
             bills.append(bill)
 
         async def draw(first: int) -> list[Drawn]:
@@ -366,12 +356,13 @@ class ServerLM(LanguageModel):
         parts = await gather(draw(first) for first in range(request.first_sample, last, size))
         return [drawn for part in parts for drawn in part], bills
 
-    async def _judge(
-        self, transport: Transport, state: TextState, chunk: Chunk
-    ) -> tuple[tuple[float, ...], list[Bill]]:
-        async def job(url: str) -> tuple[tuple[float, ...], list[Bill]]:
-            engine = await self._look(transport, url)
-            return await engine.judge(transport.call, state, chunk)
+    async def _at_one(
+        self, transport: Transport, ask: Callable[[Engine], Coroutine[Any, Any, T]]
+    ) -> T:
+        """What the server with the least to do answers."""
+
+        async def job(url: str) -> T:
+            return await ask(await self._look(transport, url))
 
         return await transport.run(job)
 
@@ -379,7 +370,7 @@ class ServerLM(LanguageModel):
         """What is at an address; asked once."""
         if url in self._engines:
             return self._engines[url]
-        engine = await look(transport.call, url, self._options, self._tokenizer, self._losses)
+        engine = await look(transport.call, url, self._options, self._losses)
         ours = _short(engine.model)
         for other in self._engines.values():
             theirs = _short(other.model)
