@@ -141,7 +141,7 @@ class Engine:
         self.stops = sorted(self.options.tokenizer.stop_token_ids)
 
     async def complete(self, call: Call, ask: Ask) -> Bill:
-        """Extend chunks, in the first dialect that is not refused and from then on in it."""
+        """Extend chunks; asked in the first dialect that is not refused, and in it from then on."""
         path = CHATS if self.is_chat else self.path
         last = _LAST[path]
         numbers = range(min(self.first, last), last + 1) if self.dialect is None else [self.dialect]
@@ -228,9 +228,8 @@ class Engine:
         """The log-probabilities of `ids`, which end a prompt; None where they are not echoed."""
         [choice] = choices_of(data, 1)
         found = (choice.get("logprobs") or {}).get("token_logprobs")
-        return (
-            None if found is None or len(found) != length else checked_logprobs(found[-len(ids) :])
-        )
+        is_echoed = found is not None and len(found) == length
+        return checked_logprobs(found[-len(ids) :]) if is_echoed else None
 
     async def judge(
         self, call: Call, state: TextState, chunk: Chunk
@@ -245,7 +244,7 @@ class Engine:
     async def judged(
         self, call: Call, prompt: list[int], ids: list[int]
     ) -> tuple[list[float], list[Bill]]:
-        """The same of the last tokens of a prompt."""
+        """The same for `ids`, which end a prompt."""
         try:
             data = await call(self.url, self.path, self.judging_body(prompt, len(ids)))
         except RefusedError as error:
@@ -270,12 +269,9 @@ class Engine:
             self.lose("does not give the model's own log-probabilities: they are left out.")
         drawn.generated += len(ids)
         for i, token in enumerate(ids, start=1):
-            chunk = [*drawn.ids, *ids[:i]]
-            drawn.is_done = token in self.stops or has_stop_text(
-                self.options.tokenizer, chunk, params
-            )
-            if drawn.is_done:
-                ids = ids[:i]
+            chunk = drawn.ids + ids[:i]
+            if token in self.stops or has_stop_text(self.options.tokenizer, chunk, params):
+                ids, drawn.is_done = ids[:i], True
                 break
         logprobs = None if logprobs is None else logprobs[: len(ids)]
         if not drawn.is_done and len(ids) < limit:

@@ -12,15 +12,14 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mbrl_text_env.language_models._answers import Bill
-from mbrl_text_env.language_models._engines import Ask, Drawn, Engine, look
+from mbrl_text_env.language_models._engines import Ask, Call, Drawn, Engine, look
 from mbrl_text_env.language_models._http import (
     MalformedAnswerError,
     Mode,
@@ -143,7 +142,7 @@ class ServerLM(LanguageModel):
         self._lock = threading.Lock()
         self._transport: Transport | None = None
         try:
-            self._run(self._look_at_all)
+            self._run(self._look_at_all())
         except BaseException:
             self.close()
             raise
@@ -221,7 +220,7 @@ class ServerLM(LanguageModel):
         """
         cut = self._fitted(requests, ledgers)
         with timed(ledgers):
-            rows = self._run(lambda transport: gather(self._draw(transport, r) for r in cut))
+            rows = self._run(gather(map(self._draw, cut)))
         return self._settled(requests, rows, ledgers)
 
     async def sample_requests_async(
@@ -231,8 +230,7 @@ class ServerLM(LanguageModel):
         cut = self._fitted(requests, ledgers)
         began = time.perf_counter()
         try:
-            transport = self._started()
-            future = transport.submit(gather(self._draw(transport, r) for r in cut))
+            future = self._started().submit(gather(map(self._draw, cut)))
             rows = await asyncio.wrap_future(future)
         finally:
             self._tell()
@@ -254,20 +252,14 @@ class ServerLM(LanguageModel):
         """
         check_judging_arguments(states, chunks)
         self._check_budgets(ledgers)
-        pairs = list(zip(states, chunks, strict=True))
         with timed(ledgers):
-            judged = self._run(
-                lambda transport: gather(
-                    self._at_one(
-                        transport, partial(Engine.judge, call=transport.call, state=s, chunk=c)
-                    )
-                    for s, c in pairs
-                )
-            )
-        lengths = [len(prefix_of(state)) + len(chunk) - 1 for state, chunk in pairs]
-        computed = [_prefix_bill(b, n, n)[0] for (_, b), n in zip(judged, lengths, strict=True)]
-        rows = zip(computed, lengths, strict=True)
-        charge(ledgers, (self._usage(new, length - new, 0) for new, length in rows))
+            judged = self._run(gather(map(self._judge, states, chunks)))
+        usages = []
+        for state, chunk, (_, bills) in zip(states, chunks, judged, strict=True):
+            length = len(prefix_of(state)) + len(chunk) - 1
+            computed, _ = _prefix_bill(bills, length, length)
+            usages.append(self._usage(computed, length - computed, 0))
+        charge(ledgers, usages)
         return [logprobs for logprobs, _ in judged]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
@@ -328,7 +320,7 @@ class ServerLM(LanguageModel):
             for r, (row, _) in zip(requests, rows, strict=True)
         ]
 
-    async def _draw(self, transport: Transport, request: SampleRequest) -> Drawing:
+    async def _draw(self, request: SampleRequest) -> Drawing:
         """The chunks of a request: in one request where the servers draw several samples."""
         last = request.first_sample + request.num_samples
         # Greedy samples are all alike, and vLLM refuses to draw several.
@@ -338,8 +330,7 @@ class ServerLM(LanguageModel):
 
         async def ask(chunks: list[Drawn], seed: int) -> None:
             question = Ask(request, chunks, seed)
-            bill = await self._at_one(transport, lambda e: e.complete(transport.call, question))
-            bills.append(bill)
+            bills.append(await self._at_one(lambda e, call: e.complete(call, question)))
 
         async def draw(first: int) -> list[Drawn]:
             chunks = [Drawn() for _ in range(first, min(first + size, last))]
@@ -356,21 +347,25 @@ class ServerLM(LanguageModel):
         parts = await gather(draw(first) for first in range(request.first_sample, last, size))
         return [drawn for part in parts for drawn in part], bills
 
-    async def _at_one(
-        self, transport: Transport, ask: Callable[[Engine], Coroutine[Any, Any, T]]
-    ) -> T:
+    async def _judge(self, state: TextState, chunk: Chunk) -> tuple[tuple[float, ...], list[Bill]]:
+        return await self._at_one(lambda e, call: e.judge(call, state, chunk))
+
+    async def _at_one(self, ask: Callable[[Engine, Call], Awaitable[T]]) -> T:
         """What the server with the least to do answers."""
+        transport = self._transport
+        if transport is None:
+            raise asyncio.CancelledError  # It was closed meanwhile.
 
         async def job(url: str) -> T:
-            return await ask(await self._look(transport, url))
+            return await ask(await self._look(url, transport.call), transport.call)
 
         return await transport.run(job)
 
-    async def _look(self, transport: Transport, url: str) -> Engine:
+    async def _look(self, url: str, call: Call) -> Engine:
         """What is at an address; asked once."""
         if url in self._engines:
             return self._engines[url]
-        engine = await look(transport.call, url, self._options, self._losses)
+        engine = await look(call, url, self._options, self._losses)
         ours = _short(engine.model)
         for other in self._engines.values():
             theirs = _short(other.model)
@@ -381,12 +376,15 @@ class ServerLM(LanguageModel):
                 )
         return self._engines.setdefault(url, engine)
 
-    async def _look_at_all(self, transport: Transport) -> None:
+    async def _look_at_all(self) -> None:
         """At those that are there, at least one."""
-        await transport.run(lambda url: self._look(transport, url))
-        for url in self.base_urls:
-            with suppress(TransientError):  # It is asked when it is back.
-                await self._look(transport, url)
+
+        async def others(engine: Engine, call: Call) -> None:
+            for url in self.base_urls:
+                with suppress(TransientError):  # It is asked when it is back.
+                    await self._look(url, call)
+
+        await self._at_one(others)
 
     def _tell(self) -> None:
         """Warn of new losses, from the caller's thread."""
@@ -395,10 +393,9 @@ class ServerLM(LanguageModel):
         for text in new:
             warnings.warn(text, stacklevel=5)
 
-    def _run(self, job: Callable[[Transport], Coroutine[Any, Any, T]]) -> T:
+    def _run(self, job: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the event loop and wait for it; an interrupt cancels it."""
-        transport = self._started()
-        future = transport.submit(job(transport))
+        future = self._started().submit(job)
         try:
             return future.result()
         except BaseException:
