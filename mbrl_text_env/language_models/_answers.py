@@ -40,16 +40,22 @@ class Bill:
     generated: int | None = None
 
 
-def model_entry(data: Any, wanted: str | None) -> dict[str, Any]:
-    """What `/v1/models` says of a model, or of the only one there."""
+def read_model(data: Any, wanted: str | None) -> tuple[str, str, int | None, int | None]:
+    """Owner, name, context and parameters of a model in `/v1/models`, or of the only one there."""
     entries = list_in(data, "data")
     names = [str(field_of(entry, "id")) for entry in entries]
     if not names:
         raise ValueError("expected at least one model, got none")
     if wanted is None and len(names) > 1:
         raise ValueError(f"expected one model, got {names}; choose one of them with model=")
-    entry: dict[str, Any] = entries[names.index(wanted) if wanted in names else 0]
-    return entry
+    entry = entries[names.index(wanted) if wanted in names else 0]
+    meta = entry.get("meta") or {}
+    return (
+        str(entry.get("owned_by") or "").lower(),
+        names[0] if wanted is None else wanted,
+        _count(entry.get("max_model_len") or meta.get("n_ctx")) or None,
+        _count(meta.get("n_params")) or None,
+    )
 
 
 def bill_of(usage: dict[str, Any]) -> Bill:
@@ -57,7 +63,7 @@ def bill_of(usage: dict[str, Any]) -> Bill:
     details = usage.get("prompt_tokens_details") or {}
     cached = details.get("cached_tokens", usage.get("cached_tokens"))
     counts = (usage.get("prompt_tokens"), cached, usage.get("completion_tokens"))
-    return Bill(*map(count_of, counts))
+    return Bill(*map(_count, counts))
 
 
 def openai_answer(choice: dict[str, Any]) -> Answer:
@@ -138,8 +144,7 @@ def list_in(data: Any, name: str) -> list[Any]:
     return value
 
 
-def count_of(value: Any) -> int | None:
-    """A number of tokens, None where it is none."""
+def _count(value: Any) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 

@@ -13,11 +13,10 @@ from mbrl_text_env.language_models._answers import (
     checked_answer,
     checked_logprobs,
     choices_of,
-    count_of,
     field_of,
     list_in,
-    model_entry,
     openai_answer,
+    read_model,
 )
 from mbrl_text_env.language_models._http import (
     MalformedAnswerError,
@@ -228,8 +227,9 @@ class Engine:
         """The log-probabilities of `ids`, which end a prompt; None where they are not echoed."""
         [choice] = choices_of(data, 1)
         found = (choice.get("logprobs") or {}).get("token_logprobs")
-        is_echoed = found is not None and len(found) == length
-        return checked_logprobs(found[-len(ids) :]) if is_echoed else None
+        if found is None or len(found) != length:
+            return None
+        return checked_logprobs(found[-len(ids) :])
 
     async def judge(
         self, call: Call, state: TextState, chunk: Chunk
@@ -417,7 +417,7 @@ class VLLM(Engine):
 
 
 class SGLang(Engine):
-    """Is asked in its own form, since its completions take and give no ids."""
+    """Is asked in its own form."""
 
     path, continues, has_own_logprobs = "/generate", True, False
 
@@ -520,22 +520,14 @@ _ENGINES: dict[str, type[Engine]] = {
 
 async def look(call: Call, url: str, options: Options, losses: list[str]) -> Engine:
     """What is at an address, by what it says of its models."""
-    unknown = Engine(url, options, losses)
-    entry: dict[str, Any] = {}
+    owner, model, context_length, num_parameters = "", options.model, None, None
     try:
         data = await call(url, MODELS)
-        entry = unknown.checked(MODELS, model_entry, data, options.model)
+        found = Engine(url, options, losses).checked(MODELS, read_model, data, model)
+        owner, model, context_length, num_parameters = found
     except RefusedError as error:
         if error.status not in _NO_ROUTE:
             raise
-    meta = entry.get("meta") or {}
-    kind = options.engine or str(entry.get("owned_by") or "").lower()
-    return _ENGINES.get(kind, Engine)(
-        url,
-        options,
-        losses,
-        kind,
-        options.model or (str(entry["id"]) if entry else None),
-        count_of(entry.get("max_model_len") or meta.get("n_ctx")) or None,
-        count_of(meta.get("n_params")) or None,
-    )
+    kind = options.engine or owner
+    engine = _ENGINES.get(kind, Engine)
+    return engine(url, options, losses, kind, model, context_length, num_parameters)
