@@ -33,10 +33,11 @@ from mbrl_text_env.agents.learning.stages import STAGES, Stage
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import StackedValue
 from mbrl_text_env.language_models import SamplingParams
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import read_records
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.runs import identity
-from mbrl_text_env.types import Budget, BudgetError, Prompt, initial
+from mbrl_text_env.types import Budget, BudgetError, Prompt
 from mbrl_text_env.values import ValueModelError
 from tests.agents.learning.worlds import (
     BASE,

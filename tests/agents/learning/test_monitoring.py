@@ -19,8 +19,9 @@ from mbrl_text_env.agents.learning.reports import (
 )
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, initial
+from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState
 from tests.agents.values.worlds import written
 from tests.toys import CountReward, FixedValue, now
 
