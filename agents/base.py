@@ -36,6 +36,7 @@ from mbrl_text_env.language_models.base import (
     sample_requests,
     sample_requests_async,
 )
+from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import score_responses
@@ -47,10 +48,6 @@ from mbrl_text_env.types import (
     Prompt,
     TextState,
     Usage,
-    initial,
-    is_terminal,
-    response_limit,
-    transition,
 )
 
 T = TypeVar("T")

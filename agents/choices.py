@@ -6,17 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mbrl_text_env.mdp import is_terminal, transition
 from mbrl_text_env.rewards.base import reward_usage_bound
-from mbrl_text_env.types import (
-    Budget,
-    BudgetError,
-    Chunk,
-    Ledger,
-    TextState,
-    Usage,
-    is_terminal,
-    transition,
-)
+from mbrl_text_env.types import Budget, BudgetError, Chunk, Ledger, TextState, Usage
 
 if TYPE_CHECKING:
     from mbrl_text_env.agents.base import Agent, Completion

@@ -23,7 +23,8 @@ from mbrl_text_env.agents.mcts_policies import (
 )
 from mbrl_text_env.agents.search import Expansion, Node, Planner, Search, SearchTree, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
-from mbrl_text_env.types import Chunk, FloatArray, TextState, transition
+from mbrl_text_env.mdp import transition
+from mbrl_text_env.types import Chunk, FloatArray, TextState
 
 RootPolicy = Literal["puct", "gumbel"]
 LeafValue = Literal["value", "rollout", "both"]

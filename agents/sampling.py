@@ -16,7 +16,8 @@ from mbrl_text_env.agents.base import (
 from mbrl_text_env.agents.choices import Choice
 from mbrl_text_env.agents.search import Expansion, Planner, Search, check_target
 from mbrl_text_env.language_models.base import stream
-from mbrl_text_env.types import Budget, Chunk, ChunkRules, Ledger, TextState, Usage, transition
+from mbrl_text_env.mdp import ChunkRules, transition
+from mbrl_text_env.types import Budget, Chunk, Ledger, TextState, Usage
 from mbrl_text_env.values import ValueModel
 
 # The article's number.

@@ -31,6 +31,7 @@ from mbrl_text_env.language_models.base import (
     cache_tokens,
     prefix_of,
 )
+from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardModel,
@@ -38,17 +39,7 @@ from mbrl_text_env.rewards.base import (
     reward_usage_bound,
     score_responses,
 )
-from mbrl_text_env.types import (
-    Budget,
-    Chunk,
-    Ledger,
-    Prompt,
-    TextState,
-    Usage,
-    is_terminal,
-    response_limit,
-    transition,
-)
+from mbrl_text_env.types import Budget, Chunk, Ledger, Prompt, TextState, Usage
 from mbrl_text_env.values import (
     ValueModel,
     check_value_fits,

@@ -20,9 +20,10 @@ from mbrl_text_env.benchmarks.audit.run import fill_pool, score_pool
 from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.benchmarks.terminal import numbers
 from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import RewardModel
-from mbrl_text_env.types import FloatArray, Prompt, initial
+from mbrl_text_env.types import FloatArray, Prompt
 
 DEFAULT_PLANNER = "adaptive:value=prefix"
 """Chosen on the validation split; the same for every reward."""

@@ -24,11 +24,13 @@ __getattr__, __dir__, __all__ = attach(
         "prompts": ["load_prompts"],
         "records": ["Record", "RecordWriter", "read_records"],
         "spaces": ["ChunkSpace", "UnicodeText"],
+        "mdp": [
+            *("ChunkRules", "EpisodeEndedError", "InvalidChunkError"),
+            *("initial", "is_terminal", "transition"),
+        ],
         "types": [
             *("Chunk", "Message", "Prompt", "TextState"),
             *("Budget", "BudgetError", "BudgetExceededError", "Ledger", "Usage"),
-            *("ChunkRules", "EpisodeEndedError", "InvalidChunkError"),
-            *("initial", "is_terminal", "transition"),
         ],
         "values": ["ValueEstimate", "ValueModel", "predict_values"],
         "wrappers": [

@@ -17,10 +17,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
 from mbrl_text_env.language_models.base import Tokenizer
+from mbrl_text_env.mdp import EpisodeEndedError, is_terminal
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import as_index
 from mbrl_text_env.task import Outcome, TaskOptions, TextTask, as_frame, as_text, one_of, show
-from mbrl_text_env.types import EpisodeEndedError, FloatArray, Prompt, TextState, is_terminal
+from mbrl_text_env.types import FloatArray, Prompt, TextState
 
 BoolArray = npt.NDArray[np.bool_]
 OnRewardError = Literal["record", "raise"]

@@ -15,19 +15,11 @@ from mbrl_text_env import encoders
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.language_models.registry import embedded_encoder
+from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards import base as rewards
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.task import TextTask, added_text
-from mbrl_text_env.types import (
-    Chunk,
-    Ledger,
-    TextState,
-    Usage,
-    is_terminal,
-    response_limit,
-    timed,
-    transition,
-)
+from mbrl_text_env.types import Chunk, Ledger, TextState, Usage, timed
 
 # Mean log-probabilities below this one are shown as it: about one in five hundred million.
 _LEAST_LOGPROB = -20.0

@@ -25,7 +25,7 @@ from gymnasium.spaces import utils
 from gymnasium.vector.utils import shared_memory
 from gymnasium.wrappers.utils import create_zero_array
 
-from mbrl_text_env.types import ChunkRules
+from mbrl_text_env.mdp import ChunkRules
 
 
 class _Flat:

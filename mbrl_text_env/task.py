@@ -23,21 +23,19 @@ from gymnasium import spaces
 from mbrl_text_env.encoders import Encoder, encode_texts, prefix_text
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.language_models.registry import embedded_encoder, embedded_tokenizer
+from mbrl_text_env.mdp import (
+    ChunkRules,
+    InvalidChunkError,
+    append,
+    initial,
+    response_limit,
+)
 from mbrl_text_env.prompts import as_prompts, load_prompts
 from mbrl_text_env.rewards import base as rewards
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import ChunkSpace, UnicodeText, as_token_ids, padded_chunk_space, unpadded
-from mbrl_text_env.types import (
-    ChunkRules,
-    InvalidChunkError,
-    Ledger,
-    Prompt,
-    TextState,
-    append,
-    initial,
-    response_limit,
-)
+from mbrl_text_env.types import Ledger, Prompt, TextState
 
 RewardMode = Literal["terminal", "delta", "process"]
 ObservationMode = Literal["text", "tokens", "embedding"]

@@ -10,8 +10,8 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import mbrl_text_env  # noqa: F401 registers the environments
 from mbrl_text_env.language_models import NGramLM, SamplingParams
+from mbrl_text_env.mdp import EpisodeEndedError, is_terminal
 from mbrl_text_env.rewards import RewardError
-from mbrl_text_env.types import EpisodeEndedError, is_terminal
 from mbrl_text_env.values import ValueEstimate
 from mbrl_text_env.wrappers import CandidateChunks, CandidateProposer, PotentialShaping
 from tests.toys import LetterEncoder, toy_options

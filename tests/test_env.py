@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 import mbrl_text_env  # noqa: F401 registers the environments
 from mbrl_text_env.language_models import CharTokenizer, PromptTooLongError
+from mbrl_text_env.mdp import EpisodeEndedError, InvalidChunkError
 from mbrl_text_env.rewards import RewardError
 from mbrl_text_env.task import step_texts
-from mbrl_text_env.types import EpisodeEndedError, InvalidChunkError, Prompt, TextState
+from mbrl_text_env.types import Prompt, TextState
 from tests.toys import PROMPTS, CountReward, LetterEncoder, StepReward, toy_options
 
 ID = "mbrl_text_env/TextGeneration-v0"

@@ -5,18 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mbrl_text_env.language_models import CharTokenizer
-from mbrl_text_env.types import (
-    Chunk,
+from mbrl_text_env.mdp import (
     ChunkRules,
     EpisodeEndedError,
     InvalidChunkError,
-    Message,
-    Prompt,
-    TextState,
     initial,
     is_terminal,
     transition,
 )
+from mbrl_text_env.types import Chunk, Message, Prompt, TextState
 
 RULES = ChunkRules(vocab_size=6, stop_token_ids=frozenset({0}), max_chunk_tokens=3)
 START = TextState(Prompt.from_text("ab"), prompt_ids=(1, 2))

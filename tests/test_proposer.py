@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 import mbrl_text_env  # noqa: F401 registers the environments
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.mdp import is_terminal
 from mbrl_text_env.proposer import FeatureLayout
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.types import Ledger, Usage, is_terminal
+from mbrl_text_env.types import Ledger, Usage
 from mbrl_text_env.wrappers import CandidateState
 from tests.toys import CountReward, LetterEncoder, toy_options
 

@@ -253,7 +253,7 @@ def test_a_reward_is_stopped_by_ctrl_c():
 
 
 def test_a_value_that_leaves_the_program_is_an_error():
-    from mbrl_text_env.types import initial
+    from mbrl_text_env.mdp import initial
 
     lm = NGramLM("abc")
     value = FixedValue(lambda text: sys.exit(0), lm)

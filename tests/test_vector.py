@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 import mbrl_text_env  # noqa: F401 registers the environments
 from mbrl_text_env.env import stack_infos
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.mdp import EpisodeEndedError, initial
 from mbrl_text_env.rewards import RewardError
-from mbrl_text_env.types import EpisodeEndedError, Prompt, initial
+from mbrl_text_env.types import Prompt
 from tests.toys import CountReward, LetterEncoder, StepReward, toy_options
 
 TEXT, CANDIDATES = "mbrl_text_env/TextGeneration-v0", "mbrl_text_env/CandidateChunks-v0"

@@ -17,9 +17,10 @@ from mbrl_text_env.agents.collection import record_of
 from mbrl_text_env.agents.learning.training import expect
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record, RecordWriter
 from mbrl_text_env.rewards.base import RewardError, isolate_failures
-from mbrl_text_env.types import Budget, Ledger, Prompt, Usage, initial
+from mbrl_text_env.types import Budget, Ledger, Prompt, Usage
 
 HINTED = "+hint"
 """Ends the agent's name in records of answers that were found with a hint."""

@@ -44,11 +44,12 @@ from mbrl_text_env.language_models.base import (
     clear_cache,
     spawn_seed,
 )
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record, RecordWriter, read_records
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, RewardModel
 from mbrl_text_env.runs import claimed, identity
-from mbrl_text_env.types import Ledger, Prompt, initial
+from mbrl_text_env.types import Ledger, Prompt
 from mbrl_text_env.values import ValueModel
 
 AgentFactory = Callable[[LanguageModel, RewardModel, ValueModel | None], Agent]

@@ -18,6 +18,7 @@ from mbrl_text_env.agents.values.fitted import cut_prefixes, samples_of
 from mbrl_text_env.files import write_text
 from mbrl_text_env.fitting.report import correlation, root_mean_square, within_prompt
 from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.mdp import is_terminal
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import (
     RewardError,
@@ -26,7 +27,7 @@ from mbrl_text_env.rewards.base import (
     isolate_failures,
     score_responses,
 )
-from mbrl_text_env.types import Chunk, FloatArray, Ledger, TextState, is_terminal
+from mbrl_text_env.types import Chunk, FloatArray, Ledger, TextState
 from mbrl_text_env.values import ValueModel, as_value_model, predict_values
 
 

@@ -12,20 +12,11 @@ import numpy.typing as npt
 from mbrl_text_env.agents.base import ask
 from mbrl_text_env.agents.search import Expansion, Node, Planner, Search
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
+from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.proposer import CandidateProposer, Known
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, RewardModel, score_responses
-from mbrl_text_env.types import (
-    FloatArray,
-    Ledger,
-    Prompt,
-    TextState,
-    Usage,
-    initial,
-    is_terminal,
-    response_limit,
-    transition,
-)
+from mbrl_text_env.types import FloatArray, Ledger, Prompt, TextState, Usage
 
 if TYPE_CHECKING:
     # It needs torch; an agent that only looks it up by name does not.

@@ -27,9 +27,10 @@ from torch import nn
 from mbrl_text_env.agents.learning.training import TuningError, storage
 from mbrl_text_env.agents.model_free.candidate_policy import CandidateScorer, StateValue
 from mbrl_text_env.files import write_folder
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.proposer import FeatureLayout
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.types import Prompt, TextState, initial
+from mbrl_text_env.types import Prompt, TextState
 from mbrl_text_env.wrappers import CandidateChunksVector, CandidateState
 
 _STATE, _TENSORS = "trainer_state.json", "tensors.safetensors"

@@ -18,12 +18,13 @@ import numpy as np
 from mbrl_text_env.agents.learning import lora, training
 from mbrl_text_env.agents.learning.training import CURVE, LEDGER, TuningError, expect
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
+from mbrl_text_env.mdp import initial, response_limit
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
 from mbrl_text_env.rewards.learning.lora_classifier import quiet
 from mbrl_text_env.runs import identity
-from mbrl_text_env.types import Ledger, Prompt, Usage, initial, response_limit
+from mbrl_text_env.types import Ledger, Prompt, Usage
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM

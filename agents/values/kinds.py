@@ -43,6 +43,7 @@ from mbrl_text_env.language_models.base import (
     sample_requests,
     spawn_seed,
 )
+from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardLike,
@@ -50,15 +51,7 @@ from mbrl_text_env.rewards.base import (
     reward_usage_bound,
     score_responses,
 )
-from mbrl_text_env.types import (
-    FloatArray,
-    Ledger,
-    TextState,
-    Usage,
-    is_terminal,
-    response_limit,
-    transition,
-)
+from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage
 from mbrl_text_env.values import (
     LENGTHS,
     ValueEstimate,

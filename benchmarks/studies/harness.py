@@ -29,10 +29,11 @@ from mbrl_text_env.benchmarks.statistics import (
 )
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.base import LanguageModel, clear_cache
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards.base import RewardModel, applies_to, score_responses
 from mbrl_text_env.runs import claimed, identity, prompt_digests
-from mbrl_text_env.types import Budget, Ledger, Usage, initial
+from mbrl_text_env.types import Budget, Ledger, Usage
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -48,12 +48,13 @@ from mbrl_text_env.benchmarks.scaling import CurvePoint
 from mbrl_text_env.benchmarks.statistics import Interval
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards import make
 from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
 from mbrl_text_env.runs import claimed, identity
-from mbrl_text_env.types import Prompt, initial
+from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 
 if TYPE_CHECKING:

@@ -32,8 +32,9 @@ from mbrl_text_env.benchmarks.llama_server import llama_server
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models import SamplingParams, TransformersLM, embedded
 from mbrl_text_env.language_models.base import clear_cache
+from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.prompts import load_prompts
-from mbrl_text_env.types import Prompt, TextState, initial, transition
+from mbrl_text_env.types import Prompt, TextState
 
 BATCH_SIZES = (1, 4, 16, 64, 128)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}

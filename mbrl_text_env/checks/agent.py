@@ -11,6 +11,7 @@ import numpy as np
 
 from mbrl_text_env.checks.base import Trial, counted
 from mbrl_text_env.language_models.base import SamplingParams
+from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.rewards.base import score_responses
 from mbrl_text_env.types import (
     Budget,
@@ -20,10 +21,6 @@ from mbrl_text_env.types import (
     Prompt,
     TextState,
     Usage,
-    initial,
-    is_terminal,
-    response_limit,
-    transition,
 )
 
 _TOLERANCE = 1e-5

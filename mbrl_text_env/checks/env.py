@@ -14,8 +14,9 @@ from gymnasium.utils.passive_env_checker import check_action_space, check_observ
 
 from mbrl_text_env.checks.base import CheckError, Trial, counted
 from mbrl_text_env.env import TextGenerationEnv
+from mbrl_text_env.mdp import EpisodeEndedError, InvalidChunkError
 from mbrl_text_env.spaces import ChunkSpace
-from mbrl_text_env.types import EpisodeEndedError, InvalidChunkError, TextState
+from mbrl_text_env.types import TextState
 
 _SHOWN = ("prompt_id", "prompt", "response", "finish_reason")
 _INFO: dict[str, type] = {

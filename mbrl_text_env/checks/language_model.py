@@ -11,7 +11,8 @@ import numpy as np
 
 from mbrl_text_env.checks.base import Trial
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
-from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, initial, transition
+from mbrl_text_env.mdp import initial, transition
+from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage
 
 _TEXTS = ("A dog and a cat", "a b c", "Once upon a time, in a far land")
 _PROMPTS = tuple(Prompt.from_text(text, chat=False) for text in _TEXTS)

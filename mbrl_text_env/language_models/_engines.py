@@ -1,21 +1,40 @@
-"""What servers are asked and what they answer: OpenAI's completions, and how engines differ.
-
-Readers raise `ValueError` with what was expected and what came, or `AbortedError` where asking
-again may help.
-"""
+"""What servers are asked: OpenAI's completions, and how engines differ from them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
-from mbrl_text_env.language_models.base import SamplingParams
+from mbrl_text_env.language_models._answers import (
+    Answer,
+    Bill,
+    bill_of,
+    checked_answer,
+    checked_logprobs,
+    choices_of,
+    field_of,
+    list_in,
+    openai_answer,
+    read_model,
+)
+from mbrl_text_env.language_models._http import (
+    MalformedAnswerError,
+    Options,
+    RefusedError,
+    ServerError,
+    UnsupportedByServerError,
+)
+from mbrl_text_env.language_models.base import SampleRequest, has_stop_text, prefix_of
+from mbrl_text_env.types import Chunk, TextState
 
-COMPLETIONS, CHATS, SGLANG = "/v1/completions", "/v1/chat/completions", "/generate"
-# Log-probabilities are rounded: a certain token may come out a hair above 0.
-_ROUNDING = 1e-6
+T = TypeVar("T")
+Call = Callable[..., Awaitable[Any]]
+"""`Transport.call`."""
+
+MODELS, COMPLETIONS, CHATS = "/v1/models", "/v1/completions", "/v1/chat/completions"
+_NO_ROUTE = frozenset({404, 405})
+_BAD_REQUEST = frozenset({400, 422})
 # Above every logit: a token with this bias is drawn for certain.
 _FORCED = 1e6
 # Whatever else a server does to the distribution by default is switched off. llama.cpp keeps the 40
@@ -35,37 +54,6 @@ _NEUTRAL: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Engine:
-    """How an engine differs from OpenAI's completions.
-
-    Args:
-        draws_many: Whether one request draws several samples, from `seed + i` or from chance.
-        all_tokens: The `top_k` that keeps all tokens; None where that is the default.
-        keeps_stop: Whether tokens of a stop string can be kept; elsewhere it is looked for here.
-        continues: Whether it goes on with an assistant message instead of answering it.
-        judging: How it gives log-probabilities of given tokens.
-        first: Number of the first dialect that it may know.
-    """
-
-    draws_many: bool = False
-    all_tokens: int | None = None
-    keeps_stop: bool = False
-    continues: bool = False
-    judging: Literal["prompt", "forced", "native", "echo"] = "echo"
-    first: int = 0
-
-
-ENGINES = {
-    "vllm": Engine(True, -1, True, True, "prompt"),
-    "sglang": Engine(continues=True, judging="native"),
-    "llamacpp": Engine(all_tokens=0, continues=True, judging="forced"),
-    "tgi": Engine(first=3),
-    "openai": Engine(draws_many=True, first=1),
-}
-"""By the name that servers give as the owner of their models, or that `engine=` gives."""
-
-
-@dataclass(frozen=True)
 class Dialect:
     """What a server's requests may contain: parameters beyond OpenAI's, log-probabilities, ids."""
 
@@ -74,271 +62,472 @@ class Dialect:
     ids: bool = True
 
 
-# Tried in this order until one is not refused.
-DIALECTS = (
+# Tried in this order until one is not refused; chats take no ids.
+_DIALECTS = (
     Dialect(),
     Dialect(extras=False),
     Dialect(extras=False, logprobs=False),
     Dialect(extras=False, ids=False),
     Dialect(extras=False, logprobs=False, ids=False),
 )
+_LAST = {COMPLETIONS: 4, CHATS: 2, "/generate": 1}
 
 
-class AbortedError(Exception):
-    """An answer that was given up by the server; the next attempt may pass."""
+@dataclass
+class Drawn:
+    """A chunk as far as it has come; `generated` counts tokens after a stop string too."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = field(default_factory=list)
+    generated: int = 0
+    is_done: bool = False
 
 
 @dataclass(frozen=True)
-class Served:
-    """What a server says about its model, such as its context in tokens; None where it does not."""
+class Ask:
+    """What follows one unfinished chunk of a request, or what several begin with."""
 
-    model: str | None = None
-    engine: str = ""
-    context_length: int | None = None
-    num_parameters: int | None = None
+    request: SampleRequest
+    chunks: Sequence[Drawn]
+    seed: int
 
     @property
-    def how(self) -> Engine:
-        """How its engine is asked."""
-        return ENGINES.get(self.engine, Engine())
+    def prompt(self) -> list[int]:
+        """All tokens so far."""
+        return [*prefix_of(self.request.state), *self.chunks[0].ids]
+
+    @property
+    def limit(self) -> int:
+        """Most tokens that are wanted."""
+        return self.request.max_new_tokens - len(self.chunks[0].ids)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A sample of a server's, None where it does not say; `matched` is the stop that ended it."""
+@dataclass
+class Engine:
+    """A server, asked as one of an unknown kind is; subclasses are the known kinds.
 
-    token_ids: tuple[int, ...] | None
-    logprobs: tuple[float, ...] | None
-    text: str
-    reason: str | None
-    matched: int | str | None
-
-
-@dataclass(frozen=True)
-class Bill:
-    """Tokens that a server counts for a request, None where it does not.
-
-    Those of the prompt count once for all samples; `cached` are those of them not computed.
+    `losses` is shared by all servers. What is learned of a server: whether it has chats alone, its
+    dialect, and whether its text was compared with the local tokenizer's.
     """
 
-    prompt: int | None = None
-    cached: int | None = None
-    generated: int | None = None
+    url: str
+    options: Options
+    losses: list[str]
+    kind: str = ""
+    model: str | None = None
+    context_length: int | None = None
+    num_parameters: int | None = None
+    is_chat: bool = False
+    dialect: int | None = None
+    is_compared: bool = False
+
+    path: ClassVar[str] = COMPLETIONS
+    draws_many: ClassVar[bool] = False
+    """Whether one request draws several samples, from `seed + i` or from chance."""
+    all_tokens: ClassVar[int | None] = None
+    """The `top_k` that keeps all tokens; None where that is the default."""
+    keeps_stop: ClassVar[bool] = False
+    """Whether tokens of a stop string can be kept; elsewhere it is looked for here."""
+    continues: ClassVar[bool] = False
+    """Whether it goes on with an assistant message instead of answering it."""
+    first: ClassVar[int] = 0
+    """Number of the first dialect that it may know."""
+    has_own_logprobs: ClassVar[bool] = True
+    """Whether log-probabilities are the model's own, before the temperature."""
+
+    def __post_init__(self) -> None:
+        self.is_chat = self.options.mode == "chat"
+        self.stops = sorted(self.options.tokenizer.stop_token_ids)
+
+    async def complete(self, call: Call, ask: Ask) -> Bill:
+        """Extend chunks; asked in the first dialect that is not refused, and in it from then on."""
+        path = CHATS if self.is_chat else self.path
+        last = _LAST[path]
+        numbers = range(min(self.first, last), last + 1) if self.dialect is None else [self.dialect]
+        refusals = []
+        for number in numbers:
+            dialect = _DIALECTS[number]
+            try:
+                data = await call(self.url, path, self.body(path, ask, dialect))
+            except RefusedError as error:
+                # An unknown model is a 404 too, and no reason to talk differently.
+                missing = error.status in _NO_ROUTE and "model" not in error.reason.lower()
+                if missing and path != CHATS and self.options.mode == "auto":
+                    self.is_chat = True
+                    return await self.complete(call, ask)
+                refusals.append(error)
+                if error.status not in _BAD_REQUEST:
+                    raise
+                continue
+            self.dialect = number
+            if not dialect.extras and path in (COMPLETIONS, CHATS):
+                self.lose(
+                    "refuses parameters beyond OpenAI's: its own sampling defaults apply (top-k, "
+                    "min-p, penalties), and token ids cannot be asked for."
+                )
+            if not dialect.ids:
+                self.lose("takes no token ids: prompts are sent as text.")
+            answers, bill = self.checked(path, self.read, data, len(ask.chunks))
+            alone = bill if len(answers) == 1 else Bill()
+            for drawn, answer in zip(ask.chunks, answers, strict=True):
+                self.extend(drawn, answer, ask.request, alone)
+            return bill
+        raise refusals[0]
+
+    def body(self, path: str, ask: Ask, dialect: Dialect) -> dict[str, Any]:
+        """What it is asked for."""
+        params = ask.request.params
+        body: dict[str, Any] = {
+            **self._named(),
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "max_tokens": ask.limit,
+            "seed": ask.seed,
+        }
+        if dialect.extras:
+            body |= {
+                **_NEUTRAL,
+                "cache_prompt": self.options.prefix_cache,
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+                "stop_token_ids": self.stops,
+            }
+            if params.top_k or self.all_tokens is not None:
+                body["top_k"] = params.top_k or self.all_tokens
+            if params.stop and self.keeps_stop:
+                body |= {"stop": list(params.stop), "include_stop_str_in_output": True}
+        elif params.top_k:
+            raise UnsupportedByServerError(
+                f"{self.url} refuses parameters beyond OpenAI's, so it cannot sample with "
+                f"top_k={params.top_k}. Use top_k=0, or another server."
+            )
+        if len(ask.chunks) > 1:
+            body["n"] = len(ask.chunks)
+        if path == CHATS:
+            logs: dict[str, Any] = {"logprobs": True, "top_logprobs": 1}
+            body |= self._chat(ask)
+        else:
+            logs = {"logprobs": 1}
+            body["prompt"] = ask.prompt if dialect.ids else self._whole_text(ask.prompt)
+        return body | (logs if dialect.logprobs else {})
+
+    def read(self, data: Any, count: int) -> tuple[list[Answer], Bill]:
+        """Its answers, and what is billed."""
+        answers = [openai_answer(choice) for choice in choices_of(data, count)]
+        return answers, bill_of(data.get("usage") or {})
+
+    def judging_body(self, prompt: list[int], count: int) -> dict[str, Any]:
+        """What asks for the log-probabilities of a prompt's last `count` tokens."""
+        asked = {"max_tokens": 0, "echo": True, "logprobs": 1}
+        return {"prompt": prompt, "temperature": 0.0, **self._named(), **asked}
+
+    def read_judged(self, data: Any, length: int, ids: Sequence[int]) -> list[float] | None:
+        """The log-probabilities of `ids`, which end a prompt; None where they are not echoed."""
+        [choice] = choices_of(data, 1)
+        found = (choice.get("logprobs") or {}).get("token_logprobs")
+        if found is None or len(found) != length:
+            return None
+        return checked_logprobs(found[-len(ids) :])
+
+    async def judge(
+        self, call: Call, state: TextState, chunk: Chunk
+    ) -> tuple[tuple[float, ...], list[Bill]]:
+        """The log-probabilities of a given chunk, and what was billed."""
+        if self.is_chat:
+            raise self._cannot_judge("it is asked for chats")
+        ids = list(chunk.token_ids)
+        found, bills = await self.judged(call, [*prefix_of(state), *ids], ids)
+        return tuple(found), bills
+
+    async def judged(
+        self, call: Call, prompt: list[int], ids: list[int]
+    ) -> tuple[list[float], list[Bill]]:
+        """The same for `ids`, which end a prompt."""
+        try:
+            data = await call(self.url, self.path, self.judging_body(prompt, len(ids)))
+        except RefusedError as error:
+            raise self._cannot_judge(error.reason) from error
+        found = self.checked(self.path, self.read_judged, data, len(prompt), ids)
+        if found is None:
+            raise self._cannot_judge("it does not echo a prompt with its log-probabilities")
+        return found, []
+
+    def _cannot_judge(self, reason: str) -> UnsupportedByServerError:
+        return UnsupportedByServerError(
+            f"{self.url} cannot give the log-probabilities of given tokens ({reason}). Use vLLM, "
+            "SGLang or llama.cpp, or an agent that does without."
+        )
+
+    def extend(self, drawn: Drawn, answer: Answer, request: SampleRequest, bill: Bill) -> None:
+        """Add what was sampled to a chunk."""
+        params, limit = request.params, request.max_new_tokens - len(drawn.ids)
+        ids, logprobs = self._tokens(answer, limit)
+        if logprobs is None or not (self.has_own_logprobs or params.temperature in (0.0, 1.0)):
+            logprobs = None
+            self.lose("does not give the model's own log-probabilities: they are left out.")
+        drawn.generated += len(ids)
+        for i, token in enumerate(ids, start=1):
+            chunk = drawn.ids + ids[:i]
+            if token in self.stops or has_stop_text(self.options.tokenizer, chunk, params):
+                ids, drawn.is_done = ids[:i], True
+                break
+        logprobs = None if logprobs is None else logprobs[: len(ids)]
+        if not drawn.is_done and len(ids) < limit:
+            extra, drawn.is_done = self._after_early_end(answer, ids, bill)
+            ids, drawn.generated = ids + extra, drawn.generated + len(extra)
+            if extra and logprobs is not None:
+                logprobs = None
+                self.lose(
+                    "gives no log-probability of the token that ends a response: chunks with such "
+                    "a token have none."
+                )
+        if not ids:
+            raise MalformedAnswerError(f"{self.url}: expected at least one token, got none.")
+        if logprobs is None or drawn.logprobs is None:
+            drawn.logprobs = None
+        else:
+            drawn.logprobs += logprobs
+        drawn.ids += ids
+        drawn.is_done = drawn.is_done or len(ids) >= limit
+
+    def _tokens(self, answer: Answer, limit: int) -> tuple[list[int], list[float] | None]:
+        """The sampled ids, and their log-probabilities where those are known."""
+        tokenizer, ids = self.options.tokenizer, answer.token_ids
+        if ids is None:
+            self.lose(
+                "gives no token ids: its text is encoded anew, and the tokens may differ from "
+                "those that were sampled."
+            )
+            return list(tokenizer.encode_text(answer.text)[:limit]), None
+        if len(ids) > limit or not all(i < tokenizer.vocab_size for i in ids):
+            raise MalformedAnswerError(
+                f"{self.url}: expected at most {limit} token ids below {tokenizer.vocab_size}, "
+                f"got {ids}. Is the tokenizer that of the server's model?"
+            )
+        theirs, ours = answer.text.strip(), tokenizer.decode(ids).strip()
+        # A character whose bytes are not all there yet is shown differently.
+        if not self.is_compared and theirs and "\ufffd" not in theirs + ours:
+            self.is_compared = True
+            # A chat's answer may begin with the message that it continues.
+            if ours not in theirs:
+                self.lose(
+                    f"reads its tokens as {theirs[:80]!r}, and the tokenizer as {ours[:80]!r}: it "
+                    "does not seem to be that of the server's model."
+                )
+        return ids, answer.logprobs
+
+    def _after_early_end(
+        self, answer: Answer, ids: list[int], bill: Bill
+    ) -> tuple[list[int], bool]:
+        """What has to be added to fewer tokens than were asked for, and whether that is the end."""
+        stops = self.stops
+        if answer.reason != "stop":
+            if answer.token_ids is None and ids:
+                return [], True  # Encoded anew, they may be fewer than were sampled.
+            raise ServerError(
+                f"{self.url} ended after {len(ids)} tokens (finish_reason {answer.reason!r}) "
+                "without a stop token. If its context is shorter than the model's, pass "
+                "context_length=; a cap on tokens has to be lifted."
+            )
+        if isinstance(answer.matched, int):
+            is_listed = ids[-1:] == [answer.matched]
+            return [] if is_listed else [answer.matched], answer.matched in stops
+        # A token of the server's that ends no response here: the chunk goes on after it.
+        if answer.token_ids is not None and ids and bill.generated == len(ids):
+            return [], False
+        if not stops:
+            raise ServerError(
+                f"{self.url} ended a response, but the tokenizer has no stop token. Pass "
+                "HFTokenizer(..., stop_token_ids=[...])."
+            )
+        eos = self.options.tokenizer.tokenizer.eos_token_id
+        return [eos if eos in stops else stops[0]], True
+
+    def _chat(self, ask: Ask) -> dict[str, Any]:
+        """A chat's messages; a response that has begun is a message to go on with."""
+        self.lose(
+            "is asked for chats: it applies its own template, and the tokens of a response that is "
+            "continued are those that it makes of the text."
+        )
+        state = ask.request.state
+        prompt = state.prompt
+        if isinstance(prompt.content, str):
+            raise UnsupportedByServerError(
+                f"{self.url} is asked for chats, and prompt {prompt.id!r} is plain text. Load "
+                "prompts as chats, or use a server with /v1/completions."
+            )
+        messages = [{"role": m.role, "content": m.content} for m in prompt.content]
+        text = self.options.tokenizer.decode([*state.response_ids, *ask.chunks[0].ids])
+        if not text:
+            return {"messages": messages}
+        if not self.continues:
+            raise UnsupportedByServerError(
+                f"{self.url} is asked for chats and is not known to continue a response (engine "
+                f"{self.kind!r}). Use an agent that samples whole responses (best-of-n), or a "
+                "server with /v1/completions."
+            )
+        messages.append({"role": "assistant", "content": text})
+        going_on = {"continue_final_message": True, "add_generation_prompt": False}
+        return {"messages": messages, **going_on}
+
+    def _whole_text(self, ids: list[int]) -> str:
+        """Text with its special tokens, for servers that take no ids."""
+        text: str = self.options.tokenizer.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _named(self) -> dict[str, Any]:
+        return {} if self.model is None else {"model": self.model}
+
+    def lose(self, text: str) -> None:
+        """Note something that this server does not give."""
+        if (text := f"{self.url} {text}") not in self.losses:
+            self.losses.append(text)
+
+    def checked(self, path: str, read: Callable[..., T], *data: Any) -> T:
+        """What a reader makes of an answer, its errors told as the server's."""
+        try:
+            return read(*data)
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            reason = self.options.scrub(f"{type(error).__name__}: {error}")
+            raise MalformedAnswerError(f"{self.url}{path}: {reason}.") from None
 
 
-def completion_body(
-    served: Served,
-    dialect: Dialect,
-    params: SamplingParams,
-    stop_ids: Sequence[int],
-    prefix_cache: bool,
-) -> dict[str, Any]:
-    """What completions and chats are asked for alike."""
-    body: dict[str, Any] = {
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-    } | _named(served)
-    if not dialect.extras:
-        return body
-    body |= {
-        **_NEUTRAL,
-        "cache_prompt": prefix_cache,
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
-        "stop_token_ids": list(stop_ids),
-    }
-    if params.top_k or served.how.all_tokens is not None:
-        body["top_k"] = params.top_k or served.how.all_tokens
-    if params.stop and served.how.keeps_stop:
-        body |= {"stop": list(params.stop), "include_stop_str_in_output": True}
-    return body
+class VLLM(Engine):
+    """Knows all that is asked for, and gives log-probabilities of a prompt."""
 
+    draws_many, all_tokens, keeps_stop, continues = True, -1, True, True
 
-def sglang_body(
-    prompt: list[int], limit: int, params: SamplingParams, stop_ids: Sequence[int], seed: int | None
-) -> dict[str, Any]:
-    """What SGLang's `/generate` is asked for."""
-    sampling = {
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k or -1,
-        "min_p": 0.0,
-        "max_new_tokens": limit,
-        "stop_token_ids": list(stop_ids),
-    }
-    if seed is not None:
-        sampling["sampling_seed"] = seed
-    if params.stop:
-        sampling |= {"stop": list(params.stop), "no_stop_trim": True}
-    return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+    def judging_body(self, prompt: list[int], count: int) -> dict[str, Any]:
+        asked = {"max_tokens": 1, "prompt_logprobs": 1}
+        return {"prompt": prompt, "temperature": 0.0, **self._named(), **asked}
 
-
-def judging_body(served: Served, prompt: list[int], count: int) -> tuple[str, dict[str, Any]]:
-    """Path and body that ask for the log-probabilities of a prompt's last `count` tokens."""
-    if served.how.judging == "native":
-        sampling = {"temperature": 0.0, "max_new_tokens": 0}
-        body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
-        return SGLANG, {**body, "logprob_start_len": len(prompt) - count - 1}
-    body = {"prompt": prompt, "temperature": 0.0, **_named(served)}
-    if served.how.judging == "prompt":
-        return COMPLETIONS, {**body, "max_tokens": 1, "prompt_logprobs": 1}
-    return COMPLETIONS, {**body, "max_tokens": 0, "echo": True, "logprobs": 1}
-
-
-def forcing_body(
-    served: Served, prompt: list[int], token: int, prefix_cache: bool
-) -> dict[str, Any]:
-    """What makes llama.cpp sample a token and say how probable it was."""
-    forced = {"max_tokens": 1, "temperature": 0.0, "logprobs": 1, "logit_bias": [[token, _FORCED]]}
-    own = {"cache_prompt": prefix_cache, "prompt": prompt, "model": served.model}
-    return {**_NEUTRAL, **own, **forced}
-
-
-def _named(served: Served) -> dict[str, Any]:
-    return {} if served.model is None else {"model": served.model}
-
-
-def read_served(data: Any, wanted: str | None, engine: str | None) -> Served:
-    """What `/v1/models` says of a model, or of the only one there."""
-    entries = _list(data, "data")
-    names = [str(_field(entry, "id")) for entry in entries]
-    if not names:
-        raise ValueError("expected at least one model, got none")
-    if wanted is None and len(names) > 1:
-        raise ValueError(f"expected one model, got {names}; choose one of them with model=")
-    entry = entries[names.index(wanted) if wanted in names else 0]
-    meta = entry.get("meta") or {}
-    return Served(
-        names[0] if wanted is None else wanted,
-        engine or str(entry.get("owned_by") or "").lower(),
-        _count(entry.get("max_model_len") or meta.get("n_ctx")) or None,
-        _count(meta.get("n_params")) or None,
-    )
-
-
-def read_answers(data: Any, count: int = 1) -> tuple[list[Answer], Bill]:
-    """The answers of completions, of chats, or of SGLang's `/generate`, and what is billed."""
-    if isinstance(data, dict) and "meta_info" in data:
-        usage = data["meta_info"]
-        answers = [_sglang_answer(data)]
-    else:
-        answers = [_openai_answer(choice) for choice in _choices(data, count)]
-        usage = data.get("usage") or {}
-    details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens", usage.get("cached_tokens"))
-    counts = (usage.get("prompt_tokens"), cached, usage.get("completion_tokens"))
-    return answers, Bill(*map(_count, counts))
-
-
-def read_judged(
-    served: Served, data: Any, length: int, ids: Sequence[int]
-) -> tuple[float, ...] | None:
-    """The log-probabilities of the last tokens of a prompt; None where they are not echoed."""
-    if served.how.judging == "native":
-        last = _list(_field(data, "meta_info"), "input_token_logprobs")[-len(ids) :]
-        if [triple[1] for triple in last] != list(ids):
-            raise ValueError(f"expected log-probabilities that end with those of {ids}, got {last}")
-        return _logprobs([triple[0] for triple in last])
-    [choice] = _choices(data, 1)
-    if served.how.judging == "prompt":
-        rows = _list(choice, "prompt_logprobs")
+    def read_judged(self, data: Any, length: int, ids: Sequence[int]) -> list[float]:
+        [choice] = choices_of(data, 1)
+        rows = list_in(choice, "prompt_logprobs")
         if len(rows) <= len(ids):
             raise ValueError(f"expected more than {len(ids)} prompt_logprobs, got {len(rows)}")
         pairs = zip(ids, rows[-len(ids) :], strict=True)
-        return _logprobs([_field(_field(row, str(token)), "logprob") for token, row in pairs])
-    found = (choice.get("logprobs") or {}).get("token_logprobs")
-    return None if found is None or len(found) != length else _logprobs(found[-len(ids) :])
+        return checked_logprobs(
+            [field_of(field_of(row, str(token)), "logprob") for token, row in pairs]
+        )
 
 
-def _sglang_answer(data: dict[str, Any]) -> Answer:
-    meta = data["meta_info"]
-    finish, triples = meta.get("finish_reason") or {}, meta.get("output_token_logprobs")
-    logprobs = None if triples is None else [triple[0] for triple in triples]
-    ids, (reason, matched) = _field(data, "output_ids"), map(finish.get, ("type", "matched"))
-    return _answer(ids, logprobs, data.get("text"), reason, matched)
+class SGLang(Engine):
+    """Is asked in its own form."""
+
+    path, continues, has_own_logprobs = "/generate", True, False
+
+    def body(self, path: str, ask: Ask, dialect: Dialect) -> dict[str, Any]:
+        if path == CHATS:
+            return super().body(path, ask, dialect)
+        self.lose("is SGLang: seeds count only with --enable-deterministic-inference.")
+        params = ask.request.params
+        sampling: dict[str, Any] = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
+            "min_p": 0.0,
+            "max_new_tokens": ask.limit,
+            "stop_token_ids": self.stops,
+        }
+        if dialect.extras:
+            sampling["sampling_seed"] = ask.seed
+        if params.stop:
+            sampling |= {"stop": list(params.stop), "no_stop_trim": True}
+        return {"input_ids": ask.prompt, "sampling_params": sampling, "return_logprob": True}
+
+    def read(self, data: Any, count: int) -> tuple[list[Answer], Bill]:
+        if not isinstance(data, dict) or "meta_info" not in data:
+            return super().read(data, count)
+        meta = data["meta_info"]
+        finish, triples = meta.get("finish_reason") or {}, meta.get("output_token_logprobs")
+        logprobs = None if triples is None else [triple[0] for triple in triples]
+        ids, end = field_of(data, "output_ids"), (finish.get("type"), finish.get("matched"))
+        return [checked_answer(ids, logprobs, data.get("text"), *end)], bill_of(meta)
+
+    def judging_body(self, prompt: list[int], count: int) -> dict[str, Any]:
+        sampling = {"temperature": 0.0, "max_new_tokens": 0}
+        body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+        return {**body, "logprob_start_len": len(prompt) - count - 1}
+
+    def read_judged(self, data: Any, length: int, ids: Sequence[int]) -> list[float]:
+        last = list_in(field_of(data, "meta_info"), "input_token_logprobs")[-len(ids) :]
+        if [triple[1] for triple in last] != ids:
+            raise ValueError(f"expected log-probabilities that end with those of {ids}, got {last}")
+        return checked_logprobs([triple[0] for triple in last])
 
 
-def _openai_answer(choice: dict[str, Any]) -> Answer:
-    logs = choice.get("logprobs") or {}
-    tokens: list[Any] | None = None
-    found: list[Any] | None = None
-    # Ids and log-probabilities are listed in the new form or in the old one.
-    if logs.get("content") is not None:
-        entries = _list(logs, "content")
-        tokens = [e["id"] if "id" in e else _placeholder(e.get("token")) for e in entries]
-        found = [_field(entry, "logprob") for entry in entries]
-    elif logs.get("token_logprobs") is not None:
-        tokens = [_placeholder(token) for token in logs.get("tokens") or []]
-        found = _list(logs, "token_logprobs")
-    if tokens is not None and (None in tokens or len(tokens) != len(found or ())):
-        tokens = None
-    ids, matched = choice.get("token_ids"), choice.get("stop_reason")
-    return _answer(
-        tokens if ids is None else ids,
-        found,
-        (choice.get("message") or choice).get("content" if "message" in choice else "text"),
-        choice.get("finish_reason"),
-        choice.get("matched_stop") if matched is None else matched,
-    )
+class LlamaCpp(Engine):
+    """Gives no log-probabilities of a prompt, but those of a sampled token before any bias."""
+
+    all_tokens, continues = 0, True
+
+    async def judged(
+        self, call: Call, prompt: list[int], ids: list[int]
+    ) -> tuple[list[float], list[Bill]]:
+        """One request for each token, which is forced; the cache makes it a pass over one token."""
+        found: list[float] = []
+        bills = []
+        for i, token in enumerate(ids, start=len(prompt) - len(ids)):
+            body = {
+                **_NEUTRAL,
+                # From the second token on it is this request's own prefix that is reused.
+                "cache_prompt": self.options.prefix_cache or bool(found),
+                "prompt": prompt[:i],
+                "model": self.model,
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "logprobs": 1,
+                "logit_bias": [[token, _FORCED]],
+            }
+            data = await call(self.url, self.path, body)
+            [answer], bill = self.checked(self.path, self.read, data, 1)
+            if answer.token_ids != [token] or answer.logprobs is None:
+                raise MalformedAnswerError(
+                    f"{self.url}: expected token {token}, which was forced, with its "
+                    f"log-probability; got {answer.token_ids} and {answer.logprobs}."
+                )
+            found += answer.logprobs
+            bills.append(bill)
+        return found, bills
 
 
-def _placeholder(token: Any) -> int | None:
-    """The id in `token_id:123`, as vLLM writes a token when asked for ids."""
-    prefix, _, digits = str(token).rpartition(":")
-    return int(digits) if prefix == "token_id" and digits.isdecimal() else None
+class TGI(Engine):
+    """Takes text alone."""
+
+    first = 3
 
 
-def _answer(ids: Any, logprobs: list[Any] | None, text: Any, reason: Any, matched: Any) -> Answer:
-    # Ends that a server's own trouble made; the same request may be answered the next time.
-    if reason in ("abort", "error"):
-        raise AbortedError(f"the server gave up (finish_reason {reason!r})")
-    if ids is None and not isinstance(text, str):
-        raise ValueError(f"expected token ids or text, got {text!r}")
-    if ids is not None:
-        if not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids):
-            raise ValueError(f"expected token ids, got {str(ids)[:200]}")
-        if logprobs is not None and len(logprobs) != len(ids):
-            raise ValueError(
-                f"expected one log-probability a token ({len(ids)}), got {len(logprobs)}"
-            )
-    checked = None if logprobs is None else _logprobs(logprobs)
-    text = text if isinstance(text, str) else ""
-    return Answer(None if ids is None else tuple(ids), checked, text, reason, matched)
+class OpenAI(Engine):
+    """Takes nothing beyond OpenAI's parameters."""
+
+    draws_many, first = True, 1
 
 
-def _logprobs(values: Sequence[Any]) -> tuple[float, ...]:
-    for value in values:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # NaN and -inf are no log-probabilities either.
-        if not (is_number and -math.inf < value <= _ROUNDING):
-            raise ValueError(f"expected a finite log-probability of at most 0, got {value!r}")
-    return tuple(float(value) for value in values)
+_ENGINES: dict[str, type[Engine]] = {
+    "vllm": VLLM,
+    "sglang": SGLang,
+    "llamacpp": LlamaCpp,
+    "tgi": TGI,
+    "openai": OpenAI,
+}
+"""By the name that servers give as the owner of their models, or that `engine=` gives."""
 
 
-def _choices(data: Any, count: int) -> list[dict[str, Any]]:
-    choices = _list(data, "choices")
-    if not choices:
-        raise AbortedError("an answer without choices")
-    if len(choices) != count or not all(isinstance(choice, dict) for choice in choices):
-        expected = "one choice" if count == 1 else f"{count} choices"
-        raise ValueError(f"expected {expected}, got {len(choices)}")
-    return sorted(choices, key=lambda choice: choice.get("index") or 0)
-
-
-def _field(data: Any, name: str) -> Any:
-    if not isinstance(data, dict) or name not in data:
-        raise ValueError(f"expected the field {name!r}, got {str(data)[:200]}")
-    return data[name]
-
-
-def _list(data: Any, name: str) -> list[Any]:
-    value = _field(data, name)
-    if not isinstance(value, list):
-        raise ValueError(f"expected a list for {name}, got {str(value)[:200]}")
-    return value
-
-
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and value >= 0 else None
+async def look(call: Call, url: str, options: Options, losses: list[str]) -> Engine:
+    """What is at an address, by what it says of its models."""
+    owner, model, context_length, num_parameters = "", options.model, None, None
+    try:
+        data = await call(url, MODELS)
+        found = Engine(url, options, losses).checked(MODELS, read_model, data, model)
+        owner, model, context_length, num_parameters = found
+    except RefusedError as error:
+        if error.status not in _NO_ROUTE:
+            raise
+    kind = options.engine or owner
+    engine = _ENGINES.get(kind, Engine)
+    return engine(url, options, losses, kind, model, context_length, num_parameters)

@@ -8,16 +8,20 @@ import ipaddress
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import httpx
 import tenacity
 
+from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
+
 T = TypeVar("T")
+Mode = Literal["auto", "completions", "chat"]
+Kind = Literal["llamacpp", "openai", "sglang", "tgi", "vllm"]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 2.0
 _CONNECT_SECONDS = 5.0
@@ -63,37 +67,69 @@ class TransientError(Exception):
     A server that is down or busy is waited for instead.
     """
 
-    def __init__(self, reason: str, *, is_counted: bool, pause: float | None = None) -> None:
+    def __init__(self, reason: str, *, is_counted: bool = True, pause: float | None = None) -> None:
         super().__init__(reason)
         self.is_counted, self.pause = is_counted, pause
 
 
-class KeyFromEnvironment(httpx.Auth):
-    """Sends an API key that is read from a variable anew each time and kept nowhere."""
+@dataclass(frozen=True)
+class Options:
+    """How servers are asked, checked; for the fields see `server.ServerLM`."""
 
-    def __init__(self, variable: str) -> None:
-        self.variable = variable
+    urls: Sequence[str]
+    tokenizer: HFTokenizer
+    model: str | None
+    engine: str | None
+    mode: Mode
+    max_concurrency: int
+    timeout: float
+    max_wait: float
+    max_attempts: int
+    api_key_env: str
+    num_parameters: int | None
+    prefix_cache: bool
 
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """Add the header; called by httpx."""
-        key = self._key()
-        if not (key.isascii() and (key == "" or key.isprintable())):
-            # Sent on, it would be quoted in the HTTP library's error.
-            raise ServerError(
-                f"The environment variable {self.variable} holds characters that no API key has "
-                "(line breaks or letters outside ASCII). Set it again."
+    def __post_init__(self) -> None:
+        urls = [_checked_url(u) for u in ([self.urls] if isinstance(self.urls, str) else self.urls)]
+        if not urls or len(set(urls)) < len(urls):
+            raise ServerConfigError(f"base_urls: expected different addresses, got {urls}.")
+        object.__setattr__(self, "urls", urls)
+        if self.mode not in get_args(Mode):
+            raise ServerConfigError(f"mode: expected one of {get_args(Mode)}, got {self.mode!r}.")
+        if self.engine not in (None, *get_args(Kind)):
+            raise ServerConfigError(
+                f"engine: expected one of {get_args(Kind)}, got {self.engine!r}."
             )
-        if key:
-            request.headers["Authorization"] = f"Bearer {key}"
-        yield request
+        for name in ("max_concurrency", "max_attempts", "num_parameters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ServerConfigError(f"{name}: expected at least 1, got {value}.")
+        if not self.timeout > 0 or not self.max_wait >= 0:
+            raise ServerConfigError(
+                "Expected a timeout above 0 and a max_wait from 0 up, got "
+                f"{self.timeout} and {self.max_wait}."
+            )
+
+    def key(self) -> str:
+        """The API key, read from the environment anew each time and kept nowhere."""
+        return os.environ.get(self.api_key_env, "").strip()
 
     def scrub(self, text: object) -> str:
-        """The text without the key, should a server have quoted it."""
-        key = self._key()
+        """The text as it may be shown: without the key, should a server have quoted it."""
+        key = self.key()
         return str(text).replace(key, "***") if key else str(text)
 
-    def _key(self) -> str:
-        return os.environ.get(self.variable, "").strip()
+    def authorize(self, request: httpx.Request) -> httpx.Request:
+        """Add the key to a request."""
+        if key := self.key():
+            if not (key.isascii() and key.isprintable()):
+                # Sent on, it would be quoted in the HTTP library's error.
+                raise ServerError(
+                    f"The environment variable {self.api_key_env} holds characters that no API key "
+                    "has (line breaks or letters outside ASCII). Set it again."
+                )
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
 
 
 @dataclass
@@ -107,43 +143,60 @@ class _Endpoint:
     aside_until: float = 0.0
 
 
-class Fleet:
-    """Servers of the same model. All coroutines have to run on one event loop.
+class Transport:
+    """Connections to servers of the same model, in a thread with an event loop of its own.
 
-    For the limits see `server.ServerLM`.
+    So any thread and any notebook may call; `run` and `call` are coroutines of that loop.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        key: KeyFromEnvironment,
-        max_concurrency: int,
-        timeout: float,
-        max_wait: float,
-        max_attempts: int,
-    ) -> None:
-        self._endpoints = [_Endpoint(url, asyncio.Semaphore(max_concurrency)) for url in urls]
-        self._timeout, self._max_wait, self._max_attempts = timeout, max_wait, max_attempts
-        self._key, self._last_answer = key, -float("inf")
+    def __init__(self, options: Options) -> None:
+        self._options, self._last_answer, self.pid = options, -float("inf"), os.getpid()
+        self._endpoints = [
+            _Endpoint(url, asyncio.Semaphore(options.max_concurrency)) for url in options.urls
+        ]
+        timeout = options.timeout
         self._client = httpx.AsyncClient(
-            auth=key,
+            auth=options.authorize,
             timeout=httpx.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout), pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             # A key must not follow a redirect to somebody else.
             follow_redirects=False,
             # Reading the certificates takes longer than a request, and plain http needs none.
-            verify=any(url.startswith("https:") for url in urls),
+            verify=any(url.startswith("https:") for url in options.urls),
             # A proxy cannot reach this machine's own loopback.
-            trust_env=not all(_is_loopback(url) for url in urls),
+            trust_env=not all(_is_loopback(url) for url in options.urls),
         )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="ServerLM", daemon=True)
+        self._thread.start()
 
     @property
     def served(self) -> dict[str, int]:
         """Requests that each server has answered."""
         return {endpoint.url: endpoint.served for endpoint in self._endpoints}
 
-    async def close(self) -> None:
-        """Close the connections."""
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine in the loop; cancelling its future cancels it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """Cancel what is under way, and close the connections."""
+        # A thread does not outlive a fork, and the loop's pipe belongs to the parent.
+        if self.pid != os.getpid():
+            return
+        with contextlib.suppress(RuntimeError):  # It is closed.
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        # The collector may have brought us here from the loop itself.
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=_CONNECT_SECONDS)
+
+    def _serve(self) -> None:
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._end())
+        self._loop.close()
+
+    async def _end(self) -> None:
+        await _cancel(asyncio.all_tasks() - {asyncio.current_task()})
         await self._client.aclose()
 
     async def run(self, job: Callable[[str], Awaitable[T]]) -> T:
@@ -153,7 +206,7 @@ class Fleet:
             ServerUnavailableError: None answered for `max_wait` seconds.
             ServerError: They answered, but not this job.
         """
-        began, counted = time.monotonic(), 0
+        began, counted, options = time.monotonic(), 0, self._options
         backoff = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE)
         endpoint = self._endpoints[0]
 
@@ -168,18 +221,17 @@ class Fleet:
             nonlocal counted
             counted += _error(state).is_counted
             failure = f"The last failure was {endpoint.url}: {_error(state)}."
-            if counted >= self._max_attempts:
+            if counted >= options.max_attempts:
                 raise ServerError(
                     f"A request failed {counted} times although a server was there. {failure} "
                     "Look into the server's log, or allow more time (timeout)."
                 ) from None
             wake = time.monotonic() + state.upcoming_sleep
-            if state.upcoming_sleep and wake > max(began, self._last_answer) + self._max_wait:
+            if state.upcoming_sleep and wake > max(began, self._last_answer) + options.max_wait:
                 raise ServerUnavailableError(
-                    f"No server answers: {', '.join(e.url for e in self._endpoints)}. {failure} "
-                    f"They were waited for up to max_wait={self._max_wait:g} s. Start the server "
-                    "again, or wait longer; a comparison that is run again goes on where it "
-                    "stopped."
+                    f"No server answers: {', '.join(options.urls)}. {failure} They were waited for "
+                    f"up to max_wait={options.max_wait:g} s. Start the server again, or wait "
+                    "longer; a comparison that is run again goes on where it stopped."
                 ) from None
             return False
 
@@ -201,8 +253,8 @@ class Fleet:
                 endpoint.aside_until, self._last_answer = 0.0, time.monotonic()
         return result
 
-    async def call(self, url: str, method: str, path: str, body: Any = None) -> Any:
-        """What a server answers to one request, read from JSON.
+    async def call(self, url: str, path: str, body: Any = None) -> Any:
+        """What a server answers to one request, read from JSON; without a body it is a GET.
 
         Raises:
             TransientError: It may answer later, or another one may.
@@ -210,26 +262,27 @@ class Fleet:
             ServerError: The key is refused, or it points somewhere else.
             MalformedAnswerError: The answer is no JSON.
         """
+        scrub, timeout = self._options.scrub, self._options.timeout
+        method = "GET" if body is None else "POST"
         try:
             # httpx limits the pauses between bytes; this limits the whole answer.
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(timeout):
                 response = await self._client.request(method, url + path, json=body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            reason = f"no connection ({self._key.scrub(error) or 'in time'})"
+            reason = f"no connection ({scrub(error) or 'in time'})"
             raise TransientError(reason, is_counted=False) from None
         except (httpx.TimeoutException, TimeoutError):
-            raise TransientError(f"no answer within {self._timeout:g} s", is_counted=True) from None
+            raise TransientError(f"no answer within {timeout:g} s") from None
         except httpx.RequestError as error:
             reason = f"the connection broke, or the answer cannot be decoded ({error})"
-            raise TransientError(self._key.scrub(reason), is_counted=True) from None
+            raise TransientError(scrub(reason)) from None
         self._check_status(url, response, response.status_code)
         try:
             data = response.json()
         except ValueError:
-            shown = self._key.scrub(response.text)[:_SHOWN_CHARACTERS]
+            shown = scrub(response.text)[:_SHOWN_CHARACTERS]
             if not shown.strip() or shown.lstrip().startswith(("{", "[")):
-                reason = f"an answer that was cut off: {shown!r}"
-                raise TransientError(reason, is_counted=True) from None
+                raise TransientError(f"an answer that was cut off: {shown!r}") from None
             raise MalformedAnswerError(
                 f"{url}{path}: expected JSON, got {shown!r}. Is this the address of an "
                 "OpenAI-compatible server?"
@@ -243,76 +296,24 @@ class Fleet:
     def _check_status(self, url: str, response: httpx.Response, status: int) -> None:
         if status < 300:
             return
+        options = self._options
         if status < 400:
-            target = self._key.scrub(shown_url(response.headers.get("location", "")))
+            target = options.scrub(_shown_url(response.headers.get("location", "")))
             raise ServerError(
                 f"{url} redirects to {target!r}. Redirects are not followed, since the "
                 "API key would go along; pass the address that it points to."
             )
-        reason = self._key.scrub(_reason(response))[:_SHOWN_CHARACTERS]
+        reason = options.scrub(_reason(response))[:_SHOWN_CHARACTERS]
+        said = f"status {status}: {reason}"
         if status >= 500 or status in _NOT_READY | _PASSING:
-            raise TransientError(
-                f"status {status}: {reason}",
-                is_counted=status not in _NOT_READY,
-                pause=_retry_after(response),
-            )
+            is_counted = status not in _NOT_READY
+            raise TransientError(said, is_counted=is_counted, pause=_retry_after(response))
         if status in {401, 403}:
             raise ServerError(
-                f"{url} refuses the API key (status {status}: {reason}). It is read from "
-                f"the environment variable {self._key.variable}."
+                f"{url} refuses the API key ({said}). It is read from the environment variable "
+                f"{options.api_key_env}."
             )
-        said = f"{url} refuses the request (status {status}): {reason}"
-        raise RefusedError(said, status, reason)
-
-
-def _error(state: tenacity.RetryCallState) -> TransientError:
-    error = state.outcome.exception() if state.outcome is not None else None
-    assert isinstance(error, TransientError)
-    return error
-
-
-class LoopThread:
-    """An event loop in a thread of its own, so that any thread and any notebook may call.
-
-    When it is closed, it ends with the coroutine that `last` makes.
-    """
-
-    def __init__(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._last = last
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name="ServerLM", daemon=True)
-        self._thread.start()
-        self.pid = os.getpid()
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start a coroutine; cancelling its future cancels it."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def close(self) -> None:
-        """Cancel what is under way, and stop."""
-        # A thread does not outlive a fork, and the loop's pipe belongs to the parent.
-        if self.pid != os.getpid() or not self._thread.is_alive():
-            return
-
-        async def finish() -> None:
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            try:
-                await asyncio.gather(*others, return_exceptions=True)
-                await self._last()
-            finally:
-                self._loop.stop()
-
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(lambda: self._loop.create_task(finish()))
-        # The collector may have brought us here from the loop itself.
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=_CONNECT_SECONDS)
-
-    def _serve(self) -> None:
-        self._loop.run_forever()
-        self._loop.close()
+        raise RefusedError(f"{url} refuses the request ({said})", status, reason)
 
 
 async def gather(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -321,20 +322,23 @@ async def gather(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return list(await asyncio.gather(*tasks))
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _cancel(tasks)
 
 
-def checked_urls(base_urls: str | Sequence[str]) -> list[str]:
-    """Servers' addresses without a trailing `/v1`; a ServerConfigError where they are none."""
-    urls = [_checked_url(u) for u in ([base_urls] if isinstance(base_urls, str) else base_urls)]
-    if not urls or len(set(urls)) < len(urls):
-        raise ServerConfigError(f"base_urls: expected one or more different addresses, got {urls}.")
-    return urls
+async def _cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _error(state: tenacity.RetryCallState) -> TransientError:
+    error = state.outcome.exception() if state.outcome is not None else None
+    assert isinstance(error, TransientError)
+    return error
 
 
 def _checked_url(url: str) -> str:
+    """A server's address without a trailing `/v1`."""
     try:
         parsed = httpx.URL(url.strip())
     except (httpx.InvalidURL, AttributeError):
@@ -351,8 +355,8 @@ def _checked_url(url: str) -> str:
     return str(parsed).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def shown_url(url: str) -> str:
-    """An address as it may be shown: without name, password and query."""
+def _shown_url(url: str) -> str:
+    """An address without name, password and query."""
     try:
         return str(httpx.URL(url).copy_with(username=None, password=None, query=None))
     except httpx.InvalidURL:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -76,10 +76,11 @@ class Guard:
     Where none is left, the chunk ends with the token first drawn: there is no way on from there.
     Where nothing is refused, tokens are those of plain sampling.
 
-    The law of a token is the model's, shaped, among the `candidates` most probable tokens of a
-    log-probability of at least `floor` that may follow, and among all tokens where the first one
-    drawn may stay. A response drawn so is not a sample from the model's distribution of responses
-    that are allowed: each token is renormalised by itself, whatever it leads to.
+    The law of a token: the one that plain sampling draws, if it may follow; otherwise one of the
+    model's distribution, at the same temperature, over those that may follow among the `candidates`
+    most probable ones of a log-probability of at least `floor`. A response drawn so is no sample
+    of the model's distribution over responses that are allowed, for each token is renormalised by
+    itself, whatever it leads to.
 
     Source: locally constrained decoding; see Lipkin et al., "Fast Controlled Generation from
     Language Models with Adaptive Weighted Rejection Sampling", 2025, for what is lazy here and for
@@ -382,6 +383,27 @@ def has_stop_text(tokenizer: Tokenizer, token_ids: Sequence[int], params: Sampli
         return False
     text = tokenizer.decode(token_ids)
     return any(stop in text for stop in params.stop)
+
+
+def replacements(
+    logprobs: Mapping[int, float],
+    guard: Guard,
+    params: SamplingParams,
+    generator: np.random.Generator,
+) -> Iterator[int]:
+    """Tokens in place of a refused one, drawn without replacement; see `Guard`.
+
+    They are drawn from the model's most probable ones, whose own `logprobs` are given, without the
+    refused one; the temperature shapes them.
+    """
+    left = [token for token, log in logprobs.items() if log >= guard.floor]
+    while left:
+        place = 0
+        if params.temperature > 0:
+            scaled = np.array([logprobs[each] for each in left]) / params.temperature
+            ends = np.exp(scaled - scaled.max()).cumsum()
+            place = int(np.searchsorted(ends, generator.random() * ends[-1], side="right"))
+        yield left.pop(min(place, len(left) - 1))
 
 
 class GrowingText:

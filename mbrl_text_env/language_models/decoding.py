@@ -17,6 +17,7 @@ from mbrl_text_env.language_models.base import (
     Tokenizer,
     has_stop_text,
     prefix_of,
+    replacements,
     stream,
 )
 from mbrl_text_env.language_models.engine import Batch, Tokens, draw, top_tokens
@@ -45,6 +46,13 @@ class Sampled:
     def sequence(self) -> Tokens:
         """All tokens: prompt, response and the chunk so far."""
         return prefix_of(self.state) + tuple(self.tokens)
+
+    def written(self, tokenizer: Tokenizer) -> GrowingText:
+        """The response's text before the last token; for chunks with a guard."""
+        if self.text is None:
+            before = (*self.state.response_ids, *self.tokens[:-1])
+            self.text = GrowingText(tokenizer, before)
+        return self.text
 
     def is_done(self, tokenizer: Tokenizer) -> bool:
         """Whether the chunk has all of its tokens."""
@@ -161,61 +169,51 @@ def _redraw_refused(active: Sequence[Sampled], logits: Tensor, tokenizer: Tokeni
         if chunk.guard is not None:
             guards.setdefault(id(chunk.guard), []).append(row)
     for rows in guards.values():
-        guard = active[rows[0]].guard
-        assert guard is not None
-        left: dict[int, Iterator[tuple[int, float]]] = {}
-        asked = {row: (active[row].tokens[-1], active[row].logprobs[-1]) for row in rows}
-        while asked:
-            allowed = _allowed(guard, active, asked, tokenizer)
-            refused = [row for row, well in zip(asked, allowed, strict=True) if not well]
-            for row in asked.keys() - set(refused):
-                active[row].tokens[-1], active[row].logprobs[-1] = asked[row]
-            for row in refused:
-                if row not in left:
-                    left[row] = _others(active[row], logits[row], guard)
-            nexts = {row: next(left[row], None) for row in refused}
-            for row, other in nexts.items():
-                active[row].is_dead = other is None
-            asked = {row: other for row, other in nexts.items() if other is not None}
-    for rows in guards.values():
-        for row in rows:
-            text, token = active[row].text, active[row].tokens[-1]
-            if text is not None and not active[row].is_done(tokenizer):
-                text.append(token)
+        _redraw_of_one(active, rows, logits, tokenizer)
+
+
+def _redraw_of_one(
+    active: Sequence[Sampled], rows: Sequence[int], logits: Tensor, tokenizer: Tokenizer
+) -> None:
+    """The rows of one guard: all that are not settled are asked for together."""
+    guard = active[rows[0]].guard
+    assert guard is not None
+    left: dict[int, tuple[dict[int, float], Iterator[int]]] = {}
+    asked = {row: active[row].tokens[-1] for row in rows}
+    while asked:
+        allowed = _allowed(guard, active, asked, tokenizer)
+        refused = [row for row, well in zip(asked, allowed, strict=True) if not well]
+        for row in asked.keys() - set(refused):
+            if row in left:
+                active[row].tokens[-1] = asked[row]
+                active[row].logprobs[-1] = left[row][0][asked[row]]
+        asked = {}
+        for row in refused:
+            chunk = active[row]
+            if row not in left:
+                found = _most_probable(logits[row], guard.candidates, chunk.tokens[-1])
+                left[row] = found, replacements(found, guard, chunk.params, chunk.generator)
+            other = next(left[row][1], None)
+            chunk.is_dead = other is None
+            if other is not None:
+                asked[row] = other
+    for row in rows:
+        active[row].written(tokenizer).append(active[row].tokens[-1])
+
+
+def _most_probable(logits: Tensor, count: int, refused: int) -> dict[int, float]:
+    """The most probable tokens and their log-probabilities, without the refused one."""
+    ids, logs = top_tokens(logits[None], min(count, logits.shape[-1]))
+    pairs = zip(ids[0].tolist(), logs[0].tolist(), strict=True)
+    return {token: log for token, log in pairs if token != refused}
 
 
 def _allowed(
-    guard: Guard,
-    active: Sequence[Sampled],
-    asked: Mapping[int, tuple[int, float]],
-    tokenizer: Tokenizer,
+    guard: Guard, active: Sequence[Sampled], asked: Mapping[int, int], tokenizer: Tokenizer
 ) -> Sequence[bool]:
     """What the guard says of a token for each row."""
-    texts, ended = [], []
-    for row, (token, _) in asked.items():
-        chunk = active[row]
-        if chunk.text is None:
-            before = (*chunk.state.response_ids, *chunk.tokens[:-1])
-            chunk.text = GrowingText(tokenizer, before)
-        texts.append(chunk.text.with_token(token))
-        ended.append(token in tokenizer.stop_token_ids)
-    return guard.allows([active[row].state for row in asked], texts, ended)
-
-
-def _others(chunk: Sampled, logits: Tensor, guard: Guard) -> Iterator[tuple[int, float]]:
-    """Tokens and their log-probabilities in place of the last one, drawn without replacement."""
-    ids, logs = top_tokens(logits[None], min(guard.candidates, logits.shape[-1]))
-    tried = chunk.tokens[-1]
-    left = [
-        (int(token), float(log))
-        for token, log in zip(ids[0], logs[0], strict=True)
-        if log >= guard.floor and token != tried
-    ]
-    while left:
-        place = 0
-        if chunk.params.temperature > 0:
-            scaled = np.array([log for _, log in left]) / chunk.params.temperature
-            ends = np.exp(scaled - scaled.max()).cumsum()
-            share = chunk.generator.random() * ends[-1]
-            place = min(int(np.searchsorted(ends, share, side="right")), len(left) - 1)
-        yield left.pop(place)
+    return guard.allows(
+        [active[row].state for row in asked],
+        [active[row].written(tokenizer).with_token(token) for row, token in asked.items()],
+        [token in tokenizer.stop_token_ids for token in asked.values()],
+    )

@@ -12,23 +12,24 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mbrl_text_env.language_models._client import Client, Group, Mode, short_name
-from mbrl_text_env.language_models._engines import ENGINES, Bill
+from mbrl_text_env.language_models._answers import Bill
+from mbrl_text_env.language_models._engines import Ask, Call, Drawn, Engine, look
 from mbrl_text_env.language_models._http import (
-    Fleet,
-    KeyFromEnvironment,
-    LoopThread,
     MalformedAnswerError,
+    Mode,
+    Options,
     ServerConfigError,
     ServerError,
     ServerUnavailableError,
+    TransientError,
+    Transport,
     UnsupportedByServerError,
-    checked_urls,
     gather,
 )
 from mbrl_text_env.language_models.base import (
@@ -37,11 +38,13 @@ from mbrl_text_env.language_models.base import (
     charge,
     check_judging_arguments,
     check_requests,
+    check_room,
     finish_reason,
     prefix_of,
     room_after,
+    stream,
 )
-from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, check_room
+from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
 from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, timed
 
 if TYPE_CHECKING:
@@ -57,6 +60,12 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Drawing = tuple[list[Drawn], list[Bill]]
+
+# llama.cpp takes 32 bits; room is left for the samples of one request.
+_SEEDS = 2**30
+# OpenAI draws up to 128 samples at once.
+_MOST_SAMPLES = 128
 
 
 class ServerLM(LanguageModel):
@@ -121,37 +130,27 @@ class ServerLM(LanguageModel):
         context_length: int | None = None,
         prefix_cache: bool = True,
     ) -> None:
-        self.base_urls = checked_urls(base_urls)
-        if mode not in get_args(Mode):
-            raise ServerConfigError(f"mode: expected one of {get_args(Mode)}, got {mode!r}.")
-        if engine is not None and engine not in ENGINES:
-            raise ServerConfigError(f"engine: expected one of {sorted(ENGINES)}, got {engine!r}.")
-        if min(max_concurrency, max_attempts, 1 if num_parameters is None else num_parameters) < 1:
-            raise ServerConfigError(
-                "Expected max_concurrency, max_attempts and num_parameters of at least 1, got "
-                f"{max_concurrency}, {max_attempts} and {num_parameters}."
-            )
-        if not timeout > 0 or not max_wait >= 0:
-            raise ServerConfigError(
-                f"Expected a timeout above 0 and a max_wait from 0 up, got {timeout}, {max_wait}."
-            )
-        self.model = model
-        self._patience = (max_concurrency, timeout, max_wait, max_attempts)
         local = tokenizer if isinstance(tokenizer, HFTokenizer) else HFTokenizer(tokenizer)
-        self._tokenizer, self._key = local, KeyFromEnvironment(api_key_env)
-        self._client = Client(self.base_urls, local, model, engine, mode, self._key, prefix_cache)
+        self._options = Options(
+            base_urls, local, model, engine, mode, max_concurrency, timeout, max_wait,
+            max_attempts, api_key_env, num_parameters, prefix_cache,
+        )  # fmt: skip
+        self.base_urls, self.model, self._tokenizer = self._options.urls, model, local
+        self._engines: dict[str, Engine] = {}
+        self._losses: list[str] = []
         self._told = 0
         self._lock = threading.Lock()
-        self._running: LoopThread | None = None
+        self._transport: Transport | None = None
         try:
-            found = self._run(self._client.describe_all)
+            self._run(self._look_at_all())
         except BaseException:
             self.close()
             raise
-        said = [served.num_parameters for served in found if served.num_parameters]
+        found = list(self._engines.values())
+        said = [e.num_parameters for e in found if e.num_parameters]
         self.num_parameters = num_parameters or next(iter(said), None)
-        self.name = name or short_name(model or found[0].model) or "server"
-        limits = [served.context_length for served in found if served.context_length]
+        self.name = name or _short(model or found[0].model) or "server"
+        limits = [e.context_length for e in found if e.context_length]
         self.vocab_size, self.stop_token_ids = local.vocab_size, local.stop_token_ids
         self.context_length = context_length or min([local.context_length, *limits])
 
@@ -164,7 +163,7 @@ class ServerLM(LanguageModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # Connections stay behind; another process makes its own.
-        return {**self.__dict__, "_running": None, "_lock": None}
+        return {**self.__dict__, "_transport": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -187,19 +186,19 @@ class ServerLM(LanguageModel):
     @property
     def losses(self) -> tuple[str, ...]:
         """What the servers could not give so far, in words."""
-        return tuple(self._client.losses)
+        return tuple(self._losses)
 
     @property
     def served(self) -> dict[str, int]:
         """Requests that each server has answered since the connections were made."""
-        return self._client.fleet.served if self._running else {}
+        return self._transport.served if self._transport else {}
 
     def close(self) -> None:
         """Close the connections; the next call makes new ones."""
         with self._lock:
-            running, self._running = self._running, None
-        if running is not None:
-            running.close()
+            transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
@@ -221,8 +220,8 @@ class ServerLM(LanguageModel):
         """
         cut = self._fitted(requests, ledgers)
         with timed(ledgers):
-            groups = self._run(lambda: gather(map(self._client.draw, cut)))
-        return self._settled(requests, groups, ledgers)
+            rows = self._run(gather(map(self._draw, cut)))
+        return self._settled(requests, rows, ledgers)
 
     async def sample_requests_async(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
@@ -231,13 +230,13 @@ class ServerLM(LanguageModel):
         cut = self._fitted(requests, ledgers)
         began = time.perf_counter()
         try:
-            future = self._started().submit(gather(map(self._client.draw, cut)))
-            groups = await asyncio.wrap_future(future)
+            future = self._started().submit(gather(map(self._draw, cut)))
+            rows = await asyncio.wrap_future(future)
         finally:
             self._tell()
         for ledger in ledgers or ():
             ledger.charge(Usage(seconds=(time.perf_counter() - began) / len(requests)))
-        return self._settled(requests, groups, ledgers)
+        return self._settled(requests, rows, ledgers)
 
     def logprobs(
         self,
@@ -253,13 +252,14 @@ class ServerLM(LanguageModel):
         """
         check_judging_arguments(states, chunks)
         self._check_budgets(ledgers)
-        pairs = list(zip(states, chunks, strict=True))
         with timed(ledgers):
-            judged = self._run(lambda: gather(self._client.judge(s, c) for s, c in pairs))
-        lengths = [len(prefix_of(state)) + len(chunk) - 1 for state, chunk in pairs]
-        computed = [_prefix_bill(b, n, n)[0] for (_, b), n in zip(judged, lengths, strict=True)]
-        rows = zip(computed, lengths, strict=True)
-        charge(ledgers, (self._usage(new, length - new, 0) for new, length in rows))
+            judged = self._run(gather(map(self._judge, states, chunks)))
+        usages = []
+        for state, chunk, (_, bills) in zip(states, chunks, judged, strict=True):
+            length = len(prefix_of(state)) + len(chunk) - 1
+            computed, _ = _prefix_bill(bills, length, length)
+            usages.append(self._usage(computed, length - computed, 0))
+        charge(ledgers, usages)
         return [logprobs for logprobs, _ in judged]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
@@ -301,38 +301,101 @@ class ServerLM(LanguageModel):
     def _settled(
         self,
         requests: Sequence[SampleRequest],
-        groups: Sequence[Sequence[Group]],
+        rows: Sequence[Drawing],
         ledgers: Sequence[Ledger] | None,
     ) -> list[list[Chunk]]:
         """The chunks of all requests, charged to their ledgers."""
-        rows, usages = [], []
-        for request, row in zip(requests, groups, strict=True):
-            drawn = [chunk for group in row for chunk in group.chunks]
-            bills = [bill for group in row for bill in group.bills]
+        usages = []
+        for request, (row, bills) in zip(requests, rows, strict=True):
             prefix = len(prefix_of(request.state))
-            computed, cached = _prefix_bill(bills, prefix, prefix * len(drawn))
-            new = sum(chunk.generated for chunk in drawn)
+            computed, cached = _prefix_bill(bills, prefix, prefix * len(row))
+            new = sum(drawn.generated for drawn in row)
             usages.append(self._usage(computed, max(cached, prefix - computed), new))
-            reasons = [finish_reason(self, request.state, chunk.ids) for chunk in drawn]
-            rows.append(
-                [
-                    Chunk(tuple(chunk.ids), tuple(chunk.logprobs or ()), reason)
-                    for chunk, reason in zip(drawn, reasons, strict=True)
-                ]
-            )
         charge(ledgers, usages)
-        return rows
+        return [
+            [
+                Chunk(tuple(d.ids), tuple(d.logprobs or ()), finish_reason(self, r.state, d.ids))
+                for d in row
+            ]
+            for r, (row, _) in zip(requests, rows, strict=True)
+        ]
+
+    async def _draw(self, request: SampleRequest) -> Drawing:
+        """The chunks of a request: in one request where the servers draw several samples."""
+        last = request.first_sample + request.num_samples
+        # Greedy samples are all alike, and vLLM refuses to draw several.
+        draws_many = all(engine.draws_many for engine in self._engines.values())
+        size = _MOST_SAMPLES if draws_many and request.params.temperature else 1
+        bills: list[Bill] = []
+
+        async def ask(chunks: list[Drawn], seed: int) -> None:
+            question = Ask(request, chunks, seed)
+            bills.append(await self._at_one(lambda e, call: e.complete(call, question)))
+
+        async def draw(first: int) -> list[Drawn]:
+            chunks = [Drawn() for _ in range(first, min(first + size, last))]
+            if size > 1:
+                # The engine adds the sample's place: sample k has the seed of all plus k.
+                common = stream(request.seed, request.state, -1).integers(_SEEDS)
+                await ask(chunks, int(common) + first)
+            for k, drawn in enumerate(chunks, start=first):
+                generator = stream(request.seed, request.state, k)
+                while not drawn.is_done:
+                    await ask([drawn], int(generator.integers(_SEEDS)))
+            return chunks
+
+        parts = await gather(draw(first) for first in range(request.first_sample, last, size))
+        return [drawn for part in parts for drawn in part], bills
+
+    async def _judge(self, state: TextState, chunk: Chunk) -> tuple[tuple[float, ...], list[Bill]]:
+        return await self._at_one(lambda e, call: e.judge(call, state, chunk))
+
+    async def _at_one(self, ask: Callable[[Engine, Call], Awaitable[T]]) -> T:
+        """What the server with the least to do answers."""
+        transport = self._transport
+        if transport is None:
+            raise asyncio.CancelledError  # It was closed meanwhile.
+
+        async def job(url: str) -> T:
+            return await ask(await self._look(url, transport.call), transport.call)
+
+        return await transport.run(job)
+
+    async def _look(self, url: str, call: Call) -> Engine:
+        """What is at an address; asked once."""
+        if url in self._engines:
+            return self._engines[url]
+        engine = await look(call, url, self._options, self._losses)
+        ours = _short(engine.model)
+        for other in self._engines.values():
+            theirs = _short(other.model)
+            if self.model is None and None not in (ours, theirs) and ours != theirs:
+                raise ServerError(
+                    f"{other.url} serves {theirs!r} and {url} serves {ours!r}. A fleet has to "
+                    "serve one model; pass model= if they only call it differently."
+                )
+        return self._engines.setdefault(url, engine)
+
+    async def _look_at_all(self) -> None:
+        """At those that are there, at least one."""
+
+        async def others(engine: Engine, call: Call) -> None:
+            for url in self.base_urls:
+                with suppress(TransientError):  # It is asked when it is back.
+                    await self._look(url, call)
+
+        await self._at_one(others)
 
     def _tell(self) -> None:
         """Warn of new losses, from the caller's thread."""
         with self._lock:
-            new, self._told = self._client.losses[self._told :], len(self._client.losses)
+            new, self._told = self._losses[self._told :], len(self._losses)
         for text in new:
             warnings.warn(text, stacklevel=5)
 
-    def _run(self, job: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def _run(self, job: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the event loop and wait for it; an interrupt cancels it."""
-        future = self._started().submit(job())
+        future = self._started().submit(job)
         try:
             return future.result()
         except BaseException:
@@ -341,14 +404,17 @@ class ServerLM(LanguageModel):
         finally:
             self._tell()
 
-    def _started(self) -> LoopThread:
+    def _started(self) -> Transport:
         with self._lock:
-            if self._running is None or self._running.pid != os.getpid():
-                fleet = Fleet(self.base_urls, self._key, *self._patience)
-                self._client.fleet = fleet
-                self._running = LoopThread(fleet.close)
-                weakref.finalize(self, self._running.close)
-            return self._running
+            if self._transport is None or self._transport.pid != os.getpid():
+                self._transport = Transport(self._options)
+                weakref.finalize(self, self._transport.close)
+            return self._transport
+
+
+def _short(model: str | None) -> str | None:
+    """The last part of a model's name or path."""
+    return None if model is None else model.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
 
 
 def _prefix_bill(bills: Sequence[Bill], once: int, most: int) -> tuple[int, int]:

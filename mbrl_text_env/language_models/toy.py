@@ -14,15 +14,16 @@ import numpy.typing as npt
 
 from mbrl_text_env.language_models.base import (
     FeatureModel,
+    Guard,
     SampleRequest,
     SamplingParams,
     charge,
     check_judging_arguments,
-    check_requests,
     check_room,
     finish_reason,
     has_stop_text,
     prefix_of,
+    replacements,
     room_after,
     stream,
 )
@@ -75,6 +76,8 @@ class ExactLM(CharTokenizer, FeatureModel):
 
     name = "toy"
 
+    guards = True
+
     def __init__(
         self, alphabet: str, context_length: int = 1024, flops_per_token: float = 1.0
     ) -> None:
@@ -91,19 +94,9 @@ class ExactLM(CharTokenizer, FeatureModel):
     ) -> npt.NDArray[np.float32]:
         """float32[B, vocab_size]: the distribution of the token after each prefix."""
         with timed(ledgers):
-            rows = [self.next_probabilities(s.prompt_ids, s.response_ids) for s in states]
-        charge(ledgers, (self.usage_bound(len(prefix_of(state)), []) for state in states))
-        return np.asarray(rows, dtype=np.float32).reshape(len(states), self.vocab_size)
-
-    def sample_requests(
-        self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
-    ) -> list[list[Chunk]]:
-        """Draw chunks; see `LanguageModel.sample_requests`."""
-        check_requests(requests)
-        with timed(ledgers):
             rows = [
                 [
-                    self._draw(r.state, stream(r.seed, r.state, k), r.max_new_tokens, r.params)
+                    self._drawn(r, stream(r.seed, r.state, k))
                     for k in range(r.first_sample, r.first_sample + r.num_samples)
                 ]
                 for r in requests
@@ -156,12 +149,19 @@ class ExactLM(CharTokenizer, FeatureModel):
     def _after(self, state: TextState, ids: Ids) -> Row:
         return self.next_probabilities(state.prompt_ids, state.response_ids + ids)
 
+    def _drawn(self, request: SampleRequest, generator: np.random.Generator) -> Chunk:
+        state, length, params = request.state, request.max_new_tokens, request.params
+        if request.guard is None:
+            return self._draw(state, generator, length, params)
+        return self._draw(state, generator, length, params, request.guard)
+
     def _draw(
         self,
         state: TextState,
         generator: np.random.Generator,
         max_new_tokens: int,
         params: SamplingParams,
+        guard: Guard | None = None,
     ) -> Chunk:
         room = min(max_new_tokens, room_after(state, self.context_length))
         uniforms = generator.random(room)
@@ -170,10 +170,23 @@ class ExactLM(CharTokenizer, FeatureModel):
         for uniform in uniforms:
             own = self._after(state, ids)
             token = draw_token(own, params, float(uniform))
+            is_dead = False
+            if guard is not None and not self._may_follow(guard, state, ids, token):
+                order = np.argsort(-own, kind="stable")[: guard.candidates].tolist()
+                found = {each: _log(own[each]) for each in order if own[each] > 0}
+                found.pop(token, None)
+                others = replacements(found, guard, params, generator)
+                other = next((o for o in others if self._may_follow(guard, state, ids, o)), None)
+                token, is_dead = (token, True) if other is None else (other, False)
             ids, logprobs = (*ids, token), (*logprobs, _log(own[token]))
-            if token == STOP or has_stop_text(self, ids, params):
+            if is_dead or token == STOP or has_stop_text(self, ids, params):
                 break
         return Chunk(ids, logprobs, finish_reason(self, state, ids))
+
+    def _may_follow(self, guard: Guard, state: TextState, ids: Ids, token: int) -> bool:
+        text = self.decode((*state.response_ids, *ids, token))
+        [allowed] = guard.allows([state], [text], [token == STOP])
+        return allowed
 
 
 class TableLM(ExactLM):

@@ -164,7 +164,8 @@ class ObjectReward(RewardModel):
         self.reward = reward
         self.name = str(getattr(reward, "name", type(reward).__name__))
         for method in ("score_parts", "applies_to", "bound", "flops", "flops_bound"):
-            if hasattr(reward, method):
+            # What a subclass does itself stays.
+            if hasattr(reward, method) and _is_default(getattr(self, method)):
                 setattr(self, method, getattr(reward, method))
 
     def __getattr__(self, name: str) -> Any:

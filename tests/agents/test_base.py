@@ -8,17 +8,8 @@ from mbrl_text_env.agents.registry import available, make
 from mbrl_text_env.agents.search import affordable
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.language_models import NGramLM, SamplingParams
-from mbrl_text_env.types import (
-    Budget,
-    BudgetError,
-    Chunk,
-    Ledger,
-    Prompt,
-    Usage,
-    initial,
-    is_terminal,
-    transition,
-)
+from mbrl_text_env.mdp import initial, is_terminal, transition
+from mbrl_text_env.types import Budget, BudgetError, Chunk, Ledger, Prompt, Usage
 from tests.toys import PROMPTS, CountReward, ExactValue, FixedValue, now, toy_options
 
 LM = NGramLM("abc", order=2, seed=3, stop_probability=0.15)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mbrl_text_env.agents import BestOfN
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.types import Budget, initial
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.types import Budget
 from tests.toys import PROMPTS, CountReward, FixedValue
 
 LM = NGramLM("abc", seed=3)

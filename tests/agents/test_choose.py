@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import mbrl_text_env  # noqa: F401 registers the environments
 from mbrl_text_env.agents import Adaptive, BeamSearch, BestOfN, RandomAgent, Sampling
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.types import Budget, BudgetError, Chunk, Usage, initial, is_terminal, transition
+from mbrl_text_env.mdp import initial, is_terminal, transition
+from mbrl_text_env.types import Budget, BudgetError, Chunk, Usage
 from tests.toys import PROMPTS, CountReward, LetterEncoder, OptimalValue
 
 LM = NGramLM("abc", seed=3, concentration=50.0, stop_probability=0.0)

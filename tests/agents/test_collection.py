@@ -4,9 +4,9 @@ import pytest
 
 from mbrl_text_env.agents.collection import collect
 from mbrl_text_env.language_models import NGramLM, SamplingParams
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import RecordsError, RecordWriter, read_records, rescore, run_of
 from mbrl_text_env.rewards import RewardError
-from mbrl_text_env.types import initial
 from tests.toys import PROMPTS, CountReward
 
 LM = NGramLM("abc", seed=3)

@@ -16,8 +16,9 @@ from mbrl_text_env.agents import BestOfN, Lookahead, Planner, Sampling
 from mbrl_text_env.agents.base import Agent, ask, ask_for_chunks, run, run_async
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.language_models.base import NextTokens, SampleRequest
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardError, Scores, score_responses
-from mbrl_text_env.types import Budget, Chunk, Ledger, Prompt, TextState, Usage, initial, timed
+from mbrl_text_env.types import Budget, Chunk, Ledger, Prompt, TextState, Usage, timed
 from mbrl_text_env.values import ValueEstimate, ValueModelError, predict_values
 from tests.toys import CountReward, FixedValue
 

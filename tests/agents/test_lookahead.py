@@ -3,7 +3,8 @@ import pytest
 
 from mbrl_text_env.agents import BestOfN, Lookahead
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.types import Budget, Chunk, initial, transition
+from mbrl_text_env.mdp import initial, transition
+from mbrl_text_env.types import Budget, Chunk
 from mbrl_text_env.values import ValueEstimate
 from tests.toys import PROMPTS, CountReward, FixedValue
 

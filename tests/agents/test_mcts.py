@@ -14,15 +14,8 @@ from mbrl_text_env.agents import BestOfN
 from mbrl_text_env.agents.mcts import MCTS, GumbelDecision, Simulator
 from mbrl_text_env.agents.search import Search
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
-from mbrl_text_env.types import (
-    Budget,
-    BudgetError,
-    Ledger,
-    Prompt,
-    initial,
-    is_terminal,
-    transition,
-)
+from mbrl_text_env.mdp import initial, is_terminal, transition
+from mbrl_text_env.types import Budget, BudgetError, Ledger, Prompt
 from tests.toys import PROMPTS, CountReward, FixedValue, OptimalValue, now
 
 PLAIN = SamplingParams()

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from mbrl_text_env.agents import ParticleFilter, beam
 from mbrl_text_env.agents.beam import systematic
 from mbrl_text_env.language_models import NGramLM, SamplingParams
-from mbrl_text_env.types import Prompt, initial
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueEstimate
 from tests.toys import PROMPTS, CountReward, FixedValue
 

@@ -21,7 +21,8 @@ from mbrl_text_env.agents import (
 from mbrl_text_env.agents.base import MOST_AT_ONCE
 from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
-from mbrl_text_env.types import Budget, BudgetError, Ledger, Prompt, TextState, initial, is_terminal
+from mbrl_text_env.mdp import initial, is_terminal
+from mbrl_text_env.types import Budget, BudgetError, Ledger, Prompt, TextState
 from mbrl_text_env.values import ValueEstimate
 from tests.toys import PROMPTS, CountReward, FixedValue, OptimalValue
 

@@ -7,7 +7,8 @@ from mbrl_text_env.agents.beam import beam_search
 from mbrl_text_env.agents.search import Expansion, Search, partial
 from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
-from mbrl_text_env.types import Budget, Ledger, initial
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.types import Budget, Ledger
 from tests.toys import PROMPTS, CountReward, FixedValue, now
 
 LM = NGramLM("abcdefgh", seed=3, concentration=50.0, stop_probability=0.0)

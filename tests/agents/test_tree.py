@@ -5,7 +5,8 @@ import pytest
 from mbrl_text_env.agents import Adaptive, BeamSearch, BestOfN
 from mbrl_text_env.agents.search import SearchTree
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.types import Budget, Chunk, initial, transition
+from mbrl_text_env.mdp import initial, transition
+from mbrl_text_env.types import Budget, Chunk
 from tests.toys import PROMPTS, CountReward, FixedValue
 
 LM = NGramLM("abc", seed=3, stop_probability=0.0)

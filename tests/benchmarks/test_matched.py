@@ -20,8 +20,8 @@ from mbrl_text_env.benchmarks.matched import (
 from mbrl_text_env.benchmarks.scaling import drawn_best, expected_best
 from mbrl_text_env.benchmarks.statistics import exchange_test, paired_permutation_test
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
-from mbrl_text_env.types import initial
 from tests.toys import CountReward
 
 LM = NGramLM("abcdefgh", order=2, seed=1, concentration=4.0, stop_probability=0.05)

@@ -11,7 +11,8 @@ from mbrl_text_env import CheckError, agents, checks, rewards
 from mbrl_text_env.agents.base import Completion
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.types import BudgetError, Chunk, Ledger, initial, is_terminal
+from mbrl_text_env.mdp import initial, is_terminal
+from mbrl_text_env.types import BudgetError, Chunk, Ledger
 from tests.checks.common import LM, broken
 from tests.toys import PROMPTS, CountReward, FixedValue, StepReward
 

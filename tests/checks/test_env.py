@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from mbrl_text_env import CheckError, TextGenerationEnv, checks
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.mdp import InvalidChunkError, is_terminal
 from mbrl_text_env.spaces import ChunkSpace
-from mbrl_text_env.types import InvalidChunkError, Prompt, is_terminal
+from mbrl_text_env.types import Prompt
 from mbrl_text_env.wrappers import CandidateChunks, KLPenalty, PotentialShaping
 from tests.checks.common import CANDIDATES, LM, TEXT, broken
 from tests.toys import PROMPTS, CountReward, FixedValue, LetterEncoder, StepReward, toy_options

@@ -40,7 +40,8 @@ from mbrl_text_env.language_models import (
     embedded_tokenizer,
 )
 from mbrl_text_env.language_models.server import ServerConfigError
-from mbrl_text_env.types import Budget, Chunk, Ledger, Message, Prompt, TextState, initial
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.types import Budget, Chunk, Ledger, Message, Prompt, TextState
 from tests.language_models.fake_server import (
     MODELS,
     FakeServer,

@@ -4,8 +4,8 @@ import gymnasium as gym
 import pytest
 
 import mbrl_text_env  # noqa: F401 registers the environments
+from mbrl_text_env.mdp import ChunkRules
 from mbrl_text_env.spaces import ChunkSpace, UnicodeText
-from mbrl_text_env.types import ChunkRules
 from tests.neighbours.common import CANDIDATES, PADDED, TEXT, VIEW
 from tests.toys import toy_options
 

@@ -33,10 +33,11 @@ from mbrl_text_env.agents.learning.stages import STAGES, Stage
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import StackedValue
 from mbrl_text_env.language_models import SamplingParams
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import read_records
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.runs import identity
-from mbrl_text_env.types import Budget, BudgetError, Prompt, initial
+from mbrl_text_env.types import Budget, BudgetError, Prompt
 from mbrl_text_env.values import ValueModelError
 from tests.agents.learning.worlds import (
     BASE,
@@ -347,7 +348,7 @@ class TestKills:
                 loop.improver = Full()
             if where == "records":
                 make_loop(tmp_path / "a", replace(SETTINGS, iterations=1), **options).run()
-                patch.setattr("mbrl_text_env.records.write_shard", fail)
+                patch.setattr("mbrl_text_env.records.write_file", fail)
             if where == "note":
                 patch.setattr("mbrl_text_env.agents.learning.reports.write_text", fail)
             # Records have an error of their own, which names the folder too.
@@ -507,7 +508,7 @@ class TestStaleValues:
         states = [r.prefix_state(1) for r in loop.records(0, "validation") if r.response]
         np.testing.assert_array_equal(loop.value(0).predict(states).mean, own.predict(states).mean)
         own.reward_name_ = "other"
-        with pytest.raises(ValueModelError, match="fitted for the reward model 'other'"):
+        with pytest.raises(ValueModelError, match="fitted for the reward 'other'"):
             make_loop(tmp_path / "b", settings, value_model=own).run()
 
     def test_a_value_that_needs_no_fit(self, tmp_path):

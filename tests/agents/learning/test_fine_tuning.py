@@ -285,7 +285,7 @@ def test_sampled_responses_of_a_plain_prompt():
     """Ids are learned as they were sampled, also where encoding their text gives others."""
     lm = tiny_lm()
     prompt = Prompt.from_text("Where", chat=False)
-    from mbrl_text_env.types import initial, transition
+    from mbrl_text_env.mdp import initial, transition
 
     state = initial(prompt, lm)
     [[chunk]] = lm.sample([state], 1, 20, seeds=[spawn_seed(0, 1)])

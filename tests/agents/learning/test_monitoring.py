@@ -19,8 +19,9 @@ from mbrl_text_env.agents.learning.reports import (
 )
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.types import Ledger, Prompt, TextState, initial
+from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState
 from tests.agents.values.worlds import written
 from tests.toys import CountReward, FixedValue, now
 
@@ -44,7 +45,7 @@ def exact_divergence():
         start = initial(prompt, POLICY)
         for ids, probability in POLICY.responses(start, TOKENS):
             state = TextState(prompt, start.prompt_ids)
-            own, other = (sum(lm._token_logprobs(state, ids)) for lm in (POLICY, OTHER))
+            own, other = (sum(lm.logprobs([state], [Chunk(ids)])[0]) for lm in (POLICY, OTHER))
             nats += probability * (own - other)
             tokens += probability * len(ids)
     return nats / len(ASKED), nats / tokens

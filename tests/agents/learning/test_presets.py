@@ -68,7 +68,7 @@ class TestTheBestPolicyIsReached:
 
     def best_count(self):
         """By enumeration of all responses, which is what a perfect search would find."""
-        from mbrl_text_env.types import initial
+        from mbrl_text_env.mdp import initial
 
         states = [initial(prompt, BASE) for prompt in TRAIN]
         return OptimalValue(BASE, CountReward(), TOKENS).predict(states).mean.mean()

@@ -19,8 +19,9 @@ from mbrl_text_env.agents.values import StackedValue
 from mbrl_text_env.files import write_folder
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.language_models.toy import STOP, ExactLM
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record
-from mbrl_text_env.types import Prompt, Usage, initial
+from mbrl_text_env.types import Prompt, Usage
 from tests.toys import CountReward, ExactValue
 
 LETTERS = "abcde"

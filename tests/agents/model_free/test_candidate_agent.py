@@ -9,8 +9,9 @@ from mbrl_text_env import checks
 from mbrl_text_env.agents.learning import TuningError
 from mbrl_text_env.agents.model_free import CandidateAgent, CandidateView, load_policy, play
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.mdp import initial, is_terminal
 from mbrl_text_env.proposer import FeatureLayout
-from mbrl_text_env.types import Budget, Ledger, Prompt, initial, is_terminal
+from mbrl_text_env.types import Budget, Ledger, Prompt
 from tests.agents.model_free.choice_worlds import LM, PROMPTS, VIEW, LetterShares, reward
 from tests.agents.model_free.test_candidate_policy import greedy, policy
 

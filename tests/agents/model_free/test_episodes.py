@@ -3,7 +3,8 @@
 import numpy as np
 
 from mbrl_text_env.agents.model_free import evaluate, play
-from mbrl_text_env.types import Ledger, initial, is_terminal
+from mbrl_text_env.mdp import initial, is_terminal
+from mbrl_text_env.types import Ledger
 from tests.agents.model_free.choice_worlds import LM, PROMPTS, reward
 from tests.agents.model_free.test_candidate_policy import greedy
 

@@ -20,8 +20,9 @@ from mbrl_text_env.agents.model_free import (
     train_rloo,
 )
 from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
+from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.types import Ledger, Prompt, initial, transition
+from mbrl_text_env.types import Ledger, Prompt
 from tests.agents.learning.tiny import PROMPTS, tiny_lm
 from tests.toys import CountReward
 

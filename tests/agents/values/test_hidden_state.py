@@ -10,7 +10,8 @@ from sklearn.preprocessing import StandardScaler
 
 from mbrl_text_env.agents.values import HiddenStateValue, cut_prefixes
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.types import Ledger, Prompt, initial
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.types import Ledger, Prompt
 from mbrl_text_env.values import ValueModelError, predict_values
 from tests.agents.values.worlds import LENGTHS, LM, prefixes, toy_records, written
 

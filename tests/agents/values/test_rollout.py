@@ -5,8 +5,9 @@ import pytest
 
 from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards import as_reward_model
-from mbrl_text_env.types import Ledger, Prompt, TextState, Usage, initial
+from mbrl_text_env.types import Ledger, Prompt, TextState, Usage
 from mbrl_text_env.values import predict_values
 from tests.agents.values.worlds import PaidReward
 from tests.toys import CountReward, ExactValue

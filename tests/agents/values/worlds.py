@@ -19,9 +19,10 @@ from mbrl_text_env.agents.values import (
 from mbrl_text_env.fitting.report import Samples
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.language_models.base import spawn_seed
+from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import RewardModel, score_responses
-from mbrl_text_env.types import FloatArray, Prompt, TextState, initial, transition
+from mbrl_text_env.types import FloatArray, Prompt, TextState
 from tests.toys import CountReward, LetterEncoder
 
 LM = NGramLM("abcde", order=2, seed=1)

@@ -29,8 +29,9 @@ from mbrl_text_env.benchmarks.studies.sample_efficiency import (
     rows_of,
 )
 from mbrl_text_env.language_models import TableLM, TransformersLM
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards import make
-from mbrl_text_env.types import Budget, Ledger, Prompt, Usage, initial
+from mbrl_text_env.types import Budget, Ledger, Prompt, Usage
 from tests.agents.learning.tiny import PROMPTS, tiny_lm
 from tests.benchmarks.studies.tiny_command import TOKENS, Command, said
 from tests.toys import CountReward, now

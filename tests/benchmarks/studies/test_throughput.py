@@ -6,8 +6,8 @@ import pytest
 
 from mbrl_text_env.benchmarks.studies import throughput
 from mbrl_text_env.language_models import embedded
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
-from mbrl_text_env.types import initial
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import pytest
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import reward_usage_bound, score_responses
 from mbrl_text_env.rewards.composite.combinators import WeightedSum
 from mbrl_text_env.rewards.evaluators.judge import FluencyReward
 from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
-from mbrl_text_env.types import Chunk, Prompt, initial
+from mbrl_text_env.types import Chunk, Prompt
 from tests.rewards.composite.test_combinators import Count
 
 POLICY, REFERENCE = NGramLM("ab ", seed=1), NGramLM("ab ", seed=2)

@@ -1,0 +1,118 @@
+"""The decision process as pure functions; environments and planners are shells over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mbrl_text_env.types import Chunk, FinishReason, Prompt, TextState
+
+if TYPE_CHECKING:
+    from mbrl_text_env.language_models.base import Tokenizer
+
+
+class EpisodeEndedError(RuntimeError):
+    """A state whose response has ended was stepped."""
+
+
+class InvalidChunkError(ValueError):
+    """Token ids that are no action of the decision process."""
+
+
+@dataclass(frozen=True)
+class ChunkRules:
+    """What makes token ids an action: ids below `vocab_size`, 1 to `max_chunk_tokens` of them."""
+
+    vocab_size: int
+    stop_token_ids: frozenset[int]
+    max_chunk_tokens: int
+
+    def fault(self, token_ids: Sequence[int]) -> str | None:
+        """Say in words why `token_ids` is not a chunk, or return None where it is one."""
+        if not 1 <= len(token_ids) <= self.max_chunk_tokens:
+            return f"expected 1 to {self.max_chunk_tokens} token ids, got {len(token_ids)}"
+        if max(token_ids) >= self.vocab_size or min(token_ids) < 0:
+            return f"expected ids from 0 to {self.vocab_size - 1}, got {list(token_ids)}"
+        if not self.stop_token_ids.isdisjoint(token_ids[:-1]):
+            return f"a stop token may only be the last one, got {list(token_ids)}"
+        return None
+
+    def finish_reason(self, token_ids: Sequence[int]) -> FinishReason | None:
+        """`"stop"` if the chunk ends with a stop token; InvalidChunkError where it is none."""
+        fault = self.fault(token_ids)
+        if fault is not None:
+            raise InvalidChunkError(
+                f"Invalid action: {fault}. Sample actions from `env.action_space` or from a "
+                "language model with `max_new_tokens` at most `max_chunk_tokens`."
+            )
+        return "stop" if token_ids[-1] in self.stop_token_ids else None
+
+    def chunk(self, token_ids: Sequence[int]) -> Chunk:
+        """Make a chunk of token ids; see `finish_reason`."""
+        return Chunk(tuple(token_ids), finish_reason=self.finish_reason(token_ids))
+
+
+def initial(prompt: Prompt, tokenizer: Tokenizer) -> TextState:
+    """Return the state of an empty response to `prompt`."""
+    return TextState(prompt, tokenizer.encode_prompt(prompt))
+
+
+def response_limit(state: TextState, tokenizer: Tokenizer, max_response_tokens: int) -> int:
+    """Most tokens that the response can have: the limit given, or what the context leaves."""
+    return min(max_response_tokens, tokenizer.context_length - len(state.prompt_ids))
+
+
+def is_terminal(state: TextState) -> bool:
+    """Whether the response has ended."""
+    return state.finish_reason is not None
+
+
+def check_not_terminal(state: TextState) -> None:
+    """Refuse to step a state whose response has ended, by `EpisodeEndedError`."""
+    if state.finish_reason is not None:
+        raise EpisodeEndedError(
+            f"The response to prompt {state.prompt.id!r} has ended "
+            f"(finish_reason={state.finish_reason!r}), so no chunk can follow. "
+            "Call `reset()`, or continue from a state that is not terminal."
+        )
+
+
+def transition(state: TextState, chunk: Chunk, max_response_tokens: int) -> TextState:
+    """Append a chunk to a state's response; EpisodeEndedError where that has ended already.
+
+    A chunk that would make the response longer than `max_response_tokens` is cut there; then its
+    stop token, if it had one, is lost and the response ends by `"length"`.
+
+    Example:
+        >>> state = TextState(Prompt.from_text("Hi"), prompt_ids=(5, 6))
+        >>> transition(state, Chunk((1, 2, 3)), max_response_tokens=2)  # doctest: +ELLIPSIS
+        TextState(...response_ids=(1, 2), finish_reason='length', chunk_ends=(2,), ...)
+    """
+    return append(state, chunk.token_ids, chunk.finish_reason, max_response_tokens, chunk.logprobs)
+
+
+def append(
+    state: TextState,
+    token_ids: tuple[int, ...],
+    finish_reason: FinishReason | None,
+    max_response_tokens: int,
+    logprobs: tuple[float, ...] = (),
+) -> TextState:
+    """`transition` for the parts of a chunk; the environments' inner loop makes no `Chunk`."""
+    check_not_terminal(state)
+    room = max_response_tokens - len(state.response_ids)
+    if len(token_ids) > room:
+        token_ids, finish_reason = token_ids[:room], None
+    response_ids = state.response_ids + token_ids
+    length = len(response_ids)
+    if finish_reason is None and length >= max_response_tokens:
+        finish_reason = "length"
+    logprob = None
+    if logprobs:
+        before = state.logprob if state.response_ids else 0.0
+        logprob = None if before is None else before + sum(logprobs[: len(token_ids)])
+    chunk_ends = (*state.chunk_ends, length)
+    return TextState(
+        state.prompt, state.prompt_ids, response_ids, finish_reason, chunk_ends, logprob
+    )
