@@ -409,7 +409,8 @@ def replacements(
 class GrowingText:
     """The text of tokens that come one by one, decoded from the last few of them.
 
-    A character of which bytes are missing at the end is left out until it is complete.
+    A character of which bytes are missing at the end is left out until it is complete, or a fourth
+    token shows that it never will be.
 
     Source: vLLM's incremental detokenization, which decodes as far back as what it has read last.
     """
@@ -423,17 +424,24 @@ class GrowingText:
 
     def with_token(self, token: int) -> str:
         """The text if `token` comes next."""
-        return self._text + self._new(token).rstrip("\ufffd")
+        new = self._new(token)
+        return self._text + (new if self._is_overdue else new.rstrip("\ufffd"))
 
     def append(self, token: int) -> None:
         """Go on with a token."""
         new = self._new(token)
+        is_whole = self._is_overdue or not new.endswith("\ufffd")
         self._recent.append(token)
-        if new and not new.endswith("\ufffd"):
+        if new and is_whole:
             self._text += new
             self._recent = self._recent[self._read :]
             self._read = len(self._recent)
             self._before = self._tokenizer.decode(self._recent)
+
+    @property
+    def _is_overdue(self) -> bool:
+        """Whether a character has begun that should be complete: it has at most four bytes."""
+        return len(self._recent) - self._read >= 3
 
     def _new(self, token: int) -> str:
         return self._tokenizer.decode([*self._recent, token])[len(self._before) :]

@@ -19,6 +19,7 @@ from mbrl_text_env.language_models.base import (
     SamplingParams,
     charge,
     check_judging_arguments,
+    check_requests,
     check_room,
     finish_reason,
     has_stop_text,
@@ -74,9 +75,9 @@ class ExactLM(CharTokenizer, FeatureModel):
     It writes the characters of `alphabet`; ledgers are charged `flops_per_token`.
     """
 
-    name = "toy"
-
     guards = True
+
+    name = "toy"
 
     def __init__(
         self, alphabet: str, context_length: int = 1024, flops_per_token: float = 1.0
@@ -93,6 +94,16 @@ class ExactLM(CharTokenizer, FeatureModel):
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
     ) -> npt.NDArray[np.float32]:
         """float32[B, vocab_size]: the distribution of the token after each prefix."""
+        with timed(ledgers):
+            rows = [self.next_probabilities(s.prompt_ids, s.response_ids) for s in states]
+        charge(ledgers, (self.usage_bound(len(prefix_of(state)), []) for state in states))
+        return np.asarray(rows, dtype=np.float32).reshape(len(states), self.vocab_size)
+
+    def sample_requests(
+        self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
+    ) -> list[list[Chunk]]:
+        """Draw chunks; see `LanguageModel.sample_requests`."""
+        check_requests(requests, self.guards)
         with timed(ledgers):
             rows = [
                 [
@@ -169,8 +180,7 @@ class ExactLM(CharTokenizer, FeatureModel):
         logprobs: tuple[float, ...] = ()
         for uniform in uniforms:
             own = self._after(state, ids)
-            token = draw_token(own, params, float(uniform))
-            is_dead = False
+            token, is_dead = draw_token(own, params, float(uniform)), False
             if guard is not None and not self._may_follow(guard, state, ids, token):
                 order = np.argsort(-own, kind="stable")[: guard.candidates].tolist()
                 found = {each: _log(own[each]) for each in order if own[each] > 0}
