@@ -425,23 +425,19 @@ class GrowingText:
     def with_token(self, token: int) -> str:
         """The text if `token` comes next."""
         new = self._new(token)
-        return self._text + (new if self._is_overdue else new.rstrip("\ufffd"))
+        # A character has at most four bytes: what is not complete by then never will be.
+        is_overdue = len(self._recent) - self._read >= 3
+        return self._text + (new if is_overdue else new.rstrip("\ufffd"))
 
     def append(self, token: int) -> None:
         """Go on with a token."""
         new = self._new(token)
-        is_whole = self._is_overdue or not new.endswith("\ufffd")
         self._recent.append(token)
-        if new and is_whole:
+        if new and not new.endswith("\ufffd"):
             self._text += new
             self._recent = self._recent[self._read :]
             self._read = len(self._recent)
             self._before = self._tokenizer.decode(self._recent)
-
-    @property
-    def _is_overdue(self) -> bool:
-        """Whether a character has begun that should be complete: it has at most four bytes."""
-        return len(self._recent) - self._read >= 3
 
     def _new(self, token: int) -> str:
         return self._tokenizer.decode([*self._recent, token])[len(self._before) :]
