@@ -44,8 +44,10 @@ def demo(
 ) -> None:
     """Collect, fit the article's value predictor, and compare three agents for two rewards."""
     from mbrl_text_env.benchmarks.demo import run_demo
+    from mbrl_text_env.language_models import embedded
 
-    run_demo(options.ModelOptions().load(), out, console, config)
+    # A laptop has other things to keep in memory; the demonstration is hardly faster with more.
+    run_demo(embedded(kv_bytes=768 << 20), out, console, config)
 
 
 @app.command("compare")
