@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -88,21 +89,40 @@ class Guarded(Planner):
 
     async def plan(self, search: Search) -> None:
         """Draw guarded responses until one reaches the target or the budget allows no more."""
-        prompt = search.tree.root.state.prompt
-        [most] = reward_bounds(search.reward_model, [prompt], [""])
+        most = most_reachable(search)
         if self.target is None and most == float("inf"):
             raise ValueError(
                 f"{self.name}: expected a reward whose `bound` says what a response to prompt "
-                f"{prompt.id!r} can reach, got {search.reward_model.name!r}, which does not. Give "
-                "a target, or use another agent."
+                f"{search.tree.root.state.prompt.id!r} can reach, got "
+                f"{search.reward_model.name!r}, which does not. Give a target, or use another "
+                "agent."
             )
-        target = float(most if self.target is None else min(self.target, most))
+        target = most if self.target is None else min(self.target, most)
         options = self.floor, self.candidates, bool(self.additions)
         await GuardedSearch(search, target, *options).run()
 
     def values(self) -> ValueModel | None:
         """None: nothing is valued."""
         return None
+
+
+def most_reachable(search: Search) -> float:
+    """The most that a response to a search's prompt can score; infinite where it is not known."""
+    [most] = reward_bounds(search.reward_model, [search.tree.root.state.prompt], [""])
+    return float(most)
+
+
+def verifier_target(search: Search, target: float | None) -> float | None:
+    """What a guarded search is to reach: all of what a verifier allows, if no target says less.
+
+    None where there is nothing to guard: the reward is no verifier or has no bound, or the language
+    model has no guards.
+    """
+    most = most_reachable(search)
+    is_guarded = search.reward_model.is_verifier and math.isfinite(most)
+    if not is_guarded or not getattr(search.language_model, "guards", False):
+        return None
+    return most if target is None else min(target, most)
 
 
 @dataclass(frozen=True)
@@ -129,18 +149,15 @@ class GuardedSearch:
 
     async def _respond(self, root: Node) -> bool:
         """Draw one response, with what is added to it; False where the budget does not allow it."""
-        node = await self._drawn(root)
-        for _ in range(_ADDITIONS if self.adds and node is not None else 0):
-            if self._is_reached():
+        if (node := await self._drawn(root)) is None:
+            return False
+        for _ in range(_ADDITIONS if self.adds else 0):
+            if self._is_reached() or (added := await self._added(node)) is None:
                 break
-            added = await self._added(node)
-            if added is None or added.is_terminal:
-                break
-            following = await self._drawn(added)
-            if following is None:
+            if added.is_terminal or (following := await self._drawn(added)) is None:
                 break
             node = following
-        return node is not None
+        return True
 
     async def _drawn(self, node: Node) -> Node | None:
         [row] = await self.search.expand([Expansion(node, guard=self._guard, valued=False)])
@@ -229,7 +246,7 @@ class GuardedSearch:
                 if self._reaches(place.text + piece):
                     ended = (*ids, self._stop)
                     logprobs = await self._logprobs(place.state, ended)
-                    return logprobs and await self._append(place, ended, logprobs)
+                    return None if logprobs is None else await self._append(place, ended, logprobs)
         return None
 
     @property

@@ -227,11 +227,14 @@ class Search:
         texts = [self.language_model.decode(node.state.response_ids) for node in complete]
         new = [text for text in dict.fromkeys(texts) if text not in self._scores]
         if new:
-            columns = {"prompts": [self.tree.root.state.prompt] * len(new), "responses": new}
-            ledgers = [self.ledger] * len(new)
-            self._known(
-                new, await ask(score_responses, self.reward_model, ledgers=ledgers, **columns)
+            scores = await ask(
+                score_responses,
+                self.reward_model,
+                prompts=[self.tree.root.state.prompt] * len(new),
+                responses=new,
+                ledgers=[self.ledger] * len(new),
             )
+            self._known(new, scores)
         for node, text in zip(complete, texts, strict=True):
             node.score, node.parts = self._scores[text]
 
