@@ -18,7 +18,7 @@ from mbrl_text_env.agents.search import (
     check_target,
 )
 from mbrl_text_env.agents.tree import Node, partial
-from mbrl_text_env.language_models.base import spawn_seed, stream
+from mbrl_text_env.language_models.base import Guard, spawn_seed, stream
 from mbrl_text_env.rewards.base import reward_bounds
 from mbrl_text_env.types import FloatArray
 
@@ -286,15 +286,23 @@ class ParticleFilter(Planner):
     the answer is the best of the responses. A node's visit count is the number of particles that
     have gone on from there, or ended there.
 
+    With `guarded=1` particles are drawn under guard of the reward's bound, as by `Guarded` without
+    additions, and weighted by what that changes (`Guard.weighted`): what is sampled tends to the
+    language model's distribution over the responses that reach the target, times the exponential.
+
     Sources: Zhao et al., "Probabilistic Inference in Language Models via Twisted Sequential Monte
     Carlo", 2024 (the target and the twist functions); Puri et al., "A Probabilistic Inference
     Approach to Inference-Time Scaling of LLMs using Particle-Based Monte Carlo Methods", 2025 (the
-    use as a search); Kitagawa, "Monte Carlo Filter and Smoother", 1996 (systematic resampling).
+    use as a search); Kitagawa, "Monte Carlo Filter and Smoother", 1996 (systematic resampling);
+    Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted Rejection
+    Sampling", 2025 (the weights under guard).
     Deviation: the root has no value, so the first weights come from the values alone.
 
     Args:
         particles: Their number; None as many as the budget allows, or 4 without one.
         temperature: In units of the reward; small values follow the value more closely.
+        guarded: 1 for particles under guard, where the reward is a verifier with a bound and the
+            language model has guards; elsewhere they are drawn plainly.
 
     The other arguments are those of every `Planner`.
     """
@@ -303,6 +311,7 @@ class ParticleFilter(Planner):
 
     particles: int | None = None
     temperature: float = 0.1
+    guarded: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -312,32 +321,44 @@ class ParticleFilter(Planner):
 
     async def plan(self, search: Search) -> None:
         """Move one set of particles from the root to the end."""
-        root = search.tree.root
+        root, guard = search.tree.root, None
+        if self.guarded and (target := verifier_target(search, None)) is not None:
+            guard = GuardedSearch(search, target, adds=False, weighted=True).guard
         count = self.particles or search.width(root, self.chunk_tokens)
         particles = [root] * (_WITHOUT_BUDGET if count is None else max(1, count))
         rng = stream(spawn_seed(search.seed, _RESAMPLING), root.state, root.samples)
         log_weights = np.zeros(len(particles))
         while any(not particle.is_terminal for particle in particles):
-            moved = await self._moved(search, particles)
+            moved = await self._moved(search, particles, guard)
             if moved is None:
                 break
             gains = [_worth(new) - _worth(old) for old, new in zip(particles, moved, strict=True)]
-            log_weights = log_weights + np.asarray(gains) / self.temperature
+            # Of a particle that has ended, nothing is new.
+            steps = [
+                0.0 if old is new else new.step()[1].log_weight
+                for old, new in zip(particles, moved, strict=True)
+            ]
+            log_weights = log_weights + np.asarray(gains) / self.temperature + np.asarray(steps)
             particles = moved
+            if not np.isfinite(log_weights.max()):
+                break
             weights = np.exp(log_weights - log_weights.max())
             weights /= weights.sum()
-            few = 1.0 / (weights**2).sum() < len(particles) / 2
+            # A particle that no way leads on from is not moved again.
+            few = 1.0 / (weights**2).sum() < len(particles) / 2 or not weights.all()
             if few or all(particle.is_terminal for particle in particles):
                 particles = [particles[i] for i in systematic(weights, rng.random())]
                 log_weights = np.zeros(len(particles))
             _count(particle for particle in particles if not particle.is_terminal)
         _count(particle for particle in particles if particle.is_terminal)
 
-    async def _moved(self, search: Search, particles: list[Node]) -> list[Node] | None:
+    async def _moved(
+        self, search: Search, particles: list[Node], guard: Guard | None
+    ) -> list[Node] | None:
         """Each particle after one more chunk; None where the budget does not allow all of them."""
         counts = Counter(particle for particle in particles if not particle.is_terminal)
         rows = await search.expand(
-            Expansion(node, count, self.chunk_tokens) for node, count in counts.items()
+            Expansion(node, count, self.chunk_tokens, guard=guard) for node, count in counts.items()
         )
         children = {node: list(row) for node, row in zip(counts, rows, strict=True)}
         if any(len(children[node]) < count for node, count in counts.items()):

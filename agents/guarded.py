@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mbrl_text_env.agents.base import ask
 from mbrl_text_env.agents.search import Expansion, Planner, Search, check_target
 from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.language_models.base import Guard, prefix_of
+from mbrl_text_env.language_models.base import Guard, LanguageModel, prefix_of
 from mbrl_text_env.mdp import transition
 from mbrl_text_env.rewards.base import reward_bounds
 from mbrl_text_env.types import Chunk, FinishReason, TextState
@@ -23,6 +23,7 @@ _SAME = 1e-9
 _ADDITIONS = 8
 # Texts whose score is asked for at one place.
 _TRIES = 4
+_NO_ENCODING = LanguageModel.encode_text
 _SENTENCE_ENDS = (".", "!", "?", '"', "”", "…", "。", ")", "]", "}")
 
 
@@ -134,11 +135,14 @@ class GuardedSearch:
     floor: float = -7.0
     candidates: int = 64
     adds: bool = True
-    _guard: Guard = field(init=False)
+    weighted: bool = False
+    guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
-        guard = Guard(self._allows, self.floor, self.candidates)
-        object.__setattr__(self, "_guard", guard)
+        guard = Guard(self._allows, self.floor, self.candidates, self.weighted)
+        object.__setattr__(self, "guard", guard)
+        own = getattr(type(self.search.language_model), "encode_text", _NO_ENCODING)
+        object.__setattr__(self, "adds", self.adds and own is not _NO_ENCODING)
 
     async def run(self) -> None:
         """Draw responses until the target is reached, the budget allows no more, or it is short."""
@@ -160,7 +164,7 @@ class GuardedSearch:
         return True
 
     async def _drawn(self, node: Node) -> Node | None:
-        [row] = await self.search.expand([Expansion(node, guard=self._guard, valued=False)])
+        [row] = await self.search.expand([Expansion(node, guard=self.guard, valued=False)])
         return row[0] if row else None
 
     def _is_reached(self) -> bool:
@@ -190,7 +194,7 @@ class GuardedSearch:
         """What may be added to a text so that it can still reach the target."""
         reward, prompt = self.search.reward_model, self.search.tree.root.state.prompt
         for piece in reward.suggest(prompt, text) if self.adds else ():
-            if reward_bounds(reward, [prompt], [text + piece])[0] >= self.target - _SAME:
+            if self._ids(piece) and reward_bounds(reward, [prompt], [text + piece])[0] >= self.target - _SAME:
                 yield piece
 
     async def _added(self, node: Node) -> Node | None:

@@ -173,11 +173,13 @@ class Chunk:
             itself, before temperature, top-p and top-k; empty where it is not known.
         finish_reason: `"stop"` if the chunk ends the response, `"length"` if the model's context is
             full, otherwise None.
+        log_weight: Natural logarithm of its weight, where a `Guard` with `weighted` watched it.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
+    log_weight: float = 0.0
 
     @property
     def logprob(self) -> float:

@@ -82,9 +82,17 @@ class Guard:
     of the model's distribution over responses that are allowed, for each token is renormalised by
     itself, whatever it leads to.
 
-    Source: locally constrained decoding; see Lipkin et al., "Fast Controlled Generation from
-    Language Models with Adaptive Weighted Rejection Sampling", 2025, for what is lazy here and for
-    weights that undo the renormalisation.
+    With `weighted`, replacements come from the whole distribution that the sampling parameters
+    shape, and each chunk has a weight (`Chunk.log_weight`) that undoes the renormalisation: for any
+    function f, the mean of weight x f(chunk) is the sum of p(chunk) f(chunk) over the chunks that
+    are allowed, p being plain sampling's. A chunk from which no way leads on has the weight 0. It
+    takes a second look at each token.
+
+    Source: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
+    Rejection Sampling", 2025. Deviations: the law without weights is that of locally constrained
+    decoding with lazy checks; with them, the weight of a token is (1 - what was rejected) x (1 if
+    another token, drawn without replacement, may follow too; otherwise the token's share of what
+    was left).
 
     Args:
         allows: `allows(states, texts, ended) -> bool[B]`: whether the response to
@@ -92,11 +100,13 @@ class Guard:
             refuses, it refuses however the text goes on.
         floor: The least log-probability (nats) of a token in place of a refused one.
         candidates: How many of the most probable tokens are tried.
+        weighted: Whether chunks get weights; then `floor` and `candidates` do not count.
     """
 
     allows: Callable[[Sequence[TextState], Sequence[str], Sequence[bool]], Sequence[bool]]
     floor: float = -7.0
     candidates: int = 64
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -416,6 +426,38 @@ def replacements(
             ends = np.exp(scaled - scaled.max()).cumsum()
             place = int(np.searchsorted(ends, generator.random() * ends[-1], side="right"))
         yield left.pop(min(place, len(left) - 1))
+
+
+def weighted_token(
+    first: int,
+    probabilities: npt.NDArray[np.float64],
+    may_follow: Callable[[int], bool],
+    generator: np.random.Generator,
+) -> tuple[int | None, float]:
+    """A token that may follow and the logarithm of its weight; (None, -inf) where none may.
+
+    `first` was drawn from `probabilities`, float64[V]. See `Guard` for the law.
+    """
+    left = probabilities / probabilities.sum()
+
+    def drawn() -> int | None:
+        ends = left.cumsum()
+        if not ends[-1] > 0:
+            return None
+        place = int(np.searchsorted(ends, generator.random() * ends[-1], side="right"))
+        return min(place, len(left) - 1)
+
+    token: int | None = first
+    while token is not None and not may_follow(token):
+        left[token] = 0.0
+        token = drawn()
+    if token is None:
+        return None, -np.inf
+    mass, own = left.sum(), left[token]
+    left[token] = 0.0
+    other = drawn()
+    share = 1.0 if other is None or may_follow(other) else own / mass
+    return token, float(np.log(mass * share))
 
 
 class GrowingText:

@@ -19,8 +19,9 @@ from mbrl_text_env.language_models.base import (
     prefix_of,
     replacements,
     stream,
+    weighted_token,
 )
-from mbrl_text_env.language_models.engine import Batch, Tokens, draw, top_tokens
+from mbrl_text_env.language_models.engine import Batch, Tokens, draw, probabilities, top_tokens
 from mbrl_text_env.types import TextState
 
 # Rows are added when this share of the batch is free: every addition is a pass over few tokens.
@@ -41,6 +42,7 @@ class Sampled:
     is_dead: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    log_weight: float = 0.0
 
     @property
     def sequence(self) -> Tokens:
@@ -169,15 +171,39 @@ def _redraw_refused(active: Sequence[Sampled], logits: Tensor, tokenizer: Tokeni
         if chunk.guard is not None:
             guards.setdefault(id(chunk.guard), []).append(row)
     for rows in guards.values():
-        _redraw_of_one(active, rows, logits, tokenizer)
+        guard = active[rows[0]].guard
+        assert guard is not None
+        if guard.weighted:
+            for row in rows:
+                _redraw_weighted(active[row], guard, logits[row], tokenizer)
+        else:
+            _redraw_of_one(active, guard, rows, logits, tokenizer)
+        for row in rows:
+            active[row].written(tokenizer).append(active[row].tokens[-1])
+
+
+def _redraw_weighted(chunk: Sampled, guard: Guard, logits: Tensor, tokenizer: Tokenizer) -> None:
+    def may_follow(token: int) -> bool:
+        text, ended = chunk.written(tokenizer).with_token(token), token in tokenizer.stop_token_ids
+        return bool(guard.allows([chunk.state], [text], [ended])[0])
+
+    shaped = probabilities(logits, chunk.params)
+    token, log_weight = weighted_token(chunk.tokens[-1], shaped, may_follow, chunk.generator)
+    chunk.log_weight += log_weight
+    chunk.is_dead = token is None
+    if token is not None and token != chunk.tokens[-1]:
+        chunk.tokens[-1] = token
+        chunk.logprobs[-1] = float(logits[token] - logits.logsumexp(-1))
 
 
 def _redraw_of_one(
-    active: Sequence[Sampled], rows: Sequence[int], logits: Tensor, tokenizer: Tokenizer
+    active: Sequence[Sampled],
+    guard: Guard,
+    rows: Sequence[int],
+    logits: Tensor,
+    tokenizer: Tokenizer,
 ) -> None:
     """The rows of one guard: all that are not settled are asked for together."""
-    guard = active[rows[0]].guard
-    assert guard is not None
     left: dict[int, tuple[dict[int, float], Iterator[int]]] = {}
     asked = {row: active[row].tokens[-1] for row in rows}
     while asked:
@@ -197,8 +223,6 @@ def _redraw_of_one(
             chunk.is_dead = other is None
             if other is not None:
                 asked[row] = other
-    for row in rows:
-        active[row].written(tokenizer).append(active[row].tokens[-1])
 
 
 def _most_probable(logits: Tensor, count: int, refused: int) -> dict[int, float]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -441,6 +443,18 @@ def draw(
         tokens = _inverse(weights, uniforms)
     chosen = (logits.gather(-1, tokens[:, None]) - largest).squeeze(-1)
     return tokens, chosen - total.log()
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> npt.NDArray[np.float64]:
+    """What `draw` draws from, float64[V], for one row of logits, float32[V]."""
+    scaled = (logits - logits.max())[None]
+    if params.temperature == 0:
+        shaped = torch.full_like(scaled, -torch.inf)
+        shaped[0, logits.argmax()] = 0.0
+    else:
+        scaled = scaled / max(params.temperature, torch.finfo(scaled.dtype).tiny)
+        shaped = scaled if params.is_plain else _shaped(scaled, params)
+    return cast("npt.NDArray[np.float64]", shaped[0].double().softmax(-1).numpy(force=True))
 
 
 def _shaped(scaled: Tensor, params: SamplingParams) -> Tensor:

@@ -7,7 +7,8 @@ probabilities.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from mbrl_text_env.language_models.base import (
     replacements,
     room_after,
     stream,
+    weighted_token,
 )
 from mbrl_text_env.types import Chunk, FinishReason, Ledger, Prompt, TextState, Usage, timed
 
@@ -182,20 +184,19 @@ class ExactLM(CharTokenizer, FeatureModel):
         uniforms = generator.random(room)
         ids: Ids = ()
         logprobs: tuple[float, ...] = ()
+        log_weight = 0.0
         for uniform in uniforms:
             own = self._after(state, ids)
             token, is_dead = draw_token(own, params, float(uniform)), False
-            if guard is not None and not self._may_follow(guard, state, ids, token):
-                order = np.argsort(-own, kind="stable")[: guard.candidates].tolist()
-                found = {each: _log(own[each]) for each in order if own[each] > 0}
-                found.pop(token, None)
-                others = replacements(found, guard, params, generator)
-                other = next((o for o in others if self._may_follow(guard, state, ids, o)), None)
-                token, is_dead = (token, True) if other is None else (other, False)
+            if guard is not None:
+                may_follow = partial(self._may_follow, guard, state, ids)
+                found, more = _guarded_token(own, token, guard, may_follow, params, generator)
+                log_weight += more
+                token, is_dead = (token, True) if found is None else (found, False)
             ids, logprobs = (*ids, token), (*logprobs, _log(own[token]))
             if is_dead or token == STOP or has_stop_text(self, ids, params):
                 break
-        return Chunk(ids, logprobs, finish_reason(self, state, ids))
+        return Chunk(ids, logprobs, finish_reason(self, state, ids), log_weight)
 
     def _may_follow(self, guard: Guard, state: TextState, ids: Ids, token: int) -> bool:
         text = self.decode((*state.response_ids, *ids, token))
@@ -292,6 +293,25 @@ class NGramLM(ExactLM):
         return self._rows[context]
 
 
+def _guarded_token(
+    own: Row,
+    drawn: int,
+    guard: Guard,
+    may_follow: Callable[[int], bool],
+    params: SamplingParams,
+    generator: np.random.Generator,
+) -> tuple[int | None, float]:
+    """The drawn token or one in its place, and the logarithm of its weight; see `Guard`."""
+    if guard.weighted:
+        return weighted_token(drawn, shaped(own, params), may_follow, generator)
+    if may_follow(drawn):
+        return drawn, 0.0
+    order = np.argsort(-own, kind="stable")[: guard.candidates].tolist()
+    found = {each: _log(own[each]) for each in order if own[each] > 0 and each != drawn}
+    others = replacements(found, guard, params, generator)
+    return next(filter(may_follow, others), None), 0.0
+
+
 def draw_token(probabilities: Row, params: SamplingParams, uniform: float) -> int:
     """Turn one uniform number in [0, 1) into a token of a distribution float64[V].
 
@@ -305,7 +325,9 @@ def draw_token(probabilities: Row, params: SamplingParams, uniform: float) -> in
 
 
 def shaped(probabilities: Row, params: SamplingParams) -> Row:
-    """The distribution that tokens are drawn from: float64[V], sums to 1 (temperature above 0)."""
+    """The distribution that tokens are drawn from: float64[V], sums to 1."""
+    if params.temperature == 0:
+        return np.asarray(np.eye(len(probabilities))[np.argmax(probabilities)])
     # Relative to the largest, so that no quotient by a small temperature overflows.
     with np.errstate(divide="ignore", over="ignore"):
         logits = np.log(probabilities)

@@ -245,7 +245,9 @@ class TransformersLM(FeatureModel):
             computed = self._run(queue)
         for drawn in queue:
             reason = finish_reason(self, drawn.state, drawn.tokens)
-            chunks[drawn.request].append(Chunk(tuple(drawn.tokens), tuple(drawn.logprobs), reason))
+            chunks[drawn.request].append(
+                Chunk(tuple(drawn.tokens), tuple(drawn.logprobs), reason, drawn.log_weight)
+            )
         rows = zip(requests, chunks, computed, strict=True)
         usages = (
             self._usage(len(prefix_of(r.state)), n, list(map(len, row))) for r, row, n in rows

@@ -1,12 +1,15 @@
 """The guarded planner on toys whose answers are known."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
-from mbrl_text_env.agents import BestOfN, Guarded
+from mbrl_text_env.agents import Adaptive, BestOfN, Guarded, ParticleFilter
 from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardModel
-from mbrl_text_env.types import Budget, Prompt
+from mbrl_text_env.types import Budget, Chunk, Prompt
 
 LM = NGramLM("abcde", order=2, seed=3, stop_probability=0.15)
 PROMPTS = [Prompt.from_text(text, chat=False) for text in ("ab", "ba", "cd", "de", "ea", "ac")]
@@ -16,6 +19,7 @@ class NoVowels(RewardModel):
     """1 for at least four letters without a vowel, half for either."""
 
     name = "no-vowels"
+    is_verifier = True
 
     def score(self, prompts, responses):
         return [
@@ -85,3 +89,54 @@ def test_refusals():
     for options in ({"floor": 1.0}, {"candidates": 0}, {"target": float("nan")}):
         with pytest.raises(ValueError, match="xpected"):
             Guarded(LM, NoVowels(), **options)
+
+
+def test_guarded_particles_reach_the_target_where_plain_ones_do_not():
+    options = {"max_response_tokens": 12, "chunk_tokens": 3, "particles": 4}
+    own, other = (ParticleFilter(LM, NoVowels(), guarded=on, **options) for on in (1, 0))
+    found, plain = ([g.completion.score for g in answers(agent, seed=1)] for agent in (own, other))
+    assert np.mean(found) == 1.0
+    assert np.mean(plain) < 0.9
+
+
+class Spelled(NoVowels):
+    """1 for a response that also ends with "bd", which the model hardly ever writes."""
+
+    def score(self, prompts, responses):
+        return [
+            both * (0.5 + 0.5 * text.endswith("bd"))
+            for both, text in zip(super().score(prompts, responses), responses, strict=True)
+        ]
+
+    def suggest(self, prompt, prefix):
+        return ["", "e", "bd"]  # the first two are of no use
+
+
+def test_what_is_suggested_is_added_with_its_own_log_probability():
+    for kind in (Guarded, Adaptive):
+        agent = kind(LM, Spelled(), max_response_tokens=12)
+        for generation in answers(agent, Budget(tokens=120), 2):
+            completion = generation.completion
+            assert completion.score == 1.0
+            [judged] = LM.logprobs(
+                [initial(generation.prompt, LM)], [Chunk(completion.state.response_ids)]
+            )
+            assert completion.logprobs == pytest.approx(judged)
+            assert generation.usage.generated_tokens <= 120
+    plain = Guarded(LM, Spelled(), max_response_tokens=12, additions=0)
+    assert np.mean([g.completion.score for g in answers(plain, Budget(tokens=120), 2)]) < 0.9
+
+
+def test_no_text_is_paid_for_twice():
+    class Counting(NoVowels):
+        asked: ClassVar[list[str]] = []
+
+        def score(self, prompts, responses):
+            self.asked.extend(responses)
+            return super().score(prompts, responses)
+
+    reward = Counting()
+    [generation] = Guarded(LM, reward, max_response_tokens=12).generate(
+        PROMPTS[:1], Budget(tokens=200)
+    )
+    assert len(reward.asked) == len(set(reward.asked)) == generation.usage.reward_calls

@@ -163,3 +163,64 @@ def test_a_guard_goes_on_from_a_prefix(tiny):
 
     sampled(lm, Guard(allows), 1, 4, states=[state])
     assert all(text.startswith(lm.decode(chunk.token_ids)) for text in seen)
+
+
+def words(lm, guard, count, length, seed):
+    [chunks] = sampled(lm, guard, count, length, seed=seed)
+    return [lm.decode(chunk.token_ids) for chunk in chunks], [c.log_weight for c in chunks]
+
+
+def test_weighted_chunks_estimate_sums_over_what_is_allowed_without_bias():
+    """Sums of p(chunk) over the allowed ones that begin with each letter, and over all of them."""
+    guard = without("be", lambda text: len(text) != 1, weighted=True)
+    exact = dict.fromkeys(["", "a", "c", "d"], 0.0)
+    for ids, probability in TOY.responses(initial(PROMPT, TOY), 3):
+        text, ended = TOY.decode(ids), ids[-1] == 0
+        if not set("be") & set(text) and not (ended and len(text) == 1):
+            exact[text[:1]] += probability
+    texts, logs = words(TOY, guard, 40_000, 3, seed=1)
+    weights = np.exp(logs)
+    for letter, probability in exact.items():
+        each = weights * [text[:1] == letter for text in texts]
+        assert abs(each.mean() - probability) < 4 * each.std() / 200
+    assert abs(weights.mean() - sum(exact.values())) < 4 * weights.std() / 200
+
+
+def test_resampled_by_weight_they_have_the_law_of_plain_samples_that_are_allowed():
+    guard = without("be", weighted=True)
+    texts, logs = words(TOY, guard, 60_000, 2, seed=2)
+    rng, kept = np.random.default_rng(0), []
+    for start in range(0, 60_000, 30):  # one of thirty
+        weights = np.exp(logs[start : start + 30])
+        kept.append(texts[start + rng.choice(30, p=weights / weights.sum())])
+    exact = {}
+    for ids, probability in TOY.responses(initial(PROMPT, TOY), 2):
+        text = TOY.decode(ids)
+        if not set("be") & set(text):
+            exact[text] = exact.get(text, 0.0) + probability
+    expected = np.array(list(exact.values())) / sum(exact.values()) * len(kept)
+    counts = np.array([kept.count(text) for text in exact])
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_the_engine_weighs_as_the_toys_do(tiny):
+    lm = tiny("llama")
+    state = initial(PROMPT, lm)
+    [top] = lm.next_tokens([state], lm.vocab_size)
+    well = np.array([not set("aeiou") & set(lm.decode([t])) for t in top.token_ids])
+    allowed = np.exp(top.logprobs)[well].sum()
+    _, logs = words(lm, without("aeiou", weighted=True), 4_000, 1, seed=0)
+    weights = np.exp(logs)
+    assert abs(weights.mean() - allowed) < 4 * weights.std() / np.sqrt(4_000)
+
+
+@pytest.mark.parametrize("params", [PLAIN, SamplingParams(0.7, 0.9), SamplingParams(0)])
+def test_a_weighted_chunk_is_plain_and_weighs_1_where_nothing_is_refused(lm, params):
+    plain = sampled(lm, None, 5, 1, params, 0)
+    assert sampled(lm, without("", weighted=True), 5, 1, params, 0) == plain
+
+
+def test_a_weighted_chunk_that_no_way_leads_on_from_weighs_nothing(lm):
+    nothing = Guard(lambda states, texts, ended: [False] * len(texts), weighted=True)
+    [[chunk]] = sampled(lm, nothing)
+    assert chunk.log_weight == -np.inf
