@@ -69,6 +69,8 @@ class Node:
         value: The value model's mean and its standard deviation `std`, where it was asked.
         score: The reward of a complete response and its `parts` by name, where it was asked.
         visits: Visit count, and the `total` of the returns backed up, in searches that count.
+        perturbed: Log-probability plus the Gumbel noise that ranked it, in sampling without
+            replacement.
         note: Why the search went on from here, or did not.
     """
 
@@ -85,6 +87,7 @@ class Node:
     parts: Mapping[str, float] = field(default_factory=dict)
     visits: int = 0
     total: float = 0.0
+    perturbed: float | None = None
     note: str = ""
 
     @property
@@ -236,7 +239,7 @@ class Search:
         self.reward_model = reward_model_of(self.reward_model)
         self.drawn = self.round = 0
         self.is_short = False
-        self._scores: dict[tuple[int, ...], tuple[float, dict[str, float]]] = {}
+        self._scores: dict[str, tuple[float, dict[str, float]]] = {}
         self.limit = response_limit(state, self.language_model, max_response_tokens)
         # A cap on something that costs nothing here is none: the search would not end.
         endless = self.finish_usage(self.tree.root.state) * 1_000_000
@@ -353,21 +356,21 @@ class Search:
         return usage + reward_usage_bound(self.reward_model)
 
     async def _score(self, complete: Sequence[Node]) -> None:
-        """Score complete responses; one that was reached before on another way is known."""
-        ids = dict.fromkeys(node.state.response_ids for node in complete)
-        new = [each for each in ids if each not in self._scores]
+        """Score complete responses; a text that was reached before on another way is known."""
+        texts = [self.language_model.decode(node.state.response_ids) for node in complete]
+        new = [text for text in dict.fromkeys(texts) if text not in self._scores]
         if new:
             scores = await ask(
                 score_responses,
                 self.reward_model,
                 prompts=[self.tree.root.state.prompt] * len(new),
-                responses=[self.language_model.decode(each) for each in new],
+                responses=new,
                 ledgers=[self.ledger] * len(new),
             )
-            for i, each in enumerate(new):
-                self._scores[each] = float(scores.total[i]), scores.parts_of(i)
-        for node in complete:
-            node.score, node.parts = self._scores[node.state.response_ids]
+            for i, text in enumerate(new):
+                self._scores[text] = float(scores.total[i]), scores.parts_of(i)
+        for node, text in zip(complete, texts, strict=True):
+            node.score, node.parts = self._scores[text]
 
     async def _chunks(self, counted: Sequence[tuple[Expansion, int]]) -> list[list[Chunk]]:
         """Draw so many chunks for each; no chunk number of a node is asked for twice."""
