@@ -14,14 +14,13 @@ import numpy as np
 from mbrl_text_env.agents.base import ask, check_positive
 from mbrl_text_env.agents.search import (
     Expansion,
-    Node,
     Planner,
     Search,
-    SearchTree,
     affordable,
     check_target,
     partial,
 )
+from mbrl_text_env.agents.tree import Node, SearchTree
 from mbrl_text_env.language_models.base import (
     LanguageModel,
     NextTokens,
@@ -78,8 +77,8 @@ class BestFirst(Planner):
         target: The score that is good enough; None is the most that the reward's bound allows.
         candidates: Next tokens of a prefix that are looked at, the most probable ones. Answers with
             a less probable token are never found.
-        batch_size: Prefixes that are expanded in one call. More are faster and cost expansions
-            that one by one would not need, up to `batch_size - 1` an answer's token.
+        batch_size: Prefixes that are expanded in one call. More are faster, and cost expansions
+            that one by one would not need: at most `batch_size - 1` a call.
         expansions: Prefixes that are expanded where no cap on tokens, FLOPs or seconds says.
         stochastic: Whether answers are sampled.
 
