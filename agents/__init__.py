@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "base": ["Agent", "Completion", "Decision", "Generation"],
         "beam": ["Adaptive", "BeamSearch", "ParticleFilter"],
+        "best_first": ["BestFirst", "expected_score"],
         "choices": ["Choice"],
         "collection": ["collect"],
         "guarded": ["Guarded"],
@@ -16,5 +17,6 @@ __getattr__, __dir__, __all__ = attach(
         "sampling": ["BestOfN", "RandomAgent", "Sampling"],
         "search": ["Expansion", "Node", "Planner", "Search", "SearchTree"],
         "values": ["EmbeddingValue"],
+        "votes": ["Majority", "WeightedVote"],
     },
 )

@@ -26,7 +26,7 @@ _N_WITHOUT_BUDGET = 4
 _MOST_A_WAVE = 16
 
 
-class _Blind(Agent):
+class Blind(Agent):
     """Chooses among candidates without a look at what is behind them."""
 
     def choose(
@@ -48,7 +48,7 @@ class _Blind(Agent):
         return 0
 
 
-class Sampling(_Blind):
+class Sampling(Blind):
     """One response from the language model: the baseline that every search has to beat.
 
     `params=SamplingParams(temperature=0)` is greedy decoding. No reward model is needed.
@@ -62,7 +62,7 @@ class Sampling(_Blind):
         return completion
 
 
-class RandomAgent(_Blind):
+class RandomAgent(Blind):
     """Random tokens, uniform over the vocabulary: the least that any agent can do, for nothing."""
 
     name = "random"

@@ -25,6 +25,8 @@ class Node:
         value: The value model's mean and its standard deviation `std`, where it was asked.
         score: The reward of a complete response and its `parts` by name, where it was asked.
         visits: Visit count, and the `total` of the returns backed up, in searches that count.
+        perturbed: Log-probability plus the Gumbel noise that ranked it, in sampling without
+            replacement.
         note: Why the search went on from here, or did not.
     """
 
@@ -41,6 +43,7 @@ class Node:
     parts: Mapping[str, float] = field(default_factory=dict)
     visits: int = 0
     total: float = 0.0
+    perturbed: float | None = None
     note: str = ""
 
     @property

@@ -35,7 +35,8 @@ _RULES = {
     "too little": "{method}: expected an answer within {budget}, which pays for one response, got "
     "BudgetError: {got} If one response needs more, pass budget_tokens.",
     "usage": "{method}, usage: expected all {asked} {name} that its models were asked for, got "
-    "{got} in the ledgers. Pass the ledgers to every `sample` and `score_responses`.",
+    "{got} in the ledgers. Pass the ledgers to every `sample` and `score_responses`; "
+    "count a state of `next_tokens` as a generated token.",
     "cap": "{method}: expected at most {cap} {name} a prompt, got {got}. Ask `ledger.affords(...)` "
     "before spending, with the most that a call takes.",
     "text": "{place}, text: expected the decoded response, {text!r}, got {got}. Do not edit it.",
@@ -141,6 +142,10 @@ class _Counts:
         if params.temperature > 0 and params.top_k != 1:
             self.streams.append((tuple(seeds), first_sample))
 
+    def of_next_tokens(self, found: Sequence[object], *args: Any, **options: Any) -> None:
+        """Count an expansion as a generated token."""
+        self.tokens += len(found)
+
     def of_score(self, scores: object, prompts: object, responses: Sequence[str]) -> None:
         self.reward_calls += len(responses)
 
@@ -201,10 +206,11 @@ class _Trial(Trial):
     def watched(self, method: str, counts: _Counts, budget: Budget | None) -> Iterator[None]:
         """Count what the models are asked for; running out of the budget is a fault."""
         score, steps = counts.of_score, counts.of_steps
+        of_lm = {"sample": counts.of_sample, "next_tokens": counts.of_next_tokens}
         of_reward = {"score": score, "score_parts": score, "score_steps": steps}
         try:
             with (
-                counted(self.agent.language_model, {"sample": counts.of_sample}),
+                counted(self.agent.language_model, of_lm),
                 counted(self.agent.reward_model, of_reward),
             ):
                 yield

@@ -16,12 +16,14 @@ import numpy.typing as npt
 from mbrl_text_env.language_models.base import (
     FeatureModel,
     Guard,
+    NextTokens,
     SampleRequest,
     SamplingParams,
     charge,
     check_judging_arguments,
     check_requests,
     check_room,
+    check_unfinished,
     finish_reason,
     has_stop_text,
     prefix_of,
@@ -140,6 +142,22 @@ class ExactLM(CharTokenizer, FeatureModel):
             ]
         charge(ledgers, (self.usage_bound(len(prefix_of(s)) + len(ids), []) for s, ids in pairs))
         return found
+
+    def next_tokens(
+        self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
+    ) -> list[NextTokens]:
+        """The k most probable next tokens; see `LanguageModel.next_tokens`."""
+        check_unfinished(states)
+        if not 1 <= k <= self.vocab_size:
+            raise ValueError(f"k: expected a number from 1 to {self.vocab_size}, got {k}.")
+        with timed(ledgers):
+            rows = [self._after(state, ()) for state in states]
+            orders = [np.argsort(-row, kind="stable")[:k].tolist() for row in rows]
+        charge(ledgers, (self.usage_bound(len(prefix_of(state)), []) for state in states))
+        return [
+            NextTokens(tuple(order), tuple(_log(row[token]) for token in order))
+            for order, row in zip(orders, rows, strict=True)
+        ]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
         """`flops_per_token` for every token of the prefix and of the chunks."""

@@ -12,6 +12,7 @@ from mbrl_text_env.agents import (
     MCTS,
     Adaptive,
     BeamSearch,
+    BestFirst,
     BestOfN,
     Lookahead,
     ParticleFilter,
@@ -47,6 +48,11 @@ PLANNERS = {
 SEARCHES = {
     **PLANNERS,
     "best-of-n": (BestOfN, {}),
+    "best-first": (BestFirst, {"expansions": 20_000}),
+    "best-first, stochastic": (
+        BestFirst,
+        {"stochastic": True, "batch_size": 3, "expansions": 20_000},
+    ),
     "mcts, rollouts": (MCTS, {"leaf_value": "rollout"}),
     "mcts, gumbel rollouts": (MCTS, {"root_policy": "gumbel", "leaf_value": "rollout"}),
 }
@@ -121,7 +127,7 @@ def test_a_misleading_value_never_costs_a_response_that_was_paid_for(name, seed)
         assert answer.usage.reward_calls == len(complete)
 
 
-@every_planner
+@every_search
 def test_planners_keep_the_contract_of_agents(name):
     lm = NGramLM("abcde", 2, seed=1)
     agent = build(name, lm, CountReward(), FixedValue(lambda t: t.count("a"), lm))
@@ -146,9 +152,9 @@ class CostlyReward(CountReward):
         return 60.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
-    name=st.sampled_from(sorted(PLANNERS)),
+    name=st.sampled_from(sorted(SEARCHES)),
     seed=st.integers(0, 1000),
     stop=st.sampled_from([0.0, 0.1, 0.6]),
     limit=st.integers(1, 12),
@@ -205,7 +211,7 @@ def test_no_planner_overspends(name, seed, stop, limit, chunk, share, cap, kind,
     assert budget.reward_calls is None or usage.reward_calls <= budget.reward_calls
 
 
-@every_planner
+@every_search
 def test_larger_budgets_are_used(name):
     """Nothing is left that would pay for another response, unless all has been seen."""
     lm = NGramLM("abcdefgh", seed=2, concentration=5.0, stop_probability=0.0)
@@ -253,6 +259,22 @@ def test_a_world_whose_responses_are_all_known_ends_the_search(name, budget):
     [answer] = agent.generate(PROMPTS[:1], budget)
     assert answer.text.startswith("a")
     assert answer.usage.reward_calls <= 3
+
+
+class TwinLM(NGramLM):
+    """Every letter has two tokens, so different tokens are the same text."""
+
+    def decode(self, token_ids):
+        return super().decode(token_ids).lower()
+
+
+@every_search
+def test_no_text_is_scored_twice(name):
+    lm, reward = TwinLM("abAB", seed=3, stop_probability=0.3), CountReward()
+    agent = build(name, lm, reward, FixedValue(lambda t: t.count("a"), lm), max_response_tokens=3)
+    [answer] = agent.generate(PROMPTS[:1], Budget(tokens=300))
+    scored = list(itertools.chain(*reward.calls))
+    assert len(scored) == len(set(scored)) == answer.usage.reward_calls > 3
 
 
 @every_planner

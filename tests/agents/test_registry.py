@@ -20,6 +20,7 @@ def build(spec, value=None):
 
 def test_names_and_options():
     assert {"random", "sampling", "best-of-n", "lookahead", "beam", "adaptive"} <= set(available())
+    assert {"guarded", "best-first", "majority", "weighted-vote"} <= set(available())
     assert all(available().values())
     agent = build("best-of-n:n=8:temperature=1.5:top_k=3")
     assert (agent.n, agent.params.temperature, agent.params.top_k) == (8, 1.5, 3)
@@ -28,6 +29,9 @@ def test_names_and_options():
     value = FixedValue(len, LM)
     assert build("lookahead:keep=1", value).value_model is value
     assert build("best-of-n", value).n is None
+    agent = build("best-first:n=1:stochastic=1:candidates=2")
+    assert (agent.n, agent.stochastic, agent.candidates) == (1, 1, 2)
+    assert build("weighted-vote:extract=####:n=5").extract == "####"
     assert parse_spec(" sampling ") == ("sampling", {})
 
 
