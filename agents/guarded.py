@@ -24,9 +24,9 @@ class Guarded(Planner):
     While a response is drawn, a token after which the reward's bound is below the target is drawn
     again from the probable ones that may follow (`language_models.base.Guard`), and a response ends
     only where its score reaches the target. Where no probable token may follow, it is given up, and
-    the next one starts at the root. It needs a reward with a `bound`, a language model that has
-    `guards`, and no value model. The check of a text that may end is charged as a reward call;
-    bounds are not.
+    the next one starts at the root. It needs a reward with a `bound` and no value model. A language
+    model without `guards`, such as a server, is asked again for what is refused, which is charged.
+    The check of a text that may end is charged as a reward call; bounds are not.
 
     Sources: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
     Rejection Sampling", 2025 (lazy checks); deviation: no weights, since the verifier decides, not
@@ -41,7 +41,7 @@ class Guarded(Planner):
     The other arguments are those of every `Planner`.
 
     Raises:
-        ValueError: The language model has no guards, or the reward no bound for a prompt.
+        ValueError: The reward has no bound for a prompt.
 
     Example:
         >>> planner = Guarded(lm, ConstraintsReward())  # doctest: +SKIP
@@ -60,11 +60,6 @@ class Guarded(Planner):
             raise ValueError(
                 "Expected a floor (log-probability) of at most 0 and at least one candidate, got "
                 f"floor={self.floor} and candidates={self.candidates}."
-            )
-        if not getattr(self.language_model, "guards", False):
-            raise ValueError(
-                f"{self.name}: expected a language model that watches a guard, such as "
-                f"`TransformersLM`, got {type(self.language_model).__name__}. Use another agent."
             )
 
     async def plan(self, search: Search) -> None:
@@ -114,4 +109,4 @@ class Guarded(Planner):
                 for bound, state, text, ends in zip(bounds, states, texts, ended, strict=True)
             ]
 
-        return Guard(allows, self.floor, self.candidates)
+        return Guard(allows, self.floor, self.candidates, search.finish_usage(root))

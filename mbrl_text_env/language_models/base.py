@@ -82,6 +82,13 @@ class Guard:
     of the model's distribution over responses that are allowed, for each token is renormalised by
     itself, whatever it leads to.
 
+    A language model without `guards`, such as a server, is asked for whole chunks, which are cut at
+    their first refused token (`guarding`); all that was drawn is charged. The law is the same where
+    the model gives its most probable next tokens, with at most as many candidates as it gives. From
+    another one a refused token's place is drawn again, up to 8 times (not at temperature 0, which
+    draws the same): the token's law is that of plain sampling given that it may follow, and if q is
+    the probability of those that may not, the chunk ends there with probability q**9.
+
     Source: locally constrained decoding; see Lipkin et al., "Fast Controlled Generation from
     Language Models with Adaptive Weighted Rejection Sampling", 2025, for what is lazy here and for
     weights that undo the renormalisation.
@@ -92,11 +99,15 @@ class Guard:
             refuses, it refuses however the text goes on.
         floor: The least log-probability (nats) of a token in place of a refused one.
         candidates: How many of the most probable tokens are tried.
+        kept: What has to be left of a ledger's budget whenever a language model without `guards` is
+            asked again; where it would not be, the chunk ends, with the refused token if there is
+            one. So redrawing passes no cap.
     """
 
     allows: Callable[[Sequence[TextState], Sequence[str], Sequence[bool]], Sequence[bool]]
     floor: float = -7.0
     candidates: int = 64
+    kept: Usage = Usage()
 
 
 @dataclass(frozen=True)
@@ -161,8 +172,9 @@ class LanguageModel(ABC):
     stop_token_ids: frozenset[int]
     context_length: int
     cache_tokens: int = 0
-    guards: bool = False
     """Tokens of prefixes that can be kept between calls; 0 for none."""
+    guards: bool = False
+    """Whether `sample_requests` watches guards; elsewhere `guarding.sample_requests` does."""
 
     @property
     def counts_flops(self) -> bool:
@@ -336,6 +348,11 @@ def sample_requests(
         for i, row in zip(indices, drawn, strict=True):
             rows[i] = row
     return rows
+
+
+def watches_guards(language_model: LanguageModel) -> bool:
+    """Whether a language model watches guards by itself, for a `sample` takes none."""
+    return getattr(language_model, "guards", False) and _has_common_batches(language_model)
 
 
 def _has_common_batches(language_model: LanguageModel) -> bool:
@@ -515,7 +532,7 @@ def check_requests(requests: Sequence[SampleRequest], guards: bool = False) -> N
         if r.guard is not None and not guards:
             raise ValueError(
                 "guard: expected a language model with `guards`, such as `TransformersLM`, got one "
-                "without. Leave out the guard."
+                "without. Leave out the guard, or call `language_models.guarding.sample_requests`."
             )
         check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
 
