@@ -100,14 +100,14 @@ class Guard:
         floor: The least log-probability (nats) of a token in place of a refused one.
         candidates: How many of the most probable tokens are tried.
         kept: What has to be left of a ledger's budget whenever a language model without `guards` is
-            asked again; where it would not be, the chunk ends, with the refused token if there is
-            one. So redrawing passes no cap.
+            asked again; where it would not be, the chunk ends with the refused token. Where it is
+            not left even so, the chunk stays as it was drawn. So redrawing passes no cap.
     """
 
     allows: Callable[[Sequence[TextState], Sequence[str], Sequence[bool]], Sequence[bool]]
     floor: float = -7.0
     candidates: int = 64
-    kept: Usage = Usage()
+    kept: Usage = field(default_factory=Usage)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _is_watched(language_model: LanguageModel, requests: Sequence[SampleRequest]
 
 @dataclass
 class _Growing:
-    """A chunk as far as nothing was refused; `refused` is what was drawn first at the next place.
+    """A chunk as far as nothing was refused; `refused` is what was drawn first from there on.
 
     `asked` counts what was asked for, so that nothing is drawn from the same stream twice.
     """
@@ -104,7 +104,7 @@ class _Growing:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] | None = field(default_factory=list)
     text: GrowingText | None = None
-    refused: tuple[int, tuple[float, ...]] | None = None
+    refused: tuple[list[int], tuple[float, ...]] | None = None
     redraws: int = 0
     asked: int = 0
     size: int = _PIECE
@@ -155,10 +155,12 @@ class _Growing:
         return True
 
     def end(self) -> None:
-        """Leave it as it is, a refused token at its end."""
+        """Leave it as it is, a refused token at its end; what is paid for stays without `kept`."""
         if self.refused is not None:
-            token, logprobs = self.refused
-            self._add([token], logprobs)
+            ids, logprobs = self.refused
+            is_kept = self.ledger is None or self.ledger.affords(self.guard.kept)
+            count = 1 if is_kept else len(ids)
+            self._add(ids[:count], logprobs[:count])
         self.is_done = True
 
     def take(self, piece: Chunk) -> None:
@@ -170,7 +172,7 @@ class _Growing:
             self.refused, self.redraws = None, 0
         if count < len(ids):
             self.size, self.text = _PIECE, None
-            self.refused = self.refused or (ids[count], piece.logprobs[count : count + 1])
+            self.refused = self.refused or (ids[count:], piece.logprobs[count:])
         else:
             self.size *= 2
             self._check_end()
@@ -179,7 +181,7 @@ class _Growing:
         """Put one of the most probable tokens in the refused one's place, or end there."""
         assert self.refused is not None
         pairs = zip(found.token_ids[: self.guard.candidates], found.logprobs, strict=False)
-        logprobs = {token: log for token, log in pairs if token != self.refused[0]}
+        logprobs = {token: log for token, log in pairs if token != self.refused[0][0]}
         generator = stream(self.fresh_seed(), self.request.state, 0)
         for token in replacements(logprobs, self.guard, self.request.params, generator):
             if self._first_refused([token]):

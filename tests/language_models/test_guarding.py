@@ -202,7 +202,15 @@ def test_no_cap_is_passed_and_what_has_to_be_kept_is_kept(lm, cap, kept):
         keep = Usage(generated_tokens=kept, lm_flops=2.0 * kept)
         row = sampled(lm, without("ae", kept=keep), 1, 11, ledger=ledger)
         assert len(row) == 1
-        assert ledger.affords(keep)
+        # Where nothing was drawn again, what is there was promised.
+        assert ledger.affords(keep) or ledger.usage.lm_calls == 1
+
+
+def test_a_chunk_stays_as_it_was_drawn_where_nothing_else_can_be_paid(lm):
+    [plain] = sampled(lm, None, 1, 11)
+    ledger = Ledger(Budget(tokens=11))
+    guard = without("abcde", kept=Usage(generated_tokens=11))
+    assert sampled(lm, guard, 1, 11, ledger=ledger) == [plain]
 
 
 def test_a_model_with_guards_of_its_own_watches_them():
