@@ -12,12 +12,11 @@ import numpy as np
 from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.search import (
     Expansion,
-    Node,
     Planner,
     Search,
     check_target,
-    partial,
 )
+from mbrl_text_env.agents.tree import Node, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
 from mbrl_text_env.types import FloatArray
 

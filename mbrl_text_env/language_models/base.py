@@ -200,6 +200,17 @@ class LanguageModel(ABC):
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
 
+    def encode_text(self, text: str) -> Sequence[int]:
+        """Token ids of a text alone, without control tokens, to follow those of a response.
+
+        Raises:
+            NotImplementedError: The model does not give them.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not encode texts (`encode_text`). Use TransformersLM, or "
+            "an agent that adds none."
+        )
+
     def sample(
         self,
         states: Sequence[TextState],
