@@ -263,13 +263,13 @@ class TestLlamaCpp:
     def test_a_guard_is_kept_and_what_it_throws_away_is_paid(self, llama, clients):
         lm, guard = clients(llama, prefix_cache=False, max_concurrency=1), without("eE")
         [state] = chats(lm, TEXTS[2:])
-        ledger, request = Ledger(), SampleRequest(state, 2, 8, 0, guard=guard)
+        ledger, request = Ledger(), SampleRequest(state, 2, 24, 0, guard=guard)
         [row] = guarded_requests(lm, [request], ledgers=[ledger])
         texts = [lm.decode(chunk.token_ids) for chunk in row]
         assert not set("eE") & set("".join(texts))
         for chunk in row:
             assert len(chunk.logprobs) == len(chunk)
-            assert chunk.finish_reason == "stop" or len(chunk) == 8
+            assert chunk.finish_reason == "stop" or len(chunk) == 24
         assert ledger.usage.generated_tokens > sum(map(len, row))
         assert ledger.usage.lm_calls > 2
         agains = guarded_requests_async(lm, [request], ledgers=[Ledger()])
