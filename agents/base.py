@@ -33,9 +33,8 @@ from mbrl_text_env.language_models.base import (
     SampleRequest,
     SamplingParams,
     prefix_of,
-    sample_requests,
-    sample_requests_async,
 )
+from mbrl_text_env.language_models.guarding import sample_requests, sample_requests_async
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model

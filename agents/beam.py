@@ -18,7 +18,7 @@ from mbrl_text_env.agents.search import (
     check_target,
 )
 from mbrl_text_env.agents.tree import Node, partial
-from mbrl_text_env.language_models.base import Guard, spawn_seed, stream
+from mbrl_text_env.language_models.base import Guard, spawn_seed, stream, watches_guards
 from mbrl_text_env.rewards.base import reward_bounds
 from mbrl_text_env.types import FloatArray
 
@@ -322,7 +322,8 @@ class ParticleFilter(Planner):
     async def plan(self, search: Search) -> None:
         """Move one set of particles from the root to the end."""
         root, guard = search.tree.root, None
-        if self.guarded and (target := verifier_target(search, None)) is not None:
+        target = verifier_target(search, None) if self.guarded else None
+        if target is not None and watches_guards(search.language_model):
             guard = GuardedSearch(search, target, adds=False, weighted=True).guard
         count = self.particles or search.width(root, self.chunk_tokens)
         particles = [root] * (_WITHOUT_BUDGET if count is None else max(1, count))

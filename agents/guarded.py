@@ -42,9 +42,11 @@ class Guarded(Planner):
     is cut at the end of a sentence, and what is missing comes in its middle. Where nothing helps,
     the next one starts at the root.
 
-    It needs a reward with a `bound`, a language model that has `guards`, and no value model. The
-    check of a text that may end is charged as a reward call; bounds and suggestions are not. The
-    log-probabilities of what was added are the language model's own, and charged.
+    It needs a reward with a `bound` and no value model. The check of a text that may end is charged
+    as a reward call; bounds and suggestions are not. The log-probabilities of what was added are
+    the language model's own, and charged; a server that cannot give them needs `additions=0`. A
+    language model without `guards`, such as a server, is asked again for what is refused, which is
+    charged.
 
     Sources: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
     Rejection Sampling", 2025 (lazy checks); deviation: no weights, since the verifier decides, not
@@ -61,7 +63,7 @@ class Guarded(Planner):
     The other arguments are those of every `Planner`.
 
     Raises:
-        ValueError: The language model has no guards, or the reward no bound for a prompt.
+        ValueError: The reward has no bound for a prompt.
 
     Example:
         >>> planner = Guarded(lm, ConstraintsReward())  # doctest: +SKIP
@@ -81,11 +83,6 @@ class Guarded(Planner):
             raise ValueError(
                 "Expected a floor (log-probability) of at most 0 and at least one candidate, got "
                 f"floor={self.floor} and candidates={self.candidates}."
-            )
-        if not getattr(self.language_model, "guards", False):
-            raise ValueError(
-                f"{self.name}: expected a language model that watches a guard, such as "
-                f"`TransformersLM`, got {type(self.language_model).__name__}. Use another agent."
             )
 
     async def plan(self, search: Search) -> None:
@@ -116,12 +113,10 @@ def most_reachable(search: Search) -> float:
 def verifier_target(search: Search, target: float | None) -> float | None:
     """What a guarded search is to reach: all of what a verifier allows, if no target says less.
 
-    None where there is nothing to guard: the reward is no verifier or has no bound, or the language
-    model has no guards.
+    None where there is nothing to guard: the reward is no verifier, or has no bound.
     """
     most = most_reachable(search)
-    is_guarded = search.reward_model.is_verifier and math.isfinite(most)
-    if not is_guarded or not getattr(search.language_model, "guards", False):
+    if not search.reward_model.is_verifier or not math.isfinite(most):
         return None
     return most if target is None else min(target, most)
 
@@ -139,7 +134,8 @@ class GuardedSearch:
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
-        guard = Guard(self._allows, self.floor, self.candidates, self.weighted)
+        kept = self.search.finish_usage(self.search.tree.root.state)
+        guard = Guard(self._allows, self.floor, self.candidates, self.weighted, kept)
         object.__setattr__(self, "guard", guard)
         own = getattr(type(self.search.language_model), "encode_text", _NO_ENCODING)
         object.__setattr__(self, "adds", self.adds and own is not _NO_ENCODING)
@@ -194,7 +190,10 @@ class GuardedSearch:
         """What may be added to a text so that it can still reach the target."""
         reward, prompt = self.search.reward_model, self.search.tree.root.state.prompt
         for piece in reward.suggest(prompt, text) if self.adds else ():
-            if self._ids(piece) and reward_bounds(reward, [prompt], [text + piece])[0] >= self.target - _SAME:
+            if (
+                self._ids(piece)
+                and reward_bounds(reward, [prompt], [text + piece])[0] >= self.target - _SAME
+            ):
                 yield piece
 
     async def _added(self, node: Node) -> Node | None:

@@ -89,6 +89,21 @@ def openai_answer(choice: dict[str, Any]) -> Answer:
     )
 
 
+def read_next_tokens(data: Any) -> dict[int, float] | None:
+    """Log-probabilities of the tokens that may come first; None where their ids are not said."""
+    [choice] = choices_of(data, 1)
+    logs = choice.get("logprobs") or {}
+    if logs.get("content"):
+        entries = list_in(logs["content"][0], "top_logprobs")
+        found = {e["id"]: field_of(e, "logprob") for e in entries if "id" in e}
+    else:
+        first = (logs.get("top_logprobs") or [None])[0] or {}
+        found = {_placeholder(token): logprob for token, logprob in first.items()}
+    if not found or None in found:
+        return None
+    return dict(zip(found, checked_logprobs(list(found.values())), strict=True))
+
+
 def checked_answer(
     ids: Any, logprobs: list[Any] | None, text: Any, reason: Any, matched: Any
 ) -> Answer:

@@ -17,6 +17,7 @@ from mbrl_text_env.language_models._answers import (
     list_in,
     openai_answer,
     read_model,
+    read_next_tokens,
 )
 from mbrl_text_env.language_models._http import (
     MalformedAnswerError,
@@ -25,7 +26,12 @@ from mbrl_text_env.language_models._http import (
     ServerError,
     UnsupportedByServerError,
 )
-from mbrl_text_env.language_models.base import SampleRequest, has_stop_text, prefix_of
+from mbrl_text_env.language_models.base import (
+    NextTokens,
+    SampleRequest,
+    has_stop_text,
+    prefix_of,
+)
 from mbrl_text_env.types import Chunk, TextState
 
 T = TypeVar("T")
@@ -134,6 +140,8 @@ class Engine:
     """Number of the first dialect that it may know."""
     has_own_logprobs: ClassVar[bool] = True
     """Whether log-probabilities are the model's own, before the temperature."""
+    most_next_tokens: ClassVar[int] = 5
+    """How many most probable next tokens it gives by default."""
 
     def __post_init__(self) -> None:
         self.is_chat = self.options.mode == "chat"
@@ -253,6 +261,30 @@ class Engine:
         if found is None:
             raise self._cannot_judge("it does not echo a prompt with its log-probabilities")
         return found, []
+
+    async def next_tokens(self, call: Call, prompt: list[int], k: int) -> tuple[NextTokens, Bill]:
+        """The k most probable next tokens of a prompt, and what was billed."""
+        if self.is_chat or self.path != COMPLETIONS or self.first:
+            raise self._cannot_rank("it is not known to take and give token ids")
+        asked = {"max_tokens": 1, "temperature": 0.0, "logprobs": k}
+        body = {**_NEUTRAL, **self._named(), "prompt": prompt, **asked}
+        body |= {"return_tokens_as_token_ids": True, "cache_prompt": self.options.prefix_cache}
+        try:
+            data = await call(self.url, self.path, body)
+        except RefusedError as error:
+            raise self._cannot_rank(error.reason) from error
+        found = self.checked(self.path, read_next_tokens, data)
+        if found is None:
+            raise self._cannot_rank("it does not say which tokens they are")
+        best = sorted(found.items(), key=lambda pair: -pair[1])[:k]
+        ids, logprobs = zip(*best, strict=True)
+        return NextTokens(ids, logprobs), bill_of(data.get("usage") or {})
+
+    def _cannot_rank(self, reason: str) -> UnsupportedByServerError:
+        return UnsupportedByServerError(
+            f"{self.url} cannot give the most probable next tokens ({reason}). Use vLLM or "
+            "llama.cpp, or an agent that does without."
+        )
 
     def _cannot_judge(self, reason: str) -> UnsupportedByServerError:
         return UnsupportedByServerError(
@@ -400,6 +432,7 @@ class VLLM(Engine):
     """Knows all that is asked for, and gives log-probabilities of a prompt."""
 
     draws_many, all_tokens, keeps_stop, continues = True, -1, True, True
+    most_next_tokens = 20  # More takes a server with `--max-logprobs`.
 
     def judging_body(self, prompt: list[int], count: int) -> dict[str, Any]:
         asked = {"max_tokens": 1, "prompt_logprobs": 1}
@@ -464,7 +497,7 @@ class SGLang(Engine):
 class LlamaCpp(Engine):
     """Gives no log-probabilities of a prompt, but those of a sampled token before any bias."""
 
-    all_tokens, continues = 0, True
+    all_tokens, continues, most_next_tokens = 0, True, 1000
 
     async def judged(
         self, call: Call, prompt: list[int], ids: list[int]

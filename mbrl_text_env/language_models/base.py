@@ -82,11 +82,18 @@ class Guard:
     of the model's distribution over responses that are allowed, for each token is renormalised by
     itself, whatever it leads to.
 
+    A language model without `guards`, such as a server, is asked for whole chunks, which are cut at
+    their first refused token (`guarding`); all that was drawn is charged. The law is the same where
+    the model gives its most probable next tokens, with at most as many candidates as it gives. From
+    another one a refused token's place is drawn again, up to 8 times (not at temperature 0, which
+    draws the same): the token's law is that of plain sampling given that it may follow, and if q is
+    the probability of those that may not, the chunk ends there with probability q**9.
+
     With `weighted`, replacements come from the whole distribution that the sampling parameters
     shape, and each chunk has a weight (`Chunk.log_weight`) that undoes the renormalisation: for any
     function f, the mean of weight x f(chunk) is the sum of p(chunk) f(chunk) over the chunks that
     are allowed, p being plain sampling's. A chunk from which no way leads on has the weight 0. It
-    takes a second look at each token.
+    takes a second look at each token, and a language model with `guards`.
 
     Source: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
     Rejection Sampling", 2025. Deviations: the law without weights is that of locally constrained
@@ -101,12 +108,16 @@ class Guard:
         floor: The least log-probability (nats) of a token in place of a refused one.
         candidates: How many of the most probable tokens are tried.
         weighted: Whether chunks get weights; then `floor` and `candidates` do not count.
+        kept: What has to be left of a ledger's budget whenever a language model without `guards` is
+            asked again; where it would not be, the chunk ends with the refused token. Where it is
+            not left even so, the chunk stays as it was drawn. So redrawing passes no cap.
     """
 
     allows: Callable[[Sequence[TextState], Sequence[str], Sequence[bool]], Sequence[bool]]
     floor: float = -7.0
     candidates: int = 64
     weighted: bool = False
+    kept: Usage = field(default_factory=Usage)
 
 
 @dataclass(frozen=True)
@@ -173,7 +184,7 @@ class LanguageModel(ABC):
     cache_tokens: int = 0
     """Tokens of prefixes that can be kept between calls; 0 for none."""
     guards: bool = False
-    """Whether requests may have a `Guard`."""
+    """Whether `sample_requests` watches guards; elsewhere `guarding.sample_requests` does."""
 
     @property
     def counts_flops(self) -> bool:
@@ -358,6 +369,11 @@ def sample_requests(
         for i, row in zip(indices, drawn, strict=True):
             rows[i] = row
     return rows
+
+
+def watches_guards(language_model: LanguageModel) -> bool:
+    """Whether a language model watches guards by itself, for a `sample` takes none."""
+    return getattr(language_model, "guards", False) and _has_common_batches(language_model)
 
 
 def _has_common_batches(language_model: LanguageModel) -> bool:
@@ -569,7 +585,7 @@ def check_requests(requests: Sequence[SampleRequest], guards: bool = False) -> N
         if r.guard is not None and not guards:
             raise ValueError(
                 "guard: expected a language model with `guards`, such as `TransformersLM`, got one "
-                "without. Leave out the guard."
+                "without. Leave out the guard, or call `language_models.guarding.sample_requests`."
             )
         check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
 

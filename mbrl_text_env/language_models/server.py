@@ -34,11 +34,13 @@ from mbrl_text_env.language_models._http import (
 )
 from mbrl_text_env.language_models.base import (
     LanguageModel,
+    NextTokens,
     SampleRequest,
     charge,
     check_judging_arguments,
     check_requests,
     check_room,
+    check_unfinished,
     finish_reason,
     prefix_of,
     room_after,
@@ -265,6 +267,38 @@ class ServerLM(LanguageModel):
             usages.append(self._usage(computed, length - computed, 0))
         charge(ledgers, usages)
         return [logprobs for logprobs, _ in judged]
+
+    @property
+    def most_next_tokens(self) -> int:
+        """The most that `next_tokens` can be asked for, of every server."""
+        return min(engine.most_next_tokens for engine in self._engines.values())
+
+    def next_tokens(
+        self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
+    ) -> list[NextTokens]:
+        """The most probable next tokens; see `LanguageModel.next_tokens`. One is generated for it.
+
+        Raises:
+            UnsupportedByServerError: The server does not give them with their ids.
+        """
+        check_unfinished(states)
+        if not 1 <= k <= self.most_next_tokens:
+            raise ValueError(f"k: expected 1 to {self.most_next_tokens} (of the server), got {k}.")
+        self._check_budgets(ledgers)
+
+        def ask(state: TextState) -> Coroutine[Any, Any, tuple[NextTokens, Bill]]:
+            prompt = list(prefix_of(state))
+            return self._at_one(lambda e, call: e.next_tokens(call, prompt, k))
+
+        with timed(ledgers):
+            found = self._run(gather(map(ask, states)))
+        usages = []
+        for state, (_, bill) in zip(states, found, strict=True):
+            length = len(prefix_of(state))
+            computed, _ = _prefix_bill([bill], length, length)
+            usages.append(self._usage(computed, length - computed, 1))
+        charge(ledgers, usages)
+        return [next_tokens for next_tokens, _ in found]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
         """2 x parameters for each token of the chunks, and of the prefix for each of them.

@@ -1,5 +1,6 @@
 """The guarded planner on toys whose answers are known."""
 
+import asyncio
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +14,15 @@ from mbrl_text_env.types import Budget, Chunk, Prompt
 
 LM = NGramLM("abcde", order=2, seed=3, stop_probability=0.15)
 PROMPTS = [Prompt.from_text(text, chat=False) for text in ("ab", "ba", "cd", "de", "ea", "ac")]
+
+
+class Plain(NGramLM):
+    """One that watches no guards."""
+
+    guards = False
+
+
+PLAIN = Plain("abcde", order=2, seed=3, stop_probability=0.15)
 
 
 class NoVowels(RewardModel):
@@ -46,14 +56,27 @@ def test_it_reaches_the_target_for_fewer_tokens_than_best_of_n():
         assert spent[0] * 2 < spent[1]
 
 
+def test_a_model_without_guards_reaches_the_target_for_fewer_tokens_than_best_of_n_too():
+    options = {"max_response_tokens": 12}
+    own = Guarded(PLAIN, NoVowels(), **options)
+    other = BestOfN(PLAIN, NoVowels(), target=1.0, **options)
+    budget = Budget(tokens=300)
+    found, plain = ([g for s in range(3) for g in answers(a, budget, s)] for a in (own, other))
+    assert all(g.completion.score == 1.0 for g in found)
+    spent = [sum(g.usage.generated_tokens for g in row) for row in (found, plain)]
+    assert spent[0] < spent[1]
+    assert asyncio.run(own.generate_async(PROMPTS, budget, seed=2))[0].text == found[-6].text
+
+
 def test_without_a_budget_it_draws_until_the_target_or_four():
     for generation in answers(Guarded(LM, NoVowels(), max_response_tokens=12, floor=-40.0)):
         assert generation.completion.score == 1.0
 
 
+@pytest.mark.parametrize("lm", [LM, PLAIN], ids=["own", "by-chunks"])
 @pytest.mark.parametrize("tokens", [12, 13, 40, 100])
-def test_budgets_hold_and_every_answer_is_complete(tokens):
-    agent = Guarded(LM, NoVowels(), max_response_tokens=12)
+def test_budgets_hold_and_every_answer_is_complete(tokens, lm):
+    agent = Guarded(lm, NoVowels(), max_response_tokens=12)
     for generation in answers(agent, Budget(tokens=tokens, reward_calls=3)):
         assert generation.usage.generated_tokens <= tokens
         assert generation.usage.reward_calls <= 3
@@ -79,13 +102,8 @@ def test_refusals():
         def score(self, prompts, responses):
             return [0.0] * len(responses)
 
-    class Plain(NGramLM):
-        guards = False
-
     with pytest.raises(ValueError, match="a reward whose `bound` says"):
         answers(Guarded(LM, Unknown(), max_response_tokens=12))
-    with pytest.raises(ValueError, match="watches a guard"):
-        Guarded(Plain("abc", order=1, seed=0), NoVowels())
     for options in ({"floor": 1.0}, {"candidates": 0}, {"target": float("nan")}):
         with pytest.raises(ValueError, match="xpected"):
             Guarded(LM, NoVowels(), **options)

@@ -39,6 +39,10 @@ from mbrl_text_env.language_models import (
     UnsupportedByServerError,
     embedded_tokenizer,
 )
+from mbrl_text_env.language_models.base import Guard
+from mbrl_text_env.language_models.guarding import REDRAWS
+from mbrl_text_env.language_models.guarding import sample_requests as guarded_requests
+from mbrl_text_env.language_models.guarding import sample_requests_async as guarded_requests_async
 from mbrl_text_env.language_models.server import ServerConfigError
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.types import Budget, Chunk, Ledger, Message, Prompt, TextState
@@ -51,6 +55,7 @@ from tests.language_models.fake_server import (
     sampled_ids,
     vllm,
 )
+from tests.language_models.test_guard import without
 from tests.toys import CountReward
 
 GREEDY = SamplingParams(temperature=0)
@@ -236,6 +241,39 @@ class TestLlamaCpp:
             usage, length = ledger.usage, len(state.prompt_ids) + len(chunk) - 1
             assert usage.prompt_tokens + usage.cached_tokens == length
             assert (usage.lm_calls, usage.generated_tokens) == (1, 0)
+
+    def test_the_most_probable_next_tokens(self, llama, clients, smollm2: TransformersLM):
+        lm = clients(llama)
+        states = chats(lm)
+        ledgers = ledgers_for(states)
+        rows = lm.next_tokens(states, 5, ledgers=ledgers)
+        for state, found, ledger in zip(states, rows, ledgers, strict=True):
+            assert len(found.token_ids) == len(set(found.token_ids)) == 5
+            assert list(found.logprobs) == sorted(found.logprobs, reverse=True)
+            chunks = [Chunk((token,)) for token in found.token_ids]
+            exact = [logs[0] for logs in smollm2.logprobs([state] * 5, chunks)]
+            np.testing.assert_allclose(found.logprobs, exact, atol=MOST_DIFFERENCE)
+            usage = ledger.usage
+            assert usage.prompt_tokens + usage.cached_tokens == len(state.prompt_ids)
+            assert (usage.lm_calls, usage.generated_tokens) == (1, 1)
+        for k in (0, 1001):
+            with pytest.raises(ValueError, match="k: expected 1 to 1000"):
+                lm.next_tokens(states, k)
+
+    def test_a_guard_is_kept_and_what_it_throws_away_is_paid(self, llama, clients):
+        lm, guard = clients(llama, prefix_cache=False, max_concurrency=1), without("eE")
+        [state] = chats(lm, TEXTS[2:])
+        ledger, request = Ledger(), SampleRequest(state, 2, 24, 0, guard=guard)
+        [row] = guarded_requests(lm, [request], ledgers=[ledger])
+        texts = [lm.decode(chunk.token_ids) for chunk in row]
+        assert not set("eE") & set("".join(texts))
+        for chunk in row:
+            assert len(chunk.logprobs) == len(chunk)
+            assert chunk.finish_reason == "stop" or len(chunk) == 24
+        assert ledger.usage.generated_tokens > sum(map(len, row))
+        assert ledger.usage.lm_calls > 2
+        agains = guarded_requests_async(lm, [request], ledgers=[Ledger()])
+        assert asyncio.run(agains) == [row]
 
     def test_the_stop_token_ends_a_response(self, llama, clients):
         lm = clients(llama)
@@ -791,6 +829,75 @@ class TestFleet:
             lm.logprobs([ended], [Chunk((3,))])
         with pytest.raises(ValueError, match=r"one chunk a state \(1\), got 2"):
             lm.logprobs([state_of(3)], [Chunk((3,))] * 2)
+
+
+class TestGuards:
+    @staticmethod
+    def refusing(*tokens: int) -> Guard:
+        """Refuses texts with one of the tokens in them."""
+        texts = [embedded_tokenizer().decode([token]) for token in tokens]
+        return Guard(lambda _, prefixes, __: [not any(t in p for t in texts) for p in prefixes])
+
+    @staticmethod
+    def one_by_one(top: dict[str, float] | None) -> Callable[[Request], Reply]:
+        """Draws 1000, 1001, ... and 2000, 2001, ... after the first request."""
+
+        def reply(request: Request) -> Reply:
+            body = request.body
+            start = 1000 if len(body["prompt"]) == 5 and body["max_tokens"] > 1 else 2000
+            content = vllm(request, ids=[start + i for i in range(body["max_tokens"])]).content
+            if top is not None and body["max_tokens"] == 1:
+                content["choices"][0]["logprobs"]["top_logprobs"] = [top]
+            return Reply(content)
+
+        return reply
+
+    def drawn(self, lm: ServerLM, guard: Guard, ledger: Ledger | None = None) -> Chunk:
+        request = SampleRequest(state_of(5), 1, 6, 0, guard=guard)
+        [[chunk]] = guarded_requests(lm, [request], ledgers=[ledger or Ledger()])
+        return chunk
+
+    def test_a_refused_token_is_replaced_by_a_probable_one(self, fakes, clients):
+        top = {"token_id:1003": -0.1, "token_id:1500": -0.5, "token_id:1600": -9.0}
+        server, ledger = fakes(self.one_by_one(top)), Ledger()
+        chunk = self.drawn(clients(server), self.refusing(1003), ledger)
+        assert chunk.token_ids == (1000, 1001, 1002, 1500, 2000, 2001)
+        assert chunk.logprobs[3] == -0.5
+        asked = [(len(body["prompt"]), body["max_tokens"]) for body in server.bodies()]
+        assert asked == [(5, 6), (8, 1), (9, 2)]
+        assert server.bodies()[1]["logprobs"] == 20
+        usage = ledger.usage
+        assert (usage.lm_calls, usage.generated_tokens) == (3, 6 + 1 + 2)
+        assert usage.prompt_tokens == 5 + 8 + 9
+
+    def test_without_a_probable_one_the_chunk_ends_there(self, fakes, clients):
+        lm = clients(fakes(self.one_by_one({"token_id:1003": -0.1, "token_id:1600": -9.0})))
+        assert self.drawn(lm, self.refusing(1003)).token_ids == (1000, 1001, 1002, 1003)
+
+    @pytest.mark.parametrize("top", [None, {" dog": -0.1}])
+    def test_where_they_are_not_known_the_place_is_drawn_again(self, fakes, clients, top):
+        server, ledger = fakes(self.one_by_one(top)), Ledger()
+        lm = clients(server)
+        assert self.drawn(lm, self.refusing(1003), ledger).token_ids[3:] == (2000, 2001, 2002)
+        assert ledger.usage.generated_tokens == 6 + 3, "the question that failed is not charged"
+        ledger = Ledger()
+        chunk = self.drawn(lm, self.refusing(1003, 2000), ledger)
+        assert chunk.token_ids == (1000, 1001, 1002, 1003)
+        assert ledger.usage.generated_tokens == 6 + 3 * REDRAWS
+        # Each from a stream of its own.
+        seeds = [body["seed"] for body in server.bodies() if "seed" in body]
+        assert len(set(seeds[-REDRAWS:])) == REDRAWS
+
+    def test_the_loop_goes_on_meanwhile(self, fakes, clients):
+        lm = clients(fakes(self.one_by_one({"token_id:1500": -0.5})))
+        request = SampleRequest(state_of(5), 1, 6, 0, guard=self.refusing(1003))
+        chunk = self.drawn(lm, self.refusing(1003))
+
+        async def both() -> list[Any]:
+            job = guarded_requests_async(lm, [request], ledgers=[Ledger()])
+            return await asyncio.gather(job, asyncio.sleep(0))
+
+        assert asyncio.run(both())[0] == [[chunk]]
 
 
 class TestFormats:

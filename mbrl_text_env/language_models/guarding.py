@@ -1,0 +1,330 @@
+"""Guards for language models that watch none themselves, such as servers.
+
+A chunk is drawn as ever and cut at its first refused token; another token comes there, and the
+chunk goes on from it. What is thrown away has been paid for. `Guard` states the law of the tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from mbrl_text_env.language_models import base
+from mbrl_text_env.language_models.base import (
+    GrowingText,
+    Guard,
+    LanguageModel,
+    NextTokens,
+    SampleRequest,
+    check_requests,
+    finish_reason,
+    has_stop_text,
+    prefix_of,
+    replacements,
+    room_after,
+    spawn_seed,
+    stream,
+    watches_guards,
+)
+from mbrl_text_env.types import Chunk, Ledger, TextState, Usage
+
+# How often a place is drawn again where the most probable tokens are not known.
+REDRAWS = 8
+# Tokens that are drawn after a cut, twice as many after each piece of which nothing is refused:
+# what comes after a refused token is thrown away.
+_PIECE = 8
+
+_Rows: TypeAlias = list[list[Chunk]]
+_Draw: TypeAlias = Callable[..., Awaitable[_Rows]]
+_Call: TypeAlias = Callable[..., Awaitable[Any]]
+
+
+def sample_requests(
+    language_model: LanguageModel,
+    requests: Sequence[SampleRequest],
+    *,
+    ledgers: Sequence[Ledger] | None = None,
+) -> _Rows:
+    """`LanguageModel.sample_requests` of any language model, with or without guards of its own.
+
+    Example:
+        >>> request = SampleRequest(state, 4, 64, seed=0, guard=guard)  # doctest: +SKIP
+        >>> [chunks] = sample_requests(ServerLM(url, tokenizer=name), [request])  # doctest: +SKIP
+    """
+    if _is_watched(language_model, requests):
+        return base.sample_requests(language_model, requests, ledgers=ledgers)
+
+    async def draw(asked: Sequence[SampleRequest], paying: Sequence[Ledger] | None) -> _Rows:
+        return base.sample_requests(language_model, asked, ledgers=paying)
+
+    async def call(function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    # Nothing in it waits, so there is no event loop, and it also works inside one.
+    guarded = _Guarded(language_model, draw, call).rows(requests, ledgers)
+    try:
+        guarded.send(None)
+    except StopIteration as ended:
+        rows: _Rows = ended.value
+        return rows
+    raise AssertionError("expected a coroutine that waits for nothing")
+
+
+async def sample_requests_async(
+    language_model: LanguageModel, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger]
+) -> _Rows:
+    """`sample_requests` that awaits the model; what has to wait otherwise does so in a thread."""
+    if _is_watched(language_model, requests):
+        return await base.sample_requests_async(language_model, requests, ledgers=ledgers)
+
+    async def draw(asked: Sequence[SampleRequest], paying: Sequence[Ledger]) -> _Rows:
+        return await base.sample_requests_async(language_model, asked, ledgers=paying)
+
+    return await _Guarded(language_model, draw, asyncio.to_thread).rows(requests, ledgers)
+
+
+def _is_watched(language_model: LanguageModel, requests: Sequence[SampleRequest]) -> bool:
+    """Whether the model can be left alone with the requests."""
+    guards = [request.guard for request in requests if request.guard is not None]
+    if watches_guards(language_model) or not guards:
+        return True
+    if any(guard.weighted for guard in guards):
+        raise ValueError(
+            f"guard: expected a language model with `guards` for weighted chunks, got "
+            f"{type(language_model).__name__}. Use TransformersLM, or a guard without weights."
+        )
+    return False
+
+
+@dataclass
+class _Growing:
+    """A chunk as far as nothing was refused; `refused` is what was drawn first from there on.
+
+    `asked` counts what was asked for, so that nothing is drawn from the same stream twice.
+    """
+
+    model: LanguageModel
+    request: SampleRequest
+    number: int
+    ledger: Ledger | None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = field(default_factory=list)
+    text: GrowingText | None = None
+    refused: tuple[list[int], tuple[float, ...]] | None = None
+    redraws: int = 0
+    asked: int = 0
+    size: int = _PIECE
+    is_done: bool = False
+
+    def __post_init__(self) -> None:
+        room = room_after(self.request.state, self.model.context_length)
+        self.limit = min(self.request.max_new_tokens, room)
+
+    @property
+    def guard(self) -> Guard:
+        """The request's."""
+        assert self.request.guard is not None
+        return self.request.guard
+
+    @property
+    def state(self) -> TextState:
+        """The request's, with the tokens so far."""
+        state = self.request.state
+        return replace(state, response_ids=(*state.response_ids, *self.tokens))
+
+    @property
+    def chunk(self) -> Chunk:
+        """What came of it."""
+        reason = finish_reason(self.model, self.request.state, self.tokens)
+        return Chunk(tuple(self.tokens), tuple(self.logprobs or ()), reason)
+
+    @property
+    def length(self) -> int:
+        """How many tokens are asked for next."""
+        return min(self.size, self.limit - len(self.tokens))
+
+    def fresh_seed(self) -> int:
+        """Of a stream that nothing was drawn from."""
+        self.asked += 1
+        return spawn_seed(self.request.seed, self.number, self.asked)
+
+    def affords(self, reserved: dict[int, Usage], new: int) -> bool:
+        """Whether the ledger pays for `new` tokens beside what is reserved; if so, they are too."""
+        if self.ledger is None:
+            return True
+        need = self.model.usage_bound(len(prefix_of(self.state)), [new])
+        total = reserved.get(id(self.ledger), Usage()) + need
+        if not self.ledger.affords(total + self.guard.kept):
+            self.end()
+            return False
+        reserved[id(self.ledger)] = total
+        return True
+
+    def end(self) -> None:
+        """Leave it as it is, a refused token at its end; what is paid for stays without `kept`."""
+        if self.refused is not None:
+            ids, logprobs = self.refused
+            is_kept = self.ledger is None or self.ledger.affords(self.guard.kept)
+            count = 1 if is_kept else len(ids)
+            self._add(ids[:count], logprobs[:count])
+        self.is_done = True
+
+    def take(self, piece: Chunk) -> None:
+        """Go on with what was drawn, up to its first refused token."""
+        ids = list(piece.token_ids)[: self._end_of_stop_text(piece.token_ids)]
+        count = self._first_refused(ids)
+        self._add(ids[:count], piece.logprobs[:count])
+        if count:
+            self.refused, self.redraws = None, 0
+        if count < len(ids):
+            self.size, self.text = _PIECE, None
+            self.refused = self.refused or (ids[count:], piece.logprobs[count:])
+        else:
+            self.size *= 2
+            self._check_end()
+
+    def replace_refused(self, found: NextTokens) -> None:
+        """Put one of the most probable tokens in the refused one's place, or end there."""
+        assert self.refused is not None
+        pairs = zip(found.token_ids[: self.guard.candidates], found.logprobs, strict=False)
+        logprobs = {token: log for token, log in pairs if token != self.refused[0][0]}
+        generator = stream(self.fresh_seed(), self.request.state, 0)
+        for token in replacements(logprobs, self.guard, self.request.params, generator):
+            if self._first_refused([token]):
+                self.refused = None
+                self._add([token], (logprobs[token],))
+                self._check_end()
+                return
+            self.text = None
+        self.end()
+
+    def _add(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        self.tokens += ids
+        if self.logprobs is not None:
+            self.logprobs = [*self.logprobs, *logprobs] if len(logprobs) == len(ids) else None
+
+    def _check_end(self) -> None:
+        is_stopped = self.tokens[-1] in self.model.stop_token_ids
+        is_full = len(self.tokens) >= self.limit
+        has_stop = has_stop_text(self.model, self.tokens, self.request.params)
+        self.is_done = is_stopped or is_full or has_stop
+
+    def _end_of_stop_text(self, ids: Sequence[int]) -> int:
+        """Of the new tokens, how many there are up to a stop text, which may have begun before."""
+        if self.request.params.stop:
+            for i in range(1, len(ids) + 1):
+                if has_stop_text(self.model, [*self.tokens, *ids[:i]], self.request.params):
+                    return i
+        return len(ids)
+
+    def _first_refused(self, ids: Sequence[int]) -> int:
+        """The place of the first token that may not follow; their number if all may."""
+        state = self.request.state
+        if self.text is None:
+            self.text = GrowingText(self.model, (*state.response_ids, *self.tokens))
+        texts = []
+        for token in ids:
+            texts.append(self.text.with_token(token))
+            self.text.append(token)
+        is_stopped = ids[-1] in self.model.stop_token_ids
+        # A text that ends may cost a reward call: it is asked for where those before may follow.
+        going_on = texts[:-1] if is_stopped else texts
+        count = len(going_on)
+        allowed = self.guard.allows([state] * count, going_on, [False] * count) if count else []
+        for i, well in enumerate(allowed):
+            if not well:
+                return i
+        if is_stopped and self.guard.allows([state], texts[-1:], [True])[0]:
+            return len(ids)
+        return count
+
+
+@dataclass
+class _Guarded:
+    """Draws chunks with guards: `draw` asks the model for chunks, `call` calls a function."""
+
+    model: LanguageModel
+    draw: _Draw
+    call: _Call
+
+    def __post_init__(self) -> None:
+        # One that inherits nothing may not have it.
+        self.gives_next = hasattr(self.model, "next_tokens")
+
+    async def rows(
+        self, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger] | None
+    ) -> _Rows:
+        """The chunks of all requests."""
+        check_requests(requests, guards=True)
+        # Whole chunks first: where nothing is refused, they are those of plain sampling.
+        rows = await self.draw([replace(r, guard=None) for r in requests], ledgers)
+        growing: dict[tuple[int, int], _Growing] = {}
+        for i, (request, row) in enumerate(zip(requests, rows, strict=True)):
+            for k, chunk in enumerate(row if request.guard is not None else ()):
+                ledger = None if ledgers is None else ledgers[i]
+                new = _Growing(self.model, request, request.first_sample + k, ledger)
+                await self.call(new.take, chunk)
+                if new.refused is not None:
+                    growing[i, k] = new
+        active = list(growing.values())
+        while active := [each for each in active if not each.is_done]:
+            await self._replace(active)
+            await self._go_on(active)
+        for (i, k), each in growing.items():
+            rows[i][k] = each.chunk
+        return rows
+
+    async def _replace(self, active: Sequence[_Growing]) -> None:
+        """Put other tokens in the place of refused ones, where the most probable are known."""
+        reserved: dict[int, Usage] = {}
+        refused = [each for each in active if each.refused is not None and self.gives_next]
+        refused = [each for each in refused if each.affords(reserved, 1)]
+        if not refused:
+            return
+        try:
+            found = await self.call(self._next_tokens, refused)
+        except NotImplementedError:
+            self.gives_next = False
+            return
+        for each, next_tokens in zip(refused, found, strict=True):
+            await self.call(each.replace_refused, next_tokens)
+
+    async def _go_on(self, active: Sequence[_Growing]) -> None:
+        """Draw what comes next; a refused place again, but not for ever."""
+        for each in active:
+            is_greedy = each.request.params.temperature == 0
+            if each.refused is not None and (is_greedy or each.redraws == REDRAWS):
+                each.end()
+            each.redraws += each.refused is not None
+        reserved: dict[int, Usage] = {}
+        going = [a for a in active if not a.is_done and a.affords(reserved, a.length)]
+        if not going:
+            return
+        requests = [
+            replace(
+                each.request,
+                state=each.state,
+                num_samples=1,
+                max_new_tokens=each.length,
+                seed=each.fresh_seed(),
+                first_sample=0,
+                guard=None,
+            )
+            for each in going
+        ]
+        for each, [piece] in zip(
+            going, await self.draw(requests, self._ledgers(going)), strict=True
+        ):
+            await self.call(each.take, piece)
+
+    def _next_tokens(self, refused: Sequence[_Growing]) -> list[NextTokens]:
+        most = getattr(self.model, "most_next_tokens", self.model.vocab_size)
+        k = min(most, self.model.vocab_size, max(each.guard.candidates for each in refused))
+        states = [each.state for each in refused]
+        return self.model.next_tokens(states, k, ledgers=self._ledgers(refused))
+
+    def _ledgers(self, growing: Sequence[_Growing]) -> list[Ledger] | None:
+        ledgers = [each.ledger for each in growing if each.ledger is not None]
+        return ledgers or None
