@@ -49,8 +49,8 @@ TimeoutOption = Annotated[
 PromptsOption = Annotated[
     str,
     typer.Option(
-        help="'builtin', a .jsonl or .csv file, 'suite:NAME' (constraints, reasoning, code, sql), or "
-        "'reasoning-gym:TASK' (256 questions a split)."
+        help="'builtin', a .jsonl or .csv file, 'suite:NAME' (constraints, reasoning, code, sql), "
+        "or 'reasoning-gym:TASK' (256 questions a split)."
     ),
 ]
 PlainOption = Annotated[

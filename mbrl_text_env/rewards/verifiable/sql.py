@@ -58,9 +58,9 @@ class SQLReward(RewardModel):
 
     Responses are untrusted. Each is one statement on a database of its own, in memory, which it can
     read and nothing else: no writing, no PRAGMA, no ATTACH, no extension. `random` and `randomblob`
-    are refused too. A query that breaks a limit scores 0: `max_steps`, `seconds`, texts and blobs of
-    100,000 bytes (intermediate ones too), SQL of 10,000 bytes, 64 MiB of memory, one row more than
-    the reference query has. It runs in a helper process (`rewards.verifiable.isolated`).
+    are refused too. A query that breaks a limit scores 0: `max_steps`, `seconds`, texts and blobs
+    of 100,000 bytes (intermediate ones too), SQL of 10,000 bytes, 64 MiB of memory, one row more
+    than the reference query has. It runs in a helper process (`rewards.verifiable.isolated`).
 
     The bound is 1: a prefix never rules a later fence out.
 
