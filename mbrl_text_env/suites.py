@@ -103,11 +103,11 @@ def _with_examples(name: str, prompts: list[Prompt], shots: int) -> list[Prompt]
         raise PromptError(f"suite:{name}: expected shots from 0 to {most}, got {shots}.")
     turns: dict[str, tuple[Message, ...]] = {}
     for kind, own in examples.items():
-        pairs = [(p.content[0], Message("assistant", _answer(p))) for p in own[:shots]]
+        pairs = [(Message("user", p.text), Message("assistant", _answer(p))) for p in own[:shots]]
         turns[kind] = tuple(message for pair in pairs for message in pair)
     used = {prompt.id for own in examples.values() for prompt in own[:shots]}
     return [
-        replace(prompt, content=(*turns[prompt.metadata["kind"]], *prompt.content))
+        replace(prompt, content=(*turns[prompt.metadata["kind"]], Message("user", prompt.text)))
         for prompt in prompts
         if prompt.id not in used
     ]

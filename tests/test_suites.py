@@ -112,7 +112,7 @@ def test_examples_are_a_prefix_of_the_same_tokens(name, shots, smollm2):
         # What the template puts behind a chat is no part of what is shared.
         length = next(i for i in range(len(shared), 0, -1) if tokens[0][:i] == shared[:i])
         assert {ids[:length] for ids in tokens} == {shared[:length]}
-        text = smollm2.tokenizer.decode(shared[:length])
+        text = smollm2.decode(shared[:length])
         assert own[0].content[2 * count - 1].content in text, "the last answer"
 
 

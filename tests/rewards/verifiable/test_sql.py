@@ -74,6 +74,7 @@ def test_which_queries_are_ordered(query, ordered):
 
 
 LOOP = "WITH RECURSIVE c(x) AS (SELECT {0} UNION ALL SELECT {1} FROM c) SELECT {2} FROM c"
+TABLES = ", ".join(f"fruit f{i}" for i in range(30))
 HOSTILE = {
     "writes": "DELETE FROM fruit",
     "writes in a CTE": "WITH t AS (SELECT 1) INSERT INTO fruit SELECT 'x', 1, 1",
@@ -93,8 +94,8 @@ HOSTILE = {
     "loops with memory": LOOP.format("zeroblob(90000)", "x", "count(DISTINCT x || random())"),
     "sorts for ever": LOOP.format("1", "x + 1", "x") + " ORDER BY x",
     "grows": LOOP.format("'ab'", "x || x", "max(x)"),
-    "crosses": "SELECT count(*) FROM " + ", ".join(f"fruit f{i}" for i in range(30)),
-    "groups": "SELECT group_concat(f0.name) FROM " + ", ".join(f"fruit f{i}" for i in range(30)),
+    "crosses": "SELECT count(*) FROM {tables}",
+    "groups": "SELECT group_concat(f0.name) FROM {tables}",
     "a blob": "SELECT length(zeroblob(1000000000))",
     "a padded text": "SELECT length(printf('%.*c', 100000000, 'x'))",
     "a replaced text": "SELECT replace(hex(zeroblob(40000)), '0', hex(zeroblob(40000)))",
@@ -115,7 +116,7 @@ def test_hostile_queries_score_0_and_cost_nothing_else(name, tmp_path):
     reward = SQLReward(seconds=120)
     assert reward.score([TOTAL], ["SELECT 13"]) == 1
     process = isolated._helper.process
-    query = HOSTILE[name].replace("{path}", str(path))
+    query = HOSTILE[name].replace("{path}", str(path)).replace("{tables}", TABLES)
     assert reward.score([TOTAL] * 2, [query, "SELECT sum(amount) FROM fruit"]).tolist() == [0, 1]
     assert isolated._helper.process is process, "no limit was left to the clock"
     assert not path.exists()
@@ -124,9 +125,8 @@ def test_hostile_queries_score_0_and_cost_nothing_else(name, tmp_path):
 def test_memory_is_bounded_whatever_the_steps():
     reward = SQLReward(max_steps=10**9, seconds=60)
     rows = LOOP.format("1", "x + 1", "x") + " LIMIT 400"
-    flood = (
-        f"SELECT count(*) FROM (SELECT DISTINCT zeroblob(90000 + a.x) FROM ({rows}) a, ({rows}))"
-    )
+    flood = "SELECT count(*) FROM (SELECT DISTINCT zeroblob(90000 + a.x) FROM (ROWS) a, (ROWS))"
+    flood = flood.replace("ROWS", rows)
     assert reward.score([TOTAL], ["SELECT 13"]) == 1
     process = isolated._helper.process
     huge = LOOP.format("1", "x + 1", "x") + " ORDER BY zeroblob(90000), x"
@@ -145,6 +145,9 @@ def test_the_bound_is_the_maximum():
     check_reward_model(SQLReward(), [TOTAL], ["SELECT 13", "No.\n```sql\nSELECT 13\n```", "x"])
 
 
+MANY = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 1001) SELECT x FROM c"
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
@@ -152,10 +155,9 @@ def test_the_bound_is_the_maximum():
         (asking("SELECT colour FROM fruit"), "'p1': .*no such column: colour"),
         (asking("DELETE FROM fruit"), "'p1': .*not authorized"),
         (asking("SELECT 1", "CREATE TABEL t (n)"), "'p1': .*syntax error"),
-        (asking("SELECT a.n FROM t a, t b, t c", "CREATE TABLE t (n); INSERT INTO t VALUES "
-                + ", ".join(["(1)"] * 11)), "at most 1000 rows"),
+        (asking(MANY), "at most 1000 rows"),
     ],
-)  # fmt: skip
+)
 def test_prompts_that_cannot_be_scored(prompt, said):
     with pytest.raises(RewardError, match=said):
         SQLReward().score([prompt], ["SELECT 1"])
