@@ -5,7 +5,7 @@ import pytest
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards import RewardError, SQLReward
-from mbrl_text_env.rewards.verifiable import isolated
+from mbrl_text_env.rewards.verifiable import isolated, sql
 from mbrl_text_env.rewards.verifiable.sql import is_ordered
 from mbrl_text_env.types import Prompt
 
@@ -123,15 +123,11 @@ def test_hostile_queries_score_0_and_cost_nothing_else(name, tmp_path):
 
 
 def test_memory_is_bounded_whatever_the_steps():
-    reward = SQLReward(max_steps=10**9, seconds=60)
-    rows = LOOP.format("1", "x + 1", "x") + " LIMIT 400"
-    flood = "SELECT count(*) FROM (SELECT DISTINCT zeroblob(90000 + a.x) FROM (ROWS) a, (ROWS))"
-    flood = flood.replace("ROWS", rows)
-    assert reward.score([TOTAL], ["SELECT 13"]) == 1
-    process = isolated._helper.process
-    huge = LOOP.format("1", "x + 1", "x") + " ORDER BY zeroblob(90000), x"
-    assert reward.score([TOTAL] * 2, [huge, flood]).tolist() == [0, 0]
-    assert isolated._helper.process is process
+    query = LOOP.format("1", "x + 1", "x") + " ORDER BY zeroblob(90000), x"
+    parts = (DATABASE, "SELECT 13", 10**9)
+    work, check = (f"{sql.__name__}:{name}" for name in ("score_query", "reference_rows"))
+    with pytest.raises(isolated.IsolatedError, match=r"MemoryError|out of memory"):
+        isolated.call_isolated(work, *parts, query, seconds=120, prepare=[check, *parts])
 
 
 def test_the_clock_is_the_last_limit():
