@@ -144,7 +144,7 @@ class BestFirst(Planner):
                 texts.add(self._text(node.state))
                 continue
             entries = self._most_probable(search, frontier, target)
-            count = min(left, self._affordable(search, frontier, entries))
+            count = int(min(left, self._affordable(search, frontier, entries)))
             for entry in entries[count:]:
                 frontier.push(entry)
             if count:

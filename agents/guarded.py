@@ -190,10 +190,8 @@ class GuardedSearch:
         """What may be added to a text so that it can still reach the target."""
         reward, prompt = self.search.reward_model, self.search.tree.root.state.prompt
         for piece in reward.suggest(prompt, text) if self.adds else ():
-            if (
-                self._ids(piece)
-                and reward_bounds(reward, [prompt], [text + piece])[0] >= self.target - _SAME
-            ):
+            [bound] = reward_bounds(reward, [prompt], [text + piece])
+            if self._ids(piece) and bound >= self.target - _SAME:
                 yield piece
 
     async def _added(self, node: Node) -> Node | None:

@@ -73,6 +73,7 @@ def compare_command(
     from mbrl_text_env.benchmarks.compare import Comparison, compare_with_progress
     from mbrl_text_env.benchmarks.report import table
 
+    judge = judge.of(prompts.prompts)
     reward = judge.load()
     asked = prompts.choose(num_prompts, reward, config.seed)
     language_model = model.load()
@@ -112,7 +113,7 @@ def collect_command(
     from mbrl_text_env.agents.collection import collect, missing_samples
     from mbrl_text_env.records import RecordWriter
 
-    reward = judge.load()
+    reward = judge.of(prompts.prompts).load()
     asked = prompts.choose(num_prompts, reward, seed)
     language_model = model.load()
     chosen = options.that_fit(asked, language_model)
@@ -246,6 +247,7 @@ def search_command(
     from mbrl_text_env.types import Budget
 
     asked = options.text_prompt(prompt, plain_prompts)
+    judge = judge.of("builtin")
     language_model, reward, limit = model.load(), judge.load(), max_response_tokens
     values = options.load_value_option(value, reward, language_model, limit, seed)
     planner = make(agent, language_model, reward, values, max_response_tokens=limit)

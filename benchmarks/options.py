@@ -25,6 +25,7 @@ from mbrl_text_env.types import Budget, Prompt, Split
 
 _PUZZLES = "reasoning-gym:"
 _PUZZLES_A_SPLIT = 256
+_SUITE = "suite:"
 _YEAR = 365 * 86400.0
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
 _LEAST = {"num_prompts": 4, "samples": 4, "max_response_tokens": 1, "sensitivity_samples": 1}
@@ -48,7 +49,8 @@ TimeoutOption = Annotated[
 PromptsOption = Annotated[
     str,
     typer.Option(
-        help="'builtin', a .jsonl or .csv file, or 'reasoning-gym:TASK' (256 questions a split)."
+        help="'builtin', a .jsonl or .csv file, 'suite:NAME' (constraints, reasoning, code, sql), "
+        "or 'reasoning-gym:TASK' (256 questions a split)."
     ),
 ]
 PlainOption = Annotated[
@@ -137,19 +139,25 @@ class RewardOptions:
     """The options that say which reward is used."""
 
     reward: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="A name, a weighted sum such as '0.5*sentiment+0.5*relevance', or a function or "
-            "class in a file: 'my_rewards.py:brevity'."
+            "class in a file: 'my_rewards.py:brevity'. By default that of the suite of prompts, or "
+            "'sentiment'."
         ),
-    ] = "sentiment"
+    ] = None
     reward_timeout: TimeoutOption = 600.0
+
+    def of(self, source: str) -> RewardOptions:
+        """The options with the reward that prompts of a source have where none is given."""
+        return self if self.reward is not None else replace(self, reward=_reward_of(source))
 
     def load(self, spec: str | None = None) -> Any:
         """The reward, or another of the same timeout, given up on if a batch takes longer."""
         from mbrl_text_env.rewards import TimeLimit, make
 
-        return TimeLimit(make(self.reward if spec is None else spec), self.reward_timeout)
+        own = self.of("builtin").reward
+        return TimeLimit(make(own if spec is None else spec), self.reward_timeout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +166,19 @@ class PromptOptions:
 
     prompts: PromptsOption = "builtin"
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test"
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Examples with answers before each question of a suite; by default 4 in "
+            "'suite:reasoning', else 0.",
+        ),
+    ] = None
     plain_prompts: PlainOption = False
 
     def load(self) -> Any:
         """All prompts of the split."""
-        return load_prompts_option(self.prompts, self.split)
+        return load_prompts_option(self.prompts, self.split, shots=self.shots)
 
     def choose(self, count: int, reward_model: RewardModel, seed: int) -> list[Prompt]:
         """`count` prompts that the reward applies to; all of a shorter file."""
@@ -374,13 +390,32 @@ def text_prompt(text: str, is_plain: bool) -> Any:
         raise typer.BadParameter(f"PROMPT: {error}") from error
 
 
-def load_prompts_option(source: str, split: str, kind: str | None = None) -> Any:
+def load_prompts_option(
+    source: str, split: str, kind: str | None = None, shots: int | None = None
+) -> Any:
     """The prompts of a `PromptsOption`; `split` may be "all"."""
-    from mbrl_text_env.prompts import load_prompts
+    from mbrl_text_env.prompts import PromptError, load_prompts
+    from mbrl_text_env.suites import load_suite
 
+    if source.startswith(_SUITE):
+        only = None if split == "all" else split
+        return load_suite(source.removeprefix(_SUITE), split=only, kind=kind, shots=shots)
+    if shots is not None:
+        raise PromptError(
+            f"shots: expected none with the prompts {source!r}, got {shots}. Only suites have "
+            "examples (suite:reasoning, suite:code, suite:sql)."
+        )
     if source.startswith(_PUZZLES):
         return _puzzles(source.removeprefix(_PUZZLES), split, kind)
     return load_prompts(source, split=None if split == "all" else split, kind=kind)
+
+
+def _reward_of(source: str) -> str:
+    """The reward of prompts where none is given."""
+    from mbrl_text_env.suites import SUITES
+
+    suite = SUITES.get(source.removeprefix(_SUITE)) if source.startswith(_SUITE) else None
+    return "sentiment" if suite is None else suite.reward
 
 
 def choose_prompts(

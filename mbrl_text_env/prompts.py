@@ -142,7 +142,7 @@ def hub_prompts(
     if column not in dataset.column_names:
         columns = dataset.column_names
         raise PromptError(
-            f"{name}: expected a column {column!r}, got {columns}.{_near(column, columns)} "
+            f"{name}: expected a column {column!r}, got {columns}.{nearest(column, columns)} "
             "Name the column of the prompts with `column=...`."
         )
     if limit is not None:
@@ -215,7 +215,7 @@ def reasoning_gym_prompts(
     tasks = importlib.import_module("reasoning_gym.factory").DATASETS
     if task not in tasks:
         raise PromptError(
-            f"Expected a task of reasoning-gym, got {task!r}.{_near(task, tasks)} See "
+            f"Expected a task of reasoning-gym, got {task!r}.{nearest(task, tasks)} See "
             "`reasoning_gym.factory.DATASETS` for all."
         )
     # The tasks check their settings with assertions.
@@ -387,6 +387,7 @@ def _json_only(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _near(name: str, known: Collection[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
+    """A hint at names that look like `name`, or nothing."""
     near = difflib.get_close_matches(name, known)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,7 +206,10 @@ class _Trial(Trial):
     def watched(self, method: str, counts: _Counts, budget: Budget | None) -> Iterator[None]:
         """Count what the models are asked for; running out of the budget is a fault."""
         score, steps = counts.of_score, counts.of_steps
-        of_lm = {"sample": counts.of_sample, "next_tokens": counts.of_next_tokens}
+        of_lm: dict[str, Callable[..., None]] = {
+            "sample": counts.of_sample,
+            "next_tokens": counts.of_next_tokens,
+        }
         of_reward = {"score": score, "score_parts": score, "score_steps": steps}
         try:
             with (

@@ -48,6 +48,7 @@ __getattr__, __dir__, __all__ = attach(
         "evaluators.relevance": ["RelevanceReward"],
         "verifiable.schema": ["JSONSchemaReward"],
         "evaluators.sentiment": ["SentimentReward"],
+        "verifiable.sql": ["SQLReward"],
         "composite.transforms": [
             "Clip",
             "LengthPenalty",

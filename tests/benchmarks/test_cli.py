@@ -135,9 +135,26 @@ def test_generated_puzzles_are_prompts():
         assert words[1].removeprefix("reasoning-gym:") in result.output
 
 
+def test_a_suite_brings_its_reward(tmp_path):
+    words = ["--prompts", "suite:sql", "--num-prompts", 2, "--out", tmp_path, *SMALL]
+    result = run("compare", "--agents", "best-of-n:n=2", "--budget-tokens", 16, *words)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["reward"] == "sql"
+    assert len(summary["prompts"]) == len(read_rows(tmp_path / "results.jsonl")) == 2
+    listed = run("prompts", "--source", "suite:sql", "--kind", "trains", "--split", "test").output
+    assert "10 prompts" in listed
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--prompts", "suite:sqll"], "Did you mean 'sql'"),
+        (["--prompts", "suite:sql", "--split", "dev"], "split: expected one of"),
+        (["--prompts", "suite:sql", "--reward", "unit-tests"], "applies to none"),
+        (["--prompts", "suite:sql", "--shots", "3"], "shots from 0 to 2"),
+        (["--prompts", "suite:constraints", "--shots", "1"], "shots from 0 to 0"),
+        (["--shots", "1"], "Only suites have examples"),
         (["--reward", "sentimant"], "sentiment"),
         (["--agents", "best-of-m"], "best-of-n"),
         (["--agents", "best-of-n:m=3"], "no option"),

@@ -38,6 +38,7 @@ from mbrl_text_env.rewards import (
     RelevanceReward,
     RepetitionPenalty,
     SentimentReward,
+    SQLReward,
     Threshold,
     TimeLimit,
     UnitTestReward,
@@ -146,6 +147,9 @@ ROWS = {
     "JSON schema": Row(lambda parts: JSONSchemaReward({"type": "object"})),
     "reasoning-gym": Row(lambda parts: ReasoningGymReward(), prompts=puzzles),
     "unit tests": Row(lambda parts: UnitTestReward(), {"tests": ["assert answer == 4"]}),
+    "SQL": Row(
+        lambda parts: SQLReward(), {"database": "SELECT 1;", "reference_answer": "SELECT 4"}
+    ),
     "learned head": Row(lambda parts: learned(parts["minilm"])),
     "function of two texts": Row(lambda parts: as_reward_model(two_texts)),
     "TRL's function": Row(lambda parts: as_reward_model(trl_function)),
