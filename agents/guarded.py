@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ class Guarded(Planner):
         """Draw guarded responses until one reaches the target or the budget allows no more."""
         root = search.tree.root
         target = self._target(search)
-        guard = self._guard(search, target)
+        guard = self._guard(search, target) if target < float("inf") else None
         while not search.has_reached(target - _SAME):
             [row] = await search.expand([Expansion(root, guard=guard, valued=False)])
             if search.is_capped or not row or root.samples >= _WITHOUT_BUDGET:
@@ -84,11 +85,20 @@ class Guarded(Planner):
     def _target(self, search: Search) -> float:
         prompt = search.tree.root.state.prompt
         [most] = reward_bounds(search.reward_model, [prompt], [""])
+        if search.reward_model.is_bound_wrong:
+            return float("inf") if self.target is None else self.target
         if self.target is None and most == float("inf"):
             raise ValueError(
                 f"{self.name}: expected a reward whose `bound` says what a response to prompt "
                 f"{prompt.id!r} can reach, got {search.reward_model.name!r}, which does not. Give "
                 "a target, or use another agent."
+            )
+        if self.target is not None and self.target > most + _SAME:
+            warnings.warn(
+                f"{self.name}: expected a target of at most {most:g}, the most that "
+                f"{search.reward_model.name!r} can give to a response to prompt {prompt.id!r}, got "
+                f"{self.target:g}. The search ends at {most:g}; lower the target.",
+                stacklevel=2,
             )
         return float(most if self.target is None else min(self.target, most))
 

@@ -35,6 +35,7 @@ from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardModel,
+    check_bounds,
     reward_model_of,
     reward_usage_bound,
     score_responses,
@@ -357,13 +358,16 @@ class Search:
         ids = dict.fromkeys(node.state.response_ids for node in complete)
         new = [each for each in ids if each not in self._scores]
         if new:
+            prompts = [self.tree.root.state.prompt] * len(new)
+            texts = [self.language_model.decode(each) for each in new]
             scores = await ask(
                 score_responses,
                 self.reward_model,
-                prompts=[self.tree.root.state.prompt] * len(new),
-                responses=[self.language_model.decode(each) for each in new],
+                prompts=prompts,
+                responses=texts,
                 ledgers=[self.ledger] * len(new),
             )
+            check_bounds(self.reward_model, prompts, texts, scores.total)
             for i, each in enumerate(new):
                 self._scores[each] = float(scores.total[i]), scores.parts_of(i)
         for node in complete:
