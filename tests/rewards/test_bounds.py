@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from mbrl_text_env import CheckError, Prompt, check_reward_model
+from mbrl_text_env.agents import Guarded
+from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards import (
     Clip,
@@ -21,6 +23,7 @@ from mbrl_text_env.rewards import (
     WeightedSum,
 )
 from mbrl_text_env.rewards.base import RewardModel, check_bounds, reward_bounds
+from mbrl_text_env.types import Budget
 
 INF = float("inf")
 
@@ -189,13 +192,11 @@ def test_a_search_notices_a_bound_that_is_wrong():
         def score(self, prompts, responses):
             return [1.0 + len(response) for response in responses]
 
-    agent = Guarded(lm := CoinLM(), Modest(), max_response_tokens=2)
-    with pytest.warns(UserWarning, match="'hopeful': bound: expected at least 3, .*got 1"):
-        found = agent.generate([PROMPT, Prompt.from_text("Ho")], Budget(tokens=8))
-    assert [each.score for each in found] == [3.0, 3.0], lm.name
-
-
-def test_a_target_above_the_maximum_is_named():
-    agent = Guarded(CoinLM(), A, target=9.0, max_response_tokens=2)
-    with pytest.warns(UserWarning, match=r"target of at most 4, .*'a' .*prompt .*got 9"):
-        assert agent.generate([PROMPT], Budget(tokens=8))[0].score == 4.0
+    agent = Guarded(NGramLM("abcde", order=2, seed=3), Modest(), max_response_tokens=8)
+    prompts = [Prompt.from_text(text, chat=False) for text in ("ab", "ba")]
+    with pytest.warns(UserWarning, match="'hopeful': bound: expected at least .*got 1") as caught:
+        first = agent.generate(prompts[:1], Budget(tokens=40))
+        second = agent.generate(prompts[1:], Budget(tokens=40))
+    assert len(caught) == 1
+    assert first[0].completion.score > 1
+    assert second[0].completion.score > 1
