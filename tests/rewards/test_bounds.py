@@ -182,7 +182,7 @@ def test_a_bound_that_proves_wrong_is_a_warning_once_and_ignored_from_then_on():
     said = r"'hopeful': bound: expected at least 1, the score of 'b, abx'.*'b, ', got 0, prompt"
     with pytest.warns(UserWarning, match=said) as caught:
         check_bounds(reward, [PROMPT] * 4, texts, np.array(reward.score([], texts)))
-        check_bounds(reward, [PROMPT], ["c, x"], np.ones(1))
+    check_bounds(reward, [PROMPT], ["c, x"], np.ones(1))
     assert len(caught) == 1
     assert reward_bounds(reward, [PROMPT], [","]).tolist() == [INF]
 
@@ -196,7 +196,7 @@ def test_a_search_notices_a_bound_that_is_wrong():
     prompts = [Prompt.from_text(text, chat=False) for text in ("ab", "ba")]
     with pytest.warns(UserWarning, match="'hopeful': bound: expected at least .*got 1") as caught:
         first = agent.generate(prompts[:1], Budget(tokens=40))
-        second = agent.generate(prompts[1:], Budget(tokens=40))
+    second = agent.generate(prompts[1:], Budget(tokens=40))
     assert len(caught) == 1
     assert first[0].completion.score > 1
     assert second[0].completion.score > 1
