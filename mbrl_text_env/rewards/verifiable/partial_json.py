@@ -131,13 +131,14 @@ def _marked_object(
     members: _Members, levels: int, ending: tuple[str, str, bool], unique_names: bool
 ) -> UnfinishedObject:
     _, rest, in_string = ending
-    found, name = UnfinishedObject(), None
+    found = UnfinishedObject()
+    name: str | None = None
+    complete: Sequence[tuple[str, Any]] = members
     if levels == 1 and (rest == '"":0' or (in_string and rest.endswith(":0"))):
-        *complete, (name, _) = members
-        name = _beginning(name, rest.removesuffix(":0")) if in_string else None
+        *complete, (last, _) = members
+        name = _beginning(last, rest.removesuffix(":0")) if in_string else None
         values = [_settled(each, unique_names) for _, each in complete]
     else:
-        complete = members
         values = [_settled(each, unique_names) for _, each in members[:-1]]
         values += [_marked(each, levels - 1, ending, unique_names) for _, each in members[-1:]]
     names = [each for each, _ in complete]
