@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -88,12 +89,23 @@ class Guarded(Planner):
     async def plan(self, search: Search) -> None:
         """Draw guarded responses until one reaches the target or the budget allows no more."""
         most = most_reachable(search)
+        if self.target is None and search.reward_model.is_bound_wrong:
+            await search.expand([Expansion(search.tree.root, valued=False)])
+            return
         if self.target is None and most == float("inf"):
             raise ValueError(
                 f"{self.name}: expected a reward whose `bound` says what a response to prompt "
                 f"{search.tree.root.state.prompt.id!r} can reach, got "
                 f"{search.reward_model.name!r}, which does not. Give a target, or use another "
                 "agent."
+            )
+        if self.target is not None and self.target > most + _SAME:
+            warnings.warn(
+                f"{self.name}: expected a target of at most {most:g}, the most that "
+                f"{search.reward_model.name!r} can give to a response to prompt "
+                f"{search.tree.root.state.prompt.id!r}, got {self.target:g}. The search ends at "
+                f"{most:g}; lower the target.",
+                stacklevel=2,
             )
         target = most if self.target is None else min(self.target, most)
         options = self.floor, self.candidates, bool(self.additions)

@@ -36,6 +36,7 @@ from mbrl_text_env.rewards.base import (
     RewardError,
     RewardModel,
     Scores,
+    check_bounds,
     reward_model_of,
     reward_usage_bound,
     score_responses,
@@ -257,6 +258,8 @@ class Search:
         return self._scores[text][0]
 
     def _known(self, texts: Sequence[str], scores: Scores) -> None:
+        prompts = [self.tree.root.state.prompt] * len(texts)
+        check_bounds(self.reward_model, prompts, texts, scores.total)
         for i, text in enumerate(texts):
             self._scores[text] = float(scores.total[i]), scores.parts_of(i)
 

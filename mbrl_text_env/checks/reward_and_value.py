@@ -221,7 +221,10 @@ class _RewardTrial(Trial):
             self.finite(f"{place}, part {part!r}", values, self.responses)
 
     def check_bounds(self) -> None:
-        """No beginning of a response may be bound below the response's own score."""
+        """No beginning of a response may be bound below the score of any that goes on from it.
+
+        Where a bound falls, other responses are tried as continuations, too.
+        """
         scores = self.score(range(len(self.responses)))
         for prompt, text, score in zip(self.prompts, self.responses, scores, strict=True):
             ends = sorted({round(share * len(text) / _CUTS) for share in range(_CUTS + 1)})
@@ -231,8 +234,19 @@ class _RewardTrial(Trial):
             except RewardError as error:
                 raise CheckError(f"{self.subject}: {error}") from error
             for prefix, bound in zip(prefixes, bounds, strict=True):
-                got = f"{bound:g} for {prefix[-80:]!r} of {text[:80]!r}, prompt {prompt.id!r}"
-                self.expect("reach", bound >= score - _ROUNDING, got, score=score)
+                self.expect_reach(prompt, prefix, bound, text, score)
+            fallen = [(p, b) for p, b in zip(prefixes, bounds, strict=True) if b < bounds[0]]
+            for prefix, bound in fallen[:1] + fallen[-1:]:
+                longer = [prefix, *(prefix + each for each in self.responses)]
+                reached = self.called("score", self.model.score, [prompt] * len(longer), longer)
+                for whole, score in zip(longer, self.finite("score", reached, longer), strict=True):
+                    self.expect_reach(prompt, prefix, bound, whole, score)
+
+    def expect_reach(
+        self, prompt: Prompt, prefix: str, bound: float, text: str, score: float
+    ) -> None:
+        got = f"{bound:g} for {prefix[-80:]!r} of {text[:80]!r}, prompt {prompt.id!r}"
+        self.expect("reach", bound >= score - _ROUNDING, got, score=score)
 
     def check_flops(self) -> None:
         raw = self.called("flops", self.model.flops, self.prompts, self.responses)

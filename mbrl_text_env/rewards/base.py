@@ -6,6 +6,7 @@ an error with names in it and never a silent zero.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,8 @@ class RewardModel(ABC):
     """
 
     name: str
+    is_bound_wrong: bool = False
+    """Whether a response was found that scores more than `bound` said; then it is not asked."""
     is_verifier: bool = False
     """Whether a response can be expected to reach what `bound` says of the empty prefix, as where a
     program checks it: a search then stops at the first that does."""
@@ -307,14 +310,46 @@ def reward_bounds(
     """float64[B], what `RewardModel.bound` says, checked: minus infinity to infinity, never NaN.
 
     A `RewardError` names what is wrong. Bounds are not charged: they must cost next to nothing
-    beside a score.
+    beside a score. A bound that was found to be wrong (`check_bounds`) is not asked: infinity.
     """
     reward = reward_model_of(reward_model)
-    if not prefixes:
-        return np.zeros(0)
+    if not prefixes or reward.is_bound_wrong:
+        return np.full(len(prefixes), np.inf)
     name = f"{reward.name}: bound"
     raw = _guarded(reward.bound, name, prompts[0], prompts, prefixes)
     return _checked(raw, name, prompts, prefixes, infinite=True)
+
+
+def check_bounds(
+    reward_model: RewardModel,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    scores: FloatArray,
+) -> None:
+    """Compare the bounds of the beginnings of responses, up to whole ones, with their scores.
+
+    At the first score above a bound there is a warning, and the reward's bound is ignored from then
+    on. What a bound has kept from being written cannot be found; `check_reward_model` looks for it.
+    """
+    if reward_model.is_bound_wrong or _is_default(reward_model.bound):
+        return
+    for prompt, response, score in zip(prompts, responses, scores, strict=True):
+        ends = [len(response) * quarter // 4 for quarter in range(5)]
+        prefixes = [response[:end] for end in ends]
+        for prefix, bound in zip(
+            prefixes, reward_bounds(reward_model, [prompt] * len(ends), prefixes), strict=True
+        ):
+            # Twice what rounding moves a fraction such as 3 of 3.
+            if score > bound + 1e-9:
+                reward_model.is_bound_wrong = True
+                warnings.warn(
+                    f"Reward model {reward_model.name!r}: bound: expected at least {score:g}, the "
+                    f"score of {response[:80]!r}, for its beginning {prefix[-80:]!r}, got "
+                    f"{bound:g}, prompt {prompt.id!r}. Bounds of this reward are ignored from here "
+                    "on. Raise the bound; `check_reward_model` tries it.",
+                    stacklevel=2,
+                )
+                return
 
 
 def isolate_failures(

@@ -93,7 +93,8 @@ def test_a_batch_answers_as_single_prompts_do():
 
 def test_a_target_above_what_can_be_reached_is_what_can_be_reached():
     agent = Guarded(LM, NoVowels(), max_response_tokens=12, target=7.0)
-    found = answers(agent, Budget(tokens=200))
+    with pytest.warns(UserWarning, match="target of at most 1, .*'no-vowels' .*'ab.*got 7"):
+        found = answers(agent, Budget(tokens=200))
     assert np.mean([g.completion.score for g in found]) == 1.0
 
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from mbrl_text_env import CheckError, Prompt, check_reward_model
+from mbrl_text_env.agents import Guarded
+from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards import (
     Clip,
@@ -20,7 +22,8 @@ from mbrl_text_env.rewards import (
     TimeLimit,
     WeightedSum,
 )
-from mbrl_text_env.rewards.base import RewardModel, reward_bounds
+from mbrl_text_env.rewards.base import RewardModel, check_bounds, reward_bounds
+from mbrl_text_env.types import Budget
 
 INF = float("inf")
 
@@ -114,7 +117,8 @@ def test_no_continuation_of_100_000_scores_above_its_prefix():
         later = np.maximum.accumulate(scores[::-1])[::-1]
         assert (bounds >= later - 1e-9).all(), (prompt.metadata, prefixes)
         assert (np.diff(bounds) <= 1e-9).all(), (prompt.metadata, prefixes)
-        cases += len(cuts)
+        # A case is a prefix with one of its continuations, of which the empty one is one.
+        cases += len(cuts) * (len(cuts) + 1) // 2
 
 
 class TooLow(Unbounded):
@@ -153,3 +157,46 @@ def test_bounds_that_raise_are_errors_of_the_reward():
     with pytest.raises(RewardError, match=r"'unbounded: bound'.*'Hi'"):
         reward_bounds(Raises(), [PROMPT], ["a"])
     assert reward_bounds(U, [], []).tolist() == []
+
+
+class Hopeful(RewardModel):
+    """1 for what ends with "x", and a bound that gives up at a comma."""
+
+    name = "hopeful"
+
+    def score(self, prompts, responses):
+        return [float(response.endswith("x")) for response in responses]
+
+    def bound(self, prompts, prefixes):
+        return [float("," not in prefix) for prefix in prefixes]
+
+
+def test_the_checker_tries_other_continuations():
+    with pytest.raises(CheckError, match=r"bound: expected at least 1.*got 0 for 'b,' of 'b,ax'"):
+        check_reward_model(Hopeful(), [PROMPT], ["b,", "ax"])
+
+
+def test_a_bound_that_proves_wrong_is_a_warning_once_and_ignored_from_then_on():
+    reward = Hopeful()
+    texts = ["abx", "b, no", "b, abx", "c, x"]
+    said = r"'hopeful': bound: expected at least 1, the score of 'b, abx'.*'b, ', got 0, prompt"
+    with pytest.warns(UserWarning, match=said) as caught:
+        check_bounds(reward, [PROMPT] * 4, texts, np.array(reward.score([], texts)))
+    check_bounds(reward, [PROMPT], ["c, x"], np.ones(1))
+    assert len(caught) == 1
+    assert reward_bounds(reward, [PROMPT], [","]).tolist() == [INF]
+
+
+def test_a_search_notices_a_bound_that_is_wrong():
+    class Modest(Hopeful):
+        def score(self, prompts, responses):
+            return [1.0 + len(response) for response in responses]
+
+    agent = Guarded(NGramLM("abcde", order=2, seed=3), Modest(), max_response_tokens=8)
+    prompts = [Prompt.from_text(text, chat=False) for text in ("ab", "ba")]
+    with pytest.warns(UserWarning, match="'hopeful': bound: expected at least .*got 1") as caught:
+        first = agent.generate(prompts[:1], Budget(tokens=40))
+    second = agent.generate(prompts[1:], Budget(tokens=40))
+    assert len(caught) == 1
+    assert first[0].completion.score > 1
+    assert second[0].completion.score > 1

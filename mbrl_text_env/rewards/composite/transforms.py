@@ -17,7 +17,14 @@ import numpy as np
 
 from mbrl_text_env.files import write_text
 from mbrl_text_env.rewards.adapters.convert import as_reward_model
-from mbrl_text_env.rewards.base import RewardError, RewardLike, Scores, score_responses, score_steps
+from mbrl_text_env.rewards.base import (
+    RewardError,
+    RewardLike,
+    Scores,
+    reward_bounds,
+    score_responses,
+    score_steps,
+)
 from mbrl_text_env.rewards.composite.combinators import (
     Combined,
     Prompts,
@@ -319,6 +326,10 @@ class TimeLimit(Wrapper):
     def score_parts(self, prompts: Prompts, responses: Texts) -> Scores:
         """Return the reward's scores and parts, each float64[B]."""
         return self._in_time(lambda: score_responses(self.reward, prompts, responses), prompts)
+
+    def bound(self, prompts: Prompts, prefixes: Texts) -> FloatArray:
+        """Return float64[B], the reward's."""
+        return self._in_time(lambda: reward_bounds(self.reward, prompts, prefixes), prompts)
 
     def score_steps(self, prompt: Prompt, steps: Texts) -> FloatArray:
         """Return float64[len(steps)], the reward's."""

@@ -32,6 +32,7 @@ A comma or a point between digits is read in one way everywhere:
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ import numpy as np
 
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.rewards.names import named
+from mbrl_text_env.rewards.verifiable.isolated import import_optional
 from mbrl_text_env.types import FloatArray, Prompt
 
 CURRENCIES = "$€£¥₹₽₩₪₫฿₺₴"
@@ -72,6 +74,8 @@ _NUMBER = re.compile(
 )
 _ITEM = re.compile(r"-\s+(\S+)")
 _CHOICE = re.compile(r"[A-Za-z]")
+# What that matches where case is ignored.
+_LETTERS = string.ascii_letters + "İıſ\u212a"
 _CHOICE_MARKS = r"[\s()\[\]{}<>*_`$\"'“”‘’［］（）.:,]*"
 _CHOICE_LABEL = (
     r"(?:the\s+)?(?:(?:correct|final|best|right)\s+)?(?:answer|option|choice)"
@@ -113,6 +117,10 @@ class AnswerReward(RewardModel):
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B] in [0, 1]."""
         return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
+
+    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
+        """Return float64[B], ones: what follows may hold a later answer, and that one counts."""
+        return np.ones(len(prefixes))
 
     @abstractmethod
     def _score(self, prompt: Prompt, response: str) -> float: ...
@@ -158,6 +166,9 @@ class ExactMatchReward(AnswerReward):
     `ignore_punctuation` and `ignore_articles` that is the exact match of SQuAD (Rajpurkar et al.,
     EMNLP 2016), but for the punctuation and symbols of all scripts. Note that then "3.5" is "35".
 
+    Without `extract`, `bound` is 0 where no reference answer begins with the prefix; what follows
+    its first character that is not ASCII is not looked at.
+
     Args:
         extract: Where in the response the answer stands; see the module.
         ignore_case: Compare in casefolded form.
@@ -181,11 +192,56 @@ class ExactMatchReward(AnswerReward):
     ignore_punctuation: bool = False
     ignore_articles: bool = False
 
-    def _score(self, prompt: Prompt, response: str) -> float:
+    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
+        """Return float64[B] of zeros and ones; see the class."""
+        return np.array([self._bound(*row) for row in zip(prompts, prefixes, strict=True)])
+
+    def _bound(self, prompt: Prompt, prefix: str) -> float:
+        given, accepted = self._accepted(prompt)
+        if self.extract is not None or not prefix.strip():
+            return 1.0
+        text = prefix.lstrip()
+        bare = text.rstrip().rstrip(text[0])
+        # Inside of one, two or three marks of emphasis, of which some may be there at its end.
+        inner = [bare[marks:] for marks in (1, 2, 3)] if text[0] in "*_`" else []
+        if any(self._begins(answer, each) for answer in accepted for each in (text, *inner)):
+            return 1.0
+        return float(self._may_choose(text, given))
+
+    def _begins(self, accepted: str, text: str) -> bool:
+        """Whether a normal form may be that of a longer text; ASCII alone is looked at."""
+        start = re.match(r"[\x00-\x7f]*", text)
+        known = start[0] if start else ""
+        if self.ignore_articles:
+            # The last word may go on.
+            known = known[: len(known) - len(re.split(r"\s", known)[-1])]
+        # A letter more, for a space at the end is one within the longer text.
+        whole, before = (self._normal(f"{each}x")[:-1] for each in (known, known[:-1]))
+        if f"{accepted} ".startswith(whole):
+            return True
+        # A mark that combines with the last character may follow.
+        return accepted.startswith(before) and not accepted[len(before) :][:1].isascii()
+
+    def _may_choose(self, text: str, given: Sequence[str]) -> bool:
+        choices = {self._normal(each) for each in given if _CHOICE.fullmatch(each.strip())}
+        letters = "".join(letter for letter in _LETTERS if self._normal(letter) in choices)
+        if not letters:
+            return False
+        regex = import_optional("regex", "regex", "verify")
+        chosen = _CHOSEN.pattern.replace("([A-Za-z])", f"([{letters}])")
+        flags = regex.IGNORECASE | regex.DOTALL
+        return regex.fullmatch(chosen, text, flags, partial=True) is not None
+
+    def _accepted(self, prompt: Prompt) -> tuple[list[str], set[str]]:
+        """The accepted answers, and in normal form."""
         given = self.references(prompt)
         accepted = set(map(self._normal, given))
         if "" in accepted:
             raise self.unusable(prompt, "a text of which something is left when normalised")
+        return given, accepted
+
+    def _score(self, prompt: Prompt, response: str) -> float:
+        given, accepted = self._accepted(prompt)
         answer = extract_answer(response, self.extract)
         if answer is None:
             return 0.0

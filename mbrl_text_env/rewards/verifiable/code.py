@@ -133,6 +133,10 @@ class UnitTestReward(RewardModel):
         """Whether the prompt has tests."""
         return bool(prompt.metadata.get("tests"))
 
+    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
+        """Return float64[B], ones: a later block of code may be the program."""
+        return np.ones(len(prefixes))
+
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B]."""
         if len(prompts) != len(responses):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +16,16 @@ from mbrl_text_env.types import FloatArray, Prompt
 
 Match = Literal["full", "search"]
 """Whether the whole response has to match, or a part of it."""
+
+_ESCAPED = re.compile(r"\\[^A-Za-z0-9]|\\[pPN]\{[^}]*\}")
+# What may fail at the end of a prefix and hold in a longer text: lookbehind, negative lookahead,
+# atomic groups and possessive repetitions, conditions, recursion, fuzzy matching, flags and escapes
+# with such a meaning, and \b in a set, where it is another character.
+_UNBOUNDED = re.compile(
+    r"\(\?(?!:|=|P?<[A-Za-z_]|P=|[isxau]+(?:-[isx]+)?[:)])|\(\*|[*+?}]\+|\\[GgKLmMRX]"
+    r"|\{(?!\d*,?\d*\})|\[\^?\]?[^\]]*\\[bB]"
+)
+_REFERENCE = re.compile(r"\\[1-9]|\(\?P=")
 
 
 @named("regex")
@@ -29,6 +40,12 @@ class RegexReward(RewardModel):
     A pattern such as `(a+)+$` can take exponential time. A match that takes longer than `seconds`
     is an error and no 0: the pattern is at fault, and a 0 would fall upon whatever responses a busy
     machine was slow with.
+
+    `bound` is 0 where no text that begins so can match, by the partial matching of `regex`. It is 1
+    throughout for what that cannot tell: patterns with lookbehind, negative lookahead, atomic
+    groups, possessive repetitions, conditions, recursion, fuzzy matching, a lookahead beside a
+    reference to a group, or inline flags other than `isxau`; a search with the flag `m`; and
+    patterns of which a partial match once took longer than `seconds`.
 
     Args:
         pattern: The pattern; None to read `prompt.metadata["pattern"]`.
@@ -48,12 +65,14 @@ class RegexReward(RewardModel):
     """
 
     name = "regex"
+    is_verifier = True
 
     pattern: str | None = None
     _: KW_ONLY
     match: Match = "full"
     flags: str = ""
     seconds: float = 1.0
+    _slow: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.match not in get_args(Match):
@@ -73,19 +92,54 @@ class RegexReward(RewardModel):
         """Return float64[B] of zeros and ones."""
         return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
 
-    def _score(self, prompt: Prompt, response: str) -> float:
+    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
+        """Return float64[B] of zeros and ones; 1 where a text that begins so may match."""
+        return np.array([self._bound(*row) for row in zip(prompts, prefixes, strict=True)])
+
+    def _bound(self, prompt: Prompt, prefix: str) -> float:
+        given = self._given(prompt)
+        matches = self._matcher(given, prompt)
+        if given in self._slow or not self._has_bound(given):
+            return 1.0
+        # A word may end, or go on, where a prefix ends.
+        open_ended = re.sub(r"(?<!\\)((?:\\\\)*)(\\[bB])", r"\1(?:\2|\\Z)", given)
+        begins = self._matcher(open_ended, prompt)
+        try:
+            found = matches(prefix.strip(), timeout=self.seconds) or begins(
+                prefix.lstrip(), partial=True, timeout=self.seconds
+            )
+            return float(found is not None)
+        except TimeoutError:
+            self._slow.add(given)
+            return 1.0
+
+    def _has_bound(self, pattern: str) -> bool:
+        """Whether partial matching refuses only what no longer text can mend."""
+        plain = _ESCAPED.sub("_", pattern)
+        # A match may begin at a line after the prefix.
+        later = self.match == "search" and "m" in self.flags
+        looks_ahead = "(?=" in plain and _REFERENCE.search(plain) is not None
+        return not later and not looks_ahead and _UNBOUNDED.search(plain) is None
+
+    def _given(self, prompt: Prompt) -> Any:
+        return prompt.metadata.get("pattern") if self.pattern is None else self.pattern
+
+    def _matcher(self, pattern: Any, prompt: Prompt) -> Any:
         context = f"Reward model {self.name!r}, prompt {prompt.id!r}"
-        given = prompt.metadata.get("pattern") if self.pattern is None else self.pattern
-        pattern = _compiled(given, self.flags, context)
-        text = response.strip()
-        matcher = pattern.fullmatch if self.match == "full" else pattern.search
+        compiled = _compiled(pattern, self.flags, context)
+        return compiled.fullmatch if self.match == "full" else compiled.search
+
+    def _score(self, prompt: Prompt, response: str) -> float:
+        given, text = self._given(prompt), response.strip()
+        matcher = self._matcher(given, prompt)
         try:
             return float(bool(text) and matcher(text, timeout=self.seconds) is not None)
         except TimeoutError as error:
             raise RewardError(
-                f"{context}: expected the pattern {given!r} to be matched within {self.seconds:g} "
-                f"s, got no end with response {response[:80]!r}. Rewrite repetitions inside "
-                "repetitions, such as (a+)+ as a+, or make their branches exclude each other."
+                f"Reward model {self.name!r}, prompt {prompt.id!r}: expected the pattern {given!r} "
+                f"to be matched within {self.seconds:g} s, got no end with response "
+                f"{response[:80]!r}. Rewrite repetitions inside repetitions, such as (a+)+ as a+, "
+                "or make their branches exclude each other."
             ) from error
 
 

@@ -8,16 +8,18 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.answers import AnswerReward, extract_answer
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
-from mbrl_text_env.types import Prompt
+from mbrl_text_env.types import FloatArray, Prompt
 
 _HERE = "mbrl_text_env.rewards.verifiable.puzzles"
 _SOURCE = "reasoning_gym_source"
@@ -107,6 +109,10 @@ class ReasoningGymReward(AnswerReward):
         """Whether the prompt says what its puzzle is made from."""
         source = prompt.metadata.get(_SOURCE)
         return isinstance(source, Mapping) and set(source) == _SOURCE_KEYS
+
+    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
+        """Return float64[B], infinity: not all tasks promise that 1 is the most."""
+        return np.full(len(prefixes), np.inf)
 
     def _score(self, prompt: Prompt, response: str) -> float:
         source = prompt.metadata.get(_SOURCE)

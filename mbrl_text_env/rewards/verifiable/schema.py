@@ -5,24 +5,38 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.files import refuse_constant
 from mbrl_text_env.rewards.base import RewardError, RewardModel, Scores
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
+from mbrl_text_env.rewards.verifiable.partial_json import (
+    Unfinished,
+    UnfinishedObject,
+    UnfinishedString,
+    is_json,
+    unfinished_json,
+)
 from mbrl_text_env.types import FloatArray, Prompt
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
 _HERE = "mbrl_text_env.rewards.verifiable.schema"
 
-MAX_DEPTH = 100
-"""JSON that is nested deeper counts as not parsed, wherever the parser itself gives up."""
+# How a fence opens, how it may have begun to, and how it may have begun to close.
+_OPENING = re.compile(r"```(?:json)?[ \t]*\n", re.IGNORECASE)
+_BEFORE_OPENING = re.compile(r"`{0,3}|```(?:j|js|jso|json)?[ \t]*", re.IGNORECASE)
+_CLOSING = re.compile(r"\n[ \t]*`{1,3}\s*\Z")
+# What an object, array or string that goes on violates, it violates however it goes on.
+_LASTING = frozenset(
+    ("$ref", "$dynamicRef", "allOf", "anyOf", "properties", "patternProperties", "items",
+     "additionalProperties", "prefixItems", "propertyNames", "maxItems", "maxProperties",
+     "maxLength", "type")
+)  # fmt: skip
 
 
 @named("json-schema")
@@ -31,18 +45,24 @@ class JSONSchemaReward(RewardModel):
     """1 if the response is JSON that satisfies a schema, else 0, or part of 1 for any JSON.
 
     The response has to be one JSON value as RFC 8259 defines it, with nothing but white space
-    around it: NaN and Infinity are none, and neither is a value nested more than `MAX_DEPTH` deep,
-    nor an integer of more than 4300 digits. The schema is of draft 2020-12; as there, `format` is
-    not checked. References (`$ref`) are followed inside the schema; none is fetched.
+    around it: NaN and Infinity are none, and neither is a value nested more than 100 deep, nor an
+    integer of more than 4300 digits. The schema is of draft 2020-12; as there, `format` is not
+    checked. References (`$ref`) are followed inside the schema; none is fetched.
 
     The check runs in a process that is killed after `seconds` (`rewards.verifiable.isolated`), for
     a schema's own patterns can take exponential time. That is an error, as in `RegexReward`.
+
+    `bound` is 0 where no text that begins so is JSON, and `partial_credit` where none satisfies the
+    schema, as far as types, names, enumerations, lengths and what is complete tell. A later member
+    of the same name replaces one before, so that no value in an object that goes on is final,
+    unless `unique_names`: then bounds are much tighter.
 
     Parts: `parses` and `valid`, zeros and ones.
 
     Args:
         schema: The schema; None to read `prompt.metadata["schema"]`.
         code_fence: Accept the value inside one Markdown code fence (```json), too.
+        unique_names: Take an object with two members of one name for no JSON (RFC 7493).
         partial_credit: The score, from 0 to 1, of JSON that does not satisfy the schema.
         seconds: Wall-clock time that one check may take.
 
@@ -60,13 +80,16 @@ class JSONSchemaReward(RewardModel):
     """
 
     name = "json-schema"
+    is_verifier = True
     part_names = ("parses", "valid")
 
     schema: Mapping[str, Any] | bool | None = None
     _: KW_ONLY
     code_fence: bool = False
+    unique_names: bool = False
     partial_credit: float = 0.0
     seconds: float = 5.0
+    _slow: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.partial_credit <= 1:
@@ -93,17 +116,58 @@ class JSONSchemaReward(RewardModel):
         total = np.where(valid == 1, 1.0, self.partial_credit * parses)
         return Scores(total, {"parses": parses, "valid": valid})
 
+    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
+        """Return float64[B] of 0, `partial_credit` and 1: what a text that begins so can score."""
+        return np.array([self._bound(*row) for row in zip(prompts, prefixes, strict=True)])
+
+    def _bound(self, prompt: Prompt, prefix: str) -> float:
+        schema, text = self._schema_of(prompt), prefix
+        stripped = prefix.lstrip()
+        if self.code_fence and stripped[:1] in ("", "`"):
+            opening = _OPENING.match(stripped)
+            if opening is None:
+                return float(_BEFORE_OPENING.fullmatch(stripped) is not None)
+            text = stripped[opening.end() :]
+            if closing := _CLOSING.search(text):
+                whole = f"```\n{text[: closing.start()]}\n```"
+                return float(self.score([prompt], [whole])[0])
+        try:
+            unfinished_json(text, self.unique_names)
+        except ValueError:
+            return 0.0
+        if schema in self._slow:
+            return 1.0
+        arguments = schema, text, self.unique_names
+        # Patterns and references alone can take long.
+        is_quick = '"pattern' not in schema and '"$' not in schema
+        try:
+            valid = (
+                may_satisfy(*arguments) if is_quick else self._isolated("may_satisfy", *arguments)
+            )
+        except IsolatedError:
+            self._slow.add(schema)
+            return 1.0
+        return 1.0 if valid else self.partial_credit
+
+    def _schema_of(self, prompt: Prompt) -> str:
+        given = prompt.metadata.get("schema") if self.schema is None else self.schema
+        return _checked_schema(given, f"Reward model {self.name!r}, prompt {prompt.id!r}")
+
+    def _isolated(self, function: str, *arguments: Any) -> Any:
+        prepare = [f"{_HERE}:load_jsonschema"]
+        return call_isolated(
+            f"{_HERE}:{function}", *arguments, seconds=self.seconds, prepare=prepare
+        )
+
     def _verdict(self, prompt: Prompt, response: str) -> tuple[bool, bool]:
         context = f"Reward model {self.name!r}, prompt {prompt.id!r}"
-        given = prompt.metadata.get("schema") if self.schema is None else self.schema
-        schema = _checked_schema(given, context)
+        schema = self._schema_of(prompt)
         fence = _FENCE.fullmatch(response.strip()) if self.code_fence else None
         text = response if fence is None else fence[1]
-        if not _is_json(text):
+        if not is_json(text, self.unique_names):
             return False, False
-        limits: Any = {"seconds": self.seconds, "prepare": [f"{_HERE}:load_jsonschema"]}
         try:
-            problem, valid = call_isolated(f"{_HERE}:validate", schema, text, **limits)
+            problem, valid = self._isolated("validate", schema, text)
         except IsolatedError as error:
             problem, valid = str(error), False
         if problem is not None:
@@ -138,6 +202,63 @@ def validate(schema: str, text: str) -> tuple[str | None, bool]:
         return "it refers to itself without end", False
 
 
+def may_satisfy(schema: str, text: str, unique_names: bool) -> bool:
+    """Whether JSON that begins with a text may satisfy a schema; True where that is not known."""
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    try:
+        value = unfinished_json(text, unique_names)
+        return bool(_lenient()(json.loads(schema), registry=Registry()).is_valid(value))
+    except (Unresolvable, RecursionError):
+        # Scoring says what is wrong with the schema.
+        return True
+
+
+@lru_cache(maxsize=1)
+def _lenient() -> Any:
+    """jsonschema's validator, which asks of what goes on no more than can be told."""
+    jsonschema = import_optional("jsonschema", "jsonschema", "verify")
+    strict = jsonschema.Draft202012Validator.VALIDATORS
+
+    def lenient(keyword: str) -> Any:
+        def check(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
+            if not isinstance(instance, Unfinished):
+                yield from strict[keyword](validator, value, instance, schema) or ()
+            elif keyword in ("enum", "const"):
+                wanted = value if keyword == "enum" else [value]
+                if not any(_may_become(instance, each) for each in wanted):
+                    yield jsonschema.ValidationError("none of the values begins so")
+            elif keyword == "oneOf":
+                yield from strict["anyOf"](validator, value, instance, schema) or ()
+            elif keyword in _LASTING and (keyword != "type" or type(instance) is not Unfinished):
+                yield from strict[keyword](validator, value, instance, schema) or ()
+            closed = keyword == "additionalProperties" and value is False
+            if closed and not _may_be_named(instance, schema):
+                yield jsonschema.ValidationError("no property's name begins so")
+
+        return check
+
+    checks = {keyword: lenient(keyword) for keyword in strict}
+    return jsonschema.validators.extend(jsonschema.Draft202012Validator, checks)
+
+
+def _may_become(value: Unfinished, wanted: Any) -> bool:
+    if isinstance(value, UnfinishedString):
+        return isinstance(wanted, str) and wanted.startswith(value)
+    kinds = [kind for kind in (dict, list, float) if isinstance(value, kind)]
+    number = kinds == [float] and isinstance(wanted, int | float) and not isinstance(wanted, bool)
+    return not kinds or number or isinstance(wanted, kinds[0])
+
+
+def _may_be_named(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether the name that an object ends with may become one of the schema's properties."""
+    begun = value.name if isinstance(value, UnfinishedObject) else None
+    if begun is None or schema.get("patternProperties"):
+        return True
+    return any(name.startswith(begun) for name in schema.get("properties", {}))
+
+
 def _checked_schema(schema: Any, context: str) -> str:
     """The schema as JSON text; the error that it is none begins with the context."""
     try:
@@ -161,15 +282,3 @@ def _schema_problem(schema: str) -> str | None:
     except jsonschema.SchemaError as error:
         return f"at {error.json_path}: {error.message}"
     return None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        value = json.loads(text, parse_constant=refuse_constant)
-    except (ValueError, RecursionError):
-        return False
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        parents = [each for each in level if isinstance(each, dict | list)]
-        level = [c for each in parents for c in (each.values() if isinstance(each, dict) else each)]
-    return not level

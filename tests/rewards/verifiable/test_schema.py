@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards.base import RewardError, applies_to, score_responses
 from mbrl_text_env.rewards.verifiable import schema as schemas
-from mbrl_text_env.rewards.verifiable.schema import MAX_DEPTH, JSONSchemaReward
+from mbrl_text_env.rewards.verifiable.partial_json import MAX_DEPTH
+from mbrl_text_env.rewards.verifiable.schema import JSONSchemaReward
 from mbrl_text_env.types import Prompt
 
 PROMPT = Prompt.from_text("Describe Ann in JSON.", "ann")
