@@ -195,6 +195,8 @@ class Expansion:
         tokens: Most tokens of a chunk; None draws to the end of the response.
         params: How they are drawn; None for the search's own.
         valued: Whether partial responses among them are valued.
+        scored: Whether complete ones are scored; if not, they are valued as partial ones are, and
+            what one score takes is kept back. `Search.evaluate` scores them.
         guard: What their text may not become.
     """
 
@@ -203,6 +205,7 @@ class Expansion:
     tokens: int | None = None
     params: SamplingParams | None = None
     valued: bool = True
+    scored: bool = True
     guard: Guard | None = None
 
 
@@ -257,26 +260,28 @@ class Search:
         wanted = list(expansions)
         counts = self._affordable_counts(wanted)
         self.is_short |= sum(counts) < sum(expansion.count for expansion in wanted)
-        pairs = list(zip(wanted, counts, strict=True))
-        drawn = iter(await self._chunks([pair for pair in pairs if pair[1]]) if any(counts) else ())
+        counted = list(zip(wanted, counts, strict=True))
+        drawn = iter(await self._chunks([pair for pair in counted if pair[1]]) if any(counts) else ())
         rows = [
             [self._added(expansion.node, chunk) for chunk in next(drawn)] if count else []
-            for expansion, count in pairs
+            for expansion, count in counted
         ]
         self.drawn += sum(map(len, rows))
-        await self.evaluate(
-            node
-            for expansion, row in zip(wanted, rows, strict=True)
-            for node in row
-            if expansion.valued or node.is_terminal
-        )
+        pairs = [(each, node) for each, row in zip(wanted, rows, strict=True) for node in row]
+        asked = [(each, node) for each, node in pairs if each.valued or node.is_terminal]
+        for scored in (True, False):
+            new = [node for each, node in asked if each.scored == scored]
+            await self.evaluate(new, scored=scored)
         return rows
 
-    async def evaluate(self, nodes: Iterable[Node]) -> None:
-        """Score the complete responses and value the partial ones that are not evaluated yet."""
-        new = [node for node in dict.fromkeys(nodes) if node.worth is None]
-        await self._score([node for node in new if node.is_terminal])
-        unfinished = partial(new)
+    async def evaluate(self, nodes: Iterable[Node], *, scored: bool = True) -> None:
+        """Score the complete responses and value the partial ones that are not evaluated yet.
+
+        Without `scored` the complete ones are valued too.
+        """
+        new = [node for node in dict.fromkeys(nodes) if node.score is None]
+        await self._score([node for node in new if scored and node.is_terminal])
+        unfinished = [node for node in new if node.worth is None]
         if unfinished and self.value_model is not None:
             estimate = await ask(
                 predict_values,
@@ -312,11 +317,11 @@ class Search:
         best = self.tree.best()
         return target is not None and best is not None and (best.score or 0.0) >= target
 
-    def width(self, node: Node, tokens: int | None) -> int | None:
+    def width(self, node: Node, tokens: int | None, *, scored: bool = True) -> int | None:
         """About how many candidates a chunk the budget allows from a node to the end, up to 4096.
 
         None where no cap says: there is none, or only one on seconds. Each chunk of `tokens` is
-        evaluated; None stands for whole responses.
+        evaluated; None stands for whole responses. Without `scored`, one of them all is scored.
         """
         room, path = self.room(node.state), self._drawing_usage(node.state)
         lengths = range(tokens or room, room, tokens or room)
@@ -328,12 +333,14 @@ class Search:
                 path += expected_value_usage(self.value_model, state) * count
         complete = _stand_in(node.state, room)
         text = self.language_model.decode(complete.response_ids)
-        path += self.reward_model.usage(complete.prompt, text)
-        caps = vars(self.ledger.budget)
-        counted = (name for name, amount in path.capped.items() if amount > 0 and name != "seconds")
+        once = self.reward_model.usage(complete.prompt, text)
+        caps, whole = vars(self.ledger.budget), path + once
+        if scored:
+            path, once = whole, Usage()
+        counted = (name for name, amount in whole.capped.items() if amount > 0 and name != "seconds")
         if not self.is_capped or all(caps[name] is None for name in counted):
             return None
-        count = affordable(self.ledger, lambda count: path * count, 4096)
+        count = affordable(self.ledger, lambda count: path * count + once * min(count, 1), 4096)
         self.is_short |= not count
         return count
 
@@ -416,6 +423,9 @@ class Search:
                 total += self.language_model.usage_bound(prefix, [length] * count)
                 total += self._evaluation_bound(expansion) * count
                 ends.append(self.finish_usage(_stand_in(state, length)))
+                if not expansion.scored:
+                    # Also at the very end, where what is scored by itself has paid already.
+                    ends[-1] = ends[-1].maximum(reward_usage_bound(self.reward_model))
         if not ends or self.tree.best() is not None:
             return total
         return total + min(ends, key=lambda usage: usage.generated_tokens)
@@ -424,7 +434,9 @@ class Search:
         """The most that evaluating one child is charged: a score if it ends, or else a value."""
         bound, length = reward_usage_bound(self.reward_model), self._length(expansion)
         state = expansion.node.state
-        if self.value_model is None or not expansion.valued or length == self.room(state):
+        if self.value_model is not None and not expansion.scored:
+            bound = Usage()
+        elif self.value_model is None or not expansion.valued or length == self.room(state):
             return bound
         # A stop text can end a chunk after its first token, and what is left to roll out is longer.
         for tokens in {length, 1} if self._params(expansion).stop else {length}:
