@@ -261,16 +261,18 @@ class Search:
         counts = self._affordable_counts(wanted)
         self.is_short |= sum(counts) < sum(expansion.count for expansion in wanted)
         counted = list(zip(wanted, counts, strict=True))
-        drawn = iter(await self._chunks([pair for pair in counted if pair[1]]) if any(counts) else ())
+        drawn = iter(
+            await self._chunks([pair for pair in counted if pair[1]]) if any(counts) else ()
+        )
         rows = [
             [self._added(expansion.node, chunk) for chunk in next(drawn)] if count else []
             for expansion, count in counted
         ]
         self.drawn += sum(map(len, rows))
         pairs = [(each, node) for each, row in zip(wanted, rows, strict=True) for node in row]
-        asked = [(each, node) for each, node in pairs if each.valued or node.is_terminal]
+        due = [(each, node) for each, node in pairs if each.valued or node.is_terminal]
         for scored in (True, False):
-            new = [node for each, node in asked if each.scored == scored]
+            new = [node for each, node in due if each.scored == scored]
             await self.evaluate(new, scored=scored)
         return rows
 
@@ -337,7 +339,9 @@ class Search:
         caps, whole = vars(self.ledger.budget), path + once
         if scored:
             path, once = whole, Usage()
-        counted = (name for name, amount in whole.capped.items() if amount > 0 and name != "seconds")
+        counted = (
+            name for name, amount in whole.capped.items() if amount > 0 and name != "seconds"
+        )
         if not self.is_capped or all(caps[name] is None for name in counted):
             return None
         count = affordable(self.ledger, lambda count: path * count + once * min(count, 1), 4096)
