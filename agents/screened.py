@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mbrl_text_env.agents.base import check_positive
-from mbrl_text_env.agents.search import Expansion, Node, Planner, Search, affordable
+from mbrl_text_env.agents.search import Expansion, Node, Planner, Search, affordable, stand_in
 from mbrl_text_env.language_models.base import prefix_of
 from mbrl_text_env.rewards.base import reward_usage_bound
 
@@ -88,8 +88,12 @@ class Screened(Planner):
         """What a call of the reward costs beside drawing a response; 1 where that is not known."""
         state, usage = search.tree.root.state, self.language_model.usage_bound
         prefix = len(prefix_of(state))
-        drawing = (usage(prefix, [search.room(state)]) - usage(prefix, [])).flops
-        return reward_usage_bound(self.reward_model).flops / drawing if drawing > 0 else 1.0
+        room = search.room(state)
+        drawing = (usage(prefix, [room]) - usage(prefix, [])).flops
+        # Not the bound: of a model, that is of a text that fills its input.
+        text = self.language_model.decode(stand_in(state, room).response_ids)
+        scoring = search.reward_model.usage(state.prompt, text).flops
+        return scoring / drawing if drawing > 0 else 1.0
 
 
 def _unscored(nodes: Iterable[Node]) -> list[Node]:

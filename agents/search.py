@@ -331,9 +331,9 @@ class Search:
             # What a value takes grows about evenly with the length: the ends tell of all.
             half = len(lengths) // 2
             for at, count in ((0, len(lengths) - half), (-1, half)):
-                state = _stand_in(node.state, lengths[at])
+                state = stand_in(node.state, lengths[at])
                 path += expected_value_usage(self.value_model, state) * count
-        complete = _stand_in(node.state, room)
+        complete = stand_in(node.state, room)
         text = self.language_model.decode(complete.response_ids)
         once = self.reward_model.usage(complete.prompt, text)
         caps, whole = vars(self.ledger.budget), path + once
@@ -353,7 +353,7 @@ class Search:
         room, drawing = self.room(node.state), self._drawing_usage(node.state).flops
         if self.value_model is None or not drawing > 0:
             return 0.0
-        halfway = _stand_in(node.state, room // 2)
+        halfway = stand_in(node.state, room // 2)
         return expected_value_usage(self.value_model, halfway).flops * room / drawing
 
     def finish_usage(self, state: TextState) -> Usage:
@@ -426,7 +426,7 @@ class Search:
                 prefix = len(prefix_of(state))
                 total += self.language_model.usage_bound(prefix, [length] * count)
                 total += self._evaluation_bound(expansion) * count
-                ends.append(self.finish_usage(_stand_in(state, length)))
+                ends.append(self.finish_usage(stand_in(state, length)))
                 if not expansion.scored:
                     # Also at the very end, where what is scored by itself has paid already.
                     ends[-1] = ends[-1].maximum(reward_usage_bound(self.reward_model))
@@ -444,7 +444,7 @@ class Search:
             return bound
         # A stop text can end a chunk after its first token, and what is left to roll out is longer.
         for tokens in {length, 1} if self._params(expansion).stop else {length}:
-            after = value_usage_bound(self.value_model, _stand_in(state, tokens))
+            after = value_usage_bound(self.value_model, stand_in(state, tokens))
             bound = bound.maximum(after)
         return bound
 
@@ -592,7 +592,7 @@ def _value(node: Node) -> float:
     return float("-inf") if node.value is None else node.value
 
 
-def _stand_in(state: TextState, new_tokens: int) -> TextState:
+def stand_in(state: TextState, new_tokens: int) -> TextState:
     """A state with as many more tokens, for costs: the prompt's, for they decode to real text."""
     source = state.prompt_ids or (0,)
     repeats = -(-new_tokens // len(source))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from mbrl_text_env.benchmarks.options import CompareError, friendly, priced
-from mbrl_text_env.language_models import NGramLM, embedded
+from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.language_models.base import pass_usage
 from tests.toys import CountReward
 
 
@@ -84,11 +85,13 @@ class TestPrices:
             self.price(text)
 
     def test_a_token_counts_for_the_mean_of_a_response_to_a_prompt_as_long(self):
-        """Token k of a response of n to a prompt of n attends to n + k, or about 1.5 n, others."""
-        lm = embedded()
-        usage = lm.usage_bound(96, [96]) - lm.usage_bound(96, [])
-        assert self.price("100tokens", lm, 96) == pytest.approx(100 * usage.flops / 96)
-        assert self.price("1tokens", lm, 96) == pytest.approx(2.8e8, rel=0.1)
+        """4 tokens at 2 x 50, and 4 x 2 x (4 x 4 + 4^2 / 2) for what they attend to: 592."""
+
+        class Attentive(NGramLM):
+            def usage_bound(self, prefix_tokens, new_tokens):
+                return pass_usage(prefix_tokens, prefix_tokens, new_tokens, 50, 2)
+
+        assert self.price("100tokens", Attentive("ab", seed=1), 4) == 100 * 592 / 4
 
     def test_a_model_that_counts_no_flops(self):
         free = NGramLM("ab", seed=1, flops_per_token=0.0)
