@@ -26,7 +26,7 @@ class Screened(Planner):
     spent.
 
     It pays where the reward costs more than some ten tokens and the value next to nothing beside
-    it, such as `embedding` or `hidden-state`, which are fitted on scored responses. Budgets in
+    it, such as `token-embedding`, which is fitted on scored responses. Budgets in
     tokens do not see what the reward costs: give one in FLOPs.
 
     Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise best-of-K);

@@ -161,7 +161,7 @@ def fit_command(
         str,
         typer.Option(
             help="'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
-            "'ensemble' or 'hidden-state'."
+            "'ensemble', 'hidden-state' or 'token-embedding' (next to no computation)."
         ),
     ] = "stacked",
     model: options.ModelOptions,
