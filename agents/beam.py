@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbrl_text_env.agents.base import check_positive
+from mbrl_text_env.agents.guarded import GuardedSearch, verifier_target
 from mbrl_text_env.agents.search import (
     Expansion,
-    Node,
     Planner,
     Search,
     check_target,
-    partial,
 )
+from mbrl_text_env.agents.tree import Node, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
+from mbrl_text_env.rewards.base import reward_bounds
 from mbrl_text_env.types import FloatArray
 
 # Candidates a stage, or particles, where neither the caller nor a budget says how many.
@@ -160,6 +161,11 @@ class Adaptive(Planner):
     search ends at the first response that scores as much; so that it can, its rounds begin with a
     single response, and each has twice as many candidates a stage as the one before.
 
+    A reward that is a verifier and has a bound (`RewardModel.is_verifier`, `bound`) is searched as
+    by `Guarded`: responses are drawn under guard, one after the other, until one scores the target,
+    by default the most that the bound allows. No value helps there. Of any other reward with a
+    bound, a partial response is given up that cannot score more than the best complete one.
+
     With a value model that gives no standard deviation (`PrefixRewardValue` without a fit),
     `margin` and `caution` change nothing, nothing is given up, and only equal values are not told
     apart.
@@ -175,7 +181,8 @@ class Adaptive(Planner):
         candidates_per_beam: Candidates for each beam that goes on for certain.
         margin: Standard deviations within which values cannot be told apart; 0 or more.
         caution: k of mean - k x standard deviation; 0 or more.
-        target: The score from which on a response is good enough; None spends the whole budget.
+        target: The score from which on a response is good enough; None spends the whole budget, or
+            is the most that a verifier's bound allows.
         value_share: Most FLOPs spent on values, as a share of those spent on text.
         shortest_chunk: Fewest tokens of a chunk; `chunk_tokens` is the most.
 
@@ -208,6 +215,9 @@ class Adaptive(Planner):
 
     async def plan(self, search: Search) -> None:
         """One search from the root to the end of the responses."""
+        if (target := verifier_target(search, self.target)) is not None:
+            await GuardedSearch(search, target).run()
+            return
         beams = [search.tree.root]
         pays = math.ceil(search.value_tokens(search.tree.root) / self.value_share)
         shortest = max(self.shortest_chunk, pays)
@@ -242,12 +252,18 @@ class Adaptive(Planner):
         best = search.tree.best()
         if best is None or best.score is None:
             return list(nodes)
+        prompts = [node.state.prompt for node in nodes]
+        texts = [search.language_model.decode(node.state.response_ids) for node in nodes]
+        bounds = reward_bounds(search.reward_model, prompts, texts)
         return [
             node
-            for node in nodes
-            if node.value is None
-            or node.std == 0
-            or node.value + (self.caution + 2.0) * node.std >= best.score
+            for node, bound in zip(nodes, bounds, strict=True)
+            if bound > best.score
+            and (
+                node.value is None
+                or node.std == 0
+                or node.value + (self.caution + 2.0) * node.std >= best.score
+            )
         ]
 
     def _tells(self, drawn: Sequence[Node]) -> bool:

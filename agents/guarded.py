@@ -1,20 +1,29 @@
-"""Guarded search: what a reward's bound says is lost is never written."""
+"""Guarded search: what a reward's bound says is lost is never written, what is missing is added."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
+from mbrl_text_env.agents.base import ask
 from mbrl_text_env.agents.search import Expansion, Planner, Search, check_target
-from mbrl_text_env.language_models.base import Guard
-from mbrl_text_env.rewards.base import RewardError, reward_bounds, score_responses
-from mbrl_text_env.types import TextState
+from mbrl_text_env.agents.tree import Node
+from mbrl_text_env.language_models.base import Guard, prefix_of
+from mbrl_text_env.mdp import transition
+from mbrl_text_env.rewards.base import reward_bounds
+from mbrl_text_env.types import Chunk, FinishReason, TextState
 from mbrl_text_env.values import ValueModel
 
 # Responses where neither a budget nor a target ends the search.
 _WITHOUT_BUDGET = 4
 # Twice what rounding moves a fraction such as 3 of 3.
 _SAME = 1e-9
+# Additions to one response: more make a text that hangs together by what was asked for alone.
+_ADDITIONS = 8
+# Texts whose score is asked for at one place.
+_TRIES = 4
+_SENTENCE_ENDS = (".", "!", "?", '"', "”", "…", "。", ")", "]", "}")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -23,20 +32,30 @@ class Guarded(Planner):
 
     While a response is drawn, a token after which the reward's bound is below the target is drawn
     again from the probable ones that may follow (`language_models.base.Guard`), and a response ends
-    only where its score reaches the target. Where no probable token may follow, it is given up, and
-    the next one starts at the root. It needs a reward with a `bound`, a language model that has
-    `guards`, and no value model. The check of a text that may end is charged as a reward call;
-    bounds are not.
+    only where its score reaches the target.
+
+    Masking cannot bring about what a language model does not write by itself. So where a response
+    would end too early, or cannot go on, or is too long, what the reward suggests
+    (`RewardModel.suggest`: a keyword, the mark of a list, a last sentence) is put there, and the
+    model goes on after it, or ends if that reaches the target. A response that has become too long
+    is cut at the end of a sentence, and what is missing comes in its middle. Where nothing helps,
+    the next one starts at the root.
+
+    It needs a reward with a `bound`, a language model that has `guards`, and no value model. The
+    check of a text that may end is charged as a reward call; bounds and suggestions are not. The
+    log-probabilities of what was added are the language model's own, and charged.
 
     Sources: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
     Rejection Sampling", 2025 (lazy checks); deviation: no weights, since the verifier decides, not
-    a posterior. See `Guard` for the law of the tokens.
+    a posterior. See `Guard` for the law of the tokens. The additions are this project's.
 
     Args:
         target: The score that is good enough; by default the most that the bound of an empty
             response allows, such as all of a prompt's constraints.
-        floor: The least log-probability (nats) of a token in place of a refused one.
+        floor: The least log-probability (nats) of a token in place of a refused one, and of an end
+            behind what was added.
         candidates: How many of the most probable tokens are tried in place of a refused one.
+        additions: What is suggested is added where this is not 0.
 
     The other arguments are those of every `Planner`.
 
@@ -52,6 +71,7 @@ class Guarded(Planner):
     target: float | None = None
     floor: float = -7.0
     candidates: int = 64
+    additions: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,49 +89,217 @@ class Guarded(Planner):
 
     async def plan(self, search: Search) -> None:
         """Draw guarded responses until one reaches the target or the budget allows no more."""
-        root = search.tree.root
-        target = self._target(search)
-        guard = self._guard(search, target)
-        while not search.has_reached(target - _SAME):
-            [row] = await search.expand([Expansion(root, guard=guard, valued=False)])
-            if search.is_capped or not row or root.samples >= _WITHOUT_BUDGET:
-                return
+        most = most_reachable(search)
+        if self.target is None and most == float("inf"):
+            raise ValueError(
+                f"{self.name}: expected a reward whose `bound` says what a response to prompt "
+                f"{search.tree.root.state.prompt.id!r} can reach, got "
+                f"{search.reward_model.name!r}, which does not. Give a target, or use another "
+                "agent."
+            )
+        target = most if self.target is None else min(self.target, most)
+        options = self.floor, self.candidates, bool(self.additions)
+        await GuardedSearch(search, target, *options).run()
 
     def values(self) -> ValueModel | None:
         """None: nothing is valued."""
         return None
 
-    def _target(self, search: Search) -> float:
-        prompt = search.tree.root.state.prompt
-        [most] = reward_bounds(search.reward_model, [prompt], [""])
-        if self.target is None and most == float("inf"):
-            raise ValueError(
-                f"{self.name}: expected a reward whose `bound` says what a response to prompt "
-                f"{prompt.id!r} can reach, got {search.reward_model.name!r}, which does not. Give "
-                "a target, or use another agent."
-            )
-        return float(most if self.target is None else min(self.target, most))
 
-    def _guard(self, search: Search, target: float) -> Guard:
-        reward, ledger, root = search.reward_model, search.ledger, search.tree.root.state
+def most_reachable(search: Search) -> float:
+    """The most that a response to a search's prompt can score; infinite where it is not known."""
+    [most] = reward_bounds(search.reward_model, [search.tree.root.state.prompt], [""])
+    return float(most)
 
-        def reaches(state: TextState, text: str) -> bool:
-            usage = reward.usage(state.prompt, text)
-            if not ledger.affords(usage + search.finish_usage(root)):
-                return True
-            ledger.charge(usage)
-            try:
-                return score_responses(reward, [state.prompt], [text]).total[0] >= target - _SAME
-            except RewardError:
-                return False
 
-        def allows(
-            states: Sequence[TextState], texts: Sequence[str], ended: Sequence[bool]
-        ) -> list[bool]:
-            bounds = reward_bounds(reward, [state.prompt for state in states], texts)
-            return [
-                bool(bound >= target - _SAME) and (not ends or reaches(state, text))
-                for bound, state, text, ends in zip(bounds, states, texts, ended, strict=True)
-            ]
+def verifier_target(search: Search, target: float | None) -> float | None:
+    """What a guarded search is to reach: all of what a verifier allows, if no target says less.
 
-        return Guard(allows, self.floor, self.candidates)
+    None where there is nothing to guard: the reward is no verifier or has no bound, or the language
+    model has no guards.
+    """
+    most = most_reachable(search)
+    is_guarded = search.reward_model.is_verifier and math.isfinite(most)
+    if not is_guarded or not getattr(search.language_model, "guards", False):
+        return None
+    return most if target is None else min(target, most)
+
+
+@dataclass(frozen=True)
+class GuardedSearch:
+    """Guarded responses from the root of a search until one scores `target`; see `Guarded`."""
+
+    search: Search
+    target: float
+    floor: float = -7.0
+    candidates: int = 64
+    adds: bool = True
+    _guard: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        guard = Guard(self._allows, self.floor, self.candidates)
+        object.__setattr__(self, "_guard", guard)
+
+    async def run(self) -> None:
+        """Draw responses until the target is reached, the budget allows no more, or it is short."""
+        root = self.search.tree.root
+        while not self._is_reached() and await self._respond(root):
+            if self.search.is_capped or root.samples >= _WITHOUT_BUDGET:
+                return
+
+    async def _respond(self, root: Node) -> bool:
+        """Draw one response, with what is added to it; False where the budget does not allow it."""
+        if (node := await self._drawn(root)) is None:
+            return False
+        for _ in range(_ADDITIONS if self.adds else 0):
+            if self._is_reached() or (added := await self._added(node)) is None:
+                break
+            if added.is_terminal or (following := await self._drawn(added)) is None:
+                break
+            node = following
+        return True
+
+    async def _drawn(self, node: Node) -> Node | None:
+        [row] = await self.search.expand([Expansion(node, guard=self._guard, valued=False)])
+        return row[0] if row else None
+
+    def _is_reached(self) -> bool:
+        return self.search.has_reached(self.target - _SAME)
+
+    def _allows(
+        self, states: Sequence[TextState], texts: Sequence[str], ended: Sequence[bool]
+    ) -> list[bool]:
+        """`Guard.allows`: an end below the target is one where something can be added instead."""
+        prompts = [state.prompt for state in states]
+        bounds = reward_bounds(self.search.reward_model, prompts, texts)
+        return [
+            bool(bound >= self.target - _SAME) and (not ends or self._may_end(text))
+            for bound, text, ends in zip(bounds, texts, ended, strict=True)
+        ]
+
+    def _may_end(self, text: str) -> bool:
+        # What the budget does not let us know is allowed: it is scored as the answer anyway.
+        score = self.search.score_of(text)
+        return score is None or score >= self.target - _SAME or any(self._suggested(text))
+
+    def _reaches(self, text: str) -> bool:
+        score = self.search.score_of(text)
+        return score is not None and score >= self.target - _SAME
+
+    def _suggested(self, text: str) -> Iterator[str]:
+        """What may be added to a text so that it can still reach the target."""
+        reward, prompt = self.search.reward_model, self.search.tree.root.state.prompt
+        for piece in reward.suggest(prompt, text) if self.adds else ():
+            if reward_bounds(reward, [prompt], [text + piece])[0] >= self.target - _SAME:
+                yield piece
+
+    async def _added(self, node: Node) -> Node | None:
+        """What a drawn response becomes with an addition, its own end taken off; None for none.
+
+        It goes on from there, unless it is terminal.
+        """
+        places = list(self._places(node))
+        reason, whole = node.state.finish_reason, places[-1]
+        ends = [place for place in places[1:] if _is_end(place.text)]
+        if reason != "stop" and ends and (found := await self._ended(ends[-1])):
+            return found
+        if reason != "length" and (found := await self._continued(whole)):
+            return found
+        if reason == "stop":
+            return await self._ended(ends[-1]) if ends else None
+        # What is missing did not come in time: it comes earlier, in the middle of what was drawn.
+        half = [place for place in ends if place.length <= whole.length // 2]
+        return await self._continued(half[-1]) if reason == "length" and half else None
+
+    def _places(self, node: Node) -> Iterator[_Place]:
+        """The states within a drawn chunk, from its beginning on."""
+        parent, chunk = node.step()
+        decode = self.search.language_model.decode
+        # The last token is a stop token, or the one that nothing may follow.
+        whole = len(chunk) - (node.state.finish_reason != "length")
+        before, limit = parent.state, self.search.limit
+        for length in range(whole + 1):
+            kept = Chunk(chunk.token_ids[:length], chunk.logprobs[:length])
+            state = transition(before, kept, limit + 1) if length else before
+            yield _Place(parent, kept, state, decode(state.response_ids))
+
+    async def _continued(self, place: _Place) -> Node | None:
+        """The first suggestion that may follow, and the end if that is probable."""
+        for piece in self._suggested(place.text):
+            ids = self._ids(piece)
+            if self._has_room(place, ids):
+                logprobs = await self._logprobs(place.state, (*ids, self._stop))
+                if logprobs is None:
+                    return None
+                ends = logprobs[-1] >= self.floor and self._reaches(place.text + piece)
+                added = (*ids, self._stop) if ends else ids
+                return await self._append(place, added, logprobs[: len(added)])
+        return None
+
+    async def _ended(self, place: _Place) -> Node | None:
+        """The end, after a suggestion if need be; None where that is not enough."""
+        tried = 0
+        for piece in ("", *self._suggested(place.text)):
+            ids = self._ids(piece)
+            if tried < _TRIES and self._has_room(place, ids):
+                tried += 1
+                if self._reaches(place.text + piece):
+                    ended = (*ids, self._stop)
+                    logprobs = await self._logprobs(place.state, ended)
+                    return None if logprobs is None else await self._append(place, ended, logprobs)
+        return None
+
+    @property
+    def _stop(self) -> int:
+        return min(self.search.language_model.stop_token_ids)
+
+    def _ids(self, piece: str) -> tuple[int, ...]:
+        return tuple(self.search.language_model.encode_text(piece)) if piece else ()
+
+    def _has_room(self, place: _Place, ids: Sequence[int]) -> bool:
+        """Whether tokens and an end fit in."""
+        return len(place.state.response_ids) + len(ids) < self.search.limit
+
+    async def _logprobs(self, state: TextState, ids: tuple[int, ...]) -> tuple[float, ...] | None:
+        """Log-probability of each addition's token; None where the budget does not allow it."""
+        search = self.search
+        most = search.language_model.usage_bound(len(prefix_of(state)), [len(ids)])
+        if not search.ledger.affords(most + search.finish_usage(search.tree.root.state)):
+            return None
+        asked = ask(
+            search.language_model.logprobs,
+            states=[state],
+            chunks=[Chunk(ids)],
+            ledgers=[search.ledger],
+        )
+        return tuple((await asked)[0])
+
+    async def _append(
+        self, place: _Place, ids: tuple[int, ...], logprobs: tuple[float, ...]
+    ) -> Node:
+        """The node of the tokens up to a place and of others after them."""
+        kept = place.kept
+        reason: FinishReason | None = "stop" if ids[-1] == self._stop else None
+        chunk = Chunk((*kept.token_ids, *ids), (*kept.logprobs, *logprobs), reason)
+        added = await self.search.append(place.parent, chunk)
+        added.note = f"added: {self.search.language_model.decode(ids)!r}"
+        return added
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is `kept` of a chunk that was drawn after `parent`, and the state there."""
+
+    parent: Node
+    kept: Chunk
+    state: TextState
+    text: str
+
+    @property
+    def length(self) -> int:
+        return len(self.kept)
+
+
+def _is_end(text: str) -> bool:
+    """Whether a text ends with a sentence or a line."""
+    return text.endswith("\n") or text.rstrip().endswith(_SENTENCE_ENDS)

@@ -21,7 +21,8 @@ from mbrl_text_env.agents.mcts_policies import (
     puct_scores,
     widened,
 )
-from mbrl_text_env.agents.search import Expansion, Node, Planner, Search, SearchTree, partial
+from mbrl_text_env.agents.search import Expansion, Planner, Search
+from mbrl_text_env.agents.tree import Node, SearchTree, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
 from mbrl_text_env.mdp import transition
 from mbrl_text_env.types import Chunk, FloatArray, TextState

@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
-from operator import attrgetter
 from typing import Any
 
 from mbrl_text_env.agents.base import (
@@ -22,19 +21,21 @@ from mbrl_text_env.agents.base import (
     ask,
     ask_for_chunks,
 )
+from mbrl_text_env.agents.tree import Node, SearchTree, partial
 from mbrl_text_env.language_models.base import (
     Guard,
     LanguageModel,
     SampleRequest,
     SamplingParams,
-    Tokenizer,
     cache_tokens,
     prefix_of,
 )
 from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
+    RewardError,
     RewardModel,
+    Scores,
     reward_model_of,
     reward_usage_bound,
     score_responses,
@@ -54,137 +55,6 @@ _PATIENCE = 64
 _PERSISTENCE = 8
 # Fewer searches side by side would make batches too small, whatever the cache can hold.
 _FEWEST_AT_ONCE = 8
-
-
-@dataclass(eq=False)
-class Node:
-    """A state that a search has reached.
-
-    Args:
-        index: Its place in `SearchTree.nodes`.
-        parent: The state before, and the `chunk` that leads here from it; None at the root.
-        children: In the order in which they were drawn; a chunk drawn twice is one child.
-        samples: Chunks drawn from here, repetitions included.
-        copies: How often this node was drawn from its parent.
-        value: The value model's mean and its standard deviation `std`, where it was asked.
-        score: The reward of a complete response and its `parts` by name, where it was asked.
-        visits: Visit count, and the `total` of the returns backed up, in searches that count.
-        note: Why the search went on from here, or did not.
-    """
-
-    index: int
-    state: TextState
-    parent: Node | None = None
-    chunk: Chunk | None = None
-    children: list[Node] = field(default_factory=list)
-    samples: int = 0
-    copies: int = 1
-    value: float | None = None
-    std: float = 0.0
-    score: float | None = None
-    parts: Mapping[str, float] = field(default_factory=dict)
-    visits: int = 0
-    total: float = 0.0
-    note: str = ""
-
-    @property
-    def is_terminal(self) -> bool:
-        """Whether the response has ended."""
-        return is_terminal(self.state)
-
-    @property
-    def worth(self) -> float | None:
-        """The score of a complete response, the estimated value of a partial one, or None."""
-        return self.score if self.score is not None else self.value
-
-    @property
-    def mean(self) -> float:
-        """Mean of the returns backed up through here; NaN before the first."""
-        return self.total / self.visits if self.visits else float("nan")
-
-    @property
-    def depth(self) -> int:
-        """Chunks from the root."""
-        return sum(1 for _ in self.path()) - 1
-
-    def path(self) -> Iterator[Node]:
-        """This node and those before it, up to the root."""
-        node: Node | None = self
-        while node is not None:
-            yield node
-            node = node.parent
-
-    def logprobs(self) -> tuple[float, ...]:
-        """Log-probability (nats) of each token from the root to here."""
-        chunks = [node.chunk for node in self.path() if node.chunk is not None]
-        return tuple(value for chunk in reversed(chunks) for value in chunk.logprobs)
-
-
-class SearchTree:
-    """All states that a search has reached from one, and which it has `chosen` as the answer."""
-
-    def __init__(self, state: TextState) -> None:
-        self.nodes = [Node(0, state)]
-        self.chosen: Node | None = None
-
-    @property
-    def root(self) -> Node:
-        """Where the search started."""
-        return self.nodes[0]
-
-    def add(self, parent: Node, chunk: Chunk, state: TextState) -> Node:
-        """The child that a drawn chunk leads to; the one that is there if it was drawn before."""
-        parent.samples += 1
-        for child in parent.children:
-            if child.state == state:
-                child.copies += 1
-                return child
-        child = Node(len(self.nodes), state, parent, chunk)
-        self.nodes.append(child)
-        parent.children.append(child)
-        return child
-
-    def complete(self) -> list[Node]:
-        """The complete responses that have a score."""
-        return [node for node in self.nodes if node.score is not None]
-
-    def best(self) -> Node | None:
-        """The complete response with the highest score; the first of equals."""
-        return max(self.complete(), key=attrgetter("score"), default=None)
-
-    def to_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """JSON values: the prompt, and every node with its text, worth, visits and note."""
-        on_path = set() if self.chosen is None else {node.index for node in self.chosen.path()}
-        return {
-            "prompt_id": self.root.state.prompt.id,
-            "prompt": self.root.state.prompt.text,
-            "prefix": tokenizer.decode(self.root.state.response_ids),
-            "chosen": None if self.chosen is None else self.chosen.index,
-            "nodes": [_node_dict(node, tokenizer, on_path) for node in self.nodes],
-        }
-
-
-def _node_dict(node: Node, tokenizer: Tokenizer, on_path: set[int]) -> dict[str, Any]:
-    chunk = node.chunk
-    return {
-        "index": node.index,
-        "parent": None if node.parent is None else node.parent.index,
-        "depth": node.depth,
-        "text": "" if chunk is None else tokenizer.decode(chunk.token_ids),
-        "token_ids": [] if chunk is None else list(chunk.token_ids),
-        "logprob": sum(chunk.logprobs) if chunk is not None and chunk.logprobs else None,
-        "response_tokens": len(node.state.response_ids),
-        "finish_reason": node.state.finish_reason,
-        "copies": node.copies,
-        "value": node.value,
-        "std": node.std if node.value is not None else None,
-        "score": node.score,
-        "parts": dict(node.parts),
-        "visits": node.visits,
-        "mean": node.mean if node.visits else None,
-        "chosen": node.index in on_path,
-        "note": node.note,
-    }
 
 
 @dataclass(frozen=True)
@@ -239,7 +109,7 @@ class Search:
         self.reward_model = reward_model_of(self.reward_model)
         self.drawn = self.round = 0
         self.is_short = False
-        self._scores: dict[tuple[int, ...], tuple[float, dict[str, float]]] = {}
+        self._scores: dict[str, tuple[float, dict[str, float]]] = {}
         self.limit = response_limit(state, self.language_model, max_response_tokens)
         # A cap on something that costs nothing here is none: the search would not end.
         endless = self.finish_usage(self.tree.root.state) * 1_000_000
@@ -364,21 +234,42 @@ class Search:
         return usage + reward_usage_bound(self.reward_model)
 
     async def _score(self, complete: Sequence[Node]) -> None:
-        """Score complete responses; one that was reached before on another way is known."""
-        ids = dict.fromkeys(node.state.response_ids for node in complete)
-        new = [each for each in ids if each not in self._scores]
+        """Score complete responses; one whose text was scored before is known."""
+        texts = [self.language_model.decode(node.state.response_ids) for node in complete]
+        new = [text for text in dict.fromkeys(texts) if text not in self._scores]
         if new:
             scores = await ask(
                 score_responses,
                 self.reward_model,
                 prompts=[self.tree.root.state.prompt] * len(new),
-                responses=[self.language_model.decode(each) for each in new],
+                responses=new,
                 ledgers=[self.ledger] * len(new),
             )
-            for i, each in enumerate(new):
-                self._scores[each] = float(scores.total[i]), scores.parts_of(i)
-        for node in complete:
-            node.score, node.parts = self._scores[node.state.response_ids]
+            self._known(new, scores)
+        for node, text in zip(complete, texts, strict=True):
+            node.score, node.parts = self._scores[text]
+
+    def score_of(self, text: str) -> float | None:
+        """The score of a response's text, charged unless it is known.
+
+        None where the budget does not allow it beside one more response; minus infinity where it
+        cannot be scored.
+        """
+        prompt = self.tree.root.state.prompt
+        if text not in self._scores:
+            keep = self.finish_usage(self.tree.root.state)
+            if not self.ledger.affords(self.reward_model.usage(prompt, text) + keep):
+                return None
+            try:
+                found = score_responses(self.reward_model, [prompt], [text], ledgers=[self.ledger])
+            except RewardError:
+                return -math.inf
+            self._known([text], found)
+        return self._scores[text][0]
+
+    def _known(self, texts: Sequence[str], scores: Scores) -> None:
+        for i, text in enumerate(texts):
+            self._scores[text] = float(scores.total[i]), scores.parts_of(i)
 
     async def _chunks(self, counted: Sequence[tuple[Expansion, int]]) -> list[list[Chunk]]:
         """Draw so many chunks for each; no chunk number of a node is asked for twice."""
@@ -394,6 +285,12 @@ class Search:
         ledgers = [self.ledger] * len(requests)
         rows: list[list[Chunk]] = await ask_for_chunks(self.language_model, requests, ledgers)
         return rows
+
+    async def append(self, node: Node, chunk: Chunk) -> Node:
+        """Add a chunk that was not drawn, and score it where it ends the response."""
+        child = self._added(node, chunk)
+        await self.evaluate([child] if child.is_terminal else [])
+        return child
 
     def _added(self, node: Node, chunk: Chunk) -> Node:
         return self.tree.add(node, chunk, transition(node.state, chunk, self.limit))
@@ -566,11 +463,6 @@ class Planner(Agent):
         if not kept or not caps:
             return MOST_AT_ONCE
         return max(_FEWEST_AT_ONCE, min(MOST_AT_ONCE, int(kept / (prefix + min(caps)))))
-
-
-def partial(nodes: Iterable[Node]) -> list[Node]:
-    """The responses among `nodes` that have not ended, each once."""
-    return [node for node in dict.fromkeys(nodes) if not node.is_terminal]
 
 
 def affordable(ledger: Ledger, cost: Callable[[int], Usage], at_most: int) -> int:

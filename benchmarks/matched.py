@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class Pool:
         flops: float64[P, n], of each sample, those of its score included, its prompt's not.
         prompt_flops: float64[P], of the prompt, which best-of-N computes once.
         logprobs: float64[P, n], summed log-probability (nats) of each sample.
+        target: The score at which best-of-N stops; see `scaling.Baseline`.
     """
 
     prompt_ids: tuple[str, ...]
@@ -53,22 +54,24 @@ class Pool:
     flops: FloatArray
     prompt_flops: FloatArray
     logprobs: FloatArray
+    target: float | None = None
 
     def rows(self, prompt_ids: Sequence[str]) -> Pool:
         """The same for some of the prompts, in their order."""
         at = [self.prompt_ids.index(name) for name in prompt_ids]
-        kept = {name: values[at] for name, values in vars(self).items() if name != "prompt_ids"}
-        return Pool(tuple(prompt_ids), **kept)
+        arrays = ("scores", "tokens", "flops", "prompt_flops", "logprobs")
+        kept = {name: getattr(self, name)[at] for name in arrays}
+        return replace(self, prompt_ids=tuple(prompt_ids), **kept)
 
     @property
     def in_flops(self) -> scaling.Baseline:
         """Best-of-N with its FLOPs as costs."""
-        return scaling.Baseline(self.scores, self.flops, self.prompt_flops)
+        return scaling.Baseline(self.scores, self.flops, self.prompt_flops, self.target)
 
     @property
     def in_tokens(self) -> scaling.Baseline:
         """Best-of-N with its generated tokens as costs."""
-        return scaling.Baseline(self.scores, self.tokens)
+        return scaling.Baseline(self.scores, self.tokens, target=self.target)
 
     def surprisal(self, ns: Sequence[int]) -> FloatArray:
         """How much less likely best-of-N's answers are than plain samples, nats: float64[len(ns)].

@@ -30,6 +30,8 @@ from mbrl_text_env.benchmarks.statistics import (
 
 # Larger pools are read at this many sizes: between them the curve is straight.
 _MOST_SIZES = 1024
+# Scores closer than this are the same.
+_SAME = 1e-9
 
 
 def sizes(samples: int) -> list[int]:
@@ -158,12 +160,16 @@ class Baseline:
     """Best-of-N on P prompts, as their pool of n samples shows it.
 
     N samples of a prompt cost `prompt_costs + N * mean sample cost`: the prompt is computed once,
-    and N is fixed beforehand, so a sample's cost does not decide whether another is drawn.
+    and N is fixed beforehand, so a sample's cost does not decide whether another is drawn. With a
+    `target`, samples are drawn one by one until one scores as much, or until there are N: the
+    best-of-N that a verifier allows, without the waves of an agent.
 
     Args:
         scores: float64[P, n], n >= 2.
         costs: float64[P, n], what each sample costs (tokens, FLOPs, ...), above 0 on average.
         prompt_costs: float64[P] or one number, what the prompt costs once.
+        target: The score at which best-of-N stops, not below the highest of the pool; None where it
+            never does.
 
     Example:
         >>> costs = np.array([[10.0, 10.0], [10.0, 30.0]])
@@ -175,9 +181,15 @@ class Baseline:
     scores: FloatArray
     costs: FloatArray
     prompt_costs: FloatArray | float = 0.0
+    target: float | None = None
 
     def __post_init__(self) -> None:
         scores = checked(self.scores, 2, "scores")
+        if self.target is not None and scores.max() > self.target + _SAME:
+            raise ValueError(
+                f"target: expected at least the highest score of the pool, {scores.max()}, got "
+                f"{self.target}. Raise it."
+            )
         costs = checked(self.costs, 2, "costs")
         if scores.shape != costs.shape or scores.shape[1] < 2:
             raise ValueError(
@@ -226,9 +238,32 @@ class Baseline:
         """float64[P], mean cost of a prompt's sample."""
         return cast("FloatArray", np.mean(self.costs, axis=1))
 
+    @cached_property
+    def cost_curves(self) -> FloatArray:
+        """float64[P, L], each prompt's expected cost at each of `ns`."""
+        return np.asarray(self.prompt_costs)[:, None] + self._drawing_costs()
+
+    def _drawing_costs(self) -> FloatArray:
+        if self.target is None:
+            return np.multiply.outer(self.sample_costs, self.ns)
+        samples, succeeds = self.shape[1], self.scores >= self.target - _SAME
+        failures = samples - succeeds.sum(axis=1, keepdims=True)
+        drawn = np.arange(samples)
+        # Probability that the first k of a prompt all fail, k from 0: they are drawn without
+        # replacement.
+        each = np.maximum(failures - drawn, 0) / (samples - drawn)
+        fail = np.hstack([np.ones_like(each[:, :1]), np.cumprod(each, axis=1)])
+        ways = []
+        for which, counts in ((succeeds, fail[:, :-1] - fail[:, 1:]), (~succeeds, fail[:, 1:])):
+            mean = np.sum(self.costs * which, axis=1) / np.maximum(which.sum(axis=1), 1)
+            ways.append(mean[:, None] * np.cumsum(counts, axis=1))
+        return cast("FloatArray", np.sum(ways, axis=0)[:, self.ns - 1])
+
     def mean_costs(self, n: float) -> float:
-        """Mean cost of N samples of a prompt, over prompts; N may be a fraction."""
-        return float(np.mean(self.prompt_costs + n * self.sample_costs))
+        """Mean cost of up to N samples of a prompt, over prompts; N may be a fraction."""
+        if self.target is None:
+            return float(np.mean(self.prompt_costs + n * self.sample_costs))
+        return float(np.interp(n, self.ns, np.mean(self.cost_curves, axis=0)))
 
     def at_cost(self, costs: npt.ArrayLike) -> AtCost:
         """Best-of-N within a cost of each prompt (float64[P], or one number): the N that it buys.
@@ -244,8 +279,11 @@ class Baseline:
 
         The mean over prompts is an agent's where its `compute_multiplier` is 1.
         """
-        given = checked([cost], 1, "cost")
-        n = (given - np.mean(self.prompt_costs)) / np.mean(self.sample_costs)
+        [given] = checked([cost], 1, "cost")
+        curve = np.mean(self.cost_curves, axis=0)
+        # Costs are sums of many numbers: the last digits do not make a pool too small.
+        given = next((end for end in curve[[0, -1]] if math.isclose(given, end)), given)
+        n = np.interp(given, curve, self.ns, left=0.0, right=np.inf)
         return self._at(np.broadcast_to(n, self.shape[:1]))
 
     def _at(self, wanted: FloatArray) -> AtCost:
@@ -340,8 +378,10 @@ def compute_multiplier(
     # The first row is the sample itself.
     shares = np.vstack([np.ones(prompts), drawn]) / prompts
     equal, above, below = _equal_n(shares @ baseline.curves, shares @ own, baseline.ns)
-    equal_costs = shares @ np.asarray(baseline.prompt_costs)
-    equal_costs += equal * (shares @ baseline.sample_costs)
+    curves = shares @ baseline.cost_curves
+    equal_costs = np.array(
+        [np.interp(n, baseline.ns, row) for n, row in zip(equal, curves, strict=True)]
+    )
     # A resample of prompts on which the agent spent nothing says nothing finite.
     with np.errstate(divide="ignore"):
         ratios = equal_costs / (shares @ paid)

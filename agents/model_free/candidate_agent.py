@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mbrl_text_env.agents.base import ask
-from mbrl_text_env.agents.search import Expansion, Node, Planner, Search
+from mbrl_text_env.agents.search import Expansion, Planner, Search
+from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.proposer import CandidateProposer, Known

@@ -161,8 +161,9 @@ class LanguageModel(ABC):
     stop_token_ids: frozenset[int]
     context_length: int
     cache_tokens: int = 0
-    guards: bool = False
     """Tokens of prefixes that can be kept between calls; 0 for none."""
+    guards: bool = False
+    """Whether requests may have a `Guard`."""
 
     @property
     def counts_flops(self) -> bool:
@@ -187,6 +188,17 @@ class LanguageModel(ABC):
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
+
+    def encode_text(self, text: str) -> Sequence[int]:
+        """Token ids of a text alone, without control tokens, to follow those of a response.
+
+        Raises:
+            NotImplementedError: The model does not give them.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not encode texts (`encode_text`). Use TransformersLM, or "
+            "an agent that adds none."
+        )
 
     def sample(
         self,

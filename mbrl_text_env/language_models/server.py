@@ -210,6 +210,10 @@ class ServerLM(LanguageModel):
         """Text of the ids, special tokens left out."""
         return self._tokenizer.decode(token_ids)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text alone; see `HFTokenizer.encode_text`."""
+        return self._tokenizer.encode_text(text)
+
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:

@@ -60,13 +60,17 @@ class CharTokenizer:
 
     def encode_prompt(self, prompt: Prompt) -> Ids:
         """Ids of the prompt's characters; characters outside the alphabet are left out."""
-        ids = tuple(self._id_of[c] for c in prompt.text if c in self._id_of)
+        ids = tuple(self.encode_text(prompt.text))
         check_room(prompt, len(ids), self.context_length)
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Characters of the ids, stop tokens left out."""
         return "".join(map(self._texts.__getitem__, token_ids))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of the characters; those outside the alphabet are left out."""
+        return [self._id_of[c] for c in text if c in self._id_of]
 
 
 class ExactLM(CharTokenizer, FeatureModel):

@@ -62,6 +62,9 @@ class RewardModel(ABC):
     """
 
     name: str
+    is_verifier: bool = False
+    """Whether a response can be expected to reach what `bound` says of the empty prefix, as where a
+    program checks it: a search then stops at the first that does."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -101,6 +104,22 @@ class RewardModel(ABC):
             ...         return self.score(prompts, prefixes)
         """
         return np.full(len(prefixes), np.inf)
+
+    def suggest(self, prompt: Prompt, prefix: str) -> Sequence[str]:
+        """Texts of which one may follow, the likeliest of use first; by default none.
+
+        A search asks where a response would end and its score could still be higher. A text is a
+        piece that is missing, such as a word that has to occur or the mark of a list; the language
+        model goes on after it.
+
+        Example:
+            >>> class Signed(RewardModel):
+            ...     def score(self, prompts, responses):
+            ...         return [float(response.endswith("Yours, Ada")) for response in responses]
+            ...     def suggest(self, prompt, prefix):
+            ...         return ["\\nYours, Ada"]
+        """
+        return ()
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
         """Return float64[B], the floating-point operations of each score; by default none."""
@@ -163,7 +182,8 @@ class ObjectReward(RewardModel):
     def __init__(self, reward: Any) -> None:
         self.reward = reward
         self.name = str(getattr(reward, "name", type(reward).__name__))
-        for method in ("score_parts", "applies_to", "bound", "flops", "flops_bound"):
+        self.is_verifier = bool(getattr(reward, "is_verifier", False))
+        for method in ("score_parts", "applies_to", "bound", "suggest", "flops", "flops_bound"):
             # What a subclass does itself stays.
             if hasattr(reward, method) and _is_default(getattr(self, method)):
                 setattr(self, method, getattr(reward, method))

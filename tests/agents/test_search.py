@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.agents.beam import beam_search
-from mbrl_text_env.agents.search import Expansion, Search, partial
+from mbrl_text_env.agents.search import Expansion, Search
+from mbrl_text_env.agents.tree import partial
 from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.mdp import initial

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from mbrl_text_env.agents import Adaptive, BeamSearch, BestOfN
-from mbrl_text_env.agents.search import SearchTree
+from mbrl_text_env.agents.tree import SearchTree
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.types import Budget, Chunk

@@ -111,6 +111,32 @@ def test_curves_rise_from_the_mean_to_the_maximum(samples, seed):
 
 
 class TestBaseline:
+    def test_costs_with_a_stop_at_the_target_by_hand(self):
+        """Two of four samples succeed, for 8 each; the others cost 2 and 4."""
+        scores, costs = (
+            np.array([[1.0, 0, 0, 1], [0, 0, 0, 0]]),
+            np.array([[8.0, 2, 4, 8], [5] * 4]),
+        )
+        pool = Baseline(scores, costs, np.array([10.0, 0.0]), target=1.0)
+        success = np.array([1 / 2, 5 / 6, 1, 1])
+        failures = np.cumsum([1 / 2, 1 / 6, 0, 0])
+        expected = [10 + 8 * success + 3 * failures, [5, 10, 15, 20]]
+        np.testing.assert_allclose(pool.cost_curves, expected)
+        assert pool.mean_costs(2) == pytest.approx(np.mean([row[1] for row in expected]))
+        assert pool.at_mean_cost(pool.mean_costs(3)).ns.tolist() == pytest.approx([3, 3])
+        with pytest.raises(ValueError, match="at least the highest score"):
+            Baseline(scores, costs, target=0.5)
+
+    def test_the_costs_with_a_stop_are_those_of_draws(self):
+        rng = np.random.default_rng(0)
+        scores, costs = (rng.random((1, 12)) < 0.2).astype(float), rng.uniform(1, 9, (1, 12))
+        pool, spent = Baseline(scores, costs, target=1.0), []
+        for order in (rng.permutation(12) for _ in range(20_000)):
+            first = np.flatnonzero(scores[0, order])
+            drawn = order[: min(5, first[0] + 1 if len(first) else 12)]
+            spent.append(costs[0, drawn].sum())
+        assert np.mean(spent) == pytest.approx(pool.mean_costs(5), rel=0.01)
+
     def test_costs_by_hand(self):
         pool = Baseline(
             np.zeros((2, 2)), np.array([[1.0, 3.0], [4.0, 6.0]]), np.array([10.0, 20.0])

@@ -98,6 +98,15 @@ class Combinator(ProcessRewardModel):
         bounds = [reward_bounds(reward, prompts, prefixes) for reward in self.rewards]
         return self.most(bounds, prefixes)
 
+    @property
+    def is_verifier(self) -> bool:  # type: ignore[override]
+        """Whether all of the rewards are."""
+        return all(reward.is_verifier for reward in self.rewards)
+
+    def suggest(self, prompt: Prompt, prefix: str) -> tuple[str, ...]:
+        """What any of the rewards suggests."""
+        return tuple(text for reward in self.rewards for text in reward.suggest(prompt, prefix))
+
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
         """The most that `combine` can make of scores up to `bounds`; by default not known."""
         return np.full(len(prefixes), np.inf)

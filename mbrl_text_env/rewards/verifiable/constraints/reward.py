@@ -14,6 +14,7 @@ from mbrl_text_env.rewards.verifiable.constraints.checking import (
     check_constraint,
     prefix_verdict,
 )
+from mbrl_text_env.rewards.verifiable.constraints.suggestions import suggestions
 from mbrl_text_env.types import FloatArray, Prompt
 
 
@@ -32,6 +33,7 @@ class ConstraintsReward(ProcessRewardModel):
     """
 
     name = "constraints"
+    is_verifier = True
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt has constraints."""
@@ -50,6 +52,10 @@ class ConstraintsReward(ProcessRewardModel):
         """Return float64[B], the fraction of constraints that a prefix has not broken for good."""
         rows = zip(prompts, prefixes, strict=True)
         return np.array([self._within_reach(prompt, [prefix])[0] for prompt, prefix in rows], float)
+
+    def suggest(self, prompt: Prompt, prefix: str) -> tuple[str, ...]:
+        """Pieces that a constraint asks for and the prefix does not have (see `suggestions`)."""
+        return suggestions(_constraints(prompt), prefix, _request(prompt))
 
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
         """Return float64[len(steps)]: how much of the score is still within reach.

@@ -1,0 +1,154 @@
+"""The tree of a search: states that were reached, the chunks between them, and what is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+from mbrl_text_env.language_models.base import Tokenizer
+from mbrl_text_env.mdp import is_terminal
+from mbrl_text_env.types import Chunk, TextState
+
+
+@dataclass(eq=False)
+class Node:
+    """A state that a search has reached.
+
+    Args:
+        index: Its place in `SearchTree.nodes`.
+        parent: The state before, and the `chunk` that leads here from it; None at the root.
+        children: In the order in which they were drawn; a chunk drawn twice is one child.
+        samples: Chunks drawn from here, repetitions included.
+        copies: How often this node was drawn from its parent.
+        value: The value model's mean and its standard deviation `std`, where it was asked.
+        score: The reward of a complete response and its `parts` by name, where it was asked.
+        visits: Visit count, and the `total` of the returns backed up, in searches that count.
+        note: Why the search went on from here, or did not.
+    """
+
+    index: int
+    state: TextState
+    parent: Node | None = None
+    chunk: Chunk | None = None
+    children: list[Node] = field(default_factory=list)
+    samples: int = 0
+    copies: int = 1
+    value: float | None = None
+    std: float = 0.0
+    score: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    visits: int = 0
+    total: float = 0.0
+    note: str = ""
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the response has ended."""
+        return is_terminal(self.state)
+
+    @property
+    def worth(self) -> float | None:
+        """The score of a complete response, the estimated value of a partial one, or None."""
+        return self.score if self.score is not None else self.value
+
+    @property
+    def mean(self) -> float:
+        """Mean of the returns backed up through here; NaN before the first."""
+        return self.total / self.visits if self.visits else float("nan")
+
+    @property
+    def depth(self) -> int:
+        """Chunks from the root."""
+        return sum(1 for _ in self.path()) - 1
+
+    def path(self) -> Iterator[Node]:
+        """This node and those before it, up to the root."""
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+    def step(self) -> tuple[Node, Chunk]:
+        """The node before and the chunk from there; a ValueError at the root."""
+        if self.parent is None or self.chunk is None:
+            raise ValueError("step: expected a node below the root, got the root.")
+        return self.parent, self.chunk
+
+    def logprobs(self) -> tuple[float, ...]:
+        """Log-probability (nats) of each token from the root to here."""
+        chunks = [node.chunk for node in self.path() if node.chunk is not None]
+        return tuple(value for chunk in reversed(chunks) for value in chunk.logprobs)
+
+
+class SearchTree:
+    """All states that a search has reached from one, and which it has `chosen` as the answer."""
+
+    def __init__(self, state: TextState) -> None:
+        self.nodes = [Node(0, state)]
+        self.chosen: Node | None = None
+
+    @property
+    def root(self) -> Node:
+        """Where the search started."""
+        return self.nodes[0]
+
+    def add(self, parent: Node, chunk: Chunk, state: TextState) -> Node:
+        """The child that a drawn chunk leads to; the one that is there if it was drawn before."""
+        parent.samples += 1
+        for child in parent.children:
+            if child.state == state:
+                child.copies += 1
+                return child
+        child = Node(len(self.nodes), state, parent, chunk)
+        self.nodes.append(child)
+        parent.children.append(child)
+        return child
+
+    def complete(self) -> list[Node]:
+        """The complete responses that have a score."""
+        return [node for node in self.nodes if node.score is not None]
+
+    def best(self) -> Node | None:
+        """The complete response with the highest score; the first of equals."""
+        return max(self.complete(), key=attrgetter("score"), default=None)
+
+    def to_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """JSON values: the prompt, and every node with its text, worth, visits and note."""
+        on_path = set() if self.chosen is None else {node.index for node in self.chosen.path()}
+        return {
+            "prompt_id": self.root.state.prompt.id,
+            "prompt": self.root.state.prompt.text,
+            "prefix": tokenizer.decode(self.root.state.response_ids),
+            "chosen": None if self.chosen is None else self.chosen.index,
+            "nodes": [_node_dict(node, tokenizer, on_path) for node in self.nodes],
+        }
+
+
+def _node_dict(node: Node, tokenizer: Tokenizer, on_path: set[int]) -> dict[str, Any]:
+    chunk = node.chunk
+    return {
+        "index": node.index,
+        "parent": None if node.parent is None else node.parent.index,
+        "depth": node.depth,
+        "text": "" if chunk is None else tokenizer.decode(chunk.token_ids),
+        "token_ids": [] if chunk is None else list(chunk.token_ids),
+        "logprob": sum(chunk.logprobs) if chunk is not None and chunk.logprobs else None,
+        "response_tokens": len(node.state.response_ids),
+        "finish_reason": node.state.finish_reason,
+        "copies": node.copies,
+        "value": node.value,
+        "std": node.std if node.value is not None else None,
+        "score": node.score,
+        "parts": dict(node.parts),
+        "visits": node.visits,
+        "mean": node.mean if node.visits else None,
+        "chosen": node.index in on_path,
+        "note": node.note,
+    }
+
+
+def partial(nodes: Iterable[Node]) -> list[Node]:
+    """The responses among `nodes` that have not ended, each once."""
+    return [node for node in dict.fromkeys(nodes) if not node.is_terminal]

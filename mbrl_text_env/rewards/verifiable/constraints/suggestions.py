@@ -1,0 +1,151 @@
+"""Texts that bring a response nearer to a constraint that it does not satisfy yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mbrl_text_env.rewards.verifiable.constraints.checking import check_constraint
+from mbrl_text_env.rewards.verifiable.constraints.text import count_occurrences
+
+_Suggest = Callable[..., list[str]]
+# What has to stand at the very end: suggested once all else is there.
+_LAST = ("ends_with", "quoted", "json_object")
+
+
+def suggestions(
+    constraints: Sequence[Mapping[str, Any]], text: str, prompt: str
+) -> tuple[str, ...]:
+    """What may come next after `text`, were it the end of the response; nothing where that is well.
+
+    The texts are pieces, such as the mark of a bullet or a keyword that is missing: the language
+    model writes what stands between them. Each comes also in capitals and in small letters, in case
+    another constraint asks for that.
+
+    Example:
+        >>> suggestions([{"type": "keywords", "value": ["River"]}], "We swam.", "Tell me.")
+        (' River', ' RIVER', ' river')
+    """
+    unmet = [each for each in constraints if not check_constraint(each, text, prompt)]
+    first = [each for each in unmet if each["type"] not in _LAST] or unmet
+    found: list[str] = []
+    for constraint in first:
+        arguments = {
+            key: value for key, value in constraint.items() if key != "type" and value is not None
+        }
+        suggest = _SUGGEST.get(constraint["type"])
+        for piece in [] if suggest is None else suggest(text, **arguments):
+            found += [piece, piece.upper(), piece.lower()]
+    return tuple(dict.fromkeys(filter(None, found)))
+
+
+def _apart(text: str, piece: str, space: str = " ") -> str:
+    """A piece with what separates it from the text before."""
+    return piece if not text or text.endswith(("\n", space)) else space + piece
+
+
+def _line(text: str, piece: str, blank: bool = False) -> str:
+    """A piece at the beginning of a line, below a blank one if asked."""
+    wanted = 2 if blank else 1
+    there = len(text) - len(text.rstrip("\n"))
+    return piece if not text else "\n" * max(0, wanted - there) + piece
+
+
+def _keywords(text: str, value: Sequence[str]) -> list[str]:
+    return [_apart(text, word) for word in value if not count_occurrences(word, text)]
+
+
+def _keyword(text: str, keyword: str, value: int) -> list[str]:
+    return [_apart(text, keyword)]
+
+
+def _beginning(text: str, value: str) -> list[str]:
+    begun = text.lstrip()
+    return [value[len(begun) :]] if value.startswith(begun) else []
+
+
+def _ending(text: str, value: str) -> list[str]:
+    return [_apart(text, value), _line(text, value, blank=True)]
+
+
+def _bracketed(opening: str, closing: str, whole_line: bool = False) -> _Suggest:
+    """To open brackets, or to close those that are open in the last line."""
+
+    def suggest(text: str, value: int = 1) -> list[str]:
+        line = text.rsplit("\n", 1)[-1]
+        at = line.rfind(opening)
+        if at >= 0 and closing not in line[at + len(opening) :]:
+            return [closing]
+        return [_line(text, opening, blank=True) if whole_line else _apart(text, opening)]
+
+    return suggest
+
+
+def _listed(text: str, value: int) -> list[str]:
+    return [_line(text, "- "), _line(text, "* ")]
+
+
+def _numbered(text: str, value: int) -> list[str]:
+    return [_line(text, f"{number}. ") for number in range(1, value + 1)]
+
+
+def _paragraph(text: str, value: int) -> list[str]:
+    return [_line(text, "", blank=True)] if text else []
+
+
+def _sections(text: str, splitter: str, value: int) -> list[str]:
+    return [_line(text, f"{splitter.strip()} {number}\n", blank=True) for number in (1, 2, 3, 4, 5)]
+
+
+def _quoted(text: str) -> list[str]:
+    begun = text.strip()[:1]
+    return ['"'] if begun in ("", '"') else ["”"] if begun == "“" else []
+
+
+def _json(text: str) -> list[str]:
+    """What closes all that is open, and what opens an object."""
+    if not text.strip():
+        return ['{"']
+    open_brackets, in_text, escaped = list[str](), False, False
+    for character in text:
+        if in_text:
+            in_text, escaped = escaped or character != '"', character == "\\" and not escaped
+        elif character == '"':
+            in_text = True
+        elif character in "{[":
+            open_brackets.append("}" if character == "{" else "]")
+        elif character in "}]" and open_brackets:
+            open_brackets.pop()
+    closers = "".join(reversed(open_brackets))
+    ends = (f'"{closers}', f'": ""{closers}') if in_text else (closers, f'": ""{closers}')
+    return [end for end in ends if _is_json(text + end)]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+_SUGGEST: Mapping[str, _Suggest] = {
+    "keywords": _keywords,
+    "keyword_count": _keyword,
+    "exact_keyword_count": _keyword,
+    "starts_with": _beginning,
+    "ends_with": _ending,
+    "title": _bracketed("<<", ">>", whole_line=True),
+    "placeholders": _bracketed("[", "]"),
+    "highlights": _bracketed("*", "*"),
+    "postscript": lambda text: [_line(text, "P.S. ", blank=True)],
+    "num_bullets": _listed,
+    "numbered_list": _numbered,
+    "num_paragraphs": _paragraph,
+    "min_paragraphs": _paragraph,
+    "sections": _sections,
+    "quoted": _quoted,
+    "json_object": _json,
+    "one_of": lambda text, value: [each for option in value for each in _beginning(text, option)],
+}
