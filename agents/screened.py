@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mbrl_text_env.agents.base import check_positive
-from mbrl_text_env.agents.search import Expansion, Node, Planner, Search, affordable, stand_in
+from mbrl_text_env.agents.search import Expansion, Planner, Search, affordable, stand_in
+from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import prefix_of
 from mbrl_text_env.rewards.base import reward_usage_bound
 
