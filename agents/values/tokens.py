@@ -86,7 +86,7 @@ class TokenEmbeddingValue(FittedValue):
 
     def _table(self) -> Any:
         """The input embeddings, float[vocab_size, d]."""
-        model = getattr(self.language_model, "model", None)
+        model: Any = getattr(self.language_model, "model", None)
         if not hasattr(model, "get_input_embeddings"):
             raise ValueModelError(
                 "Expected a language model whose token embeddings can be read, such as "
