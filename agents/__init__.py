@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "mcts": ["MCTS"],
         "registry": ["available", "make"],
         "sampling": ["BestOfN", "RandomAgent", "Sampling"],
+        "screened": ["Screened"],
         "search": ["Expansion", "Node", "Planner", "Search", "SearchTree"],
         "values": ["EmbeddingValue"],
         "votes": ["Majority", "WeightedVote"],

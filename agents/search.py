@@ -66,6 +66,8 @@ class Expansion:
         tokens: Most tokens of a chunk; None draws to the end of the response.
         params: How they are drawn; None for the search's own.
         valued: Whether partial responses among them are valued.
+        scored: Whether complete ones are scored; if not, they are valued as partial ones are, and
+            what one score takes is kept back. `Search.evaluate` scores them.
         guard: What their text may not become.
     """
 
@@ -74,6 +76,7 @@ class Expansion:
     tokens: int | None = None
     params: SamplingParams | None = None
     valued: bool = True
+    scored: bool = True
     guard: Guard | None = None
 
 
@@ -128,26 +131,30 @@ class Search:
         wanted = list(expansions)
         counts = self._affordable_counts(wanted)
         self.is_short |= sum(counts) < sum(expansion.count for expansion in wanted)
-        pairs = list(zip(wanted, counts, strict=True))
-        drawn = iter(await self._chunks([pair for pair in pairs if pair[1]]) if any(counts) else ())
+        counted = list(zip(wanted, counts, strict=True))
+        drawn = iter(
+            await self._chunks([pair for pair in counted if pair[1]]) if any(counts) else ()
+        )
         rows = [
             [self._added(expansion.node, chunk) for chunk in next(drawn)] if count else []
-            for expansion, count in pairs
+            for expansion, count in counted
         ]
         self.drawn += sum(map(len, rows))
-        await self.evaluate(
-            node
-            for expansion, row in zip(wanted, rows, strict=True)
-            for node in row
-            if expansion.valued or node.is_terminal
-        )
+        pairs = [(each, node) for each, row in zip(wanted, rows, strict=True) for node in row]
+        due = [(each, node) for each, node in pairs if each.valued or node.is_terminal]
+        for scored in (True, False):
+            new = [node for each, node in due if each.scored == scored]
+            await self.evaluate(new, scored=scored)
         return rows
 
-    async def evaluate(self, nodes: Iterable[Node]) -> None:
-        """Score the complete responses and value the partial ones that are not evaluated yet."""
-        new = [node for node in dict.fromkeys(nodes) if node.worth is None]
-        await self._score([node for node in new if node.is_terminal])
-        unfinished = partial(new)
+    async def evaluate(self, nodes: Iterable[Node], *, scored: bool = True) -> None:
+        """Score the complete responses and value the partial ones that are not evaluated yet.
+
+        Without `scored` the complete ones are valued too.
+        """
+        new = [node for node in dict.fromkeys(nodes) if node.score is None]
+        await self._score([node for node in new if scored and node.is_terminal])
+        unfinished = [node for node in new if node.worth is None]
         if unfinished and self.value_model is not None:
             estimate = await ask(
                 predict_values,
@@ -183,11 +190,11 @@ class Search:
         best = self.tree.best()
         return target is not None and best is not None and (best.score or 0.0) >= target
 
-    def width(self, node: Node, tokens: int | None) -> int | None:
+    def width(self, node: Node, tokens: int | None, *, scored: bool = True) -> int | None:
         """About how many candidates a chunk the budget allows from a node to the end, up to 4096.
 
         None where no cap says: there is none, or only one on seconds. Each chunk of `tokens` is
-        evaluated; None stands for whole responses.
+        evaluated; None stands for whole responses. Without `scored`, one of them all is scored.
         """
         room, path = self.room(node.state), self._drawing_usage(node.state)
         lengths = range(tokens or room, room, tokens or room)
@@ -195,16 +202,20 @@ class Search:
             # What a value takes grows about evenly with the length: the ends tell of all.
             half = len(lengths) // 2
             for at, count in ((0, len(lengths) - half), (-1, half)):
-                state = _stand_in(node.state, lengths[at])
+                state = stand_in(node.state, lengths[at])
                 path += expected_value_usage(self.value_model, state) * count
-        complete = _stand_in(node.state, room)
+        complete = stand_in(node.state, room)
         text = self.language_model.decode(complete.response_ids)
-        path += self.reward_model.usage(complete.prompt, text)
-        caps = vars(self.ledger.budget)
-        counted = (name for name, amount in path.capped.items() if amount > 0 and name != "seconds")
+        once = self.reward_model.usage(complete.prompt, text)
+        caps, whole = vars(self.ledger.budget), path + once
+        if scored:
+            path, once = whole, Usage()
+        counted = (
+            name for name, amount in whole.capped.items() if amount > 0 and name != "seconds"
+        )
         if not self.is_capped or all(caps[name] is None for name in counted):
             return None
-        count = affordable(self.ledger, lambda count: path * count, 4096)
+        count = affordable(self.ledger, lambda count: path * count + once * min(count, 1), 4096)
         self.is_short |= not count
         return count
 
@@ -213,7 +224,7 @@ class Search:
         room, drawing = self.room(node.state), self._drawing_usage(node.state).flops
         if self.value_model is None or not drawing > 0:
             return 0.0
-        halfway = _stand_in(node.state, room // 2)
+        halfway = stand_in(node.state, room // 2)
         return expected_value_usage(self.value_model, halfway).flops * room / drawing
 
     def finish_usage(self, state: TextState) -> Usage:
@@ -315,7 +326,10 @@ class Search:
                 prefix = len(prefix_of(state))
                 total += self.language_model.usage_bound(prefix, [length] * count)
                 total += self._evaluation_bound(expansion) * count
-                ends.append(self.finish_usage(_stand_in(state, length)))
+                ends.append(self.finish_usage(stand_in(state, length)))
+                if not expansion.scored:
+                    # Also at the very end, where what is scored by itself has paid already.
+                    ends[-1] = ends[-1].maximum(reward_usage_bound(self.reward_model))
         if not ends or self.tree.best() is not None:
             return total
         return total + min(ends, key=lambda usage: usage.generated_tokens)
@@ -324,11 +338,13 @@ class Search:
         """The most that evaluating one child is charged: a score if it ends, or else a value."""
         bound, length = reward_usage_bound(self.reward_model), self._length(expansion)
         state = expansion.node.state
-        if self.value_model is None or not expansion.valued or length == self.room(state):
+        if self.value_model is not None and not expansion.scored:
+            bound = Usage()
+        elif self.value_model is None or not expansion.valued or length == self.room(state):
             return bound
         # A stop text can end a chunk after its first token, and what is left to roll out is longer.
         for tokens in {length, 1} if self._params(expansion).stop else {length}:
-            after = value_usage_bound(self.value_model, _stand_in(state, tokens))
+            after = value_usage_bound(self.value_model, stand_in(state, tokens))
             bound = bound.maximum(after)
         return bound
 
@@ -471,7 +487,7 @@ def _value(node: Node) -> float:
     return float("-inf") if node.value is None else node.value
 
 
-def _stand_in(state: TextState, new_tokens: int) -> TextState:
+def stand_in(state: TextState, new_tokens: int) -> TextState:
     """A state with as many more tokens, for costs: the prompt's, for they decode to real text."""
     source = state.prompt_ids or (0,)
     repeats = -(-new_tokens // len(source))

@@ -66,6 +66,7 @@ def compare_command(
         str | None,
         typer.Option(help="A trusted reward that no agent sees; it scores the answers too."),
     ] = None,
+    reward_price: options.PriceOption = None,
     value: options.ValueOption = "prefix",
     policy: options.PolicyOption = None,
 ) -> None:
@@ -74,9 +75,15 @@ def compare_command(
     from mbrl_text_env.benchmarks.report import table
 
     judge = judge.of(prompts.prompts)
+    if reward_price is not None and config.budget_flops is None and config.budget_tokens:
+        raise typer.BadParameter(
+            "--reward-price: expected a budget that sees it (--budget-flops), got one in tokens "
+            "alone, within which reward calls are free. Give --budget-flops too, or instead."
+        )
     reward = judge.load()
     asked = prompts.choose(num_prompts, reward, config.seed)
     language_model = model.load()
+    reward = options.priced(reward, reward_price, language_model, config.max_response_tokens)
     comparison = Comparison(
         config,
         options.that_fit(asked, language_model),
@@ -86,7 +93,12 @@ def compare_command(
             value, reward, language_model, config.max_response_tokens, config.seed
         ),
         None if gold is None else judge.load(gold),
-        {"value": options.value_digest(value), "reward": judge.reward, "dtype": model.dtype},
+        {
+            "value": options.value_digest(value),
+            "reward": judge.reward,
+            "dtype": model.dtype,
+            **({} if reward_price is None else {"reward_price": reward_price}),
+        },
         options.load_policies(policy or [], language_model),
     )
     summary = compare_with_progress(comparison, out, console)
@@ -150,7 +162,7 @@ def fit_command(
         str,
         typer.Option(
             help="'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
-            "'ensemble' or 'hidden-state'."
+            "'ensemble', 'hidden-state' or 'token-embedding' (next to no computation)."
         ),
     ] = "stacked",
     model: options.ModelOptions,

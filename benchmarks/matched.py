@@ -22,6 +22,7 @@ from mbrl_text_env.benchmarks.terminal import numbers
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record
+from mbrl_text_env.rewards import Priced
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.types import FloatArray, Prompt
 
@@ -110,7 +111,9 @@ def make_pool(
         on_batch=on_batch,
     )
     texts = [[record.response for record in row] for row in records]
-    scores, _ = score_pool(scores_folder, reward_model, prompts, texts, tried=0)
+    # Scores do not depend on the price.
+    unpriced = reward_model.reward if isinstance(reward_model, Priced) else reward_model
+    scores, _ = score_pool(scores_folder, unpriced, prompts, texts, tried=0)
     costs = [
         _costs(language_model, reward_model, p, r) for p, r in zip(prompts, records, strict=True)
     ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
@@ -28,6 +30,7 @@ _PUZZLES_A_SPLIT = 256
 _SUITE = "suite:"
 _YEAR = 365 * 86400.0
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
+_PRICE = re.compile(r"(?P<number>\d+(\.\d*)?(e[+-]?\d+)?)(?P<unit>tokens|flops)")
 _LEAST = {"num_prompts": 4, "samples": 4, "max_response_tokens": 1, "sensitivity_samples": 1}
 
 LanguageModelOption = Annotated[
@@ -72,6 +75,13 @@ PolicyOption = Annotated[
     typer.Option(
         help="NAME=FOLDER of a LoRA adapter, or of a choice that PPO or DQN learned: agents with "
         "the option policy=NAME use it. Repeatable."
+    ),
+]
+PriceOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What a call of the reward counts for in place of its own FLOPs: '300tokens' that the "
+        "language model generates, or '2e11flops'. Budgets are then in FLOPs."
     ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="All sampling follows from it.")]
@@ -264,6 +274,44 @@ class CompareConfig:
             )
             for spec, tokens in own.items()
         }
+
+
+def priced(
+    reward_model: RewardModel, price: str | None, language_model: Any, max_response_tokens: int
+) -> RewardModel:
+    """The reward at a price such as "300tokens" or "2e11flops" a call; as it is for None.
+
+    A token counts for the mean FLOPs of a generated one in a response of `max_response_tokens` to a
+    prompt of as many.
+
+    Raises:
+        CompareError: The price cannot be read, or is in tokens and the model counts no FLOPs.
+
+    Example:
+        >>> priced(reward, "300tokens", lm, 96).flops_bound()  # doctest: +SKIP
+        82715443200.0
+    """
+    from mbrl_text_env.rewards import Priced
+
+    if price is None:
+        return reward_model
+    found = _PRICE.fullmatch(price.strip().lower())
+    number = float(found["number"]) if found else math.inf
+    if found is None or math.isinf(number):
+        raise CompareError(
+            "reward price: expected a number of tokens or FLOPs, such as '300tokens' or "
+            f"'2e11flops', got {price!r}."
+        )
+    if found["unit"] == "flops":
+        return Priced(reward_model, number)
+    usage, length = language_model.usage_bound, max_response_tokens
+    each = (usage(length, [length]) - usage(length, [])).flops / length
+    if not each > 0:
+        raise CompareError(
+            f"reward price: {language_model.name!r} counts no FLOPs, so {price!r} says nothing. "
+            "Give the price in FLOPs, such as '2e11flops', or the model's --num-parameters."
+        )
+    return Priced(reward_model, number * each)
 
 
 @dataclass(frozen=True)

@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = attach(
             *("EmbeddingValue", "HiddenStateValue", "PrefixRewardValue", "RolloutValue"),
             *("StackedValue", "FITTED", "READY", "check_value_fits", "load_value", "make_value"),
         ],
+        "tokens": ["TokenEmbeddingValue"],
     },
 )

@@ -24,6 +24,7 @@ from mbrl_text_env.agents.values.fitted import (
     samples_of,
     value_class,
 )
+from mbrl_text_env.agents.values.tokens import TokenEmbeddingValue
 from mbrl_text_env.encoders import (
     Encoder,
     encode_texts,
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 READY = ("prefix", "prefix-exact", "rollout")
 """Names of value models that predict at once."""
 
-FITTED = ("calibrated", "embedding", "hidden-state", "stacked", "ensemble")
+FITTED = ("calibrated", "embedding", "hidden-state", "stacked", "token-embedding", "ensemble")
 """Names of those that are fitted on records first; `calibrated` is `prefix-exact` after a fit."""
 
 # Penalty on inputs of variance 1.
@@ -545,6 +546,7 @@ def make_value(
         "embedding": lambda: EmbeddingValue(lm, encoder),
         "hidden-state": lambda: HiddenStateValue(lm),
         "stacked": lambda: StackedValue(lm, reward, **limit),
+        "token-embedding": lambda: TokenEmbeddingValue(lm),
         "ensemble": lambda: EnsembleValue(StackedValue(lm, reward, **limit), seed=seed),
     }
     if name not in kinds:

@@ -87,6 +87,8 @@ class Study:
         seed: Of everything. Agents sample with the next ones, not with the pool's.
         answers: Of each agent to each prompt, each with a seed of its own.
         batch_prompts: Most prompts that are answered together.
+        reward_price: What a call of the reward counts for in place of its own FLOPs, such as
+            "300tokens" (see `options.priced`); the unit is then no tokens, which do not see it.
     """
 
     agents: Mapping[str, tuple[str, ...]]
@@ -101,6 +103,7 @@ class Study:
     seed: int = 0
     answers: int = 1
     batch_prompts: int = 64
+    reward_price: str | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -112,6 +115,11 @@ class Study:
             )
         if self.answers < 1:
             raise CompareError(f"answers: expected at least 1, got {self.answers}.")
+        if self.reward_price is not None and self.unit == "tokens":
+            raise CompareError(
+                "unit: expected 'flops' with a price of the reward, got 'tokens': within such a "
+                "budget reward calls are free."
+            )
 
     def prompts(self, split: str, count: int, reward_model: RewardModel) -> list[Prompt]:
         """Builtin prompts that the reward applies to."""
@@ -142,13 +150,16 @@ def run_study(
     record = {"format": _FORMAT, "language_model": identity(language_model), **common}
     with claimed(out, record, "study", CompareError):
         for name, specs in study.agents.items():
-            runs = _Runs(study, language_model, name, rewards[name], out)
+            reward_model = options.priced(
+                rewards[name], study.reward_price, language_model, study.max_response_tokens
+            )
+            runs = _Runs(study, language_model, name, reward_model, out)
             on_progress(f"{name}: pool of {study.samples} responses to each prompt")
             pool = make_pool(
                 out / "pool",
                 out / "scores" / slug(name),
                 language_model,
-                rewards[name],
+                reward_model,
                 runs.prompts,
                 samples=study.samples,
                 max_response_tokens=study.max_response_tokens,
@@ -225,7 +236,8 @@ class _Runs:
         values = self.values if "value" in parse_spec(spec)[1] else None
         comparison = Comparison(config, self.prompts, *models, values)
         again = f"-again-{number}" if number else ""
-        place = self.out / "runs" / slug(self.name) / folder / f"{slug(spec)}{again}"
+        price = "" if study.reward_price is None else f"-{slug(study.reward_price)}"
+        place = self.out / "runs" / slug(self.name) / f"{folder}{price}" / f"{slug(spec)}{again}"
         return run(comparison, place)[spec]
 
 
@@ -405,12 +417,13 @@ def main(
         typer.Option(help=f"Generated tokens a prompt, with commas; by default {_FULL_BUDGETS}."),
     ] = None,
     unit: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="What is capped: 'tokens', or the 'flops' or 'seconds' that best-of-N takes for "
-            "them."
+            "them; by default tokens, and FLOPs with a price of the reward."
         ),
-    ] = "tokens",
+    ] = None,
+    reward_price: options.PriceOption = None,
     num_prompts: Annotated[
         int | None, typer.Option(min=2, help=f"Of each reward; by default {FULL.num_prompts}.")
     ] = None,
@@ -440,7 +453,8 @@ def main(
         size,
         agents=dict.fromkeys(names, specs),
         budgets=size.budgets if budgets is None else _numbers(budgets),
-        unit=unit,  # type: ignore[arg-type]
+        unit=unit or ("tokens" if reward_price is None else "flops"),  # type: ignore[arg-type]
+        reward_price=reward_price,
         split=split,
         num_prompts=num_prompts or size.num_prompts,
         samples=samples or size.samples,
@@ -471,7 +485,8 @@ def run_and_write(study: Study, how: harness.StudyOptions, out: Path) -> dict[st
     rows, pools = {}, {}
     progress = options.console.print
     for name, pool, cells in run_study(study, model, models, out, on_progress=progress):
-        pools[name], rows[name] = pool, analyse(pool, cells)
+        found = [{**row, "reward_price": study.reward_price} for row in analyse(pool, cells)]
+        pools[name], rows[name] = pool, found
         result["results"] += rows[name]
         result["best_of_n"] += best_of_n_rows(name, pool, study.budgets, study.unit)
         result["falls"] += falls(cells)

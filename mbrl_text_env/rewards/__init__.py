@@ -53,6 +53,7 @@ __getattr__, __dir__, __all__ = attach(
             "Clip",
             "LengthPenalty",
             "Normalise",
+            "Priced",
             "RepetitionPenalty",
             "RunningNormalise",
             "Threshold",

@@ -18,6 +18,7 @@ from mbrl_text_env.agents import (
     ParticleFilter,
     RecedingHorizon,
     Sampling,
+    Screened,
 )
 from mbrl_text_env.agents.base import MOST_AT_ONCE
 from mbrl_text_env.agents.values import RolloutValue
@@ -40,6 +41,8 @@ PLANNERS = {
     "mcts": (MCTS, {}),
     "mcts, gumbel": (MCTS, {"root_policy": "gumbel"}),
     "particle filter": (ParticleFilter, {"temperature": 0.02}),
+    "screened": (Screened, {}),
+    "screened, one finalist": (Screened, {"candidates": 8, "finalists": 1}),
     "adaptive": (Adaptive, {"candidates_per_beam": 32}),
     "adaptive, cautious": (Adaptive, {"candidates_per_beam": 32, "caution": 1.0}),
     "adaptive, with a target": (Adaptive, {"target": 1e9}),

@@ -190,6 +190,24 @@ def test_fit_needs_records(tmp_path):
     assert "none" in result.output
 
 
+def test_a_price_wants_a_budget_that_sees_it(tmp_path):
+    words = ["compare", "--agents", "best-of-n", "--out", tmp_path, "--reward-price", "300tokens"]
+    result = run(*words, "--budget-tokens", 96)
+    assert result.exit_code == 2
+    assert "--budget-flops" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_price_is_charged_and_kept_in_the_summary(tmp_path):
+    words = ["--agents", "best-of-n:n=2", "--num-prompts", 2, "--out", tmp_path]
+    result = run("compare", *words, "--reward-price", "2e11flops", *SMALL)
+    assert result.exit_code == 0, result.output
+    for row in read_rows(tmp_path / "results.jsonl"):
+        assert row["usage"]["reward_flops"] == 2e11 * row["usage"]["reward_calls"] > 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["reward_price"] == "2e11flops"
+
+
 def test_budgets_in_flops_and_seconds(tmp_path):
     words = ["--agents", "sampling,best-of-n", "--num-prompts", 2, "--out", tmp_path]
     caps = ["--budget-flops", 3e10, "--budget-seconds", 30]

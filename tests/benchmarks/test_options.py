@@ -1,12 +1,19 @@
-"""Groups of options."""
+"""Groups of options, and prices."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
+import pytest
 import typer
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from mbrl_text_env.benchmarks.options import friendly
+from mbrl_text_env.benchmarks.options import CompareError, friendly, priced
+from mbrl_text_env.language_models import NGramLM
+from mbrl_text_env.language_models.base import pass_usage
+from tests.toys import CountReward
 
 
 @dataclass(frozen=True)
@@ -41,3 +48,57 @@ def test_bounds_and_errors_of_a_group_exit_with_2():
     assert shown("--count", "0").exit_code == 2
     assert shown("--hidden", "1").exit_code == 2
     assert shown("--names", "a,,b").exit_code == 2
+
+
+class TestPrices:
+    """A token of `LM` is 3 FLOPs."""
+
+    LM = NGramLM("ab", seed=1, flops_per_token=3.0)
+
+    def price(self, text, lm=LM, length=16):
+        return priced(CountReward(), text, lm, length).usage_bound().flops
+
+    @pytest.mark.parametrize(
+        ("text", "flops"),
+        [("300tokens", 900), ("2e11flops", 2e11), (" 1.5Tokens ", 4.5), ("0flops", 0)],
+    )
+    def test_tokens_and_flops(self, text, flops):
+        assert self.price(text) == flops
+
+    @given(
+        number=st.floats(0, 1e15) | st.integers(0, 10**15),
+        unit=st.sampled_from(["tokens", "flops"]),
+    )
+    def test_any_number(self, number, unit):
+        each = 3.0 if unit == "tokens" else 1.0
+        assert self.price(f"{number}{unit}") == pytest.approx(number * each)
+
+    @given(st.text(max_size=12))
+    @example("300")
+    @example("-3tokens")
+    @example("nantokens")
+    @example("1e999flops")
+    @example("3 tokens")
+    def test_what_is_no_price_is_an_error(self, text):
+        assume(not re.fullmatch(r"\d+\.?\d*(e[+-]?\d{1,2})?(tokens|flops)", text.strip().lower()))
+        with pytest.raises(CompareError, match="reward price: expected"):
+            self.price(text)
+
+    def test_a_token_counts_for_the_mean_of_a_response_to_a_prompt_as_long(self):
+        """4 tokens at 2 x 50, and 4 x 2 x (4 x 4 + 4^2 / 2) for what they attend to: 592."""
+
+        class Attentive(NGramLM):
+            def usage_bound(self, prefix_tokens, new_tokens):
+                return pass_usage(prefix_tokens, prefix_tokens, new_tokens, 50, 2)
+
+        assert self.price("100tokens", Attentive("ab", seed=1), 4) == 100 * 592 / 4
+
+    def test_a_model_that_counts_no_flops(self):
+        free = NGramLM("ab", seed=1, flops_per_token=0.0)
+        assert self.price("7flops", free) == 7
+        with pytest.raises(CompareError, match="counts no FLOPs"):
+            self.price("7tokens", free)
+
+    def test_none_is_the_reward_itself(self):
+        reward = CountReward()
+        assert priced(reward, None, self.LM, 16) is reward

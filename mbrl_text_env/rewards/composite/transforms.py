@@ -1,4 +1,4 @@
-"""One reward, changed: clipped, put on another scale, lowered by a penalty, or limited in time.
+"""One reward, changed: clipped, rescaled, lowered by a penalty, priced, or limited in time.
 
 Each keeps the scores of the reward inside it as parts for the report, and penalties add their own.
 """
@@ -293,6 +293,48 @@ def repeated_share(text: str, n: int) -> float:
     words = text.casefold().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+class Priced(Wrapper):
+    """A reward each call of which is charged `price` FLOPs, from 0 up, in place of its own.
+
+    It is for a reward whose cost is known and not counted, such as that of a server, and for asking
+    what a search would be worth if the reward were expensive: ledgers, budgets and comparisons
+    take the price for the reward's FLOPs. Scores, bounds and parts are the reward's.
+
+    Example:
+        >>> from mbrl_text_env.rewards import SentimentReward
+        >>> reward = Priced(SentimentReward(), 2e11)
+        >>> reward.usage(Prompt.from_text("Hi"), "It was good.").flops
+        200000000000.0
+    """
+
+    def __init__(self, reward: RewardLike, price: float) -> None:
+        check_finite("Priced", price=price)
+        if price < 0:
+            raise ValueError(f"Priced: expected a price of 0 FLOPs or more, got {price}.")
+        super().__init__(reward)
+        self.price = float(price)
+
+    def reduced(self, dtype: str) -> Priced:
+        """The reward in another format, at the same price."""
+        return Priced(self.reward.reduced(dtype), self.price)
+
+    def score_parts(self, prompts: Prompts, responses: Texts) -> Scores:
+        """Return the reward's scores and parts, each float64[B]."""
+        return score_responses(self.reward, prompts, responses)
+
+    def score_steps(self, prompt: Prompt, steps: Texts) -> FloatArray:
+        """Return float64[len(steps)], the reward's."""
+        return score_steps(self.reward, prompt, steps)
+
+    def flops(self, prompts: Prompts, responses: Texts) -> FloatArray:
+        """Return float64[B], the price of each."""
+        return np.full(len(responses), self.price)
+
+    def flops_bound(self) -> float:
+        """The price."""
+        return self.price
 
 
 class TimeLimit(Wrapper):

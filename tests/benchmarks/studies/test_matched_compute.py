@@ -56,6 +56,7 @@ FIELDS = {
     "multiplier_tokens",
     "kl",
     "p_vs_best_of_n",
+    "reward_price",
 }
 
 
@@ -74,6 +75,19 @@ class TestStudy:
         for cell in cells:
             assert [row["prompt_id"] for row in cell.rows] == list(pool.prompt_ids)
             assert all(row["usage"]["generated_tokens"] <= cell.budget for row in cell.rows)
+
+    def test_a_price_is_charged_to_agents_and_to_best_of_n(self, tmp_path):
+        """7 tokens of a FLOP each in place of 5 FLOPs; the scores are read from the same folder."""
+        pool, _ = ran(tmp_path)
+        study = replace(STUDY, unit="flops", reward_price="7tokens", budgets=(120,))
+        priced, cells = ran(tmp_path, study)
+        assert (priced.scores == pool.scores).all()
+        assert priced.flops == pytest.approx(pool.flops + 2.0)
+        for cell in cells:
+            for row in cell.rows:
+                assert row["usage"]["reward_flops"] == 7.0 * row["usage"]["reward_calls"]
+        with pytest.raises(CompareError, match="unit: expected 'flops' with a price"):
+            replace(STUDY, reward_price="7tokens")
 
     def test_it_is_resumed(self, tmp_path):
         _, first = ran(tmp_path)
@@ -271,9 +285,10 @@ def test_options_are_told():
     app = typer.Typer()
     app.command()(matched_compute.main)
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
-    for option in ("--json", "--quick", "--budgets", "--unit", "--answers"):
+    for option in ("--json", "--quick", "--budgets", "--unit", "--answers", "--reward-price"):
         assert option in shown
     wrong = (["--unit", "years"], ["--budgets", "many"], ["--budgets", "10"], ["--answers", "0"])
+    wrong += (["--unit", "tokens", "--reward-price", "300tokens"],)
     for words in wrong:
         assert CliRunner().invoke(app, words).exit_code == 2
 
