@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from mbrl_text_env.language_models.base import (
-    GrowingText,
     Guard,
     SampleRequest,
     SamplingParams,
     Tokenizer,
     has_stop_text,
     prefix_of,
-    replacements,
     stream,
-    weighted_token,
 )
 from mbrl_text_env.language_models.engine import Batch, Tokens, draw, probabilities, top_tokens
+from mbrl_text_env.language_models.guarding import GrowingText, replacements, weighted_token
 from mbrl_text_env.types import TextState
 
 # Rows are added when this share of the batch is free: every addition is a pass over few tokens.

@@ -1,4 +1,4 @@
-"""Guards for language models that watch none themselves, such as servers.
+"""What watching a guard takes, and guards for models that watch none themselves, such as servers.
 
 A chunk is drawn as ever and cut at its first refused token; another token comes there, and the
 chunk goes on from it. What is thrown away has been paid for. `Guard` states the law of the tokens.
@@ -7,22 +7,25 @@ chunk goes on from it. What is thrown away has been paid for. `Guard` states the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from mbrl_text_env.language_models import base
 from mbrl_text_env.language_models.base import (
-    GrowingText,
     Guard,
     LanguageModel,
     NextTokens,
     SampleRequest,
+    SamplingParams,
+    Tokenizer,
     check_requests,
     finish_reason,
     has_stop_text,
     prefix_of,
-    replacements,
     room_after,
     spawn_seed,
     stream,
@@ -39,6 +42,96 @@ _PIECE = 8
 _Rows: TypeAlias = list[list[Chunk]]
 _Draw: TypeAlias = Callable[..., Awaitable[_Rows]]
 _Call: TypeAlias = Callable[..., Awaitable[Any]]
+
+
+def replacements(
+    logprobs: Mapping[int, float],
+    guard: Guard,
+    params: SamplingParams,
+    generator: np.random.Generator,
+) -> Iterator[int]:
+    """Tokens in place of a refused one, drawn without replacement; see `Guard`.
+
+    They are drawn from the model's most probable ones, whose own `logprobs` are given, without the
+    refused one; the temperature shapes them.
+    """
+    left = [token for token, log in logprobs.items() if log >= guard.floor]
+    while left:
+        place = 0
+        if params.temperature > 0:
+            scaled = np.array([logprobs[each] for each in left]) / params.temperature
+            ends = np.exp(scaled - scaled.max()).cumsum()
+            place = int(np.searchsorted(ends, generator.random() * ends[-1], side="right"))
+        yield left.pop(min(place, len(left) - 1))
+
+
+def weighted_token(
+    first: int,
+    probabilities: npt.NDArray[np.float64],
+    may_follow: Callable[[int], bool],
+    generator: np.random.Generator,
+) -> tuple[int | None, float]:
+    """A token that may follow and the logarithm of its weight; (None, -inf) where none may.
+
+    `first` was drawn from `probabilities`, float64[V]. See `Guard` for the law.
+    """
+    left = probabilities / probabilities.sum()
+
+    def drawn() -> int | None:
+        ends = left.cumsum()
+        if not ends[-1] > 0:
+            return None
+        place = int(np.searchsorted(ends, generator.random() * ends[-1], side="right"))
+        return min(place, len(left) - 1)
+
+    token: int | None = first
+    while token is not None and not may_follow(token):
+        left[token] = 0.0
+        token = drawn()
+    if token is None:
+        return None, -np.inf
+    mass, own = left.sum(), left[token]
+    left[token] = 0.0
+    other = drawn()
+    share = 1.0 if other is None or may_follow(other) else own / mass
+    return token, float(np.log(mass * share))
+
+
+class GrowingText:
+    """The text of tokens that come one by one, decoded from the last few of them.
+
+    A character of which bytes are missing at the end is left out until it is complete, or a fourth
+    token shows that it never will be.
+
+    Source: vLLM's incremental detokenization, which decodes as far back as what it has read last.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._text, self._before, self._read = "", "", 0
+        self._recent: list[int] = []
+        for token in token_ids:
+            self.append(token)
+
+    def with_token(self, token: int) -> str:
+        """The text if `token` comes next."""
+        new = self._new(token)
+        # A character has at most four bytes: what is not complete by then never will be.
+        is_overdue = len(self._recent) - self._read >= 3
+        return self._text + (new if is_overdue else new.rstrip("\ufffd"))
+
+    def append(self, token: int) -> None:
+        """Go on with a token."""
+        new = self._new(token)
+        self._recent.append(token)
+        if new and not new.endswith("\ufffd"):
+            self._text += new
+            self._recent = self._recent[self._read :]
+            self._read = len(self._recent)
+            self._before = self._tokenizer.decode(self._recent)
+
+    def _new(self, token: int) -> str:
+        return self._tokenizer.decode([*self._recent, token])[len(self._before) :]
 
 
 def sample_requests(

@@ -27,11 +27,10 @@ from mbrl_text_env.language_models.base import (
     finish_reason,
     has_stop_text,
     prefix_of,
-    replacements,
     room_after,
     stream,
-    weighted_token,
 )
+from mbrl_text_env.language_models.guarding import replacements, weighted_token
 from mbrl_text_env.types import Chunk, FinishReason, Ledger, Prompt, TextState, Usage, timed
 
 STOP = 0

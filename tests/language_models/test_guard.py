@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mbrl_text_env.language_models import NGramLM, SamplingParams, embedded_tokenizer
-from mbrl_text_env.language_models.base import GrowingText, Guard, SampleRequest
+from mbrl_text_env.language_models.base import Guard, SampleRequest
+from mbrl_text_env.language_models.guarding import GrowingText
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.types import Prompt, TextState
 
