@@ -194,7 +194,8 @@ def count_a(prompt, response):
 
 @pytest.mark.parametrize("name", sorted(set(available()) - {"candidates"}))
 def test_functions_and_names_are_rewards_and_texts_are_prompts(name):
-    agents = [make(name, LM, reward, max_response_tokens=4) for reward in (count_a, "sentiment")]
+    spec = "guarded:target=2" if name == "guarded" else name  # these rewards have no bound
+    agents = [make(spec, LM, reward, max_response_tokens=4) for reward in (count_a, "sentiment")]
     for agent in agents:
         answers = [
             [(g.prompt, g.text) for g in agent.generate(prompts, Budget(tokens=60), seed=1)]
