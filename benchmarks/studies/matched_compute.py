@@ -49,7 +49,6 @@ from mbrl_text_env.benchmarks.statistics import Interval
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
-from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards import make
 from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
@@ -89,6 +88,9 @@ class Study:
         batch_prompts: Most prompts that are answered together.
         reward_price: What a call of the reward counts for in place of its own FLOPs, such as
             "300tokens" (see `options.priced`); the unit is then no tokens, which do not see it.
+        source: Of the prompts: "builtin", a suite or a file (see `options.PromptOptions`).
+        target: The score at which best-of-N stops, the highest that there is; None where it never
+            does.
     """
 
     agents: Mapping[str, tuple[str, ...]]
@@ -104,6 +106,8 @@ class Study:
     answers: int = 1
     batch_prompts: int = 64
     reward_price: str | None = None
+    source: str = "builtin"
+    target: float | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -122,8 +126,9 @@ class Study:
             )
 
     def prompts(self, split: str, count: int, reward_model: RewardModel) -> list[Prompt]:
-        """Builtin prompts that the reward applies to."""
-        return choose_prompts(load_prompts(split=split), count, reward_model, self.seed)
+        """Prompts of the source that the reward applies to."""
+        found = options.load_prompts_option(self.source, split)
+        return choose_prompts(found, count, reward_model, self.seed)
 
 
 FULL = Study({}, (256, 512, 1024, 2048, 4096, 8192))
@@ -165,6 +170,7 @@ def run_study(
                 max_response_tokens=study.max_response_tokens,
                 seed=study.seed,
             )
+            pool = replace(pool, target=study.target)
             cells = []
             for budget in study.budgets:
                 caps = runs.caps(pool, budget)

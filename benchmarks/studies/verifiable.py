@@ -1,0 +1,205 @@
+"""Search where a program checks the answer, and where a reward call is expensive.
+
+Three parts, each beside best-of-N at matched FLOPs, from one pool of samples (`matched_compute`):
+
+- `constraints`: instructions that a program can check. Best-of-N stops at the first success.
+- `reasoning`: short answers of ten reasoning-gym tasks, four examples before each question.
+  Best-of-N stops at the first success. The examples' FLOPs count once a task; with `prefix` "each"
+  they count for every question.
+- `expensive`: sentiment and relevance at 100, 300 and 1,000 tokens a call. Best-of-N scores all.
+
+What is done is kept in the folder, and a run that was killed goes on.
+
+    python -m mbrl_text_env.benchmarks.studies.verifiable --json verifiable.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.matched import Cell, Pool, Row, analyse, best_of_n_rows, table
+from mbrl_text_env.benchmarks.options import CompareError
+from mbrl_text_env.benchmarks.studies import harness
+from mbrl_text_env.benchmarks.studies.matched_compute import Study, page_tables, run_study, slug
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.rewards import make
+from mbrl_text_env.types import Prompt
+
+PRICES = ("100tokens", "300tokens", "1000tokens")
+GUARDED = ("guarded", "adaptive:target=1", "guarded:additions=0")
+ANSWERS = ("best-first:target=1", "best-first:n=1", "majority", "weighted-vote", "sampling")
+SCREENED = ("screened:value=token-embedding", "adaptive:value=prefix")
+QUICK: dict[str, Any] = {"budgets": (512,), "num_prompts": 16, "samples": 32}
+_HOW = harness.StudyOptions(json_file=Path("verifiable.json"))
+_CONSTRAINTS = Study({"constraints": GUARDED}, (256, 512), samples=64, target=1.0)
+_REASONING = Study(
+    {"reasoning-gym": ANSWERS},
+    (160,),
+    num_prompts=400,
+    samples=32,
+    max_response_tokens=40,
+    batch_prompts=400,
+    source="suite:reasoning",
+    target=1.0,
+)
+_EXPENSIVE = Study(
+    dict.fromkeys(("sentiment", "relevance"), SCREENED), (1024,), samples=128, unit="flops"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A study of the three, by its suite and what is told of its rows."""
+
+    suite: str
+    study: Study
+    reward_price: str | None = None
+
+
+def parts(names: Sequence[str], *, quick: bool) -> list[Part]:
+    """The parts of some suites; a CompareError for an unknown one."""
+    known = {
+        "constraints": [Part("constraints", _CONSTRAINTS)],
+        "reasoning": [Part("reasoning", _REASONING)],
+        "expensive": [
+            Part("expensive", replace(_EXPENSIVE, reward_price=price), price) for price in PRICES
+        ],
+    }
+    if unknown := sorted(set(names) - set(known)):
+        raise CompareError(f"suites: expected some of {list(known)}, got {unknown}.")
+    found = [part for name in names for part in known[name]]
+    if not quick:
+        return found
+    return [replace(part, study=replace(part.study, **QUICK)) for part in found]
+
+
+def run_part(
+    part: Part, language_model: LanguageModel, out: Path
+) -> Iterator[tuple[Pool, list[Cell], str | None]]:
+    """Run or resume a part: for each of its rewards the pool, the cells, and what is shared."""
+    study = part.study
+    rewards = {name: make(name) for name in study.agents}
+    folder = out / slug(part.suite)
+    on_progress = options.console.print
+    for name, pool, cells in run_study(
+        study, language_model, rewards, folder, on_progress=on_progress
+    ):
+        if part.suite != "reasoning":
+            yield pool, cells, None
+            continue
+        prompts = study.prompts(study.split, study.num_prompts, rewards[name])
+        shared = shared_flops(language_model, prompts)
+        kinds = [prompt.metadata["kind"] for prompt in prompts]
+        often = np.array([kinds.count(kind) for kind in kinds])
+        once = replace(pool, prompt_flops=pool.prompt_flops - shared * (1 - 1 / often))
+        yield once, cells, "once"
+        more = dict(zip(pool.prompt_ids, shared * (1 - 1 / often), strict=True))
+        yield pool, [replace(cell, rows=_with_more(cell.rows, more)) for cell in cells], "each"
+
+
+def shared_flops(language_model: LanguageModel, prompts: Sequence[Prompt]) -> Any:
+    """FLOPs of the tokens that all prompts of a kind begin with: float64[len(prompts)]."""
+    ids: dict[str, list[tuple[int, ...]]] = {}
+    for prompt in prompts:
+        own = initial(prompt, language_model).prompt_ids
+        ids.setdefault(prompt.metadata["kind"], []).append(own)
+    lengths = {
+        kind: sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows)))  # noqa: B905
+        for kind, rows in ids.items()
+    }
+    flops = {k: language_model.usage_bound(n, []).flops for k, n in lengths.items()}
+    return np.array([flops[prompt.metadata["kind"]] for prompt in prompts])
+
+
+def _with_more(rows: Sequence[Row], flops: dict[str, float]) -> list[Row]:
+    """Rows with FLOPs added."""
+    return [
+        {**row, "usage": {**row["usage"], "flops": row["usage"]["flops"] + flops[row["prompt_id"]]}}
+        for row in rows
+    ]
+
+
+def result_rows(
+    part: Part, pool: Pool, cells: Sequence[Cell], prefix: str | None
+) -> tuple[list[Row], list[Row]]:
+    """Rows of the agents and of best-of-N, with the part's own columns."""
+    study = part.study
+    own = {"suite": part.suite, "reward_price": part.reward_price, "prefix": prefix}
+    agents = [
+        {**row, **own, "mean_logprob": _negative(row.get("nats_per_token"))}
+        for row in analyse(pool, cells)
+    ]
+    rewards = dict.fromkeys(cell.reward for cell in cells)
+    baseline = [
+        {**row, **own}
+        for name in rewards
+        for row in best_of_n_rows(name, pool, study.budgets, study.unit)
+    ]
+    return agents, baseline
+
+
+def _negative(number: float | None) -> float | None:
+    return None if number is None else -number
+
+
+def tables(result: dict[str, Any]) -> list[harness.Shown]:
+    """The tables of a page, one a suite, price and reward."""
+    found = []
+    keys = ("suite", "reward_price", "prefix")
+    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in result["results"]):
+        kept = {
+            name: [row for row in result[name] if tuple(row[k] for k in keys) == key]
+            for name in ("results", "best_of_n")
+        }
+        title = ", ".join(str(each) for each in key if each is not None)
+        found += [replace(shown, title=f"{title}: {shown.title}") for shown in page_tables(kept)]
+    return found
+
+
+@options.friendly
+def main(
+    how: harness.StudyOptions = _HOW,
+    suites: Annotated[
+        str, typer.Option(help="Parts, with commas.")
+    ] = "constraints,reasoning,expensive",
+    quick: Annotated[
+        bool, typer.Option(help="Constraints alone, 16 prompts, 512 tokens, a pool of 32.")
+    ] = False,
+) -> None:
+    """Compare searches with best-of-N where rewards are verifiable, or expensive."""
+    names = [name.strip() for name in ("constraints" if quick else suites).split(",")]
+    chosen = [
+        replace(part, study=replace(part.study, seed=how.seed))
+        for part in parts(names, quick=quick)
+    ]
+    out = how.folder("verifiable", quick=quick)
+    model = how.load()
+    result: dict[str, Any] = {
+        **harness.heading("verifiable"),
+        "language_model": model.name,
+        "dtype": how.dtype,
+        "seed": how.seed,
+        "results": [],
+        "best_of_n": [],
+    }
+    for part in chosen:
+        for pool, cells, prefix in run_part(part, model, out):
+            agents, baseline = result_rows(part, pool, cells, prefix)
+            result["results"] += agents
+            result["best_of_n"] += baseline
+            how.write(result)
+            options.console.print(table(agents))
+    how.report(result, "verifiable.md.jinja", tables(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
