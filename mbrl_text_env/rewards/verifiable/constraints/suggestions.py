@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,7 +88,8 @@ def _listed(text: str, value: int) -> list[str]:
 
 
 def _numbered(text: str, value: int) -> list[str]:
-    return [_line(text, f"{number}. ") for number in range(1, value + 1)]
+    there = len(re.findall(r"^[ \t]*\d{1,9}[.)][ \t]+\S", text, re.MULTILINE))
+    return [_line(text, f"{there + 1}. ")]
 
 
 def _paragraph(text: str, value: int) -> list[str]:
@@ -95,7 +97,8 @@ def _paragraph(text: str, value: int) -> list[str]:
 
 
 def _sections(text: str, splitter: str, value: int) -> list[str]:
-    return [_line(text, f"{splitter.strip()} {number}\n", blank=True) for number in (1, 2, 3, 4, 5)]
+    number = len(re.findall(re.escape(splitter.strip()) + r"\s?\d+", text)) + 1
+    return [_line(text, f"{splitter.strip()} {number}\n", blank=True)]
 
 
 def _quoted(text: str) -> list[str]:
