@@ -220,9 +220,8 @@ class BestFirst(Planner):
     def _target(self, search: Search) -> float:
         if self._only_samples:
             return math.inf
-        root = search.tree.root.state
-        [most] = reward_bounds(search.reward_model, [root.prompt], [self._text(root)])
-        return float(most if self.target is None else min(self.target, most))
+        most = search.most_reachable()
+        return most if self.target is None else min(self.target, most)
 
     def _is_dead(self, search: Search, state: TextState, target: float) -> bool:
         """Whether nothing that begins so reaches the target, or is better than what is known."""
