@@ -295,7 +295,9 @@ class IncrementDynamics(Dynamics):
 
     def _cut(self, size: int) -> int:
         """The nearest cut at which a record goes on."""
-        return min((size + (self.stride - 1) // 2) // self.stride, (self.longest_ - 1) // self.stride)
+        return min(
+            (size + (self.stride - 1) // 2) // self.stride, (self.longest_ - 1) // self.stride
+        )
 
     def _donors(self, cut: int, row: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         donors = np.flatnonzero(self.lengths_ > cut * self.stride)

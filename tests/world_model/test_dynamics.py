@@ -32,9 +32,7 @@ def p_value(lm, state, futures):
     size = futures.length.size
     usual = [pair for pair, p in exact.items() if p * size >= 5]
     observed, expected = [found[k] for k in usual], [exact[k] * size for k in usual]
-    return chisquare(
-        [*observed, size - sum(observed)], [*expected, size - sum(expected)]
-    ).pvalue
+    return chisquare([*observed, size - sum(observed)], [*expected, size - sum(expected)]).pvalue
 
 
 @pytest.mark.parametrize("text", ["", "ab", "a b"])

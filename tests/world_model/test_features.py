@@ -12,7 +12,7 @@ from mbrl_text_env.types import Prompt, TextState
 from mbrl_text_env.world_model import TextFeature, TextFeatures, count_feature
 from mbrl_text_env.world_model.features import DEFAULT_FEATURES
 
-TOKENIZER = CharTokenizer("aAbZ1. ,*-\n[]{\"?\\")
+TOKENIZER = CharTokenizer('aAbZ1. ,*-\n[]{"?\\')
 PROMPT = Prompt.from_text("a")
 texts = st.text(TOKENIZER.alphabet, max_size=40)
 

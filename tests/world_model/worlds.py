@@ -27,8 +27,15 @@ def records_of(lm=LM, samples=40, limit=LIMIT, seed=0, prompts=PROMPTS):
             end = transition(state, chunk, limit)
             found.append(
                 Record.from_state(
-                    end, response=lm.decode(end.response_ids), score=None, rewards={},
-                    reward_name="", agent="sampling", language_model=lm.name, seed=0, sample=k,
+                    end,
+                    response=lm.decode(end.response_ids),
+                    score=None,
+                    rewards={},
+                    reward_name="",
+                    agent="sampling",
+                    language_model=lm.name,
+                    seed=0,
+                    sample=k,
                 )  # fmt: skip
             )
     return found
