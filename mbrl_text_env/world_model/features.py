@@ -68,8 +68,38 @@ def count_feature(name: str, argument: str | None = None) -> TextFeature:
     return TextFeature(f"{name}:{argument}", count, counted.settled)
 
 
-def _sum_of(test: Callable[[str], bool]) -> Callable[[str], int]:
-    return lambda text: sum(map(test, text))
+# Functions with names: a world model can be pickled.
+def _commas(text: str) -> int:
+    return sum(map(text.count, ",，、،"))  # noqa: RUF001
+
+
+def _lines(text: str) -> int:
+    return sum(bool(line.strip()) for line in text.splitlines())
+
+
+# "ǅ" is neither to `str.isupper` nor to `str.islower`: it is counted as both.
+def _capitals(text: str) -> int:
+    return sum(c.isupper() or c.istitle() for c in text)
+
+
+def _small_letters(text: str) -> int:
+    return sum(c.islower() or (c.istitle() and not c.isupper()) for c in text)
+
+
+def _digits(text: str) -> int:
+    return sum(map(str.isdigit, text))
+
+
+def _runs(text: str) -> int:
+    return len(text.split())
+
+
+def _visible(text: str) -> int:
+    return sum(map(len, text.split()))
+
+
+def _whole_lines(text: str) -> str:
+    return text[: text.rfind("\n") + 1]
 
 
 def _json_depth(text: str) -> int:
@@ -102,16 +132,15 @@ def _distinct(text: str) -> int:
 _PLAIN = ("words", "sentences", "paragraphs", "bullets", "capital_words", "placeholders")
 DEFAULT_FEATURES: tuple[TextFeature, ...] = (
     *map(count_feature, (*_PLAIN, "highlights")),
-    TextFeature("commas", _sum_of(frozenset(",，、،").__contains__)),  # noqa: RUF001
-    TextFeature("lines", lambda text: sum(bool(line.strip()) for line in text.splitlines())),
-    TextFeature("items", _items, lambda text: text[: text.rfind("\n") + 1]),
-    # Neither is `str.isupper` of "ǅ", which is no small letter either.
-    TextFeature("capitals", _sum_of(lambda c: c.isupper() or c.istitle())),
-    TextFeature("small_letters", _sum_of(lambda c: c.islower() or c.istitle() > c.isupper())),
-    TextFeature("digits", _sum_of(str.isdigit)),
-    TextFeature("runs", lambda text: len(text.split())),
+    TextFeature("commas", _commas),
+    TextFeature("lines", _lines),
+    TextFeature("items", _items, _whole_lines),
+    TextFeature("capitals", _capitals),
+    TextFeature("small_letters", _small_letters),
+    TextFeature("digits", _digits),
+    TextFeature("runs", _runs),
     TextFeature("distinct_words", _distinct, settled_words),
-    TextFeature("visible", lambda text: len("".join(text.split()))),
+    TextFeature("visible", _visible),
     TextFeature("json_depth", _json_depth, falls=True),
     *(count_feature("letters", letter) for letter in string.ascii_lowercase),
 )

@@ -1,5 +1,7 @@
 """Features: counts only grow, end where the reward's counts are, and are the same in records."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,6 +58,12 @@ def test_records_and_live_states_have_the_same_features():
     features = TextFeatures(TOKENIZER)
     recorded = [record.prefix_state(n) for n in range(9)]
     np.testing.assert_array_equal(features(recorded), features(states_of("aA b. ZZ")))
+
+
+def test_features_can_be_pickled():
+    again = pickle.loads(pickle.dumps(TextFeatures(TOKENIZER)))
+    states = states_of("aA b. ZZ")
+    np.testing.assert_array_equal(again(states), TextFeatures(TOKENIZER)(states))
 
 
 def test_a_user_adds_a_function_of_the_text_and_names_have_to_differ():

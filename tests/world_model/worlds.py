@@ -4,17 +4,23 @@ from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.records import Record
 from mbrl_text_env.types import Prompt, TextState
-from mbrl_text_env.world_model import IncrementDynamics, TextFeature
+from mbrl_text_env.world_model import IncrementDynamics, TextFeature, count_feature
 
 PROMPTS = [Prompt.from_text(text) for text in ("a", "b", "ab", "ba", "aa", "bb", "aba", "bab")]
 LIMIT = 6
 # Tokens are independent: increments do not depend on the state.
 LM = NGramLM("ab ", order=1, seed=3, stop_probability=0.15)
-FEATURES = (
-    TextFeature("a", lambda text: text.count("a")),
-    TextFeature("b", lambda text: text.count("b")),
-    TextFeature("words", lambda text: len(text.split())),
-)
+
+
+def count_a(text):
+    return text.count("a")
+
+
+def count_b(text):
+    return text.count("b")
+
+
+FEATURES = (TextFeature("a", count_a), TextFeature("b", count_b), count_feature("words"))
 
 
 def records_of(lm=LM, samples=40, limit=LIMIT, seed=0, prompts=PROMPTS):
