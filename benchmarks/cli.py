@@ -177,12 +177,20 @@ def fit_command(
     reward_timeout: options.TimeoutOption = 600.0,
 ) -> None:
     """Fit a value model on scored records, for the reward that scored them."""
-    from mbrl_text_env.agents.values import FITTED, FittedValue, check_value_fits, make_value
+    from mbrl_text_env.agents.values import (
+        FITTED,
+        WORLD_MODEL,
+        FittedValue,
+        check_value_fits,
+        make_value,
+    )
     from mbrl_text_env.benchmarks.report import fit_table
     from mbrl_text_env.records import read_records
+    from mbrl_text_env.world_model import WorldModelValue
 
-    if kind not in FITTED:
-        raise typer.BadParameter(f"--kind: expected one of {', '.join(FITTED)}, got {kind!r}.")
+    kinds = (*FITTED, WORLD_MODEL)
+    if kind not in kinds:
+        raise typer.BadParameter(f"--kind: expected one of {', '.join(kinds)}, got {kind!r}.")
     found = read_records(records)
     if not found:
         raise typer.BadParameter(f"--records: expected scored records, got none in {records}.")
@@ -192,11 +200,12 @@ def fit_command(
     value = make_value(
         kind, language_model, judge, max_response_tokens=max_response_tokens, seed=seed
     )
-    assert isinstance(value, FittedValue)
+    assert isinstance(value, FittedValue | WorldModelValue)
     value.fit(found)
     check_value_fits(value, language_model, judge)
     value.save(out)
-    console.print(fit_table(value, name))
+    if isinstance(value, FittedValue):
+        console.print(fit_table(value, name))
     console.print(f"Use it with `mbrl-text compare --reward {reward or name} --value {out}`.")
 
 

@@ -55,14 +55,17 @@ def test_the_nearest_donors_know_what_the_prefix_says():
     near, any_ = (fitted(lm=lm, neighbours=n) for n in (40, None))
     states = [state_of("a", lm), state_of("b", lm)]
     counts = predict_futures(near, states, 20).features[:, :, 1]
-    assert (counts[0] == LIMIT).all() and (counts[1] == 0).all()
+    assert (counts[0] == LIMIT).all()
+    assert (counts[1] == 0).all()
     assert 1 < predict_futures(any_, states, 100).features[1, :, 1].mean() < LIMIT
 
 
 def test_a_horizon_ends_in_time_and_the_stop_is_imagined():
     futures = predict_futures(fitted(), [state_of("a")], 30, 2, seed=1)
-    assert (futures.length <= 3).all() and (futures.length >= 2).all()
-    assert futures.ended[0].any() and not futures.ended[0].all()
+    assert (futures.length <= 3).all()
+    assert (futures.length >= 2).all()
+    assert futures.ended[0].any()
+    assert not futures.ended[0].all()
     assert (futures.length[~futures.ended] == 3).all()
     assert predict_futures(fitted(), [state_of("a")], 30).ended.all()
 

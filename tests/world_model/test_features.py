@@ -61,7 +61,7 @@ def test_records_and_live_states_have_the_same_features():
 
 
 def test_features_can_be_pickled():
-    again = pickle.loads(pickle.dumps(TextFeatures(TOKENIZER)))
+    again = pickle.loads(pickle.dumps(TextFeatures(TOKENIZER)))  # noqa: S301, it was made here
     states = states_of("aA b. ZZ")
     np.testing.assert_array_equal(again(states), TextFeatures(TOKENIZER)(states))
 

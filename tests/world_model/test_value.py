@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.agents import Adaptive, BeamSearch, BestOfN
+from mbrl_text_env.agents.values import load_value, make_value
 from mbrl_text_env.checks import check_value_model
-from mbrl_text_env.language_models import SamplingParams
-from mbrl_text_env.rewards import RewardError, RewardModel, SentimentReward
+from mbrl_text_env.language_models import NGramLM, SamplingParams
+from mbrl_text_env.rewards import LengthPenalty, RewardError, RewardModel, SentimentReward
 from mbrl_text_env.types import Budget, Ledger
 from mbrl_text_env.values import ValueModelError, check_value_fits, predict_values
-from mbrl_text_env.world_model import IncrementDynamics, WorldModelValue
+from mbrl_text_env.world_model import IncrementDynamics, WorldModelError, WorldModelValue
 from mbrl_text_env.world_model.value import split_variance
 from tests.toys import ExactValue
 from tests.world_model.worlds import FEATURES, LIMIT, LM, PROMPTS, fitted, records_of, state_of
@@ -86,6 +87,21 @@ def test_planners_gain_by_it(planner):
         )
 
     assert mean(planner(LM, reward, value, **sizes)) > mean(BestOfN(LM, reward, **sizes)) + 0.1
+
+
+def test_it_is_made_by_name_and_read_for_any_reward(tmp_path):
+    short = LengthPenalty(Least("words", 1), max_words=1)
+    value = make_value("world-model", LM, Least("words", 2)).fit(records_of())
+    value.save(tmp_path / "world")
+    for reward in (Least("words", 2), short):
+        again = load_value(tmp_path / "world", LM, reward)
+        np.testing.assert_array_equal(
+            again.predict(states()).mean, value.swap(reward).predict(states()).mean
+        )
+    tuned = NGramLM("ab ")
+    tuned.name = "tuned"
+    with pytest.raises(WorldModelError, match="the language model 'toy', expected 'tuned'"):
+        load_value(tmp_path / "world", tuned, short)
 
 
 def test_other_policies_and_rewards_are_refused():

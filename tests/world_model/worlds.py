@@ -42,7 +42,7 @@ def records_of(lm=LM, samples=40, limit=LIMIT, seed=0, prompts=PROMPTS):
                     language_model=lm.name,
                     seed=0,
                     sample=k,
-                )  # fmt: skip
+                )
             )
     return found
 
