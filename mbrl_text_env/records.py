@@ -83,7 +83,7 @@ class Record:
         logprobs: float[T], log-probability (nats) of each response token under the language model;
             empty where it is not known.
         rewards: The score's parts by name, without the total, `score`.
-        score: None where nothing has scored the response; then `rewards` and `reward_name` are empty.
+        score: None where nothing has scored it; then `rewards` and `reward_name` are empty.
         agent, language_model, seed: What wrote the response.
         usage: What the response cost (`Usage.as_dict()`).
         messages: The prompt's chat messages; None where the prompt is plain text, `prompt_text`.

@@ -74,7 +74,7 @@ FITTED = ("calibrated", "embedding", "hidden-state", "stacked", "token-embedding
 """Names of those that are fitted on records first; `calibrated` is `prefix-exact` after a fit."""
 
 WORLD_MODEL = "world-model"
-"""Name of the value that is fitted on records without their scores, and takes any reward on counts."""
+"""Name of the value that is fitted on records, scored or not, and takes any reward on counts."""
 
 # Penalty on inputs of variance 1.
 _ALPHA = 10.0

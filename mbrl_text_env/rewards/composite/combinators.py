@@ -39,10 +39,10 @@ class _NoTexts(Sequence[str]):
     """Stands for responses of which the counts alone are known."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self._length = count
 
     def __len__(self) -> int:
-        return self.count
+        return self._length
 
     def __getitem__(self, index: Any) -> Any:
         raise RewardError(

@@ -136,8 +136,8 @@ def _counted(settled: Callable[[str], str] = str, **names: str) -> Callable[[Fun
     """
 
     def note(count: Function) -> Function:
-        found = [key for key in get_type_hints(count) if key not in ("text", "return")]
-        COUNTED[count.__name__] = Counted(count, settled, *(found or [None]))
+        arguments = (key for key in get_type_hints(count) if key not in ("text", "return"))
+        COUNTED[count.__name__] = Counted(count, settled, next(arguments, None))
         for relation, name in names.items():
             RELATIONS[name] = count.__name__, _RELATIONS[relation]
             decide = partial(_decide_count, count, settled, _RELATIONS[relation])
