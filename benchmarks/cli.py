@@ -162,7 +162,7 @@ def fit_command(
         str,
         typer.Option(
             help="'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
-            "'ensemble', 'hidden-state' or 'token-embedding' (next to no computation)."
+            "'ensemble', 'hidden-state', 'world-model' or 'token-embedding' (little to compute)."
         ),
     ] = "stacked",
     model: options.ModelOptions,
@@ -206,7 +206,9 @@ def fit_command(
     value.save(out)
     if isinstance(value, FittedValue):
         console.print(fit_table(value, name))
-    console.print(f"Use it with `mbrl-text compare --reward {reward or name} --value {out}`.")
+    # A world model knows no reward, and is for those on counts.
+    wanted = "constraints" if isinstance(value, WorldModelValue) else reward or name
+    console.print(f"Use it with `mbrl-text compare --reward {wanted} --value {out}`.")
 
 
 @app.command("prompts")
