@@ -204,10 +204,12 @@ def fit_command(
     value.fit(found)
     check_value_fits(value, language_model, judge)
     value.save(out)
+    wanted = reward or name
     if isinstance(value, FittedValue):
         console.print(fit_table(value, name))
-    # A world model knows no reward, and is for those on counts.
-    wanted = "constraints" if isinstance(value, WorldModelValue) else reward or name
+    else:
+        # It knows no reward, and is for all that are on counts.
+        wanted = "REWARD --agents best-of-n,beam"
     console.print(f"Use it with `mbrl-text compare --reward {wanted} --value {out}`.")
 
 

@@ -67,7 +67,7 @@ def check_world_model(
     trial.expect_attributes(dynamics, "futures", "features", "names", "is_fitted", "flops_bound")
     trial.expect("fitted", dynamics.is_fitted is True, dynamics.is_fitted)
     states = [*states, states[0]]
-    for ahead in {None, horizon}:
+    for ahead in dict.fromkeys((None, horizon)):
         found = trial.futures(states, ahead)
         trial.check_growth(states, found, ahead)
         trial.compare(found, trial.futures(states, ahead), "the same in a second call")

@@ -191,8 +191,9 @@ class IncrementDynamics(Dynamics):
 
         Raises:
             FitError: They are of several policies or of another than the tokenizer's, of fewer than
-                two prompts, or have other tokens than the text; or a feature is not finite, falls
-                though it is a count, or all are constant.
+                two prompts, or have other tokens than the text; or a feature falls though it is a
+                count, or all are constant.
+            ValueError: A feature is not finite.
         """
         _check_records(records, self.features.tokenizer)
         lengths = np.asarray([len(record.response_ids) for record in records], dtype=np.int64)
@@ -384,21 +385,11 @@ def _check_table(
     records: Sequence[Record],
     stride: int,
 ) -> None:
-    def place(row: Any) -> str:
-        record, cut, column = map(int, row)
-        name = features.names[column]
-        return f"feature {name!r} of prompt {records[record].prompt_id!r}, token {cut * stride}"
-
-    bad = np.argwhere(~np.isfinite(table))
-    if len(bad):
-        raise FitError(
-            f"Expected finite numbers, got {table[tuple(bad[0])]} for {place(bad[0])}. Fix the "
-            "feature's function."
-        )
     counts = np.asarray([True, *(not feature.falls for feature in features.features)])
     fallen = np.argwhere((np.diff(table, axis=1) < 0) & counts)
-    if len(fallen):
+    for record, cut, column in fallen:
         raise FitError(
-            f"Expected counts that never fall as tokens arrive, got one that falls after "
-            f"{place(fallen[0])}. Count what is `settled` alone, or say `falls=True`."
+            "Expected counts that never fall as tokens arrive, got one that falls after feature "
+            f"{features.names[column]!r} of prompt {records[record].prompt_id!r}, token "
+            f"{cut * stride}. Count what is `settled` alone, or say `falls=True`."
         )

@@ -171,10 +171,17 @@ class TextFeatures:
             raise ValueError(f"features: expected different names, got {self.names}. Change them.")
 
     def __call__(self, states: Sequence[TextState]) -> npt.NDArray[np.float32]:
-        """float32[B, F], of live states or `Record.prefix_state`s alike."""
-        return np.asarray([self._row(state) for state in states], np.float32).reshape(
-            len(states), len(self.names)
-        )
+        """float32[B, F], finite, of live states or `Record.prefix_state`s alike."""
+        rows = [self._row(state) for state in states]
+        found = np.asarray(rows, np.float32).reshape(len(states), len(self.names))
+        for row, column in np.argwhere(~np.isfinite(found)):
+            state = states[row]
+            raise ValueError(
+                f"Feature {self.names[column]!r}: expected finite numbers, got "
+                f"{found[row, column]} for {len(state.response_ids)} tokens of a response to "
+                f"prompt {state.prompt.id!r}. Fix the feature's function."
+            )
+        return found
 
     def _row(self, state: TextState) -> list[float]:
         text, ended = self.tokenizer.decode(state.response_ids), state.finish_reason is not None

@@ -1,6 +1,7 @@
 """Features: counts only grow, end where the reward's counts are, and are the same in records."""
 
 import pickle
+from math import nan
 
 import numpy as np
 import pytest
@@ -73,5 +74,8 @@ def test_a_user_adds_a_function_of_the_text_and_names_have_to_differ():
     assert features(states_of("a? ?")[-1:]).tolist() == [[4, 2, 1]]
     with pytest.raises(ValueError, match="different names"):
         TextFeatures(TOKENIZER, [*DEFAULT_FEATURES, count_feature("words")])
+    broken = TextFeatures(TOKENIZER, [TextFeature("x", lambda text: 1 / (len(text) - 1 or nan))])
+    with pytest.raises(ValueError, match="Feature 'x': expected finite numbers, got nan for 1 tok"):
+        broken(states_of("ab"))
     with pytest.raises(ValueError, match="'letters' of None"):
         count_feature("letters")
