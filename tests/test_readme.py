@@ -25,6 +25,7 @@ PAGES = [
     "docs/rewards.md",
     "docs/self-training.md",
     "docs/values.md",
+    "docs/world_models.md",
 ]
 
 
