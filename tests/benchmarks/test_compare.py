@@ -19,7 +19,7 @@ from mbrl_text_env.benchmarks.compare import (
     summarise,
 )
 from mbrl_text_env.benchmarks.options import choose_prompts
-from mbrl_text_env.benchmarks.report import plot
+
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.rewards import ConstraintsReward, as_reward_model
 from mbrl_text_env.types import BudgetError, Prompt
@@ -140,7 +140,7 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 from tests.benchmarks.test_compare import toy_comparison
-from mbrl_text_env.benchmarks.report import plot
+
 from mbrl_text_env.benchmarks.compare import compare
 compare(toy_comparison(), sys.argv[1], on_batch=lambda *a: (print(flush=True), time.sleep(0.3)))
 """
