@@ -19,7 +19,13 @@ from rich.table import Table
 
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
-from mbrl_text_env.benchmarks.terminal import CommandLine, console, panel, progress_bar
+from mbrl_text_env.benchmarks.terminal import (
+    COMMAND,
+    CommandLine,
+    console,
+    panel,
+    progress_bar,
+)
 
 _TRAIN = options.PromptOptions(split="train")
 _COMPARE = options.CompareConfig(("sampling", "best-of-n", "lookahead"), max_response_tokens=96)
@@ -103,7 +109,7 @@ def compare_command(
     )
     summary = compare_with_progress(comparison, out, console)
     console.print(table(summary))
-    console.print(f"results.jsonl, summary.json and comparison.png: {out.resolve()}")
+    console.print(f"results.jsonl, summary.json and report.html: {out.resolve()}")
     failed = any(entry["failed"] for entry in summary["agents"])
     _exit_complete(not failed and len(comparison.prompts) == len(asked))
 
@@ -250,12 +256,18 @@ def search_command(
     picture_file: Annotated[
         Path | None, typer.Option("--picture", help="Draw the whole search there, as PNG.")
     ] = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write the whole search there, as a page to step through."),
+    ] = None,
 ) -> None:
     """Answer a prompt with a planner and show its search: chunks, values, what was chosen, why."""
     from mbrl_text_env.agents.registry import AgentSpecError, make
     from mbrl_text_env.agents.search import Planner
-    from mbrl_text_env.benchmarks.report import draw_tree, picture
+    from mbrl_text_env.benchmarks.page import provenance, write_page
+    from mbrl_text_env.benchmarks.report import draw_tree, picture, search_page
     from mbrl_text_env.files import write_text
+    from mbrl_text_env.rewards.base import reward_bounds
     from mbrl_text_env.types import Budget
 
     asked = options.text_prompt(prompt, plain_prompts)
@@ -282,6 +294,21 @@ def search_command(
     if picture_file is not None:
         with _written("--picture", picture_file):
             picture(search, picture_file)
+    if html_file is not None:
+        texts = [language_model.decode(node.state.response_ids) for node in tree.nodes]
+        bounds = reward_bounds(reward, [asked] * len(texts), texts).tolist()
+        settings = {
+            "agent": agent,
+            "reward": judge.reward,
+            "language_model": language_model.name,
+            "value": value,
+            "budget_tokens": budget_tokens,
+            "max_response_tokens": limit,
+            "seed": seed,
+            **answer.usage.as_dict(),
+        }
+        with _written("--html", html_file):
+            write_page(html_file, search_page(search, bounds, settings, provenance(COMMAND.get())))
 
 
 @reward_app.command("audit")

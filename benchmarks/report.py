@@ -59,6 +59,7 @@ def tables(summary: Mapping[str, Any]) -> tuple[Table, Table]:
     cost = Table(
         "agent",
         *numbers("tokens", "reward calls", "value calls", "GFLOPs", "seconds"),
+        title="Cost of a prompt",
         caption="Means over prompts, 95% bootstrap intervals, differences paired by prompt; a tie "
         f"is half a win.{failures if failed else ''}",
     )
@@ -261,6 +262,32 @@ def png(path: Path, *, figsize: tuple[float, float], dpi: int = 150) -> Iterator
     yield figure
     with write_file(path) as scratch:
         figure.savefig(scratch, format="png", dpi=dpi)
+
+
+def search_page(
+    search: Mapping[str, Any],
+    bounds: Sequence[float],
+    settings: Mapping[str, Any],
+    run: Mapping[str, Any],
+) -> Page:
+    """A search (`SearchTree.to_dict`) as a page to step through.
+
+    `bounds` are the most that a response which begins with each node can score; infinite where that
+    is not known. `run` is of `provenance`.
+    """
+    nodes = [{**n, "bound": bound} for n, bound in zip(search["nodes"], bounds, strict=True)]
+    chosen = None if search["chosen"] is None else nodes[search["chosen"]]
+    found = "chose no answer" if chosen is None else f"chose node {chosen['index']}"
+    score = "" if chosen is None or chosen["score"] is None else f", score {chosen['score']:.3f}"
+    note = "" if chosen is None or not chosen["note"] else f" ({chosen['note']})"
+    return Page(
+        f"Search: {_short(search['prompt'], 100)}",
+        f"Of {len(nodes) - 1} chunks, the search {found}{score}{note}.",
+        data={"search": {**search, "nodes": nodes}},
+        settings=settings,
+        environment={name: value for name, value in run.items() if name != "command"},
+        command=run["command"],
+    )
 
 
 def draw_tree(search: Mapping[str, Any], *, most_children: int = 4) -> Tree:
