@@ -328,7 +328,8 @@ def audit_command(
 ) -> None:
     """Audit a reward: does choosing by it raise another that is trusted? Can be resumed."""
 
-    from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit, summary
+    from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit
+    from mbrl_text_env.benchmarks.audit.view import summary
     from mbrl_text_env.rewards import make
 
     proxy, gold = make(config.proxy), make(config.gold)
@@ -353,7 +354,7 @@ def audit_command(
             on_progress=lambda stage, count: bar.advance(tasks[stage], count),
         )
     console.print(summary(result))
-    console.print(f"audit.json and audit.png: {out.resolve()}")
+    console.print(f"audit.json and report.html: {out.resolve()}")
     _exit_complete(len(chosen) == len(asked))
 
 
