@@ -129,6 +129,7 @@ def collect_command(
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
     from mbrl_text_env.agents.collection import collect, missing_samples
+    from mbrl_text_env.benchmarks.reports import write_records_report
     from mbrl_text_env.records import RecordWriter
 
     reward = judge.of(prompts.prompts).load()
@@ -155,7 +156,26 @@ def collect_command(
         f"({len(chosen) - len(left)} prompts were there, {len(failed)} could not be scored): "
         f"{out.resolve()}"
     )
+    console.print(f"Report: {write_records_report(out, COMMAND.get(), failed)}")
     _exit_complete(not failed and len(chosen) == len(asked))
+
+
+@app.command("report")
+@options.friendly
+def report_command(
+    folder: Annotated[
+        Path, typer.Argument(help="The --out of `compare`, `collect` or `reward audit`.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; by default where the run has written it.")
+    ] = None,
+) -> None:
+    """Make the HTML report of a run again, from what is in its folder."""
+    from mbrl_text_env.benchmarks.reports import write_report
+
+    with _written("--out", out or folder):
+        place = write_report(folder, out)
+    console.print(f"Report: {place.resolve()}")
 
 
 @app.command("fit")

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,10 @@ def token_ends(decode: Any, ids: Sequence[int]) -> list[int]:
 
     The tokens before the last of a character that several make end where it begins.
     """
-    whole, ends = decode(ids), [0]
+    whole, pieces = decode(ids), [decode([each]) for each in ids]
+    if "".join(pieces) == whole:
+        return list(accumulate(map(len, pieces)))
+    ends = [0]
     for count in range(1, len(ids) + 1):
         # Character by character is what is wanted here.
         same = len(os.path.commonprefix([whole, decode(ids[:count])]))  # noqa: RUF071

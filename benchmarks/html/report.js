@@ -201,6 +201,7 @@
       at("forth").disabled = time === nodes.length - 1;
       const here = at("tree").querySelector("[aria-selected=true]");
       if (here && focus) here.focus();
+      else if (here) at("tree").scrollTop = Math.max(0, here.offsetTop - at("tree").clientHeight / 2);
     }
     function select(index, focus = true) {
       selected = index;
