@@ -15,7 +15,12 @@ from mbrl_text_env.benchmarks.audit import run as audit
 from mbrl_text_env.benchmarks.charts import Series, of_curves
 from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.benchmarks.page import Page, answer, provenance, token_ends, write_page
-from mbrl_text_env.benchmarks.scaling import Baseline, CurvePoint
+from mbrl_text_env.benchmarks.scaling import expected_best, sizes
+from mbrl_text_env.benchmarks.statistics import (
+    Interval,
+    mean_interval,
+    simultaneous_intervals,
+)
 from mbrl_text_env.benchmarks.terminal import numbers
 from mbrl_text_env.files import write_text
 from mbrl_text_env.records import Record, has_records, read_records, run_of
@@ -86,24 +91,24 @@ def records_page(
     points = _curve(groups)
     models = ", ".join(dict.fromkeys(record.language_model for record in records))
     first, last = points[0], points[-1]
-    gain = f"; the best of {last.n} scores {last.mean:.3f}" if last.n > 1 else ""
+    gain = f"; the best of {last[0]} scores {last[2]:.3f}" if last[0] > 1 else ""
     shown = Table(
         *numbers("N", "tokens", "mean reward"),
         title=f"Best of N responses: {len(records)} to {len(groups)} prompts",
         caption="Expected over all subsets of N of a prompt's responses; simultaneous 95% "
         "intervals over prompts.",
     )
-    for point in points:
-        shown.add_row(str(point.n), f"{point.cost:.0f}", f"{point.mean:.3f}")
+    for n, cost, mean in points:
+        shown.add_row(str(n), f"{cost:.0f}", f"{mean:.3f}")
     title = f"Best-of-N of {models}"
-    series = [Series(title, [p.cost for p in points], [p.mean for p in points])]
+    series = [Series(title, [cost for _, cost, _ in points], [mean for *_, mean in points])]
     label = "generated tokens a prompt"
     chart = of_curves(title, label, f"mean {reward}", series, is_log=True)
     kept = groups[:_MOST_PROMPTS]
     left = len(groups) - len(kept)
     return Page(
         f"{len(records)} responses scored by {reward}",
-        f"A response of {models} scores {first.mean:.3f} in {reward} on {len(groups)} prompts"
+        f"A response of {models} scores {first[2]:.3f} in {reward} on {len(groups)} prompts"
         f"{gain} (95% intervals).",
         [
             *(f"Left out, {name}: {why}" for name, why in about.get("failed", {}).items()),
@@ -111,7 +116,7 @@ def records_page(
         ],
         [chart],
         [shown],
-        {"curve": [{"n": p.n, "cost": p.cost, "mean": p.mean} for p in points],
+        {"curve": [{"n": n, "cost": cost, "mean": mean} for n, cost, mean in points],
          "answers": _answers(kept)},
         {"reward": reward, "language_model": models,
          **{name: v for name, v in settings.items() if name not in ("reward", "language_model")}},
@@ -120,17 +125,15 @@ def records_page(
     )  # fmt: skip
 
 
-def _curve(groups: Sequence[Sequence[Record]]) -> Sequence[CurvePoint]:
-    """Best-of-N for as many responses as every prompt has."""
-    samples = min(map(len, groups))
-    scores, lengths = (
-        np.array([[get(record) for record in own[:samples]] for own in groups], dtype=np.float64)
-        for get in (lambda r: r.score, lambda r: max(1, len(r.response_ids)))
-    )
-    if samples == 1:
-        # A pool has two samples at least; of one, two equal ones have the same mean.
-        scores, lengths = np.repeat(scores, 2, axis=1), np.repeat(lengths, 2, axis=1)
-    return Baseline(scores, lengths).curve([1] if samples == 1 else None)
+def _curve(groups: Sequence[Sequence[Record]]) -> list[tuple[int, float, Interval]]:
+    """N, tokens and mean of best-of-N, for as many responses as every prompt has."""
+    ns = sizes(min(map(len, groups)))
+    kept = [own[: ns[-1]] for own in groups]
+    best = expected_best([[record.score for record in own] for own in kept], ns)
+    # Of one prompt there is no band.
+    bands = simultaneous_intervals(best) if len(best) > 1 else map(mean_interval, best.T)
+    length = float(np.mean([len(record.response_ids) for own in kept for record in own]))
+    return [(n, n * length, band) for n, band in zip(ns, bands, strict=True)]
 
 
 def _answers(groups: Sequence[Sequence[Record]]) -> dict[str, Any]:

@@ -306,3 +306,11 @@ def test_an_empty_page_is_a_page():
     page = Read(rendered(Page("nothing")))
     assert page.data == {}
     assert page.tables == []
+
+
+def test_one_response_to_one_prompt_has_a_report(tmp_path):
+    with RecordWriter(tmp_path / "records") as writer:
+        collect(LM, CountReward(), PROMPTS[:1], writer, samples_per_prompt=1, max_response_tokens=6)
+    [record] = read_records(tmp_path / "records")
+    [point] = Read(write_report(tmp_path / "records").read_text()).data["curve"]
+    assert point["mean"] == {"mean": record.score, "low": record.score, "high": record.score}
