@@ -192,8 +192,9 @@ def _restored(kind: Any, value: Any) -> Any:
     if get_origin(kind) is UnionType:
         return None if value is None else _restored(arguments[0], value)
     if is_dataclass(kind) and isinstance(value, dict):
-        hints = get_type_hints(kind)
-        return kind(**{name: _restored(hints[name], each) for name, each in value.items()})
+        made: Any = kind
+        hints = get_type_hints(made)
+        return made(**{name: _restored(hints[name], each) for name, each in value.items()})
     if isinstance(value, list):
         return tuple(_restored(arguments[0], each) for each in value)
     if isinstance(value, dict):
