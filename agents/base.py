@@ -33,6 +33,7 @@ from mbrl_text_env.language_models.base import (
     SampleRequest,
     SamplingParams,
     prefix_of,
+    watches_guards,
 )
 from mbrl_text_env.language_models.guarding import sample_requests, sample_requests_async
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
@@ -60,7 +61,7 @@ DEFAULT_PARAMS = SamplingParams(temperature=0.7)
 # Searches that wait cost little; how many sequences are decoded together is the engine's affair.
 MOST_AT_ONCE = 256
 # Reward and value models need not be safe for several threads.
-_ONE_AT_A_TIME = threading.Lock()
+ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -410,7 +411,7 @@ class Call:
         return function(*self.common, **self.columns, **ledgers)
 
     def _make_alone(self) -> None:
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             self.make()
 
 
@@ -451,8 +452,25 @@ def ask_for_chunks(
     language_model: LanguageModel, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger]
 ) -> Call:
     """A call of `sample_requests`; one that failed may have charged, and is not made again."""
-    columns, awaited = {"requests": requests}, sample_requests_async
+    columns, awaited = {"requests": requests}, _chunks_async
     return Call(sample_requests, (language_model,), columns, ledgers, False, awaited)
+
+
+async def _chunks_async(
+    language_model: LanguageModel, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger]
+) -> list[list[Chunk]]:
+    """See `sample_requests_async`. A model that watches guards may hold a lock while they score.
+
+    So the lock of rewards is taken before it, as by the other calls of models.
+    """
+    if not watches_guards(language_model) or all(r.guard is None for r in requests):
+        return await sample_requests_async(language_model, requests, ledgers=ledgers)
+
+    def alone() -> list[list[Chunk]]:
+        with ONE_AT_A_TIME:
+            return sample_requests(language_model, requests, ledgers=ledgers)
+
+    return await asyncio.to_thread(alone)
 
 
 def run(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[T]:

@@ -318,6 +318,8 @@ class ParticleFilter(Planner):
         check_positive(particles=self.particles)
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected a number above 0, got {self.temperature}.")
+        if self.guarded not in (0, 1):
+            raise ValueError(f"guarded: expected 0 or 1, got {self.guarded!r}.")
 
     async def plan(self, search: Search) -> None:
         """Move one set of particles from the root to the end."""
@@ -345,8 +347,9 @@ class ParticleFilter(Planner):
                 break
             weights = np.exp(log_weights - log_weights.max())
             weights /= weights.sum()
+            few = 1.0 / (weights**2).sum() < len(particles) / 2
             # A particle that no way leads on from is not moved again.
-            few = 1.0 / (weights**2).sum() < len(particles) / 2 or not weights.all()
+            few |= not np.isfinite(log_weights).all()
             if few or all(particle.is_terminal for particle in particles):
                 particles = [particles[i] for i in systematic(weights, rng.random())]
                 log_weights = np.zeros(len(particles))

@@ -74,7 +74,8 @@ class BestFirst(Planner):
 
     Args:
         n: Different answers that are scored; None takes as many as the budget allows, or 4.
-        target: The score that is good enough; None is the most that the reward's bound allows.
+        target: The score that is good enough; None is the most that the reward's bound allows, and
+            no end of a stochastic search.
         candidates: Next tokens of a prefix that are looked at, the most probable ones. Answers with
             a less probable token are never found.
         batch_size: Prefixes that are expanded in one call. More are faster, and cost expansions
@@ -211,13 +212,21 @@ class BestFirst(Planner):
         endless = Ledger(budget).affords(self._expansion_bound(root) * 1_000_000)
         return self.expansions if endless and budget.seconds is None else math.inf
 
+    @property
+    def _only_samples(self) -> bool:
+        """Whether nothing is looked for: answers that are left out would bias an estimate."""
+        return bool(self.stochastic) and self.target is None
+
     def _target(self, search: Search) -> float:
-        root = search.tree.root.state
-        [most] = reward_bounds(search.reward_model, [root.prompt], [self._text(root)])
-        return float(most if self.target is None else min(self.target, most))
+        if self._only_samples:
+            return math.inf
+        most = search.most_reachable()
+        return most if self.target is None else min(self.target, most)
 
     def _is_dead(self, search: Search, state: TextState, target: float) -> bool:
         """Whether nothing that begins so reaches the target, or is better than what is known."""
+        if self._only_samples:
+            return False
         best = search.tree.best()
         [bound] = reward_bounds(search.reward_model, [state.prompt], [self._text(state)])
         least = -math.inf if best is None else best.score or 0.0

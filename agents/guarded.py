@@ -88,7 +88,7 @@ class Guarded(Planner):
 
     async def plan(self, search: Search) -> None:
         """Draw guarded responses until one reaches the target or the budget allows no more."""
-        most = most_reachable(search)
+        most = search.most_reachable()
         if self.target is None and search.reward_model.is_bound_wrong:
             await search.expand([Expansion(search.tree.root, valued=False)])
             return
@@ -116,18 +116,12 @@ class Guarded(Planner):
         return None
 
 
-def most_reachable(search: Search) -> float:
-    """The most that a response to a search's prompt can score; infinite where it is not known."""
-    [most] = reward_bounds(search.reward_model, [search.tree.root.state.prompt], [""])
-    return float(most)
-
-
 def verifier_target(search: Search, target: float | None) -> float | None:
     """What a guarded search is to reach: all of what a verifier allows, if no target says less.
 
     None where there is nothing to guard: the reward is no verifier, or has no bound.
     """
-    most = most_reachable(search)
+    most = search.most_reachable()
     if not search.reward_model.is_verifier or not math.isfinite(most):
         return None
     return most if target is None else min(target, most)
@@ -194,8 +188,8 @@ class GuardedSearch:
         score = self.search.score_of(text)
         return score is None or score >= self.target - _SAME or any(self._suggested(text))
 
-    def _reaches(self, text: str) -> bool:
-        score = self.search.score_of(text)
+    async def _reaches(self, text: str) -> bool:
+        [score] = await ask(_scores_of, self.search, texts=[text])
         return score is not None and score >= self.target - _SAME
 
     def _suggested(self, text: str) -> Iterator[str]:
@@ -244,7 +238,7 @@ class GuardedSearch:
                 logprobs = await self._logprobs(place.state, (*ids, self._stop))
                 if logprobs is None:
                     return None
-                ends = logprobs[-1] >= self.floor and self._reaches(place.text + piece)
+                ends = logprobs[-1] >= self.floor and await self._reaches(place.text + piece)
                 added = (*ids, self._stop) if ends else ids
                 return await self._append(place, added, logprobs[: len(added)])
         return None
@@ -256,7 +250,7 @@ class GuardedSearch:
             ids = self._ids(piece)
             if tried < _TRIES and self._has_room(place, ids):
                 tried += 1
-                if self._reaches(place.text + piece):
+                if await self._reaches(place.text + piece):
                     ended = (*ids, self._stop)
                     logprobs = await self._logprobs(place.state, ended)
                     return None if logprobs is None else await self._append(place, ended, logprobs)
@@ -297,6 +291,10 @@ class GuardedSearch:
         added = await self.search.append(place.parent, chunk)
         added.note = f"added: {self.search.language_model.decode(ids)!r}"
         return added
+
+
+def _scores_of(search: Search, texts: Sequence[str]) -> list[float | None]:
+    return [search.score_of(text) for text in texts]
 
 
 @dataclass(frozen=True)

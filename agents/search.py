@@ -15,6 +15,7 @@ from typing import Any
 
 from mbrl_text_env.agents.base import (
     MOST_AT_ONCE,
+    ONE_AT_A_TIME,
     Agent,
     Completion,
     Generation,
@@ -37,6 +38,7 @@ from mbrl_text_env.rewards.base import (
     RewardModel,
     Scores,
     check_bounds,
+    reward_bounds,
     reward_model_of,
     reward_usage_bound,
     score_responses,
@@ -250,6 +252,12 @@ class Search:
         for node, text in zip(complete, texts, strict=True):
             node.score, node.parts = self._scores[text]
 
+    def most_reachable(self) -> float:
+        """The most that a response from the root can score; infinite where it is not known."""
+        root = self.tree.root.state
+        text = self.language_model.decode(root.response_ids)
+        return float(reward_bounds(self.reward_model, [root.prompt], [text])[0])
+
     def score_of(self, text: str) -> float | None:
         """The score of a response's text, charged unless it is known.
 
@@ -262,7 +270,11 @@ class Search:
             if not self.ledger.affords(self.reward_model.usage(prompt, text) + keep):
                 return None
             try:
-                found = score_responses(self.reward_model, [prompt], [text], ledgers=[self.ledger])
+                # Guards ask from within a call of the language model, in whatever thread that is.
+                with ONE_AT_A_TIME:
+                    found = score_responses(
+                        self.reward_model, [prompt], [text], ledgers=[self.ledger]
+                    )
             except RewardError:
                 return -math.inf
             self._known([text], found)

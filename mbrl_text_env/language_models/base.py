@@ -524,6 +524,13 @@ def check_judging_arguments(states: Sequence[TextState], chunks: Sequence[Chunk]
         raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
 
 
+def check_next_tokens(states: Sequence[TextState], k: int, most: int) -> None:
+    """Raise the ValueErrors of `LanguageModel.next_tokens`, which gives at most so many."""
+    check_unfinished(states)
+    if not 1 <= k <= most:
+        raise ValueError(f"k: expected a number from 1 to {most}, got {k}.")
+
+
 def check_unfinished(states: Sequence[TextState]) -> None:
     """Raise a ValueError where the response to a state has ended."""
     for state in states:

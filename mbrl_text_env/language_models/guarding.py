@@ -90,7 +90,8 @@ def weighted_token(
         token = drawn()
     if token is None:
         return None, -np.inf
-    mass, own = left.sum(), left[token]
+    # Where nothing was refused, no rounding is either.
+    mass, own = 1.0 if token == first else left.sum(), left[token]
     left[token] = 0.0
     other = drawn()
     share = 1.0 if other is None or may_follow(other) else own / mass

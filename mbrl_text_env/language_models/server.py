@@ -38,9 +38,9 @@ from mbrl_text_env.language_models.base import (
     SampleRequest,
     charge,
     check_judging_arguments,
+    check_next_tokens,
     check_requests,
     check_room,
-    check_unfinished,
     finish_reason,
     prefix_of,
     room_after,
@@ -281,9 +281,7 @@ class ServerLM(LanguageModel):
         Raises:
             UnsupportedByServerError: The server does not give them with their ids.
         """
-        check_unfinished(states)
-        if not 1 <= k <= self.most_next_tokens:
-            raise ValueError(f"k: expected 1 to {self.most_next_tokens} (of the server), got {k}.")
+        check_next_tokens(states, k, self.most_next_tokens)
         self._check_budgets(ledgers)
 
         def ask(state: TextState) -> Coroutine[Any, Any, tuple[NextTokens, Bill]]:

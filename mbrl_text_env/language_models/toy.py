@@ -21,9 +21,9 @@ from mbrl_text_env.language_models.base import (
     SamplingParams,
     charge,
     check_judging_arguments,
+    check_next_tokens,
     check_requests,
     check_room,
-    check_unfinished,
     finish_reason,
     has_stop_text,
     prefix_of,
@@ -146,9 +146,7 @@ class ExactLM(CharTokenizer, FeatureModel):
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
     ) -> list[NextTokens]:
         """The k most probable next tokens; see `LanguageModel.next_tokens`."""
-        check_unfinished(states)
-        if not 1 <= k <= self.vocab_size:
-            raise ValueError(f"k: expected a number from 1 to {self.vocab_size}, got {k}.")
+        check_next_tokens(states, k, self.vocab_size)
         with timed(ledgers):
             rows = [self._after(state, ()) for state in states]
             orders = [np.argsort(-row, kind="stable")[:k].tolist() for row in rows]

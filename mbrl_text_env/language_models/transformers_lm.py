@@ -24,8 +24,8 @@ from mbrl_text_env.language_models.base import (
     SampleRequest,
     charge,
     check_judging_arguments,
+    check_next_tokens,
     check_requests,
-    check_unfinished,
     finish_reason,
     pass_usage,
     prefix_of,
@@ -277,9 +277,7 @@ class TransformersLM(FeatureModel):
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
     ) -> list[NextTokens]:
         """The k most probable next tokens of each state; see `LanguageModel.next_tokens`."""
-        check_unfinished(states)
-        if not 1 <= k <= self.vocab_size:
-            raise ValueError(f"k: expected a number from 1 to {self.vocab_size}, got {k}.")
+        check_next_tokens(states, k, self.vocab_size)
 
         def read(i: int, hidden: Tensor) -> NextTokens:
             ids, logs = engine.top_tokens(self._logits(hidden), k)

@@ -1,6 +1,8 @@
 """The guarded planner on toys whose answers are known."""
 
 import asyncio
+import threading
+import time
 from typing import ClassVar
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from mbrl_text_env.agents import Adaptive, BestOfN, Guarded, ParticleFilter
 from mbrl_text_env.language_models import NGramLM
-from mbrl_text_env.mdp import initial
+from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.types import Budget, Chunk, Prompt
 
@@ -96,6 +98,51 @@ def test_a_target_above_what_can_be_reached_is_what_can_be_reached():
     with pytest.warns(UserWarning, match="target of at most 1, .*'no-vowels' .*'ab.*got 7"):
         found = answers(agent, Budget(tokens=200))
     assert np.mean([g.completion.score for g in found]) == 1.0
+
+
+def test_from_a_state_in_which_something_is_lost_the_rest_is_reached():
+    """A vowel is there: half a point is the most, and the search stops at the first with it."""
+    lost = [transition(initial(p, LM), Chunk((1, 2)), 12) for p in PROMPTS]
+    for kind in (Guarded, Adaptive):
+        agent = kind(LM, NoVowels(), max_response_tokens=12)
+        for decision in agent.act(lost, Budget(tokens=200)):
+            assert decision.completion.score == 0.5
+            assert decision.usage.generated_tokens <= 24
+
+
+def test_searches_in_an_event_loop_score_one_at_a_time():
+    class Alone(Spelled):
+        busy = 0
+
+        def score(self, prompts, responses):
+            type(self).busy += 1
+            time.sleep(0.001)
+            assert self.busy == 1
+            type(self).busy -= 1
+            return super().score(prompts, responses)
+
+    lock = threading.RLock()
+
+    class Locked(NGramLM):
+        """As `TransformersLM` does, it answers one call at a time."""
+
+        def sample_requests(self, requests, *, ledgers=None):
+            with lock:
+                return super().sample_requests(requests, ledgers=ledgers)
+
+        def logprobs(self, states, chunks, *, ledgers=None):
+            with lock:
+                return super().logprobs(states, chunks, ledgers=ledgers)
+
+    async def both():
+        lm = Locked("abcde", order=2, seed=3, stop_probability=0.15)
+        agents = [Guarded(lm, Alone(), max_response_tokens=12) for _ in range(2)]
+        return await asyncio.gather(*(a.generate_async(PROMPTS, Budget(tokens=60)) for a in agents))
+
+    first, second = asyncio.run(both())
+    expected = answers(Guarded(LM, Spelled(), max_response_tokens=12), Budget(tokens=60))
+    for found in (first, second):
+        assert [g.completion for g in found] == [g.completion for g in expected]
 
 
 def test_refusals():

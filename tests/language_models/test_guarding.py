@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from mbrl_text_env.language_models import NextTokens, NGramLM, SamplingParams
-from mbrl_text_env.language_models.base import SampleRequest
+from mbrl_text_env.language_models.base import LanguageModel, SampleRequest
 from mbrl_text_env.language_models.guarding import (
     REDRAWS,
     sample_requests,
@@ -23,6 +23,7 @@ class Redrawn(NGramLM):
     """Without guards, and without the most probable next tokens."""
 
     guards = False
+    next_tokens = LanguageModel.next_tokens
 
 
 class Ranked(Redrawn):

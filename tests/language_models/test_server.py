@@ -257,7 +257,7 @@ class TestLlamaCpp:
             assert usage.prompt_tokens + usage.cached_tokens == len(state.prompt_ids)
             assert (usage.lm_calls, usage.generated_tokens) == (1, 1)
         for k in (0, 1001):
-            with pytest.raises(ValueError, match="k: expected 1 to 1000"):
+            with pytest.raises(ValueError, match="k: expected a number from 1 to 1000"):
                 lm.next_tokens(states, k)
 
     def test_a_guard_is_kept_and_what_it_throws_away_is_paid(self, llama, clients):

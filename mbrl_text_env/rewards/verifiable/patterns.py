@@ -114,7 +114,7 @@ class RegexReward(RewardModel):
             return 1.0
 
     def _has_bound(self, pattern: str) -> bool:
-        """Whether partial matching refuses only what no longer text can mend."""
+        """Whether partial matching refuses only what no longer text can match."""
         plain = _ESCAPED.sub("_", pattern)
         # A match may begin at a line after the prefix.
         later = self.match == "search" and "m" in self.flags
@@ -155,6 +155,6 @@ def _compiled(pattern: Any, flags: str, context: str) -> Any:
         return regex.compile(f"(?{flags}){pattern}" if flags else pattern)
     except (regex.error, OverflowError, RecursionError) as error:
         raise RewardError(
-            f"{context}: expected a regular expression, got {pattern!r} ({error}). Mend it; "
+            f"{context}: expected a regular expression, got {pattern!r} ({error}). Correct it; "
             "write signs with a meaning, such as ( and *, with a backslash before them."
         ) from error
