@@ -28,6 +28,7 @@ from mbrl_text_env.benchmarks.terminal import (
 )
 
 _TRAIN = options.PromptOptions(split="train")
+_ANY_SPLIT = options.PromptOptions(split="all")
 _COMPARE = options.CompareConfig(("sampling", "best-of-n", "lookahead"), max_response_tokens=96)
 
 app = typer.Typer(
@@ -260,7 +261,9 @@ def rewards_command() -> None:
 @options.friendly
 def search_command(
     *,
-    prompt: Annotated[str, typer.Argument(help="The prompt's text.")],
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt's text, or the id of one of --prompts.")
+    ],
     agent: Annotated[str, typer.Option(help="A planner with its options.")] = "adaptive",
     judge: options.RewardOptions,
     value: options.ValueOption = "prefix",
@@ -268,7 +271,7 @@ def search_command(
     max_response_tokens: options.TokensOption = 96,
     seed: options.SeedOption = 0,
     model: options.ModelOptions,
-    plain_prompts: options.PlainOption = False,
+    prompts: options.PromptOptions = _ANY_SPLIT,
     children: Annotated[int, typer.Option(min=1, help="Children shown of a node.")] = 4,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the whole search there, as JSON.")
@@ -290,8 +293,7 @@ def search_command(
     from mbrl_text_env.rewards.base import reward_bounds
     from mbrl_text_env.types import Budget
 
-    asked = options.text_prompt(prompt, plain_prompts)
-    judge = judge.of("builtin")
+    asked, judge = prompts.named(prompt), judge.of(prompts.prompts)
     language_model, reward, limit = model.load(), judge.load(), max_response_tokens
     values = options.load_value_option(value, reward, language_model, limit, seed)
     planner = make(agent, language_model, reward, values, max_response_tokens=limit)

@@ -273,16 +273,20 @@ def search_page(
     """A search (`SearchTree.to_dict`) as a page to step through.
 
     `bounds` are the most that a response which begins with each node can score; infinite where that
-    is not known. `run` is of `provenance`.
+    is not known. What has ended is shown without. `run` is of `provenance`.
     """
-    nodes = [{**n, "bound": bound} for n, bound in zip(search["nodes"], bounds, strict=True)]
+    nodes = [
+        {**node, "bound": None if node["finish_reason"] else bound}
+        for node, bound in zip(search["nodes"], bounds, strict=True)
+    ]
     chosen = None if search["chosen"] is None else nodes[search["chosen"]]
     found = "chose no answer" if chosen is None else f"chose node {chosen['index']}"
+    drawn = "1 chunk" if len(nodes) == 2 else f"{len(nodes) - 1} chunks"
     score = "" if chosen is None or chosen["score"] is None else f", score {chosen['score']:.3f}"
     note = "" if chosen is None or not chosen["note"] else f" ({chosen['note']})"
     return Page(
         f"Search: {_short(search['prompt'], 100)}",
-        f"Of {len(nodes) - 1} chunks, the search {found}{score}{note}.",
+        f"Of {drawn}, the search {found}{score}{note}.",
         data={"search": {**search, "nodes": nodes}},
         settings=settings,
         environment={name: value for name, value in run.items() if name != "command"},

@@ -69,12 +69,15 @@ def write_records_report(folder: Path, command: str, failed: Mapping[str, str]) 
 
 def recorded_page(folder: Path) -> Page:
     """The page of a folder of records."""
+    path = folder / _ABOUT
     try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        about = {}
-    settings = run_of(folder) or {}
-    return records_page(read_records(folder), settings, about)
+        # What was not collected by the command has none.
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CompareError(
+            f"{path}: expected JSON, got a damaged file ({error}). Remove it."
+        ) from error
+    return records_page(read_records(folder), run_of(folder) or {}, about)
 
 
 def records_page(

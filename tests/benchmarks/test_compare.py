@@ -132,7 +132,6 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 from tests.benchmarks.test_compare import toy_comparison
-
 from mbrl_text_env.benchmarks.compare import compare
 compare(toy_comparison(), sys.argv[1], on_batch=lambda *a: (print(flush=True), time.sleep(0.3)))
 """
