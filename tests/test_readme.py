@@ -59,6 +59,7 @@ def python(installed, folder, *arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page in {b.id.rpartition("-")[0] for b in blocks("python")}]
 )
@@ -100,6 +101,7 @@ def smaller(words):
     return words
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
@@ -127,6 +129,7 @@ def test_the_layout_names_what_is_there():
                 assert (folder / name).exists(), name
 
 
+@pytest.mark.slow
 def test_a_new_reward_and_a_new_agent_are_one_file_each(installed, tmp_path):
     """The examples of CONTRIBUTING and of the page on planners; no other file is touched."""
     package = shutil.copytree(installed, tmp_path / "branch") / "mbrl_text_env"

@@ -17,6 +17,7 @@ def run(*words):
     return RUN.invoke(app, [str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_collect_fit_compare(tmp_path):
     records, value, out = tmp_path / "records", tmp_path / "value", tmp_path / "out"
     result = run("collect", "--out", records, "--num-prompts", 3, "--samples", 2, *SMALL)
@@ -58,6 +59,7 @@ def test_without_a_fitted_value_the_reward_judges_prefixes(tmp_path):
         assert row["usage"]["reward_calls"] > row["usage"]["value_calls"]
 
 
+@pytest.mark.slow
 def test_policies_by_name(tmp_path, smollm2):
     from mbrl_text_env.agents.learning.lora import AdapterSettings, trainable, write
 
