@@ -93,6 +93,17 @@ def test_a_search_is_shown(tmp_path):
     assert "mbrl-text search &#39;Why is the sky blue?&#39; --agent beam:chunk_tokens=2" in page
 
 
+def test_a_search_for_a_prompt_of_a_suite_has_bounds(tmp_path):
+    words = ["--prompts", "suite:constraints", "--agent", "guarded", "--budget-tokens", 32]
+    words += ["--max-response-tokens", 8, "--html", tmp_path / "search.html"]
+    assert "such as 'instruct-" in run("search", "no-such", *words).output
+    result = run("search", "instruct-005", *words)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "search.html").read_text()
+    assert '"bound":1.0' in page
+    assert "exactly three sentences" in page
+
+
 def test_only_planners_search():
     result = run("search", "Hi", "--agent", "sampling", "--max-response-tokens", 8)
     assert result.exit_code == 2

@@ -279,6 +279,10 @@ def test_a_search_is_embedded_whole():
     page = Read(rendered(search_page(search, infinite, {"agent": "beam"}, run)))
     nodes = [{**node, "bound": None} for node in search["nodes"]]
     assert page.data["search"] == {**search, "nodes": nodes}
+    bounded = Read(rendered(search_page(search, range(len(nodes)), {"agent": "beam"}, run)))
+    shown = [node["bound"] for node in bounded.data["search"]["nodes"]]
+    assert shown == [None if n["finish_reason"] else n["index"] for n in search["nodes"]]
+    assert 0 < shown.count(None) < len(shown)
     chosen = search["nodes"][search["chosen"]]
     assert f"Of {len(nodes) - 1} chunks, the search chose node {chosen['index']}" in " ".join(
         page.texts
