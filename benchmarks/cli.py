@@ -19,9 +19,16 @@ from rich.table import Table
 
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
-from mbrl_text_env.benchmarks.terminal import CommandLine, console, panel, progress_bar
+from mbrl_text_env.benchmarks.terminal import (
+    COMMAND,
+    CommandLine,
+    console,
+    panel,
+    progress_bar,
+)
 
 _TRAIN = options.PromptOptions(split="train")
+_ANY_SPLIT = options.PromptOptions(split="all")
 _COMPARE = options.CompareConfig(("sampling", "best-of-n", "lookahead"), max_response_tokens=96)
 
 app = typer.Typer(
@@ -103,7 +110,7 @@ def compare_command(
     )
     summary = compare_with_progress(comparison, out, console)
     console.print(table(summary))
-    console.print(f"results.jsonl, summary.json and comparison.png: {out.resolve()}")
+    console.print(f"results.jsonl, summary.json and report.html: {out.resolve()}")
     failed = any(entry["failed"] for entry in summary["agents"])
     _exit_complete(not failed and len(comparison.prompts) == len(asked))
 
@@ -123,6 +130,7 @@ def collect_command(
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
     from mbrl_text_env.agents.collection import collect, missing_samples
+    from mbrl_text_env.benchmarks.reports import write_records_report
     from mbrl_text_env.records import RecordWriter
 
     reward = judge.of(prompts.prompts).load()
@@ -149,7 +157,26 @@ def collect_command(
         f"({len(chosen) - len(left)} prompts were there, {len(failed)} could not be scored): "
         f"{out.resolve()}"
     )
+    console.print(f"Report: {write_records_report(out, COMMAND.get(), failed)}")
     _exit_complete(not failed and len(chosen) == len(asked))
+
+
+@app.command("report")
+@options.friendly
+def report_command(
+    folder: Annotated[
+        Path, typer.Argument(help="The --out of `compare`, `collect` or `reward audit`.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; by default where the run has written it.")
+    ] = None,
+) -> None:
+    """Make the HTML report of a run again, from what is in its folder."""
+    from mbrl_text_env.benchmarks.reports import write_report
+
+    with _written("--out", out or folder):
+        place = write_report(folder, out)
+    console.print(f"Report: {place.resolve()}")
 
 
 @app.command("fit")
@@ -247,7 +274,9 @@ def rewards_command() -> None:
 @options.friendly
 def search_command(
     *,
-    prompt: Annotated[str, typer.Argument(help="The prompt's text.")],
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt's text, or the id of one of --prompts.")
+    ],
     agent: Annotated[str, typer.Option(help="A planner with its options.")] = "adaptive",
     judge: options.RewardOptions,
     value: options.ValueOption = "prefix",
@@ -255,7 +284,7 @@ def search_command(
     max_response_tokens: options.TokensOption = 96,
     seed: options.SeedOption = 0,
     model: options.ModelOptions,
-    plain_prompts: options.PlainOption = False,
+    prompts: options.PromptOptions = _ANY_SPLIT,
     children: Annotated[int, typer.Option(min=1, help="Children shown of a node.")] = 4,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the whole search there, as JSON.")
@@ -263,16 +292,21 @@ def search_command(
     picture_file: Annotated[
         Path | None, typer.Option("--picture", help="Draw the whole search there, as PNG.")
     ] = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write the whole search there, as a page to step through."),
+    ] = None,
 ) -> None:
     """Answer a prompt with a planner and show its search: chunks, values, what was chosen, why."""
     from mbrl_text_env.agents.registry import AgentSpecError, make
     from mbrl_text_env.agents.search import Planner
-    from mbrl_text_env.benchmarks.report import draw_tree, picture
+    from mbrl_text_env.benchmarks.page import provenance, write_page
+    from mbrl_text_env.benchmarks.report import draw_tree, picture, search_page
     from mbrl_text_env.files import write_text
+    from mbrl_text_env.rewards.base import reward_bounds
     from mbrl_text_env.types import Budget
 
-    asked = options.text_prompt(prompt, plain_prompts)
-    judge = judge.of("builtin")
+    asked, judge = prompts.named(prompt), judge.of(prompts.prompts)
     language_model, reward, limit = model.load(), judge.load(), max_response_tokens
     values = options.load_value_option(value, reward, language_model, limit, seed)
     planner = make(agent, language_model, reward, values, max_response_tokens=limit)
@@ -295,6 +329,21 @@ def search_command(
     if picture_file is not None:
         with _written("--picture", picture_file):
             picture(search, picture_file)
+    if html_file is not None:
+        texts = [language_model.decode(node.state.response_ids) for node in tree.nodes]
+        bounds = reward_bounds(reward, [asked] * len(texts), texts).tolist()
+        settings = {
+            "agent": agent,
+            "reward": judge.reward,
+            "language_model": language_model.name,
+            "value": value,
+            "budget_tokens": budget_tokens,
+            "max_response_tokens": limit,
+            "seed": seed,
+            **answer.usage.as_dict(),
+        }
+        with _written("--html", html_file):
+            write_page(html_file, search_page(search, bounds, settings, provenance(COMMAND.get())))
 
 
 @reward_app.command("audit")
@@ -314,7 +363,8 @@ def audit_command(
 ) -> None:
     """Audit a reward: does choosing by it raise another that is trusted? Can be resumed."""
 
-    from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit, summary
+    from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit
+    from mbrl_text_env.benchmarks.audit.view import summary
     from mbrl_text_env.rewards import make
 
     proxy, gold = make(config.proxy), make(config.gold)
@@ -339,7 +389,7 @@ def audit_command(
             on_progress=lambda stage, count: bar.advance(tasks[stage], count),
         )
     console.print(summary(result))
-    console.print(f"audit.json and audit.png: {out.resolve()}")
+    console.print(f"audit.json and report.html: {out.resolve()}")
     _exit_complete(len(chosen) == len(asked))
 
 

@@ -49,7 +49,7 @@ def run_demo(
         console.print(report.side_by_side([row for row in rows if row["prompt_id"] == first_id]))
         console.print(report.table(summary))
         console.print(matched.table(summary["multipliers"]))
-    console.print(f"Records, value models, rows, summaries and plots: {out.resolve()}")
+    console.print(f"Records, value models, rows, summaries and reports: {out.resolve()}")
     return summaries
 
 

@@ -190,6 +190,18 @@ class PromptOptions:
         """All prompts of the split."""
         return load_prompts_option(self.prompts, self.split, shots=self.shots)
 
+    def named(self, text: str) -> Any:
+        """The prompt of that id; a prompt of that text where the prompts are the package's own."""
+        if self.prompts == "builtin":
+            return text_prompt(text, self.plain_prompts)
+        found = {prompt.id: prompt for prompt in self.load()}
+        if text not in found:
+            raise typer.BadParameter(
+                f"PROMPT: expected the id of one of {len(found)} prompts of {self.prompts}, such "
+                f"as {next(iter(found), '')!r}, got {text!r}."
+            )
+        return self.formatted([found[text]])[0]
+
     def choose(self, count: int, reward_model: RewardModel, seed: int) -> list[Prompt]:
         """`count` prompts that the reward applies to; all of a shorter file."""
         found = self.load()

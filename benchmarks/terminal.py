@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import typer
@@ -37,6 +39,8 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _UNLIMITED = 2**16
+COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")
+"""The command line that is being carried out; empty in Python."""
 # Typer brings a copy of click's in its newer versions and imports click in the older ones.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -135,6 +139,8 @@ class CommandLine(TyperGroup):
         """Run a command and exit: 0 if all was done, 2 for what the user can change."""
         if not options.pop("standalone_mode", True):
             return super().main(*args, standalone_mode=False, **options)  # type: ignore[misc]
+        words = args[0] if args else options.get("args")
+        COMMAND.set(shlex.join(["mbrl-text", *map(str, sys.argv[1:] if words is None else words)]))
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             sys.exit(self._code(*args, **options))

@@ -22,6 +22,7 @@ PAGES = [
     "docs/language_models.md",
     "docs/model-free.md",
     "docs/planners.md",
+    "docs/reports.md",
     "docs/rewards.md",
     "docs/self-training.md",
     "docs/values.md",

@@ -23,6 +23,7 @@ def test_collect_fit_compare(tmp_path):
     result = run("collect", "--out", records, "--num-prompts", 3, "--samples", 2, *SMALL)
     assert result.exit_code == 0, result.output
     assert len(read_records(records)) == 6
+    assert "Colour tokens" in (tmp_path / "records-report.html").read_text()
     result = run("collect", "--out", records, "--num-prompts", 4, "--samples", 2, *SMALL)
     assert "2 responses to 1 prompts added" in result.output.replace("\n", " ")
     result = run("collect", "--out", records, "--reward", "relevance", "--num-prompts", 4, *SMALL)
@@ -79,6 +80,7 @@ def test_policies_by_name(tmp_path, smollm2):
 def test_a_search_is_shown(tmp_path):
     words = ["Why is the sky blue?", "--agent", "beam:chunk_tokens=2", "--budget-tokens", 40]
     files = ["--json", tmp_path / "search.json", "--picture", tmp_path / "search.png"]
+    files += ["--html", tmp_path / "search.html"]
     result = run("search", *words, *files, "--max-response-tokens", 8)
     assert result.exit_code == 0, result.output
     assert "Why is the sky blue?" in result.output
@@ -86,6 +88,20 @@ def test_a_search_is_shown(tmp_path):
     chosen = found["nodes"][found["chosen"]]
     assert f"score {chosen['score']:.3f}" in result.output
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "search.html").read_text()
+    assert f"the search chose node {chosen['index']}, score {chosen['score']:.3f}" in page
+    assert "mbrl-text search &#39;Why is the sky blue?&#39; --agent beam:chunk_tokens=2" in page
+
+
+def test_a_search_for_a_prompt_of_a_suite_has_bounds(tmp_path):
+    words = ["--prompts", "suite:constraints", "--agent", "guarded", "--budget-tokens", 32]
+    words += ["--max-response-tokens", 8, "--html", tmp_path / "search.html"]
+    assert "such as 'instruct-" in run("search", "no-such", *words).output
+    result = run("search", "instruct-005", *words)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "search.html").read_text()
+    assert '"bound":1.0' in page
+    assert "exactly three sentences" in page
 
 
 def test_only_planners_search():
