@@ -111,7 +111,8 @@ def test_command_line(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     # The prompts and the reward of the quickstart.
-    exec(next(b.values[0] for b in blocks("python") if b.id == "docs/quickstart.md-0"), {})
+    [code] = [b.values[0] for b in blocks("python") if b.id == "docs/quickstart.md-0"]
+    subprocess.run([sys.executable, "-c", code], check=True)
     lines = [words for words in commands() if words[0] == "mbrl-text"]
     assert len(lines) >= 5
     with llama_server(threads=1) as url:
