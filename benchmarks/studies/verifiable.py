@@ -52,7 +52,7 @@ _REASONING = Study(
     target=1.0,
 )
 _EXPENSIVE = Study(
-    dict.fromkeys(("sentiment", "relevance"), SCREENED), (1024,), samples=128, unit="flops"
+    dict.fromkeys(("sentiment", "relevance"), SCREENED), (1024,), samples=64, unit="flops"
 )
 
 
