@@ -121,14 +121,10 @@ class RateSoFar(IncrementDynamics):
         found = super().futures(states, num_futures, horizon, seed)
         sizes = [max(1, len(state.response_ids)) for state in states]
         growth = found.length / np.asarray(sizes)[:, None]
-        return replace(found, features=self.counts(states)[:, None] * growth[..., None])
-
-    def counts(self, states: Sequence[TextState]) -> Any:
-        """float32[B, F] of the features that vary."""
-        return self.features(states)[:, [n in self.names for n in self.features.names]]
+        return replace(found, features=self.varying(states)[:, None] * growth[..., None])
 
 
-class Unrelated(RateSoFar):
+class Unrelated(IncrementDynamics):
     """Any record's increments, after counts that have nothing to do with the state."""
 
     def futures(
@@ -139,13 +135,13 @@ class Unrelated(RateSoFar):
         seed: int = 0,
     ) -> Futures:
         """What permuted prefixes would become."""
-        found = IncrementDynamics.futures(self, states, num_futures, horizon, seed)
+        found = super().futures(states, num_futures, horizon, seed)
         others = np.empty((len(states), len(self.names)), np.float32)
         for i, state in enumerate(states):
             cut = self._cut(len(state.response_ids))
             donors = np.flatnonzero(self.lengths_ > cut * self.stride)
             others[i] = self.table_[stream(seed, state, 1).choice(donors), cut]
-        features = found.features - self.counts(states)[:, None] + others[:, None]
+        features = found.features - self.varying(states)[:, None] + others[:, None]
         return replace(found, features=features)
 
 
@@ -297,8 +293,7 @@ def _boosted(work: Work) -> Relabelled:
 
 
 def _at_length(work: Work, length: int, boosted: Relabelled) -> Row:
-    reward, rates = Instructions(), work.dynamics["rate"]
-    assert isinstance(rates, RateSoFar)
+    reward, known = Instructions(), work.dynamics["any"]
     found: dict[str, list[FloatArray]] = {}
     final, stds, cells = [], [], []
     for number, prompts in enumerate(work.sets):
@@ -315,7 +310,7 @@ def _at_length(work: Work, length: int, boosted: Relabelled) -> Row:
                 if name == "nearest":
                     stds.append(estimate.std)
             constraints: Any = prompt.metadata["constraints"]
-            told = boosted.predict(rates.counts(states).astype(float), constraints)
+            told = boosted.predict(known.varying(states).astype(float), constraints)
             found.setdefault("boosting", []).append(told)
             final.append(reward.score([prompt] * len(going), [r.response for r in going]))
             cells += [(place, number)] * len(going)
@@ -466,7 +461,7 @@ def cost(work: Work) -> Row:
     start = time.process_time()
     value.predict(states)
     each = 1000 * (time.process_time() - start) / len(states)
-    flops = value.dynamics.flops_bound()
+    flops = value.dynamics.flops_bound(value.num_futures)
     return {"records": len(work.train), "fit_seconds": fit, "state_ms": each, "state_flops": flops}
 
 

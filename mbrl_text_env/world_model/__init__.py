@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
             *("Dynamics", "Futures", "IncrementDynamics", "WorldModelError"),
             *("load_dynamics", "predict_futures"),
         ],
+        "ensemble": ["EnsembleDynamics"],
         "value": ["WorldModelEstimate", "WorldModelValue"],
     },
 )
