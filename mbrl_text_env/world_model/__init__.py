@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
             *("load_dynamics", "predict_futures"),
         ],
         "ensemble": ["EnsembleDynamics"],
+        "imagined": ["ImaginedCandidates"],
         "value": ["WorldModelEstimate", "WorldModelValue"],
     },
 )

@@ -119,7 +119,7 @@ class EnsembleDynamics(Dynamics):
             "longest": np.asarray([self.longest_]),
         }
         held = split_by_group(prompts.tolist(), _HELD_OUT, self.seed)
-        x, y = self._scaled(inputs), (changes - self.arrays_["shift"]) / self.arrays_["unit"]
+        x, y = self.scaled(inputs), (changes - self.arrays_["shift"]) / self.arrays_["unit"]
         self.arrays_ |= self._trained(x, y.astype(np.float32), ended, prompts, held)
         return self
 
@@ -221,7 +221,8 @@ class EnsembleDynamics(Dynamics):
                 raise ValueError(f"{name} of shape {arrays[name].shape}, expected {shape}")
         self.arrays_, self.longest_ = arrays, int(arrays["longest"][0])
 
-    def _scaled(self, rows: _Rows) -> _Rows:
+    def scaled(self, rows: _Rows) -> _Rows:
+        """float32, features in units of the standard deviations of the records' prefixes."""
         centred = (rows - self.arrays_["centre"]) / self.arrays_["spread"]
         return np.asarray(centred, dtype=np.float32)
 
@@ -231,7 +232,7 @@ class EnsembleDynamics(Dynamics):
 
         weights = {name: torch.from_numpy(values) for name, values in self.arrays_.items()}
         with torch.no_grad():
-            inputs = torch.from_numpy(self._scaled(rows)).expand(self.elites, -1, -1)
+            inputs = torch.from_numpy(self.scaled(rows)).expand(self.elites, -1, -1)
             mean, logvar, logit = _forward(weights, inputs)
             parts = mean, logvar.exp(), logit.sigmoid()
             mean, variance, ends = (part.numpy().astype(np.float64) for part in parts)

@@ -10,14 +10,12 @@ from mbrl_text_env.world_model import (
     load_dynamics,
     predict_futures,
 )
-from tests.world_model.worlds import FEATURES, LIMIT, LM, PROMPTS, records_of, state_of
+from tests.world_model.worlds import FEATURES, LIMIT, LM, PROMPTS, ensemble, records_of, state_of
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fitted():
-    return EnsembleDynamics(LM, FEATURES, members=4, elites=3, hidden=32, stride=1).fit(
-        records_of(samples=100)
-    )
+    return ensemble()
 
 
 def with_propagation(dynamics, propagation):
