@@ -98,6 +98,8 @@ def smaller(words):
         words += ["--max-response-tokens", "12"]
     if words[1] == "compare" and "--num-prompts" not in words:
         words += ["--num-prompts", "2"]
+    if words[1] == "compare" and not any(word.startswith("--budget") for word in words):
+        words += ["--budget-tokens", "50"]
     return words
 
 
