@@ -28,6 +28,7 @@ from mbrl_text_env.benchmarks.terminal import (
     panel,
     progress_bar,
 )
+from mbrl_text_env.benchmarks.train import train_command
 
 _TRAIN = options.PromptOptions(split="train")
 _ANY_SPLIT = options.PromptOptions(split="all")
@@ -42,6 +43,7 @@ app = typer.Typer(
 reward_app = typer.Typer(help="Fit and audit reward models.", no_args_is_help=True)
 reward_app.command("fit")(fit_reward_command)
 app.add_typer(reward_app, name="reward")
+app.command("train")(train_command)
 
 
 @app.command()
@@ -51,12 +53,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo-results"),
     config: options.DemoConfig,
 ) -> None:
-    """Collect, fit the article's value predictor, and compare three agents for two rewards."""
-    from mbrl_text_env.benchmarks.demo import run_demo
-    from mbrl_text_env.language_models import embedded
+    """Collect, fit the article's value predictor, and compare four agents for two rewards."""
+    from mbrl_text_env.benchmarks.demo import fastest_model, run_demo
 
-    # A laptop has other things to keep in memory; the demonstration is hardly faster with more.
-    run_demo(embedded(kv_bytes=768 << 20), out, console, config)
+    run_demo(fastest_model(out, console), out, console, config)
 
 
 @app.command("compare")
@@ -173,7 +173,7 @@ def collect_command(
 @friendly
 def report_command(
     folder: Annotated[
-        Path, typer.Argument(help="The --out of `compare`, `collect` or `reward audit`.")
+        Path, typer.Argument(help="The --out of `compare`, `train`, `collect` or `reward audit`.")
     ],
     out: Annotated[
         Path | None, typer.Option(help="The HTML file; by default where the run has written it.")
