@@ -197,7 +197,7 @@ def fit_command(
         str,
         typer.Option(
             help="'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
-            "'ensemble', 'hidden-state' or 'token-embedding' (next to no computation)."
+            "'ensemble', 'hidden-state', 'world-model' or 'token-embedding' (little to compute)."
         ),
     ] = "stacked",
     model: options.ModelOptions,
@@ -212,12 +212,20 @@ def fit_command(
     reward_timeout: options.TimeoutOption = 600.0,
 ) -> None:
     """Fit a value model on scored records, for the reward that scored them."""
-    from mbrl_text_env.agents.values import FITTED, FittedValue, check_value_fits, make_value
+    from mbrl_text_env.agents.values import (
+        FITTED,
+        WORLD_MODEL,
+        FittedValue,
+        check_value_fits,
+        make_value,
+    )
     from mbrl_text_env.benchmarks.report import fit_table
     from mbrl_text_env.records import read_records
+    from mbrl_text_env.world_model import WorldModelValue
 
-    if kind not in FITTED:
-        raise typer.BadParameter(f"--kind: expected one of {', '.join(FITTED)}, got {kind!r}.")
+    kinds = (*FITTED, WORLD_MODEL)
+    if kind not in kinds:
+        raise typer.BadParameter(f"--kind: expected one of {', '.join(kinds)}, got {kind!r}.")
     found = read_records(records)
     if not found:
         raise typer.BadParameter(f"--records: expected scored records, got none in {records}.")
@@ -227,12 +235,17 @@ def fit_command(
     value = make_value(
         kind, language_model, judge, max_response_tokens=max_response_tokens, seed=seed
     )
-    assert isinstance(value, FittedValue)
+    assert isinstance(value, FittedValue | WorldModelValue)
     value.fit(found)
     check_value_fits(value, language_model, judge)
     value.save(out)
-    console.print(fit_table(value, name))
-    console.print(f"Use it with `mbrl-text compare --reward {reward or name} --value {out}`.")
+    wanted = reward or name
+    if isinstance(value, FittedValue):
+        console.print(fit_table(value, name))
+    else:
+        # It knows no reward, and is for all that are on counts.
+        wanted = "REWARD --agents best-of-n,beam"
+    console.print(f"Use it with `mbrl-text compare --reward {wanted} --value {out}`.")
 
 
 @app.command("prompts")

@@ -23,7 +23,7 @@ from mbrl_text_env.benchmarks.statistics import (
 )
 from mbrl_text_env.benchmarks.terminal import numbers
 from mbrl_text_env.files import write_text
-from mbrl_text_env.records import Record, has_records, read_records, run_of
+from mbrl_text_env.records import Record, has_records, read_records, run_of, scores_of
 
 # Hidden: whatever reads a folder of Parquet files passes over it.
 _ABOUT = ".run.json"
@@ -134,7 +134,7 @@ def _curve(groups: Sequence[Sequence[Record]]) -> list[tuple[int, float, Interva
     """N, tokens and mean of best-of-N, for as many responses as every prompt has."""
     ns = sizes(min(map(len, groups)))
     kept = [own[: ns[-1]] for own in groups]
-    best = expected_best([[record.score for record in own] for own in kept], ns)
+    best = expected_best([scores_of(own) for own in kept], ns)
     # Of one prompt there is no band.
     bands = simultaneous_intervals(best) if len(best) > 1 else map(mean_interval, best.T)
     length = float(np.mean([len(record.response_ids) for own in kept for record in own]))

@@ -83,6 +83,7 @@ class Record:
         logprobs: float[T], log-probability (nats) of each response token under the language model;
             empty where it is not known.
         rewards: The score's parts by name, without the total, `score`.
+        score: None where nothing has scored it; then `rewards` and `reward_name` are empty.
         agent, language_model, seed: What wrote the response.
         usage: What the response cost (`Usage.as_dict()`).
         messages: The prompt's chat messages; None where the prompt is plain text, `prompt_text`.
@@ -111,7 +112,7 @@ class Record:
     finish_reason: FinishReason | None
     response: str
     rewards: dict[str, float] = field(hash=False)
-    score: float
+    score: float | None
     reward_name: str
     agent: str
     language_model: str
@@ -128,7 +129,13 @@ class Record:
                 f"the parts of the score in rewards, got {self.rewards!r}. Leave out 'total'; it "
                 "is `score`."
             )
-        if not all(map(math.isfinite, (self.score, *self.rewards.values()))):
+        if self.score is None and (self.rewards or self.reward_name):
+            raise self._error(
+                f"no reward_name and no rewards without a score, got {self.reward_name!r} and "
+                f"{self.rewards!r}. Give the score, or leave them empty."
+            )
+        scores = () if self.score is None else (self.score, *self.rewards.values())
+        if not all(map(math.isfinite, scores)):
             raise self._error(
                 f"finite scores, got score={self.score!r}, rewards={self.rewards!r}. Fix the "
                 f"reward model {self.reward_name!r}, or leave the response out."
@@ -359,6 +366,16 @@ def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[
             f"{folder}: expected at least one sound shard, but all {len(shards)} are damaged. "
             "Restore them from a copy, or collect the records again."
         )
+
+
+def scores_of(records: Iterable[Record]) -> list[float]:
+    """The scores; RecordsError where a record has none."""
+    scores = []
+    for record in records:
+        if record.score is None:
+            raise record._error("a score, got None. Score the records first (`records.rescore`).")
+        scores.append(record.score)
+    return scores
 
 
 def has_records(folder: str | Path, expected: int = 1) -> bool:

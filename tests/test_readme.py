@@ -26,6 +26,7 @@ PAGES = [
     "docs/rewards.md",
     "docs/self-training.md",
     "docs/values.md",
+    "docs/world_models.md",
 ]
 
 

@@ -24,6 +24,7 @@ from mbrl_text_env.records import (
     iter_records,
     read_records,
     rescore,
+    scores_of,
 )
 from mbrl_text_env.rewards.base import RewardError, Scores
 from mbrl_text_env.types import Message, Prompt, TextState, Usage
@@ -536,3 +537,14 @@ def test_prefixes_are_the_states_on_the_way():
     for length in (-1, 4):
         with pytest.raises(RecordsError, match="a prefix of 0 to 3 tokens"):
             record.prefix_state(length)
+
+
+def test_a_record_without_a_score_is_kept_and_refused_where_a_score_is_needed(tmp_path):
+    bare = replace(make_record(1), score=None, rewards={}, reward_name="")
+    with RecordWriter(tmp_path) as writer:
+        writer.append(bare)
+    assert read_records(tmp_path) == [bare]
+    with pytest.raises(RecordsError, match="expected a score, got None"):
+        scores_of([make_record(0), bare])
+    with pytest.raises(RecordsError, match="without a score"):
+        replace(bare, reward_name="toy")

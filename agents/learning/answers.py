@@ -18,7 +18,7 @@ from mbrl_text_env.agents.learning.training import expect
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.mdp import initial
-from mbrl_text_env.records import Record, RecordWriter
+from mbrl_text_env.records import Record, RecordWriter, scores_of
 from mbrl_text_env.rewards.base import RewardError, isolate_failures
 from mbrl_text_env.types import Budget, Ledger, Prompt, Usage
 
@@ -114,7 +114,7 @@ class _Collecting:
                 self.ledger.charge(usage)
                 record = record_of(completion, self.agent, usage.as_dict(), seed, agent=name)
                 self.writer.append(record)
-                if record.score >= CORRECT:
+                if scores_of([record])[0] >= CORRECT:
                     done.add(prompt.id)
         self.writer.flush()
         return done
@@ -236,7 +236,8 @@ def select(records: Sequence[Record], settings: FilterSettings) -> list[Record]:
 
 def at_least(records: Sequence[Record], threshold: float) -> list[Record]:
     """Responses with a score of `threshold` or more."""
-    return [record for record in records if record.score >= threshold]
+    scores = scores_of(records)
+    return [record for record, score in zip(records, scores, strict=True) if score >= threshold]
 
 
 def correct_only(records: Sequence[Record]) -> list[Record]:
@@ -275,7 +276,7 @@ def scores_described(records: Sequence[Record]) -> str:
     """The distribution of scores, in a sentence."""
     if not records:
         return "There are no scores."
-    scores = [record.score for record in records]
+    scores = scores_of(records)
     low, lower, middle, upper, high = np.quantile(scores, [0, 0.25, 0.5, 0.75, 1])
     [(common, count)] = Counter(scores).most_common(1)
     return (
@@ -287,4 +288,5 @@ def scores_described(records: Sequence[Record]) -> str:
 
 def _ranked(records: Sequence[Record]) -> list[int]:
     """Places of the records, the highest score first."""
-    return sorted(range(len(records)), key=lambda i: -records[i].score)
+    scores = scores_of(records)
+    return sorted(range(len(records)), key=lambda i: -scores[i])

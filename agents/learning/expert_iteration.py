@@ -45,7 +45,7 @@ from mbrl_text_env.language_models.base import (
     spawn_seed,
 )
 from mbrl_text_env.mdp import initial
-from mbrl_text_env.records import Record, RecordWriter, read_records
+from mbrl_text_env.records import Record, RecordWriter, read_records, scores_of
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, RewardModel
 from mbrl_text_env.runs import claimed, identity
@@ -241,7 +241,7 @@ class ExpertIteration:
                 ledger=ledger,
             )
         records = read_records(stage.folder)
-        std = float(np.std([record.score for record in records]))
+        std = float(np.std(scores_of(records)))
         report = reports.Collected.of(records, num_failed=len(failed), std=std)
         return {"report": to_json(report), "is_plain": isinstance(agent, Sampling)}
 
@@ -249,7 +249,7 @@ class ExpertIteration:
         kept = select(self.records(stage.iteration, "collected"), self.settings.filter)
         with RecordWriter(stage.folder) as writer:
             writer.extend(kept)
-        lowest = min(record.score for record in kept)
+        lowest = min(scores_of(kept))
         return {"report": to_json(reports.Selected.of(kept, lowest=lowest))}
 
     def _improve(self, stage: Stage, ledger: Ledger, seed: int) -> Note:

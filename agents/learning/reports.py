@@ -19,7 +19,7 @@ from mbrl_text_env.files import write_text
 from mbrl_text_env.fitting.report import correlation, root_mean_square, within_prompt
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import is_terminal
-from mbrl_text_env.records import Record
+from mbrl_text_env.records import Record, scores_of
 from mbrl_text_env.rewards.base import (
     RewardError,
     RewardModel,
@@ -267,7 +267,7 @@ class Answers:
             num_records=len(records),
             num_prompts=len({record.prompt_id for record in records}),
             num_hinted=sum(record.agent.endswith(HINTED) for record in records),
-            mean=float(np.mean([record.score for record in records])),
+            mean=float(np.mean(scores_of(records))),
             **more,
         )
 
@@ -312,8 +312,8 @@ class Validation:
     ) -> Validation:
         """Sum up records."""
         by_prompt: dict[str, list[float]] = defaultdict(list)
-        for record in records:
-            by_prompt[record.prompt_id].append(record.score)
+        for record, score in zip(records, scores_of(records), strict=True):
+            by_prompt[record.prompt_id].append(score)
         means = np.asarray([np.mean(scores) for scores in by_prompt.values()])
         error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else math.nan
         tokens = float(np.mean([len(record.response_ids) for record in records]))

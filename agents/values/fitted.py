@@ -90,6 +90,8 @@ def samples_of(
     inputs: FloatArray, owners: Sequence[Record], lengths: Sequence[int] | None = None
 ) -> Samples:
     """Inputs beside the scores of the records that they are of; all have to be finite."""
+    from mbrl_text_env.records import scores_of
+
     inputs = np.asarray(inputs, dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(inputs).all(axis=1))
     if bad.size:
@@ -100,7 +102,7 @@ def samples_of(
     _, groups = np.unique([record.prompt_id for record in owners], return_inverse=True)
     return Samples(
         inputs,
-        np.asarray([record.score for record in owners], dtype=np.float64),
+        np.asarray(scores_of(owners), dtype=np.float64),
         np.asarray([0] * len(owners) if lengths is None else lengths, dtype=np.int64),
         groups.astype(np.int64),
     )
@@ -113,6 +115,8 @@ def check_records(records: Sequence[Record]) -> None:
         FitError: There are fewer than two, their scores come from several reward models, their
             responses from several language models, or all their scores are equal.
     """
+    from mbrl_text_env.records import scores_of
+
     if len(records) < 2:
         raise FitError(
             f"Expected at least 2 scored records to fit a value model, got {len(records)}. Collect "
@@ -132,7 +136,7 @@ def check_records(records: Sequence[Record]) -> None:
     ):
         if len(names) > 1:
             raise FitError(f"Expected {what}, got those of {sorted(names)}. {change}")
-    _check_scores(np.asarray([record.score for record in records]))
+    _check_scores(np.asarray(scores_of(records)))
 
 
 def _check_scores(scores: FloatArray) -> None:

@@ -60,6 +60,9 @@ from mbrl_text_env.values import (
     ValueModelError,
     check_value_fits,
 )
+from mbrl_text_env.world_model.dynamics import FOLDER as WORLD_FOLDER
+from mbrl_text_env.world_model.dynamics import IncrementDynamics, load_dynamics
+from mbrl_text_env.world_model.value import WorldModelValue
 
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
@@ -69,6 +72,9 @@ READY = ("prefix", "prefix-exact", "rollout")
 
 FITTED = ("calibrated", "embedding", "hidden-state", "stacked", "token-embedding", "ensemble")
 """Names of those that are fitted on records first; `calibrated` is `prefix-exact` after a fit."""
+
+WORLD_MODEL = "world-model"
+"""Name of the value that is fitted on records, scored or not, and takes any reward on counts."""
 
 # Penalty on inputs of variance 1.
 _ALPHA = 10.0
@@ -525,7 +531,7 @@ def make_value(
     """Make a value model of a kind, with the settings that its class has by default.
 
     Args:
-        name: One of `READY`, or of `FITTED`, which `fit(records)` comes before.
+        name: One of `READY`, or of `FITTED` or `WORLD_MODEL`, which `fit(records)` comes before.
         language_model: Whose responses are valued.
         reward_model: Whose scores are predicted.
         encoder: Embeds texts, where it does; None for MiniLM.
@@ -548,11 +554,12 @@ def make_value(
         "stacked": lambda: StackedValue(lm, reward, **limit),
         "token-embedding": lambda: TokenEmbeddingValue(lm),
         "ensemble": lambda: EnsembleValue(StackedValue(lm, reward, **limit), seed=seed),
+        WORLD_MODEL: lambda: WorldModelValue(IncrementDynamics(lm), reward, seed=seed),
     }
     if name not in kinds:
         raise ValueModelError(
             f"Unknown value model {name!r}. Expected one of {sorted(READY)}, or, fitted on "
-            f"records, of {sorted(FITTED)}."
+            f"records, of {sorted((*FITTED, WORLD_MODEL))}."
         )
     return kinds[name]()
 
@@ -562,8 +569,10 @@ def load_value(
     language_model: LanguageModel,
     reward_model: RewardLike,
     encoder: Encoder | None = None,
-) -> FittedValue:
+) -> FittedValue | WorldModelValue:
     """Read a value model of any kind, for the models that it was fitted with.
+
+    A world model, with the package's own features, is a value of any reward on counts.
 
     Raises:
         ValueModelError: The folder holds no value model, a damaged one, one of another format, or
@@ -573,6 +582,8 @@ def load_value(
         >>> value = load_value("value", lm, reward)  # doctest: +SKIP
     """
     reward_model = as_reward_model(reward_model)
+    if (Path(folder) / WORLD_FOLDER.config).is_file():
+        return WorldModelValue(load_dynamics(folder, language_model), reward_model)
     with FOLDER.reading(folder) as (config, arrays):
         kind = value_class(config["kind"])
         value = kind.restored(config, arrays(), Sources(language_model, reward_model, encoder))

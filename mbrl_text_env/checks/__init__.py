@@ -9,6 +9,7 @@ from mbrl_text_env.checks.base import CheckError
 from mbrl_text_env.checks.env import check_text_env
 from mbrl_text_env.checks.language_model import check_language_model
 from mbrl_text_env.checks.reward_and_value import check_reward_model, check_value_model
+from mbrl_text_env.checks.world_model import check_world_model
 
 __all__ = [
     "CheckError",
@@ -17,4 +18,5 @@ __all__ = [
     "check_reward_model",
     "check_text_env",
     "check_value_model",
+    "check_world_model",
 ]

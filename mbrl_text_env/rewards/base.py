@@ -124,6 +124,32 @@ class RewardModel(ABC):
         """
         return ()
 
+    def feature_names(self, prompt: Prompt) -> Sequence[str]:
+        """The counts that `score_features` needs, such as "words"; by default a `RewardError`."""
+        raise RewardError(
+            f"Reward model {self.name!r}, prompt {prompt.id!r}: expected a reward that is a "
+            "program of counts, got one without `feature_names` and `score_features`. Add them, or "
+            "use another value model."
+        )
+
+    def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> npt.ArrayLike:
+        """Return float64[N], the scores of N responses to a prompt by their counts, float64[N].
+
+        They are what `score` says of texts with these counts: a world model scores responses so
+        that nobody has written. By default a `RewardError`. See `world_model.TextFeatures`.
+
+        Example:
+            >>> class Brevity(RewardModel):
+            ...     def score(self, prompts, responses):
+            ...         return [-len(response.split()) for response in responses]
+            ...     def feature_names(self, prompt):
+            ...         return ["runs"]
+            ...     def score_features(self, prompt, features):
+            ...         return -features["runs"]
+        """
+        self.feature_names(prompt)
+        raise RewardError(f"Reward model {self.name!r} has no `score_features`. Add it.")
+
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
         """Return float64[B], the floating-point operations of each score; by default none."""
         return np.zeros(len(responses))
@@ -186,7 +212,8 @@ class ObjectReward(RewardModel):
         self.reward = reward
         self.name = str(getattr(reward, "name", type(reward).__name__))
         self.is_verifier = bool(getattr(reward, "is_verifier", False))
-        for method in ("score_parts", "applies_to", "bound", "suggest", "flops", "flops_bound"):
+        methods = ("score_parts", "applies_to", "bound", "suggest", "flops", "flops_bound")
+        for method in (*methods, "feature_names", "score_features"):
             # What a subclass does itself stays.
             if hasattr(reward, method) and _is_default(getattr(self, method)):
                 setattr(self, method, getattr(reward, method))
@@ -318,6 +345,29 @@ def reward_bounds(
     name = f"{reward.name}: bound"
     raw = _guarded(reward.bound, name, prompts[0], prompts, prefixes)
     return _checked(raw, name, prompts, prefixes, infinite=True)
+
+
+def score_features(
+    reward_model: object, prompt: Prompt, features: Mapping[str, FloatArray]
+) -> FloatArray:
+    """float64[N], what `RewardModel.score_features` says, checked; uncharged.
+
+    A `RewardError` names the features that the reward needs and are not there, and those that are.
+    """
+    reward = reward_model_of(reward_model)
+    missing = [name for name in reward.feature_names(prompt) if name not in features]
+    if missing:
+        raise RewardError(
+            f"Reward model {reward.name!r}, prompt {prompt.id!r}: expected features that are "
+            f"predicted, got {missing}, which are not or never varied. Predicted are "
+            f"{sorted(features)}. Fit the world model with these features, on records in which "
+            "they vary."
+        )
+    count = len(next(iter(features.values())))
+    texts = ["(imagined)"] * count
+    name = f"{reward.name}: score_features"
+    raw = _guarded(lambda _: reward.score_features(prompt, features), name, prompt, texts)
+    return _checked(raw, name, [prompt] * count, texts)
 
 
 def check_bounds(

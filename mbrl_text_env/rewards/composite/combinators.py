@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from mbrl_text_env.rewards.base import (
     RewardLike,
     Scores,
     reward_bounds,
+    score_features,
     score_responses,
     score_steps,
 )
@@ -32,6 +33,22 @@ Combined: TypeAlias = tuple[FloatArray, Mapping[str, FloatArray]]
 """The combined scores, float64[B], and parts besides those of the rewards."""
 Prompts: TypeAlias = Sequence[Prompt]
 Texts: TypeAlias = Sequence[str]
+
+
+class _NoTexts(Sequence[str]):
+    """Stands for responses of which the counts alone are known."""
+
+    def __init__(self, count: int) -> None:
+        self._length = count
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        raise RewardError(
+            "Expected a combination of scores, got one that reads the responses, which nobody has "
+            "written. Give it `feature_names` and `score_features` of its own."
+        )
 
 
 class Combinator(ProcessRewardModel):
@@ -88,6 +105,15 @@ class Combinator(ProcessRewardModel):
         none = np.zeros(0)
         parts = self._flat_parts([dict.fromkeys(names or (), none) for names in named])
         return (*parts, *self.extra_parts)
+
+    def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
+        """The counts that the rewards need."""
+        return tuple(name for each in self.rewards for name in each.feature_names(prompt))
+
+    def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> FloatArray:
+        """Return float64[N], the rewards' scores by counts, combined."""
+        totals = [score_features(reward, prompt, features) for reward in self.rewards]
+        return self.combine(totals, [prompt] * len(totals[0]), _NoTexts(len(totals[0])))[0]
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether all of the rewards can score answers to `prompt`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,6 +22,7 @@ from mbrl_text_env.rewards.base import (
     RewardLike,
     Scores,
     reward_bounds,
+    score_features,
     score_responses,
     score_steps,
 )
@@ -169,6 +170,13 @@ class RunningNormalise(Wrapper):
             self.count = total
         return (scores - self.mean) / self.std
 
+    def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
+        """None: what is imagined must not change the scale."""
+        raise RewardError(
+            f"Reward model {self.name!r}: expected a fixed scale for imagined responses, got one "
+            "that goes on changing. Use `frozen()`."
+        )
+
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
         """Not known: the scale goes on changing."""
         return np.full(len(prefixes), np.inf)
@@ -250,6 +258,15 @@ class LengthPenalty(Penalty):
         super().__init__(reward, name, "{}-length")
         self.max_words, self.weight = max_words, weight
 
+    def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
+        """Those of the reward, and its runs without white space."""
+        return (*super().feature_names(prompt), "runs")
+
+    def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> FloatArray:
+        """Return float64[N], the reward's scores by counts, minus the penalty."""
+        excess = np.maximum(features["runs"] - self.max_words, 0.0)
+        return score_features(self.reward, prompt, features) - self.weight * excess
+
     def penalty(self, response: str) -> float:
         """Words beyond the limit."""
         return max(0, len(response.split()) - self.max_words)
@@ -282,6 +299,21 @@ class RepetitionPenalty(Penalty):
         check_finite("RepetitionPenalty", above=0, weight=weight, n=n)
         super().__init__(reward, name, "{}-repetition")
         self.weight, self.n = weight, n
+
+    def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
+        """Those of the reward, and its words, with n = 1; else a `RewardError`."""
+        if self.n != 1:
+            raise RewardError(
+                f"Reward model {self.name!r}: expected n = 1 for a penalty by counts, got "
+                f"{self.n}. Repeated n-grams are not counted; change n, or use another value model."
+            )
+        return (*super().feature_names(prompt), "runs", "distinct_words")
+
+    def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> FloatArray:
+        """Return float64[N], the reward's scores by counts, minus the penalty."""
+        runs = features["runs"]
+        share = (runs - features["distinct_words"]) / np.maximum(runs, 1.0)
+        return score_features(self.reward, prompt, features) - self.weight * share
 
     def penalty(self, response: str) -> float:
         """The share of n-grams that are repetitions."""

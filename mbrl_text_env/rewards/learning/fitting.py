@@ -183,13 +183,15 @@ def _read_pairs(data: Sequence[Any], features: Features) -> _Table:
 
 
 def _read_records(data: Sequence[Any], features: Features) -> _Table:
+    from mbrl_text_env.records import scores_of
+
     responses = [record.response for record in data]
     return _Table(
         features.read([record.prompt() for record in data], responses),
         [record.prompt_text for record in data],
         np.array([len(response) for response in responses]),
         data[0].reward_name,
-        np.array([record.score for record in data], dtype=np.float64),
+        np.array(scores_of(data), dtype=np.float64),
     )
 
 

@@ -157,6 +157,8 @@ def pairs_from_records(
     Example:
         >>> pairs = pairs_from_records(read_records("records"), seed=0)  # doctest: +SKIP
     """
+    from mbrl_text_env.records import scores_of
+
     if not min_gap >= 0 or (pairs_per_prompt is not None and pairs_per_prompt < 1):
         raise PreferenceError(
             "Expected min_gap of at least 0 and pairs_per_prompt of at least 1, or None, got "
@@ -168,23 +170,24 @@ def pairs_from_records(
             f"Expected scores of one reward model, got those of {names}. Score the responses with "
             "one of them (`records.rescore`)."
         )
-    groups: dict[str, dict[str, Record]] = {}
-    for record in records:
-        groups.setdefault(record.prompt_text, {}).setdefault(record.response.strip(), record)
+    groups: dict[str, dict[str, tuple[Record, float]]] = {}
+    for record, score in zip(records, scores_of(records), strict=True):
+        group = groups.setdefault(record.prompt_text, {})
+        group.setdefault(record.response.strip(), (record, score))
     pairs = []
     for text, responses in groups.items():
         both = combinations(responses.values(), 2)
-        ordered = ((a, b) if a.score > b.score else (b, a) for a, b in both)
-        found = [(a, b) for a, b in ordered if a.score - b.score > min_gap]
+        ordered = ((a, b) if a[1] > b[1] else (b, a) for a, b in both)
+        found = [(a, b) for a, b in ordered if a[1] - b[1] > min_gap]
         if pairs_per_prompt is not None and len(found) > pairs_per_prompt:
             rng = np.random.default_rng(spawn_seed(seed, *text.encode()))
             kept = sorted(rng.choice(len(found), pairs_per_prompt, replace=False))
             found = [found[i] for i in kept]
         # The prompt of the first: equal prompts may have different ids.
-        prompt = next(iter(responses.values())).prompt()
+        prompt = next(iter(responses.values()))[0].prompt()
         pairs += [
-            PreferencePair(prompt, better.response, worse.response, better.score - worse.score)
-            for better, worse in found
+            PreferencePair(prompt, better.response, worse.response, high - low)
+            for (better, high), (worse, low) in found
         ]
     if not pairs:
         raise PreferenceError(

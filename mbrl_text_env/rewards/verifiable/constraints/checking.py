@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mbrl_text_env.rewards.verifiable.constraints.kinds import (
     CONSTRAINT_TYPES,
+    COUNTED,
     LANGUAGES,
+    RELATIONS,
     Kind,
     LanguageCode,
     Letter,
@@ -58,6 +60,50 @@ def prefix_verdict(
     """
     kind, arguments = _read(constraint, prompt)
     return kind.decide(prefix, False, **arguments) if prefix.strip() else None
+
+
+def count_behind(constraint: Mapping[str, Any], prompt: str | None = None) -> tuple[str, ...]:
+    """Names of the counts that decide a constraint, as `world_model` calls them.
+
+    Raises:
+        ConstraintError: None do.
+    """
+    _, given = _read(constraint, prompt)
+    name = constraint["type"]
+    if name in RELATIONS:
+        counted, _ = RELATIONS[name]
+        argument = COUNTED[counted].argument
+        if argument is None:
+            return (counted,)
+        # In any case, as it is counted.
+        value = given[argument]
+        return (f"{counted}:{value.lower() if counted == 'letters' else value}",)
+    if name not in _OF_FEATURES:
+        known = sorted({*RELATIONS, *_OF_FEATURES})
+        raise ConstraintError(
+            f"Expected constraints on counts, of the types {known}, got {name!r}. Leave out the "
+            "prompt, or use another value model."
+        )
+    return _OF_FEATURES[name][0]
+
+
+def check_counts(
+    constraint: Mapping[str, Any], features: Mapping[str, Any], prompt: str | None = None
+) -> Any:
+    """bool[N]: whether responses with these counts satisfy a constraint; see `count_behind`."""
+    found = [features[name] for name in count_behind(constraint, prompt)]
+    name = constraint["type"]
+    if name not in RELATIONS:
+        return _OF_FEATURES[name][1](*found)
+    return RELATIONS[name][1](found[0], constraint["value"])
+
+
+# Of other constraints: the features that decide them, and how.
+_OF_FEATURES: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
+    "no_commas": (("commas",), lambda commas: commas == 0),
+    "lowercase": (("capitals", "small_letters"), lambda big, small: (big == 0) & (small > 0)),
+    "uppercase": (("capitals", "small_letters"), lambda big, small: (small == 0) & (big > 0)),
+}
 
 
 def _read(constraint: Mapping[str, Any], prompt: str | None) -> tuple[Kind, dict[str, Any]]:

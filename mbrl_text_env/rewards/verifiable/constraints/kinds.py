@@ -72,6 +72,24 @@ class Kind:
         return bool(self.decide(response, True, **arguments))
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What can be counted in a text; nothing after the `settled` part of a prefix lowers its count.
+
+    Args:
+        count: `count(text, **arguments)`, an integer.
+        argument: The name of its argument beside the text; None where it has none.
+    """
+
+    count: Callable[..., int]
+    settled: Callable[[str], str]
+    argument: str | None
+
+
+COUNTED: dict[str, Counted] = {}
+"""What constraints count, by its name, such as "words"."""
+RELATIONS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {}
+"""Of constraints on a count: what is counted, and how it has to be related to `value`."""
 CONSTRAINT_TYPES: dict[str, Kind] = {}
 """Every type by its name. `check_constraint` also checks the arguments, and blank responses."""
 
@@ -118,7 +136,10 @@ def _counted(settled: Callable[[str], str] = str, **names: str) -> Callable[[Fun
     """
 
     def note(count: Function) -> Function:
+        arguments = (key for key in get_type_hints(count) if key not in ("text", "return"))
+        COUNTED[count.__name__] = Counted(count, settled, next(arguments, None))
         for relation, name in names.items():
+            RELATIONS[name] = count.__name__, _RELATIONS[relation]
             decide = partial(_decide_count, count, settled, _RELATIONS[relation])
             description = f"{relation.replace('_', ' ').capitalize()} `value` {count.__doc__}"
             _add(name, description, decide, {**get_type_hints(count), "value": int})

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.rewards.base import ProcessRewardModel
+from mbrl_text_env.rewards.base import ProcessRewardModel, RewardError
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.constraints.checking import (
     ConstraintError,
     check_constraint,
+    check_counts,
+    count_behind,
     prefix_verdict,
 )
 from mbrl_text_env.rewards.verifiable.constraints.suggestions import suggestions
@@ -52,6 +54,23 @@ class ConstraintsReward(ProcessRewardModel):
         """Return float64[B], the fraction of constraints that a prefix has not broken for good."""
         rows = zip(prompts, prefixes, strict=True)
         return np.array([self._within_reach(prompt, [prefix])[0] for prompt, prefix in rows], float)
+
+    def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
+        """The counts that decide the prompt's constraints, and "visible" characters."""
+        request = _request(prompt)
+        try:
+            found = [name for c in _constraints(prompt) for name in count_behind(c, request)]
+        except ConstraintError as error:
+            raise RewardError(
+                f"Reward model {self.name!r}, prompt {prompt.id!r}: {error}"
+            ) from error
+        return (*dict.fromkeys(found), "visible")
+
+    def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> FloatArray:
+        """Return float64[N], the fraction of constraints that responses with these counts keep."""
+        constraints, request = _constraints(prompt), _request(prompt)
+        kept = [check_counts(each, features, request) for each in constraints]
+        return np.where(features["visible"] > 0, np.mean(kept, axis=0), 0.0)
 
     def suggest(self, prompt: Prompt, prefix: str) -> tuple[str, ...]:
         """Pieces that a constraint asks for and the prefix does not have (see `suggestions`)."""

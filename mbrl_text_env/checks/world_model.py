@@ -1,0 +1,175 @@
+"""The checker of world models."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mbrl_text_env.checks.base import Trial
+from mbrl_text_env.types import Ledger, TextState
+from mbrl_text_env.world_model.dynamics import Futures, WorldModelError, predict_futures
+
+_FUTURES, _SEED = 7, 3
+_RULES = {
+    "attributes": "attributes: expected an object with {names}, got {got}. Subclass "
+    "`world_model.Dynamics`.",
+    "fitted": "is_fitted: expected dynamics that can predict, got {got}. Fit them first.",
+    "arguments": "{place}: expected arguments that are left as they are, got {got}. Copy them.",
+    "failure": "{place}: expected {size} arguments to be taken, got {got}.",
+    "futures": "futures: expected `world_model.Futures`, got {got}. Return one.",
+    "shape": "futures, {part}: expected {expected}, got {got}. Return an array of the states and "
+    "their futures.",
+    "finite": "futures, features: expected finite numbers, got {got}.",
+    "tokens": "futures, features: expected the first, the tokens, to be `length`, got {got}.",
+    "grows": "futures, {part}: expected nothing below what the state has, {least:g}, got {got}. A "
+    "response only grows; add increments that are at least 0.",
+    "ended": "futures, ended: expected {expected}, got {got}.",
+    "late": "futures, length: expected at most {most} tokens, got {got}. Stop at the horizon, or "
+    "at the longest response.",
+    "member": "futures, member: expected numbers from 0, got {got}.",
+    "same": "futures, {part}: expected {expected}, got {got}. Futures follow from the state and "
+    "the seed: draw from `language_models.base.stream(seed, state, 0)`, keep nothing.",
+    "error": "{case}: expected {error}, got {got}. Call `predict_futures`, or check as it does.",
+    "charge": "predict_futures: expected {expected}, got {got} charged.",
+    "pickle": "pickle: expected an object that can be pickled, got {got}. Define functions of "
+    "features in a module.",
+}
+
+
+def check_world_model(
+    dynamics: Any, states: Sequence[TextState], horizon: int | None = None
+) -> None:
+    """Check that dynamics keep the contract of `world_model.Dynamics`.
+
+    Checked are shapes and types of futures; that counts, tokens and lengths never fall below the
+    state's; that all futures to the end have ended, and those with a horizon stop in time; the same
+    futures in every call, whatever the order and the rest of the batch; the empty batch; that ended
+    states and horizons beyond the records are refused; charges; and that it can be pickled.
+
+    Args:
+        dynamics: Fitted.
+        states: At least two that have not ended, of different lengths.
+        horizon: Tokens ahead that they can predict; None where they predict the end alone.
+
+    Raises:
+        CheckError: The contract is broken.
+
+    Example:
+        >>> check_world_model(dynamics, states, horizon=8)  # doctest: +SKIP
+    """
+    if len(states) < 2:
+        raise ValueError(f"states: expected at least 2, got {len(states)}.")
+    trial = _Trial(dynamics)
+    trial.expect_attributes(dynamics, "futures", "features", "names", "is_fitted", "flops_bound")
+    trial.expect("fitted", dynamics.is_fitted is True, dynamics.is_fitted)
+    states = [*states, states[0]]
+    for ahead in dict.fromkeys((None, horizon)):
+        found = trial.futures(states, ahead)
+        trial.check_growth(states, found, ahead)
+        trial.compare(found, trial.futures(states, ahead), "the same in a second call")
+        backwards = trial.futures(states[::-1], ahead)
+        turned = Futures(*(values[::-1] for values in vars(backwards).values()))
+        trial.compare(found, turned, "futures in the order of the states")
+        alone = [trial.futures([state], ahead) for state in states]
+        parts = (
+            np.concatenate(each) for each in zip(*(vars(a).values() for a in alone), strict=True)
+        )
+        trial.compare(found, Futures(*parts), "those that each state has alone")
+        trial.futures([], ahead)
+    trial.check_refusals(states[0])
+    trial.check_charges(states)
+    trial.check_pickle(states)
+
+
+@dataclass
+class _Trial(Trial):
+    """Dynamics under check."""
+
+    rules = _RULES
+    dynamics: Any
+
+    def __post_init__(self) -> None:
+        self.subject = f"World model {type(self.dynamics).__name__}"
+
+    def futures(self, states: Sequence[TextState], horizon: int | None) -> Futures:
+        """Futures, with everything about their form checked."""
+
+        def ask(given: list[TextState]) -> Any:
+            return self.dynamics.futures(given, _FUTURES, horizon, _SEED)
+
+        found = self.called("futures", ask, list(states))
+        self.expect("futures", isinstance(found, Futures), found)
+        shape = len(states), _FUTURES
+        wanted = {
+            "features": ((*shape, len(self.dynamics.names)), "f"),
+            "length": (shape, "i"),
+            "ended": (shape, "b"),
+            "member": (shape, "i"),
+        }
+        for part, (size, kind) in wanted.items():
+            values = np.asarray(getattr(found, part))
+            got = f"{values.dtype}{list(values.shape)}"
+            right = values.shape == size and values.dtype.kind == kind
+            self.expect("shape", right, got, part=part, expected=f"{kind}{list(size)}")
+        self.expect("finite", np.isfinite(found.features).all(), found.features)
+        self.expect("member", (found.member >= 0).all(), found.member)
+        return found
+
+    def check_growth(self, states: Sequence[TextState], found: Futures, ahead: int | None) -> None:
+        features, names = self.dynamics.features, self.dynamics.names
+        now = dict(zip(features.names, features(states).T, strict=True))
+        falls = {feature.name for feature in features.features if feature.falls}
+        same = found.features[..., names.index("tokens")] == found.length
+        self.expect("tokens", same.all(), found.features[..., 0])
+        for column, name in enumerate(names):
+            for row, least in zip(found.features[..., column], now[name], strict=True):
+                grows = name in falls or (row >= least).all()
+                self.expect("grows", grows, row, part=name, least=least)
+        longest = self.dynamics.longest_
+        for state, length, ended in zip(states, found.length, found.ended, strict=True):
+            most = longest if ahead is None else len(state.response_ids) + ahead
+            self.expect("late", (length <= most).all(), length, most=most)
+            if ahead is None:
+                self.expect("ended", ended.all(), ended, expected="the end of all")
+            else:
+                open_ = length[~ended]
+                message = f"{most} tokens of those that go on"
+                self.expect("ended", (open_ == most).all(), open_, expected=message)
+
+    def compare(self, one: Futures, other: Futures, expected: str) -> None:
+        for part, values in vars(one).items():
+            same = np.array_equal(values, getattr(other, part))
+            self.expect("same", same, "others", part=part, expected=expected)
+
+    def check_refusals(self, state: TextState) -> None:
+        ended = TextState(state.prompt, state.prompt_ids, state.response_ids, "stop")
+        beyond = self.dynamics.longest_ + 1
+
+        def ask(given: TextState, horizon: int | None) -> Futures:
+            return predict_futures(self.dynamics, [given], _FUTURES, horizon)
+
+        self.expect_error("error", WorldModelError, lambda: ask(ended, None), "an ended state")
+        self.expect_error("error", WorldModelError, lambda: ask(state, beyond), "too far ahead")
+
+    def check_charges(self, states: Sequence[TextState]) -> None:
+        ledgers = [Ledger() for _ in states]
+        found = predict_futures(self.dynamics, states, _FUTURES, seed=_SEED, ledgers=ledgers)
+        self.compare(self.futures(states, None), found, "the same futures with ledgers")
+        most = float(self.dynamics.flops_bound())
+        for ledger in ledgers:
+            usage = ledger.usage
+            right = usage.dynamics_calls == _FUTURES and usage.flops == most and 0 <= most < np.inf
+            expected = f"{_FUTURES} dynamics calls and flops_bound, {most:g} operations"
+            self.expect("charge", right, usage, expected=expected)
+
+    def check_pickle(self, states: Sequence[TextState]) -> None:
+        try:
+            again = pickle.loads(pickle.dumps(self.dynamics))  # noqa: S301, it was made here
+        except Exception as error:
+            raise self.fault("pickle", f"{type(error).__name__}: {error}") from error
+        found = _Trial(again).futures(states, None)
+        self.compare(self.futures(states, None), found, "the same futures from a pickled copy")

@@ -1,0 +1,15 @@
+"""World models: what the finished response will be, learned without any reward."""
+
+from mbrl_text_env._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "features": ["TextFeature", "TextFeatures", "count_feature"],
+        "dynamics": [
+            *("Dynamics", "Futures", "IncrementDynamics", "WorldModelError"),
+            *("load_dynamics", "predict_futures"),
+        ],
+        "value": ["WorldModelEstimate", "WorldModelValue"],
+    },
+)

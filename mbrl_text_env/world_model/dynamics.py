@@ -1,0 +1,395 @@
+"""Dynamics of text: futures of a state, learned from records without any reward."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from mbrl_text_env.fitting.folder import Arrays, FolderKind
+from mbrl_text_env.fitting.heads import scaled_ridge
+from mbrl_text_env.fitting.report import FitError
+from mbrl_text_env.language_models.base import Tokenizer, stream
+from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage, timed
+from mbrl_text_env.world_model.features import DEFAULT_FEATURES, TextFeature, TextFeatures
+
+if TYPE_CHECKING:
+    from mbrl_text_env.records import Record
+
+
+class WorldModelError(RuntimeError):
+    """Futures that cannot be had, or a folder that holds no world model."""
+
+
+FOLDER = FolderKind(
+    noun="world model",
+    writer="`IncrementDynamics.save`",
+    config="world_model.json",
+    weights="world_model.safetensors",
+    version=1,
+    error=WorldModelError,
+)
+_TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Futures:
+    """M futures of each of B states.
+
+    Args:
+        features: float32[B, M, F], of the response then, in the order of the dynamics' names.
+        length: int64[B, M], tokens of the response then.
+        ended: bool[B, M], whether it has ended by then.
+        member: int64[B, M], which of the models or groups of records each future is of.
+    """
+
+    features: npt.NDArray[np.float32]
+    length: npt.NDArray[np.int64]
+    ended: npt.NDArray[np.bool_]
+    member: npt.NDArray[np.int64]
+
+
+class Dynamics(ABC):
+    """What a prefix will become, apart from any reward; call it by `predict_futures`.
+
+    Attributes:
+        features: What it predicts.
+        constant_: Names of features that it was not fitted to predict, since they never varied.
+        language_model_name_: The policy whose responses it was fitted on.
+        longest_: Tokens of the longest response that it has seen.
+    """
+
+    features: TextFeatures
+    constant_: tuple[str, ...] = ()
+    language_model_name_: str | None = None
+    longest_: int
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there are futures to be had."""
+        return hasattr(self, "longest_")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The features that it predicts, F of them."""
+        return tuple(name for name in self.features.names if name not in self.constant_)
+
+    @abstractmethod
+    def futures(
+        self,
+        states: Sequence[TextState],
+        num_futures: int,
+        horizon: int | None = None,
+        seed: int = 0,
+    ) -> Futures:
+        """Futures `horizon` tokens ahead, or to the end; a function of each state and the seed."""
+
+    def flops_bound(self) -> float:
+        """The most floating-point operations that the futures of one state take."""
+        return 0.0
+
+
+def predict_futures(
+    dynamics: Dynamics,
+    states: Sequence[TextState],
+    num_futures: int,
+    horizon: int | None = None,
+    *,
+    seed: int = 0,
+    ledgers: Sequence[Ledger] | None = None,
+) -> Futures:
+    """Futures of states that have not ended, charged as `num_futures` dynamics calls a state.
+
+    Raises:
+        WorldModelError: The dynamics are not fitted; a state has ended, or goes on, with the
+            horizon, beyond the longest response that they were fitted on; or a number is below 1.
+
+    Example:
+        >>> futures = predict_futures(dynamics, [state], 64)  # doctest: +SKIP
+        >>> futures.features.shape  # doctest: +SKIP
+        (1, 64, 44)
+    """
+    name = type(dynamics).__name__
+    if not dynamics.is_fitted:
+        raise WorldModelError(f"{name} is not fitted. Call fit(records), or load a saved one.")
+    if num_futures < 1 or (horizon is not None and horizon < 1):
+        raise WorldModelError(
+            f"Expected num_futures and horizon of at least 1, got {num_futures} and {horizon}."
+        )
+    for state in states:
+        size = len(state.response_ids)
+        if state.finish_reason is not None:
+            raise WorldModelError(
+                f"The response to prompt {state.prompt.id!r} has ended "
+                f"(finish_reason={state.finish_reason!r}), so it has no future. Use "
+                "`dynamics.features([state])`, which are what it is."
+            )
+        if size + (horizon or 1) > dynamics.longest_:
+            raise WorldModelError(
+                f"Prompt {state.prompt.id!r}: expected at most {dynamics.longest_} tokens, those "
+                f"of the longest record, got a prefix of {size} and a horizon of {horizon}. Use "
+                "a shorter horizon or response limit, or fit on longer responses."
+            )
+    with timed(ledgers):
+        found = dynamics.futures(states, num_futures, horizon, seed)
+    for ledger in ledgers or ():
+        ledger.charge(Usage(dynamics_calls=num_futures, dynamics_flops=dynamics.flops_bound()))
+    return found
+
+
+class IncrementDynamics(Dynamics):
+    """Futures are the counts of the state plus increments that were recorded from there on.
+
+    The donors of increments are the records whose responses went on at the state's length, or the
+    nearest of them: in the space of increments to the end that a ridge predicts from the features,
+    in units of the increments' standard deviations. They are drawn without replacement, and again
+    when all were drawn. `member` is one of `NUM_MEMBERS` groups of the donors' prompts.
+
+    Source: k-nearest-neighbour resampling of analogues (Lall and Sharma, "A nearest neighbor
+    bootstrap for resampling hydrologic time series", 1996). Deviations: increments and not values
+    are resampled, and the neighbours are those in what is predicted.
+
+    Args:
+        tokenizer: Of the responses; a language model is also compared with the records'.
+        features: What is counted; see `TextFeatures`.
+        neighbours: Nearest donors; None for all records.
+        stride: Records are cut every so many tokens; in between, the nearest cut is taken.
+        alpha: Penalty of the ridge, on inputs of variance 1.
+
+    Example:
+        >>> dynamics = IncrementDynamics(lm).fit(read_records("records"))  # doctest: +SKIP
+        >>> dynamics.futures([state], 64).length.mean()  # doctest: +SKIP
+        71.3
+    """
+
+    NUM_MEMBERS = 5
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        features: Sequence[TextFeature] = DEFAULT_FEATURES,
+        *,
+        neighbours: int | None = 40,
+        stride: int = 8,
+        alpha: float = 10.0,
+    ) -> None:
+        if stride < 1 or (neighbours is not None and neighbours < 1) or not alpha > 0:
+            raise ValueError(
+                "Expected stride and neighbours of at least 1 and alpha above 0, got "
+                f"{stride}, {neighbours} and {alpha}."
+            )
+        self.features = TextFeatures(tokenizer, features)
+        self.neighbours, self.stride, self.alpha = neighbours, stride, alpha
+
+    def fit(self, records: Sequence[Record]) -> Self:
+        """Fit on responses, scored or not, of one policy.
+
+        Raises:
+            FitError: They are of several policies or of another than the tokenizer's, of fewer than
+                two prompts, or have other tokens than the text; or a feature falls though it is a
+                count, or all are constant.
+            ValueError: A feature is not finite.
+        """
+        _check_records(records, self.features.tokenizer)
+        lengths = np.asarray([len(record.response_ids) for record in records], dtype=np.int64)
+        cuts = range(0, int(lengths.max()) + self.stride, self.stride)
+        # float32[records, cuts, F]; a cut beyond the end is the end.
+        table = np.stack(
+            [
+                self.features([r.prefix_state(min(cut, len(r.response_ids))) for cut in cuts])
+                for r in records
+            ]
+        )
+        _check_table(table, self.features, records, self.stride)
+        # The number of tokens varies even where it is the same for all.
+        varies = np.ptp(table.reshape(-1, table.shape[-1]), axis=0) > 0
+        if not varies[1:].any():
+            raise FitError(
+                f"Expected features that vary, got constant ones alone: {self.features.names[1:]}. "
+                "Add features of what differs between responses."
+            )
+        _, groups = np.unique([record.prompt_id for record in records], return_inverse=True)
+        self._set(table[:, :, varies], lengths, groups.astype(np.int64))
+        self.constant_ = tuple(np.asarray(self.features.names)[~varies].tolist())
+        self.language_model_name_ = records[0].language_model
+        return self
+
+    def _set(
+        self,
+        table: npt.NDArray[np.float32],
+        lengths: npt.NDArray[np.int64],
+        groups: npt.NDArray[np.int64],
+    ) -> None:
+        """Take what was recorded; the ridges follow from it."""
+        self.table_, self.lengths_, self.groups_ = table, lengths, groups
+        self.longest_ = int(lengths.max())
+        self._spaces: dict[int, tuple[Any, FloatArray, FloatArray] | None] = {}
+
+    def futures(
+        self,
+        states: Sequence[TextState],
+        num_futures: int,
+        horizon: int | None = None,
+        seed: int = 0,
+    ) -> Futures:
+        """See `Dynamics.futures`; the horizon is a multiple of `stride`."""
+        if horizon is not None and horizon % self.stride:
+            raise WorldModelError(
+                f"horizon: expected a multiple of the stride, {self.stride}, got {horizon}. Change "
+                "it, or fit with another stride."
+            )
+        keep = [i for i, n in enumerate(self.features.names) if n not in self.constant_]
+        rows = self.features(states)[:, keep]
+        shape = len(states), num_futures
+        features = np.zeros((*shape, len(keep)), dtype=np.float32)
+        length, member = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        ended = np.zeros(shape, dtype=bool)
+        for i, (state, row) in enumerate(zip(states, rows, strict=True)):
+            size = len(state.response_ids)
+            cut = self._cut(size)
+            donors = self._donors(cut, row)
+            rng, rounds = stream(seed, state, 0), -(-num_futures // len(donors))
+            drawn = np.concatenate([rng.permutation(donors) for _ in range(rounds)])[:num_futures]
+            last = self.table_.shape[1] - 1
+            then = last if horizon is None else cut + horizon // self.stride
+            ends = np.minimum(self.lengths_[drawn], then * self.stride)
+            ended[i] = self.lengths_[drawn] <= then * self.stride
+            most = self.longest_ if horizon is None else size + horizon
+            length[i] = np.minimum(np.maximum(size + ends - cut * self.stride, size), most)
+            gained = self.table_[drawn, min(then, last)] - self.table_[drawn, cut]
+            features[i] = row + gained
+            features[i, :, 0] = length[i]
+            member[i] = self.groups_[drawn] % self.NUM_MEMBERS
+        return Futures(features, length, ended, member)
+
+    def flops_bound(self) -> float:
+        """The ridge's product and the distances to all records."""
+        count, _, width = self.table_.shape
+        return float(2 * width**2 + 3 * count * width)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what was fitted, JSON and safetensors; a world model that is there is replaced."""
+        if not self.is_fitted:
+            raise WorldModelError("Only fitted dynamics can be saved. Call fit(records).")
+        config = {
+            "kind": "increment",
+            "settings": {
+                "neighbours": self.neighbours,
+                "stride": self.stride,
+                "alpha": self.alpha,
+            },
+            "features": list(self.features.names),
+            "constant": list(self.constant_),
+            "language_model": self.language_model_name_,
+        }
+        arrays: Arrays = {
+            "table": self.table_,
+            "lengths": self.lengths_,
+            "groups": self.groups_,
+        }
+        FOLDER.write(folder, config, arrays)
+
+    def _cut(self, size: int) -> int:
+        """The nearest cut at which a record goes on."""
+        return min(
+            (size + (self.stride - 1) // 2) // self.stride, (self.longest_ - 1) // self.stride
+        )
+
+    def _donors(self, cut: int, row: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        donors = np.flatnonzero(self.lengths_ > cut * self.stride)
+        if self.neighbours is None or len(donors) <= self.neighbours:
+            return donors
+        head, scale, places = self._space(cut, donors)
+        place = head.predict(row[None].astype(np.float64))[0] / scale
+        distances = ((places - place) ** 2).sum(axis=1)
+        return donors[np.argsort(distances, kind="stable")[: self.neighbours]]
+
+    def _space(self, cut: int, donors: npt.NDArray[np.int64]) -> tuple[Any, FloatArray, FloatArray]:
+        """The ridge at a cut, the unit of its outputs, and where the donors are."""
+        found = self._spaces.get(cut)
+        if found is None:
+            inputs = self.table_[donors, cut].astype(np.float64)
+            increments = self.table_[donors, -1] - inputs
+            head = scaled_ridge(self.alpha).fit(inputs, increments)
+            scale = np.maximum(increments.std(axis=0), _TINY)
+            found = self._spaces[cut] = head, scale, head.predict(inputs) / scale
+        return found
+
+
+def load_dynamics(
+    folder: str | Path, tokenizer: Tokenizer, features: Sequence[TextFeature] = DEFAULT_FEATURES
+) -> IncrementDynamics:
+    """Read what `IncrementDynamics.save` wrote, for the policy and features that it was fitted on.
+
+    Functions are not kept, so features of your own are given again.
+
+    Raises:
+        WorldModelError: The folder holds no world model, a damaged one, one of another format, of
+            other features, or of another language model.
+
+    Example:
+        >>> dynamics = load_dynamics("world", lm)  # doctest: +SKIP
+    """
+    with FOLDER.reading(folder) as (config, arrays):
+        if config["kind"] != "increment":
+            raise ValueError(f"kind {config['kind']!r}, expected 'increment'")
+        dynamics = IncrementDynamics(tokenizer, features, **config["settings"])
+        names, own = config["features"], list(dynamics.features.names)
+        if names != own:
+            raise ValueError(f"features {sorted({*names} ^ {*own})} that it or the caller lacks")
+        name, found = config["language_model"], getattr(tokenizer, "name", None)
+        if found is not None and found != name:
+            raise ValueError(f"the language model {name!r}, expected {found!r}")
+        kept, constant = arrays(), tuple(config["constant"])
+        table, lengths, groups = kept["table"], kept["lengths"], kept["groups"]
+        count, width = len(lengths), len(names) - len(constant)
+        cuts = (int(lengths.max()) + 2 * dynamics.stride - 1) // dynamics.stride
+        if table.shape != (count, cuts, width) or groups.shape != (count,) or lengths.min() < 1:
+            raise ValueError("arrays that do not fit each other")
+        dynamics._set(table, lengths, groups)
+        dynamics.constant_, dynamics.language_model_name_ = constant, name
+    return dynamics
+
+
+def _check_records(records: Sequence[Record], tokenizer: Any) -> None:
+    policies = {record.language_model for record in records}
+    own = getattr(tokenizer, "name", None)
+    if len(policies) > 1 or (own is not None and policies and policies != {own}):
+        raise FitError(
+            f"Expected responses of one policy{f', {own!r}' if own else ''}, got those of "
+            f"{sorted(policies)}. Dynamics are those of what one model writes: fit one for each."
+        )
+    prompts = {record.prompt_id for record in records}
+    if len(prompts) < 2:
+        raise FitError(
+            f"Expected records of at least 2 prompts, got {len(prompts)}. Collect more with "
+            "`mbrl-text collect`."
+        )
+    for record in records:
+        if not record.response_ids or tokenizer.decode(record.response_ids) != record.response:
+            raise FitError(
+                f"Record of prompt {record.prompt_id!r}: expected tokens that decode to the "
+                f"response, got {len(record.response_ids)} for {record.response[:80]!r}. Use the "
+                "tokenizer that wrote the records."
+            )
+
+
+def _check_table(
+    table: npt.NDArray[np.float32],
+    features: TextFeatures,
+    records: Sequence[Record],
+    stride: int,
+) -> None:
+    counts = np.asarray([True, *(not feature.falls for feature in features.features)])
+    fallen = np.argwhere((np.diff(table, axis=1) < 0) & counts)
+    for record, cut, column in fallen:
+        raise FitError(
+            "Expected counts that never fall as tokens arrive, got one that falls after feature "
+            f"{features.names[column]!r} of prompt {records[record].prompt_id!r}, token "
+            f"{cut * stride}. Count what is `settled` alone, or say `falls=True`."
+        )

@@ -1,0 +1,183 @@
+"""A value without labels and reward calls: the reward of imagined endings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, score_features
+from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage
+from mbrl_text_env.values import ValueEstimate, ValueModel, ValueModelError
+from mbrl_text_env.world_model.dynamics import Dynamics, IncrementDynamics, predict_futures
+
+if TYPE_CHECKING:
+    from mbrl_text_env.records import Record
+
+
+@dataclass(frozen=True)
+class WorldModelEstimate(ValueEstimate):
+    """float64[B] each: `std` is the root of the sum of the squares of its two parts.
+
+    Args:
+        epistemic: Of what members (models, or groups of donors) say in the mean.
+        aleatoric: Of the futures of one member.
+    """
+
+    epistemic: FloatArray
+    aleatoric: FloatArray
+
+
+@dataclass(eq=False, repr=False)
+class WorldModelValue(ValueModel):
+    """The mean reward of a state's futures; the reward is a program of counts and is not called.
+
+    A response that has ended is worth its reward by its own counts. The standard deviation is that
+    of the futures' rewards. Its epistemic part is the variance of the members' means, less what
+    futures of one member alone make of it; see `WorldModelEstimate`.
+
+    Args:
+        dynamics: Fitted.
+        reward_model: One with `feature_names` and `score_features`.
+        num_futures: Of each state.
+        horizon: Tokens to look ahead, where that many are left; None for the end.
+        seed: The futures follow from it and the state.
+
+    Raises:
+        RewardError: On predicting: the reward is no program of counts, or not of those predicted.
+
+    Example:
+        >>> value = WorldModelValue(dynamics, ConstraintsReward())  # doctest: +SKIP
+        >>> planner = Adaptive(lm, ConstraintsReward(), value)  # doctest: +SKIP
+        >>> value.swap(other_reward).predict([state]).mean  # doctest: +SKIP
+        array([0.67])
+    """
+
+    dynamics: Dynamics
+    reward_model: Any
+    _: KW_ONLY
+    num_futures: int = 64
+    horizon: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_futures < 1 or (self.horizon is not None and self.horizon < 1):
+            raise ValueError(
+                "Expected num_futures and horizon of at least 1, got "
+                f"{self.num_futures} and {self.horizon}."
+            )
+        self.reward_model = as_reward_model(self.reward_model)
+        self.reward_name_ = self.reward_model.name
+
+    @property
+    def language_model_name_(self) -> str | None:  # type: ignore[override]
+        """The policy whose responses the dynamics are of."""
+        return self.dynamics.language_model_name_
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the dynamics are."""
+        return self.dynamics.is_fitted
+
+    def fit(self, records: Sequence[Record]) -> Self:
+        """Fit the dynamics on responses, scored or not; see `IncrementDynamics.fit`."""
+        self._increments().fit(records)
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write the dynamics, which any reward can be valued with; `load_value` reads them."""
+        self._increments().save(folder)
+
+    def swap(self, reward_model: RewardLike) -> WorldModelValue:
+        """The value for another reward; nothing is fitted again."""
+        return replace(self, reward_model=reward_model)
+
+    def predict(self, states: Sequence[TextState]) -> WorldModelEstimate:
+        """Mean and standard deviation with its parts, each float64[B]; uncharged."""
+        return self.predict_with(states, None)
+
+    def predict_with(
+        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
+    ) -> WorldModelEstimate:
+        """`predict`, with the futures charged as dynamics calls."""
+        if not self.is_fitted:
+            raise ValueModelError("The dynamics are not fitted. Call their fit(records) first.")
+        found = np.zeros((len(states), 3))
+        for horizon, rows in self._by_horizon(states).items():
+            own = None if ledgers is None else [ledgers[i] for i in rows]
+            futures = predict_futures(
+                self.dynamics,
+                [states[i] for i in rows],
+                self.num_futures,
+                horizon,
+                seed=self.seed,
+                ledgers=own,
+            )
+            for i, features, member in zip(rows, futures.features, futures.member, strict=True):
+                scores = self._scores(states[i], self.dynamics.names, features)
+                found[i] = scores.mean(), *split_variance(scores, member)
+        for i, state in enumerate(states):
+            if state.finish_reason is not None:
+                features = self.dynamics.features
+                found[i, 0] = self._scores(state, features.names, features([state]))[0]
+        mean, epistemic, aleatoric = found.T
+        std = np.sqrt(epistemic + aleatoric)
+        return WorldModelEstimate(mean, std, np.sqrt(epistemic), np.sqrt(aleatoric))
+
+    def usage_bound(self, state: TextState) -> Usage:
+        """Of one state; of one that has ended, nothing is charged."""
+        flops = self.dynamics.flops_bound()
+        return Usage(dynamics_calls=self.num_futures, dynamics_flops=flops)
+
+    def _increments(self) -> IncrementDynamics:
+        if not isinstance(self.dynamics, IncrementDynamics):
+            raise ValueModelError(
+                f"Expected IncrementDynamics, got {type(self.dynamics).__name__}. Fit and save "
+                "these dynamics themselves."
+            )
+        return self.dynamics
+
+    def _by_horizon(self, states: Sequence[TextState]) -> dict[int | None, list[int]]:
+        """Places of the states that go on; those with too little left look to the end."""
+        places: dict[int | None, list[int]] = {}
+        for i, state in enumerate(states):
+            if state.finish_reason is None:
+                left = self.dynamics.longest_ - len(state.response_ids)
+                is_short = self.horizon is None or self.horizon > left
+                places.setdefault(None if is_short else self.horizon, []).append(i)
+        return places
+
+    def _scores(self, state: TextState, names: Sequence[str], features: Any) -> FloatArray:
+        columns = np.asarray(features, dtype=np.float64).T
+        table = dict(zip(names, columns, strict=True))
+        return score_features(self.reward_model, state.prompt, table)
+
+
+def split_variance(scores: FloatArray, member: Any) -> tuple[float, float]:
+    """The epistemic and the aleatoric part of the variance of scores, float64[M].
+
+    The second is the variance within members, the first what the members' means differ by, less
+    what as few scores of one member differ by chance; their sum is the variance of all.
+
+    Source: Depeweg et al., "Decomposition of Uncertainty in Bayesian Deep Learning for Efficient
+    and Risk-sensitive Learning", ICML 2018, in its form by variance; the correction is that of a
+    one-way analysis of variance.
+
+    Example:
+        >>> split_variance(np.array([0.0, 0.0, 1.0, 1.0]), np.array([0, 0, 1, 1]))
+        (0.25, 0.0)
+    """
+    total = float(scores.var())
+    groups = [scores[member == each] for each in np.unique(member)]
+    free = len(scores) - len(groups)
+    if len(groups) < 2 or free < 1:
+        return 0.0, total
+    within = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
+    between = total - within / len(scores)
+    chance = within / free * (len(groups) - 1) / len(scores)
+    epistemic = min(max(between - chance, 0.0), total)
+    return epistemic, total - epistemic
