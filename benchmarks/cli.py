@@ -18,18 +18,21 @@ import typer
 from rich.table import Table
 
 from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
 from mbrl_text_env.benchmarks.terminal import (
     COMMAND,
     CommandLine,
     console,
+    numbers,
     panel,
     progress_bar,
 )
+from mbrl_text_env.benchmarks.train import train_command
 
 _TRAIN = options.PromptOptions(split="train")
 _ANY_SPLIT = options.PromptOptions(split="all")
-_COMPARE = options.CompareConfig(("sampling", "best-of-n", "lookahead"), max_response_tokens=96)
+_COMPARE = options.CompareConfig(("sampling", "best-of-n", "adaptive"), max_response_tokens=96)
 
 app = typer.Typer(
     cls=CommandLine,
@@ -40,25 +43,24 @@ app = typer.Typer(
 reward_app = typer.Typer(help="Fit and audit reward models.", no_args_is_help=True)
 reward_app.command("fit")(fit_reward_command)
 app.add_typer(reward_app, name="reward")
+app.command("train")(train_command)
 
 
 @app.command()
-@options.friendly
+@friendly
 def demo(
     *,
     out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo-results"),
     config: options.DemoConfig,
 ) -> None:
-    """Collect, fit the article's value predictor, and compare three agents for two rewards."""
-    from mbrl_text_env.benchmarks.demo import run_demo
-    from mbrl_text_env.language_models import embedded
+    """Collect, fit the article's value predictor, and compare four agents for two rewards."""
+    from mbrl_text_env.benchmarks.demo import fastest_model, run_demo
 
-    # A laptop has other things to keep in memory; the demonstration is hardly faster with more.
-    run_demo(embedded(kv_bytes=768 << 20), out, console, config)
+    run_demo(fastest_model(out, console), out, console, config)
 
 
 @app.command("compare")
-@options.friendly
+@friendly
 def compare_command(
     *,
     config: options.CompareConfig = _COMPARE,
@@ -74,6 +76,9 @@ def compare_command(
         typer.Option(help="A trusted reward that no agent sees; it scores the answers too."),
     ] = None,
     reward_price: options.PriceOption = None,
+    no_budget: Annotated[
+        bool, typer.Option("--no-budget", help="No budget where none is given.")
+    ] = False,
     value: options.ValueOption = "prefix",
     policy: options.PolicyOption = None,
 ) -> None:
@@ -82,6 +87,9 @@ def compare_command(
     from mbrl_text_env.benchmarks.report import table
 
     judge = judge.of(prompts.prompts)
+    is_free = no_budget or reward_price is not None
+    if not is_free and not any(budget.is_capped for budget in config.budgets.values()):
+        config = replace(config, budget_tokens=options.DEFAULT_TOKENS)
     if reward_price is not None and config.budget_flops is None and config.budget_tokens:
         raise typer.BadParameter(
             "--reward-price: expected a budget that sees it (--budget-flops), got one in tokens "
@@ -116,7 +124,7 @@ def compare_command(
 
 
 @app.command("collect")
-@options.friendly
+@friendly
 def collect_command(
     *,
     out: Annotated[Path, typer.Option(help="Records folder; resumed if it exists.")],
@@ -162,10 +170,10 @@ def collect_command(
 
 
 @app.command("report")
-@options.friendly
+@friendly
 def report_command(
     folder: Annotated[
-        Path, typer.Argument(help="The --out of `compare`, `collect` or `reward audit`.")
+        Path, typer.Argument(help="The --out of `compare`, `train`, `collect` or `reward audit`.")
     ],
     out: Annotated[
         Path | None, typer.Option(help="The HTML file; by default where the run has written it.")
@@ -180,7 +188,7 @@ def report_command(
 
 
 @app.command("fit")
-@options.friendly
+@friendly
 def fit_command(
     *,
     records: Annotated[Path, typer.Option(help="Records folder, as written by `collect`.")],
@@ -241,9 +249,11 @@ def fit_command(
 
 
 @app.command("prompts")
-@options.friendly
+@friendly
 def prompts_command(
-    source: options.PromptsOption = "builtin",
+    source: Annotated[
+        str, typer.Option("--prompts", "--source", help=options.PROMPTS_HELP)
+    ] = "builtin",
     split: Annotated[str, typer.Option(help="train, validation, test, or all.")] = "all",
     kind: Annotated[str | None, typer.Option(help="Only prompts of this kind.")] = None,
     limit: options.CountOption = 20,
@@ -259,7 +269,7 @@ def prompts_command(
 
 
 @app.command("rewards")
-@options.friendly
+@friendly
 def rewards_command() -> None:
     """List reward models."""
     from mbrl_text_env.rewards import descriptions
@@ -270,8 +280,67 @@ def rewards_command() -> None:
     console.print(shown)
 
 
+@app.command("agents")
+@friendly
+def agents_command() -> None:
+    """List agents and their options, which stand behind a name as in 'best-of-n:n=8'."""
+    from mbrl_text_env.agents.registry import SHARED_OPTIONS, available, options_of
+
+    shown = Table(
+        "name",
+        "what it does",
+        "options",
+        title="Agents",
+        show_lines=True,
+        caption=f"All have {', '.join(SHARED_OPTIONS)} too. What has no default here follows from "
+        "the budget, the prompt or the policy.",
+    )
+    for name, description in available().items():
+        own = (f"{key}={'' if v is None else v}" for key, v in options_of(name).items())
+        shown.add_row(name, description, " ".join(own))
+    console.print(shown)
+
+
+@app.command("doctor")
+@friendly
+def doctor_command() -> None:
+    """Show versions, devices and number formats here, and what is missing for which feature."""
+    from mbrl_text_env.benchmarks.doctor import diagnosis
+
+    for each in diagnosis():
+        remedy = f" -> {each.remedy}" if each.remedy else ""
+        console.print(f"{each.name}: {each.found}{remedy}", style="yellow" if remedy else None)
+
+
+@app.command("models")
+@friendly
+def models_command(
+    *,
+    remove: Annotated[
+        str | None, typer.Option(help="Take this model out of the cache, after a question.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without the question.")] = False,
+) -> None:
+    """List the models in the Hugging Face cache with their sizes, or remove one."""
+    from mbrl_text_env.benchmarks.doctor import models_kept, remove_model
+
+    sizes, folder = models_kept()
+    if remove is None:
+        shown = Table("model", *numbers("MB"), title=f"Hugging Face cache: {folder}")
+        for name, size in sizes.items():
+            shown.add_row(name, f"{size / 1e6:,.1f}")
+        console.print(shown if sizes else f"No models in {folder}.")
+    elif remove not in sizes:
+        raise typer.BadParameter(
+            f"--remove: expected one of {sorted(sizes) or 'no models (the cache is empty)'}, got "
+            f"{remove!r}."
+        )
+    elif yes or typer.confirm(f"Remove {remove} ({sizes[remove] / 1e6:,.1f} MB) from {folder}?"):
+        console.print(f"{remove_model(remove) / 1e6:,.1f} MB are free again.")
+
+
 @app.command("search")
-@options.friendly
+@friendly
 def search_command(
     *,
     prompt: Annotated[
@@ -347,7 +416,7 @@ def search_command(
 
 
 @reward_app.command("audit")
-@options.friendly
+@friendly
 def audit_command(
     *,
     config: options.AuditConfig,

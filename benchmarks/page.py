@@ -108,20 +108,25 @@ def embedded_json(data: Any) -> str:
 
 def provenance(command: str) -> dict[str, Any]:
     """When, by which command and on what a run was made."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        **versions,
+        **versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package and of those that results depend on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def token_ends(decode: Any, ids: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from mbrl_text_env.benchmarks import compare
+from mbrl_text_env.benchmarks import compare, training_page
 from mbrl_text_env.benchmarks.audit import run as audit
 from mbrl_text_env.benchmarks.charts import Series, of_curves
 from mbrl_text_env.benchmarks.options import CompareError
@@ -31,24 +31,26 @@ _MOST_PROMPTS = 1000
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Make the report of a comparison, an audit or records again; returns where it stands.
+    """Make the report of a comparison, an audit, a training or records again; returns its place.
 
     Without `out` it is where the run has written it: in the folder, or beside that of records.
 
     Raises:
-        CompareError: The folder is none of the three.
+        CompareError: The folder is none of these.
     """
     if (folder / compare.SUMMARY).is_file():
         page, place = compare.recorded_page(folder), folder / compare.REPORT
     elif (folder / audit.AUDIT).is_file():
         page, place = audit.recorded_page(folder), folder / audit.REPORT
+    elif training_page.is_training(folder):
+        page, place = training_page.recorded_page(folder), folder / training_page.REPORT
     elif has_records(folder):
         page, place = recorded_page(folder), records_report(folder)
     else:
         raise CompareError(
-            f"{folder}: expected the folder of a comparison or an audit that has ended, or of "
-            "records, got none of their files. Give the --out of `compare`, `collect` or `reward "
-            "audit`; a run that was stopped goes on with the same command."
+            f"{folder}: expected the folder of a comparison, an audit or a training that has "
+            "ended, or of records, got none of their files. Give the --out of `compare`, `train`, "
+            "`collect` or `reward audit`; a run that was stopped goes on with the same command."
         )
     write_page(place if out is None else out, page)
     return place if out is None else out

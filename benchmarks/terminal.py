@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterable
 from contextvars import ContextVar
@@ -39,6 +40,7 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _UNLIMITED = 2**16
+_LINE_SECONDS = 10.0
 COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")
 """The command line that is being carried out; empty in Python."""
 # Typer brings a copy of click's in its newer versions and imports click in the older ones.
@@ -74,9 +76,32 @@ def numbers(*headings: str) -> list[Column]:
     return [Column(heading, justify="right") for heading in headings]
 
 
+class _Told(Progress):
+    """A bar, and where there is no terminal a line every ten seconds."""
+
+    def __init__(self, *columns: Any, console: Console) -> None:
+        self._told = time.monotonic()
+        super().__init__(*columns, console=console)
+
+    def get_renderable(self) -> Any:
+        """What the bar's thread asks for several times a second."""
+        now = time.monotonic()
+        # It is asked for while the bar is made, too.
+        if now - self._told >= _LINE_SECONDS and not self.console.is_terminal:
+            self._told = now
+            for task in self.tasks:
+                if not task.finished and task.started:
+                    count = f"{task.completed:.0f} of {task.total or 0:.0f}"
+                    self.console.print(f"{task.description}: {count}, {task.elapsed or 0:.0f} s")
+        return super().get_renderable()
+
+
 def progress_bar(on: Console | None = None) -> Progress:
-    """A bar with counts, the time that has passed and the time that is left."""
-    return Progress(
+    """A bar with counts, the time that has passed and the time that is left.
+
+    Where there is no terminal, a line says so every ten seconds.
+    """
+    return _Told(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),

@@ -94,14 +94,16 @@ def test_make_targets(words):
 
 def smaller(words):
     """The same command with fewer and shorter responses."""
-    small = {"--max-response-tokens": "12", "--budget-tokens": "50"}
+    small = {"--max-response-tokens": "12", "--budget-tokens": "50", "--steps": "2"}
     # What is fitted on the collected responses needs several prompts.
     small["--num-prompts"] = "2" if words[1] == "compare" else "8"
     words = [small.get(before, word) for before, word in zip(["", *words], words, strict=False)]
-    if words[1] in ("collect", "compare") and "--max-response-tokens" not in words:
+    if words[1] in ("collect", "compare", "train") and "--max-response-tokens" not in words:
         words += ["--max-response-tokens", "12"]
     if words[1] == "compare" and "--num-prompts" not in words:
         words += ["--num-prompts", "2"]
+    if words[1] == "compare" and not any(word.startswith("--budget") for word in words):
+        words += ["--budget-tokens", "50"]
     return words
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import typer
 
 from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.matched import Cell, Pool, Row, analyse, best_of_n_rows, table
 from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.benchmarks.studies import harness
@@ -166,7 +167,7 @@ def tables(result: dict[str, Any]) -> list[harness.Shown]:
     return found
 
 
-@options.friendly
+@friendly
 def main(
     how: harness.StudyOptions = _HOW,
     suites: Annotated[

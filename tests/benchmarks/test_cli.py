@@ -104,6 +104,31 @@ def test_a_search_for_a_prompt_of_a_suite_has_bounds(tmp_path):
     assert "exactly three sentences" in page
 
 
+def named_commands():
+    from typer.main import get_command
+
+    found = [((), get_command(app))]
+    for words, command in found:
+        found += [((*words, name), c) for name, c in getattr(command, "commands", {}).items()]
+    return [words for words, _ in found]
+
+
+@pytest.mark.parametrize("words", named_commands(), ids=" ".join)
+def test_help_cuts_nothing_off_at_100_columns(words):
+    shown = RUN.invoke(app, [*words, "--help"], env={"COLUMNS": "100"}).output
+    assert f"mbrl-text {' '.join(words)}".strip().removeprefix("mbrl-text") in shown
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_options_stand_in_panels():
+    shown = RUN.invoke(app, ["compare", "--help"], env={"COLUMNS": "100"}).output
+    places = [shown.index(f"─ {p} ─") for p in ("Options", "Comparison", "Reward", "Prompts")]
+    assert places == sorted(places)
+    words = " ".join(shown.replace("│", " ").split())
+    assert "[default: (sampling, best-of-n, adaptive)]" in words
+
+
 def test_only_planners_search():
     result = run("search", "Hi", "--agent", "sampling", "--max-response-tokens", 8)
     assert result.exit_code == 2
@@ -112,6 +137,7 @@ def test_only_planners_search():
 
 def test_lists():
     assert "sentiment" in run("rewards").output
+    assert "candidates_per_beam=4" in run("agents").output
     listed = run("prompts", "--split", "test", "--kind", "story", "--limit", 3).output
     assert "story" in listed
     assert "more (--limit)" in listed
@@ -140,6 +166,9 @@ def test_a_reward_in_a_file_that_hangs_for_one_prompt(tmp_path):
     assert "within 0.5 seconds" in next(row["error"] for row in rows if row["score"] is None)
     shown = " ".join(result.output.split())
     assert "left out: sampling 1, best-of-n:n=2 1" in shown
+    assert "400 tokens a prompt" in shown
+    free = ["--agents", "sampling", "--num-prompts", 1, "--no-budget", "--out", tmp_path / "free"]
+    assert "no budget" in run("compare", *free, *SMALL).output
 
 
 def test_generated_puzzles_are_prompts():
