@@ -20,6 +20,7 @@ from rich.table import Table
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
+from mbrl_text_env.benchmarks.serve import serve_command
 from mbrl_text_env.benchmarks.terminal import (
     COMMAND,
     CommandLine,
@@ -44,6 +45,7 @@ reward_app = typer.Typer(help="Fit and audit reward models.", no_args_is_help=Tr
 reward_app.command("fit")(fit_reward_command)
 app.add_typer(reward_app, name="reward")
 app.command("train")(train_command)
+app.command("serve")(serve_command)
 
 
 @app.command()
