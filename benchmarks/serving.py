@@ -230,7 +230,7 @@ class _Door:
             await self.app(scope, receive, counted)
 
     def _check(self, method: str, headers: Headers) -> None:
-        given = headers.get("authorization", "").encode()
+        given = headers.get("authorization", "").encode("latin-1")
         if self.key is not None and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
             message = "Expected the server's key: send `Authorization: Bearer KEY`."
             raise Refusal(401, message, code="invalid_api_key")
