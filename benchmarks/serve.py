@@ -39,7 +39,7 @@ class Limits:
         int | None, typer.Option(min=1, help="Of one prompt; by default what the model takes.")
     ] = None
     max_choices: Annotated[int, typer.Option(min=1, help="Answers to a request (n).")] = 8
-    max_request_bytes: options.CountOption = 2**20
+    max_request_bytes: Annotated[int, typer.Option(min=1, help="Size of a request.")] = 2**20
     shutdown_timeout: Annotated[
         int, typer.Option(min=0, help="Seconds that requests have to end after Ctrl-C or SIGTERM.")
     ] = 30
@@ -68,7 +68,7 @@ def serve_command(
 ) -> None:
     """Answer as an OpenAI-compatible server whose answers are searched for."""
     from mbrl_text_env._lazy import extras
-    from mbrl_text_env.agents.registry import make, parse_spec
+    from mbrl_text_env.agents.registry import make
     from mbrl_text_env.types import Budget, Prompt
 
     with extras():
@@ -82,8 +82,8 @@ def serve_command(
     language_model, reward, most = model.load(), judge.load(), max_response_tokens
     values = options.load_value_option(value, reward, language_model, most, seed=0)
     agents = {
-        parse_spec(spec)[0]: make(spec, language_model, reward, values, max_response_tokens=most)
-        for spec in agent.split(",")
+        spec: make(spec, language_model, reward, values, max_response_tokens=most)
+        for spec in map(str.strip, agent.split(","))
     }
     budget = Budget(tokens=budget_tokens)
     for each in agents.values():

@@ -53,6 +53,7 @@ T = TypeVar("T")
 _LOG = logging.getLogger("uvicorn.error")
 # What a client that has gone would have been told; nginx's number.
 _CLIENT_GONE = 499
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 _WORD = re.compile(r"\s*\S+|\s+")
 
 
@@ -93,6 +94,7 @@ class _Parameters(_Body):
     model: str
     n: int = Field(1, ge=1)
     max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
@@ -135,7 +137,6 @@ class ChatRequest(_Parameters):
     """A request of `/v1/chat/completions`."""
 
     messages: list[_ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
 
 
 class CompletionRequest(_Parameters):
@@ -212,14 +213,14 @@ class _Door:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self.app(scope, receive, send)
             return
-        metrics, path, start = self.service.metrics, scope["path"], time.perf_counter()
+        metrics, start = self.service.metrics, time.perf_counter()
+        # Clients cannot add names.
+        path = scope["path"] if scope["path"] in _PATHS else "other"
 
         async def counted(message: ASGIMessage) -> None:
             if message["type"] == "http.response.start":
-                # Whatever is not there has one name.
-                shown = path if message["status"] != 404 else "other"
-                metrics.requests.labels(shown, message["status"]).inc()
-                metrics.seconds.labels(shown).observe(time.perf_counter() - start)
+                metrics.requests.labels(path, message["status"]).inc()
+                metrics.seconds.labels(path).observe(time.perf_counter() - start)
             await send(message)
 
         try:
@@ -308,13 +309,12 @@ class _Service:
             message = f"Expected one of {list(self.agents)}, got {body.model!r}."
             raise Refusal(404, message, code="model_not_found", param="model")
         agent = copy.copy(self.agents[body.model])
-        name = "max_completion_tokens"
-        tokens, most = getattr(body, name, None) or body.max_tokens, agent.max_response_tokens
+        tokens, most = body.max_completion_tokens or body.max_tokens, agent.max_response_tokens
         if tokens is not None and tokens > most:
             message = f"Expected at most {most} tokens, got {tokens}. Lower it, or raise the "
             message += "server's --max-response-tokens."
             raise Refusal(400, message, code="max_tokens_too_large", param="max_tokens")
-        drawn = {"temperature": body.temperature, "top_p": body.top_p}
+        drawn: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p}
         agent.params = replace(agent.params, **{k: v for k, v in drawn.items() if v is not None})
         agent.max_response_tokens = tokens or most
         if body.stops and agent.reward_model is not None:
@@ -397,7 +397,7 @@ def _answer(found: Sequence[Generation], body: _Parameters, form: _Form) -> Resp
         for text, each in zip(texts, found, strict=True)
     ]
     scores = [each.completion.score for each in found if each.completion.score is not None]
-    headers = {"x-score": ", ".join(map(repr, scores))} if scores else {}
+    headers = {"x-score": ", ".join(map(str, scores))} if scores else {}
     about = {"usage": _usage(found, body.n), "seed": found[0].seed}
     if body.stream:
         events = _events(texts, ends, about, body, form)
@@ -546,7 +546,10 @@ def create_app(
     """
     if not agents:
         raise ServeError("agents: expected at least one, got none.")
-    app, service = FastAPI(title="mbrl-text"), _Service(agents, budget, limits or Limits())
+    app, service = (
+        FastAPI(title="mbrl-text", docs_url=None, redoc_url=None),
+        _Service(agents, budget, limits or Limits()),
+    )
     app.add_middleware(_Door, service=service, api_key=api_key)
     for error, handler in _HANDLERS.items():
         app.add_exception_handler(error, handler)
