@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mbrl_text_env.fitting.report import FitError, root_mean_square
-from mbrl_text_env.types import FloatArray
 from mbrl_text_env.world_model.dynamics import Dynamics, WorldModelError, predict_futures
 from mbrl_text_env.world_model.value import split_variance
 
@@ -89,7 +88,7 @@ def horizon_report(
 def _row(
     dynamics: Dynamics,
     records: Sequence[Record],
-    prompts: FloatArray,
+    prompts: Any,
     horizon: int,
     size: int,
     seed: int,
