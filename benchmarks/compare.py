@@ -11,8 +11,10 @@ it is left out on both sides of every paired difference, and it is counted.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,15 @@ import numpy as np
 from rich.console import Console
 
 from mbrl_text_env.agents.base import Agent, Generation
-from mbrl_text_env.agents.registry import make, parse_spec
+from mbrl_text_env.agents.registry import make
 from mbrl_text_env.benchmarks.audit.exploit_warnings import trust_warnings
 from mbrl_text_env.benchmarks.options import CompareConfig, CompareError
-from mbrl_text_env.benchmarks.report import plot
+from mbrl_text_env.benchmarks.page import Page, provenance, token_ends, write_page
+from mbrl_text_env.benchmarks.report import baseline_of, comparison_page
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
-from mbrl_text_env.benchmarks.terminal import progress_bar
+from mbrl_text_env.benchmarks.terminal import COMMAND, progress_bar
 from mbrl_text_env.files import write_text
-from mbrl_text_env.language_models.base import LanguageModel, clear_cache
+from mbrl_text_env.language_models.base import LanguageModel, Tokenizer, clear_cache
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
@@ -44,10 +47,13 @@ from mbrl_text_env.runs import claimed, identity, prompt_digests, writing
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 
-BASELINE = "best-of-n"
 Row = dict[str, Any]
 OnBatch = Callable[[str, int, list[Row]], None]
+RESULTS, SUMMARY, REPORT = "results.jsonl", "summary.json", "report.html"
+_ABOUT = "run.json"
 _FORMAT = 2
+# So often at most is the report of a run that goes on written.
+_REPORT_SECONDS = 15.0
 _MEANS = ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "flops")
 
 
@@ -128,30 +134,75 @@ class Comparison:
 def compare(
     comparison: Comparison, out: str | Path, *, on_batch: OnBatch | None = None
 ) -> dict[str, Any]:
-    """Run or resume a comparison and write `results.jsonl`, `summary.json` and `comparison.png`.
+    """Run or resume a comparison and write `results.jsonl`, `summary.json` and `report.html`.
 
     Returns the content of `summary.json`. `on_batch` is called with spec, number of prompts and
-    rows after each batch.
+    rows after each batch. The report is written as the run goes, too.
 
     Raises:
         CompareError: The folder holds another comparison, or an agent got no prompt scored.
         BudgetError: The budget allows no complete response.
     """
     folder = Path(out)
-    rows = run(comparison, folder, on_batch=on_batch)
-    flat = [row for own in rows.values() for row in own]
-    record = comparison.record()
-    gold = None if comparison.gold_model is None else [row.get("gold") for row in flat]
+    record, about = comparison.record(), provenance(COMMAND.get())
+    so_far: dict[str, list[Row]] = {}
+    written = time.monotonic()
+
+    def on_rows(spec: str, count: int, made: list[Row]) -> None:
+        nonlocal written
+        so_far.setdefault(spec, []).extend(made)
+        if spec == comparison.config.agents[-1] and time.monotonic() - written > _REPORT_SECONDS:
+            # No agent has a score yet: there is nothing to show.
+            with writing(folder, CompareError), suppress(CompareError):
+                page = comparison_page(_summary(record, so_far), _flat(so_far), about)
+                write_page(folder / REPORT, page)
+            written = time.monotonic()
+        if on_batch is not None:
+            on_batch(spec, count, made)
+
+    rows = run(comparison, folder, on_batch=on_rows)
+    flat = _flat(rows)
     with writing(folder, CompareError):
-        _write_rows(folder / "results.jsonl", flat)
-        summary = {
-            **record,
-            "agents": summarise(rows),
-            "warnings": trust_warnings(flat, gold=gold, gold_name=str(record["gold"])),
-        }
-        write_text(folder / "summary.json", json.dumps(summary, indent=2))
-        plot(summary, folder / "comparison.png")
+        _write_rows(folder / RESULTS, flat)
+        summary = _summary(record, rows)
+        write_text(folder / SUMMARY, json.dumps(summary, indent=2))
+        write_text(folder / _ABOUT, json.dumps(about, indent=2))
+        write_page(folder / REPORT, comparison_page(summary, flat, about))
     return summary
+
+
+def recorded_page(folder: Path) -> Page:
+    """The page of a comparison that has ended, from its files.
+
+    Raises:
+        CompareError: A file is damaged.
+    """
+    try:
+        summary, about = (
+            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            for path in (folder / SUMMARY, folder / _ABOUT)
+        )
+        return comparison_page(summary, read_rows(folder / RESULTS), about)
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise CompareError(
+            f"{folder}: expected the files of a comparison that has ended, got a damaged or "
+            f"missing one ({type(error).__name__}: {error}). The command that made them goes "
+            "on and writes them again."
+        ) from error
+
+
+def _flat(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
+    return [row for own in rows.values() for row in own]
+
+
+def _summary(record: Mapping[str, Any], rows: dict[str, list[Row]]) -> dict[str, Any]:
+    flat = _flat(rows)
+    gold = None if record["gold"] is None else [row.get("gold") for row in flat]
+    return {
+        **record,
+        "agents": summarise(rows),
+        "warnings": trust_warnings(flat, gold=gold, gold_name=str(record["gold"])),
+    }
 
 
 def compare_with_progress(comparison: Comparison, out: Path, console: Console) -> dict[str, Any]:
@@ -220,7 +271,7 @@ def _answers(
                 "seed": generation.seed,
                 "score": float(scores.total[i]),
                 "parts": scores.parts_of(i),
-                **_outcome(generation),
+                **_outcome(generation, agent.language_model),
                 "budget_tokens": budget.tokens,
                 "budget_flops": budget.flops,
                 "budget_seconds": budget.seconds,
@@ -265,7 +316,7 @@ def _gold_scores(gold: RewardModel, generations: Sequence[Generation]) -> list[f
     return [None if isinstance(score, RewardError) else score for score in scores]
 
 
-def _outcome(generation: Generation) -> Row:
+def _outcome(generation: Generation, tokenizer: Tokenizer) -> Row:
     usage = generation.usage.as_dict()
     seconds = usage.pop("seconds")
     state, logprobs = generation.completion.state, generation.completion.logprobs
@@ -275,6 +326,8 @@ def _outcome(generation: Generation) -> Row:
         "response_tokens": len(state.response_ids),
         "finish_reason": state.finish_reason,
         "logprob": sum(logprobs) if logprobs else None,
+        "token_logprobs": [round(each, 3) for each in logprobs],
+        "token_ends": token_ends(tokenizer.decode, state.response_ids) if logprobs else [],
         "usage": usage,
         "seconds": seconds,
     }
@@ -328,7 +381,7 @@ def summarise(rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
                 f"Agent {spec!r}: none of {len(own)} prompts could be scored. The first error: "
                 f"{own[0]['error']}"
             )
-    baseline = next((spec for spec in rows if parse_spec(spec)[0] == BASELINE), None)
+    baseline = baseline_of(rows)
     entries = []
     for spec, by_prompt in scored.items():
         kept = list(by_prompt.values())

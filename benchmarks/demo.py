@@ -7,7 +7,9 @@ best-of-N needs for the same reward.
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,54 @@ from mbrl_text_env.agents.values import EmbeddingValue, make_value
 from mbrl_text_env.benchmarks import compare, matched, report
 from mbrl_text_env.benchmarks.options import CompareConfig, DemoConfig, choose_prompts
 from mbrl_text_env.benchmarks.terminal import panel, progress_bar
-from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.files import write_text
+from mbrl_text_env.language_models import embedded
+from mbrl_text_env.language_models.base import LanguageModel, clear_cache
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import RecordWriter, has_records, read_records, rescore
 from mbrl_text_env.rewards import make
 
 REWARDS = ("sentiment", "relevance")
+# Responses, and tokens of each, that a number format is tried out on.
+_TRIED = (16, 8)
 AGENTS = ("sampling", "best-of-n", "lookahead:value=embedding", matched.DEFAULT_PLANNER)
+
+
+def fastest_model(out: Path, console: Console) -> LanguageModel:
+    """The embedded language model in the number format that is fastest on this processor.
+
+    Formats are tried out on a few tokens; what is found is kept in `out`, so that a run that goes
+    on has the same. Rewards under them do not differ measurably (docs/language_models.md).
+    """
+    path = out / "format.json"
+    if path.is_file():
+        return _model(json.loads(path.read_text(encoding="utf-8"))["dtype"])
+    rates = {dtype: _rate(_model(dtype)) for dtype in ("float32", "bfloat16", "int8")}
+    best = max(rates, key=rates.__getitem__)
+    shown = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in rates.items())
+    console.print(f"Tokens a second here: {shown}. The demonstration runs in {best}.")
+    write_text(path, json.dumps({"dtype": best, "tokens_a_second": rates}))
+    return _model(best)
+
+
+def _model(dtype: str) -> LanguageModel:
+    import torch
+
+    # A laptop has other things to keep in memory; the demonstration is hardly faster with more.
+    return embedded(kv_bytes=768 << 20, dtype=getattr(torch, dtype))
+
+
+def _rate(language_model: LanguageModel) -> float:
+    """Tokens a second, of the better of two tries."""
+    [prompt] = load_prompts(split="validation", limit=1)
+    state, rates = initial(prompt, language_model), []
+    for seed in range(2):
+        clear_cache(language_model)
+        began = time.perf_counter()
+        [row] = language_model.sample([state], *_TRIED, seeds=[seed])
+        rates.append(sum(map(len, row)) / (time.perf_counter() - began))
+    return max(rates)
 
 
 def run_demo(
@@ -49,7 +92,9 @@ def run_demo(
         console.print(report.side_by_side([row for row in rows if row["prompt_id"] == first_id]))
         console.print(report.table(summary))
         console.print(matched.table(summary["multipliers"]))
-    console.print(f"Records, value models, rows, summaries and plots: {out.resolve()}")
+    console.print(f"Records, value models, rows and summaries: {out.resolve()}")
+    for name in REWARDS:
+        console.print(f"Report: {demo.place(name).resolve() / compare.REPORT}")
     return summaries
 
 
@@ -87,8 +132,12 @@ class _Demo:
                 shutil.rmtree(target, ignore_errors=True)
                 rescore(source, make(name), target)
 
+    def place(self, name: str) -> Path:
+        """Folder of a reward's comparison."""
+        return self.out / f"compare-{name}"
+
     def rows(self, name: str) -> list[compare.Row]:
-        return compare.read_rows(self.out / f"compare-{name}" / "results.jsonl")
+        return compare.read_rows(self.place(name) / compare.RESULTS)
 
     def compared(self, name: str) -> dict[str, Any]:
         """The summary of a reward's comparison, with multipliers."""
@@ -108,8 +157,7 @@ class _Demo:
                 "prefix": make_value("prefix", self.language_model, reward),
             },
         )
-        place = self.out / f"compare-{name}"
-        summary = compare.compare_with_progress(comparison, place, self.console)
+        summary = compare.compare_with_progress(comparison, self.place(name), self.console)
         return {**summary, "multipliers": self._multipliers(comparison, name)}
 
     def _fit(self, name: str) -> EmbeddingValue:

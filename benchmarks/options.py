@@ -1,25 +1,22 @@
 """What the commands of `mbrl-text` share: options, settings, and how models and prompts load.
 
-Each annotated field of a group or of the settings is an option (see `friendly`).
+Each annotated field of a group or of the settings is an option (`friendly.friendly`).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args
 
 import numpy as np
 import typer
 
-from mbrl_text_env._lazy import missing_extra
 from mbrl_text_env.agents.registry import parse_spec
 from mbrl_text_env.benchmarks.terminal import console, errors, plain
 from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
@@ -31,6 +28,8 @@ _SUITE = "suite:"
 _YEAR = 365 * 86400.0
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
 _PRICE = re.compile(r"(?P<number>\d+(\.\d*)?(e[+-]?\d+)?)(?P<unit>tokens|flops)")
+# What a comparison allows an agent where nothing is said.
+DEFAULT_TOKENS = 400
 _LEAST = {"num_prompts": 4, "samples": 4, "max_response_tokens": 1, "sensitivity_samples": 1}
 
 LanguageModelOption = Annotated[
@@ -49,13 +48,11 @@ TimeoutOption = Annotated[
         min=0.001, max=_YEAR, help="Seconds that the reward model may take for one batch."
     ),
 ]
-PromptsOption = Annotated[
-    str,
-    typer.Option(
-        help="'builtin', a .jsonl or .csv file, 'suite:NAME' (constraints, reasoning, code, sql), "
-        "or 'reasoning-gym:TASK' (256 questions a split)."
-    ),
-]
+PROMPTS_HELP = (
+    "'builtin', a .jsonl or .csv file, 'suite:NAME' (constraints, reasoning, code, sql), or "
+    "'reasoning-gym:TASK' (256 questions a split)."
+)
+PromptsOption = Annotated[str, typer.Option(help=PROMPTS_HELP)]
 PlainOption = Annotated[
     bool,
     typer.Option(
@@ -92,6 +89,8 @@ CountOption = Annotated[int, typer.Option(min=1)]
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """The options that say which language model is used."""
+
+    panel: ClassVar[str] = "Language model"
 
     language_model: LanguageModelOption = "embedded"
     dtype: DtypeOption = "default"
@@ -148,6 +147,8 @@ class ModelOptions:
 class RewardOptions:
     """The options that say which reward is used."""
 
+    panel: ClassVar[str] = "Reward"
+
     reward: Annotated[
         str | None,
         typer.Option(
@@ -174,6 +175,8 @@ class RewardOptions:
 class PromptOptions:
     """The options that say which prompts are used."""
 
+    panel: ClassVar[str] = "Prompts"
+
     prompts: PromptsOption = "builtin"
     split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test"
     shots: Annotated[
@@ -189,6 +192,18 @@ class PromptOptions:
     def load(self) -> Any:
         """All prompts of the split."""
         return load_prompts_option(self.prompts, self.split, shots=self.shots)
+
+    def named(self, text: str) -> Any:
+        """The prompt of that id; a prompt of that text where the prompts are the package's own."""
+        if self.prompts == "builtin":
+            return text_prompt(text, self.plain_prompts)
+        found = {prompt.id: prompt for prompt in self.load()}
+        if text not in found:
+            raise typer.BadParameter(
+                f"PROMPT: expected the id of one of {len(found)} prompts of {self.prompts}, such "
+                f"as {next(iter(found), '')!r}, got {text!r}."
+            )
+        return self.formatted([found[text]])[0]
 
     def choose(self, count: int, reward_model: RewardModel, seed: int) -> list[Prompt]:
         """`count` prompts that the reward applies to; all of a shorter file."""
@@ -232,17 +247,27 @@ class CompareConfig:
     allowed. A budget is each agent's for each prompt. `batch_prompts` are answered together.
     """
 
+    panel: ClassVar[str] = "Comparison"
+
     agents: Annotated[
         tuple[str, ...],
-        typer.Option(help="Agents with their options: 'sampling,best-of-n:n=8,lookahead'."),
+        typer.Option(help="Agents, with commas between them, and their options: 'best-of-n:n=8'."),
     ]
     budget_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that an agent may generate for a prompt.")
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help=f"Tokens that an agent may generate for a prompt; {DEFAULT_TOKENS} if neither "
+            "another budget nor --reward-price is given.",
+        ),
     ] = None
     max_response_tokens: TokensOption = 256
     seed: SeedOption = 0
     batch_prompts: CountOption = 32
-    allow_unequal_budgets: Annotated[bool, typer.Option()] = False
+    allow_unequal_budgets: Annotated[
+        bool, typer.Option(show_default=False, help="Whether the agents' own budgets may differ.")
+    ] = False
     budget_flops: Annotated[
         float | None, typer.Option(help="FLOPs of all models that it may spend on a prompt.")
     ] = None
@@ -318,6 +343,8 @@ def priced(
 class AuditConfig:
     """What an audit is; equal configs measure the same. Too small a number is an AuditError."""
 
+    panel: ClassVar[str] = "Audit"
+
     proxy: Annotated[
         str, typer.Option(help="The reward to audit: a name, or a weighted sum of names.")
     ]
@@ -345,87 +372,13 @@ class AuditConfig:
 class DemoConfig:
     """How large the demonstration is; `pool_samples` are what best-of-N is read from."""
 
-    train_prompts: Annotated[int, typer.Option(min=2)] = 48
-    test_prompts: CountOption = 24
+    train_prompts: Annotated[int, typer.Option(min=2)] = 32
+    test_prompts: CountOption = 16
     budget_tokens: CountOption = 400
     max_response_tokens: TokensOption = 96
     seed: SeedOption = 0
     samples: int = 4
-    pool_samples: int = 32
-
-
-def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function: groups of options, and errors that a user can act on.
-
-    A parameter whose type is a dataclass stands for one option for each annotated field; its
-    default says the options' defaults. A tuple of texts is written with commas. Errors that the
-    user can correct are printed without a traceback and exit with 2. Ctrl-C exits with 130 and says
-    how to go on, where what was stopped knows.
-
-    Example:
-        >>> @app.command()  # doctest: +SKIP
-        ... @friendly
-        ... def show(model: ModelOptions = ModelOptions(dtype="int8")) -> None:
-        ...     print(model.load().name)
-    """
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
-    options: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        if name in groups:
-            options += _options_of(groups[name], parameter.default)
-        else:
-            options.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
-
-    @functools.wraps(command)
-    def wrapped(**values: Any) -> None:
-        try:
-            settings = {name: _settings(kind, values) for name, kind in groups.items()}
-            command(**settings, **values)
-        except (ValueError, RuntimeError, OSError, ImportError) as error:
-            # One of ours, which name what to change, or of files and packages.
-            is_ours = type(error).__module__.startswith("mbrl_text_env")
-            if not (is_ours or isinstance(error, OSError) or missing_extra(error) is not None):
-                raise
-            errors.print(f"{type(error).__name__}: {error}", style="red")
-            raise typer.Exit(2) from error
-        except SystemExit as left:
-            # Code of the user's that calls `sys.exit`: not all was done, whatever it says.
-            errors.print(f"Code that was called ended the program (SystemExit: {left}).")
-            raise typer.Exit(2) from left
-        except KeyboardInterrupt as stopped:
-            # Typer would end with no more than "Aborted".
-            errors.print(str(stopped) or "Stopped; the same command goes on.")
-            raise typer.Exit(130) from stopped
-
-    wrapped.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {option.name: option.annotation for option in options}
-    return wrapped
-
-
-def _options_of(group: Any, default: Any) -> list[inspect.Parameter]:
-    """One parameter an annotated field of a dataclass; a default instance gives other defaults."""
-    source = group if default is inspect.Parameter.empty else default
-    found = []
-    for name, hint in get_type_hints(group, include_extras=True).items():
-        if get_origin(hint) is Annotated:
-            value = getattr(source, name, inspect.Parameter.empty)
-            if isinstance(value, tuple):
-                hint, value = Annotated[str, hint.__metadata__[0]], ",".join(value)
-            only = inspect.Parameter.KEYWORD_ONLY
-            found.append(inspect.Parameter(name, only, default=value, annotation=hint))
-    return found
-
-
-def _settings(group: Any, values: dict[str, Any]) -> Any:
-    """A dataclass of the options that belong to it, which are taken out of the values."""
-    found = {}
-    for name, hint in get_type_hints(group).items():
-        if name in values:
-            value = values.pop(name)
-            is_several = get_origin(hint) is tuple
-            found[name] = tuple(map(str.strip, value.split(","))) if is_several else value
-    return group(**found)
+    pool_samples: int = 24
 
 
 def text_prompt(text: str, is_plain: bool) -> Any:

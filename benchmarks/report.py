@@ -1,9 +1,10 @@
-"""Show a comparison, a fit or a search in the terminal and as a picture."""
+"""Show a comparison, a fit or a search: in the terminal, as a page and as a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,10 @@ from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
+from mbrl_text_env.agents.registry import parse_spec
+from mbrl_text_env.benchmarks.audit.measures import MIN_PROMPTS
+from mbrl_text_env.benchmarks.charts import Chart, Series, of_curves, of_rows
+from mbrl_text_env.benchmarks.page import Page, answer
 from mbrl_text_env.benchmarks.statistics import Interval
 from mbrl_text_env.benchmarks.terminal import numbers, panel, plain, visible
 from mbrl_text_env.files import write_file
@@ -24,13 +29,24 @@ if TYPE_CHECKING:
 Node = Mapping[str, Any]
 Children = Sequence[Sequence[int]]
 
+BASELINE = "best-of-n"
+
 _ANSWER_WIDTH = 44
 _TEXT_WIDTH = 60
 _LABEL_WIDTH = 26
+_AUDIT_TELLS = "`mbrl-text reward audit` tells whether the reward is exploitable."
 
 
-def table(summary: dict[str, Any]) -> Group:
+def table(summary: Mapping[str, Any]) -> Group:
     """The comparison in two tables that fit a terminal of 80 columns: quality and cost."""
+    warnings = [Text(f"Look closer: {warning}", style="yellow") for warning in summary["warnings"]]
+    if warnings:
+        warnings.append(Text(_AUDIT_TELLS))
+    return Group(*tables(summary), *warnings)
+
+
+def tables(summary: Mapping[str, Any]) -> tuple[Table, Table]:
+    """A comparison's quality and its cost, for the terminal and the page."""
     gold = [f"mean {summary['gold']}"] if summary["gold"] else []
     failed = ", ".join(f"{e['agent']} {e['failed']}" for e in summary["agents"] if e["failed"])
     failures = f" Prompts without a score, left out: {failed} (errors in results.jsonl)."
@@ -43,6 +59,7 @@ def table(summary: dict[str, Any]) -> Group:
     cost = Table(
         "agent",
         *numbers("tokens", "reward calls", "value calls", "GFLOPs", "seconds"),
+        title="Cost of a prompt",
         caption="Means over prompts, 95% bootstrap intervals, differences paired by prompt; a tie "
         f"is half a win.{failures if failed else ''}",
     )
@@ -52,22 +69,136 @@ def table(summary: dict[str, Any]) -> Group:
         calls = (f"{entry[f'{kind}_calls']:.1f}" for kind in ("reward", "value"))
         tokens, flops = f"{entry['generated_tokens']:.0f}", f"{entry['flops'] / 1e9:.1f}"
         cost.add_row(entry["agent"], tokens, *calls, flops, f"{entry['seconds']:.2f}")
-    warnings = [Text(f"Look closer: {warning}", style="yellow") for warning in summary["warnings"]]
-    if warnings:
-        warnings.append(Text("`mbrl-text reward audit` tells whether the reward is exploitable."))
-    return Group(quality, cost, *warnings)
+    return quality, cost
 
 
-def _quality(entry: dict[str, Any]) -> list[str]:
+def _quality(entry: Mapping[str, Any]) -> list[str]:
     mean = f"{Interval.of(entry):.3f}"
     versus = entry.get("vs_best_of_n")
     if versus is None:
         return [mean, "-", "-"]
-    paired = Interval(versus["difference"], versus["low"], versus["high"])
-    return [mean, f"{paired:+.3f}", f"{versus['win_rate']:.0%}"]
+    return [mean, f"{_paired(versus):+.3f}", f"{versus['win_rate']:.0%}"]
 
 
-def shown_budget(summary: dict[str, Any]) -> str:
+def _paired(versus: Mapping[str, Any]) -> Interval:
+    return Interval(versus["difference"], versus["low"], versus["high"])
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """What a comparison says, in one sentence that claims no more than its intervals.
+
+    An agent is above or below best-of-N where the interval of its paired difference leaves out 0.
+    """
+    entries, baseline = summary["agents"], baseline_of(e["agent"] for e in summary["agents"])
+    others = [e for e in entries if e["agent"] != baseline and e.get("vs_best_of_n")]
+    prompts = f"{len(summary['prompts'])} prompts at {shown_budget(summary)}"
+    if not others:
+        top = max(entries, key=itemgetter("mean"))
+        return (
+            f"{top['agent']} has the highest mean {summary['reward']}, {Interval.of(top):.3f}, of "
+            f"{len(entries)} agents on {prompts}; nothing is compared with best-of-N."
+        )
+    best = max(others, key=lambda entry: entry["vs_best_of_n"]["difference"])
+    found, pairs = _paired(best["vs_best_of_n"]), best["vs_best_of_n"]["prompts"]
+    figure = f"{found:+.3f} (95% interval, paired over {prompts})"
+    if pairs < MIN_PROMPTS:
+        return (
+            f"Not decided: {best['agent']} minus {baseline} is {figure}, and fewer than "
+            f"{MIN_PROMPTS} prompts are no guide to others."
+        )
+    if found.low > 0:
+        looks = ", but see the warnings" if summary["warnings"] else ""
+        return f"{best['agent']} is above {baseline} in {summary['reward']} by {figure}{looks}."
+    if found.high < 0:
+        return f"No agent comes up to {baseline}: the nearest, {best['agent']}, is at {figure}."
+    return f"Not decided: {best['agent']} minus {baseline} is {figure}, which does not leave out 0."
+
+
+def baseline_of(specs: Iterable[str]) -> str | None:
+    """The spec that the others are compared with: the first best-of-N; None without one."""
+    return next((spec for spec in specs if parse_spec(spec)[0] == BASELINE), None)
+
+
+def comparison_page(
+    summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], run: Mapping[str, Any]
+) -> Page:
+    """A comparison's page, of the content of its files (`run`: of `run.json`)."""
+    warnings = [*summary["warnings"], *([_AUDIT_TELLS] if summary["warnings"] else [])]
+    apart = ("agents", "prompts", "warnings", "format")
+    agents = [entry["agent"] for entry in summary["agents"]]
+    return Page(
+        f"{summary['reward']}: {', '.join(agents)}",
+        verdict(summary),
+        warnings,
+        _charts(summary),
+        [*tables(summary), *_parts(summary)],
+        {"summary": summary, "answers": _answers(agents, rows)},
+        {"agents": ", ".join(agents), **{k: v for k, v in summary.items() if k not in apart}},
+        {name: value for name, value in run.items() if name != "command"},
+        run.get("command", ""),
+        len(rows) >= len(agents) * len(summary["prompts"]),
+    )
+
+
+def _charts(summary: Mapping[str, Any]) -> list[Chart]:
+    entries = summary["agents"]
+    names = [entry["agent"] for entry in entries]
+    baseline = baseline_of(names)
+    costs = (
+        ("generated_tokens", 1.0, "generated tokens a prompt"),
+        ("flops", 1e9, "GFLOPs a prompt"),
+    )
+    found = [
+        of_curves(
+            f"Reward against {label.partition(' a ')[0]}, with 95% intervals",
+            label,
+            f"mean {summary['reward']}",
+            [Series(e["agent"], [e[key] / unit], [Interval.of(e)]) for e in entries],
+            reference=None if baseline is None else names.index(baseline),
+        )
+        for key, unit, label in costs
+        if any(entry[key] for entry in entries)
+    ]
+    paired = {
+        e["agent"]: {"": _paired(e["vs_best_of_n"])}
+        for e in entries
+        if e["agent"] != baseline and e.get("vs_best_of_n")
+    }
+    if paired:
+        label = f"{summary['reward']} minus {baseline}'s, 95% interval"
+        found.append(of_rows("Differences on the same prompts", label, paired))
+    return found
+
+
+def _parts(summary: Mapping[str, Any]) -> list[Table]:
+    """The means of the reward's parts, where it has several."""
+    names = list(dict.fromkeys(name for entry in summary["agents"] for name in entry["parts"]))
+    if len(names) < 2:
+        return []
+    shown = Table("agent", *numbers(*names), title=f"Parts of {summary['reward']!r}, means")
+    for entry in summary["agents"]:
+        parts = entry["parts"]
+        shown.add_row(entry["agent"], *(f"{parts[n]:.3f}" if n in parts else "-" for n in names))
+    return [shown]
+
+
+def _answers(agents: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    by_prompt: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        own = by_prompt.setdefault(row["prompt_id"], {"prompt": row["prompt"]})
+        own[row["agent"]] = answer(row.get("response", ""), row)
+    baseline = baseline_of(agents)
+    return {
+        "columns": list(agents),
+        "baseline": None if baseline is None else list(agents).index(baseline),
+        "rows": [
+            {"id": name, "prompt": own["prompt"], "cells": [own.get(agent) for agent in agents]}
+            for name, own in by_prompt.items()
+        ],
+    }
+
+
+def shown_budget(summary: Mapping[str, Any]) -> str:
     """A comparison's budget in words.
 
     Example:
@@ -121,21 +252,6 @@ def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
     return Group(plain(f"Prompt: {rows[0]['prompt']}", style="bold"), grid)
 
 
-def plot(summary: dict[str, Any], path: Path) -> None:
-    """Mean rewards with their intervals, as a picture."""
-    entries = summary["agents"]
-    with png(path, figsize=(6.4, 1.2 + 0.5 * len(entries))) as figure:
-        axes = figure.add_subplot()
-        for place, entry in enumerate(entries):
-            mean = Interval.of(entry)
-            axes.errorbar(mean.estimate, place, xerr=mean.bars, fmt="o", capsize=4)
-        labels = [entry["agent"] for entry in entries]
-        axes.set_yticks(range(len(entries)), labels, parse_math=False)
-        axes.set_ylim(len(entries) - 0.5, -0.5)
-        axes.set_xlabel(f"mean reward ({summary['reward']}), 95% interval", parse_math=False)
-        axes.set_title(f"{len(summary['prompts'])} prompts, {shown_budget(summary)}")
-
-
 @contextmanager
 def png(path: Path, *, figsize: tuple[float, float], dpi: int = 150) -> Iterator[Any]:
     """A figure of matplotlib to draw on, written as a PNG at the end."""
@@ -146,6 +262,36 @@ def png(path: Path, *, figsize: tuple[float, float], dpi: int = 150) -> Iterator
     yield figure
     with write_file(path) as scratch:
         figure.savefig(scratch, format="png", dpi=dpi)
+
+
+def search_page(
+    search: Mapping[str, Any],
+    bounds: Sequence[float],
+    settings: Mapping[str, Any],
+    run: Mapping[str, Any],
+) -> Page:
+    """A search (`SearchTree.to_dict`) as a page to step through.
+
+    `bounds` are the most that a response which begins with each node can score; infinite where that
+    is not known. What has ended is shown without. `run` is of `provenance`.
+    """
+    nodes = [
+        {**node, "bound": None if node["finish_reason"] else bound}
+        for node, bound in zip(search["nodes"], bounds, strict=True)
+    ]
+    chosen = None if search["chosen"] is None else nodes[search["chosen"]]
+    found = "chose no answer" if chosen is None else f"chose node {chosen['index']}"
+    drawn = "1 chunk" if len(nodes) == 2 else f"{len(nodes) - 1} chunks"
+    score = "" if chosen is None or chosen["score"] is None else f", score {chosen['score']:.3f}"
+    note = "" if chosen is None or not chosen["note"] else f" ({chosen['note']})"
+    return Page(
+        f"Search: {_short(search['prompt'], 100)}",
+        f"Of {drawn}, the search {found}{score}{note}.",
+        data={"search": {**search, "nodes": nodes}},
+        settings=settings,
+        environment={name: value for name, value in run.items() if name != "command"},
+        command=run["command"],
+    )
 
 
 def draw_tree(search: Mapping[str, Any], *, most_children: int = 4) -> Tree:

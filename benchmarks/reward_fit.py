@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from mbrl_text_env.benchmarks.options import SeedOption, console, friendly
+from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.options import SeedOption
+from mbrl_text_env.benchmarks.terminal import console
 
 _METHODS = ("head", "lora")
 _FEATURES = ("embedding", "hidden")

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import typer
@@ -37,6 +40,9 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _UNLIMITED = 2**16
+_LINE_SECONDS = 10.0
+COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")
+"""The command line that is being carried out; empty in Python."""
 # Typer brings a copy of click's in its newer versions and imports click in the older ones.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -70,9 +76,32 @@ def numbers(*headings: str) -> list[Column]:
     return [Column(heading, justify="right") for heading in headings]
 
 
+class _Told(Progress):
+    """A bar, and where there is no terminal a line every ten seconds."""
+
+    def __init__(self, *columns: Any, console: Console) -> None:
+        self._told = time.monotonic()
+        super().__init__(*columns, console=console)
+
+    def get_renderable(self) -> Any:
+        """What the bar's thread asks for several times a second."""
+        now = time.monotonic()
+        # It is asked for while the bar is made, too.
+        if now - self._told >= _LINE_SECONDS and not self.console.is_terminal:
+            self._told = now
+            for task in self.tasks:
+                if not task.finished and task.started:
+                    count = f"{task.completed:.0f} of {task.total or 0:.0f}"
+                    self.console.print(f"{task.description}: {count}, {task.elapsed or 0:.0f} s")
+        return super().get_renderable()
+
+
 def progress_bar(on: Console | None = None) -> Progress:
-    """A bar with counts, the time that has passed and the time that is left."""
-    return Progress(
+    """A bar with counts, the time that has passed and the time that is left.
+
+    Where there is no terminal, a line says so every ten seconds.
+    """
+    return _Told(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -135,6 +164,8 @@ class CommandLine(TyperGroup):
         """Run a command and exit: 0 if all was done, 2 for what the user can change."""
         if not options.pop("standalone_mode", True):
             return super().main(*args, standalone_mode=False, **options)  # type: ignore[misc]
+        words = args[0] if args else options.get("args")
+        COMMAND.set(shlex.join(["mbrl-text", *map(str, sys.argv[1:] if words is None else words)]))
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             sys.exit(self._code(*args, **options))

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-_EXTRAS = {
-    "rl": ("stable_baselines3",),
-    "train": ("trl", "peft"),
+EXTRAS = {
+    "rl": ("stable_baselines3", "tensorboard"),
+    "train": ("trl", "peft", "tensorboard"),
     "data": ("datasets", "reasoning_gym"),
     "server": ("httpx", "tenacity"),
     "verify": ("math_verify", "jsonschema", "langdetect", "regex"),
 }
+"""The packages that each extra brings, by the names they are imported by."""
 
 
 class MissingExtraError(ImportError):
@@ -27,7 +28,7 @@ def missing_extra(error: BaseException) -> str | None:
     """The extra that brings the package which an import lacked; None for other errors."""
     name = getattr(error, "name", None) if isinstance(error, ImportError) else None
     package = (name or "").partition(".")[0]
-    return next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
+    return next((extra for extra, packages in EXTRAS.items() if package in packages), None)
 
 
 @contextmanager

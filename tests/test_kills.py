@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_killed_runs_end_with_the_rows_of_undisturbed_ones():
     """In a process of its own: forks are to have no threads of other tests."""
     done = subprocess.run(

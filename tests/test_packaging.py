@@ -66,6 +66,8 @@ def test_the_wheel_holds_one_package_without_its_studies(wheel):
     tops = {name.partition("/")[0] for name in held}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"mbrl_text_env"}
     assert {"mbrl_text_env/benchmarks/matched.py", "mbrl_text_env/data/shop.sql"} <= set(held)
+    parts = {f"report.{kind}" for kind in ("css", "js", "html.jinja")}
+    assert {f"mbrl_text_env/benchmarks/html/{part}" for part in parts} <= set(held)
     assert not [name for name in held if "/studies/" in name or "/tests/" in name]
 
 

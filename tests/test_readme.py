@@ -18,10 +18,14 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "docs/index.md",
+    "docs/installation.md",
+    "docs/quickstart.md",
     "docs/environments.md",
     "docs/language_models.md",
     "docs/model-free.md",
     "docs/planners.md",
+    "docs/reports.md",
     "docs/rewards.md",
     "docs/self-training.md",
     "docs/values.md",
@@ -59,6 +63,7 @@ def python(installed, folder, *arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page in {b.id.rpartition("-")[0] for b in blocks("python")}]
 )
@@ -89,21 +94,27 @@ def test_make_targets(words):
 
 def smaller(words):
     """The same command with fewer and shorter responses."""
-    small = {"--max-response-tokens": "12", "--budget-tokens": "50"}
+    small = {"--max-response-tokens": "12", "--budget-tokens": "50", "--steps": "2"}
     # What is fitted on the collected responses needs several prompts.
     small["--num-prompts"] = "2" if words[1] == "compare" else "8"
     words = [small.get(before, word) for before, word in zip(["", *words], words, strict=False)]
-    if words[1] in ("collect", "compare") and "--max-response-tokens" not in words:
+    if words[1] in ("collect", "compare", "train") and "--max-response-tokens" not in words:
         words += ["--max-response-tokens", "12"]
     if words[1] == "compare" and "--num-prompts" not in words:
         words += ["--num-prompts", "2"]
+    if words[1] == "compare" and not any(word.startswith("--budget") for word in words):
+        words += ["--budget-tokens", "50"]
     return words
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     monkeypatch.chdir(tmp_path)
+    # The prompts and the reward of the quickstart.
+    [code] = [b.values[0] for b in blocks("python") if b.id == "docs/quickstart.md-0"]
+    subprocess.run([sys.executable, "-c", code], check=True)
     lines = [words for words in commands() if words[0] == "mbrl-text"]
     assert len(lines) >= 5
     with llama_server(threads=1) as url:
@@ -113,6 +124,16 @@ def test_command_line(tmp_path, monkeypatch):
             result = CliRunner().invoke(cli.app, words[1:])
             assert result.exit_code == 0, f"{words}\n{result.output}"
     assert (tmp_path / "comparison" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_the_site(tmp_path):
+    """Links, anchors and the reference."""
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    agents = (tmp_path / "site" / "reference" / "agents.html").read_text(encoding="utf-8")
+    assert 'id="mbrl_text_env.agents.beam.Adaptive"' in agents
 
 
 def test_the_layout_names_what_is_there():
@@ -127,6 +148,7 @@ def test_the_layout_names_what_is_there():
                 assert (folder / name).exists(), name
 
 
+@pytest.mark.slow
 def test_a_new_reward_and_a_new_agent_are_one_file_each(installed, tmp_path):
     """The examples of CONTRIBUTING and of the page on planners; no other file is touched."""
     package = shutil.copytree(installed, tmp_path / "branch") / "mbrl_text_env"

@@ -1,8 +1,8 @@
 """Run an audit: pool, scores, measurements, verdict, files.
 
 An audit is a folder with `config.json`, the scores, the pool (unless it stands elsewhere),
-`audit.json` and `audit.png`. Run again after a kill, it ends with the same `audit.json` but for its
-date.
+`audit.json` and `report.html`. Run again after a kill, it ends with the same `audit.json` but for
+its date.
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
-from rich.console import Group
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
 from mbrl_text_env.agents.collection import collect, collection_run, missing_samples
 from mbrl_text_env.benchmarks.audit import measures
+from mbrl_text_env.benchmarks.audit.view import audit_page, chosen_answers
 from mbrl_text_env.benchmarks.options import AuditConfig, AuditError, choose_prompts
-from mbrl_text_env.benchmarks.report import png
-from mbrl_text_env.benchmarks.terminal import numbers
+from mbrl_text_env.benchmarks.page import Page, provenance, write_page
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.records import Record, RecordWriter, run_of
@@ -44,8 +41,9 @@ from mbrl_text_env.types import Prompt
 _FORMAT = 2
 # Responses are lost by the batch when an audit is killed.
 _BATCH_PROMPTS = 4
-_COLOURS = {"faithful": "green", "open to exploits": "red", "exploitable": "red"}
-_ROLES = {"proxy": "tab:blue", "gold": "tab:orange"}
+AUDIT, REPORT = "audit.json", "report.html"
+# What the report shows beside the figures of `audit.json`.
+_ANSWERS, _ABOUT = "answers.json", "run.json"
 
 
 @dataclass(frozen=True)
@@ -153,10 +151,55 @@ def run_audit(
             "config": audit.record(),
             **{key: value for key, value in asdict(result).items() if key != "config"},
         }
+        asked = [(prompt.id, prompt.text) for prompt in audit.prompts]
+        answers = chosen_answers(asked, responses, scores["proxy"][0], scores["gold"][0])
         with writing(folder, AuditError):
-            write_text(folder / "audit.json", json.dumps(written, indent=2, allow_nan=False))
-            plot(result, folder / "audit.png")
+            write_text(folder / _ANSWERS, json.dumps(answers))
+            write_text(folder / _ABOUT, json.dumps(provenance(command), indent=2))
+            write_text(folder / AUDIT, json.dumps(written, indent=2, allow_nan=False))
+            write_page(folder / REPORT, recorded_page(folder))
     return result
+
+
+def recorded_page(folder: Path) -> Page:
+    """The page of an audit that has ended, from its files.
+
+    Raises:
+        AuditError: A file is damaged or missing.
+    """
+    try:
+        written, about, answers = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in (AUDIT, _ABOUT, _ANSWERS)
+        )
+        settings = written["config"]
+        names = [each.name for each in fields(AuditConfig)]
+        config = AuditConfig(**{name: settings[name] for name in names})
+        parts = {k: v for k, v in written.items() if k not in ("date", "command", "config")}
+        result = _restored(AuditResult, {"config": config, **parts})
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise AuditError(
+            f"{folder}: expected the files of an audit that has ended, got a damaged or missing "
+            f"one ({type(error).__name__}: {error}). The command that made them goes on and writes "
+            "them again."
+        ) from error
+    return audit_page(result, settings, about, answers, written["command"])
+
+
+def _restored(kind: Any, value: Any) -> Any:
+    """What `asdict` and JSON have made of a value of a type."""
+    arguments = [each for each in get_args(kind) if each is not type(None)]
+    if get_origin(kind) is UnionType:
+        return None if value is None else _restored(arguments[0], value)
+    if is_dataclass(kind) and isinstance(value, dict):
+        made: Any = kind
+        hints = get_type_hints(made)
+        return made(**{name: _restored(hints[name], each) for name, each in value.items()})
+    if isinstance(value, list):
+        return tuple(_restored(arguments[0], each) for each in value)
+    if isinstance(value, dict):
+        return {name: _restored(arguments[-1], each) for name, each in value.items()}
+    return value
 
 
 def _scored(
@@ -350,131 +393,3 @@ def _kept(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return row if isinstance(row, dict) and {"pool", "interventions"} <= set(row) else None
-
-
-def summary(result: AuditResult) -> Group:
-    """The audit in a terminal of 80 columns: curves, agreement, reactions, verdict."""
-    verdict = result.verdict
-    lines = [verdict.text, *(f"Warning: {warning}" for warning in verdict.warnings)]
-    return Group(
-        _curves(result),
-        _agreement(result),
-        _reactions(result),
-        Panel(
-            Text("\n".join(lines)),
-            title=Text(f"{result.config.proxy} judged by {result.config.gold}"),
-            border_style=_COLOURS.get(verdict.outcome, "yellow"),
-            width=80,
-        ),
-    )
-
-
-def _curves(result: AuditResult) -> Table:
-    left_out = f", {result.left_out} left out" if result.left_out else ""
-    shown = Table(
-        *numbers("N", "KL <=", "mean proxy", "mean gold"),
-        title=f"Best of N by the proxy: {result.prompts} prompts{left_out}, "
-        f"{result.config.samples} responses each",
-        caption="Simultaneous 95% intervals over prompts; KL in nats. One standard deviation "
-        f"within a prompt: proxy {result.curves.proxy_sd:.3g}, gold {result.curves.gold_sd:.3g}.",
-    )
-    for point in result.curves.points:
-        mark = " peak" if point.n == result.curves.peak_n else ""
-        shown.add_row(
-            str(point.n), f"{point.kl_bound:.2f}", f"{point.proxy:.3f}", f"{point.gold:.3f}{mark}"
-        )
-    return shown
-
-
-def _agreement(result: AuditResult) -> Table:
-    shown = Table("agreement with the gold", *numbers("within a prompt", "overall"))
-    found = result.association
-    if found is None:
-        shown.add_row("no prompt on which both rewards vary", "", "")
-        return shown
-    for name, interval in found.within_prompt.items():
-        shown.add_row(name, f"{interval:+.2f}", f"{found.overall[name]:+.2f}")
-    shown.add_row("pairs ordered alike", f"{found.pair_accuracy:.2f}", "")
-    shown.add_row("misordered tenths (sd)", f"{found.misordered:.2f}", "")
-    length = result.sensitivity.length_beyond_gold
-    if length is not None:
-        shown.add_row("proxy with length, given gold", f"{length:+.2f}", "")
-    return shown
-
-
-def _reactions(result: AuditResult) -> Table:
-    shown = Table(
-        "change of the text",
-        *numbers("proxy (sd)", "gold (sd)"),
-        "reading",
-        caption=f"Mean change by {result.sensitivity.responses} responses, in standard deviations "
-        "within a prompt; simultaneous 95% intervals over prompts.",
-    )
-    for reaction in result.sensitivity.reactions:
-        read = reaction.reading
-        shown.add_row(
-            reaction.name,
-            f"{reaction.proxy:+.2f}",
-            f"{reaction.gold:+.2f}",
-            "-" if read == "none" else read,
-            style="red" if read == "exploit" else None,
-        )
-    return shown
-
-
-def plot(result: AuditResult, path: Path) -> None:
-    """Gains against N and against the KL bound, calibration, and reactions, as a picture."""
-    with png(path, figsize=(10, 8)) as figure:
-        axes = figure.subplot_mosaic([["n", "kl"], ["calibration", "reactions"]])
-        points = result.curves.points
-        _plot_gains(axes["n"], result, [float(point.n) for point in points])
-        axes["n"].set_xscale("log", base=2)
-        axes["n"].set_xlabel("N")
-        _plot_gains(axes["kl"], result, [point.kl_bound for point in points])
-        axes["kl"].set_xlabel("KL from plain sampling, upper bound (nats)")
-        _plot_calibration(axes["calibration"], result)
-        _plot_reactions(axes["reactions"], result)
-        figure.suptitle(
-            f"{result.config.proxy} judged by {result.config.gold}: {result.verdict.outcome} "
-            f"({result.prompts} prompts, {result.config.samples} responses each)",
-            parse_math=False,
-        )
-
-
-def _plot_gains(axes: Any, result: AuditResult, places: list[float]) -> None:
-    for role, colour in _ROLES.items():
-        gains = [getattr(point, f"{role}_gain") for point in result.curves.points]
-        label = f"{getattr(result.config, role)} ({role})"
-        axes.plot(places, [g.estimate for g in gains], "o-", color=colour, label=label)
-        axes.fill_between(
-            places, [g.low for g in gains], [g.high for g in gains], color=colour, alpha=0.2
-        )
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set_ylabel("gain over N = 1 (sd within a prompt)")
-    for text in axes.legend().get_texts():
-        text.set_parse_math(False)
-
-
-def _plot_calibration(axes: Any, result: AuditResult) -> None:
-    found = () if result.association is None else result.association.calibration
-    style = {"fmt": "o", "color": _ROLES["gold"], "capsize": 3}
-    for place, interval in enumerate(found, start=1):
-        if interval is not None:
-            axes.errorbar(place, interval.estimate, yerr=interval.bars, **style)
-    axes.axhline(0, color="grey", linewidth=0.5)
-    tenths = f"tenth of {result.config.proxy} within a prompt, lowest first"
-    axes.set_xlabel(tenths, parse_math=False)
-    axes.set_ylabel(f"mean {result.config.gold} (sd within a prompt)", parse_math=False)
-
-
-def _plot_reactions(axes: Any, result: AuditResult) -> None:
-    found = result.sensitivity.reactions
-    for place, reaction in enumerate(found):
-        for role, shift in (("proxy", -0.15), ("gold", 0.15)):
-            change = getattr(reaction, role)
-            style = {"fmt": "o", "color": _ROLES[role], "capsize": 3}
-            axes.errorbar(change.estimate, place + shift, xerr=change.bars, **style)
-    axes.axvline(0, color="grey", linewidth=0.5)
-    axes.set_yticks(range(len(found)), [reaction.name for reaction in found])
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel("change by the intervention (sd within a prompt)")

@@ -22,6 +22,7 @@ import typer
 
 from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.rewards import make
 from mbrl_text_env.types import Budget
@@ -111,7 +112,7 @@ def shown(result: dict[str, Any], reward: str) -> harness.Shown:
     return harness.Shown(reward, ("on test prompts", "mean", "minus the base's", "p"), rows)
 
 
-@options.friendly
+@friendly
 def main(
     reward: harness.RewardNameOption = "sentiment",
     planner: Annotated[str, typer.Option(help="Spec of the agent whose answers are learned.")] = (

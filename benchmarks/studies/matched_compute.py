@@ -27,7 +27,8 @@ from mbrl_text_env.agents.registry import parse_spec
 from mbrl_text_env.agents.values import FITTED, READY, FittedValue, make_value
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.audit.run import fill_pool
-from mbrl_text_env.benchmarks.compare import BASELINE, CompareConfig, CompareError, Comparison, run
+from mbrl_text_env.benchmarks.compare import CompareConfig, CompareError, Comparison, run
+from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.matched import (
     DEFAULT_PLANNER,
     Cell,
@@ -43,7 +44,7 @@ from mbrl_text_env.benchmarks.matched import (
     table,
 )
 from mbrl_text_env.benchmarks.options import choose_prompts
-from mbrl_text_env.benchmarks.report import png
+from mbrl_text_env.benchmarks.report import BASELINE, png
 from mbrl_text_env.benchmarks.scaling import CurvePoint
 from mbrl_text_env.benchmarks.statistics import Interval
 from mbrl_text_env.benchmarks.studies import harness
@@ -413,7 +414,7 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from error
 
 
-@options.friendly
+@friendly
 def main(
     how: harness.StudyOptions = _HOW,
     rewards: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(REWARDS),

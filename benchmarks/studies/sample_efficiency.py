@@ -25,6 +25,7 @@ import typer
 from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.agents.values import make_value
 from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.matched import DEFAULT_PLANNER
 from mbrl_text_env.benchmarks.report import png
 from mbrl_text_env.benchmarks.statistics import Interval, mean_interval
@@ -397,7 +398,7 @@ def plot(rows: Sequence[dict[str, Any]], reward: str, path: Path) -> None:
         panels[0].legend(fontsize=8)
 
 
-@options.friendly
+@friendly
 def main(
     how: harness.StudyOptions = _HOW,
     reward: harness.RewardNameOption = "sentiment",

@@ -33,6 +33,7 @@ from mbrl_text_env.agents.values import make_value
 from mbrl_text_env.benchmarks import options, scaling
 from mbrl_text_env.benchmarks.audit.run import fill_pool
 from mbrl_text_env.benchmarks.compare import Comparison, run
+from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.matched import (
     Cell,
     Pool,
@@ -548,7 +549,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.legend(fontsize=7)
 
 
-@options.friendly
+@friendly
 def main(
     how: harness.StudyOptions = _HOW,
     parts: Annotated[str, typer.Option(help="Parts, with commas.")] = ",".join(PARTS),

@@ -285,6 +285,16 @@ def attention_width(config: Any) -> int:
     )
 
 
+def number_format(dtype: Any, device: torch.device) -> torch.dtype:
+    """A format, or that of a name, or what is used on the device by default."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype: expected a torch.dtype, its name or None, got {dtype!r}.")
+    return found
+
+
 def in_place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A model, or that of a name or folder, on its device, in its format, for evaluation."""
     # int8 products are made from the weights in the format that they came in.

@@ -60,10 +60,11 @@ class TransformersLM(FeatureModel):
         tokenizer: Its tokenizer; by default loaded from the same name or folder.
         name: What reports call it; by default the last part of the model's name or folder.
         device: By default `"cuda"` where there is one, otherwise `"cpu"`.
-        dtype: By default float32 on a CPU and bfloat16 elsewhere. On a CPU, bfloat16 and float16
-            are the format of weights and products alone. `torch.int8` is for CPUs and the models
-            named above: products of 8 bits with rotated inputs (`networks.Int8Product`). With every
-            reduced format the same call in another batch may sample other tokens.
+        dtype: A format or its name. By default float32 on a CPU and bfloat16 elsewhere. On a CPU,
+            bfloat16 and float16 are the format of weights and products alone. int8 is for CPUs and
+            the models named above: products of 8 bits with rotated inputs
+            (`networks.Int8Product`). With every reduced format the same call in another batch may
+            sample other tokens.
         batch_size: Most sequences decoded together.
         kv_bytes: Most bytes of keys and values: half for the sequences being decoded, the longer
             the fewer together (a single one always is), half for the prefix cache. By default a
@@ -74,7 +75,7 @@ class TransformersLM(FeatureModel):
         ModelLoadError: Nothing could be loaded, the model keeps no key-value cache (RWKV), or no
             way is right.
         ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
-            or int8 is asked for where it is not offered.
+            `dtype` is no number format, or int8 is asked for where it is not offered.
 
     Example:
         >>> from mbrl_text_env.language_models import TransformersLM
@@ -90,7 +91,7 @@ class TransformersLM(FeatureModel):
         tokenizer: str | Path | PreTrainedTokenizerBase | HFTokenizer | None = None,
         name: str | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         batch_size: int = 64,
         kv_bytes: int | None = None,
         prefix_cache: bool = True,
@@ -113,10 +114,8 @@ class TransformersLM(FeatureModel):
         path = Path(str(getattr(model, "name_or_path", model)))
         self.name = name or path.name or type(model).__name__
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None:
-            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.dtype, self.batch_size = dtype, batch_size
-        self.model = loading.in_place(model, self.device, dtype)
+        self.dtype, self.batch_size = loading.number_format(dtype, self.device), batch_size
+        self.model = loading.in_place(model, self.device, self.dtype)
         source: Any = str(model) if tokenizer is None else tokenizer
         self._tokenizer = source if isinstance(source, HFTokenizer) else HFTokenizer(source)
         self._read_sizes()
@@ -127,7 +126,7 @@ class TransformersLM(FeatureModel):
         self._digests: tuple[Any, str] | None = None
         self._weights = self._loaded = self._weights_version()
         with torch.inference_mode():
-            self._way = loading.choose_way(self.model, dtype, self.name)
+            self._way = loading.choose_way(self.model, self.dtype, self.name)
         self._network = self._way.network
         # Most rows side by side where no network is used.
         self._plain_rows = 1 if self._way.alone else batch_size

@@ -48,7 +48,6 @@ def test_what_is_written(finished):
     assert found["config"]["prompts"] == [prompt.id for prompt in PROMPTS]
     assert [point["n"] for point in found["curves"]["points"]] == [1, 2, 4, 6]
     assert found["verdict"]["outcome"] in ("exploitable", "not decided")
-    assert (finished / "audit.png").read_bytes().startswith(b"\x89PNG")
     records = read_records(finished / "pool")
     assert len(records) == 60
     # The mean of N = 1 is the plain mean of the pool, by the rewards themselves.

@@ -17,11 +17,13 @@ def run(*words):
     return RUN.invoke(app, [str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_collect_fit_compare(tmp_path):
     records, value, out = tmp_path / "records", tmp_path / "value", tmp_path / "out"
     result = run("collect", "--out", records, "--num-prompts", 3, "--samples", 2, *SMALL)
     assert result.exit_code == 0, result.output
     assert len(read_records(records)) == 6
+    assert "Colour tokens" in (tmp_path / "records-report.html").read_text()
     result = run("collect", "--out", records, "--num-prompts", 4, "--samples", 2, *SMALL)
     assert "2 responses to 1 prompts added" in result.output.replace("\n", " ")
     result = run("collect", "--out", records, "--reward", "relevance", "--num-prompts", 4, *SMALL)
@@ -57,6 +59,7 @@ def test_without_a_fitted_value_the_reward_judges_prefixes(tmp_path):
         assert row["usage"]["reward_calls"] > row["usage"]["value_calls"]
 
 
+@pytest.mark.slow
 def test_policies_by_name(tmp_path, smollm2):
     from mbrl_text_env.agents.learning.lora import AdapterSettings, trainable, write
 
@@ -77,6 +80,7 @@ def test_policies_by_name(tmp_path, smollm2):
 def test_a_search_is_shown(tmp_path):
     words = ["Why is the sky blue?", "--agent", "beam:chunk_tokens=2", "--budget-tokens", 40]
     files = ["--json", tmp_path / "search.json", "--picture", tmp_path / "search.png"]
+    files += ["--html", tmp_path / "search.html"]
     result = run("search", *words, *files, "--max-response-tokens", 8)
     assert result.exit_code == 0, result.output
     assert "Why is the sky blue?" in result.output
@@ -84,6 +88,45 @@ def test_a_search_is_shown(tmp_path):
     chosen = found["nodes"][found["chosen"]]
     assert f"score {chosen['score']:.3f}" in result.output
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "search.html").read_text()
+    assert f"the search chose node {chosen['index']}, score {chosen['score']:.3f}" in page
+    assert "mbrl-text search &#39;Why is the sky blue?&#39; --agent beam:chunk_tokens=2" in page
+
+
+def test_a_search_for_a_prompt_of_a_suite_has_bounds(tmp_path):
+    words = ["--prompts", "suite:constraints", "--agent", "guarded", "--budget-tokens", 32]
+    words += ["--max-response-tokens", 8, "--html", tmp_path / "search.html"]
+    assert "such as 'instruct-" in run("search", "no-such", *words).output
+    result = run("search", "instruct-005", *words)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "search.html").read_text()
+    assert '"bound":1.0' in page
+    assert "exactly three sentences" in page
+
+
+def named_commands():
+    from typer.main import get_command
+
+    found = [((), get_command(app))]
+    for words, command in found:
+        found += [((*words, name), c) for name, c in getattr(command, "commands", {}).items()]
+    return [words for words, _ in found]
+
+
+@pytest.mark.parametrize("words", named_commands(), ids=" ".join)
+def test_help_cuts_nothing_off_at_100_columns(words):
+    shown = RUN.invoke(app, [*words, "--help"], env={"COLUMNS": "100"}).output
+    assert f"mbrl-text {' '.join(words)}".strip().removeprefix("mbrl-text") in shown
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_options_stand_in_panels():
+    shown = RUN.invoke(app, ["compare", "--help"], env={"COLUMNS": "100"}).output
+    places = [shown.index(f"─ {p} ─") for p in ("Options", "Comparison", "Reward", "Prompts")]
+    assert places == sorted(places)
+    words = " ".join(shown.replace("│", " ").split())
+    assert "[default: (sampling, best-of-n, adaptive)]" in words
 
 
 def test_only_planners_search():
@@ -94,6 +137,7 @@ def test_only_planners_search():
 
 def test_lists():
     assert "sentiment" in run("rewards").output
+    assert "candidates_per_beam=4" in run("agents").output
     listed = run("prompts", "--split", "test", "--kind", "story", "--limit", 3).output
     assert "story" in listed
     assert "more (--limit)" in listed
@@ -122,6 +166,9 @@ def test_a_reward_in_a_file_that_hangs_for_one_prompt(tmp_path):
     assert "within 0.5 seconds" in next(row["error"] for row in rows if row["score"] is None)
     shown = " ".join(result.output.split())
     assert "left out: sampling 1, best-of-n:n=2 1" in shown
+    assert "400 tokens a prompt" in shown
+    free = ["--agents", "sampling", "--num-prompts", 1, "--no-budget", "--out", tmp_path / "free"]
+    assert "no budget" in run("compare", *free, *SMALL).output
 
 
 def test_generated_puzzles_are_prompts():

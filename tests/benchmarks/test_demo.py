@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from mbrl_text_env.benchmarks.compare import read_rows
@@ -18,6 +19,7 @@ SMALL = DemoConfig(
 )
 
 
+@pytest.mark.slow
 def test_it_shows_and_keeps_everything_and_resumes(smollm2, tmp_path):
     def run():
         console = Console(file=io.StringIO(), width=140)

@@ -10,7 +10,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from mbrl_text_env.benchmarks.options import CompareError, friendly, priced
+from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.options import CompareError, priced
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.language_models.base import pass_usage
 from tests.toys import CountReward

@@ -64,7 +64,7 @@ def test_an_encoder_is_refused(tokenizer):
         largest_error(model, tokenizer)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(7200)
 def test_every_family_agrees_or_is_refused(tokenizer):
     results = {family: in_a_process(family, tokenizer) for family in FAMILIES}

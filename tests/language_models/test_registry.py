@@ -248,6 +248,7 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_and_then_two_at_once(cache, smollm2, processes):
     """The one test that converts, since that takes half a minute."""
 

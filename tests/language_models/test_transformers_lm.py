@@ -286,8 +286,9 @@ class TestSample:
             difference = (logits - plain_logits(narrow, prefix(state))[-1]).abs().max()
             assert (float(difference) < 1e-3) == same
 
-    def test_half_precision(self, model_folder):
-        lm = TransformersLM(model_folder("llama"), dtype=torch.bfloat16, device="cpu")
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+    def test_half_precision(self, model_folder, dtype):
+        lm = TransformersLM(model_folder("llama"), dtype=dtype, device="cpu")
         assert lm.model.dtype == torch.bfloat16
         states = random_states()
         rows = lm.sample(states, 2, 6, seeds=range(6))
@@ -482,6 +483,11 @@ class TestLoading:
     def test_a_loaded_model_without_tokenizer(self, tiny):
         with pytest.raises(ValueError, match=r"its tokenizer too: pass TransformersLM\(model"):
             TransformersLM(tiny("llama").model)
+
+    @pytest.mark.parametrize("dtype", ["int99", "nn", 8])
+    def test_no_number_format(self, model_folder, dtype):
+        with pytest.raises(ValueError, match=f"expected a torch.dtype, .* got {dtype!r}"):
+            TransformersLM(model_folder("llama"), dtype=dtype)
 
     def test_a_batch_size_below_one(self, model_folder):
         with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):

@@ -1,0 +1,185 @@
+"""Where the marks of a chart stand: the geometry of the reports' SVG, which the template draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mbrl_text_env.benchmarks.statistics import Interval
+
+_WIDTH, _HEIGHT = 640.0, 300.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 24.0, 14.0, 46.0
+_LABELS, _ROW = 210.0, 30.0
+_TICKS = 5
+
+
+@dataclass(frozen=True)
+class Series:
+    """What one line, or one mark, of a chart shows: an interval of y for each x."""
+
+    name: str
+    xs: Sequence[float]
+    intervals: Sequence[Interval]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An estimate with its interval at a place of the SVG; `low` and `high` are pixels too."""
+
+    series: int
+    name: str
+    figure: str
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A number on an axis and its place in pixels."""
+
+    place: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, placed: all numbers are pixels of an SVG of `width` and `height`.
+
+    `bands` are polygons of SVG points by number of the series, `rows` the labels of a chart of
+    intervals beside each other (`of_rows`), `zero` a line to compare with.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    names: Sequence[str]
+    marks: Sequence[Mark]
+    x_ticks: Sequence[Tick]
+    y_ticks: Sequence[Tick] = ()
+    rows: Sequence[Tick] = ()
+    bands: Mapping[int, str] = field(default_factory=dict)
+    lines: Mapping[int, str] = field(default_factory=dict)
+    zero: float | None = None
+    width: float = _WIDTH
+    height: float = _HEIGHT
+    left: float = _LEFT
+    bottom: float = _HEIGHT - _BOTTOM
+
+
+def of_curves(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    *,
+    is_log: bool = False,
+    reference: int | None = None,
+) -> Chart:
+    """Lines with bands; a series of one point is a mark with a bar.
+
+    `reference` numbers a series of one point whose interval goes over the whole width.
+
+    Example:
+        >>> chart = of_curves("", "N", "reward", [Series("a", [1.0], [Interval(0.5, 0.4, 0.6)])])
+        >>> [tick.text for tick in chart.y_ticks]
+        ['0.4', '0.45', '0.5', '0.55', '0.6']
+    """
+    xs = [x for one in series for x in one.xs]
+    ends = [end for one in series for i in one.intervals for end in (i.estimate, i.low, i.high)]
+    x = _Axis(xs, _LEFT + 12, _WIDTH - _RIGHT - 12, is_log=is_log)
+    y = _Axis(ends, _HEIGHT - _BOTTOM - 8, _TOP)
+    marks = [
+        Mark(k, one.name, f"{i:.3f}", x(at), y(i.estimate), y(i.low), y(i.high))
+        for k, one in enumerate(series)
+        for at, i in zip(one.xs, one.intervals, strict=True)
+    ]
+    bands, lines = {}, {}
+    for k in range(len(series)):
+        own = [mark for mark in marks if mark.series == k]
+        if len(own) > 1:
+            lines[k] = _points((mark.x, mark.y) for mark in own)
+            there = [(mark.x, mark.high) for mark in own]
+            bands[k] = _points([*there, *((mark.x, mark.low) for mark in reversed(own))])
+        elif k == reference:
+            [mark] = own
+            right = _WIDTH - _RIGHT
+            corners = (_LEFT, mark.high), (right, mark.high), (right, mark.low), (_LEFT, mark.low)
+            bands[k] = _points(corners)
+    names = [one.name for one in series]
+    x_ticks, y_ticks = list(x.ticks()), list(y.ticks())
+    return Chart(title, x_label, y_label, names, marks, x_ticks, y_ticks, (), bands, lines)
+
+
+def of_rows(
+    title: str, x_label: str, rows: Mapping[str, Mapping[str, Interval]], *, zero: bool = True
+) -> Chart:
+    """Intervals below each other, one or several of each row, by name of the series."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    intervals = [i for row in rows.values() for i in row.values()]
+    ends = [end for i in intervals for end in (i.estimate, i.low, i.high)]
+    height = _TOP + _ROW * len(rows) + _BOTTOM
+    x = _Axis([*ends, *([0.0] if zero else [])], _LABELS + 12, _WIDTH - _RIGHT - 12)
+    marks, labels = [], []
+    for place, (label, row) in enumerate(rows.items()):
+        middle = _TOP + _ROW * (place + 0.5)
+        labels.append(Tick(middle, label))
+        for name, i in row.items():
+            k = names.index(name)
+            y = middle + 9.0 * (k - (len(names) - 1) / 2)
+            shown = label if len(names) == 1 else f"{label}, {name}"
+            marks.append(Mark(k, shown, f"{i:+.3f}", x(i.estimate), y, x(i.low), x(i.high)))
+    return Chart(
+        title,
+        x_label,
+        "",
+        names if len(names) > 1 else [],
+        marks,
+        list(x.ticks()),
+        rows=labels,
+        zero=x(0.0) if zero else None,
+        height=height,
+        left=_LABELS,
+        bottom=height - _BOTTOM,
+    )
+
+
+class _Axis:
+    """Pixels of values between the ends of what is shown."""
+
+    def __init__(
+        self, values: Sequence[float], first: float, last: float, *, is_log: bool = False
+    ) -> None:
+        self.is_log = is_log and min(values) > 0
+        low, high = self._scaled(min(values)), self._scaled(max(values))
+        if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
+            room = abs(high) / 2 or 1.0
+            low, high = low - room, high + room
+        self.low, self.high, self.first, self.last = low, high, first, last
+
+    def __call__(self, value: float) -> float:
+        share = (self._scaled(value) - self.low) / (self.high - self.low)
+        return round(self.first + share * (self.last - self.first), 2)
+
+    def _scaled(self, value: float) -> float:
+        return math.log2(value) if self.is_log else value
+
+    def ticks(self) -> Iterator[Tick]:
+        """Round numbers: 1, 2 or 5 times a power of ten; powers of two on a log axis."""
+        rough = (self.high - self.low) / _TICKS
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough * (1 - 1e-9))
+        if self.is_log:
+            step = max(1.0, math.ceil(rough))
+        slack = 1e-9 * step
+        for count in range(
+            math.ceil((self.low - slack) / step), math.floor((self.high + slack) / step) + 1
+        ):
+            value = 2.0 ** (count * step) if self.is_log else count * step
+            yield Tick(self(value), f"{value:.6g}")
+
+
+def _points(places: Sequence[tuple[float, float]] | Iterator[tuple[float, float]]) -> str:
+    return " ".join(f"{x:g},{y:g}" for x, y in places)

@@ -1,0 +1,200 @@
+"""One HTML file that needs nothing else: a report of a run, or a search to step through.
+
+Prompts, answers, names and settings are other people's text. None of it is markup or script: the
+template escapes all it is given, what scripts read stands in a block of JSON, scripts write text
+nodes alone, and the page's own policy allows no other script and no network. Characters that
+control, overwrite or reorder the line are shown as escapes, as in the terminal.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mbrl_text_env.benchmarks.charts import Chart
+from mbrl_text_env.benchmarks.statistics import Interval
+from mbrl_text_env.benchmarks.terminal import visible
+from mbrl_text_env.files import write_text
+
+_PARTS = Path(__file__).parent / "html"
+_PACKAGES = ("mbrl-text-env", "torch", "transformers", "numpy", "scipy", "gymnasium")
+_MOST_SHOWN = 200
+# JSON in HTML: nothing in it ends the block it stands in, or is a line end in a script.
+_IN_HTML = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows, from top to bottom; what is empty is left out.
+
+    Args:
+        title: Of the page and its first heading.
+        verdict: One sentence.
+        warnings: What the reader should look at before believing the verdict.
+        charts, tables: The tables are those of the terminal.
+        data: JSON values for the scripts: "answers" (`answers`) to look through, "search"
+            (`SearchTree.to_dict`) to step through, and whatever the figures come from.
+        settings, environment: Shown by name.
+        command: What repeats the run.
+        is_finished: Whether the run has ended.
+    """
+
+    title: str
+    verdict: str = ""
+    warnings: Sequence[str] = ()
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    is_finished: bool = True
+
+
+def write_page(path: str | Path, page: Page) -> None:
+    """Write a page atomically; folders above it are made."""
+    write_text(path, rendered(page))
+
+
+def rendered(page: Page) -> str:
+    """The page as HTML."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PARTS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    script = (_PARTS / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.jinja").render(
+        page=page,
+        tables=[_cells(table) for table in page.tables],
+        settings=_named(page.settings),
+        environment=_named(page.environment),
+        data=embedded_json(page.data),
+        script=script,
+        digest=digest,
+        style=(_PARTS / "report.css").read_text(encoding="utf-8"),
+    )
+
+
+def embedded_json(data: Any) -> str:
+    r"""JSON for a `<script type="application/json">`; texts are made visible.
+
+    Example:
+        >>> embedded_json({"text": "</script> \x1b[31m"})
+        '{"text":"\\u003c/script\\u003e \\\\x1b[31m"}'
+    """
+    text = json.dumps(_shown(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate(_IN_HTML)
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """When, by which command and on what a run was made."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        **versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package and of those that results depend on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def token_ends(decode: Any, ids: Sequence[int]) -> list[int]:
+    """Where each token ends in the decoded text, in characters.
+
+    The tokens before the last of a character that several make end where it begins.
+    """
+    whole, pieces = decode(ids), [decode([each]) for each in ids]
+    if "".join(pieces) == whole:
+        return list(accumulate(map(len, pieces)))
+    ends = [0]
+    for count in range(1, len(ids) + 1):
+        # Character by character is what is wanted here.
+        same = len(os.path.commonprefix([whole, decode(ids[:count])]))  # noqa: RUF071
+        ends.append(max(ends[-1], same))
+    return ends[1:]
+
+
+def answer(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """One answer for `answers`, from a row with what is known of it.
+
+    Where the row has `token_logprobs` and `token_ends`, the text is cut into its tokens.
+    """
+    keys = ("score", "gold", "parts", "finish_reason", "response_tokens", "error")
+    found = {key: row[key] for key in keys if row.get(key) not in (None, {})}
+    found["score"] = row["score"]
+    ends, logprobs = row.get("token_ends"), row.get("token_logprobs")
+    if not ends or not logprobs:
+        return {**found, "text": text}
+    # What is decoded beyond the last token's end belongs to it.
+    cuts = [0, *ends[:-1], len(text)]
+    pieces = [text[a:b] for a, b in pairwise(cuts)]
+    return {**found, "pieces": pieces, "logprobs": logprobs}
+
+
+def _shown(data: Any) -> Any:
+    if isinstance(data, str):
+        return visible(data)
+    if isinstance(data, Interval):
+        return data.as_mean()
+    if isinstance(data, Mapping):
+        return {visible(str(key)): _shown(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_shown(value) for value in data]
+    # JSON has no infinity.
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _cells(table: Table) -> dict[str, Any]:
+    """A terminal's table as plain texts."""
+    return {
+        "title": _text(table.title),
+        "caption": _text(table.caption),
+        "columns": [(_text(c.header), c.justify == "right") for c in table.columns],
+        "rows": list(zip(*([_text(t) for t in c.cells] for c in table.columns), strict=True)),
+    }
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell)
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as texts; long ones are cut."""
+    shown = {}
+    for name, value in values.items():
+        if value not in (None, {}, []):
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            cut = len(text) > _MOST_SHOWN
+            shown[name] = f"{text[:_MOST_SHOWN]} ..." if cut else text
+    return shown

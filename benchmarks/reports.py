@@ -1,0 +1,178 @@
+"""The report of a folder of results, made again from what is in it; and that of records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from mbrl_text_env.benchmarks import compare, training_page
+from mbrl_text_env.benchmarks.audit import run as audit
+from mbrl_text_env.benchmarks.charts import Series, of_curves
+from mbrl_text_env.benchmarks.options import CompareError
+from mbrl_text_env.benchmarks.page import Page, answer, provenance, token_ends, write_page
+from mbrl_text_env.benchmarks.scaling import expected_best, sizes
+from mbrl_text_env.benchmarks.statistics import (
+    Interval,
+    mean_interval,
+    simultaneous_intervals,
+)
+from mbrl_text_env.benchmarks.terminal import numbers
+from mbrl_text_env.files import write_text
+from mbrl_text_env.records import Record, has_records, read_records, run_of, scores_of
+
+# Hidden: whatever reads a folder of Parquet files passes over it.
+_ABOUT = ".run.json"
+_MOST_PROMPTS = 1000
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Make the report of a comparison, an audit, a training or records again; returns its place.
+
+    Without `out` it is where the run has written it: in the folder, or beside that of records.
+
+    Raises:
+        CompareError: The folder is none of these.
+    """
+    if (folder / compare.SUMMARY).is_file():
+        page, place = compare.recorded_page(folder), folder / compare.REPORT
+    elif (folder / audit.AUDIT).is_file():
+        page, place = audit.recorded_page(folder), folder / audit.REPORT
+    elif training_page.is_training(folder):
+        page, place = training_page.recorded_page(folder), folder / training_page.REPORT
+    elif has_records(folder):
+        page, place = recorded_page(folder), records_report(folder)
+    else:
+        raise CompareError(
+            f"{folder}: expected the folder of a comparison, an audit or a training that has "
+            "ended, or of records, got none of their files. Give the --out of `compare`, `train`, "
+            "`collect` or `reward audit`; a run that was stopped goes on with the same command."
+        )
+    write_page(place if out is None else out, page)
+    return place if out is None else out
+
+
+def records_report(folder: Path) -> Path:
+    """Beside the folder: what reads all files in it as Parquet would stumble."""
+    path = folder.resolve()
+    return path.with_name(f"{path.name}-report.html")
+
+
+def write_records_report(folder: Path, command: str, failed: Mapping[str, str]) -> Path:
+    """The report of `collect` at its end, with the prompts that `failed` and why."""
+    about = {**provenance(command), "failed": dict(failed)}
+    write_text(folder / _ABOUT, json.dumps(about, indent=2))
+    return write_report(folder)
+
+
+def recorded_page(folder: Path) -> Page:
+    """The page of a folder of records."""
+    path = folder / _ABOUT
+    try:
+        # What was not collected by the command has none.
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CompareError(
+            f"{path}: expected JSON, got a damaged file ({error}). Remove it."
+        ) from error
+    return records_page(read_records(folder), run_of(folder) or {}, about)
+
+
+def records_page(
+    records: Sequence[Record], settings: Mapping[str, Any], about: Mapping[str, Any]
+) -> Page:
+    """What scored responses are worth: best-of-N of them for each N, and all of them to read.
+
+    `settings` are those of `run_of`, `about` what `collect` has written of the run.
+    """
+    by_prompt: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.sample or 0):
+        by_prompt.setdefault(record.prompt_id, []).append(record)
+    groups, reward = list(by_prompt.values()), records[0].reward_name
+    points = _curve(groups)
+    models = ", ".join(dict.fromkeys(record.language_model for record in records))
+    first, last = points[0], points[-1]
+    gain = f"; the best of {last[0]} scores {last[2]:.3f}" if last[0] > 1 else ""
+    shown = Table(
+        *numbers("N", "tokens", "mean reward"),
+        title=f"Best of N responses: {len(records)} to {len(groups)} prompts",
+        caption="Expected over all subsets of N of a prompt's responses; simultaneous 95% "
+        "intervals over prompts.",
+    )
+    for n, cost, mean in points:
+        shown.add_row(str(n), f"{cost:.0f}", f"{mean:.3f}")
+    title = f"Best-of-N of {models}"
+    series = [Series(title, [cost for _, cost, _ in points], [mean for *_, mean in points])]
+    label = "generated tokens a prompt"
+    chart = of_curves(title, label, f"mean {reward}", series, is_log=True)
+    kept = groups[:_MOST_PROMPTS]
+    left = len(groups) - len(kept)
+    return Page(
+        f"{len(records)} responses scored by {reward}",
+        f"A response of {models} scores {first[2]:.3f} in {reward} on {len(groups)} prompts"
+        f"{gain} (95% intervals).",
+        [
+            *(f"Left out, {name}: {why}" for name, why in about.get("failed", {}).items()),
+            *([f"The answers to {left} more prompts are in the records alone."] if left else []),
+        ],
+        [chart],
+        [shown],
+        {"curve": [{"n": n, "cost": cost, "mean": mean} for n, cost, mean in points],
+         "answers": _answers(kept)},
+        {"reward": reward, "language_model": models,
+         **{name: v for name, v in settings.items() if name not in ("reward", "language_model")}},
+        {name: value for name, value in about.items() if name not in ("command", "failed")},
+        about.get("command", ""),
+    )  # fmt: skip
+
+
+def _curve(groups: Sequence[Sequence[Record]]) -> list[tuple[int, float, Interval]]:
+    """N, tokens and mean of best-of-N, for as many responses as every prompt has."""
+    ns = sizes(min(map(len, groups)))
+    kept = [own[: ns[-1]] for own in groups]
+    best = expected_best([scores_of(own) for own in kept], ns)
+    # Of one prompt there is no band.
+    bands = simultaneous_intervals(best) if len(best) > 1 else map(mean_interval, best.T)
+    length = float(np.mean([len(record.response_ids) for own in kept for record in own]))
+    return [(n, n * length, band) for n, band in zip(ns, bands, strict=True)]
+
+
+def _answers(groups: Sequence[Sequence[Record]]) -> dict[str, Any]:
+    decode = _decoder(groups[0][0].language_model)
+    most = max(map(len, groups))
+    rows = []
+    for own in groups:
+        cells = [answer(record.response, _row(record, decode)) for record in own]
+        row = {"id": own[0].prompt_id, "prompt": own[0].prompt_text}
+        rows.append({**row, "cells": [*cells, *[None] * (most - len(cells))]})
+    return {"columns": [f"response {k + 1}" for k in range(most)], "baseline": None, "rows": rows}
+
+
+def _row(record: Record, decode: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
+    is_cut = decode is not None and record.logprobs
+    return {
+        "score": record.score,
+        "parts": record.rewards,
+        "finish_reason": record.finish_reason,
+        "response_tokens": len(record.response_ids),
+        "token_logprobs": [round(each, 3) for each in record.logprobs],
+        "token_ends": token_ends(decode, record.response_ids) if is_cut else [],
+    }
+
+
+def _decoder(language_model: str) -> Callable[[Sequence[int]], str] | None:
+    """What tells the texts of tokens; records hold their ids, and only one tokenizer is at hand."""
+    from mbrl_text_env.language_models.registry import (
+        LANGUAGE_MODEL,
+        EmbeddedModelError,
+        embedded_tokenizer,
+    )
+
+    try:
+        return embedded_tokenizer().decode if language_model == LANGUAGE_MODEL else None
+    except EmbeddedModelError:
+        return None

@@ -1,0 +1,160 @@
+"""The command `mbrl-text train`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.terminal import COMMAND, console, progress_bar
+
+_GRADIENTS = ("grpo", "rloo")
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_TRAIN = options.PromptOptions(split="train")
+
+
+class TrainError(ValueError):
+    """A training that cannot be run as asked."""
+
+
+def settings_of(algorithm: str, changes: dict[str, Any], items: Sequence[str]) -> Any:
+    """The settings of an algorithm: its own, `changes` that are not None, and "NAME=VALUE" items.
+
+    Raises:
+        TrainError: A name is unknown, or a value is out of range or of another type.
+
+    Example:
+        >>> settings_of("grpo", {"steps": 5, "tokens": None}, ["beta=0.1"]).beta
+        0.1
+    """
+    from mbrl_text_env.agents.learning.presets import LoopSettings
+    from mbrl_text_env.agents.model_free.candidate_policy import DQNSettings, PPOSettings
+    from mbrl_text_env.agents.model_free.trl import PolicyGradientSettings
+
+    gradient = (PolicyGradientSettings, "steps", "max_completion_length")
+    kinds: dict[str, tuple[Any, str, str]] = {
+        "ppo": (PPOSettings, "total_steps", "max_response_tokens"),
+        "dqn": (DQNSettings, "total_steps", "max_response_tokens"),
+        **dict.fromkeys(_GRADIENTS, gradient),
+        "expert-iteration": (LoopSettings, "iterations", "max_response_tokens"),
+    }
+    if algorithm not in kinds:
+        raise TrainError(f"ALGORITHM: expected one of {list(kinds)}, got {algorithm!r}.")
+    kind, steps, tokens = kinds[algorithm]
+    names = {"steps": steps, "tokens": tokens}
+    given = {names.get(name, name): v for name, v in changes.items() if v is not None}
+    given |= dict(_setting(kind, item) for item in items)
+    return kind(**given)
+
+
+def _setting(kind: Any, item: str) -> tuple[str, Any]:
+    """A name and its value; what is no JSON is a word."""
+    known = {
+        f.name: f.default
+        for f in fields(kind)
+        if f.default is not MISSING and isinstance(f.default, _PLAIN) and f.name != "budget"
+    }
+    name, _, text = item.partition("=")
+    if name not in known or not text:
+        shown = ", ".join(f"{name}={value}" for name, value in known.items())
+        raise TrainError(f"--set: expected NAME=VALUE, with one of these: {shown}; got {item!r}.")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    default = known[name]
+    value = tuple(value) if isinstance(value, list) else value
+    value = float(value) if isinstance(default, float) and type(value) is int else value
+    if default is not None and value is not None and type(value) is not type(default):
+        wanted = type(default).__name__
+        raise TrainError(f"--set {name}: expected a {wanted} such as {default!r}, got {text!r}.")
+    return name, value
+
+
+@friendly
+def train_command(
+    algorithm: Annotated[str, typer.Argument(help="ppo, dqn, grpo, rloo or expert-iteration.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the training; goes on if it exists.")] = Path(
+        "training"
+    ),
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of the environments (PPO, DQN), of the optimizer (GRPO, RLOO), or iterations; by "
+            "default 4096, 60 and 3.",
+        ),
+    ] = None,
+    max_response_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Token limit of a response; by default that of the algorithm."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="NAME=VALUE of another setting of the algorithm, such as learning_rate=0.0003; a "
+            "wrong name lists them. Repeatable.",
+        ),
+    ] = None,
+    seed: options.SeedOption = 0,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="Send the curves to Weights & Biases too.")
+    ] = False,
+    num_prompts: options.CountOption = 48,
+    held_out: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Further prompts to measure on (PPO, DQN and expert iteration only)."
+        ),
+    ] = 8,
+    judge: options.RewardOptions,
+    prompts: options.PromptOptions = _TRAIN,
+    model: options.ModelOptions,
+) -> None:
+    """Train a policy from a reward; can be killed and resumed.
+
+    `tensorboard --logdir OUT/events` shows the reward and length of episodes.
+    """
+    from mbrl_text_env.benchmarks.page import provenance
+    from mbrl_text_env.benchmarks.reports import write_report
+    from mbrl_text_env.benchmarks.training import Training
+    from mbrl_text_env.benchmarks.training_page import ABOUT, use_of
+    from mbrl_text_env.files import write_text
+    from mbrl_text_env.rewards.base import reward_name
+
+    changes = {"steps": steps, "tokens": max_response_tokens, "seed": seed}
+    made, judge = settings_of(algorithm, changes, settings or []), judge.of(prompts.prompts)
+    reward, count = judge.load(), 0 if algorithm in _GRADIENTS else held_out
+    asked = prompts.choose(num_prompts + count, reward, seed)
+    language_model = model.load()
+    chosen = options.that_fit(asked, language_model)
+    lists = chosen[count:], chosen[:count]
+    training = Training(algorithm, made, language_model, reward, *lists, out)
+    with progress_bar() as bar:
+        task = bar.add_task(algorithm, total=training.steps)
+
+        def tell(step: int, word: str) -> None:
+            bar.update(task, completed=step, description=f"{algorithm} ({word})")
+
+        training.run(tell, wandb=wandb)
+    about = {
+        **provenance(COMMAND.get()),
+        "algorithm": algorithm,
+        "reward": reward_name(reward),
+        "language_model": language_model.name,
+        "settings": asdict(made),
+    }
+    write_text(out / ABOUT, json.dumps(about, indent=2))
+    console.print(f"Report: {write_report(out).resolve()}")
+    if training.policy.exists():
+        console.print(f"Use the policy: {use_of(algorithm, out)}")
+    else:
+        console.print("No iteration is above the base model on the held-out prompts: no policy.")

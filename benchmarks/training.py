@@ -1,0 +1,205 @@
+"""A training in a folder: a policy that learns from a reward, with curves that a kill leaves whole.
+
+The folder has `config.json` (what the policy depends on), `policy/` (what `compare --policy` takes)
+and `events/` for TensorBoard. Expert iteration keeps its iterations in `loop/`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mbrl_text_env._lazy import MissingExtraError, extras
+from mbrl_text_env.agents.learning.training import TuningError
+from mbrl_text_env.benchmarks.training_page import CHOICES, LOOP, LOOP_FOLDER, POLICY
+from mbrl_text_env.files import write_folder
+from mbrl_text_env.runs import claimed, identity, prompt_digests
+from mbrl_text_env.types import Prompt
+
+Tell = Callable[[int, str], None]
+"""Is called with the steps so far and a word on what is done."""
+
+_EVENTS = "events"
+# They say how far a loop goes, not what an iteration does.
+_ADJUSTABLE = ("iterations", "patience")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parts of a training.
+
+    Args:
+        algorithm: "ppo", "dqn", "grpo", "rloo" or "expert-iteration".
+        settings: Those of the algorithm.
+        prompts: To train on.
+        held_out: To measure on; none for GRPO and RLOO.
+    """
+
+    algorithm: str
+    settings: Any
+    language_model: Any
+    reward_model: Any
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    folder: Path
+
+    @property
+    def policy(self) -> Path:
+        """Where the policy is written."""
+        return self.folder / POLICY
+
+    @property
+    def steps(self) -> int:
+        """Of environments or of the optimizer, or iterations."""
+        names = ("total_steps", "steps", "iterations")
+        return next(getattr(self.settings, n) for n in names if hasattr(self.settings, n))
+
+    def run(self, tell: Tell, *, wandb: bool = False) -> None:
+        """Train, or go on, to the end; what has ended is left as it is.
+
+        Raises:
+            TuningError: The folder holds another training; or see `train_ppo` and `train_grpo`.
+            LoopError: See `ExpertIteration.run`.
+            MissingExtraError: A package is not installed.
+        """
+        with claimed(self.folder, self._record(), "training", TuningError):
+            # A loop may have more iterations than before.
+            if self.algorithm != LOOP and self.policy.exists():
+                return
+            with closing(Curves(self, with_wandb=wandb)) as curves:
+                if self.algorithm in CHOICES:
+                    _train_choice(self, curves, tell)
+                elif self.algorithm == LOOP:
+                    _train_loop(self, curves, tell)
+                else:
+                    _train_gradient(self, curves, tell)
+
+    def _record(self) -> dict[str, Any]:
+        kept = asdict(self.settings)
+        if self.algorithm == LOOP:
+            kept = {name: value for name, value in kept.items() if name not in _ADJUSTABLE}
+        return {
+            "algorithm": self.algorithm,
+            "settings": identity(kept),
+            "language_model": identity(self.language_model),
+            "reward": identity(self.reward_model),
+            "prompts": prompt_digests(self.prompts),
+            "held_out": prompt_digests(self.held_out),
+        }
+
+
+class Curves:
+    """Reward and length of episodes by step: event files, and Weights & Biases where asked for.
+
+    A training that goes on does some steps again: from its first one on, what it writes takes the
+    place of what was written.
+    """
+
+    def __init__(self, training: Training, *, with_wandb: bool) -> None:
+        with extras():
+            from torch.utils.tensorboard import SummaryWriter
+        self._make, self._folder = SummaryWriter, str(training.folder / _EVENTS)
+        self._wandb = _wandb_run(training) if with_wandb else None
+        self._writer: Any = None
+
+    def add(self, step: int, reward: float, length: float, **more: float | None) -> None:
+        """Note a step; reward and length have the names that stable-baselines3 gives them."""
+        values = {"rollout/ep_rew_mean": reward, "rollout/ep_len_mean": length}
+        values |= {f"train/{name}": value for name, value in more.items() if value is not None}
+        if self._writer is None:
+            self._writer = self._make(self._folder, purge_step=step)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        # What a kill took away would not be written again by the training that goes on.
+        self._writer.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_run(training: Training) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "--wandb: expected the package 'wandb' to be installed. Install it with `pip install "
+            "wandb`.",
+            name="wandb",
+        ) from error
+    name = training.folder.resolve().name
+    settings = {"algorithm": training.algorithm, **asdict(training.settings)}
+    return wandb.init(project="mbrl-text-env", name=name, dir=training.folder, config=settings)
+
+
+def _train_choice(training: Training, curves: Curves, tell: Tell) -> None:
+    from mbrl_text_env.agents import model_free
+
+    with extras():
+        from stable_baselines3.common.callbacks import BaseCallback
+
+    class Episodes(BaseCallback):
+        """Means over the episodes that end in a step; lengths in chunks."""
+
+        def _on_training_start(self) -> None:
+            env: Any = self.training_env
+            self.lengths = [len(s.text_state.chunk_ends) for s in env.env.get_states()]
+
+        def _on_step(self) -> bool:
+            ended = []
+            for place, info in enumerate(self.locals["infos"]):
+                self.lengths[place] += 1
+                if "terminal_observation" in info:
+                    ended.append((float(info["score"]), self.lengths[place]))
+                    self.lengths[place] = 0
+            if ended:
+                reward, length = (sum(column) / len(ended) for column in zip(*ended, strict=True))
+                curves.add(self.num_timesteps, reward, length)
+            tell(self.num_timesteps, training.algorithm)
+            return True
+
+    train = {"ppo": model_free.train_ppo, "dqn": model_free.train_dqn}[training.algorithm]
+    models = training.language_model, training.reward_model
+    given = (*models, training.prompts, training.policy, training.settings)
+    train(*given, validation=training.held_out, callbacks=[Episodes()])
+
+
+def _train_gradient(training: Training, curves: Curves, tell: Tell) -> None:
+    from mbrl_text_env.agents import model_free
+
+    def on_step(step: Any) -> None:
+        more = {"flat_share": step.flat_share, "kl": step.kl}
+        curves.add(step.step, step.reward, step.mean_tokens, **more)
+        tell(step.step, training.algorithm)
+
+    train = {"grpo": model_free.train_grpo, "rloo": model_free.train_rloo}[training.algorithm]
+    models = training.language_model, training.reward_model
+    given = (*models, training.prompts, training.policy, training.settings)
+    train(*given, on_step=on_step)
+
+
+def _train_loop(training: Training, curves: Curves, tell: Tell) -> None:
+    from mbrl_text_env.agents.learning import ExpertIteration
+
+    models = training.language_model, training.reward_model
+    folder = training.folder / LOOP_FOLDER
+    loop = ExpertIteration(
+        *models, training.prompts, training.held_out, folder, training.settings, on_stage=tell
+    )
+    result = loop.run()
+    for report in result.iterations:
+        curves.add(report.iteration, report.validation.mean, report.validation.tokens)
+    tell(training.steps, "ended")
+    if result.best:
+        with write_folder(training.policy) as scratch:
+            best = folder / f"{result.best:02d}" / POLICY
+            shutil.copytree(best, scratch, dirs_exist_ok=True)

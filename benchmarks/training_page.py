@@ -1,0 +1,149 @@
+"""The page of a training, from its folder."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from mbrl_text_env.benchmarks.charts import Series, of_curves
+from mbrl_text_env.benchmarks.options import CompareError
+from mbrl_text_env.benchmarks.page import Page
+from mbrl_text_env.benchmarks.statistics import mean_interval
+from mbrl_text_env.benchmarks.terminal import numbers
+from mbrl_text_env.records import read_records
+
+CHOICES, LOOP = ("ppo", "dqn"), "expert-iteration"
+POLICY, LOOP_FOLDER, ABOUT, REPORT = "policy", "loop", "run.json", "report.html"
+_CURVE, _LEDGER = "curve.json", "ledger.json"
+_WINDOWS = 16
+_STEPS = {LOOP: "iteration", "grpo": "step", "rloo": "step"}
+
+Points = Sequence[tuple[float, float]]
+HeldOut = Mapping[float, Sequence[float]]
+
+
+def is_training(folder: Path) -> bool:
+    """Whether a folder is that of a training that has ended."""
+    parts = (folder / POLICY, folder / LOOP_FOLDER)
+    return (folder / ABOUT).is_file() and any(part.is_dir() for part in parts)
+
+
+def use_of(algorithm: str, folder: Path) -> str:
+    """The command that compares a policy with best-of-N."""
+    agent = "candidates" if algorithm in CHOICES else "best-of-n"
+    agents = f"best-of-n,{agent}:policy=trained"
+    return f"mbrl-text compare --agents {agents} --policy trained={folder / POLICY}"
+
+
+def recorded_page(folder: Path) -> Page:
+    """The page of a training that has ended.
+
+    Raises:
+        CompareError: A file is damaged or missing.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        points, held_out = _curve(folder)
+        return _page(folder, about, points, held_out)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CompareError(
+            f"{folder}: expected the files of a training that has ended, got a damaged or missing "
+            f"one ({type(error).__name__}: {error}). The command that made them goes on and writes "
+            "them again."
+        ) from error
+
+
+def _page(folder: Path, about: Mapping[str, Any], points: Points, held_out: HeldOut) -> Page:
+    algorithm, reward = about["algorithm"], about["reward"]
+    label = _STEPS.get(algorithm, "environment step")
+    series = _windows(points)
+    if held_out:
+        measured = [mean_interval(scores) for scores in held_out.values()]
+        series.append(Series("held-out prompts", list(held_out), measured))
+    shown = Table(
+        *numbers(label, *(one.name for one in series)),
+        title=f"Mean {reward}",
+        caption="Bootstrap intervals of 95%: of the episodes up to a step since the row before, "
+        "and of the held-out prompts.",
+    )
+    at = sorted({x for one in series for x in one.xs})
+    columns = [dict(zip(one.xs, one.intervals, strict=True)) for one in series]
+    for x in at:
+        figures = (column.get(x) for column in columns)
+        shown.add_row(f"{x:g}", *("-" if i is None else f"{i:.3f}" for i in figures))
+    names = ("command", "algorithm", "reward", "language_model", "settings")
+    has_policy = (folder / POLICY).is_dir()
+    use = {"use the policy with": use_of(algorithm, folder)} if has_policy else {}
+    return Page(
+        f"{algorithm}: {reward}",
+        _verdict(reward, series, label),
+        [] if has_policy else ["No iteration is above the base model: there is no policy."],
+        [of_curves("Reward as training goes", label, f"mean {reward}", series)],
+        [shown, *_cost(folder)],
+        {"episodes": points, "held_out": [[x, list(scores)] for x, scores in held_out.items()]},
+        {**{name: about[name] for name in names[1:4]}, **use, **about["settings"]},
+        {name: value for name, value in about.items() if name not in names},
+        about["command"],
+    )
+
+
+def _verdict(reward: str, series: Sequence[Series], label: str) -> str:
+    told = (
+        f"{one.name} {one.intervals[0]:.3f} at {label} {one.xs[0]:g}, {one.intervals[-1]:.3f} at "
+        f"{one.xs[-1]:g}"
+        for one in series
+    )
+    return f"Mean {reward} (95% intervals): {'; '.join(told)}."
+
+
+def _windows(points: Points) -> list[Series]:
+    """The mean reward of episodes, in windows of equally many of them."""
+    if not points:
+        return []
+    parts = np.array_split(np.asarray(points, dtype=float), min(_WINDOWS, len(points)))
+    # Episodes that end in one step stand together.
+    by_step: dict[float, list[float]] = defaultdict(list)
+    for part in parts:
+        by_step[float(part[-1, 0])] += part[:, 1].tolist()
+    return [Series("episodes", list(by_step), [mean_interval(own) for own in by_step.values()])]
+
+
+def _cost(folder: Path) -> list[Table]:
+    """What training took, where it is written in one file."""
+    path = folder / POLICY / _LEDGER
+    if not path.is_file():
+        return []
+    ledger = json.loads(path.read_text(encoding="utf-8"))
+    shown = Table("training took", *numbers("amount"))
+    for name, amount in ledger.items():
+        if isinstance(amount, int | float) and amount:
+            shown.add_row(name.replace("_", " "), f"{amount:,.4g}")
+    return [shown]
+
+
+def _curve(folder: Path) -> tuple[Points, HeldOut]:
+    """Rewards by step, and those of each held-out prompt by step."""
+    if (folder / LOOP_FOLDER).is_dir():
+        return [], _loop_curve(folder / LOOP_FOLDER)
+    found = json.loads((folder / POLICY / _CURVE).read_text(encoding="utf-8"))
+    if isinstance(found, list):
+        return [(row["step"], row["reward"]) for row in found], {}
+    held_out = {row["steps"]: list(row["scores"]) for row in found["validation"]}
+    return [(step, score) for step, score in found["episodes"]], held_out
+
+
+def _loop_curve(loop: Path) -> dict[float, list[float]]:
+    """The mean score of each held-out prompt, by iteration."""
+    found = {}
+    for folder in sorted(loop.glob("[0-9][0-9]")):
+        by_prompt = defaultdict(list)
+        for record in read_records(folder / "validation"):
+            by_prompt[record.prompt_id].append(record.score)
+        found[float(int(folder.name))] = [float(np.mean(own)) for own in by_prompt.values()]
+    return found
