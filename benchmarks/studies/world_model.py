@@ -118,15 +118,9 @@ class Instructions(ConstraintsReward):
 class RateSoFar(IncrementDynamics):
     """Counts go on as they did so far, up to the lengths of the donors."""
 
-    def futures(
-        self,
-        states: Sequence[TextState],
-        num_futures: int,
-        horizon: int | None = None,
-        seed: int = 0,
-    ) -> Futures:
+    def futures(self, states: Sequence[TextState], *asked: Any, **options: Any) -> Futures:
         """The counts of the state, as many times as the response grows."""
-        found = super().futures(states, num_futures, horizon, seed)
+        found = super().futures(states, *asked, **options)
         sizes = [max(1, len(state.response_ids)) for state in states]
         growth = found.length / np.asarray(sizes)[:, None]
         return replace(found, features=self.varying(states)[:, None] * growth[..., None])
@@ -135,20 +129,14 @@ class RateSoFar(IncrementDynamics):
 class Unrelated(IncrementDynamics):
     """Any record's increments, after counts that have nothing to do with the state."""
 
-    def futures(
-        self,
-        states: Sequence[TextState],
-        num_futures: int,
-        horizon: int | None = None,
-        seed: int = 0,
-    ) -> Futures:
+    def futures(self, states: Sequence[TextState], *asked: Any, **options: Any) -> Futures:
         """What permuted prefixes would become."""
-        found = super().futures(states, num_futures, horizon, seed)
+        found = super().futures(states, *asked, **options)
         others = np.empty((len(states), len(self.names)), np.float32)
         for i, state in enumerate(states):
             cut = self._cut(len(state.response_ids))
             donors = np.flatnonzero(self.lengths_ > cut * self.stride)
-            others[i] = self.table_[stream(seed, state, 1).choice(donors), cut]
+            others[i] = self.table_[stream(0, state, 1).choice(donors), cut]
         features = found.features - self.varying(states)[:, None] + others[:, None]
         return replace(found, features=features)
 
@@ -192,12 +180,8 @@ class Relabelled:
     def _inputs(self, rows: FloatArray, constraint: Mapping[str, Any]) -> FloatArray:
         now = self._named(rows)[count_behind(constraint)[0]]
         value = np.full(len(rows), float(constraint.get("value", 0)))
-        sort = np.full(len(rows), ("min", "max", "num", "no").index(_sort(constraint)))
-        return np.column_stack([sort, value, now, value - now, rows])
-
-
-def _sort(constraint: Mapping[str, Any]) -> str:
-    return str(constraint["type"]).partition("_")[0]
+        relation = ("min", "max", "num", "no").index(constraint["type"].partition("_")[0])
+        return np.column_stack([np.full(len(rows), relation), value, now, value - now, rows])
 
 
 @dataclass(frozen=True)
@@ -253,12 +237,13 @@ class Work:
         rng = np.random.default_rng([self.seed, number, *name.encode()])
         found: dict[str, dict[str, Any]] = {}
         for kind in np.tile(rng.permutation(KINDS), _ROUNDS).tolist():
-            letter = {"letter": chr(rng.integers(97, 123))} if "letter" in kind else {}
-            constraint = {"type": kind, **letter, "value": 1}
-            if kind == "no_commas":
-                del constraint["value"]
-            [counted] = count_behind(constraint)
+            constraint: dict[str, Any] = {"type": kind}
+            if "letter" in kind:
+                constraint["letter"] = chr(rng.integers(97, 123))
             share = rng.uniform(0.2, 0.8)
+            [counted] = count_behind(
+                {**constraint, "value": 1} if kind != "no_commas" else constraint
+            )
             if counted not in counts or kind in found:
                 continue
             if kind != "no_commas":
@@ -556,6 +541,9 @@ def main(
     planners: Annotated[str, typer.Option(help="Agents of `planning`, with commas.")] = ",".join(
         PLANNERS
     ),
+    sets: Annotated[
+        int | None, typer.Option(min=1, help="How often constraints are drawn anew.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option(help="12 prompts, one set of constraints, no expensive rewards.")
     ] = False,
@@ -564,9 +552,8 @@ def main(
     names = [name.strip() for name in parts.split(",") if not (quick and name == "expensive")]
     if unknown := sorted(set(names) - set(PARTS)):
         raise options.CompareError(f"parts: expected some of {list(PARTS)}, got {unknown}.")
-    work = Work(
-        QUICK if quick else Size(), how.load(), how.folder("world-model", quick=quick), how.seed
-    )
+    size, out = QUICK if quick else Size(), how.folder("world-model", quick=quick)
+    work = Work(replace(size, sets=sets or size.sets), how.load(), out, how.seed)
     result: dict[str, Any] = {
         **harness.heading("world_model"),
         "language_model": work.language_model.name,
