@@ -6,6 +6,7 @@ counts decides are drawn anew, several times over:
 - `zero_labels`: how well the mean reward of imagined endings tells the responses to a prompt apart
   before they are finished, without a label and a reward call.
 - `planning`: planners with it beside best-of-N and the reward of the prefix, at matched compute.
+- `label_ratio`: how many labels imagined endings are worth to a learned head.
 - `expensive`: choice chunk by chunk by a cheap value, where a reward call has a price; it is that
   part of the study `verifiable`.
 - `cost`: what fitting and asking take.
@@ -18,10 +19,10 @@ What is done is kept in the folder, and a run that was killed goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -40,13 +41,14 @@ from mbrl_text_env.benchmarks.matched import (
     Row,
     analyse,
     best_of_n_rows,
-    multiplier,
     pool_of,
+    table,
 )
 from mbrl_text_env.benchmarks.report import png
 from mbrl_text_env.benchmarks.statistics import Interval, percentile_tail
 from mbrl_text_env.benchmarks.studies import harness, verifiable
-from mbrl_text_env.benchmarks.studies.matched_compute import slug
+from mbrl_text_env.benchmarks.studies.matched_compute import page_tables, slug
+from mbrl_text_env.benchmarks.studies.world_model_baselines import Relabelled, correlations, forest
 from mbrl_text_env.fitting.report import root_mean_square
 from mbrl_text_env.language_models.base import LanguageModel, stream
 from mbrl_text_env.records import Record
@@ -62,20 +64,27 @@ from mbrl_text_env.world_model import (
     predict_futures,
 )
 
-PARTS = ("zero_labels", "planning", "expensive", "cost")
+PARTS = ("zero_labels", "planning", "label_ratio", "expensive", "cost")
 KINDS = (
     *("min_words", "max_words", "min_sentences", "max_sentences", "num_sentences"),
     *("min_paragraphs", "max_paragraphs", "num_paragraphs", "num_bullets", "no_commas"),
     *("min_letter_count", "max_letter_count", "min_capital_words", "max_capital_words"),
 )
 """Of the constraints that are drawn, three to a prompt."""
+LABELLED: Mapping[str, Callable[[str], float]] = {
+    "long words": lambda text: (
+        sum(len(word) > 7 for word in text.split()) / len(text.split() or "-")
+    ),
+    "you": lambda text: float("you" in text.lower()),
+}
+"""Rewards of `label_ratio`."""
 CHUNKWISE = "beam:chunk_tokens=16:value="
 PLANNERS = (
     *(CHUNKWISE + name for name in ("nearest", "any", "prefix", "unrelated")),
     *("adaptive:value=nearest", "adaptive:value=prefix", "guarded"),
 )
 _HOW = harness.StudyOptions(json_file=Path("world-model.json"))
-_FUTURES, _RESAMPLES = 64, 2000
+_FUTURES = 64
 # Shares of the records, between which a constraint that is drawn is kept.
 _LEAST, _MOST = 0.1, 0.9
 _ROUNDS = 20
@@ -147,41 +156,6 @@ INCREMENTS: Mapping[str, tuple[type[IncrementDynamics], dict[str, Any]]] = {
     "rate": (RateSoFar, {"neighbours": None}),
     "unrelated": (Unrelated, {"neighbours": None}),
 }
-
-
-@dataclass
-class Relabelled:
-    """Boosting on prefixes and constraints, each record relabelled with many of them."""
-
-    names: tuple[str, ...]
-
-    def fit(self, rows: FloatArray, ends: FloatArray, sets: Sequence[Any], seed: int) -> Relabelled:
-        """Fit on rows float64[N, F], with what they became, each under its share of constraints."""
-        from sklearn.ensemble import HistGradientBoostingClassifier
-
-        rng, inputs, labels = np.random.default_rng(seed), [], []
-        for constraint in (each for some in sets for each in some):
-            chosen = rng.choice(len(rows), max(1, len(rows) // 9), replace=False)
-            inputs.append(self._inputs(rows[chosen], constraint))
-            labels.append(check_counts(constraint, self._named(ends[chosen])))
-        self.calls = sum(map(len, labels))
-        self.head = HistGradientBoostingClassifier(random_state=seed)
-        self.head.fit(np.vstack(inputs), np.concatenate(labels))
-        return self
-
-    def predict(self, rows: FloatArray, constraints: Sequence[Any]) -> FloatArray:
-        """The mean probability of the constraints, float64[N]."""
-        found = [self.head.predict_proba(self._inputs(rows, each))[:, 1] for each in constraints]
-        return np.asarray(np.mean(found, axis=0))
-
-    def _named(self, rows: FloatArray) -> dict[str, FloatArray]:
-        return dict(zip(self.names, rows.T, strict=True))
-
-    def _inputs(self, rows: FloatArray, constraint: Mapping[str, Any]) -> FloatArray:
-        now = self._named(rows)[count_behind(constraint)[0]]
-        value = np.full(len(rows), float(constraint.get("value", 0)))
-        relation = ("min", "max", "num", "no").index(constraint["type"].partition("_")[0])
-        return np.column_stack([np.full(len(rows), relation), value, now, value - now, rows])
 
 
 @dataclass(frozen=True)
@@ -348,36 +322,6 @@ def _scored(reward: Any, prompt: Prompt, names: Sequence[str], features: FloatAr
     return scores.reshape(features.shape[:2])
 
 
-def correlations(
-    predicted: Mapping[str, FloatArray],
-    final: FloatArray,
-    cells: Sequence[tuple[int, int]],
-    seed: int,
-) -> dict[str, FloatArray]:
-    """Correlations within (prompt, set) cells: of all, then of resamples of prompts, in one array.
-
-    The resamples of all predictions are the same, so that differences are paired.
-    """
-    _, cell = np.unique(cells, axis=0, return_inverse=True)
-    _, prompt = np.unique([place for place, _ in cells], return_inverse=True)
-    cell, count = cell.reshape(-1), int(prompt.max()) + 1
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    weights = np.vstack([np.ones(count), weights])
-
-    def centred(values: FloatArray) -> FloatArray:
-        return np.asarray(values - (np.bincount(cell, values) / np.bincount(cell))[cell])
-
-    def summed(values: FloatArray) -> FloatArray:
-        return np.asarray(weights @ np.bincount(prompt, values))
-
-    y = centred(final)
-    return {
-        name: summed(x * y) / np.sqrt(np.maximum(summed(x * x) * summed(y * y), 1e-300))
-        for name, x in ((name, centred(values)) for name, values in predicted.items())
-    }
-
-
 def _told(name: str, draws: FloatArray, work: Work, prefix: str = "") -> Row:
     """The estimate, which comes first, and the ends of its interval."""
     tail = percentile_tail(work.size.prompts, 0.95)
@@ -395,18 +339,27 @@ def planning(work: Work, planners: Sequence[str]) -> dict[str, Any]:
         scores = work.out / "scores" / f"set-{number}"
         pool = pool_of(work.pool, scores, work.language_model, Instructions(), prompts)
         sets.append((pool, [_cell(work, spec, number, prompts) for spec in planners]))
-    budget = (work.size.budget,)
+    rows = [analyse(pool, cells) for pool, cells in sets]
+    for some in rows:
+        options.console.print(table(some))
+    places = range(len(planners))
+    told = [[row["score"] for _, cells in sets for row in cells[at].rows] for at in places]
+    ids = [row["prompt_id"] for _, cells in sets for row in cells[0].rows]
     return {
-        "results": [row for pool, cells in sets for row in analyse(pool, cells)]
-        + [_together(sets, place) for place in range(len(planners))],
+        "results": [
+            *chain.from_iterable(rows),
+            *(_together(sets, place) for place in places),
+        ],
         "best_of_n": [
             row
             for number, (pool, _) in enumerate(sets)
-            for row in best_of_n_rows(f"set-{number}", pool, budget, "tokens")
+            for row in best_of_n_rows(f"set-{number}", pool, (work.size.budget,), "tokens")
         ],
         "differences": {
-            f"{one} - {other}": harness.paired(*_scores(sets, other, one), work.seed)
-            for one, other in combinations(planners, 2)
+            f"{planners[one]} - {planners[two]}": harness.paired(
+                told[two], told[one], ids, work.seed
+            )
+            for one, two in combinations(places, 2)
         },
     }
 
@@ -455,13 +408,48 @@ def _together(sets: Sequence[tuple[Pool, Sequence[Cell]]], place: int) -> Row:
     return row
 
 
-def _scores(
-    sets: Sequence[tuple[Pool, Sequence[Cell]]], *specs: str
-) -> tuple[list[float], list[float], list[str]]:
-    """Scores of two agents, and their prompts, in the same order."""
-    rows = [[r for _, cells in sets for c in cells if c.agent == s for r in c.rows] for s in specs]
-    one, two = ([row["score"] for row in some] for some in rows)
-    return one, two, [row["prompt_id"] for row in rows[0]]
+def label_ratio(work: Work) -> list[Row]:
+    """How many labels a value on prefixes needs for what a head on imagined endings does with n.
+
+    The rewards are programs of what the features do not count, known by n labelled responses alone.
+    Both heads are the same forest. `high` is None where all labels are too few.
+    """
+    known, length = work.increments["nearest"], work.size.lengths[len(work.size.lengths) // 2]
+    goes_on = known.lengths_ > length
+    going = [
+        (place, record)
+        for place, row in enumerate(work.pool)
+        for record in row
+        if len(record.response_ids) > length
+    ]
+    states = [record.prefix_state(length) for _, record in going]
+    futures = predict_futures(known, states, 16).features
+    inputs, ends = known.table_[:, length // known.stride], known.table_[:, -1]
+    most, found = len(work.train), []
+    sizes = [*(n for n in (32, 64, 128, 256, 512, 1024) if n < most), most]
+    order = np.random.default_rng(work.seed).permutation(most)
+    for name, program in LABELLED.items():
+        labels = np.asarray([program(record.response) for record in work.train])
+        told: dict[str, FloatArray] = {}
+        for n in sizes:
+            chosen, live = order[:n], order[:n][goes_on[order[:n]]]
+            imagined = forest(ends[chosen], labels[chosen], futures.reshape(-1, len(known.names)))
+            told[f"imagined {n}"] = imagined.reshape(futures.shape[:2]).mean(axis=1)
+            told[f"direct {n}"] = forest(inputs[live], labels[live], known.varying(states))
+        final = np.asarray([program(record.response) for _, record in going])
+        draws = correlations(told, final, [(place, 0) for place, _ in going], work.seed)
+        curve = np.maximum.accumulate([draws[f"direct {n}"] for n in sizes])
+        for n in sizes[:-1]:
+            own = draws[f"imagined {n}"]
+            needed = [
+                np.interp(r, c, np.log(sizes), right=np.inf)
+                for r, c in zip(own, curve.T, strict=True)
+            ]
+            row = _told("ratio", np.exp(np.minimum(needed, 99.0)) / n, work)
+            row |= {"imagined": float(own[0]), "direct": float(draws[f"direct {n}"][0])}
+            capped = {k: None if v > most else v for k, v in row.items() if k in ("ratio", "high")}
+            found.append({"reward": name, "n": n, "length": length, **row, **capped})
+    return found
 
 
 def cost(work: Work) -> dict[str, Row]:
@@ -493,30 +481,24 @@ def expensive(work: Work, quick: bool) -> list[Row]:
 
 
 def tables(result: Mapping[str, Any]) -> list[harness.Shown]:
-    """What was found, for the terminal."""
+    """Of a page: correlations by length, and planners by set."""
     found = []
     if rows := result.get("zero_labels"):
         names = list(rows[0]["baselines"])
-        lines = [
-            [f"{Interval(each['correlation'], each['low'], each['high']):.3f}" for each in sides]
-            for sides in ([row, *row["baselines"].values()] for row in rows)
-        ]
         cells = [
-            [str(row["length"]), *line, f"{row['z']:.2f}"]
-            for row, line in zip(rows, lines, strict=True)
+            [str(row["length"]), *map(_shown, [row, *row["baselines"].values()]), f"{row['z']:.2f}"]
+            for row in rows
         ]
-        title = "Correlation with the final reward within prompts, by tokens of the prefix"
+        title = "Correlation with the final reward, within prompts"
         found.append(harness.Shown(title, ["tokens", "nearest", *names, "z"], cells))
     if plans := result.get("planning"):
-        keys = ("multiplier", "multiplier_tokens")
-        cells = [
-            [row["agent"], f"{row['mean']:.3f}", *(multiplier(row, key) for key in keys)]
-            for row in plans["results"]
-            if row["reward"] == "all"
-        ]
-        columns = ["agent", "mean", "x FLOPs", "x tokens"]
-        found.append(harness.Shown("How many times its compute best-of-N needs", columns, cells))
+        of_sets = [row for row in plans["results"] if row["reward"] != "all"]
+        found += page_tables({**plans, "results": of_sets})
     return found
+
+
+def _shown(row: Row) -> str:
+    return f"{Interval(row['correlation'], row['low'], row['high']):.2f}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -566,14 +548,14 @@ def main(
         how.write(result)
     if "cost" in names:
         result["cost"] = cost(work)
+    if "label_ratio" in names:
+        result["label_ratio"] = label_ratio(work)
     if "planning" in names:
         result["planning"] = planning(work, planners.split(","))
         how.write(result)
     if "expensive" in names:
         result["expensive"] = expensive(work, quick)
-    for shown in tables(result):
-        options.console.print(shown.table())
-    how.write(result)
+    how.report(result, "world_model.md.jinja", tables(result))
 
 
 if __name__ == "__main__":
