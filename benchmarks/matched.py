@@ -110,6 +110,17 @@ def make_pool(
         seed=seed,
         on_batch=on_batch,
     )
+    return pool_of(records, scores_folder, language_model, reward_model, prompts)
+
+
+def pool_of(
+    records: Sequence[Sequence[Record]],
+    scores_folder: Path,
+    language_model: LanguageModel,
+    reward_model: RewardModel,
+    prompts: Sequence[Prompt],
+) -> Pool:
+    """The pool of records, n to each of the prompts; scores are kept in `scores_folder`."""
     texts = [[record.response for record in row] for row in records]
     # Scores do not depend on the price.
     unpriced = reward_model.reward if isinstance(reward_model, Priced) else reward_model

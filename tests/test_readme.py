@@ -18,6 +18,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "docs/index.md",
+    "docs/installation.md",
+    "docs/quickstart.md",
     "docs/environments.md",
     "docs/language_models.md",
     "docs/model-free.md",
@@ -109,6 +112,9 @@ def test_command_line(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     monkeypatch.chdir(tmp_path)
+    # The prompts and the reward of the quickstart.
+    [code] = [b.values[0] for b in blocks("python") if b.id == "docs/quickstart.md-0"]
+    subprocess.run([sys.executable, "-c", code], check=True)
     lines = [words for words in commands() if words[0] == "mbrl-text"]
     assert len(lines) >= 5
     with llama_server(threads=1) as url:
@@ -118,6 +124,16 @@ def test_command_line(tmp_path, monkeypatch):
             result = CliRunner().invoke(cli.app, words[1:])
             assert result.exit_code == 0, f"{words}\n{result.output}"
     assert (tmp_path / "comparison" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_the_site(tmp_path):
+    """Links, anchors and the reference."""
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    agents = (tmp_path / "site" / "reference" / "agents.html").read_text(encoding="utf-8")
+    assert 'id="mbrl_text_env.agents.beam.Adaptive"' in agents
 
 
 def test_the_layout_names_what_is_there():

@@ -159,7 +159,7 @@ class _Trial(Trial):
         ledgers = [Ledger() for _ in states]
         found = predict_futures(self.dynamics, states, _FUTURES, seed=_SEED, ledgers=ledgers)
         self.compare(self.futures(states, None), found, "the same futures with ledgers")
-        most = float(self.dynamics.flops_bound())
+        most = float(self.dynamics.flops_bound(_FUTURES))
         for ledger in ledgers:
             usage = ledger.usage
             right = usage.dynamics_calls == _FUTURES and usage.flops == most and 0 <= most < np.inf

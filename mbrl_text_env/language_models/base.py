@@ -232,7 +232,7 @@ class LanguageModel(ABC):
         params: SamplingParams = SamplingParams(),
         ledgers: Sequence[Ledger] | None = None,
     ) -> list[list[Chunk]]:
-        """Draw chunks[len(states)][num_samples], their log-probabilities included.
+        """Draw `chunks[len(states)][num_samples]`, their log-probabilities included.
 
         Args:
             states: States that have not ended.
@@ -259,7 +259,7 @@ class LanguageModel(ABC):
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """`sample` for requests that differ in more: chunks[i][requests[i].num_samples].
+        """`sample` for requests that differ in more: `chunks[i][requests[i].num_samples]`.
 
         `check_requests` refuses what cannot be sampled.
         """

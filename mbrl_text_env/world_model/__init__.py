@@ -10,6 +10,8 @@ __getattr__, __dir__, __all__ = attach(
             *("Dynamics", "Futures", "IncrementDynamics", "WorldModelError"),
             *("load_dynamics", "predict_futures"),
         ],
+        "ensemble": ["EnsembleDynamics"],
+        "imagined": ["ImaginedCandidates"],
         "value": ["WorldModelEstimate", "WorldModelValue"],
     },
 )

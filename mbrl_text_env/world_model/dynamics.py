@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -28,7 +28,7 @@ class WorldModelError(RuntimeError):
 
 FOLDER = FolderKind(
     noun="world model",
-    writer="`IncrementDynamics.save`",
+    writer="`Dynamics.save`",
     config="world_model.json",
     weights="world_model.safetensors",
     version=1,
@@ -62,12 +62,18 @@ class Dynamics(ABC):
         constant_: Names of features that it was not fitted to predict, since they never varied.
         language_model_name_: The policy whose responses it was fitted on.
         longest_: Tokens of the longest response that it has seen.
+        stride: Records are cut every so many tokens.
+        kind, settings: What `save` writes of it, beside the features: its name in `load_dynamics`,
+            and the arguments of its constructor.
     """
 
     features: TextFeatures
     constant_: tuple[str, ...] = ()
     language_model_name_: str | None = None
     longest_: int
+    stride: int
+    kind: str = ""
+    settings: Mapping[str, Any]
 
     @property
     def is_fitted(self) -> bool:
@@ -89,9 +95,84 @@ class Dynamics(ABC):
     ) -> Futures:
         """Futures `horizon` tokens ahead, or to the end; a function of each state and the seed."""
 
-    def flops_bound(self) -> float:
-        """The most floating-point operations that the futures of one state take."""
+    @abstractmethod
+    def fit(self, records: Sequence[Record]) -> Self:
+        """Fit on responses, scored or not, of one policy.
+
+        Raises:
+            FitError: They are of several policies or of another than the tokenizer's, of fewer than
+                two prompts, or have other tokens than the text; or a feature falls though it is a
+                count, or all are constant.
+            ValueError: A feature is not finite.
+        """
+
+    def flops_bound(self, num_futures: int) -> float:
+        """The most floating-point operations that so many futures of one state take."""
         return 0.0
+
+    def save(self, folder: str | Path) -> None:
+        """Write what was fitted, JSON and safetensors; a world model that is there is replaced."""
+        if not self.is_fitted:
+            raise WorldModelError("Only fitted dynamics can be saved. Call fit(records).")
+        config = {
+            "kind": self.kind,
+            "settings": dict(self.settings),
+            "features": list(self.features.names),
+            "constant": list(self.constant_),
+            "language_model": self.language_model_name_,
+        }
+        FOLDER.write(folder, config, self.arrays())
+
+    def arrays(self) -> Arrays:
+        """What was fitted, for `save`."""
+        raise WorldModelError(f"{type(self).__name__} cannot be saved: it has no `arrays`.")
+
+    def restore(self, arrays: Arrays) -> None:
+        """Take what `arrays` gave; a ValueError or KeyError where it does not fit."""
+        raise WorldModelError(f"{type(self).__name__} cannot be read: it has no `restore`.")
+
+    def varying(self, states: Sequence[TextState]) -> npt.NDArray[np.float32]:
+        """float32[B, F], the features of states that it predicts."""
+        kept = [name not in self.constant_ for name in self.features.names]
+        return self.features(states)[:, kept]
+
+    def read(
+        self, records: Sequence[Record]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """What `fit` sees: float32[N, cuts, F] of N records, their lengths, and prompts.
+
+        A cut beyond the end is the end. Sets `constant_`, `language_model_name_` and `longest_`.
+        """
+        _check_records(records, self.features.tokenizer)
+        lengths = np.asarray([len(record.response_ids) for record in records], dtype=np.int64)
+        cuts = range(0, int(lengths.max()) + self.stride, self.stride)
+        table = np.stack(
+            [
+                self.features([r.prefix_state(min(cut, len(r.response_ids))) for cut in cuts])
+                for r in records
+            ]
+        )
+        _check_table(table, self.features, records, self.stride)
+        # The number of tokens varies even where it is the same for all.
+        varies = np.ptp(table.reshape(-1, table.shape[-1]), axis=0) > 0
+        if not varies[1:].any():
+            raise FitError(
+                f"Expected features that vary, got constant ones alone: {self.features.names[1:]}. "
+                "Add features of what differs between responses."
+            )
+        _, groups = np.unique([record.prompt_id for record in records], return_inverse=True)
+        self.constant_ = tuple(np.asarray(self.features.names)[~varies].tolist())
+        self.language_model_name_ = records[0].language_model
+        self.longest_ = int(lengths.max())
+        return table[:, :, varies], lengths, groups.astype(np.int64)
+
+    def check_horizon(self, horizon: int | None) -> None:
+        """Refuse a horizon that is no multiple of `stride`."""
+        if horizon is not None and horizon % self.stride:
+            raise WorldModelError(
+                f"horizon: expected a multiple of the stride, {self.stride}, got {horizon}. Change "
+                "it, or fit with another stride."
+            )
 
 
 def predict_futures(
@@ -137,8 +218,9 @@ def predict_futures(
             )
     with timed(ledgers):
         found = dynamics.futures(states, num_futures, horizon, seed)
+    flops = dynamics.flops_bound(num_futures)
     for ledger in ledgers or ():
-        ledger.charge(Usage(dynamics_calls=num_futures, dynamics_flops=dynamics.flops_bound()))
+        ledger.charge(Usage(dynamics_calls=num_futures, dynamics_flops=flops))
     return found
 
 
@@ -168,6 +250,7 @@ class IncrementDynamics(Dynamics):
     """
 
     NUM_MEMBERS = 5
+    kind = "increment"
 
     def __init__(
         self,
@@ -185,38 +268,11 @@ class IncrementDynamics(Dynamics):
             )
         self.features = TextFeatures(tokenizer, features)
         self.neighbours, self.stride, self.alpha = neighbours, stride, alpha
+        self.settings = {"neighbours": neighbours, "stride": stride, "alpha": alpha}
 
     def fit(self, records: Sequence[Record]) -> Self:
-        """Fit on responses, scored or not, of one policy.
-
-        Raises:
-            FitError: They are of several policies or of another than the tokenizer's, of fewer than
-                two prompts, or have other tokens than the text; or a feature falls though it is a
-                count, or all are constant.
-            ValueError: A feature is not finite.
-        """
-        _check_records(records, self.features.tokenizer)
-        lengths = np.asarray([len(record.response_ids) for record in records], dtype=np.int64)
-        cuts = range(0, int(lengths.max()) + self.stride, self.stride)
-        # float32[records, cuts, F]; a cut beyond the end is the end.
-        table = np.stack(
-            [
-                self.features([r.prefix_state(min(cut, len(r.response_ids))) for cut in cuts])
-                for r in records
-            ]
-        )
-        _check_table(table, self.features, records, self.stride)
-        # The number of tokens varies even where it is the same for all.
-        varies = np.ptp(table.reshape(-1, table.shape[-1]), axis=0) > 0
-        if not varies[1:].any():
-            raise FitError(
-                f"Expected features that vary, got constant ones alone: {self.features.names[1:]}. "
-                "Add features of what differs between responses."
-            )
-        _, groups = np.unique([record.prompt_id for record in records], return_inverse=True)
-        self._set(table[:, :, varies], lengths, groups.astype(np.int64))
-        self.constant_ = tuple(np.asarray(self.features.names)[~varies].tolist())
-        self.language_model_name_ = records[0].language_model
+        """See `Dynamics.fit`."""
+        self._set(*self.read(records))
         return self
 
     def _set(
@@ -227,7 +283,6 @@ class IncrementDynamics(Dynamics):
     ) -> None:
         """Take what was recorded; the ridges follow from it."""
         self.table_, self.lengths_, self.groups_ = table, lengths, groups
-        self.longest_ = int(lengths.max())
         self._spaces: dict[int, tuple[Any, FloatArray, FloatArray] | None] = {}
 
     def futures(
@@ -238,15 +293,10 @@ class IncrementDynamics(Dynamics):
         seed: int = 0,
     ) -> Futures:
         """See `Dynamics.futures`; the horizon is a multiple of `stride`."""
-        if horizon is not None and horizon % self.stride:
-            raise WorldModelError(
-                f"horizon: expected a multiple of the stride, {self.stride}, got {horizon}. Change "
-                "it, or fit with another stride."
-            )
-        keep = [i for i, n in enumerate(self.features.names) if n not in self.constant_]
-        rows = self.features(states)[:, keep]
+        self.check_horizon(horizon)
+        rows = self.varying(states)
         shape = len(states), num_futures
-        features = np.zeros((*shape, len(keep)), dtype=np.float32)
+        features = np.zeros((*shape, rows.shape[1]), dtype=np.float32)
         length, member = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         ended = np.zeros(shape, dtype=bool)
         for i, (state, row) in enumerate(zip(states, rows, strict=True)):
@@ -267,32 +317,24 @@ class IncrementDynamics(Dynamics):
             member[i] = self.groups_[drawn] % self.NUM_MEMBERS
         return Futures(features, length, ended, member)
 
-    def flops_bound(self) -> float:
+    def flops_bound(self, num_futures: int) -> float:
         """The ridge's product and the distances to all records."""
         count, _, width = self.table_.shape
         return float(2 * width**2 + 3 * count * width)
 
-    def save(self, folder: str | Path) -> None:
-        """Write what was fitted, JSON and safetensors; a world model that is there is replaced."""
-        if not self.is_fitted:
-            raise WorldModelError("Only fitted dynamics can be saved. Call fit(records).")
-        config = {
-            "kind": "increment",
-            "settings": {
-                "neighbours": self.neighbours,
-                "stride": self.stride,
-                "alpha": self.alpha,
-            },
-            "features": list(self.features.names),
-            "constant": list(self.constant_),
-            "language_model": self.language_model_name_,
-        }
-        arrays: Arrays = {
-            "table": self.table_,
-            "lengths": self.lengths_,
-            "groups": self.groups_,
-        }
-        FOLDER.write(folder, config, arrays)
+    def arrays(self) -> Arrays:
+        """What was recorded."""
+        return {"table": self.table_, "lengths": self.lengths_, "groups": self.groups_}
+
+    def restore(self, arrays: Arrays) -> None:
+        """See `Dynamics.restore`."""
+        table, lengths, groups = arrays["table"], arrays["lengths"], arrays["groups"]
+        self.longest_ = int(lengths.max())
+        cuts = (self.longest_ + 2 * self.stride - 1) // self.stride
+        shape = len(lengths), cuts, len(self.names)
+        if table.shape != shape or groups.shape != lengths.shape or lengths.min() < 1:
+            raise ValueError("arrays that do not fit each other")
+        self._set(table, lengths, groups)
 
     def _cut(self, size: int) -> int:
         """The nearest cut at which a record goes on."""
@@ -323,8 +365,8 @@ class IncrementDynamics(Dynamics):
 
 def load_dynamics(
     folder: str | Path, tokenizer: Tokenizer, features: Sequence[TextFeature] = DEFAULT_FEATURES
-) -> IncrementDynamics:
-    """Read what `IncrementDynamics.save` wrote, for the policy and features that it was fitted on.
+) -> Dynamics:
+    """Read what `Dynamics.save` wrote, for the policy and features that it was fitted on.
 
     Functions are not kept, so features of your own are given again.
 
@@ -335,24 +377,23 @@ def load_dynamics(
     Example:
         >>> dynamics = load_dynamics("world", lm)  # doctest: +SKIP
     """
+    from mbrl_text_env.world_model.ensemble import EnsembleDynamics
+
+    kinds: dict[str, type[IncrementDynamics | EnsembleDynamics]] = {
+        kind.kind: kind for kind in (IncrementDynamics, EnsembleDynamics)
+    }
     with FOLDER.reading(folder) as (config, arrays):
-        if config["kind"] != "increment":
-            raise ValueError(f"kind {config['kind']!r}, expected 'increment'")
-        dynamics = IncrementDynamics(tokenizer, features, **config["settings"])
+        if config["kind"] not in kinds:
+            raise ValueError(f"kind {config['kind']!r}, expected one of {list(kinds)}")
+        dynamics = kinds[config["kind"]](tokenizer, features, **config["settings"])
         names, own = config["features"], list(dynamics.features.names)
         if names != own:
             raise ValueError(f"features {sorted({*names} ^ {*own})} that it or the caller lacks")
         name, found = config["language_model"], getattr(tokenizer, "name", None)
         if found is not None and found != name:
             raise ValueError(f"the language model {name!r}, expected {found!r}")
-        kept, constant = arrays(), tuple(config["constant"])
-        table, lengths, groups = kept["table"], kept["lengths"], kept["groups"]
-        count, width = len(lengths), len(names) - len(constant)
-        cuts = (int(lengths.max()) + 2 * dynamics.stride - 1) // dynamics.stride
-        if table.shape != (count, cuts, width) or groups.shape != (count,) or lengths.min() < 1:
-            raise ValueError("arrays that do not fit each other")
-        dynamics._set(table, lengths, groups)
-        dynamics.constant_, dynamics.language_model_name_ = constant, name
+        dynamics.constant_, dynamics.language_model_name_ = tuple(config["constant"]), name
+        dynamics.restore(arrays())
     return dynamics
 
 

@@ -13,7 +13,7 @@ from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, score_features
 from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage
 from mbrl_text_env.values import ValueEstimate, ValueModel, ValueModelError
-from mbrl_text_env.world_model.dynamics import Dynamics, IncrementDynamics, predict_futures
+from mbrl_text_env.world_model.dynamics import Dynamics, predict_futures
 
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
@@ -84,13 +84,13 @@ class WorldModelValue(ValueModel):
         return self.dynamics.is_fitted
 
     def fit(self, records: Sequence[Record]) -> Self:
-        """Fit the dynamics on responses, scored or not; see `IncrementDynamics.fit`."""
-        self._increments().fit(records)
+        """Fit the dynamics on responses, scored or not; see `Dynamics.fit`."""
+        self.dynamics.fit(records)
         return self
 
     def save(self, folder: str | Path) -> None:
         """Write the dynamics, which any reward can be valued with; `load_value` reads them."""
-        self._increments().save(folder)
+        self.dynamics.save(folder)
 
     def swap(self, reward_model: RewardLike) -> WorldModelValue:
         """The value for another reward; nothing is fitted again."""
@@ -130,16 +130,8 @@ class WorldModelValue(ValueModel):
 
     def usage_bound(self, state: TextState) -> Usage:
         """Of one state; of one that has ended, nothing is charged."""
-        flops = self.dynamics.flops_bound()
+        flops = self.dynamics.flops_bound(self.num_futures)
         return Usage(dynamics_calls=self.num_futures, dynamics_flops=flops)
-
-    def _increments(self) -> IncrementDynamics:
-        if not isinstance(self.dynamics, IncrementDynamics):
-            raise ValueModelError(
-                f"Expected IncrementDynamics, got {type(self.dynamics).__name__}. Fit and save "
-                "these dynamics themselves."
-            )
-        return self.dynamics
 
     def _by_horizon(self, states: Sequence[TextState]) -> dict[int | None, list[int]]:
         """Places of the states that go on; those with too little left look to the end."""

@@ -7,7 +7,7 @@ import pytest
 
 from mbrl_text_env import CheckError
 from mbrl_text_env.checks import check_world_model
-from mbrl_text_env.world_model import IncrementDynamics
+from mbrl_text_env.world_model import EnsembleDynamics, IncrementDynamics
 from mbrl_text_env.world_model.features import DEFAULT_FEATURES
 from tests.world_model.worlds import FEATURES, LM, fitted, records_of, state_of
 
@@ -19,6 +19,15 @@ STATES = [state_of(text) for text in ("", "a", "ab", "a b")]
 @pytest.mark.parametrize("stride", [1, 2])
 def test_increments_pass(neighbours, features, stride):
     check_world_model(fitted(features, neighbours=neighbours, stride=stride), STATES, 2)
+
+
+@pytest.mark.parametrize("propagation", ["fixed_model", "random_model", "expectation"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_ensembles_pass(propagation, stride):
+    dynamics = EnsembleDynamics(
+        LM, FEATURES, members=3, elites=2, hidden=16, stride=stride, propagation=propagation
+    )
+    check_world_model(dynamics.fit(records_of(samples=10)), STATES, 2)
 
 
 class Changed(IncrementDynamics):
@@ -104,7 +113,7 @@ class Endless(Changed):
     def broken(self, found, horizon):
         return found
 
-    def flops_bound(self):
+    def flops_bound(self, num_futures):
         return float("inf")
 
 

@@ -74,7 +74,7 @@ def test_calls_are_charged():
     ledger, dynamics = Ledger(), fitted()
     predict_futures(dynamics, [state_of("a")], 30, ledgers=[ledger])
     assert ledger.usage.dynamics_calls == 30
-    assert ledger.usage.dynamics_flops == dynamics.flops_bound() > 0
+    assert ledger.usage.dynamics_flops == dynamics.flops_bound(30) > 0
 
 
 def test_a_saved_one_has_the_same_futures(tmp_path):

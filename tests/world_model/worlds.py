@@ -1,10 +1,17 @@
 """Records of toy language models, shared by the tests of world models."""
 
+from functools import cache
+
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.records import Record
 from mbrl_text_env.types import Prompt, TextState
-from mbrl_text_env.world_model import IncrementDynamics, TextFeature, count_feature
+from mbrl_text_env.world_model import (
+    EnsembleDynamics,
+    IncrementDynamics,
+    TextFeature,
+    count_feature,
+)
 
 PROMPTS = [Prompt.from_text(text) for text in ("a", "b", "ab", "ba", "aa", "bb", "aba", "bab")]
 LIMIT = 6
@@ -53,3 +60,10 @@ def state_of(text, lm=LM, prompt=PROMPTS[0], reason=None):
 
 def fitted(features=FEATURES, lm=LM, **options):
     return IncrementDynamics(lm, features, **{"stride": 1, **options}).fit(records_of(lm))
+
+
+@cache
+def ensemble():
+    return EnsembleDynamics(LM, FEATURES, members=4, elites=3, hidden=32, stride=1).fit(
+        records_of(samples=100)
+    )

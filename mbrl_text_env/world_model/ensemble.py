@@ -1,0 +1,346 @@
+"""An ensemble of probabilistic networks from a state to what its next chunk adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from mbrl_text_env.fitting.folder import Arrays
+from mbrl_text_env.fitting.report import split_by_group
+from mbrl_text_env.language_models.base import Tokenizer, stream
+from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.world_model.dynamics import Dynamics, Futures
+from mbrl_text_env.world_model.features import DEFAULT_FEATURES, TextFeature, TextFeatures
+
+if TYPE_CHECKING:
+    from mbrl_text_env.records import Record
+
+Propagation = Literal["random_model", "fixed_model", "expectation"]
+
+_HELD_OUT = 0.2
+_BATCH, _EPOCHS = 256, 200
+_LEARNING_RATE, _WEIGHT_DECAY = 1e-3, 5e-5
+# Weight of the loss that keeps the bounds of the log-variance close.
+_BOUNDS = 0.01
+_LOWEST, _HIGHEST = -10.0, 0.5
+_TINY = 1e-6
+_Rows = npt.NDArray[np.float32]
+
+
+class EnsembleDynamics(Dynamics):
+    """Probabilistic networks that go on chunk by chunk: what a chunk adds, and whether it ends.
+
+    Each member is a network from the features of a prefix to the mean and variance of what the next
+    `stride` tokens add to them, and to the probability that the response ends in these tokens. The
+    policy's choice of the chunk is part of what is drawn. In the end a future is rounded where all
+    that was recorded is whole, and counts are at least those of the state: rounding every step
+    would lose what is rare.
+
+    Source: PETS (Chua et al., "Deep Reinforcement Learning in a Handful of Trials using
+    Probabilistic Dynamics Models", NeurIPS 2018), as in mbrl-lib's `GaussianMLP`: changes are
+    predicted, the bounds of the log-variance are learned, training stops after `patience` epochs
+    without a gain in any member's validation error, and the members of least error are the elites.
+    Deviations: data is held out by prompt; members are fitted on prompts drawn with replacement;
+    the ending is predicted too and counts in the validation error; any gain counts, not one of 1%,
+    for most of the error is chance; by default a future stays with its member, for then members
+    tell what is not known from what is random.
+
+    Args:
+        tokenizer, features: As of `IncrementDynamics`.
+        members, elites: Networks that are fitted, and those of them that are used.
+        hidden: Units of each of the two hidden layers.
+        stride: Tokens of a chunk.
+        propagation: Which elite takes a step of a future: "fixed_model", always the same;
+            "random_model", any; "expectation", the mean of all.
+        patience: Epochs.
+        seed: The fit follows from it, up to the rounding of other machines.
+
+    Example:
+        >>> dynamics = EnsembleDynamics(lm).fit(read_records("records"))  # doctest: +SKIP
+        >>> dynamics.futures([state], 64, 16).ended.mean()  # doctest: +SKIP
+        0.31
+    """
+
+    kind = "ensemble"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        features: Sequence[TextFeature] = DEFAULT_FEATURES,
+        *,
+        members: int = 7,
+        elites: int = 5,
+        hidden: int = 200,
+        stride: int = 8,
+        propagation: Propagation = "fixed_model",
+        patience: int = 5,
+        seed: int = 0,
+    ) -> None:
+        if not 1 <= elites <= members or min(hidden, stride, patience) < 1:
+            raise ValueError(
+                "Expected 1 to `members` elites, and hidden, stride and patience of at least 1, "
+                f"got {elites} of {members}, {hidden}, {stride} and {patience}."
+            )
+        if propagation not in get_args(Propagation):
+            raise ValueError(
+                f"propagation: expected one of {get_args(Propagation)}, got {propagation!r}."
+            )
+        self.settings = {
+            "members": members,
+            "elites": elites,
+            "hidden": hidden,
+            "stride": stride,
+            "propagation": propagation,
+            "patience": patience,
+            "seed": seed,
+        }
+        self.features = TextFeatures(tokenizer, features)
+        self.members, self.elites, self.hidden, self.stride = members, elites, hidden, stride
+        self.propagation, self.patience, self.seed = propagation, patience, seed
+
+    def fit(self, records: Sequence[Record]) -> Self:
+        """See `Dynamics.fit`; a FitError also where there are fewer than five prompts."""
+        table, lengths, groups = self.read(records)
+        starts = np.arange(table.shape[1] - 1) * self.stride
+        goes_on = lengths[:, None] > starts
+        ended = (lengths[:, None] <= starts + self.stride)[goes_on]
+        prompts = np.broadcast_to(groups[:, None], goes_on.shape)[goes_on]
+        inputs, changes = table[:, :-1][goes_on], np.diff(table, axis=1)[goes_on]
+        self.arrays_ = {
+            "centre": inputs.mean(axis=0),
+            "spread": np.maximum(inputs.std(axis=0), _TINY),
+            "shift": changes.mean(axis=0),
+            "unit": np.maximum(changes.std(axis=0), _TINY),
+            "whole": (table == np.rint(table)).all(axis=(0, 1)).astype(np.float32),
+            "longest": np.asarray([self.longest_]),
+        }
+        held = split_by_group(prompts.tolist(), _HELD_OUT, self.seed)
+        x, y = self.scaled(inputs), (changes - self.arrays_["shift"]) / self.arrays_["unit"]
+        self.arrays_ |= self._trained(x, y.astype(np.float32), ended, prompts, held)
+        return self
+
+    def futures(
+        self,
+        states: Sequence[TextState],
+        num_futures: int,
+        horizon: int | None = None,
+        seed: int = 0,
+    ) -> Futures:
+        """See `Dynamics.futures`; the horizon is a multiple of `stride`."""
+        self.check_horizon(horizon)
+        starts = self.varying(states)
+        shape = len(states), num_futures
+        features = np.zeros((*shape, starts.shape[1]), dtype=np.float32)
+        ended, member = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
+        # State by state: the size of a product may change its rounding.
+        for i, (state, start) in enumerate(zip(states, starts, strict=True)):
+            rng = stream(seed, state, 0)
+            rows, over = np.tile(start, (num_futures, 1)), np.zeros(num_futures, dtype=bool)
+            member[i] = self.draw_members(num_futures, rng)
+            ahead = self.longest_ - len(state.response_ids) if horizon is None else horizon
+            for step in range(-(-ahead // self.stride)):
+                if self.propagation == "random_model" and step:
+                    own = self.draw_members(num_futures, rng)
+                else:
+                    own = member[i]
+                after, ends = self.advance(rows, own, rng)
+                rows, over = np.where(over[:, None], rows, after), over | ends
+            features[i], ended[i] = self.settled(start, rows), over
+        return Futures(features, features[..., 0].astype(np.int64), ended, member)
+
+    def draw_members(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """int64[count], numbers of elites, equally often; all 0 for "expectation"."""
+        if self.propagation == "expectation":
+            return np.zeros(count, dtype=np.int64)
+        return rng.permutation(np.arange(count) % self.elites)
+
+    def advance(
+        self, rows: _Rows, member: npt.NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[_Rows, npt.NDArray[np.bool_]]:
+        """One chunk more of N responses that go on, in one product.
+
+        Args:
+            rows: float32[N, F], features that are predicted (`varying`).
+            member: int64[N], the elite of each; without meaning for "expectation".
+            rng: Draws the chunks.
+
+        Returns:
+            The rows after it, float32[N, F], and whether the responses have ended then, bool[N].
+            Tokens are whole, other counts need not be; see `settled`.
+        """
+        mean, variance, ends = self._predicted(rows)
+        if self.propagation == "expectation":
+            mean, variance, ends = mean.mean(axis=0), variance.mean(axis=0), ends.mean(axis=0)
+        else:
+            at = member, np.arange(len(rows))
+            mean, variance, ends = mean[at], variance[at], ends[at]
+        noise = rng.standard_normal(mean.shape)
+        scaled = mean + np.sqrt(variance) * noise
+        change = self.arrays_["shift"] + scaled * self.arrays_["unit"]
+        ended = rng.random(len(rows)) < ends
+        tokens = np.where(ended, np.clip(np.rint(change[:, 0]), 1, self.stride), self.stride)
+        change[:, 0] = np.minimum(tokens, self.longest_ - rows[:, 0])
+        after = (rows + change).astype(np.float32)
+        return after, ended | (after[:, 0] >= self.longest_)
+
+    def settled(self, start: _Rows, rows: _Rows) -> _Rows:
+        """Rows float32[N, F], rounded where records are whole, and no count below its start."""
+        found = np.where(self.arrays_["whole"] > 0, np.rint(rows), rows)
+        falls = {feature.name for feature in self.features.features if feature.falls}
+        return np.where([name in falls for name in self.names], found, np.maximum(found, start))
+
+    def flops_bound(self, num_futures: int) -> float:
+        """The products of the elites, as often as the longest response has chunks."""
+        weights = sum(self.arrays_[name][0].size for name in ("w0", "w1", "w2"))
+        steps = -(-self.longest_ // self.stride)
+        return float(2 * self.elites * weights * steps * num_futures)
+
+    def arrays(self) -> Arrays:
+        """Weights, float32[members, inputs, outputs], units and bounds."""
+        return self.arrays_
+
+    def restore(self, arrays: Arrays) -> None:
+        """See `Dynamics.restore`."""
+        width, hidden = len(self.names), self.hidden
+        shapes: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(("centre", "spread", "shift", "unit", "whole"), (width,)),
+            "longest": (1,),
+        }
+        of_members = {
+            **{"low": (1, width), "high": (1, width)},
+            **{"w0": (width, hidden), "w1": (hidden, hidden), "w2": (hidden, 2 * width + 1)},
+            **{"b0": (1, hidden), "b1": (1, hidden), "b2": (1, 2 * width + 1)},
+        }
+        shapes |= {name: (self.elites, *shape) for name, shape in of_members.items()}
+        for name, shape in shapes.items():
+            if arrays[name].shape != shape:
+                raise ValueError(f"{name} of shape {arrays[name].shape}, expected {shape}")
+        self.arrays_, self.longest_ = arrays, int(arrays["longest"][0])
+
+    def scaled(self, rows: _Rows) -> _Rows:
+        """float32, features in units of the standard deviations of the records' prefixes."""
+        centred = (rows - self.arrays_["centre"]) / self.arrays_["spread"]
+        return np.asarray(centred, dtype=np.float32)
+
+    def _predicted(self, rows: _Rows) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Of each elite: means and variances, float64[E, N, F], and probabilities of the end."""
+        import torch
+
+        weights = {name: torch.from_numpy(values) for name, values in self.arrays_.items()}
+        with torch.no_grad():
+            inputs = torch.from_numpy(self.scaled(rows)).expand(self.elites, -1, -1)
+            mean, logvar, logit = _forward(weights, inputs)
+            parts = mean, logvar.exp(), logit.sigmoid()
+            mean, variance, ends = (part.numpy().astype(np.float64) for part in parts)
+        return mean, variance, ends
+
+    def _trained(
+        self,
+        x: _Rows,
+        y: _Rows,
+        ended: npt.NDArray[np.bool_],
+        prompts: npt.NDArray[np.int64],
+        held: npt.NDArray[np.bool_],
+    ) -> Arrays:
+        """The weights of the elites."""
+        import torch
+
+        rng = np.random.default_rng(self.seed)
+        weights = _begun(self.members, x.shape[1], self.hidden, self.seed)
+        optimizer = torch.optim.Adam(
+            weights.values(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
+        )
+        data = [torch.from_numpy(a) for a in (x, y, ended.astype(np.float32))]
+        rows = self._bootstrapped(prompts, np.flatnonzero(~held), rng)
+        outside = [
+            part[torch.from_numpy(held)].expand(self.members, *[-1] * part.ndim) for part in data
+        ]
+        best, least, idle = dict(weights), np.full(self.members, np.inf), 0
+        for _ in range(_EPOCHS):
+            order = rng.permuted(rows, axis=1)
+            for start in range(0, order.shape[1], _BATCH):
+                at = torch.from_numpy(order[:, start : start + _BATCH])
+                optimizer.zero_grad()
+                _loss(weights, *(part[at] for part in data)).backward()
+                optimizer.step()
+            errors = _errors(weights, *outside)
+            better = errors < least
+            least, idle = np.where(better, errors, least), 0 if better.any() else idle + 1
+            best = _kept(best, weights, better)
+            if idle >= self.patience:
+                break
+        elites = np.argsort(least, kind="stable")[: self.elites]
+        return {name: value.detach().numpy()[elites] for name, value in best.items()}
+
+    def _bootstrapped(
+        self, prompts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], rng: np.random.Generator
+    ) -> npt.NDArray[np.int64]:
+        """int64[members, N], rows of prompts drawn with replacement, N of them for each member."""
+        own, drawn = prompts[rows], []
+        for _ in range(self.members):
+            chosen = rng.choice(np.unique(own), len(np.unique(own)))
+            found = np.concatenate([rows[own == prompt] for prompt in chosen])
+            drawn.append(np.resize(rng.permutation(found), len(rows)))
+        return np.stack(drawn)
+
+
+def _begun(members: int, width: int, hidden: int, seed: int) -> dict[str, Any]:
+    """Weights before the fit; normal, 1 / (2 sqrt(inputs)) wide, as in mbrl-lib."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (width, hidden, hidden, 2 * width + 1)
+    weights: dict[str, Any] = {}
+    for layer, (inputs, outputs) in enumerate(pairwise(sizes)):
+        drawn = torch.randn(members, inputs, outputs, generator=generator)
+        weights[f"w{layer}"] = (drawn / (2 * inputs**0.5)).requires_grad_()
+        weights[f"b{layer}"] = torch.zeros(members, 1, outputs, requires_grad=True)
+    for name, bound in (("low", _LOWEST), ("high", _HIGHEST)):
+        weights[name] = torch.full((members, 1, width), bound, requires_grad=True)
+    return weights
+
+
+def _forward(weights: Mapping[str, Any], x: Any) -> tuple[Any, Any, Any]:
+    """Means and log-variances [E, N, F] and logits of the end [E, N] for inputs [E, N, F]."""
+    from torch.nn.functional import silu, softplus
+
+    for layer in ("0", "1"):
+        x = silu(weights[f"b{layer}"].baddbmm(x, weights[f"w{layer}"]))
+    out, width = weights["b2"].baddbmm(x, weights["w2"]), weights["low"].shape[-1]
+    low, high = weights["low"], weights["high"]
+    logvar = high - softplus(high - out[..., width : 2 * width])
+    return out[..., :width], low + softplus(logvar - low), out[..., -1]
+
+
+def _loss(weights: Mapping[str, Any], x: Any, y: Any, ended: Any) -> Any:
+    """Negative log-likelihood of changes and endings, summed over members."""
+    from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+
+    mean, logvar, logit = _forward(weights, x)
+    nats = 0.5 * ((mean - y) ** 2 * (-logvar).exp() + logvar)
+    total = nats.mean(dim=(1, 2)) + cross_entropy(logit, ended, reduction="none").mean(dim=1)
+    return total.sum() + _BOUNDS * (weights["high"].sum() - weights["low"].sum())
+
+
+def _errors(weights: Mapping[str, Any], x: Any, y: Any, ended: Any) -> FloatArray:
+    """Of each member: mean squared error of changes, and mean squared error of the end."""
+    import torch
+
+    with torch.no_grad():
+        mean, _, logit = _forward(weights, x)
+        found = ((mean - y) ** 2).mean(dim=(1, 2)) + ((logit.sigmoid() - ended) ** 2).mean(dim=1)
+    return np.asarray(found.numpy(), dtype=np.float64)
+
+
+def _kept(
+    best: Mapping[str, Any], weights: Mapping[str, Any], better: npt.NDArray[np.bool_]
+) -> dict[str, Any]:
+    """The weights of the members that have become better, and the best known of the others."""
+    import torch
+
+    mask = torch.from_numpy(better)[:, None, None]
+    return {k: torch.where(mask, new.detach(), best[k].detach()) for k, new in weights.items()}
