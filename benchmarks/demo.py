@@ -54,10 +54,8 @@ def fastest_model(out: Path, console: Console) -> LanguageModel:
 
 
 def _model(dtype: str) -> LanguageModel:
-    import torch
-
     # A laptop has other things to keep in memory; the demonstration is hardly faster with more.
-    return embedded(kv_bytes=768 << 20, dtype=getattr(torch, dtype))
+    return embedded(kv_bytes=768 << 20, dtype=dtype)
 
 
 def _rate(language_model: LanguageModel) -> float:
@@ -76,7 +74,7 @@ def run_demo(
     language_model: LanguageModel, out: Path, console: Console, config: DemoConfig
 ) -> dict[str, dict[str, Any]]:
     """Run or resume the demonstration and print it; returns each reward's summary."""
-    if out.exists():
+    if any(out.glob("records-*")):
         console.print(f"Going on in {out}: what an earlier run has finished is not run again.")
     demo = _Demo(language_model, out, console, config)
     [first] = load_prompts(split="validation", limit=1)

@@ -61,7 +61,7 @@ def _hardware() -> Iterator[Finding]:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     shown = [f"{gpu.name} ({gpu.total_memory / _GIB:.0f} GiB)" for gpu in gpus]
     yield Finding("device", ", ".join(shown) or "cpu (no GPU that torch can use)")
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     has_vnni = any(value for name, value in known.items() if "vnni" in name or "amx_int8" in name)
     fast = ["float32", *["bfloat16"] * multiplies_bfloat16(), *["int8"] * has_vnni]
     yield Finding("number formats", f"with instructions of their own here: {', '.join(fast)}")

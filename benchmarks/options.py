@@ -372,13 +372,13 @@ class AuditConfig:
 class DemoConfig:
     """How large the demonstration is; `pool_samples` are what best-of-N is read from."""
 
-    train_prompts: Annotated[int, typer.Option(min=2)] = 32
-    test_prompts: CountOption = 16
+    train_prompts: Annotated[int, typer.Option(min=2)] = 24
+    test_prompts: CountOption = 12
     budget_tokens: CountOption = 400
     max_response_tokens: TokensOption = 96
     seed: SeedOption = 0
     samples: int = 4
-    pool_samples: int = 24
+    pool_samples: int = 16
 
 
 def text_prompt(text: str, is_plain: bool) -> Any:

@@ -16,7 +16,7 @@ from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.benchmarks.page import Page
 from mbrl_text_env.benchmarks.statistics import mean_interval
 from mbrl_text_env.benchmarks.terminal import numbers
-from mbrl_text_env.records import read_records
+from mbrl_text_env.records import read_records, scores_of
 
 CHOICES, LOOP = ("ppo", "dqn"), "expert-iteration"
 POLICY, LOOP_FOLDER, ABOUT, REPORT = "policy", "loop", "run.json", "report.html"
@@ -142,8 +142,8 @@ def _loop_curve(loop: Path) -> dict[float, list[float]]:
     """The mean score of each held-out prompt, by iteration."""
     found = {}
     for folder in sorted(loop.glob("[0-9][0-9]")):
-        by_prompt = defaultdict(list)
-        for record in read_records(folder / "validation"):
-            by_prompt[record.prompt_id].append(record.score)
+        by_prompt, records = defaultdict(list), read_records(folder / "validation")
+        for record, score in zip(records, scores_of(records), strict=True):
+            by_prompt[record.prompt_id].append(score)
         found[float(int(folder.name))] = [float(np.mean(own)) for own in by_prompt.values()]
     return found

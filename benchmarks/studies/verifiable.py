@@ -38,7 +38,7 @@ from mbrl_text_env.types import Prompt
 PRICES = ("100tokens", "300tokens", "1000tokens")
 GUARDED = ("guarded", "adaptive:target=1", "guarded:additions=0")
 ANSWERS = ("best-first:target=1", "best-first:n=1", "majority", "weighted-vote", "sampling")
-SCREENED = ("screened:value=token-embedding", "adaptive:value=prefix")
+SCREENED = ("screened:value=token-embedding",)
 QUICK: dict[str, Any] = {"budgets": (512,), "num_prompts": 16, "samples": 32}
 _HOW = harness.StudyOptions(json_file=Path("verifiable.json"))
 _CONSTRAINTS = Study({"constraints": GUARDED}, (256, 512), samples=64, target=1.0)
@@ -54,7 +54,11 @@ _REASONING = Study(
     target=1.0,
 )
 _EXPENSIVE = Study(
-    dict.fromkeys(("sentiment", "relevance"), SCREENED), (1024,), samples=64, unit="flops"
+    dict.fromkeys(("sentiment", "relevance"), SCREENED),
+    (512,),
+    num_prompts=32,
+    samples=64,
+    unit="flops",
 )
 
 
@@ -149,6 +153,27 @@ def result_rows(
     return agents, baseline
 
 
+def task_rows(part: Part, pool: Pool, cells: Sequence[Cell]) -> list[Row]:
+    """Rows of `analyse` for the prompts of each task alone."""
+    study = part.study
+    [reward] = study.agents
+    prompts = study.prompts(study.split, study.num_prompts, make(reward))
+    places: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        places.setdefault(prompt.metadata["kind"], []).append(place)
+    arrays = ("scores", "tokens", "flops", "prompt_flops", "logprobs")
+    found = []
+    for task, at in sorted(places.items()):
+        ids = tuple(pool.prompt_ids[place] for place in at)
+        own = replace(pool, prompt_ids=ids, **{name: getattr(pool, name)[at] for name in arrays})
+        rows = [
+            replace(cell, rows=[row for row in cell.rows if row["prompt_id"] in ids])
+            for cell in cells
+        ]
+        found += [{"task": task, **row} for row in analyse(own, rows)]
+    return found
+
+
 def _negative(number: float | None) -> float | None:
     return None if number is None else -number
 
@@ -198,6 +223,8 @@ def main(
             agents, baseline = result_rows(part, pool, cells, prefix)
             result["results"] += agents
             result["best_of_n"] += baseline
+            if prefix == "once":
+                result["tasks"] = task_rows(part, pool, cells)
             how.write(result)
             options.console.print(table(agents))
     how.report(result, "verifiable.md.jinja", tables(result))

@@ -6,6 +6,7 @@ counts decides are drawn anew, several times over:
 - `zero_labels`: how well the mean reward of imagined endings tells the responses to a prompt apart
   before they are finished, without a label and a reward call.
 - `planning`: planners with it beside best-of-N and the reward of the prefix, at matched compute.
+- `label_ratio`: how many labels imagined endings are worth to a learned head.
 - `expensive`: choice chunk by chunk by a cheap value, where a reward call has a price; it is that
   part of the study `verifiable`.
 - `cost`: what fitting and asking take.
@@ -18,9 +19,10 @@ What is done is kept in the folder, and a run that was killed goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -39,36 +41,51 @@ from mbrl_text_env.benchmarks.matched import (
     Row,
     analyse,
     best_of_n_rows,
-    multiplier,
     pool_of,
+    table,
 )
 from mbrl_text_env.benchmarks.report import png
 from mbrl_text_env.benchmarks.statistics import Interval, percentile_tail
 from mbrl_text_env.benchmarks.studies import harness, verifiable
-from mbrl_text_env.benchmarks.studies.matched_compute import slug
+from mbrl_text_env.benchmarks.studies.matched_compute import page_tables, slug
+from mbrl_text_env.benchmarks.studies.world_model_baselines import Relabelled, correlations, forest
 from mbrl_text_env.fitting.report import root_mean_square
 from mbrl_text_env.language_models.base import LanguageModel, stream
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards import ConstraintsReward, make
+from mbrl_text_env.rewards.base import score_features
 from mbrl_text_env.rewards.verifiable.constraints.checking import check_counts, count_behind
 from mbrl_text_env.types import FloatArray, Prompt, TextState
-from mbrl_text_env.world_model import Futures, IncrementDynamics, WorldModelValue
+from mbrl_text_env.world_model import (
+    EnsembleDynamics,
+    Futures,
+    IncrementDynamics,
+    WorldModelValue,
+    predict_futures,
+)
 
-PARTS = ("zero_labels", "planning", "expensive", "cost")
+PARTS = ("zero_labels", "planning", "label_ratio", "expensive", "cost")
 KINDS = (
     *("min_words", "max_words", "min_sentences", "max_sentences", "num_sentences"),
     *("min_paragraphs", "max_paragraphs", "num_paragraphs", "num_bullets", "no_commas"),
     *("min_letter_count", "max_letter_count", "min_capital_words", "max_capital_words"),
 )
 """Of the constraints that are drawn, three to a prompt."""
+LABELLED: Mapping[str, Callable[[str], float]] = {
+    "long words": lambda text: (
+        sum(len(word) > 7 for word in text.split()) / len(text.split() or "-")
+    ),
+    "you": lambda text: float("you" in text.lower()),
+}
+"""Rewards of `label_ratio`."""
 CHUNKWISE = "beam:chunk_tokens=16:value="
 PLANNERS = (
     *(CHUNKWISE + name for name in ("nearest", "any", "prefix", "unrelated")),
     *("adaptive:value=nearest", "adaptive:value=prefix", "guarded"),
 )
 _HOW = harness.StudyOptions(json_file=Path("world-model.json"))
-_RESAMPLES = 2000
-# Of the records, what a constraint that is drawn is kept by.
+_FUTURES = 64
+# Shares of the records, between which a constraint that is drawn is kept.
 _LEAST, _MOST = 0.1, 0.9
 _ROUNDS = 20
 
@@ -78,28 +95,27 @@ class Size:
     """How much is run.
 
     Args:
-        train_prompts, train_samples: Records of the dynamics.
-        prompts, samples: Test prompts, and responses to each in the pool of best-of-N.
-        judged: Of these, responses whose prefixes are valued.
+        train_prompts, train_samples: Records that dynamics are fitted on.
+        prompts, samples: Test prompts, and responses to each: whose prefixes are valued, and which
+            are best-of-N's pool.
         sets: How often constraints are drawn anew.
+        relabelled: Sets of constraints that boosting is fitted on.
         lengths: Tokens of the prefixes.
         budget: Of a planner, in generated tokens a prompt.
-        relabelled: Sets of constraints that boosting is fitted on.
     """
 
     train_prompts: int = 465
     train_samples: int = 3
     prompts: int = 64
-    samples: int = 32
-    judged: int = 16
+    samples: int = 16
     sets: int = 3
+    relabelled: int = 150
     lengths: tuple[int, ...] = (32, 48, 64)
     budget: int = 384
     max_response_tokens: int = 96
-    relabelled: int = 150
 
 
-QUICK = Size(48, 2, 12, 8, 8, 1, relabelled=30)
+QUICK = Size(48, 2, 12, 8, sets=1, relabelled=30)
 
 
 class Instructions(ConstraintsReward):
@@ -111,15 +127,9 @@ class Instructions(ConstraintsReward):
 class RateSoFar(IncrementDynamics):
     """Counts go on as they did so far, up to the lengths of the donors."""
 
-    def futures(
-        self,
-        states: Sequence[TextState],
-        num_futures: int,
-        horizon: int | None = None,
-        seed: int = 0,
-    ) -> Futures:
+    def futures(self, states: Sequence[TextState], *asked: Any, **options: Any) -> Futures:
         """The counts of the state, as many times as the response grows."""
-        found = super().futures(states, num_futures, horizon, seed)
+        found = super().futures(states, *asked, **options)
         sizes = [max(1, len(state.response_ids)) for state in states]
         growth = found.length / np.asarray(sizes)[:, None]
         return replace(found, features=self.varying(states)[:, None] * growth[..., None])
@@ -128,69 +138,24 @@ class RateSoFar(IncrementDynamics):
 class Unrelated(IncrementDynamics):
     """Any record's increments, after counts that have nothing to do with the state."""
 
-    def futures(
-        self,
-        states: Sequence[TextState],
-        num_futures: int,
-        horizon: int | None = None,
-        seed: int = 0,
-    ) -> Futures:
+    def futures(self, states: Sequence[TextState], *asked: Any, **options: Any) -> Futures:
         """What permuted prefixes would become."""
-        found = super().futures(states, num_futures, horizon, seed)
+        found = super().futures(states, *asked, **options)
         others = np.empty((len(states), len(self.names)), np.float32)
         for i, state in enumerate(states):
             cut = self._cut(len(state.response_ids))
             donors = np.flatnonzero(self.lengths_ > cut * self.stride)
-            others[i] = self.table_[stream(seed, state, 1).choice(donors), cut]
+            others[i] = self.table_[stream(0, state, 1).choice(donors), cut]
         features = found.features - self.varying(states)[:, None] + others[:, None]
         return replace(found, features=features)
 
 
-DYNAMICS: Mapping[str, tuple[type[IncrementDynamics], dict[str, Any]]] = {
+INCREMENTS: Mapping[str, tuple[type[IncrementDynamics], dict[str, Any]]] = {
     "nearest": (IncrementDynamics, {}),
     "any": (IncrementDynamics, {"neighbours": None}),
     "rate": (RateSoFar, {"neighbours": None}),
     "unrelated": (Unrelated, {"neighbours": None}),
 }
-
-
-@dataclass
-class Relabelled:
-    """Boosting on prefixes and constraints, each record relabelled with many of them."""
-
-    names: tuple[str, ...]
-
-    def fit(self, rows: FloatArray, ends: FloatArray, sets: Sequence[Any], seed: int) -> Relabelled:
-        """Fit on rows float64[N, F], with what they became, each under its share of constraints."""
-        from sklearn.ensemble import HistGradientBoostingClassifier
-
-        rng, inputs, labels = np.random.default_rng(seed), [], []
-        for constraint in (each for some in sets for each in some):
-            chosen = rng.choice(len(rows), max(1, len(rows) // 9), replace=False)
-            inputs.append(self._inputs(rows[chosen], constraint))
-            labels.append(check_counts(constraint, self._named(ends[chosen])))
-        self.calls = sum(map(len, labels))
-        self.head = HistGradientBoostingClassifier(random_state=seed)
-        self.head.fit(np.vstack(inputs), np.concatenate(labels))
-        return self
-
-    def predict(self, rows: FloatArray, constraints: Sequence[Any]) -> FloatArray:
-        """The mean probability of the constraints, float64[N]."""
-        found = [self.head.predict_proba(self._inputs(rows, each))[:, 1] for each in constraints]
-        return np.asarray(np.mean(found, axis=0))
-
-    def _named(self, rows: FloatArray) -> dict[str, FloatArray]:
-        return dict(zip(self.names, rows.T, strict=True))
-
-    def _inputs(self, rows: FloatArray, constraint: Mapping[str, Any]) -> FloatArray:
-        now = self._named(rows)[count_behind(constraint)[0]]
-        value = np.full(len(rows), float(constraint.get("value", 0)))
-        sort = np.full(len(rows), ("min", "max", "num", "no").index(_sort(constraint)))
-        return np.column_stack([sort, value, now, value - now, rows])
-
-
-def _sort(constraint: Mapping[str, Any]) -> str:
-    return str(constraint["type"]).partition("_")[0]
 
 
 @dataclass(frozen=True)
@@ -214,12 +179,19 @@ class Work:
         return self._records("pool", self.prompts("test", self.size.prompts), self.size.samples)
 
     @cached_property
-    def dynamics(self) -> dict[str, IncrementDynamics]:
-        """By name, all fitted on the same records."""
-        return {
-            name: kind(self.language_model, **settings).fit(self.train)
-            for name, (kind, settings) in DYNAMICS.items()
-        }
+    def increments(self) -> dict[str, IncrementDynamics]:
+        """By name, all of the same records, which are read once."""
+        fitted, found = IncrementDynamics(self.language_model).fit(self.train), {}
+        for name, (kind, settings) in INCREMENTS.items():
+            made = found[name] = kind(self.language_model, **settings)
+            made.constant_, made.language_model_name_ = fitted.constant_, self.language_model.name
+            made.restore(fitted.arrays())
+        return found
+
+    @cached_property
+    def ensemble(self) -> EnsembleDynamics:
+        """Fitted on the same records."""
+        return EnsembleDynamics(self.language_model, seed=self.seed).fit(self.train)
 
     @cached_property
     def sets(self) -> list[list[Prompt]]:
@@ -236,17 +208,18 @@ class Work:
 
     def drawn(self, number: int, name: str) -> list[dict[str, Any]]:
         """Three constraints of different kinds, each kept by some of the records and not by all."""
-        ends = self.dynamics["any"]
+        ends = self.increments["any"]
         counts = dict(zip(ends.names, ends.table_[:, -1].T.astype(np.float64), strict=True))
         rng = np.random.default_rng([self.seed, number, *name.encode()])
         found: dict[str, dict[str, Any]] = {}
         for kind in np.tile(rng.permutation(KINDS), _ROUNDS).tolist():
-            letter = {"letter": chr(rng.integers(97, 123))} if "letter" in kind else {}
-            constraint = {"type": kind, **letter, "value": 1}
-            if kind == "no_commas":
-                del constraint["value"]
-            [counted] = count_behind(constraint)
+            constraint: dict[str, Any] = {"type": kind}
+            if "letter" in kind:
+                constraint["letter"] = chr(rng.integers(97, 123))
             share = rng.uniform(0.2, 0.8)
+            [counted] = count_behind(
+                {**constraint, "value": 1} if kind != "no_commas" else constraint
+            )
             if counted not in counts or kind in found:
                 continue
             if kind != "no_commas":
@@ -262,7 +235,7 @@ class Work:
 
     def values(self, reward: ConstraintsReward) -> dict[str, Any]:
         """By name, for one reward: those of the dynamics, and the reward of the prefix."""
-        worlds = {name: WorldModelValue(each, reward) for name, each in self.dynamics.items()}
+        worlds = {name: WorldModelValue(each, reward) for name, each in self.increments.items()}
         return {**worlds, "prefix": make_value("prefix", self.language_model, reward)}
 
     def _records(self, folder: str, prompts: Sequence[Prompt], samples: int) -> list[list[Record]]:
@@ -284,7 +257,7 @@ def zero_labels(work: Work) -> list[Row]:
 
 
 def _boosted(work: Work) -> Relabelled:
-    known = work.dynamics["any"]
+    known = work.increments["any"]
     cuts = [length // known.stride for length in work.size.lengths]
     on = [known.lengths_ > cut * known.stride for cut in cuts]
     rows = np.vstack([known.table_[some, cut] for some, cut in zip(on, cuts, strict=True)])
@@ -294,103 +267,103 @@ def _boosted(work: Work) -> Relabelled:
 
 
 def _at_length(work: Work, length: int, boosted: Relabelled) -> Row:
-    reward, known = Instructions(), work.dynamics["any"]
+    reward, known = Instructions(), work.increments["any"]
+    prefix = make_value("prefix", work.language_model, reward)
+    dynamics = {**work.increments, "ensemble": work.ensemble}
+    del dynamics["unrelated"]
     found: dict[str, list[FloatArray]] = {}
-    final, stds, cells = [], [], []
-    for number, prompts in enumerate(work.sets):
-        values = work.values(reward)
-        del values["unrelated"]
-        for place, (prompt, row) in enumerate(zip(prompts, work.pool, strict=True)):
-            going = [r for r in row[: work.size.judged] if len(r.response_ids) > length]
-            states = [replace(r.prefix_state(length), prompt=prompt) for r in going]
-            if len(states) < 2:
-                continue
-            for name, value in values.items():
-                estimate = value.predict(states)
-                found.setdefault(name, []).append(estimate.mean)
-                if name == "nearest":
-                    stds.append(estimate.std)
+    final, spread, cells = [], [], []
+    for place, responses in enumerate(work.pool):
+        going = [r for r in responses if len(r.response_ids) > length]
+        if len(going) < 2:
+            continue
+        states = [record.prefix_state(length) for record in going]
+        futures = {
+            name: predict_futures(each, states, _FUTURES).features.astype(float)
+            for name, each in dynamics.items()
+        }
+        rows = known.varying(states).astype(float)
+        for number, prompts in enumerate(work.sets):
+            prompt = prompts[place]
+            scores = {
+                name: _scored(reward, prompt, known.names, features)
+                for name, features in futures.items()
+            }
+            told = {name: each.mean(axis=1) for name, each in scores.items()}
+            told["prefix"] = prefix.predict([replace(s, prompt=prompt) for s in states]).mean
             constraints: Any = prompt.metadata["constraints"]
-            told = boosted.predict(known.varying(states).astype(float), constraints)
-            found.setdefault("boosting", []).append(told)
+            told["boosting"] = boosted.predict(rows, constraints)
+            for name, values in told.items():
+                found.setdefault(name, []).append(values)
+            spread.append(scores["nearest"].std(axis=1))
             final.append(reward.score([prompt] * len(going), [r.response for r in going]))
             cells += [(place, number)] * len(going)
     table = {name: np.concatenate(parts) for name, parts in found.items()}
     draws = correlations(table, np.concatenate(final), cells, work.seed)
-    own = draws.pop("nearest")
-    errors = np.concatenate(final) - table["nearest"]
+    own, errors = draws.pop("nearest"), np.concatenate(final) - table["nearest"]
     return {
         "length": length,
         "prefixes": len(errors),
-        **_told("correlation", own),
-        "z": root_mean_square(errors) / root_mean_square(np.concatenate(stds)),
+        **_told("correlation", own, work),
+        "z": root_mean_square(errors) / root_mean_square(np.concatenate(spread)),
         "relabelled_calls": boosted.calls,
         "baselines": {
-            name: {**_told("correlation", other), **_told("difference", own - other, "difference_")}
+            name: {
+                **_told("correlation", other, work),
+                **_told("difference", own - other, work, "difference_"),
+            }
             for name, other in draws.items()
         },
     }
 
 
-def correlations(
-    predicted: Mapping[str, FloatArray],
-    final: FloatArray,
-    cells: Sequence[tuple[int, int]],
-    seed: int,
-) -> dict[str, FloatArray]:
-    """Correlations within (prompt, set) cells: of all, then of resamples of prompts, in one array.
-
-    The resamples of all predictions are the same, so that differences are paired. The first ends of
-    an interval are those of `percentile_tail`; see `_told`.
-    """
-    _, cell = np.unique(cells, axis=0, return_inverse=True)
-    _, prompt = np.unique([place for place, _ in cells], return_inverse=True)
-    cell, count = cell.reshape(-1), int(prompt.max()) + 1
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    weights = np.vstack([np.ones(count), weights])
-
-    def centred(values: FloatArray) -> FloatArray:
-        return np.asarray(values - (np.bincount(cell, values) / np.bincount(cell))[cell])
-
-    def summed(values: FloatArray) -> FloatArray:
-        return np.asarray(weights @ np.bincount(prompt, values))
-
-    y = centred(final)
-    return {
-        name: summed(x * y) / np.sqrt(np.maximum(summed(x * x) * summed(y * y), 1e-300))
-        for name, x in ((name, centred(values)) for name, values in predicted.items())
-    }
+def _scored(reward: Any, prompt: Prompt, names: Sequence[str], features: FloatArray) -> FloatArray:
+    """float64[B, M], the scores of futures float64[B, M, F]."""
+    columns = features.reshape(-1, len(names)).T
+    scores = score_features(reward, prompt, dict(zip(names, columns, strict=True)))
+    return scores.reshape(features.shape[:2])
 
 
-def _told(name: str, draws: FloatArray, prefix: str = "", prompts: int = 64) -> Row:
+def _told(name: str, draws: FloatArray, work: Work, prefix: str = "") -> Row:
     """The estimate, which comes first, and the ends of its interval."""
-    tail = percentile_tail(prompts, 0.95)
+    tail = percentile_tail(work.size.prompts, 0.95)
     low, high = np.quantile(draws[1:], [tail, 1 - tail]).tolist()
     return {name: float(draws[0]), f"{prefix}low": low, f"{prefix}high": high}
 
 
-def planning(work: Work) -> dict[str, Any]:
-    """Rows of `analyse` for each set, and over all of them by prompt, with best-of-N's own."""
-    size, together = work.size, []
-    results: list[Row] = []
-    baseline: list[Row] = []
+def planning(work: Work, planners: Sequence[str]) -> dict[str, Any]:
+    """Rows of `analyse` for each set, and over all of them by prompt, with best-of-N's own.
+
+    Best-of-N does not stop at the first success, and neither do planners, but `guarded` does.
+    """
+    sets: list[tuple[Pool, list[Cell]]] = []
     for number, prompts in enumerate(work.sets):
-        name, scores = f"set-{number}", work.out / "scores" / f"set-{number}"
+        scores = work.out / "scores" / f"set-{number}"
         pool = pool_of(work.pool, scores, work.language_model, Instructions(), prompts)
-        cells = [_cell(work, spec, number, prompts) for spec in PLANNERS]
-        results += analyse(pool, cells)
-        baseline += best_of_n_rows(name, pool, (size.budget,), "tokens")
-        together.append((pool, cells))
-    results += [_together(together, place) for place in range(len(PLANNERS))]
-    pairs = [
-        (PLANNERS[0], other) for other in PLANNERS if other not in (PLANNERS[0], PLANNERS[4])
-    ] + [(PLANNERS[4], other) for other in (PLANNERS[0], PLANNERS[5], PLANNERS[6])]
-    differences = {
-        f"{one} - {other}": harness.paired(*_scores(together, other, one), work.seed)
-        for one, other in pairs
+        sets.append((pool, [_cell(work, spec, number, prompts) for spec in planners]))
+    rows = [analyse(pool, cells) for pool, cells in sets]
+    for some in rows:
+        options.console.print(table(some))
+    places = range(len(planners))
+    told = [[row["score"] for _, cells in sets for row in cells[at].rows] for at in places]
+    ids = [row["prompt_id"] for _, cells in sets for row in cells[0].rows]
+    return {
+        "results": [
+            *chain.from_iterable(rows),
+            *(_together(sets, place) for place in places),
+        ],
+        "best_of_n": [
+            row
+            for number, (pool, _) in enumerate(sets)
+            for row in best_of_n_rows(f"set-{number}", pool, (work.size.budget,), "tokens")
+        ],
+        "differences": {
+            f"{planners[one]} - {planners[two]}": harness.paired(
+                told[two], told[one], ids, work.seed
+            )
+            for one, two in combinations(places, 2)
+        },
     }
-    return {"results": results, "best_of_n": baseline, "differences": differences}
 
 
 def _cell(work: Work, spec: str, number: int, prompts: Sequence[Prompt]) -> Cell:
@@ -437,33 +410,66 @@ def _together(sets: Sequence[tuple[Pool, Sequence[Cell]]], place: int) -> Row:
     return row
 
 
-def _scores(
-    sets: Sequence[tuple[Pool, Sequence[Cell]]], *specs: str
-) -> tuple[list[float], list[float], list[str]]:
-    """Scores of two agents, and their prompts, in the same order."""
-    rows = [[r for _, cells in sets for c in cells if c.agent == s for r in c.rows] for s in specs]
-    one, two = ([row["score"] for row in some] for some in rows)
-    return one, two, [row["prompt_id"] for row in rows[0]]
+def label_ratio(work: Work) -> list[Row]:
+    """How many labels a value on prefixes needs for what a head on imagined endings does with n.
 
-
-def cost(work: Work) -> Row:
-    """Seconds of one core that fitting takes, and milliseconds that a state takes."""
-    start = time.process_time()
-    value = WorldModelValue(IncrementDynamics(work.language_model).fit(work.train), Instructions())
-    fit = time.process_time() - start
-    prompts = work.sets[0]
-    rows = zip(prompts, work.pool, strict=True)
-    states = [
-        replace(r.prefix_state(min(48, len(r.response_ids) - 1)), prompt=p)
-        for p, row in rows
-        for r in row[:4]
+    The rewards are programs of what the features do not count, known by n labelled responses alone.
+    Both heads are the same forest. `high` is None where all labels are too few.
+    """
+    known, length = work.increments["nearest"], work.size.lengths[len(work.size.lengths) // 2]
+    goes_on = known.lengths_ > length
+    going = [
+        (place, record)
+        for place, row in enumerate(work.pool)
+        for record in row
+        if len(record.response_ids) > length
     ]
-    value.predict(states)
-    start = time.process_time()
-    value.predict(states)
-    each = 1000 * (time.process_time() - start) / len(states)
-    flops = value.dynamics.flops_bound(value.num_futures)
-    return {"records": len(work.train), "fit_seconds": fit, "state_ms": each, "state_flops": flops}
+    states = [record.prefix_state(length) for _, record in going]
+    futures = predict_futures(known, states, 16).features
+    inputs, ends = known.table_[:, length // known.stride], known.table_[:, -1]
+    most, found = len(work.train), []
+    sizes = [*(n for n in (32, 64, 128, 256, 512, 1024) if n < most), most]
+    order = np.random.default_rng(work.seed).permutation(most)
+    for name, program in LABELLED.items():
+        labels = np.asarray([program(record.response) for record in work.train])
+        told: dict[str, FloatArray] = {}
+        for n in sizes:
+            chosen, live = order[:n], order[:n][goes_on[order[:n]]]
+            imagined = forest(ends[chosen], labels[chosen], futures.reshape(-1, len(known.names)))
+            told[f"imagined {n}"] = imagined.reshape(futures.shape[:2]).mean(axis=1)
+            told[f"direct {n}"] = forest(inputs[live], labels[live], known.varying(states))
+        final = np.asarray([program(record.response) for _, record in going])
+        draws = correlations(told, final, [(place, 0) for place, _ in going], work.seed)
+        curve = np.maximum.accumulate([draws[f"direct {n}"] for n in sizes])
+        for n in sizes[:-1]:
+            own = draws[f"imagined {n}"]
+            needed = [
+                np.interp(r, c, np.log(sizes), right=np.inf)
+                for r, c in zip(own, curve.T, strict=True)
+            ]
+            row = _told("ratio", np.exp(np.minimum(needed, 99.0)) / n, work)
+            row |= {"imagined": float(own[0]), "direct": float(draws[f"direct {n}"][0])}
+            capped = {k: None if v > most else v for k, v in row.items() if k in ("ratio", "high")}
+            found.append({"reward": name, "n": n, "length": length, **row, **capped})
+    return found
+
+
+def cost(work: Work) -> dict[str, Row]:
+    """Seconds of one core that fitting takes, and milliseconds that the futures of a state take."""
+    found = {}
+    states = [r.prefix_state(len(r.response_ids) // 2) for row in work.pool for r in row[:2]]
+    for kind in (IncrementDynamics, EnsembleDynamics):
+        start = time.process_time()
+        dynamics = kind(work.language_model).fit(work.train)
+        fit = time.process_time() - start
+        # Some of it is computed once.
+        predict_futures(dynamics, states, _FUTURES)
+        start = time.process_time()
+        predict_futures(dynamics, states, _FUTURES)
+        each = 1000 * (time.process_time() - start) / len(states)
+        flops = dynamics.flops_bound(_FUTURES)
+        found[dynamics.kind] = {"fit_seconds": fit, "state_ms": each, "state_flops": flops}
+    return found
 
 
 def expensive(work: Work, quick: bool) -> list[Row]:
@@ -477,35 +483,24 @@ def expensive(work: Work, quick: bool) -> list[Row]:
 
 
 def tables(result: Mapping[str, Any]) -> list[harness.Shown]:
-    """What was found, for the terminal and a page."""
+    """Of a page: correlations by length, and planners by set."""
     found = []
     if rows := result.get("zero_labels"):
         names = list(rows[0]["baselines"])
-
-        def cell(row: Row) -> str:
-            return f"{Interval(row['correlation'], row['low'], row['high']):.3f}"
-
-        lines = [
-            [
-                str(row["length"]),
-                cell(row),
-                *(cell(row["baselines"][name]) for name in names),
-                f"{row['z']:.2f}",
-            ]
+        cells = [
+            [str(row["length"]), *map(_shown, [row, *row["baselines"].values()]), f"{row['z']:.2f}"]
             for row in rows
         ]
-        title = "Correlation with the final reward within prompts, by tokens of the prefix"
-        found.append(harness.Shown(title, ["tokens", "nearest", *names, "z"], lines))
+        title = "Correlation with the final reward, within prompts"
+        found.append(harness.Shown(title, ["tokens", "nearest", *names, "z"], cells))
     if plans := result.get("planning"):
-        rows = [row for row in plans["results"] if row["reward"] == "all"]
-        keys = ("multiplier", "multiplier_tokens")
-        lines = [
-            [row["agent"], f"{row['mean']:.3f}", *(multiplier(row, key) for key in keys)]
-            for row in rows
-        ]
-        columns = ["agent", "mean", "x FLOPs", "x tokens"]
-        found.append(harness.Shown("How many times its compute best-of-N needs", columns, lines))
+        of_sets = [row for row in plans["results"] if row["reward"] != "all"]
+        found += page_tables({**plans, "results": of_sets})
     return found
+
+
+def _shown(row: Row) -> str:
+    return f"{Interval(row['correlation'], row['low'], row['high']):.2f}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -527,6 +522,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def main(
     how: harness.StudyOptions = _HOW,
     parts: Annotated[str, typer.Option(help="Parts, with commas.")] = ",".join(PARTS),
+    planners: Annotated[str, typer.Option(help="Agents of `planning`, with commas.")] = ",".join(
+        PLANNERS
+    ),
+    sets: Annotated[
+        int | None, typer.Option(min=1, help="How often constraints are drawn anew.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option(help="12 prompts, one set of constraints, no expensive rewards.")
     ] = False,
@@ -535,9 +536,8 @@ def main(
     names = [name.strip() for name in parts.split(",") if not (quick and name == "expensive")]
     if unknown := sorted(set(names) - set(PARTS)):
         raise options.CompareError(f"parts: expected some of {list(PARTS)}, got {unknown}.")
-    work = Work(
-        QUICK if quick else Size(), how.load(), how.folder("world-model", quick=quick), how.seed
-    )
+    size, out = QUICK if quick else Size(), how.folder("world-model", quick=quick)
+    work = Work(replace(size, sets=sets or size.sets), how.load(), out, how.seed)
     result: dict[str, Any] = {
         **harness.heading("world_model"),
         "language_model": work.language_model.name,
@@ -550,14 +550,14 @@ def main(
         how.write(result)
     if "cost" in names:
         result["cost"] = cost(work)
+    if "label_ratio" in names:
+        result["label_ratio"] = label_ratio(work)
     if "planning" in names:
-        result["planning"] = planning(work)
+        result["planning"] = planning(work, planners.split(","))
         how.write(result)
     if "expensive" in names:
         result["expensive"] = expensive(work, quick)
-    for shown in tables(result):
-        options.console.print(shown.table())
-    how.write(result)
+    how.report(result, "world_model.md.jinja", tables(result))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "ensemble": ["EnsembleDynamics"],
         "imagined": ["ImaginedCandidates"],
+        "report": ["HorizonReport", "horizon_report"],
         "value": ["WorldModelEstimate", "WorldModelValue"],
     },
 )

@@ -102,6 +102,11 @@ class EnsembleDynamics(Dynamics):
         self.members, self.elites, self.hidden, self.stride = members, elites, hidden, stride
         self.propagation, self.patience, self.seed = propagation, patience, seed
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there are networks."""
+        return "w0" in getattr(self, "arrays_", {})
+
     def fit(self, records: Sequence[Record]) -> Self:
         """See `Dynamics.fit`; a FitError also where there are fewer than five prompts."""
         table, lengths, groups = self.read(records)

@@ -99,6 +99,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         self._rows = np.repeat(self._begun[:1], num_envs, axis=0)
         for prompt in dict.fromkeys(self._prompts):
             self._rewards(self._begun[:1], self._begun[:1], [prompt])
+        self.reset()
 
     def reset(
         self,
@@ -114,7 +115,12 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
 
     def step(self, actions: Any) -> tuple[_Rows, FloatArray, _Flags, _Flags, dict[str, Any]]:
         """Go on with the candidates of these numbers, int[num_envs]."""
-        chosen = np.arange(self.num_envs), np.asarray(actions, dtype=np.int64)
+        if not self.action_space.contains(numbers := np.asarray(actions, dtype=np.int64)):
+            raise ValueError(
+                f"actions: expected {self.num_envs} numbers of candidates, 0 to "
+                f"{self.num_candidates - 1}, got {actions}."
+            )
+        chosen = np.arange(self.num_envs), numbers
         self._rows, ended = self._candidates[chosen], self._ended[chosen]
         rewards = np.where(ended, self._worth[chosen], 0.0)
         self._taken += 1

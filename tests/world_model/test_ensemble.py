@@ -71,5 +71,8 @@ def test_what_does_not_fit_is_refused():
     for settings in ({"members": 2, "elites": 3}, {"hidden": 0}, {"propagation": "all"}):
         with pytest.raises(ValueError, match="xpected"):
             EnsembleDynamics(LM, FEATURES, **settings)
+    dynamics = EnsembleDynamics(LM, FEATURES)
     with pytest.raises(FitError, match="at least 5 different prompts"):
-        EnsembleDynamics(LM, FEATURES).fit(records_of(prompts=PROMPTS[:4]))
+        dynamics.fit(records_of(prompts=PROMPTS[:4]))
+    with pytest.raises(WorldModelError, match="not fitted"):
+        predict_futures(dynamics, [state_of("a")], 4)

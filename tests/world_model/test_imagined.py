@@ -128,5 +128,7 @@ def test_what_cannot_be_imagined_is_refused(dynamics):
         ImaginedCandidates(EnsembleDynamics(LM, FEATURES), Share(), [state_of("")])
     with pytest.raises(ValueError, match="expected 3, got 1"):
         env_of(dynamics).observe(state_of(""), [state_of("a")])
+    with pytest.raises(ValueError, match="numbers of candidates, 0 to 2"):
+        env_of(dynamics).step(np.full(16, -1))
     with pytest.raises(ValueError, match="at least 1"):
         env_of(dynamics, num_candidates=0)

@@ -72,20 +72,39 @@ def test_rows_with_more_flops_are_new_rows():
     assert (rows[0]["usage"]["flops"], more[0]["usage"]) == (2.0, {"flops": 7.0, "tokens": 1})
 
 
-def test_the_baseline_stops_at_the_target():
+def pool_and_rows(names, score):
+    """Two samples of each prompt, one of them right; and an agent's answers."""
+    scores = np.tile([1.0, 0.0], (len(names), 1))
     pool = Pool(
-        ("a", "b"), np.eye(2), np.full((2, 2), 4.0), np.full((2, 2), 8.0), np.zeros(2),
-        np.full((2, 2), -1.0), target=1.0,
+        tuple(names), scores, np.full_like(scores, 4.0), np.full_like(scores, 8.0),
+        np.zeros(len(names)), np.full_like(scores, -1.0), target=1.0,
     )  # fmt: skip
-    assert pool.in_flops.mean_costs(2) == 12.0
-    part = verifiable.parts(["constraints"], quick=True)[0]
     rows = [
         {
-            "prompt_id": name, "score": 1.0, "logprob": -2.0, "response_tokens": 4,
+            "prompt_id": name, "score": score(name), "logprob": -2.0, "response_tokens": 4,
             "usage": {"generated_tokens": 4, "flops": 6.0, "reward_calls": 1, "seconds": 0.1},
         }
-        for name in "ab"
+        for name in names
     ]  # fmt: skip
-    agents, _ = verifiable.result_rows(part, pool, [Cell("c", "x", 512, "tokens", rows)], None)
+    return pool, [Cell("c", "x", 512, "tokens", rows)]
+
+
+def test_the_baseline_stops_at_the_target():
+    pool, cells = pool_and_rows("ab", lambda _: 1.0)
+    assert pool.in_flops.mean_costs(2) == 12.0
+    part = verifiable.parts(["constraints"], quick=True)[0]
+    agents, _ = verifiable.result_rows(part, pool, cells, None)
     assert agents[0]["multiplier"] == pytest.approx(2.0)
     assert agents[0]["mean_logprob"] == -0.5
+
+
+def test_each_task_has_rows_of_its_own(monkeypatch):
+    kinds = dict(zip("abcd", ("sums", "gcd", "sums", "gcd"), strict=True))
+    prompts = [Prompt.from_text(name, id=name, metadata={"kind": k}) for name, k in kinds.items()]
+    monkeypatch.setattr(verifiable.Study, "prompts", lambda *_: prompts)
+    [part] = verifiable.parts(["reasoning"], quick=False)
+    rows = verifiable.task_rows(part, *pool_and_rows("abcd", lambda name: float(name in "ac")))
+    assert [(row["task"], row["prompts"], row["mean"]) for row in rows] == [
+        ("gcd", 2, 0.0),
+        ("sums", 2, 1.0),
+    ]

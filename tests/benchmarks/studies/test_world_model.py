@@ -7,15 +7,17 @@ import pytest
 from typer.testing import CliRunner
 
 from mbrl_text_env.benchmarks.studies import world_model as study
+from mbrl_text_env.benchmarks.studies.world_model_baselines import correlations
 from tests.benchmarks.studies.tiny_command import Command
 
 
 def test_the_quick_command_goes_on_and_has_all_baselines(tmp_path, monkeypatch):
-    size = study.Size(8, 6, 6, 6, 4, 1, (8,), 40, 16, 8)
+    size = study.Size(8, 6, 6, 4, 1, 8, (8,), 40, 16)
     monkeypatch.setattr(study, "QUICK", size)
     tiny = Command(study.main, tmp_path, {})
     words = ["--quick", "--language-model", str(tiny.model), "--dtype", "float32"]
     words += ["--json", str(tmp_path / "found.json"), "--out", str(tmp_path / "run")]
+    words += ["--page", str(tmp_path / "page.md")]
     for _ in range(2):
         found = CliRunner(env={"COLUMNS": "200"}).invoke(tiny.app, words)
         assert found.exit_code == 0, found.output
@@ -24,7 +26,7 @@ def test_the_quick_command_goes_on_and_has_all_baselines(tmp_path, monkeypatch):
     assert row["length"] == 8
     assert row["low"] <= row["correlation"] <= row["high"]
     assert row["z"] > 0
-    assert set(row["baselines"]) == {"any", "rate", "prefix", "boosting"}
+    assert set(row["baselines"]) == {"any", "rate", "ensemble", "prefix", "boosting"}
     plans = result["planning"]
     assert [r["agent"] for r in plans["results"]] == [*study.PLANNERS] * 2
     assert {r["reward"] for r in plans["results"]} == {"set-0", "all"}
@@ -33,14 +35,18 @@ def test_the_quick_command_goes_on_and_has_all_baselines(tmp_path, monkeypatch):
     together = plans["results"][len(study.PLANNERS) :]
     # One set is all of them.
     assert {r["agent"]: r["multiplier_tokens"] for r in together} == pytest.approx(values)
-    assert result["cost"]["state_ms"] > 0
+    assert "| tokens | nearest | any |" in (tmp_path / "page.md").read_text()
+    ratios = result["label_ratio"]
+    assert {row["reward"] for row in ratios} == {"long words", "you"}
+    assert all(row["ratio"] is None or row["low"] <= row["ratio"] for row in ratios)
+    assert set(result["cost"]) == {"increment", "ensemble"}
 
 
 def test_correlations_are_within_cells_and_resampled_by_prompt():
     final = np.array([0.0, 1.0, 10.0, 11.0, 5.0, 5.0])
     cells = [(0, 0), (0, 0), (0, 1), (0, 1), (1, 0), (1, 0)]
     told = {"right": final * 2, "wrong": -final, "level": np.array([9.0, 9, 0, 0, 1, 1])}
-    found = study.correlations(told, final, cells, seed=0)
+    found = correlations(told, final, cells, seed=0)
     assert found["right"][0] == pytest.approx(1)
     assert found["wrong"][0] == pytest.approx(-1)
     assert found["level"][0] == 0
