@@ -180,11 +180,13 @@ class Work:
 
     @cached_property
     def increments(self) -> dict[str, IncrementDynamics]:
-        """By name, all fitted on the same records."""
-        return {
-            name: kind(self.language_model, **settings).fit(self.train)
-            for name, (kind, settings) in INCREMENTS.items()
-        }
+        """By name, all of the same records, which are read once."""
+        fitted, found = IncrementDynamics(self.language_model).fit(self.train), {}
+        for name, (kind, settings) in INCREMENTS.items():
+            made = found[name] = kind(self.language_model, **settings)
+            made.constant_, made.language_model_name_ = fitted.constant_, self.language_model.name
+            made.restore(fitted.arrays())
+        return found
 
     @cached_property
     def ensemble(self) -> EnsembleDynamics:
