@@ -57,8 +57,8 @@ def serve_command(
         int, typer.Option(min=1, help="Tokens that may be generated for one answer.")
     ] = 1024,
     max_response_tokens: options.TokensOption = 256,
-    host: str = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable with the key that clients send.")
     ] = None,
@@ -91,5 +91,5 @@ def serve_command(
     app = create_app(agents, budget, limits=limits, api_key=key, plain_prompts=plain_prompts)
     if key is None and host not in _LOOPBACK:
         errors.print(f"Whoever reaches {host} can ask: give a key (--api-key-env).", style="yellow")
-    console.print(f"{', '.join(agents)}: http://{host}:{port}/v1")
+    console.print(f"Models at /v1: {', '.join(agents)}")
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=limits.shutdown_timeout)
