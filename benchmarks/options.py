@@ -373,7 +373,7 @@ class DemoConfig:
     """How large the demonstration is; `pool_samples` are what best-of-N is read from."""
 
     train_prompts: Annotated[int, typer.Option(min=2)] = 24
-    test_prompts: CountOption = 16
+    test_prompts: CountOption = 12
     budget_tokens: CountOption = 400
     max_response_tokens: TokensOption = 96
     seed: SeedOption = 0

@@ -7,6 +7,7 @@ is shown as an escape, such as `\\x1b`. Where the output is no terminal, no line
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -80,19 +81,21 @@ class _Told(Progress):
     """A bar, and where there is no terminal a line every ten seconds."""
 
     def __init__(self, *columns: Any, console: Console) -> None:
-        self._told = time.monotonic()
+        # It asks for its renderable when it has no console yet.
+        self._told = math.inf
         super().__init__(*columns, console=console)
+        self._told = time.monotonic()
 
     def get_renderable(self) -> Any:
         """What the bar's thread asks for several times a second."""
         now = time.monotonic()
-        # It is asked for while the bar is made, too.
         if now - self._told >= _LINE_SECONDS and not self.console.is_terminal:
             self._told = now
             for task in self.tasks:
                 if not task.finished and task.started:
                     count = f"{task.completed:.0f} of {task.total or 0:.0f}"
-                    self.console.print(f"{task.description}: {count}, {task.elapsed or 0:.0f} s")
+                    line = f"{task.description}: {count}, {task.elapsed or 0:.0f} s"
+                    self.console.print(plain(line))
         return super().get_renderable()
 
 

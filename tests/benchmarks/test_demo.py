@@ -1,12 +1,13 @@
 """The demonstration on the real models, small; `make demo` runs it whole."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from mbrl_text_env.benchmarks.compare import read_rows
-from mbrl_text_env.benchmarks.demo import AGENTS, REWARDS, DemoConfig, run_demo
+from mbrl_text_env.benchmarks.demo import AGENTS, REWARDS, DemoConfig, fastest_model, run_demo
 from mbrl_text_env.records import read_records
 
 SMALL = DemoConfig(
@@ -42,6 +43,27 @@ def test_it_shows_and_keeps_everything_and_resumes(smollm2, tmp_path):
     assert "minus best-of-N" in shown
     assert "x FLOPs" in shown
     assert "Prompt: " in shown
-    assert str(tmp_path) in shown.replace("\n", "")
+    for reward in REWARDS:
+        path = tmp_path / f"compare-{reward}" / "report.html"
+        assert f"Report: {path}" in shown.replace("\n", "")
+        assert path.is_file()
     again, _ = run()
     assert again == summaries  # times included: nothing was run twice
+
+
+@pytest.mark.slow
+def test_the_fastest_number_format_is_found_once(tmp_path):
+    def found():
+        console = Console(file=io.StringIO(), width=140)
+        return fastest_model(tmp_path, console), console.file.getvalue()
+
+    model, shown = found()
+    kept = json.loads((tmp_path / "format.json").read_text())
+    rates = kept["tokens_a_second"]
+    assert max(rates, key=rates.get) == kept["dtype"]
+    assert str(model.dtype) == f"torch.{kept['dtype']}"
+    assert f"The demonstration runs in {kept['dtype']}" in shown
+    other = next(dtype for dtype in rates if dtype != kept["dtype"])
+    (tmp_path / "format.json").write_text(json.dumps({"dtype": other}))
+    model, shown = found()
+    assert (str(model.dtype), shown) == (f"torch.{other}", "")

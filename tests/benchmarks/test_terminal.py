@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from mbrl_text_env import Prompt
+from mbrl_text_env.benchmarks import terminal
 from mbrl_text_env.benchmarks.cli import app
 from mbrl_text_env.benchmarks.options import ModelOptions
-from mbrl_text_env.benchmarks.terminal import PlainConsole, panel, plain, visible
+from mbrl_text_env.benchmarks.terminal import PlainConsole, panel, plain, progress_bar, visible
 from mbrl_text_env.language_models.registry import CACHE_VARIABLE, cache_folder
 from mbrl_text_env.rewards import RewardError, RewardSpecError, make
 from tests.language_models.conftest import make_config, save_model, train_tokenizer
@@ -321,3 +322,16 @@ def test_a_missing_package_names_the_extra(package, extra, code):
     )  # fmt: skip
     assert done.returncode == 1
     assert f"pip install 'mbrl-text-env[{extra}]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_is_lines_where_there_is_no_terminal(is_terminal, monkeypatch):
+    monkeypatch.setattr(terminal, "_LINE_SECONDS", 0.0)
+    console = PlainConsole()
+    console.file, console._force_terminal = io.StringIO(), is_terminal
+    with progress_bar(console) as bar:
+        task = bar.add_task("Doing [red]", total=3)
+        bar.advance(task)
+        bar.refresh()
+    lines = console.file.getvalue().splitlines()
+    assert ("Doing [red]: 1 of 3, 0 s" in lines) != is_terminal
