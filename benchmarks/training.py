@@ -6,6 +6,7 @@ and `events/` for TensorBoard. Expert iteration keeps its iterations in `loop/`.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -192,13 +193,23 @@ def _train_loop(training: Training, curves: Curves, tell: Tell) -> None:
 
     models = training.language_model, training.reward_model
     folder = training.folder / LOOP_FOLDER
+    noted = 0
+
+    def on_stage(iteration: int, stage: str) -> None:
+        """Note the iterations that have ended since the last time, from the loop's own files."""
+        nonlocal noted
+        for done in range(noted, iteration):
+            path = folder / f"{done:02d}" / "scores.json"
+            found = json.loads(path.read_text(encoding="utf-8"))["validation"]
+            curves.add(done, found["mean"], found["tokens"])
+        noted = max(noted, iteration)
+        tell(min(iteration, training.steps), stage)
+
     loop = ExpertIteration(
-        *models, training.prompts, training.held_out, folder, training.settings, on_stage=tell
+        *models, training.prompts, training.held_out, folder, training.settings, on_stage=on_stage
     )
     result = loop.run()
-    for report in result.iterations:
-        curves.add(report.iteration, report.validation.mean, report.validation.tokens)
-    tell(training.steps, "ended")
+    on_stage(len(result.iterations), "ended")
     if result.best:
         with write_folder(training.policy) as scratch:
             best = folder / f"{result.best:02d}" / POLICY

@@ -94,7 +94,7 @@ def test_make_targets(words):
 
 def smaller(words):
     """The same command with fewer and shorter responses."""
-    small = {"--max-response-tokens": "12", "--budget-tokens": "50", "--steps": "2"}
+    small = {"--max-response-tokens": "12", "--budget-tokens": "50", "--steps": "1"}
     # What is fitted on the collected responses needs several prompts.
     small["--num-prompts"] = "2" if words[1] == "compare" else "8"
     words = [small.get(before, word) for before, word in zip(["", *words], words, strict=False)]
@@ -102,6 +102,9 @@ def smaller(words):
         words += ["--max-response-tokens", "12"]
     if words[1] == "compare" and "--num-prompts" not in words:
         words += ["--num-prompts", "2"]
+    if words[1] == "train":
+        sizes = {"prompts_per_step": 1, "num_generations": 4, "batch_size": 4}
+        words += [word for pair in sizes.items() for word in ("--set", "{}={}".format(*pair))]
     if words[1] == "compare" and not any(word.startswith("--budget") for word in words):
         words += ["--budget-tokens", "50"]
     return words
