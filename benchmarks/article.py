@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +22,7 @@ from mbrl_text_env.agents.learning.stages import STAGES, LoraImprover
 from mbrl_text_env.agents.values import EmbeddingValue, FittedValue, load_value
 from mbrl_text_env.benchmarks import compare, report
 from mbrl_text_env.benchmarks.demo import collect_with_progress, fitted_on
-from mbrl_text_env.benchmarks.needs import needs
+from mbrl_text_env.benchmarks.devices import needs, put_on, usable_device
 from mbrl_text_env.benchmarks.options import (
     ArticleConfig,
     CompareConfig,
@@ -38,8 +36,6 @@ from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.loading import number_format
 from mbrl_text_env.language_models.registry import embedded_encoder
 from mbrl_text_env.records import Record, read_records, scores_of
-from mbrl_text_env.rewards.evaluators._hub import HubReward
-from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.types import Prompt
 
 PROMPTS = tuple(
@@ -72,25 +68,25 @@ def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console:
         RecordsError, CompareError, LoopError: The folder holds a run with other models or settings.
         NoSignalError: All planned answers score the same, so that nothing can be learned.
     """
-    device = _device(config.device)
+    device = usable_device(config.device)
     for line in _needs(config, judge, device):
         console.print(line)
     options = ModelOptions(language_model=config.policy, dtype=config.dtype, device=str(device))
     language_model, reward, encoder = options.load(), judge.load(), embedded_encoder(str(device))
     put_on(reward, device)
+    models = language_model, reward
     limits: dict[str, Any] = {"max_response_tokens": config.max_response_tokens}
     limits["seed"] = config.seed
     records = out / RECORDS
-    parts: tuple[Any, ...] = (language_model, reward)
-    collect_with_progress(*parts, PROMPTS, records, console, samples=_SAMPLES, **limits)
+    collect_with_progress(*models, PROMPTS, records, console, samples=_SAMPLES, **limits)
     if not (out / "value").exists():
-        fitted = EmbeddingValue(language_model, encoder).fit(read_records(records))
-        fitted.save(out / "value")
-    value = load_value(out / "value", *parts, encoder)
+        EmbeddingValue(language_model, encoder).fit(read_records(records)).save(out / "value")
+    value = load_value(out / "value", *models, encoder)
     assert isinstance(value, FittedValue)
     console.print(f"Quality predictor: {fitted_on(value)}")
     for name, prompts in ((SEEN_FOLDER, PROMPTS), (UNSEEN_FOLDER, UNSEEN)):
-        comparison = compare.Comparison(CompareConfig(AGENTS, **limits), prompts, *parts, value)
+        asked = CompareConfig(AGENTS, **limits)
+        comparison = compare.Comparison(asked, prompts, *models, value)
         compare.compare_with_progress(comparison, out / name, console)
     settings = planned(
         "lookahead",
@@ -100,36 +96,31 @@ def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console:
         patience=None,
         **limits,
     )
-    with progress_bar(console) as bar:
-        task = bar.add_task("The loop", total=len(STAGES) * (config.iterations + 1) - 3)
-
-        def on_stage(iteration: int, stage: str) -> None:
-            # The base model is only measured and valued.
-            done = len(STAGES) * iteration + STAGES.index(stage) - 3
-            bar.update(task, completed=done, description=f"The loop ({iteration}, {stage})")
-
-        ExpertIteration(
-            *parts,
-            PROMPTS,
-            UNSEEN,
-            out / LOOP,
-            settings,
-            improver=LoraImprover(_TUNING),
-            value_model=value,
-            encoder=encoder,
-            on_stage=on_stage,
-        ).run()
-        bar.update(task, completed=bar.tasks[0].total)
+    parts = {"improver": LoraImprover(_TUNING), "value_model": value, "encoder": encoder}
+    loop = ExpertIteration(*models, PROMPTS, UNSEEN, out / LOOP, settings, **parts)
+    _run_loop(loop, console)
     about = {**provenance(COMMAND.get()), "settings": {**asdict(config), "device": str(device)}}
     write_text(out / ABOUT, json.dumps(about, indent=2))
     page = recorded_page(out)
     write_page(out / compare.REPORT, page)
-    for table in page.tables:
-        console.print(table)
-    console.print(page.verdict)
-    for warning in page.warnings:
-        console.print(warning)
+    for shown in (*page.tables, page.verdict, *page.warnings):
+        console.print(shown)
     console.print(f"Report: {(out / compare.REPORT).resolve()}")
+
+
+def _run_loop(loop: ExpertIteration, console: Console) -> None:
+    with progress_bar(console) as bar:
+        # The base model is only measured and valued.
+        total = len(STAGES) * (loop.settings.iterations + 1) - 3
+        task = bar.add_task("The loop", total=total)
+
+        def on_stage(iteration: int, stage: str) -> None:
+            done = len(STAGES) * iteration + STAGES.index(stage) - 3
+            bar.update(task, completed=done, description=f"The loop ({iteration}, {stage})")
+
+        loop.on_stage = on_stage
+        loop.run()
+        bar.update(task, completed=total)
 
 
 def recorded_page(out: Path) -> Page:
@@ -188,30 +179,7 @@ def _by_prompt(records: list[Record]) -> Any:
     return mean_interval(sorted(float(np.mean(own)) for own in groups))
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise typer.BadParameter(
-            f"--device: expected one that torch can use here, such as 'cpu', got {name!r} "
-            f"({reason}). `mbrl-text doctor` lists them."
-        ) from error
-    return found
-
-
-def put_on(reward: Any, device: torch.device) -> None:
-    """Have the classifiers and encoders of a reward run on a device; before its first use."""
-    if isinstance(reward, HubReward):
-        reward.device = device
-    elif isinstance(reward, RelevanceReward) and reward.encoder is None and device.type != "cpu":
-        reward.encoder = embedded_encoder(str(device))
-    for part in getattr(reward, "rewards", ()):
-        put_on(part, device)
-
-
-def _needs(config: ArticleConfig, judge: RewardOptions, device: torch.device) -> list[str]:
+def _needs(config: ArticleConfig, judge: RewardOptions, device: Any) -> list[str]:
     dtype = number_format(None if config.dtype == "default" else config.dtype, device)
     models = [(config.policy, "AutoModelForCausalLM", dtype)] if config.policy != "embedded" else []
     _, _, source = (judge.reward or "").partition("classifier:")

@@ -31,9 +31,10 @@ _MOST_PROMPTS = 1000
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Make the report of a comparison, an audit, a training, the article or records again; returns its place.
+    """Make the report of what is in a folder again; returns its place.
 
-    Without `out` it is where the run has written it: in the folder, or beside that of records.
+    That is a comparison, an audit, a training, the article's pipeline, or records. Without `out` it
+    is where the run has written it: in the folder, or beside that of records.
 
     Raises:
         CompareError: The folder is none of these.

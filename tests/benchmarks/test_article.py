@@ -104,17 +104,20 @@ def test_the_report_has_the_figures_and_is_made_again(whole):
     assert (out / "report.html").read_text() == html
 
 
-def test_killed_and_resumed_it_ends_in_the_same_rows(models, whole, tmp_path):
-    words = ["article", *models, "--out", str(tmp_path), "--device", "cpu"]
-    running = subprocess.Popen([sys.executable, "-m", "mbrl_text_env.benchmarks.cli", *words])
-    while running.poll() is None and not (tmp_path / "loop/01/collected.json").exists():
+def test_killed_and_resumed_it_ends_in_the_same_rows(models, tmp_path):
+    words = ["article", *models, "--max-response-tokens", "24", "--out"]
+    killed, other = tmp_path / "killed", tmp_path / "whole"
+    program = [sys.executable, "-m", "mbrl_text_env.benchmarks.cli"]
+    running = subprocess.Popen([*program, *words, str(killed)])
+    while running.poll() is None and not (killed / "loop/01/collected.json").exists():
         time.sleep(0.01)
     running.kill()
     assert running.wait() == -signal.SIGKILL
-    assert not (tmp_path / "report.html").exists()
-    result = RUN.invoke(app, words)
-    assert result.exit_code == 0, result.output
-    assert rows_of(tmp_path) == rows_of(whole[0])
+    assert not (killed / "report.html").exists()
+    for out in (killed, other):
+        result = RUN.invoke(app, [*words, str(out)])
+        assert result.exit_code == 0, result.output
+    assert rows_of(killed) == rows_of(other)
 
 
 def test_a_device_that_is_none_and_a_name_that_cannot_be_had(models, tmp_path):

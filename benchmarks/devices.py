@@ -1,14 +1,47 @@
-"""What models take in memory and time, told before they are downloaded."""
+"""Where models run, and what they take there in memory and time: told before a download."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
+import typer
+
+from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.language_models.registry import embedded_encoder
+from mbrl_text_env.rewards.evaluators._hub import HubReward
+from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 
 
-def needs(models: Sequence[tuple[str, str, torch.dtype]], tokens: int, device: torch.device) -> list[str]:
+def usable_device(name: str | None) -> torch.device:
+    """The device of a name, or the one that models take by default; tried out."""
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(
+            f"--device: expected one that torch can use here, such as 'cpu', got {name!r} "
+            f"({reason}). `mbrl-text doctor` lists them."
+        ) from error
+    return found
+
+
+def put_on(reward: Any, device: torch.device) -> None:
+    """Have the classifiers and encoders of a reward run on a device; before its first use."""
+    if isinstance(reward, HubReward):
+        reward.device = device
+    elif isinstance(reward, RelevanceReward) and reward.encoder is None and device.type != "cpu":
+        reward.encoder = cast("Encoder", embedded_encoder(str(device)))
+    for part in getattr(reward, "rewards", ()):
+        put_on(part, device)
+
+
+def needs(
+    models: Sequence[tuple[str, str, torch.dtype]], tokens: int, device: torch.device
+) -> list[str]:
     """A line for each model, and one of the time.
 
     `models` are names or folders, the class of transformers that loads each, and its number format.
