@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -68,10 +69,14 @@ def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console:
         RecordsError, CompareError, LoopError: The folder holds a run with other models or settings.
         NoSignalError: All planned answers score the same, so that nothing can be learned.
     """
+    if "://" in config.policy:
+        raise typer.BadParameter(
+            f"--policy: expected a model that is loaded and tuned here, got {config.policy!r}."
+        )
     device = usable_device(config.device)
+    options = ModelOptions(language_model=config.policy, dtype=config.dtype, device=str(device))
     for line in _needs(config, judge, device):
         console.print(line)
-    options = ModelOptions(language_model=config.policy, dtype=config.dtype, device=str(device))
     language_model, reward, encoder = options.load(), judge.load(), embedded_encoder(str(device))
     put_on(reward, device)
     models = language_model, reward

@@ -113,6 +113,12 @@ class ModelOptions:
     # Only where all models of a command follow it.
     device: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise typer.BadParameter(
+                f"--dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}."
+            )
+
     def load(self) -> Any:
         """Load the language model, or connect to its server."""
         if self.language_model.startswith(("http://", "https://")):
@@ -122,10 +128,6 @@ class ModelOptions:
 
         from mbrl_text_env.language_models import TransformersLM, embedded
 
-        if self.dtype not in _DTYPES:
-            raise typer.BadParameter(
-                f"--dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}."
-            )
         name = self.language_model
         options: dict[str, Any] = {"device": self.device}
         options |= {} if self.dtype == "default" else {"dtype": getattr(torch, self.dtype)}

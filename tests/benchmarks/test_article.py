@@ -120,11 +120,17 @@ def test_killed_and_resumed_it_ends_in_the_same_rows(models, tmp_path):
     assert rows_of(killed) == rows_of(other)
 
 
-def test_a_device_that_is_none_and_a_name_that_cannot_be_had(models, tmp_path):
-    result = RUN.invoke(app, ["article", *models, "--device", "cdua", "--out", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "cdua"], "--device: expected one that torch can use"),
+        (["--dtype", "float8"], "--dtype: expected one of"),
+        (["--policy", "http://localhost:8000/v1"], "--policy: expected a model that is loaded"),
+        (["--policy", "no-such-owner/no-such-model"], "memory and time cannot be told"),
+    ],
+)
+def test_what_cannot_be_run_is_told(words, message, tmp_path):
+    result = RUN.invoke(app, ["article", *words, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
-    assert "--device: expected one that torch can use" in result.output
-    words = ["article", "--policy", "no-such-owner/no-such-model", "--out", str(tmp_path)]
-    result = RUN.invoke(app, words)
-    assert result.exit_code == 2
-    assert "memory and time cannot be told" in result.output
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
