@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         "best_first": ["BestFirst", "expected_score"],
         "choices": ["Choice"],
         "collection": ["collect"],
+        "driver": ["Driver"],
         "guarded": ["Guarded"],
         "lookahead": ["Lookahead", "RecedingHorizon"],
         "mcts": ["MCTS"],

@@ -25,7 +25,7 @@ from collections.abc import (
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from mbrl_text_env.agents.choices import Choice, ChoicePlan
 from mbrl_text_env.language_models.base import (
@@ -50,9 +50,16 @@ from mbrl_text_env.types import (
     Usage,
 )
 
+if TYPE_CHECKING:
+    from mbrl_text_env.agents.driver import Driver
+
 T = TypeVar("T")
 Begin: TypeAlias = Callable[[], Coroutine[Any, Any, T]]
 """Begins a search."""
+Running: TypeAlias = Coroutine[Any, Any, None] | Generator[Any, None, None]
+"""A search that has begun, and keeps what it finds."""
+Take: TypeAlias = Callable[[int], Iterable[Running]]
+"""Begins the next searches, at most so many; fewer, or none, where there are no more now."""
 Prompts: TypeAlias = str | Prompt | Iterable[str | Prompt]
 _Begun: TypeAlias = list[tuple[TextState, Ledger]]
 
@@ -180,14 +187,22 @@ class Agent(ABC):
         return self._generations(begun, run(*self._searches(begun, seed)), seed)
 
     async def generate_async(
-        self, prompts: Prompts, budget: Budget | None = None, *, seed: int = 0
+        self,
+        prompts: Prompts,
+        budget: Budget | None = None,
+        *,
+        seed: int = 0,
+        driver: Driver | None = None,
     ) -> list[Generation]:
         """`generate` that awaits each batch, so that an event loop goes on; cancelling ends it.
 
-        Models other than language models are called in a thread, one at a time.
+        Models other than language models are called in a thread, one at a time. Calls that pass the
+        same `driver` are answered in common batches, whenever they begin.
         """
         begun = self._begun(prompts, budget)
-        return self._generations(begun, await run_async(*self._searches(begun, seed)), seed)
+        searches, most = self._searches(begun, seed)
+        found = await (run_async(searches, most) if driver is None else driver.run(searches))
+        return self._generations(begun, found, seed)
 
     def act(
         self, states: Sequence[TextState], budget: Budget | None = None, *, seed: int = 0
@@ -482,8 +497,8 @@ def run(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[
         BaseException: Of the searches that failed at the same time, what the first in the list
             raised; the others are given up.
     """
-    results: list[Any] = [None] * len(searches)
-    with closing(_calls(searches, most_at_once, results)) as calls:
+    take, results = _kept(searches)
+    with closing(_calls(take, most_at_once)) as calls:
         for call in calls:
             call.make()
     return results
@@ -491,48 +506,61 @@ def run(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[
 
 async def run_async(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[T]:
     """`run` that awaits each batch. Cancelled, it lets a batch in a thread end, and drops it."""
-    results: list[Any] = [None] * len(searches)
-    with closing(_calls(searches, most_at_once, results)) as calls:
-        for call in calls:
-            await call.make_in_loop()
+    take, results = _kept(searches)
+    await drive(take, most_at_once)
     return results
 
 
-def _calls(
-    searches: Sequence[Begin[T]], most_at_once: int, results: list[Any]
-) -> Generator[Call, None, None]:
-    """Advance searches, and yield the merged calls to make; put what they return into `results`."""
+async def drive(take: Take, most_at_once: int = MOST_AT_ONCE) -> None:
+    """Advance what `take` gives until all have ended and it gives nothing more."""
+    with closing(_calls(take, most_at_once)) as calls:
+        for call in calls:
+            await call.make_in_loop()
+
+
+def _kept(searches: Sequence[Begin[T]]) -> tuple[Take, list[T]]:
+    """The searches, which put what they return into the list."""
+    results: list[Any] = [None] * len(searches)
+
+    async def keep(place: int, begin: Begin[T]) -> None:
+        results[place] = await begin()
+
     waiting = iter(list(enumerate(searches)))
-    active: dict[int, Coroutine[Any, Any, T]] = {}
+    return lambda count: itertools.starmap(keep, itertools.islice(waiting, count)), results
+
+
+def _calls(take: Take, most_at_once: int) -> Generator[Call, None, None]:
+    """Advance searches, and yield the merged calls to make."""
+    active: list[Running] = []
     try:
         while True:
-            for place, begin in itertools.islice(waiting, most_at_once - len(active)):
-                active[place] = begin()
+            active += take(most_at_once - len(active))
             if not active:
                 return
-            for group in _advanced(active, results):
+            for group in _advanced(active):
                 yield from _answered(group)
     finally:
-        for search in active.values():
+        for search in active:
             search.close()
 
 
-def _advanced(active: dict[int, Coroutine[Any, Any, T]], results: list[Any]) -> list[list[Call]]:
+def _advanced(active: list[Running]) -> list[list[Call]]:
     """Advance every search until it waits or ends; what they wait for, by what can be merged."""
     groups: dict[Hashable, list[Call]] = {}
     errors = []
-    for place, search in list(active.items()):
+    for search in list(active):
         try:
             call = search.send(None)
             if not isinstance(call, Call):
-                raise TypeError(
+                wrong = TypeError(
                     f"A search awaited {type(call).__name__}. It can only wait for models: await "
                     "`search.expand(...)`, `self.scored(...)`, or `agents.base.ask(...)`."
                 )
+                search.throw(wrong)
+                raise wrong
             groups.setdefault(call.key, []).append(call)
-        except StopIteration as ended:
-            results[place] = ended.value
-            del active[place]
+        except StopIteration:
+            active.remove(search)
         except Exception as error:
             errors.append(error)
     if errors:

@@ -20,6 +20,7 @@ from rich.table import Table
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
+from mbrl_text_env.benchmarks.serve import serve_command
 from mbrl_text_env.benchmarks.terminal import (
     COMMAND,
     CommandLine,
@@ -47,6 +48,7 @@ app.add_typer(reward_app, name="reward")
 world_app = typer.Typer(help="Diagnose world models.", no_args_is_help=True)
 app.add_typer(world_app, name="world-model")
 app.command("train")(train_command)
+app.command("serve")(serve_command)
 
 
 @app.command()

@@ -21,6 +21,7 @@ _FEATURES = {
     "rl": "PPO and DQN",
     "train": "GRPO, RLOO and expert iteration",
     "server": "language models on servers",
+    "serve": "a server whose answers are searched for",
     "data": "data sets and generated puzzles",
     "verify": "mathematics, JSON schemas, languages",
 }

@@ -15,6 +15,7 @@ EXTRAS = {
     "train": ("trl", "peft", "tensorboard"),
     "data": ("datasets", "reasoning_gym"),
     "server": ("httpx", "tenacity"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "verify": ("math_verify", "jsonschema", "langdetect", "regex"),
 }
 """The packages that each extra brings, by the names they are imported by."""

@@ -29,6 +29,7 @@ PAGES = [
     "docs/reports.md",
     "docs/rewards.md",
     "docs/self-training.md",
+    "docs/serving.md",
     "docs/values.md",
     "docs/world_models.md",
 ]

@@ -14,6 +14,7 @@ import pytest
 
 from mbrl_text_env.agents import BestOfN, Lookahead, Planner, Sampling
 from mbrl_text_env.agents.base import Agent, ask, ask_for_chunks, run, run_async
+from mbrl_text_env.agents.driver import Driver
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.language_models.base import NextTokens, SampleRequest
 from mbrl_text_env.mdp import initial
@@ -656,3 +657,73 @@ class TestInAnEventLoop:
         elapsed = time.perf_counter() - began
         seconds = sum(answer.usage.seconds for answer in answers)
         assert 2 * 0.9 * 0.02 <= seconds <= 1.05 * elapsed + 0.01
+
+
+class TestDriver:
+    @pytest.mark.parametrize("name", MAKERS)
+    def test_calls_share_batches_and_their_answers_are_those_of_generate(self, name):
+        agent, budget = build(name, AwaitedLM), Budget(tokens=77)
+
+        async def each() -> list[Any]:
+            driver = Driver()
+            calls = [agent.generate_async(p, budget, driver=driver) for p in PROMPTS]
+            found = await asyncio.gather(*calls)
+            assert driver.searches == 0
+            return [answer for [answer] in found]
+
+        found, together = asyncio.run(each()), build(name, AwaitedLM)
+        asyncio.run(together.generate_async(PROMPTS, budget))
+        assert agent.language_model.awaited == together.language_model.awaited
+        for a, b in zip(found, agent.generate(PROMPTS, budget), strict=True):
+            assert (a.prompt, a.text, a.completion) == (b.prompt, b.text, b.completion)
+            assert replace(a.usage, seconds=0) == replace(b.usage, seconds=0)
+
+    def test_one_joins_fails_or_is_cancelled_while_others_run(self):
+        lm, ended = AwaitedLM(0.05), []
+
+        async def wrong() -> None:
+            await asyncio.sleep(0)
+
+        async def fails() -> None:
+            await asks(lm, 1)()
+            raise KeyError("its own")
+
+        async def endless() -> None:
+            try:
+                while True:
+                    await asks(lm, 1)()
+            finally:
+                ended.append(len(lm.awaited))
+
+        async def crowd() -> list[Any]:
+            driver = Driver()
+            long = asyncio.create_task(driver.run([asks(lm, 1), endless]))
+            await asyncio.sleep(0.02)
+            others = await asyncio.gather(
+                driver.run([wrong]),
+                driver.run([fails]),
+                driver.run([asks(lm, 1)]),
+                return_exceptions=True,
+            )
+            long.cancel()
+            while driver.searches:
+                await asyncio.sleep(0.01)
+            # It begins again after a pause.
+            return [*others, await driver.run([asks(lm, 1)])]
+
+        wrong_found, failed, found, again = asyncio.run(asyncio.wait_for(crowd(), timeout=30))
+        assert isinstance(wrong_found, TypeError)
+        assert repr(failed) == "KeyError('its own')"
+        assert found == again
+        # The second batch had what joined.
+        assert lm.awaited[:2] == [2, 3]
+        assert ended[0] <= len(lm.awaited) - 1
+
+    def test_further_searches_wait_for_a_place(self):
+        lm = AwaitedLM()
+
+        async def crowd() -> None:
+            await Driver(most_at_once=2).run([asks(lm, 1)] * 5)
+
+        asyncio.run(crowd())
+        assert lm.awaited == [2, 2, 1]
