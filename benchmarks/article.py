@@ -21,15 +21,10 @@ from rich.table import Table
 from mbrl_text_env.agents.learning import ExpertIteration, FineTuneSettings, planned
 from mbrl_text_env.agents.learning.stages import STAGES, LoraImprover
 from mbrl_text_env.agents.values import EmbeddingValue, FittedValue, load_value
-from mbrl_text_env.benchmarks import compare, report
+from mbrl_text_env.benchmarks import compare, options, report
 from mbrl_text_env.benchmarks.demo import collect_with_progress, fitted_on
 from mbrl_text_env.benchmarks.devices import needs, put_on, usable_device
-from mbrl_text_env.benchmarks.options import (
-    ArticleConfig,
-    CompareConfig,
-    ModelOptions,
-    RewardOptions,
-)
+from mbrl_text_env.benchmarks.options import ArticleConfig, RewardOptions
 from mbrl_text_env.benchmarks.page import Page, provenance, write_page
 from mbrl_text_env.benchmarks.statistics import mean_interval
 from mbrl_text_env.benchmarks.terminal import COMMAND, numbers, progress_bar
@@ -74,10 +69,11 @@ def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console:
             f"--policy: expected a model that is loaded and tuned here, got {config.policy!r}."
         )
     device = usable_device(config.device)
-    options = ModelOptions(language_model=config.policy, dtype=config.dtype, device=str(device))
+    name, dtype = config.policy, config.dtype
+    policy = options.ModelOptions(language_model=name, dtype=dtype, device=str(device))
     for line in _needs(config, judge, device):
         console.print(line)
-    language_model, reward, encoder = options.load(), judge.load(), embedded_encoder(str(device))
+    language_model, reward, encoder = policy.load(), judge.load(), embedded_encoder(str(device))
     put_on(reward, device)
     models = language_model, reward
     limits: dict[str, Any] = {"max_response_tokens": config.max_response_tokens}
@@ -90,7 +86,7 @@ def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console:
     assert isinstance(value, FittedValue)
     console.print(f"Quality predictor: {fitted_on(value)}")
     for name, prompts in ((SEEN_FOLDER, PROMPTS), (UNSEEN_FOLDER, UNSEEN)):
-        asked = CompareConfig(AGENTS, **limits)
+        asked = options.CompareConfig(AGENTS, **limits)
         comparison = compare.Comparison(asked, prompts, *models, value)
         compare.compare_with_progress(comparison, out / name, console)
     settings = planned(
@@ -143,8 +139,11 @@ def recorded_page(out: Path) -> Page:
         page = report.comparison_page(seen, rows, about)
         quality, cost = report.tables(seen)
         quality.title = f"Seen in the fit: {quality.title}"
-        apart, _ = report.tables(unseen)
-        apart.title = f"Not seen: {apart.title}"
+        caption = "One prompt has no interval."
+        apart = Table("agent", *numbers("reward", "tokens"), title="Not seen", caption=caption)
+        for entry in unseen["agents"]:
+            tokens = f"{entry['generated_tokens']:.0f}"
+            apart.add_row(entry["agent"], f"{entry['mean']:.3f}", tokens)
         return replace(
             page,
             title=f"The article on {seen['language_model']}: {seen['reward']}",
