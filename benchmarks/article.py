@@ -133,7 +133,8 @@ def recorded_page(out: Path) -> Page:
     with compare.reading(out):
         about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
         folders = [out / SEEN_FOLDER, out / UNSEEN_FOLDER]
-        seen, unseen = (json.loads((each / compare.SUMMARY).read_text()) for each in folders)
+        paths = [each / compare.SUMMARY for each in folders]
+        seen, unseen = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
         rows = [row for each in folders for row in compare.read_rows(each / compare.RESULTS)]
         settings = about.pop("settings")
         page = report.comparison_page(seen, rows, about)

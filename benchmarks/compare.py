@@ -192,7 +192,7 @@ def reading(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise CompareError(
-            f"{folder}: expected the files of a comparison that has ended, got a damaged or "
+            f"{folder}: expected the files of a run that has ended, got a damaged or "
             f"missing one ({type(error).__name__}: {error}). The command that made them goes "
             "on and writes them again."
         ) from error

@@ -63,8 +63,8 @@ def needs(
         seconds += size * tokens * _seconds(device, dtype)
     if seconds:
         lines.append(
-            f"At most {tokens:,} tokens are generated and scored: about {seconds / 60:.1f} minutes "
-            f"or more on {device}, as fast as it multiplies now."
+            f"At most {tokens:,} tokens are generated and scored: these models take about "
+            f"{seconds / 60:.1f} minutes or more for that on {device}, as fast as it multiplies now."
         )
     return lines
 

@@ -1,19 +1,24 @@
 """`mbrl-text article` as printed, on tiny random models of the article's two architectures."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from mbrl_text_env.benchmarks.article import AGENTS, PROMPTS, UNSEEN
 from mbrl_text_env.benchmarks.cli import app
 from mbrl_text_env.benchmarks.compare import read_rows
+from mbrl_text_env.benchmarks.devices import needs, put_on
 from mbrl_text_env.records import read_records
+from mbrl_text_env.rewards import TimeLimit, make
 from tests.benchmarks.test_report import Read
 from tests.language_models.conftest import CHAT_TEMPLATE, make_config, save_model, train_tokenizer
 from tests.rewards.conftest import deberta
@@ -134,3 +139,22 @@ def test_what_cannot_be_run_is_told(words, message, tmp_path):
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_parts_of_a_reward_follow_the_device():
+    reward = TimeLimit(make("0.5*classifier:some/model+relevance"), 60)
+    [total] = reward.rewards
+    put_on(reward, torch.device("cpu"))
+    assert total.rewards[0].device == torch.device("cpu")
+
+
+def test_what_a_model_takes_is_known_from_its_config_alone(models, tmp_path):
+    folder = Path(models[1])
+    shutil.copy(folder / "config.json", tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+    found = needs(
+        [(str(tmp_path), "AutoModelForCausalLM", torch.float16)], 1000, torch.device("cpu")
+    )
+    assert f"{whole / 1e6:,.1f} million parameters" in found[0]
+    assert "GB more while it is tuned" in found[0]
+    assert "At most 1,000 tokens" in found[1]
