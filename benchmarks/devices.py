@@ -64,7 +64,7 @@ def needs(
     if seconds:
         lines.append(
             f"At most {tokens:,} tokens are generated and scored: these models take about "
-            f"{seconds / 60:.1f} minutes or more for that on {device}, as fast as it multiplies now."
+            f"{seconds / 60:.1f} minutes or more on {device}, as fast as it multiplies now."
         )
     return lines
 
