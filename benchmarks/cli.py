@@ -33,6 +33,7 @@ from mbrl_text_env.benchmarks.train import train_command
 
 _TRAIN = options.PromptOptions(split="train")
 _ANY_SPLIT = options.PromptOptions(split="all")
+_ARTICLE = options.RewardOptions(reward="relevance")
 _COMPARE = options.CompareConfig(("sampling", "best-of-n", "adaptive"), max_response_tokens=96)
 
 app = typer.Typer(
@@ -61,6 +62,22 @@ def demo(
     from mbrl_text_env.benchmarks.demo import fastest_model, run_demo
 
     run_demo(fastest_model(out, console), out, console, config)
+
+
+@app.command("article")
+@friendly
+def article_command(
+    *,
+    out: Annotated[
+        Path, typer.Option(help="Folder for what it makes; goes on if it exists.")
+    ] = Path("article"),
+    config: options.ArticleConfig,
+    judge: options.RewardOptions = _ARTICLE,
+) -> None:
+    """Run the article: collect, fit, plan against best-of-4, then the loop; can be resumed."""
+    from mbrl_text_env.benchmarks.article import run_article
+
+    run_article(config, judge, out, console)
 
 
 @app.command("compare")

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,15 +177,22 @@ def recorded_page(folder: Path) -> Page:
     Raises:
         CompareError: A file is damaged.
     """
-    try:
+    with reading(folder):
         summary, about = (
             json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             for path in (folder / SUMMARY, folder / _ABOUT)
         )
         return comparison_page(summary, read_rows(folder / RESULTS), about)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Say (`CompareError`) what to do about the files of a run that are damaged or missing."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise CompareError(
-            f"{folder}: expected the files of a comparison that has ended, got a damaged or "
+            f"{folder}: expected the files of a run that has ended, got a damaged or "
             f"missing one ({type(error).__name__}: {error}). The command that made them goes "
             "on and writes them again."
         ) from error

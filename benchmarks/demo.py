@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from mbrl_text_env.agents.collection import collect, missing_samples
 from mbrl_text_env.agents.sampling import Sampling
-from mbrl_text_env.agents.values import EmbeddingValue, make_value
+from mbrl_text_env.agents.values import EmbeddingValue, FittedValue, make_value
 from mbrl_text_env.benchmarks import compare, matched, report
 from mbrl_text_env.benchmarks.options import CompareConfig, DemoConfig, choose_prompts
 from mbrl_text_env.benchmarks.terminal import panel, progress_bar
@@ -29,6 +30,8 @@ from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import RecordWriter, has_records, read_records, rescore
 from mbrl_text_env.rewards import make
+from mbrl_text_env.rewards.base import RewardModel
+from mbrl_text_env.types import Prompt
 
 REWARDS = ("sentiment", "relevance")
 # Responses, and tokens of each, that a number format is tried out on.
@@ -96,6 +99,44 @@ def run_demo(
     return summaries
 
 
+def collect_with_progress(
+    language_model: LanguageModel,
+    reward_model: RewardModel,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    console: Console,
+    *,
+    samples: int,
+    max_response_tokens: int,
+    seed: int,
+) -> None:
+    """`collect` with a progress bar."""
+    with progress_bar(console) as bar, RecordWriter(folder) as writer:
+        missing = missing_samples(writer.existing(), prompts, samples)
+        total = sum(map(len, missing.values()))
+        task = bar.add_task("Collecting scored responses", total=total)
+        collect(
+            language_model,
+            reward_model,
+            prompts,
+            writer,
+            samples_per_prompt=samples,
+            max_response_tokens=max_response_tokens,
+            seed=seed,
+            on_batch=lambda records: bar.advance(task, len(records)),
+        )
+
+
+def fitted_on(value: FittedValue) -> str:
+    """How a value model was fitted, and how good it is, in one sentence."""
+    found = value.report_
+    return (
+        f"fitted on {found.num_records} responses to {found.num_prompts} prompts; on prompts left "
+        f"out its correlation with the score is {found.correlation:.2f}, within a prompt "
+        f"{found.within_prompt:.2f}."
+    )
+
+
 @dataclass(frozen=True)
 class _Demo:
     language_model: LanguageModel
@@ -110,20 +151,16 @@ class _Demo:
         reward, every = make(first), load_prompts(split="train")
         prompts = choose_prompts(every, config.train_prompts, reward, config.seed)
         source = self.out / f"records-{first}"
-        with progress_bar(self.console) as bar, RecordWriter(source) as writer:
-            missing = missing_samples(writer.existing(), prompts, config.samples)
-            total = sum(map(len, missing.values()))
-            task = bar.add_task("Collecting scored responses", total=total)
-            collect(
-                self.language_model,
-                reward,
-                prompts,
-                writer,
-                samples_per_prompt=config.samples,
-                max_response_tokens=config.max_response_tokens,
-                seed=config.seed,
-                on_batch=lambda records: bar.advance(task, len(records)),
-            )
+        collect_with_progress(
+            self.language_model,
+            reward,
+            prompts,
+            source,
+            self.console,
+            samples=config.samples,
+            max_response_tokens=config.max_response_tokens,
+            seed=config.seed,
+        )
         for name in others:
             target = self.out / f"records-{name}"
             if not has_records(target, expected=len(read_records(source))):
@@ -161,12 +198,7 @@ class _Demo:
     def _fit(self, name: str) -> EmbeddingValue:
         value = EmbeddingValue(self.language_model).fit(read_records(self.out / f"records-{name}"))
         value.save(self.out / f"value-{name}")
-        found = value.report_
-        self.console.print(
-            f"Value predictor for {name!r}: fitted on {found.num_records} responses to "
-            f"{found.num_prompts} prompts; on prompts left out its correlation with the score is "
-            f"{found.correlation:.2f}, within a prompt {found.within_prompt:.2f}."
-        )
+        self.console.print(f"Value predictor for {name!r}: {fitted_on(value)}")
         return value
 
     def _multipliers(self, comparison: compare.Comparison, name: str) -> list[dict[str, Any]]:

@@ -110,6 +110,14 @@ class ModelOptions:
     max_wait: Annotated[
         float, typer.Option(min=0.0, help="Seconds to go on trying while no server answers.")
     ] = 60.0
+    # Only where all models of a command follow it.
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise typer.BadParameter(
+                f"--dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}."
+            )
 
     def load(self) -> Any:
         """Load the language model, or connect to its server."""
@@ -120,12 +128,9 @@ class ModelOptions:
 
         from mbrl_text_env.language_models import TransformersLM, embedded
 
-        if self.dtype not in _DTYPES:
-            raise typer.BadParameter(
-                f"--dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}."
-            )
         name = self.language_model
-        options = {} if self.dtype == "default" else {"dtype": getattr(torch, self.dtype)}
+        options: dict[str, Any] = {"device": self.device}
+        options |= {} if self.dtype == "default" else {"dtype": getattr(torch, self.dtype)}
         logging.disable_progress_bar()
         with console.status(plain(f"Loading the language model ({name})")):
             return embedded(**options) if name == "embedded" else TransformersLM(name, **options)
@@ -379,6 +384,32 @@ class DemoConfig:
     seed: SeedOption = 0
     samples: int = 4
     pool_samples: int = 16
+
+
+@dataclass(frozen=True)
+class ArticleConfig:
+    """How the article's pipeline is run; its own sizes where no option says another."""
+
+    panel: ClassVar[str] = "Pipeline"
+
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy",
+            "--language-model",
+            help="'embedded' (SmolLM2-135M-Instruct), a Hub name, or a folder.",
+        ),
+    ] = "embedded"
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Of all models: 'cpu', 'cuda', 'mps'; by default a GPU where CUDA has one.",
+        ),
+    ] = None
+    dtype: DtypeOption = "default"
+    iterations: Annotated[int, typer.Option(min=1, help="Rounds of the loop.")] = 1
+    max_response_tokens: TokensOption = 256
+    seed: SeedOption = 0
 
 
 def text_prompt(text: str, is_plain: bool) -> Any:

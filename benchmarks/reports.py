@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from mbrl_text_env.benchmarks import compare, training_page
+from mbrl_text_env.benchmarks import article, compare, training_page
 from mbrl_text_env.benchmarks.audit import run as audit
 from mbrl_text_env.benchmarks.charts import Series, of_curves
 from mbrl_text_env.benchmarks.options import CompareError
@@ -31,9 +31,10 @@ _MOST_PROMPTS = 1000
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Make the report of a comparison, an audit, a training or records again; returns its place.
+    """Make the report of what is in a folder again; returns its place.
 
-    Without `out` it is where the run has written it: in the folder, or beside that of records.
+    That is a comparison, an audit, a training, the article's pipeline, or records. Without `out` it
+    is where the run has written it: in the folder, or beside that of records.
 
     Raises:
         CompareError: The folder is none of these.
@@ -42,6 +43,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         page, place = compare.recorded_page(folder), folder / compare.REPORT
     elif (folder / audit.AUDIT).is_file():
         page, place = audit.recorded_page(folder), folder / audit.REPORT
+    elif (folder / article.ABOUT).is_file():
+        page, place = article.recorded_page(folder), folder / compare.REPORT
     elif training_page.is_training(folder):
         page, place = training_page.recorded_page(folder), folder / training_page.REPORT
     elif has_records(folder):

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "docs/article.md",
     "docs/index.md",
     "docs/installation.md",
     "docs/quickstart.md",
@@ -99,7 +100,10 @@ def smaller(words):
     # What is fitted on the collected responses needs several prompts.
     small["--num-prompts"] = "2" if words[1] == "compare" else "8"
     words = [small.get(before, word) for before, word in zip(["", *words], words, strict=False)]
-    if words[1] in ("collect", "compare", "train") and "--max-response-tokens" not in words:
+    if (
+        words[1] in ("article", "collect", "compare", "train")
+        and "--max-response-tokens" not in words
+    ):
         words += ["--max-response-tokens", "12"]
     if words[1] == "compare" and "--num-prompts" not in words:
         words += ["--num-prompts", "2"]

@@ -339,7 +339,6 @@ def train_adapter(
     these, as JSON values. The trainer is returned; where its recipe has an `eval_dataset`,
     `loss_before` is the loss on that before the first step.
     """
-    import torch
     from transformers import PrinterCallback
 
     ADAPTER.check_target(folder)
@@ -352,7 +351,7 @@ def train_adapter(
     }
     checkpoints = training.checkpoints_of(Path(folder))
     resumed = training.claim(checkpoints, {**parts, **described})
-    has_cuda = torch.cuda.is_available()
+    on_cpu = language_model.device.type == "cpu"
     with own_randomness(settings.seed):
         model = trainable(language_model, settings, start_from)
         with quiet():
@@ -366,8 +365,8 @@ def train_adapter(
                 learning_rate=settings.learning_rate,
                 bf16=False,
                 gradient_checkpointing=False,
-                use_cpu=not has_cuda,
-                dataloader_pin_memory=has_cuda,
+                use_cpu=on_cpu,
+                dataloader_pin_memory=not on_cpu,
                 report_to="none",
                 disable_tqdm=True,
                 **make.arguments,

