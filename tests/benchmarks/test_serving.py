@@ -202,7 +202,9 @@ class TestAnswers:
         assert float(answer.headers["x-score"]) == last["choices"][0]["score"]
 
     def test_what_is_off_or_for_the_books_is_ignored(self, client):
-        ask(client, tools=[], logprobs=False, user="me", metadata={"a": "b"}, frequency_penalty=0)
+        off = {"tools": [], "logprobs": False, "frequency_penalty": 0}
+        books = {"user": "me", "metadata": {"a": "b"}}
+        assert ask(client, seed=1, **off, **books).choices == ask(client, seed=1).choices
 
     def test_parts_of_messages(self, client):
         parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
