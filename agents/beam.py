@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.guarded import GuardedSearch, verifier_target
 from mbrl_text_env.agents.search import (
     Expansion,
@@ -20,7 +19,7 @@ from mbrl_text_env.agents.search import (
 from mbrl_text_env.agents.tree import Node, partial
 from mbrl_text_env.language_models.base import Guard, spawn_seed, stream, watches_guards
 from mbrl_text_env.rewards.base import reward_bounds
-from mbrl_text_env.types import FloatArray
+from mbrl_text_env.types import FloatArray, check_positive
 
 # Candidates a stage, or particles, where neither the caller nor a budget says how many.
 _WITHOUT_BUDGET = 4

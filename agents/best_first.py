@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mbrl_text_env.agents.base import ask, check_positive
+from mbrl_text_env.agents.driver import ask
 from mbrl_text_env.agents.search import (
     Expansion,
     Planner,
@@ -32,7 +32,7 @@ from mbrl_text_env.language_models.base import (
 )
 from mbrl_text_env.mdp import transition
 from mbrl_text_env.rewards.base import reward_bounds, reward_usage_bound
-from mbrl_text_env.types import Chunk, FloatArray, Ledger, TextState, Usage
+from mbrl_text_env.types import Chunk, FloatArray, Ledger, TextState, Usage, check_positive
 from mbrl_text_env.values import ValueModel
 
 # Answers where neither a budget nor a target ends the search.

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion, check_positive, run
+from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion
+from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, clear_cache
 from mbrl_text_env.mdp import initial
@@ -17,7 +18,7 @@ from mbrl_text_env.records import Record, RecordsError, RecordWriter
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardError, RewardLike, RewardModel, reward_name
 from mbrl_text_env.runs import identity, prompt_digest
-from mbrl_text_env.types import Ledger, Prompt
+from mbrl_text_env.types import Ledger, Prompt, check_positive
 
 # Of the samples and what is kept of them; changes when the same arguments give other records.
 _FORMAT = 1

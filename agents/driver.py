@@ -1,15 +1,301 @@
-"""Searches that begin while others run, in common batches with them."""
+"""The driver of searches: many coroutines on one thread, whose model calls are merged.
+
+A search goes on until it awaits a model call (`ask`). When all of them wait, the calls of one
+function are answered in one batch. A chunk depends on its seed and state alone, so the results are
+those of one search after the other. `run` does this for a list of searches, `run_async` in an event
+loop, and a `Driver` for searches that begin while others run.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
+import threading
 from collections import deque
-from collections.abc import Generator, Sequence
-from typing import Any, TypeVar
+from collections.abc import (
+    Callable,
+    Coroutine,
+    Generator,
+    Hashable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
-from mbrl_text_env.agents.base import MOST_AT_ONCE, Begin, Running, check_positive, drive
+from mbrl_text_env.language_models.base import LanguageModel, SampleRequest, watches_guards
+from mbrl_text_env.language_models.guarding import sample_requests, sample_requests_async
+from mbrl_text_env.types import Chunk, Ledger, Usage, check_positive
 
 T = TypeVar("T")
+Begin: TypeAlias = Callable[[], Coroutine[Any, Any, T]]
+"""Begins a search."""
+Running: TypeAlias = Coroutine[Any, Any, None] | Generator[Any, None, None]
+"""A search that has begun, and keeps what it finds."""
+Take: TypeAlias = Callable[[int], Iterable[Running]]
+"""Begins the next searches, at most so many; fewer, or none, where there are no more now."""
+
+# Searches that wait cost little; how many sequences are decoded together is the engine's affair.
+MOST_AT_ONCE = 256
+# Reward and value models need not be safe for several threads.
+ONE_AT_A_TIME = threading.RLock()
+
+
+@dataclass(eq=False)
+class Call:
+    """A batched call that a search awaits; made by `ask`, which says what the arguments are."""
+
+    function: Callable[..., Any]
+    common: tuple[Any, ...]
+    columns: Mapping[str, Sequence[Any]]
+    ledgers: Sequence[Ledger] | None
+    may_repeat: bool
+    awaited: Callable[..., Coroutine[Any, Any, Any]] | None
+    result: Any = None
+    error: Exception | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __await__(self) -> Generator[Call, None, Any]:
+        yield self
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+    @property
+    def key(self) -> Hashable:
+        """Calls with the same key are merged."""
+        common = tuple(map(_comparable, (self.function, *self.common)))
+        return common, tuple(self.columns), self.ledgers is None
+
+    def make(self) -> None:
+        """Call the function."""
+        try:
+            self.result = self._called(self.function)
+        except Exception as error:
+            self.error = error
+
+    async def make_in_loop(self) -> None:
+        """Call the function so that the event loop goes on meanwhile."""
+        if self.awaited is None:
+            return await asyncio.to_thread(self._make_alone)
+        try:
+            self.result = await self._called(self.awaited)
+        except Exception as error:
+            self.error = error
+
+    def _called(self, function: Callable[..., Any]) -> Any:
+        ledgers = {} if self.ledgers is None else {"ledgers": self.ledgers}
+        return function(*self.common, **self.columns, **ledgers)
+
+    def _make_alone(self) -> None:
+        with ONE_AT_A_TIME:
+            self.make()
+
+
+def ask(
+    function: Callable[..., Any],
+    *common: Any,
+    ledgers: Sequence[Ledger] | None = None,
+    may_repeat: bool = True,
+    awaited: Callable[..., Coroutine[Any, Any, Any]] | None = None,
+    **columns: Sequence[Any],
+) -> Call:
+    """A call to await in a search: `function(*common, **columns, ledgers=ledgers)`.
+
+    Calls of the same function with equal `common` arguments, such as the model, are answered
+    together, their columns joined. So whatever is batched can be asked.
+
+    Args:
+        function: Gives one result an item: a sequence, or a dataclass or mapping of sequences. It
+            charges its time itself (`ledger.timed`), as the doors of the models do.
+        ledgers: One an item; None where the function takes none.
+        may_repeat: Whether a merged call that fails, and has charged nothing but time, is made
+            again for each search alone, so that an error is that search's and names its prompt.
+        awaited: What `generate_async` awaits instead; by default the function runs in a thread.
+        **columns: Arguments with one entry an item.
+
+    Example:
+        >>> async def search(texts):
+        ...     return await ask(lengths, texts=texts)
+        >>> def lengths(texts):  # called once, with three texts
+        ...     return [len(text) for text in texts]
+        >>> run([lambda: search(["a", "bb"]), lambda: search(["ccc"])])
+        [[1, 2], [3]]
+    """
+    return Call(function, common, columns, ledgers, may_repeat, awaited)
+
+
+def ask_for_chunks(
+    language_model: LanguageModel, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger]
+) -> Call:
+    """A call of `sample_requests`; one that failed may have charged, and is not made again."""
+    columns, awaited = {"requests": requests}, _chunks_async
+    return Call(sample_requests, (language_model,), columns, ledgers, False, awaited)
+
+
+async def _chunks_async(
+    language_model: LanguageModel, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger]
+) -> list[list[Chunk]]:
+    """See `sample_requests_async`. A model that watches guards may hold a lock while they score.
+
+    So the lock of rewards is taken before it, as by the other calls of models.
+    """
+    if not watches_guards(language_model) or all(r.guard is None for r in requests):
+        return await sample_requests_async(language_model, requests, ledgers=ledgers)
+
+    def alone() -> list[list[Chunk]]:
+        with ONE_AT_A_TIME:
+            return sample_requests(language_model, requests, ledgers=ledgers)
+
+    return await asyncio.to_thread(alone)
+
+
+def run(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[T]:
+    """Run searches side by side, so many at once, and return their results in order.
+
+    They await nothing but calls (`ask`); there is no event loop, so it also works inside one.
+
+    Raises:
+        BaseException: Of the searches that failed at the same time, what the first in the list
+            raised; the others are given up.
+    """
+    take, results = _kept(searches)
+    with closing(_calls(take, most_at_once)) as calls:
+        for call in calls:
+            call.make()
+    return results
+
+
+async def run_async(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[T]:
+    """`run` that awaits each batch. Cancelled, it lets a batch in a thread end, and drops it."""
+    take, results = _kept(searches)
+    await drive(take, most_at_once)
+    return results
+
+
+async def drive(take: Take, most_at_once: int = MOST_AT_ONCE) -> None:
+    """Advance what `take` gives until all have ended and it gives nothing more."""
+    with closing(_calls(take, most_at_once)) as calls:
+        for call in calls:
+            await call.make_in_loop()
+
+
+def _kept(searches: Sequence[Begin[T]]) -> tuple[Take, list[T]]:
+    """The searches, which put what they return into the list."""
+    results: list[Any] = [None] * len(searches)
+
+    async def keep(place: int, begin: Begin[T]) -> None:
+        results[place] = await begin()
+
+    waiting = iter(list(enumerate(searches)))
+    return lambda count: itertools.starmap(keep, itertools.islice(waiting, count)), results
+
+
+def _calls(take: Take, most_at_once: int) -> Generator[Call, None, None]:
+    """Advance searches, and yield the merged calls to make."""
+    active: list[Running] = []
+    try:
+        while True:
+            active += take(most_at_once - len(active))
+            if not active:
+                return
+            for group in _advanced(active):
+                yield from _answered(group)
+    finally:
+        for search in active:
+            search.close()
+
+
+def _advanced(active: list[Running]) -> list[list[Call]]:
+    """Advance every search until it waits or ends; what they wait for, by what can be merged."""
+    groups: dict[Hashable, list[Call]] = {}
+    errors = []
+    for search in list(active):
+        try:
+            call = search.send(None)
+            if not isinstance(call, Call):
+                wrong = TypeError(
+                    f"A search awaited {type(call).__name__}. It can only wait for models: await "
+                    "`search.expand(...)`, `self.scored(...)`, or `agents.driver.ask(...)`."
+                )
+                search.throw(wrong)
+                raise wrong
+            groups.setdefault(call.key, []).append(call)
+        except StopIteration:
+            active.remove(search)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return list(groups.values())
+
+
+def _answered(calls: list[Call]) -> Iterable[Call]:
+    """The calls to make for a group that can be merged: one, or each by itself where that fails."""
+    if len(calls) == 1:
+        # As it came: the doors check the length.
+        yield from calls
+        return
+    merged = _merged(calls)
+    before = [ledger.usage for ledger in merged.ledgers or ()]
+    yield merged
+    try:
+        if merged.error is None:
+            _share_out(merged, calls)
+            return
+    except Exception as error:
+        merged.error = error
+    spent = [ledger.usage - old for ledger, old in zip(merged.ledgers or (), before, strict=True)]
+    if merged.may_repeat and all(dataclasses.replace(u, seconds=0.0) == Usage() for u in spent):
+        yield from calls
+        return
+    for call in calls:
+        call.error = merged.error
+
+
+def _merged(calls: Sequence[Call]) -> Call:
+    columns = {name: [x for call in calls for x in call.columns[name]] for name in calls[0].columns}
+    ledgers = None
+    if calls[0].ledgers is not None:
+        ledgers = [ledger for call in calls for ledger in call.ledgers or ()]
+    return dataclasses.replace(calls[0], columns=columns, ledgers=ledgers)
+
+
+def _share_out(merged: Call, calls: Sequence[Call]) -> None:
+    found, ends = _size(merged.result), list(itertools.accumulate(map(len, calls)))
+    if found != ends[-1]:
+        name = getattr(merged.function, "__name__", type(merged.function).__name__)
+        raise ValueError(f"{name}: expected {ends[-1]} results, got {found}.")
+    for call, start, end in zip(calls, [0, *ends], ends, strict=False):
+        call.result = _part(merged.result, slice(start, end))
+
+
+def _size(results: Any) -> int:
+    while isinstance(results, Mapping) or dataclasses.is_dataclass(results):
+        columns = results if isinstance(results, Mapping) else vars(results)
+        results = next(iter(columns.values()))
+    return len(results)
+
+
+def _part(results: Any, part: slice) -> Any:
+    if isinstance(results, Mapping):
+        return {name: _part(values, part) for name, values in results.items()}
+    if dataclasses.is_dataclass(results) and not isinstance(results, type):
+        return dataclasses.replace(results, **_part(vars(results), part))
+    return results[part]
+
+
+def _comparable(value: Any) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
 
 
 class Driver:

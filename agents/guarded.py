@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mbrl_text_env.agents.base import ask
+from mbrl_text_env.agents.driver import ask
 from mbrl_text_env.agents.search import Expansion, Planner, Search, check_target
 from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import Guard, LanguageModel, prefix_of

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.beam import beam_search
 from mbrl_text_env.agents.sampling import BestOfN
 from mbrl_text_env.agents.search import Expansion, Planner, Search
 from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import SamplingParams, prefix_of
 from mbrl_text_env.rewards.base import reward_usage_bound
-from mbrl_text_env.types import Usage
+from mbrl_text_env.types import Usage, check_positive
 from mbrl_text_env.values import ValueModel, value_usage_bound
 
 PARTIAL_PARAMS = SamplingParams(temperature=0.9)

@@ -11,7 +11,6 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.mcts_policies import (
     Children,
     considered_visits,
@@ -25,7 +24,7 @@ from mbrl_text_env.agents.search import Expansion, Planner, Search
 from mbrl_text_env.agents.tree import Node, SearchTree, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
 from mbrl_text_env.mdp import transition
-from mbrl_text_env.types import Chunk, FloatArray, TextState
+from mbrl_text_env.types import Chunk, FloatArray, TextState, check_positive
 
 RootPolicy = Literal["puct", "gumbel"]
 LeafValue = Literal["value", "rollout", "both"]

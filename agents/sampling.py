@@ -7,17 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mbrl_text_env.agents.base import (
-    MOST_AT_ONCE,
-    Agent,
-    Completion,
-    check_positive,
-)
+from mbrl_text_env.agents.base import Agent, Completion
 from mbrl_text_env.agents.choices import Choice
+from mbrl_text_env.agents.driver import MOST_AT_ONCE
 from mbrl_text_env.agents.search import Expansion, Planner, Search, check_target
 from mbrl_text_env.language_models.base import stream
 from mbrl_text_env.mdp import ChunkRules, transition
-from mbrl_text_env.types import Budget, Chunk, Ledger, TextState, Usage
+from mbrl_text_env.types import Budget, Chunk, Ledger, TextState, Usage, check_positive
 from mbrl_text_env.values import ValueModel
 
 # The article's number.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mbrl_text_env.agents.base import check_positive
 from mbrl_text_env.agents.search import Expansion, Planner, Search, affordable, stand_in
 from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import prefix_of
 from mbrl_text_env.rewards.base import reward_usage_bound
+from mbrl_text_env.types import check_positive
 
 # Candidates a stage: the value has to have a choice.
 _FEWEST = 4

@@ -13,15 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 from typing import Any
 
-from mbrl_text_env.agents.base import (
-    MOST_AT_ONCE,
-    ONE_AT_A_TIME,
-    Agent,
-    Completion,
-    Generation,
-    ask,
-    ask_for_chunks,
-)
+from mbrl_text_env.agents.base import Agent, Completion, Generation
+from mbrl_text_env.agents.driver import MOST_AT_ONCE, ONE_AT_A_TIME, ask, ask_for_chunks
 from mbrl_text_env.agents.tree import Node, SearchTree, partial
 from mbrl_text_env.language_models.base import (
     Guard,

@@ -8,12 +8,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mbrl_text_env.agents.base import Completion, check_positive
+from mbrl_text_env.agents.base import Completion
 from mbrl_text_env.agents.sampling import Blind
 from mbrl_text_env.agents.search import affordable
 from mbrl_text_env.language_models.base import prefix_of
 from mbrl_text_env.rewards.verifiable.answers import extract_answer, last_number
-from mbrl_text_env.types import Ledger, TextState, Usage
+from mbrl_text_env.types import Ledger, TextState, Usage, check_positive
 
 # The article's number of samples, as for best-of-N.
 _N_WITHOUT_BUDGET = 4

@@ -21,7 +21,7 @@ from mbrl_text_env.mdp import EpisodeEndedError, is_terminal
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import as_index
 from mbrl_text_env.task import Outcome, TaskOptions, TextTask, as_frame, as_text, one_of, show
-from mbrl_text_env.types import FloatArray, Prompt, TextState
+from mbrl_text_env.types import FloatArray, Prompt, TextState, check_positive
 
 BoolArray = npt.NDArray[np.bool_]
 OnRewardError = Literal["record", "raise"]
@@ -183,8 +183,7 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
         render_mode: str | None = None,
         **options: Unpack[TaskOptions],
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs: expected at least 1, got {num_envs}.")
+        check_positive(num_envs=num_envs)
         self._begin(TextTask(prompts, tokenizer, reward_model, **options), render_mode)
         one_of("on_reward_error", on_reward_error, OnRewardError)
         unused = on_reward_error == "raise" and not math.isnan(failed_reward)

@@ -19,7 +19,7 @@ from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards import base as rewards
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.task import TextTask, added_text
-from mbrl_text_env.types import Chunk, Ledger, TextState, Usage, timed
+from mbrl_text_env.types import Chunk, Ledger, TextState, Usage, check_positive, timed
 
 # Mean log-probabilities below this one are shown as it: about one in five hundred million.
 _LEAST_LOGPROB = -20.0
@@ -117,8 +117,7 @@ class CandidateProposer:
     ) -> None:
         limit = task.rules.max_chunk_tokens
         chunk_tokens = limit if chunk_tokens is None else chunk_tokens
-        if num_candidates < 1:
-            raise ValueError(f"num_candidates: expected at least 1, got {num_candidates}.")
+        check_positive(num_candidates=num_candidates)
         if not 1 <= chunk_tokens <= limit:
             raise ValueError(
                 f"chunk_tokens: expected 1 to the environment's max_chunk_tokens ({limit}), got "

@@ -370,3 +370,10 @@ def timed(ledgers: Sequence[Ledger] | None) -> Iterator[None]:
             outside.append(elapsed if ledgers else sum(inside))
         for ledger in ledgers or ():
             ledger.charge(Usage(seconds=(elapsed - sum(inside)) / len(ledgers or ())))
+
+
+def check_positive(**counts: int | None) -> None:
+    """Raise a ValueError that names a count below 1; None is no count."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}.")

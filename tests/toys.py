@@ -105,7 +105,7 @@ def toy_options(**changes: object) -> dict[str, object]:
 
 def now(coroutine):
     """What a coroutine of a search returns, its model calls made at once."""
-    from mbrl_text_env.agents.base import run
+    from mbrl_text_env.agents.driver import run
 
     [found] = run([lambda: coroutine])
     return found

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.agents.base import Agent, Completion, run
+from mbrl_text_env.agents.base import Agent, Completion
 from mbrl_text_env.agents.collection import record_of
+from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.training import expect
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed

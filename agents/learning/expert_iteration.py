@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.agents.base import Agent, run
+from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning import reports, stages
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers, select
 from mbrl_text_env.agents.learning.presets import LoopSettings, answer_hint, planned

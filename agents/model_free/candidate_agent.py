@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.agents.base import ask
+from mbrl_text_env.agents.driver import ask
 from mbrl_text_env.agents.search import Expansion, Planner, Search
 from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed

@@ -13,7 +13,7 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS, check_positive
+from mbrl_text_env.agents.base import DEFAULT_PARAMS
 from mbrl_text_env.agents.values.ensemble import EnsembleValue
 from mbrl_text_env.agents.values.fitted import (
     FOLDER,
@@ -52,7 +52,7 @@ from mbrl_text_env.rewards.base import (
     reward_usage_bound,
     score_responses,
 )
-from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage
+from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage, check_positive
 from mbrl_text_env.values import (
     LENGTHS,
     ValueEstimate,

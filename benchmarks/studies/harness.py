@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mbrl_text_env.agents.base import Agent, run
+from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.options import choose_prompts

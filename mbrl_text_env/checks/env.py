@@ -16,7 +16,7 @@ from mbrl_text_env.checks.base import CheckError, Trial, counted
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.mdp import EpisodeEndedError, InvalidChunkError
 from mbrl_text_env.spaces import ChunkSpace
-from mbrl_text_env.types import TextState
+from mbrl_text_env.types import TextState, check_positive
 
 _SHOWN = ("prompt_id", "prompt", "response", "finish_reason")
 _INFO: dict[str, type] = {
@@ -110,8 +110,7 @@ def check_text_env(
         >>> import gymnasium as gym, mbrl_text_env
         >>> check_text_env(gym.make("mbrl_text_env/TextGeneration-v0"))  # doctest: +SKIP
     """
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}.")
+    check_positive(steps=steps)
     base = env.unwrapped
     if not isinstance(base, TextGenerationEnv):
         raise CheckError(

@@ -36,7 +36,7 @@ from mbrl_text_env.language_models.engine import Tokens, chosen_logprobs
 from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, ModelLoadError
 from mbrl_text_env.language_models.networks import KVBatch, LlamaNetwork, Network
 from mbrl_text_env.runs import weights_digest
-from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, timed
+from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, check_positive, timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,9 +96,7 @@ class TransformersLM(FeatureModel):
         kv_bytes: int | None = None,
         prefix_cache: bool = True,
     ) -> None:
-        for option, value in (("batch_size", batch_size), ("kv_bytes", kv_bytes)):
-            if value is not None and value < 1:
-                raise ValueError(f"{option}: expected at least 1, got {value}.")
+        check_positive(batch_size=batch_size, kv_bytes=kv_bytes)
         named = isinstance(model, (str, Path))
         if tokenizer is None and not named:
             raise ValueError(

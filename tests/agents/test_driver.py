@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.agents import BestOfN, Lookahead, Planner, Sampling
-from mbrl_text_env.agents.base import Agent, ask, ask_for_chunks, run, run_async
-from mbrl_text_env.agents.driver import Driver
+from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.driver import Driver, ask, ask_for_chunks, run, run_async
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.language_models.base import NextTokens, SampleRequest
 from mbrl_text_env.mdp import initial

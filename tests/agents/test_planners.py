@@ -20,7 +20,7 @@ from mbrl_text_env.agents import (
     Sampling,
     Screened,
 )
-from mbrl_text_env.agents.base import MOST_AT_ONCE
+from mbrl_text_env.agents.driver import MOST_AT_ONCE
 from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.mdp import initial, is_terminal

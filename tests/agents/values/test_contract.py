@@ -191,7 +191,7 @@ def test_a_failed_fit_leaves_the_value_unfitted():
 
 def test_searches_side_by_side_share_its_calls():
     """The calls of several searches are merged."""
-    from mbrl_text_env.agents.base import ask, run
+    from mbrl_text_env.agents.driver import ask, run
 
     states = prefixes()[:4]
     for kind in KINDS:
