@@ -219,7 +219,6 @@ def _lines(text: str) -> list[str]:
 
 
 def _suite(prompt: Prompt) -> list[_Test]:
-    """The tests of a prompt, read."""
     given = prompt.metadata.get("entry_point") or []
     entry_points = [given] if isinstance(given, str) else given
     if _text(entry_points) is None:
