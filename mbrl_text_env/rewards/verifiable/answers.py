@@ -15,16 +15,8 @@ of accepted ones, and take `extract`, which says where in a response its answer 
 Emphasis around such a text ("**Answer:** 42") is no part of the answer. A response without such a
 place has no answer and scores 0, like an empty one.
 
-A comma or a point between digits is read in one way everywhere:
-
-| written                    | read as    | because                                               |
-|----------------------------|------------|-------------------------------------------------------|
-| `1,222`, `1,222,333`       | 1222, ...  | a group of three digits after a comma is thousands    |
-| `1,22`, `0,125`, `1000,999`| 1.22, ...  | these cannot be thousands, so the comma is decimal    |
-| `1.222`                    | 1.222      | a point is decimal                                    |
-| `1.222,5`, `1.222.333`     | 1222.5, ...| a point cannot be decimal here                        |
-| `1 222`, `1'222`           | 1222       | as an answer by itself                                |
-| `1,2,3`                    | a list     | more than one comma, and no thousands                 |
+Of a comma or point between digits, a group of three digits after a comma is thousands, other commas
+are decimal, and a point is decimal where it can be; docs/rewards.md has the table.
 """
 
 # ruff: noqa: RUF001 - the marks, digits and spaces of other scripts are meant.
