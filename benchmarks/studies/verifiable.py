@@ -144,6 +144,13 @@ def result_rows(
         {**row, **own, "mean_logprob": _negative(row.get("nats_per_token"))}
         for row in analyse(pool, cells)
     ]
+    if part.suite == "expensive":
+        prompts = len(pool.prompt_ids)
+        labels = study.train_prompts * pool.prompt_flops.mean()
+        labels += study.train_prompts * study.train_samples * pool.flops.mean()
+        for row in agents:
+            share = row["flops"] / (row["flops"] + labels / prompts)
+            row["multiplier_with_labels"] = row["multiplier"] * share
     rewards = dict.fromkeys(cell.reward for cell in cells)
     baseline = [
         {**row, **own}
