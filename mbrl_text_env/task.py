@@ -23,19 +23,13 @@ from gymnasium import spaces
 from mbrl_text_env.encoders import Encoder, encode_texts, prefix_text
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.language_models.registry import embedded_encoder, embedded_tokenizer
-from mbrl_text_env.mdp import (
-    ChunkRules,
-    InvalidChunkError,
-    append,
-    initial,
-    response_limit,
-)
+from mbrl_text_env.mdp import ChunkRules, InvalidChunkError, append, initial, response_limit
 from mbrl_text_env.prompts import as_prompts, load_prompts
 from mbrl_text_env.rewards import base as rewards
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import ChunkSpace, UnicodeText, as_token_ids, padded_chunk_space, unpadded
-from mbrl_text_env.types import Ledger, Prompt, TextState
+from mbrl_text_env.types import Ledger, Prompt, TextState, check_positive
 
 RewardMode = Literal["terminal", "delta", "process"]
 ObservationMode = Literal["text", "tokens", "embedding"]
@@ -129,11 +123,7 @@ class TextTask:
         one_of("action_format", action_format, ActionFormat)
         one_of("reward", reward, RewardMode)
         one_of("observation", observation, ObservationMode)
-        if max_response_tokens < 1 or max_chunk_tokens < 1:
-            raise ValueError(
-                "max_response_tokens and max_chunk_tokens must be at least 1, got "
-                f"{max_response_tokens} and {max_chunk_tokens}."
-            )
+        check_positive(max_response_tokens=max_response_tokens, max_chunk_tokens=max_chunk_tokens)
         found = load_prompts(split="train") if prompts is None else as_prompts(prompts)
         if not found:
             raise ValueError("prompts: expected at least one prompt, got an empty sequence.")
@@ -338,7 +328,6 @@ class TextTask:
         return Outcome(state, response, reward, score[0] if score else None, info)
 
     def _scored(self, rows: Sequence[tuple[TextState, str]]) -> list[_Score]:
-        """Score and parts of responses, in one call."""
         if not rows:
             return []
         scores = rewards.score_responses(

@@ -41,7 +41,6 @@ class TurnMessage(dict[str, Any]):
     """A message as verifiers passes it: both `message["content"]` and `message.content`."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return the value under a key."""
         try:
             return self[name]
         except KeyError:
@@ -234,7 +233,6 @@ def _needs_of(rubric: Any, function: Callable[..., Any]) -> set[str]:
 
 
 def _rollout(prompt: Prompt, response: str) -> dict[str, Any]:
-    """The state of a rollout of one turn."""
     metadata = {key: value for key, value in prompt.metadata.items() if value is not None}
     asked, completion = _messages(trl_prompt(prompt)), _messages(trl_completion(prompt, response))
     answer = reference_answer(prompt)
@@ -284,7 +282,6 @@ class TextObservation(str):
         self.done, self.reward = True, None
 
     def __getnewargs__(self) -> tuple[Prompt]:  # type: ignore[override]
-        """What copies and pickles are made of."""
         return (self.prompt,)
 
 
