@@ -22,6 +22,7 @@ PAGES = [
     "docs/index.md",
     "docs/installation.md",
     "docs/quickstart.md",
+    "docs/first-steps.md",
     "docs/environments.md",
     "docs/language_models.md",
     "docs/model-free.md",
