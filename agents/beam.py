@@ -10,12 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbrl_text_env.agents.guarded import GuardedSearch, verifier_target
-from mbrl_text_env.agents.search import (
-    Expansion,
-    Planner,
-    Search,
-    check_target,
-)
+from mbrl_text_env.agents.search import Expansion, Planner, Search, check_target
 from mbrl_text_env.agents.tree import Node, partial
 from mbrl_text_env.language_models.base import Guard, spawn_seed, stream, watches_guards
 from mbrl_text_env.rewards.base import reward_bounds

@@ -358,10 +358,7 @@ def conditioned(gumbels: FloatArray, highest: float) -> FloatArray:
 
 
 def _next_tokens(
-    language_model: LanguageModel,
-    k: int,
-    states: Sequence[TextState],
-    ledgers: Sequence[Ledger],
+    language_model: LanguageModel, k: int, states: Sequence[TextState], ledgers: Sequence[Ledger]
 ) -> list[NextTokens]:
     """The most probable next tokens; an expansion counts as a generated token."""
     found = language_model.next_tokens(states, k, ledgers=ledgers)

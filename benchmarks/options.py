@@ -403,7 +403,7 @@ class ArticleConfig:
     device: Annotated[
         str | None,
         typer.Option(
-            help="Of all models: 'cpu', 'cuda', 'mps'; by default a GPU where CUDA has one.",
+            help="Of all models: 'cpu', 'cuda', 'mps'; by default a GPU where CUDA has one."
         ),
     ] = None
     dtype: DtypeOption = "default"

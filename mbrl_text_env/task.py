@@ -23,13 +23,7 @@ from gymnasium import spaces
 from mbrl_text_env.encoders import Encoder, encode_texts, prefix_text
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.language_models.registry import embedded_encoder, embedded_tokenizer
-from mbrl_text_env.mdp import (
-    ChunkRules,
-    InvalidChunkError,
-    append,
-    initial,
-    response_limit,
-)
+from mbrl_text_env.mdp import ChunkRules, InvalidChunkError, append, initial, response_limit
 from mbrl_text_env.prompts import as_prompts, load_prompts
 from mbrl_text_env.rewards import base as rewards
 from mbrl_text_env.rewards.adapters import as_reward_model

@@ -269,9 +269,7 @@ def _recipe(examples: Sequence[Example], settings: FineTuneSettings) -> Recipe:
 
 
 def trainable(
-    language_model: TransformersLM,
-    settings: AdapterSettings,
-    start_from: str | Path | None = None,
+    language_model: TransformersLM, settings: AdapterSettings, start_from: str | Path | None = None
 ) -> Any:
     """A peft model of the language model's weights, for a trainer; a new adapter changes nothing.
 

@@ -28,11 +28,7 @@ class TuningError(ValueError):
 
 
 def expect(
-    settings: object,
-    name: str,
-    is_right: bool,
-    expected: str,
-    error: type[Exception] = TuningError,
+    settings: object, name: str, is_right: bool, expected: str, error: type[Exception] = TuningError
 ) -> None:
     """Refuse (`error`) a setting that is not what is expected."""
     if not is_right:

@@ -46,12 +46,7 @@ from mbrl_text_env.language_models.base import (
 )
 from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import (
-    RewardLike,
-    Scores,
-    reward_usage_bound,
-    score_responses,
-)
+from mbrl_text_env.rewards.base import RewardLike, Scores, reward_usage_bound, score_responses
 from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage, check_positive
 from mbrl_text_env.values import (
     LENGTHS,

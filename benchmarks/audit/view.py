@@ -114,10 +114,7 @@ def audit_page(
 
 
 def chosen_answers(
-    prompts: Sequence[tuple[str, str]],
-    responses: Sequence[Sequence[str]],
-    proxy: Any,
-    gold: Any,
+    prompts: Sequence[tuple[str, str]], responses: Sequence[Sequence[str]], proxy: Any, gold: Any
 ) -> dict[str, Any]:
     """For the page: what the proxy chooses from the first N responses to each prompt.
 

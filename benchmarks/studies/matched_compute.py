@@ -441,8 +441,7 @@ def main(
     split: str = "test",
     max_response_tokens: options.TokensOption = 96,
     answers: Annotated[
-        int,
-        typer.Option(min=1, help="Of each agent to each prompt, with seeds of their own."),
+        int, typer.Option(min=1, help="Of each agent to each prompt, with seeds of their own.")
     ] = 1,
     quick: Annotated[
         bool,

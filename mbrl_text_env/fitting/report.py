@@ -234,10 +234,7 @@ def regression_report(
 
 
 def pair_report(
-    chosen: FloatArray,
-    rejected: FloatArray,
-    groups: Sequence[Hashable],
-    lengths: npt.ArrayLike,
+    chosen: FloatArray, rejected: FloatArray, groups: Sequence[Hashable], lengths: npt.ArrayLike
 ) -> FitReport:
     """Measure scores of preference pairs; `lengths`, int[B, 2], are the responses' characters.
 

@@ -421,10 +421,7 @@ def _check_records(records: Sequence[Record], tokenizer: Any) -> None:
 
 
 def _check_table(
-    table: npt.NDArray[np.float32],
-    features: TextFeatures,
-    records: Sequence[Record],
-    stride: int,
+    table: npt.NDArray[np.float32], features: TextFeatures, records: Sequence[Record], stride: int
 ) -> None:
     counts = np.asarray([True, *(not feature.falls for feature in features.features)])
     fallen = np.argwhere((np.diff(table, axis=1) < 0) & counts)

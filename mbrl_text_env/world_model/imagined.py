@@ -102,10 +102,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         self.reset()
 
     def reset(
-        self,
-        *,
-        seed: int | list[int | None] | None = None,
-        options: dict[str, Any] | None = None,
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[_Rows, dict[str, Any]]:
         """Begin all episodes; a seed, or a list of seeds, makes what follows repeatable."""
         if seed is not None:
