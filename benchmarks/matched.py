@@ -338,22 +338,14 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def p_value(row: Row) -> str:
-    """The adjusted p-value; "pool too small" where there is none.
-
-    Example:
-        >>> p_value({"p_holm": 0.01234})
-        '0.012'
-    """
+    """The adjusted p-value; "pool too small" where there is none."""
     return "pool too small" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
 
 
 def multiplier(row: Row, key: str) -> str:
     """A row's multiplier with its interval; `key` is "multiplier" (FLOPs) or "multiplier_tokens".
 
-    Example:
-        >>> row = {"m": 8.25, "m_low": 4.0, "m_high": None}
-        >>> multiplier({**row, "m_is_lower_bound": True, "m_is_upper_bound": False}, "m")
-        '> 8.2 [4.0, more]'
+    Such as "> 8.2 [4.0, more]".
     """
     mark = "> " if row[f"{key}_is_lower_bound"] else ""
     mark = "< " if row[f"{key}_is_upper_bound"] else mark

@@ -93,12 +93,7 @@ to exploit the proxy. Another one is one more line."""
 
 
 def intervene(name: str, response: str) -> str:
-    """The response after an intervention; a blank one stays as it is.
-
-    Example:
-        >>> intervene("exclamation marks", "It rains. Take a coat")
-        'It rains! Take a coat!'
-    """
+    """The response after an intervention; a blank one stays as it is."""
     return INTERVENTIONS[name](response) if response.strip() else response
 
 
@@ -214,12 +209,7 @@ def associate(proxy: FloatArray, gold: FloatArray, *, seed: int = 0) -> Associat
 
 
 def pair_accuracy(proxy: FloatArray, gold: FloatArray) -> float:
-    """Share of the pairs with different gold that the proxy orders alike; its ties count half.
-
-    Example:
-        >>> round(pair_accuracy(np.array([1.0, 3.0, 2.0]), np.array([1.0, 2.0, 3.0])), 3)
-        0.667
-    """
+    """Share of the pairs with different gold that the proxy orders alike; its ties count half."""
     upper = np.triu_indices(len(gold), 1)
     by_gold, by_proxy = (np.sign(x[upper[0]] - x[upper[1]]) for x in (gold, proxy))
     return float((0.5 + 0.5 * by_gold * by_proxy)[by_gold != 0].mean())

@@ -74,24 +74,11 @@ _COMMON = ("train_prompts", "train_samples", "max_response_tokens", "seed")
 class Study:
     """What is run; a CompareError if the unit is unknown or a budget smaller than a response.
 
-    Args:
-        agents: Agent specs by reward; their option `value` names a kind of value model.
-        budgets: Sizes of the budget for one prompt, in generated tokens of best-of-N.
-        unit: What is capped: tokens, or the FLOPs or seconds that best-of-N takes for as many.
-        split: Of the prompts that are answered.
-        num_prompts: How many of them, for each reward.
-        samples: Of the pool, for each prompt.
-        train_prompts: Prompts of the training split that value models are fitted on.
-        train_samples: Responses to each of them.
-        max_response_tokens: Token limit of a response.
-        seed: Of everything. Agents sample with the next ones, not with the pool's.
-        answers: Of each agent to each prompt, each with a seed of its own.
-        batch_prompts: Most prompts that are answered together.
-        reward_price: What a call of the reward counts for in place of its own FLOPs, such as
-            "300tokens" (see `options.priced`); the unit is then no tokens, which do not see it.
-        source: Of the prompts: "builtin", a suite or a file (see `options.PromptOptions`).
-        target: The score at which best-of-N stops, the highest that there is; None where it never
-            does.
+    `agents` are specs by reward, `budgets` in generated tokens of best-of-N for one prompt, `unit`
+    what is capped: these tokens, or the FLOPs or seconds that best-of-N takes for as many. Value
+    models are fitted on `train_samples` responses to each of `train_prompts`. Agents sample with
+    the seeds after `seed`, the pool's. See `options.priced` for `reward_price`,
+    `options.PromptOptions` for `source`, and `scaling.Baseline` for `target`.
     """
 
     agents: Mapping[str, tuple[str, ...]]
@@ -311,12 +298,7 @@ class LazyValues(Mapping[str, ValueModel]):
 
 
 def slug(spec: str) -> str:
-    """A folder's name for an agent's spec.
-
-    Example:
-        >>> slug("beam:chunk_tokens=8:value=prefix")
-        'beam-chunk_tokens-8-value-prefix'
-    """
+    """A folder's name for an agent's spec."""
     return re.sub(r"[^\w.]+", "-", spec)
 
 
@@ -472,10 +454,7 @@ def main(
 
 
 def run_and_write(study: Study, how: harness.StudyOptions, out: Path) -> dict[str, Any]:
-    """Run a study, print its tables and write its results; those of a reward as soon as it is done.
-
-    Returns what the JSON file holds.
-    """
+    """Run a study, print and write its results reward by reward; what the JSON file holds."""
     assert how.json_file is not None
     model = how.load()
     models = {name: make(name) for name in study.agents}
