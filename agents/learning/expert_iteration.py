@@ -39,6 +39,7 @@ from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import FittedValue
 from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.files import restored
 from mbrl_text_env.language_models.base import (
     LanguageModel,
     SamplingParams,
@@ -364,7 +365,7 @@ class ExpertIteration:
 
     def _value_report(self, iteration: int) -> ValueReport:
         values = self._stage(iteration, "value").read()["report"]
-        found: ValueReport = reports.from_json(ValueReport, values)
+        found: ValueReport = restored(ValueReport, values)
         return found
 
     def _sampling(self, policy: LanguageModel, params: SamplingParams) -> Sampling:
@@ -398,7 +399,7 @@ class ExpertIteration:
             "improvement": parts.pop("policy"),
             "usage": {name: note["usage"] for name, note in notes.items()},
         }
-        report: IterationReport = reports.from_json(IterationReport, {**values, **parts})
+        report: IterationReport = restored(IterationReport, {**values, **parts})
         first = before[0] if before else report
         doubts = reports.doubts_about(first.validation, report.validation)
         for doubt in doubts:

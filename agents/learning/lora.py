@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mbrl_text_env.agents.learning import training
-from mbrl_text_env.agents.learning.reports import from_json, to_json, write_json
+from mbrl_text_env.agents.learning.reports import to_json, write_json
 from mbrl_text_env.agents.learning.training import TuningError
-from mbrl_text_env.files import recover_folder
+from mbrl_text_env.files import recover_folder, restored
 from mbrl_text_env.fitting.folder import FolderKind
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
@@ -125,7 +125,8 @@ class FineTuneReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FineTuneReport:
         """The report that `to_dict` described."""
-        return from_json(cls, values)
+        found: FineTuneReport = restored(cls, values)
+        return found
 
 
 def fine_tune(

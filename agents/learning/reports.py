@@ -6,10 +6,9 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 
@@ -41,25 +40,6 @@ def to_json(values: Any) -> dict[str, Any]:
     text = json.dumps(asdict(values))
     found: dict[str, Any] = json.loads(text, parse_constant=lambda name: str(float(name)))
     return found
-
-
-def from_json(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """Read `to_json`: lists become tuples, objects the dataclasses that the fields name."""
-    hints = get_type_hints(kind)
-    return kind(**{name: _read(hints[name], value) for name, value in values.items()})
-
-
-def _read(hint: Any, value: Any) -> Any:
-    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if isinstance(value, list):
-        [item, *_] = get_args(options[0]) or (Any,)
-        return tuple(_read(item, each) for each in value)
-    for option in options:
-        if isinstance(value, Mapping) and isinstance(option, type) and is_dataclass(option):
-            return from_json(option, value)
-        if isinstance(value, str) and option is float:
-            return float(value)
-    return value
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ learned of one candidate is known of all. Only numbers are read from its folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from mbrl_text_env.agents.learning.reports import from_json, write_json
+from mbrl_text_env.agents.learning.reports import write_json
 from mbrl_text_env.agents.learning.training import (
     TrainingReport,
     TuningError,
@@ -253,11 +253,6 @@ class Measured:
     def mean(self) -> float:
         """Mean over the prompts."""
         return float(np.mean(self.scores))
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Measured:
-        """Read what `dataclasses.asdict` and JSON made of it."""
-        return from_json(cls, values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from mbrl_text_env.agents.model_free.candidate_policy import (
     PPOSettings,
 )
 from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.files import restored
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -226,7 +227,7 @@ class Training(BaseCallback):
         by_id = {prompt.id: prompt for prompt in self.prompts}
         notes = sb3_parts.read_checkpoint(checkpoint, model, self._env, by_id)
         self.curve = [(int(steps), float(score)) for steps, score in notes["episodes"]]
-        self.validated = [Measured.from_json(row) for row in notes["validation"]]
+        self.validated = [restored(Measured, row) for row in notes["validation"]]
         self.usage, self.wall_seconds = Usage(**notes["usage"]), notes["wall_seconds"]
 
     def _curves(self) -> dict[str, Any]:

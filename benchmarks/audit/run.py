@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from mbrl_text_env.benchmarks.audit import measures
 from mbrl_text_env.benchmarks.audit.view import audit_page, chosen_answers
 from mbrl_text_env.benchmarks.options import AuditConfig, AuditError, choose_prompts
 from mbrl_text_env.benchmarks.page import Page, provenance, write_page
-from mbrl_text_env.files import write_text
+from mbrl_text_env.files import restored, write_text
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.records import Record, RecordWriter, run_of
 from mbrl_text_env.rewards.base import RewardModel, applies_to, score_responses
@@ -176,7 +175,7 @@ def recorded_page(folder: Path) -> Page:
         names = [each.name for each in fields(AuditConfig)]
         config = AuditConfig(**{name: settings[name] for name in names})
         parts = {k: v for k, v in written.items() if k not in ("date", "command", "config")}
-        result = _restored(AuditResult, {"config": config, **parts})
+        result = restored(AuditResult, {"config": config, **parts})
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise AuditError(
             f"{folder}: expected the files of an audit that has ended, got a damaged or missing "
@@ -184,22 +183,6 @@ def recorded_page(folder: Path) -> Page:
             "them again."
         ) from error
     return audit_page(result, settings, about, answers, written["command"])
-
-
-def _restored(kind: Any, value: Any) -> Any:
-    """What `asdict` and JSON have made of a value of a type."""
-    arguments = [each for each in get_args(kind) if each is not type(None)]
-    if get_origin(kind) is UnionType:
-        return None if value is None else _restored(arguments[0], value)
-    if is_dataclass(kind) and isinstance(value, dict):
-        made: Any = kind
-        hints = get_type_hints(made)
-        return made(**{name: _restored(hints[name], each) for name, each in value.items()})
-    if isinstance(value, list):
-        return tuple(_restored(arguments[0], each) for each in value)
-    if isinstance(value, dict):
-        return {name: _restored(arguments[-1], each) for name, each in value.items()}
-    return value
 
 
 def _scored(

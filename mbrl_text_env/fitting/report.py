@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
+from mbrl_text_env.files import restored, without_nan
 from mbrl_text_env.types import FloatArray
 
 IntArray = npt.NDArray[np.int64]
@@ -164,9 +165,8 @@ class FitReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
         """Read `to_dict`."""
-        lengths = tuple(LengthReport(**with_nan(row)) for row in values["by_length"])
-        bins = tuple(CalibrationBin(**with_nan(row)) for row in values["calibration"])
-        return cls(**{**with_nan(values), "by_length": lengths, "calibration": bins})
+        found: FitReport = restored(cls, values)
+        return found
 
     def __eq__(self, other: object) -> bool:
         # Two reports that lack the same figure are equal, though NaN is not.
@@ -304,20 +304,6 @@ def correlation(a: FloatArray, b: FloatArray) -> float:
 def root_mean_square(values: FloatArray) -> float:
     """The root of the mean of the squares."""
     return float(np.sqrt(np.mean(np.square(values))))
-
-
-def without_nan(value: Any) -> Any:
-    """JSON values of dataclasses' values: None for NaN."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """NaN for None."""
-    return {key: _NAN if value is None else value for key, value in values.items()}
 
 
 def _agreement(mean: FloatArray, samples: Samples) -> dict[str, Any]:
