@@ -351,6 +351,10 @@ class Ledger:
 _charged_inside: ContextVar[list[float] | None] = ContextVar("_charged_inside", default=None)
 
 
+Ledgers = Sequence[Ledger] | None
+"""Who pays, one ledger an item; None where nobody does."""
+
+
 @contextmanager
 def timed(ledgers: Sequence[Ledger] | None) -> Iterator[None]:
     """Charge the wall time of a block to `ledgers`, in equal parts.

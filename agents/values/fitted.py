@@ -20,7 +20,7 @@ import numpy as np
 from mbrl_text_env.fitting.folder import Arrays, FolderKind, numbers_of, with_numbers
 from mbrl_text_env.fitting.heads import Head, Spread, choose, cross_spread, fitted
 from mbrl_text_env.fitting.report import FitError, FitReport, Samples, value_report
-from mbrl_text_env.types import FloatArray, Ledger, TextState
+from mbrl_text_env.types import FloatArray, Ledgers, TextState
 from mbrl_text_env.values import LENGTHS, ValueEstimate, ValueModel, ValueModelError
 
 if TYPE_CHECKING:
@@ -182,9 +182,7 @@ class FittedValue(ValueModel):
     head_: Head
 
     @abstractmethod
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, d]: what is seen of the states; other models' calls are charged."""
 
     def samples(self, records: Sequence[Record]) -> Samples:
@@ -240,9 +238,7 @@ class FittedValue(ValueModel):
         """Mean and standard deviation, each float64[B]; uncharged."""
         return self.predict_with(states, None)
 
-    def predict_with(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
-    ) -> ValueEstimate:
+    def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> ValueEstimate:
         """`predict`, with what other models take charged to the ledgers, one a state.
 
         A response that has ended is worth its score, where the model sees that, and no guess.

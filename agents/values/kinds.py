@@ -47,7 +47,7 @@ from mbrl_text_env.language_models.base import (
 from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, Scores, reward_usage_bound, score_responses
-from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage, check_positive
+from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, check_positive
 from mbrl_text_env.values import (
     LENGTHS,
     ValueEstimate,
@@ -129,9 +129,7 @@ class EmbeddingValue(FittedValue):
         """Standard deviation of every prediction."""
         return float(self.spread_.stds[0])
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, d]: the embedding of prompt and prefix."""
         return self._embedded(self._texts(states))
 
@@ -205,9 +203,7 @@ class HiddenStateValue(FittedValue):
         if not self.alphas or not min(self.alphas) > 0:
             raise ValueError(f"alphas: expected numbers above 0, got {self.alphas}.")
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, feature_size]; charged as calls of the language model."""
         if not isinstance(self.language_model, FeatureModel):
             raise ValueModelError(
@@ -253,7 +249,7 @@ class PrefixScoredValue(FittedValue):
     def _text(self, state: TextState) -> str:
         return self.tokenizer.decode(state.response_ids)
 
-    def _scores(self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None) -> Scores:
+    def _scores(self, states: Sequence[TextState], ledgers: Ledgers) -> Scores:
         prompts = [state.prompt for state in states]
         texts = [self._text(state) for state in states]
         return score_responses(self.reward_model, prompts, texts, ledgers=ledgers)
@@ -294,9 +290,7 @@ class PrefixRewardValue(PrefixScoredValue):
         """Whether `fit` was called."""
         return hasattr(self, "head_")
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, 2]: the prefix's score and its length."""
         scores = self._scores(states, ledgers).total
         return np.column_stack([scores, [float(len(s.response_ids)) for s in states]])
@@ -379,9 +373,7 @@ class StackedValue(PrefixScoredValue):
         super().__post_init__()
         check_positive(max_response_tokens=self.max_response_tokens)
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, 4 + parts]: reward, parts, length, log-probability, whether it is known."""
         return self._columns(states, self._scores(states, ledgers))
 
@@ -459,9 +451,7 @@ class RolloutValue(ValueModel):
         """Continue and score, uncharged; mean and standard deviation, each float64[B]."""
         return self.predict_with(states, None)
 
-    def predict_with(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
-    ) -> ValueEstimate:
+    def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> ValueEstimate:
         """Continue and score, each state's continuations charged to its ledger."""
         rows = self._finished(states, ledgers)
         flat = [(i, state) for i, row in enumerate(rows) for state in row]
@@ -490,9 +480,7 @@ class RolloutValue(ValueModel):
             return self.usage_bound(state)
         return reward_usage_bound(self.reward_model)
 
-    def _finished(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
-    ) -> list[list[TextState]]:
+    def _finished(self, states: Sequence[TextState], ledgers: Ledgers) -> list[list[TextState]]:
         """The continuations of each state; of one that has ended, itself."""
         rows = [[state] for state in states]
         open_ = [i for i, s in enumerate(states) if not is_terminal(s) and self._room(s) > 0]

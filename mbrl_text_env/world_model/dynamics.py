@@ -15,7 +15,7 @@ from mbrl_text_env.fitting.folder import Arrays, FolderKind
 from mbrl_text_env.fitting.heads import scaled_ridge
 from mbrl_text_env.fitting.report import FitError
 from mbrl_text_env.language_models.base import Tokenizer, stream
-from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage, timed
+from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, timed
 from mbrl_text_env.world_model.features import DEFAULT_FEATURES, TextFeature, TextFeatures
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def predict_futures(
     horizon: int | None = None,
     *,
     seed: int = 0,
-    ledgers: Sequence[Ledger] | None = None,
+    ledgers: Ledgers = None,
 ) -> Futures:
     """Futures of states that have not ended, charged as `num_futures` dynamics calls a state.
 
