@@ -48,8 +48,6 @@ class BeamSearch(Planner):
             to the end of the response, or 4 without one.
         subtrees: Independent searches, at most `beam_width`.
 
-    The other arguments are those of every `Planner`.
-
     Example:
         >>> planner = BeamSearch(lm, reward, value, beam_width=2)  # doctest: +SKIP
     """
@@ -180,8 +178,6 @@ class Adaptive(Planner):
         value_share: Most FLOPs spent on values, as a share of those spent on text.
         shortest_chunk: Fewest tokens of a chunk; `chunk_tokens` is the most.
 
-    The other arguments are those of every `Planner`.
-
     Example:
         >>> planner = Adaptive(lm, reward, value, target=1.0)  # doctest: +SKIP
     """
@@ -297,8 +293,6 @@ class ParticleFilter(Planner):
         temperature: In units of the reward; small values follow the value more closely.
         guarded: 1 for particles under guard, where the reward is a verifier with a bound and the
             language model has guards; elsewhere they are drawn plainly.
-
-    The other arguments are those of every `Planner`.
     """
 
     name = "particle-filter"

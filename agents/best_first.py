@@ -83,8 +83,6 @@ class BestFirst(Planner):
         expansions: Prefixes that are expanded where no cap on tokens, FLOPs or seconds says.
         stochastic: Whether answers are sampled.
 
-    The other arguments are those of every `Planner`.
-
     Raises:
         ValueError: The language model has no `next_tokens`, or a number is out of range.
 
@@ -348,10 +346,7 @@ class _Frontier:
 
 
 def conditioned(gumbels: FloatArray, highest: float) -> FloatArray:
-    """Independent Gumbel variables, given that the largest of them is `highest`.
-
-    Source: Kool et al., 2019, appendix B.3, which is stable.
-    """
+    """Independent Gumbel variables whose largest is `highest` (Kool et al., 2019, B.3)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         gaps = highest - gumbels + np.log1p(-np.exp(gumbels - gumbels.max()))
     return np.asarray(highest - np.maximum(0.0, gaps) - np.log1p(np.exp(-np.abs(gaps))))

@@ -1,9 +1,8 @@
 """The driver of searches: many coroutines on one thread, whose model calls are merged.
 
-A search goes on until it awaits a model call (`ask`). When all of them wait, the calls of one
+A search goes on until it awaits a model call (`ask`); when all of them wait, the calls of one
 function are answered in one batch. A chunk depends on its seed and state alone, so the results are
-those of one search after the other. `run` does this for a list of searches, `run_async` in an event
-loop, and a `Driver` for searches that begin while others run.
+those of one search after the other.
 """
 
 from __future__ import annotations
@@ -133,10 +132,7 @@ def ask_for_chunks(
 async def _chunks_async(
     language_model: LanguageModel, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger]
 ) -> list[list[Chunk]]:
-    """See `sample_requests_async`. A model that watches guards may hold a lock while they score.
-
-    So the lock of rewards is taken before it, as by the other calls of models.
-    """
+    """See `sample_requests_async`; where guards score inside, under the lock of rewards."""
     if not watches_guards(language_model) or all(r.guard is None for r in requests):
         return await sample_requests_async(language_model, requests, ledgers=ledgers)
 

@@ -45,8 +45,6 @@ class Lookahead(Planner):
         keep: Partial responses that are continued, at most `num_partials`.
         partial_params: How partial responses are drawn; `params` says how continuations are (and
             the fallback's responses).
-
-    The other arguments are those of every `Planner`.
     """
 
     name = "lookahead"
@@ -147,8 +145,6 @@ class RecedingHorizon(Planner):
         horizon: Chunks of a plan.
         plans: Plans rolled out at a step; None as many as the budget allows to the end of the
             response, or 4 without one.
-
-    The other arguments are those of every `Planner`.
     """
 
     name = "receding-horizon"

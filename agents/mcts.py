@@ -142,8 +142,6 @@ class MCTS(Planner):
             the same seed. Then a decision depends on the ones before it, and what they paid for is
             not paid for again. The trees of the last 256 searches are kept.
 
-    The other arguments are those of every `Planner`.
-
     Example:
         >>> planner = MCTS(lm, reward, value, root_policy="gumbel")  # doctest: +SKIP
     """
@@ -310,10 +308,7 @@ def _is_better_ended(node: Node, child: Node) -> bool:
 class Simulator:
     """Runs simulations in one tree, and keeps what is under way apart from what is known.
 
-    Attributes:
-        is_valued: Whether new partial responses are valued.
-        rolls_out: Whether every simulation ends in a complete response.
-        is_broke: Whether a chunk could not be afforded.
+    It `is_broke` when a chunk could not be afforded.
     """
 
     def __init__(self, planner: MCTS, search: Search) -> None:
@@ -444,9 +439,8 @@ class Simulator:
 def _in_chunks(search: Search, ends: Sequence[Node], planner: MCTS) -> list[Node]:
     """Put nodes `chunk_tokens` apart between complete responses drawn in one piece and their roots.
 
-    A chunk of a longer draw is distributed as one drawn for itself, so it is a child like any
-    other; beginnings that are there already are shared. (But for stop texts, which end a chunk that
-    is drawn for itself, and nothing that is drawn to the end.)
+    A chunk of a longer draw is distributed as one drawn for itself (but for stop texts), so it is a
+    child like any other; beginnings that are there already are shared.
     """
     nodes, size = search.tree.nodes, planner.chunk_tokens
     pieces = [end for end in dict.fromkeys(ends) if len(_chunk(end)) > size]

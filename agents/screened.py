@@ -41,8 +41,6 @@ class Screened(Planner):
         finalists: Responses that are scored after a round; None for as many as cost what the
             round's candidates cost, and at least one.
 
-    The other arguments are those of every `Planner`.
-
     Example:
         >>> planner = Screened(lm, reward, value, finalists=1)  # doctest: +SKIP
     """

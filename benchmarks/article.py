@@ -58,12 +58,7 @@ _TUNING = FineTuneSettings(batch_size=1, gradient_accumulation=4)
 
 
 def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console: Console) -> None:
-    """Run the pipeline, or go on with it, in a folder; print and write what came of it.
-
-    Raises:
-        RecordsError, CompareError, LoopError: The folder holds a run with other models or settings.
-        NoSignalError: All planned answers score the same, so that nothing can be learned.
-    """
+    """Run the pipeline, or go on with it, in a folder; print and write what came of it."""
     if "://" in config.policy:
         raise typer.BadParameter(
             f"--policy: expected a model that is loaded and tuned here, got {config.policy!r}."
@@ -125,11 +120,7 @@ def _run_loop(loop: ExpertIteration, console: Console) -> None:
 
 
 def recorded_page(out: Path) -> Page:
-    """The page of a pipeline that has ended, from its files.
-
-    Raises:
-        CompareError: A file is damaged or missing.
-    """
+    """The page of a pipeline that has ended, from its files; damage is a `CompareError`."""
     with compare.reading(out):
         about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
         folders = [out / SEEN_FOLDER, out / UNSEEN_FOLDER]

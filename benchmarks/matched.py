@@ -36,16 +36,10 @@ _FIELDS = ("generated_tokens", "flops", "reward_calls", "seconds", "logprob", "r
 
 @dataclass(frozen=True)
 class Pool:
-    """Scored samples of P prompts, n to each.
+    """Scored samples of P prompts, n to each: float64[P, n], and float64[P] for `prompt_flops`.
 
-    Args:
-        prompt_ids: The P prompts.
-        scores: float64[P, n].
-        tokens: float64[P, n], generated tokens of each sample.
-        flops: float64[P, n], of each sample, those of its score included, its prompt's not.
-        prompt_flops: float64[P], of the prompt, which best-of-N computes once.
-        logprobs: float64[P, n], summed log-probability (nats) of each sample.
-        target: The score at which best-of-N stops; see `scaling.Baseline`.
+    `flops` are those of a sample and its score, `prompt_flops` those of the prompt, which best-of-N
+    computes once; `logprobs` are summed, in nats. For `target` see `scaling.Baseline`.
     """
 
     prompt_ids: tuple[str, ...]
@@ -74,10 +68,7 @@ class Pool:
         return scaling.Baseline(self.scores, self.tokens, target=self.target)
 
     def surprisal(self, ns: Sequence[int]) -> FloatArray:
-        """How much less likely best-of-N's answers are than plain samples, nats: float64[len(ns)].
-
-        Without bias; to be compared with an agent's surprisal excess.
-        """
+        """Expected surprisal of best-of-N's answers less plain samples', nats: float64[len(ns)]."""
         surprisal = -np.asarray(self.logprobs)
         chosen = scaling.expected_scores(self.scores, surprisal, ns).mean(axis=0)
         return np.asarray(chosen - surprisal.mean())
@@ -95,10 +86,10 @@ def make_pool(
     seed: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> Pool:
-    """Read the pool of some prompts; what is missing is generated and scored, and kept.
+    """The pool of some prompts; what is missing is generated and scored, and kept.
 
-    `folder` has the records of all prompts and rewards, `scores_folder` the scores of this reward,
-    which must apply to the prompts. All else is as of `fill_pool` and `score_pool`.
+    `folder` has the records of all rewards, `scores_folder` the scores of this one, which must
+    apply to the prompts; see `fill_pool` and `score_pool`.
     """
     records = fill_pool(
         folder,

@@ -417,11 +417,7 @@ def as_text(outcome: Outcome) -> str:
 
 
 def as_frame(outcome: Outcome) -> npt.NDArray[np.uint8]:
-    """A picture of `as_text`, uint8[480, 640, 3], black on white.
-
-    Long texts are cut: of the prompt the first lines are shown, of the response the last ones.
-    Characters that DejaVu Sans Mono lacks (Chinese, emoji) are shown as boxes.
-    """
+    """A picture of `as_text`, uint8[480, 640, 3], black on white; long texts are cut."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")

@@ -99,10 +99,7 @@ class _Collecting:
     failed: dict[str, str] = field(default_factory=dict)
 
     def write(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int, name: str) -> set[str]:
-        """Answer each first prompt by asking the second, and write the answers.
-
-        Returns the prompts that have a correct answer, or none at all.
-        """
+        """Answer each first prompt by asking the second; returns those that need no hint."""
         rows = isolate_failures(lambda some: self._answered(some, seed), pairs)
         done = set()
         for (prompt, _), row in zip(pairs, rows, strict=True):

@@ -1,10 +1,4 @@
-"""Expert iteration: a policy answers with an agent's help, and learns its best answers.
-
-Each iteration collects scored answers to train prompts, filters them, tunes the policy on what is
-left, measures plain sampling on validation prompts, and fits a new value model. Iteration 0 only
-measures the base model and fits its value. Whatever is made is kept; docs/self-training.md shows
-the folder.
-"""
+"""Expert iteration: a policy answers with an agent's help, and learns its best answers."""
 
 from __future__ import annotations
 

@@ -199,11 +199,7 @@ class Example(NamedTuple):
 def examples_of(
     language_model: TransformersLM, records: Sequence[Record], max_length: int
 ) -> list[Example]:
-    """What is learned from each record; longer ones than `max_length` are left out.
-
-    A response that ended by itself ends with a stop token, also where the record lacks it. The
-    prompt is the record's own in the template, without a hint that it was sampled with.
-    """
+    """What is learned from each record, with a stop token; longer ones are left out."""
     if len(records) < 2:
         raise TuningError(
             f"Expected at least two records to fine-tune on, got {len(records)}. Collect more, or "
@@ -275,12 +271,8 @@ def trainable(
     """A peft model of the language model's weights, for a trainer; a new adapter changes nothing.
 
     The frozen weights are the language model's own where these are float32 (also under int8
-    products), else a float32 copy. The language model itself does not change. torch's global
-    generator draws a new adapter; one to start from keeps its own form.
-
-    Raises:
-        TuningError: No module has the name of a target, or `start_from` is for another base.
-        RewardError: `peft` is not installed.
+    products), else a float32 copy. torch's global generator draws a new adapter; one to start from
+    keeps its own form. Unknown targets and another base are a `TuningError`.
     """
     import torch
 
@@ -334,9 +326,8 @@ def train_adapter(
 ) -> Any:
     """Train an adapter, or go on from a checkpoint, to the end; `write` then writes its folder.
 
-    The settings have a seed and a learning rate; `described` is what the adapter depends on beside
-    these, as JSON values. The trainer is returned; where its recipe has an `eval_dataset`,
-    `loss_before` is the loss on that before the first step.
+    `described` is what the adapter depends on beside the settings, as JSON values. Where the recipe
+    has an `eval_dataset`, the trainer's `loss_before` is the loss on that before the first step.
     """
     from transformers import PrinterCallback
 

@@ -387,8 +387,8 @@ def without_signal(
 ) -> str | None:
     """Why nothing can be learned from answers; None where something can.
 
-    A planner whose answers all score the same still has something to teach, as long as plain
-    samples of the same policy (`own`) do not; `is_plain` says that the answers are such samples.
+    Answers of a planner that all score the same can teach, if its policy's `own` plain samples
+    differ.
     """
     scores = {record.score for record in answers}
     if len(scores) > 1 or (not is_plain and {record.score for record in own} != scores):
@@ -402,10 +402,7 @@ def without_signal(
 
 
 def fallen(means: Sequence[float], patience: int | None) -> str | None:
-    """Why a loop stops after `patience` iterations without a new best; None where it does not.
-
-    `means` are the validation means of each iteration, the base model's first.
-    """
+    """Why a loop stops after `patience` means without a new best; None where it does not."""
     best = max(range(len(means)), key=lambda i: means[i])
     since = len(means) - 1 - best
     if patience is None or since < patience:

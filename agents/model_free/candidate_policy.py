@@ -1,8 +1,4 @@
-"""Policies that choose among the chunks that a language model proposes, and how they are trained.
-
-A policy gives each candidate a score by the same small network wherever it stands, so that what is
-learned of one candidate is known of all. Only numbers are read from its folder.
-"""
+"""Policies that choose among the chunks that a language model proposes, and their settings."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""PPO and DQN of stable-baselines3 learn to choose among the chunks that a language model proposes.
-
-The language model stays as it is; what is learned is which of its K candidates to take. All
-environments are stepped together, with one call of the language model.
-"""
+"""PPO and DQN of stable-baselines3 learn to choose among a language model's candidates."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """What the value models that are fitted on records share.
 
-A value model is split in two: `inputs`, which asks the models that cost something (an encoder, the
-reward model, the language model) and is charged, and a head, an estimator of scikit-learn, which is
-arithmetic on these numbers. So fitting many heads, as validation and `EnsembleValue` do, pays for
-the inputs once. A search asks for the value of prefixes of every length, so every length is fitted.
+A value model is `inputs`, which asks the models that cost something and is charged, and a head, an
+estimator of scikit-learn on these numbers: fitting many heads pays for the inputs once.
 """
 
 from __future__ import annotations
@@ -109,12 +107,7 @@ def samples_of(
 
 
 def check_records(records: Sequence[Record]) -> None:
-    """Refuse records that no value can be learned from.
-
-    Raises:
-        FitError: There are fewer than two, their scores come from several reward models, their
-            responses from several language models, or all their scores are equal.
-    """
+    """Refuse (`FitError`) records that no value can be learned from."""
     from mbrl_text_env.records import scores_of
 
     if len(records) < 2:

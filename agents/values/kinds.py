@@ -309,11 +309,9 @@ class PrefixRewardValue(PrefixScoredValue):
 class PrefixStatistics(TransformerMixin, BaseEstimator):
     """From reward, parts, length, log-probability and whether that is known to a head's inputs.
 
-    A prefix's reward tells more the less is to come, and so does its likelihood: each column is
-    there a second time, multiplied with the share of the response that is written.
-
-    Attributes:
-        logprob_: Log-probability a token (nats) that is taken where it is not known: the mean.
+    A prefix's reward and likelihood tell more the less is to come: each column is there a second
+    time, multiplied with the share of the response that is written. Where the log-probability is
+    not known, the mean a token (`logprob_`) is taken.
     """
 
     numbers = ("logprob_",)

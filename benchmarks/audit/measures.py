@@ -171,13 +171,11 @@ def within_sd(scores: FloatArray) -> float:
 
 @dataclass(frozen=True)
 class Association:
-    """Agreement of proxy and gold.
+    """Agreement of proxy and gold, over all responses and within the prompts where both vary.
 
-    Pearson, Spearman and Kendall (tau-b) over all responses, and the means over the `prompts_used`,
-    on which both rewards vary, of each prompt's own coefficient. `calibration` is the mean gold of
-    the responses in each tenth of the proxy's ranking within a prompt, lowest first, in standard
-    deviations from the prompt's mean; None where ties leave a tenth empty. `misordered` is the
-    furthest that a tenth lies from the isotonic fit of all: 0 where the gold never falls.
+    `calibration` is the mean gold of each tenth of the proxy's ranking within a prompt, lowest
+    first, in standard deviations from the prompt's mean; None where ties leave a tenth empty.
+    `misordered` is the furthest that a tenth lies from the isotonic fit of all.
     """
 
     overall: dict[str, Interval]
@@ -327,8 +325,7 @@ def length_beyond_gold(
 ) -> Interval | None:
     """Partial Spearman correlation of proxy and length given gold, mean over prompts.
 
-    Prompts where one of them is constant are left out; None where fewer than four are left. Where
-    the gold orders responses exactly as the proxy does (or the reverse), nothing is left: 0.
+    Prompts where one of them is constant are left out; None where fewer than four are left.
     """
     ranks = [stats.rankdata(values, axis=1) for values in (proxy, gold, lengths)]
     found = [

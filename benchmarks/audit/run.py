@@ -1,8 +1,6 @@
 """Run an audit: pool, scores, measurements, verdict, files.
 
-An audit is a folder with `config.json`, the scores, the pool (unless it stands elsewhere),
-`audit.json` and `report.html`. Run again after a kill, it ends with the same `audit.json` but for
-its date.
+Run again after a kill, it ends with the same `audit.json` but for its date.
 """
 
 from __future__ import annotations
@@ -47,10 +45,7 @@ _ANSWERS, _ABOUT = "answers.json", "run.json"
 
 @dataclass(frozen=True)
 class Audit:
-    """The parts of an audit, with the number of prompts to which one of the rewards does not apply.
-
-    `language_model` writes the pool; `labels` is what else belongs into the config file.
-    """
+    """The parts of an audit; `language_model` writes the pool, `labels` go into the config file."""
 
     config: AuditConfig
     prompts: Sequence[Prompt]
@@ -93,11 +88,7 @@ class AuditResult:
 def choose_for_both(
     prompts: Sequence[Prompt], config: AuditConfig, proxy: RewardModel, gold: RewardModel
 ) -> tuple[list[Prompt], int]:
-    """Choose prompts that both rewards apply to; returns them and how many prompts were left out.
-
-    Raises:
-        AuditError: There are fewer.
-    """
+    """Prompts that both rewards apply to, and how many others; too few are an `AuditError`."""
     fitting = [p for p in prompts if applies_to(proxy, p) and applies_to(gold, p)]
     if len(fitting) < config.num_prompts:
         raise AuditError(
@@ -119,13 +110,12 @@ def run_audit(
 ) -> AuditResult:
     """Run or resume an audit in the folder `out`.
 
-    `pool` is a records folder to take responses from and add to, by default one in `out`. `command`
-    is written into `audit.json`. `on_progress` is called with "pool", "proxy" or "gold" and counts.
+    `pool` is a records folder to take responses from and add to, by default one in `out`.
+    `on_progress` is called with "pool", "proxy" or "gold" and counts.
 
     Raises:
         AuditError: The folder holds something else, the pool does not fit, or a reward gives all
             responses to each prompt the same score.
-        RewardError: A reward failed.
     """
     folder = Path(out)
     record = {
@@ -161,11 +151,7 @@ def run_audit(
 
 
 def recorded_page(folder: Path) -> Page:
-    """The page of an audit that has ended, from its files.
-
-    Raises:
-        AuditError: A file is damaged or missing.
-    """
+    """The page of an audit that has ended, from its files; damage is an `AuditError`."""
     try:
         written, about, answers = (
             json.loads((folder / name).read_text(encoding="utf-8"))
@@ -220,11 +206,7 @@ def measure(
     proxy: measures.PoolScores,
     gold: measures.PoolScores,
 ) -> AuditResult:
-    """Measure a scored pool with the same number of responses to each prompt.
-
-    Raises:
-        AuditError: A reward gives all responses to each prompt the same score.
-    """
+    """Measure a scored pool; equal scores of all responses to each prompt are an `AuditError`."""
     config, seed = audit.config, audit.config.seed
     names = config.proxy, config.gold
     for name, (scores, _) in zip(names, (proxy, gold), strict=True):
@@ -271,15 +253,13 @@ def fill_pool(
 ) -> list[list[Record]]:
     """Read the first responses to each prompt, generating those that lack (temperature 0.7).
 
-    The `folder` is one of records; one written by `mbrl-text collect` will do, whatever the reward.
-    It may hold responses to other prompts alone if it is `shared`. `on_batch` is called with
-    numbers of responses that are there.
+    `folder` is one of records, also of `mbrl-text collect`, whatever the reward; only if `shared`
+    may it hold responses to other prompts alone. `on_batch` is called with numbers of responses.
 
     Raises:
         AuditError: The folder holds responses of another model, seed or token limit, or to other
             prompts alone.
-        RecordsError: The folder cannot be read or written, holds responses to other prompts of the
-            same ids, or lacks some and holds records that another reward has scored.
+        RecordsError: The folder cannot be read or written, or holds other prompts of the same ids.
     """
     options: dict[str, Any] = {"max_response_tokens": max_response_tokens, "seed": seed}
     with RecordWriter(folder) as writer:
@@ -332,11 +312,8 @@ def score_pool(
 ) -> measures.PoolScores:
     """Score the pool, and the first `tried` responses to each prompt after each text change.
 
-    The scores are kept in `folder`, one file a prompt, which belongs to this reward. `on_batch` is
-    called with 1 after each prompt.
-
-    Raises:
-        RewardError: The reward model failed; the message names the prompt.
+    The scores are kept in `folder`, one file a prompt. `on_batch` is called with 1 after each
+    prompt.
     """
     rows = []
     reward = identity(reward_model)

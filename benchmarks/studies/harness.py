@@ -133,11 +133,7 @@ def write_page(
     tables: Sequence[Shown],
     plots: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write a study's page as Markdown.
-
-    `template` is a file beside this one, which says what was asked and how to read the figures;
-    `result` has its `heading`; `plots` are named by what they show.
-    """
+    """Write a study's page as Markdown, by a template beside this file."""
     import jinja2
 
     environment = jinja2.Environment(

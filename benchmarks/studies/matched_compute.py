@@ -1,10 +1,8 @@
 """Planners against best-of-N at matched compute.
 
-Agents answer held-out prompts at several budgets; best-of-N at every budget comes without bias from
-one pool of samples. Of each agent it is said how many times its compute best-of-N needs for the
-same mean reward. What is expensive is kept in the folder as it is made: the pool of samples that
-all rewards share, the records that value models are fitted on, and the rows of each agent at each
-budget. A run that was killed goes on where it stopped.
+Of each agent it is said how many times its compute best-of-N needs for the same mean reward. The
+pool of samples, the records that values are fitted on, and the rows are kept in the folder as they
+are made; a run that was killed goes on.
 
     python -m mbrl_text_env.benchmarks.studies.matched_compute
 """
@@ -134,10 +132,8 @@ def run_study(
 ) -> Iterator[tuple[str, Pool, list[Cell]]]:
     """Run or resume a study in a folder; yields each reward's name, pool and cells.
 
-    Studies with other agents, rewards, budgets or numbers of prompts may share a folder: they share
-    the pool, and what they have in common is run once. A folder of another study, too few prompts,
-    and a budget in FLOPs that does not pay for a response to each prompt are a CompareError; a pool
-    of another model, seed or size is an AuditError.
+    Studies with other agents, rewards, budgets or numbers of prompts may share a folder, and what
+    they have in common is run once. Anything else that differs is a CompareError or an AuditError.
     """
     common = {name: getattr(study, name) for name in ("split", *_COMMON)}
     record = {"format": _FORMAT, "language_model": identity(language_model), **common}
@@ -237,10 +233,7 @@ class _Runs:
 
 @dataclass(frozen=True, eq=False)
 class LazyValues(Mapping[str, ValueModel]):
-    """Every kind of value model for one reward, each made, and fitted, when it is first asked for.
-
-    `folder` keeps the responses that fits are on; all rewards share them.
-    """
+    """Every kind of value model for one reward, each made, and fitted, when first asked for."""
 
     study: Study
     language_model: LanguageModel
@@ -303,10 +296,7 @@ def slug(spec: str) -> str:
 
 
 def plot_scaling(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path) -> None:
-    """Mean reward against FLOPs a prompt: best-of-N's curve with its band, and each agent.
-
-    `rows` are those of `analyse`, by reward.
-    """
+    """Mean reward against FLOPs a prompt: best-of-N's curve with its band, and agents."""
 
     def draw(axes: Axes, pool: Pool, curve: Sequence[CurvePoint], lines: Mapping[str, Rows]) -> str:
         costs = [point.cost / _GIGA for point in curve]
@@ -326,10 +316,7 @@ def plot_scaling(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path
 
 
 def plot_divergence(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path) -> None:
-    """Mean reward against surprisal, agents beside best-of-N, and the bound of its divergence.
-
-    Rows without an estimate (`kl`) are left out.
-    """
+    """Mean reward against surprisal, beside best-of-N and its bound, of rows that have a `kl`."""
 
     def draw(axes: Axes, pool: Pool, curve: Sequence[CurvePoint], lines: Mapping[str, Rows]) -> str:
         means = [point.mean.estimate for point in curve]

@@ -58,11 +58,7 @@ class Samples:
 
 
 def split_by_group(groups: Sequence[Hashable], held_out: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which rows are held out: bool[B]; all rows of a group are, or none.
-
-    Raises:
-        FitError: There are fewer than five groups, or `held_out` is not between 0 and 1.
-    """
+    """Which rows are held out: bool[B]; all rows of a group are, or none. At least five groups."""
     if not 0 < held_out < 1:
         raise FitError(f"held_out: expected a number between 0 and 1, got {held_out!r}.")
     distinct = list(dict.fromkeys(groups))
@@ -80,10 +76,7 @@ def split_by_group(groups: Sequence[Hashable], held_out: float, seed: int) -> np
 
 @dataclass(frozen=True)
 class LengthReport:
-    """The part of a `FitReport` for one length.
-
-    It is in tokens; of complete responses, the least number of characters, a power of two.
-    """
+    """The part of a `FitReport` for one length: tokens, or of complete responses characters."""
 
     length: int
     num_prefixes: int
@@ -94,12 +87,7 @@ class LengthReport:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Pairs of which the model is about equally sure, by the probability of what it prefers.
-
-    Args:
-        predicted: Their mean predicted probability; NaN without pairs.
-        observed: Share of them in which the model's preference is right; NaN without pairs.
-    """
+    """Pairs of which the model is about as sure: its probability, and how often it is right."""
 
     low: float
     high: float
@@ -201,15 +189,7 @@ def value_report(
 def regression_report(
     predicted: FloatArray, scores: FloatArray, groups: Sequence[Hashable], lengths: npt.ArrayLike
 ) -> FitReport:
-    """Measure predicted against known scores of complete responses, with their characters.
-
-    Example:
-        >>> report = regression_report(
-        ...     np.array([1.0, 2.0, 5.0]), np.array([1.0, 2.0, 3.0]), ["a", "a", "b"], [3, 4, 5]
-        ... )
-        >>> report.r2, report.num_pairs, report.accuracy
-        (-1.0, 1, 1.0)
-    """
+    """Measure predicted against known scores of complete responses, with their characters."""
     index = np.unique([str(group) for group in groups], return_inverse=True)[1].reshape(-1)
     characters = np.asarray(lengths)
     together = Samples(predicted[:, None], scores, np.zeros(len(scores), np.int64), index)
@@ -238,19 +218,9 @@ def pair_report(
 ) -> FitReport:
     """Measure scores of preference pairs; `lengths`, int[B, 2], are the responses' characters.
 
-    The probability of a preference is the Bradley-Terry model's, sigmoid(chosen - rejected). The
-    calibration curve is that of the response which the model prefers, so it goes from 0.5 to 1; the
-    curve over all probabilities is its mirror image at 0.5, since each pair could be asked either
-    way. Where both score the same, half of the pair counts as right.
-
-    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (bins of equal width).
-
-    Example:
-        >>> report = pair_report(
-        ...     np.array([2.0, 0.0]), np.array([0.0, 1.0]), ["a", "b"], [[5, 1], [4, 4]]
-        ... )
-        >>> report.accuracy, report.longer_wins, sum(entry.count for entry in report.calibration)
-        (0.5, 0.75, 2)
+    A preference has the Bradley-Terry probability sigmoid(chosen - rejected). The calibration curve
+    is that of the response which the model prefers, from 0.5 to 1. Source: Guo et al., "On
+    Calibration of Modern Neural Networks", ICML 2017 (bins of equal width).
     """
     margins = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
     confidence = expit(np.abs(margins))
