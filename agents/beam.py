@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbrl_text_env.agents.guarded import GuardedSearch, verifier_target
-from mbrl_text_env.agents.search import Expansion, Planner, Search, check_target
+from mbrl_text_env.agents.search import Expansion, Planner, Search, check_target, value_of
 from mbrl_text_env.agents.tree import Node, partial
 from mbrl_text_env.language_models.base import Guard, spawn_seed, stream, watches_guards
 from mbrl_text_env.rewards.base import reward_bounds
@@ -262,7 +262,7 @@ class Adaptive(Planner):
         return bool(worths) and max(worths) - min(worths) > _SAME
 
     def _cautious(self, node: Node) -> float:
-        return float("-inf") if node.value is None else node.value - self.caution * node.std
+        return value_of(node) - self.caution * node.std
 
 
 @dataclass(eq=False, kw_only=True)

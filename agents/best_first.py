@@ -206,9 +206,7 @@ class BestFirst(Planner):
 
     def _most_expansions(self, search: Search) -> float:
         budget, root = search.ledger.budget, search.tree.root.state
-        # A cap on something that costs nothing here is none: the search would not end.
-        endless = Ledger(budget).affords(self._expansion_bound(root) * 1_000_000)
-        return self.expansions if endless and budget.seconds is None else math.inf
+        return math.inf if budget.ends(self._expansion_bound(root)) else self.expansions
 
     @property
     def _only_samples(self) -> bool:

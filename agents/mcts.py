@@ -7,7 +7,7 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from mbrl_text_env.agents.search import Expansion, Planner, Search
 from mbrl_text_env.agents.tree import Node, SearchTree, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
 from mbrl_text_env.mdp import transition
-from mbrl_text_env.types import Chunk, FloatArray, TextState, check_positive
+from mbrl_text_env.types import Chunk, FloatArray, TextState, check_positive, one_of
 
 RootPolicy = Literal["puct", "gumbel"]
 LeafValue = Literal["value", "rollout", "both"]
@@ -167,10 +167,7 @@ class MCTS(Planner):
         check_positive(**{name: getattr(self, name) for name in counts})
         choices = {"root_policy": RootPolicy, "leaf_value": LeafValue, "backup": Backup}
         for name, words in choices.items():
-            if (word := getattr(self, name)) not in get_args(words):
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(get_args(words))}, got {word!r}."
-                )
+            one_of(name, getattr(self, name), words)
         for name in ("rollout_weight", "widening_power"):
             if not 0.0 <= (number := getattr(self, name)) <= 1.0:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {number}.")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mbrl_text_env.agents.search import Expansion, Planner, Search, affordable, stand_in
-from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.language_models.base import prefix_of
+from mbrl_text_env.agents.search import Expansion, Planner, Search, affordable, stand_in, value_of
 from mbrl_text_env.rewards.base import reward_usage_bound
 from mbrl_text_env.types import check_positive
 
@@ -74,7 +71,9 @@ class Screened(Planner):
 
     async def _score(self, search: Search, most: int) -> None:
         """Ask the reward for the best of what is complete, as far as the budget allows."""
-        waiting = sorted(_unscored(search.tree.nodes), key=_value, reverse=True)
+        nodes = search.tree.nodes
+        waiting = [node for node in nodes if node.is_terminal and node.score is None]
+        waiting.sort(key=value_of, reverse=True)
         each = reward_usage_bound(self.reward_model)
         most = affordable(search.ledger, lambda count: each * count, min(most, len(waiting)))
         await search.evaluate(waiting[:most])
@@ -85,19 +84,9 @@ class Screened(Planner):
 
     def _price(self, search: Search) -> float:
         """What a call of the reward costs beside drawing a response; 1 where that is not known."""
-        state, usage = search.tree.root.state, self.language_model.usage_bound
-        prefix = len(prefix_of(state))
-        room = search.room(state)
-        drawing = (usage(prefix, [room]) - usage(prefix, [])).flops
+        state = search.tree.root.state
+        drawing = search.drawing_usage(state).flops
         # Not the bound: of a model, that is of a text that fills its input.
-        text = self.language_model.decode(stand_in(state, room).response_ids)
+        text = self.language_model.decode(stand_in(state, search.room(state)).response_ids)
         scoring = search.reward_model.usage(state.prompt, text).flops
         return scoring / drawing if drawing > 0 else 1.0
-
-
-def _unscored(nodes: Iterable[Node]) -> list[Node]:
-    return [node for node in nodes if node.is_terminal and node.score is None]
-
-
-def _value(node: Node) -> float:
-    return float("-inf") if node.value is None else node.value

@@ -97,10 +97,7 @@ class Majority(Blind):
     def _wanted(self, state: TextState, ledger: Ledger) -> float:
         if self.n is not None:
             return self.n
-        budget = ledger.budget
-        # A cap on something that costs nothing here is none: it would not end.
-        endless = Ledger(budget).affords(self.response_usage(state) * 1_000_000)
-        return _N_WITHOUT_BUDGET if endless and budget.seconds is None else math.inf
+        return math.inf if ledger.budget.ends(self.response_usage(state)) else _N_WITHOUT_BUDGET
 
     def _affordable(self, state: TextState, ledger: Ledger, most: int) -> int:
         room, prefix = self._room(state), len(prefix_of(state))

@@ -20,8 +20,8 @@ from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.mdp import EpisodeEndedError, is_terminal
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import as_index
-from mbrl_text_env.task import Outcome, TaskOptions, TextTask, as_frame, as_text, one_of, show
-from mbrl_text_env.types import FloatArray, Prompt, TextState, check_positive
+from mbrl_text_env.task import Outcome, TaskOptions, TextTask, as_frame, as_text, show
+from mbrl_text_env.types import FloatArray, Prompt, TextState, check_positive, one_of
 
 BoolArray = npt.NDArray[np.bool_]
 OnRewardError = Literal["record", "raise"]

@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import compress, pairwise
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from mbrl_text_env.rewards import base as rewards
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import ChunkSpace, UnicodeText, as_token_ids, padded_chunk_space, unpadded
-from mbrl_text_env.types import Ledger, Prompt, TextState
+from mbrl_text_env.types import Ledger, Prompt, TextState, check_positive, one_of
 
 RewardMode = Literal["terminal", "delta", "process"]
 ObservationMode = Literal["text", "tokens", "embedding"]
@@ -123,11 +123,7 @@ class TextTask:
         one_of("action_format", action_format, ActionFormat)
         one_of("reward", reward, RewardMode)
         one_of("observation", observation, ObservationMode)
-        if max_response_tokens < 1 or max_chunk_tokens < 1:
-            raise ValueError(
-                "max_response_tokens and max_chunk_tokens must be at least 1, got "
-                f"{max_response_tokens} and {max_chunk_tokens}."
-            )
+        check_positive(max_response_tokens=max_response_tokens, max_chunk_tokens=max_chunk_tokens)
         found = load_prompts(split="train") if prompts is None else as_prompts(prompts)
         if not found:
             raise ValueError("prompts: expected at least one prompt, got an empty sequence.")
@@ -397,12 +393,6 @@ def added_text(before: str, after: str) -> str:
     """
     shared = commonprefix([before, after])  # noqa: RUF071 character by character is what is meant
     return after[len(shared) :]
-
-
-def one_of(name: str, value: object, allowed: Any) -> None:
-    """Refuse an argument that is not among the values of a `Literal`."""
-    if value not in get_args(allowed):
-        raise ValueError(f"{name}: expected one of {list(get_args(allowed))}, got {value!r}.")
 
 
 def feature_box(size: int) -> spaces.Box:

@@ -15,7 +15,7 @@ from mbrl_text_env.fitting.folder import Arrays, FolderKind
 from mbrl_text_env.fitting.heads import scaled_ridge
 from mbrl_text_env.fitting.report import FitError
 from mbrl_text_env.language_models.base import Tokenizer, stream
-from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, timed
+from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, check_positive, timed
 from mbrl_text_env.world_model.features import DEFAULT_FEATURES, TextFeature, TextFeatures
 
 if TYPE_CHECKING:
@@ -261,11 +261,9 @@ class IncrementDynamics(Dynamics):
         stride: int = 8,
         alpha: float = 10.0,
     ) -> None:
-        if stride < 1 or (neighbours is not None and neighbours < 1) or not alpha > 0:
-            raise ValueError(
-                "Expected stride and neighbours of at least 1 and alpha above 0, got "
-                f"{stride}, {neighbours} and {alpha}."
-            )
+        check_positive(stride=stride, neighbours=neighbours)
+        if not alpha > 0:
+            raise ValueError(f"alpha: expected a number above 0, got {alpha}.")
         self.features = TextFeatures(tokenizer, features)
         self.neighbours, self.stride, self.alpha = neighbours, stride, alpha
         self.settings = {"neighbours": neighbours, "stride": stride, "alpha": alpha}

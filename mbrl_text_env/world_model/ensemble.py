@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mbrl_text_env.fitting.folder import Arrays
 from mbrl_text_env.fitting.report import split_by_group
 from mbrl_text_env.language_models.base import Tokenizer, stream
-from mbrl_text_env.types import FloatArray, TextState
+from mbrl_text_env.types import FloatArray, TextState, check_positive, one_of
 from mbrl_text_env.world_model.dynamics import Dynamics, Futures
 from mbrl_text_env.world_model.features import DEFAULT_FEATURES, TextFeature, TextFeatures
 
@@ -80,27 +80,15 @@ class EnsembleDynamics(Dynamics):
         patience: int = 5,
         seed: int = 0,
     ) -> None:
-        if not 1 <= elites <= members or min(hidden, stride, patience) < 1:
-            raise ValueError(
-                "Expected 1 to `members` elites, and hidden, stride and patience of at least 1, "
-                f"got {elites} of {members}, {hidden}, {stride} and {patience}."
-            )
-        if propagation not in get_args(Propagation):
-            raise ValueError(
-                f"propagation: expected one of {get_args(Propagation)}, got {propagation!r}."
-            )
-        self.settings = {
-            "members": members,
-            "elites": elites,
-            "hidden": hidden,
-            "stride": stride,
-            "propagation": propagation,
-            "patience": patience,
-            "seed": seed,
-        }
+        check_positive(elites=elites, hidden=hidden, stride=stride, patience=patience)
+        one_of("propagation", propagation, Propagation)
+        if elites > members:
+            raise ValueError(f"elites: expected at most members ({members}), got {elites}.")
         self.features = TextFeatures(tokenizer, features)
         self.members, self.elites, self.hidden, self.stride = members, elites, hidden, stride
         self.propagation, self.patience, self.seed = propagation, patience, seed
+        names = ("members", "elites", "hidden", "stride", "propagation", "patience", "seed")
+        self.settings = {name: getattr(self, name) for name in names}
 
     @property
     def is_fitted(self) -> bool:
