@@ -128,7 +128,8 @@ class BestFirst(Planner):
         if search.round:
             return
         frontier = _Frontier(search, bool(self.stochastic))
-        target, left = self._target(search), self._most_expansions(search)
+        target, each = self._target(search), self._expansion_bound(search.tree.root.state)
+        left = math.inf if search.ledger.budget.ends(each) else self.expansions
         wanted = _WITHOUT_BUDGET if self.n is None and not search.is_capped else self.n
         texts: set[str] = set()
         while frontier.entries and len(texts) != wanted and not search.has_reached(target - _SAME):
@@ -203,10 +204,6 @@ class BestFirst(Planner):
     def _expansion_bound(self, state: TextState) -> Usage:
         """The most that an expansion is charged: nothing of its prefix may be kept any more."""
         return self.language_model.usage_bound(len(prefix_of(state)), []) + _EXPANSION
-
-    def _most_expansions(self, search: Search) -> float:
-        budget, root = search.ledger.budget, search.tree.root.state
-        return math.inf if budget.ends(self._expansion_bound(root)) else self.expansions
 
     @property
     def _only_samples(self) -> bool:

@@ -67,7 +67,9 @@ class Screened(Planner):
             beams = search.ranked(row)[:1]
             for node in beams:
                 node.note = f"kept: the highest value of {len(row)} candidates"
-        await self._score(search, self.finalists or self._finalists(count, price))
+        # All of them where the reward costs nothing, or nothing can be drawn any more.
+        finalists = max(1, int(count / price)) if count and price * count > 1e-9 else 1 << 20
+        await self._score(search, self.finalists or finalists)
 
     async def _score(self, search: Search, most: int) -> None:
         """Ask the reward for the best of what is complete, as far as the budget allows."""
@@ -77,10 +79,6 @@ class Screened(Planner):
         each = reward_usage_bound(self.reward_model)
         most = affordable(search.ledger, lambda count: each * count, min(most, len(waiting)))
         await search.evaluate(waiting[:most])
-
-    def _finalists(self, count: int, price: float) -> int:
-        """How many; all where the reward costs nothing, or nothing can be drawn any more."""
-        return max(1, int(count / price)) if count and price * count > 1e-9 else 1 << 20
 
     def _price(self, search: Search) -> float:
         """What a call of the reward costs beside drawing a response; 1 where that is not known."""

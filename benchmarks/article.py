@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -26,12 +25,12 @@ from mbrl_text_env.benchmarks.demo import collect_with_progress, fitted_on
 from mbrl_text_env.benchmarks.devices import needs, put_on, usable_device
 from mbrl_text_env.benchmarks.options import ArticleConfig, RewardOptions
 from mbrl_text_env.benchmarks.page import Page, provenance, write_page
-from mbrl_text_env.benchmarks.statistics import mean_interval
+from mbrl_text_env.benchmarks.statistics import mean_interval, prompt_means
 from mbrl_text_env.benchmarks.terminal import COMMAND, numbers, progress_bar
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.loading import number_format
 from mbrl_text_env.language_models.registry import embedded_encoder
-from mbrl_text_env.records import Record, read_records, scores_of
+from mbrl_text_env.records import read_records, scores_of
 from mbrl_text_env.types import Prompt
 
 PROMPTS = tuple(
@@ -159,20 +158,15 @@ def _changed(out: Path) -> Table:
         found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         number, learned = found["iteration"], found["improvement"]
         records = read_records(folder / "value" / RECORDS if number else out / RECORDS)
+        means = prompt_means(scores_of(records), [record.prompt_id for record in records])
         shown.add_row(
             f"iteration {number}" if number else "base",
             f"{learned['num_examples']} answers" if learned else "-",
-            f"{_by_prompt(records):.3f}",
+            f"{mean_interval(sorted(means)):.3f}",
             f"{found['validation']['mean']:.3f}",
             f"{float(found['value']['after']['within_prompt']):.2f}",
         )
     return shown
-
-
-def _by_prompt(records: list[Record]) -> Any:
-    names, scores = [r.prompt_id for r in records], scores_of(records)
-    groups = [[s for n, s in zip(names, scores, strict=True) if n == name] for name in set(names)]
-    return mean_interval(sorted(float(np.mean(own)) for own in groups))
 
 
 def _needs(config: ArticleConfig, judge: RewardOptions, device: Any) -> list[str]:

@@ -266,7 +266,13 @@ def fill_pool(
         existing = writer.existing()
         if existing:
             if not shared:
-                _check_others(existing, prompts, folder)
+                there = dict.fromkeys(record.prompt_id for record in existing)
+                if not any(prompt.id in there for prompt in prompts):
+                    raise AuditError(
+                        f"{folder} holds responses to other prompts ({', '.join(list(there)[:3])}, "
+                        f"...; expected {prompts[0].id}, ...). Give the --prompts, --split and "
+                        "--seed it was made with, or another --pool."
+                    )
             run = run_of(folder) or {}
             wanted = collection_run(language_model, _Characters(), **options)
             # What the responses were scored by does not matter here.
@@ -289,16 +295,6 @@ def fill_pool(
             existing = writer.existing()
     place = {(record.prompt_id, record.sample): record for record in existing}
     return [[place[prompt.id, k] for k in range(samples)] for prompt in prompts]
-
-
-def _check_others(records: Sequence[Record], prompts: Sequence[Prompt], folder: Path) -> None:
-    there = dict.fromkeys(record.prompt_id for record in records)
-    if not any(prompt.id in there for prompt in prompts):
-        raise AuditError(
-            f"{folder} holds responses to other prompts ({', '.join(list(there)[:3])}, ...; "
-            f"expected {prompts[0].id}, ...). Give the --prompts, --split and --seed it was made "
-            "with, or another --pool."
-        )
 
 
 def score_pool(
