@@ -158,9 +158,8 @@ class Adaptive(Planner):
     by default the most that the bound allows. No value helps there. Of any other reward with a
     bound, a partial response is given up that cannot score more than the best complete one.
 
-    With a value model that gives no standard deviation (`PrefixRewardValue` without a fit),
-    `margin` and `caution` change nothing, nothing is given up, and only equal values are not told
-    apart.
+    With a value model that gives no standard deviation `margin` and `caution` change nothing, and
+    nothing is given up.
 
     Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise choice);
     Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model
@@ -173,8 +172,7 @@ class Adaptive(Planner):
         candidates_per_beam: Candidates for each beam that goes on for certain.
         margin: Standard deviations within which values cannot be told apart; 0 or more.
         caution: k of mean - k x standard deviation; 0 or more.
-        target: The score from which on a response is good enough; None spends the whole budget, or
-            is the most that a verifier's bound allows.
+        target: The score that is good enough; None for the whole budget, or a verifier's bound.
         value_share: Most FLOPs spent on values, as a share of those spent on text.
         shortest_chunk: Fewest tokens of a chunk; `chunk_tokens` is the most.
 

@@ -78,10 +78,9 @@ class BestFirst(Planner):
             no end of a stochastic search.
         candidates: Next tokens of a prefix that are looked at, the most probable ones. Answers with
             a less probable token are never found.
-        batch_size: Prefixes that are expanded in one call. More are faster, and cost expansions
-            that one by one would not need: at most `batch_size - 1` a call.
+        batch_size: Prefixes that are expanded in one call: more are faster, and cost up to
+            `batch_size - 1` needless expansions a call.
         expansions: Prefixes that are expanded where no cap on tokens, FLOPs or seconds says.
-        stochastic: Whether answers are sampled.
 
     Raises:
         ValueError: The language model has no `next_tokens`, or a number is out of range.

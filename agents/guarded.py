@@ -59,7 +59,7 @@ class Guarded(Planner):
         floor: The least log-probability (nats) of a token in place of a refused one, and of an end
             behind what was added.
         candidates: How many of the most probable tokens are tried in place of a refused one.
-        additions: What is suggested is added where this is not 0.
+        additions: 0 for none.
 
     Raises:
         ValueError: The reward has no bound for a prompt.

@@ -43,8 +43,7 @@ class Lookahead(Planner):
     Args:
         value_model: Judges partial responses; None or unfitted for best-of-N.
         keep: Partial responses that are continued, at most `num_partials`.
-        partial_params: How partial responses are drawn; `params` says how continuations are (and
-            the fallback's responses).
+        partial_params: How partial responses are drawn; `params` is for all else.
     """
 
     name = "lookahead"

@@ -102,20 +102,18 @@ class MCTS(Planner):
 
     - `"puct"`: PUCT everywhere (Silver et al., "Mastering the Game of Go without Human Knowledge",
       2017; Schrittwieser et al., "Mastering Atari, Go, Chess and Shogi by Planning with a Learned
-      Model", 2020). The search moves to the child of highest mean among those with at least a
-      quarter of the visits of the most visited one. (Most visits alone, as in these papers, follows
-      the prior where values are close; mean alone, a single lucky visit.)
+      Model", 2020). The search moves to the child of highest mean, not of most visits as in these
+      papers, among those with at least a quarter of the visits of the most visited one.
     - `"gumbel"`: at the node that is decided, `max_considered` chunks are considered by sequential
       halving, with Gumbel noise; below it visits follow the improved policy (Danihelka et al.,
       "Policy Improvement by Planning with Gumbel", 2022). A node reached earlier keeps its chunks
-      that have not ended the response, and only those missing are drawn; the schedule counts the
-      visits of this decision alone.
+      that have not ended the response; the schedule counts the visits of this decision alone.
 
     Leaf values (without a value model, always by rollouts):
 
     - `"value"`: the value model's estimate of the new state; the score where the response ended.
-    - `"rollout"`: the response is drawn to its end in one piece and scored. It may be the answer,
-      and all its chunks join the tree as if each had been drawn for itself, which they were.
+    - `"rollout"`: the response is drawn to its end in one piece and scored; its chunks join the
+      tree as if each had been drawn for itself.
     - `"both"`: (1 - `rollout_weight`) x the estimate + `rollout_weight` x the score of one rollout
       (Silver et al., "Mastering the Game of Go with Deep Neural Networks and Tree Search", 2016).
       Nodes further down the rollout get the score alone.
@@ -131,7 +129,7 @@ class MCTS(Planner):
 
     Args:
         value_model: Estimates the final reward of partial responses; None for rollouts.
-        num_simulations: Simulations of a decision where no budget says how many.
+        num_simulations: Of a decision where no budget says how many.
         backup: A node's value is the `"mean"` of its returns, or the `"max"`.
         c_puct: Weight of PUCT's bonus for little visited children, above 0.
         widening: Chunks that a node may have drawn after its first visit, above 0.
@@ -139,8 +137,7 @@ class MCTS(Planner):
         max_considered: Most chunks considered by the root policy `"gumbel"`.
         batch_size: More are faster for a prompt by itself, and find a little less.
         reuse_tree: Whether `act` goes on in the tree of the decision before, where it was made with
-            the same seed. Then a decision depends on the ones before it, and what they paid for is
-            not paid for again. The trees of the last 256 searches are kept.
+            the same seed, and pays for no part of it again. The last 256 trees are kept.
 
     Example:
         >>> planner = MCTS(lm, reward, value, root_policy="gumbel")  # doctest: +SKIP

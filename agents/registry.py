@@ -71,8 +71,6 @@ def make(
         spec: A name, then options of its constructor. `temperature`, `top_p` and `top_k` say how
             complete responses are drawn, `value` which of several value models is taken, and
             `policy` which language model proposes.
-        language_model: Proposes tokens.
-        reward_model: Scores responses.
         value_model: For agents that take one; or several by name, of which an agent takes the one
             that its option `value` names, or else the first.
         policies: By the names that specs use (`policy=tuned`): language models that take the place

@@ -1,7 +1,7 @@
 """Planners: agents that search a tree of chunks from each state, round after round.
 
-A planner says which nodes of a `SearchTree` get how many children of what length (`Expansion`);
-`Search` draws and evaluates them, keeps the budget, and ends with a complete and scored response.
+A planner says which nodes get how many children of what length (`Expansion`); `Search` draws and
+evaluates them, keeps the budget, and ends with a complete and scored response.
 """
 
 from __future__ import annotations

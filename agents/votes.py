@@ -68,16 +68,14 @@ class Majority(Blind):
     async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
         """Sample as often as wanted and allowed, and count the votes."""
         found: list[Completion] = []
-        usage, start, room = (
-            self.language_model.usage_bound,
-            len(prefix_of(state)),
-            self._room(state),
-        )
+        usage, start = self.language_model.usage_bound, len(prefix_of(state))
         is_capped = ledger.budget.ends(self.response_usage(state))
         wanted = self.n or (math.inf if is_capped else _N_WITHOUT_BUDGET)
         while left := min(_MOST_A_WAVE, wanted - len(found)):
             # The ledger affords the first one, by contract, but for seconds that have passed.
-            count = affordable(ledger, lambda count: usage(start, [room] * count), int(left))
+            count = affordable(
+                ledger, lambda count: usage(start, [self._room(state)] * count), int(left)
+            )
             count = count or int(not found)
             if not count:
                 break

@@ -167,27 +167,22 @@ class Cell:
 
 
 def analyse(pool: Pool, cells: Sequence[Cell]) -> list[Row]:
-    """One row a cell of one reward.
+    """One row a cell of one reward; fewer than two prompts with scored answers: `CompareError`.
 
     The unit is the prompt: of several answers to it the means are taken. A prompt with an answer
     that could not be scored is left out on both sides. `multiplier` is in FLOPs (see
     `benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens.
 
-    `p_vs_best_of_n` compares with best-of-N that spends the same FLOPs in the mean, two-sided. It
-    is the larger p-value of two tests: the paired permutation test of the differences from
-    best-of-N's expected scores, which near the top of a reward's range is misled by their skew, and
-    `exchange_test` with best-of-N's own answers, which skew cannot mislead, but unequal variances
-    can. `p_holm` is the same after Holm's correction over all cells given. Both are None where the
-    pool is too small for that N.
+    `p_vs_best_of_n` compares with best-of-N that spends the same FLOPs in the mean, two-sided: the
+    larger p-value of the paired permutation test of the differences from best-of-N's expected
+    scores, which their skew misleads near the top of a reward's range, and of `exchange_test` with
+    best-of-N's own answers, which unequal variances mislead. `p_holm` is that after Holm's
+    correction over all cells. Both are None where the pool is too small for that N.
 
-    `kl` is the surprisal excess of the answers over the pool (by log-probabilities at temperature
-    1, so it compares likelihoods), `kl_of_equal_best_of_n` that of the best-of-N which has the same
-    mean reward, and `kl_bound_of_equal_best_of_n` the bound of its divergence; `kl_of_rewards` is a
-    lower bound of the divergence from the rewards alone. `nats_per_token` is the answers' mean
-    surprisal a token, `nats_per_token_of_samples` the pool's.
-
-    Raises:
-        CompareError: Of a cell, fewer than two prompts have scored answers.
+    `kl` is the surprisal excess of the answers over the pool, by log-probabilities at temperature
+    1, `kl_of_equal_best_of_n` that of the best-of-N of the same mean reward, and
+    `kl_bound_of_equal_best_of_n` the bound of its divergence; `kl_of_rewards` is a lower bound from
+    the rewards alone. `nats_per_token` are the answers' and the samples' mean surprisal.
     """
     rows = [_row(pool, cell) for cell in cells]
     tested = [row for row in rows if row["p_vs_best_of_n"] is not None]

@@ -1,8 +1,7 @@
 """Scored responses as token-level records, kept in folders of Parquet shards.
 
-A record holds all that re-scoring or fitting needs. A shard is written under a temporary name and
-then renamed, so a folder never shows half of one. The columns load with
-`datasets.load_dataset("parquet", ...)`, pandas or anything else that reads Parquet.
+A shard is written under a temporary name and then renamed, so a folder never shows half of one. The
+columns load with `datasets.load_dataset("parquet", ...)`, pandas or anything else.
 """
 
 from __future__ import annotations

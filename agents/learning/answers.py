@@ -52,14 +52,12 @@ def collect_answers(
     Args:
         agent: With a reward model, which scores the answers of agents that ask for no score too.
         prompts: Of different ids.
-        writer: Takes the records.
         answers: To each prompt, of different seeds.
         budget: Caps on each answer.
         batch_prompts: Prompts that are answered together.
         hint: Where no answer to a prompt is correct (`CORRECT`), it is answered as often again with
             this hint. The record is then of the prompt without the hint, its agent's name ends in
             `HINTED`, and it has no log-probabilities, for these would be of another prompt.
-        ledger: Is charged for all.
 
     Returns:
         The error of each prompt that was left out, by its id. If that is all, a `RewardError`.

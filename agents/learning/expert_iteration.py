@@ -75,7 +75,6 @@ class ExpertIteration:
         train: Prompts to answer; below 500 there is a warning, as the article advises.
         validation: Prompts to measure on, of other ids.
         settings: What an iteration does; see `star`, `rest_em`, `rejection_sampling`, `planned`.
-        improver: How a policy learns.
         gold_model: A trusted reward that nothing is selected by.
         agent_factory: Makes the agent that answers, instead of the settings' spec.
         value_factory: Makes a value model to fit, of a class that `load_value` reads, instead of

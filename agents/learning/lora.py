@@ -151,7 +151,6 @@ def fine_tune(
     whole or not at all.
 
     Args:
-        language_model: The base.
         records: At least two, with the token ids of their responses.
         folder: Where the adapter is written, with `fine_tuning.json`; `serve` takes it.
         start_from: Folder of an adapter to go on training; None for a new one.

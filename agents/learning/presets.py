@@ -1,7 +1,4 @@
-"""How a policy is trained on its own answers: the settings of the loop, and four known choices.
-
-`star`, `rest_em`, `rejection_sampling` and `planned` give a paper's numbers; whatever else they are
-called with takes the place of a field of `LoopSettings`:
+"""The settings of the loop, and four known choices of them.
 
 >>> star().hints, star().start_from, star(iterations=16).iterations
 (True, 'base', 16)

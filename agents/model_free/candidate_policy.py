@@ -122,16 +122,14 @@ class ChoiceSettings(CandidateView):
     """What PPO and DQN have in common; for the view's fields see `CandidateView`.
 
     Args:
-        total_steps: Environment steps, each of which draws K chunks. Whole rollouts are played, so
-            it may be a few more.
+        total_steps: Environment steps, each of which draws K chunks; whole rollouts are played.
         num_envs: Environments that are stepped together.
         reward: `"delta"` pays each chunk what it adds to the score of the prefix, which needs a
             score of every prefix; `"terminal"` pays the score at the end.
         hidden: Sizes of the network's hidden layers; none for a linear policy.
-        discount: Of later rewards; episodes are short, so none by default.
-        save_steps: Environment steps between checkpoints.
-        eval_steps: Environment steps between two measurements on the validation prompts.
-        eval_episodes: Episodes of each validation prompt.
+        discount: Of later rewards.
+        save_steps, eval_steps: Environment steps between checkpoints, and between measurements of
+            `eval_episodes` of each validation prompt.
         flat_episodes: If so many first episodes all have one score, that is an error.
     """
 
@@ -334,7 +332,6 @@ class CandidatePolicy:
     Args:
         scorer: Gives each candidate a score; the highest is chosen, the first of equals.
         view: What it was trained on.
-        hidden: Sizes of the scorer's hidden layers.
         language_model_name: Whose candidates it was trained on; None fits any.
         reward_name: The reward that it was trained for; None fits any.
         encoder: The encoder of its features, where the view's is `"own"`.
@@ -342,8 +339,6 @@ class CandidatePolicy:
 
     Example:
         >>> policy = load_policy("ppo", language_model, reward_model)  # doctest: +SKIP
-        >>> policy.choose(observations)  # doctest: +SKIP
-        array([2, 0, 1])
     """
 
     scorer: CandidateScorer
@@ -430,7 +425,6 @@ def load_policy(
         language_model: Refused if the policy was trained with another; None is not checked.
         reward_model: The same for the reward.
         encoder: The encoder of the features, where it was passed in to the training.
-        name: What reports call it; by default the algorithm.
     """
     with POLICY.reading(folder) as (config, arrays):
         view = CandidateView(**{f.name: config["view"][f.name] for f in fields(CandidateView)})

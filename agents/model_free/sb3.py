@@ -66,7 +66,6 @@ def train_ppo(
     are removed at the end. They and the policy's folder hold safetensors and JSON alone.
 
     Args:
-        language_model: Proposes the candidates.
         reward_model: A reward model, or anything that `as_reward_model` accepts; of the order of 1.
         prompts: To train on, with different ids.
         folder: Where the policy is written, with `ledger.json` and `curve.json`; `load_policy`

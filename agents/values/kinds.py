@@ -89,15 +89,12 @@ class EmbeddingValue(FittedValue):
     prompts left out in cross-validation, the same for every state.
 
     Args:
-        tokenizer: Decodes states; a language model will do.
         encoder: Embeds texts; by default MiniLM.
         alpha: Strength of the ridge penalty.
         prefix_ratio: Share of a response's words that is kept, above 0 and up to 1.
 
     Example:
         >>> value = EmbeddingValue(tokenizer).fit(read_records("records"))  # doctest: +SKIP
-        >>> value.predict([state]).mean  # doctest: +SKIP
-        array([0.31])
     """
 
     kind = "embedding"
@@ -188,8 +185,6 @@ class HiddenStateValue(FittedValue):
 
     Example:
         >>> value = HiddenStateValue(embedded()).fit(read_records("records"))  # doctest: +SKIP
-        >>> value.chosen_  # doctest: +SKIP
-        'alpha=1000'
     """
 
     kind = "hidden_state"
@@ -224,7 +219,7 @@ class HiddenStateValue(FittedValue):
 
 
 class PrefixScoredValue(FittedValue):
-    """A value model that asks the reward model for the score of the prefix: its first input."""
+    """Asks the reward model for the score of the prefix: its first input."""
 
     reward_model: Any
     tokenizer: Tokenizer
@@ -265,13 +260,10 @@ class PrefixRewardValue(PrefixScoredValue):
     Every call of it is a call of the reward model and is charged as one.
 
     Args:
-        tokenizer: A language model will do.
         lengths: Prefix lengths in tokens that it is calibrated on, increasing.
 
     Example:
         >>> value = PrefixRewardValue(SentimentReward(), lm)  # doctest: +SKIP
-        >>> value.predict([state]).mean  # doctest: +SKIP
-        array([0.98])
     """
 
     kind = "prefix_reward"
@@ -344,7 +336,6 @@ class StackedValue(PrefixScoredValue):
     reward. A state without log-probability is given the mean.
 
     Args:
-        tokenizer: A language model will do.
         lengths: Prefix lengths in tokens that it is fitted on, increasing.
         max_response_tokens: Tokens of a whole response, what positions are shares of; None for the
             longest response of the records, in `max_tokens_`.
@@ -354,8 +345,6 @@ class StackedValue(PrefixScoredValue):
 
     Example:
         >>> value = StackedValue(lm, SentimentReward()).fit(records)  # doctest: +SKIP
-        >>> value.report_.within_prompt  # doctest: +SKIP
-        0.72
     """
 
     kind = "stacked"
@@ -416,11 +405,7 @@ class RolloutValue(ValueModel):
     scored once.
 
     Args:
-        n: Continuations of each state. Of one alone the standard deviation is 0, for it says
-            nothing of it.
-        max_response_tokens: Token limit of a response.
-        params: How the continuations are drawn.
-        seed: They follow from it and the state.
+        n: Continuations of each state; of one alone the standard deviation is 0.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -513,10 +498,7 @@ def make_value(
 
     Args:
         name: One of `READY`, or of `FITTED` or `WORLD_MODEL`, which `fit(records)` comes before.
-        language_model: Whose responses are valued.
-        reward_model: Whose scores are predicted.
         encoder: Embeds texts, where it does; None for MiniLM.
-        max_response_tokens: Token limit of a response, where it matters.
         seed: Of rollouts and the bootstrap.
 
     Example:

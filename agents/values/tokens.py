@@ -56,13 +56,10 @@ class TokenEmbeddingValue(FittedValue):
     their mean for similarities, and stay as they are.
 
     Args:
-        language_model: A `TransformersLM`.
         alphas: Strengths of the penalty, of which the best on prompts left out is taken.
 
     Example:
         >>> value = TokenEmbeddingValue(embedded()).fit(read_records("records"))  # doctest: +SKIP
-        >>> value.chosen_  # doctest: +SKIP
-        'alpha=1000'
     """
 
     kind = "token_embedding"

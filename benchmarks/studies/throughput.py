@@ -1,7 +1,6 @@
 """Tokens a second of the language-model engine beside what people use today, in one run.
 
-All of them sample the same number of tokens (none stops early) after the same prompts, with the
-embedded model, at temperature 0.7:
+All sample the same number of tokens after the same prompts with the embedded model:
 
 (a) the article's procedure: transformers' `generate`, a prompt at a time, the prefix encoded again;
 (b) transformers' `generate`, batched;

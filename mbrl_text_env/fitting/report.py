@@ -101,8 +101,6 @@ class FitReport:
     """How well predictions do on prompts that were left out; NaN is what was not measured.
 
     Args:
-        num_records: Responses.
-        num_prompts: Different prompts among them.
         correlation: Pearson correlation of prediction and final score over all rows.
         within_prompt: The same after the mean of each prompt's rows of one length is taken off
             both: what a choice among responses to one prompt can use. NaN where no prompt has two
@@ -120,9 +118,7 @@ class FitReport:
         accuracy: Share of the pairs whose better response scores higher; a tie counts half.
         longer_wins: That of preferring the longer response, the usual confound.
         log_loss: Mean of -log sigmoid(chosen - rejected), in nats; log 2 = 0.693 is chance.
-        ece: Expected calibration error: mean of |predicted - observed| over the bins, weighted by
-            their counts.
-        calibration: The bins, from 0.5 to 1.
+        ece: Expected calibration error, over the bins of `calibration` from 0.5 to 1.
         chance: Accuracy of guessing.
     """
 

@@ -238,7 +238,6 @@ class IncrementDynamics(Dynamics):
 
     Args:
         tokenizer: Of the responses; a language model is also compared with the records'.
-        features: What is counted; see `TextFeatures`.
         neighbours: Nearest donors; None for all records.
         stride: Records are cut every so many tokens; in between, the nearest cut is taken.
         alpha: Penalty of the ridge, on inputs of variance 1.

@@ -50,14 +50,11 @@ class EnsembleDynamics(Dynamics):
     tell what is not known from what is random.
 
     Args:
-        tokenizer, features: As of `IncrementDynamics`.
         members, elites: Networks that are fitted, and those of them that are used.
         hidden: Units of each of the two hidden layers.
         stride: Tokens of a chunk.
         propagation: Which elite takes a step of a future: "fixed_model", always the same;
             "random_model", any; "expectation", the mean of all.
-        patience: Epochs.
-        seed: The fit follows from it, up to the rounding of other machines.
 
     Example:
         >>> dynamics = EnsembleDynamics(lm).fit(read_records("records"))  # doctest: +SKIP
@@ -156,14 +153,9 @@ class EnsembleDynamics(Dynamics):
     ) -> tuple[_Rows, npt.NDArray[np.bool_]]:
         """One chunk more of N responses that go on, in one product.
 
-        Args:
-            rows: float32[N, F], features that are predicted (`varying`).
-            member: int64[N], the elite of each; without meaning for "expectation".
-            rng: Draws the chunks.
-
-        Returns:
-            The rows after it, float32[N, F], and whether the responses have ended then, bool[N].
-            Tokens are whole, other counts need not be; see `settled`.
+        `rows`, float32[N, F], are features that are predicted (`varying`), `member`, int[N], the
+        elites. Returned are the rows after it, of which tokens alone need be whole (see `settled`),
+        and whether the responses have ended, bool[N].
         """
         mean, variance, ends = self._predicted(rows)
         if self.propagation == "expectation":

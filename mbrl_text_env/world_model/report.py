@@ -28,7 +28,6 @@ class HorizonReport:
 
     Args:
         horizon: Tokens ahead.
-        prefixes: Of how many records.
         error: Of the futures' mean.
         copying: Of the features of the prefix.
         rate: Of the counts of the prefix, as many times as the response may grow in the horizon.
