@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from mbrl_text_env.fitting.folder import Arrays
 from mbrl_text_env.fitting.report import split_by_group
-from mbrl_text_env.language_models.base import Tokenizer, stream
-from mbrl_text_env.types import FloatArray, TextState, check_positive, one_of
-from mbrl_text_env.world_model.dynamics import Dynamics, Futures
+from mbrl_text_env.language_models.base import Tokenizer
+from mbrl_text_env.types import FloatArray, check_positive, one_of
+from mbrl_text_env.world_model.dynamics import Dynamics
 from mbrl_text_env.world_model.features import DEFAULT_FEATURES, TextFeature, TextFeatures
 
 if TYPE_CHECKING:
@@ -113,34 +113,19 @@ class EnsembleDynamics(Dynamics):
         self.arrays_ |= self._trained(x, y.astype(np.float32), ended, prompts, held)
         return self
 
-    def futures(
-        self,
-        states: Sequence[TextState],
-        num_futures: int,
-        horizon: int | None = None,
-        seed: int = 0,
-    ) -> Futures:
-        """See `Dynamics.futures`; the horizon is a multiple of `stride`."""
-        self.check_horizon(horizon)
-        starts = self.varying(states)
-        shape = len(states), num_futures
-        features = np.zeros((*shape, starts.shape[1]), dtype=np.float32)
-        ended, member = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
-        # State by state: the size of a product may change its rounding.
-        for i, (state, start) in enumerate(zip(states, starts, strict=True)):
-            rng = stream(seed, state, 0)
-            rows, over = np.tile(start, (num_futures, 1)), np.zeros(num_futures, dtype=bool)
-            member[i] = self.draw_members(num_futures, rng)
-            ahead = self.longest_ - len(state.response_ids) if horizon is None else horizon
-            for step in range(-(-ahead // self.stride)):
-                if self.propagation == "random_model" and step:
-                    own = self.draw_members(num_futures, rng)
-                else:
-                    own = member[i]
-                after, ends = self.advance(rows, own, rng)
-                rows, over = np.where(over[:, None], rows, after), over | ends
-            features[i], ended[i] = self.settled(start, rows), over
-        return Futures(features, features[..., 0].astype(np.int64), ended, member)
+    def ahead(
+        self, size: int, row: Any, num_futures: int, horizon: int | None, rng: np.random.Generator
+    ) -> tuple[Any, Any, Any]:
+        """See `Dynamics.ahead`."""
+        rows, over = np.tile(row, (num_futures, 1)), np.zeros(num_futures, dtype=bool)
+        member = self.draw_members(num_futures, rng)
+        left = self.longest_ - size if horizon is None else horizon
+        for step in range(-(-left // self.stride)):
+            is_new = self.propagation == "random_model" and step
+            own = self.draw_members(num_futures, rng) if is_new else member
+            after, ends = self.advance(rows, own, rng)
+            rows, over = np.where(over[:, None], rows, after), over | ends
+        return self.settled(row, rows), over, member
 
     def draw_members(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """int64[count], numbers of elites, equally often; all 0 for "expectation"."""
