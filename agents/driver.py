@@ -104,11 +104,10 @@ def ask(
     Args:
         function: Gives one result an item: a sequence, or a dataclass or mapping of sequences. It
             charges its time itself (`ledger.timed`), as the doors of the models do.
-        ledgers: One an item; None where the function takes none.
         may_repeat: Whether a merged call that fails, and has charged nothing but time, is made
             again for each search alone, so that an error is that search's and names its prompt.
         awaited: What `generate_async` awaits instead; by default the function runs in a thread.
-        **columns: Arguments with one entry an item.
+        **columns: Arguments with one entry an item, as `ledgers`.
 
     Example:
         >>> async def search(texts):

@@ -11,15 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from mbrl_text_env.agents.mcts_policies import (
-    Children,
-    considered_visits,
-    gumbel_interior_scores,
-    gumbel_root_scores,
-    perturbed_log_priors,
-    puct_scores,
-    widened,
-)
+from mbrl_text_env.agents import mcts_policies as policies
 from mbrl_text_env.agents.search import Expansion, Planner, Search
 from mbrl_text_env.agents.tree import Node, SearchTree, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
@@ -252,7 +244,7 @@ class GumbelDecision:
             return [], np.zeros(0)
         seed = spawn_seed(self.simulator.search.seed, _ROOT_NOISE)
         rng = stream(seed, self.node.state, self.node.visits)
-        noise = perturbed_log_priors([child.copies for child in children], rng)
+        noise = policies.perturbed_log_priors([child.copies for child in children], rng)
         first = np.sort(np.argsort(-noise, kind="stable")[:count])
         return [children[i] for i in first], noise[first]
 
@@ -260,7 +252,7 @@ class GumbelDecision:
         """Visit the considered children by the schedule."""
         if not self.considered:
             return
-        schedule = considered_visits(len(self.considered), count + self.counts.total())
+        schedule = policies.considered_visits(len(self.considered), count + self.counts.total())
         while self.counts.total() < len(schedule) and not self.simulator.is_broke:
             turn = schedule[self.counts.total()]
             # No further than this turn: who goes on depends on its returns.
@@ -275,7 +267,7 @@ class GumbelDecision:
     def _scores(self, turn: int) -> FloatArray:
         children = self.simulator.children(self.node, self.considered)
         counts = np.array([self.counts[child] for child in self.considered])
-        return gumbel_root_scores(children, self.perturbed, counts, turn)
+        return policies.gumbel_root_scores(children, self.perturbed, counts, turn)
 
 
 def _robust(node: Node) -> Node | None:
@@ -330,9 +322,9 @@ class Simulator:
                 return node
             known = self.children(node, open_children)
             if self.planner.root_policy == "puct":
-                scores = puct_scores(known, self.planner.c_puct)
+                scores = policies.puct_scores(known, self.planner.c_puct)
             else:
-                scores = gumbel_interior_scores(known)
+                scores = policies.gumbel_interior_scores(known)
             node = open_children[int(np.argmax(scores))]
 
     async def complete(self, stems: Iterable[Node]) -> None:
@@ -344,7 +336,7 @@ class Simulator:
         self._under_way.clear()
         self._drawing.clear()
 
-    def children(self, node: Node, children: Sequence[Node]) -> Children:
+    def children(self, node: Node, children: Sequence[Node]) -> policies.Children:
         """What is known of some of a node's children, simulations under way counted as lost."""
         copies = np.array([child.copies for child in children], float)
         under_way = np.array([self._under_way[child] for child in children], float)
@@ -357,7 +349,7 @@ class Simulator:
         values = np.divide(
             totals + lowest * under_way, visits, where=visits > 0, out=np.zeros(len(children))
         )
-        return Children(
+        return policies.Children(
             visits,
             values,
             copies / copies.sum(),
@@ -369,7 +361,7 @@ class Simulator:
     def _may_widen(self, node: Node) -> bool:
         # The simulation that asks is under way already.
         visits = node.visits + self._under_way[node] - 1
-        allowed = widened(visits, self.planner.widening, self.planner.widening_power)
+        allowed = policies.widened(visits, self.planner.widening, self.planner.widening_power)
         return node.samples + self._drawing[node] < allowed
 
     async def _valued(self, stems: Sequence[Node]) -> list[Node]:

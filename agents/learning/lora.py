@@ -145,10 +145,9 @@ def fine_tune(
     adapter.
 
     Checkpoints lie in `<folder>-checkpoints`, from which a call that was stopped goes on if
-    records and settings are the same; they are removed at the end. They hold the optimizer's state
-    in torch's format and `training_args.bin`, a pickle, which nothing here reads: keep checkpoints
-    of others out of that folder. The final folder has safetensors and JSON alone, and is there as a
-    whole or not at all.
+    records and settings are the same; they are removed at the end. They hold pickles of torch: keep
+    those of others out of that folder. The final folder has safetensors and JSON alone, and is
+    there as a whole or not at all.
 
     Args:
         records: At least two, with the token ids of their responses.
