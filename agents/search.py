@@ -82,7 +82,6 @@ class Search:
     All chunks follow from the seed, their node's tokens and their number.
 
     Attributes:
-        tree: What was found so far.
         drawn: Chunks drawn so far, repetitions included.
         round: Rounds of planning before this one.
         limit: Most tokens of a response to this prompt.

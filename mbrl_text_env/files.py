@@ -195,9 +195,10 @@ def restored(hint: Any, value: Any) -> Any:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     inner = get_args(kinds[0])
     if isinstance(value, Mapping):
-        for kind in filter(is_dataclass, kinds):
-            hints = get_type_hints(kind)
-            return kind(**{name: restored(hints[name], each) for name, each in value.items()})
+        made: Any = next(filter(is_dataclass, kinds), None)
+        if made is not None:
+            hints = get_type_hints(made)
+            return made(**{name: restored(hints[name], each) for name, each in value.items()})
         return {name: restored(inner[-1], each) for name, each in value.items()} if inner else value
     if isinstance(value, list) and inner:
         return tuple(restored(inner[0], each) for each in value)

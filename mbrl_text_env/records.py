@@ -387,8 +387,8 @@ def rescore(
 ) -> None:
     """Score the responses of a folder with another reward model, into a new folder.
 
-    Nothing is generated again: the new records differ from the old in `score`, `rewards` and
-    `reward_name` alone. The new folder appears when all of it is written, or not at all.
+    The new records differ from the old in `score`, `rewards` and `reward_name` alone. The new
+    folder appears when all of it is written, or not at all.
 
     Raises:
         RecordsError: The target is the source, holds something, or cannot be written; the source

@@ -75,13 +75,8 @@ class AdapterSettings:
 class FineTuneSettings(AdapterSettings):
     """How a policy is fine-tuned; for the adapter's fields see `AdapterSettings`.
 
-    Args:
-        learning_rate: Its highest value; it falls linearly to 0.
-        epochs: Passes over the examples.
-        batch_size: Examples in one forward pass.
-        gradient_accumulation: Passes in one step of the optimizer.
-        max_length: Most tokens of prompt and response; longer examples are left out.
-        seed: Adapters and order of the examples follow from it.
+    The learning rate is the highest one; it falls linearly to 0. A step has `batch_size` x
+    `gradient_accumulation` examples; those of more than `max_length` tokens are left out.
     """
 
     learning_rate: float = 2e-4
@@ -101,13 +96,10 @@ class FineTuneSettings(AdapterSettings):
 class FineTuneReport:
     """What fine-tuning did and took.
 
-    Args:
-        loss_before: Mean loss (nats a response token, averaged over batches) of the first examples,
-            at most 64, before the first step.
-        losses: The same of each step's examples, before that step.
-        seconds: Wall time; of the last call alone where an earlier one was stopped.
-        tokens: Tokens of prompts and responses passed through the model in training.
-        flops: Twice a forward pass (frozen weights need no gradients), padding not counted.
+    `loss_before` is the mean loss (nats a response token, averaged over batches) of the first
+    examples, at most 64, before the first step; `losses` are those of each step's examples.
+    `seconds` are of the last call alone where an earlier one was stopped. `tokens` and `flops`
+    (twice a forward pass) count prompts and responses, not padding.
     """
 
     num_examples: int

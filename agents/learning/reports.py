@@ -46,10 +46,8 @@ def to_json(values: Any) -> dict[str, Any]:
 class Divergence:
     """Kullback-Leibler divergence of a policy from the base model, estimated from its samples.
 
-    Args:
-        per_response: Nats a response: the mean of log policy - log base over whole responses.
-        per_response_error: Its standard error; NaN for one prompt with one response.
-        per_token: Nats a token: the same sum, divided by the number of tokens.
+    In nats a response (the mean of log policy - log base) and a token, with standard errors over
+    prompts; these are NaN for one prompt with one response.
     """
 
     per_response: float
@@ -152,13 +150,10 @@ def _distinct(texts: Sequence[tuple[str, ...]], n: int) -> float:
 
 @dataclass(frozen=True)
 class ValueCheck:
-    """How well a value model predicts responses that it was not fitted on.
+    """How well a value model predicts responses that it was not fitted on, over all prefixes.
 
-    Args:
-        error: Root mean square of prediction - final score, over prefixes of all lengths.
-        correlation: Pearson correlation over all prefixes.
-        within_prompt: The same without the mean of each prompt's prefixes of one length: what a
-            choice among partial responses can use. NaN where nothing varies.
+    `error` is the root mean square of prediction - final score; `within_prompt` the correlation
+    without the mean of each prompt's prefixes of one length: what a choice can use.
     """
 
     error: float
@@ -189,15 +184,11 @@ def check_value(
 
 @dataclass(frozen=True)
 class GoldCheck:
-    """What a trusted reward that was not optimised says of the same responses.
+    """What a trusted reward that was not optimised says of the responses that it could score.
 
-    Args:
-        proxy: Mean score under the reward that is optimised, of the responses below.
-        gold: Mean score under the trusted one.
-        gap: proxy - gold. Its change since the base model is the part of a rise that is not real,
-            where both rewards have one scale.
-        correlation: Of the two, over responses; NaN where one does not vary.
-        num_responses: Responses that the trusted reward could score.
+    `proxy` is the optimised reward's mean, `gap` proxy - gold: its change since the base model is
+    the part of a rise that is not real, where both have one scale. The correlation is over
+    responses.
     """
 
     proxy: float
@@ -269,14 +260,9 @@ class Selected(Answers):
 
 @dataclass(frozen=True)
 class Validation:
-    """Plain sampling on the validation prompts.
+    """Plain sampling on the validation prompts: mean score over prompts with its standard error.
 
-    Args:
-        mean: Mean score, over prompts.
-        error: Its standard error over prompts; NaN for one prompt.
-        tokens: Mean length of a response.
-        divergence: From the base model, where it was asked for.
-        gold: What a trusted reward says, where there is one.
+    `error` is NaN for one prompt; `tokens` is the mean length of a response.
     """
 
     mean: float
@@ -302,16 +288,11 @@ class Validation:
 
 @dataclass(frozen=True)
 class ValueReport:
-    """The value model of an iteration.
+    """The value model of an iteration, for whose policy it was `refitted`, or fitted at another.
 
-    Args:
-        fitted_at: The iteration whose policy it was fitted for.
-        refitted: Whether that is this one.
-        when_fitted: How well the old model predicted the validation responses of the policy that
-            it was fitted for (the first model: this policy's).
-        before: How well the old model predicts this policy's; None for the first.
-        after: How well the model of this iteration does.
-        error_ratio: Of `before` and `when_fitted`; None for the first.
+    `when_fitted` is how well the old model predicted the responses of its own policy, `before` and
+    `after` how well it and the model in use predict this policy's; `error_ratio` is that of
+    `before` and `when_fitted`. None for the first.
     """
 
     fitted_at: int
@@ -324,15 +305,10 @@ class ValueReport:
 
 @dataclass(frozen=True)
 class IterationReport:
-    """An iteration's figures; what an iteration lacks is None.
+    """An iteration's figures; what an iteration lacks is None. 0 is the base model.
 
-    Args:
-        iteration: 0 for the base model, before anything is learned.
-        policy: Name of the policy at its end, which `validation` and `value` are of.
-        collected: What the policy before answered.
-        usage: What each stage took, of the last try where it was stopped: `Usage.as_dict()`, whose
-            seconds are those of the models' calls, and `wall_seconds`.
-        warnings: What to look at.
+    `policy` is the one at its end, which `validation` and `value` are of; `collected` the policy
+    before answered. `usage` is what each stage took: `Usage.as_dict()`, and `wall_seconds`.
     """
 
     iteration: int

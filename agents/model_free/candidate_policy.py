@@ -163,16 +163,10 @@ class ChoiceSettings(CandidateView):
 
 @dataclass(frozen=True)
 class PPOSettings(ChoiceSettings):
-    """How PPO learns; see `ChoiceSettings` for the rest.
+    """How PPO learns, in stable-baselines3's terms; see `ChoiceSettings` for the rest.
 
-    Args:
-        rollout_steps: Environment steps between two updates, over all environments; a multiple of
-            `num_envs`.
-        batch_size: Steps in a batch; at most `rollout_steps`.
-        epochs: Passes over a rollout.
-        gae_lambda: Of generalised advantage estimation.
-        clip_range: Most that the ratio of probabilities may leave 1.
-        entropy: Weight of the entropy bonus.
+    `rollout_steps` are environment steps between two updates, over all environments: a multiple of
+    `num_envs`, and at least a batch. `entropy` weighs the bonus.
     """
 
     rollout_steps: int = 512
@@ -195,16 +189,10 @@ class PPOSettings(ChoiceSettings):
 
 @dataclass(frozen=True)
 class DQNSettings(ChoiceSettings):
-    """How DQN learns; see `ChoiceSettings` for the rest.
+    """How DQN learns, in stable-baselines3's terms; see `ChoiceSettings` for the rest.
 
-    Args:
-        buffer_size: Transitions that are kept.
-        learning_starts: Environment steps before the first update.
-        batch_size: Transitions in an update.
-        updates: Updates a step of all environments.
-        target_interval: Environment steps between two updates of the target network.
-        exploration_fraction: Share of the training over which exploration falls.
-        exploration_final: Probability of a random choice from then on.
+    `learning_starts` and `target_interval` are in environment steps, `updates` those after a step
+    of all environments. Random choices fall to `exploration_final` over the `exploration_fraction`.
     """
 
     buffer_size: int = 20_000
@@ -225,15 +213,10 @@ class DQNSettings(ChoiceSettings):
 
 @dataclass(frozen=True)
 class Measured:
-    """The policy's choices on the validation prompts, after so much training.
+    """The policy's choices on the validation prompts, after so many environment steps.
 
-    Args:
-        steps: Environment steps so far.
-        scores: Mean score of each validation prompt.
-        usage: What candidates, features and scores of the training took so far.
-        training_flops: Of the network that chooses, so far.
-        wall_seconds: So far, measurements aside.
-        own_usage: What this measurement took.
+    Usage, FLOPs of the network and wall time are the training's so far, `own_usage` is what this
+    measurement took; `scores` are the means of each prompt.
     """
 
     steps: int

@@ -154,12 +154,8 @@ def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
 class FittedValue(ValueModel):
     """A value model that learns from records; a subclass says what it sees and how it is fitted.
 
-    Attributes:
-        head_: What makes the mean of the inputs, fitted.
-        spread_: The standard deviation by prefix length, of the errors on prompts left out.
-        chosen_: Name of the head, where there were several to choose from.
-        report_: `FitReport` of the fit, on prompts left out.
-        reward_name_, language_model_name_: What it was fitted on.
+    `head_` makes the mean of the inputs, `spread_` the standard deviation by prefix length, from
+    the errors on prompts left out; `chosen_` names the head, `report_` is the `FitReport`.
 
     Example:
         >>> class Length(FittedValue):  # ridge on the number of tokens

@@ -58,13 +58,11 @@ class Dynamics(ABC):
     """What a prefix will become, apart from any reward; call it by `predict_futures`.
 
     Attributes:
-        features: What it predicts.
-        constant_: Names of features that it was not fitted to predict, since they never varied.
+        features: What it predicts, but for `constant_` ones, which never varied in the records.
         language_model_name_: The policy whose responses it was fitted on.
         longest_: Tokens of the longest response that it has seen.
         stride: Records are cut every so many tokens.
-        kind, settings: What `save` writes of it, beside the features: its name in `load_dynamics`,
-            and the arguments of its constructor.
+        kind, settings: Its name in `load_dynamics`, and the arguments of its constructor.
     """
 
     features: TextFeatures
