@@ -67,8 +67,7 @@ def _graft(tree: SearchTree, root: Node, source: Node) -> None:
         for name in ("value", "std", "score", "parts", "visits", "total"):
             setattr(node, name, getattr(known, name))
         for child in known.children:
-            assert child.chunk is not None
-            copied = tree.add(node, child.chunk, child.state)
+            copied = tree.add(node, child.step()[1], child.state)
             copied.copies = child.copies
             going.append((copied, child))
         node.samples = known.samples
@@ -429,7 +428,7 @@ def _in_chunks(search: Search, ends: Sequence[Node], planner: MCTS) -> list[Node
     child like any other; beginnings that are there already are shared.
     """
     nodes, size = search.tree.nodes, planner.chunk_tokens
-    pieces = [end for end in dict.fromkeys(ends) if len(_chunk(end)) > size]
+    pieces = [end for end in dict.fromkeys(ends) if len(end.step()[1]) > size]
     if not pieces:
         return list(ends)
     first = min(end.index for end in pieces)
@@ -442,8 +441,7 @@ def _in_chunks(search: Search, ends: Sequence[Node], planner: MCTS) -> list[Node
 
 def _add_path(search: Search, end: Node, chunk_tokens: int) -> Node:
     """Take a node from its parent, and add what leads to it in chunks, as often as it was drawn."""
-    parent, chunk = end.parent, _chunk(end)
-    assert parent is not None
+    parent, chunk = end.step()
     parent.children.remove(end)
     parent.samples -= end.copies
     node = parent
@@ -457,8 +455,3 @@ def _add_path(search: Search, end: Node, chunk_tokens: int) -> Node:
     if node.score is None:
         node.score, node.parts = end.score, end.parts
     return node
-
-
-def _chunk(node: Node) -> Chunk:
-    assert node.chunk is not None
-    return node.chunk
