@@ -107,7 +107,7 @@ def ask(
         may_repeat: Whether a merged call that fails, and has charged nothing but time, is made
             again for each search alone, so that an error is that search's and names its prompt.
         awaited: What `generate_async` awaits instead; by default the function runs in a thread.
-        **columns: Arguments with one entry an item, as `ledgers`.
+        **columns: Arguments with one entry an item, as `ledgers` have.
 
     Example:
         >>> async def search(texts):
@@ -131,7 +131,7 @@ def ask_for_chunks(
 async def _chunks_async(
     language_model: LanguageModel, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger]
 ) -> list[list[Chunk]]:
-    """See `sample_requests_async`; where guards score inside, under the lock of rewards."""
+    """See `sample_requests_async`; with guards, which score, it takes the lock of rewards first."""
     if not watches_guards(language_model) or all(r.guard is None for r in requests):
         return await sample_requests_async(language_model, requests, ledgers=ledgers)
 

@@ -149,11 +149,11 @@ def considered_visits(num_considered: int, num_simulations: int) -> tuple[int, .
 def perturbed_log_priors(copies: Sequence[int], rng: np.random.Generator) -> FloatArray:
     """Gumbel noise plus log-prior of chunks of which only samples are known.
 
-    Of draws at the times of a Poisson process of rate 1, a chunk comes first at a time that is
-    exponential with rate p(a), so minus its logarithm is distributed as `log p(a) + g(a)`: samples
-    alone give exact Gumbel-top-k. `copies` says how often each came, at least once; the order is
-    drawn here. Source: the exponential race behind the Gumbel-max trick (Maddison et al., "A*
-    Sampling", 2014); mctx has all logits.
+    In a Poisson process of draws (rate 1) a chunk of probability p(a) first comes at an exponential
+    time of rate p(a), whose logarithm is distributed as `-(log p(a) + g(a))`: so samples alone give
+    exact Gumbel-top-k. `copies` says how often each came, at least once; their order is drawn here.
+    Source: the exponential race behind the Gumbel-max trick (Maddison et al., "A* Sampling", 2014);
+    mctx has all logits.
     """
     order = rng.permutation(np.repeat(np.arange(len(copies)), copies))
     times = np.cumsum(rng.exponential(size=len(order)))

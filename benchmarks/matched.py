@@ -68,7 +68,7 @@ class Pool:
         return scaling.Baseline(self.scores, self.tokens, target=self.target)
 
     def surprisal(self, ns: Sequence[int]) -> FloatArray:
-        """Expected surprisal of best-of-N's answers less plain samples', nats: float64[len(ns)]."""
+        """How much less likely best-of-N's answers are than samples, nats: float64[len(ns)]."""
         surprisal = -np.asarray(self.logprobs)
         chosen = scaling.expected_scores(self.scores, surprisal, ns).mean(axis=0)
         return np.asarray(chosen - surprisal.mean())

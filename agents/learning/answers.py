@@ -97,7 +97,10 @@ class _Collecting:
     failed: dict[str, str] = field(default_factory=dict)
 
     def write(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int, name: str) -> set[str]:
-        """Answer each first prompt by asking the second; returns those that need no hint."""
+        """Ask the second prompt of each pair, and write its answers as the first one's.
+
+        Returned are the first prompts that need no hint.
+        """
         rows = isolate_failures(lambda some: self._answered(some, seed), pairs)
         done = set()
         for (prompt, _), row in zip(pairs, rows, strict=True):

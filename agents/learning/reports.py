@@ -288,11 +288,12 @@ class Validation:
 
 @dataclass(frozen=True)
 class ValueReport:
-    """The value model of an iteration, for whose policy it was `refitted`, or fitted at another.
+    """The value model of an iteration, and how well it and the one before predict.
 
-    `when_fitted` is how well the old model predicted the responses of its own policy, `before` and
-    `after` how well it and the model in use predict this policy's; `error_ratio` is that of
-    `before` and `when_fitted`. None for the first.
+    `fitted_at` is the iteration for whose policy it was fitted; `refitted` says whether that is
+    this one. `when_fitted` is how well the old model did on the policy it was fitted for, `before`
+    how well it does on this one (None for the first), `after` how well the model in use does.
+    `error_ratio` is `before` by `when_fitted`.
     """
 
     fitted_at: int
@@ -305,10 +306,10 @@ class ValueReport:
 
 @dataclass(frozen=True)
 class IterationReport:
-    """An iteration's figures; what an iteration lacks is None. 0 is the base model.
+    """An iteration's figures: 0 is the base model, and None what an iteration lacks.
 
-    `policy` is the one at its end, which `validation` and `value` are of; `collected` the policy
-    before answered. `usage` is what each stage took: `Usage.as_dict()`, and `wall_seconds`.
+    `policy` is the one at its end, which `validation` and `value` are of; `collected` is of the one
+    before. `usage` is what each stage took: `Usage.as_dict()`, and `wall_seconds`.
     """
 
     iteration: int

@@ -109,7 +109,6 @@ class Dynamics(ABC):
             features[i], ended[i], member[i] = self.ahead(size, row, num_futures, horizon, rng)
         return Futures(features, features[..., 0].astype(np.int64), ended, member)
 
-    @abstractmethod
     def ahead(
         self, size: int, row: Any, num_futures: int, horizon: int | None, rng: np.random.Generator
     ) -> tuple[Any, Any, Any]:
@@ -117,6 +116,7 @@ class Dynamics(ABC):
 
         It has `size` tokens and the features `row`, float32[F], of which tokens are the first.
         """
+        raise WorldModelError(f"{type(self).__name__} has no futures: it has no `ahead`.")
 
     @abstractmethod
     def fit(self, records: Sequence[Record]) -> Self:
