@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbrl_text_env.benchmarks import options
-from mbrl_text_env.benchmarks.options import choose_prompts
 from mbrl_text_env.benchmarks.statistics import (
     mean_interval,
     paired_permutation_test,
@@ -23,13 +22,10 @@ from mbrl_text_env.benchmarks.statistics import (
     win_rate,
 )
 from mbrl_text_env.files import write_text
-from mbrl_text_env.prompts import load_prompts
-from mbrl_text_env.rewards.base import RewardModel, applies_to
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mbrl_text_env.types import Prompt
 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
 
@@ -99,13 +95,6 @@ class Shown:
         for row in self.rows:
             table.add_row(*row)
         return table
-
-
-def prompts_for(reward: RewardModel, split: str, count: int | None) -> list[Prompt]:
-    """Builtin prompts that the reward applies to, in a fixed random order; all, if None."""
-    found = load_prompts(split=split)
-    there = sum(applies_to(reward, prompt) for prompt in found)
-    return choose_prompts(found, there if count is None else count, reward, 0)
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
