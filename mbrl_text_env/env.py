@@ -386,8 +386,7 @@ def as_actions(actions: Any, num_envs: int) -> list[Any]:
 def stack_infos(rows: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     """Turn the infos of sub-environments into Gymnasium's vector info; a None row has no keys.
 
-    The result is that of `VectorEnv._add_info` over the rows, made a key at a time, which for many
-    sub-environments is several times faster.
+    It is that of `VectorEnv._add_info` over the rows, made a key at a time, which is faster.
 
     Example:
         >>> stack_infos([{"score": 1.0}, None])
