@@ -20,11 +20,13 @@ class Node:
         index: Its place in `SearchTree.nodes`.
         parent: The state before, and the `chunk` that leads here from it; None at the root.
         children: In the order in which they were drawn; a chunk drawn twice is one child.
-        samples: Chunks drawn from here, repetitions included; `copies` are this node's draws.
+        samples: Chunks drawn from here, repetitions included.
+        copies: How often this node was drawn from its parent.
         value: The value model's mean and its standard deviation `std`, where it was asked.
         score: The reward of a complete response and its `parts` by name, where it was asked.
         visits: Visit count, and the `total` of the returns backed up, in searches that count.
-        perturbed: Log-probability plus Gumbel noise, in sampling without replacement.
+        perturbed: Log-probability plus the Gumbel noise that ranked it, in sampling without
+            replacement.
         note: Why the search went on from here, or did not.
     """
 

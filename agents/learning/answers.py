@@ -52,12 +52,14 @@ def collect_answers(
     Args:
         agent: With a reward model, which scores the answers of agents that ask for no score too.
         prompts: Of different ids.
+        writer: Takes the records.
         answers: To each prompt, of different seeds.
         budget: Caps on each answer.
         batch_prompts: Prompts that are answered together.
         hint: Where no answer to a prompt is correct (`CORRECT`), it is answered as often again with
             this hint. The record is then of the prompt without the hint, its agent's name ends in
             `HINTED`, and it has no log-probabilities, for these would be of another prompt.
+        ledger: Is charged for all.
 
     Returns:
         The error of each prompt that was left out, by its id. If that is all, a `RewardError`.
@@ -97,9 +99,9 @@ class _Collecting:
     failed: dict[str, str] = field(default_factory=dict)
 
     def write(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int, name: str) -> set[str]:
-        """Ask the second prompt of each pair, and write its answers as the first one's.
+        """Answer each first prompt by asking the second, and write the answers.
 
-        Returned are the first prompts that need no hint.
+        Returns the prompts that have a correct answer, or none at all.
         """
         rows = isolate_failures(lambda some: self._answered(some, seed), pairs)
         done = set()

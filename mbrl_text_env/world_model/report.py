@@ -28,12 +28,15 @@ class HorizonReport:
 
     Args:
         horizon: Tokens ahead.
+        prefixes: Of how many records.
         error: Of the futures' mean.
         copying: Of the features of the prefix.
-        rate: Of its counts, as many times as the response may grow in the horizon.
-        increments: Of its features and the mean gain of the other prompts' records.
-        z: Root mean square of the errors by that of the futures' standard deviations.
-        epistemic_share: Part of the futures' variance that members differ by, of some 200 prefixes.
+        rate: Of the counts of the prefix, as many times as the response may grow in the horizon.
+        increments: Of the features of the prefix and the mean gain of the other prompts' records.
+        z: Root mean square of the errors by that of the futures' standard deviations; above 1 if
+            these are too small.
+        epistemic_share: Of the futures' variance, the part that members differ by; of some 200 of
+            the prefixes.
     """
 
     horizon: int
