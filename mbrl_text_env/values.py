@@ -107,10 +107,7 @@ def as_value_model(value_model: Any) -> ValueModel:
 
 
 def predict_values(
-    value_model: ValueModel,
-    states: Sequence[TextState],
-    *,
-    ledgers: Ledgers = None,
+    value_model: ValueModel, states: Sequence[TextState], *, ledgers: Ledgers = None
 ) -> ValueEstimate:
     """Predict, and charge the ledgers (one a state).
 
