@@ -193,13 +193,15 @@ def restored(hint: Any, value: Any) -> Any:
         (1.0, nan)
     """
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    made: Any = next(filter(is_dataclass, kinds), None)
+    if made is not None and not isinstance(value, kinds):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"expected what a {made.__name__} is made of, got {value!r:.80}")
+        hints = get_type_hints(made)
+        return made(**{name: restored(hints[name], each) for name, each in value.items()})
     inner = get_args(kinds[0])
-    if isinstance(value, Mapping):
-        made: Any = next(filter(is_dataclass, kinds), None)
-        if made is not None:
-            hints = get_type_hints(made)
-            return made(**{name: restored(hints[name], each) for name, each in value.items()})
-        return {name: restored(inner[-1], each) for name, each in value.items()} if inner else value
+    if isinstance(value, Mapping) and inner:
+        return {name: restored(inner[-1], each) for name, each in value.items()}
     if isinstance(value, list) and inner:
         return tuple(restored(inner[0], each) for each in value)
     if isinstance(value, str) and float in kinds:
