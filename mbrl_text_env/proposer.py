@@ -287,7 +287,6 @@ class CandidateProposer:
             parts.embeddings[i, : len(block) - 1] = block[1:]
 
     def _checked_encoder(self, encoder: Any) -> tuple[Any, int]:
-        """What embeds, and the size of its embeddings."""
         if encoder is None:
             return None, 0
         if encoder == "language_model":

@@ -333,7 +333,6 @@ def _object(part: Any, inner: Any) -> Any:
 
 
 def _attributes(part: Any, inner: Any) -> dict[str, Any]:
-    """Constructor's arguments, and what was fitted."""
     is_data = dataclasses.is_dataclass(part)
     names = [field.name for field in dataclasses.fields(part)] if is_data else []
     with suppress(TypeError, ValueError):

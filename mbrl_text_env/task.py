@@ -327,7 +327,6 @@ class TextTask:
         return Outcome(state, response, reward, score[0] if score else None, info)
 
     def _scored(self, rows: Sequence[tuple[TextState, str]]) -> list[_Score]:
-        """Score and parts of responses, in one call."""
         if not rows:
             return []
         scores = rewards.score_responses(

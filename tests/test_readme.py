@@ -28,6 +28,7 @@ PAGES = [
     "docs/planners.md",
     "docs/reports.md",
     "docs/rewards.md",
+    "docs/sandbox.md",
     "docs/self-training.md",
     "docs/serving.md",
     "docs/values.md",

@@ -17,13 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mbrl_text_env._lazy import optional
 from mbrl_text_env.agents.learning import training
 from mbrl_text_env.agents.learning.reports import to_json, write_json
 from mbrl_text_env.agents.learning.training import TuningError
 from mbrl_text_env.files import recover_folder, restored
 from mbrl_text_env.fitting.folder import FolderKind
 from mbrl_text_env.records import Record
-from mbrl_text_env.rewards.learning.lora_classifier import quiet, required, write_adapter
+from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.learning.lora_classifier import quiet, write_adapter
 from mbrl_text_env.runs import digest, own_randomness
 
 if TYPE_CHECKING:
@@ -266,7 +268,7 @@ def trainable(
     """
     import torch
 
-    peft = required("peft")
+    peft = optional("peft", RewardError)
     # Detached tensors share memory and version counter, so a write would be noticed in both.
     own = language_model.model
     shared: dict[int, Any] = {
@@ -323,7 +325,7 @@ def train_adapter(
 
     ADAPTER.check_target(folder)
     for package in ("trl", "peft"):
-        required(package)
+        optional(package, RewardError)
     parts = {
         "settings": asdict(settings),
         "base": base_of(language_model),

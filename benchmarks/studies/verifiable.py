@@ -38,7 +38,7 @@ from mbrl_text_env.types import Prompt
 PRICES = ("100tokens", "300tokens", "1000tokens")
 GUARDED = ("guarded", "adaptive:target=1", "guarded:additions=0")
 ANSWERS = ("best-first:target=1", "best-first:n=1", "majority", "weighted-vote", "sampling")
-SCREENED = ("screened:value=token-embedding",)
+SCREENED = ("screened:chunk_tokens=32:value=token-embedding",)
 QUICK: dict[str, Any] = {"budgets": (512,), "num_prompts": 16, "samples": 32}
 _HOW = harness.StudyOptions(json_file=Path("verifiable.json"))
 _CONSTRAINTS = Study({"constraints": GUARDED}, (256, 512), samples=64, target=1.0)

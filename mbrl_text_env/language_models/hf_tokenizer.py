@@ -15,11 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbrl_text_env.language_models.base import (
-    PromptEncodingError,
-    UnknownTokenError,
-    check_room,
-)
+from mbrl_text_env.language_models.base import PromptEncodingError, UnknownTokenError, check_room
 from mbrl_text_env.runs import digest
 from mbrl_text_env.types import Message, Prompt
 
@@ -428,7 +424,6 @@ class _Apart:
         self._control = {t["id"] for t in found if t["content"] != unknown}
 
     def renamed(self, text: str) -> str:
-        """A text with the new names of its control tokens."""
         return self._pattern.sub(lambda match: self._names.get(match[0], match[0]), text)
 
     def encode(self, text: str) -> list[int]:
