@@ -1,8 +1,7 @@
 """Scored responses as token-level records, kept in folders of Parquet shards.
 
-A record holds all that re-scoring or fitting needs. A shard is written under a temporary name and
-then renamed, so a folder never shows half of one. The columns load with
-`datasets.load_dataset("parquet", ...)`, pandas or anything else that reads Parquet.
+A shard is written under a temporary name and then renamed, so a folder never shows half of one. The
+columns load with `datasets.load_dataset("parquet", ...)`, pandas or anything else.
 """
 
 from __future__ import annotations
@@ -388,8 +387,8 @@ def rescore(
 ) -> None:
     """Score the responses of a folder with another reward model, into a new folder.
 
-    Nothing is generated again: the new records differ from the old in `score`, `rewards` and
-    `reward_name` alone. The new folder appears when all of it is written, or not at all.
+    The new records differ from the old in `score`, `rewards` and `reward_name` alone. The new
+    folder appears when all of it is written, or not at all.
 
     Raises:
         RecordsError: The target is the source, holds something, or cannot be written; the source

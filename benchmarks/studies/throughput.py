@@ -1,7 +1,6 @@
 """Tokens a second of the language-model engine beside what people use today, in one run.
 
-All of them sample the same number of tokens (none stops early) after the same prompts, with the
-embedded model, at temperature 0.7:
+All sample the same number of tokens after the same prompts with the embedded model:
 
 (a) the article's procedure: transformers' `generate`, a prompt at a time, the prefix encoded again;
 (b) transformers' `generate`, batched;
@@ -171,10 +170,7 @@ def product_limit(lm: TransformersLM, dtype: torch.dtype, rows: int, repeats: in
 def rates_by_batch_size(
     engines: dict[str, TransformersLM], prompts: Sequence[Prompt], tokens: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Tokens a second of (b) to (e) and the limit, by name and batch size: the fastest of runs.
-
-    All take turns, so that a slow phase of the machine hits all of them.
-    """
+    """Tokens a second of (b) to (e) and the limit: the fastest of runs, which take turns."""
     plain, uncached = engines["float32"], _engine(torch.float32, prefix_cache=False)
     found: dict[str, dict[str, float]] = {}
     with llama_server(parallel=_SERVER_PARALLEL, context=_SERVER_PARALLEL * 512) as url:
