@@ -1,0 +1,221 @@
+"""Records go to other libraries and come back; fitted folders go to a Hub and come back."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+
+from mbrl_text_env.exchange import (
+    from_dataset,
+    from_minari,
+    model_card,
+    push_to_hub,
+    to_dataset,
+    to_minari,
+)
+from mbrl_text_env.mdp import append, initial
+from mbrl_text_env.records import Record, RecordsError
+from mbrl_text_env.types import Message, Prompt, Usage
+from tests.test_records import make_record
+from tests.toys import LetterEncoder, toy_options
+
+TEXT = "mbrl_text_env/TextGeneration-v0"
+
+
+@pytest.fixture
+def env() -> gym.Env[Any, Any]:
+    return gym.make(TEXT, **toy_options(action_format="padded", observation="tokens"))
+
+
+def written(chunks: list[tuple[int, ...]], env: gym.Env[Any, Any], **changes: Any) -> Record:
+    """A record of the toys' tokenizer."""
+    task = env.unwrapped.task
+    messages = [Message("system", "Be brief."), Message("user", "abc")]
+    prompt = Prompt("chat", messages, {"kind": "toy"}, "train")
+    state = initial(prompt, task.tokenizer)
+    for chunk in chunks:
+        stop = "stop" if chunk[-1] in task.tokenizer.stop_token_ids else None
+        state = append(state, chunk, stop, 8)
+    record = Record.from_state(
+        state,
+        response=task.tokenizer.decode(state.response_ids),
+        logprobs=(-0.5,) * len(state.response_ids),
+        score=0.25,
+        rewards={"first": 0.25, "second": 0.0},
+        reward_name="toy",
+        agent="sampling",
+        language_model="toy",
+        seed=3,
+        usage=Usage(generated_tokens=2, lm_flops=1e9).as_dict(),
+    )
+    return replace(record, **changes)
+
+
+class TestDatasets:
+    datasets = pytest.importorskip("datasets")
+
+    def test_round_trip_by_parquet(self, tmp_path):
+        records = [make_record(number) for number in range(5)]
+        messages = (Message("user", "Hi"), Message("assistant", "Ho"))
+        records += [replace(records[0], messages=messages, sample=2, score=None, rewards={},
+                            reward_name="", logprobs=())]  # fmt: skip
+        dataset = to_dataset(records)
+        assert from_dataset(dataset) == records
+        # As the Hub keeps it.
+        dataset.add_column("mine", range(6)).to_parquet(tmp_path / "train-00000.parquet")
+        again = self.datasets.load_dataset(
+            "parquet", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path / "cache")
+        )
+        assert from_dataset(again) == records
+
+    def test_no_records(self):
+        assert from_dataset(to_dataset([])) == []
+
+    def test_other_columns(self):
+        dataset = to_dataset([make_record(0)])
+        with pytest.raises(RecordsError, match=r"without \['score'\]"):
+            from_dataset(dataset.remove_columns("score"))
+        with pytest.raises(RecordsError, match="as `to_dataset` writes them"):
+            from_dataset(dataset.remove_columns("metadata").add_column("metadata", ["{"]))
+
+
+class TestMinari:
+    minari = pytest.importorskip("minari")
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"observation": "tokens", "max_prompt_tokens": 40},
+            {"observation": "text"},
+            {"observation": "embedding", "encoder": LetterEncoder()},
+        ],
+        ids=lambda options: options["observation"],
+    )
+    def test_round_trip(self, options):
+        env = gym.make(TEXT, **toy_options(action_format="padded", **options))
+        stop = min(env.unwrapped.task.tokenizer.stop_token_ids)
+        ordinary = [i for i in range(5) if i != stop]
+        a, b, c = ordinary[:3]
+        records = [
+            written([(a, b), (c,), (stop,)], env),
+            written([(a, b, c), (a, b, c), (a, b)], env),  # full: 8 tokens
+            written([(b, c), (a,)], env, score=None, rewards={}, reward_name="", logprobs=()),
+            # Cut short elsewhere.
+            written([(b, c), (a,)], env, finish_reason="length", sample=1),
+        ]
+        made = to_minari(records, "toy/records-v0", env, author="me")
+        assert from_minari(made, env) == records
+        again = self.minari.load_dataset("toy/records-v0")
+        assert from_minari(again, env) == records
+        episodes = list(again.iterate_episodes())
+        assert [len(e.rewards) for e in episodes] == [3, 3, 2, 2]
+        assert [sum(e.rewards) for e in episodes] == [0.25, 0.25, 0.0, 0.25]
+        assert [e.terminations[-1] for e in episodes] == [True, False, False, False]
+        assert [e.truncations[-1] for e in episodes] == [False, True, False, True]
+        # The actions are the environment's: taken in it, they write the same responses.
+        for record, episode in zip(records, episodes, strict=True):
+            env.reset(options={"prompt": record.prompt()})
+            for action in episode.actions:
+                *_, info = env.step(action)
+            assert info["response"] == record.response
+
+    def test_a_record_without_chunk_ends_is_one_chunk(self, env):
+        record = replace(written([(1, 2)], env), chunk_ends=())
+        env = gym.make(
+            TEXT, **toy_options(action_format="padded", observation="tokens", max_prompt_tokens=40)
+        )
+        [found] = from_minari(to_minari([record], "toy/whole-v0", env), env)
+        assert found == replace(record, chunk_ends=(2,))
+
+    def test_refusals(self, env):
+        record = written([(1, 2)], env)
+        with pytest.raises(RecordsError, match="max_prompt_tokens"):
+            to_minari([record], "toy/long-v0", env)
+        short = gym.make(TEXT, **toy_options(action_format="padded", max_response_tokens=1))
+        with pytest.raises(RecordsError, match="larger limits"):
+            to_minari([record], "toy/short-v0", short)
+        small = gym.make(TEXT, **toy_options(action_format="padded", max_chunk_tokens=1))
+        with pytest.raises(RecordsError, match="1 to 1 token ids"):
+            to_minari([record], "toy/small-v0", small)
+        for other in (gym.make("CartPole-v1"), gym.make(TEXT, **toy_options())):
+            with pytest.raises(RecordsError, match="action_format='padded'"):
+                to_minari([record], "toy/other-v0", other)
+
+
+class Hub:
+    """As much of the Hub as takes files and gives them back."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.tokens: set[str] = set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                hub.tokens.add(self.headers["Authorization"])
+                self.answer(hub.posted(self.path, body))
+
+            def do_GET(self) -> None:
+                if "/resolve/" in self.path:
+                    self.answer(hub.files[self.path.rpartition("/main/")[2]])
+                else:
+                    files = [{"type": "file", "path": n, "rfilename": n, "size": len(b), "oid": n}
+                             for n, b in hub.files.items()]  # fmt: skip
+                    info = {"id": "me/it", "sha": "main", "siblings": files}
+                    self.answer(files if "/tree/" in self.path else info)
+
+            do_HEAD = do_GET  # noqa: N815 - http.server's own names
+
+            def answer(self, content: Any) -> None:
+                raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(raw)))
+                self.send_header("ETag", '"main"')
+                self.send_header("X-Repo-Commit", "main")
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(raw)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def posted(self, path: str, body: bytes) -> Any:
+        if "/preupload/" in path:
+            asked = json.loads(body)["files"]
+            return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                              for f in asked]}  # fmt: skip
+        if "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+            return {"commitOid": "main", "commitUrl": f"{self.url}/me/it/commit/main"}
+        return {"url": f"{self.url}/me/it", "name": "me/it", "id": "1"}
+
+    @contextmanager
+    def running(self) -> Iterator[Hub]:
+        thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.server.shutdown()
+            self.server.server_close()
