@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import huggingface_hub
+import numpy as np
 import pytest
 
+from mbrl_text_env.agents.model_free import load_policy
 from mbrl_text_env.exchange import (
+    _FOLDERS,
     from_dataset,
     from_minari,
     model_card,
@@ -25,10 +32,16 @@ from mbrl_text_env.exchange import (
 )
 from mbrl_text_env.mdp import append, initial
 from mbrl_text_env.records import Record, RecordsError
+from mbrl_text_env.rewards.learning.fitting import fit_reward
+from mbrl_text_env.rewards.learning.learned import LearnedReward
 from mbrl_text_env.types import Message, Prompt, Usage
+from tests.agents.model_free.test_candidate_policy import LAYOUT, policy
+from tests.rewards.learning import test_fitting
+from tests.rewards.learning.test_fitting import BLAME, PRAISE, letters, pairs_of
 from tests.test_records import make_record
 from tests.toys import LetterEncoder, toy_options
 
+TOKEN = "mine"  # noqa: S105 made up
 TEXT = "mbrl_text_env/TextGeneration-v0"
 
 
@@ -185,7 +198,7 @@ class Hub:
                 raw = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(raw)))
-                self.send_header("ETag", '"main"')
+                self.send_header("ETag", f'"{hashlib.sha256(raw).hexdigest()}"')
                 self.send_header("X-Repo-Commit", "main")
                 self.end_headers()
                 if self.command != "HEAD":
@@ -210,6 +223,10 @@ class Hub:
             return {"commitOid": "main", "commitUrl": f"{self.url}/me/it/commit/main"}
         return {"url": f"{self.url}/me/it", "name": "me/it", "id": "1"}
 
+    def downloaded(self, folder: Path) -> Path:
+        """As a user downloads it."""
+        return Path(huggingface_hub.snapshot_download("me/it", cache_dir=folder / "cache"))
+
     @contextmanager
     def running(self) -> Iterator[Hub]:
         thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
@@ -219,3 +236,55 @@ class Hub:
         finally:
             self.server.shutdown()
             self.server.server_close()
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, monkeypatch) -> Iterator[Hub]:
+        constants = huggingface_hub.constants
+        with Hub().running() as hub:
+            template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            yield hub
+
+    def test_a_reward(self, hub, tmp_path):
+        reward = fit_reward(pairs_of(PRAISE, BLAME), features=letters())
+        reward.save(tmp_path / "reward")
+        assert push_to_hub(tmp_path / "reward", "me/it", token=TOKEN) == f"{hub.url}/me/it"
+        assert hub.tokens == {f"Bearer {TOKEN}"}
+        folder = hub.downloaded(tmp_path)
+        again = LearnedReward(folder, encoder=test_fitting.LetterEncoder())
+        texts = ["I love snow.", "I hate it."]
+        prompts = [Prompt.from_text("snow")] * 2
+        assert again.score(prompts, texts).tolist() == reward.score(prompts, texts).tolist()
+        card = huggingface_hub.ModelCard.load(folder / "README.md")
+        assert card.data.library_name == "mbrl-text-env"
+        assert "reward" in card.data.tags
+        assert "LearnedReward(folder)" in card.text
+
+    def test_a_policy_with_its_own_card(self, hub, tmp_path):
+        found = policy(hidden=(8, 4))
+        found.save(tmp_path / "p", {"more.json": {"a": 1}})
+        (tmp_path / "p" / "README.md").write_text("Mine.")
+        push_to_hub(tmp_path / "p", "me/it", token=TOKEN)
+        folder = hub.downloaded(tmp_path)
+        assert (folder / "README.md").read_text() == "Mine."
+        assert (folder / "more.json").is_file()
+        read = load_policy(folder)
+        rows = np.random.default_rng(0).normal(size=(3, LAYOUT.size))
+        assert read.scores(rows).tolist() == found.scores(rows).tolist()
+
+    def test_other_folders_are_refused(self, hub, tmp_path):
+        with pytest.raises(ValueError, match=r"one of policy\.json.*got none"):
+            push_to_hub(tmp_path, "me/it")
+        assert hub.files == {}
+
+    @pytest.mark.parametrize("name", _FOLDERS)
+    def test_what_the_cards_name_is_there(self, name, tmp_path):
+        (tmp_path / name).write_text('{"a": [1]}')
+        code = re.search("```python\n(.*?)```", model_card(tmp_path, "me/it"), re.DOTALL)[1]
+        module, function = re.search(r"from (mbrl_text_env\S*) import (\w+)", code).groups()
+        assert callable(getattr(import_module(module), function))
+        compile(code, "card", "exec")
