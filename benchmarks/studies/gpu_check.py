@@ -35,12 +35,11 @@ NEAR = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 def exactness(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> dict[str, float]:
-    """The engine beside transformers' own forward pass; `CheckError` where it breaks its contract.
+    """Greedy tokens and their log-probabilities beside transformers' own forward pass (nats).
 
-    Greedy tokens that differ are ties where the pass has them as near to each other as the
-    log-probabilities of both computations are.
+    A token's regret is how much more probable the pass has its own best one; where it is no larger
+    than the differences, the two are a tie.
     """
-    check_language_model(lm, [Prompt.from_text("A dog", chat=False)], max_new_tokens=2)
     greedy = SamplingParams(temperature=0)
     rows = lm.sample(states, 1, tokens, seeds=[0] * len(states), params=greedy)
     differences, regrets = [], []
@@ -101,9 +100,13 @@ def main(
     sizes: Annotated[str, typer.Option("--batch-sizes", help="With commas between.")] = "1,16,64",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each rate.")] = 2,
 ) -> None:
-    """Check and measure; exits with 1 where the engine is not exact."""
-    place = usable_device(device)
-    number_format = throughput.DTYPES[dtype]
+    """Check and measure; exits with 1 where the engine is not exact.
+
+    The contract (chunks that do not depend on the batch, among others) is one of float32.
+    """
+    place, number_format = usable_device(device), throughput.DTYPES[dtype]
+    exactly = embedded(device=place, dtype=torch.float32)
+    check_language_model(exactly, [Prompt.from_text("A dog", chat=False)], max_new_tokens=2)
     lm = embedded(device=place, dtype=number_format)
     every = load_prompts(split="test")
     states = [initial(prompt, lm) for prompt in every[:num_prompts]]
