@@ -190,7 +190,7 @@ class TextTask:
     def advance(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
         """Step each state with its action: one reward call for all."""
         pairs = zip(outcomes, actions, strict=True)
-        appended = [self._append(outcome.state, action) for outcome, action in pairs]
+        appended = [self.append(outcome.state, action) for outcome, action in pairs]
         states = [state for state, _ in appended]
         responses = [self.tokenizer.decode(state.response_ids) for state in states]
         scores = self._scores(states, responses)
@@ -224,7 +224,7 @@ class TextTask:
         for (outcome, action), error in zip(rows, errors, strict=True):
             result = next(advanced) if error is None else error
             if isinstance(result, RewardError):
-                state, cut = self._append(outcome.state, action)
+                state, cut = self.append(outcome.state, action)
                 state = replace(state, finish_reason=state.finish_reason or "length")
                 response = self.tokenizer.decode(state.response_ids)
                 nothing = _NAN, dict.fromkeys(self._part_names, _NAN)
@@ -288,7 +288,7 @@ class TextTask:
             response_length=spaces.Discrete(response + 1),
         )
 
-    def _append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
+    def append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
         """The state after an action, and whether the action was cut."""
         ids = as_token_ids(action)
         if ids is None:
