@@ -185,7 +185,9 @@ class PromptOptions:
     prompts: PromptsOption = "builtin"
     split: Annotated[
         str,
-        typer.Option(help="Split of the prompts; 'all' for all. A file without splits is all one."),
+        typer.Option(
+            help="Split of the prompts; 'all' for all. A file that names none is taken whole."
+        ),
     ] = "test"
     shots: Annotated[
         int | None,
@@ -442,13 +444,11 @@ def load_prompts_option(
         )
     if source.startswith(_PUZZLES):
         return _puzzles(source.removeprefix(_PUZZLES), split, kind)
-    only = None if split == "all" else split
-    if only is not None and source != "builtin":
-        found = load_prompts(source)
-        if all(prompt.split is None for prompt in found):
-            errors.print(f"{source} names no split: all of its {len(found)} prompts are taken.")
-            only = None
-    return load_prompts(source, split=only, kind=kind)
+    found = load_prompts(source, kind=kind)
+    if split in get_args(Split) and all(prompt.split is None for prompt in found):
+        errors.print(f"{source} names no split: all of its {len(found)} prompts are taken.")
+        return found
+    return load_prompts(source, split=None if split == "all" else split, kind=kind)
 
 
 def _reward_of(source: str) -> str:
