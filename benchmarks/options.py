@@ -382,13 +382,13 @@ class AuditConfig:
 class DemoConfig:
     """How large the demonstration is; `pool_samples` are what best-of-N is read from."""
 
-    train_prompts: Annotated[int, typer.Option(min=2)] = 20
-    test_prompts: CountOption = 10
+    train_prompts: Annotated[int, typer.Option(min=2)] = 16
+    test_prompts: CountOption = 12
     budget_tokens: CountOption = 400
     max_response_tokens: TokensOption = 96
     seed: SeedOption = 0
     samples: int = 4
-    pool_samples: int = 14
+    pool_samples: int = 12
 
 
 @dataclass(frozen=True)
