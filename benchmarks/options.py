@@ -185,7 +185,9 @@ class PromptOptions:
     prompts: PromptsOption = "builtin"
     split: Annotated[
         str,
-        typer.Option(help="Split of the prompts; 'all' for all. A file without splits is all one."),
+        typer.Option(
+            help="Split of the prompts; 'all' for all. A file that names none is taken whole."
+        ),
     ] = "test"
     shots: Annotated[
         int | None,
@@ -373,13 +375,13 @@ class AuditConfig:
 class DemoConfig:
     """How large the demonstration is; `pool_samples` are what best-of-N is read from."""
 
-    train_prompts: Annotated[int, typer.Option(min=2)] = 20
-    test_prompts: CountOption = 10
+    train_prompts: Annotated[int, typer.Option(min=2)] = 16
+    test_prompts: CountOption = 12
     budget_tokens: CountOption = 400
     max_response_tokens: TokensOption = 96
     seed: SeedOption = 0
     samples: int = 4
-    pool_samples: int = 14
+    pool_samples: int = 12
 
 
 @dataclass(frozen=True)
@@ -435,13 +437,11 @@ def load_prompts_option(
         )
     if source.startswith(_PUZZLES):
         return _puzzles(source.removeprefix(_PUZZLES), split, kind)
-    only = None if split == "all" else split
-    if only is not None and source != "builtin":
-        found = load_prompts(source)
-        if all(prompt.split is None for prompt in found):
-            errors.print(f"{source} names no split: all of its {len(found)} prompts are taken.")
-            only = None
-    return load_prompts(source, split=only, kind=kind)
+    found = load_prompts(source, kind=kind)
+    if split in get_args(Split) and all(prompt.split is None for prompt in found):
+        errors.print(f"{source} names no split: all of its {len(found)} prompts are taken.")
+        return found
+    return load_prompts(source, split=None if split == "all" else split, kind=kind)
 
 
 def _reward_of(source: str) -> str:
