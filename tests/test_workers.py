@@ -62,7 +62,7 @@ class Deadly(CountReward):
             Path(self.mark).unlink()
         except FileNotFoundError:
             return super().score(prompts, responses)
-        os.kill(os.getpid(), signal.SIGKILL)
+        return os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_expert_iteration(workers, world, tmp_path):  # noqa: F811
 
 
 def test_what_the_work_raises_is_raised(workers):
-    with pytest.raises(ModelLoadError, match="^no model at 3$"):
+    with pytest.raises(ModelLoadError, match="no model at 3"):
         list(workers(raise_at_three, [1, 3]))
     assert sorted(workers(functools.partial(max, 4), [3, 5, 6])) == [(0, 4), (1, 5), (2, 6)]
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -23,12 +24,18 @@ def without_date(summary):
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in summary["agents"]]
 
 
-@pytest.fixture
-def shards(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """The 20 prompts are 4 batches: two for the first shard, one for each of the others."""
+    folder = tmp_path_factory.mktemp("made")
     for i in (1, 2, 3):
-        compare(toy_comparison(shard=f"{i}/3"), tmp_path / str(i))
-    return [tmp_path / str(i) for i in (1, 2, 3)]
+        compare(toy_comparison(shard=f"{i}/3"), folder / str(i))
+    return folder
+
+
+@pytest.fixture
+def shards(made, tmp_path):
+    return [Path(shutil.copytree(made / str(i), tmp_path / str(i))) for i in (1, 2, 3)]
 
 
 def test_merged_shards_are_the_whole(shards, whole, tmp_path):
@@ -68,7 +75,7 @@ def test_shards_that_are_none(shard):
 
 
 def test_more_shards_than_batches(tmp_path):
-    with pytest.raises(CompareError, match=r"as batches, 4 \(of 6 .*got 5/5.*--batch-prompts"):
+    with pytest.raises(CompareError, match=r"are batches, 4 \(of 6 .*got 5/5.*lower --batch"):
         compare(toy_comparison(shard="5/5"), tmp_path)
 
 
