@@ -2,7 +2,6 @@
 
 import functools
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,7 +23,7 @@ from mbrl_text_env.types import Budget
 from mbrl_text_env.workers import RayWorkers, WorkerError, _Worker
 from tests.benchmarks.test_compare import LM, PROMPTS, toy_comparison, without_times
 from tests.benchmarks.test_train import shared, words_of, world  # noqa: F401 - a fixture
-from tests.toys import CountReward
+from tests.toys import CountReward, Deadly
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 ROOT = Path(__file__).parents[1]
@@ -48,21 +47,6 @@ def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"'ray' to be installed.*mbrl-text-env\[ray\]"):
         RayWorkers("local", 1).__enter__()
-
-
-class Deadly(CountReward):
-    """Ends its process the first time that it scores, and leaves no trace."""
-
-    def __init__(self, mark):
-        super().__init__()
-        self.mark = mark
-
-    def score(self, prompts, responses):
-        try:
-            Path(self.mark).unlink()
-        except FileNotFoundError:
-            return super().score(prompts, responses)
-        return os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -185,25 +169,23 @@ def test_expert_iteration(workers, world, tmp_path):  # noqa: F811
 
 
 def test_what_the_work_raises_is_raised(workers):
+    def raising_at_three(job):
+        if job == 3:
+            raise ModelLoadError("no model at 3")
+
     with pytest.raises(ModelLoadError, match="no model at 3"):
-        list(workers(raise_at_three, [1, 3]))
+        list(workers(raising_at_three, [1, 3]))
     assert sorted(workers(functools.partial(max, 4), [3, 5, 6])) == [(0, 4), (1, 5), (2, 6)]
-
-
-def raise_at_three(job):
-    if job == 3:
-        raise ModelLoadError("no model at 3")
 
 
 @pytest.mark.filterwarnings("ignore:A worker was lost")
 def test_a_job_that_kills_its_workers_is_given_up(workers):
+    def dying_at_one(job):
+        if job == 1:
+            os._exit(1)
+
     with pytest.raises(WorkerError, match=r"3 workers were lost while doing job 1.*memory"):
-        list(workers(die_at_one, [0, 1, 2]))
-
-
-def die_at_one(job):
-    if job == 1:
-        os._exit(1)
+        list(workers(dying_at_one, [0, 1, 2]))
 
 
 def test_files_that_differ_and_rooms_that_are_too_small(workers, tmp_path):
