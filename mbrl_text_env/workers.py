@@ -192,7 +192,7 @@ class _Crew:
         return place, (result,)
 
     def _note_loss(self, actor: Any, place: int | None, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {shortened(str(error), 300)}"
+        reason = f"{type(error).__name__}: {shortened(' '.join(str(error).split()), 300)}"
         self._ray.kill(actor)
         self._lost[place] += 1
         doing = "loading the models" if place is None else f"doing job {place}"
