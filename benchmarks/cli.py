@@ -20,6 +20,7 @@ from rich.table import Table
 from mbrl_text_env.agents.base import Generation
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.machines import RayOptions, merge_command
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
 from mbrl_text_env.benchmarks.serve import serve_command
 from mbrl_text_env.benchmarks.terminal import (
@@ -50,6 +51,7 @@ world_app = typer.Typer(help="Diagnose world models.", no_args_is_help=True)
 app.add_typer(world_app, name="world-model")
 app.command("train")(train_command)
 app.command("serve")(serve_command)
+app.command("merge")(merge_command)
 
 
 @app.command()
@@ -103,6 +105,7 @@ def compare_command(
     ] = False,
     value: options.ValueOption = "prefix",
     policy: options.PolicyOption = None,
+    machines: RayOptions,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
     from mbrl_text_env.benchmarks.compare import Comparison, compare_with_progress
@@ -138,7 +141,8 @@ def compare_command(
         },
         options.load_policies(policy or [], language_model),
     )
-    summary = compare_with_progress(comparison, out, console)
+    with machines.each() as each:
+        summary = compare_with_progress(comparison, out, console, each)
     console.print(table(summary))
     console.print(f"results.jsonl, summary.json and report.html: {out.resolve()}")
     failed = any(entry["failed"] for entry in summary["agents"])
@@ -155,8 +159,10 @@ def collect_command(
     samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 4,
     max_response_tokens: options.TokensOption = 96,
     seed: options.SeedOption = 0,
+    batch_prompts: Annotated[int, typer.Option(min=1, help="Prompts sampled together.")] = 16,
     model: options.ModelOptions,
     prompts: options.PromptOptions = _TRAIN,
+    machines: RayOptions,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
     from mbrl_text_env.agents.collection import collect, missing_samples
@@ -167,7 +173,7 @@ def collect_command(
     asked = prompts.choose(num_prompts, reward, seed)
     language_model = model.load()
     chosen = options.that_fit(asked, language_model)
-    with RecordWriter(out) as writer, progress_bar() as bar:
+    with machines.each() as each, RecordWriter(out) as writer, progress_bar() as bar:
         missing = missing_samples(writer.existing(), chosen, samples)
         left = [name for name, numbers in missing.items() if numbers]
         task = bar.add_task("Collecting", total=sum(map(len, missing.values())))
@@ -178,8 +184,10 @@ def collect_command(
             writer,
             samples_per_prompt=samples,
             max_response_tokens=max_response_tokens,
+            batch_prompts=batch_prompts,
             seed=seed,
             on_batch=lambda records: bar.advance(task, len(records)),
+            each=each,
         )
     added = sum(len(missing[name]) for name in left if name not in failed)
     console.print(

@@ -12,6 +12,7 @@ import typer
 
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.machines import RayOptions
 from mbrl_text_env.benchmarks.terminal import COMMAND, console, progress_bar
 
 _GRADIENTS = ("grpo", "rloo")
@@ -118,6 +119,7 @@ def train_command(
     judge: options.RewardOptions,
     prompts: options.PromptOptions = _TRAIN,
     model: options.ModelOptions,
+    machines: RayOptions,
 ) -> None:
     """Train a policy from a reward; can be killed and resumed.
 
@@ -126,10 +128,14 @@ def train_command(
     from mbrl_text_env.benchmarks.page import provenance
     from mbrl_text_env.benchmarks.reports import write_report
     from mbrl_text_env.benchmarks.training import Training
-    from mbrl_text_env.benchmarks.training_page import ABOUT, use_of
+    from mbrl_text_env.benchmarks.training_page import ABOUT, LOOP, use_of
     from mbrl_text_env.files import write_text
     from mbrl_text_env.rewards.base import reward_name
 
+    if machines.ray is not None and algorithm != LOOP:
+        raise TrainError(
+            f"--ray: expected the algorithm {LOOP!r}, got {algorithm!r}. Leave it out."
+        )
     changes = {"steps": steps, "tokens": max_response_tokens, "seed": seed}
     made, judge = settings_of(algorithm, changes, settings or []), judge.of(prompts.prompts)
     reward, count = judge.load(), 0 if algorithm in _GRADIENTS else held_out
@@ -137,8 +143,8 @@ def train_command(
     language_model = model.load()
     chosen = options.that_fit(asked, language_model)
     lists = chosen[count:], chosen[:count]
-    training = Training(algorithm, made, language_model, reward, *lists, out)
-    with progress_bar() as bar:
+    with machines.each() as each, progress_bar() as bar:
+        training = Training(algorithm, made, language_model, reward, *lists, out, each)
         task = bar.add_task(algorithm, total=training.steps)
 
         def tell(step: int, word: str) -> None:

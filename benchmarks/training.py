@@ -18,7 +18,7 @@ from mbrl_text_env._lazy import MissingExtraError, extras
 from mbrl_text_env.agents.learning.training import TuningError
 from mbrl_text_env.benchmarks.training_page import CHOICES, LOOP, LOOP_FOLDER, POLICY
 from mbrl_text_env.files import write_folder
-from mbrl_text_env.runs import claimed, identity, prompt_digests
+from mbrl_text_env.runs import Each, claimed, identity, in_turn, prompt_digests
 from mbrl_text_env.types import Prompt
 
 Tell = Callable[[int, str], None]
@@ -38,6 +38,7 @@ class Training:
         settings: Those of the algorithm.
         prompts: To train on.
         held_out: To measure on; none for GRPO and RLOO.
+        each: Where expert iteration answers prompts.
     """
 
     algorithm: str
@@ -47,6 +48,7 @@ class Training:
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
     folder: Path
+    each: Each = in_turn
 
     @property
     def policy(self) -> Path:
@@ -205,9 +207,8 @@ def _train_loop(training: Training, curves: Curves, tell: Tell) -> None:
         noted = max(noted, iteration)
         tell(min(iteration, training.steps), stage)
 
-    loop = ExpertIteration(
-        *models, training.prompts, training.held_out, folder, training.settings, on_stage=on_stage
-    )
+    given = (*models, training.prompts, training.held_out, folder, training.settings)
+    loop = ExpertIteration(*given, on_stage=on_stage, each=training.each)
     result = loop.run()
     on_stage(len(result.iterations), "ended")
     if result.best:
