@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from mbrl_text_env.agents.base import Generation
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.machines import RayOptions, merge_command
@@ -433,7 +434,7 @@ def search_command(
     from mbrl_text_env.agents.registry import AgentSpecError, make
     from mbrl_text_env.agents.search import Planner
     from mbrl_text_env.benchmarks.page import provenance, write_page
-    from mbrl_text_env.benchmarks.report import draw_tree, picture, search_page
+    from mbrl_text_env.benchmarks.report import picture, search_page
     from mbrl_text_env.files import write_text
     from mbrl_text_env.rewards.base import reward_bounds
     from mbrl_text_env.types import Budget
@@ -446,15 +447,7 @@ def search_command(
         raise AgentSpecError(f"Agent {agent!r} does not search: expected a planner.")
     [(answer, tree)] = planner.explore([asked], Budget(tokens=budget_tokens), seed=seed)
     search = tree.to_dict(language_model)
-    console.print(draw_tree(search, most_children=children))
-    console.print(
-        panel(
-            answer.text.strip(),
-            title=f"{judge.reward} {answer.completion.score:.3f}",
-            subtitle=f"{answer.usage.generated_tokens:,} tokens, {answer.usage.flops:.3g} FLOPs, "
-            f"{answer.usage.reward_calls} reward calls",
-        )
-    )
+    _show_search(search, answer, judge.reward, children)
     if json_file is not None:
         with _written("--json", json_file):
             write_text(json_file, json.dumps(search, indent=1))
@@ -476,6 +469,23 @@ def search_command(
         }
         with _written("--html", html_file):
             write_page(html_file, search_page(search, bounds, settings, provenance(COMMAND.get())))
+
+
+def _show_search(
+    search: dict[str, Any], answer: Generation, reward: str | None, children: int
+) -> None:
+    from mbrl_text_env.benchmarks.report import draw_tree
+
+    console.print(draw_tree(search, most_children=children))
+    usage = answer.usage
+    console.print(
+        panel(
+            answer.text.strip(),
+            title=f"{reward} {answer.completion.score:.3f}",
+            subtitle=f"{usage.generated_tokens:,} tokens, {usage.flops:.3g} FLOPs, "
+            f"{usage.reward_calls} reward calls",
+        )
+    )
 
 
 @reward_app.command("audit")
