@@ -77,7 +77,7 @@ class RayWorkers:
         if self._is_ours:
             try:
                 _check_answers(self.address)
-                ray.init(self.address, log_to_driver=False, logging_level="error", **here)
+                self._ray.init(self.address, log_to_driver=False, logging_level="error", **here)
             # Ray ends the program where a cluster does not answer.
             except (Exception, SystemExit) as error:
                 raise WorkerError(
