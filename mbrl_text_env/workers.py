@@ -67,6 +67,8 @@ class RayWorkers:
     def __enter__(self) -> Self:
         # It would count users over the network.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # By default its workers yield to everything else on the machine.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         with extras():
             import ray
         self._ray: Any = ray
