@@ -67,6 +67,8 @@ class RayWorkers:
     def __enter__(self) -> Self:
         # It would count users over the network.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # By default its workers yield to everything else on the machine.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         with extras():
             import ray
         self._ray: Any = ray
@@ -77,7 +79,7 @@ class RayWorkers:
         if self._is_ours:
             try:
                 _check_answers(self.address)
-                ray.init(self.address, log_to_driver=False, logging_level="error", **here)
+                self._ray.init(self.address, log_to_driver=False, logging_level="error", **here)
             # Ray ends the program where a cluster does not answer.
             except (Exception, SystemExit) as error:
                 raise WorkerError(

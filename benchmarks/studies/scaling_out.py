@@ -62,7 +62,8 @@ def weighed(sizes: list[tuple[int, int]]) -> Each:
 
     def each(work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         for place, result in in_turn(work, jobs):
-            sizes.append(tuple(len(ray.cloudpickle.dumps(x)) for x in (jobs[place], result)))
+            out, back = (len(ray.cloudpickle.dumps(each)) for each in (jobs[place], result))
+            sizes.append((out, back))
             yield place, result
 
     return each
