@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
             "PPOSettings",
             "load_policy",
         ],
+        "dyna": ["DynaSettings", "train_dyna"],
         "sb3": ["train_dqn", "train_ppo"],
         "sb3_parts": ["CandidateActorCritic", "CandidateDQNPolicy", "VectorEnvAdapter"],
         "trl": [

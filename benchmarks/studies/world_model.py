@@ -9,6 +9,7 @@ counts decides are drawn anew, several times over:
 - `label_ratio`: how many labels imagined endings are worth to a learned head.
 - `expensive`: choice chunk by chunk by a cheap value, where a reward call has a price; it is that
   part of the study `verifiable`.
+- `dyna`: GRPO on a learned head in place of most reward calls.
 - `cost`: what fitting and asking take.
 
 What is done is kept in the folder, and a run that was killed goes on.
@@ -49,6 +50,7 @@ from mbrl_text_env.benchmarks.statistics import Interval, percentile_tail
 from mbrl_text_env.benchmarks.studies import harness, verifiable
 from mbrl_text_env.benchmarks.studies.matched_compute import page_tables, slug
 from mbrl_text_env.benchmarks.studies.world_model_baselines import Relabelled, correlations, forest
+from mbrl_text_env.benchmarks.studies.world_model_dyna import dyna
 from mbrl_text_env.fitting.report import root_mean_square
 from mbrl_text_env.language_models.base import LanguageModel, stream
 from mbrl_text_env.records import Record
@@ -64,7 +66,7 @@ from mbrl_text_env.world_model import (
     predict_futures,
 )
 
-PARTS = ("zero_labels", "planning", "label_ratio", "expensive", "cost")
+PARTS = ("zero_labels", "planning", "label_ratio", "expensive", "dyna", "cost")
 KINDS = (
     *("min_words", "max_words", "min_sentences", "max_sentences", "num_sentences"),
     *("min_paragraphs", "max_paragraphs", "num_paragraphs", "num_bullets", "no_commas"),
@@ -554,6 +556,9 @@ def main(
         result["label_ratio"] = label_ratio(work)
     if "planning" in names:
         result["planning"] = planning(work, planners.split(","))
+        how.write(result)
+    if "dyna" in names:
+        result["dyna"] = dyna(work.language_model, out, how.seed, quick=quick)
         how.write(result)
     if "expensive" in names:
         result["expensive"] = expensive(work, quick)

@@ -1,0 +1,105 @@
+"""GRPO on a learned head in place of most reward calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mbrl_text_env.agents.learning.training import expect
+from mbrl_text_env.agents.model_free.trl import (
+    PolicyGradientReport,
+    PolicyGradientSettings,
+    StepReport,
+    train_grpo,
+)
+from mbrl_text_env.types import Prompt
+
+if TYPE_CHECKING:
+    from mbrl_text_env.language_models import TransformersLM
+    from mbrl_text_env.rewards.learning.features import Features
+
+
+@dataclass(frozen=True)
+class DynaSettings(PolicyGradientSettings):
+    """How a policy is trained with few reward calls; for other fields see `PolicyGradientSettings`.
+
+    Args:
+        max_calls: Of the reward, in all; what the first steps leave is spread over the others.
+        first_calls: Responses that are all scored by the reward, before there is a head.
+        audited: Of a step's calls, so many are of responses drawn at random, which measures the
+            head; the others are of those it is least sure of.
+        members: Heads of the ensemble.
+    """
+
+    max_calls: int = 240
+    first_calls: int = 32
+    audited: int = 1
+    members: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self, "first_calls", self.first_calls >= 2, "2 or more")
+        expect(self, "members", self.members >= 2, "2 or more")
+        expect(self, "audited", self.audited >= 0, "0 or more")
+        least = self.first_calls + (self.steps - 1) * max(1, self.audited)
+        needed = f"at least {least}: `first_calls`, and `audited` or 1 in each further step"
+        expect(self, "max_calls", self.max_calls >= least, needed)
+
+    @property
+    def calls_per_step(self) -> int:
+        """Calls of the reward in each step, once there is a head."""
+        first_steps = -(-self.first_calls // self.responses_per_step)
+        return (self.max_calls - self.first_calls) // max(1, self.steps - first_steps)
+
+
+def train_dyna(
+    language_model: TransformersLM,
+    reward_model: Any,
+    prompts: Sequence[Prompt],
+    folder: str | Path,
+    settings: DynaSettings = DynaSettings(),
+    *,
+    features: Features | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> PolicyGradientReport:
+    """Train a LoRA adapter with GRPO on a `SurrogateReward`; see `train_grpo` for the rest.
+
+    The reward is asked for a few responses of each step, and a head that is fitted on its scores
+    says the others'. Labels are kept in `<folder>-labels`, also after the training: what the head
+    said before it saw them tells whether the policy has learned to please it alone. A call that
+    goes on after a kill asks for no label twice.
+
+    The curve of the report is of these scores, most of them the head's; its usage counts the calls
+    of the reward alone.
+
+    Source: Sutton, "Dyna, an Integrated Architecture for Learning, Planning, and Reacting", 1991.
+    Deviation: what is learned is the reward; responses are the policy's own, for to sample them is
+    cheap beside the update.
+
+    Args:
+        features: See `SurrogateReward`; None for `TokenFeatures` of the language model.
+
+    Example:
+        >>> report = train_dyna(embedded(), make("sentiment"), prompts, "kind")  # doctest: +SKIP
+        >>> report.usage.reward_calls  # doctest: +SKIP
+        240
+    """
+    from mbrl_text_env.rewards.learning.features import TokenFeatures
+    from mbrl_text_env.rewards.learning.surrogate import SurrogateReward
+
+    names = ("max_calls", "first_calls", "audited", "members", "seed")
+    reward = SurrogateReward(
+        reward_model,
+        labels_of(Path(folder)),
+        features=TokenFeatures(language_model) if features is None else features,
+        calls_per_batch=settings.calls_per_step,
+        **{name: getattr(settings, name) for name in names},
+    )
+    return train_grpo(language_model, reward, prompts, folder, settings, on_step=on_step)
+
+
+def labels_of(folder: Path) -> Path:
+    """Where the labels of a training lie: beside its policy."""
+    return folder.with_name(f"{folder.name}-labels")
