@@ -26,32 +26,25 @@ class DynaSettings(PolicyGradientSettings):
     """How a policy is trained with few reward calls; for other fields see `PolicyGradientSettings`.
 
     Args:
-        max_calls: Of the reward, in all; what the first steps leave is spread over the others.
+        max_calls: Of the reward, in all.
         first_calls: Responses that are all scored by the reward, before there is a head.
-        audited: Of a step's calls, so many are of responses drawn at random, which measures the
-            head; the others are of those it is least sure of.
+        calls_per_step: Of the reward, once there is a head.
+        audited: Of these, so many are of responses drawn at random, which measures the head; the
+            others are of those it is least sure of.
         members: Heads of the ensemble.
     """
 
     max_calls: int = 240
     first_calls: int = 32
+    calls_per_step: int = 3
     audited: int = 1
     members: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect(self, "first_calls", self.first_calls >= 2, "2 or more")
-        expect(self, "members", self.members >= 2, "2 or more")
-        expect(self, "audited", self.audited >= 0, "0 or more")
-        least = self.first_calls + (self.steps - 1) * max(1, self.audited)
-        needed = f"at least {least}: `first_calls`, and `audited` or 1 in each further step"
-        expect(self, "max_calls", self.max_calls >= least, needed)
-
-    @property
-    def calls_per_step(self) -> int:
-        """Calls of the reward in each step, once there is a head."""
-        first_steps = -(-self.first_calls // self.responses_per_step)
-        return (self.max_calls - self.first_calls) // max(1, self.steps - first_steps)
+        limits = {"audited": 0, "calls_per_step": self.audited, "first_calls": 2, "members": 2}
+        for name, least in {**limits, "max_calls": self.first_calls}.items():
+            expect(self, name, getattr(self, name) >= least, f"{least} or more")
 
 
 def train_dyna(
@@ -61,15 +54,17 @@ def train_dyna(
     folder: str | Path,
     settings: DynaSettings = DynaSettings(),
     *,
+    start_from: str | Path | None = None,
+    labels: str | Path | None = None,
     features: Features | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> PolicyGradientReport:
     """Train a LoRA adapter with GRPO on a `SurrogateReward`; see `train_grpo` for the rest.
 
     The reward is asked for a few responses of each step, and a head that is fitted on its scores
-    says the others'. Labels are kept in `<folder>-labels`, also after the training: what the head
-    said before it saw them tells whether the policy has learned to please it alone. A call that
-    goes on after a kill asks for no label twice.
+    says the others'. Labels are kept, also after the training: what the head said before it saw
+    them tells whether the policy has learned to please it alone. A call that goes on after a kill
+    asks for no label twice.
 
     The curve of the report is of these scores, most of them the head's; its usage counts the calls
     of the reward alone.
@@ -79,6 +74,8 @@ def train_dyna(
     cheap beside the update.
 
     Args:
+        labels: Folder of the labels; `<folder>-labels` by default. With that of an earlier training
+            on the same reward, its labels and calls count.
         features: See `SurrogateReward`; None for `TokenFeatures` of the language model.
 
     Example:
@@ -89,15 +86,16 @@ def train_dyna(
     from mbrl_text_env.rewards.learning.features import TokenFeatures
     from mbrl_text_env.rewards.learning.surrogate import SurrogateReward
 
-    names = ("max_calls", "first_calls", "audited", "members", "seed")
+    names = ("max_calls", "first_calls", "audited", "members")
     reward = SurrogateReward(
         reward_model,
-        labels_of(Path(folder)),
+        labels_of(Path(folder)) if labels is None else labels,
         features=TokenFeatures(language_model) if features is None else features,
         calls_per_batch=settings.calls_per_step,
         **{name: getattr(settings, name) for name in names},
     )
-    return train_grpo(language_model, reward, prompts, folder, settings, on_step=on_step)
+    given = (language_model, reward, prompts, folder, settings)
+    return train_grpo(*given, start_from=start_from, on_step=on_step)
 
 
 def labels_of(folder: Path) -> Path:

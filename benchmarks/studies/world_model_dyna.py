@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.agents.learning import serve
-from mbrl_text_env.agents.model_free.dyna import DynaSettings, labels_of, train_dyna
+from mbrl_text_env.agents.model_free.dyna import DynaSettings, train_dyna
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models import TransformersLM
@@ -18,7 +18,7 @@ from mbrl_text_env.rewards import make
 from mbrl_text_env.rewards.learning.surrogate import Batch, read_batches
 
 _REWARD = "sentiment"
-SETTINGS = DynaSettings(
+_FIRST = DynaSettings(
     steps=30,
     prompts_per_step=2,
     num_generations=8,
@@ -26,17 +26,13 @@ SETTINGS = DynaSettings(
     learning_rate=2e-3,
     batch_size=8,
     save_steps=5,
+    calls_per_step=7,
     audited=2,
 )
-QUICK = DynaSettings(
-    steps=4,
-    prompts_per_step=2,
-    num_generations=4,
-    max_completion_length=24,
-    learning_rate=2e-3,
-    batch_size=8,
-    max_calls=20,
-    first_calls=8,
+STAGES = (_FIRST, replace(_FIRST, steps=40, calls_per_step=1, audited=1, seed=1))
+"""Trainings one after the other, with the labels of the first in both."""
+QUICK = replace(
+    _FIRST, steps=3, num_generations=4, max_completion_length=24, max_calls=20, first_calls=8
 )
 
 
@@ -46,30 +42,38 @@ def dyna(language_model: TransformersLM, out: Path, seed: int, *, quick: bool) -
     Nothing on test prompts decides anything. In the curve `mean` is what the reward says of all
     responses of a step, asked when the training has ended, and `said` what was trained on.
     """
-    settings = replace(QUICK if quick else SETTINGS, seed=seed)
-    reward, policy = make(_REWARD), out / "dyna"
+    stages = [replace(s, seed=s.seed + 2 * seed) for s in ((QUICK,) if quick else STAGES)]
+    reward, labels = make(_REWARD), out / "dyna-labels"
     train = harness.prompts_for(reward, "train", None)
     tests = harness.prompts_for(reward, "test", 8 if quick else 64)
-    if not policy.exists():
-        train_dyna(language_model, reward, train, policy, settings, on_step=_tell)
-    exam = harness.Exam(reward, tests, 4, settings.max_completion_length)
-    models = {"base": language_model, "dyna": serve(language_model, policy)}
+    models, before = {"base": language_model}, None
+    for number, settings in enumerate(stages, 1):
+        policy = out / f"dyna-{number}"
+        if not policy.exists():
+            given = (language_model, reward, train, policy, settings)
+            train_dyna(*given, start_from=before, labels=labels, on_step=_tell)
+        models[policy.name] = serve(language_model, policy)
+        before = policy
+    exam = harness.Exam(reward, tests, 4, stages[0].max_completion_length)
     scores = {
-        name: harness.kept(out / f"dyna-{name}.json", lambda m=m: exam.sampled(m, seed)[0])
+        name: harness.kept(out / f"{name}-scores.json", lambda m=m: exam.sampled(m, seed)[0])
         for name, m in models.items()
     }
     curve, calls = [], 0
     by_id = {prompt.id: prompt for prompt in train}
-    batches = [*read_batches(labels_of(policy)).values()]
-    for step, batch in enumerate(batches, 1):
+    for step, batch in enumerate(read_batches(labels).values(), 1):
         calls += len(batch.rows)
         curve.append({"step": step, "reward_calls": calls, **_hindsight(batch, by_id, reward)})
     names = [prompt.id for prompt in tests]
     return {
         "reward": _REWARD,
-        "settings": asdict(settings),
+        "settings": [asdict(settings) for settings in stages],
         "reward_calls": calls,
-        "test": harness.paired(scores["base"], scores["dyna"], names, seed),
+        "test": {
+            name: harness.paired(scores["base"], found, names, seed)
+            for name, found in scores.items()
+            if name != "base"
+        },
         "curve": curve,
     }
 

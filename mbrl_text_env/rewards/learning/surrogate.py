@@ -183,7 +183,7 @@ class SurrogateReward(RewardModel):
 
     Args:
         reward: The real one.
-        folder: Where labels are kept; the same reward and settings go on with it.
+        folder: Where labels are kept; the same reward, features, members and seed go on with it.
         features: What heads see of prompt and response; `EmbeddingFeatures()` by default.
         max_calls: Of the real reward, in all.
         calls_per_batch, first_calls, audited: See above.
@@ -222,9 +222,12 @@ class SurrogateReward(RewardModel):
             if getattr(self, name) < least:
                 raise RewardError(f"{name}: expected {least} or more, got {getattr(self, name)}.")
         self._folder = Path(self.folder)
-        names = ("calls_per_batch", "first_calls", "audited", "members", "seed")
-        parts = {"reward": identity(self._reward), "features": identity(self._features)}
-        self._settings = parts | {name: getattr(self, name) for name in names}
+        self._settings = {
+            "reward": identity(self._reward),
+            "features": identity(self._features),
+            "members": self.members,
+            "seed": self.seed,
+        }
         with writing(self._folder, RewardError):
             self._folder.mkdir(parents=True, exist_ok=True)
             claim_file(self._folder / _CONFIG, self._settings, "surrogate reward", RewardError)
@@ -235,7 +238,8 @@ class SurrogateReward(RewardModel):
 
     def identity(self) -> Any:
         """The real reward and the settings; not what was learned so far."""
-        return {"surrogate": self._settings, "max_calls": self.max_calls}
+        calls = ("max_calls", "first_calls", "calls_per_batch", "audited")
+        return {"surrogate": self._settings, **{name: getattr(self, name) for name in calls}}
 
     @property
     def calls(self) -> int:
