@@ -82,7 +82,9 @@ def _setting(kind: Any, item: str) -> tuple[str, Any]:
 
 @friendly
 def train_command(
-    algorithm: Annotated[str, typer.Argument(help="ppo, dqn, grpo, rloo, dyna or expert-iteration.")],
+    algorithm: Annotated[
+        str, typer.Argument(help="ppo, dqn, grpo, rloo, dyna or expert-iteration.")
+    ],
     *,
     out: Annotated[Path, typer.Option(help="Folder of the training; goes on if it exists.")] = Path(
         "training"
@@ -91,8 +93,8 @@ def train_command(
         int | None,
         typer.Option(
             min=1,
-            help="Of the environments (PPO, DQN), of the optimizer (GRPO, RLOO, dyna), or iterations; by "
-            "default 4096, 60 and 3.",
+            help="Of the environments (PPO, DQN), of the optimizer (GRPO, RLOO, dyna), or "
+            "iterations; by default 4096, 60 and 3.",
         ),
     ] = None,
     max_response_tokens: Annotated[

@@ -67,6 +67,7 @@ from mbrl_text_env.world_model import (
 )
 
 PARTS = ("zero_labels", "planning", "label_ratio", "expensive", "dyna", "cost")
+_LONG = ("expensive", "dyna")
 KINDS = (
     *("min_words", "max_words", "min_sentences", "max_sentences", "num_sentences"),
     *("min_paragraphs", "max_paragraphs", "num_paragraphs", "num_bullets", "no_commas"),
@@ -531,11 +532,12 @@ def main(
         int | None, typer.Option(min=1, help="How often constraints are drawn anew.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option(help="12 prompts, one set of constraints, no expensive rewards.")
+        bool,
+        typer.Option(help="12 prompts, one set of constraints, no `expensive`, no `dyna`."),
     ] = False,
 ) -> None:
     """Measure what imagined endings buy."""
-    names = [name.strip() for name in parts.split(",") if not (quick and name == "expensive")]
+    names = [name.strip() for name in parts.split(",") if not (quick and name in _LONG)]
     if unknown := sorted(set(names) - set(PARTS)):
         raise options.CompareError(f"parts: expected some of {list(PARTS)}, got {unknown}.")
     size, out = QUICK if quick else Size(), how.folder("world-model", quick=quick)
@@ -558,7 +560,7 @@ def main(
         result["planning"] = planning(work, planners.split(","))
         how.write(result)
     if "dyna" in names:
-        result["dyna"] = dyna(work.language_model, out, how.seed, quick=quick)
+        result["dyna"] = dyna(how.load(), out, how.seed)
         how.write(result)
     if "expensive" in names:
         result["expensive"] = expensive(work, quick)

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.agents.learning import serve
+from mbrl_text_env.agents.learning.reports import distinct_share
 from mbrl_text_env.agents.model_free.dyna import DynaSettings, train_dyna
+from mbrl_text_env.agents.model_free.trl import PolicyGradientSettings, train_grpo
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models import TransformersLM
@@ -18,6 +20,7 @@ from mbrl_text_env.rewards import make
 from mbrl_text_env.rewards.learning.surrogate import Batch, read_batches
 
 _REWARD = "sentiment"
+_TEST_PROMPTS, _SAMPLES = 64, 4
 _FIRST = DynaSettings(
     steps=30,
     prompts_per_step=2,
@@ -31,30 +34,42 @@ _FIRST = DynaSettings(
 )
 STAGES = (_FIRST, replace(_FIRST, steps=40, calls_per_step=1, audited=1, seed=1))
 """Trainings one after the other, with the labels of the first in both."""
-QUICK = replace(
-    _FIRST, steps=3, num_generations=4, max_completion_length=24, max_calls=20, first_calls=8
+CONTROL = PolicyGradientSettings(
+    steps=30,
+    prompts_per_step=2,
+    num_generations=4,
+    max_completion_length=48,
+    learning_rate=2e-3,
+    batch_size=8,
 )
+"""GRPO without a head, on as many reward calls."""
 
 
-def dyna(language_model: TransformersLM, out: Path, seed: int, *, quick: bool) -> dict[str, Any]:
+def dyna(language_model: TransformersLM, out: Path, seed: int) -> dict[str, Any]:
     """Reward calls against the mean of training responses, and the mean on test prompts.
 
     Nothing on test prompts decides anything. In the curve `mean` is what the reward says of all
-    responses of a step, asked when the training has ended, and `said` what was trained on.
+    responses of a step, asked when the training has ended, `said` what was trained on, `gap` and
+    `error` the difference of what the head said of those that it was not asked for, and `distinct`
+    the share of different pairs of words.
     """
-    stages = [replace(s, seed=s.seed + 2 * seed) for s in ((QUICK,) if quick else STAGES)]
+    stages = [replace(stage, seed=stage.seed + len(STAGES) * seed) for stage in STAGES]
     reward, labels = make(_REWARD), out / "dyna-labels"
     train = harness.prompts_for(reward, "train", None)
-    tests = harness.prompts_for(reward, "test", 8 if quick else 64)
+    tests = harness.prompts_for(reward, "test", _TEST_PROMPTS)
     models, before = {"base": language_model}, None
+    given = (language_model, reward, train)
     for number, settings in enumerate(stages, 1):
         policy = out / f"dyna-{number}"
         if not policy.exists():
-            given = (language_model, reward, train, policy, settings)
-            train_dyna(*given, start_from=before, labels=labels, on_step=_tell)
+            own = {"start_from": before, "labels": labels}
+            train_dyna(*given, policy, settings, **own, on_step=_tell)
         models[policy.name] = serve(language_model, policy)
         before = policy
-    exam = harness.Exam(reward, tests, 4, stages[0].max_completion_length)
+    if not (control := out / "grpo").exists():
+        train_grpo(*given, control, replace(CONTROL, seed=seed), on_step=_tell)
+    models["grpo"] = serve(language_model, control)
+    exam = harness.Exam(reward, tests, _SAMPLES, stages[0].max_completion_length)
     scores = {
         name: harness.kept(out / f"{name}-scores.json", lambda m=m: exam.sampled(m, seed)[0])
         for name, m in models.items()
@@ -84,12 +99,14 @@ def _tell(step: Any) -> None:
 
 def _hindsight(batch: Batch, prompts: Mapping[str, Any], reward: Any) -> dict[str, float]:
     asked = [prompts[name] for name, _ in batch.responses]
+    words = [tuple(text.lower().split()) for _, text in batch.responses]
     real = np.asarray(reward.score(asked, [text for _, text in batch.responses]))
     rest = np.setdiff1d(np.arange(len(real)), batch.rows)
     errors = batch.scores[rest] - real[rest]
     return {
         "mean": float(real.mean()),
         "said": float(batch.scores.mean()),
+        "distinct": distinct_share(words, 2),
         "gap": float(errors.mean()) if len(rest) else 0.0,
         "error": float(np.sqrt(np.mean(errors**2))) if len(rest) else 0.0,
     }

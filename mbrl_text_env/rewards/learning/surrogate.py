@@ -1,4 +1,4 @@
-"""A learned head in place of most calls of a reward, which is asked where the head is least sure."""
+"""A learned head in place of most calls of a reward: real calls where it is least sure."""
 
 from __future__ import annotations
 
@@ -147,9 +147,7 @@ def audits(batches: Sequence[Batch], count: int) -> list[Audit]:
     return found
 
 
-def choose_calls(
-    stds: FloatArray, count: int, audited: int, rng: np.random.Generator
-) -> IntArray:
+def choose_calls(stds: FloatArray, count: int, audited: int, rng: np.random.Generator) -> IntArray:
     """Which of B responses to ask the reward for: `audited` at random, then the least sure.
 
     Example:
@@ -292,7 +290,9 @@ class SurrogateReward(RewardModel):
         rows = choose_calls(stds, wanted, audited, rng)
         write_text(self._folder / _CALLS, json.dumps(calls + wanted))
         asked = [(prompts[i], responses[i]) for i in rows]
-        labels = score_responses(self._reward, *zip(*asked, strict=True)).total if asked else told[:0]
+        labels = (
+            score_responses(self._reward, *zip(*asked, strict=True)).total if asked else told[:0]
+        )
         batch = Batch(
             scores=told,
             rows=rows,

@@ -70,7 +70,9 @@ def test_the_least_sure_and_those_at_random():
 
 def test_heads_are_ridge_regressions_on_prompts_drawn_with_replacement():
     features = EmbeddingFeatures(Letters(), use_statistics=False)
-    asked, texts = zip(*[pair for rows in batches(4) for pair in zip(*rows, strict=True)], strict=True)
+    asked, texts = zip(
+        *[pair for rows in batches(4) for pair in zip(*rows, strict=True)], strict=True
+    )
     raw = features.read(asked, texts)
     scores = np.asarray(Sum().score(asked, texts))
     heads = Heads.fit(features, raw, scores, [p.id for p in asked], 4, seed=0)
@@ -104,7 +106,8 @@ def test_it_asks_learns_and_is_charged_for_what_it_asked(tmp_path):
     scores = np.concatenate([batch.scores for batch in model.batches_])
     assert labels.min() <= scores.min() <= scores.max() <= labels.max()
     first, second = model.batches_[:2]
-    assert np.isnan(first.told).all() and first.num_audited == 6
+    assert np.isnan(first.told).all()
+    assert first.num_audited == 6
     np.testing.assert_allclose(second.audit, second.told[:1] - second.labels[:1])
     told = audits(model.batches_, 7)
     assert [found.calls for found in told] == [6, 9, 12, 14, 14, 14, 14]
