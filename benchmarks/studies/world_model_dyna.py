@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ _FIRST = DynaSettings(
     calls_per_step=7,
     audited=2,
 )
-STAGES = (_FIRST, replace(_FIRST, steps=40, calls_per_step=1, audited=1, seed=1))
+STAGES = (_FIRST, replace(_FIRST, steps=20, calls_per_step=1, audited=1, seed=1))
 """Trainings one after the other, with the labels of the first in both."""
 CONTROL = PolicyGradientSettings(
     steps=30,
@@ -57,13 +58,13 @@ def dyna(language_model: TransformersLM, out: Path, seed: int) -> dict[str, Any]
     reward, labels = make(_REWARD), out / "dyna-labels"
     train = harness.prompts_for(reward, "train", None)
     tests = harness.prompts_for(reward, "test", _TEST_PROMPTS)
-    models, before = {"base": language_model}, None
+    models: dict[str, TransformersLM] = {"base": language_model}
+    before = None
     given = (language_model, reward, train)
     for number, settings in enumerate(stages, 1):
         policy = out / f"dyna-{number}"
         if not policy.exists():
-            own = {"start_from": before, "labels": labels}
-            train_dyna(*given, policy, settings, **own, on_step=_tell)
+            train_dyna(*given, policy, settings, start_from=before, labels=labels, on_step=_tell)
         models[policy.name] = serve(language_model, policy)
         before = policy
     if not (control := out / "grpo").exists():
@@ -71,8 +72,8 @@ def dyna(language_model: TransformersLM, out: Path, seed: int) -> dict[str, Any]
     models["grpo"] = serve(language_model, control)
     exam = harness.Exam(reward, tests, _SAMPLES, stages[0].max_completion_length)
     scores = {
-        name: harness.kept(out / f"{name}-scores.json", lambda m=m: exam.sampled(m, seed)[0])
-        for name, m in models.items()
+        name: harness.kept(out / f"{name}-scores.json", partial(_scores, exam, model, seed))
+        for name, model in models.items()
     }
     curve, calls = [], 0
     by_id = {prompt.id: prompt for prompt in train}
@@ -91,6 +92,10 @@ def dyna(language_model: TransformersLM, out: Path, seed: int) -> dict[str, Any]
         },
         "curve": curve,
     }
+
+
+def _scores(exam: harness.Exam, model: TransformersLM, seed: int) -> list[float]:
+    return [*exam.sampled(model, seed)[0]]
 
 
 def _tell(step: Any) -> None:

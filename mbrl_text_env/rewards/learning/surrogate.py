@@ -304,7 +304,8 @@ class SurrogateReward(RewardModel):
             raw={name: values[rows] for name, values in raw.items()},
             responses=[(p.id, text) for p, text in zip(prompts, responses, strict=True)],
         )
-        heads = self._fit(batch) if asked else heads
+        if heads is None or asked:
+            heads = self._fit(batch)
         scores = heads.predict(raw)[0]
         scores[rows] = labels
         batch = batch._replace(scores=scores)
