@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +57,24 @@ def dyna(language_model: TransformersLM, out: Path, seed: int) -> dict[str, Any]
     reward, labels = make(_REWARD), out / "dyna-labels"
     train = harness.prompts_for(reward, "train", None)
     tests = harness.prompts_for(reward, "test", _TEST_PROMPTS)
-    models: dict[str, TransformersLM] = {"base": language_model}
-    before = None
-    given = (language_model, reward, train)
+    exam = harness.Exam(reward, tests, _SAMPLES, STAGES[0].max_completion_length)
+    given, before = (language_model, reward, train), None
+    scores = {}
+
+    def measure(name: str, model: TransformersLM) -> None:
+        path = out / f"{name}-scores.json"
+        scores[name] = harness.kept(path, lambda: exam.sampled(model, seed)[0])
+
+    measure("base", language_model)
     for number, settings in enumerate(stages, 1):
         policy = out / f"dyna-{number}"
         if not policy.exists():
             train_dyna(*given, policy, settings, start_from=before, labels=labels, on_step=_tell)
-        models[policy.name] = serve(language_model, policy)
+        measure(policy.name, serve(language_model, policy))
         before = policy
     if not (control := out / "grpo").exists():
         train_grpo(*given, control, replace(CONTROL, seed=seed), on_step=_tell)
-    models["grpo"] = serve(language_model, control)
-    exam = harness.Exam(reward, tests, _SAMPLES, stages[0].max_completion_length)
-    scores = {
-        name: harness.kept(out / f"{name}-scores.json", partial(_scores, exam, model, seed))
-        for name, model in models.items()
-    }
+    measure("grpo", serve(language_model, control))
     curve, calls = [], 0
     by_id = {prompt.id: prompt for prompt in train}
     for step, batch in enumerate(read_batches(labels).values(), 1):
@@ -92,10 +92,6 @@ def dyna(language_model: TransformersLM, out: Path, seed: int) -> dict[str, Any]
         },
         "curve": curve,
     }
-
-
-def _scores(exam: harness.Exam, model: TransformersLM, seed: int) -> list[float]:
-    return [*exam.sampled(model, seed)[0]]
 
 
 def _tell(step: Any) -> None:
