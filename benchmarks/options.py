@@ -183,7 +183,12 @@ class PromptOptions:
     panel: ClassVar[str] = "Prompts"
 
     prompts: PromptsOption = "builtin"
-    split: Annotated[str, typer.Option(help="Split of the prompts; 'all' for all.")] = "test"
+    split: Annotated[
+        str,
+        typer.Option(
+            help="Split of the prompts; 'all' for all. A file that names none is taken whole."
+        ),
+    ] = "test"
     shots: Annotated[
         int | None,
         typer.Option(
@@ -312,14 +317,7 @@ def priced(
     """The reward at a price such as "300tokens" or "2e11flops" a call; as it is for None.
 
     A token counts for the mean FLOPs of a generated one in a response of `max_response_tokens` to a
-    prompt of as many.
-
-    Raises:
-        CompareError: The price cannot be read, or is in tokens and the model counts no FLOPs.
-
-    Example:
-        >>> priced(reward, "300tokens", lm, 96).flops_bound()  # doctest: +SKIP
-        82715443200.0
+    prompt of as many. A price that cannot be read is a `CompareError`.
     """
     from mbrl_text_env.rewards import Priced
 
@@ -377,13 +375,13 @@ class AuditConfig:
 class DemoConfig:
     """How large the demonstration is; `pool_samples` are what best-of-N is read from."""
 
-    train_prompts: Annotated[int, typer.Option(min=2)] = 24
+    train_prompts: Annotated[int, typer.Option(min=2)] = 16
     test_prompts: CountOption = 12
     budget_tokens: CountOption = 400
     max_response_tokens: TokensOption = 96
     seed: SeedOption = 0
     samples: int = 4
-    pool_samples: int = 16
+    pool_samples: int = 12
 
 
 @dataclass(frozen=True)
@@ -403,7 +401,7 @@ class ArticleConfig:
     device: Annotated[
         str | None,
         typer.Option(
-            help="Of all models: 'cpu', 'cuda', 'mps'; by default a GPU where CUDA has one.",
+            help="Of all models: 'cpu', 'cuda', 'mps'; by default a GPU where CUDA has one."
         ),
     ] = None
     dtype: DtypeOption = "default"
@@ -439,6 +437,10 @@ def load_prompts_option(
         )
     if source.startswith(_PUZZLES):
         return _puzzles(source.removeprefix(_PUZZLES), split, kind)
+    found = load_prompts(source, kind=kind)
+    if split in get_args(Split) and all(prompt.split is None for prompt in found):
+        errors.print(f"{source} names no split: all of its {len(found)} prompts are taken.")
+        return found
     return load_prompts(source, split=None if split == "all" else split, kind=kind)
 
 
@@ -453,11 +455,7 @@ def _reward_of(source: str) -> str:
 def choose_prompts(
     prompts: Sequence[Prompt], count: int, reward_model: RewardModel, seed: int
 ) -> list[Prompt]:
-    """Choose `count` of the prompts that the reward model applies to, by a seeded shuffle.
-
-    Raises:
-        CompareError: There are fewer.
-    """
+    """`count` prompts that the reward applies to, by a seeded shuffle; too few: `CompareError`."""
     fitting = [prompt for prompt in prompts if applies_to(reward_model, prompt)]
     if not fitting:
         raise CompareError(

@@ -34,7 +34,7 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "values": ["ValueEstimate", "ValueModel", "predict_values"],
         "wrappers": [
-            *("CandidateChunks", "CandidateChunksVector", "KLPenalty", "PotentialShaping"),
+            *("CandidateChunks", "CandidateChunksVector", "KLPenalty", "PotentialShaping")
         ],
     },
 )

@@ -48,6 +48,15 @@ def extras() -> Iterator[None]:
         ) from error
 
 
+def optional(module: str, error: type[Exception]) -> Any:
+    """Import a package of an extra; an `error` that it is missing names the extra."""
+    try:
+        with extras():
+            return importlib.import_module(module)
+    except MissingExtraError as reason:
+        raise error(str(reason)) from reason
+
+
 def attach(
     package: str, names: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:

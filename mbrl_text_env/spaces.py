@@ -26,6 +26,7 @@ from gymnasium.vector.utils import shared_memory
 from gymnasium.wrappers.utils import create_zero_array
 
 from mbrl_text_env.mdp import ChunkRules
+from mbrl_text_env.types import check_positive
 
 
 class _Flat:
@@ -63,11 +64,7 @@ class ChunkSpace(_Flat, gym.Space[npt.NDArray[np.int64]]):
     zero = (0,)
 
     def __init__(self, rules: ChunkRules, seed: int | np.random.Generator | None = None) -> None:
-        if rules.max_chunk_tokens < 1 or rules.vocab_size < 1:
-            raise ValueError(
-                "Expected max_chunk_tokens and vocab_size of at least 1, got "
-                f"{rules.max_chunk_tokens} and {rules.vocab_size}."
-            )
+        check_positive(max_chunk_tokens=rules.max_chunk_tokens, vocab_size=rules.vocab_size)
         self.rules = rules
         self.flat_length, self.padding = rules.max_chunk_tokens, rules.vocab_size
         super().__init__(None, np.int64, seed)

@@ -131,7 +131,6 @@ def _reasoning(kind: str | None) -> list[Prompt]:
 
 
 def _questions(task: str) -> list[Prompt]:
-    """Different questions of a task, with their splits."""
     seen, answers, kept = set[str](), Counter[str](), list[Prompt]()
     settings = REASONING_TASKS[task]
     found = reasoning_gym_prompts(task, size=_CANDIDATES, seed=_REASONING_SEED, **settings)

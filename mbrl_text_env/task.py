@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import compress, pairwise
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,19 +23,13 @@ from gymnasium import spaces
 from mbrl_text_env.encoders import Encoder, encode_texts, prefix_text
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.language_models.registry import embedded_encoder, embedded_tokenizer
-from mbrl_text_env.mdp import (
-    ChunkRules,
-    InvalidChunkError,
-    append,
-    initial,
-    response_limit,
-)
+from mbrl_text_env.mdp import ChunkRules, InvalidChunkError, append, initial, response_limit
 from mbrl_text_env.prompts import as_prompts, load_prompts
 from mbrl_text_env.rewards import base as rewards
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import ChunkSpace, UnicodeText, as_token_ids, padded_chunk_space, unpadded
-from mbrl_text_env.types import Ledger, Prompt, TextState
+from mbrl_text_env.types import Ledger, Prompt, TextState, check_positive, one_of
 
 RewardMode = Literal["terminal", "delta", "process"]
 ObservationMode = Literal["text", "tokens", "embedding"]
@@ -88,8 +82,7 @@ class TextTask:
     Args:
         prompts: Prompts to draw from; by default the train split of the package's own.
         tokenizer: A tokenizer or a language model; by default SmolLM2's tokenizer.
-        reward_model: A reward model, a name or a weighted sum of names (see `rewards.make`), or a
-            callable (see `rewards.as_reward_model`).
+        reward_model: Whatever `rewards.as_reward_model` takes.
         reward: `"terminal"`: the score when the response ends, otherwise 0. `"delta"`: the increase
             of the prefix's score at every chunk, from 0 for no response, so that the rewards of an
             episode add up to the score. `"process"`: the process reward of each chunk.
@@ -129,11 +122,7 @@ class TextTask:
         one_of("action_format", action_format, ActionFormat)
         one_of("reward", reward, RewardMode)
         one_of("observation", observation, ObservationMode)
-        if max_response_tokens < 1 or max_chunk_tokens < 1:
-            raise ValueError(
-                "max_response_tokens and max_chunk_tokens must be at least 1, got "
-                f"{max_response_tokens} and {max_chunk_tokens}."
-            )
+        check_positive(max_response_tokens=max_response_tokens, max_chunk_tokens=max_chunk_tokens)
         found = load_prompts(split="train") if prompts is None else as_prompts(prompts)
         if not found:
             raise ValueError("prompts: expected at least one prompt, got an empty sequence.")
@@ -201,7 +190,7 @@ class TextTask:
     def advance(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
         """Step each state with its action: one reward call for all."""
         pairs = zip(outcomes, actions, strict=True)
-        appended = [self._append(outcome.state, action) for outcome, action in pairs]
+        appended = [self.append(outcome.state, action) for outcome, action in pairs]
         states = [state for state, _ in appended]
         responses = [self.tokenizer.decode(state.response_ids) for state in states]
         scores = self._scores(states, responses)
@@ -235,7 +224,7 @@ class TextTask:
         for (outcome, action), error in zip(rows, errors, strict=True):
             result = next(advanced) if error is None else error
             if isinstance(result, RewardError):
-                state, cut = self._append(outcome.state, action)
+                state, cut = self.append(outcome.state, action)
                 state = replace(state, finish_reason=state.finish_reason or "length")
                 response = self.tokenizer.decode(state.response_ids)
                 nothing = _NAN, dict.fromkeys(self._part_names, _NAN)
@@ -299,7 +288,7 @@ class TextTask:
             response_length=spaces.Discrete(response + 1),
         )
 
-    def _append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
+    def append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
         """The state after an action, and whether the action was cut."""
         ids = as_token_ids(action)
         if ids is None:
@@ -338,7 +327,6 @@ class TextTask:
         return Outcome(state, response, reward, score[0] if score else None, info)
 
     def _scored(self, rows: Sequence[tuple[TextState, str]]) -> list[_Score]:
-        """Score and parts of responses, in one call."""
         if not rows:
             return []
         scores = rewards.score_responses(
@@ -405,12 +393,6 @@ def added_text(before: str, after: str) -> str:
     return after[len(shared) :]
 
 
-def one_of(name: str, value: object, allowed: Any) -> None:
-    """Refuse an argument that is not among the values of a `Literal`."""
-    if value not in get_args(allowed):
-        raise ValueError(f"{name}: expected one of {list(get_args(allowed))}, got {value!r}.")
-
-
 def feature_box(size: int) -> spaces.Box:
     """A space of feature vectors, float32[size]."""
     return spaces.Box(-_LARGEST, _LARGEST, (size,), np.float32)
@@ -423,11 +405,7 @@ def as_text(outcome: Outcome) -> str:
 
 
 def as_frame(outcome: Outcome) -> npt.NDArray[np.uint8]:
-    """A picture of `as_text`, uint8[480, 640, 3], black on white.
-
-    Long texts are cut: of the prompt the first lines are shown, of the response the last ones.
-    Characters that DejaVu Sans Mono lacks (Chinese, emoji) are shown as boxes.
-    """
+    """A picture of `as_text`, uint8[480, 640, 3], black on white; long texts are cut."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")

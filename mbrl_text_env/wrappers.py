@@ -1,8 +1,7 @@
 """Wrappers: the candidate view, potential-based shaping and a KL penalty.
 
-In the candidate view a language model proposes K chunks and the agent picks one: a problem with
-`Discrete(K)` actions and `Box` observations, which stable-baselines3 takes as it is. The other two
-change the reward of the text environment and of the candidate view, alone or together.
+In the candidate view a language model proposes K chunks and the agent picks one, with spaces that
+stable-baselines3 takes as they are. The other two change the reward, alone or together.
 """
 
 from __future__ import annotations
@@ -61,7 +60,6 @@ class _View:
     def _begin(
         self, model: LanguageModel | None, task: TextTask, options: ViewOptions
     ) -> tuple[spaces.Discrete, spaces.Box]:
-        """The spaces of one environment."""
         if model is None:
             model = task.tokenizer if isinstance(task.tokenizer, LanguageModel) else _embedded()
         self.proposer = CandidateProposer(model, task, **options)
@@ -76,7 +74,6 @@ class _View:
         known: Sequence[Known],
         failures: list[RewardError | None] | None = None,
     ) -> tuple[list[list[Chunk]], npt.NDArray[np.float32], list[list[str]]]:
-        """The candidates at states, their features and their texts."""
         ledgers = [self.ledger] * len(states)
         proposals = self.proposer.propose(states, seeds, ledgers)
         features = self.proposer.features(states, proposals, ledgers, known, failures)
@@ -251,7 +248,6 @@ class CandidateChunksVector(_View, _VectorWrapper):
             return self._show(infos)
 
     def _draw_seeds(self) -> None:
-        """New seeds where an episode has begun."""
         for i in np.flatnonzero(self._base.episode_started).tolist():
             self._seeds[i] = int(self._base.generator(i).integers(2**63))
 

@@ -177,7 +177,6 @@ class _Trial(Trial):
         seed: int | None = None,
         counts: _Counts | None = None,
     ) -> list[Any]:
-        """Answers of the agent, each checked, and their cost compared with what was asked for."""
         counts = _Counts() if counts is None else counts
         seed = self.seed if seed is None else seed
         with self.watched("generate", counts, budget):
@@ -191,7 +190,6 @@ class _Trial(Trial):
         return answers
 
     def act(self, states: Sequence[TextState], budget: Budget | None = None) -> list[Any]:
-        """Decisions of the agent, each checked, and their cost compared."""
         counts = _Counts()
         with self.watched("act", counts, budget):
             decisions = self.agent.act(list(states), budget, seed=self.seed)
@@ -342,7 +340,6 @@ class _Trial(Trial):
         )
 
     def expect_same(self, rule: str, answers: Sequence[Any], others: Sequence[Any]) -> None:
-        """Report a fault unless two rows of answers agree in texts, costs and scores."""
         for pair in zip(answers, others, strict=True):
             one, two = (
                 (a.completion.state, a.text, a.usage.generated_tokens, a.usage.reward_calls)

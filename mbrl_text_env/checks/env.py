@@ -159,7 +159,6 @@ class _Trial(Trial):
 
     @property
     def limit(self) -> int:
-        """Token limit of a response."""
         return self.base.task.max_response_tokens
 
     def check_spaces(self) -> None:
@@ -172,7 +171,6 @@ class _Trial(Trial):
         self.expect("action_space", found == expected, found, expected=expected)
 
     def check_pair(self, result: Any, where: str, env: Any) -> None:
-        """Check what `reset` or `set_state` returned."""
         self.expect("pair", isinstance(result, tuple) and len(result) == 2, result, where=where)
         self.check_observation(env, result[0], where)
         self.check_info(result[1], self.base.get_state(), where)
@@ -224,7 +222,6 @@ class _Trial(Trial):
         return played
 
     def stepped(self, action: Any) -> _Step:
-        """Take a step and check what it returns."""
         before = self.base.get_state()
         result = self.env.step(action)
         self.expect("step", isinstance(result, tuple) and len(result) == 5, result)
@@ -300,7 +297,6 @@ class _Trial(Trial):
                     break
 
     def restore(self, state: Any) -> None:
-        """Set a state, and check that all of it is there again."""
         result = self.layer.set_state(state)
         found = self.layer.get_state()
         self.expect("restored", found == state, found, state=state)
@@ -349,7 +345,6 @@ class _Trial(Trial):
             self.expect_refused(InvalidChunkError, action, case)
 
     def expect_refused(self, kind: type[Exception], action: Any, case: str) -> None:
-        """Report a fault unless a step is refused and leaves no trace."""
         before = self.layer.get_state()
         self.expect_error("refusal", kind, lambda: self.env.step(action), case)
         after = self.layer.get_state()
@@ -360,7 +355,6 @@ class _Trial(Trial):
         self.expect("observation", observation in space, observation, where=where, space=space)
 
     def expect_repeated(self, one: _Step, other: _Step, where: str) -> None:
-        """Report a fault unless two steps are the same."""
         for name in ("observation", "reward", "terminated", "truncated", "info", "after"):
             value, again = getattr(one, name), getattr(other, name)
             same = (

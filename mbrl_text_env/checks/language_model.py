@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.checks.base import Trial
-from mbrl_text_env.language_models.base import SamplingParams, spawn_seed
+from mbrl_text_env.language_models.base import SamplingParams, prefix_of, spawn_seed
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage
 
@@ -178,7 +178,6 @@ class _Trial(Trial):
 
     @property
     def everything(self) -> range:
-        """The indices of all states."""
         return range(len(self.states))
 
     def draw(
@@ -207,12 +206,10 @@ class _Trial(Trial):
         return rows
 
     def holds(self, ids: Iterable[Any]) -> bool:
-        """Whether ids are of the vocabulary."""
         return all(type(i) is not bool and isinstance(i, int) and 0 <= i <= self.last for i in ids)
 
     @property
     def last(self) -> int:
-        """The last id of the vocabulary."""
         return int(self.lm.vocab_size) - 1
 
     def check_tokenizer(self, prompts: Sequence[Prompt]) -> None:
@@ -240,7 +237,7 @@ class _Trial(Trial):
         self.expect("length", isinstance(ids, tuple) and 1 <= len(ids) <= most, ids, most=most)
         right = self.holds(ids) and stops.isdisjoint(ids[:-1])
         self.expect("tokens", right, ids, last=self.last, stops=sorted(stops))
-        room = self.lm.context_length - _prefix_tokens(state)
+        room = self.lm.context_length - len(prefix_of(state))
         reason = "stop" if ids[-1] in stops else "length" if len(ids) >= room else None
         self.expect("finish_reason", chunk.finish_reason == reason, chunk, reason=reason)
         self.expect("early", reason is not None or len(ids) == most, ids, most=most)
@@ -325,8 +322,8 @@ class _Trial(Trial):
         again = self.draw(self.everything, ledgers=ledgers)
         self.expect_same("again", rows, again)
         for state, row, ledger in zip(self.states, again, ledgers, strict=True):
-            bound = self.lm.usage_bound(_prefix_tokens(state), [self.max_new_tokens] * _SAMPLES)
-            self.check_charge(ledger.usage, sum(map(len, row)), _prefix_tokens(state), bound)
+            bound = self.lm.usage_bound(len(prefix_of(state)), [self.max_new_tokens] * _SAMPLES)
+            self.check_charge(ledger.usage, sum(map(len, row)), len(prefix_of(state)), bound)
         ledgers = [Ledger() for _ in self.states]
         self.lm.logprobs(self.states, [row[0] for row in rows], ledgers=ledgers)
         charged = [(ledger.usage.lm_calls, ledger.usage.generated_tokens) for ledger in ledgers]
@@ -380,10 +377,6 @@ class _Trial(Trial):
         too_many = len(differences) > _MOST_TIES * sum(map(len, rows))
         for got in (text for text, is_tie in differences if too_many or not is_tie):
             raise self.fault(rule, got, **facts)
-
-
-def _prefix_tokens(state: TextState) -> int:
-    return len(state.prompt_ids) + len(state.response_ids)
 
 
 def _is_tie(a: Chunk, b: Chunk) -> bool:

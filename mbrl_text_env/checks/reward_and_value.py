@@ -196,7 +196,6 @@ class _RewardTrial(Trial):
     def expect_same(
         self, rule: str, one: FloatArray, two: FloatArray, texts: Sequence[str], **facts: object
     ) -> None:
-        """Report a fault unless two rows of scores are the same."""
         close = np.isclose(one, two, rtol=_TOLERANCE, atol=_TOLERANCE)
         for i in map(int, np.flatnonzero(~close)):
             got = f"{one[i]:g} and {two[i]:g} for {texts[i][:80]!r}"
@@ -330,7 +329,6 @@ class _ValueTrial(Trial):
         self.subject = f"Value model {type(self.model).__name__}"
 
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
-        """Predict, with everything about the form of the answer checked."""
         estimate = self.called("predict", self.model.predict, list(states))
         # An array has a `mean` and a `std` too, but they are methods.
         parts = [getattr(estimate, part, None) for part in ("mean", "std")]
@@ -345,7 +343,6 @@ class _ValueTrial(Trial):
         return ValueEstimate(mean, std)
 
     def compare(self, one: ValueEstimate, other: ValueEstimate, expected: str) -> None:
-        """Report a fault unless two estimates agree."""
         for part, a, b in (("mean", one.mean, other.mean), ("std", one.std, other.std)):
             most = self.tolerance * max(1.0, float(np.abs(a).max()))
             for i in np.flatnonzero(np.abs(a - b) > most):

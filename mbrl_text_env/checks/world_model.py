@@ -96,8 +96,6 @@ class _Trial(Trial):
         self.subject = f"World model {type(self.dynamics).__name__}"
 
     def futures(self, states: Sequence[TextState], horizon: int | None) -> Futures:
-        """Futures, with everything about their form checked."""
-
         def ask(given: list[TextState]) -> Any:
             return self.dynamics.futures(given, _FUTURES, horizon, _SEED)
 

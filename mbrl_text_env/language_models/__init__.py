@@ -17,14 +17,11 @@ __getattr__, __dir__, __all__ = attach(
             "UnknownTokenError",
         ],
         "registry": ["embedded", "embedded_encoder", "embedded_tokenizer"],
-        "server": [
-            "MalformedAnswerError",
-            "ServerConfigError",
-            "ServerError",
-            "ServerLM",
-            "ServerUnavailableError",
-            "UnsupportedByServerError",
+        "_http": [
+            *("MalformedAnswerError", "ServerConfigError", "ServerError"),
+            *("ServerUnavailableError", "UnsupportedByServerError"),
         ],
+        "server": ["ServerLM"],
         "toy": ["CharTokenizer", "NGramLM", "TableLM"],
         "hf_tokenizer": ["HFTokenizer", "ModelLoadError"],
         "transformers_lm": ["TransformersLM"],

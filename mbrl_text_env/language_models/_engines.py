@@ -26,12 +26,7 @@ from mbrl_text_env.language_models._http import (
     ServerError,
     UnsupportedByServerError,
 )
-from mbrl_text_env.language_models.base import (
-    NextTokens,
-    SampleRequest,
-    has_stop_text,
-    prefix_of,
-)
+from mbrl_text_env.language_models.base import NextTokens, SampleRequest, has_stop_text, prefix_of
 from mbrl_text_env.types import Chunk, TextState
 
 T = TypeVar("T")
@@ -405,7 +400,6 @@ class Engine:
         return {"messages": messages, **going_on}
 
     def _whole_text(self, ids: list[int]) -> str:
-        """Text with its special tokens, for servers that take no ids."""
         text: str = self.options.tokenizer.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

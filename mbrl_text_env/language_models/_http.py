@@ -134,8 +134,6 @@ class Options:
 
 @dataclass
 class _Endpoint:
-    """How a server of a fleet is doing."""
-
     url: str
     slots: asyncio.Semaphore
     in_flight: int = 0

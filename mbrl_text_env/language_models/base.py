@@ -12,7 +12,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from mbrl_text_env.types import Chunk, FinishReason, Ledger, Prompt, TextState, Usage
+from mbrl_text_env.types import (
+    Chunk,
+    FinishReason,
+    Ledger,
+    Prompt,
+    TextState,
+    Usage,
+    check_positive,
+)
 
 
 class PromptEncodingError(ValueError):
@@ -504,11 +512,7 @@ def check_sample_arguments(
     states: Sequence[TextState], num_samples: int, max_new_tokens: int, seeds: Sequence[int]
 ) -> None:
     """Raise the ValueErrors of `LanguageModel.sample`."""
-    if num_samples < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"num_samples and max_new_tokens must be at least 1, got {num_samples} and "
-            f"{max_new_tokens}."
-        )
+    check_positive(num_samples=num_samples, max_new_tokens=max_new_tokens)
     if len(seeds) != len(states):
         raise ValueError(
             f"Expected one seed a state ({len(states)}), got {len(seeds)}. Repeat the seed, or "

@@ -132,7 +132,6 @@ def fill_in(
 
 
 def _admit(queue: list[Sampled], batch: Batch, free: int, computed: list[int]) -> list[Sampled]:
-    """Move up to `free` chunks from the queue into the batch."""
     groups: dict[Tokens, list[Sampled]] = {}
     for chunk in queue[:free]:
         groups.setdefault(chunk.sequence, []).append(chunk)
@@ -146,7 +145,6 @@ def _admit(queue: list[Sampled], batch: Batch, free: int, computed: list[int]) -
 
 
 def _draw(active: Sequence[Sampled], logits: Tensor, scratch: Tensor) -> None:
-    """Append a token to every chunk."""
     uniforms = torch.tensor([chunk.generator.random() for chunk in active], dtype=torch.float64)
     uniforms = uniforms.to(logits.device)
     kinds: dict[SamplingParams, list[int]] = {}
@@ -224,7 +222,6 @@ def _redraw_of_one(
 
 
 def _most_probable(logits: Tensor, count: int, refused: int) -> dict[int, float]:
-    """The most probable tokens and their log-probabilities, without the refused one."""
     ids, logs = top_tokens(logits[None], min(count, logits.shape[-1]))
     pairs = zip(ids[0].tolist(), logs[0].tolist(), strict=True)
     return {token: log for token, log in pairs if token != refused}
@@ -233,7 +230,6 @@ def _most_probable(logits: Tensor, count: int, refused: int) -> dict[int, float]
 def _allowed(
     guard: Guard, active: Sequence[Sampled], asked: Mapping[int, int], tokenizer: Tokenizer
 ) -> Sequence[bool]:
-    """What the guard says of a token for each row."""
     return guard.allows(
         [active[row].state for row in asked],
         [active[row].written(tokenizer).with_token(token) for row, token in asked.items()],

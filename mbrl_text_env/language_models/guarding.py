@@ -22,14 +22,6 @@ from mbrl_text_env.language_models.base import (
     SampleRequest,
     SamplingParams,
     Tokenizer,
-    check_requests,
-    finish_reason,
-    has_stop_text,
-    prefix_of,
-    room_after,
-    spawn_seed,
-    stream,
-    watches_guards,
 )
 from mbrl_text_env.types import Chunk, Ledger, TextState, Usage
 
@@ -182,7 +174,7 @@ async def sample_requests_async(
 def _is_watched(language_model: LanguageModel, requests: Sequence[SampleRequest]) -> bool:
     """Whether the model can be left alone with the requests."""
     guards = [request.guard for request in requests if request.guard is not None]
-    if watches_guards(language_model) or not guards:
+    if base.watches_guards(language_model) or not guards:
         return True
     if any(guard.weighted for guard in guards):
         raise ValueError(
@@ -213,12 +205,11 @@ class _Growing:
     is_done: bool = False
 
     def __post_init__(self) -> None:
-        room = room_after(self.request.state, self.model.context_length)
+        room = base.room_after(self.request.state, self.model.context_length)
         self.limit = min(self.request.max_new_tokens, room)
 
     @property
     def guard(self) -> Guard:
-        """The request's."""
         assert self.request.guard is not None
         return self.request.guard
 
@@ -230,25 +221,23 @@ class _Growing:
 
     @property
     def chunk(self) -> Chunk:
-        """What came of it."""
-        reason = finish_reason(self.model, self.request.state, self.tokens)
+        reason = base.finish_reason(self.model, self.request.state, self.tokens)
         return Chunk(tuple(self.tokens), tuple(self.logprobs or ()), reason)
 
     @property
     def length(self) -> int:
-        """How many tokens are asked for next."""
         return min(self.size, self.limit - len(self.tokens))
 
     def fresh_seed(self) -> int:
         """Of a stream that nothing was drawn from."""
         self.asked += 1
-        return spawn_seed(self.request.seed, self.number, self.asked)
+        return base.spawn_seed(self.request.seed, self.number, self.asked)
 
     def affords(self, reserved: dict[int, Usage], new: int) -> bool:
         """Whether the ledger pays for `new` tokens beside what is reserved; if so, they are too."""
         if self.ledger is None:
             return True
-        need = self.model.usage_bound(len(prefix_of(self.state)), [new])
+        need = self.model.usage_bound(len(base.prefix_of(self.state)), [new])
         total = reserved.get(id(self.ledger), Usage()) + need
         if not self.ledger.affords(total + self.guard.kept):
             self.end()
@@ -284,7 +273,7 @@ class _Growing:
         assert self.refused is not None
         pairs = zip(found.token_ids[: self.guard.candidates], found.logprobs, strict=False)
         logprobs = {token: log for token, log in pairs if token != self.refused[0][0]}
-        generator = stream(self.fresh_seed(), self.request.state, 0)
+        generator = base.stream(self.fresh_seed(), self.request.state, 0)
         for token in replacements(logprobs, self.guard, self.request.params, generator):
             if self._first_refused([token]):
                 self.refused = None
@@ -302,14 +291,14 @@ class _Growing:
     def _check_end(self) -> None:
         is_stopped = self.tokens[-1] in self.model.stop_token_ids
         is_full = len(self.tokens) >= self.limit
-        has_stop = has_stop_text(self.model, self.tokens, self.request.params)
+        has_stop = base.has_stop_text(self.model, self.tokens, self.request.params)
         self.is_done = is_stopped or is_full or has_stop
 
     def _end_of_stop_text(self, ids: Sequence[int]) -> int:
         """Of the new tokens, how many there are up to a stop text, which may have begun before."""
         if self.request.params.stop:
             for i in range(1, len(ids) + 1):
-                if has_stop_text(self.model, [*self.tokens, *ids[:i]], self.request.params):
+                if base.has_stop_text(self.model, [*self.tokens, *ids[:i]], self.request.params):
                     return i
         return len(ids)
 
@@ -350,8 +339,7 @@ class _Guarded:
     async def rows(
         self, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger] | None
     ) -> _Rows:
-        """The chunks of all requests."""
-        check_requests(requests, guards=True)
+        base.check_requests(requests, guards=True)
         # Whole chunks first: where nothing is refused, they are those of plain sampling.
         rows = await self.draw([replace(r, guard=None) for r in requests], ledgers)
         growing: dict[tuple[int, int], _Growing] = {}

@@ -15,11 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbrl_text_env.language_models.base import (
-    PromptEncodingError,
-    UnknownTokenError,
-    check_room,
-)
+from mbrl_text_env.language_models.base import PromptEncodingError, UnknownTokenError, check_room
 from mbrl_text_env.runs import digest
 from mbrl_text_env.types import Message, Prompt
 
@@ -88,13 +84,9 @@ class HFTokenizer:
     def identity(self) -> dict[str, Any]:
         """What tells this tokenizer from others: how it encodes, and where responses end."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        known: dict[str, Any] = {"vocab": self.tokenizer.get_vocab()}
-        if backend is not None:
-            # Padding and truncation are set anew by each call.
-            known = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
-        described = [known, self.tokenizer.chat_template]
+        known = backend.to_str() if backend else json.dumps({"vocab": self.tokenizer.get_vocab()})
         return {
-            "content": digest(json.dumps(described, sort_keys=True).encode()),
+            "content": _content_digest(known, json.dumps(self.tokenizer.chat_template)),
             "stop_token_ids": sorted(self.stop_token_ids),
             "context_length": self.context_length,
         }
@@ -181,6 +173,16 @@ def load(factory: str, source: Any, **options: Any) -> Any:
             f"({type(error).__name__}: {reason}). Check the spelling, the network, or "
             "HF_HUB_OFFLINE; `language_models.embedded()` needs no network."
         ) from error
+
+
+# It takes half a second, and every command that can be resumed asks for it several times.
+@functools.lru_cache(maxsize=4)
+def _content_digest(tokenizer: str, chat_template: str) -> str:
+    known = json.loads(tokenizer)
+    # Padding and truncation are set anew by each call.
+    known |= {key: None for key in ("padding", "truncation") if key in known}
+    described = [known, json.loads(chat_template)]
+    return digest(json.dumps(described, sort_keys=True).encode())
 
 
 def _load_optional(factory: str, source: Any) -> Any:
@@ -428,7 +430,6 @@ class _Apart:
         self._control = {t["id"] for t in found if t["content"] != unknown}
 
     def renamed(self, text: str) -> str:
-        """A text with the new names of its control tokens."""
         return self._pattern.sub(lambda match: self._names.get(match[0], match[0]), text)
 
     def encode(self, text: str) -> list[int]:

@@ -228,7 +228,6 @@ class _Trial:
                 active = [(i, length + 1) for i, length in active]
 
     def check_hidden(self, alone: bool) -> None:
-        """Raise an error unless passes without a cache agree."""
         for indices in self._groups(alone):
             sequences = [self._sequences[i] for i in indices]
             found = engine.plain_hidden(self._own, sequences, self._model.device)

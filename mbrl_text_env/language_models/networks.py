@@ -315,8 +315,6 @@ class _Given(nn.Module):
 
 
 class _Outputs(BaseModelOutput):
-    """Nothing but the last hidden state."""
-
     def __getattr__(self, name: str) -> None:
         # Caches, router logits and the like, which models hand on.
         if name.startswith("__"):
@@ -416,8 +414,6 @@ Network = ModuleNetwork | LlamaNetwork
 
 
 class _LlamaLayer:
-    """One decoder layer."""
-
     def __init__(self, layer: Any, dtype: torch.dtype, config: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._before_attention = layer.input_layernorm
@@ -434,12 +430,7 @@ class _LlamaLayer:
         self._down = make_product([mlp.down_proj], dtype)
 
     def attend(
-        self,
-        x: Tensor,
-        turns: tuple[Tensor, Tensor],
-        bias: Tensor,
-        window: KVWindow,
-        index: int,
+        self, x: Tensor, turns: tuple[Tensor, Tensor], bias: Tensor, window: KVWindow, index: int
     ) -> Tensor:
         tokens, (rows, width) = len(x), (bias.shape[0], bias.shape[2])
         queries, keys, values = (

@@ -21,15 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mbrl_text_env.language_models._answers import Bill
 from mbrl_text_env.language_models._engines import Ask, Call, Drawn, Engine, look
 from mbrl_text_env.language_models._http import (
-    MalformedAnswerError,
     Mode,
     Options,
     ServerConfigError,
     ServerError,
-    ServerUnavailableError,
     TransientError,
     Transport,
-    UnsupportedByServerError,
     gather,
 )
 from mbrl_text_env.language_models.base import (
@@ -51,15 +48,6 @@ from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "MalformedAnswerError",
-    "ServerConfigError",
-    "ServerError",
-    "ServerLM",
-    "ServerUnavailableError",
-    "UnsupportedByServerError",
-]
 
 T = TypeVar("T")
 Drawing = tuple[list[Drawn], list[Bill]]
@@ -317,7 +305,6 @@ class ServerLM(LanguageModel):
     def _fitted(
         self, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger] | None
     ) -> list[SampleRequest]:
-        """The requests, as long as the context allows; checked."""
         check_requests(requests)
         self._check_budgets(ledgers)
         rooms = [room_after(r.state, self.context_length) for r in requests]
@@ -340,7 +327,6 @@ class ServerLM(LanguageModel):
         rows: Sequence[Drawing],
         ledgers: Sequence[Ledger] | None,
     ) -> list[list[Chunk]]:
-        """The chunks of all requests, charged to their ledgers."""
         usages = []
         for request, (row, bills) in zip(requests, rows, strict=True):
             prefix = len(prefix_of(request.state))
@@ -387,7 +373,6 @@ class ServerLM(LanguageModel):
         return await self._at_one(lambda e, call: e.judge(call, state, chunk))
 
     async def _at_one(self, ask: Callable[[Engine, Call], Awaitable[T]]) -> T:
-        """What the server with the least to do answers."""
         transport = self._transport
         if transport is None:
             raise asyncio.CancelledError  # It was closed meanwhile.
@@ -398,7 +383,6 @@ class ServerLM(LanguageModel):
         return await transport.run(job)
 
     async def _look(self, url: str, call: Call) -> Engine:
-        """What is at an address; asked once."""
         if url in self._engines:
             return self._engines[url]
         engine = await look(call, url, self._options, self._losses)
@@ -449,7 +433,6 @@ class ServerLM(LanguageModel):
 
 
 def _short(model: str | None) -> str | None:
-    """The last part of a model's name or path."""
     return None if model is None else model.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
 
 

@@ -114,7 +114,9 @@ class ExactLM(CharTokenizer, FeatureModel):
         with timed(ledgers):
             rows = [
                 [
-                    self._drawn(r, stream(r.seed, r.state, k))
+                    self._draw(
+                        r.state, stream(r.seed, r.state, k), r.max_new_tokens, r.params, r.guard
+                    )
                     for k in range(r.first_sample, r.first_sample + r.num_samples)
                 ]
                 for r in requests
@@ -181,19 +183,13 @@ class ExactLM(CharTokenizer, FeatureModel):
     def _after(self, state: TextState, ids: Ids) -> Row:
         return self.next_probabilities(state.prompt_ids, state.response_ids + ids)
 
-    def _drawn(self, request: SampleRequest, generator: np.random.Generator) -> Chunk:
-        state, length, params = request.state, request.max_new_tokens, request.params
-        if request.guard is None:
-            return self._draw(state, generator, length, params)
-        return self._draw(state, generator, length, params, request.guard)
-
     def _draw(
         self,
         state: TextState,
         generator: np.random.Generator,
         max_new_tokens: int,
         params: SamplingParams,
-        guard: Guard | None = None,
+        guard: Guard | None,
     ) -> Chunk:
         room = min(max_new_tokens, room_after(state, self.context_length))
         uniforms = generator.random(room)

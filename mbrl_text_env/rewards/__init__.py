@@ -11,7 +11,6 @@ __getattr__, __dir__, __all__ = attach(
             "to_openenv",
             "to_openrlhf",
             "to_trl",
-            "to_verifiers",
             "to_verl",
         ],
         "verifiable.answers": ["ExactMatchReward", "NumericReward"],

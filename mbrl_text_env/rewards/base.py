@@ -197,6 +197,24 @@ class ProcessRewardModel(RewardModel):
         """Return float64[len(steps)], exactly one score a step."""
 
 
+class RowReward(RewardModel):
+    """A reward model that scores responses one by one; at most 1, if it does not say otherwise."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B]."""
+        return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
+
+    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
+        """Return float64[B], what responses that begin so can score."""
+        return np.array([self._bound(*row) for row in zip(prompts, prefixes, strict=True)])
+
+    @abstractmethod
+    def _score(self, prompt: Prompt, response: str) -> float: ...
+
+    def _bound(self, prompt: Prompt, prefix: str) -> float:
+        return 1.0
+
+
 class Scorer(Protocol):
     """An object that scores: `as_reward_model` makes a reward model of it."""
 
@@ -456,7 +474,6 @@ def score_steps(
 
 
 def _is_default(method: Callable[..., Any]) -> bool:
-    """Whether a method of a reward model is that of the base class."""
     function = getattr(method, "__func__", None)
     return function is not None and function is vars(RewardModel).get(function.__name__)
 
@@ -479,11 +496,7 @@ def _guarded(function: Callable[..., Any], name: str, first: Prompt, *args: Any)
 
 
 def _checked(
-    raw: Any,
-    name: str,
-    prompts: Sequence[Prompt],
-    responses: Sequence[str],
-    infinite: bool = False,
+    raw: Any, name: str, prompts: Sequence[Prompt], responses: Sequence[str], infinite: bool = False
 ) -> FloatArray:
     try:
         scores = _as_floats(raw)

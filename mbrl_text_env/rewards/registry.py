@@ -146,7 +146,6 @@ def _own() -> dict[str, RewardEntry]:
 
 
 def _known() -> dict[str, RewardEntry]:
-    """The package's own and the registered rewards."""
     return {**_own(), **_registered}
 
 
@@ -222,7 +221,6 @@ def _foreign() -> dict[str, list[EntryPoint]]:
 
 
 def _loaded(points: list[EntryPoint]) -> Callable[..., Any]:
-    """The factory behind an entry point."""
     offered = f"{points[0].name!r}, offered by {_packages(points)}"
     if len(points) > 1:
         raise RewardSpecError(

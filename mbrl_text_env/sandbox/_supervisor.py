@@ -64,7 +64,6 @@ def _described(error: BaseException, place: str) -> str:
 
 
 def _run(orders: dict[str, Any]) -> str:
-    """Run the program; the report: how it ended, and the numbers."""
     if orders["strong"]:
         _step("a user and a PID namespace", _enter_namespaces)
     parent_end, box_end = os.pipe()

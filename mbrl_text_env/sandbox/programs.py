@@ -401,7 +401,6 @@ def _orders(program: Program, limits: Limits, folder: str | None) -> dict[str, A
 
 
 def _probe() -> dict[str, str]:
-    """Reasons by the names of the namespaces that this machine does not give."""
     report, _, stderr, _ = _keep({"probe": True}, MIB, time.monotonic() + _GRACE_SECONDS)
     outcome, *lines = report.split("\n")
     if outcome != "probe":

@@ -156,7 +156,7 @@ def test_a_reward_in_a_file_that_hangs_for_one_prompt(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     texts = ("First question?", "Second question?", "Third question?")
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    words = ["--agents", "sampling,best-of-n:n=2", "--num-prompts", 3, "--split", "all"]
+    words = ["--agents", "sampling,best-of-n:n=2", "--num-prompts", 3]
     words += ["--prompts", prompts, "--reward", f"{path}:patience", "--reward-timeout", 0.5]
     result = run("compare", *words, "--out", tmp_path / "out", *SMALL)
     assert result.exit_code == 1, "not all was done"

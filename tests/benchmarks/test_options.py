@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from mbrl_text_env.benchmarks.friendly import friendly
-from mbrl_text_env.benchmarks.options import CompareError, priced
+from mbrl_text_env.benchmarks.options import CompareError, load_prompts_option, priced
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.language_models.base import pass_usage
+from mbrl_text_env.prompts import PromptError
 from tests.toys import CountReward
 
 
@@ -103,3 +104,25 @@ class TestPrices:
     def test_none_is_the_reward_itself(self):
         reward = CountReward()
         assert priced(reward, None, self.LM, 16) is reward
+
+
+class TestSplitsOfAFile:
+    """A file that names no split is taken whole; one that names any is filtered."""
+
+    def test_no_split(self, tmp_path, capsys):
+        path = tmp_path / "mine.jsonl"
+        path.write_text('{"text": "a"}\n{"text": "b"}\n')
+        for split in ("test", "train", "all"):
+            assert [p.text for p in load_prompts_option(str(path), split)] == ["a", "b"]
+        assert capsys.readouterr().err.count("names no split") == 2
+        with pytest.raises(PromptError, match="got 'dev'"):
+            load_prompts_option(str(path), "dev")
+
+    def test_a_split(self, tmp_path, capsys):
+        path = tmp_path / "mine.jsonl"
+        path.write_text('{"text": "a"}\n{"text": "b", "split": "test"}\n')
+        assert [p.text for p in load_prompts_option(str(path), "test")] == ["b"]
+        assert [p.text for p in load_prompts_option(str(path), "all")] == ["a", "b"]
+        with pytest.raises(PromptError, match="none of 2"):
+            load_prompts_option(str(path), "train")
+        assert not capsys.readouterr().err

@@ -310,8 +310,7 @@ class TestRewardFiles:
     [
         ("httpx", "server", "from mbrl_text_env.language_models import ServerLM"),
         ("stable_baselines3", "rl", "from mbrl_text_env.agents.model_free import train_ppo"),
-        ("peft", "train", "from mbrl_text_env.rewards.learning.lora_classifier import required;"
-         "required('peft')"),
+        ("peft", "train", "from mbrl_text_env._lazy import optional; optional('peft', ValueError)"),
     ],
 )  # fmt: skip
 def test_a_missing_package_names_the_extra(package, extra, code):

@@ -74,8 +74,8 @@ class Shifted(NGramLM):
 
 
 class ShapedLogprobs(NGramLM):
-    def _draw(self, state, generator, max_new_tokens, params):
-        chunk = super()._draw(state, generator, max_new_tokens, params)
+    def _draw(self, state, generator, max_new_tokens, params, guard):
+        chunk = super()._draw(state, generator, max_new_tokens, params, guard)
         logs = tuple(log / (params.temperature or 1) for log in chunk.logprobs)
         return dataclasses.replace(chunk, logprobs=logs)
 
@@ -87,22 +87,22 @@ class PositiveLogprobs(NGramLM):
 
 
 class IgnoresStopTexts(NGramLM):
-    def _draw(self, state, generator, max_new_tokens, params):
+    def _draw(self, state, generator, max_new_tokens, params, guard):
         params = dataclasses.replace(params, stop=())
-        return super()._draw(state, generator, max_new_tokens, params)
+        return super()._draw(state, generator, max_new_tokens, params, guard)
 
 
 class StopTextsEndResponses(NGramLM):
-    def _draw(self, state, generator, max_new_tokens, params):
-        chunk = super()._draw(state, generator, max_new_tokens, params)
+    def _draw(self, state, generator, max_new_tokens, params, guard):
+        chunk = super()._draw(state, generator, max_new_tokens, params, guard)
         return dataclasses.replace(chunk, finish_reason="stop") if params.stop else chunk
 
 
 class SharedStream(NGramLM):
     generator = np.random.default_rng(0)
 
-    def _draw(self, state, generator, max_new_tokens, params):
-        return super()._draw(state, self.generator, max_new_tokens, params)
+    def _draw(self, state, generator, max_new_tokens, params, guard):
+        return super()._draw(state, self.generator, max_new_tokens, params, guard)
 
 
 class OneStreamABatch(NGramLM):
@@ -127,9 +127,9 @@ class IgnoresSeeds(NGramLM):
 
 
 class SamplesAlike(NGramLM):
-    def _draw(self, state, generator, max_new_tokens, params):
+    def _draw(self, state, generator, max_new_tokens, params, guard):
         alike = np.random.default_rng(len(state.prompt_ids))
-        return super()._draw(state, alike, max_new_tokens, params)
+        return super()._draw(state, alike, max_new_tokens, params, guard)
 
 
 class IgnoresFirstSample(NGramLM):
@@ -138,21 +138,21 @@ class IgnoresFirstSample(NGramLM):
 
 
 class DependsOnTheLimit(NGramLM):
-    def _draw(self, state, generator, max_new_tokens, params):
+    def _draw(self, state, generator, max_new_tokens, params, guard):
         generator.random(max_new_tokens)
-        return super()._draw(state, generator, max_new_tokens, params)
+        return super()._draw(state, generator, max_new_tokens, params, guard)
 
 
 class NotGreedy(NGramLM):
-    def _draw(self, state, generator, max_new_tokens, params):
+    def _draw(self, state, generator, max_new_tokens, params, guard):
         params = params if params.temperature else SamplingParams()
-        return super()._draw(state, generator, max_new_tokens, params)
+        return super()._draw(state, generator, max_new_tokens, params, guard)
 
 
 class LeastProbable(NGramLM):
-    def _draw(self, state, generator, max_new_tokens, params):
+    def _draw(self, state, generator, max_new_tokens, params, guard):
         if params.temperature:
-            return super()._draw(state, generator, max_new_tokens, params)
+            return super()._draw(state, generator, max_new_tokens, params, guard)
         token = (
             int(np.argmin(self.next_probabilities(state.prompt_ids, state.response_ids)[1:])) + 1
         )
@@ -161,14 +161,14 @@ class LeastProbable(NGramLM):
 
 
 class StopInTheMiddle(NGramLM):
-    def _draw(self, state, generator, max_new_tokens, params):
+    def _draw(self, state, generator, max_new_tokens, params, guard):
         ids = tuple(generator.integers(0, 2, max_new_tokens).tolist())
         return Chunk(ids, self.logprobs([state], [Chunk(ids)])[0], "stop" if not ids[-1] else None)
 
 
 class TooManyTokens(NGramLM):
-    def _draw(self, state, generator, max_new_tokens, params):
-        return super()._draw(state, generator, max_new_tokens + 1, params)
+    def _draw(self, state, generator, max_new_tokens, params, guard):
+        return super()._draw(state, generator, max_new_tokens + 1, params, guard)
 
 
 class StopsEarly(NGramLM):

@@ -137,7 +137,7 @@ class TestArguments:
 
     @pytest.mark.parametrize(("num_samples", "max_new_tokens"), [(0, 1), (1, 0), (-1, 4)])
     def test_counts_below_one(self, num_samples, max_new_tokens):
-        with pytest.raises(ValueError, match="must be at least 1"):
+        with pytest.raises(ValueError, match="expected at least 1"):
             check_sample_arguments([STATE], num_samples, max_new_tokens, [0])
 
     @pytest.mark.parametrize("seeds", [[], [0, 1]])

@@ -39,11 +39,11 @@ from mbrl_text_env.language_models import (
     UnsupportedByServerError,
     embedded_tokenizer,
 )
+from mbrl_text_env.language_models._http import ServerConfigError
 from mbrl_text_env.language_models.base import Guard
 from mbrl_text_env.language_models.guarding import REDRAWS
 from mbrl_text_env.language_models.guarding import sample_requests as guarded_requests
 from mbrl_text_env.language_models.guarding import sample_requests_async as guarded_requests_async
-from mbrl_text_env.language_models.server import ServerConfigError
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.types import Budget, Chunk, Ledger, Message, Prompt, TextState
 from tests.language_models.fake_server import (

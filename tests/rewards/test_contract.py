@@ -76,21 +76,12 @@ def trl_function(prompts, completions, **kwargs):
     return list(map(two_messages, prompts, completions))
 
 
-def verifiers_function(completion, answer):
-    return float(answer in completion[-1]["content"])
-
-
 def verl_function(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": float(ground_truth in solution_str)}
 
 
 def openrlhf_function(queries, prompts, labels, **kwargs):
     return {"rewards": [len(q) - len(p) for q, p in zip(queries, prompts, strict=True)]}
-
-
-def verifiers_rubric() -> Any:
-    verifiers = pytest.importorskip("verifiers")
-    return verifiers.Rubric(funcs=[verifiers_function, two_messages], weights=[1.0, 0.5])
 
 
 def two_messages(prompt, completion, **kwargs):
@@ -153,10 +144,8 @@ ROWS = {
     "learned head": Row(lambda parts: learned(parts["minilm"])),
     "function of two texts": Row(lambda parts: as_reward_model(two_texts)),
     "TRL's function": Row(lambda parts: as_reward_model(trl_function)),
-    "verifiers' function": Row(lambda parts: as_reward_model(verifiers_function), ANSWER),
     "verl's function": Row(lambda parts: as_reward_model(verl_function), ANSWER),
     "OpenRLHF's function": Row(lambda parts: as_reward_model(openrlhf_function)),
-    "verifiers' rubric": Row(lambda parts: as_reward_model(verifiers_rubric()), ANSWER),
     "OpenEnv's rubric": Row(lambda parts: as_reward_model(openenv_rubric())),
     "weighted sum": Row(lambda parts: WeightedSum([SentimentReward(), two()], [0.5, 2])),
     "product": Row(lambda parts: Product([Clip(SentimentReward(), 0), two()])),

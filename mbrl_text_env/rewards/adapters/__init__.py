@@ -5,12 +5,7 @@ from mbrl_text_env.rewards.adapters.convert import as_reward_model as as_reward_
 from mbrl_text_env.rewards.adapters.rubrics import OpenEnvReward as OpenEnvReward
 from mbrl_text_env.rewards.adapters.rubrics import TextAction as TextAction
 from mbrl_text_env.rewards.adapters.rubrics import TextObservation as TextObservation
-from mbrl_text_env.rewards.adapters.rubrics import (
-    VerifiersFunctionReward as VerifiersFunctionReward,
-)
-from mbrl_text_env.rewards.adapters.rubrics import VerifiersReward as VerifiersReward
 from mbrl_text_env.rewards.adapters.rubrics import to_openenv as to_openenv
-from mbrl_text_env.rewards.adapters.rubrics import to_verifiers as to_verifiers
 from mbrl_text_env.rewards.adapters.trainers import OpenRLHFFunctionReward as OpenRLHFFunctionReward
 from mbrl_text_env.rewards.adapters.trainers import TRLFunctionReward as TRLFunctionReward
 from mbrl_text_env.rewards.adapters.trainers import TRLReward as TRLReward

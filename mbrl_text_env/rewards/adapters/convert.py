@@ -12,11 +12,7 @@ from mbrl_text_env.rewards.adapters.common import (
     callable_name,
     parameters,
 )
-from mbrl_text_env.rewards.adapters.rubrics import (
-    OpenEnvReward,
-    VerifiersFunctionReward,
-    VerifiersReward,
-)
+from mbrl_text_env.rewards.adapters.rubrics import OpenEnvReward
 from mbrl_text_env.rewards.adapters.trainers import (
     OpenRLHFFunctionReward,
     TRLFunctionReward,
@@ -30,7 +26,6 @@ ACCEPTED = """\
   an object with a method score(prompts, responses) -> float64[B]
   a function of two texts             f(prompt, response) -> float
   a reward function of TRL            f(prompts, completions, **columns) -> list[float | None]
-  one of verifiers, or its Rubric     f(completion, answer, **kwargs) -> float
   OpenEnv's Rubric                    rubric(action, observation) -> float
   one of verl                         f(data_source, solution_str, ground_truth, extra_info=None)
   one of OpenRLHF                     f(queries, prompts, labels, **kwargs)"""
@@ -90,9 +85,7 @@ def as_reward_model(
             f"Expected a reward, got the class {reward.__name__}. Make an object of it: "
             f"{reward.__name__}(...)."
         )
-    if _is_rubric_of("verifiers", reward):
-        return VerifiersReward(reward)
-    if _is_rubric_of("openenv", reward):
+    if _is_rubric_of_openenv(reward):
         return OpenEnvReward(reward)
     if isinstance(reward, RewardFunction):
         return reward.reward_model
@@ -107,10 +100,10 @@ def as_reward_model(
         return VerlFunctionReward(function)
     if "queries" in named:
         return OpenRLHFFunctionReward(function)
+    # Of verifiers: its names in any order are no prompt and response.
     of_verifiers = not named.keys().isdisjoint({"completion", "state"})
-    if of_verifiers and positional != ["prompt", "completion"]:
-        return VerifiersFunctionReward(function)
-    if positional is not None and len(positional) == 2:
+    is_known = positional == ["prompt", "completion"] or not of_verifiers
+    if is_known and positional is not None and len(positional) == 2:
         return FunctionReward(function)
     signature = f"({', '.join(map(str, named.values()))})" if named else ""
     raise TypeError(
@@ -124,10 +117,10 @@ def _described(reward: object) -> str:
     return f"{reward!r:.80}" if reward is None else f"{type(reward).__name__} {reward!r:.80}"
 
 
-def _is_rubric_of(package: str, reward: object) -> bool:
+def _is_rubric_of_openenv(reward: object) -> bool:
     # By name: a caller with a rubric has imported its package; others need not.
     return any(
-        cls.__name__ == "Rubric" and cls.__module__.partition(".")[0] == package
+        cls.__name__ == "Rubric" and cls.__module__.partition(".")[0] == "openenv"
         for cls in type(reward).__mro__
     )
 

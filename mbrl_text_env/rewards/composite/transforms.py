@@ -352,14 +352,6 @@ class Priced(Wrapper):
         """The reward in another format, at the same price."""
         return Priced(self.reward.reduced(dtype), self.price)
 
-    def score_parts(self, prompts: Prompts, responses: Texts) -> Scores:
-        """Return the reward's scores and parts, each float64[B]."""
-        return score_responses(self.reward, prompts, responses)
-
-    def score_steps(self, prompt: Prompt, steps: Texts) -> FloatArray:
-        """Return float64[len(steps)], the reward's."""
-        return score_steps(self.reward, prompt, steps)
-
     def flops(self, prompts: Prompts, responses: Texts) -> FloatArray:
         """Return float64[B], the price of each."""
         return np.full(len(responses), self.price)

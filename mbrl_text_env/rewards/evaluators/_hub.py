@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError, UnknownTokenError
+from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.language_models.hf_tokenizer import plain_text
 from mbrl_text_env.rewards.base import RewardError, RewardModel
-from mbrl_text_env.types import FloatArray, Message, Prompt
+from mbrl_text_env.types import FloatArray, Message, Prompt, check_positive
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +48,7 @@ class Evaluator(RewardModel):
 
     def _model(self) -> Any:
         if self._loaded is None:
-            for name in self.counts:
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}.")
+            check_positive(**{name: getattr(self, name) for name in self.counts})
             self._loaded = self._load()
         return self._loaded
 
@@ -121,7 +119,6 @@ class HubReward(Evaluator):
         """The output for each text, from one forward pass."""
 
     def _outputs(self, texts: Sequence[Any], rows: int) -> list[Any]:
-        """The output for each text, in batches of at most `rows`."""
         self._check_tokens(texts)
         self._note_truncated(sum(text.truncated for text in texts), self._model().max_length)
         found: dict[int, Any] = {}
@@ -142,7 +139,6 @@ class HubReward(Evaluator):
             )
 
     def _read(self, factory: str | Callable[..., Any], kind: str) -> tuple[Any, Any]:
-        """A model of transformers, ready for inference, and its tokenizer."""
         import torch
         import transformers
 
@@ -266,51 +262,10 @@ def chat_messages(prompt: Prompt, is_special: Callable[[str], bool]) -> list[dic
     return [{"role": m.role, "content": plain_text(m.content, is_special)} for m in messages]
 
 
-class TextEncoder:
-    """Text to token ids with what every language model has, `encode_prompt` and `decode`.
-
-    `opening` and `closing` are the special tokens that the model's tokenizer puts around a text.
-    """
-
-    def __init__(self, language_model: LanguageModel) -> None:
-        self.language_model = language_model
-        self._special: dict[int, bool] = {}
-        ids = self._encode(_ANCHOR)
-        # Some tokenizers leave a space out at the start of a text, so tokens are decoded after one.
-        self._before = tuple(token for token in ids if language_model.decode([token]))[:1]
-        inner = [i for i, token in enumerate(ids) if not self._is_special(token)] or [len(ids)]
-        self.opening, self.closing = ids[: inner[0]], ids[inner[-1] + 1 :]
-
-    def ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text, without opening and closing; () if it has none."""
-        if text and not text.strip():
-            # White space alone is no prompt.
-            return self.ids(_ANCHOR + text)[len(self.ids(_ANCHOR)) :]
-        try:
-            ids = self._encode(text)
-        except PromptTooLongError:
-            if len(text) < 2:
-                raise
-            middle = len(text) // 2
-            return self.ids(text[:middle]) + self.ids(text[middle:])
-        return ids[len(self.opening) : len(ids) - len(self.closing)]
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        if not text:
-            return self.opening + self.closing
-        try:
-            return self.language_model.encode_prompt(Prompt.from_text(text, "text", chat=False))
-        except (PromptTooLongError, UnknownTokenError):
-            raise
-        except ValueError:
-            # Nothing but characters that the tokenizer drops.
-            return ()
-
-    def _is_special(self, token: int) -> bool:
-        if token not in self._special:
-            decode = self.language_model.decode
-            self._special[token] = decode([*self._before, token]) == decode(self._before)
-        return self._special[token]
+def opening_tokens(language_model: LanguageModel) -> tuple[int, ...]:
+    """The special tokens that a language model's tokenizer puts before every text."""
+    ids = language_model.encode_prompt(Prompt.from_text(_ANCHOR, chat=False))
+    return ids[: len(ids) - len(language_model.encode_text(_ANCHOR))]
 
 
 def language_model_of(source: LanguageModel | str | Path | None, name: str) -> LanguageModel:

@@ -99,6 +99,9 @@ class ClassifierReward(HubReward):
                 f"Reward model {self.name!r}: text_format='chat' needs a tokenizer with a chat "
                 f"template, and {str(self.model)!r} has none. Use text_format='pair' or 'article'."
             )
+        return self._ready(model, tokenizer)
+
+    def _ready(self, model: Any, tokenizer: Any) -> LoadedClassifier:
         pad_id = model.config.get_text_config().pad_token_id
         return LoadedClassifier(
             model=model,
@@ -111,7 +114,6 @@ class ClassifierReward(HubReward):
         )
 
     def _column(self, config: Any) -> int:
-        """Index of the logit that is the reward."""
         labels, index = class_index(config, self.label)
         single = len(labels) == 1
         if (self.output == "softmax" and single) or (self.output == "sigmoid" and not single):

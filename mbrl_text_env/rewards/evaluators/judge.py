@@ -16,7 +16,7 @@ import numpy as np
 
 from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import Evaluator, TextEncoder, language_model_of
+from mbrl_text_env.rewards.evaluators._hub import Evaluator, language_model_of, opening_tokens
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import Chunk, FloatArray, Prompt, TextState
 
@@ -48,7 +48,6 @@ class _Loaded:
     """A language model, the most tokens that it reads, and those of a judge's answers."""
 
     language_model: LanguageModel
-    encoder: TextEncoder
     limit: int
     answer_ids: Sequence[tuple[int, ...]] = ()
 
@@ -137,8 +136,8 @@ class FluencyReward(_LanguageModelReward):
     combine it with `RepetitionPenalty` or another reward.
 
     Args:
-        language_model: One with `logprobs` (`TransformersLM`, `ServerLM`), its name on the Hub or
-            folder; None for the embedded SmolLM2.
+        language_model: One with `logprobs` and `encode_text` (`TransformersLM`, `ServerLM`), its
+            name on the Hub or folder; None for the embedded SmolLM2.
         conditional: Whether the response is judged as an answer to its prompt; otherwise as a text
             of its own, after the tokenizer's opening token or, where it has none, a stop token.
         max_length: Most tokens of a response that count.
@@ -174,7 +173,7 @@ class FluencyReward(_LanguageModelReward):
 
     def _read(self, prompt: Prompt, response: str) -> _Reading:
         prefix, loaded = self._prefix(prompt), self._model()
-        ids = loaded.encoder.ids(response)
+        ids = tuple(loaded.language_model.encode_text(response))
         kept = ids[: min(loaded.limit - len(prefix), self.max_length)]
         # A response without tokens is judged by each of the tokens that could end it.
         stops = [(stop,) for stop in sorted(loaded.language_model.stop_token_ids)]
@@ -187,10 +186,10 @@ class FluencyReward(_LanguageModelReward):
         return int(self._model().limit) - len(self._prefix(prompt))
 
     def _prefix(self, prompt: Prompt) -> tuple[int, ...]:
-        """The tokens that the response follows."""
         loaded: _Loaded = self._model()
         if not self.conditional:
-            return loaded.encoder.opening or (min(loaded.language_model.stop_token_ids),)
+            model = loaded.language_model
+            return opening_tokens(model) or (min(model.stop_token_ids),)
         try:
             return loaded.language_model.encode_prompt(prompt)
         except ValueError as error:
@@ -204,7 +203,7 @@ class FluencyReward(_LanguageModelReward):
                 f"Reward model {self.name!r}: {language_model.name!r} has no stop tokens, by which "
                 "an empty response is judged. Pass a language model that has some."
             )
-        return _Loaded(language_model, TextEncoder(language_model), language_model.context_length)
+        return _Loaded(language_model, language_model.context_length)
 
 
 @named("judge")
@@ -294,7 +293,7 @@ class JudgeReward(_LanguageModelReward):
         ids = self._ids(prompt, response)
         if ids is not None:
             return _Reading(ids, loaded.answer_ids, truncated=False)
-        kept, tokens = self._room(prompt), loaded.encoder.ids(response)
+        kept, tokens = self._room(prompt), loaded.language_model.encode_text(response)
         while kept > 0 and ids is None:
             # A character of several tokens may have been cut in two.
             ids = self._ids(prompt, loaded.language_model.decode(tokens[:kept]).rstrip("\ufffd"))
@@ -340,11 +339,10 @@ class JudgeReward(_LanguageModelReward):
     def _load(self) -> _Loaded:
         self._check_arguments()
         language_model = language_model_of(self.language_model, self.name)
-        encoder = TextEncoder(language_model)
-        answer_ids = [encoder.ids(answer) for answer in self.answers]
+        answer_ids = [tuple(language_model.encode_text(answer)) for answer in self.answers]
         self._check_answers(answer_ids)
         limit = min(self.max_length, language_model.context_length) - max(map(len, answer_ids))
-        return _Loaded(language_model, encoder, limit, answer_ids)
+        return _Loaded(language_model, limit, answer_ids)
 
     def _check_arguments(self) -> None:
         try:

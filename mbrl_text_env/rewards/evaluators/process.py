@@ -305,7 +305,6 @@ class _Loaded:
         return _StepText([*head, *itertools.chain(*parts)], ends.tolist(), truncated)
 
     def token(self, text: str, argument: str) -> int:
-        """The id of a text that has to be one token."""
         ids = self._ids(text)
         unknown = ids == [self.tokenizer.unk_token_id] and text != self.tokenizer.unk_token
         if len(ids) != 1 or unknown:
@@ -316,7 +315,6 @@ class _Loaded:
         return ids[0]
 
     def error(self, reason: str) -> RewardError:
-        """An error that names the reward."""
         return RewardError(f"Reward model {self.name!r}: {reason}.")
 
     def _check_fields(self) -> None:

@@ -115,7 +115,6 @@ class RelevanceReward(Evaluator):
         return cast("FloatArray", (np.stack(asked) * np.stack(said)).sum(axis=1))
 
     def _directions(self, texts: list[str]) -> dict[str, FloatArray]:
-        """Embeddings of length 1, each float64[d]."""
         embeddings = encode_texts(self._model(), texts, self.dtype).astype(np.float64)
         if embeddings.ndim != 2 or len(embeddings) != len(texts):
             raise RewardError(

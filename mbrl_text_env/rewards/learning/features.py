@@ -24,7 +24,7 @@ from mbrl_text_env.encoders import Encoder, encode_texts, encoder_flops, encoder
 from mbrl_text_env.fitting.folder import Arrays, numbers_of, with_numbers
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import TextEncoder, language_model_of
+from mbrl_text_env.rewards.evaluators._hub import language_model_of
 from mbrl_text_env.rewards.evaluators.relevance import load_encoder
 from mbrl_text_env.types import FloatArray, Prompt, TextState
 
@@ -435,7 +435,7 @@ class HiddenFeatures(Features):
 
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
         """Run the language model: `hidden` float64[B, feature_size], and `statistics`."""
-        model: Any = self._model()[0]
+        model: Any = self._model()
         states = self._states(prompts, responses)
         distinct = list(dict.fromkeys(states))
         # One by one: in a batch the last digits depend on the padding.
@@ -447,28 +447,28 @@ class HiddenFeatures(Features):
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """float64[B], what the language model says that reading takes."""
-        bound, states = self._model()[0].usage_bound, self._states(prompts, responses)
+        bound, states = self._model().usage_bound, self._states(prompts, responses)
         lengths = [len(state.prompt_ids) + len(state.response_ids) for state in states]
         return np.array([bound(length, []).lm_flops for length in lengths], dtype=np.float64)
 
     def flops_bound(self) -> float:
         """A prompt and a response that fill the context."""
-        model = self._model()[0]
+        model = self._model()
         return float(model.usage_bound(model.context_length, []).lm_flops)
 
     def _states(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[TextState]:
-        model, encoder = self._model()
+        model = self._model()
         states = []
         for prompt, response in zip(prompts, responses, strict=True):
             try:
                 prompt_ids = model.encode_prompt(prompt)
             except ValueError as error:
                 raise RewardError(f"Prompt {prompt.id!r} cannot be encoded: {error}") from error
-            ids = encoder.ids(response)[: model.context_length - len(prompt_ids)]
-            states.append(TextState(prompt, prompt_ids, ids))
+            ids = model.encode_text(response)[: model.context_length - len(prompt_ids)]
+            states.append(TextState(prompt, prompt_ids, tuple(ids)))
         return states
 
-    def _model(self) -> tuple[LanguageModel, TextEncoder]:
+    def _model(self) -> LanguageModel:
         if self._loaded is None:
             model = language_model_of(self.language_model, "learned")
             if not hasattr(model, "features"):
@@ -476,8 +476,8 @@ class HiddenFeatures(Features):
                     f"Expected a language model with `features`, got {model.name!r} "
                     f"({type(model).__name__}). Use one that runs here, such as `TransformersLM`."
                 )
-            self._loaded = model, TextEncoder(model)
-        return cast("tuple[LanguageModel, TextEncoder]", self._loaded)
+            self._loaded = model
+        return cast("LanguageModel", self._loaded)
 
 
 @dataclass(eq=False, repr=False)

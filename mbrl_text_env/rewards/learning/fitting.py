@@ -16,13 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from mbrl_text_env._lazy import optional
 from mbrl_text_env.fitting.heads import LayeredHead, Problem, fit_linear, fit_mlp
-from mbrl_text_env.fitting.report import (
-    FitReport,
-    pair_report,
-    regression_report,
-    split_by_group,
-)
+from mbrl_text_env.fitting.report import FitReport, pair_report, regression_report, split_by_group
+from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.learning.features import EMBEDDED, EmbeddingFeatures, Features, Raw
 from mbrl_text_env.rewards.learning.learned import (
     FOLDER,
@@ -38,7 +35,6 @@ from mbrl_text_env.rewards.learning.lora_classifier import (
     Base,
     load_base,
     quiet,
-    required,
     write_adapter,
 )
 from mbrl_text_env.rewards.learning.preferences import PreferencePair
@@ -305,7 +301,7 @@ def fit_lora(
     """
     target = Path(folder)
     FOLDER.check_target(target)
-    peft, trl = required("peft"), required("trl")
+    peft, trl = optional("peft", RewardError), optional("trl", RewardError)
     groups = [pair.prompt.text for pair in pairs]
     test = split_by_group(groups, held_out, settings.seed)
     fitted_on = list(compress(pairs, ~test))

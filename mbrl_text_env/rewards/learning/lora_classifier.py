@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mbrl_text_env._lazy import MissingExtraError, extras
-from mbrl_text_env.language_models.hf_tokenizer import control_test
+from mbrl_text_env._lazy import optional
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import check_complete, input_limit
+from mbrl_text_env.rewards.evaluators._hub import check_complete
 from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward, LoadedClassifier
 from mbrl_text_env.rewards.learning.features import EMBEDDED
 from mbrl_text_env.types import Prompt
@@ -41,26 +39,18 @@ class AdapterReward(ClassifierReward):
         return [encoding.ids for encoding in self._encode(prompts, responses)]
 
     def _load(self) -> LoadedClassifier:
-        return self._use(*self._read(self._adapted, "LoRA-tuned classification"))
+        return self._ready(*self._read(self._adapted, "LoRA-tuned classification"))
 
-    def _use(self, model: Any, tokenizer: Any) -> LoadedClassifier:
-        """What scoring needs of a model and its tokenizer."""
+    def _ready(self, model: Any, tokenizer: Any) -> LoadedClassifier:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.text_format = "article" if tokenizer.chat_template is None else "chat"
-        return LoadedClassifier(
-            model=model,
-            tokenizer=tokenizer,
-            is_special=control_test(tokenizer),
-            column=0,
-            max_length=input_limit(model, tokenizer, self.max_length),
-            pad_id=tokenizer.pad_token_id,
-        )
+        return super()._ready(model, tokenizer)
 
     def _adapted(self, folder: str, **options: Any) -> tuple[Any, dict[str, Any]]:
         """The base with the adapter merged in, and the weights that neither of them has."""
         import torch
 
-        peft = required("peft")
+        peft = optional("peft", RewardError)
         # Heads and adapters start random, before what was tuned takes their place.
         with quiet(), torch.random.fork_rng():
             model, missing = _classifier(self.base, dtype=options["dtype"])
@@ -93,7 +83,7 @@ def load_base(base: str, max_length: int, name: str) -> Base:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoder = AdapterReward("", base, max_length, name)
-    encoder._loaded = encoder._use(model, tokenizer)
+    encoder._loaded = encoder._ready(model, tokenizer)
     heads = {_head_of(key, model) for key in missing}
     return Base(model, tokenizer, encoder, sorted(heads))
 
@@ -124,7 +114,6 @@ def _classifier(base: str, dtype: Any = None) -> tuple[Any, list[str]]:
 
 
 def _from_base(factory: Any, base: str, **options: Any) -> Any:
-    """What a class of transformers makes of the base."""
     from mbrl_text_env.language_models.registry import embedded_folder
 
     try:
@@ -174,12 +163,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def required(module: str) -> Any:
-    """Import an optional package."""
-    try:
-        with extras():
-            return importlib.import_module(module)
-    except MissingExtraError as error:
-        raise RewardError(str(error)) from error

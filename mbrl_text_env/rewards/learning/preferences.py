@@ -6,7 +6,6 @@ are trusted.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from mbrl_text_env._lazy import optional
 from mbrl_text_env.files import shortened, strict_json_object, write_text
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.types import Message, Prompt, Split
@@ -77,11 +77,7 @@ class PreferencePair:
 
 
 def load_preferences(
-    source: str | Path,
-    *,
-    split: str = "train",
-    config: str | None = None,
-    limit: int | None = None,
+    source: str | Path, *, split: str = "train", config: str | None = None, limit: int | None = None
 ) -> list[PreferencePair]:
     """Read preference pairs in TRL's format.
 
@@ -234,7 +230,6 @@ def _fields(pair: PreferencePair) -> dict[str, Any]:
 
 
 def _file_rows(path: Path) -> Rows:
-    """Place and columns of each line of a JSONL file."""
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -258,19 +253,12 @@ def _file_rows(path: Path) -> Rows:
 
 
 def _hub_rows(name: str, split: str, config: str | None, place: str) -> Rows:
-    """Place and columns of each row of a dataset."""
     if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
         raise PreferenceError(
             f"Expected a .jsonl file, a dataset's folder, or its name on the Hugging Face Hub, got "
             f"{name!r}. Check the path, or give the file the ending .jsonl."
         )
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise PreferenceError(
-            f"{place}: expected the package 'datasets' to be installed, got {error}. Install it "
-            "with `pip install 'mbrl-text-env[train]'`."
-        ) from error
+    datasets = optional("datasets", PreferenceError)
     # Dozens of unrelated exception types come out of `load_dataset`; all mean the same here.
     try:
         dataset = datasets.load_dataset(name, config, split=split)
@@ -320,7 +308,6 @@ def _pair_of(row: Mapping[str, Any], default_id: str, first_ids: dict[Any, str])
 
 
 def _texts(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], str, str]:
-    """Prompt, chosen and rejected response."""
     kinds = [type(row[column]) for column in RESPONSES]
     if kinds not in ([str, str], [list, list]):
         expected = "chosen and rejected to be both strings or both lists of messages"

@@ -15,16 +15,8 @@ of accepted ones, and take `extract`, which says where in a response its answer 
 Emphasis around such a text ("**Answer:** 42") is no part of the answer. A response without such a
 place has no answer and scores 0, like an empty one.
 
-A comma or a point between digits is read in one way everywhere:
-
-| written                    | read as    | because                                               |
-|----------------------------|------------|-------------------------------------------------------|
-| `1,222`, `1,222,333`       | 1222, ...  | a group of three digits after a comma is thousands    |
-| `1,22`, `0,125`, `1000,999`| 1.22, ...  | these cannot be thousands, so the comma is decimal    |
-| `1.222`                    | 1.222      | a point is decimal                                    |
-| `1.222,5`, `1.222.333`     | 1222.5, ...| a point cannot be decimal here                        |
-| `1 222`, `1'222`           | 1222       | as an answer by itself                                |
-| `1,2,3`                    | a list     | more than one comma, and no thousands                 |
+Of a comma or point between digits, a group of three digits after a comma is thousands, other commas
+are decimal, and a point is decimal where it can be; docs/rewards.md has the table.
 """
 
 # ruff: noqa: RUF001 - the marks, digits and spaces of other scripts are meant.
@@ -34,18 +26,15 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
-from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env._lazy import optional
+from mbrl_text_env.rewards.base import RewardError, RowReward
 from mbrl_text_env.rewards.names import named
-from mbrl_text_env.rewards.verifiable.isolated import import_optional
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import Prompt
 
 CURRENCIES = "$€£¥₹₽₩₪₫฿₺₴"
 EMPHASIS = re.compile(r"(\*\*\*|\*\*|\*|___|__|_|`)(?=\S)(.*\S)\1", re.DOTALL)
@@ -96,8 +85,11 @@ _MAX_DIGITS = 1000
 
 
 @dataclass(eq=False)
-class AnswerReward(RewardModel):
-    """Scores the answer of each response by itself; `extract` says where it stands."""
+class AnswerReward(RowReward):
+    """Scores the answer of each response by itself; `extract` says where it stands.
+
+    Its bound is 1: what follows may hold a later answer, and that one counts.
+    """
 
     extract: str | None = None
 
@@ -113,17 +105,6 @@ class AnswerReward(RewardModel):
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether `prompt.metadata["reference_answer"]` is something to compare with."""
         return _references(prompt) is not None
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B] in [0, 1]."""
-        return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
-
-    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
-        """Return float64[B], ones: what follows may hold a later answer, and that one counts."""
-        return np.ones(len(prefixes))
-
-    @abstractmethod
-    def _score(self, prompt: Prompt, response: str) -> float: ...
 
     def references(self, prompt: Prompt) -> list[str]:
         """The accepted answers; `RewardError` where there are none."""
@@ -192,10 +173,6 @@ class ExactMatchReward(AnswerReward):
     ignore_punctuation: bool = False
     ignore_articles: bool = False
 
-    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
-        """Return float64[B] of zeros and ones; see the class."""
-        return np.array([self._bound(*row) for row in zip(prompts, prefixes, strict=True)])
-
     def _bound(self, prompt: Prompt, prefix: str) -> float:
         given, accepted = self._accepted(prompt)
         if self.extract is not None or not prefix.strip():
@@ -227,13 +204,12 @@ class ExactMatchReward(AnswerReward):
         letters = "".join(letter for letter in _LETTERS if self._normal(letter) in choices)
         if not letters:
             return False
-        regex = import_optional("regex", "regex", "verify")
+        regex = optional("regex", RewardError)
         chosen = _CHOSEN.pattern.replace("([A-Za-z])", f"([{letters}])")
         flags = regex.IGNORECASE | regex.DOTALL
         return regex.fullmatch(chosen, text, flags, partial=True) is not None
 
     def _accepted(self, prompt: Prompt) -> tuple[list[str], set[str]]:
-        """The accepted answers, and in normal form."""
         given = self.references(prompt)
         accepted = set(map(self._normal, given))
         if "" in accepted:

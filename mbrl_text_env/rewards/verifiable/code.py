@@ -60,40 +60,10 @@ class UnitTestReward(RewardModel):
     `limits.disk_bytes`. Every test runs in a box of its own: one that never ends, or takes its
     processes down, costs the others nothing.
 
-    What is guaranteed, where the sandbox is whole (`sandbox.facilities()`):
-
-    - A case passes only if the program has printed the output, which is compared outside the box
-      and never enters it.
-    - A statement passes only if all of it has run, without an exception, in a process that the
-      solution cannot write to or read from, and that was there before the test was read. What the
-      solution's functions return is data of a closed set of types (numbers, texts, bytes, lists,
-      tuples, sets, dicts, deques, ranges, `decimal`, `fractions`, `datetime`, `pathlib`, `uuid`);
-      all else stays where it is, as a remote object. Nothing that the solution says can name,
-      replace or run anything in the process that decides, and what is no proper answer fails the
-      test, whatever the test catches.
-    - Which names are the solution's follows from the tests alone. Builtins, what the tests import
-      and define, and what tests take for granted (`math.isclose`, `Counter`) are Python's.
-    - `is`, `type(x)`, `x.__class__` and `hasattr` see the solution's objects, not the handles. The
-      judge compares a remote object with plain data, and calculates, by the plain value that its
-      class is made from; one that has none is equal to none.
-    - Tests that run code made from data (`eval`, `exec`, `subprocess` and the like) are refused
-      before anything runs. Functions of a test that the solution calls, run in the judge: they get
-      data and remote objects.
-
-    What is not:
-
-    - Tests are no proof. A program may know the answers to well-known tests by heart, and a test
-      such as `assert f(1) != 2`, or `assert f(1) == g(1)` where all comes from the solution, is
-      easy to pass. Remote objects are compared with each other as the solution's classes say.
-    - Arguments and results are copies. What the solution does to a list, dict, set, deque or
-      bytearray that is itself an argument is copied back after the call, and returned it is the
-      same object; what is inside of it is not, so that a shallow copy passes for a deep one.
-      Objects of classes of the setup cannot be handed over and raise an error. A class of the test
-      with a base of the solution's, `redirect_stdout`, a solution's `__exit__` that holds back an
-      error, `v * 2` of a remote object without a plain value, and `x in v` of one that cannot be
-      iterated over: right solutions fail such tests.
-    - A program near a limit of time may pass in one run and not in another. The limits leave room.
-    - With `allow_weaker=True` on a machine without the sandbox nothing at all is guaranteed.
+    The program decides nothing about its own score: a case's output never enters the box, and a
+    statement runs in a process that the solution cannot reach, to which what it says is data.
+    docs/sandbox.md says what is guaranteed and what is not. Tests are no proof; arguments and
+    results are copies; tests that run code made from data are refused before anything runs.
 
     Sources: Austin et al., "Program Synthesis with Large Language Models", 2021 (MBPP); Hendrycks
     et al., "Measuring Coding Challenge Competence With APPS", NeurIPS 2021. Deviation: they run the
@@ -219,7 +189,6 @@ def _lines(text: str) -> list[str]:
 
 
 def _suite(prompt: Prompt) -> list[_Test]:
-    """The tests of a prompt, read."""
     given = prompt.metadata.get("entry_point") or []
     entry_points = [given] if isinstance(given, str) else given
     if _text(entry_points) is None:

@@ -75,20 +75,7 @@ def call_isolated(function: str, *arguments: Any, seconds: float, prepare: Seque
         return _helper.call(function, list(arguments), seconds)
 
 
-def import_optional(module: str, package: str, extra: str) -> Any:
-    """Import an optional library; a `RewardError` that it is missing names the extra."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RewardError(
-            f"Expected the package {package!r} to be installed, got {error}. Install it with "
-            f"`pip install 'mbrl-text-env[{extra}]'`."
-        ) from error
-
-
 class _Helper:
-    """One process; used by one thread at a time."""
-
     def __init__(self) -> None:
         paths = [os.path.abspath(path) for path in sys.path]  # noqa: PTH100 - "" is the folder
         kept = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}

@@ -13,6 +13,8 @@ from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any
 
+from mbrl_text_env._lazy import optional
+from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.answers import (
     CURRENCIES,
@@ -24,7 +26,7 @@ from mbrl_text_env.rewards.verifiable.answers import (
     joined_thousands,
     plain_numerals,
 )
-from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
+from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated
 from mbrl_text_env.types import Prompt
 
 # Parts of their size by which two numbers may differ: one of them with a point, or both exact.
@@ -121,7 +123,7 @@ def _graded(accepted: list[str], answer: str, seconds: float) -> bool:
 @lru_cache(maxsize=1)
 def load_math_verify() -> None:
     """Import math-verify and make a first comparison, which takes longer than later ones."""
-    import_optional("math_verify", "math-verify", "verify")
+    optional("math_verify", RewardError)
     grade(["x/2"], "$0.5 x$")
 
 

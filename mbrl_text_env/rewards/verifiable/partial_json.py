@@ -72,6 +72,19 @@ def is_json(text: str, unique_names: bool = False) -> bool:
     return not level
 
 
+def unclosed(text: str) -> tuple[str, bool]:
+    """What closes the brackets that are open at the end of a text, and whether a string is open."""
+    closing, in_string = "", False
+    for token in _TOKEN.finditer(text):
+        if token[0] in ("[", "{"):
+            closing = {"[": "]", "{": "}"}[token[0]] + closing
+        elif token[0] in ("]", "}"):
+            closing = closing[1:]
+        else:
+            in_string = not token[1]
+    return closing, in_string
+
+
 def unfinished_json(text: str, unique_names: bool = False) -> Any:
     """The value of a text that may go on; a ValueError if no JSON begins so.
 
@@ -82,14 +95,7 @@ def unfinished_json(text: str, unique_names: bool = False) -> Any:
         >>> unfinished_json('[true, "gre')
         [True, 'gre']
     """
-    closing, in_string = "", False
-    for token in _TOKEN.finditer(text):
-        if token[0] in ("[", "{"):
-            closing = {"[": "]", "{": "}"}[token[0]] + closing
-        elif token[0] in ("]", "}"):
-            closing = closing[1:]
-        else:
-            in_string = not token[1]
+    closing, in_string = unclosed(text)
     for rest in _REST[in_string]:
         whole = text + rest + closing
         if is_json(whole):
@@ -151,7 +157,6 @@ def _marked_object(
 
 
 def _last(value: Any, text: str, rest: str, in_string: bool) -> Any:
-    """The value with which the text ends."""
     if in_string:
         return UnfinishedString(_beginning(value, rest))
     if text[-1:].isdigit() or (rest in ("0", ".0") and text[-1:] in tuple("-+.eE")):

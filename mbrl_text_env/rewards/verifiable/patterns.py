@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, get_args
 
-import numpy as np
-
-from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env._lazy import optional
+from mbrl_text_env.rewards.base import RewardError, RowReward
 from mbrl_text_env.rewards.names import named
-from mbrl_text_env.rewards.verifiable.isolated import import_optional
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import Prompt
 
 Match = Literal["full", "search"]
 """Whether the whole response has to match, or a part of it."""
@@ -30,7 +27,7 @@ _REFERENCE = re.compile(r"\\[1-9]|\(\?P=")
 
 @named("regex")
 @dataclass(eq=False)
-class RegexReward(RewardModel):
+class RegexReward(RowReward):
     r"""1 if the response matches a regular expression, else 0.
 
     White space around the response is ignored, and a response of nothing else scores 0, whatever
@@ -88,14 +85,6 @@ class RegexReward(RewardModel):
         """Whether there is a pattern, the constructor's or the prompt's."""
         return self.pattern is not None or isinstance(prompt.metadata.get("pattern"), str)
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B] of zeros and ones."""
-        return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
-
-    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
-        """Return float64[B] of zeros and ones; 1 where a text that begins so may match."""
-        return np.array([self._bound(*row) for row in zip(prompts, prefixes, strict=True)])
-
     def _bound(self, prompt: Prompt, prefix: str) -> float:
         given = self._given(prompt)
         matches = self._matcher(given, prompt)
@@ -149,7 +138,7 @@ def _compiled(pattern: Any, flags: str, context: str) -> Any:
             f"{context}: expected a regular expression, a string, got {pattern!r}. Pass "
             "RegexReward(pattern), or put it into metadata['pattern']."
         )
-    regex = import_optional("regex", "regex", "verify")
+    regex = optional("regex", RewardError)
     try:
         # The package keeps what it has compiled.
         return regex.compile(f"(?{flags}){pattern}" if flags else pattern)

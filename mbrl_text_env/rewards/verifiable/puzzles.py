@@ -8,18 +8,17 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
+from mbrl_text_env._lazy import optional
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.answers import AnswerReward, extract_answer
-from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated
+from mbrl_text_env.types import Prompt
 
 _HERE = "mbrl_text_env.rewards.verifiable.puzzles"
 _SOURCE = "reasoning_gym_source"
@@ -110,9 +109,8 @@ class ReasoningGymReward(AnswerReward):
         source = prompt.metadata.get(_SOURCE)
         return isinstance(source, Mapping) and set(source) == _SOURCE_KEYS
 
-    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
-        """Return float64[B], infinity: not all tasks promise that 1 is the most."""
-        return np.full(len(prefixes), np.inf)
+    def _bound(self, prompt: Prompt, prefix: str) -> float:
+        return math.inf  # Not all tasks promise that 1 is the most.
 
     def _score(self, prompt: Prompt, response: str) -> float:
         source = prompt.metadata.get(_SOURCE)
@@ -194,7 +192,6 @@ def score_answer(puzzle: str, answer: str) -> float:
 
 @lru_cache(maxsize=4096)
 def _made(puzzle: str) -> tuple[str, Any, dict[str, Any]]:
-    """A puzzle's task, data set and entry."""
     given = json.loads(puzzle)
     source, entry = given["source"], given["entry"]
     index = source.pop("index")
@@ -204,7 +201,7 @@ def _made(puzzle: str) -> tuple[str, Any, dict[str, Any]]:
 
 @lru_cache(maxsize=64)
 def _dataset(source: str) -> Any:
-    reasoning_gym = import_optional("reasoning_gym", "reasoning-gym", "data")
+    reasoning_gym = optional("reasoning_gym", RewardError)
     given = json.loads(source)
     task, config = given.pop("task"), given.pop("config")
     dataset = reasoning_gym.create_dataset(task, **given, **config)

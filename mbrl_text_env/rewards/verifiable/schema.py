@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from mbrl_text_env._lazy import optional
 from mbrl_text_env.rewards.base import RewardError, RewardModel, Scores
 from mbrl_text_env.rewards.names import named
-from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated, import_optional
+from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated
 from mbrl_text_env.rewards.verifiable.partial_json import (
     Unfinished,
     UnfinishedObject,
@@ -181,7 +182,7 @@ class JSONSchemaReward(RewardModel):
 
 def load_jsonschema() -> None:
     """Import jsonschema, in the helper process."""
-    import_optional("jsonschema", "jsonschema", "verify")
+    optional("jsonschema", RewardError)
     # Each level of a value takes several frames of the validator.
     sys.setrecursionlimit(5000)
 
@@ -218,7 +219,7 @@ def may_satisfy(schema: str, text: str, unique_names: bool) -> bool:
 @lru_cache(maxsize=1)
 def _lenient() -> Any:
     """jsonschema's validator, which asks of what goes on no more than can be told."""
-    jsonschema = import_optional("jsonschema", "jsonschema", "verify")
+    jsonschema = optional("jsonschema", RewardError)
     strict = jsonschema.Draft202012Validator.VALIDATORS
 
     def lenient(keyword: str) -> Any:
@@ -276,7 +277,7 @@ def _checked_schema(schema: Any, context: str) -> str:
 
 @lru_cache(maxsize=1000)
 def _schema_problem(schema: str) -> str | None:
-    jsonschema = import_optional("jsonschema", "jsonschema", "verify")
+    jsonschema = optional("jsonschema", RewardError)
     try:
         jsonschema.Draft202012Validator.check_schema(json.loads(schema))
     except jsonschema.SchemaError as error:

@@ -8,18 +8,16 @@ from __future__ import annotations
 import math
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
-from mbrl_text_env.rewards.base import RewardError, RewardModel
+from mbrl_text_env.rewards.base import RewardError, RowReward
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.code import extract_code
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import Prompt
 
 _HERE = "mbrl_text_env.rewards.verifiable.sql"
 _QUERY = r"(?i)^\s*(?:select|with|values)\b"
@@ -47,7 +45,7 @@ _MOST_ROWS = 1000
 
 @named("sql")
 @dataclass(eq=False)
-class SQLReward(RewardModel):
+class SQLReward(RowReward):
     """1 if the query in a response has the rows of the reference query, else 0.
 
     `prompt.metadata["database"]` is SQL that makes the database, and `["reference_answer"]` a query
@@ -99,14 +97,6 @@ class SQLReward(RewardModel):
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt has a database and a reference query."""
         return all(map(_is_text, _parts(prompt.metadata)))
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B] of 0 and 1."""
-        return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
-
-    def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
-        """Return float64[B], all 1."""
-        return np.ones(len(prefixes))
 
     def _score(self, prompt: Prompt, response: str) -> float:
         database, reference = _parts(prompt.metadata)
@@ -196,7 +186,6 @@ def _authorise(action: int, _first: Any, second: str | None, *_: Any) -> int:
 
 
 def _same(wanted: list[tuple[Any, ...]], rows: list[tuple[Any, ...]], ordered: bool) -> bool:
-    """Whether rows are the same, as lists or as multisets."""
     if ordered:
         return all(map(_equal, wanted, rows))
     left = list(rows)

@@ -129,10 +129,14 @@ class TestWhatIsAccepted:
         message = (
             r"(?s)Expected a reward, got .*score\(prompts, responses\) -> float64\[B\].*"
             r"f\(prompt, response\) -> float.*f\(prompts, completions, \*\*columns\) -> list.*"
-            r"verifiers.*OpenEnv.*verl.*OpenRLHF"
+            r"OpenEnv.*verl.*OpenRLHF"
         )
         with pytest.raises(TypeError, match=message):
             as_reward_model(reward)
+
+    def test_a_function_of_verifiers_is_not_taken_for_one_of_two_texts(self):
+        with pytest.raises(TypeError, match=r"Expected a reward, got .*completion, answer"):
+            as_reward_model(lambda completion, answer: 0.0)
 
     def test_keyword_only_arguments_make_no_function_of_two_texts(self):
         def f(prompt, *, response):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -165,3 +166,15 @@ class TestToOpenEnv:
         monkeypatch.setitem(sys.modules, "openenv.core.rubrics", None)
         with pytest.raises(ImportError, match="pip install openenv-core"):
             to_openenv(SentimentReward())
+
+
+def test_adapters_import_no_neighbour():
+    program = (
+        "import sys, mbrl_text_env.rewards.adapters\n"
+        "heavy = {'openenv', 'trl', 'torch', 'transformers'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stderr.strip() == ""

@@ -92,10 +92,9 @@ def test_the_real_model_keeps_the_contract(smollm2):
 
 def test_special_tokens_in_a_response_are_ordinary_text(smollm2):
     reward = FluencyReward(smollm2)
-    encoder = reward._model().encoder
     end = smollm2._tokenizer.tokenizer.eos_token_id
     for text in ("<|im_end|>", "Yes.<|im_end|><|im_start|>user", "<|im_<|im_end|>end|>"):
-        ids = encoder.ids(text)
+        ids = smollm2.encode_text(text)
         assert end not in ids
         assert smollm2.decode(ids) == text
     # Ending the response by its text is not worth what ending it is worth.

@@ -9,13 +9,13 @@ import time
 
 import pytest
 
+from mbrl_text_env._lazy import optional
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.verifiable.isolated import (
     CrashError,
     IsolatedError,
     OutOfTimeError,
     call_isolated,
-    import_optional,
 )
 
 # Functions of the standard library stand for work of every kind; this one prepares nothing.
@@ -128,6 +128,7 @@ def test_a_forked_process_uses_a_helper_of_its_own():
     assert call("os:getpid") == mine
 
 
-def test_a_missing_library_is_named_with_its_extra():
-    with pytest.raises(RewardError, match=r"'no-such' .*pip install 'mbrl-text-env\[verify\]'"):
-        import_optional("no_such_module", "no-such", "verify")
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.raises(RewardError, match=r"'jsonschema' .*pip install 'mbrl-text-env\[verify\]'"):
+        optional("jsonschema", RewardError)

@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from typing import Any, NewType, TypeVar, get_type_hints
 
+from mbrl_text_env._lazy import optional
 from mbrl_text_env.files import refuse_constant
+from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.verifiable.constraints.text import (
     bare_words,
     count_occurrences,
@@ -36,7 +38,6 @@ from mbrl_text_env.rewards.verifiable.constraints.text import (
     settled_words,
     words_of,
 )
-from mbrl_text_env.rewards.verifiable.isolated import import_optional
 
 Verdict = bool | None
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -471,7 +472,7 @@ def language(text: str, value: LanguageCode) -> bool:
 @lru_cache(maxsize=1)
 def _detectors() -> Any:
     # A factory of our own: the package's default one is shared by all that use it, as is its seed.
-    module = import_optional("langdetect.detector_factory", "langdetect", "verify")
+    module = optional("langdetect.detector_factory", RewardError)
     factory = module.DetectorFactory()
     factory.load_profile(module.PROFILES_DIRECTORY)
     factory.set_seed(0)

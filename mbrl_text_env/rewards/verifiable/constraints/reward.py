@@ -96,7 +96,6 @@ class ConstraintsReward(ProcessRewardModel):
         return np.array([*self._within_reach(prompt, steps[:-1]), final], dtype=np.float64)
 
     def _within_reach(self, prompt: Prompt, steps: Sequence[str]) -> list[float]:
-        """The fraction of constraints that are not broken after each step."""
         constraints = kept = _constraints(prompt)
         prefix, scores, request = "", list[float](), _request(prompt)
         for step in steps:

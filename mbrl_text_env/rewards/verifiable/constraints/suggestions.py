@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mbrl_text_env.rewards.verifiable.constraints.checking import check_constraint
 from mbrl_text_env.rewards.verifiable.constraints.text import count_occurrences
+from mbrl_text_env.rewards.verifiable.partial_json import is_json, unclosed
 
 _Suggest = Callable[..., list[str]]
 # What has to stand at the very end: suggested once all else is there.
@@ -110,27 +110,9 @@ def _json(text: str) -> list[str]:
     """What closes all that is open, and what opens an object."""
     if not text.strip():
         return ['{"']
-    open_brackets, in_text, escaped = list[str](), False, False
-    for character in text:
-        if in_text:
-            in_text, escaped = escaped or character != '"', character == "\\" and not escaped
-        elif character == '"':
-            in_text = True
-        elif character in "{[":
-            open_brackets.append("}" if character == "{" else "]")
-        elif character in "}]" and open_brackets:
-            open_brackets.pop()
-    closers = "".join(reversed(open_brackets))
+    closers, in_text = unclosed(text)
     ends = (f'"{closers}', f'": ""{closers}') if in_text else (closers, f'": ""{closers}')
-    return [end for end in ends if _is_json(text + end)]
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    return [end for end in ends if is_json(text + end)]
 
 
 _SUGGEST: Mapping[str, _Suggest] = {
