@@ -15,7 +15,7 @@ from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.machines import RayOptions
 from mbrl_text_env.benchmarks.terminal import COMMAND, console, progress_bar
 
-_GRADIENTS = ("grpo", "rloo")
+_GRADIENTS = ("grpo", "rloo", "dyna")
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _TRAIN = options.PromptOptions(split="train")
 
@@ -36,13 +36,16 @@ def settings_of(algorithm: str, changes: dict[str, Any], items: Sequence[str]) -
     """
     from mbrl_text_env.agents.learning.presets import LoopSettings
     from mbrl_text_env.agents.model_free.candidate_policy import DQNSettings, PPOSettings
+    from mbrl_text_env.agents.model_free.dyna import DynaSettings
     from mbrl_text_env.agents.model_free.trl import PolicyGradientSettings
 
-    gradient = (PolicyGradientSettings, "steps", "max_completion_length")
+    gradient = ("steps", "max_completion_length")
     kinds: dict[str, tuple[Any, str, str]] = {
         "ppo": (PPOSettings, "total_steps", "max_response_tokens"),
         "dqn": (DQNSettings, "total_steps", "max_response_tokens"),
-        **dict.fromkeys(_GRADIENTS, gradient),
+        "grpo": (PolicyGradientSettings, *gradient),
+        "rloo": (PolicyGradientSettings, *gradient),
+        "dyna": (DynaSettings, *gradient),
         "expert-iteration": (LoopSettings, "iterations", "max_response_tokens"),
     }
     if algorithm not in kinds:
@@ -80,7 +83,9 @@ def _setting(kind: Any, item: str) -> tuple[str, Any]:
 
 @friendly
 def train_command(
-    algorithm: Annotated[str, typer.Argument(help="ppo, dqn, grpo, rloo or expert-iteration.")],
+    algorithm: Annotated[
+        str, typer.Argument(help="ppo, dqn, grpo, rloo, dyna or expert-iteration.")
+    ],
     *,
     out: Annotated[Path, typer.Option(help="Folder of the training; goes on if it exists.")] = Path(
         "training"
@@ -89,8 +94,8 @@ def train_command(
         int | None,
         typer.Option(
             min=1,
-            help="Of the environments (PPO, DQN), of the optimizer (GRPO, RLOO), or iterations; by "
-            "default 4096, 60 and 3.",
+            help="Of the environments (PPO, DQN), of the optimizer (GRPO, RLOO, dyna), or "
+            "iterations; by default 4096, 60 and 3.",
         ),
     ] = None,
     max_response_tokens: Annotated[

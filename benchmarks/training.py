@@ -34,10 +34,10 @@ class Training:
     """The parts of a training.
 
     Args:
-        algorithm: "ppo", "dqn", "grpo", "rloo" or "expert-iteration".
+        algorithm: "ppo", "dqn", "grpo", "rloo", "dyna" or "expert-iteration".
         settings: Those of the algorithm.
         prompts: To train on.
-        held_out: To measure on; none for GRPO and RLOO.
+        held_out: To measure on; none for GRPO, RLOO and dyna.
         each: Where expert iteration answers prompts.
     """
 
@@ -184,7 +184,8 @@ def _train_gradient(training: Training, curves: Curves, tell: Tell) -> None:
         curves.add(step.step, step.reward, step.mean_tokens, **more)
         tell(step.step, training.algorithm)
 
-    train = {"grpo": model_free.train_grpo, "rloo": model_free.train_rloo}[training.algorithm]
+    algorithms = {"grpo": model_free.train_grpo, "rloo": model_free.train_rloo}
+    train = {**algorithms, "dyna": model_free.train_dyna}[training.algorithm]
     models = training.language_model, training.reward_model
     given = (*models, training.prompts, training.policy, training.settings)
     train(*given, on_step=on_step)
