@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from mbrl_text_env.agents.model_free.trl import PolicyGradientSettings, train_gr
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models import TransformersLM
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards import make
 from mbrl_text_env.rewards.learning.surrogate import Batch, read_batches
+from mbrl_text_env.types import Prompt
 
 _REWARD = "sentiment"
 _TEST_PROMPTS, _SAMPLES = 64, 4
@@ -55,15 +58,14 @@ def dyna(language_model: TransformersLM, out: Path, seed: int) -> dict[str, Any]
     """
     stages = [replace(stage, seed=stage.seed + len(STAGES) * seed) for stage in STAGES]
     reward, labels = make(_REWARD), out / "dyna-labels"
-    train = harness.prompts_for(reward, "train", None)
-    tests = harness.prompts_for(reward, "test", _TEST_PROMPTS)
-    exam = harness.Exam(reward, tests, _SAMPLES, STAGES[0].max_completion_length)
+    train = load_prompts(split="train")
+    tests = options.choose_prompts(load_prompts(split="test"), _TEST_PROMPTS, reward, 0)
     given, before = (language_model, reward, train), None
     scores = {}
 
     def measure(name: str, model: TransformersLM) -> None:
         path = out / f"{name}-scores.json"
-        scores[name] = harness.kept(path, lambda: exam.sampled(model, seed)[0])
+        scores[name] = harness.kept(path, lambda: _sampled(model, tests, reward, seed))
 
     measure("base", language_model)
     for number, settings in enumerate(stages, 1):
@@ -92,6 +94,17 @@ def dyna(language_model: TransformersLM, out: Path, seed: int) -> dict[str, Any]
         },
         "curve": curve,
     }
+
+
+def _sampled(
+    model: TransformersLM, prompts: Sequence[Prompt], reward: Any, seed: int
+) -> list[float]:
+    """The mean score of plain samples, by prompt."""
+    states, limit = [initial(prompt, model) for prompt in prompts], STAGES[0].max_completion_length
+    rows = model.sample(states, _SAMPLES, limit, seeds=[seed] * len(states))
+    texts = [[model.decode(chunk.token_ids) for chunk in row] for row in rows]
+    scored = zip(prompts, texts, strict=True)
+    return [float(np.mean(reward.score([prompt] * _SAMPLES, row))) for prompt, row in scored]
 
 
 def _tell(step: Any) -> None:

@@ -493,7 +493,7 @@ class TokenFeatures(HiddenFeatures):
 
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
         """Look up: `tokens` float64[B, d], 0 for an empty response, and `statistics`."""
-        model: Any = self._model()[0]
+        model: Any = self._model()
         if not hasattr(getattr(model, "model", None), "get_input_embeddings"):
             raise RewardError(
                 "Expected a language model whose token embeddings can be read, such as "
