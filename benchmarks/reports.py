@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from mbrl_text_env.benchmarks import article, compare, training_page
+from mbrl_text_env.benchmarks import article, compare, training_page, world_model
 from mbrl_text_env.benchmarks.audit import run as audit
 from mbrl_text_env.benchmarks.charts import Series, of_curves
 from mbrl_text_env.benchmarks.options import CompareError
@@ -33,8 +33,9 @@ _MOST_PROMPTS = 1000
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Make the report of what is in a folder again; returns its place.
 
-    That is a comparison, an audit, a training, the article's pipeline, or records. Without `out` it
-    is where the run has written it: in the folder, or beside that of records.
+    That is a comparison, an audit, a training, the article's pipeline, a world model's report, or
+    records. Without `out` it is where the run has written it: in the folder, or beside that of
+    records.
 
     Raises:
         CompareError: The folder is none of these.
@@ -47,13 +48,16 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         page, place = article.recorded_page(folder), folder / compare.REPORT
     elif training_page.is_training(folder):
         page, place = training_page.recorded_page(folder), folder / training_page.REPORT
+    elif (folder / world_model.HORIZONS).is_file():
+        page, place = world_model.recorded_page(folder), folder / compare.REPORT
     elif has_records(folder):
         page, place = recorded_page(folder), records_report(folder)
     else:
         raise CompareError(
             f"{folder}: expected the folder of a comparison, an audit or a training that has "
-            "ended, or of records, got none of their files. Give the --out of `compare`, `train`, "
-            "`collect` or `reward audit`; a run that was stopped goes on with the same command."
+            "ended, of a world model's report, or of records, got none of their files. Give the "
+            "--out of `compare`, `train`, `collect`, `reward audit` or `world-model report`; a run "
+            "that was stopped goes on with the same command."
         )
     write_page(place if out is None else out, page)
     return place if out is None else out
