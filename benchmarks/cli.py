@@ -200,7 +200,11 @@ def report_command(
         Path, typer.Argument(help="What a command that writes a report has had as its --out.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The HTML file; by default where the run has written it.")
+        Path | None,
+        typer.Option(
+            help="The HTML file, by default where the run has written it; a file that ends in .md "
+            "gets the answers side by side."
+        ),
     ] = None,
 ) -> None:
     """Make the HTML report of a run again, from what is in its folder."""

@@ -14,7 +14,14 @@ from mbrl_text_env.benchmarks import article, compare, training_page, world_mode
 from mbrl_text_env.benchmarks.audit import run as audit
 from mbrl_text_env.benchmarks.charts import Series, of_curves
 from mbrl_text_env.benchmarks.options import CompareError
-from mbrl_text_env.benchmarks.page import Page, answer, provenance, token_ends, write_page
+from mbrl_text_env.benchmarks.page import (
+    Page,
+    answer,
+    answers_markdown,
+    provenance,
+    token_ends,
+    write_page,
+)
 from mbrl_text_env.benchmarks.scaling import expected_best, sizes
 from mbrl_text_env.benchmarks.statistics import (
     Interval,
@@ -38,7 +45,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     records.
 
     Raises:
-        CompareError: The folder is none of these.
+        CompareError: The folder is none of these, or has no answers and `out` ends in `.md`, which
+            gets the answers alone.
     """
     if (folder / compare.SUMMARY).is_file():
         page, place = compare.recorded_page(folder), folder / compare.REPORT
@@ -59,8 +67,17 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
             "--out of `compare`, `train`, `collect`, `reward audit` or `world-model report`; a run "
             "that was stopped goes on with the same command."
         )
-    write_page(place if out is None else out, page)
-    return place if out is None else out
+    place = place if out is None else out
+    if place.suffix != ".md":
+        write_page(place, page)
+    elif "answers" in page.data:
+        write_text(place, answers_markdown(page))
+    else:
+        raise CompareError(
+            f"{place}: expected the folder of a comparison or of records, whose answers Markdown "
+            f"can show, got {folder}. Write HTML."
+        )
+    return place
 
 
 def records_report(folder: Path) -> Path:
