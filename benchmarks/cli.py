@@ -32,6 +32,7 @@ from mbrl_text_env.benchmarks.terminal import (
     progress_bar,
 )
 from mbrl_text_env.benchmarks.train import train_command
+from mbrl_text_env.benchmarks.world_model import world_model_report_command
 
 _TRAIN = options.PromptOptions(split="train")
 _ANY_SPLIT = options.PromptOptions(split="all")
@@ -48,6 +49,7 @@ reward_app = typer.Typer(help="Fit and audit reward models.", no_args_is_help=Tr
 reward_app.command("fit")(fit_reward_command)
 app.add_typer(reward_app, name="reward")
 world_app = typer.Typer(help="Diagnose world models.", no_args_is_help=True)
+world_app.command("report")(world_model_report_command)
 app.add_typer(world_app, name="world-model")
 app.command("train")(train_command)
 app.command("serve")(serve_command)
@@ -203,10 +205,14 @@ def collect_command(
 @friendly
 def report_command(
     folder: Annotated[
-        Path, typer.Argument(help="The --out of `compare`, `train`, `collect` or `reward audit`.")
+        Path, typer.Argument(help="What a command that writes a report has had as its --out.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The HTML file; by default where the run has written it.")
+        Path | None,
+        typer.Option(
+            help="The HTML file, by default where the run has written it; a file that ends in .md "
+            "gets the answers side by side."
+        ),
     ] = None,
 ) -> None:
     """Make the HTML report of a run again, from what is in its folder."""
@@ -276,40 +282,6 @@ def fit_command(
         # It knows no reward, and is for all that are on counts.
         wanted = "REWARD --agents best-of-n,beam"
     console.print(f"Use it with `mbrl-text compare --reward {wanted} --value {out}`.")
-
-
-@world_app.command("report")
-@friendly
-def world_model_report_command(
-    *,
-    folder: Annotated[Path, typer.Argument(help="Of a world model (`fit --kind world-model`).")],
-    records: Annotated[Path, typer.Option(help="Records of prompts that it was not fitted on.")],
-    horizons: Annotated[str, typer.Option(help="Tokens ahead, with commas.")] = "8,16,32",
-    prefix_tokens: Annotated[int, typer.Option(min=1, help="Tokens to look ahead from.")] = 16,
-    seed: options.SeedOption = 0,
-    model: options.ModelOptions,
-) -> None:
-    """Errors, calibration and disagreement of a world model, by how far it looks ahead."""
-    from mbrl_text_env.records import read_records
-    from mbrl_text_env.world_model import horizon_report, load_dynamics
-
-    try:
-        ahead = [int(word) for word in horizons.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--horizons: expected numbers, got {horizons!r}.") from None
-    found = read_records(records)
-    dynamics = load_dynamics(folder, model.load())
-    rows = horizon_report(dynamics, found, ahead, prefix_tokens=prefix_tokens, seed=seed)
-    names = ("error", "copying", "rate", "increments", "z", "epistemic_share")
-    shown = Table(
-        "tokens ahead",
-        *(name.replace("_", " ") for name in names),
-        title=f"{rows[0].prefixes} responses, from {prefix_tokens} tokens on",
-        caption="Errors of what is gained, in standard deviations of it.",
-    )
-    for row in rows:
-        shown.add_row(str(row.horizon), *(f"{getattr(row, name):.3f}" for name in names))
-    console.print(shown)
 
 
 @app.command("prompts")
