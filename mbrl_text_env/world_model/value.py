@@ -127,9 +127,13 @@ class WorldModelValue(ValueModel):
                 [score] = self._scores(state, features.names, features([state]))
                 found[i] = score, 0, 0, 0, *[score] * len(QUANTILES)
         mean, epistemic, aleatoric, number = found[:, :4].T
-        parts = np.sqrt(epistemic), np.sqrt(aleatoric)
         return WorldModelEstimate(
-            mean, np.sqrt(epistemic + aleatoric), *parts, found[:, 4:], number
+            mean,
+            np.sqrt(epistemic + aleatoric),
+            np.sqrt(epistemic),
+            np.sqrt(aleatoric),
+            found[:, 4:],
+            number,
         )
 
     def usage_bound(self, state: TextState) -> Usage:
