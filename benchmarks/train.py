@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.machines import RayOptions
 from mbrl_text_env.benchmarks.terminal import COMMAND, console, progress_bar
+
+if TYPE_CHECKING:
+    from mbrl_text_env.benchmarks.training import Training
 
 _GRADIENTS = ("grpo", "rloo", "dyna")
 _PLAIN = (bool, int, float, str, tuple, type(None))
@@ -130,12 +133,8 @@ def train_command(
 
     `tensorboard --logdir OUT/events` shows the reward and length of episodes.
     """
-    from mbrl_text_env.benchmarks.page import provenance
-    from mbrl_text_env.benchmarks.reports import write_report
     from mbrl_text_env.benchmarks.training import Training
-    from mbrl_text_env.benchmarks.training_page import ABOUT, LOOP, use_of
-    from mbrl_text_env.files import write_text
-    from mbrl_text_env.rewards.base import reward_name
+    from mbrl_text_env.benchmarks.training_page import LOOP
 
     if machines.ray is not None and algorithm != LOOP:
         raise TrainError(
@@ -144,8 +143,7 @@ def train_command(
     changes = {"steps": steps, "tokens": max_response_tokens, "seed": seed}
     made, judge = settings_of(algorithm, changes, settings or []), judge.of(prompts.prompts)
     reward, count = judge.load(), 0 if algorithm in _GRADIENTS else held_out
-    asked = prompts.choose(num_prompts + count, reward, seed)
-    language_model = model.load()
+    asked, language_model = prompts.choose(num_prompts + count, reward, seed), model.load()
     chosen = options.that_fit(asked, language_model)
     lists = chosen[count:], chosen[:count]
     with machines.each() as each, progress_bar() as bar:
@@ -156,16 +154,26 @@ def train_command(
             bar.update(task, completed=step, description=f"{algorithm} ({word})")
 
         training.run(tell, wandb=wandb)
+    _report(training)
+
+
+def _report(training: Training) -> None:
+    from mbrl_text_env.benchmarks.page import provenance
+    from mbrl_text_env.benchmarks.reports import write_report
+    from mbrl_text_env.benchmarks.training_page import ABOUT, use_of
+    from mbrl_text_env.files import write_text
+    from mbrl_text_env.rewards.base import reward_name
+
     about = {
         **provenance(COMMAND.get()),
-        "algorithm": algorithm,
-        "reward": reward_name(reward),
-        "language_model": language_model.name,
-        "settings": asdict(made),
+        "algorithm": training.algorithm,
+        "reward": reward_name(training.reward_model),
+        "language_model": training.language_model.name,
+        "settings": asdict(training.settings),
     }
-    write_text(out / ABOUT, json.dumps(about, indent=2))
-    console.print(f"Report: {write_report(out).resolve()}")
+    write_text(training.folder / ABOUT, json.dumps(about, indent=2))
+    console.print(f"Report: {write_report(training.folder).resolve()}")
     if training.policy.exists():
-        console.print(f"Use the policy: {use_of(algorithm, out)}")
+        console.print(f"Use the policy: {use_of(training.algorithm, training.folder)}")
     else:
         console.print("No iteration is above the base model on the held-out prompts: no policy.")
