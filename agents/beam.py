@@ -10,12 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbrl_text_env.agents.guarded import GuardedSearch, verifier_target
-from mbrl_text_env.agents.search import (
-    Expansion,
-    Planner,
-    Search,
-    check_target,
-)
+from mbrl_text_env.agents.search import Expansion, Planner, Search, check_target, value_of
 from mbrl_text_env.agents.tree import Node, partial
 from mbrl_text_env.language_models.base import Guard, spawn_seed, stream, watches_guards
 from mbrl_text_env.rewards.base import reward_bounds
@@ -52,8 +47,6 @@ class BeamSearch(Planner):
         candidates: Chunks drawn at a stage, all beams together; None as many as the budget allows
             to the end of the response, or 4 without one.
         subtrees: Independent searches, at most `beam_width`.
-
-    The other arguments are those of every `Planner`.
 
     Example:
         >>> planner = BeamSearch(lm, reward, value, beam_width=2)  # doctest: +SKIP
@@ -165,9 +158,8 @@ class Adaptive(Planner):
     by default the most that the bound allows. No value helps there. Of any other reward with a
     bound, a partial response is given up that cannot score more than the best complete one.
 
-    With a value model that gives no standard deviation (`PrefixRewardValue` without a fit),
-    `margin` and `caution` change nothing, nothing is given up, and only equal values are not told
-    apart.
+    With a value model that gives no standard deviation `margin` and `caution` change nothing, and
+    nothing is given up.
 
     Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise choice);
     Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model
@@ -180,12 +172,9 @@ class Adaptive(Planner):
         candidates_per_beam: Candidates for each beam that goes on for certain.
         margin: Standard deviations within which values cannot be told apart; 0 or more.
         caution: k of mean - k x standard deviation; 0 or more.
-        target: The score from which on a response is good enough; None spends the whole budget, or
-            is the most that a verifier's bound allows.
+        target: The score that is good enough; None for the whole budget, or a verifier's bound.
         value_share: Most FLOPs spent on values, as a share of those spent on text.
         shortest_chunk: Fewest tokens of a chunk; `chunk_tokens` is the most.
-
-    The other arguments are those of every `Planner`.
 
     Example:
         >>> planner = Adaptive(lm, reward, value, target=1.0)  # doctest: +SKIP
@@ -271,7 +260,7 @@ class Adaptive(Planner):
         return bool(worths) and max(worths) - min(worths) > _SAME
 
     def _cautious(self, node: Node) -> float:
-        return float("-inf") if node.value is None else node.value - self.caution * node.std
+        return value_of(node) - self.caution * node.std
 
 
 @dataclass(eq=False, kw_only=True)
@@ -302,8 +291,6 @@ class ParticleFilter(Planner):
         temperature: In units of the reward; small values follow the value more closely.
         guarded: 1 for particles under guard, where the reward is a verifier with a bound and the
             language model has guards; elsewhere they are drawn plainly.
-
-    The other arguments are those of every `Planner`.
     """
 
     name = "particle-filter"

@@ -78,12 +78,9 @@ class BestFirst(Planner):
             no end of a stochastic search.
         candidates: Next tokens of a prefix that are looked at, the most probable ones. Answers with
             a less probable token are never found.
-        batch_size: Prefixes that are expanded in one call. More are faster, and cost expansions
-            that one by one would not need: at most `batch_size - 1` a call.
+        batch_size: Prefixes that are expanded in one call: more are faster, and cost up to
+            `batch_size - 1` needless expansions a call.
         expansions: Prefixes that are expanded where no cap on tokens, FLOPs or seconds says.
-        stochastic: Whether answers are sampled.
-
-    The other arguments are those of every `Planner`.
 
     Raises:
         ValueError: The language model has no `next_tokens`, or a number is out of range.
@@ -130,7 +127,8 @@ class BestFirst(Planner):
         if search.round:
             return
         frontier = _Frontier(search, bool(self.stochastic))
-        target, left = self._target(search), self._most_expansions(search)
+        target, each = self._target(search), self._expansion_bound(search.tree.root.state)
+        left = math.inf if search.ledger.budget.ends(each) else self.expansions
         wanted = _WITHOUT_BUDGET if self.n is None and not search.is_capped else self.n
         texts: set[str] = set()
         while frontier.entries and len(texts) != wanted and not search.has_reached(target - _SAME):
@@ -205,12 +203,6 @@ class BestFirst(Planner):
     def _expansion_bound(self, state: TextState) -> Usage:
         """The most that an expansion is charged: nothing of its prefix may be kept any more."""
         return self.language_model.usage_bound(len(prefix_of(state)), []) + _EXPANSION
-
-    def _most_expansions(self, search: Search) -> float:
-        budget, root = search.ledger.budget, search.tree.root.state
-        # A cap on something that costs nothing here is none: the search would not end.
-        endless = Ledger(budget).affords(self._expansion_bound(root) * 1_000_000)
-        return self.expansions if endless and budget.seconds is None else math.inf
 
     @property
     def _only_samples(self) -> bool:
@@ -348,20 +340,14 @@ class _Frontier:
 
 
 def conditioned(gumbels: FloatArray, highest: float) -> FloatArray:
-    """Independent Gumbel variables, given that the largest of them is `highest`.
-
-    Source: Kool et al., 2019, appendix B.3, which is stable.
-    """
+    """Independent Gumbel variables whose largest is `highest` (Kool et al., 2019, B.3)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         gaps = highest - gumbels + np.log1p(-np.exp(gumbels - gumbels.max()))
     return np.asarray(highest - np.maximum(0.0, gaps) - np.log1p(np.exp(-np.abs(gaps))))
 
 
 def _next_tokens(
-    language_model: LanguageModel,
-    k: int,
-    states: Sequence[TextState],
-    ledgers: Sequence[Ledger],
+    language_model: LanguageModel, k: int, states: Sequence[TextState], ledgers: Sequence[Ledger]
 ) -> list[NextTokens]:
     """The most probable next tokens; an expansion counts as a generated token."""
     found = language_model.next_tokens(states, k, ledgers=ledgers)

@@ -45,15 +45,10 @@ def collect(
     with a warning.
 
     Args:
-        language_model: Proposes responses.
-        reward_model: Scores them; whatever `as_reward_model` takes.
+        reward_model: Whatever `as_reward_model` takes.
         prompts: At least one, of different ids; texts too, and one alone.
-        writer: Takes the records.
         samples_per_prompt: Responses to each prompt; the article takes 4.
-        max_response_tokens: Token limit of a response.
         batch_prompts: Prompts that are sampled together.
-        seed: The responses follow from it.
-        params: How tokens are drawn.
         on_batch: Called with the records of each batch, for progress.
 
     Returns:

@@ -1,9 +1,8 @@
 """The driver of searches: many coroutines on one thread, whose model calls are merged.
 
-A search goes on until it awaits a model call (`ask`). When all of them wait, the calls of one
+A search goes on until it awaits a model call (`ask`); when all of them wait, the calls of one
 function are answered in one batch. A chunk depends on its seed and state alone, so the results are
-those of one search after the other. `run` does this for a list of searches, `run_async` in an event
-loop, and a `Driver` for searches that begin while others run.
+those of one search after the other.
 """
 
 from __future__ import annotations
@@ -13,15 +12,7 @@ import dataclasses
 import itertools
 import threading
 from collections import deque
-from collections.abc import (
-    Callable,
-    Coroutine,
-    Generator,
-    Hashable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Coroutine, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -113,11 +104,10 @@ def ask(
     Args:
         function: Gives one result an item: a sequence, or a dataclass or mapping of sequences. It
             charges its time itself (`ledger.timed`), as the doors of the models do.
-        ledgers: One an item; None where the function takes none.
         may_repeat: Whether a merged call that fails, and has charged nothing but time, is made
             again for each search alone, so that an error is that search's and names its prompt.
         awaited: What `generate_async` awaits instead; by default the function runs in a thread.
-        **columns: Arguments with one entry an item.
+        **columns: Arguments with one entry an item, as `ledgers` have.
 
     Example:
         >>> async def search(texts):
@@ -141,10 +131,7 @@ def ask_for_chunks(
 async def _chunks_async(
     language_model: LanguageModel, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger]
 ) -> list[list[Chunk]]:
-    """See `sample_requests_async`. A model that watches guards may hold a lock while they score.
-
-    So the lock of rewards is taken before it, as by the other calls of models.
-    """
+    """See `sample_requests_async`; with guards, which score, it takes the lock of rewards first."""
     if not watches_guards(language_model) or all(r.guard is None for r in requests):
         return await sample_requests_async(language_model, requests, ledgers=ledgers)
 

@@ -59,9 +59,7 @@ class Guarded(Planner):
         floor: The least log-probability (nats) of a token in place of a refused one, and of an end
             behind what was added.
         candidates: How many of the most probable tokens are tried in place of a refused one.
-        additions: What is suggested is added where this is not 0.
-
-    The other arguments are those of every `Planner`.
+        additions: 0 for none.
 
     Raises:
         ValueError: The reward has no bound for a prompt.
@@ -117,10 +115,7 @@ class Guarded(Planner):
 
 
 def verifier_target(search: Search, target: float | None) -> float | None:
-    """What a guarded search is to reach: all of what a verifier allows, if no target says less.
-
-    None where there is nothing to guard: the reward is no verifier, or has no bound.
-    """
+    """All of what a verifier allows, if no target says less; None without anything to guard."""
     most = search.most_reachable()
     if not search.reward_model.is_verifier or not math.isfinite(most):
         return None
@@ -201,10 +196,7 @@ class GuardedSearch:
                 yield piece
 
     async def _added(self, node: Node) -> Node | None:
-        """What a drawn response becomes with an addition, its own end taken off; None for none.
-
-        It goes on from there, unless it is terminal.
-        """
+        """A drawn response with an addition in place of its end, or None; it may go on."""
         places = list(self._places(node))
         reason, whole = node.state.finish_reason, places[-1]
         ends = [place for place in places[1:] if _is_end(place.text)]

@@ -43,10 +43,7 @@ class Lookahead(Planner):
     Args:
         value_model: Judges partial responses; None or unfitted for best-of-N.
         keep: Partial responses that are continued, at most `num_partials`.
-        partial_params: How partial responses are drawn; `params` says how continuations are (and
-            the fallback's responses).
-
-    The other arguments are those of every `Planner`.
+        partial_params: How partial responses are drawn; `params` is for all else.
     """
 
     name = "lookahead"
@@ -147,8 +144,6 @@ class RecedingHorizon(Planner):
         horizon: Chunks of a plan.
         plans: Plans rolled out at a step; None as many as the budget allows to the end of the
             response, or 4 without one.
-
-    The other arguments are those of every `Planner`.
     """
 
     name = "receding-horizon"

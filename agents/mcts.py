@@ -7,24 +7,16 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from mbrl_text_env.agents.mcts_policies import (
-    Children,
-    considered_visits,
-    gumbel_interior_scores,
-    gumbel_root_scores,
-    perturbed_log_priors,
-    puct_scores,
-    widened,
-)
+from mbrl_text_env.agents import mcts_policies as policies
 from mbrl_text_env.agents.search import Expansion, Planner, Search
 from mbrl_text_env.agents.tree import Node, SearchTree, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
 from mbrl_text_env.mdp import transition
-from mbrl_text_env.types import Chunk, FloatArray, TextState, check_positive
+from mbrl_text_env.types import Chunk, FloatArray, TextState, check_positive, one_of
 
 RootPolicy = Literal["puct", "gumbel"]
 LeafValue = Literal["value", "rollout", "both"]
@@ -75,8 +67,7 @@ def _graft(tree: SearchTree, root: Node, source: Node) -> None:
         for name in ("value", "std", "score", "parts", "visits", "total"):
             setattr(node, name, getattr(known, name))
         for child in known.children:
-            assert child.chunk is not None
-            copied = tree.add(node, child.chunk, child.state)
+            copied = tree.add(node, child.step()[1], child.state)
             copied.copies = child.copies
             going.append((copied, child))
         node.samples = known.samples
@@ -102,20 +93,18 @@ class MCTS(Planner):
 
     - `"puct"`: PUCT everywhere (Silver et al., "Mastering the Game of Go without Human Knowledge",
       2017; Schrittwieser et al., "Mastering Atari, Go, Chess and Shogi by Planning with a Learned
-      Model", 2020). The search moves to the child of highest mean among those with at least a
-      quarter of the visits of the most visited one. (Most visits alone, as in these papers, follows
-      the prior where values are close; mean alone, a single lucky visit.)
+      Model", 2020). The search moves to the child of highest mean, not of most visits as in these
+      papers, among those with at least a quarter of the visits of the most visited one.
     - `"gumbel"`: at the node that is decided, `max_considered` chunks are considered by sequential
       halving, with Gumbel noise; below it visits follow the improved policy (Danihelka et al.,
       "Policy Improvement by Planning with Gumbel", 2022). A node reached earlier keeps its chunks
-      that have not ended the response, and only those missing are drawn; the schedule counts the
-      visits of this decision alone.
+      that have not ended the response; the schedule counts the visits of this decision alone.
 
     Leaf values (without a value model, always by rollouts):
 
     - `"value"`: the value model's estimate of the new state; the score where the response ended.
-    - `"rollout"`: the response is drawn to its end in one piece and scored. It may be the answer,
-      and all its chunks join the tree as if each had been drawn for itself, which they were.
+    - `"rollout"`: the response is drawn to its end in one piece and scored; its chunks join the
+      tree as if each had been drawn for itself.
     - `"both"`: (1 - `rollout_weight`) x the estimate + `rollout_weight` x the score of one rollout
       (Silver et al., "Mastering the Game of Go with Deep Neural Networks and Tree Search", 2016).
       Nodes further down the rollout get the score alone.
@@ -131,7 +120,7 @@ class MCTS(Planner):
 
     Args:
         value_model: Estimates the final reward of partial responses; None for rollouts.
-        num_simulations: Simulations of a decision where no budget says how many.
+        num_simulations: Of a decision where no budget says how many.
         backup: A node's value is the `"mean"` of its returns, or the `"max"`.
         c_puct: Weight of PUCT's bonus for little visited children, above 0.
         widening: Chunks that a node may have drawn after its first visit, above 0.
@@ -139,10 +128,7 @@ class MCTS(Planner):
         max_considered: Most chunks considered by the root policy `"gumbel"`.
         batch_size: More are faster for a prompt by itself, and find a little less.
         reuse_tree: Whether `act` goes on in the tree of the decision before, where it was made with
-            the same seed. Then a decision depends on the ones before it, and what they paid for is
-            not paid for again. The trees of the last 256 searches are kept.
-
-    The other arguments are those of every `Planner`.
+            the same seed, and pays for no part of it again. The last 256 trees are kept.
 
     Example:
         >>> planner = MCTS(lm, reward, value, root_policy="gumbel")  # doctest: +SKIP
@@ -169,10 +155,7 @@ class MCTS(Planner):
         check_positive(**{name: getattr(self, name) for name in counts})
         choices = {"root_policy": RootPolicy, "leaf_value": LeafValue, "backup": Backup}
         for name, words in choices.items():
-            if (word := getattr(self, name)) not in get_args(words):
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(get_args(words))}, got {word!r}."
-                )
+            one_of(name, getattr(self, name), words)
         for name in ("rollout_weight", "widening_power"):
             if not 0.0 <= (number := getattr(self, name)) <= 1.0:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {number}.")
@@ -260,7 +243,7 @@ class GumbelDecision:
             return [], np.zeros(0)
         seed = spawn_seed(self.simulator.search.seed, _ROOT_NOISE)
         rng = stream(seed, self.node.state, self.node.visits)
-        noise = perturbed_log_priors([child.copies for child in children], rng)
+        noise = policies.perturbed_log_priors([child.copies for child in children], rng)
         first = np.sort(np.argsort(-noise, kind="stable")[:count])
         return [children[i] for i in first], noise[first]
 
@@ -268,7 +251,7 @@ class GumbelDecision:
         """Visit the considered children by the schedule."""
         if not self.considered:
             return
-        schedule = considered_visits(len(self.considered), count + self.counts.total())
+        schedule = policies.considered_visits(len(self.considered), count + self.counts.total())
         while self.counts.total() < len(schedule) and not self.simulator.is_broke:
             turn = schedule[self.counts.total()]
             # No further than this turn: who goes on depends on its returns.
@@ -283,7 +266,7 @@ class GumbelDecision:
     def _scores(self, turn: int) -> FloatArray:
         children = self.simulator.children(self.node, self.considered)
         counts = np.array([self.counts[child] for child in self.considered])
-        return gumbel_root_scores(children, self.perturbed, counts, turn)
+        return policies.gumbel_root_scores(children, self.perturbed, counts, turn)
 
 
 def _robust(node: Node) -> Node | None:
@@ -310,10 +293,7 @@ def _is_better_ended(node: Node, child: Node) -> bool:
 class Simulator:
     """Runs simulations in one tree, and keeps what is under way apart from what is known.
 
-    Attributes:
-        is_valued: Whether new partial responses are valued.
-        rolls_out: Whether every simulation ends in a complete response.
-        is_broke: Whether a chunk could not be afforded.
+    It `is_broke` when a chunk could not be afforded.
     """
 
     def __init__(self, planner: MCTS, search: Search) -> None:
@@ -341,9 +321,9 @@ class Simulator:
                 return node
             known = self.children(node, open_children)
             if self.planner.root_policy == "puct":
-                scores = puct_scores(known, self.planner.c_puct)
+                scores = policies.puct_scores(known, self.planner.c_puct)
             else:
-                scores = gumbel_interior_scores(known)
+                scores = policies.gumbel_interior_scores(known)
             node = open_children[int(np.argmax(scores))]
 
     async def complete(self, stems: Iterable[Node]) -> None:
@@ -355,7 +335,7 @@ class Simulator:
         self._under_way.clear()
         self._drawing.clear()
 
-    def children(self, node: Node, children: Sequence[Node]) -> Children:
+    def children(self, node: Node, children: Sequence[Node]) -> policies.Children:
         """What is known of some of a node's children, simulations under way counted as lost."""
         copies = np.array([child.copies for child in children], float)
         under_way = np.array([self._under_way[child] for child in children], float)
@@ -368,7 +348,7 @@ class Simulator:
         values = np.divide(
             totals + lowest * under_way, visits, where=visits > 0, out=np.zeros(len(children))
         )
-        return Children(
+        return policies.Children(
             visits,
             values,
             copies / copies.sum(),
@@ -380,7 +360,7 @@ class Simulator:
     def _may_widen(self, node: Node) -> bool:
         # The simulation that asks is under way already.
         visits = node.visits + self._under_way[node] - 1
-        allowed = widened(visits, self.planner.widening, self.planner.widening_power)
+        allowed = policies.widened(visits, self.planner.widening, self.planner.widening_power)
         return node.samples + self._drawing[node] < allowed
 
     async def _valued(self, stems: Sequence[Node]) -> list[Node]:
@@ -444,12 +424,11 @@ class Simulator:
 def _in_chunks(search: Search, ends: Sequence[Node], planner: MCTS) -> list[Node]:
     """Put nodes `chunk_tokens` apart between complete responses drawn in one piece and their roots.
 
-    A chunk of a longer draw is distributed as one drawn for itself, so it is a child like any
-    other; beginnings that are there already are shared. (But for stop texts, which end a chunk that
-    is drawn for itself, and nothing that is drawn to the end.)
+    A chunk of a longer draw is distributed as one drawn for itself (but for stop texts), so it is a
+    child like any other; beginnings that are there already are shared.
     """
     nodes, size = search.tree.nodes, planner.chunk_tokens
-    pieces = [end for end in dict.fromkeys(ends) if len(_chunk(end)) > size]
+    pieces = [end for end in dict.fromkeys(ends) if len(end.step()[1]) > size]
     if not pieces:
         return list(ends)
     first = min(end.index for end in pieces)
@@ -462,8 +441,7 @@ def _in_chunks(search: Search, ends: Sequence[Node], planner: MCTS) -> list[Node
 
 def _add_path(search: Search, end: Node, chunk_tokens: int) -> Node:
     """Take a node from its parent, and add what leads to it in chunks, as often as it was drawn."""
-    parent, chunk = end.parent, _chunk(end)
-    assert parent is not None
+    parent, chunk = end.step()
     parent.children.remove(end)
     parent.samples -= end.copies
     node = parent
@@ -477,8 +455,3 @@ def _add_path(search: Search, end: Node, chunk_tokens: int) -> Node:
     if node.score is None:
         node.score, node.parts = end.score, end.parts
     return node
-
-
-def _chunk(node: Node) -> Chunk:
-    assert node.chunk is not None
-    return node.chunk

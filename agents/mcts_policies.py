@@ -1,11 +1,8 @@
-"""Which child a tree search visits next: scores for an argmax, as pure functions of arrays.
+"""Which child a tree search visits next: scores float64[n], one a child, for an argmax.
 
-The conventions are those of mctx (https://github.com/google-deepmind/mctx): a child's value is the
-mean return of its visits, values are rescaled by what is known around a node, and values that are
-missing are completed by those that are there. Actions here are chunks drawn from a language model,
-so a prior is how often a chunk was drawn, not the output of a policy network (Hubert et al.,
-"Learning and Planning in Complex Action Spaces", 2021: with samples from the policy itself, the
-prior of a sampled action is its share of the samples). All scores are float64[n], one a child.
+The conventions are those of mctx (https://github.com/google-deepmind/mctx). Actions are chunks
+drawn from a language model, so a prior is the share of the samples, not the output of a policy
+network (Hubert et al., "Learning and Planning in Complex Action Spaces", 2021).
 """
 
 from __future__ import annotations
@@ -27,14 +24,9 @@ _EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class Children:
-    """What is known of a node's children, for choosing one of them.
+    """What is known of a node's n children, and the value model's estimate of it (`raw_value`).
 
-    Args:
-        visits: float64[n], visit counts.
-        values: float64[n], mean returns; anything where a child has no visits.
-        prior: float64[n], probabilities; they sum to 1.
-        node_value: Mean return of the node's visits; None before the first.
-        raw_value: The value model's estimate of the node; None where there is none.
+    Visits, mean returns and prior are float64[n]; `node_value` is the mean return of the node.
     """
 
     visits: FloatArray
@@ -121,14 +113,10 @@ def gumbel_interior_scores(children: Children) -> FloatArray:
 def gumbel_root_scores(
     children: Children, perturbed: FloatArray, counts: FloatArray, considered: int
 ) -> FloatArray:
-    """Perturbed log-prior plus completed value, where a child has the visits considered.
+    """Perturbed log-prior plus completed value, where a child has the visits `considered`.
 
-    Source: Danihelka et al., 2022, algorithm 1; mctx, `score_considered`.
-
-    Args:
-        perturbed: float64[n], Gumbel noise plus log-prior (`perturbed_log_priors`).
-        counts: float64[n], visits of this decision.
-        considered: The visit count whose turn it is (`considered_visits`).
+    `counts` are the visits of this decision. Source: Danihelka et al., 2022, algorithm 1; mctx,
+    `score_considered`.
     """
     return np.where(counts == considered, perturbed + completed_values(children), -np.inf)
 
@@ -136,11 +124,10 @@ def gumbel_root_scores(
 def considered_visits(num_considered: int, num_simulations: int) -> tuple[int, ...]:
     """The schedule of sequential halving: the visit count whose turn it is, for each simulation.
 
-    Each simulation visits the best child among those with exactly that many visits. All children
-    get their turn equally often, then the better half of them, and so on, down to two.
-
-    Sources: Karnin et al., "Almost Optimal Exploration in Multi-Armed Bandits", 2013; the schedule
-    is that of mctx, `seq_halving.get_sequence_of_considered_visits`.
+    Each simulation visits the best child among those with exactly that many visits: all children
+    equally often, then the better half of them, and so on, down to two. Source: Karnin et al.,
+    "Almost Optimal Exploration in Multi-Armed Bandits", 2013; mctx,
+    `seq_halving.get_sequence_of_considered_visits`.
 
     Example:
         >>> considered_visits(4, 12)  # four children once, then two of them four times
@@ -162,14 +149,11 @@ def considered_visits(num_considered: int, num_simulations: int) -> tuple[int, .
 def perturbed_log_priors(copies: Sequence[int], rng: np.random.Generator) -> FloatArray:
     """Gumbel noise plus log-prior of chunks of which only samples are known.
 
-    The chunk drawn from the language model at the times of a Poisson process of rate 1 comes first
-    at a time that is exponential with rate p(a), so minus its logarithm is distributed as
-    `log p(a) + g(a)`: chunks that were drawn (temperature and all) give exact Gumbel-top-k without
-    any probability being known. Only how often each came is recorded; the order of independent
-    draws is uniform, so it is drawn here.
-
+    In a Poisson process of draws (rate 1) a chunk of probability p(a) first comes at an exponential
+    time of rate p(a), whose logarithm is distributed as `-(log p(a) + g(a))`: so samples alone give
+    exact Gumbel-top-k. `copies` says how often each came, at least once; their order is drawn here.
     Source: the exponential race behind the Gumbel-max trick (Maddison et al., "A* Sampling", 2014);
-    mctx has all logits and adds Gumbel noise to them. `copies` are at least 1 each.
+    mctx has all logits.
     """
     order = rng.permutation(np.repeat(np.arange(len(copies)), copies))
     times = np.cumsum(rng.exponential(size=len(order)))
@@ -180,9 +164,7 @@ def perturbed_log_priors(copies: Sequence[int], rng: np.random.Generator) -> Flo
 def widened(visits: float, factor: float, power: float) -> int:
     """How many chunks may have been drawn from a node: `ceil(factor x visits ^ power)`, at least 1.
 
-    Sources: Coulom, "Computing Elo Ratings of Move Patterns in the Game of Go", 2007; Chaslot et
-    al., "Progressive Strategies for Monte-Carlo Tree Search", 2008 (both widen a sorted list of
-    moves; here the next move is a sample, as in Couëtoux et al., "Continuous Upper Confidence
-    Trees", 2011).
+    Source: Chaslot et al., "Progressive Strategies for Monte-Carlo Tree Search", 2008; the next
+    move is a sample, as in Couëtoux et al., "Continuous Upper Confidence Trees", 2011.
     """
     return max(1, math.ceil(factor * visits**power))

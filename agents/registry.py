@@ -50,14 +50,7 @@ def available() -> dict[str, str]:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The options that an agent has of its own or shares, with their defaults.
-
-    Without those that the registry adds (`SHARED_OPTIONS`).
-
-    Example:
-        >>> options_of("random")
-        {'chunk_tokens': 16, 'max_response_tokens': 256}
-    """
+    """The options of an agent's own with their defaults, without `SHARED_OPTIONS`."""
     known = inspect.signature(_CLASSES[name]).parameters.values()
     own = [p for p in known if p.kind is p.KEYWORD_ONLY and not p.name.endswith("params")]
     return {p.name: p.default for p in own}
@@ -78,8 +71,6 @@ def make(
         spec: A name, then options of its constructor. `temperature`, `top_p` and `top_k` say how
             complete responses are drawn, `value` which of several value models is taken, and
             `policy` which language model proposes.
-        language_model: Proposes tokens.
-        reward_model: Scores responses.
         value_model: For agents that take one; or several by name, of which an agent takes the one
             that its option `value` names, or else the first.
         policies: By the names that specs use (`policy=tuned`): language models that take the place
@@ -116,12 +107,7 @@ def make(
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Split a spec such as `best-of-n:n=8` into its name and options, here `{"n": 8}`.
-
-    Raises:
-        AgentSpecError: The name is unknown, or an option is not `key=number`, or `key=word` where
-            the constructor takes a word.
-    """
+    """Split a spec such as `best-of-n:n=8` into its name and options; or an `AgentSpecError`."""
     name, *items = spec.strip().split(":")
     if name not in _CLASSES:
         near = difflib.get_close_matches(name, _CLASSES, n=1)

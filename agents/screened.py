@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mbrl_text_env.agents.search import Expansion, Planner, Search, affordable, stand_in
-from mbrl_text_env.agents.tree import Node
-from mbrl_text_env.language_models.base import prefix_of
+from mbrl_text_env.agents.search import Expansion, Planner, Search, affordable, stand_in, value_of
 from mbrl_text_env.rewards.base import reward_usage_bound
 from mbrl_text_env.types import check_positive
 
@@ -41,8 +38,6 @@ class Screened(Planner):
         finalists: Responses that are scored after a round; None for as many as cost what the
             round's candidates cost, and at least one.
 
-    The other arguments are those of every `Planner`.
-
     Example:
         >>> planner = Screened(lm, reward, value, finalists=1)  # doctest: +SKIP
     """
@@ -72,34 +67,24 @@ class Screened(Planner):
             beams = search.ranked(row)[:1]
             for node in beams:
                 node.note = f"kept: the highest value of {len(row)} candidates"
-        await self._score(search, self.finalists or self._finalists(count, price))
+        # All of them where the reward costs nothing, or nothing can be drawn any more.
+        finalists = max(1, int(count / price)) if count and price * count > 1e-9 else 1 << 20
+        await self._score(search, self.finalists or finalists)
 
     async def _score(self, search: Search, most: int) -> None:
         """Ask the reward for the best of what is complete, as far as the budget allows."""
-        waiting = sorted(_unscored(search.tree.nodes), key=_value, reverse=True)
+        nodes = search.tree.nodes
+        waiting = [node for node in nodes if node.is_terminal and node.score is None]
+        waiting.sort(key=value_of, reverse=True)
         each = reward_usage_bound(self.reward_model)
         most = affordable(search.ledger, lambda count: each * count, min(most, len(waiting)))
         await search.evaluate(waiting[:most])
 
-    def _finalists(self, count: int, price: float) -> int:
-        """How many; all where the reward costs nothing, or nothing can be drawn any more."""
-        return max(1, int(count / price)) if count and price * count > 1e-9 else 1 << 20
-
     def _price(self, search: Search) -> float:
         """What a call of the reward costs beside drawing a response; 1 where that is not known."""
-        state, usage = search.tree.root.state, self.language_model.usage_bound
-        prefix = len(prefix_of(state))
-        room = search.room(state)
-        drawing = (usage(prefix, [room]) - usage(prefix, [])).flops
+        state = search.tree.root.state
+        drawing = search.drawing_usage(state).flops
         # Not the bound: of a model, that is of a text that fills its input.
-        text = self.language_model.decode(stand_in(state, room).response_ids)
+        text = self.language_model.decode(stand_in(state, search.room(state)).response_ids)
         scoring = search.reward_model.usage(state.prompt, text).flops
         return scoring / drawing if drawing > 0 else 1.0
-
-
-def _unscored(nodes: Iterable[Node]) -> list[Node]:
-    return [node for node in nodes if node.is_terminal and node.score is None]
-
-
-def _value(node: Node) -> float:
-    return float("-inf") if node.value is None else node.value

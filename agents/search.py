@@ -1,7 +1,7 @@
 """Planners: agents that search a tree of chunks from each state, round after round.
 
-A planner says which nodes of a `SearchTree` get how many children of what length (`Expansion`);
-`Search` draws and evaluates them, keeps the budget, and ends with a complete and scored response.
+A planner says which nodes get how many children of what length (`Expansion`); `Search` draws and
+evaluates them, keeps the budget, and ends with a complete and scored response.
 """
 
 from __future__ import annotations
@@ -82,7 +82,6 @@ class Search:
     All chunks follow from the seed, their node's tokens and their number.
 
     Attributes:
-        tree: What was found so far.
         drawn: Chunks drawn so far, repetitions included.
         round: Rounds of planning before this one.
         limit: Most tokens of a response to this prompt.
@@ -107,10 +106,7 @@ class Search:
         self.is_short = False
         self._scores: dict[str, tuple[float, dict[str, float]]] = {}
         self.limit = response_limit(state, self.language_model, max_response_tokens)
-        # A cap on something that costs nothing here is none: the search would not end.
-        endless = self.finish_usage(self.tree.root.state) * 1_000_000
-        budget = self.ledger.budget
-        self.is_capped = budget.seconds is not None or not Ledger(budget).affords(endless)
+        self.is_capped = self.ledger.budget.ends(self.finish_usage(self.tree.root.state))
 
     def room(self, state: TextState) -> int:
         """Tokens that a response can still have; 0 where it has ended."""
@@ -162,7 +158,7 @@ class Search:
 
     def ranked(self, nodes: Iterable[Node]) -> list[Node]:
         """The partial responses among `nodes`, each once, those of highest value first."""
-        return sorted(partial(nodes), key=_value, reverse=True)
+        return sorted(partial(nodes), key=value_of, reverse=True)
 
     async def finish(self) -> Node:
         """The best complete response; without one, the best partial one and more are finished."""
@@ -191,7 +187,7 @@ class Search:
         None where no cap says: there is none, or only one on seconds. Each chunk of `tokens` is
         evaluated; None stands for whole responses. Without `scored`, one of them all is scored.
         """
-        room, path = self.room(node.state), self._drawing_usage(node.state)
+        room, path = self.room(node.state), self.drawing_usage(node.state)
         lengths = range(tokens or room, room, tokens or room)
         if self.value_model is not None and lengths:
             # What a value takes grows about evenly with the length: the ends tell of all.
@@ -216,7 +212,7 @@ class Search:
 
     def value_tokens(self, node: Node) -> float:
         """About what valuing a response after a node costs, in generated tokens; 0 if unknown."""
-        room, drawing = self.room(node.state), self._drawing_usage(node.state).flops
+        room, drawing = self.room(node.state), self.drawing_usage(node.state).flops
         if self.value_model is None or not drawing > 0:
             return 0.0
         halfway = stand_in(node.state, room // 2)
@@ -353,7 +349,7 @@ class Search:
             bound = bound.maximum(after)
         return bound
 
-    def _drawing_usage(self, state: TextState) -> Usage:
+    def drawing_usage(self, state: TextState) -> Usage:
         """What drawing the rest of a response is charged, its prefix left out."""
         usage, prefix = self.language_model.usage_bound, len(prefix_of(state))
         return usage(prefix, [self.room(state)]) - usage(prefix, [])
@@ -365,7 +361,7 @@ class Search:
     def _most_promising(self) -> Node:
         """The partial response of highest value that can be finished within the budget."""
         nodes = [node for node in self.tree.nodes if not node.is_terminal]
-        for node in sorted(nodes, key=lambda n: (_value(n), n.depth), reverse=True):
+        for node in sorted(nodes, key=lambda n: (value_of(n), n.depth), reverse=True):
             if self.ledger.affords(self.finish_usage(node.state)):
                 return node
         # Time has run out: the nearest end.
@@ -488,7 +484,8 @@ def check_target(target: float | None) -> None:
         raise ValueError("target: expected a score, or None to spend the whole budget, got nan.")
 
 
-def _value(node: Node) -> float:
+def value_of(node: Node) -> float:
+    """Its estimated value; minus infinity where there is none."""
     return float("-inf") if node.value is None else node.value
 
 

@@ -13,7 +13,7 @@ from mbrl_text_env.agents.sampling import Blind
 from mbrl_text_env.agents.search import affordable
 from mbrl_text_env.language_models.base import prefix_of
 from mbrl_text_env.rewards.verifiable.answers import extract_answer, last_number
-from mbrl_text_env.types import Ledger, TextState, Usage, check_positive
+from mbrl_text_env.types import Ledger, TextState, check_positive
 
 # The article's number of samples, as for best-of-N.
 _N_WITHOUT_BUDGET = 4
@@ -68,10 +68,15 @@ class Majority(Blind):
     async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
         """Sample as often as wanted and allowed, and count the votes."""
         found: list[Completion] = []
-        wanted = self._wanted(state, ledger)
+        usage, start = self.language_model.usage_bound, len(prefix_of(state))
+        is_capped = ledger.budget.ends(self.response_usage(state))
+        wanted = self.n or (math.inf if is_capped else _N_WITHOUT_BUDGET)
         while left := min(_MOST_A_WAVE, wanted - len(found)):
             # The ledger affords the first one, by contract, but for seconds that have passed.
-            count = self._affordable(state, ledger, int(left)) or int(not found)
+            count = affordable(
+                ledger, lambda count: usage(start, [self._room(state)] * count), int(left)
+            )
+            count = count or int(not found)
             if not count:
                 break
             first = len(found)
@@ -93,22 +98,6 @@ class Majority(Blind):
             number: Fraction | None = last_number(text)
             return whole if number is None else number
         return extract_answer(text, self.extract)
-
-    def _wanted(self, state: TextState, ledger: Ledger) -> float:
-        if self.n is not None:
-            return self.n
-        budget = ledger.budget
-        # A cap on something that costs nothing here is none: it would not end.
-        endless = Ledger(budget).affords(self.response_usage(state) * 1_000_000)
-        return _N_WITHOUT_BUDGET if endless and budget.seconds is None else math.inf
-
-    def _affordable(self, state: TextState, ledger: Ledger, most: int) -> int:
-        room, prefix = self._room(state), len(prefix_of(state))
-
-        def cost(count: int) -> Usage:
-            return self.language_model.usage_bound(prefix, [room] * count)
-
-        return affordable(ledger, cost, most)
 
     def _winner(self, found: list[Completion]) -> Completion:
         """Of the answer with the most votes, the sample that counts most; the first of equals."""

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -26,12 +25,12 @@ from mbrl_text_env.benchmarks.demo import collect_with_progress, fitted_on
 from mbrl_text_env.benchmarks.devices import needs, put_on, usable_device
 from mbrl_text_env.benchmarks.options import ArticleConfig, RewardOptions
 from mbrl_text_env.benchmarks.page import Page, provenance, write_page
-from mbrl_text_env.benchmarks.statistics import mean_interval
+from mbrl_text_env.benchmarks.statistics import mean_interval, prompt_means
 from mbrl_text_env.benchmarks.terminal import COMMAND, numbers, progress_bar
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.loading import number_format
 from mbrl_text_env.language_models.registry import embedded_encoder
-from mbrl_text_env.records import Record, read_records, scores_of
+from mbrl_text_env.records import read_records, scores_of
 from mbrl_text_env.types import Prompt
 
 PROMPTS = tuple(
@@ -58,12 +57,7 @@ _TUNING = FineTuneSettings(batch_size=1, gradient_accumulation=4)
 
 
 def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console: Console) -> None:
-    """Run the pipeline, or go on with it, in a folder; print and write what came of it.
-
-    Raises:
-        RecordsError, CompareError, LoopError: The folder holds a run with other models or settings.
-        NoSignalError: All planned answers score the same, so that nothing can be learned.
-    """
+    """Run the pipeline, or go on with it, in a folder; print and write what came of it."""
     if "://" in config.policy:
         raise typer.BadParameter(
             f"--policy: expected a model that is loaded and tuned here, got {config.policy!r}."
@@ -125,11 +119,7 @@ def _run_loop(loop: ExpertIteration, console: Console) -> None:
 
 
 def recorded_page(out: Path) -> Page:
-    """The page of a pipeline that has ended, from its files.
-
-    Raises:
-        CompareError: A file is damaged or missing.
-    """
+    """The page of a pipeline that has ended, from its files; damage is a `CompareError`."""
     with compare.reading(out):
         about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
         folders = [out / SEEN_FOLDER, out / UNSEEN_FOLDER]
@@ -168,20 +158,15 @@ def _changed(out: Path) -> Table:
         found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         number, learned = found["iteration"], found["improvement"]
         records = read_records(folder / "value" / RECORDS if number else out / RECORDS)
+        means = prompt_means(scores_of(records), [record.prompt_id for record in records])
         shown.add_row(
             f"iteration {number}" if number else "base",
             f"{learned['num_examples']} answers" if learned else "-",
-            f"{_by_prompt(records):.3f}",
+            f"{mean_interval(sorted(means)):.3f}",
             f"{found['validation']['mean']:.3f}",
             f"{float(found['value']['after']['within_prompt']):.2f}",
         )
     return shown
-
-
-def _by_prompt(records: list[Record]) -> Any:
-    names, scores = [r.prompt_id for r in records], scores_of(records)
-    groups = [[s for n, s in zip(names, scores, strict=True) if n == name] for name in set(names)]
-    return mean_interval(sorted(float(np.mean(own)) for own in groups))
 
 
 def _needs(config: ArticleConfig, judge: RewardOptions, device: Any) -> list[str]:

@@ -36,16 +36,10 @@ _FIELDS = ("generated_tokens", "flops", "reward_calls", "seconds", "logprob", "r
 
 @dataclass(frozen=True)
 class Pool:
-    """Scored samples of P prompts, n to each.
+    """Scored samples of P prompts, n to each: float64[P, n], and float64[P] for `prompt_flops`.
 
-    Args:
-        prompt_ids: The P prompts.
-        scores: float64[P, n].
-        tokens: float64[P, n], generated tokens of each sample.
-        flops: float64[P, n], of each sample, those of its score included, its prompt's not.
-        prompt_flops: float64[P], of the prompt, which best-of-N computes once.
-        logprobs: float64[P, n], summed log-probability (nats) of each sample.
-        target: The score at which best-of-N stops; see `scaling.Baseline`.
+    `flops` are those of a sample and its score, `prompt_flops` those of the prompt, which best-of-N
+    computes once; `logprobs` are summed, in nats. For `target` see `scaling.Baseline`.
     """
 
     prompt_ids: tuple[str, ...]
@@ -74,10 +68,7 @@ class Pool:
         return scaling.Baseline(self.scores, self.tokens, target=self.target)
 
     def surprisal(self, ns: Sequence[int]) -> FloatArray:
-        """How much less likely best-of-N's answers are than plain samples, nats: float64[len(ns)].
-
-        Without bias; to be compared with an agent's surprisal excess.
-        """
+        """How much less likely best-of-N's answers are than samples, nats: float64[len(ns)]."""
         surprisal = -np.asarray(self.logprobs)
         chosen = scaling.expected_scores(self.scores, surprisal, ns).mean(axis=0)
         return np.asarray(chosen - surprisal.mean())
@@ -95,10 +86,10 @@ def make_pool(
     seed: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> Pool:
-    """Read the pool of some prompts; what is missing is generated and scored, and kept.
+    """The pool of some prompts; what is missing is generated and scored, and kept.
 
-    `folder` has the records of all prompts and rewards, `scores_folder` the scores of this reward,
-    which must apply to the prompts. All else is as of `fill_pool` and `score_pool`.
+    `folder` has the records of all rewards, `scores_folder` the scores of this one, which must
+    apply to the prompts; see `fill_pool` and `score_pool`.
     """
     records = fill_pool(
         folder,
@@ -176,27 +167,22 @@ class Cell:
 
 
 def analyse(pool: Pool, cells: Sequence[Cell]) -> list[Row]:
-    """One row a cell of one reward.
+    """One row a cell of one reward; fewer than two prompts with scored answers: `CompareError`.
 
     The unit is the prompt: of several answers to it the means are taken. A prompt with an answer
     that could not be scored is left out on both sides. `multiplier` is in FLOPs (see
     `benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens.
 
-    `p_vs_best_of_n` compares with best-of-N that spends the same FLOPs in the mean, two-sided. It
-    is the larger p-value of two tests: the paired permutation test of the differences from
-    best-of-N's expected scores, which near the top of a reward's range is misled by their skew, and
-    `exchange_test` with best-of-N's own answers, which skew cannot mislead, but unequal variances
-    can. `p_holm` is the same after Holm's correction over all cells given. Both are None where the
-    pool is too small for that N.
+    `p_vs_best_of_n` compares with best-of-N that spends the same FLOPs in the mean, two-sided: the
+    larger p-value of the paired permutation test of the differences from best-of-N's expected
+    scores, which their skew misleads near the top of a reward's range, and of `exchange_test` with
+    best-of-N's own answers, which unequal variances mislead. `p_holm` is that after Holm's
+    correction over all cells. Both are None where the pool is too small for that N.
 
-    `kl` is the surprisal excess of the answers over the pool (by log-probabilities at temperature
-    1, so it compares likelihoods), `kl_of_equal_best_of_n` that of the best-of-N which has the same
-    mean reward, and `kl_bound_of_equal_best_of_n` the bound of its divergence; `kl_of_rewards` is a
-    lower bound of the divergence from the rewards alone. `nats_per_token` is the answers' mean
-    surprisal a token, `nats_per_token_of_samples` the pool's.
-
-    Raises:
-        CompareError: Of a cell, fewer than two prompts have scored answers.
+    `kl` is the surprisal excess of the answers over the pool, by log-probabilities at temperature
+    1, `kl_of_equal_best_of_n` that of the best-of-N of the same mean reward, and
+    `kl_bound_of_equal_best_of_n` the bound of its divergence; `kl_of_rewards` is a lower bound from
+    the rewards alone. `nats_per_token` are the answers' and the samples' mean surprisal.
     """
     rows = [_row(pool, cell) for cell in cells]
     tested = [row for row in rows if row["p_vs_best_of_n"] is not None]
@@ -338,22 +324,14 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def p_value(row: Row) -> str:
-    """The adjusted p-value; "pool too small" where there is none.
-
-    Example:
-        >>> p_value({"p_holm": 0.01234})
-        '0.012'
-    """
+    """The adjusted p-value; "pool too small" where there is none."""
     return "pool too small" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
 
 
 def multiplier(row: Row, key: str) -> str:
     """A row's multiplier with its interval; `key` is "multiplier" (FLOPs) or "multiplier_tokens".
 
-    Example:
-        >>> row = {"m": 8.25, "m_low": 4.0, "m_high": None}
-        >>> multiplier({**row, "m_is_lower_bound": True, "m_is_upper_bound": False}, "m")
-        '> 8.2 [4.0, more]'
+    Such as "> 8.2 [4.0, more]".
     """
     mark = "> " if row[f"{key}_is_lower_bound"] else ""
     mark = "< " if row[f"{key}_is_upper_bound"] else mark

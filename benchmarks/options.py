@@ -317,14 +317,7 @@ def priced(
     """The reward at a price such as "300tokens" or "2e11flops" a call; as it is for None.
 
     A token counts for the mean FLOPs of a generated one in a response of `max_response_tokens` to a
-    prompt of as many.
-
-    Raises:
-        CompareError: The price cannot be read, or is in tokens and the model counts no FLOPs.
-
-    Example:
-        >>> priced(reward, "300tokens", lm, 96).flops_bound()  # doctest: +SKIP
-        82715443200.0
+    prompt of as many. A price that cannot be read is a `CompareError`.
     """
     from mbrl_text_env.rewards import Priced
 
@@ -408,7 +401,7 @@ class ArticleConfig:
     device: Annotated[
         str | None,
         typer.Option(
-            help="Of all models: 'cpu', 'cuda', 'mps'; by default a GPU where CUDA has one.",
+            help="Of all models: 'cpu', 'cuda', 'mps'; by default a GPU where CUDA has one."
         ),
     ] = None
     dtype: DtypeOption = "default"
@@ -462,11 +455,7 @@ def _reward_of(source: str) -> str:
 def choose_prompts(
     prompts: Sequence[Prompt], count: int, reward_model: RewardModel, seed: int
 ) -> list[Prompt]:
-    """Choose `count` of the prompts that the reward model applies to, by a seeded shuffle.
-
-    Raises:
-        CompareError: There are fewer.
-    """
+    """`count` prompts that the reward applies to, by a seeded shuffle; too few: `CompareError`."""
     fitting = [prompt for prompt in prompts if applies_to(reward_model, prompt)]
     if not fitting:
         raise CompareError(

@@ -67,7 +67,9 @@ def tables(summary: Mapping[str, Any]) -> tuple[Table, Table]:
         golds = [f"{entry['gold']:.3f}" if "gold" in entry else "-"] if gold else []
         quality.add_row(entry["agent"], *_quality(entry), *golds)
         calls = (f"{entry[f'{kind}_calls']:.1f}" for kind in ("reward", "value"))
-        tokens, flops = f"{entry['generated_tokens']:.0f}", f"{entry['flops'] / 1e9:.1f}"
+        tokens = f"{entry['generated_tokens']:.0f}"
+        # A server does not say how large its model is.
+        flops = f"{entry['flops'] / 1e9:.1f}" if entry["flops"] else "-"
         cost.add_row(entry["agent"], tokens, *calls, flops, f"{entry['seconds']:.2f}")
     return quality, cost
 

@@ -31,8 +31,7 @@ class DataOptions:
         typer.Option(help="Records folder, as written by `collect`; its scores are the gold."),
     ] = None
     objective: Annotated[
-        str,
-        typer.Option(help="'bradley-terry' (on pairs), or 'regression' (on records' scores)."),
+        str, typer.Option(help="'bradley-terry' (on pairs), or 'regression' (on records' scores).")
     ] = "bradley-terry"
     split: Annotated[str, typer.Option(help="Split of a dataset of the Hub.")] = "train"
     pairs_per_prompt: Annotated[

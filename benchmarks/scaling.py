@@ -352,7 +352,6 @@ def compute_multiplier(
             its responses must not be taken from the pool itself.
         costs: float64[P], its cost of each prompt, in the baseline's unit.
         baseline: The pool of the same prompts, in the same order.
-        confidence: Of the interval, by a bootstrap with `resamples` and `seed`.
 
     Example:
         >>> pool = Baseline(np.tile(np.arange(64.0), (8, 1)), np.ones((8, 64)))
@@ -466,7 +465,6 @@ def surprisal_excess(
         logprobs: float64[P], summed over each chosen response, of the distribution that the plain
             samples were drawn from, temperature included; of another it is no bound.
         plain_logprobs: float64[P, n], the same of plain samples of the same prompts.
-        seed: Of the bootstrap over prompts.
 
     Example:
         >>> surprisal_excess([-5.0, -7.0], [[-3.0, -5.0], [-4.0, -8.0]]).estimate
@@ -481,12 +479,10 @@ def contrastive_bound(chosen: npt.ArrayLike, plain: npt.ArrayLike, *, seed: int 
 
     For a statistic t such as the reward or the log-probability, and any function f, the mean of
     log((n + 1) exp(f(chosen)) / sum of exp(f) over the chosen and its n plain samples) is at most
-    KL(q || p), for every n: under p the chosen could stand in any of the n + 1 places, so the
-    exponential's mean is 1, and Donsker and Varadhan's bound applies. Here f is a times the log of
-    t's mid-rank among the n + 1, from above or from below, which is nearly the log-density ratio of
-    best-of-N at a = N - 1: for best-of-N by t the bound comes up to `kl_bound` while N is far below
-    n. It cannot exceed log(n + 1). Each prompt's a is chosen by the other prompts, so the choice
-    does not raise the estimate.
+    KL(q || p), by Donsker and Varadhan's bound. Here f is a times the log of t's mid-rank among the
+    n + 1, from above or from below: for best-of-N by t the bound comes up to `kl_bound` while N is
+    far below n. It cannot exceed log(n + 1). Each prompt's a is chosen by the other prompts, so the
+    choice does not raise the estimate.
 
     Source: Donsker and Varadhan, 1975; van den Oord, Li and Vinyals, "Representation learning with
     contrastive predictive coding", 2018; Poole et al., "On variational bounds of mutual
@@ -497,7 +493,6 @@ def contrastive_bound(chosen: npt.ArrayLike, plain: npt.ArrayLike, *, seed: int 
         chosen: float64[P], the statistic of what the agent chose, one response a prompt; not taken
             from the plain samples.
         plain: float64[P, n], of plain samples of the same prompts.
-        seed: Of the bootstrap.
 
     Example:
         >>> rng = np.random.default_rng(0)

@@ -39,11 +39,6 @@ class Interval:
     def __format__(self, spec: str) -> str:
         return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
-    @property
-    def bars(self) -> list[list[float]]:
-        """How far it goes down and up, as `xerr` and `yerr` of matplotlib's `errorbar`."""
-        return [[self.estimate - self.low], [self.high - self.estimate]]
-
     def as_mean(self) -> dict[str, float]:
         """A mean, as rows and summaries have it: `mean`, `low`, `high`."""
         return {"mean": self.estimate, "low": self.low, "high": self.high}

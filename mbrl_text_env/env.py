@@ -20,8 +20,8 @@ from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.mdp import EpisodeEndedError, is_terminal
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import as_index
-from mbrl_text_env.task import Outcome, TaskOptions, TextTask, as_frame, as_text, one_of, show
-from mbrl_text_env.types import FloatArray, Prompt, TextState, check_positive
+from mbrl_text_env.task import Outcome, TaskOptions, TextTask, as_frame, as_text, show
+from mbrl_text_env.types import FloatArray, Prompt, TextState, check_positive, one_of
 
 BoolArray = npt.NDArray[np.bool_]
 OnRewardError = Literal["record", "raise"]
@@ -386,8 +386,7 @@ def as_actions(actions: Any, num_envs: int) -> list[Any]:
 def stack_infos(rows: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     """Turn the infos of sub-environments into Gymnasium's vector info; a None row has no keys.
 
-    The result is that of `VectorEnv._add_info` over the rows, made a key at a time, which for many
-    sub-environments is several times faster.
+    It is that of `VectorEnv._add_info` over the rows, made a key at a time, which is faster.
 
     Example:
         >>> stack_infos([{"score": 1.0}, None])

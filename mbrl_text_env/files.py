@@ -19,8 +19,10 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
@@ -172,6 +174,39 @@ def _aside(target: Path) -> Path:
 def _scratch(target: Path) -> Path:
     # Not from `tempfile`: that makes files for their owner's eyes only.
     return target.with_name(f".{target.name}-{uuid.uuid4().hex[:12]}")
+
+
+def without_nan(value: Any) -> Any:
+    """JSON values of dataclasses' values: None for NaN."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def restored(hint: Any, value: Any) -> Any:
+    """A value of a type out of JSON: tuples, dataclasses and NaN (None where a float is due) again.
+
+    Example:
+        >>> restored(tuple[float, ...], [1.0, None])
+        (1.0, nan)
+    """
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    made: Any = next(filter(is_dataclass, kinds), None)
+    if made is not None and not isinstance(value, kinds):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"expected what a {made.__name__} is made of, got {value!r:.80}")
+        hints = get_type_hints(made)
+        return made(**{name: restored(hints[name], each) for name, each in value.items()})
+    inner = get_args(kinds[0])
+    if isinstance(value, Mapping) and inner:
+        return {name: restored(inner[-1], each) for name, each in value.items()}
+    if isinstance(value, list) and inner:
+        return tuple(restored(inner[0], each) for each in value)
+    if isinstance(value, str) and float in kinds:
+        return float(value)
+    return math.nan if value is None and hint is float else value
 
 
 def plain_values(value: Any) -> Any:

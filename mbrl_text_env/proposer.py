@@ -172,17 +172,11 @@ class CandidateProposer:
         """Describe B states and their candidates: float32[B, layout.size].
 
         An ended state has zeros for candidates and all rewards. Embeddings count as FLOPs of a
-        value model, or as calls of the language model where that embeds.
-
-        Args:
-            states, proposals, ledgers: The states, the candidates of each, and who pays for each.
-            known: One a state: the rewards of the call before, which are not asked for again. Those
-                of this call take their place.
-            failures: One a state. With it, a prefix that cannot be scored costs its own state
-                alone: its error is put there, and its rewards are zeros.
-
-        Raises:
-            RewardError: A prefix could not be scored, and there is no list of failures.
+        value model, or as calls of the language model where that embeds. `known` are the rewards of
+        the call before, one mapping a state, which are not asked for again; those of this call take
+        their place. With `failures`, one a state, a prefix that cannot be scored costs its own
+        state alone: its error is put there, and its rewards are zeros; without, it is a
+        `RewardError`.
         """
         rows = np.zeros((len(states), self.layout.size), dtype=np.float32)
         parts = self.layout.split(rows)

@@ -1,8 +1,7 @@
 """Scored responses as token-level records, kept in folders of Parquet shards.
 
-A record holds all that re-scoring or fitting needs. A shard is written under a temporary name and
-then renamed, so a folder never shows half of one. The columns load with
-`datasets.load_dataset("parquet", ...)`, pandas or anything else that reads Parquet.
+A shard is written under a temporary name and then renamed, so a folder never shows half of one. The
+columns load with `datasets.load_dataset("parquet", ...)`, pandas or anything else.
 """
 
 from __future__ import annotations
@@ -274,14 +273,14 @@ class RecordWriter:
         """Add records one by one; see `append`."""
         self._check_open()
         for record in records:
-            self._pending.append(_batch(record))
+            self._pending.append(as_batch(record))
             if len(self._pending) >= self.shard_rows:
                 self.flush()
 
     def append_together(self, records: Iterable[Record]) -> None:
         """Write records at once: a kill leaves all of them or none; see `append`."""
         self._check_open()
-        self._pending += [_batch(record) for record in records]
+        self._pending += [as_batch(record) for record in records]
         self.flush()
 
     def go_on(self, run: Mapping[str, Any]) -> None:
@@ -360,7 +359,7 @@ def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[
             warnings.warn(f"Left out a damaged shard: {error}", stacklevel=2)
             damaged += 1
         else:
-            yield from map(_record, table.to_pylist())
+            yield from map(from_row, table.to_pylist())
     if damaged == len(shards):
         raise RecordsError(
             f"{folder}: expected at least one sound shard, but all {len(shards)} are damaged. "
@@ -388,8 +387,8 @@ def rescore(
 ) -> None:
     """Score the responses of a folder with another reward model, into a new folder.
 
-    Nothing is generated again: the new records differ from the old in `score`, `rewards` and
-    `reward_name` alone. The new folder appears when all of it is written, or not at all.
+    The new records differ from the old in `score`, `rewards` and `reward_name` alone. The new
+    folder appears when all of it is written, or not at all.
 
     Raises:
         RecordsError: The target is the source, holds something, or cannot be written; the source
@@ -439,10 +438,11 @@ def _check_target(source: Path, target: Path) -> None:
         )
 
 
-def _batch(record: Record) -> pa.RecordBatch:
+def as_batch(record: Record) -> pa.RecordBatch:
+    """A table of one record; RecordsError where it cannot be written."""
     # Converted when it is added, so that an unfit record fails by itself and not with its shard.
     try:
-        return pa.RecordBatch.from_pylist([_row(record)], schema=SCHEMA)
+        return pa.RecordBatch.from_pylist([to_row(record)], schema=SCHEMA)
     except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
         raise record._error(
             "64-bit integers, valid Unicode text and metadata of JSON values, got "
@@ -450,7 +450,8 @@ def _batch(record: Record) -> pa.RecordBatch:
         ) from error
 
 
-def _row(record: Record) -> dict[str, Any]:
+def to_row(record: Record) -> dict[str, Any]:
+    """The columns of `SCHEMA`, as values of JSON."""
     row = {name: getattr(record, name) for name in SCHEMA.names}
     if record.messages is not None:
         row["messages"] = [vars(message) for message in record.messages]
@@ -462,7 +463,8 @@ def _row(record: Record) -> dict[str, Any]:
     return row
 
 
-def _record(row: dict[str, Any]) -> Record:
+def from_row(row: dict[str, Any]) -> Record:
+    """The record that `to_row` made the columns of."""
     if row["messages"] is not None:
         row["messages"] = tuple(Message(**message) for message in json.loads(row["messages"]))
     row["metadata"] = json.loads(row["metadata"])

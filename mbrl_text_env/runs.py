@@ -62,17 +62,10 @@ def claimed(
 ) -> Iterator[None]:
     """Be the only process that works in a run's folder, and make sure that it is of this run.
 
-    Call it when all arguments are known to be good. A kill at any moment leaves a folder that the
-    same call goes on with.
-
-    Args:
-        folder: Made if it is not there.
-        record: Whatever the run's results depend on (see `identity`). JSON values.
-        noun: What the messages call the run, such as "comparison".
-        error: What is raised: the folder holds other files, or another run, is in use, or cannot be
-            written.
-        grows: Keys of objects in `record`, such as prompts, to which this run may add entries;
-            those that are there and not in this run's are kept.
+    A kill at any moment leaves a folder that the same call goes on with. `record` is whatever the
+    run's results depend on (see `identity`), `noun` what the messages call the run; other files,
+    another run, another process and a disk that cannot be written raise `error`. To the objects in
+    `record` that `grows` names, such as prompts, this run may add entries.
     """
     path = Path(folder)
     with writing(path, error):
@@ -205,10 +198,10 @@ def read_config(path: Path, error: type[Exception]) -> dict[str, Any]:
 def claim_checkpoints(
     checkpoints: Path, record: Mapping[str, Any], error: type[Exception]
 ) -> str | None:
-    """Make the folder of checkpoints, or find in it the last whole one of the same run.
+    """Make the folder of checkpoints, or find in it the last whole one of the same run, or None.
 
-    Checkpoints that were cut off are removed; None where there is no whole one. A folder of another
-    run, by its `record` of JSON values, or of something else is an `error`.
+    Checkpoints that were cut off are removed. A folder of another run, by its `record` of JSON
+    values, or of something else is an `error`.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     remove_scratch(checkpoints)

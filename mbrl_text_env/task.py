@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import compress, pairwise
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from mbrl_text_env.rewards import base as rewards
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import ChunkSpace, UnicodeText, as_token_ids, padded_chunk_space, unpadded
-from mbrl_text_env.types import Ledger, Prompt, TextState, check_positive
+from mbrl_text_env.types import Ledger, Prompt, TextState, check_positive, one_of
 
 RewardMode = Literal["terminal", "delta", "process"]
 ObservationMode = Literal["text", "tokens", "embedding"]
@@ -82,8 +82,7 @@ class TextTask:
     Args:
         prompts: Prompts to draw from; by default the train split of the package's own.
         tokenizer: A tokenizer or a language model; by default SmolLM2's tokenizer.
-        reward_model: A reward model, a name or a weighted sum of names (see `rewards.make`), or a
-            callable (see `rewards.as_reward_model`).
+        reward_model: Whatever `rewards.as_reward_model` takes.
         reward: `"terminal"`: the score when the response ends, otherwise 0. `"delta"`: the increase
             of the prefix's score at every chunk, from 0 for no response, so that the rewards of an
             episode add up to the score. `"process"`: the process reward of each chunk.
@@ -191,7 +190,7 @@ class TextTask:
     def advance(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
         """Step each state with its action: one reward call for all."""
         pairs = zip(outcomes, actions, strict=True)
-        appended = [self._append(outcome.state, action) for outcome, action in pairs]
+        appended = [self.append(outcome.state, action) for outcome, action in pairs]
         states = [state for state, _ in appended]
         responses = [self.tokenizer.decode(state.response_ids) for state in states]
         scores = self._scores(states, responses)
@@ -225,7 +224,7 @@ class TextTask:
         for (outcome, action), error in zip(rows, errors, strict=True):
             result = next(advanced) if error is None else error
             if isinstance(result, RewardError):
-                state, cut = self._append(outcome.state, action)
+                state, cut = self.append(outcome.state, action)
                 state = replace(state, finish_reason=state.finish_reason or "length")
                 response = self.tokenizer.decode(state.response_ids)
                 nothing = _NAN, dict.fromkeys(self._part_names, _NAN)
@@ -289,7 +288,7 @@ class TextTask:
             response_length=spaces.Discrete(response + 1),
         )
 
-    def _append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
+    def append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
         """The state after an action, and whether the action was cut."""
         ids = as_token_ids(action)
         if ids is None:
@@ -394,12 +393,6 @@ def added_text(before: str, after: str) -> str:
     return after[len(shared) :]
 
 
-def one_of(name: str, value: object, allowed: Any) -> None:
-    """Refuse an argument that is not among the values of a `Literal`."""
-    if value not in get_args(allowed):
-        raise ValueError(f"{name}: expected one of {list(get_args(allowed))}, got {value!r}.")
-
-
 def feature_box(size: int) -> spaces.Box:
     """A space of feature vectors, float32[size]."""
     return spaces.Box(-_LARGEST, _LARGEST, (size,), np.float32)
@@ -412,11 +405,7 @@ def as_text(outcome: Outcome) -> str:
 
 
 def as_frame(outcome: Outcome) -> npt.NDArray[np.uint8]:
-    """A picture of `as_text`, uint8[480, 640, 3], black on white.
-
-    Long texts are cut: of the prompt the first lines are shown, of the response the last ones.
-    Characters that DejaVu Sans Mono lacks (Chinese, emoji) are shown as boxes.
-    """
+    """A picture of `as_text`, uint8[480, 640, 3], black on white; long texts are cut."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -276,6 +276,11 @@ class Budget:
         """Whether any amount has a cap."""
         return any(cap is not None for cap in vars(self).values())
 
+    def ends(self, each: Usage) -> bool:
+        """Whether it ends a search that is charged so much again and again."""
+        # A cap on something that costs nothing here is none.
+        return self.seconds is not None or not Ledger(self).affords(each * 1_000_000)
+
     def after(self, usage: Usage) -> Budget | None:
         """What is left of the caps when `usage` is spent; None where nothing is."""
         left = {
@@ -348,6 +353,10 @@ class Ledger:
 _charged_inside: ContextVar[list[float] | None] = ContextVar("_charged_inside", default=None)
 
 
+Ledgers = Sequence[Ledger] | None
+"""Who pays, one ledger an item; None where nobody does."""
+
+
 @contextmanager
 def timed(ledgers: Sequence[Ledger] | None) -> Iterator[None]:
     """Charge the wall time of a block to `ledgers`, in equal parts.
@@ -374,3 +383,9 @@ def check_positive(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}.")
+
+
+def one_of(name: str, value: object, allowed: Any) -> None:
+    """Raise a ValueError for an argument that is not among the values of a `Literal`."""
+    if value not in get_args(allowed):
+        raise ValueError(f"{name}: expected one of {list(get_args(allowed))}, got {value!r}.")

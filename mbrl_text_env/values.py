@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.rewards.base import reward_name
-from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage, timed
+from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, timed
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Prefix lengths in tokens that values are fitted and checked on by default."""
@@ -59,9 +59,7 @@ class ValueModel(ABC):
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
         """Mean and standard deviation, each float64[len(states)]; uncharged."""
 
-    def predict_with(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
-    ) -> ValueEstimate:
+    def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> ValueEstimate:
         """`predict`, with what other models are asked for charged to the ledgers, one a state."""
         return self.predict(states)
 
@@ -109,7 +107,7 @@ def as_value_model(value_model: Any) -> ValueModel:
 
 
 def predict_values(
-    value_model: ValueModel, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
+    value_model: ValueModel, states: Sequence[TextState], *, ledgers: Ledgers = None
 ) -> ValueEstimate:
     """Predict, and charge the ledgers (one a state).
 

@@ -1,8 +1,7 @@
 """Wrappers: the candidate view, potential-based shaping and a KL penalty.
 
-In the candidate view a language model proposes K chunks and the agent picks one: a problem with
-`Discrete(K)` actions and `Box` observations, which stable-baselines3 takes as it is. The other two
-change the reward of the text environment and of the candidate view, alone or together.
+In the candidate view a language model proposes K chunks and the agent picks one, with spaces that
+stable-baselines3 takes as they are. The other two change the reward, alone or together.
 """
 
 from __future__ import annotations

@@ -189,11 +189,9 @@ class FilterError(ValueError):
 class FilterSettings:
     """A chain of filters, applied in the order of the fields; None leaves one out.
 
-    Args:
-        distinct: Drop responses to a prompt that are token for token one that came before.
-        threshold: Least score, itself included. For correct responses only, `CORRECT`.
-        top_fraction: Share of all responses, the highest scores, above 0 and up to 1.
-        best_of_prompt: Most responses to each prompt, the highest scores.
+    Responses to a prompt with the same tokens count once (`distinct`); then come the least score
+    (`CORRECT` for correct ones only), the share of all responses with the highest scores, and the
+    most responses to each prompt.
 
     Example:
         >>> FilterSettings(threshold=CORRECT, best_of_prompt=1)

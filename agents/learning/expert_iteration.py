@@ -1,10 +1,4 @@
-"""Expert iteration: a policy answers with an agent's help, and learns its best answers.
-
-Each iteration collects scored answers to train prompts, filters them, tunes the policy on what is
-left, measures plain sampling on validation prompts, and fits a new value model. Iteration 0 only
-measures the base model and fits its value. Whatever is made is kept; docs/self-training.md shows
-the folder.
-"""
+"""Expert iteration: a policy answers with an agent's help, and learns its best answers."""
 
 from __future__ import annotations
 
@@ -39,6 +33,7 @@ from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import FittedValue
 from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.files import restored
 from mbrl_text_env.language_models.base import (
     LanguageModel,
     SamplingParams,
@@ -80,7 +75,6 @@ class ExpertIteration:
         train: Prompts to answer; below 500 there is a warning, as the article advises.
         validation: Prompts to measure on, of other ids.
         settings: What an iteration does; see `star`, `rest_em`, `rejection_sampling`, `planned`.
-        improver: How a policy learns.
         gold_model: A trusted reward that nothing is selected by.
         agent_factory: Makes the agent that answers, instead of the settings' spec.
         value_factory: Makes a value model to fit, of a class that `load_value` reads, instead of
@@ -364,7 +358,7 @@ class ExpertIteration:
 
     def _value_report(self, iteration: int) -> ValueReport:
         values = self._stage(iteration, "value").read()["report"]
-        found: ValueReport = reports.from_json(ValueReport, values)
+        found: ValueReport = restored(ValueReport, values)
         return found
 
     def _sampling(self, policy: LanguageModel, params: SamplingParams) -> Sampling:
@@ -398,7 +392,7 @@ class ExpertIteration:
             "improvement": parts.pop("policy"),
             "usage": {name: note["usage"] for name, note in notes.items()},
         }
-        report: IterationReport = reports.from_json(IterationReport, {**values, **parts})
+        report: IterationReport = restored(IterationReport, {**values, **parts})
         first = before[0] if before else report
         doubts = reports.doubts_about(first.validation, report.validation)
         for doubt in doubts:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mbrl_text_env._lazy import optional
 from mbrl_text_env.agents.learning import training
-from mbrl_text_env.agents.learning.reports import from_json, to_json, write_json
+from mbrl_text_env.agents.learning.reports import to_json, write_json
 from mbrl_text_env.agents.learning.training import TuningError
-from mbrl_text_env.files import recover_folder
+from mbrl_text_env.files import recover_folder, restored
 from mbrl_text_env.fitting.folder import FolderKind
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import RewardError
@@ -77,13 +77,8 @@ class AdapterSettings:
 class FineTuneSettings(AdapterSettings):
     """How a policy is fine-tuned; for the adapter's fields see `AdapterSettings`.
 
-    Args:
-        learning_rate: Its highest value; it falls linearly to 0.
-        epochs: Passes over the examples.
-        batch_size: Examples in one forward pass.
-        gradient_accumulation: Passes in one step of the optimizer.
-        max_length: Most tokens of prompt and response; longer examples are left out.
-        seed: Adapters and order of the examples follow from it.
+    The learning rate is the highest one; it falls linearly to 0. A step has `batch_size` x
+    `gradient_accumulation` examples; those of more than `max_length` tokens are left out.
     """
 
     learning_rate: float = 2e-4
@@ -103,13 +98,10 @@ class FineTuneSettings(AdapterSettings):
 class FineTuneReport:
     """What fine-tuning did and took.
 
-    Args:
-        loss_before: Mean loss (nats a response token, averaged over batches) of the first examples,
-            at most 64, before the first step.
-        losses: The same of each step's examples, before that step.
-        seconds: Wall time; of the last call alone where an earlier one was stopped.
-        tokens: Tokens of prompts and responses passed through the model in training.
-        flops: Twice a forward pass (frozen weights need no gradients), padding not counted.
+    `loss_before` is the mean loss (nats a response token, averaged over batches) of the first
+    examples, at most 64, before the first step; `losses` are those of each step's examples.
+    `seconds` are of the last call alone where an earlier one was stopped. `tokens` and `flops`
+    (twice a forward pass) count prompts and responses, not padding.
     """
 
     num_examples: int
@@ -127,7 +119,8 @@ class FineTuneReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FineTuneReport:
         """The report that `to_dict` described."""
-        return from_json(cls, values)
+        found: FineTuneReport = restored(cls, values)
+        return found
 
 
 def fine_tune(
@@ -146,13 +139,11 @@ def fine_tune(
     adapter.
 
     Checkpoints lie in `<folder>-checkpoints`, from which a call that was stopped goes on if
-    records and settings are the same; they are removed at the end. They hold the optimizer's state
-    in torch's format and `training_args.bin`, a pickle, which nothing here reads: keep checkpoints
-    of others out of that folder. The final folder has safetensors and JSON alone, and is there as a
-    whole or not at all.
+    records and settings are the same; they are removed at the end. They hold pickles of torch: keep
+    those of others out of that folder. The final folder has safetensors and JSON alone, and is
+    there as a whole or not at all.
 
     Args:
-        language_model: The base.
         records: At least two, with the token ids of their responses.
         folder: Where the adapter is written, with `fine_tuning.json`; `serve` takes it.
         start_from: Folder of an adapter to go on training; None for a new one.
@@ -200,11 +191,7 @@ class Example(NamedTuple):
 def examples_of(
     language_model: TransformersLM, records: Sequence[Record], max_length: int
 ) -> list[Example]:
-    """What is learned from each record; longer ones than `max_length` are left out.
-
-    A response that ended by itself ends with a stop token, also where the record lacks it. The
-    prompt is the record's own in the template, without a hint that it was sampled with.
-    """
+    """What is learned from each record, with a stop token; longer ones are left out."""
     if len(records) < 2:
         raise TuningError(
             f"Expected at least two records to fine-tune on, got {len(records)}. Collect more, or "
@@ -271,19 +258,13 @@ def _recipe(examples: Sequence[Example], settings: FineTuneSettings) -> Recipe:
 
 
 def trainable(
-    language_model: TransformersLM,
-    settings: AdapterSettings,
-    start_from: str | Path | None = None,
+    language_model: TransformersLM, settings: AdapterSettings, start_from: str | Path | None = None
 ) -> Any:
     """A peft model of the language model's weights, for a trainer; a new adapter changes nothing.
 
     The frozen weights are the language model's own where these are float32 (also under int8
-    products), else a float32 copy. The language model itself does not change. torch's global
-    generator draws a new adapter; one to start from keeps its own form.
-
-    Raises:
-        TuningError: No module has the name of a target, or `start_from` is for another base.
-        RewardError: `peft` is not installed.
+    products), else a float32 copy. torch's global generator draws a new adapter; one to start from
+    keeps its own form. Unknown targets and another base are a `TuningError`.
     """
     import torch
 
@@ -337,9 +318,8 @@ def train_adapter(
 ) -> Any:
     """Train an adapter, or go on from a checkpoint, to the end; `write` then writes its folder.
 
-    The settings have a seed and a learning rate; `described` is what the adapter depends on beside
-    these, as JSON values. The trainer is returned; where its recipe has an `eval_dataset`,
-    `loss_before` is the loss on that before the first step.
+    `described` is what the adapter depends on beside the settings, as JSON values. Where the recipe
+    has an `eval_dataset`, the trainer's `loss_before` is the loss on that before the first step.
     """
     from transformers import PrinterCallback
 

@@ -1,7 +1,4 @@
-"""How a policy is trained on its own answers: the settings of the loop, and four known choices.
-
-`star`, `rest_em`, `rejection_sampling` and `planned` give a paper's numbers; whatever else they are
-called with takes the place of a field of `LoopSettings`:
+"""The settings of the loop, and four known choices of them.
 
 >>> star().hints, star().start_from, star(iterations=16).iterations
 (True, 'base', 16)
@@ -40,8 +37,7 @@ class LoopSettings:
 
     Args:
         iterations: Rounds of collecting and tuning. A loop that has ended goes on with more.
-        agent: Spec of `mbrl_text_env.agents.registry`, which answers the train prompts.
-        budget: Caps on each answer; None for none.
+        agent: Spec of the agent that answers the train prompts.
         params: How plain sampling draws tokens: in collecting, where the agent's spec says nothing
             else, in validation, and for the value model's data.
         start_from: What is tuned; all answers come from the policy of the iteration before.
@@ -54,10 +50,8 @@ class LoopSettings:
         value_samples: Responses to each train prompt that a value model is fitted on.
         validation_samples: Responses to each validation prompt; the value's correlation within
             prompts needs two.
-        divergence_samples: Responses to each validation prompt, at temperature 1, from which the
-            divergence from the base is estimated; 0 leaves it out.
-        patience: Iterations in a row without a new best validation score after which the loop
-            stops; None never stops it.
+        divergence_samples: The same at temperature 1, for the divergence from the base.
+        patience: Iterations without a new best validation score after which the loop stops.
     """
 
     name: str = "expert-iteration"

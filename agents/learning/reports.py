@@ -6,10 +6,9 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 
@@ -43,33 +42,12 @@ def to_json(values: Any) -> dict[str, Any]:
     return found
 
 
-def from_json(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """Read `to_json`: lists become tuples, objects the dataclasses that the fields name."""
-    hints = get_type_hints(kind)
-    return kind(**{name: _read(hints[name], value) for name, value in values.items()})
-
-
-def _read(hint: Any, value: Any) -> Any:
-    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if isinstance(value, list):
-        [item, *_] = get_args(options[0]) or (Any,)
-        return tuple(_read(item, each) for each in value)
-    for option in options:
-        if isinstance(value, Mapping) and isinstance(option, type) and is_dataclass(option):
-            return from_json(option, value)
-        if isinstance(value, str) and option is float:
-            return float(value)
-    return value
-
-
 @dataclass(frozen=True)
 class Divergence:
     """Kullback-Leibler divergence of a policy from the base model, estimated from its samples.
 
-    Args:
-        per_response: Nats a response: the mean of log policy - log base over whole responses.
-        per_response_error: Its standard error; NaN for one prompt with one response.
-        per_token: Nats a token: the same sum, divided by the number of tokens.
+    In nats a response (the mean of log policy - log base) and a token, with standard errors over
+    prompts; these are NaN for one prompt with one response.
     """
 
     per_response: float
@@ -172,13 +150,10 @@ def _distinct(texts: Sequence[tuple[str, ...]], n: int) -> float:
 
 @dataclass(frozen=True)
 class ValueCheck:
-    """How well a value model predicts responses that it was not fitted on.
+    """How well a value model predicts responses that it was not fitted on, over all prefixes.
 
-    Args:
-        error: Root mean square of prediction - final score, over prefixes of all lengths.
-        correlation: Pearson correlation over all prefixes.
-        within_prompt: The same without the mean of each prompt's prefixes of one length: what a
-            choice among partial responses can use. NaN where nothing varies.
+    `error` is the root mean square of prediction - final score; `within_prompt` the correlation
+    without the mean of each prompt's prefixes of one length: what a choice can use.
     """
 
     error: float
@@ -209,15 +184,11 @@ def check_value(
 
 @dataclass(frozen=True)
 class GoldCheck:
-    """What a trusted reward that was not optimised says of the same responses.
+    """What a trusted reward that was not optimised says of the responses that it could score.
 
-    Args:
-        proxy: Mean score under the reward that is optimised, of the responses below.
-        gold: Mean score under the trusted one.
-        gap: proxy - gold. Its change since the base model is the part of a rise that is not real,
-            where both rewards have one scale.
-        correlation: Of the two, over responses; NaN where one does not vary.
-        num_responses: Responses that the trusted reward could score.
+    `proxy` is the optimised reward's mean, `gap` proxy - gold: its change since the base model is
+    the part of a rise that is not real, where both have one scale. The correlation is over
+    responses.
     """
 
     proxy: float
@@ -289,14 +260,9 @@ class Selected(Answers):
 
 @dataclass(frozen=True)
 class Validation:
-    """Plain sampling on the validation prompts.
+    """Plain sampling on the validation prompts: mean score over prompts with its standard error.
 
-    Args:
-        mean: Mean score, over prompts.
-        error: Its standard error over prompts; NaN for one prompt.
-        tokens: Mean length of a response.
-        divergence: From the base model, where it was asked for.
-        gold: What a trusted reward says, where there is one.
+    `error` is NaN for one prompt; `tokens` is the mean length of a response.
     """
 
     mean: float
@@ -322,16 +288,12 @@ class Validation:
 
 @dataclass(frozen=True)
 class ValueReport:
-    """The value model of an iteration.
+    """The value model of an iteration, and how well it and the one before predict.
 
-    Args:
-        fitted_at: The iteration whose policy it was fitted for.
-        refitted: Whether that is this one.
-        when_fitted: How well the old model predicted the validation responses of the policy that
-            it was fitted for (the first model: this policy's).
-        before: How well the old model predicts this policy's; None for the first.
-        after: How well the model of this iteration does.
-        error_ratio: Of `before` and `when_fitted`; None for the first.
+    `fitted_at` is the iteration for whose policy it was fitted; `refitted` says whether that is
+    this one. `when_fitted` is how well the old model did on the policy it was fitted for, `before`
+    how well it does on this one (None for the first), `after` how well the model in use does.
+    `error_ratio` is `before` by `when_fitted`.
     """
 
     fitted_at: int
@@ -344,15 +306,10 @@ class ValueReport:
 
 @dataclass(frozen=True)
 class IterationReport:
-    """An iteration's figures; what an iteration lacks is None.
+    """An iteration's figures: 0 is the base model, and None what an iteration lacks.
 
-    Args:
-        iteration: 0 for the base model, before anything is learned.
-        policy: Name of the policy at its end, which `validation` and `value` are of.
-        collected: What the policy before answered.
-        usage: What each stage took, of the last try where it was stopped: `Usage.as_dict()`, whose
-            seconds are those of the models' calls, and `wall_seconds`.
-        warnings: What to look at.
+    `policy` is the one at its end, which `validation` and `value` are of; `collected` is of the one
+    before. `usage` is what each stage took: `Usage.as_dict()`, and `wall_seconds`.
     """
 
     iteration: int
@@ -407,8 +364,8 @@ def without_signal(
 ) -> str | None:
     """Why nothing can be learned from answers; None where something can.
 
-    A planner whose answers all score the same still has something to teach, as long as plain
-    samples of the same policy (`own`) do not; `is_plain` says that the answers are such samples.
+    Answers of a planner that all score the same can teach, if its policy's `own` plain samples
+    differ.
     """
     scores = {record.score for record in answers}
     if len(scores) > 1 or (not is_plain and {record.score for record in own} != scores):
@@ -422,10 +379,7 @@ def without_signal(
 
 
 def fallen(means: Sequence[float], patience: int | None) -> str | None:
-    """Why a loop stops after `patience` iterations without a new best; None where it does not.
-
-    `means` are the validation means of each iteration, the base model's first.
-    """
+    """Why a loop stops after `patience` means without a new best; None where it does not."""
     best = max(range(len(means)), key=lambda i: means[i])
     since = len(means) - 1 - best
     if patience is None or since < patience:

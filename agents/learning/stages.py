@@ -1,8 +1,7 @@
 """What the loop's stages are made of: their notes and folders, improvers, and value models.
 
-A stage is a note and a folder; docs/self-training.md shows the tree. The note is written last, as a
-whole. A folder without its note is what a kill left behind; it is removed, and the stage is made
-again.
+A stage is a folder and a note, which is written last: a folder without its note is what a kill left
+behind; it is removed, and the stage is made again.
 """
 
 from __future__ import annotations

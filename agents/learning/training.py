@@ -28,11 +28,7 @@ class TuningError(ValueError):
 
 
 def expect(
-    settings: object,
-    name: str,
-    is_right: bool,
-    expected: str,
-    error: type[Exception] = TuningError,
+    settings: object, name: str, is_right: bool, expected: str, error: type[Exception] = TuningError
 ) -> None:
     """Refuse (`error`) a setting that is not what is expected."""
     if not is_right:
@@ -59,10 +55,7 @@ def check_prompts(
     noun: str = "prompts",
     error: type[Exception] = TuningError,
 ) -> None:
-    """Refuse (`error`) too few prompts, two of one id, and those that the reward cannot score.
-
-    A language model raises its own error for a prompt that it cannot encode.
-    """
+    """Refuse (`error`) too few prompts, two of one id, and those that a model cannot take."""
     if len(prompts) < least:
         raise error(
             f"{noun}: expected at least {least}, got {len(prompts)}. Pass more, or take fewer in a "
@@ -89,11 +82,7 @@ def check_prompts(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
-    """What a training from reward did and took.
-
-    `usage` is what candidates or responses, and their scores, took; `training_flops` are the
-    floating-point operations of what is trained, padding not counted.
-    """
+    """What a training took: by candidates, responses and scores, and by what is trained."""
 
     algorithm: str
     curve: Sequence[Any]
@@ -158,10 +147,7 @@ def stopped(where: str, checkpoints: Path) -> KeyboardInterrupt:
 
 @contextmanager
 def stop_asked(after: str) -> Iterator[list[bool]]:
-    """Note the first Ctrl-C in the list, and say what is still done (`after`); a second one stops.
-
-    Only the main thread hears of signals.
-    """
+    """Note the first Ctrl-C, of the main thread, and say what is still done; a second one stops."""
     asked: list[bool] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -7,22 +7,14 @@ __getattr__, __dir__, __all__ = attach(
     {
         "candidate_agent": ["CandidateAgent", "evaluate", "play"],
         "candidate_policy": [
-            "CandidatePolicy",
-            "CandidateView",
-            "ChoiceReport",
-            "DQNSettings",
-            "Measured",
-            "PPOSettings",
-            "load_policy",
+            *("CandidatePolicy", "CandidateView", "load_policy"),
+            *("ChoiceReport", "DQNSettings", "Measured", "PPOSettings"),
         ],
         "sb3": ["train_dqn", "train_ppo"],
         "sb3_parts": ["CandidateActorCritic", "CandidateDQNPolicy", "VectorEnvAdapter"],
         "trl": [
-            "PolicyGradientReport",
-            "PolicyGradientSettings",
-            "StepReport",
-            "train_grpo",
-            "train_rloo",
+            *("PolicyGradientReport", "PolicyGradientSettings", "StepReport"),
+            *("train_grpo", "train_rloo"),
         ],
     },
 )

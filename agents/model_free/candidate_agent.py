@@ -35,8 +35,6 @@ class CandidateAgent(Planner):
     they can be paid, and the answer is the best of all complete responses, like every planner's.
 
     Args:
-        language_model: Proposes chunks.
-        reward_model: Scores complete responses and, where the policy sees them, prefixes.
         policy: What `train_ppo` and `train_dqn` train. It says how many chunks of what length are
             drawn at which temperature; one of another model or reward is a `TuningError`.
         max_response_tokens: Token limit of a response; None for the policy's own.

@@ -1,12 +1,8 @@
-"""Policies that choose among the chunks that a language model proposes, and how they are trained.
-
-A policy gives each candidate a score by the same small network wherever it stands, so that what is
-learned of one candidate is known of all. Only numbers are read from its folder.
-"""
+"""Policies that choose among the chunks that a language model proposes, and their settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from mbrl_text_env.agents.learning.reports import from_json, write_json
+from mbrl_text_env.agents.learning.reports import write_json
 from mbrl_text_env.agents.learning.training import (
     TrainingReport,
     TuningError,
@@ -126,16 +122,14 @@ class ChoiceSettings(CandidateView):
     """What PPO and DQN have in common; for the view's fields see `CandidateView`.
 
     Args:
-        total_steps: Environment steps, each of which draws K chunks. Whole rollouts are played, so
-            it may be a few more.
+        total_steps: Environment steps, each of which draws K chunks; whole rollouts are played.
         num_envs: Environments that are stepped together.
         reward: `"delta"` pays each chunk what it adds to the score of the prefix, which needs a
             score of every prefix; `"terminal"` pays the score at the end.
         hidden: Sizes of the network's hidden layers; none for a linear policy.
-        discount: Of later rewards; episodes are short, so none by default.
-        save_steps: Environment steps between checkpoints.
-        eval_steps: Environment steps between two measurements on the validation prompts.
-        eval_episodes: Episodes of each validation prompt.
+        discount: Of later rewards.
+        save_steps, eval_steps: Environment steps between checkpoints, and between measurements of
+            `eval_episodes` of each validation prompt.
         flat_episodes: If so many first episodes all have one score, that is an error.
     """
 
@@ -169,16 +163,10 @@ class ChoiceSettings(CandidateView):
 
 @dataclass(frozen=True)
 class PPOSettings(ChoiceSettings):
-    """How PPO learns; see `ChoiceSettings` for the rest.
+    """How PPO learns, in stable-baselines3's terms; see `ChoiceSettings` for the rest.
 
-    Args:
-        rollout_steps: Environment steps between two updates, over all environments; a multiple of
-            `num_envs`.
-        batch_size: Steps in a batch; at most `rollout_steps`.
-        epochs: Passes over a rollout.
-        gae_lambda: Of generalised advantage estimation.
-        clip_range: Most that the ratio of probabilities may leave 1.
-        entropy: Weight of the entropy bonus.
+    `rollout_steps` are environment steps between two updates, over all environments: a multiple of
+    `num_envs`, and at least a batch. `entropy` weighs the bonus.
     """
 
     rollout_steps: int = 512
@@ -201,16 +189,10 @@ class PPOSettings(ChoiceSettings):
 
 @dataclass(frozen=True)
 class DQNSettings(ChoiceSettings):
-    """How DQN learns; see `ChoiceSettings` for the rest.
+    """How DQN learns, in stable-baselines3's terms; see `ChoiceSettings` for the rest.
 
-    Args:
-        buffer_size: Transitions that are kept.
-        learning_starts: Environment steps before the first update.
-        batch_size: Transitions in an update.
-        updates: Updates a step of all environments.
-        target_interval: Environment steps between two updates of the target network.
-        exploration_fraction: Share of the training over which exploration falls.
-        exploration_final: Probability of a random choice from then on.
+    `learning_starts` and `target_interval` are in environment steps, `updates` those after a step
+    of all environments. Random choices fall to `exploration_final` over the `exploration_fraction`.
     """
 
     buffer_size: int = 20_000
@@ -231,15 +213,10 @@ class DQNSettings(ChoiceSettings):
 
 @dataclass(frozen=True)
 class Measured:
-    """The policy's choices on the validation prompts, after so much training.
+    """The policy's choices on the validation prompts, after so many environment steps.
 
-    Args:
-        steps: Environment steps so far.
-        scores: Mean score of each validation prompt.
-        usage: What candidates, features and scores of the training took so far.
-        training_flops: Of the network that chooses, so far.
-        wall_seconds: So far, measurements aside.
-        own_usage: What this measurement took.
+    Usage, FLOPs of the network and wall time are the training's so far, `own_usage` is what this
+    measurement took; `scores` are the means of each prompt.
     """
 
     steps: int
@@ -253,11 +230,6 @@ class Measured:
     def mean(self) -> float:
         """Mean over the prompts."""
         return float(np.mean(self.scores))
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Measured:
-        """Read what `dataclasses.asdict` and JSON made of it."""
-        return from_json(cls, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +315,6 @@ class CandidatePolicy:
     Args:
         scorer: Gives each candidate a score; the highest is chosen, the first of equals.
         view: What it was trained on.
-        hidden: Sizes of the scorer's hidden layers.
         language_model_name: Whose candidates it was trained on; None fits any.
         reward_name: The reward that it was trained for; None fits any.
         encoder: The encoder of its features, where the view's is `"own"`.
@@ -351,8 +322,6 @@ class CandidatePolicy:
 
     Example:
         >>> policy = load_policy("ppo", language_model, reward_model)  # doctest: +SKIP
-        >>> policy.choose(observations)  # doctest: +SKIP
-        array([2, 0, 1])
     """
 
     scorer: CandidateScorer
@@ -439,7 +408,6 @@ def load_policy(
         language_model: Refused if the policy was trained with another; None is not checked.
         reward_model: The same for the reward.
         encoder: The encoder of the features, where it was passed in to the training.
-        name: What reports call it; by default the algorithm.
     """
     with POLICY.reading(folder) as (config, arrays):
         view = CandidateView(**{f.name: config["view"][f.name] for f in fields(CandidateView)})

@@ -1,8 +1,4 @@
-"""PPO and DQN of stable-baselines3 learn to choose among the chunks that a language model proposes.
-
-The language model stays as it is; what is learned is which of its K candidates to take. All
-environments are stepped together, with one call of the language model.
-"""
+"""PPO and DQN of stable-baselines3 learn to choose among a language model's candidates."""
 
 from __future__ import annotations
 
@@ -32,6 +28,7 @@ from mbrl_text_env.agents.model_free.candidate_policy import (
     PPOSettings,
 )
 from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.files import restored
 from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -69,7 +66,6 @@ def train_ppo(
     are removed at the end. They and the policy's folder hold safetensors and JSON alone.
 
     Args:
-        language_model: Proposes the candidates.
         reward_model: A reward model, or anything that `as_reward_model` accepts; of the order of 1.
         prompts: To train on, with different ids.
         folder: Where the policy is written, with `ledger.json` and `curve.json`; `load_policy`
@@ -226,7 +222,7 @@ class Training(BaseCallback):
         by_id = {prompt.id: prompt for prompt in self.prompts}
         notes = sb3_parts.read_checkpoint(checkpoint, model, self._env, by_id)
         self.curve = [(int(steps), float(score)) for steps, score in notes["episodes"]]
-        self.validated = [Measured.from_json(row) for row in notes["validation"]]
+        self.validated = [restored(Measured, row) for row in notes["validation"]]
         self.usage, self.wall_seconds = Usage(**notes["usage"]), notes["wall_seconds"]
 
     def _curves(self) -> dict[str, Any]:

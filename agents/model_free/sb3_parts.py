@@ -1,8 +1,7 @@
-"""What training by stable-baselines3 is made of: its vector environment, policies and checkpoints.
+"""The vector environment, policies and checkpoints of training by stable-baselines3.
 
-Checkpoints are numbers, safetensors and JSON, of public attributes: weights, the optimizer's state,
-the replay buffer, random generators, and the states of the environments. stable-baselines3's own
-`save` writes pickles, and nothing of the environment.
+Checkpoints are safetensors and JSON of public attributes, with the states of the environments;
+stable-baselines3's own `save` writes pickles, and nothing of the environment.
 """
 
 from __future__ import annotations
@@ -288,11 +287,7 @@ def write_checkpoint(
 def read_checkpoint(
     folder: Path, model: BaseAlgorithm, env: CandidateChunksVector, prompts: Mapping[str, Prompt]
 ) -> dict[str, Any]:
-    """Put a training where it was, and return the notes; a damaged checkpoint is a `TuningError`.
-
-    Model (on a `ResumableEnv`) and environment are made with the same settings; `prompts` are the
-    environment's, by id.
-    """
+    """Put a training where it was and return its notes; `TuningError` for a damaged checkpoint."""
     from safetensors.torch import load_file
 
     try:

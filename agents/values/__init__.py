@@ -9,15 +9,8 @@ __getattr__, __dir__, __all__ = attach(
         "fitted": ["FitError", "FitReport", "FittedValue", "Samples", "cut_prefixes", "samples_of"],
         "kinds": [
             *("EmbeddingValue", "HiddenStateValue", "PrefixRewardValue", "RolloutValue"),
-            *(
-                "StackedValue",
-                "FITTED",
-                "READY",
-                "WORLD_MODEL",
-                "check_value_fits",
-                "load_value",
-                "make_value",
-            ),
+            *("StackedValue", "check_value_fits", "load_value", "make_value"),
+            *("FITTED", "READY", "WORLD_MODEL"),
         ],
         "tokens": ["TokenEmbeddingValue"],
     },

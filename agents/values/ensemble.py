@@ -69,8 +69,6 @@ class EnsembleValue(FittedValue):
 
     Example:
         >>> value = EnsembleValue(StackedValue(lm, reward)).fit(records)  # doctest: +SKIP
-        >>> value.predict([state]).std  # doctest: +SKIP
-        array([0.21])
     """
 
     kind = "ensemble"

@@ -1,9 +1,7 @@
 """What the value models that are fitted on records share.
 
-A value model is split in two: `inputs`, which asks the models that cost something (an encoder, the
-reward model, the language model) and is charged, and a head, an estimator of scikit-learn, which is
-arithmetic on these numbers. So fitting many heads, as validation and `EnsembleValue` do, pays for
-the inputs once. A search asks for the value of prefixes of every length, so every length is fitted.
+A value model is `inputs`, which asks the models that cost something and is charged, and a head, an
+estimator of scikit-learn on these numbers: fitting many heads pays for the inputs once.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import numpy as np
 from mbrl_text_env.fitting.folder import Arrays, FolderKind, numbers_of, with_numbers
 from mbrl_text_env.fitting.heads import Head, Spread, choose, cross_spread, fitted
 from mbrl_text_env.fitting.report import FitError, FitReport, Samples, value_report
-from mbrl_text_env.types import FloatArray, Ledger, TextState
+from mbrl_text_env.types import FloatArray, Ledgers, TextState
 from mbrl_text_env.values import LENGTHS, ValueEstimate, ValueModel, ValueModelError
 
 if TYPE_CHECKING:
@@ -109,12 +107,7 @@ def samples_of(
 
 
 def check_records(records: Sequence[Record]) -> None:
-    """Refuse records that no value can be learned from.
-
-    Raises:
-        FitError: There are fewer than two, their scores come from several reward models, their
-            responses from several language models, or all their scores are equal.
-    """
+    """Refuse (`FitError`) records that no value can be learned from."""
     from mbrl_text_env.records import scores_of
 
     if len(records) < 2:
@@ -161,12 +154,8 @@ def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
 class FittedValue(ValueModel):
     """A value model that learns from records; a subclass says what it sees and how it is fitted.
 
-    Attributes:
-        head_: What makes the mean of the inputs, fitted.
-        spread_: The standard deviation by prefix length, of the errors on prompts left out.
-        chosen_: Name of the head, where there were several to choose from.
-        report_: `FitReport` of the fit, on prompts left out.
-        reward_name_, language_model_name_: What it was fitted on.
+    `head_` makes the mean of the inputs, `spread_` the standard deviation by prefix length, from
+    the errors on prompts left out; `chosen_` names the head, `report_` is the `FitReport`.
 
     Example:
         >>> class Length(FittedValue):  # ridge on the number of tokens
@@ -182,9 +171,7 @@ class FittedValue(ValueModel):
     head_: Head
 
     @abstractmethod
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, d]: what is seen of the states; other models' calls are charged."""
 
     def samples(self, records: Sequence[Record]) -> Samples:
@@ -240,9 +227,7 @@ class FittedValue(ValueModel):
         """Mean and standard deviation, each float64[B]; uncharged."""
         return self.predict_with(states, None)
 
-    def predict_with(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
-    ) -> ValueEstimate:
+    def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> ValueEstimate:
         """`predict`, with what other models take charged to the ledgers, one a state.
 
         A response that has ended is worth its score, where the model sees that, and no guess.

@@ -46,13 +46,8 @@ from mbrl_text_env.language_models.base import (
 )
 from mbrl_text_env.mdp import is_terminal, response_limit, transition
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import (
-    RewardLike,
-    Scores,
-    reward_usage_bound,
-    score_responses,
-)
-from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage, check_positive
+from mbrl_text_env.rewards.base import RewardLike, Scores, reward_usage_bound, score_responses
+from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, check_positive
 from mbrl_text_env.values import (
     LENGTHS,
     ValueEstimate,
@@ -94,15 +89,12 @@ class EmbeddingValue(FittedValue):
     prompts left out in cross-validation, the same for every state.
 
     Args:
-        tokenizer: Decodes states; a language model will do.
         encoder: Embeds texts; by default MiniLM.
         alpha: Strength of the ridge penalty.
         prefix_ratio: Share of a response's words that is kept, above 0 and up to 1.
 
     Example:
         >>> value = EmbeddingValue(tokenizer).fit(read_records("records"))  # doctest: +SKIP
-        >>> value.predict([state]).mean  # doctest: +SKIP
-        array([0.31])
     """
 
     kind = "embedding"
@@ -134,9 +126,7 @@ class EmbeddingValue(FittedValue):
         """Standard deviation of every prediction."""
         return float(self.spread_.stds[0])
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, d]: the embedding of prompt and prefix."""
         return self._embedded(self._texts(states))
 
@@ -195,8 +185,6 @@ class HiddenStateValue(FittedValue):
 
     Example:
         >>> value = HiddenStateValue(embedded()).fit(read_records("records"))  # doctest: +SKIP
-        >>> value.chosen_  # doctest: +SKIP
-        'alpha=1000'
     """
 
     kind = "hidden_state"
@@ -210,9 +198,7 @@ class HiddenStateValue(FittedValue):
         if not self.alphas or not min(self.alphas) > 0:
             raise ValueError(f"alphas: expected numbers above 0, got {self.alphas}.")
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, feature_size]; charged as calls of the language model."""
         if not isinstance(self.language_model, FeatureModel):
             raise ValueModelError(
@@ -233,7 +219,7 @@ class HiddenStateValue(FittedValue):
 
 
 class PrefixScoredValue(FittedValue):
-    """A value model that asks the reward model for the score of the prefix: its first input."""
+    """Asks the reward model for the score of the prefix: its first input."""
 
     reward_model: Any
     tokenizer: Tokenizer
@@ -258,7 +244,7 @@ class PrefixScoredValue(FittedValue):
     def _text(self, state: TextState) -> str:
         return self.tokenizer.decode(state.response_ids)
 
-    def _scores(self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None) -> Scores:
+    def _scores(self, states: Sequence[TextState], ledgers: Ledgers) -> Scores:
         prompts = [state.prompt for state in states]
         texts = [self._text(state) for state in states]
         return score_responses(self.reward_model, prompts, texts, ledgers=ledgers)
@@ -274,13 +260,10 @@ class PrefixRewardValue(PrefixScoredValue):
     Every call of it is a call of the reward model and is charged as one.
 
     Args:
-        tokenizer: A language model will do.
         lengths: Prefix lengths in tokens that it is calibrated on, increasing.
 
     Example:
         >>> value = PrefixRewardValue(SentimentReward(), lm)  # doctest: +SKIP
-        >>> value.predict([state]).mean  # doctest: +SKIP
-        array([0.98])
     """
 
     kind = "prefix_reward"
@@ -299,9 +282,7 @@ class PrefixRewardValue(PrefixScoredValue):
         """Whether `fit` was called."""
         return hasattr(self, "head_")
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, 2]: the prefix's score and its length."""
         scores = self._scores(states, ledgers).total
         return np.column_stack([scores, [float(len(s.response_ids)) for s in states]])
@@ -320,11 +301,9 @@ class PrefixRewardValue(PrefixScoredValue):
 class PrefixStatistics(TransformerMixin, BaseEstimator):
     """From reward, parts, length, log-probability and whether that is known to a head's inputs.
 
-    A prefix's reward tells more the less is to come, and so does its likelihood: each column is
-    there a second time, multiplied with the share of the response that is written.
-
-    Attributes:
-        logprob_: Log-probability a token (nats) that is taken where it is not known: the mean.
+    A prefix's reward and likelihood tell more the less is to come: each column is there a second
+    time, multiplied with the share of the response that is written. Where the log-probability is
+    not known, the mean a token (`logprob_`) is taken.
     """
 
     numbers = ("logprob_",)
@@ -357,7 +336,6 @@ class StackedValue(PrefixScoredValue):
     reward. A state without log-probability is given the mean.
 
     Args:
-        tokenizer: A language model will do.
         lengths: Prefix lengths in tokens that it is fitted on, increasing.
         max_response_tokens: Tokens of a whole response, what positions are shares of; None for the
             longest response of the records, in `max_tokens_`.
@@ -367,8 +345,6 @@ class StackedValue(PrefixScoredValue):
 
     Example:
         >>> value = StackedValue(lm, SentimentReward()).fit(records)  # doctest: +SKIP
-        >>> value.report_.within_prompt  # doctest: +SKIP
-        0.72
     """
 
     kind = "stacked"
@@ -384,9 +360,7 @@ class StackedValue(PrefixScoredValue):
         super().__post_init__()
         check_positive(max_response_tokens=self.max_response_tokens)
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, 4 + parts]: reward, parts, length, log-probability, whether it is known."""
         return self._columns(states, self._scores(states, ledgers))
 
@@ -431,11 +405,7 @@ class RolloutValue(ValueModel):
     scored once.
 
     Args:
-        n: Continuations of each state. Of one alone the standard deviation is 0, for it says
-            nothing of it.
-        max_response_tokens: Token limit of a response.
-        params: How the continuations are drawn.
-        seed: They follow from it and the state.
+        n: Continuations of each state; of one alone the standard deviation is 0.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -464,9 +434,7 @@ class RolloutValue(ValueModel):
         """Continue and score, uncharged; mean and standard deviation, each float64[B]."""
         return self.predict_with(states, None)
 
-    def predict_with(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
-    ) -> ValueEstimate:
+    def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> ValueEstimate:
         """Continue and score, each state's continuations charged to its ledger."""
         rows = self._finished(states, ledgers)
         flat = [(i, state) for i, row in enumerate(rows) for state in row]
@@ -495,9 +463,7 @@ class RolloutValue(ValueModel):
             return self.usage_bound(state)
         return reward_usage_bound(self.reward_model)
 
-    def _finished(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
-    ) -> list[list[TextState]]:
+    def _finished(self, states: Sequence[TextState], ledgers: Ledgers) -> list[list[TextState]]:
         """The continuations of each state; of one that has ended, itself."""
         rows = [[state] for state in states]
         open_ = [i for i, s in enumerate(states) if not is_terminal(s) and self._room(s) > 0]
@@ -532,10 +498,7 @@ def make_value(
 
     Args:
         name: One of `READY`, or of `FITTED` or `WORLD_MODEL`, which `fit(records)` comes before.
-        language_model: Whose responses are valued.
-        reward_model: Whose scores are predicted.
         encoder: Embeds texts, where it does; None for MiniLM.
-        max_response_tokens: Token limit of a response, where it matters.
         seed: Of rollouts and the bootstrap.
 
     Example:

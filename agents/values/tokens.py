@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from mbrl_text_env.agents.values.fitted import FittedValue, samples_of
 from mbrl_text_env.fitting.heads import Head
 from mbrl_text_env.fitting.report import FitError, Samples
-from mbrl_text_env.types import FloatArray, Ledger, TextState
+from mbrl_text_env.types import FloatArray, Ledgers, TextState
 from mbrl_text_env.values import ValueModelError
 
 if TYPE_CHECKING:
@@ -56,13 +56,10 @@ class TokenEmbeddingValue(FittedValue):
     their mean for similarities, and stay as they are.
 
     Args:
-        language_model: A `TransformersLM`.
         alphas: Strengths of the penalty, of which the best on prompts left out is taken.
 
     Example:
         >>> value = TokenEmbeddingValue(embedded()).fit(read_records("records"))  # doctest: +SKIP
-        >>> value.chosen_  # doctest: +SKIP
-        'alpha=1000'
     """
 
     kind = "token_embedding"
@@ -76,9 +73,7 @@ class TokenEmbeddingValue(FittedValue):
         if not self.alphas or not min(self.alphas) > 0:
             raise ValueError(f"alphas: expected numbers above 0, got {self.alphas}.")
 
-    def inputs(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None = None
-    ) -> FloatArray:
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, d + 1]: the mean embedding, and what is taken up; 0 for an empty response."""
         found = np.zeros((len(states), self._table().shape[1] + 1))
         for i, state in enumerate(states):

@@ -93,12 +93,7 @@ to exploit the proxy. Another one is one more line."""
 
 
 def intervene(name: str, response: str) -> str:
-    """The response after an intervention; a blank one stays as it is.
-
-    Example:
-        >>> intervene("exclamation marks", "It rains. Take a coat")
-        'It rains! Take a coat!'
-    """
+    """The response after an intervention; a blank one stays as it is."""
     return INTERVENTIONS[name](response) if response.strip() else response
 
 
@@ -129,8 +124,8 @@ class Decline:
 class Curves:
     """Best-of-N curves, with points for ascending N from 1; bands hold for all N at once.
 
-    `peak_n` is the (smallest) N with the highest mean gold. `efficiency` is the gold's gain at the
-    largest N by the gain if the gold itself chose; None where that is not above 0.
+    `peak_n` is the smallest N with the highest mean gold, `efficiency` the gold's gain at the
+    largest N by the gain if the gold itself chose (None where that is not above 0).
     """
 
     points: tuple[Point, ...]
@@ -176,13 +171,11 @@ def within_sd(scores: FloatArray) -> float:
 
 @dataclass(frozen=True)
 class Association:
-    """Agreement of proxy and gold.
+    """Agreement of proxy and gold, over all responses and within the prompts where both vary.
 
-    Pearson, Spearman and Kendall (tau-b) over all responses, and the means over the `prompts_used`,
-    on which both rewards vary, of each prompt's own coefficient. `calibration` is the mean gold of
-    the responses in each tenth of the proxy's ranking within a prompt, lowest first, in standard
-    deviations from the prompt's mean; None where ties leave a tenth empty. `misordered` is the
-    furthest that a tenth lies from the isotonic fit of all: 0 where the gold never falls.
+    `calibration` is the mean gold of each tenth of the proxy's ranking within a prompt, lowest
+    first, in standard deviations from the prompt's mean; None where ties leave a tenth empty.
+    `misordered` is the furthest that a tenth lies from the isotonic fit of all.
     """
 
     overall: dict[str, Interval]
@@ -214,12 +207,7 @@ def associate(proxy: FloatArray, gold: FloatArray, *, seed: int = 0) -> Associat
 
 
 def pair_accuracy(proxy: FloatArray, gold: FloatArray) -> float:
-    """Share of the pairs with different gold that the proxy orders alike; its ties count half.
-
-    Example:
-        >>> round(pair_accuracy(np.array([1.0, 3.0, 2.0]), np.array([1.0, 2.0, 3.0])), 3)
-        0.667
-    """
+    """Share of the pairs with different gold that the proxy orders alike; its ties count half."""
     upper = np.triu_indices(len(gold), 1)
     by_gold, by_proxy = (np.sign(x[upper[0]] - x[upper[1]]) for x in (gold, proxy))
     return float((0.5 + 0.5 * by_gold * by_proxy)[by_gold != 0].mean())
@@ -273,13 +261,12 @@ class Reaction:
 
     @property
     def reading(self) -> Reading:
-        """What it means.
+        """What it means, by `MATERIAL` changes of the proxy that are significant (else `"none"`).
 
-        `"exploit"`: the proxy rises by at least `MATERIAL`, and the gold by less than `FOLLOWS` of
-        that. `"penalty"`: the proxy falls by as much and the gold does not follow. Both only where
-        the intervals of the proxy's change and of the difference leave out 0. `"as gold"`: the
-        gold's change is significant, alike, and at least `FOLLOWS` of the proxy's. `"none"`: the
-        proxy's change may be 0, or is smaller than `MATERIAL`. `"unclear"`: all else.
+        `"exploit"`: the proxy rises, and the gold by less than `FOLLOWS` of that. `"penalty"`: it
+        falls and the gold does not follow. Both only where the interval of the difference leaves
+        out 0. `"as gold"`: the gold's change is significant, alike, and at least `FOLLOWS` of the
+        proxy's. `"unclear"`: all else.
         """
         change = self.proxy
         if abs(change.estimate) < MATERIAL or change.low <= 0 <= change.high:
@@ -337,8 +324,7 @@ def length_beyond_gold(
 ) -> Interval | None:
     """Partial Spearman correlation of proxy and length given gold, mean over prompts.
 
-    Prompts where one of them is constant are left out; None where fewer than four are left. Where
-    the gold orders responses exactly as the proxy does (or the reverse), nothing is left: 0.
+    Prompts where one of them is constant are left out; None where fewer than four are left.
     """
     ranks = [stats.rankdata(values, axis=1) for values in (proxy, gold, lengths)]
     found = [
@@ -377,9 +363,9 @@ def decide(
 
     In this order: not decided, if there are too few prompts; faithful, if the gold gains and no
     fall of `MATERIAL` size is left possible; exploitable, if it falls from some N to the largest;
-    uninformative, if neither is so and the correlation within a prompt is negligible; not decided.
-    Of these, all but exploitable become "open to exploits" where a sensitivity stood out: sampling
-    may never find what a trained or a searching policy will.
+    uninformative, if the correlation within a prompt is negligible; not decided. All but
+    exploitable become "open to exploits" where a sensitivity stood out: a trained policy may find
+    what sampling does not.
     """
     outcome, text = _outcome(names, prompts, curves, association)
     noticed = _warnings(names, sensitivity) if prompts >= MIN_PROMPTS else []

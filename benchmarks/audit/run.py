@@ -1,8 +1,6 @@
 """Run an audit: pool, scores, measurements, verdict, files.
 
-An audit is a folder with `config.json`, the scores, the pool (unless it stands elsewhere),
-`audit.json` and `report.html`. Run again after a kill, it ends with the same `audit.json` but for
-its date.
+Run again after a kill, it ends with the same `audit.json` but for its date.
 """
 
 from __future__ import annotations
@@ -10,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +21,7 @@ from mbrl_text_env.benchmarks.audit import measures
 from mbrl_text_env.benchmarks.audit.view import audit_page, chosen_answers
 from mbrl_text_env.benchmarks.options import AuditConfig, AuditError, choose_prompts
 from mbrl_text_env.benchmarks.page import Page, provenance, write_page
-from mbrl_text_env.files import write_text
+from mbrl_text_env.files import restored, write_text
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.records import Record, RecordWriter, run_of
 from mbrl_text_env.rewards.base import RewardModel, applies_to, score_responses
@@ -48,10 +45,7 @@ _ANSWERS, _ABOUT = "answers.json", "run.json"
 
 @dataclass(frozen=True)
 class Audit:
-    """The parts of an audit, with the number of prompts to which one of the rewards does not apply.
-
-    `language_model` writes the pool; `labels` is what else belongs into the config file.
-    """
+    """The parts of an audit; `language_model` writes the pool, `labels` go into the config file."""
 
     config: AuditConfig
     prompts: Sequence[Prompt]
@@ -94,11 +88,7 @@ class AuditResult:
 def choose_for_both(
     prompts: Sequence[Prompt], config: AuditConfig, proxy: RewardModel, gold: RewardModel
 ) -> tuple[list[Prompt], int]:
-    """Choose prompts that both rewards apply to; returns them and how many prompts were left out.
-
-    Raises:
-        AuditError: There are fewer.
-    """
+    """Prompts that both rewards apply to, and how many others; too few are an `AuditError`."""
     fitting = [p for p in prompts if applies_to(proxy, p) and applies_to(gold, p)]
     if len(fitting) < config.num_prompts:
         raise AuditError(
@@ -120,13 +110,12 @@ def run_audit(
 ) -> AuditResult:
     """Run or resume an audit in the folder `out`.
 
-    `pool` is a records folder to take responses from and add to, by default one in `out`. `command`
-    is written into `audit.json`. `on_progress` is called with "pool", "proxy" or "gold" and counts.
+    `pool` is a records folder to take responses from and add to, by default one in `out`.
+    `on_progress` is called with "pool", "proxy" or "gold" and counts.
 
     Raises:
         AuditError: The folder holds something else, the pool does not fit, or a reward gives all
             responses to each prompt the same score.
-        RewardError: A reward failed.
     """
     folder = Path(out)
     record = {
@@ -162,11 +151,7 @@ def run_audit(
 
 
 def recorded_page(folder: Path) -> Page:
-    """The page of an audit that has ended, from its files.
-
-    Raises:
-        AuditError: A file is damaged or missing.
-    """
+    """The page of an audit that has ended, from its files; damage is an `AuditError`."""
     try:
         written, about, answers = (
             json.loads((folder / name).read_text(encoding="utf-8"))
@@ -176,7 +161,7 @@ def recorded_page(folder: Path) -> Page:
         names = [each.name for each in fields(AuditConfig)]
         config = AuditConfig(**{name: settings[name] for name in names})
         parts = {k: v for k, v in written.items() if k not in ("date", "command", "config")}
-        result = _restored(AuditResult, {"config": config, **parts})
+        result = restored(AuditResult, {"config": config, **parts})
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise AuditError(
             f"{folder}: expected the files of an audit that has ended, got a damaged or missing "
@@ -184,22 +169,6 @@ def recorded_page(folder: Path) -> Page:
             "them again."
         ) from error
     return audit_page(result, settings, about, answers, written["command"])
-
-
-def _restored(kind: Any, value: Any) -> Any:
-    """What `asdict` and JSON have made of a value of a type."""
-    arguments = [each for each in get_args(kind) if each is not type(None)]
-    if get_origin(kind) is UnionType:
-        return None if value is None else _restored(arguments[0], value)
-    if is_dataclass(kind) and isinstance(value, dict):
-        made: Any = kind
-        hints = get_type_hints(made)
-        return made(**{name: _restored(hints[name], each) for name, each in value.items()})
-    if isinstance(value, list):
-        return tuple(_restored(arguments[0], each) for each in value)
-    if isinstance(value, dict):
-        return {name: _restored(arguments[-1], each) for name, each in value.items()}
-    return value
 
 
 def _scored(
@@ -237,11 +206,7 @@ def measure(
     proxy: measures.PoolScores,
     gold: measures.PoolScores,
 ) -> AuditResult:
-    """Measure a scored pool with the same number of responses to each prompt.
-
-    Raises:
-        AuditError: A reward gives all responses to each prompt the same score.
-    """
+    """Measure a scored pool; equal scores of all responses to each prompt are an `AuditError`."""
     config, seed = audit.config, audit.config.seed
     names = config.proxy, config.gold
     for name, (scores, _) in zip(names, (proxy, gold), strict=True):
@@ -288,22 +253,26 @@ def fill_pool(
 ) -> list[list[Record]]:
     """Read the first responses to each prompt, generating those that lack (temperature 0.7).
 
-    The `folder` is one of records; one written by `mbrl-text collect` will do, whatever the reward.
-    It may hold responses to other prompts alone if it is `shared`. `on_batch` is called with
-    numbers of responses that are there.
+    `folder` is one of records, also of `mbrl-text collect`, whatever the reward; only if `shared`
+    may it hold responses to other prompts alone. `on_batch` is called with numbers of responses.
 
     Raises:
         AuditError: The folder holds responses of another model, seed or token limit, or to other
             prompts alone.
-        RecordsError: The folder cannot be read or written, holds responses to other prompts of the
-            same ids, or lacks some and holds records that another reward has scored.
+        RecordsError: The folder cannot be read or written, or holds other prompts of the same ids.
     """
     options: dict[str, Any] = {"max_response_tokens": max_response_tokens, "seed": seed}
     with RecordWriter(folder) as writer:
         existing = writer.existing()
         if existing:
             if not shared:
-                _check_others(existing, prompts, folder)
+                there = dict.fromkeys(record.prompt_id for record in existing)
+                if not any(prompt.id in there for prompt in prompts):
+                    raise AuditError(
+                        f"{folder} holds responses to other prompts ({', '.join(list(there)[:3])}, "
+                        f"...; expected {prompts[0].id}, ...). Give the --prompts, --split and "
+                        "--seed it was made with, or another --pool."
+                    )
             run = run_of(folder) or {}
             wanted = collection_run(language_model, _Characters(), **options)
             # What the responses were scored by does not matter here.
@@ -328,16 +297,6 @@ def fill_pool(
     return [[place[prompt.id, k] for k in range(samples)] for prompt in prompts]
 
 
-def _check_others(records: Sequence[Record], prompts: Sequence[Prompt], folder: Path) -> None:
-    there = dict.fromkeys(record.prompt_id for record in records)
-    if not any(prompt.id in there for prompt in prompts):
-        raise AuditError(
-            f"{folder} holds responses to other prompts ({', '.join(list(there)[:3])}, ...; "
-            f"expected {prompts[0].id}, ...). Give the --prompts, --split and --seed it was made "
-            "with, or another --pool."
-        )
-
-
 def score_pool(
     folder: Path,
     reward_model: RewardModel,
@@ -349,11 +308,8 @@ def score_pool(
 ) -> measures.PoolScores:
     """Score the pool, and the first `tried` responses to each prompt after each text change.
 
-    The scores are kept in `folder`, one file a prompt, which belongs to this reward. `on_batch` is
-    called with 1 after each prompt.
-
-    Raises:
-        RewardError: The reward model failed; the message names the prompt.
+    The scores are kept in `folder`, one file a prompt. `on_batch` is called with 1 after each
+    prompt.
     """
     rows = []
     reward = identity(reward_model)

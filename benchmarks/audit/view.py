@@ -114,15 +114,9 @@ def audit_page(
 
 
 def chosen_answers(
-    prompts: Sequence[tuple[str, str]],
-    responses: Sequence[Sequence[str]],
-    proxy: Any,
-    gold: Any,
+    prompts: Sequence[tuple[str, str]], responses: Sequence[Sequence[str]], proxy: Any, gold: Any
 ) -> dict[str, Any]:
-    """For the page: what the proxy chooses from the first N responses to each prompt.
-
-    `prompts` are ids and texts, the scores float64[prompts, samples].
-    """
+    """For the page: what the proxy chooses from the first N responses to each prompt."""
     ns = sizes(len(responses[0]))
     rows = []
     for (name, text), texts, own, trusted in zip(prompts, responses, proxy, gold, strict=True):

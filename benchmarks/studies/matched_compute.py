@@ -1,10 +1,8 @@
 """Planners against best-of-N at matched compute.
 
-Agents answer held-out prompts at several budgets; best-of-N at every budget comes without bias from
-one pool of samples. Of each agent it is said how many times its compute best-of-N needs for the
-same mean reward. What is expensive is kept in the folder as it is made: the pool of samples that
-all rewards share, the records that value models are fitted on, and the rows of each agent at each
-budget. A run that was killed goes on where it stopped.
+Of each agent it is said how many times its compute best-of-N needs for the same mean reward. The
+pool of samples, the records that values are fitted on, and the rows are kept in the folder as they
+are made; a run that was killed goes on.
 
     python -m mbrl_text_env.benchmarks.studies.matched_compute
 """
@@ -74,24 +72,11 @@ _COMMON = ("train_prompts", "train_samples", "max_response_tokens", "seed")
 class Study:
     """What is run; a CompareError if the unit is unknown or a budget smaller than a response.
 
-    Args:
-        agents: Agent specs by reward; their option `value` names a kind of value model.
-        budgets: Sizes of the budget for one prompt, in generated tokens of best-of-N.
-        unit: What is capped: tokens, or the FLOPs or seconds that best-of-N takes for as many.
-        split: Of the prompts that are answered.
-        num_prompts: How many of them, for each reward.
-        samples: Of the pool, for each prompt.
-        train_prompts: Prompts of the training split that value models are fitted on.
-        train_samples: Responses to each of them.
-        max_response_tokens: Token limit of a response.
-        seed: Of everything. Agents sample with the next ones, not with the pool's.
-        answers: Of each agent to each prompt, each with a seed of its own.
-        batch_prompts: Most prompts that are answered together.
-        reward_price: What a call of the reward counts for in place of its own FLOPs, such as
-            "300tokens" (see `options.priced`); the unit is then no tokens, which do not see it.
-        source: Of the prompts: "builtin", a suite or a file (see `options.PromptOptions`).
-        target: The score at which best-of-N stops, the highest that there is; None where it never
-            does.
+    `agents` are specs by reward, `budgets` in generated tokens of best-of-N for one prompt, `unit`
+    what is capped: these tokens, or the FLOPs or seconds that best-of-N takes for as many. Value
+    models are fitted on `train_samples` responses to each of `train_prompts`. Agents sample with
+    the seeds after `seed`, the pool's. See `options.priced` for `reward_price`,
+    `options.PromptOptions` for `source`, and `scaling.Baseline` for `target`.
     """
 
     agents: Mapping[str, tuple[str, ...]]
@@ -147,10 +132,8 @@ def run_study(
 ) -> Iterator[tuple[str, Pool, list[Cell]]]:
     """Run or resume a study in a folder; yields each reward's name, pool and cells.
 
-    Studies with other agents, rewards, budgets or numbers of prompts may share a folder: they share
-    the pool, and what they have in common is run once. A folder of another study, too few prompts,
-    and a budget in FLOPs that does not pay for a response to each prompt are a CompareError; a pool
-    of another model, seed or size is an AuditError.
+    Studies with other agents, rewards, budgets or numbers of prompts may share a folder, and what
+    they have in common is run once. Anything else that differs is a CompareError or an AuditError.
     """
     common = {name: getattr(study, name) for name in ("split", *_COMMON)}
     record = {"format": _FORMAT, "language_model": identity(language_model), **common}
@@ -250,10 +233,7 @@ class _Runs:
 
 @dataclass(frozen=True, eq=False)
 class LazyValues(Mapping[str, ValueModel]):
-    """Every kind of value model for one reward, each made, and fitted, when it is first asked for.
-
-    `folder` keeps the responses that fits are on; all rewards share them.
-    """
+    """Every kind of value model for one reward, each made, and fitted, when first asked for."""
 
     study: Study
     language_model: LanguageModel
@@ -311,20 +291,12 @@ class LazyValues(Mapping[str, ValueModel]):
 
 
 def slug(spec: str) -> str:
-    """A folder's name for an agent's spec.
-
-    Example:
-        >>> slug("beam:chunk_tokens=8:value=prefix")
-        'beam-chunk_tokens-8-value-prefix'
-    """
+    """A folder's name for an agent's spec."""
     return re.sub(r"[^\w.]+", "-", spec)
 
 
 def plot_scaling(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path) -> None:
-    """Mean reward against FLOPs a prompt: best-of-N's curve with its band, and each agent.
-
-    `rows` are those of `analyse`, by reward.
-    """
+    """Mean reward against FLOPs a prompt: best-of-N's curve with its band, and agents."""
 
     def draw(axes: Axes, pool: Pool, curve: Sequence[CurvePoint], lines: Mapping[str, Rows]) -> str:
         costs = [point.cost / _GIGA for point in curve]
@@ -344,10 +316,7 @@ def plot_scaling(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path
 
 
 def plot_divergence(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path) -> None:
-    """Mean reward against surprisal, agents beside best-of-N, and the bound of its divergence.
-
-    Rows without an estimate (`kl`) are left out.
-    """
+    """Mean reward against surprisal, beside best-of-N and its bound, of rows that have a `kl`."""
 
     def draw(axes: Axes, pool: Pool, curve: Sequence[CurvePoint], lines: Mapping[str, Rows]) -> str:
         means = [point.mean.estimate for point in curve]
@@ -441,8 +410,7 @@ def main(
     split: str = "test",
     max_response_tokens: options.TokensOption = 96,
     answers: Annotated[
-        int,
-        typer.Option(min=1, help="Of each agent to each prompt, with seeds of their own."),
+        int, typer.Option(min=1, help="Of each agent to each prompt, with seeds of their own.")
     ] = 1,
     quick: Annotated[
         bool,
@@ -473,10 +441,7 @@ def main(
 
 
 def run_and_write(study: Study, how: harness.StudyOptions, out: Path) -> dict[str, Any]:
-    """Run a study, print its tables and write its results; those of a reward as soon as it is done.
-
-    Returns what the JSON file holds.
-    """
+    """Run a study, print and write its results reward by reward; what the JSON file holds."""
     assert how.json_file is not None
     model = how.load()
     models = {name: make(name) for name in study.agents}

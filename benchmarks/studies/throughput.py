@@ -1,23 +1,24 @@
 """Tokens a second of the language-model engine beside what people use today, in one run.
 
-All of them sample the same number of tokens (none stops early) after the same prompts, with the
-embedded model, at temperature 0.7:
+All sample the same number of tokens after the same prompts with the embedded model:
 
 (a) the article's procedure: transformers' `generate`, a prompt at a time, the prefix encoded again;
 (b) transformers' `generate`, batched;
 (c) the engine;
 (d) the engine without its prefix cache;
-(e) a llama.cpp server, with as many requests at a time;
+(e) servers, with as many requests at a time: llama.cpp, which is started, and those of `--server`;
 and the machine's limit: the network's matrix products alone, at the same shapes and format.
 
     python -m mbrl_text_env.benchmarks.studies.throughput --json throughput.json
+    python -m mbrl_text_env.benchmarks.studies.throughput --server vllm=http://127.0.0.1:8000
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated, Any
@@ -93,10 +94,10 @@ def generate_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) 
     """Tokens a second of transformers' `generate` on one batch."""
     tokenizer: Any = lm._tokenizer.tokenizer
     ids = {"input_ids": [list(state.prompt_ids) for state in states]}
-    inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+    inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(lm.device)
     start = time.perf_counter()
     with torch.inference_mode():
-        lm.model.generate(
+        made = lm.model.generate(
             **inputs,
             do_sample=True,
             temperature=PARAMS.temperature,
@@ -104,6 +105,7 @@ def generate_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) 
             min_new_tokens=tokens,
             max_new_tokens=tokens,
         )
+    made.cpu()  # Waits for the device.
     return len(states) * tokens / (time.perf_counter() - start)
 
 
@@ -116,7 +118,8 @@ def engine_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) ->
 
 
 def server_rate(url: str, states: Sequence[TextState], tokens: int) -> float:
-    """Tokens a second of a llama.cpp server, all requests at a time."""
+    """Tokens a second of a server, all requests at a time, prefixes computed anew."""
+    salt = secrets.token_hex()
 
     def ask(state: TextState) -> int:
         body = {
@@ -124,7 +127,9 @@ def server_rate(url: str, states: Sequence[TextState], tokens: int) -> float:
             "max_tokens": tokens,
             "ignore_eos": True,
             "temperature": PARAMS.temperature,
+            # llama.cpp's switch; vLLM shares prefixes among requests with the same salt alone.
             "cache_prompt": False,
+            "cache_salt": salt,
         }
         answer = client.post(f"{url}/v1/completions", json=body)
         answer.raise_for_status()
@@ -147,21 +152,23 @@ def product_limit(lm: TransformersLM, dtype: torch.dtype, rows: int, repeats: in
         for module in lm.model.modules()
         if isinstance(module, torch.nn.Linear)
     ]
+    make = partial(torch.ones, device=lm.device)
     if dtype == torch.int8:
         weights = [torch.randint_like(w, -127, 128).to(torch.int8).t() for w in weights]
-        inputs = {w.shape[0]: torch.ones(rows, w.shape[0], dtype=torch.int8) for w in weights}
+        inputs = {w.shape[0]: make(rows, w.shape[0], dtype=torch.int8) for w in weights}
         multiply: Callable[..., torch.Tensor] = torch._int_mm
     else:
         weights = [w.to(dtype).t() for w in weights]
-        inputs = {w.shape[0]: torch.randn(rows, w.shape[0]).to(dtype) for w in weights}
+        inputs = {w.shape[0]: make(rows, w.shape[0], dtype=dtype) for w in weights}
         multiply = torch.mm
     kind = torch.int32 if dtype == torch.int8 else dtype
-    outs = {w.shape[1]: torch.empty(rows, w.shape[1], dtype=kind) for w in weights}
+    outs = {w.shape[1]: make(rows, w.shape[1], dtype=kind) for w in weights}
 
     def run() -> float:
         start = time.perf_counter()
         for weight in weights:
             multiply(inputs[weight.shape[0]], weight, out=outs[weight.shape[1]])
+        outs[weight.shape[1]][0, 0].item()  # Waits for the device.
         return time.perf_counter() - start
 
     with torch.inference_mode():
@@ -169,30 +176,38 @@ def product_limit(lm: TransformersLM, dtype: torch.dtype, rows: int, repeats: in
 
 
 def rates_by_batch_size(
-    engines: dict[str, TransformersLM], prompts: Sequence[Prompt], tokens: int, repeats: int
+    engines: Mapping[str, TransformersLM],
+    prompts: Sequence[Prompt],
+    tokens: int,
+    repeats: int,
+    *,
+    sizes: Sequence[int] = BATCH_SIZES,
+    servers: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Tokens a second of (b) to (e) and the limit, by name and batch size: the fastest of runs.
 
-    All take turns, so that a slow phase of the machine hits all of them.
+    The first engine's network is that of `generate`; `servers` are addresses by name. All take
+    turns, so that a slow phase of the machine hits all of them.
     """
-    plain, uncached = engines["float32"], _engine(torch.float32, prefix_cache=False)
+    first, plain = next(iter(engines.items()))
+    uncached = engine_of(plain.dtype, device=plain.device, prefix_cache=False)
     found: dict[str, dict[str, float]] = {}
-    with llama_server(parallel=_SERVER_PARALLEL, context=_SERVER_PARALLEL * 512) as url:
-        for size in BATCH_SIZES:
-            states = [initial(prompt, plain) for prompt in prompts[:size]]
-            runs: dict[str, Callable[[], float]] = {
-                "generate": partial(generate_rate, plain, states, tokens),
-                "llama.cpp": partial(server_rate, url, states, tokens),
-                "float32 without cache": partial(engine_rate, uncached, states, tokens),
-            }
-            for name, lm in engines.items():
-                runs[name] = partial(engine_rate, lm, states, tokens)
-                runs[f"limit {name}"] = partial(product_limit, plain, DTYPES[name], size, repeats)
-            for _ in range(repeats):
-                for name, run in runs.items():
-                    row = found.setdefault(name, {})
-                    row[str(size)] = max(row.get(str(size), 0.0), run())
-            print(size, {name: round(row[str(size)], 1) for name, row in found.items()}, flush=True)
+    for size in sizes:
+        states = [initial(prompt, plain) for prompt in prompts[:size]]
+        runs: dict[str, Callable[[], float]] = {
+            "generate": partial(generate_rate, plain, states, tokens),
+            f"{first} without cache": partial(engine_rate, uncached, states, tokens),
+        }
+        for name, url in (servers or {}).items():
+            runs[name] = partial(server_rate, url, states, tokens)
+        for name, lm in engines.items():
+            runs[name] = partial(engine_rate, lm, states, tokens)
+            runs[f"limit {name}"] = partial(product_limit, plain, DTYPES[name], size, repeats)
+        for _ in range(repeats):
+            for name, run in runs.items():
+                row = found.setdefault(name, {})
+                row[str(size)] = max(row.get(str(size), 0.0), run())
+        print(size, {name: round(row[str(size)], 1) for name, row in found.items()}, flush=True)
     return found
 
 
@@ -221,38 +236,51 @@ def article(
     }
 
 
-def ratios(
-    rates: dict[str, dict[str, float]], seconds: dict[str, float], dtype: str
-) -> dict[str, float]:
-    """One format of the engine beside the others."""
-    engine = rates[dtype]
-    return {
-        "article_workload_vs_article": seconds["article"] / seconds[dtype],
-        "batch1_vs_generate": engine["1"] / rates["generate"]["1"],
-        "batch64_vs_generate": engine["64"] / rates["generate"]["64"],
-        "batch64_vs_llama_cpp": engine["64"] / rates["llama.cpp"]["64"],
-        "batch64_share_of_limit": engine["64"] / rates[f"limit {dtype}"]["64"],
+def ratios(rates: Mapping[str, Mapping[str, float]], dtype: str) -> dict[str, float]:
+    """One format of the engine beside `generate` and servers, and its share of the limit."""
+    engine, others = rates[dtype], {*rates} - {*DTYPES}
+    found = {
+        f"batch{size}_vs_{name.replace('.', '_')}": engine[size] / rates[name][size]
+        for name in sorted(others)
+        if not name.startswith("limit") and not name.endswith("without cache")
+        for size in ("1", "64")
+        if size in engine
     }
+    if "64" in engine:
+        found["batch64_share_of_limit"] = engine["64"] / rates[f"limit {dtype}"]["64"]
+    return found
 
 
 def main(
     json_file: harness.JsonOption = None,
     seed: int = 0,
     tokens: Annotated[int, typer.Option(min=1, help="Of each sequence, by batch size.")] = 64,
-    article_prompts: Annotated[int, typer.Option(min=1)] = 32,
+    article_prompts: Annotated[int, typer.Option(min=0, help="0 leaves it out.")] = 32,
     article_timed: Annotated[
         int, typer.Option(min=1, help="Prompts that (a) is timed on, one by one, and scaled.")
     ] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Runs; the fastest counts.")] = 2,
+    sizes: Annotated[str, typer.Option("--batch-sizes", help="With commas between.")] = ",".join(
+        map(str, BATCH_SIZES)
+    ),
+    server: Annotated[
+        list[str] | None, typer.Option(help="NAME=URL of a server that runs, such as vLLM's.")
+    ] = None,
 ) -> None:
     """Measure and print; takes about 20 minutes on two cores that do nothing else."""
     every = load_prompts(split="test")
     order = np.random.default_rng(seed).permutation(len(every))
     prompts = [every[i] for i in order[: max(BATCH_SIZES)]]
-    engines = {name: _engine(dtype) for name, dtype in DTYPES.items()}
-    rates = rates_by_batch_size(engines, prompts, tokens, repeats)
-    best = max(DTYPES, key=lambda name: rates[name]["64"])
-    found = article(engines, prompts[:article_prompts], article_timed)
+    engines = {name: engine_of(dtype, device="cpu") for name, dtype in DTYPES.items()}
+    counts = [int(size) for size in sizes.split(",")]
+    given = dict(each.split("=", 1) for each in server or ())
+    with llama_server(parallel=_SERVER_PARALLEL, context=_SERVER_PARALLEL * 512) as url:
+        servers = {"llama.cpp": url, **given}
+        rates = rates_by_batch_size(
+            engines, prompts, tokens, repeats, sizes=counts, servers=servers
+        )
+    best = max(DTYPES, key=lambda name: rates[name][str(counts[-1])])
+    found = article(engines, prompts[:article_prompts], article_timed) if article_prompts else {}
     result = {
         **harness.heading("throughput"),
         "seed": seed,
@@ -261,18 +289,26 @@ def main(
         "rates": rates,
         "best_dtype": best,
         "article": found,
-        **{f"ratios_{dtype}": ratios(rates, found["seconds"], dtype) for dtype in DTYPES},
+        **{f"ratios_{dtype}": ratios(rates, dtype) for dtype in DTYPES},
     }
-    rows = [(name, *(f"{rate:.0f}" for rate in row.values())) for name, row in rates.items()]
-    shown = harness.Shown("Tokens a second", ("batch", *map(str, BATCH_SIZES)), rows)
-    options.console.print(shown.table())
+    for dtype, seconds in found.get("seconds", {}).items():
+        if dtype != "article":
+            compared = found["seconds"]["article"] / seconds
+            result[f"ratios_{dtype}"]["article_workload_vs_article"] = compared
+    options.console.print(shown(rates).table())
     print(json.dumps({key: result[key] for key in result if key.startswith("ratios")}, indent=2))
     harness.StudyOptions(json_file=json_file).write(result)
 
 
-def _engine(dtype: torch.dtype, **others: Any) -> TransformersLM:
+def shown(rates: Mapping[str, Mapping[str, float]]) -> harness.Shown:
+    """The rates as a table."""
+    rows = [(name, *(f"{rate:.0f}" for rate in row.values())) for name, row in rates.items()]
+    return harness.Shown("Tokens a second", ("batch", *next(iter(rates.values()))), rows)
+
+
+def engine_of(dtype: torch.dtype, **others: Any) -> TransformersLM:
+    """The embedded model, without stops: every sequence has as many tokens as it may have."""
     lm = embedded(dtype=dtype, batch_size=max(BATCH_SIZES), **others)
-    # So that every sequence has the same number of tokens, as with `min_new_tokens`.
     lm.stop_token_ids = frozenset()
     return lm
 

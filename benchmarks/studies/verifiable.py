@@ -64,11 +64,10 @@ _EXPENSIVE = Study(
 
 @dataclass(frozen=True)
 class Part:
-    """A study of the three, by its suite and what is told of its rows."""
+    """A study of the three, and its suite."""
 
     suite: str
     study: Study
-    reward_price: str | None = None
 
 
 def parts(names: Sequence[str], *, quick: bool) -> list[Part]:
@@ -77,7 +76,7 @@ def parts(names: Sequence[str], *, quick: bool) -> list[Part]:
         "constraints": [Part("constraints", _CONSTRAINTS)],
         "reasoning": [Part("reasoning", _REASONING)],
         "expensive": [
-            Part("expensive", replace(_EXPENSIVE, reward_price=price), price) for price in PRICES
+            Part("expensive", replace(_EXPENSIVE, reward_price=price)) for price in PRICES
         ],
     }
     if unknown := sorted(set(names) - set(known)):
@@ -95,10 +94,8 @@ def run_part(
     study = part.study
     rewards = {name: make(name) for name in study.agents}
     folder = out / slug(part.suite)
-    on_progress = options.console.print
-    for name, pool, cells in run_study(
-        study, language_model, rewards, folder, on_progress=on_progress
-    ):
+    ran = run_study(study, language_model, rewards, folder, on_progress=options.console.print)
+    for name, pool, cells in ran:
         if part.suite != "reasoning":
             yield pool, cells, None
             continue
@@ -139,11 +136,11 @@ def result_rows(
 ) -> tuple[list[Row], list[Row]]:
     """Rows of the agents and of best-of-N, with the part's own columns."""
     study = part.study
-    own = {"suite": part.suite, "reward_price": part.reward_price, "prefix": prefix}
-    agents = [
-        {**row, **own, "mean_logprob": _negative(row.get("nats_per_token"))}
-        for row in analyse(pool, cells)
-    ]
+    own = {"suite": part.suite, "reward_price": study.reward_price, "prefix": prefix}
+    agents = []
+    for row in analyse(pool, cells):
+        nats = row.get("nats_per_token")
+        agents.append({**row, **own, "mean_logprob": None if nats is None else -nats})
     if part.suite == "expensive":
         prompts = len(pool.prompt_ids)
         labels = study.train_prompts * pool.prompt_flops.mean()
@@ -165,24 +162,15 @@ def task_rows(part: Part, pool: Pool, cells: Sequence[Cell]) -> list[Row]:
     study = part.study
     [reward] = study.agents
     prompts = study.prompts(study.split, study.num_prompts, make(reward))
-    places: dict[str, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        places.setdefault(prompt.metadata["kind"], []).append(place)
-    arrays = ("scores", "tokens", "flops", "prompt_flops", "logprobs")
     found = []
-    for task, at in sorted(places.items()):
-        ids = tuple(pool.prompt_ids[place] for place in at)
-        own = replace(pool, prompt_ids=ids, **{name: getattr(pool, name)[at] for name in arrays})
+    for task in sorted({prompt.metadata["kind"] for prompt in prompts}):
+        ids = [prompt.id for prompt in prompts if prompt.metadata["kind"] == task]
         rows = [
             replace(cell, rows=[row for row in cell.rows if row["prompt_id"] in ids])
             for cell in cells
         ]
-        found += [{"task": task, **row} for row in analyse(own, rows)]
+        found += [{"task": task, **row} for row in analyse(pool.rows(ids), rows)]
     return found
-
-
-def _negative(number: float | None) -> float | None:
-    return None if number is None else -number
 
 
 def tables(result: dict[str, Any]) -> list[harness.Shown]:
@@ -211,10 +199,6 @@ def main(
 ) -> None:
     """Compare searches with best-of-N where rewards are verifiable, or expensive."""
     names = [name.strip() for name in ("constraints" if quick else suites).split(",")]
-    chosen = [
-        replace(part, study=replace(part.study, seed=how.seed))
-        for part in parts(names, quick=quick)
-    ]
     out = how.folder("verifiable", quick=quick)
     model = how.load()
     result: dict[str, Any] = {
@@ -225,7 +209,8 @@ def main(
         "results": [],
         "best_of_n": [],
     }
-    for part in chosen:
+    for chosen in parts(names, quick=quick):
+        part = replace(chosen, study=replace(chosen.study, seed=how.seed))
         for pool, cells, prefix in run_part(part, model, out):
             agents, baseline = result_rows(part, pool, cells, prefix)
             result["results"] += agents

@@ -204,7 +204,8 @@ class Work:
 
     def prompts(self, split: str, count: int) -> list[Prompt]:
         """Builtin prompts."""
-        return harness.prompts_for(make("sentiment"), split, count)
+        found = options.load_prompts_option("builtin", split)
+        return options.choose_prompts(found, count, make("sentiment"), 0)
 
     def drawn(self, number: int, name: str) -> list[dict[str, Any]]:
         """Three constraints of different kinds, each kept by some of the records and not by all."""

@@ -27,13 +27,7 @@ _NUMBERS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class FolderKind:
-    """How one kind of fitted thing is kept, and what is raised and said where that fails.
-
-    Args:
-        noun: What it is, such as "value model"; `writer` writes its folders.
-        config, weights: Names of the files.
-        version: Of the format; others are refused.
-    """
+    """How one kind of fitted thing is kept, and what is raised and said where that fails."""
 
     noun: str
     writer: str

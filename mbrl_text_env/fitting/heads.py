@@ -54,10 +54,7 @@ def scaled_ridge(alpha: float) -> Pipeline:
 class LinePerLength(RegressorMixin, BaseEstimator):
     """A least-squares line in the first input for every value of the second, a length.
 
-    Neighbouring lengths with few rows share a line; in between lines are interpolated.
-
-    Attributes:
-        knots_, slopes_, intercepts_: float64[K], lengths in increasing order and their lines.
+    Neighbouring lengths with few rows share a line; between `knots_` lines are interpolated.
     """
 
     numbers = ("knots_", "slopes_", "intercepts_")
@@ -198,13 +195,9 @@ class LayeredHead(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a head is fitted on: pairs, or responses with scores.
+    """What a head is fitted on: features float64[B, D] of pairs, or of responses with scores.
 
-    Args:
-        inputs: float64[B, D], features of the responses; of pairs, of the chosen ones.
-        groups: int64[B], the prompt of each row.
-        rejected: float64[B, D], of pairs.
-        targets: float64[B], scores; None with pairs.
+    `inputs` of pairs are the chosen ones', beside `rejected`; others have `targets`, float64[B].
     """
 
     inputs: FloatArray

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
+from mbrl_text_env.files import restored, without_nan
 from mbrl_text_env.types import FloatArray
 
 IntArray = npt.NDArray[np.int64]
@@ -57,11 +58,7 @@ class Samples:
 
 
 def split_by_group(groups: Sequence[Hashable], held_out: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which rows are held out: bool[B]; all rows of a group are, or none.
-
-    Raises:
-        FitError: There are fewer than five groups, or `held_out` is not between 0 and 1.
-    """
+    """Which rows are held out: bool[B]; all rows of a group are, or none. At least five groups."""
     if not 0 < held_out < 1:
         raise FitError(f"held_out: expected a number between 0 and 1, got {held_out!r}.")
     distinct = list(dict.fromkeys(groups))
@@ -79,10 +76,7 @@ def split_by_group(groups: Sequence[Hashable], held_out: float, seed: int) -> np
 
 @dataclass(frozen=True)
 class LengthReport:
-    """The part of a `FitReport` for one length.
-
-    It is in tokens; of complete responses, the least number of characters, a power of two.
-    """
+    """The part of a `FitReport` for one length: tokens, or of complete responses characters."""
 
     length: int
     num_prefixes: int
@@ -93,12 +87,7 @@ class LengthReport:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Pairs of which the model is about equally sure, by the probability of what it prefers.
-
-    Args:
-        predicted: Their mean predicted probability; NaN without pairs.
-        observed: Share of them in which the model's preference is right; NaN without pairs.
-    """
+    """Pairs of which the model is about as sure: its probability, and how often it is right."""
 
     low: float
     high: float
@@ -112,8 +101,6 @@ class FitReport:
     """How well predictions do on prompts that were left out; NaN is what was not measured.
 
     Args:
-        num_records: Responses.
-        num_prompts: Different prompts among them.
         correlation: Pearson correlation of prediction and final score over all rows.
         within_prompt: The same after the mean of each prompt's rows of one length is taken off
             both: what a choice among responses to one prompt can use. NaN where no prompt has two
@@ -131,9 +118,7 @@ class FitReport:
         accuracy: Share of the pairs whose better response scores higher; a tie counts half.
         longer_wins: That of preferring the longer response, the usual confound.
         log_loss: Mean of -log sigmoid(chosen - rejected), in nats; log 2 = 0.693 is chance.
-        ece: Expected calibration error: mean of |predicted - observed| over the bins, weighted by
-            their counts.
-        calibration: The bins, from 0.5 to 1.
+        ece: Expected calibration error, over the bins of `calibration` from 0.5 to 1.
         chance: Accuracy of guessing.
     """
 
@@ -164,9 +149,8 @@ class FitReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
         """Read `to_dict`."""
-        lengths = tuple(LengthReport(**with_nan(row)) for row in values["by_length"])
-        bins = tuple(CalibrationBin(**with_nan(row)) for row in values["calibration"])
-        return cls(**{**with_nan(values), "by_length": lengths, "calibration": bins})
+        found: FitReport = restored(cls, values)
+        return found
 
     def __eq__(self, other: object) -> bool:
         # Two reports that lack the same figure are equal, though NaN is not.
@@ -201,15 +185,7 @@ def value_report(
 def regression_report(
     predicted: FloatArray, scores: FloatArray, groups: Sequence[Hashable], lengths: npt.ArrayLike
 ) -> FitReport:
-    """Measure predicted against known scores of complete responses, with their characters.
-
-    Example:
-        >>> report = regression_report(
-        ...     np.array([1.0, 2.0, 5.0]), np.array([1.0, 2.0, 3.0]), ["a", "a", "b"], [3, 4, 5]
-        ... )
-        >>> report.r2, report.num_pairs, report.accuracy
-        (-1.0, 1, 1.0)
-    """
+    """Measure predicted against known scores of complete responses, with their characters."""
     index = np.unique([str(group) for group in groups], return_inverse=True)[1].reshape(-1)
     characters = np.asarray(lengths)
     together = Samples(predicted[:, None], scores, np.zeros(len(scores), np.int64), index)
@@ -234,26 +210,13 @@ def regression_report(
 
 
 def pair_report(
-    chosen: FloatArray,
-    rejected: FloatArray,
-    groups: Sequence[Hashable],
-    lengths: npt.ArrayLike,
+    chosen: FloatArray, rejected: FloatArray, groups: Sequence[Hashable], lengths: npt.ArrayLike
 ) -> FitReport:
     """Measure scores of preference pairs; `lengths`, int[B, 2], are the responses' characters.
 
-    The probability of a preference is the Bradley-Terry model's, sigmoid(chosen - rejected). The
-    calibration curve is that of the response which the model prefers, so it goes from 0.5 to 1; the
-    curve over all probabilities is its mirror image at 0.5, since each pair could be asked either
-    way. Where both score the same, half of the pair counts as right.
-
-    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (bins of equal width).
-
-    Example:
-        >>> report = pair_report(
-        ...     np.array([2.0, 0.0]), np.array([0.0, 1.0]), ["a", "b"], [[5, 1], [4, 4]]
-        ... )
-        >>> report.accuracy, report.longer_wins, sum(entry.count for entry in report.calibration)
-        (0.5, 0.75, 2)
+    A preference has the Bradley-Terry probability sigmoid(chosen - rejected). The calibration curve
+    is that of the response which the model prefers, from 0.5 to 1. Source: Guo et al., "On
+    Calibration of Modern Neural Networks", ICML 2017 (bins of equal width).
     """
     margins = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
     confidence = expit(np.abs(margins))
@@ -307,20 +270,6 @@ def correlation(a: FloatArray, b: FloatArray) -> float:
 def root_mean_square(values: FloatArray) -> float:
     """The root of the mean of the squares."""
     return float(np.sqrt(np.mean(np.square(values))))
-
-
-def without_nan(value: Any) -> Any:
-    """JSON values of dataclasses' values: None for NaN."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """NaN for None."""
-    return {key: _NAN if value is None else value for key, value in values.items()}
 
 
 def _agreement(mean: FloatArray, samples: Samples) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mbrl_text_env.fitting.folder import Arrays, FolderKind
 from mbrl_text_env.fitting.heads import scaled_ridge
 from mbrl_text_env.fitting.report import FitError
 from mbrl_text_env.language_models.base import Tokenizer, stream
-from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage, timed
+from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, check_positive, timed
 from mbrl_text_env.world_model.features import DEFAULT_FEATURES, TextFeature, TextFeatures
 
 if TYPE_CHECKING:
@@ -58,13 +58,11 @@ class Dynamics(ABC):
     """What a prefix will become, apart from any reward; call it by `predict_futures`.
 
     Attributes:
-        features: What it predicts.
-        constant_: Names of features that it was not fitted to predict, since they never varied.
+        features: What it predicts, but for `constant_` ones, which never varied in the records.
         language_model_name_: The policy whose responses it was fitted on.
         longest_: Tokens of the longest response that it has seen.
         stride: Records are cut every so many tokens.
-        kind, settings: What `save` writes of it, beside the features: its name in `load_dynamics`,
-            and the arguments of its constructor.
+        kind, settings: Its name in `load_dynamics`, and the arguments of its constructor.
     """
 
     features: TextFeatures
@@ -85,7 +83,6 @@ class Dynamics(ABC):
         """The features that it predicts, F of them."""
         return tuple(name for name in self.features.names if name not in self.constant_)
 
-    @abstractmethod
     def futures(
         self,
         states: Sequence[TextState],
@@ -93,7 +90,33 @@ class Dynamics(ABC):
         horizon: int | None = None,
         seed: int = 0,
     ) -> Futures:
-        """Futures `horizon` tokens ahead, or to the end; a function of each state and the seed."""
+        """Futures `horizon` tokens ahead, or to the end; a function of each state and the seed.
+
+        The horizon is a multiple of `stride`.
+        """
+        if horizon is not None and horizon % self.stride:
+            raise WorldModelError(
+                f"horizon: expected a multiple of the stride, {self.stride}, got {horizon}. Change "
+                "it, or fit with another stride."
+            )
+        rows = self.varying(states)
+        shape = len(states), num_futures
+        features = np.zeros((*shape, rows.shape[1]), dtype=np.float32)
+        ended, member = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
+        # State by state: the size of a product may change its rounding.
+        for i, (state, row) in enumerate(zip(states, rows, strict=True)):
+            rng, size = stream(seed, state, 0), len(state.response_ids)
+            features[i], ended[i], member[i] = self.ahead(size, row, num_futures, horizon, rng)
+        return Futures(features, features[..., 0].astype(np.int64), ended, member)
+
+    def ahead(
+        self, size: int, row: Any, num_futures: int, horizon: int | None, rng: np.random.Generator
+    ) -> tuple[Any, Any, Any]:
+        """Features float32[M, F], ended bool[M] and member int64[M] of the futures of one state.
+
+        It has `size` tokens and the features `row`, float32[F], of which tokens are the first.
+        """
+        raise WorldModelError(f"{type(self).__name__} has no futures: it has no `ahead`.")
 
     @abstractmethod
     def fit(self, records: Sequence[Record]) -> Self:
@@ -166,14 +189,6 @@ class Dynamics(ABC):
         self.longest_ = int(lengths.max())
         return table[:, :, varies], lengths, groups.astype(np.int64)
 
-    def check_horizon(self, horizon: int | None) -> None:
-        """Refuse a horizon that is no multiple of `stride`."""
-        if horizon is not None and horizon % self.stride:
-            raise WorldModelError(
-                f"horizon: expected a multiple of the stride, {self.stride}, got {horizon}. Change "
-                "it, or fit with another stride."
-            )
-
 
 def predict_futures(
     dynamics: Dynamics,
@@ -182,7 +197,7 @@ def predict_futures(
     horizon: int | None = None,
     *,
     seed: int = 0,
-    ledgers: Sequence[Ledger] | None = None,
+    ledgers: Ledgers = None,
 ) -> Futures:
     """Futures of states that have not ended, charged as `num_futures` dynamics calls a state.
 
@@ -238,7 +253,6 @@ class IncrementDynamics(Dynamics):
 
     Args:
         tokenizer: Of the responses; a language model is also compared with the records'.
-        features: What is counted; see `TextFeatures`.
         neighbours: Nearest donors; None for all records.
         stride: Records are cut every so many tokens; in between, the nearest cut is taken.
         alpha: Penalty of the ridge, on inputs of variance 1.
@@ -261,11 +275,9 @@ class IncrementDynamics(Dynamics):
         stride: int = 8,
         alpha: float = 10.0,
     ) -> None:
-        if stride < 1 or (neighbours is not None and neighbours < 1) or not alpha > 0:
-            raise ValueError(
-                "Expected stride and neighbours of at least 1 and alpha above 0, got "
-                f"{stride}, {neighbours} and {alpha}."
-            )
+        check_positive(stride=stride, neighbours=neighbours)
+        if not alpha > 0:
+            raise ValueError(f"alpha: expected a number above 0, got {alpha}.")
         self.features = TextFeatures(tokenizer, features)
         self.neighbours, self.stride, self.alpha = neighbours, stride, alpha
         self.settings = {"neighbours": neighbours, "stride": stride, "alpha": alpha}
@@ -285,37 +297,25 @@ class IncrementDynamics(Dynamics):
         self.table_, self.lengths_, self.groups_ = table, lengths, groups
         self._spaces: dict[int, tuple[Any, FloatArray, FloatArray] | None] = {}
 
-    def futures(
-        self,
-        states: Sequence[TextState],
-        num_futures: int,
-        horizon: int | None = None,
-        seed: int = 0,
-    ) -> Futures:
-        """See `Dynamics.futures`; the horizon is a multiple of `stride`."""
-        self.check_horizon(horizon)
-        rows = self.varying(states)
-        shape = len(states), num_futures
-        features = np.zeros((*shape, rows.shape[1]), dtype=np.float32)
-        length, member = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        ended = np.zeros(shape, dtype=bool)
-        for i, (state, row) in enumerate(zip(states, rows, strict=True)):
-            size = len(state.response_ids)
-            cut = self._cut(size)
-            donors = self._donors(cut, row)
-            rng, rounds = stream(seed, state, 0), -(-num_futures // len(donors))
-            drawn = np.concatenate([rng.permutation(donors) for _ in range(rounds)])[:num_futures]
-            last = self.table_.shape[1] - 1
-            then = last if horizon is None else cut + horizon // self.stride
-            ends = np.minimum(self.lengths_[drawn], then * self.stride)
-            ended[i] = self.lengths_[drawn] <= then * self.stride
-            most = self.longest_ if horizon is None else size + horizon
-            length[i] = np.minimum(np.maximum(size + ends - cut * self.stride, size), most)
-            gained = self.table_[drawn, min(then, last)] - self.table_[drawn, cut]
-            features[i] = row + gained
-            features[i, :, 0] = length[i]
-            member[i] = self.groups_[drawn] % self.NUM_MEMBERS
-        return Futures(features, length, ended, member)
+    def ahead(
+        self, size: int, row: Any, num_futures: int, horizon: int | None, rng: np.random.Generator
+    ) -> tuple[Any, Any, Any]:
+        """See `Dynamics.ahead`."""
+        # The nearest cut at which a record goes on.
+        cut = min(
+            (size + (self.stride - 1) // 2) // self.stride, (self.longest_ - 1) // self.stride
+        )
+        donors = self._donors(cut, row)
+        rounds = -(-num_futures // len(donors))
+        drawn = np.concatenate([rng.permutation(donors) for _ in range(rounds)])[:num_futures]
+        last = self.table_.shape[1] - 1
+        then = last if horizon is None else cut + horizon // self.stride
+        ends = np.minimum(self.lengths_[drawn], then * self.stride)
+        most = self.longest_ if horizon is None else size + horizon
+        features = row + (self.table_[drawn, min(then, last)] - self.table_[drawn, cut])
+        features[:, 0] = np.minimum(np.maximum(size + ends - cut * self.stride, size), most)
+        ended = self.lengths_[drawn] <= then * self.stride
+        return features, ended, self.groups_[drawn] % self.NUM_MEMBERS
 
     def flops_bound(self, num_futures: int) -> float:
         """The ridge's product and the distances to all records."""
@@ -335,12 +335,6 @@ class IncrementDynamics(Dynamics):
         if table.shape != shape or groups.shape != lengths.shape or lengths.min() < 1:
             raise ValueError("arrays that do not fit each other")
         self._set(table, lengths, groups)
-
-    def _cut(self, size: int) -> int:
-        """The nearest cut at which a record goes on."""
-        return min(
-            (size + (self.stride - 1) // 2) // self.stride, (self.longest_ - 1) // self.stride
-        )
 
     def _donors(self, cut: int, row: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         donors = np.flatnonzero(self.lengths_ > cut * self.stride)
@@ -421,10 +415,7 @@ def _check_records(records: Sequence[Record], tokenizer: Any) -> None:
 
 
 def _check_table(
-    table: npt.NDArray[np.float32],
-    features: TextFeatures,
-    records: Sequence[Record],
-    stride: int,
+    table: npt.NDArray[np.float32], features: TextFeatures, records: Sequence[Record], stride: int
 ) -> None:
     counts = np.asarray([True, *(not feature.falls for feature in features.features)])
     fallen = np.argwhere((np.diff(table, axis=1) < 0) & counts)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from mbrl_text_env.fitting.folder import Arrays
 from mbrl_text_env.fitting.report import split_by_group
-from mbrl_text_env.language_models.base import Tokenizer, stream
-from mbrl_text_env.types import FloatArray, TextState
-from mbrl_text_env.world_model.dynamics import Dynamics, Futures
+from mbrl_text_env.language_models.base import Tokenizer
+from mbrl_text_env.types import FloatArray, check_positive, one_of
+from mbrl_text_env.world_model.dynamics import Dynamics
 from mbrl_text_env.world_model.features import DEFAULT_FEATURES, TextFeature, TextFeatures
 
 if TYPE_CHECKING:
@@ -50,14 +50,11 @@ class EnsembleDynamics(Dynamics):
     tell what is not known from what is random.
 
     Args:
-        tokenizer, features: As of `IncrementDynamics`.
         members, elites: Networks that are fitted, and those of them that are used.
         hidden: Units of each of the two hidden layers.
         stride: Tokens of a chunk.
         propagation: Which elite takes a step of a future: "fixed_model", always the same;
             "random_model", any; "expectation", the mean of all.
-        patience: Epochs.
-        seed: The fit follows from it, up to the rounding of other machines.
 
     Example:
         >>> dynamics = EnsembleDynamics(lm).fit(read_records("records"))  # doctest: +SKIP
@@ -80,27 +77,15 @@ class EnsembleDynamics(Dynamics):
         patience: int = 5,
         seed: int = 0,
     ) -> None:
-        if not 1 <= elites <= members or min(hidden, stride, patience) < 1:
-            raise ValueError(
-                "Expected 1 to `members` elites, and hidden, stride and patience of at least 1, "
-                f"got {elites} of {members}, {hidden}, {stride} and {patience}."
-            )
-        if propagation not in get_args(Propagation):
-            raise ValueError(
-                f"propagation: expected one of {get_args(Propagation)}, got {propagation!r}."
-            )
-        self.settings = {
-            "members": members,
-            "elites": elites,
-            "hidden": hidden,
-            "stride": stride,
-            "propagation": propagation,
-            "patience": patience,
-            "seed": seed,
-        }
+        check_positive(elites=elites, hidden=hidden, stride=stride, patience=patience)
+        one_of("propagation", propagation, Propagation)
+        if elites > members:
+            raise ValueError(f"elites: expected at most members ({members}), got {elites}.")
         self.features = TextFeatures(tokenizer, features)
         self.members, self.elites, self.hidden, self.stride = members, elites, hidden, stride
         self.propagation, self.patience, self.seed = propagation, patience, seed
+        names = ("members", "elites", "hidden", "stride", "propagation", "patience", "seed")
+        self.settings = {name: getattr(self, name) for name in names}
 
     @property
     def is_fitted(self) -> bool:
@@ -128,34 +113,19 @@ class EnsembleDynamics(Dynamics):
         self.arrays_ |= self._trained(x, y.astype(np.float32), ended, prompts, held)
         return self
 
-    def futures(
-        self,
-        states: Sequence[TextState],
-        num_futures: int,
-        horizon: int | None = None,
-        seed: int = 0,
-    ) -> Futures:
-        """See `Dynamics.futures`; the horizon is a multiple of `stride`."""
-        self.check_horizon(horizon)
-        starts = self.varying(states)
-        shape = len(states), num_futures
-        features = np.zeros((*shape, starts.shape[1]), dtype=np.float32)
-        ended, member = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
-        # State by state: the size of a product may change its rounding.
-        for i, (state, start) in enumerate(zip(states, starts, strict=True)):
-            rng = stream(seed, state, 0)
-            rows, over = np.tile(start, (num_futures, 1)), np.zeros(num_futures, dtype=bool)
-            member[i] = self.draw_members(num_futures, rng)
-            ahead = self.longest_ - len(state.response_ids) if horizon is None else horizon
-            for step in range(-(-ahead // self.stride)):
-                if self.propagation == "random_model" and step:
-                    own = self.draw_members(num_futures, rng)
-                else:
-                    own = member[i]
-                after, ends = self.advance(rows, own, rng)
-                rows, over = np.where(over[:, None], rows, after), over | ends
-            features[i], ended[i] = self.settled(start, rows), over
-        return Futures(features, features[..., 0].astype(np.int64), ended, member)
+    def ahead(
+        self, size: int, row: Any, num_futures: int, horizon: int | None, rng: np.random.Generator
+    ) -> tuple[Any, Any, Any]:
+        """See `Dynamics.ahead`."""
+        rows, over = np.tile(row, (num_futures, 1)), np.zeros(num_futures, dtype=bool)
+        member = self.draw_members(num_futures, rng)
+        left = self.longest_ - size if horizon is None else horizon
+        for step in range(-(-left // self.stride)):
+            is_new = self.propagation == "random_model" and step
+            own = self.draw_members(num_futures, rng) if is_new else member
+            after, ends = self.advance(rows, own, rng)
+            rows, over = np.where(over[:, None], rows, after), over | ends
+        return self.settled(row, rows), over, member
 
     def draw_members(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """int64[count], numbers of elites, equally often; all 0 for "expectation"."""
@@ -168,14 +138,9 @@ class EnsembleDynamics(Dynamics):
     ) -> tuple[_Rows, npt.NDArray[np.bool_]]:
         """One chunk more of N responses that go on, in one product.
 
-        Args:
-            rows: float32[N, F], features that are predicted (`varying`).
-            member: int64[N], the elite of each; without meaning for "expectation".
-            rng: Draws the chunks.
-
-        Returns:
-            The rows after it, float32[N, F], and whether the responses have ended then, bool[N].
-            Tokens are whole, other counts need not be; see `settled`.
+        `rows`, float32[N, F], are features that are predicted (`varying`), `member`, int[N], the
+        elites. Returned are the rows after it, of which tokens alone need be whole (see `settled`),
+        and whether the responses have ended, bool[N].
         """
         mean, variance, ends = self._predicted(rows)
         if self.propagation == "expectation":

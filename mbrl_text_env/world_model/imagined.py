@@ -13,7 +13,7 @@ from gymnasium.vector.utils import batch_space
 
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, score_features
-from mbrl_text_env.types import FloatArray, Prompt, TextState
+from mbrl_text_env.types import FloatArray, Prompt, TextState, check_positive
 from mbrl_text_env.world_model.dynamics import WorldModelError
 from mbrl_text_env.world_model.ensemble import EnsembleDynamics
 
@@ -68,11 +68,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         rollout_chunks: int | Callable[[int], int] | None = None,
         seed: int = 0,
     ) -> None:
-        if min(num_envs, num_candidates) < 1:
-            raise ValueError(
-                f"Expected num_envs and num_candidates of at least 1, got {num_envs} and "
-                f"{num_candidates}."
-            )
+        check_positive(num_envs=num_envs, num_candidates=num_candidates)
         if not dynamics.is_fitted or not starts:
             raise WorldModelError("Expected fitted dynamics and at least one state to start from.")
         for state in starts:
@@ -102,14 +98,12 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         self.reset()
 
     def reset(
-        self,
-        *,
-        seed: int | list[int | None] | None = None,
-        options: dict[str, Any] | None = None,
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[_Rows, dict[str, Any]]:
         """Begin all episodes; a seed, or a list of seeds, makes what follows repeatable."""
         if seed is not None:
-            self._rng = np.random.default_rng(seed if isinstance(seed, int) else _numbers(seed))
+            entropy = seed if isinstance(seed, int) else [each or 0 for each in seed]
+            self._rng = np.random.default_rng(entropy)
         self._begin(np.ones(self.num_envs, dtype=bool))
         return self._proposed(), {}
 
@@ -197,7 +191,3 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
             last[i] = shown[i]
         info = {"score": scores, "_score": ended}
         return {"final_obs": last, "_final_obs": done, "final_info": info, "_final_info": done}
-
-
-def _numbers(seeds: Sequence[int | None]) -> list[int]:
-    return [0 if seed is None else seed for seed in seeds]

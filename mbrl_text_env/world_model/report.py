@@ -87,12 +87,7 @@ def horizon_report(
 
 
 def _row(
-    dynamics: Dynamics,
-    records: Sequence[Record],
-    prompts: Any,
-    horizon: int,
-    size: int,
-    seed: int,
+    dynamics: Dynamics, records: Sequence[Record], prompts: Any, horizon: int, size: int, seed: int
 ) -> HorizonReport:
     states = [record.prefix_state(size) for record in records]
     futures = predict_futures(dynamics, states, _FUTURES, horizon, seed=seed)

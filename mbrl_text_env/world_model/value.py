@@ -11,7 +11,7 @@ import numpy as np
 
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, score_features
-from mbrl_text_env.types import FloatArray, Ledger, TextState, Usage
+from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, check_positive
 from mbrl_text_env.values import ValueEstimate, ValueModel, ValueModelError
 from mbrl_text_env.world_model.dynamics import Dynamics, predict_futures
 
@@ -65,11 +65,7 @@ class WorldModelValue(ValueModel):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_futures < 1 or (self.horizon is not None and self.horizon < 1):
-            raise ValueError(
-                "Expected num_futures and horizon of at least 1, got "
-                f"{self.num_futures} and {self.horizon}."
-            )
+        check_positive(num_futures=self.num_futures, horizon=self.horizon)
         self.reward_model = as_reward_model(self.reward_model)
         self.reward_name_ = self.reward_model.name
 
@@ -100,9 +96,7 @@ class WorldModelValue(ValueModel):
         """Mean and standard deviation with its parts, each float64[B]; uncharged."""
         return self.predict_with(states, None)
 
-    def predict_with(
-        self, states: Sequence[TextState], ledgers: Sequence[Ledger] | None
-    ) -> WorldModelEstimate:
+    def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> WorldModelEstimate:
         """`predict`, with the futures charged as dynamics calls."""
         if not self.is_fitted:
             raise ValueModelError("The dynamics are not fitted. Call their fit(records) first.")

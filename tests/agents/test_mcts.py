@@ -541,9 +541,9 @@ class TestAgents:
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
-            ({"root_policy": "ucb"}, "root_policy: expected one of puct, gumbel, got 'ucb'"),
-            ({"leaf_value": "none"}, "leaf_value: expected one of value, rollout, both"),
-            ({"backup": "min"}, "backup: expected one of mean, max"),
+            ({"root_policy": "ucb"}, "root_policy: expected one of .*puct.*gumbel.*, got 'ucb'"),
+            ({"leaf_value": "none"}, "leaf_value: expected one of .*value.*rollout.*both"),
+            ({"backup": "min"}, "backup: expected one of .*mean.*max"),
             ({"num_simulations": 0}, "num_simulations: expected at least 1, got 0"),
             ({"batch_size": 0}, "batch_size"),
             ({"max_considered": 0}, "max_considered"),

@@ -240,7 +240,7 @@ def test_reports_that_differ_are_not_equal():
     one = FitReport(2, 1, NAN, 0.5, 0.1)
     assert one == FitReport(2, 1, NAN, 0.5, 0.1)
     assert one not in (FitReport(2, 1, 0.0, 0.5, 0.1), FitReport(2, 1, NAN, 0.6, 0.1), "report")
-    with pytest.raises(KeyError):
-        FitReport.from_dict({})
     with pytest.raises(TypeError):
+        FitReport.from_dict({})
+    with pytest.raises(KeyError):
         FitReport.from_dict({**one.to_dict(), "more": 1})

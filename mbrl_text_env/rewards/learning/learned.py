@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from mbrl_text_env.encoders import Encoder
+from mbrl_text_env.files import restored, without_nan
 from mbrl_text_env.fitting.folder import Arrays, FolderKind
 from mbrl_text_env.fitting.heads import LayeredHead
-from mbrl_text_env.fitting.report import FitError, FitReport, with_nan, without_nan
+from mbrl_text_env.fitting.report import FitError, FitReport
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardError, RewardModel, applies_to
 from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
@@ -72,8 +73,8 @@ class RewardFitReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RewardFitReport:
         """The report of which `as_dict` made `values`."""
-        held_out = FitReport.from_dict(values["held_out"])
-        return cls(**{**with_nan(values), "held_out": held_out})
+        found: RewardFitReport = restored(cls, values)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

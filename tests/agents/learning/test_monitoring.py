@@ -14,10 +14,10 @@ from mbrl_text_env.agents.learning.reports import (
     Divergence,
     Diversity,
     _standard_error,
-    from_json,
     to_json,
 )
 from mbrl_text_env.agents.sampling import Sampling
+from mbrl_text_env.files import restored
 from mbrl_text_env.language_models import NGramLM, SamplingParams, TableLM
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards.base import RewardError
@@ -100,7 +100,7 @@ class TestDivergence:
         found = divergence(policy, base, states)
         assert found.per_response == found.per_token == float("inf")
         assert math.isnan(found.per_response_error)
-        read = from_json(Divergence, json.loads(json.dumps(to_json(found), allow_nan=False)))
+        read = restored(Divergence, json.loads(json.dumps(to_json(found), allow_nan=False)))
         assert read.per_response == float("inf")
         assert math.isnan(read.per_token_error)
 
@@ -136,7 +136,7 @@ class TestDiversity:
         assert found.distinct == pytest.approx((5 / 11, 3 / 7, 1 / 3))
         # Three of five are also an answer to another prompt; one repeats its own prompt's.
         assert (found.duplicates, found.repeats) == pytest.approx((3 / 5, 1 / 5))
-        assert from_json(Diversity, json.loads(json.dumps(to_json(found)))) == found
+        assert restored(Diversity, json.loads(json.dumps(to_json(found)))) == found
 
     def test_no_words(self):
         found = diversity([replace(written("ab", "a", 0.0), response="")])

@@ -28,6 +28,7 @@ from mbrl_text_env.agents.model_free import (
     train_dqn,
     train_ppo,
 )
+from mbrl_text_env.files import restored
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.types import Prompt
 from tests.agents.model_free.choice_worlds import (
@@ -130,7 +131,7 @@ class TestReport:
         assert written["total_flops"] == report.usage.flops + report.training_flops
         curve = json.loads((folder / "curve.json").read_text())
         assert [tuple(row) for row in curve["episodes"]] == list(report.curve)
-        assert [Measured.from_json(row) for row in curve["validation"]] == list(report.validation)
+        assert [restored(Measured, row) for row in curve["validation"]] == list(report.validation)
 
     def test_episodes_are_scores(self, trained):
         _, _, report = trained

@@ -146,7 +146,7 @@ def test_damaged_folders_are_refused(tmp_path):
     damage(folder, settings={})
     refused("KeyError")
     damage(folder, report={})
-    refused("KeyError")
+    refused("missing .* 'num_records' and 'num_prompts'")
     (folder / "value.json").write_text("{")
     refused("JSONDecodeError")
     (folder / "value.json").write_text("[]")

@@ -1,11 +1,8 @@
-"""What the studies share: paired statistics by hand, what is kept, prompts, a page."""
+"""What the studies share: paired statistics by hand, what is kept, a page."""
 
 import pytest
 
-from mbrl_text_env.benchmarks.compare import CompareError
-from mbrl_text_env.benchmarks.studies.harness import Shown, kept, paired, prompts_for, write_page
-from mbrl_text_env.prompts import load_prompts
-from mbrl_text_env.rewards import make
+from mbrl_text_env.benchmarks.studies.harness import Shown, kept, paired, write_page
 
 
 class TestPaired:
@@ -56,27 +53,6 @@ class TestKept:
             kept(path, lambda: 1 / 0)
         assert list(tmp_path.iterdir()) == []
         assert kept(path, lambda: 2) == 2
-
-
-class TestPromptsFor:
-    def test_the_order_is_fixed_and_random(self):
-        everything = prompts_for(make("sentiment"), "test", None)
-        there = load_prompts(split="test")
-        assert sorted(p.id for p in everything) == sorted(p.id for p in there)
-        assert [p.id for p in everything] != [p.id for p in there]
-        assert prompts_for(make("sentiment"), "test", 5) == everything[:5]
-
-    def test_the_reward_applies_to_all(self):
-        reward = make("constraints")
-        found = prompts_for(reward, "train", None)
-        assert all(reward.applies_to(prompt) for prompt in found)
-        assert 2 <= len(found) < len(load_prompts(split="train")) == 465
-
-    def test_too_few(self):
-        with pytest.raises(CompareError, match=r"1 to 465 prompts .*'sentiment'.* got 466"):
-            prompts_for(make("sentiment"), "train", 466)
-        with pytest.raises(CompareError, match="'unit-tests' applies to none"):
-            prompts_for(make("unit-tests"), "test", None)
 
 
 def test_a_page(tmp_path):

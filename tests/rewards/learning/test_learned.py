@@ -130,7 +130,7 @@ class TestDamage:
             ({"features": {}}, "KeyError"),
             ({"num_layers": 0}, "layers that do not fit"),
             ({"num_layers": 2}, "KeyError: 'layers.1.weights'"),
-            ({"report": {"objective": "x"}}, "KeyError"),
+            ({"report": {"objective": "x"}}, "TypeError.*missing .*'model'"),
             ({"report": []}, "TypeError"),
         ],
     )

@@ -1,0 +1,136 @@
+"""The engine on a device: exactness, a comparison, guarded decoding and throughput, as one JSON.
+
+Where there is no GPU the CPU is checked the same way.
+
+    python -m mbrl_text_env.benchmarks.studies.gpu_check --json gpu-check.json
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison, compare
+from mbrl_text_env.benchmarks.devices import usable_device
+from mbrl_text_env.benchmarks.options import console
+from mbrl_text_env.benchmarks.studies import harness, throughput
+from mbrl_text_env.checks import check_language_model
+from mbrl_text_env.language_models import SampleRequest, SamplingParams, TransformersLM, embedded
+from mbrl_text_env.language_models.base import Guard, prefix_of
+from mbrl_text_env.mdp import initial
+from mbrl_text_env.prompts import load_prompts
+from mbrl_text_env.rewards import make
+from mbrl_text_env.types import Prompt, TextState
+
+# Nats a token: what the engine's log-probabilities may differ from one forward pass in the same
+# number format (shapes differ, and so does rounding), on average.
+NEAR = {"float32": 1e-4, "bfloat16": 0.05}
+
+
+def exactness(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> dict[str, float]:
+    """Greedy tokens and their log-probabilities beside transformers' own forward pass (nats).
+
+    A token's regret is how much more probable the pass has its own best one; where it is no larger
+    than the differences, the two are a tie.
+    """
+    greedy = SamplingParams(temperature=0)
+    rows = lm.sample(states, 1, tokens, seeds=[0] * len(states), params=greedy)
+    differences, regrets = [], []
+    for state, [chunk] in zip(states, rows, strict=True):
+        prefix = prefix_of(state)
+        ids = torch.tensor([[*prefix, *chunk.token_ids]], device=lm.device)
+        with torch.inference_mode():
+            logits = lm.model(ids).logits[0, len(prefix) - 1 : -1].float()
+        own = logits.log_softmax(-1).cpu().numpy()
+        taken = own[np.arange(len(chunk)), list(chunk.token_ids)]
+        differences.append(np.abs(taken - chunk.logprobs))
+        regrets.append(own.max(axis=1) - taken)
+    difference, regret = np.concatenate(differences), np.concatenate(regrets)
+    return {
+        "tokens": len(difference),
+        "mean_difference": float(difference.mean()),
+        "largest_difference": float(difference.max()),
+        "greedy_share": float((regret == 0).mean()),
+        "largest_regret": float(regret.max()),
+    }
+
+
+def guarded(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> dict[str, float]:
+    """Chunks without the letter e, and the tokens a second."""
+    guard = Guard(lambda states, texts, ended: ["e" not in text for text in texts])
+    requests = [
+        SampleRequest(state, 4, tokens, seed, guard=guard) for seed, state in enumerate(states)
+    ]
+    began = time.perf_counter()
+    chunks = [chunk for row in lm.sample_requests(requests) for chunk in row]
+    seconds = time.perf_counter() - began
+    dead = sum(chunk.finish_reason is None and len(chunk) < tokens for chunk in chunks)
+    kept = sum("e" not in lm.decode(chunk.token_ids) for chunk in chunks)
+    return {
+        "chunks": len(chunks),
+        "kept": kept,
+        "dead_ends": dead,
+        "tokens_a_second": sum(map(len, chunks)) / seconds,
+    }
+
+
+def compared(lm: TransformersLM, prompts: Sequence[Prompt], tokens: int) -> list[dict[str, Any]]:
+    """A short comparison: its summary's agents."""
+    agents = ("sampling", "best-of-n:n=4", "adaptive")
+    config = CompareConfig(agents, budget_tokens=4 * tokens, max_response_tokens=tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        summary = compare(Comparison(config, prompts, lm, make("sentiment")), folder)
+    found: list[dict[str, Any]] = summary["agents"]
+    return found
+
+
+def main(
+    json_file: harness.JsonOption = None,
+    device: Annotated[str | None, typer.Option(help="By default a GPU, or the CPU.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    num_prompts: Annotated[int, typer.Option(min=1)] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each response.")] = 64,
+    sizes: Annotated[str, typer.Option("--batch-sizes", help="With commas between.")] = "1,16,64",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each rate.")] = 2,
+) -> None:
+    """Check and measure; exits with 1 where the engine is not exact.
+
+    The contract (chunks that do not depend on the batch, among others) is one of float32.
+    """
+    place, number_format = usable_device(device), throughput.DTYPES[dtype]
+    exactly = embedded(device=place, dtype=torch.float32)
+    check_language_model(exactly, [Prompt.from_text("A dog", chat=False)], max_new_tokens=2)
+    lm = embedded(device=place, dtype=number_format)
+    every = load_prompts(split="test")
+    states = [initial(prompt, lm) for prompt in every[:num_prompts]]
+    counts = [int(size) for size in sizes.split(",")]
+    engines = {dtype: throughput.engine_of(number_format, device=place)}
+    exact, bound = exactness(lm, states, tokens), guarded(lm, states, tokens)
+    rates = throughput.rates_by_batch_size(engines, every, tokens, repeats, sizes=counts)
+    result = {
+        **harness.heading("gpu_check"),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
+        "dtype": dtype,
+        "exactness": exact,
+        "guarded": bound,
+        "comparison": compared(lm, every[:num_prompts], tokens),
+        "tokens": tokens,
+        "rates": rates,
+        f"ratios_{dtype}": throughput.ratios(rates, dtype),
+    }
+    console.print(throughput.shown(rates).table())
+    print(json.dumps(result, indent=1))
+    harness.StudyOptions(json_file=json_file).write(result)
+    if exact["mean_difference"] > NEAR[dtype] or bound["kept"] < bound["chunks"]:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
