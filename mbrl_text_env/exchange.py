@@ -237,8 +237,11 @@ def model_card(folder: str | Path, repo_id: str) -> str:
 
 def _task_of(env: gym.Env[Any, Any]) -> TextTask:
     task = getattr(env.unwrapped, "task", None)
-    fits = isinstance(task, TextTask) and task.action_format == "padded"
-    if not fits or task.reward != "terminal":
+    if (
+        not isinstance(task, TextTask)
+        or task.action_format != "padded"
+        or task.reward != "terminal"
+    ):
         raise RecordsError(
             "env: expected mbrl_text_env/TextGeneration-v0 with action_format='padded' and "
             f"reward='terminal', got {env}. Make it with these options."
