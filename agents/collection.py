@@ -17,7 +17,7 @@ from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.records import Record, RecordsError, RecordWriter
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardError, RewardLike, RewardModel, reward_name
-from mbrl_text_env.runs import identity, prompt_digest
+from mbrl_text_env.runs import Each, identity, in_turn, prompt_digest
 from mbrl_text_env.types import Ledger, Prompt, check_positive
 
 # Of the samples and what is kept of them; changes when the same arguments give other records.
@@ -36,6 +36,7 @@ def collect(
     seed: int = 0,
     params: SamplingParams = DEFAULT_PARAMS,
     on_batch: Callable[[list[Record]], None] | None = None,
+    each: Each = in_turn,
 ) -> dict[str, str]:
     """Sample responses to prompts, score them all, and write every one of them.
 
@@ -50,6 +51,7 @@ def collect(
         samples_per_prompt: Responses to each prompt; the article takes 4.
         batch_prompts: Prompts that are sampled together.
         on_batch: Called with the records of each batch, for progress.
+        each: Where the batches are sampled (`RayWorkers`); they are written as they are done.
 
     Returns:
         The error of each prompt that was left out, by the prompt's id.
@@ -71,11 +73,15 @@ def collect(
     writer.go_on(collection_run(language_model, reward_model, seed=seed, **limits))
     missing = missing_samples(writer.existing(), prompts, samples_per_prompt)
     failed: dict[str, str] = {}
-    for start in range(0, len(prompts), batch_prompts):
-        batch = [p for p in prompts[start : start + batch_prompts] if missing[p.id]]
-        if not batch:
-            continue
-        records = _sampled(agent, batch, missing, seed, failed)
+    starts = range(0, len(prompts), batch_prompts)
+    batches = [
+        [(p, missing[p.id]) for p in prompts[start : start + batch_prompts] if missing[p.id]]
+        for start in starts
+    ]
+    for _, (records, lacking) in each(partial(_sampled, agent, seed), list(filter(None, batches))):
+        for name, error in lacking.items():
+            warnings.warn(f"Left out prompt {name!r}: {error}", stacklevel=2)
+        failed |= lacking
         if len(failed) == len(prompts):
             raise RewardError(
                 f"None of {len(prompts)} prompts could be scored. The first error: "
@@ -134,19 +140,15 @@ def missing_samples(
 
 
 def _sampled(
-    agent: Agent,
-    batch: Sequence[Prompt],
-    missing: Mapping[str, list[int]],
-    seed: int,
-    failed: dict[str, str],
-) -> list[Record]:
-    """Records of the missing samples; prompts that cannot be scored are noted in `failed`."""
+    agent: Agent, seed: int, batch: Sequence[tuple[Prompt, list[int]]]
+) -> tuple[list[Record], dict[str, str]]:
+    """Records of samples, by their numbers; the errors of prompts that cannot be scored, by id."""
     # What a run computes does not depend on whether it was stopped before.
     clear_cache(agent.language_model)
-    ledgers = {prompt.id: Ledger() for prompt in batch}
+    ledgers = {prompt.id: Ledger() for prompt, _ in batch}
 
-    async def scored(prompt: Prompt) -> list[Completion] | RewardError:
-        ledger, samples = ledgers[prompt.id], missing[prompt.id]
+    async def scored(prompt: Prompt, samples: list[int]) -> list[Completion] | RewardError:
+        ledger = ledgers[prompt.id]
         first, state = samples[0], initial(prompt, agent.language_model)
         count = samples[-1] + 1 - first
         drawn = await agent.complete(state, count, ledger, seed, first_sample=first)
@@ -155,20 +157,19 @@ def _sampled(
         except RewardError as error:
             return error
 
-    found = run([partial(scored, prompt) for prompt in batch])
-    records = []
-    for prompt, row in zip(batch, found, strict=True):
+    found = run([partial(scored, *each) for each in batch])
+    records, failed = [], {}
+    for (prompt, samples), row in zip(batch, found, strict=True):
         if isinstance(row, RewardError):
-            warnings.warn(f"Left out prompt {prompt.id!r}: {row}", stacklevel=3)
             failed[prompt.id] = str(row)
             continue
         amounts = ledgers[prompt.id].usage.as_dict()
         usage = {key: amount / len(row) for key, amount in amounts.items()}
-        for completion, sample in zip(row, missing[prompt.id], strict=True):
+        for completion, sample in zip(row, samples, strict=True):
             records.append(
                 record_of(completion, agent, usage, seed, agent="sampling", sample=sample)
             )
-    return records
+    return records, failed
 
 
 def record_of(

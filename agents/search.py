@@ -155,6 +155,7 @@ class Search:
             )
             for i, node in enumerate(unfinished):
                 node.value, node.std = float(estimate.mean[i]), float(estimate.std[i])
+                node.details = {name: rows[i].tolist() for name, rows in estimate.details.items()}
 
     def ranked(self, nodes: Iterable[Node]) -> list[Node]:
         """The partial responses among `nodes`, each once, those of highest value first."""

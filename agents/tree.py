@@ -22,7 +22,8 @@ class Node:
         children: In the order in which they were drawn; a chunk drawn twice is one child.
         samples: Chunks drawn from here, repetitions included.
         copies: How often this node was drawn from its parent.
-        value: The value model's mean and its standard deviation `std`, where it was asked.
+        value: The value model's mean and its standard deviation `std`, where it was asked, and the
+            `details` of its estimate by name.
         score: The reward of a complete response and its `parts` by name, where it was asked.
         visits: Visit count, and the `total` of the returns backed up, in searches that count.
         perturbed: Log-probability plus the Gumbel noise that ranked it, in sampling without
@@ -39,6 +40,7 @@ class Node:
     copies: int = 1
     value: float | None = None
     std: float = 0.0
+    details: Mapping[str, Any] = field(default_factory=dict)
     score: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     visits: int = 0
@@ -143,6 +145,7 @@ def _node_dict(node: Node, tokenizer: Tokenizer, on_path: set[int]) -> dict[str,
         "copies": node.copies,
         "value": node.value,
         "std": node.std if node.value is not None else None,
+        **({"details": dict(node.details)} if node.details else {}),
         "score": node.score,
         "parts": dict(node.parts),
         "visits": node.visits,

@@ -20,6 +20,7 @@ from rich.table import Table
 from mbrl_text_env.agents.base import Generation
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.machines import RayOptions, merge_command
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
 from mbrl_text_env.benchmarks.serve import serve_command
 from mbrl_text_env.benchmarks.terminal import (
@@ -31,6 +32,7 @@ from mbrl_text_env.benchmarks.terminal import (
     progress_bar,
 )
 from mbrl_text_env.benchmarks.train import train_command
+from mbrl_text_env.benchmarks.world_model import world_model_report_command
 
 _TRAIN = options.PromptOptions(split="train")
 _ANY_SPLIT = options.PromptOptions(split="all")
@@ -47,9 +49,11 @@ reward_app = typer.Typer(help="Fit and audit reward models.", no_args_is_help=Tr
 reward_app.command("fit")(fit_reward_command)
 app.add_typer(reward_app, name="reward")
 world_app = typer.Typer(help="Diagnose world models.", no_args_is_help=True)
+world_app.command("report")(world_model_report_command)
 app.add_typer(world_app, name="world-model")
 app.command("train")(train_command)
 app.command("serve")(serve_command)
+app.command("merge")(merge_command)
 
 
 @app.command()
@@ -103,6 +107,7 @@ def compare_command(
     ] = False,
     value: options.ValueOption = "prefix",
     policy: options.PolicyOption = None,
+    machines: RayOptions,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
     from mbrl_text_env.benchmarks.compare import Comparison, compare_with_progress
@@ -138,7 +143,8 @@ def compare_command(
         },
         options.load_policies(policy or [], language_model),
     )
-    summary = compare_with_progress(comparison, out, console)
+    with machines.each() as each:
+        summary = compare_with_progress(comparison, out, console, each)
     console.print(table(summary))
     console.print(f"results.jsonl, summary.json and report.html: {out.resolve()}")
     failed = any(entry["failed"] for entry in summary["agents"])
@@ -155,8 +161,10 @@ def collect_command(
     samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 4,
     max_response_tokens: options.TokensOption = 96,
     seed: options.SeedOption = 0,
+    batch_prompts: Annotated[int, typer.Option(min=1, help="Prompts sampled together.")] = 16,
     model: options.ModelOptions,
     prompts: options.PromptOptions = _TRAIN,
+    machines: RayOptions,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
     from mbrl_text_env.agents.collection import collect, missing_samples
@@ -167,7 +175,7 @@ def collect_command(
     asked = prompts.choose(num_prompts, reward, seed)
     language_model = model.load()
     chosen = options.that_fit(asked, language_model)
-    with RecordWriter(out) as writer, progress_bar() as bar:
+    with machines.each() as each, RecordWriter(out) as writer, progress_bar() as bar:
         missing = missing_samples(writer.existing(), chosen, samples)
         left = [name for name, numbers in missing.items() if numbers]
         task = bar.add_task("Collecting", total=sum(map(len, missing.values())))
@@ -178,8 +186,10 @@ def collect_command(
             writer,
             samples_per_prompt=samples,
             max_response_tokens=max_response_tokens,
+            batch_prompts=batch_prompts,
             seed=seed,
             on_batch=lambda records: bar.advance(task, len(records)),
+            each=each,
         )
     added = sum(len(missing[name]) for name in left if name not in failed)
     console.print(
@@ -195,10 +205,14 @@ def collect_command(
 @friendly
 def report_command(
     folder: Annotated[
-        Path, typer.Argument(help="The --out of `compare`, `train`, `collect` or `reward audit`.")
+        Path, typer.Argument(help="What a command that writes a report has had as its --out.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The HTML file; by default where the run has written it.")
+        Path | None,
+        typer.Option(
+            help="The HTML file, by default where the run has written it; a file that ends in .md "
+            "gets the answers side by side."
+        ),
     ] = None,
 ) -> None:
     """Make the HTML report of a run again, from what is in its folder."""
@@ -268,40 +282,6 @@ def fit_command(
         # It knows no reward, and is for all that are on counts.
         wanted = "REWARD --agents best-of-n,beam"
     console.print(f"Use it with `mbrl-text compare --reward {wanted} --value {out}`.")
-
-
-@world_app.command("report")
-@friendly
-def world_model_report_command(
-    *,
-    folder: Annotated[Path, typer.Argument(help="Of a world model (`fit --kind world-model`).")],
-    records: Annotated[Path, typer.Option(help="Records of prompts that it was not fitted on.")],
-    horizons: Annotated[str, typer.Option(help="Tokens ahead, with commas.")] = "8,16,32",
-    prefix_tokens: Annotated[int, typer.Option(min=1, help="Tokens to look ahead from.")] = 16,
-    seed: options.SeedOption = 0,
-    model: options.ModelOptions,
-) -> None:
-    """Errors, calibration and disagreement of a world model, by how far it looks ahead."""
-    from mbrl_text_env.records import read_records
-    from mbrl_text_env.world_model import horizon_report, load_dynamics
-
-    try:
-        ahead = [int(word) for word in horizons.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--horizons: expected numbers, got {horizons!r}.") from None
-    found = read_records(records)
-    dynamics = load_dynamics(folder, model.load())
-    rows = horizon_report(dynamics, found, ahead, prefix_tokens=prefix_tokens, seed=seed)
-    names = ("error", "copying", "rate", "increments", "z", "epistemic_share")
-    shown = Table(
-        "tokens ahead",
-        *(name.replace("_", " ") for name in names),
-        title=f"{rows[0].prefixes} responses, from {prefix_tokens} tokens on",
-        caption="Errors of what is gained, in standard deviations of it.",
-    )
-    for row in rows:
-        shown.add_row(str(row.horizon), *(f"{getattr(row, name):.3f}" for name in names))
-    console.print(shown)
 
 
 @app.command("prompts")

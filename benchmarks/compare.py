@@ -15,7 +15,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,13 @@ from mbrl_text_env.rewards.base import (
     reward_name,
     score_responses,
 )
-from mbrl_text_env.runs import claimed, identity, prompt_digests, writing
+from mbrl_text_env.runs import Each, claimed, identity, in_turn, prompt_digests, writing
 from mbrl_text_env.types import Prompt
 from mbrl_text_env.values import ValueModel
 
 Row = dict[str, Any]
 OnBatch = Callable[[str, int, list[Row]], None]
-RESULTS, SUMMARY, REPORT = "results.jsonl", "summary.json", "report.html"
+RESULTS, SUMMARY, REPORT, PARTS = "results.jsonl", "summary.json", "report.html", "parts"
 _ABOUT = "run.json"
 _FORMAT = 2
 # So often at most is the report of a run that goes on written.
@@ -107,16 +108,34 @@ class Comparison:
             max_response_tokens=self.config.max_response_tokens,
         )
 
+    def batches(self) -> dict[int, Sequence[Prompt]]:
+        """The prompts that are answered together, by the place of the first: those of the shard.
+
+        What an answer takes depends on its batch, so that shards are made of whole batches.
+        """
+        size, (shard, shards) = self.config.batch_prompts, self.config.shard_of
+        starts = range(0, len(self.prompts), size)
+        if shards > len(starts):
+            raise CompareError(
+                f"shard: expected at most as many shards as there are batches, {len(starts)} (of "
+                f"{size} prompts; {len(self.prompts)} in all), got {self.config.shard}. Ask for "
+                "fewer, or lower --batch-prompts for all of them."
+            )
+        return {start: self.prompts[start : start + size] for start in starts[shard - 1 :: shards]}
+
     def record(self) -> dict[str, Any]:
         """What was compared, for people."""
         policies = {name: model.name for name, model in self.policies.items()}
+        config = json.loads(json.dumps(asdict(self.config)))
+        if self.config.shard is None:
+            del config["shard"]
         return {
             "format": _FORMAT,
-            **json.loads(json.dumps(asdict(self.config))),
+            **config,
             "language_model": self.language_model.name,
             "reward": reward_name(self.reward_model),
             "gold": None if self.gold_model is None else reward_name(self.gold_model),
-            "prompts": [prompt.id for prompt in self.prompts],
+            "prompts": [prompt.id for batch in self.batches().values() for prompt in batch],
             **self.labels,
             **({"policies": policies} if policies else {}),
         }
@@ -132,26 +151,32 @@ class Comparison:
 
 
 def compare(
-    comparison: Comparison, out: str | Path, *, on_batch: OnBatch | None = None
+    comparison: Comparison,
+    out: str | Path,
+    *,
+    on_batch: OnBatch | None = None,
+    each: Each = in_turn,
 ) -> dict[str, Any]:
     """Run or resume a comparison and write `results.jsonl`, `summary.json` and `report.html`.
 
     Returns the content of `summary.json`. `on_batch` is called with spec, number of prompts and
-    rows after each batch. The report is written as the run goes, too.
+    rows after each batch. The report is written as the run goes, too. `each` says where the batches
+    are answered (`RayWorkers`).
 
     Raises:
         CompareError: The folder holds another comparison, or an agent got no prompt scored.
         BudgetError: The budget allows no complete response.
     """
     folder = Path(out)
-    record, about = comparison.record(), provenance(COMMAND.get())
-    so_far: dict[str, list[Row]] = {}
-    written = time.monotonic()
+    record = comparison.record()
+    so_far: dict[str, list[Row]] = {spec: [] for spec in comparison.config.agents}
+    about, written = provenance(COMMAND.get()), time.monotonic()
 
     def on_rows(spec: str, count: int, made: list[Row]) -> None:
         nonlocal written
-        so_far.setdefault(spec, []).extend(made)
-        if spec == comparison.config.agents[-1] and time.monotonic() - written > _REPORT_SECONDS:
+        so_far[spec].extend(made)
+        is_late = spec == comparison.config.agents[-1] and all(so_far.values())
+        if is_late and time.monotonic() - written > _REPORT_SECONDS:
             # No agent has a score yet: there is nothing to show.
             with writing(folder, CompareError), suppress(CompareError):
                 page = comparison_page(_summary(record, so_far), _flat(so_far), about)
@@ -160,10 +185,17 @@ def compare(
         if on_batch is not None:
             on_batch(spec, count, made)
 
-    rows = run(comparison, folder, on_batch=on_rows)
+    rows = run(comparison, folder, on_batch=on_rows, each=each)
+    return write_results(folder, record, rows, about)
+
+
+def write_results(
+    folder: Path, record: Mapping[str, Any], rows: Mapping[str, list[Row]], about: dict[str, Any]
+) -> dict[str, Any]:
+    """Write what `compare` makes of the rows by agent, and return the summary."""
     flat = _flat(rows)
     with writing(folder, CompareError):
-        _write_rows(folder / RESULTS, flat)
+        write_rows(folder / RESULTS, flat)
         summary = _summary(record, rows)
         write_text(folder / SUMMARY, json.dumps(summary, indent=2))
         write_text(folder / _ABOUT, json.dumps(about, indent=2))
@@ -202,7 +234,7 @@ def _flat(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
     return [row for own in rows.values() for row in own]
 
 
-def _summary(record: Mapping[str, Any], rows: dict[str, list[Row]]) -> dict[str, Any]:
+def _summary(record: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     flat = _flat(rows)
     gold = None if record["gold"] is None else [row.get("gold") for row in flat]
     return {
@@ -212,56 +244,70 @@ def _summary(record: Mapping[str, Any], rows: dict[str, list[Row]]) -> dict[str,
     }
 
 
-def compare_with_progress(comparison: Comparison, out: Path, console: Console) -> dict[str, Any]:
+def compare_with_progress(
+    comparison: Comparison, out: Path, console: Console, each: Each = in_turn
+) -> dict[str, Any]:
     """`compare` with a progress bar."""
-    total = len(comparison.config.agents) * len(comparison.prompts)
+    total = len(comparison.config.agents) * sum(map(len, comparison.batches().values()))
     with progress_bar(console) as bar:
         task = bar.add_task("Comparing", total=total)
 
         def on_batch(spec: str, count: int, rows: list[Row]) -> None:
             bar.update(task, advance=count, description=f"Comparing ({spec})")
 
-        return compare(comparison, out, on_batch=on_batch)
+        return compare(comparison, out, on_batch=on_batch, each=each)
 
 
 def run(
-    comparison: Comparison, folder: Path, *, on_batch: OnBatch | None = None
+    comparison: Comparison,
+    folder: Path,
+    *,
+    on_batch: OnBatch | None = None,
+    each: Each = in_turn,
 ) -> dict[str, list[Row]]:
     """Run or resume a comparison and return its rows by agent; see `compare`."""
-    config = comparison.config
+    config, batches = comparison.config, comparison.batches()
     agents = {spec: comparison.agent(spec) for spec in config.agents}
     for spec, agent in agents.items():
         agent.check_budget(comparison.prompts, config.budgets[spec])
-    size = config.batch_prompts
-    rows: dict[str, list[Row]] = {spec: [] for spec in agents}
     with claimed(folder, comparison.depends_on(), "comparison", CompareError, grows=("prompts",)):
         with writing(folder, CompareError):
-            parts = _read_parts(folder / "parts")
+            parts = read_parts(folder / PARTS)
         there = _by_key(row for part in parts.values() for row in part)
-        for start in range(0, len(comparison.prompts), size):
-            batch = comparison.prompts[start : start + size]
-            for number, (spec, agent) in enumerate(agents.items()):
+
+        def tell(spec: str, batch: Sequence[Prompt]) -> None:
+            if on_batch is not None:
+                on_batch(spec, len(batch), [there[spec, prompt.id] for prompt in batch])
+
+        places, jobs = [], []
+        for start, batch in batches.items():
+            for number, spec in enumerate(agents):
                 missing = [prompt for prompt in batch if (spec, prompt.id) not in there]
                 if missing:
-                    made = _answers(comparison, spec, agent, missing)
-                    name = f"{start:06d}-{number:02d}.jsonl"
-                    # With other prompts the part may hold rows of another batch: they stay.
-                    parts[name] = [*parts.get(name, []), *made]
-                    with writing(folder, CompareError):
-                        _write_rows(folder / "parts" / name, parts[name])
-                    there.update(_by_key(made))
-                done = [there[spec, prompt.id] for prompt in batch]
-                rows[spec].extend(done)
-                if on_batch is not None:
-                    on_batch(spec, len(batch), done)
-    return rows
+                    places.append((f"{start:06d}-{number:02d}.jsonl", batch))
+                    jobs.append((spec, missing))
+                else:
+                    tell(spec, batch)
+        # The prompts go with the jobs.
+        answer = partial(_answers, replace(comparison, prompts=()), agents)
+        for job, made in each(answer, jobs):
+            name, batch = places[job]
+            # With other prompts the part may hold rows of another batch: they stay.
+            parts[name] = [*parts.get(name, []), *made]
+            with writing(folder, CompareError):
+                write_rows(folder / PARTS / name, parts[name])
+            there.update(_by_key(made))
+            tell(jobs[job][0], batch)
+    asked = [prompt.id for batch in batches.values() for prompt in batch]
+    return {spec: [there[spec, name] for name in asked] for spec in agents}
 
 
 def _answers(
-    comparison: Comparison, spec: str, agent: Agent, prompts: Sequence[Prompt]
+    comparison: Comparison, agents: Mapping[str, Agent], job: tuple[str, Sequence[Prompt]]
 ) -> list[Row]:
     """Rows of a batch; prompts whose answers cannot be scored have an error in theirs."""
-    config = comparison.config
+    spec, prompts = job
+    config, agent = comparison.config, agents[spec]
     budget = config.budgets[spec]
 
     def answer(some: Sequence[Prompt]) -> list[Row]:
@@ -340,7 +386,7 @@ def _outcome(generation: Generation, tokenizer: Tokenizer) -> Row:
     }
 
 
-def _read_parts(folder: Path) -> dict[str, list[Row]]:
+def read_parts(folder: Path) -> dict[str, list[Row]]:
     """The rows of each part; lines that are damaged or cut off are left out."""
     parts = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -367,12 +413,13 @@ def read_rows(path: Path) -> list[Row]:
         return [json.loads(line) for line in file]
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write JSON lines."""
     lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in rows]
     write_text(path, "".join(line + "\n" for line in lines))
 
 
-def summarise(rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
+def summarise(rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
     """One entry an agent: mean score with its interval, paired with best-of-N, and what it cost.
 
     Raises:

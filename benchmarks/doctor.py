@@ -23,6 +23,7 @@ _FEATURES = {
     "server": "language models on servers",
     "serve": "a server whose answers are searched for",
     "data": "data sets and generated puzzles",
+    "ray": "work on several machines",
     "verify": "mathematics, JSON schemas, languages",
 }
 

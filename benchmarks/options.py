@@ -27,6 +27,7 @@ _PUZZLES_A_SPLIT = 256
 _SUITE = "suite:"
 _YEAR = 365 * 86400.0
 _DTYPES = ("default", "float32", "bfloat16", "float16", "int8")
+_SHARD = re.compile(r"(\d+)/(\d+)")
 _PRICE = re.compile(r"(?P<number>\d+(\.\d*)?(e[+-]?\d+)?)(?P<unit>tokens|flops)")
 # What a comparison allows an agent where nothing is said.
 DEFAULT_TOKENS = 400
@@ -284,8 +285,17 @@ class CompareConfig:
     budget_seconds: Annotated[
         float | None, typer.Option(help="Seconds after which it begins nothing new.")
     ] = None
+    shard: Annotated[
+        str | None,
+        typer.Option(help="'2/3' for the second third of the batches, to `merge` with the others."),
+    ] = None
 
     def __post_init__(self) -> None:
+        index, count = self.shard_of
+        if not 1 <= index <= count:
+            raise CompareError(
+                f"shard: expected 1/N to N/N for one of N shards, such as 2/3, got {self.shard!r}."
+            )
         if not self.agents or len(set(self.agents)) != len(self.agents):
             raise CompareError(f"Expected one or more different agents, got {list(self.agents)}.")
         if self.batch_prompts < 1:
@@ -296,6 +306,12 @@ class CompareConfig:
                 f"The budgets differ: {tokens} tokens. A comparison at unequal budgets says "
                 "little; make them equal, or allow it (--allow-unequal-budgets)."
             )
+
+    @property
+    def shard_of(self) -> tuple[int, int]:
+        """Which shard this is, from 1, and of how many; (0, 0) where that cannot be read."""
+        found = _SHARD.fullmatch("1/1" if self.shard is None else self.shard)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
     @cached_property
     def budgets(self) -> dict[str, Budget]:

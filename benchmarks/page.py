@@ -71,19 +71,9 @@ def write_page(path: str | Path, page: Page) -> None:
 
 def rendered(page: Page) -> str:
     """The page as HTML."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_PARTS),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
     script = (_PARTS / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.jinja").render(
+    return _template("report.html.jinja").render(
         page=page,
         tables=[_cells(table) for table in page.tables],
         settings=_named(page.settings),
@@ -93,6 +83,30 @@ def rendered(page: Page) -> str:
         digest=digest,
         style=(_PARTS / "report.css").read_text(encoding="utf-8"),
     )
+
+
+def answers_markdown(page: Page) -> str:
+    """The answers of a page as tables for Markdown; their texts are never read as Markdown."""
+    from markupsafe import Markup, escape
+
+    def lines(text: str) -> Markup:
+        return Markup("<br>").join(escape(line) for line in text.strip().split("\n"))
+
+    answers = _shown(page.data["answers"])
+    return _template("answers.md.jinja").render(answers=answers, lines=lines)
+
+
+def _template(name: str) -> Any:
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PARTS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    ).get_template(name)
 
 
 def embedded_json(data: Any) -> str:

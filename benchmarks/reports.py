@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from mbrl_text_env.benchmarks import article, compare, training_page
+from mbrl_text_env.benchmarks import article, compare, training_page, world_model
 from mbrl_text_env.benchmarks.audit import run as audit
 from mbrl_text_env.benchmarks.charts import Series, of_curves
 from mbrl_text_env.benchmarks.options import CompareError
-from mbrl_text_env.benchmarks.page import Page, answer, provenance, token_ends, write_page
+from mbrl_text_env.benchmarks.page import (
+    Page,
+    answer,
+    answers_markdown,
+    provenance,
+    token_ends,
+    write_page,
+)
 from mbrl_text_env.benchmarks.scaling import expected_best, sizes
 from mbrl_text_env.benchmarks.statistics import (
     Interval,
@@ -33,11 +40,13 @@ _MOST_PROMPTS = 1000
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Make the report of what is in a folder again; returns its place.
 
-    That is a comparison, an audit, a training, the article's pipeline, or records. Without `out` it
-    is where the run has written it: in the folder, or beside that of records.
+    That is a comparison, an audit, a training, the article's pipeline, a world model's report, or
+    records. Without `out` it is where the run has written it: in the folder, or beside that of
+    records.
 
     Raises:
-        CompareError: The folder is none of these.
+        CompareError: The folder is none of these, or has no answers and `out` ends in `.md`, which
+            gets the answers alone.
     """
     if (folder / compare.SUMMARY).is_file():
         page, place = compare.recorded_page(folder), folder / compare.REPORT
@@ -47,16 +56,28 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         page, place = article.recorded_page(folder), folder / compare.REPORT
     elif training_page.is_training(folder):
         page, place = training_page.recorded_page(folder), folder / training_page.REPORT
+    elif (folder / world_model.HORIZONS).is_file():
+        page, place = world_model.recorded_page(folder), folder / compare.REPORT
     elif has_records(folder):
         page, place = recorded_page(folder), records_report(folder)
     else:
         raise CompareError(
             f"{folder}: expected the folder of a comparison, an audit or a training that has "
-            "ended, or of records, got none of their files. Give the --out of `compare`, `train`, "
-            "`collect` or `reward audit`; a run that was stopped goes on with the same command."
+            "ended, of a world model's report, or of records, got none of their files. Give the "
+            "--out of `compare`, `train`, `collect`, `reward audit` or `world-model report`; a run "
+            "that was stopped goes on with the same command."
         )
-    write_page(place if out is None else out, page)
-    return place if out is None else out
+    place = place if out is None else out
+    if place.suffix != ".md":
+        write_page(place, page)
+    elif "answers" in page.data:
+        write_text(place, answers_markdown(page))
+    else:
+        raise CompareError(
+            f"{place}: expected the folder of a comparison or of records, whose answers Markdown "
+            f"can show, got {folder}. Write HTML."
+        )
+    return place
 
 
 def records_report(folder: Path) -> Path:

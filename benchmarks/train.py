@@ -12,9 +12,10 @@ import typer
 
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.machines import RayOptions
 from mbrl_text_env.benchmarks.terminal import COMMAND, console, progress_bar
 
-_GRADIENTS = ("grpo", "rloo")
+_GRADIENTS = ("grpo", "rloo", "dyna")
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _TRAIN = options.PromptOptions(split="train")
 
@@ -35,13 +36,16 @@ def settings_of(algorithm: str, changes: dict[str, Any], items: Sequence[str]) -
     """
     from mbrl_text_env.agents.learning.presets import LoopSettings
     from mbrl_text_env.agents.model_free.candidate_policy import DQNSettings, PPOSettings
+    from mbrl_text_env.agents.model_free.dyna import DynaSettings
     from mbrl_text_env.agents.model_free.trl import PolicyGradientSettings
 
-    gradient = (PolicyGradientSettings, "steps", "max_completion_length")
+    gradient = ("steps", "max_completion_length")
     kinds: dict[str, tuple[Any, str, str]] = {
         "ppo": (PPOSettings, "total_steps", "max_response_tokens"),
         "dqn": (DQNSettings, "total_steps", "max_response_tokens"),
-        **dict.fromkeys(_GRADIENTS, gradient),
+        "grpo": (PolicyGradientSettings, *gradient),
+        "rloo": (PolicyGradientSettings, *gradient),
+        "dyna": (DynaSettings, *gradient),
         "expert-iteration": (LoopSettings, "iterations", "max_response_tokens"),
     }
     if algorithm not in kinds:
@@ -79,7 +83,9 @@ def _setting(kind: Any, item: str) -> tuple[str, Any]:
 
 @friendly
 def train_command(
-    algorithm: Annotated[str, typer.Argument(help="ppo, dqn, grpo, rloo or expert-iteration.")],
+    algorithm: Annotated[
+        str, typer.Argument(help="ppo, dqn, grpo, rloo, dyna or expert-iteration.")
+    ],
     *,
     out: Annotated[Path, typer.Option(help="Folder of the training; goes on if it exists.")] = Path(
         "training"
@@ -88,8 +94,8 @@ def train_command(
         int | None,
         typer.Option(
             min=1,
-            help="Of the environments (PPO, DQN), of the optimizer (GRPO, RLOO), or iterations; by "
-            "default 4096, 60 and 3.",
+            help="Of the environments (PPO, DQN), of the optimizer (GRPO, RLOO, dyna), or "
+            "iterations; by default 4096, 60 and 3.",
         ),
     ] = None,
     max_response_tokens: Annotated[
@@ -118,6 +124,7 @@ def train_command(
     judge: options.RewardOptions,
     prompts: options.PromptOptions = _TRAIN,
     model: options.ModelOptions,
+    machines: RayOptions,
 ) -> None:
     """Train a policy from a reward; can be killed and resumed.
 
@@ -126,10 +133,14 @@ def train_command(
     from mbrl_text_env.benchmarks.page import provenance
     from mbrl_text_env.benchmarks.reports import write_report
     from mbrl_text_env.benchmarks.training import Training
-    from mbrl_text_env.benchmarks.training_page import ABOUT, use_of
+    from mbrl_text_env.benchmarks.training_page import ABOUT, LOOP, use_of
     from mbrl_text_env.files import write_text
     from mbrl_text_env.rewards.base import reward_name
 
+    if machines.ray is not None and algorithm != LOOP:
+        raise TrainError(
+            f"--ray: expected the algorithm {LOOP!r}, got {algorithm!r}. Leave it out."
+        )
     changes = {"steps": steps, "tokens": max_response_tokens, "seed": seed}
     made, judge = settings_of(algorithm, changes, settings or []), judge.of(prompts.prompts)
     reward, count = judge.load(), 0 if algorithm in _GRADIENTS else held_out
@@ -137,8 +148,8 @@ def train_command(
     language_model = model.load()
     chosen = options.that_fit(asked, language_model)
     lists = chosen[count:], chosen[:count]
-    training = Training(algorithm, made, language_model, reward, *lists, out)
-    with progress_bar() as bar:
+    with machines.each() as each, progress_bar() as bar:
+        training = Training(algorithm, made, language_model, reward, *lists, out, each)
         task = bar.add_task(algorithm, total=training.steps)
 
         def tell(step: int, word: str) -> None:

@@ -18,7 +18,7 @@ from mbrl_text_env._lazy import MissingExtraError, extras
 from mbrl_text_env.agents.learning.training import TuningError
 from mbrl_text_env.benchmarks.training_page import CHOICES, LOOP, LOOP_FOLDER, POLICY
 from mbrl_text_env.files import write_folder
-from mbrl_text_env.runs import claimed, identity, prompt_digests
+from mbrl_text_env.runs import Each, claimed, identity, in_turn, prompt_digests
 from mbrl_text_env.types import Prompt
 
 Tell = Callable[[int, str], None]
@@ -34,10 +34,11 @@ class Training:
     """The parts of a training.
 
     Args:
-        algorithm: "ppo", "dqn", "grpo", "rloo" or "expert-iteration".
+        algorithm: "ppo", "dqn", "grpo", "rloo", "dyna" or "expert-iteration".
         settings: Those of the algorithm.
         prompts: To train on.
-        held_out: To measure on; none for GRPO and RLOO.
+        held_out: To measure on; none for GRPO, RLOO and dyna.
+        each: Where expert iteration answers prompts.
     """
 
     algorithm: str
@@ -47,6 +48,7 @@ class Training:
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
     folder: Path
+    each: Each = in_turn
 
     @property
     def policy(self) -> Path:
@@ -182,7 +184,8 @@ def _train_gradient(training: Training, curves: Curves, tell: Tell) -> None:
         curves.add(step.step, step.reward, step.mean_tokens, **more)
         tell(step.step, training.algorithm)
 
-    train = {"grpo": model_free.train_grpo, "rloo": model_free.train_rloo}[training.algorithm]
+    algorithms = {"grpo": model_free.train_grpo, "rloo": model_free.train_rloo}
+    train = {**algorithms, "dyna": model_free.train_dyna}[training.algorithm]
     models = training.language_model, training.reward_model
     given = (*models, training.prompts, training.policy, training.settings)
     train(*given, on_step=on_step)
@@ -205,9 +208,8 @@ def _train_loop(training: Training, curves: Curves, tell: Tell) -> None:
         noted = max(noted, iteration)
         tell(min(iteration, training.steps), stage)
 
-    loop = ExpertIteration(
-        *models, training.prompts, training.held_out, folder, training.settings, on_stage=on_stage
-    )
+    given = (*models, training.prompts, training.held_out, folder, training.settings)
+    loop = ExpertIteration(*given, on_stage=on_stage, each=training.each)
     result = loop.run()
     on_stage(len(result.iterations), "ended")
     if result.best:

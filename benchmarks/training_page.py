@@ -21,8 +21,8 @@ from mbrl_text_env.records import read_records, scores_of
 CHOICES, LOOP = ("ppo", "dqn"), "expert-iteration"
 POLICY, LOOP_FOLDER, ABOUT, REPORT = "policy", "loop", "run.json", "report.html"
 _CURVE, _LEDGER = "curve.json", "ledger.json"
-_WINDOWS = 16
-_STEPS = {LOOP: "iteration", "grpo": "step", "rloo": "step"}
+_WINDOWS, _AUDITS = 16, 8
+_STEPS = {LOOP: "iteration", "grpo": "step", "rloo": "step", "dyna": "step"}
 
 Points = Sequence[tuple[float, float]]
 HeldOut = Mapping[float, Sequence[float]]
@@ -85,7 +85,7 @@ def _page(folder: Path, about: Mapping[str, Any], points: Points, held_out: Held
         _verdict(reward, series, label),
         [] if has_policy else ["No iteration is above the base model: there is no policy."],
         [of_curves("Reward as training goes", label, f"mean {reward}", series)],
-        [shown, *_cost(folder)],
+        [shown, *([_audit(folder)] if algorithm == "dyna" else []), *_cost(folder)],
         {"episodes": points, "held_out": [[x, list(scores)] for x, scores in held_out.items()]},
         {**{name: about[name] for name in names[1:4]}, **use, **about["settings"]},
         {name: value for name, value in about.items() if name not in names},
@@ -125,6 +125,27 @@ def _cost(folder: Path) -> list[Table]:
         if isinstance(amount, int | float) and amount:
             shown.add_row(name.replace("_", " "), f"{amount:,.4g}")
     return [shown]
+
+
+def _audit(folder: Path) -> Table:
+    """What a learned head said of responses drawn at random, against the reward."""
+    from mbrl_text_env.agents.model_free.dyna import labels_of
+    from mbrl_text_env.rewards.learning.surrogate import audits, read_batches
+
+    shown = Table(
+        *numbers("step", "reward calls", "error of the head", "its band", "head minus reward"),
+        title="The learned head against the reward",
+        caption="On responses drawn at random, before the head was fitted on them: root mean "
+        "square error since the row before, what it stays below in 95% of rows if nothing shifts, "
+        "and the mean difference with its 95% interval. A difference above 0 that grows says that "
+        "the policy has learned to please the head alone.",
+    )
+    for found in audits([*read_batches(labels_of(folder / POLICY)).values()], _AUDITS):
+        gap = f"{mean_interval(found.errors):.3f}" if len(found.errors) else "-"
+        shown.add_row(
+            *(f"{found.batches}", f"{found.calls}", f"{found.error:.3f}", f"{found.band:.3f}", gap)
+        )
+    return shown
 
 
 def _curve(folder: Path) -> tuple[Points, HeldOut]:

@@ -16,6 +16,7 @@ EXTRAS = {
     "data": ("datasets", "reasoning_gym"),
     "server": ("httpx", "tenacity"),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "ray": ("ray",),
     "verify": ("math_verify", "jsonschema", "langdetect", "regex"),
 }
 """The packages that each extra brings, by the names they are imported by."""

@@ -22,13 +22,13 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -49,6 +49,29 @@ _MODEL_FILES = (
     "config.json", "reward.json", "value.json", "policy.json", "adapter_config.json", "modules.json"
 )  # fmt: skip
 _MOST_NESTED = 12
+
+Job = TypeVar("Job")
+T = TypeVar("T")
+Each: TypeAlias = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[tuple[int, Any]]]
+"""Does a piece of work for each of several jobs, and gives the place and the result of each as it
+is done: `in_turn`, or `workers.RayWorkers`, to which work and jobs are pickled."""
+
+
+def in_turn(work: Callable[[Job], T], jobs: Sequence[Job]) -> Iterator[tuple[int, T]]:
+    """Do one job after the other in this process."""
+    for place, job in enumerate(jobs):
+        yield place, work(job)
+
+
+def in_order(results: Iterable[tuple[int, T]]) -> Iterator[T]:
+    """The results of jobs in the order of the jobs; one that is early is held."""
+    held: dict[int, T] = {}
+    following = 0
+    for place, result in results:
+        held[place] = result
+        while following in held:
+            yield held.pop(following)
+            following += 1
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,18 @@ class ValueModelError(RuntimeError):
 
 @dataclass(frozen=True)
 class ValueEstimate:
-    """float64[B] each: the expected final reward of prefixes, and its standard deviation."""
+    """float64[B] each: the expected final reward of prefixes, and its standard deviation.
+
+    A subclass may add arrays of B rows; a search records them in its tree (`Node.details`).
+    """
 
     mean: FloatArray
     std: FloatArray
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a subclass adds, by name."""
+        return {name: rows for name, rows in vars(self).items() if name not in ("mean", "std")}
 
 
 class ValueModel(ABC):
@@ -137,6 +145,8 @@ def predict_values(
     if ledgers is not None:
         for ledger, amount in zip(ledgers, np.asarray(model.flops(states), float), strict=True):
             ledger.charge(Usage(value_calls=1, value_flops=float(amount)))
+    if isinstance(estimate, ValueEstimate):
+        return replace(estimate, mean=mean, std=std)
     return ValueEstimate(mean, std)
 
 

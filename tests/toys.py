@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +28,22 @@ class CountReward:
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         self.calls.append(list(responses))
         return [r.count(self.letter) / len(r) if r else 0.0 for r in responses]
+
+
+class Deadly(CountReward):
+    """Kills its process the first time that it scores: while there is a file, which it removes."""
+
+    def __init__(self, mark: str) -> None:
+        super().__init__()
+        self.mark = mark
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        try:
+            Path(self.mark).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        except FileNotFoundError:
+            pass
+        return super().score(prompts, responses)
 
 
 class StepReward(CountReward):

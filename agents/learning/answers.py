@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,11 @@ from mbrl_text_env.agents.collection import record_of
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.training import expect
 from mbrl_text_env.agents.sampling import Sampling
-from mbrl_text_env.language_models.base import spawn_seed
+from mbrl_text_env.language_models.base import clear_cache, spawn_seed
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record, RecordWriter, scores_of
 from mbrl_text_env.rewards.base import RewardError, isolate_failures
+from mbrl_text_env.runs import Each, in_order, in_turn
 from mbrl_text_env.types import Budget, Ledger, Prompt, Usage
 
 HINTED = "+hint"
@@ -44,6 +45,7 @@ def collect_answers(
     seed: int = 0,
     hint: Hint | None = None,
     ledger: Ledger | None = None,
+    each: Each = in_turn,
 ) -> dict[str, str]:
     """Answer prompts with an agent, and write every answer with its score.
 
@@ -60,21 +62,26 @@ def collect_answers(
             this hint. The record is then of the prompt without the hint, its agent's name ends in
             `HINTED`, and it has no log-probabilities, for these would be of another prompt.
         ledger: Is charged for all.
+        each: Where the batches are answered (`RayWorkers`). Elsewhere than here each begins with an
+            empty prefix cache, so that what prompts share is computed once a batch.
 
     Returns:
         The error of each prompt that was left out, by its id. If that is all, a `RewardError`.
     """
-    collecting = _Collecting(agent, writer, answers, budget, ledger or Ledger())
-    for start in range(0, len(prompts), batch_prompts):
-        batch = prompts[start : start + batch_prompts]
-        done = collecting.write([(prompt, prompt) for prompt in batch], seed, agent.name)
-        if hint is None:
-            continue
-        told = [(prompt, hint(prompt)) for prompt in batch if prompt.id not in done]
-        wrong = [(prompt, asked) for prompt, asked in told if asked is not None]
-        if wrong:
-            collecting.write(wrong, spawn_seed(seed, 1), agent.name + HINTED)
-    failed = collecting.failed
+    starts = range(0, len(prompts), batch_prompts)
+    batches = [prompts[start : start + batch_prompts] for start in starts]
+    answering = _Answering(agent, answers, budget, seed, hint, is_fresh=each is not in_turn)
+    failed: dict[str, str] = {}
+    # What is learned of the records depends on their order.
+    for found, lacking in in_order(each(answering.batch, batches)):
+        for name, error in lacking.items():
+            warnings.warn(f"Left out prompt {name!r}: {error}", stacklevel=2)
+        failed |= lacking
+        for record, usage in found:
+            if ledger is not None:
+                ledger.charge(usage)
+            writer.append(record)
+        writer.flush()
     if len(failed) == len(prompts):
         raise RewardError(
             f"None of {len(prompts)} prompts could be scored. The first error: "
@@ -85,40 +92,51 @@ def collect_answers(
 
 Row = list[tuple[Completion, Usage]]
 """The answers to one prompt, and what each took."""
+Written = list[tuple[Record, Usage]]
 
 
-@dataclass
-class _Collecting:
-    """What the parts of `collect_answers` share."""
+@dataclass(frozen=True)
+class _Answering:
+    """How `collect_answers` answers a batch; `is_fresh`: as if it were the first."""
 
     agent: Agent
-    writer: RecordWriter
     answers: int
     budget: Budget | None
-    ledger: Ledger
-    failed: dict[str, str] = field(default_factory=dict)
+    seed: int
+    hint: Hint | None
+    is_fresh: bool
 
-    def write(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int, name: str) -> set[str]:
-        """Answer each first prompt by asking the second, and write the answers.
+    def batch(self, prompts: Sequence[Prompt]) -> tuple[Written, dict[str, str]]:
+        """The records of a batch, and the errors of its prompts that are left out, by id."""
+        if self.is_fresh:
+            clear_cache(self.agent.language_model)
+        name = self.agent.name
+        found, failed = self._records([(prompt, prompt) for prompt in prompts], self.seed, name)
+        if self.hint is None:
+            return found, failed
+        done = {record.prompt_id for record, _ in found if scores_of([record])[0] >= CORRECT}
+        told = [(p, self.hint(p)) for p in prompts if p.id not in done and p.id not in failed]
+        wrong = [(prompt, asked) for prompt, asked in told if asked is not None]
+        if not wrong:
+            return found, failed
+        more, lacking = self._records(wrong, spawn_seed(self.seed, 1), name + HINTED)
+        return found + more, failed | lacking
 
-        Returns the prompts that have a correct answer, or none at all.
-        """
+    def _records(
+        self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int, name: str
+    ) -> tuple[Written, dict[str, str]]:
+        """Answer each first prompt by asking the second."""
         rows = isolate_failures(lambda some: self._answered(some, seed), pairs)
-        done = set()
+        found: Written = []
+        failed = {}
         for (prompt, _), row in zip(pairs, rows, strict=True):
             if isinstance(row, RewardError):
-                warnings.warn(f"Left out prompt {prompt.id!r}: {row}", stacklevel=4)
-                self.failed.setdefault(prompt.id, str(row))
-                done.add(prompt.id)
+                failed[prompt.id] = str(row)
                 continue
             for completion, usage in row:
-                self.ledger.charge(usage)
                 record = record_of(completion, self.agent, usage.as_dict(), seed, agent=name)
-                self.writer.append(record)
-                if scores_of([record])[0] >= CORRECT:
-                    done.add(prompt.id)
-        self.writer.flush()
-        return done
+                found.append((record, usage))
+        return found, failed
 
     def _answered(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int) -> list[Row]:
         agent, asked = self.agent, [second for _, second in pairs]

@@ -44,7 +44,7 @@ from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record, RecordWriter, read_records, scores_of
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, RewardModel
-from mbrl_text_env.runs import claimed, identity
+from mbrl_text_env.runs import Each, claimed, identity, in_turn
 from mbrl_text_env.types import Ledger, Prompt
 from mbrl_text_env.values import ValueModel
 
@@ -83,6 +83,7 @@ class ExpertIteration:
         encoder: Of value models that embed texts; None for MiniLM.
         hint: How prompts are hinted, where the settings say so.
         on_stage: Called with iteration and name of each stage that begins.
+        each: Where prompts are answered (`RayWorkers`); all else is done here.
 
     Example:
         >>> loop = ExpertIteration(
@@ -110,6 +111,7 @@ class ExpertIteration:
     encoder: Encoder | None = None
     hint: Hint = answer_hint
     on_stage: Callable[[int, str], None] | None = None
+    each: Each = in_turn
 
     def __post_init__(self) -> None:
         self.reward_model = self._reward = as_reward_model(self.reward_model)
@@ -234,6 +236,7 @@ class ExpertIteration:
                 seed=seed,
                 hint=self.hint if settings.hints else None,
                 ledger=ledger,
+                each=self.each,
             )
         records = read_records(stage.folder)
         std = float(np.std(scores_of(records)))
@@ -378,7 +381,7 @@ class ExpertIteration:
         agent, size = self._sampling(policy, self.settings.params), self.settings.batch_prompts
         options: Any = {"answers": samples, "batch_prompts": size, "seed": seed, "ledger": ledger}
         with RecordWriter(folder) as writer:
-            collect_answers(agent, prompts, writer, **options)
+            collect_answers(agent, prompts, writer, each=self.each, **options)
         return read_records(folder)
 
     def _report(self, iteration: int, before: Sequence[IterationReport]) -> IterationReport:

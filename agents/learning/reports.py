@@ -137,13 +137,14 @@ def diversity(records: Sequence[Record]) -> Diversity:
         askers[text].add(record.prompt_id)
     num_different = sum(len(own) for own in askers.values())
     return Diversity(
-        (_distinct(texts, 1), _distinct(texts, 2), _distinct(texts, 3)),
+        (distinct_share(texts, 1), distinct_share(texts, 2), distinct_share(texts, 3)),
         sum(len(askers[text]) > 1 for text in texts) / len(texts),
         1 - num_different / len(texts),
     )
 
 
-def _distinct(texts: Sequence[tuple[str, ...]], n: int) -> float:
+def distinct_share(texts: Sequence[tuple[str, ...]], n: int) -> float:
+    """Share of different n-grams of words among all; NaN where there is none."""
     grams = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 

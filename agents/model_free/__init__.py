@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
             *("CandidatePolicy", "CandidateView", "load_policy"),
             *("ChoiceReport", "DQNSettings", "Measured", "PPOSettings"),
         ],
+        "dyna": ["DynaSettings", "train_dyna"],
         "sb3": ["train_dqn", "train_ppo"],
         "sb3_parts": ["CandidateActorCritic", "CandidateDQNPolicy", "VectorEnvAdapter"],
         "trl": [

@@ -152,6 +152,13 @@
       ["bound", (n) => number(n.bound)], ["score", (n) => number(n.score)], ["visits", (n) => String(n.visits)], ["mean", (n) => number(n.mean)],
       ["log-prob.", (n) => number(n.logprob, 2)], ["drawn", (n) => `${n.copies}×`], ["why", (n) => isolated(n.note || "")],
     ].filter(([name]) => name !== "bound" || nodes.some((n) => n.bound !== undefined && n.bound !== null));
+    // `WorldModelEstimate`, with its `QUANTILES`.
+    function imagined({ value, details }) {
+      const quantiles = [10, 25, 50, 75, 90].map((percent, k) => [`${percent}% quantile`, details.quantiles[k]]);
+      const shown = [["mean reward", value], ...quantiles, ["epistemic std", details.epistemic], ["aleatoric std", details.aleatoric]];
+      return [make("h3", {}, `${details.num_futures} imagined futures`),
+        make("dl", {}, ...shown.flatMap(([name, x]) => [make("dt", {}, name), make("dd", {}, number(x))]))];
+    }
     function details() {
       const node = nodes[selected], children = below[selected].filter((k) => k <= time);
       const facts = columns.slice(1).map(([name, show]) => [make("dt", {}, name), make("dd", {}, show(node))]).flat();
@@ -162,10 +169,11 @@
         if (nodes[k].chosen) row.style.fontWeight = "700";
         return row;
       });
+      const futures = node.details && node.details.num_futures ? imagined(node) : [];
       at("node").replaceChildren(
         make("h3", {}, `Node ${selected}` + (node.chosen ? ", chosen" : "") + (node.finish_reason ? `, ended (${node.finish_reason})` : "")),
         make("p", { class: "note" }, isolated(prompt)), make("p", { class: "text" }, isolated(response(selected))),
-        make("dl", {}, ...facts, ...parts));
+        make("dl", {}, ...facts, ...parts), ...futures);
       if (children.length)
         at("node").append(make("h3", {}, `Its ${children.length} candidates`),
           make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Candidates" }, make("table", {}, make("thead", {}, make("tr", {},

@@ -9,6 +9,7 @@ counts decides are drawn anew, several times over:
 - `label_ratio`: how many labels imagined endings are worth to a learned head.
 - `expensive`: choice chunk by chunk by a cheap value, where a reward call has a price; it is that
   part of the study `verifiable`.
+- `dyna`: GRPO on a learned head in place of most reward calls.
 - `cost`: what fitting and asking take.
 
 What is done is kept in the folder, and a run that was killed goes on.
@@ -49,6 +50,7 @@ from mbrl_text_env.benchmarks.statistics import Interval, percentile_tail
 from mbrl_text_env.benchmarks.studies import harness, verifiable
 from mbrl_text_env.benchmarks.studies.matched_compute import page_tables, slug
 from mbrl_text_env.benchmarks.studies.world_model_baselines import Relabelled, correlations, forest
+from mbrl_text_env.benchmarks.studies.world_model_dyna import dyna
 from mbrl_text_env.fitting.report import root_mean_square
 from mbrl_text_env.language_models.base import LanguageModel, stream
 from mbrl_text_env.records import Record
@@ -64,7 +66,8 @@ from mbrl_text_env.world_model import (
     predict_futures,
 )
 
-PARTS = ("zero_labels", "planning", "label_ratio", "expensive", "cost")
+PARTS = ("zero_labels", "planning", "label_ratio", "expensive", "dyna", "cost")
+_LONG = ("expensive", "dyna")
 KINDS = (
     *("min_words", "max_words", "min_sentences", "max_sentences", "num_sentences"),
     *("min_paragraphs", "max_paragraphs", "num_paragraphs", "num_bullets", "no_commas"),
@@ -530,11 +533,12 @@ def main(
         int | None, typer.Option(min=1, help="How often constraints are drawn anew.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option(help="12 prompts, one set of constraints, no expensive rewards.")
+        bool,
+        typer.Option(help="12 prompts, one set of constraints, no `expensive`, no `dyna`."),
     ] = False,
 ) -> None:
     """Measure what imagined endings buy."""
-    names = [name.strip() for name in parts.split(",") if not (quick and name == "expensive")]
+    names = [name.strip() for name in parts.split(",") if not (quick and name in _LONG)]
     if unknown := sorted(set(names) - set(PARTS)):
         raise options.CompareError(f"parts: expected some of {list(PARTS)}, got {unknown}.")
     size, out = QUICK if quick else Size(), how.folder("world-model", quick=quick)
@@ -555,6 +559,9 @@ def main(
         result["label_ratio"] = label_ratio(work)
     if "planning" in names:
         result["planning"] = planning(work, planners.split(","))
+        how.write(result)
+    if "dyna" in names:
+        result["dyna"] = dyna(how.load(), out, how.seed)
         how.write(result)
     if "expensive" in names:
         result["expensive"] = expensive(work, quick)

@@ -155,7 +155,7 @@ class TransformersLM(FeatureModel):
                 f"it is loaded from, but this one {came}. Save it with `lm.model.save_pretrained` "
                 "(and its tokenizer), and load it by folder: TransformersLM(folder)."
             )
-        return _made_again, self._recipe
+        return _made_again, (self.identity(), *self._recipe)
 
     @property
     def cache_stats(self) -> engine.CacheStats:
@@ -458,9 +458,24 @@ class TransformersLM(FeatureModel):
         return torch.cat([own.logits(part) for part in hidden.split(_LOGIT_ROWS)])
 
 
-def _made_again(model: Any, options: dict[str, Any], *adapters: tuple[Any, str]) -> TransformersLM:
+def _made_again(
+    identity: dict[str, Any],
+    model: Any,
+    options: dict[str, Any],
+    *adapters: tuple[Any, str],
+) -> TransformersLM:
     """A language model in another process, with each adapter by folder and name."""
     lm = TransformersLM(model, **options)
     for folder, name in adapters:
         lm = lm.with_adapter(folder, name)
+    found = lm.identity()
+    # Two machines may round differently when they merge an adapter.
+    kept = found.keys() - ({"weights"} if adapters else set())
+    differing = [f"{k}: {identity[k]}, now {found[k]}" for k in kept if found[k] != identity[k]]
+    if differing:
+        raise ModelLoadError(
+            f"Expected language model {lm.name!r} as it was pickled, got another one from "
+            f"{str(model)!r} ({', '.join(differing)}). Have the same files on every machine, and "
+            "give dtype: its default differs between a CPU and a GPU."
+        )
     return lm

@@ -29,10 +29,11 @@ __getattr__, __dir__, __all__ = attach(
         "verifiable.code": ["UnitTestError", "UnitTestReward"],
         "composite.combinators": ["Ensemble", "Gate", "Product", "WeightedSum"],
         "verifiable.constraints": ["ConstraintsReward", "check_constraint", "prefix_verdict"],
-        "learning.features": ["EmbeddingFeatures", "HiddenFeatures"],
+        "learning.features": ["EmbeddingFeatures", "HiddenFeatures", "TokenFeatures"],
         "learning.fitting": ["LoraSettings", "fit_lora", "fit_reward"],
         "evaluators.judge": ["YES_NO", "FluencyReward", "JudgeReward"],
         "learning.learned": ["LearnedReward", "RewardFitError", "RewardFitReport"],
+        "learning.surrogate": ["SurrogateReward"],
         "verifiable.mathematics": ["MathReward"],
         "verifiable.patterns": ["RegexReward"],
         "learning.preferences": [

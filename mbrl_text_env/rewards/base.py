@@ -150,6 +150,10 @@ class RewardModel(ABC):
         self.feature_names(prompt)
         raise RewardError(f"Reward model {self.name!r} has no `score_features`. Add it.")
 
+    def reward_calls(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[int]:
+        """The calls that scores just made are charged as, int[B]; by default one each."""
+        return [1] * len(responses)
+
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
         """Return float64[B], the floating-point operations of each score; by default none."""
         return np.zeros(len(responses))
@@ -552,8 +556,9 @@ def _charge(
     name = f"{reward.name}.flops"
     raw = _guarded(reward.flops, name, prompts[0], prompts, responses)
     flops = _checked(raw, name, prompts, responses)
-    for ledger, amount in zip(ledgers, flops, strict=True):
-        ledger.charge(Usage(reward_calls=1, reward_flops=float(amount)))
+    calls = reward.reward_calls(prompts, responses)
+    for ledger, amount, called in zip(ledgers, flops, calls, strict=True):
+        ledger.charge(Usage(reward_calls=called, reward_flops=float(amount)))
 
 
 def place_of(error: BaseException) -> str:

@@ -31,6 +31,7 @@ from mbrl_text_env.rewards.names import NAMED, RewardEntry, first_line
 GROUP = "mbrl_text_env.rewards"
 """The entry-point group in which other packages offer rewards."""
 
+_FILE_MODULE = "reward_file_"
 _PYTHON_FILE = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 
@@ -244,7 +245,7 @@ def run_file(path: Path) -> ModuleType:
     `sys.path`, for what a function imports when it is called.
     """
     folder = str(path.parent)
-    name = f"reward_file_{path.stem}_{hashlib.blake2b(bytes(path), digest_size=6).hexdigest()}"
+    name = f"{_FILE_MODULE}{path.stem}_{hashlib.blake2b(bytes(path), digest_size=6).hexdigest()}"
     spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up.
@@ -261,6 +262,12 @@ def run_file(path: Path) -> ModuleType:
         if folder not in sys.path:
             sys.path.append(folder)
     return module
+
+
+def files_run() -> list[Path]:
+    """The files that `run_file` has run: what they define is pickled as a name in them."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(_FILE_MODULE)]
+    return [Path(str(module.__file__)) for module in modules]
 
 
 @contextmanager

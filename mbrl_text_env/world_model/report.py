@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class HorizonReport:
             these are too small.
         epistemic_share: Of the futures' variance, the part that members differ by; of some 200 of
             the prefixes.
+        squares: The squares of the first four errors by name, of each prompt: lists of as many
+            numbers as there are prompts, whose mean is the square of the error.
     """
 
     horizon: int
@@ -47,6 +49,7 @@ class HorizonReport:
     increments: float
     z: float
     epistemic_share: float
+    squares: dict[str, list[float]] = field(repr=False)
 
 
 def horizon_report(
@@ -110,7 +113,14 @@ def _row(
         "rate": now * horizon / size,
         "increments": others[prompts],
     }
-    errors = {name: root_mean_square((each - gains) / unit) for name, each in told.items()}
+    wrong = {name: (each - gains) / unit for name, each in told.items()}
+    errors = {name: root_mean_square(each) for name, each in wrong.items()}
+    # A prompt counts as often as it has prefixes.
+    share = np.mean(counts) * gains.shape[1]
+    squares = {
+        name: (np.bincount(prompts, (each**2).sum(axis=1)) / share).tolist()
+        for name, each in wrong.items()
+    }
     spread = root_mean_square((imagined / unit).std(axis=1))
     parts = [
         split_variance(imagined[i, :, k] / unit[k], futures.member[i])
@@ -124,4 +134,5 @@ def _row(
         **errors,
         z=errors["error"] / max(spread, _TINY),
         epistemic_share=float(epistemic / max(epistemic + aleatoric, _TINY)),
+        squares=squares,
     )

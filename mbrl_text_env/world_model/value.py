@@ -18,18 +18,24 @@ from mbrl_text_env.world_model.dynamics import Dynamics, predict_futures
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
 
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
 
 @dataclass(frozen=True)
 class WorldModelEstimate(ValueEstimate):
-    """float64[B] each: `std` is the root of the sum of the squares of its two parts.
+    """`std` is the root of the sum of the squares of its two parts, float64[B] each.
 
     Args:
         epistemic: Of what members (models, or groups of donors) say in the mean.
         aleatoric: Of the futures of one member.
+        quantiles: float64[B, 5]: of the futures' rewards, at `QUANTILES`.
+        num_futures: float64[B]: how many there are; 0 of a response that has ended.
     """
 
     epistemic: FloatArray
     aleatoric: FloatArray
+    quantiles: FloatArray
+    num_futures: FloatArray
 
 
 @dataclass(eq=False, repr=False)
@@ -93,14 +99,14 @@ class WorldModelValue(ValueModel):
         return replace(self, reward_model=reward_model)
 
     def predict(self, states: Sequence[TextState]) -> WorldModelEstimate:
-        """Mean and standard deviation with its parts, each float64[B]; uncharged."""
+        """Mean, standard deviation with its parts, and quantiles; uncharged."""
         return self.predict_with(states, None)
 
     def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> WorldModelEstimate:
         """`predict`, with the futures charged as dynamics calls."""
         if not self.is_fitted:
             raise ValueModelError("The dynamics are not fitted. Call their fit(records) first.")
-        found = np.zeros((len(states), 3))
+        found = np.zeros((len(states), 4 + len(QUANTILES)))
         for horizon, rows in self._by_horizon(states).items():
             own = None if ledgers is None else [ledgers[i] for i in rows]
             futures = predict_futures(
@@ -113,14 +119,18 @@ class WorldModelValue(ValueModel):
             )
             for i, features, member in zip(rows, futures.features, futures.member, strict=True):
                 scores = self._scores(states[i], self.dynamics.names, features)
-                found[i] = scores.mean(), *split_variance(scores, member)
+                parts = split_variance(scores, member)
+                found[i] = scores.mean(), *parts, len(scores), *np.quantile(scores, QUANTILES)
         for i, state in enumerate(states):
             if state.finish_reason is not None:
                 features = self.dynamics.features
-                found[i, 0] = self._scores(state, features.names, features([state]))[0]
-        mean, epistemic, aleatoric = found.T
-        std = np.sqrt(epistemic + aleatoric)
-        return WorldModelEstimate(mean, std, np.sqrt(epistemic), np.sqrt(aleatoric))
+                [score] = self._scores(state, features.names, features([state]))
+                found[i] = score, 0, 0, 0, *[score] * len(QUANTILES)
+        mean, epistemic, aleatoric, number = found[:, :4].T
+        parts = np.sqrt(epistemic), np.sqrt(aleatoric)
+        return WorldModelEstimate(
+            mean, np.sqrt(epistemic + aleatoric), *parts, found[:, 4:], number
+        )
 
     def usage_bound(self, state: TextState) -> Usage:
         """Of one state; of one that has ended, nothing is charged."""

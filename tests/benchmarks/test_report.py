@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import markdown
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,7 +18,13 @@ from mbrl_text_env.benchmarks import compare as comparisons
 from mbrl_text_env.benchmarks.charts import Series, of_curves, of_rows
 from mbrl_text_env.benchmarks.cli import app
 from mbrl_text_env.benchmarks.compare import compare, read_rows
-from mbrl_text_env.benchmarks.page import Page, embedded_json, rendered, token_ends
+from mbrl_text_env.benchmarks.page import (
+    Page,
+    answers_markdown,
+    embedded_json,
+    rendered,
+    token_ends,
+)
 from mbrl_text_env.benchmarks.report import search_page, verdict
 from mbrl_text_env.benchmarks.reports import write_report
 from mbrl_text_env.benchmarks.statistics import Interval
@@ -182,6 +189,34 @@ def test_text_is_never_markup_or_script(folder, tmp_path):
     assert {"".join(c["pieces"]) for row in answers for c in row["cells"] if "pieces" in c} <= {
         visible(text) for text in HOSTILE
     }
+
+
+def test_answers_in_markdown_are_text_alone(folder, tmp_path):
+    """As MkDocs reads it; an empty line would end the HTML for other readers."""
+    texts = [
+        *HOSTILE,
+        "```\ncode\n```",
+        "# a\n\n- b",
+        "[a](b) *c* `d` <https://e.f>",
+        "[a]: b",
+        "|a|b|",
+    ]
+    rows = [{"prompt": t, "cells": [{"text": t, "score": 0.5}, None]} for t in texts]
+    data = {"columns": [HOSTILE[1], "b"], "rows": rows}
+    source = answers_markdown(Page("", data={"answers": data}))
+    tables = source.strip().split("\n\n")
+    assert len(tables) == len(texts)
+    assert all(table.startswith("<table>") and table.endswith("</table>") for table in tables)
+    extensions = ["tables", "attr_list", "toc", "pymdownx.highlight", "pymdownx.superfences"]
+    page = Read(markdown.markdown(source, extensions=extensions))
+    assert set(page.tags) == {"table", "tr", "th", "td", "br"}
+    for text, [[prompt], names, cells] in zip(texts, page.tables, strict=True):
+        shown = visible(text).strip().replace("\n", "")
+        assert (prompt, cells, names[0]) == (shown, [shown, ""], f"{HOSTILE[1]} (0.500)")
+    result = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "a.md")])
+    assert result.exit_code == 0
+    rows = read_rows(folder / "results.jsonl")
+    assert (tmp_path / "a.md").read_text().count("<td>") == len(rows)
 
 
 def test_nothing_is_fetched(folder):

@@ -12,14 +12,18 @@ import subprocess
 
 import pytest
 
-from mbrl_text_env.agents import Adaptive
+from mbrl_text_env.agents import Adaptive, BeamSearch
 from mbrl_text_env.benchmarks import page as pages
 from mbrl_text_env.benchmarks.compare import compare, read_rows
 from mbrl_text_env.benchmarks.page import write_page
 from mbrl_text_env.benchmarks.report import comparison_page, search_page
+from mbrl_text_env.types import Budget
+from mbrl_text_env.world_model import WorldModelValue
 from tests.benchmarks.test_compare import toy_comparison
 from tests.benchmarks.test_report import HOSTILE, poisoned
 from tests.benchmarks.test_search_view import searched
+from tests.world_model.test_value import Share
+from tests.world_model.worlds import LIMIT, LM, PROMPTS, fitted
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-headless-shell")
 pytestmark = pytest.mark.skipif(
@@ -186,3 +190,32 @@ def test_a_search_is_stepped_through(opened):
     assert (found["root"], found["candidates"]) == (0, len(below))
     assert found["right"] == below[0]
     assert (found["left"], found["focus"]) == (0, "0")
+
+
+def test_imagined_futures_are_shown_where_a_world_model_was_asked(opened):
+    value = WorldModelValue(fitted(), Share())
+    agent = BeamSearch(LM, Share(), value, max_response_tokens=LIMIT, chunk_tokens=2)
+    [(_, tree)] = agent.explore(PROMPTS[:1], Budget(tokens=60), seed=1)
+    search = tree.to_dict(LM)
+    found = opened(
+        search_page(search, [1.0] * len(tree.nodes), {}, {"command": ""}),
+        """
+        found.shown = all("#tree li").map((li) => {
+          const node = Number(li.dataset.node);
+          document.querySelector(`#tree li[data-node="${node}"]`).click();
+          const figures = all("#node h3 + dl dd").slice(-8).map((dd) => dd.textContent);
+          return [node, figures, at("node").textContent.includes("64 imagined futures")];
+        });
+        found.width = document.documentElement.scrollWidth;
+        """,
+        width=500,
+    )  # fmt: skip
+    assert found["width"] <= 500
+    assert any(is_told for *_, is_told in found["shown"])
+    for index, figures, is_told in found["shown"]:
+        node = search["nodes"][index]
+        assert is_told == (node["value"] is not None)
+        if is_told:
+            details = node["details"]
+            parts = details["epistemic"], details["aleatoric"]
+            assert figures == [f"{x:.3f}" for x in (node["value"], *details["quantiles"], *parts)]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mbrl_text_env.benchmarks.cli import app
 from mbrl_text_env.benchmarks.compare import read_rows
 from mbrl_text_env.benchmarks.train import TrainError, settings_of
+from mbrl_text_env.rewards.learning.surrogate import read_batches
 from tests.benchmarks.test_report import Read
 from tests.language_models.conftest import CHAT_TEMPLATE, make_config, save_model, train_tokenizer
 
@@ -31,6 +32,7 @@ CHOICE = ["num_envs=2", "save_steps=4", "eval_steps=10", "encoder=null", "chunk_
 PPO = [*CHOICE, "rollout_steps=4", "batch_size=4"]
 DQN = [*CHOICE, "learning_starts=4", "batch_size=4"]
 GRADIENT = ["prompts_per_step=2", "num_generations=2", "batch_size=4", "save_steps=2"]
+DYNA = [*GRADIENT, "max_calls=24", "first_calls=6", "calls_per_step=2"]
 # With this seed an iteration is above the base model, and there is a policy.
 LOOP = ["agent=sampling", "value=null", "validation_samples=2", "patience=9", "seed=2"]
 # Steps, other settings, calls of the reward before the kill.
@@ -39,6 +41,7 @@ ALGORITHMS = {
     "dqn": (10, DQN, 95),
     "grpo": (10, GRADIENT, 22),
     "rloo": (10, GRADIENT, 22),
+    "dyna": (10, DYNA, 12),
     "expert-iteration": (2, LOOP, 16),
 }
 
@@ -107,8 +110,20 @@ def test_ten_steps_killed_and_resumed(world, algorithm, tmp_path):
     assert list(steps) == sorted(set(steps))
     assert 0 < min(lengths) <= max(lengths) <= 6
     assert "Use the policy: mbrl-text compare --agents" in result.output
+    if algorithm == "dyna":
+        same_labels(whole, killed)
     used_in_compare(world, killed, algorithm, tmp_path / "compared")
     reported(killed, algorithm)
+
+
+def same_labels(whole, killed):
+    one, other = (read_batches(folder / "policy-labels") for folder in (whole, killed))
+    assert [*one] == [*other]
+    assert sum(len(batch.rows) for batch in other.values()) == 22
+    for mine, its in zip(one.values(), other.values(), strict=True):
+        assert mine.scores.tolist() == its.scores.tolist()
+    assert json.loads((killed / "policy" / "ledger.json").read_text())["reward_calls"] == 22
+    assert "The learned head against the reward" in (killed / "report.html").read_text()
 
 
 def used_in_compare(world, folder, algorithm, out):
@@ -128,7 +143,7 @@ def reported(folder, algorithm):
     assert f"{algorithm}: " in html
     assert len(page.tables[0]) > 2
     rewards = dict(curve(folder, "ep_rew_mean"))
-    if algorithm in ("grpo", "rloo"):
+    if algorithm in ("grpo", "rloo", "dyna"):
         assert dict(page.data["episodes"]) == pytest.approx(rewards, abs=1e-6)
     elif algorithm == "expert-iteration":
         held_out = {step: sum(scores) / len(scores) for step, scores in page.data["held_out"]}

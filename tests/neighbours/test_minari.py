@@ -4,6 +4,7 @@ import gymnasium as gym
 import pytest
 
 import mbrl_text_env  # noqa: F401 registers the environments
+from mbrl_text_env.exchange import from_minari
 from mbrl_text_env.mdp import ChunkRules
 from mbrl_text_env.spaces import ChunkSpace, UnicodeText
 from tests.neighbours.common import CANDIDATES, PADDED, TEXT, VIEW
@@ -36,6 +37,13 @@ def test_a_data_set_with_infos(env_id, options, data_format, tmp_path, monkeypat
     env.create_dataset("toy/text-v0", eval_env="CartPole-v1")
     dataset = minari.load_dataset("toy/text-v0")
     assert [sum(e.rewards) for e in dataset.iterate_episodes()] == pytest.approx(scores)
+    if env_id == TEXT:
+        records = from_minari(dataset, env)
+        assert [record.score for record in records] == pytest.approx(scores)
+        for record in records:
+            state = record.state()
+            assert state.finish_reason is not None
+            assert record.response == options["tokenizer"].decode(state.response_ids)
 
 
 def test_spaces():

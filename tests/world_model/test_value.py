@@ -1,5 +1,7 @@
 """The world model's value is the expected reward, keeps the contract, and serves every planner."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,13 @@ from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.rewards import LengthPenalty, RewardError, RewardModel, SentimentReward
 from mbrl_text_env.types import Budget, Ledger
 from mbrl_text_env.values import ValueModelError, check_value_fits, predict_values
-from mbrl_text_env.world_model import IncrementDynamics, WorldModelError, WorldModelValue
-from mbrl_text_env.world_model.value import split_variance
+from mbrl_text_env.world_model import (
+    IncrementDynamics,
+    WorldModelError,
+    WorldModelValue,
+    predict_futures,
+)
+from mbrl_text_env.world_model.value import QUANTILES, split_variance
 from tests.toys import ExactValue
 from tests.world_model.worlds import FEATURES, LIMIT, LM, PROMPTS, fitted, records_of, state_of
 
@@ -32,6 +39,21 @@ class Least(RewardModel):
 
     def score_features(self, prompt, features):
         return (features[self.letter] >= self.least).astype(float)
+
+
+class Share(RewardModel):
+    """How often there is an "a", in parts of the longest response."""
+
+    name = "share"
+
+    def score(self, prompts, responses):
+        return [r.count("a") / LIMIT for r in responses]
+
+    def feature_names(self, prompt):
+        return ["a"]
+
+    def score_features(self, prompt, features):
+        return features["a"] / LIMIT
 
 
 def states():
@@ -72,6 +94,26 @@ def test_the_variance_is_split():
     assert split_variance(np.ones(4), member) == (0.0, 0.0)
     found = WorldModelValue(fitted(), Least()).predict(states())
     np.testing.assert_allclose(found.std**2, found.epistemic**2 + found.aleatoric**2)
+
+
+def test_a_search_records_the_futures_of_each_state():
+    value = WorldModelValue(fitted(), Share())
+    planner = BeamSearch(LM, value.reward_model, value, max_response_tokens=LIMIT, chunk_tokens=2)
+    # Side by side: the estimates of several searches come from one batch.
+    for _, tree in planner.explore(PROMPTS[:3], Budget(tokens=40), seed=0):
+        nodes = json.loads(json.dumps(tree.to_dict(LM), allow_nan=False))["nodes"]
+        valued = [node for node in tree.nodes if node.value is not None]
+        assert valued
+        for node in valued:
+            details = nodes[node.index]["details"]
+            futures = predict_futures(value.dynamics, [node.state], 64, None, seed=0)
+            shares = futures.features[0, :, value.dynamics.names.index("a")] / LIMIT
+            assert details["num_futures"] == 64
+            assert details["quantiles"] == pytest.approx(np.quantile(shares, QUANTILES))
+            assert node.value == pytest.approx(shares.mean())
+            parts = details["epistemic"], details["aleatoric"]
+            assert np.hypot(*parts) == pytest.approx(node.std) == pytest.approx(shares.std())
+        assert all("details" not in nodes[n.index] for n in tree.nodes if n.value is None)
 
 
 @pytest.mark.parametrize("planner", [Adaptive, BeamSearch])

@@ -286,8 +286,8 @@ class Features(ABC):
         """Take means and scales from B rows of training data."""
         self.scalers_ = {n: StandardScaler().fit(v) for n, v in self._blocks(raw).items()}
         self.directions_ = None
-        if "prompt" in raw and self.use_statistics:
-            distinct = np.unique(raw["prompt"], axis=0)
+        distinct = np.unique(raw.get("prompt", np.empty((0, 0))), axis=0)
+        if len(distinct) > 1 and self.use_statistics:
             count = min(_PROMPT_DIRECTIONS, *distinct.shape)
             self.directions_ = PCA(count, svd_solver="full").fit(distinct)
             spread = float(self.directions_.transform(distinct).std())
@@ -478,6 +478,41 @@ class HiddenFeatures(Features):
                 )
             self._loaded = model
         return cast("LanguageModel", self._loaded)
+
+
+@dataclass(eq=False, repr=False)
+class TokenFeatures(HiddenFeatures):
+    """The mean of the response's token embeddings, which are looked up; and counts.
+
+    No model is run. Source: Joulin et al., "Bag of Tricks for Efficient Text Classification", 2017.
+    Deviation: the embeddings are the language model's input embeddings, and stay as they are.
+    """
+
+    kind = "tokens"
+    block_names = ("tokens",)
+
+    def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
+        """Look up: `tokens` float64[B, d], 0 for an empty response, and `statistics`."""
+        model: Any = self._model()
+        if not hasattr(getattr(model, "model", None), "get_input_embeddings"):
+            raise RewardError(
+                "Expected a language model whose token embeddings can be read, such as "
+                f"TransformersLM, got {type(model).__name__}. Use EmbeddingFeatures."
+            )
+        table = model.model.get_input_embeddings().weight.detach()
+        found = np.zeros((len(responses), table.shape[1]))
+        for i, state in enumerate(self._states(prompts, responses)):
+            if state.response_ids:
+                found[i] = table[list(state.response_ids)].double().mean(dim=0).cpu().numpy()
+        return {"tokens": found} | self._counts(prompts, responses)
+
+    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """float64[B]: none, but for sums that are not worth counting."""
+        return np.zeros(len(responses))
+
+    def flops_bound(self) -> float:
+        """None."""
+        return 0.0
 
 
 def _weight(columns: int) -> float:

@@ -24,6 +24,7 @@ from mbrl_text_env.rewards.learning.features import (
     EmbeddingFeatures,
     Features,
     HiddenFeatures,
+    TokenFeatures,
 )
 from mbrl_text_env.rewards.learning.lora_classifier import read_adapter
 from mbrl_text_env.types import FloatArray, Prompt
@@ -247,7 +248,7 @@ def _features(config: Mapping[str, Any], given: Mapping[str, Any]) -> Features:
     statistics = config["statistics"]
     if statistics is not None and tuple(statistics) != STATISTICS:
         raise ValueError("counts of texts that this version of the package does not make")
-    kinds = {kind.kind: kind for kind in (EmbeddingFeatures, HiddenFeatures)}
+    kinds = {kind.kind: kind for kind in (EmbeddingFeatures, HiddenFeatures, TokenFeatures)}
     if config["kind"] not in kinds:
         raise ValueError(f"features {config['kind']!r}, expected one of {sorted(kinds)}")
     kind: Any = kinds[config["kind"]]

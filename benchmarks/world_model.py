@@ -1,0 +1,190 @@
+"""The command `mbrl-text world-model report` and its page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.charts import Series, of_curves
+from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.options import CompareError
+from mbrl_text_env.benchmarks.page import Page, provenance
+from mbrl_text_env.benchmarks.statistics import Interval, mean_interval
+from mbrl_text_env.benchmarks.terminal import COMMAND, console, numbers
+from mbrl_text_env.files import write_text
+
+HORIZONS = "horizons.json"
+_ERRORS = {
+    "error": "world model",
+    "copying": "copying the counts",
+    "rate": "rate so far",
+    "increments": "mean gain of any record",
+}
+_FIGURES = (*_ERRORS, "z", "epistemic_share")
+_AHEAD = "tokens ahead"
+# Errors this much larger than predicted are worth a warning.
+_NARROW = 1.25
+
+Row = Mapping[str, Any]
+
+
+@friendly
+def world_model_report_command(
+    *,
+    folder: Annotated[Path, typer.Argument(help="Of a world model (`fit --kind world-model`).")],
+    records: Annotated[Path, typer.Option(help="Records of prompts that it was not fitted on.")],
+    shift: Annotated[
+        list[Path] | None,
+        typer.Option(help="Records of other kinds of prompts, or of another policy; repeatable."),
+    ] = None,
+    horizons: Annotated[str, typer.Option(help="Tokens ahead, with commas.")] = "8,16,32",
+    prefix_tokens: Annotated[int, typer.Option(min=1, help="Tokens to look ahead from.")] = 16,
+    seed: options.SeedOption = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("world-model-report"),
+    model: options.ModelOptions,
+) -> None:
+    """Errors, calibration and disagreement of a world model, by how far it looks ahead."""
+    from mbrl_text_env.benchmarks.reports import write_report
+    from mbrl_text_env.records import read_records
+    from mbrl_text_env.world_model import horizon_report, load_dynamics
+
+    try:
+        ahead = [int(word) for word in horizons.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--horizons: expected numbers, got {horizons!r}.") from None
+    dynamics = load_dynamics(folder, model.load())
+    rows = {}
+    for place in dict.fromkeys([records, *(shift or [])]):
+        found = read_records(place)
+        rows[str(place)] = [
+            asdict(row)
+            for row in horizon_report(
+                dynamics, found, ahead, prefix_tokens=prefix_tokens, seed=seed
+            )
+        ]
+    about = {
+        **provenance(COMMAND.get()),
+        "settings": {
+            "world_model": str(folder),
+            "kind": dynamics.kind,
+            "language_model": dynamics.language_model_name_,
+            "prefix_tokens": prefix_tokens,
+            "seed": seed,
+        },
+        "rows": rows,
+    }
+    write_text(out / HORIZONS, json.dumps(about, indent=1))
+    for name, own in rows.items():
+        console.print(_table(name, own))
+    console.print(f"Report: {write_report(out).resolve()}")
+
+
+def recorded_page(folder: Path) -> Page:
+    """The page of a world model's report.
+
+    Raises:
+        CompareError: The file is damaged.
+    """
+    try:
+        return _page(json.loads((folder / HORIZONS).read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CompareError(
+            f"{folder / HORIZONS}: expected what `mbrl-text world-model report` writes, got a "
+            f"damaged file ({type(error).__name__}: {error}). Run the command again."
+        ) from error
+
+
+def _page(about: Mapping[str, Any]) -> Page:
+    settings, rows = about["settings"], about["rows"]
+    first = next(iter(rows))
+    narrow = [
+        f"{name}: {row['horizon']} tokens ahead the errors are {row['z']:.2f} times the predicted "
+        "standard deviation: the futures are too narrow."
+        for name, own in rows.items()
+        for row in own
+        if row["z"] > _NARROW
+    ]
+    errors = [
+        of_curves(
+            f"Error: {name}" if name == first else f"Error under shift: {name}",
+            _AHEAD,
+            "error, in standard deviations",
+            [
+                Series(told, _ahead(own), [_error(row, key) for row in own])
+                for key, told in _ERRORS.items()
+            ],
+        )
+        for name, own in rows.items()
+    ]
+    apart = [
+        of_curves(
+            title,
+            _AHEAD,
+            label,
+            [
+                Series(name, _ahead(own), [Interval(row[key], row[key], row[key]) for row in own])
+                for name, own in rows.items()
+            ],
+        )
+        for key, title, label in (
+            ("z", "Calibration: errors by predicted spread (1 is right)", "z"),
+            ("epistemic_share", "Variance that members differ by", "share of the variance"),
+        )
+    ]
+    return Page(
+        f"World model {settings['world_model']}",
+        _verdict(rows[first]),
+        narrow,
+        [*errors, *apart],
+        [_table(name, own) for name, own in rows.items()],
+        {"horizons": rows},
+        settings,
+        {name: about[name] for name in about if name not in ("command", "settings", "rows")},
+        about["command"],
+    )
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    """What is told from the best that the records say without a model, on the same prompts."""
+    told = []
+    for row in rows:
+        squares = {name: np.asarray(row["squares"][name]) for name in _ERRORS}
+        own = squares.pop("error")
+        best = min(squares, key=lambda name: float(row[name]))
+        difference = mean_interval(own - squares[best])
+        is_told = difference.low > 0 or difference.high < 0
+        word = ("below" if difference.high < 0 else "above") if is_told else "not told apart from"
+        told.append(
+            f"{row['horizon']} tokens ahead {word} that of the best baseline, {_ERRORS[best]} "
+            f"({row['error']:.3f}, {row[best]:.3f})"
+        )
+    return f"The error is, {'; '.join(told)} (95% intervals of paired differences over prompts)."
+
+
+def _error(row: Row, name: str) -> Interval:
+    found = mean_interval(row["squares"][name])
+    low, high = np.sqrt(np.maximum([found.low, found.high], 0))
+    return Interval(row[name], float(low), float(high))
+
+
+def _ahead(rows: Sequence[Row]) -> list[float]:
+    return [row["horizon"] for row in rows]
+
+
+def _table(name: str, rows: Sequence[Row]) -> Table:
+    shown = Table(
+        *numbers(_AHEAD, *(figure.replace("_", " ") for figure in _FIGURES)),
+        title=f"{name}: {rows[0]['prefixes']} responses",
+        caption="Errors of what is gained, in standard deviations of it.",
+    )
+    for row in rows:
+        shown.add_row(str(row["horizon"]), *(f"{row[figure]:.3f}" for figure in _FIGURES))
+    return shown
