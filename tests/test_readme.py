@@ -122,9 +122,10 @@ def test_command_line(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     monkeypatch.chdir(tmp_path)
-    # The prompts and the reward of the quickstart.
-    [code] = [b.values[0] for b in blocks("python") if b.id == "docs/quickstart.md-0"]
-    subprocess.run([sys.executable, "-c", code], check=True)
+    # The prompts and the rewards of the quickstart and the first steps.
+    for code in (b.values[0] for b in blocks("python")):
+        if "write_text(" in code:
+            subprocess.run([sys.executable, "-c", code], check=True)
     lines = [words for words in commands() if words[0] == "mbrl-text"]
     assert len(lines) >= 5
     with llama_server(threads=1) as url:
