@@ -48,6 +48,7 @@ def fastest_model(out: Path, console: Console) -> LanguageModel:
     path = out / "format.json"
     if path.is_file():
         return _model(json.loads(path.read_text(encoding="utf-8"))["dtype"])
+    console.print("Trying out which number format is the fastest here ...")
     rates: dict[str, float] = {}
     for dtype in ("float32", "bfloat16", "int8"):
         model = _model(dtype)
