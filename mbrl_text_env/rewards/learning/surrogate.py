@@ -279,7 +279,7 @@ class SurrogateReward(RewardModel):
         labelled = sum(len(batch.labels) for batch in self.batches_)
         told, stds = heads.predict(raw) if heads else np.full((2, count), np.nan)
         wanted = max(self.calls_per_batch, self.first_calls - labelled)
-        wanted = min(wanted, self.max_calls - calls, count)
+        wanted = max(0, min(wanted, self.max_calls - calls, count))
         if heads is None and wanted < 1:
             raise RewardError(
                 f"{self.name}: expected calls of the reward to be left, got all {calls} of "

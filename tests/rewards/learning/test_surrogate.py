@@ -210,6 +210,12 @@ def test_folders_of_another_and_damaged_ones(tmp_path):
     with pytest.raises(RewardError, match=r"another surrogate reward.*seed"):
         surrogate(folder, seed=1)
     assert surrogate(folder, max_calls=20).calls == 6, "more calls go on"
+    reward, (_, row) = Sum(), batches(2)
+    surrogate(folder, max_calls=20).score(*row)
+    fewer = surrogate(folder, reward, max_calls=6)
+    fewer.score(*next(batches(1, seed=5)))
+    assert fewer.calls == 9, "fewer calls than were made are no calls"
+    assert not reward.asked
     path = folder / "00000.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(RewardError, match="damaged"):
