@@ -106,11 +106,14 @@ class RelevanceReward(Evaluator):
         # A search asks for the same prompts again and again.
         known = {text: self._questions[text] for text in questions if text in self._questions}
         new = [text for text in dict.fromkeys(questions) if text not in known]
-        directions = self._directions(list(dict.fromkeys([*new, *answers])))
-        known.update((text, directions[text]) for text in new)
-        self._questions.update((text, directions[text]) for text in new)
+        # Apart from the answers, which else round differently beside new prompts and known ones.
+        found = self._directions(new) if new else {}
+        known |= found
+        self._questions.update(found)
         while len(self._questions) > _PROMPTS_KEPT:
             self._questions.popitem(last=False)
+        unknown = [text for text in dict.fromkeys(answers) if text not in known]
+        directions = known | (self._directions(unknown) if unknown else {})
         asked, said = [known[text] for text in questions], [directions[text] for text in answers]
         return cast("FloatArray", (np.stack(asked) * np.stack(said)).sum(axis=1))
 
