@@ -344,6 +344,8 @@ def _object(part: Any, inner: Any) -> Any:
         return {"class": _class_name(type(part)), "weights": weights_digest(part)}
     if torch is not None and isinstance(part, torch.Tensor):
         return _tensor_line(("", part)).decode()
+    if torch is not None and isinstance(part, torch.dtype | torch.device):
+        return str(part)
     if isinstance(part, functools.partial):
         return [inner(part.func), inner(part.args), inner(part.keywords)]
     if inspect.ismethod(part):

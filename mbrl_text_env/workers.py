@@ -1,7 +1,7 @@
 """Work spread over Ray: actors that each hold models of their own, on this machine or on many.
 
 Nothing here knows what the work is. It is pickled once; jobs go out and results come back one by
-one, and whoever asked is the only one that writes. Ray is the extra `ray`.
+one, and only the process that asked writes files. Ray is the extra `ray`.
 """
 
 from __future__ import annotations

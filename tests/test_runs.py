@@ -199,6 +199,13 @@ class TestIdentity:
         assert identity(layer) != before
         assert identity(np.arange(3)) != identity(np.arange(3.0)) != identity(np.arange(4.0))
 
+    def test_number_formats_and_devices(self):
+        import torch
+
+        parts = (torch.float32, torch.int8, torch.device("cpu"), torch.device("cuda", 1))
+        found = [identity(functools.partial(print, part)) for part in parts]
+        assert len({json.dumps(each) for each in found}) == len(parts)
+
     def test_a_language_model_that_was_trained_is_another(self, tmp_path):
         import torch
 
