@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, compress
-from typing import Any, Literal, Unpack, cast
+from itertools import compress
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -20,7 +20,7 @@ from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.mdp import EpisodeEndedError, is_terminal
 from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.spaces import as_index
-from mbrl_text_env.task import Outcome, TaskOptions, TextTask, as_frame, as_text, show
+from mbrl_text_env.task import Outcome, TextTask, as_frame, as_text, show
 from mbrl_text_env.types import FloatArray, Prompt, TextState, check_positive, one_of
 
 BoolArray = npt.NDArray[np.bool_]
@@ -86,7 +86,7 @@ class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
         reward_model: RewardModel | Callable[..., Any] | str = "sentiment",
         *,
         render_mode: str | None = None,
-        **options: Unpack[TaskOptions],
+        **options: Any,
     ) -> None:
         self._begin(TextTask(prompts, tokenizer, reward_model, **options), render_mode)
         self.action_space = self.task.action_space()
@@ -181,7 +181,7 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
         failed_reward: float = math.nan,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
-        **options: Unpack[TaskOptions],
+        **options: Any,
     ) -> None:
         check_positive(num_envs=num_envs)
         self._begin(TextTask(prompts, tokenizer, reward_model, **options), render_mode)
@@ -251,26 +251,23 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
                 raise gym.error.ResetNeeded("The first reset() must reset every sub-environment.")
             self._outcomes = [outcome for outcome in outcomes if outcome is not None]
             self.episode_started = mask
-            infos = [o.info if m else None for o, m in zip(self._outcomes, mask, strict=True)]
-            return self._observations(), stack_infos(infos)
+            infos = [o.info if m else {} for o, m in zip(self._outcomes, mask, strict=True)]
+            return self._observations(), self._stacked(infos)
 
-    def step(self, actions: Any) -> _StepResult:
+    def step(
+        self, actions: Any, failures: Sequence[RewardError | None] | None = None
+    ) -> _StepResult:
         """Step all sub-environments with one chunk each.
 
         Under `NextStep`, the action for a sub-environment that ended in the last step is not looked
-        at: it is reset instead. An error leaves all states as they were.
+        at: it is reset instead. An error leaves all states as they were. Where `failures` has an
+        error, the reward has failed already: that episode ends.
 
         Raises:
             ValueError, InvalidChunkError: There are not N actions, or one is not a chunk.
             EpisodeEndedError: Under `Disabled`, a sub-environment has ended and was not reset.
             RewardError: The reward failed, and `on_reward_error` is `"raise"`.
         """
-        return self.step_with_failures(actions, [None] * self.num_envs)
-
-    def step_with_failures(
-        self, actions: Any, failures: Sequence[RewardError | None]
-    ) -> _StepResult:
-        """`step` where the reward has failed already in some sub-environments: these end."""
         before = self._current()
         actions = as_actions(actions, self.num_envs)
         ended = _ended(before)
@@ -281,8 +278,8 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
             )
         resets = ended if self.autoreset_mode == AutoresetMode.NEXT_STEP else np.zeros_like(ended)
         with unchanged_if_it_fails(self):
-            going = [*zip(before, actions, failures, strict=True)]
-            found = iter(self._advance(list(compress(going, ~resets))))
+            rows = before, actions, failures or [None] * self.num_envs
+            found = iter(self._advance(*(list(compress(row, ~resets)) for row in rows)))
             outcomes = [self._restarted(i) if r else next(found) for i, r in enumerate(resets)]
             self._outcomes, self.episode_started = outcomes, resets
             infos = [outcome.info for outcome in outcomes]
@@ -293,7 +290,7 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
                 np.array([outcome.reward for outcome in outcomes], np.float64),
                 np.array([outcome.terminated for outcome in outcomes], np.bool_),
                 np.array([outcome.truncated for outcome in outcomes], np.bool_),
-                stack_infos(infos),
+                self._stacked(infos),
             )
 
     @property
@@ -313,7 +310,7 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
         with unchanged_if_it_fails(self):
             self._outcomes = [self.task.resume(self.task.check_state(state)) for state in states]
             self.episode_started = np.ones(self.num_envs, dtype=np.bool_)
-            return self._observations(), stack_infos([o.info for o in self._outcomes])
+            return self._observations(), self._stacked([o.info for o in self._outcomes])
 
     def render(self) -> tuple[Any, ...] | None:
         """Prompt and response of every sub-environment, as text or as a frame."""
@@ -333,31 +330,36 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
             rows[i].update(final_obs=observations[i], final_info=finals[i].info)
         return rows
 
-    def _advance(self, rows: Sequence[tuple[Outcome, Any, RewardError | None]]) -> list[Outcome]:
-        """Step outcomes with their actions, where nothing has failed before."""
-        outcomes = [outcome for outcome, _, _ in rows]
-        actions = [action for _, action, _ in rows]
-        failures = [failure for _, _, failure in rows]
-        if not any(failures):
+    def _advance(
+        self, outcomes: list[Outcome], actions: list[Any], failures: list[RewardError | None]
+    ) -> list[Outcome]:
+        """Step outcomes with their actions; failures are recorded, or told."""
+        if self.on_reward_error == "raise":
             try:
                 return self.task.advance(outcomes, actions)
             except RewardError as error:
-                if self.on_reward_error == "raise":
-                    raise RewardError(
-                        f"{error} No environment has been stepped. To end such episodes and go on, "
-                        "set on_reward_error='record' and failed_reward to the reward that they "
-                        "get."
-                    ) from error
-        advanced = self.task.advance_apart(outcomes, actions, self.failed_reward, failures)
-        errors = [o.info["reward_error"] for o in advanced if "reward_error" in o.info]
-        self.num_failed += len(errors)
-        for told in errors:
-            warnings.warn(
-                f"An episode ends without a score (reward {self.failed_reward}): {told}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return advanced
+                raise RewardError(
+                    f"{error} No environment has been stepped. To end such episodes and go on, set "
+                    "on_reward_error='record' and failed_reward to the reward that they get."
+                ) from error
+        found = self.task.advance(outcomes, actions, failures)
+        for i, outcome in enumerate(found):
+            if (told := outcome.info.get("reward_error")) is not None:
+                found[i] = outcome._replace(reward=self.failed_reward)
+                self.num_failed += 1
+                warnings.warn(
+                    f"An episode ends without a score (reward {self.failed_reward}): {told}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        return found
+
+    def _stacked(self, infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Gymnasium's vector info of one info a sub-environment."""
+        stacked: dict[str, Any] = {}
+        for i, info in enumerate(infos):
+            stacked = self._add_info(stacked, info, i)
+        return stacked
 
     def _restarted(self, index: int, options: dict[str, Any] | None = None) -> Outcome:
         return self.task.start(self.task.choose_prompt(self.generator(index), options))
@@ -381,41 +383,6 @@ def as_actions(actions: Any, num_envs: int) -> list[Any]:
     if len(found) != num_envs:
         raise ValueError(f"Expected {num_envs} actions, got {actions!r:.80}.")
     return found
-
-
-def stack_infos(rows: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Turn the infos of sub-environments into Gymnasium's vector info; a None row has no keys.
-
-    It is that of `VectorEnv._add_info` over the rows, made a key at a time, which is faster.
-
-    Example:
-        >>> stack_infos([{"score": 1.0}, None])
-        {'score': array([1., 0.]), '_score': array([ True, False])}
-    """
-    stacked: dict[str, Any] = {}
-    for key in dict.fromkeys(chain.from_iterable(row for row in rows if row)):
-        mask = np.array([row is not None and key in row for row in rows], dtype=np.bool_)
-        values = [row[key] for row in rows if row is not None and key in row]
-        if key != "final_obs" and isinstance(values[0], Mapping):
-            parts = iter(values)
-            stacked[key] = stack_infos([next(parts) if present else None for present in mask])
-        else:
-            stacked[key] = _column(values, mask, plain=key != "final_obs")
-        stacked[f"_{key}"] = mask
-    return stacked
-
-
-def _column(values: list[Any], mask: BoolArray, plain: bool) -> npt.NDArray[Any]:
-    first, given = values[0], cast("Any", values)
-    if plain and isinstance(first, (bool, int, float, np.number)):
-        column = np.zeros(len(mask), dtype=type(first))
-    elif plain and isinstance(first, np.ndarray):
-        column = np.zeros((len(mask), *first.shape), dtype=first.dtype)
-    else:
-        column = np.full(len(mask), None, dtype=object)
-        given = np.fromiter(values, dtype=object, count=len(values))
-    column[mask] = given
-    return column
 
 
 def text_env(env: gym.Env[Any, Any]) -> TextGenerationEnv:

@@ -9,12 +9,12 @@ import functools
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import compress, pairwise
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,18 +41,6 @@ _MAX_CHARACTERS = 2**31 - 1
 _LARGEST = float(np.finfo(np.float32).max)
 # Of a frame, in pixels; and characters a line.
 _WIDTH, _HEIGHT, _FONT_SIZE, _LINE, _MARGIN, _COLUMNS = 640, 480, 16, 21, 12, 72
-
-
-class TaskOptions(TypedDict, total=False):
-    """The keyword arguments of `TextTask`, which the environments pass on to it."""
-
-    reward: RewardMode
-    observation: ObservationMode
-    encoder: Encoder | None
-    max_response_tokens: int
-    max_chunk_tokens: int
-    max_prompt_tokens: int | None
-    action_format: ActionFormat
 
 
 class Outcome(NamedTuple):
@@ -187,52 +175,46 @@ class TextTask:
         """Go on from any state."""
         return self._outcome(state, self.tokenizer.decode(state.response_ids))
 
-    def advance(self, outcomes: Sequence[Outcome], actions: Sequence[Any]) -> list[Outcome]:
-        """Step each state with its action: one reward call for all."""
-        pairs = zip(outcomes, actions, strict=True)
-        appended = [self.append(outcome.state, action) for outcome, action in pairs]
-        states = [state for state, _ in appended]
-        responses = [self.tokenizer.decode(state.response_ids) for state in states]
-        scores = self._scores(states, responses)
-        paid = self._rewards(outcomes, states, scores)
-        rest = zip(appended, responses, paid, scores, strict=True)
-        return [
-            self._outcome(state, response, cut, reward, score)
-            for (state, cut), response, reward, score in rest
-        ]
-
-    def advance_apart(
+    def advance(
         self,
         outcomes: Sequence[Outcome],
         actions: Sequence[Any],
-        failed_reward: float,
-        errors: Sequence[RewardError | None],
+        failures: Sequence[RewardError | None] | None = None,
     ) -> list[Outcome]:
-        """`advance` where a failure of the reward model ends the episode that it belongs to alone.
+        """Step each state with its action: one reward call for all.
 
-        It ends without a score but with `failed_reward`, and `info["reward_error"]` says why.
-        Nothing is scored where `errors`, one an outcome, has what has failed already.
+        With `failures`, one an outcome, a reward that fails ends its own episode alone, without a
+        score but with `info["reward_error"]`. Nothing is scored where one has failed already.
         """
-        rows = list(zip(outcomes, actions, strict=True))
-        going = [row for row, error in zip(rows, errors, strict=True) if error is None]
+        pairs = zip(outcomes, actions, strict=True)
+        appended = [self.append(outcome.state, action) for outcome, action in pairs]
+        responses = [self.tokenizer.decode(state.response_ids) for state, _ in appended]
+        steps = zip(outcomes, (state for state, _ in appended), responses, strict=True)
+        paid: Iterable[tuple[float, _Score | None] | RewardError]
+        if failures is None:
+            paid = self._paid(list(steps))
+        else:
+            going = list(compress(steps, [error is None for error in failures]))
+            found = iter(rewards.isolate_failures(self._paid, going))
+            paid = [next(found) if error is None else error for error in failures]
+        rows = zip(appended, responses, paid, strict=True)
+        return [
+            self._after(state, response, cut, result) for (state, cut), response, result in rows
+        ]
 
-        def step(some: Sequence[tuple[Outcome, Any]]) -> list[Outcome]:
-            return self.advance([o for o, _ in some], [a for _, a in some])
-
-        advanced = iter(rewards.isolate_failures(step, going))
-        found = []
-        for (outcome, action), error in zip(rows, errors, strict=True):
-            result = next(advanced) if error is None else error
-            if isinstance(result, RewardError):
-                state, cut = self.append(outcome.state, action)
-                state = replace(state, finish_reason=state.finish_reason or "length")
-                response = self.tokenizer.decode(state.response_ids)
-                nothing = _NAN, dict.fromkeys(self._part_names, _NAN)
-                told = {"reward_error": str(result)}
-                result = self._outcome(state, response, cut, failed_reward, nothing, **told)
-                result = result._replace(score=None)
-            found.append(result)
-        return found
+    def _after(
+        self,
+        state: TextState,
+        response: str,
+        cut: bool,
+        result: tuple[float, _Score | None] | RewardError,
+    ) -> Outcome:
+        if not isinstance(result, RewardError):
+            return self._outcome(state, response, cut, *result)
+        state = replace(state, finish_reason=state.finish_reason or "length")
+        nothing = _NAN, dict.fromkeys(self._part_names, _NAN)
+        ended = self._outcome(state, response, cut, _NAN, nothing, reward_error=str(result))
+        return ended._replace(score=None)
 
     def observe(self, outcomes: Sequence[Outcome]) -> list[Any]:
         """One observation for each outcome; ValueError where a prompt is too long for it."""
@@ -337,36 +319,28 @@ class TextTask:
         )
         return [(float(total), scores.parts_of(i)) for i, total in enumerate(scores.total)]
 
-    def _scores(self, states: Sequence[TextState], responses: Sequence[str]) -> list[_Score | None]:
-        """Scores of the responses that need them: ended ones, and under delta all."""
-        wanted = [self.reward == "delta" or s.finish_reason is not None for s in states]
-        rows = zip(states, responses, strict=True)
-        found = iter(self._scored(list(compress(rows, wanted))))
-        return [next(found) if needed else None for needed in wanted]
-
-    def _rewards(
-        self,
-        outcomes: Sequence[Outcome],
-        states: Sequence[TextState],
-        scores: Sequence[_Score | None],
-    ) -> list[float]:
+    def _paid(
+        self, steps: Sequence[tuple[Outcome, TextState, str]]
+    ) -> list[tuple[float, _Score | None]]:
+        """Rewards; and scores where needed: of ended responses, and under delta of all."""
+        wanted = [self.reward == "delta" or s.finish_reason is not None for _, s, _ in steps]
+        found = iter(self._scored([(s, text) for _, s, text in compress(steps, wanted)]))
+        scores = [next(found) if needed else None for needed in wanted]
+        totals = [score[0] if score else 0.0 for score in scores]
         if self.reward == "process":
             model = cast("rewards.ProcessRewardModel", self.reward_model)
-            steps = ((state.prompt, step_texts(state, self.tokenizer)) for state in states)
-            return [
-                float(rewards.score_steps(model, *row, ledger=self.ledger)[-1]) for row in steps
+            parts = ((s.prompt, step_texts(s, self.tokenizer)) for _, s, _ in steps)
+            totals = [
+                float(rewards.score_steps(model, *row, ledger=self.ledger)[-1]) for row in parts
             ]
-        totals = [score[0] if score else 0.0 for score in scores]
-        if self.reward == "terminal":
-            return totals
-        # Of the prefixes before the step only those of restored states have to be scored.
-        missing = [o for o in outcomes if o.state.response_ids and o.score is None]
-        found = iter(self._scored([(o.state, o.response) for o in missing]))
-        before = [
-            0.0 if not o.state.response_ids else next(found)[0] if o.score is None else o.score
-            for o in outcomes
-        ]
-        return [total - earlier for total, earlier in zip(totals, before, strict=True)]
+        elif self.reward == "delta":
+            # Of the prefixes before the step only those of restored states have to be scored.
+            missing = [o for o, _, _ in steps if o.state.response_ids and o.score is None]
+            found = iter(self._scored([(o.state, o.response) for o in missing]))
+            for i, (before, _, _) in enumerate(steps):
+                if before.state.response_ids:
+                    totals[i] -= next(found)[0] if before.score is None else before.score
+        return list(zip(totals, scores, strict=True))
 
 
 def step_texts(state: TextState, tokenizer: Tokenizer) -> list[str]:

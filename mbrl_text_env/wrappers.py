@@ -226,9 +226,7 @@ class CandidateChunksVector(_View, _VectorWrapper):
             for candidates, action in zip(known, actions, strict=True)
         ]
         with unchanged_if_it_fails(self):
-            _, rewards, terminations, truncations, infos = self._base.step_with_failures(
-                ids, self._failures
-            )
+            _, rewards, terminations, truncations, infos = self._base.step(ids, self._failures)
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
                 infos = self._with_final_view(infos)
             self._draw_seeds()

@@ -14,15 +14,14 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import platformdirs
 
+from mbrl_text_env.files import write_folder
 from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, ModelLoadError
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from mbrl_text_env.language_models.transformers_lm import TransformersLM
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 CACHE_VARIABLE = "MBRL_TEXT_ENV_CACHE"
 LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
@@ -55,8 +53,8 @@ def embedded(**options: Any) -> TransformersLM:
     """Return SmolLM2-135M-Instruct; `options` are those of `TransformersLM` (`device`, `dtype`).
 
     The first call converts it (about half a minute); later calls load it in under a second. Two
-    processes may start at once: one converts, the other waits. A damaged cache is rebuilt with a
-    warning.
+    processes may start at once: one converts, the other waits. Files that are missing or cut off
+    are made again, with a warning.
 
     Example:
         >>> from mbrl_text_env.language_models import embedded
@@ -65,13 +63,13 @@ def embedded(**options: Any) -> TransformersLM:
     """
     from mbrl_text_env.language_models.transformers_lm import TransformersLM
 
-    return _loaded(lambda folder: TransformersLM(folder, name=LANGUAGE_MODEL, **options))
+    return TransformersLM(embedded_folder(), name=LANGUAGE_MODEL, **options)
 
 
 @functools.cache
 def embedded_tokenizer() -> HFTokenizer:
     """Return SmolLM2's tokenizer alone, without loading the model."""
-    return _loaded(HFTokenizer)
+    return HFTokenizer(embedded_folder())
 
 
 @functools.cache
@@ -102,10 +100,8 @@ def embedded_folder() -> Path:
             if folder.exists():
                 warnings.warn(f"{folder} is damaged; converting the model anew.", stacklevel=3)
                 shutil.rmtree(folder)
-            # Only the holder of the lock converts, so these are of processes that were killed.
-            for scratch in folder.parent.glob(f"{folder.name}-*"):
-                shutil.rmtree(scratch, ignore_errors=True)
-            _convert(source, folder)
+            with write_folder(folder) as scratch:
+                _convert(source, scratch)
     except OSError as error:
         raise ModelLoadError(
             f"Expected a folder for converted models that can be written, got {folder.parent} "
@@ -125,23 +121,6 @@ def _wheel_folder(module: str, distribution: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _loaded(load: Callable[[Path], T]) -> T:
-    """Load from the converted model; where that fails for the files' sake, convert anew."""
-    folder = embedded_folder()
-    version = _version(folder)
-    try:
-        return load(folder)
-    except ModelLoadError as error:
-        if not _is_damage(error.__cause__):
-            raise
-        warnings.warn(f"{folder} is damaged ({error}); converting the model anew.", stacklevel=3)
-    with filelock.FileLock(f"{folder}.lock"):
-        # Another process may have met the same damage and have repaired it by now.
-        if _version(folder) == version:
-            shutil.rmtree(folder, ignore_errors=True)
-    return load(embedded_folder())
-
-
 def _is_complete(folder: Path) -> bool:
     """Whether every file has the size that was noted when it was written."""
     try:
@@ -151,44 +130,20 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _is_damage(cause: BaseException | None) -> bool:
-    """Whether loading failed for the files' sake; an error of the options' is none of it."""
-    from safetensors import SafetensorError
-
-    damage = (SafetensorError, OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError)
-    # The tokenizers library raises bare exceptions.
-    return type(cause) is Exception or isinstance(cause, damage)
-
-
-def _version(folder: Path) -> int | None:
-    """Tells one conversion from another."""
-    try:
-        return (folder / _MARKER).stat().st_mtime_ns
-    except OSError:
-        return None
-
-
 def _convert(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    logger.info("Converting %s once to %s (about half a minute)", source.name, folder)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
+    logger.info("Converting %s once (about half a minute)", source.name)
     file = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**file)
-        model: Any = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32)
-        # The weights are plain floats now, but the model still believes that it is quantized and
-        # then refuses to be saved.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
-        (scratch / _MARKER).write_text(json.dumps(sizes), encoding="utf-8")
-        scratch.replace(folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    model: Any = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32)
+    # The weights are plain floats now, but the model still believes that it is quantized and
+    # then refuses to be saved.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**file).save_pretrained(folder)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    (folder / _MARKER).write_text(json.dumps(sizes), encoding="utf-8")

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mbrl_text_env.language_models import base
 from mbrl_text_env.language_models._answers import Bill
 from mbrl_text_env.language_models._engines import Ask, Call, Drawn, Engine, look
 from mbrl_text_env.language_models._http import (
@@ -29,20 +30,7 @@ from mbrl_text_env.language_models._http import (
     Transport,
     gather,
 )
-from mbrl_text_env.language_models.base import (
-    LanguageModel,
-    NextTokens,
-    SampleRequest,
-    charge,
-    check_judging_arguments,
-    check_next_tokens,
-    check_requests,
-    check_room,
-    finish_reason,
-    prefix_of,
-    room_after,
-    stream,
-)
+from mbrl_text_env.language_models.base import LanguageModel, NextTokens, SampleRequest
 from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
 from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, timed
 
@@ -193,7 +181,7 @@ class ServerLM(LanguageModel):
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
         ids = self._tokenizer.encode_prompt(prompt)
-        check_room(prompt, len(ids), self.context_length)
+        base.check_room(prompt, len(ids), self.context_length)
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -244,16 +232,16 @@ class ServerLM(LanguageModel):
         Raises:
             UnsupportedByServerError: The server cannot judge given tokens.
         """
-        check_judging_arguments(states, chunks)
+        base.check_judging_arguments(states, chunks)
         self._check_budgets(ledgers)
         with timed(ledgers):
             judged = self._run(gather(map(self._judge, states, chunks)))
         usages = []
         for state, chunk, (_, bills) in zip(states, chunks, judged, strict=True):
-            length = len(prefix_of(state)) + len(chunk) - 1
+            length = len(base.prefix_of(state)) + len(chunk) - 1
             computed, _ = _prefix_bill(bills, length, length)
             usages.append(self._usage(computed, length - computed, 0))
-        charge(ledgers, usages)
+        base.charge(ledgers, usages)
         return [logprobs for logprobs, _ in judged]
 
     @property
@@ -269,21 +257,21 @@ class ServerLM(LanguageModel):
         Raises:
             UnsupportedByServerError: The server does not give them with their ids.
         """
-        check_next_tokens(states, k, self.most_next_tokens)
+        base.check_next_tokens(states, k, self.most_next_tokens)
         self._check_budgets(ledgers)
 
         def ask(state: TextState) -> Coroutine[Any, Any, tuple[NextTokens, Bill]]:
-            prompt = list(prefix_of(state))
+            prompt = list(base.prefix_of(state))
             return self._at_one(lambda e, call: e.next_tokens(call, prompt, k))
 
         with timed(ledgers):
             found = self._run(gather(map(ask, states)))
         usages = []
         for state, (_, bill) in zip(states, found, strict=True):
-            length = len(prefix_of(state))
+            length = len(base.prefix_of(state))
             computed, _ = _prefix_bill([bill], length, length)
             usages.append(self._usage(computed, length - computed, 1))
-        charge(ledgers, usages)
+        base.charge(ledgers, usages)
         return [next_tokens for next_tokens, _ in found]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
@@ -305,9 +293,9 @@ class ServerLM(LanguageModel):
     def _fitted(
         self, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger] | None
     ) -> list[SampleRequest]:
-        check_requests(requests)
+        base.check_requests(requests)
         self._check_budgets(ledgers)
-        rooms = [room_after(r.state, self.context_length) for r in requests]
+        rooms = [base.room_after(r.state, self.context_length) for r in requests]
         return [
             replace(r, max_new_tokens=min(r.max_new_tokens, room))
             for r, room in zip(requests, rooms, strict=True)
@@ -329,14 +317,16 @@ class ServerLM(LanguageModel):
     ) -> list[list[Chunk]]:
         usages = []
         for request, (row, bills) in zip(requests, rows, strict=True):
-            prefix = len(prefix_of(request.state))
+            prefix = len(base.prefix_of(request.state))
             computed, cached = _prefix_bill(bills, prefix, prefix * len(row))
             new = sum(drawn.generated for drawn in row)
             usages.append(self._usage(computed, max(cached, prefix - computed), new))
-        charge(ledgers, usages)
+        base.charge(ledgers, usages)
         return [
             [
-                Chunk(tuple(d.ids), tuple(d.logprobs or ()), finish_reason(self, r.state, d.ids))
+                Chunk(
+                    tuple(d.ids), tuple(d.logprobs or ()), base.finish_reason(self, r.state, d.ids)
+                )
                 for d in row
             ]
             for r, (row, _) in zip(requests, rows, strict=True)
@@ -358,10 +348,10 @@ class ServerLM(LanguageModel):
             chunks = [Drawn() for _ in range(first, min(first + size, last))]
             if size > 1:
                 # The engine adds the sample's place: sample k has the seed of all plus k.
-                common = stream(request.seed, request.state, -1).integers(_SEEDS)
+                common = base.stream(request.seed, request.state, -1).integers(_SEEDS)
                 await ask(chunks, int(common) + first)
             for k, drawn in enumerate(chunks, start=first):
-                generator = stream(request.seed, request.state, k)
+                generator = base.stream(request.seed, request.state, k)
                 while not drawn.is_done:
                     await ask([drawn], int(generator.integers(_SEEDS)))
             return chunks

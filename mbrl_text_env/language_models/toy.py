@@ -13,22 +13,13 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from mbrl_text_env.language_models import base
 from mbrl_text_env.language_models.base import (
     FeatureModel,
     Guard,
     NextTokens,
     SampleRequest,
     SamplingParams,
-    charge,
-    check_judging_arguments,
-    check_next_tokens,
-    check_requests,
-    check_room,
-    finish_reason,
-    has_stop_text,
-    prefix_of,
-    room_after,
-    stream,
 )
 from mbrl_text_env.language_models.guarding import replacements, weighted_token
 from mbrl_text_env.types import Chunk, FinishReason, Ledger, Prompt, TextState, Usage, timed
@@ -64,7 +55,7 @@ class CharTokenizer:
     def encode_prompt(self, prompt: Prompt) -> Ids:
         """Ids of the prompt's characters; characters outside the alphabet are left out."""
         ids = tuple(self.encode_text(prompt.text))
-        check_room(prompt, len(ids), self.context_length)
+        base.check_room(prompt, len(ids), self.context_length)
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -103,27 +94,33 @@ class ExactLM(CharTokenizer, FeatureModel):
         """float32[B, vocab_size]: the distribution of the token after each prefix."""
         with timed(ledgers):
             rows = [self.next_probabilities(s.prompt_ids, s.response_ids) for s in states]
-        charge(ledgers, (self.usage_bound(len(prefix_of(state)), []) for state in states))
+        base.charge(ledgers, (self.usage_bound(len(base.prefix_of(state)), []) for state in states))
         return np.asarray(rows, dtype=np.float32).reshape(len(states), self.vocab_size)
 
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
         """Draw chunks; see `LanguageModel.sample_requests`."""
-        check_requests(requests, self.guards)
+        base.check_requests(requests, self.guards)
         with timed(ledgers):
             rows = [
                 [
                     self._draw(
-                        r.state, stream(r.seed, r.state, k), r.max_new_tokens, r.params, r.guard
+                        r.state,
+                        base.stream(r.seed, r.state, k),
+                        r.max_new_tokens,
+                        r.params,
+                        r.guard,
                     )
                     for k in range(r.first_sample, r.first_sample + r.num_samples)
                 ]
                 for r in requests
             ]
         pairs = zip(requests, rows, strict=True)
-        lengths = ((len(prefix_of(r.state)), [len(chunk) for chunk in row]) for r, row in pairs)
-        charge(ledgers, (self.usage_bound(prefix, new) for prefix, new in lengths))
+        lengths = (
+            (len(base.prefix_of(r.state)), [len(chunk) for chunk in row]) for r, row in pairs
+        )
+        base.charge(ledgers, (self.usage_bound(prefix, new) for prefix, new in lengths))
         return rows
 
     def logprobs(
@@ -134,25 +131,27 @@ class ExactLM(CharTokenizer, FeatureModel):
         ledgers: Sequence[Ledger] | None = None,
     ) -> list[tuple[float, ...]]:
         """Log-probabilities of given chunks; see `LanguageModel.logprobs`."""
-        check_judging_arguments(states, chunks)
+        base.check_judging_arguments(states, chunks)
         pairs = list(zip(states, (chunk.token_ids for chunk in chunks), strict=True))
         with timed(ledgers):
             found = [
                 tuple(_log(self._after(s, ids[:t])[token]) for t, token in enumerate(ids))
                 for s, ids in pairs
             ]
-        charge(ledgers, (self.usage_bound(len(prefix_of(s)) + len(ids), []) for s, ids in pairs))
+        base.charge(
+            ledgers, (self.usage_bound(len(base.prefix_of(s)) + len(ids), []) for s, ids in pairs)
+        )
         return found
 
     def next_tokens(
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
     ) -> list[NextTokens]:
         """The k most probable next tokens; see `LanguageModel.next_tokens`."""
-        check_next_tokens(states, k, self.vocab_size)
+        base.check_next_tokens(states, k, self.vocab_size)
         with timed(ledgers):
             rows = [self._after(state, ()) for state in states]
             orders = [np.argsort(-row, kind="stable")[:k].tolist() for row in rows]
-        charge(ledgers, (self.usage_bound(len(prefix_of(state)), []) for state in states))
+        base.charge(ledgers, (self.usage_bound(len(base.prefix_of(state)), []) for state in states))
         return [
             NextTokens(tuple(order), tuple(_log(row[token]) for token in order))
             for order, row in zip(orders, rows, strict=True)
@@ -191,7 +190,7 @@ class ExactLM(CharTokenizer, FeatureModel):
         params: SamplingParams,
         guard: Guard | None,
     ) -> Chunk:
-        room = min(max_new_tokens, room_after(state, self.context_length))
+        room = min(max_new_tokens, base.room_after(state, self.context_length))
         uniforms = generator.random(room)
         ids: Ids = ()
         logprobs: tuple[float, ...] = ()
@@ -205,9 +204,9 @@ class ExactLM(CharTokenizer, FeatureModel):
                 log_weight += more
                 token, is_dead = (token, True) if found is None else (found, False)
             ids, logprobs = (*ids, token), (*logprobs, _log(own[token]))
-            if is_dead or token == STOP or has_stop_text(self, ids, params):
+            if is_dead or token == STOP or base.has_stop_text(self, ids, params):
                 break
-        return Chunk(ids, logprobs, finish_reason(self, state, ids), log_weight)
+        return Chunk(ids, logprobs, base.finish_reason(self, state, ids), log_weight)
 
     def _may_follow(self, guard: Guard, state: TextState, ids: Ids, token: int) -> bool:
         text = self.decode((*state.response_ids, *ids, token))

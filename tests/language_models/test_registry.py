@@ -57,7 +57,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def link_model(source: Path, folder: Path) -> None:
     """A copy of a converted model that takes no time and no space."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         (folder / path.name).symlink_to(path)
 
@@ -136,33 +136,9 @@ class TestDamage:
         damage(copied)
         with pytest.warns(UserWarning, match="v1 is damaged; converting the model anew"):
             tokenizer = load_tokenizer()
-        assert quick_conversion == [copied]
+        assert len(quick_conversion) == 1
         assert tokenizer.vocab_size == 49_152
         assert sorted(p.name for p in copied.parent.iterdir()) == [NAME, f"{NAME}.lock"]
-
-    @pytest.mark.parametrize(
-        ("name", "garbage"),
-        [
-            ("model.safetensors", b"\0"),
-            ("model.safetensors", b"garbage" * 100),
-            ("config.json", b"\xff"),
-            ("tokenizer.json", b"{{"),
-        ],
-    )
-    def test_garbage_of_the_right_size_is_noticed_in_reading(
-        self, copied, quick_conversion, name, garbage
-    ):
-        overwrite(copied / name, garbage, (copied / name).stat().st_size)
-        with pytest.warns(UserWarning, match=r"v1 is damaged \(Expected the folder .*anew"):
-            lm = embedded()
-        assert quick_conversion == [copied]
-        assert lm.vocab_size == 49_152
-
-    def test_garbage_is_noticed_by_the_tokenizer_too(self, copied, quick_conversion):
-        overwrite(copied / "tokenizer.json", b"\0", (copied / "tokenizer.json").stat().st_size)
-        with pytest.warns(UserWarning, match=r"v1 is damaged \("):
-            assert load_tokenizer().vocab_size == 49_152
-        assert quick_conversion == [copied]
 
     @pytest.mark.parametrize(
         "options", [{"dtype": "no-such-type"}, {"device": "no-such-device"}, {"batch_size": 0}]
@@ -186,25 +162,24 @@ class TestDamage:
         self, cache, converted, quick_conversion
     ):
         """One was killed after it had written every file, and before it had said so."""
-        link_model(converted, cache / f"{NAME}-k1ll3d")
-        (cache / f"{NAME}-k1ll3d" / "complete.json").unlink()
-        (cache / f"{NAME}-empty").mkdir()
+        link_model(converted, cache / f".{NAME}-0123456789ab")
+        (cache / f".{NAME}-0123456789ab" / "complete.json").unlink()
         (cache / "SmolLM2-135M-Instruct-v10-other").mkdir()
         load_tokenizer()
-        assert quick_conversion == [cache / NAME]
+        assert len(quick_conversion) == 1
         assert sorted(p.name for p in cache.iterdir()) == [
             NAME,
             f"{NAME}.lock",
             "SmolLM2-135M-Instruct-v10-other",
         ]
 
-    def test_a_conversion_that_fails_leaves_nothing(self, cache, tmp_path):
+    def test_a_conversion_that_fails_leaves_nothing(self, cache, tmp_path, monkeypatch):
         source = tmp_path / "broken.gguf"
         source.write_bytes(b"GGUF, but not really")
-        cache.mkdir()
+        monkeypatch.setattr(registry, "embedded_gguf", lambda: source)
         with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the reader of the file raises
-            registry._convert(source, cache / NAME)
-        assert list(cache.iterdir()) == []
+            load_tokenizer()
+        assert [path.name for path in cache.iterdir()] == [f"{NAME}.lock"]
 
 
 class TestMissingWheels:
@@ -268,13 +243,13 @@ def test_a_killed_conversion_and_then_two_at_once(cache, smollm2, processes):
         return processes[-1]
 
     killed = start()
-    while not list(cache.glob(f"{NAME}-*")):
+    while not list(cache.glob(f".{NAME}-*")):
         assert killed.poll() is None, killed.communicate()[1]
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (cache / NAME).exists()
-    assert len(list(cache.glob(f"{NAME}-*"))) == 1, "what it had begun, under another name"
+    assert len(list(cache.glob(f".{NAME}-*"))) == 1, "what it had begun, under another name"
 
     both = [start(), start()]
     for process in both:
