@@ -17,9 +17,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
 from mbrl_text_env.language_models.base import Tokenizer
-from mbrl_text_env.mdp import EpisodeEndedError, is_terminal
+from mbrl_text_env.mdp import EpisodeEndedError, as_index, is_terminal
 from mbrl_text_env.rewards.base import RewardError, RewardModel
-from mbrl_text_env.spaces import as_index
 from mbrl_text_env.task import Outcome, TextTask, as_frame, as_text, show
 from mbrl_text_env.types import FloatArray, Prompt, TextState, check_positive, one_of
 

@@ -1,10 +1,9 @@
 """Files and folders that are whole or not there, and plain values of JSON and tables.
 
 What is written under a temporary name and then renamed is, when the process is killed at any
-moment, the old file or folder or the new one. For a folder that replaces another this holds on
-Linux file systems that exchange two names at once (`renameat2`). Elsewhere there is a moment with
-neither; the old folder then stands beside the path, and `recover_folder`, which everything that
-reads such folders calls, puts it back.
+moment, the old or the new one. For a folder that replaces another, that takes a Linux file system
+that exchanges two names at once (`renameat2`). Elsewhere there is a moment with neither: then
+`recover_folder`, which everything that reads such folders calls, puts the old one back.
 """
 
 from __future__ import annotations

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mbrl_text_env.types import Chunk, FinishReason, Prompt, TextState
 
@@ -51,6 +56,40 @@ class ChunkRules:
     def chunk(self, token_ids: Sequence[int]) -> Chunk:
         """Make a chunk of token ids; see `finish_reason`."""
         return Chunk(tuple(token_ids), finish_reason=self.finish_reason(token_ids))
+
+
+def unpadded(ids: Sequence[int], rules: ChunkRules) -> list[int]:
+    """The chunk that padded ids stand for; see `spaces.padded_chunk_space`."""
+    chunk = list(itertools.takewhile(lambda token: token != rules.vocab_size, ids))
+    stops = (i for i, token in enumerate(chunk, start=1) if token in rules.stop_token_ids)
+    return chunk[: next(stops, None)]
+
+
+def as_token_ids(action: Any) -> list[int] | None:
+    """An array, tensor (of one axis), list or tuple of integers as a list of ints, or else None."""
+    action = _as_numpy(action)
+    if isinstance(action, np.ndarray):
+        return action.tolist() if action.ndim == 1 and action.dtype.kind in "iu" else None
+    if not isinstance(action, (list, tuple)):
+        return None
+    ids = [as_index(i) for i in action]
+    return None if None in ids else ids  # type: ignore[return-value]
+
+
+def as_index(value: Any) -> int | None:
+    """An integer of Python, NumPy or torch (arrays of one element too) as an int, or else None."""
+    value = _as_numpy(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return int(value.item()) if value.size == 1 and value.dtype.kind in "iu" else None
+    # bool is an int to Python, but True as a token id is a mistake.
+    with contextlib.suppress(TypeError):
+        return None if isinstance(value, bool) else operator.index(value)
+    return None
+
+
+def _as_numpy(value: Any) -> Any:
+    """A torch tensor as an array, wherever it lies; anything else as it is."""
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
 
 
 def initial(prompt: Prompt, tokenizer: Tokenizer) -> TextState:

@@ -1,4 +1,4 @@
-"""Prompts from the package, from files, from the Hugging Face Hub and from reasoning-gym."""
+"""Prompts from the package, from files and from reasoning-gym."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from mbrl_text_env._lazy import MissingExtraError, extras
-from mbrl_text_env.files import plain_values, shortened, strict_json_object
+from mbrl_text_env._lazy import optional
+from mbrl_text_env.files import shortened, strict_json_object
 from mbrl_text_env.types import Message, Prompt, Split
 
 _SPLITS = get_args(Split)
@@ -100,66 +100,6 @@ def load_prompts(
     return kept[:limit]
 
 
-def hub_prompts(
-    dataset_name: str,
-    *,
-    split: str = "train",
-    column: str = "prompt",
-    config: str | None = None,
-    limit: int | None = None,
-    chat: bool = True,
-) -> list[Prompt]:
-    """Load prompts with `datasets.load_dataset`, in TRL's prompt format.
-
-    The ids are `<last part of the name>-<split>-<row>`. The other columns are the metadata, without
-    values that are None or that JSON cannot hold (images, dates).
-
-    Args:
-        dataset_name: Name on the Hub, or a local folder.
-        split: As `datasets` takes it, `"train[:100]"` included.
-        column: Holds a string or a list of `{"role": ..., "content": ...}`.
-        config: Name of the dataset's configuration.
-        limit, chat: See `load_prompts`.
-
-    Raises:
-        PromptError: The extra `data` is not installed, the dataset cannot be loaded, the column is
-            missing, or a row is no prompt.
-
-    Example:
-        >>> prompts = hub_prompts("trl-lib/tldr", split="test", limit=64)  # doctest: +SKIP
-    """
-    _check_filters(None, limit)
-    datasets = _optional("datasets")
-    name = f"Dataset {dataset_name!r}, split {split!r}"
-    try:
-        dataset = datasets.load_dataset(dataset_name, config, split=split)
-    except Exception as error:  # dozens of unrelated types, which all mean the same here
-        reason = error.__cause__ or error
-        raise PromptError(
-            f"{name}, configuration {config!r}: expected a dataset that can be loaded, got "
-            f"{type(reason).__name__}: {reason}. Check the names and the network."
-        ) from error
-    if column not in dataset.column_names:
-        columns = dataset.column_names
-        raise PromptError(
-            f"{name}: expected a column {column!r}, got {columns}.{nearest(column, columns)} "
-            "Name the column of the prompts with `column=...`."
-        )
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
-    if not len(dataset):
-        raise PromptError(f"{name}: expected at least one row, got none. Choose another split.")
-    base = split.partition("[")[0]
-    prompts = []
-    for index, values in enumerate(dataset):
-        prompt_id = f"{Path(dataset_name).name}-{split}-{index}"
-        row = _Row(f"{name}, row {index}", prompt_id, plain_values(values))
-        content = row.fields.pop(column, None)
-        known = base if base in _SPLITS else None
-        prompts.append(_made(row, prompt_id, content, _json_only(row.fields), known, chat))
-    return prompts
-
-
 def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:
     """Return prompts as a list, where texts stand for prompts and one stands for a list of one.
 
@@ -211,7 +151,7 @@ def reasoning_gym_prompts(
     """
     if size < 1:
         raise PromptError(f"size: expected 1 or more, got {size!r}.")
-    reasoning_gym = _optional("reasoning_gym")
+    reasoning_gym = optional("reasoning_gym", PromptError)
     tasks = importlib.import_module("reasoning_gym.factory").DATASETS
     if task not in tasks:
         raise PromptError(
@@ -249,7 +189,7 @@ def _rows(source: str | Path) -> tuple[str, list[_Row]]:
     if ending not in (".jsonl", ".csv"):
         raise PromptError(
             f"Expected 'builtin' or the path of a .jsonl or .csv file, got {str(source)!r}. Change "
-            "the file's ending, or load a dataset of the Hugging Face Hub with `hub_prompts`."
+            "the file's ending."
         )
     try:
         # Spreadsheets begin their UTF-8 with a byte order mark.
@@ -330,24 +270,17 @@ def _prompt(row: _Row, chat: bool) -> Prompt:
         raise row.error("a string or an integer as id", repr(prompt_id), _CHANGE)
     if split is not None and split not in _SPLITS:
         raise row.error(f"split to be one of {', '.join(_SPLITS)}", repr(split), _CHANGE)
-    return _made(row, str(prompt_id), content, fields, split, chat)
-
-
-def _made(
-    row: _Row, prompt_id: str, content: Any, metadata: dict[str, Any], split: Any, chat: bool
-) -> Prompt:
-    if isinstance(content, str):
-        texts = [content]
-        content = (Message("user", content),) if chat else content
-    elif isinstance(content, list):
+    if isinstance(content, list):
         content = tuple(_message(row, message) for message in content)
-        texts = [message.content for message in content]
-    else:
+    elif not isinstance(content, str):
         raise row.error("a string or a list of messages as prompt", repr(content), "Change it.")
+    elif chat:
+        content = (Message("user", content),)
+    texts = [content] if isinstance(content, str) else [message.content for message in content]
     if not any(text.strip() for text in texts):
         raise row.error("a prompt with text", "an empty one", "Remove the row, or fill it.")
     try:
-        return Prompt(prompt_id, content, metadata, split)
+        return Prompt(str(prompt_id), content, fields, split)
     except ValueError as error:
         raise PromptError(f"{row.place}: {error}") from error
 
@@ -366,14 +299,6 @@ def _check_filters(split: str | None, limit: int | None) -> None:
         raise PromptError(f"split: expected one of {', '.join(_SPLITS)}, or None, got {split!r}.")
     if limit is not None and limit < 1:
         raise PromptError(f"limit: expected 1 or more, or None for all, got {limit!r}.")
-
-
-def _optional(module: str) -> Any:
-    try:
-        with extras():
-            return importlib.import_module(module)
-    except MissingExtraError as error:
-        raise PromptError(str(error)) from error
 
 
 def _json_only(values: dict[str, Any]) -> dict[str, Any]:

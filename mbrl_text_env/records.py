@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,17 +58,11 @@ SCHEMA = pa.schema(
     ],
     metadata={_VERSION_KEY: _VERSION},
 )
-_UNNUMBERED = pa.schema([column for column in SCHEMA if column.name != "sample"])
-_SCHEMAS = {b"1": _UNNUMBERED, _VERSION: SCHEMA}
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
 
 
 class RecordsError(ValueError):
     """Records that cannot be read or written as asked."""
-
-
-class DamagedShardError(RecordsError):
-    """A shard that is not a whole Parquet file of records."""
 
 
 @dataclass(frozen=True)
@@ -242,8 +235,7 @@ class RecordWriter:
             try:
                 remove_scratch(self.folder)
                 shards = _shards_of(self.folder)
-                for shard in shards:
-                    _count_rows(shard)
+                has_records(self.folder)
             except BaseException:
                 lock.release()
                 raise
@@ -256,21 +248,21 @@ class RecordWriter:
             self.flush()
         finally:
             self._pending.clear()
-            if self._lock is not None:
-                self._lock.release()
-            self._lock = None
+            lock, self._lock = self._lock, None
+            if lock is not None:
+                lock.release()
 
     def append(self, record: Record) -> None:
-        """Add a record; it is on the disk after the next `flush()` or when its shard is full.
-
-        Raises:
-            RecordsError: It has integers beyond 64 bits, invalid Unicode, or metadata that is not
-                JSON.
-        """
+        """See `extend`."""
         self.extend([record])
 
     def extend(self, records: Iterable[Record]) -> None:
-        """Add records one by one; see `append`."""
+        """Add records; each is on the disk after the next `flush()` or when its shard is full.
+
+        Raises:
+            RecordsError: One has integers beyond 64 bits, invalid Unicode, or metadata that is not
+                JSON.
+        """
         self._check_open()
         for record in records:
             self._pending.append(as_batch(record))
@@ -278,7 +270,7 @@ class RecordWriter:
                 self.flush()
 
     def append_together(self, records: Iterable[Record]) -> None:
-        """Write records at once: a kill leaves all of them or none; see `append`."""
+        """Write records at once: a kill leaves all of them or none; see `extend`."""
         self._check_open()
         self._pending += [as_batch(record) for record in records]
         self.flush()
@@ -331,17 +323,16 @@ class RecordWriter:
             )
 
 
-def read_records(folder: str | Path, *, skip_damaged: bool = False) -> list[Record]:
+def read_records(folder: str | Path) -> list[Record]:
     """Read all records of a folder, in the order in which they were written.
 
     Raises:
-        RecordsError: There are no shards, one has an unknown version, or one is damaged; with
-            `skip_damaged` those are left out with a warning, unless all are.
+        RecordsError: There are no shards, or one is damaged or of an unknown version.
     """
-    return list(iter_records(folder, skip_damaged=skip_damaged))
+    return list(_iter_records(folder))
 
 
-def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[Record]:
+def _iter_records(folder: str | Path) -> Iterator[Record]:
     """`read_records`, one shard at a time."""
     shards = _shards_of(folder)
     if not shards:
@@ -349,22 +340,10 @@ def iter_records(folder: str | Path, *, skip_damaged: bool = False) -> Iterator[
             f"{folder}: expected a folder with record shards (shard-00000.parquet, ...), got none "
             f"({_what_is(Path(folder))}). Write some with `RecordWriter`, or give another folder."
         )
-    damaged = 0
     for shard in shards:
-        try:
-            table = _read_shard(shard)
-        except DamagedShardError as error:
-            if not skip_damaged:
-                raise _damage(shards) from error
-            warnings.warn(f"Left out a damaged shard: {error}", stacklevel=2)
-            damaged += 1
-        else:
-            yield from map(from_row, table.to_pylist())
-    if damaged == len(shards):
-        raise RecordsError(
-            f"{folder}: expected at least one sound shard, but all {len(shards)} are damaged. "
-            "Restore them from a copy, or collect the records again."
-        )
+        with _opened(shard) as file:
+            table = file.read()
+        yield from map(from_row, table.to_pylist())
 
 
 def scores_of(records: Iterable[Record]) -> list[float]:
@@ -379,7 +358,11 @@ def scores_of(records: Iterable[Record]) -> list[float]:
 
 def has_records(folder: str | Path, expected: int = 1) -> bool:
     """Whether a folder holds at least `expected` records; see `read_records` for errors."""
-    return sum(map(_count_rows, _shards_of(folder))) >= expected
+    count = 0
+    for shard in _shards_of(folder):
+        with _opened(shard) as file:
+            count += file.metadata.num_rows
+    return count >= expected
 
 
 def rescore(
@@ -403,7 +386,7 @@ def rescore(
     model, target = as_reward_model(reward_model), Path(target)
     with writing(target, RecordsError):
         _check_target(Path(source), target)
-    records, run = iter_records(source), run_of(source)
+    records, run = _iter_records(source), run_of(source)
     with (
         writing(target, RecordsError),
         write_folder(target) as scratch,
@@ -500,17 +483,6 @@ def _number_of(shard: Path) -> int:
     return int(shard.stem.removeprefix("shard-"))
 
 
-def _read_shard(shard: Path) -> pa.Table:
-    with _opened(shard) as file:
-        return file.read()
-
-
-def _count_rows(shard: Path) -> int:
-    """How many rows a shard has, from its footer alone."""
-    with _opened(shard) as file:
-        return int(file.metadata.num_rows)
-
-
 @contextmanager
 def _opened(shard: Path) -> Iterator[pq.ParquetFile]:
     """A shard whose version and columns are known."""
@@ -518,38 +490,24 @@ def _opened(shard: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(shard, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             version = (schema.metadata or {}).get(_VERSION_KEY, b"no version")
-            known, got = _SCHEMAS.get(version), version.decode(errors="replace")
-            if known is None:
+            if version != _VERSION:
                 raise RecordsError(
-                    f"{shard}: expected records of version {_VERSION.decode()}, got {got}. Read it "
-                    "with the release of mbrl-text-env that wrote it, or move it out of the folder."
+                    f"{shard}: expected records of version {_VERSION.decode()}, got "
+                    f"{version.decode(errors='replace')}. Read it with the release that wrote it, "
+                    "or move it out of the folder."
                 )
-            if not schema.equals(known):
-                raise DamagedShardError(
-                    f"{shard}: expected the columns of version {got} ({known.names}), got "
+            if not schema.equals(SCHEMA):
+                raise RecordsError(
+                    f"{shard}: expected the columns of records ({SCHEMA.names}), got "
                     f"{schema.names} or other types. Restore it from a copy, or move it out of the "
                     "folder."
                 )
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DamagedShardError(
+        raise RecordsError(
             f"{shard}: expected a whole shard of records, but it is damaged or cut off ({error}). "
             "Restore it from a copy, or move it out of the folder: `collect` draws it again."
         ) from error
-
-
-def _damage(shards: Sequence[Path]) -> RecordsError:
-    """The error that names the damaged shards, and how many records the others hold."""
-    rows, damaged = 0, []
-    for shard in shards:
-        try:
-            rows += _read_shard(shard).num_rows
-        except DamagedShardError as error:
-            damaged.append(str(error))
-    return RecordsError(
-        f"{' '.join(damaged)} The sound shards hold {rows} records; `skip_damaged=True` reads "
-        "these."
-    )
 
 
 def _what_is(path: Path) -> str:

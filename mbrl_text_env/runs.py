@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -405,7 +404,7 @@ def _code(defined: Any, module: str) -> str | None:
     if module != "__main__":
         path = _source_file(defined)
         if path is not None:
-            return digest(*(p.read_bytes() for p in _with_neighbours(defined, path)))
+            return digest(*(p.read_bytes() for p in _with_neighbours(path)))
     # The rest of a script or notebook changes from run to run: its own lines count.
     try:
         return digest(inspect.getsource(defined).encode())
@@ -430,26 +429,12 @@ def _first(defined: Any, name: str) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def _with_neighbours(defined: Any, path: Path) -> list[Path]:
+def _with_neighbours(path: Path) -> list[Path]:
     """The file, and those of its folder that it imports, and so on."""
-    folder = path.resolve().parent
-    found = {path.resolve()}
-    waiting = [_first(defined, "__globals__") or {}]
-    while waiting:
-        for value in list(waiting.pop().values()):
-            is_module = isinstance(value, ModuleType)
-            name = getattr(value, "__name__" if is_module else "__module__", None)
-            module = sys.modules.get(name) if isinstance(name, str) else None
-            other = Path(getattr(module, "__file__", None) or "").resolve()
-            if other.suffix != ".py" or folder not in other.parents or other in found:
-                continue
-            if "site-packages" not in other.relative_to(folder).parts:
-                found.add(other)
-                waiting.append(vars(module))
-    # A number that was imported does not say where it comes from; the import does.
-    unread = list(found)
+    path = path.resolve()
+    found, unread = {path}, [path]
     while unread:
-        new = _imported(unread.pop(), folder) - found
+        new = _imported(unread.pop(), path.parent) - found
         found |= new
         unread += new
     return sorted(found)

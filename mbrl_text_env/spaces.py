@@ -7,10 +7,8 @@ with 1,114,112, which is no character. Shared memory holds the same.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-import itertools
 import json
 import multiprocessing as mp
 import operator
@@ -25,7 +23,7 @@ from gymnasium.spaces import utils
 from gymnasium.vector.utils import shared_memory
 from gymnasium.wrappers.utils import create_zero_array
 
-from mbrl_text_env.mdp import ChunkRules
+from mbrl_text_env.mdp import ChunkRules, as_token_ids
 from mbrl_text_env.types import check_positive
 
 
@@ -169,40 +167,6 @@ def padded_chunk_space(rules: ChunkRules) -> spaces.MultiDiscrete:
     sizes = np.full(rules.max_chunk_tokens, rules.vocab_size + 1)
     sizes[0] = rules.vocab_size
     return spaces.MultiDiscrete(sizes)
-
-
-def unpadded(ids: Sequence[int], rules: ChunkRules) -> list[int]:
-    """The chunk that padded ids stand for; see `padded_chunk_space`."""
-    chunk = list(itertools.takewhile(lambda token: token != rules.vocab_size, ids))
-    stops = (i for i, token in enumerate(chunk, start=1) if token in rules.stop_token_ids)
-    return chunk[: next(stops, None)]
-
-
-def as_token_ids(action: Any) -> list[int] | None:
-    """An array, tensor (of one axis), list or tuple of integers as a list of ints, or else None."""
-    action = _as_numpy(action)
-    if isinstance(action, np.ndarray):
-        return action.tolist() if action.ndim == 1 and action.dtype.kind in "iu" else None
-    if not isinstance(action, (list, tuple)):
-        return None
-    ids = [as_index(i) for i in action]
-    return None if None in ids else ids  # type: ignore[return-value]
-
-
-def as_index(value: Any) -> int | None:
-    """An integer of Python, NumPy or torch (arrays of one element too) as an int, or else None."""
-    value = _as_numpy(value)
-    if isinstance(value, (np.ndarray, np.generic)):
-        return int(value.item()) if value.size == 1 and value.dtype.kind in "iu" else None
-    # bool is an int to Python, but True as a token id is a mistake.
-    with contextlib.suppress(TypeError):
-        return None if isinstance(value, bool) else operator.index(value)
-    return None
-
-
-def _as_numpy(value: Any) -> Any:
-    """A torch tensor as an array, wherever it lies; anything else as it is."""
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
 
 
 _Space = ChunkSpace | UnicodeText

@@ -23,12 +23,20 @@ from gymnasium import spaces
 from mbrl_text_env.encoders import Encoder, encode_texts, prefix_text
 from mbrl_text_env.language_models.base import Tokenizer
 from mbrl_text_env.language_models.registry import embedded_encoder, embedded_tokenizer
-from mbrl_text_env.mdp import ChunkRules, InvalidChunkError, append, initial, response_limit
+from mbrl_text_env.mdp import (
+    ChunkRules,
+    InvalidChunkError,
+    append,
+    as_token_ids,
+    initial,
+    response_limit,
+    unpadded,
+)  # fmt: skip
 from mbrl_text_env.prompts import as_prompts, load_prompts
 from mbrl_text_env.rewards import base as rewards
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardError, RewardModel
-from mbrl_text_env.spaces import ChunkSpace, UnicodeText, as_token_ids, padded_chunk_space, unpadded
+from mbrl_text_env.spaces import ChunkSpace, UnicodeText, padded_chunk_space
 from mbrl_text_env.types import Ledger, Prompt, TextState, check_positive, one_of
 
 RewardMode = Literal["terminal", "delta", "process"]

@@ -29,10 +29,9 @@ from mbrl_text_env.env import (
 )
 from mbrl_text_env.language_models.base import LanguageModel, Tokenizer
 from mbrl_text_env.language_models.registry import embedded
-from mbrl_text_env.mdp import check_not_terminal, is_terminal
+from mbrl_text_env.mdp import as_index, check_not_terminal, is_terminal
 from mbrl_text_env.proposer import CandidateProposer, Known, ViewOptions
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.spaces import as_index
 from mbrl_text_env.task import TextTask, feature_box
 from mbrl_text_env.types import Chunk, Ledger, TextState
 from mbrl_text_env.values import ValueModel, predict_values

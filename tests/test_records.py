@@ -21,7 +21,6 @@ from mbrl_text_env.records import (
     RecordsError,
     RecordWriter,
     has_records,
-    iter_records,
     read_records,
     rescore,
     scores_of,
@@ -183,7 +182,7 @@ def test_full_shards_are_written_at_once_and_the_rest_at_the_end(tmp_path):
         assert len(writer.existing()) == 7
         writer.flush()
     assert shards(tmp_path) == [f"shard-0000{i}.parquet" for i in range(3)]
-    assert [record.seed for record in iter_records(tmp_path)] == list(range(7))
+    assert [record.seed for record in read_records(tmp_path)] == list(range(7))
 
 
 def test_an_existing_folder_is_appended_to(tmp_path):
@@ -325,40 +324,24 @@ def _change_a_letter(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     "damage", [_cut_off, _flip_in_page_header, _change_a_letter, lambda data: b""]
 )
-def test_a_damaged_shard_is_named_and_can_be_skipped(tmp_path, damage):
-    records = write(tmp_path, 8)
+def test_a_damaged_shard_is_named(tmp_path, damage):
+    write(tmp_path, 8)
     last = tmp_path / "shard-00002.parquet"
     last.write_bytes(damage(last.read_bytes()))
-    with pytest.raises(
-        RecordsError, match=r"(?s)shard-00002\.parquet.*hold 6 records.*skip_damaged"
-    ):
+    with pytest.raises(RecordsError, match=r"shard-00002\.parquet.*damaged"):
         read_records(tmp_path)
-    with pytest.warns(UserWarning, match=r"shard-00002\.parquet"):
-        assert read_records(tmp_path, skip_damaged=True) == records[:6]
 
 
-def test_sound_shards_after_a_damaged_one_are_counted_and_read(tmp_path):
-    records = write(tmp_path, 8)
+def test_a_damaged_shard_is_noticed_before_sound_ones(tmp_path):
+    write(tmp_path, 8)
     first = tmp_path / "shard-00000.parquet"
     first.write_bytes(_cut_off(first.read_bytes()))
-    with pytest.raises(RecordsError, match="hold 5 records"):
+    with pytest.raises(RecordsError, match="shard-00000"):
         read_records(tmp_path)
-    with pytest.warns(UserWarning, match="shard-00000"):
-        assert read_records(tmp_path, skip_damaged=True) == records[3:]
     with pytest.raises(RecordsError, match="shard-00000"):
         has_records(tmp_path)
     with pytest.raises(RecordsError, match="shard-00000"), RecordWriter(tmp_path):
         pass
-
-
-def test_a_folder_of_damaged_shards_alone_is_an_error(tmp_path):
-    write(tmp_path, 1)
-    (tmp_path / "shard-00000.parquet").write_bytes(b"")
-    with (
-        pytest.warns(UserWarning, match="shard-00000"),
-        pytest.raises(RecordsError, match="all 1 are damaged"),
-    ):
-        read_records(tmp_path, skip_damaged=True)
 
 
 @pytest.mark.parametrize("version", [None, "3"])
@@ -367,9 +350,8 @@ def test_an_unknown_version_is_an_error(tmp_path, version):
     shard = tmp_path / "shard-00000.parquet"
     metadata = {} if version is None else {"mbrl_text_env.records_version": version}
     pq.write_table(pq.read_table(shard).replace_schema_metadata(metadata), shard)
-    for skip_damaged in (False, True):
-        with pytest.raises(RecordsError, match=f"version 2, got .*{version or 'no version'}"):
-            read_records(tmp_path, skip_damaged=skip_damaged)
+    with pytest.raises(RecordsError, match=f"version 2, got .*{version or 'no version'}"):
+        read_records(tmp_path)
     with pytest.raises(RecordsError, match="version 2"), RecordWriter(tmp_path):
         pass
 

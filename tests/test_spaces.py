@@ -17,8 +17,8 @@ from gymnasium.wrappers.utils import create_zero_array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbrl_text_env.mdp import ChunkRules
-from mbrl_text_env.spaces import ChunkSpace, UnicodeText, padded_chunk_space, unpadded
+from mbrl_text_env.mdp import ChunkRules, unpadded
+from mbrl_text_env.spaces import ChunkSpace, UnicodeText, padded_chunk_space
 
 
 def space(vocab=10, stops=(0,), size=4, seed=0):

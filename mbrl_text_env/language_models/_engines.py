@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from mbrl_text_env.language_models._answers import (
+from mbrl_text_env.language_models import _http as http
+from mbrl_text_env.language_models._http import (
     Answer,
     Bill,
-    bill_of,
-    checked_answer,
-    checked_logprobs,
-    choices_of,
-    field_of,
-    list_in,
-    openai_answer,
-    read_model,
-    read_next_tokens,
-)
-from mbrl_text_env.language_models._http import (
     MalformedAnswerError,
     Options,
     RefusedError,
@@ -218,8 +208,8 @@ class Engine:
 
     def read(self, data: Any, count: int) -> tuple[list[Answer], Bill]:
         """Its answers, and what is billed."""
-        answers = [openai_answer(choice) for choice in choices_of(data, count)]
-        return answers, bill_of(data.get("usage") or {})
+        answers = [http.openai_answer(choice) for choice in http.choices_of(data, count)]
+        return answers, http.bill_of(data.get("usage") or {})
 
     def judging_body(self, prompt: list[int], count: int) -> dict[str, Any]:
         """What asks for the log-probabilities of a prompt's last `count` tokens."""
@@ -228,18 +218,18 @@ class Engine:
 
     def read_judged(self, data: Any, length: int, ids: Sequence[int]) -> list[float] | None:
         """The log-probabilities of `ids`, which end a prompt; None where they are not echoed."""
-        [choice] = choices_of(data, 1)
+        [choice] = http.choices_of(data, 1)
         found = (choice.get("logprobs") or {}).get("token_logprobs")
         if found is None or len(found) != length:
             return None
-        return checked_logprobs(found[-len(ids) :])
+        return http.checked_logprobs(found[-len(ids) :])
 
     async def judge(
         self, call: Call, state: TextState, chunk: Chunk
     ) -> tuple[tuple[float, ...], list[Bill]]:
         """The log-probabilities of a given chunk, and what was billed."""
         if self.is_chat:
-            raise self._cannot_judge("it is asked for chats")
+            raise self._cannot("judge", "it is asked for chats")
         ids = list(chunk.token_ids)
         found, bills = await self.judged(call, [*prefix_of(state), *ids], ids)
         return tuple(found), bills
@@ -251,40 +241,40 @@ class Engine:
         try:
             data = await call(self.url, self.path, self.judging_body(prompt, len(ids)))
         except RefusedError as error:
-            raise self._cannot_judge(error.reason) from error
+            raise self._cannot("judge", error.reason) from error
         found = self.checked(self.path, self.read_judged, data, len(prompt), ids)
         if found is None:
-            raise self._cannot_judge("it does not echo a prompt with its log-probabilities")
+            raise self._cannot("judge", "it does not echo a prompt with its log-probabilities")
         return found, []
 
-    async def next_tokens(self, call: Call, prompt: list[int], k: int) -> tuple[NextTokens, Bill]:
+    async def next_tokens(
+        self, call: Call, prompt: list[int], k: int
+    ) -> tuple[NextTokens, list[Bill]]:
         """The k most probable next tokens of a prompt, and what was billed."""
         if self.is_chat or self.path != COMPLETIONS or self.first:
-            raise self._cannot_rank("it is not known to take and give token ids")
+            raise self._cannot("rank", "it is not known to take and give token ids")
         asked = {"max_tokens": 1, "temperature": 0.0, "logprobs": k}
         body = {**_NEUTRAL, **self._named(), "prompt": prompt, **asked}
         body |= {"return_tokens_as_token_ids": True, "cache_prompt": self.options.prefix_cache}
         try:
             data = await call(self.url, self.path, body)
         except RefusedError as error:
-            raise self._cannot_rank(error.reason) from error
-        found = self.checked(self.path, read_next_tokens, data)
+            raise self._cannot("rank", error.reason) from error
+        found = self.checked(self.path, http.read_next_tokens, data)
         if found is None:
-            raise self._cannot_rank("it does not say which tokens they are")
+            raise self._cannot("rank", "it does not say which tokens they are")
         best = sorted(found.items(), key=lambda pair: -pair[1])[:k]
         ids, logprobs = zip(*best, strict=True)
-        return NextTokens(ids, logprobs), bill_of(data.get("usage") or {})
+        return NextTokens(ids, logprobs), [http.bill_of(data.get("usage") or {})]
 
-    def _cannot_rank(self, reason: str) -> UnsupportedByServerError:
+    def _cannot(self, what: Literal["rank", "judge"], reason: str) -> UnsupportedByServerError:
+        lacks, use = {
+            "rank": ("most probable next tokens", "vLLM or llama.cpp"),
+            "judge": ("log-probabilities of given tokens", "vLLM, SGLang or llama.cpp"),
+        }[what]
         return UnsupportedByServerError(
-            f"{self.url} cannot give the most probable next tokens ({reason}). Use vLLM or "
-            "llama.cpp, or an agent that does without."
-        )
-
-    def _cannot_judge(self, reason: str) -> UnsupportedByServerError:
-        return UnsupportedByServerError(
-            f"{self.url} cannot give the log-probabilities of given tokens ({reason}). Use vLLM, "
-            "SGLang or llama.cpp, or an agent that does without."
+            f"{self.url} cannot give the {lacks} ({reason}). Use {use}, or an agent that does "
+            "without."
         )
 
     def extend(self, drawn: Drawn, answer: Answer, request: SampleRequest, bill: Bill) -> None:
@@ -433,13 +423,13 @@ class VLLM(Engine):
         return {"prompt": prompt, "temperature": 0.0, **self._named(), **asked}
 
     def read_judged(self, data: Any, length: int, ids: Sequence[int]) -> list[float]:
-        [choice] = choices_of(data, 1)
-        rows = list_in(choice, "prompt_logprobs")
+        [choice] = http.choices_of(data, 1)
+        rows = http.list_in(choice, "prompt_logprobs")
         if len(rows) <= len(ids):
             raise ValueError(f"expected more than {len(ids)} prompt_logprobs, got {len(rows)}")
         pairs = zip(ids, rows[-len(ids) :], strict=True)
-        return checked_logprobs(
-            [field_of(field_of(row, str(token)), "logprob") for token, row in pairs]
+        return http.checked_logprobs(
+            [http.field_of(http.field_of(row, str(token)), "logprob") for token, row in pairs]
         )
 
 
@@ -473,8 +463,8 @@ class SGLang(Engine):
         meta = data["meta_info"]
         finish, triples = meta.get("finish_reason") or {}, meta.get("output_token_logprobs")
         logprobs = None if triples is None else [triple[0] for triple in triples]
-        ids, end = field_of(data, "output_ids"), (finish.get("type"), finish.get("matched"))
-        return [checked_answer(ids, logprobs, data.get("text"), *end)], bill_of(meta)
+        ids, end = http.field_of(data, "output_ids"), (finish.get("type"), finish.get("matched"))
+        return [http.checked_answer(ids, logprobs, data.get("text"), *end)], http.bill_of(meta)
 
     def judging_body(self, prompt: list[int], count: int) -> dict[str, Any]:
         sampling = {"temperature": 0.0, "max_new_tokens": 0}
@@ -482,10 +472,10 @@ class SGLang(Engine):
         return {**body, "logprob_start_len": len(prompt) - count - 1}
 
     def read_judged(self, data: Any, length: int, ids: Sequence[int]) -> list[float]:
-        last = list_in(field_of(data, "meta_info"), "input_token_logprobs")[-len(ids) :]
+        last = http.list_in(http.field_of(data, "meta_info"), "input_token_logprobs")[-len(ids) :]
         if [triple[1] for triple in last] != ids:
             raise ValueError(f"expected log-probabilities that end with those of {ids}, got {last}")
-        return checked_logprobs([triple[0] for triple in last])
+        return http.checked_logprobs([triple[0] for triple in last])
 
 
 class LlamaCpp(Engine):
@@ -550,7 +540,7 @@ async def look(call: Call, url: str, options: Options, losses: list[str]) -> Eng
     owner, model, context_length, num_parameters = "", options.model, None, None
     try:
         data = await call(url, MODELS)
-        found = Engine(url, options, losses).checked(MODELS, read_model, data, model)
+        found = Engine(url, options, losses).checked(MODELS, http.read_model, data, model)
         owner, model, context_length, num_parameters = found
     except RefusedError as error:
         if error.status not in _NO_ROUTE:

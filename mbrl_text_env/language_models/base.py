@@ -79,35 +79,27 @@ class SamplingParams:
 class Guard:
     """What a response's text may not become, watched while its tokens are drawn.
 
-    A token is drawn as ever and looked at; only if the text may not go on so, another one is drawn
-    from the most probable tokens that are left, as the sampling parameters shape them, and so on.
-    Where none is left, the chunk ends with the token first drawn: there is no way on from there.
-    Where nothing is refused, tokens are those of plain sampling.
-
-    The law of a token: the one that plain sampling draws, if it may follow; otherwise one of the
-    model's distribution, at the same temperature, over those that may follow among the `candidates`
-    most probable ones of a log-probability of at least `floor`. A response drawn so is no sample
-    of the model's distribution over responses that are allowed, for each token is renormalised by
-    itself, whatever it leads to.
+    A token is drawn as ever and looked at; only where the text may not go on so, others follow from
+    the most probable tokens that are left. Where none is left, the chunk ends with the token first
+    drawn. Where nothing is refused, tokens are those of plain sampling. The law of a token is
+    plain sampling's if that may follow; otherwise the model's at the same temperature over those
+    that may follow. Each token is renormalised by itself, whatever it leads to, so responses are no
+    sample of the model's distribution over those that are allowed.
 
     A language model without `guards`, such as a server, is asked for whole chunks, which are cut at
-    their first refused token (`guarding`); all that was drawn is charged. The law is the same where
-    the model gives its most probable next tokens, with at most as many candidates as it gives. From
-    another one a refused token's place is drawn again, up to 8 times (not at temperature 0, which
-    draws the same): the token's law is that of plain sampling given that it may follow, and if q is
-    the probability of those that may not, the chunk ends there with probability q**9.
+    their first refused token (`guarding`); all that was drawn is charged. Where it does not give
+    its most probable next tokens, the place is drawn again, up to 8 times (not at temperature 0):
+    if q is the probability of what may not follow, the chunk ends there with probability q**9.
 
     With `weighted`, replacements come from the whole distribution that the sampling parameters
-    shape, and each chunk has a weight (`Chunk.log_weight`) that undoes the renormalisation: for any
-    function f, the mean of weight x f(chunk) is the sum of p(chunk) f(chunk) over the chunks that
-    are allowed, p being plain sampling's. A chunk from which no way leads on has the weight 0. It
+    shape, and `Chunk.log_weight` undoes the renormalisation: for any function f, the mean of weight
+    x f(chunk) is the sum of p(chunk) f(chunk) over the allowed chunks, p being plain sampling's. It
     takes a second look at each token, and a language model with `guards`.
 
     Source: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
-    Rejection Sampling", 2025. Deviations: the law without weights is that of locally constrained
-    decoding with lazy checks; with them, the weight of a token is (1 - what was rejected) x (1 if
-    another token, drawn without replacement, may follow too; otherwise the token's share of what
-    was left).
+    Rejection Sampling", 2025. Deviations: without weights it is locally constrained decoding with
+    lazy checks; with them, the weight of a token is (1 - what was rejected) x (1 if another token,
+    drawn without replacement, may follow too; otherwise the token's share of what was left).
 
     Args:
         allows: `allows(states, texts, ended) -> bool[B]`: whether the response to
@@ -116,9 +108,7 @@ class Guard:
         floor: The least log-probability (nats) of a token in place of a refused one.
         candidates: How many of the most probable tokens are tried.
         weighted: Whether chunks get weights; then `floor` and `candidates` do not count.
-        kept: What has to be left of a ledger's budget whenever a language model without `guards` is
-            asked again; where it would not be, the chunk ends with the refused token. Where it is
-            not left even so, the chunk stays as it was drawn. So redrawing passes no cap.
+        kept: What redrawing leaves of a ledger's budget, for language models without `guards`.
     """
 
     allows: Callable[[Sequence[TextState], Sequence[str], Sequence[bool]], Sequence[bool]]
@@ -181,8 +171,8 @@ class LanguageModel(ABC):
     """A distribution over token sequences, batched; it is its own `Tokenizer`.
 
     Abstract are what it is (`name`, the tokenizer's attributes), `sample_requests`, `logprobs` and
-    `usage_bound`; the rest has defaults. `mbrl_text_env.checks.check_language_model` checks them
-    all. In all methods `ledgers` has one ledger a state (or request), which is charged for it.
+    `usage_bound`; `mbrl_text_env.checks.check_language_model` checks them all. In all methods
+    `ledgers` has one ledger a state (or request), which is charged for it.
     """
 
     name: str
@@ -275,7 +265,7 @@ class LanguageModel(ABC):
     async def sample_requests_async(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """See `sample_requests`; by default it runs in a thread."""
+        """`sample_requests` in a thread, by default."""
         return await asyncio.to_thread(sample_requests, self, requests, ledgers=ledgers)
 
     @abstractmethod
@@ -502,8 +492,8 @@ def check_requests(requests: Sequence[SampleRequest], guards: bool = False) -> N
     for r in requests:
         if r.guard is not None and not guards:
             raise ValueError(
-                "guard: expected a language model with `guards`, such as `TransformersLM`, got one "
-                "without. Leave out the guard, or call `language_models.guarding.sample_requests`."
+                "guard: expected a language model with `guards`, such as `TransformersLM`. Call "
+                "`language_models.guarding.sample_requests` for one without."
             )
         check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
 
@@ -514,10 +504,7 @@ def check_sample_arguments(
     """Raise the ValueErrors of `LanguageModel.sample`."""
     check_positive(num_samples=num_samples, max_new_tokens=max_new_tokens)
     if len(seeds) != len(states):
-        raise ValueError(
-            f"Expected one seed a state ({len(states)}), got {len(seeds)}. Repeat the seed, or "
-            "derive one for each state."
-        )
+        raise ValueError(f"Expected one seed a state ({len(states)}), got {len(seeds)}.")
     check_unfinished(states)
 
 
@@ -540,7 +527,6 @@ def check_unfinished(states: Sequence[TextState]) -> None:
     for state in states:
         if state.finish_reason is not None:
             raise ValueError(
-                f"The response to prompt {state.prompt.id!r} has ended "
-                f"({state.finish_reason!r}); a language model cannot continue it. Leave ended "
-                "states out of the batch."
+                f"The response to prompt {state.prompt.id!r} has ended ({state.finish_reason!r}); "
+                "a language model cannot continue it. Leave ended states out of the batch."
             )

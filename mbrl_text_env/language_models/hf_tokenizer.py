@@ -13,7 +13,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from mbrl_text_env.language_models.base import PromptEncodingError, UnknownTokenError, check_room
 from mbrl_text_env.runs import digest
@@ -157,6 +157,33 @@ class HFTokenizer:
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+
+class Tokenized:
+    """What language models with an `HFTokenizer` share; copies are the model itself."""
+
+    _tokenizer: HFTokenizer
+    vocab_size: int
+    context_length: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Shared and read-only: environments and agents that are copied go on using this one.
+        return self
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
+        ids = self._tokenizer.encode_prompt(prompt)
+        # The tokenizer alone may know less of the model's limits.
+        self._tokenizer.check_prompt(prompt, ids, self.context_length, self.vocab_size)
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+        return self._tokenizer.decode(token_ids)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text alone; see `HFTokenizer.encode_text`."""
+        return self._tokenizer.encode_text(text)
 
 
 def load(factory: str, source: Any, **options: Any) -> Any:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mbrl_text_env.language_models import base
-from mbrl_text_env.language_models._answers import Bill
 from mbrl_text_env.language_models._engines import Ask, Call, Drawn, Engine, look
 from mbrl_text_env.language_models._http import (
+    Bill,
     Mode,
     Options,
     ServerConfigError,
@@ -31,14 +31,15 @@ from mbrl_text_env.language_models._http import (
     gather,
 )
 from mbrl_text_env.language_models.base import LanguageModel, NextTokens, SampleRequest
-from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer
-from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, timed
+from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, Tokenized
+from mbrl_text_env.types import Chunk, Ledger, TextState, Usage, timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 Drawing = tuple[list[Drawn], list[Bill]]
+Judged = tuple[tuple[float, ...], list[Bill]]
 
 # llama.cpp takes 32 bits; room is left for the samples of one request.
 _SEEDS = 2**30
@@ -46,7 +47,7 @@ _SEEDS = 2**30
 _MOST_SAMPLES = 128
 
 
-class ServerLM(LanguageModel):
+class ServerLM(Tokenized, LanguageModel):
     """A language model behind one or more OpenAI-compatible servers.
 
     Which sample comes is up to the server's arithmetic: engines round differently in different
@@ -135,10 +136,6 @@ class ServerLM(LanguageModel):
     def __repr__(self) -> str:
         return f"ServerLM({self.base_urls!r}, name={self.name!r})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ServerLM:
-        # A shared client: environments and agents that are copied go on using this one.
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         # Connections stay behind; another process makes its own.
         return {**self.__dict__, "_transport": None, "_lock": None}
@@ -177,20 +174,6 @@ class ServerLM(LanguageModel):
             transport, self._transport = self._transport, None
         if transport is not None:
             transport.close()
-
-    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
-        ids = self._tokenizer.encode_prompt(prompt)
-        base.check_room(prompt, len(ids), self.context_length)
-        return ids
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
-        return self._tokenizer.decode(token_ids)
-
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text alone; see `HFTokenizer.encode_text`."""
-        return self._tokenizer.encode_text(text)
 
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
@@ -234,14 +217,13 @@ class ServerLM(LanguageModel):
         """
         base.check_judging_arguments(states, chunks)
         self._check_budgets(ledgers)
+
+        def ask(state: TextState, chunk: Chunk) -> Coroutine[Any, Any, Judged]:
+            return self._at_one(lambda e, call: e.judge(call, state, chunk))
+
         with timed(ledgers):
-            judged = self._run(gather(map(self._judge, states, chunks)))
-        usages = []
-        for state, chunk, (_, bills) in zip(states, chunks, judged, strict=True):
-            length = len(base.prefix_of(state)) + len(chunk) - 1
-            computed, _ = _prefix_bill(bills, length, length)
-            usages.append(self._usage(computed, length - computed, 0))
-        base.charge(ledgers, usages)
+            judged = self._run(gather(map(ask, states, chunks)))
+        self._charge_read(ledgers, states, [len(chunk) - 1 for chunk in chunks], judged)
         return [logprobs for logprobs, _ in judged]
 
     @property
@@ -260,18 +242,13 @@ class ServerLM(LanguageModel):
         base.check_next_tokens(states, k, self.most_next_tokens)
         self._check_budgets(ledgers)
 
-        def ask(state: TextState) -> Coroutine[Any, Any, tuple[NextTokens, Bill]]:
+        def ask(state: TextState) -> Coroutine[Any, Any, tuple[NextTokens, list[Bill]]]:
             prompt = list(base.prefix_of(state))
             return self._at_one(lambda e, call: e.next_tokens(call, prompt, k))
 
         with timed(ledgers):
             found = self._run(gather(map(ask, states)))
-        usages = []
-        for state, (_, bill) in zip(states, found, strict=True):
-            length = len(base.prefix_of(state))
-            computed, _ = _prefix_bill([bill], length, length)
-            usages.append(self._usage(computed, length - computed, 1))
-        base.charge(ledgers, usages)
+        self._charge_read(ledgers, states, [0] * len(states), found, new=1)
         return [next_tokens for next_tokens, _ in found]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
@@ -289,6 +266,22 @@ class ServerLM(LanguageModel):
             lm_calls=1,
             lm_flops=2.0 * (self.num_parameters or 0) * (computed + new),
         )
+
+    def _charge_read(
+        self,
+        ledgers: Sequence[Ledger] | None,
+        states: Sequence[TextState],
+        more: Sequence[int],
+        found: Sequence[tuple[Any, list[Bill]]],
+        new: int = 0,
+    ) -> None:
+        """Charge what was read of each state's prefix and of `more` tokens after it."""
+        usages = []
+        for state, beyond, (_, bills) in zip(states, more, found, strict=True):
+            length = len(base.prefix_of(state)) + beyond
+            computed, _ = _prefix_bill(bills, length, length)
+            usages.append(self._usage(computed, length - computed, new))
+        base.charge(ledgers, usages)
 
     def _fitted(
         self, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger] | None
@@ -358,9 +351,6 @@ class ServerLM(LanguageModel):
 
         parts = await gather(draw(first) for first in range(request.first_sample, last, size))
         return [drawn for part in parts for drawn in part], bills
-
-    async def _judge(self, state: TextState, chunk: Chunk) -> tuple[tuple[float, ...], list[Bill]]:
-        return await self._at_one(lambda e, call: e.judge(call, state, chunk))
 
     async def _at_one(self, ask: Callable[[Engine, Call], Awaitable[T]]) -> T:
         transport = self._transport

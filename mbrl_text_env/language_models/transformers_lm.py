@@ -21,10 +21,10 @@ from mbrl_text_env.language_models import base, engine, loading
 from mbrl_text_env.language_models.base import FeatureModel, NextTokens, SampleRequest
 from mbrl_text_env.language_models.decoding import Sampled, fill_in, waiting, whole_requests
 from mbrl_text_env.language_models.engine import Tokens, chosen_logprobs
-from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, ModelLoadError
+from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, ModelLoadError, Tokenized
 from mbrl_text_env.language_models.networks import KVBatch, LlamaNetwork
 from mbrl_text_env.runs import weights_digest
-from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage, check_positive, timed
+from mbrl_text_env.types import Chunk, Ledger, TextState, Usage, check_positive, timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ _LOGIT_ROWS = 256
 T = TypeVar("T")
 
 
-class TransformersLM(FeatureModel):
+class TransformersLM(Tokenized, FeatureModel):
     """A causal language model of transformers.
 
     Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, others on their own
@@ -129,10 +129,6 @@ class TransformersLM(FeatureModel):
         self.num_parameters: int = self.model.num_parameters() - lookup
         self._attention_width = loading.attention_width(config)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TransformersLM:
-        # A shared, read-only engine: environments and agents that are copied go on using this one.
-        return self
-
     def __reduce__(self) -> tuple[Any, ...]:
         if self._recipe is None or self._weights_version() != self._loaded:
             came = "was made from a module in memory" if self._recipe is None else "was trained"
@@ -200,21 +196,6 @@ class TransformersLM(FeatureModel):
         if self._recipe is not None and self._weights_version() == self._loaded:
             adapted._recipe = (*self._recipe, (loading.from_anywhere(folder), name))
         return adapted
-
-    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
-        ids = self._tokenizer.encode_prompt(prompt)
-        # A tokenizer that was passed in loaded knows nothing of the model's context.
-        self._tokenizer.check_prompt(prompt, ids, self.context_length, self.vocab_size)
-        return ids
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
-        return self._tokenizer.decode(token_ids)
-
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text alone; see `HFTokenizer.encode_text`."""
-        return self._tokenizer.encode_text(text)
 
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
