@@ -11,7 +11,7 @@ from typing import Any
 from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.sampling import Sampling
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, clear_cache
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.records import Record, RecordsError, RecordWriter
@@ -144,7 +144,7 @@ def _sampled(
 ) -> tuple[list[Record], dict[str, str]]:
     """Records of samples, by their numbers; the errors of prompts that cannot be scored, by id."""
     # What a run computes does not depend on whether it was stopped before.
-    clear_cache(agent.language_model)
+    agent.language_model.clear_cache()
     ledgers = {prompt.id: Ledger() for prompt, _ in batch}
 
     async def scored(prompt: Prompt, samples: list[int]) -> list[Completion] | RewardError:

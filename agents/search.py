@@ -21,7 +21,6 @@ from mbrl_text_env.language_models.base import (
     LanguageModel,
     SampleRequest,
     SamplingParams,
-    cache_tokens,
     prefix_of,
 )
 from mbrl_text_env.mdp import is_terminal, response_limit, transition
@@ -458,7 +457,7 @@ class Planner(Agent):
 
     def _most_at_once(self, state: TextState, budget: Budget) -> int:
         """Searches whose texts the prefix cache can hold, about; more would drive out their own."""
-        kept = cache_tokens(self.language_model)
+        kept = self.language_model.cache_tokens
         prefix = len(prefix_of(state))
         caps: list[float] = [] if budget.tokens is None else [budget.tokens]
         if budget.flops is not None:

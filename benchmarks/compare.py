@@ -32,7 +32,7 @@ from mbrl_text_env.benchmarks.report import baseline_of, comparison_page
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.benchmarks.terminal import COMMAND, progress_bar
 from mbrl_text_env.files import write_text
-from mbrl_text_env.language_models.base import LanguageModel, Tokenizer, clear_cache
+from mbrl_text_env.language_models.base import LanguageModel, Tokenizer
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
@@ -313,7 +313,7 @@ def _answers(
     def answer(some: Sequence[Prompt]) -> list[Row]:
         # No agent lives on prefixes that another one computed, and a run that is resumed computes
         # what it would have computed at once.
-        clear_cache(agent.language_model)
+        agent.language_model.clear_cache()
         generations = agent.generate(some, budget, seed=config.seed)
         # Agents that asked for no score are judged here. That is the comparison's work, not theirs.
         scores = _scored(comparison.reward_model, generations)

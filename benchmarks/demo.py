@@ -25,7 +25,7 @@ from mbrl_text_env.benchmarks.options import CompareConfig, DemoConfig, choose_p
 from mbrl_text_env.benchmarks.terminal import panel, progress_bar
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models import embedded
-from mbrl_text_env.language_models.base import LanguageModel, clear_cache
+from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.records import RecordWriter, has_records, read_records, rescore
@@ -71,7 +71,7 @@ def _rate(language_model: LanguageModel) -> float:
     [prompt] = load_prompts(split="validation", limit=1)
     state, rates = initial(prompt, language_model), []
     for seed in range(2):
-        clear_cache(language_model)
+        language_model.clear_cache()
         began = time.perf_counter()
         [row] = language_model.sample([state], *_TRIED, seeds=[seed])
         rates.append(sum(map(len, row)) / (time.perf_counter() - began))

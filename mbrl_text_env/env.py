@@ -60,12 +60,7 @@ class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
     beforehand (`part_names`) are there at the end only. The environment holds no language model.
 
     Args:
-        prompts: Prompts to draw from; by default the train split of the package's own.
-        tokenizer: A tokenizer or a language model; by default SmolLM2's tokenizer.
-        reward_model: A reward model, a name such as `"sentiment"` or `"0.5*sentiment+relevance"`,
-            or a callable.
-        reward, observation, encoder, max_response_tokens, max_chunk_tokens, max_prompt_tokens,
-            action_format: See `TextTask`.
+        prompts, tokenizer, reward_model, **options: See `TextTask`.
         render_mode: `"ansi"` (`render` returns a string), `"rgb_array"` (a frame, uint8[480, 640,
             3]), `"human"` (Rich prints after every step), or None.
 
@@ -154,7 +149,7 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
             weights of a network NaN, and Gymnasium's `NormalizeReward` too: leave such steps out.
         autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
         render_mode: None, or `"ansi"` or `"rgb_array"`, for a tuple of N.
-        prompts, tokenizer, reward_model, **options: As in `TextGenerationEnv`.
+        prompts, tokenizer, reward_model, **options: See `TextTask`.
 
     Attributes:
         episode_started: bool[N], which sub-environments the last `reset` or `step` reset.

@@ -121,10 +121,6 @@ def _answer(prompt: Prompt) -> str:
     return f"```{language}\n{answer}\n```" if language else answer
 
 
-def _constraints(kind: str | None) -> list[Prompt]:
-    return [prompt for prompt in load_prompts() if "constraints" in prompt.metadata]
-
-
 def _reasoning(kind: str | None) -> list[Prompt]:
     tasks = REASONING_TASKS if kind not in REASONING_TASKS else {kind: REASONING_TASKS[kind]}
     return [prompt for task in tasks for prompt in _questions(task)]
@@ -147,11 +143,7 @@ def _questions(task: str) -> list[Prompt]:
     return [replace(p, split=s) for p, s in zip(kept, splits, strict=False)]
 
 
-def _code(kind: str | None) -> list[Prompt]:
-    return _of_file("code.jsonl")
-
-
-def _sql(kind: str | None) -> list[Prompt]:
+def _sql() -> list[Prompt]:
     """The questions, each with the tables that it is about."""
     prompts = []
     for prompt in _of_file("sql.jsonl"):
@@ -172,9 +164,11 @@ def _of_file(name: str) -> list[Prompt]:
 
 
 SUITES = {
-    "constraints": Suite("constraints", _constraints),
+    "constraints": Suite(
+        "constraints", lambda _: [p for p in load_prompts() if "constraints" in p.metadata]
+    ),
     "reasoning": Suite("reasoning-gym", _reasoning, shots=4),
-    "code": Suite("unit-tests", _code),
-    "sql": Suite("sql", _sql),
+    "code": Suite("unit-tests", lambda _: _of_file("code.jsonl")),
+    "sql": Suite("sql", lambda _: _sql()),
 }
 """The suites by name, as in `--prompts suite:NAME`."""

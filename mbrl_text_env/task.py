@@ -78,7 +78,8 @@ class TextTask:
     Args:
         prompts: Prompts to draw from; by default the train split of the package's own.
         tokenizer: A tokenizer or a language model; by default SmolLM2's tokenizer.
-        reward_model: Whatever `rewards.as_reward_model` takes.
+        reward_model: Whatever `rewards.as_reward_model` takes: a reward model, a name such as
+            `"sentiment"` or `"0.5*sentiment+relevance"`, or a callable.
         reward: `"terminal"`: the score when the response ends, otherwise 0. `"delta"`: the increase
             of the prefix's score at every chunk, from 0 for no response, so that the rewards of an
             episode add up to the score. `"process"`: the process reward of each chunk.

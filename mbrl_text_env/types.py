@@ -334,11 +334,6 @@ class Ledger:
         """Whether `usage` could be spent without passing a cap."""
         return not self._passed(self.usage + usage)
 
-    def remaining_tokens(self) -> float:
-        """Generated tokens that are left; infinity without a cap."""
-        cap = self.budget.tokens
-        return float("inf") if cap is None else cap - self.usage.generated_tokens
-
     def _passed(self, usage: Usage) -> list[tuple[str, float, float]]:
         caps, amounts = vars(self.budget).items(), usage.capped
         # Sums of floating-point numbers differ in the last digits with their order.

@@ -108,7 +108,10 @@ class RayWorkers:
         """
         if not jobs:
             return
-        crew = _Crew(self._ray, self._actor, _packed(self._ray, work))
+        # Where Ray holds the work, with the files whose code it has.
+        files = {str(path): folder_digest(path) for path in registry.files_run()}
+        packed = self._ray.put((files, self._ray.cloudpickle.dumps(work)))
+        crew = _Crew(self._ray, self._actor, packed)
         try:
             for _ in range(min(self.workers, len(jobs))):
                 crew.begin()
@@ -212,12 +215,6 @@ class _Crew:
             # What ends the whole program may have ended them.
             with suppress(self._ray.exceptions.RayError):
                 self._ray.kill(actor)
-
-
-def _packed(ray: Any, work: Callable[..., Any]) -> Any:
-    """Where Ray holds the work, with the files whose code it has."""
-    files = {str(path): folder_digest(path) for path in registry.files_run()}
-    return ray.put((files, ray.cloudpickle.dumps(work)))
 
 
 class _Worker:

@@ -17,7 +17,7 @@ from mbrl_text_env.agents.collection import record_of
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning.training import expect
 from mbrl_text_env.agents.sampling import Sampling
-from mbrl_text_env.language_models.base import clear_cache, spawn_seed
+from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record, RecordWriter, scores_of
 from mbrl_text_env.rewards.base import RewardError, isolate_failures
@@ -109,7 +109,7 @@ class _Answering:
     def batch(self, prompts: Sequence[Prompt]) -> tuple[Written, dict[str, str]]:
         """The records of a batch, and the errors of its prompts that are left out, by id."""
         if self.is_fresh:
-            clear_cache(self.agent.language_model)
+            self.agent.language_model.clear_cache()
         name = self.agent.name
         found, failed = self._records([(prompt, prompt) for prompt in prompts], self.seed, name)
         if self.hint is None:

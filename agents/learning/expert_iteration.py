@@ -37,7 +37,6 @@ from mbrl_text_env.files import restored
 from mbrl_text_env.language_models.base import (
     LanguageModel,
     SamplingParams,
-    clear_cache,
     spawn_seed,
 )
 from mbrl_text_env.mdp import initial
@@ -349,7 +348,7 @@ class ExpertIteration:
             stage.begin()
             # What one policy left in its cache must not depend on where the loop was stopped.
             for model in (self.language_model, self._serving[1]):
-                clear_cache(model)
+                model.clear_cache()
             ledger, start = Ledger(), time.perf_counter()
             seed = spawn_seed(self.settings.seed, iteration, stages.STAGES.index(name))
             note = make(stage, ledger, seed)

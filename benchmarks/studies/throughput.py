@@ -32,7 +32,6 @@ from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.llama_server import llama_server
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models import SamplingParams, TransformersLM, embedded
-from mbrl_text_env.language_models.base import clear_cache
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.types import Prompt, TextState
@@ -76,7 +75,7 @@ def article_procedure(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
 
 def article_workload(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
     """Seconds of the same tokens with the engine, from an empty cache."""
-    clear_cache(lm)
+    lm.clear_cache()
     start = time.perf_counter()
     states = [initial(prompt, lm) for prompt in prompts]
     seeds = range(len(states))
@@ -111,7 +110,7 @@ def generate_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) 
 
 def engine_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> float:
     """Tokens a second of the engine on one batch, prefixes computed anew."""
-    clear_cache(lm)
+    lm.clear_cache()
     start = time.perf_counter()
     lm.sample(states, 1, tokens, seeds=range(len(states)), params=PARAMS)
     return len(states) * tokens / (time.perf_counter() - start)

@@ -189,17 +189,6 @@ class LanguageModel(ABC):
         """Whether ledgers are charged FLOPs; if not, budgets in FLOPs are refused."""
         return True
 
-    @classmethod
-    def __subclasshook__(cls, other: type) -> bool:
-        # Models of other people need not inherit: `isinstance` looks for the methods without a
-        # default, and `sample` may stand in for `sample_requests`.
-        wanted = {"encode_prompt", "decode", "sample", "logprobs", "usage_bound"}
-        if cls.__name__ == "FeatureModel":
-            wanted.add("features")
-        if cls.__name__ not in ("LanguageModel", "FeatureModel"):
-            return NotImplemented
-        return all(hasattr(other, name) for name in wanted) or NotImplemented
-
     @abstractmethod
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """See `Tokenizer.encode_prompt`."""
@@ -313,28 +302,6 @@ class FeatureModel(LanguageModel):
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
     ) -> npt.NDArray[np.float32]:
         """float32[len(states), feature_size]."""
-
-
-def clear_cache(language_model: LanguageModel) -> None:
-    """Forget the prefixes that a language model keeps; one that inherits nothing may keep none."""
-    if hasattr(language_model, "clear_cache"):
-        language_model.clear_cache()
-
-
-def cache_tokens(language_model: LanguageModel) -> int:
-    """Tokens of prefixes that a language model keeps; one that inherits nothing may not say."""
-    return getattr(language_model, "cache_tokens", 0)
-
-
-async def sample_requests_async(
-    language_model: LanguageModel, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger]
-) -> list[list[Chunk]]:
-    """See `LanguageModel.sample_requests_async`; one that inherits nothing has the default."""
-    own = getattr(language_model, "sample_requests_async", None)
-    if own is None:
-        return await LanguageModel.sample_requests_async(language_model, requests, ledgers=ledgers)
-    chunks: list[list[Chunk]] = await own(requests, ledgers=ledgers)
-    return chunks
 
 
 def sample_requests(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -203,7 +203,11 @@ def _redraw_of_one(
     left: dict[int, tuple[dict[int, float], Iterator[int]]] = {}
     asked = {row: active[row].tokens[-1] for row in rows}
     while asked:
-        allowed = _allowed(guard, active, asked, tokenizer)
+        allowed = guard.allows(
+            [active[row].state for row in asked],
+            [active[row].written(tokenizer).with_token(token) for row, token in asked.items()],
+            [token in tokenizer.stop_token_ids for token in asked.values()],
+        )
         refused = [row for row, well in zip(asked, allowed, strict=True) if not well]
         for row in asked.keys() - set(refused):
             if row in left:
@@ -213,25 +217,12 @@ def _redraw_of_one(
         for row in refused:
             chunk = active[row]
             if row not in left:
-                found = _most_probable(logits[row], guard.candidates, chunk.tokens[-1])
+                count = min(guard.candidates, logits.shape[-1])
+                ids, logs = top_tokens(logits[row][None], count)
+                found = dict(zip(ids[0].tolist(), logs[0].tolist(), strict=True))
+                found.pop(chunk.tokens[-1], None)
                 left[row] = found, replacements(found, guard, chunk.params, chunk.generator)
             other = next(left[row][1], None)
             chunk.is_dead = other is None
             if other is not None:
                 asked[row] = other
-
-
-def _most_probable(logits: Tensor, count: int, refused: int) -> dict[int, float]:
-    ids, logs = top_tokens(logits[None], min(count, logits.shape[-1]))
-    pairs = zip(ids[0].tolist(), logs[0].tolist(), strict=True)
-    return {token: log for token, log in pairs if token != refused}
-
-
-def _allowed(
-    guard: Guard, active: Sequence[Sampled], asked: Mapping[int, int], tokenizer: Tokenizer
-) -> Sequence[bool]:
-    return guard.allows(
-        [active[row].state for row in asked],
-        [active[row].written(tokenizer).with_token(token) for row, token in asked.items()],
-        [token in tokenizer.stop_token_ids for token in asked.values()],
-    )

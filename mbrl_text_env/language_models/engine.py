@@ -47,11 +47,6 @@ class CacheStats:
     missed_tokens: int = 0
     evicted_tokens: int = 0
 
-    @property
-    def hit_rate(self) -> float:
-        """Share of the prefix tokens asked for that was found; 0 before anything was asked."""
-        return self.hit_tokens / max(1, self.hit_tokens + self.missed_tokens)
-
 
 class PrefixCache:
     """A radix tree from token ids to keys and values, at most `max_bytes`, least recent out first.

@@ -163,10 +163,10 @@ async def sample_requests_async(
 ) -> _Rows:
     """`sample_requests` that awaits the model; what has to wait otherwise does so in a thread."""
     if _is_watched(language_model, requests):
-        return await base.sample_requests_async(language_model, requests, ledgers=ledgers)
+        return await language_model.sample_requests_async(requests, ledgers=ledgers)
 
     async def draw(asked: Sequence[SampleRequest], paying: Sequence[Ledger]) -> _Rows:
-        return await base.sample_requests_async(language_model, asked, ledgers=paying)
+        return await language_model.sample_requests_async(asked, ledgers=paying)
 
     return await _Guarded(language_model, draw, asyncio.to_thread).rows(requests, ledgers)
 
@@ -331,10 +331,7 @@ class _Guarded:
     model: LanguageModel
     draw: _Draw
     call: _Call
-
-    def __post_init__(self) -> None:
-        # One that inherits nothing may not have it.
-        self.gives_next = hasattr(self.model, "next_tokens")
+    gives_next: bool = True
 
     async def rows(
         self, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger] | None

@@ -516,7 +516,10 @@ class Int8Product:
         biases = [layer.bias.detach().float() for layer in layers if layer.bias is not None]
         self._bias = torch.cat(biases) if biases else None
         weight = torch.cat([layer.weight.detach().float() for layer in layers])
-        self._rotation = _hadamard(weight.shape[-1], weight.device)
+        # The largest Hadamard matrix that divides the inputs, made orthogonal.
+        size = math.gcd(weight.shape[-1], _ROTATION)
+        rotation = torch.tensor(hadamard(size, dtype=np.float32), device=weight.device)
+        self._rotation = rotation / size**0.5
         weight = self._rotated(weight)
         scales = _scales(weight)
         # The kernel is fastest with the inputs along the rows.
@@ -553,9 +556,3 @@ def make_product(layers: Sequence[nn.Linear], dtype: torch.dtype) -> FloatProduc
 def _scales(rows: Tensor) -> Tensor:
     """float32[rows, 1]: what one step of 8 bits is worth in each row."""
     return rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30).mul_(1 / 127)
-
-
-def _hadamard(inputs: int, device: torch.device) -> Tensor:
-    """The largest orthogonal Hadamard matrix of up to `_ROTATION` that divides the inputs."""
-    size = math.gcd(inputs, _ROTATION)
-    return torch.tensor(hadamard(size, dtype=np.float32), device=device) / size**0.5

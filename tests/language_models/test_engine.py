@@ -286,7 +286,7 @@ class TestCache:
         assert lm.cached_bytes == 0
         lm.features([state], ledgers=[ledger])
         assert ledger.usage.prompt_tokens == 20
-        assert lm.cache_stats.hit_rate == 0
+        assert lm.cache_stats.hit_tokens == 0
 
     def test_a_beam_that_drops_and_forks_hits_it(self, make):
         lm, ledgers = make("qwen3"), []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -268,12 +267,6 @@ def test_clearing_keeps_the_statistics():
     cache.insert((1, 2), payload((1, 2)))
     assert found(cache, (1, 2)) == 2
     check_tree(cache)
-
-
-def test_the_hit_rate():
-    assert CacheStats().hit_rate == 0
-    assert CacheStats(hit_tokens=3, missed_tokens=1).hit_rate == pytest.approx(0.75)
-    assert CacheStats(missed_tokens=4).hit_rate == 0
 
 
 @given(sequences, sequences, st.integers(0, 10))
