@@ -55,7 +55,6 @@ __getattr__, __dir__, __all__ = attach(
             "Normalise",
             "Priced",
             "RepetitionPenalty",
-            "RunningNormalise",
             "Threshold",
             "TimeLimit",
         ],

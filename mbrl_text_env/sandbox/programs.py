@@ -146,13 +146,12 @@ def run_program(
     """Run an untrusted Python program in a box of its own; see the package for what that is.
 
     Args:
-        source: The program. It runs with the standard library alone, hash seed 0 and UTF-8.
-        stdin: What it reads from standard input.
-        files: Texts or bytes by their paths in the program's folder, which is empty otherwise.
+        source, stdin, files: See `Program`. It runs with the standard library alone, hash seed 0
+            and UTF-8.
         limits: None for `Limits()`.
         allow_weaker: If this machine lacks what the sandbox needs, run the program with limits and
             a process group alone, warning once: it can read, write and connect to whatever the
-            caller can. Where nothing is lacking this changes nothing.
+            caller can.
 
     Raises:
         SandboxUnavailable: The machine lacks something, and `allow_weaker` is False.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from mbrl_text_env.rewards.adapters.common import (
-    FunctionAdapter,
+    AdaptedReward,
     RewardFunction,
     callable_name,
     parameters,
+    required,
 )
 from mbrl_text_env.rewards.adapters.rubrics import OpenEnvReward
 from mbrl_text_env.rewards.adapters.trainers import (
@@ -31,7 +32,7 @@ ACCEPTED = """\
   one of OpenRLHF                     f(queries, prompts, labels, **kwargs)"""
 
 
-class FunctionReward(FunctionAdapter):
+class FunctionReward(AdaptedReward):
     """A function `f(prompt_text, response) -> float` as a reward model, called once a response.
 
     None, for a prompt that it does not apply to, is an error. May be async. Picklable if it is.
@@ -93,28 +94,22 @@ def as_reward_model(
         return reward_model_of(reward)
     function = cast("Callable[..., Any]", reward)
     named = parameters(function)
-    positional = _positional(named)
-    if not named.keys().isdisjoint({"completions", "completion_ids"}):
+    if named.keys() & {"completions", "completion_ids"}:
         return TRLFunctionReward(function, encode)
-    if not named.keys().isdisjoint({"solution_str", "solution_strs"}):
+    if named.keys() & {"solution_str", "solution_strs"}:
         return VerlFunctionReward(function)
     if "queries" in named:
         return OpenRLHFFunctionReward(function)
+    needed = {name: named[name] for name in named if name in required(function)}
     # Of verifiers: its names in any order are no prompt and response.
-    of_verifiers = not named.keys().isdisjoint({"completion", "state"})
-    is_known = positional == ["prompt", "completion"] or not of_verifiers
-    if is_known and positional is not None and len(positional) == 2:
+    of_verifiers = named.keys() & {"completion", "state"} and [*needed] != ["prompt", "completion"]
+    by_place = all(p.kind is not p.KEYWORD_ONLY for p in needed.values())
+    if len(needed) == 2 and by_place and not of_verifiers:
         return FunctionReward(function)
     signature = f"({', '.join(map(str, named.values()))})" if named else ""
-    raise TypeError(
-        f"Expected a reward, got {_described(reward)}{signature}. Accepted are:\n{ACCEPTED}"
-    )
-
-
-def _described(reward: object) -> str:
-    if callable(reward):
-        return f"{type(reward).__name__} {callable_name(reward)}"
-    return f"{reward!r:.80}" if reward is None else f"{type(reward).__name__} {reward!r:.80}"
+    shown = callable_name(reward) if callable(reward) else f"{reward!r:.80}"
+    described = shown if reward is None else f"{type(reward).__name__} {shown}"
+    raise TypeError(f"Expected a reward, got {described}{signature}. Accepted are:\n{ACCEPTED}")
 
 
 def _is_rubric_of_openenv(reward: object) -> bool:
@@ -123,12 +118,3 @@ def _is_rubric_of_openenv(reward: object) -> bool:
         cls.__name__ == "Rubric" and cls.__module__.partition(".")[0] == "openenv"
         for cls in type(reward).__mro__
     )
-
-
-def _positional(named: Mapping[str, inspect.Parameter]) -> list[str] | None:
-    """Names of the required parameters; None if one of them cannot be passed by position."""
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = [p for p in named.values() if p.default is p.empty and p.kind not in variable]
-    if any(p.kind is p.KEYWORD_ONLY for p in needed):
-        return None
-    return [p.name for p in needed]
