@@ -15,7 +15,6 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "verifiable.answers": ["ExactMatchReward", "NumericReward"],
         "base": [
-            "Aggregation",
             "ProcessRewardModel",
             "RewardError",
             "RewardModel",

@@ -10,7 +10,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from traceback import walk_tb
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
@@ -262,28 +261,6 @@ def reward_model_of(reward: object) -> RewardModel:
             "Make one of a function or a name with `rewards.as_reward_model`."
         )
     return ObjectReward(reward)
-
-
-class Aggregation(StrEnum):
-    """How the scores of a response's steps make one score; search and reports share it."""
-
-    MIN = "min"
-    PRODUCT = "product"
-    LAST = "last"
-    MEAN = "mean"
-
-    def of(self, scores: npt.ArrayLike) -> float:
-        """The score of a response whose steps have `scores`, float[S], at least one."""
-        values = np.asarray(scores, dtype=np.float64)
-        if not values.size:
-            raise RewardError(
-                "Expected the scores of at least one step to aggregate, got none. Decide what a "
-                "response without steps is worth before."
-            )
-        if self is Aggregation.LAST:
-            return float(values[-1])
-        functions: dict[str, Any] = {"min": np.min, "product": np.prod, "mean": np.mean}
-        return float(functions[self.value](values))
 
 
 def reward_name(reward_model: object) -> str:

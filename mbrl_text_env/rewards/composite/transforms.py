@@ -241,8 +241,7 @@ class Priced(Wrapper):
     """A reward each call of which is charged `price` FLOPs, from 0 up, in place of its own.
 
     It is for a reward whose cost is known and not counted, such as that of a server, and for asking
-    what a search would be worth if the reward were expensive: ledgers, budgets and comparisons
-    take the price for the reward's FLOPs. Scores, bounds and parts are the reward's.
+    what a search would be worth if the reward were expensive. Scores and parts are the reward's.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -276,9 +275,7 @@ class TimeLimit(Wrapper):
     """A reward that is given up on when a call takes longer than `seconds`, above 0 and finite.
 
     The call, whatever the size of its batch, runs in a thread; then there is a `RewardError`, and
-    the thread is left behind, since nothing can end it from outside. The reward must not rely on
-    running in the main thread (`signal.alarm` does). Programs that are to be stopped for certain
-    belong in a process: see `UnitTestReward`.
+    the thread is left behind, since nothing can end it from outside.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward

@@ -236,10 +236,9 @@ def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any,
 
 
 def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
-    """Floating-point operations of reading texts of `tokens` tokens: float64[B].
+    """Operations of reading texts of `tokens` tokens, float64[B]; padding is not counted.
 
-    2 x parameters (without embedding tables, which are looked up) x tokens + 4 x layers x width x
-    tokens^2 for the attention; padding is not counted.
+    2 x parameters (without embedding tables) x tokens + 4 x layers x width x tokens^2.
     """
     import torch
 

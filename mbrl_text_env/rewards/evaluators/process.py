@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 import numpy as np
 
 from mbrl_text_env.language_models.hf_tokenizer import control_test, plain_text
-from mbrl_text_env.rewards.base import Aggregation, ProcessRewardModel, RewardError
+from mbrl_text_env.rewards.base import ProcessRewardModel, RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     HubReward,
     chat_messages,
@@ -30,6 +30,9 @@ StepOutput = Literal["class", "token"]
 _Parts: TypeAlias = tuple[list[int], list[list[int]]]
 # Stands for the assistant's message in a rendered chat template; a private character.
 _HERE = "\ue000"
+_AGGREGATIONS: dict[str, Any] = {
+    "min": np.min, "product": np.prod, "last": lambda scores: scores[-1], "mean": np.mean,
+}  # fmt: skip
 _NUMBERED = re.compile(r"Step \d+:")
 
 
@@ -142,23 +145,24 @@ class ProcessReward(HubReward, ProcessRewardModel):
     step_format: str | StepFormat = "qwen"
     _: KW_ONLY
     separator: str = "\n\n"
-    aggregation: Aggregation | str = "min"
+    aggregation: str = "min"
     max_length: int = 4096
 
     cut = "text(s) to {} tokens: the prompt's start or the longest steps' ends do not count"
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the aggregated scores of each response's steps."""
-        rows = self._scored(prompts, list(map(self.steps, responses)))
-        return np.array([Aggregation(self.aggregation).of(row) for row in rows], dtype=np.float64)
+        rows = self.score_steps_batch(prompts, list(map(self.steps, responses)))
+        return np.array([_AGGREGATIONS[self.aggregation](row) for row in rows], dtype=np.float64)
 
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
         """Return float64[len(steps)], the score of each step given those before it."""
-        return self._scored([prompt], [steps])[0]
+        return self.score_steps_batch([prompt], [steps])[0]
 
-    def _scored(
+    def score_steps_batch(
         self, prompts: Sequence[Prompt], steps: Sequence[Sequence[str]]
     ) -> list[FloatArray]:
+        """Score the steps of several responses together: float64[len(steps[i])] for each."""
         scores = [np.zeros(0) for _ in steps]
         asked = [i for i, row in enumerate(steps) if row]
         if asked:
@@ -201,7 +205,7 @@ class ProcessReward(HubReward, ProcessRewardModel):
         ]
 
     def _load(self) -> _Loaded:
-        check_choices(self, aggregation=[choice.value for choice in Aggregation])
+        check_choices(self, aggregation=list(_AGGREGATIONS))
         step_format = self.step_format
         if not isinstance(step_format, StepFormat):
             check_choices(self, step_format=list(PROCESS_FORMATS))

@@ -107,14 +107,9 @@ class UnitTestReward(RewardModel):
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B]."""
-        if len(prompts) != len(responses):
-            raise ValueError(
-                f"Expected one prompt a response, got {len(prompts)} prompts and "
-                f"{len(responses)} responses. Repeat a prompt for each of its responses."
-            )
         # Every prompt is read before any program is run, and every run is made once.
         suites = list(map(_suite, prompts))
-        rows = list(map(self._runs, suites, responses))
+        rows = [self._runs(*row) for row in zip(suites, responses, strict=True)]
         wanted = dict.fromkeys(run for row in rows for run in row)
         results = sandbox.run_programs(
             [test.program(code) for code, test in wanted],

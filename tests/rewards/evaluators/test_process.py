@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbrl_text_env.checks import check_reward_model
-from mbrl_text_env.rewards.base import Aggregation, RewardError, score_responses, score_steps
+from mbrl_text_env.rewards.base import RewardError, score_responses, score_steps
 from mbrl_text_env.rewards.evaluators.process import PROCESS_FORMATS, ProcessReward, StepFormat
 from mbrl_text_env.types import Message, Prompt
 
@@ -134,12 +134,15 @@ def test_the_batch_does_not_change_a_score(step_models, rewards, name, options):
     assert [len(found) for found in batched] == [3, 0, 2, 1, 4]
 
 
-@pytest.mark.parametrize("aggregation", list(Aggregation))
-def test_a_response_is_the_aggregate_of_its_steps(step_models, rewards, aggregation):
-    reward = ProcessReward(step_models["qwen"], aggregation=aggregation.value)
+@pytest.mark.parametrize(
+    ("aggregation", "of"),
+    [("min", np.min), ("product", np.prod), ("last", lambda s: s[-1]), ("mean", np.mean)],
+)
+def test_a_response_is_the_aggregate_of_its_steps(step_models, rewards, aggregation, of):
+    reward = ProcessReward(step_models["qwen"], aggregation=aggregation)
     steps = rewards["qwen"].score_steps(PROMPT, STEPS)
     response = "\n\n" + "\n\n".join(STEPS) + "\n\n \n\n"
-    assert reward.score([PROMPT], [response])[0] == pytest.approx(aggregation.of(steps))
+    assert reward.score([PROMPT], [response])[0] == pytest.approx(of(steps))
 
 
 def test_a_response_without_text_is_one_empty_step(rewards):

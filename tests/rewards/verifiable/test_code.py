@@ -299,7 +299,7 @@ def test_malformed_tests_are_errors_that_name_the_prompt(metadata, message):
 
 
 def test_as_many_prompts_as_responses():
-    with pytest.raises(ValueError, match="1 prompts and 2 responses"):
+    with pytest.raises(ValueError, match="longer"):
         UnitTestReward().score([ADD], ["", ""])
     assert UnitTestReward().score([], []).tolist() == []
 

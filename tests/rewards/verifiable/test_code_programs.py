@@ -179,7 +179,7 @@ STATEMENTS = {
     "a solution with the name of a module": ("assert bisect([1, 3], 2) == 1", {},
                                              "def bisect(a, x): return sum(y < x for y in a)"),
     "a solution with the name of a class": (
-        "c = Counter()\nc.add()\nassert c.n == 1", {},
+        "c = Counter()\nc.add()\nassert c.n == 1", {"entry_point": "Counter"},
         "class Counter:\n    n = 0\n    def add(self): self.n += 1"),
     "an example of its use": (
         "assert f(1) == 2", {},

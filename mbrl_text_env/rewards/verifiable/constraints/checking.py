@@ -209,11 +209,6 @@ class ConstraintsReward(ProcessRewardModel):
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the fraction of constraints that each response satisfies."""
-        if len(prompts) != len(responses):
-            raise ValueError(
-                f"Expected one prompt a response, got {len(prompts)} prompts and "
-                f"{len(responses)} responses. Repeat a prompt for each of its responses."
-            )
         return np.array([_fraction(*row) for row in zip(prompts, responses, strict=True)], float)
 
     def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
