@@ -239,9 +239,8 @@ def _packages(points: list[EntryPoint]) -> str:
 def run_file(path: Path) -> ModuleType:
     """Run a Python file as a module of its own, which imports the files beside it.
 
-    As for a script, the files of its folder come before installed packages while it runs; two files
-    in different folders may each have a `helpers.py`. Afterwards the folder stands at the end of
-    `sys.path`, for what a function imports when it is called.
+    They come before installed packages while it runs, and at the end of `sys.path` afterwards, for
+    what a function imports when it is called.
     """
     folder = str(path.parent)
     name = f"{_FILE_MODULE}{path.stem}_{hashlib.blake2b(bytes(path), digest_size=6).hexdigest()}"

@@ -281,7 +281,7 @@ def _of_the_system() -> tuple[Facility, ...]:
     ):
         remedy = f"Use a kernel with {option}."
         found.append((name, not Path(path).exists(), f"{path} is missing", remedy))
-    return tuple(Facility(name, is_so * why, remedy) for name, is_so, why, remedy in found)
+    return tuple(Facility(name, why if lacks else "", how) for name, lacks, why, how in found)
 
 
 def _whole() -> Facility:

@@ -239,7 +239,7 @@ class RewardFunction:
 
     def __init__(self, reward_model: RewardLike) -> None:
         # It imports what uses this.
-        from mbrl_text_env.rewards.adapters.convert import as_reward_model
+        from mbrl_text_env.rewards.adapters import as_reward_model
 
         self.reward_model = as_reward_model(reward_model)
         self.__name__ = self.reward_model.name

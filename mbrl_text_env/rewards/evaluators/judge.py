@@ -141,7 +141,7 @@ class FluencyReward(_LanguageModelReward):
 
     Raises:
         RewardError: The language model cannot be loaded, has no stop tokens, or a prompt leaves no
-            room in its context. `score_responses` refuses minus infinity.
+            room in its context.
 
     Example:
         >>> prompt = Prompt.from_text("Why is the sky blue?")
@@ -214,17 +214,15 @@ class JudgeReward(_LanguageModelReward):
         language_model: See `FluencyReward`; the embedded SmolLM2 is too small to judge well.
         rubric: What deserves which answer. A string under `"rubric"` in a prompt's metadata takes
             its place for that prompt.
-        template: The question, with the fields `{rubric}`, `{prompt}` and `{response}`
-            (`str.format`); `{response}` is required.
+        template: The question, with the field `{response}`, and `{rubric}` and `{prompt}`.
         answers: The value of each answer, two or more; none may begin with the tokens of another.
-        chat: Whether the question is a user message of the judge's chat template; otherwise plain
-            text, which the answer continues.
+        chat: Whether the question is a user's message; otherwise text that the answer continues.
         max_length: Most tokens of question and answer.
         least_mass: Probability of all answers together below which a warning is given.
 
     Raises:
-        RewardError: The language model cannot be loaded, the answers do not differ, a prompt's
-            rubric is no text, it leaves no room for a response, or no answer is possible.
+        RewardError: The language model cannot be loaded, the answers do not differ, or a prompt has
+            no text as its rubric or leaves no room for a response.
 
     Example:
         >>> judge = JudgeReward(

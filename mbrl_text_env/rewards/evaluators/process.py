@@ -54,8 +54,7 @@ class StepFormat:
         whole: Whether all is encoded as one text, in which `step_end` has to be a single token;
             otherwise prompt, steps and `step_end` are encoded one by one, the opening token first.
         label: Index or name of the class that is good.
-        good: The token that comes after a good step; one token of the vocabulary.
-        bad: The one that comes after a bad step.
+        good, bad: The tokens of the vocabulary that come after a good and a bad step.
         system: System message of a chat that has none.
     """
 
@@ -116,10 +115,9 @@ class ProcessReward(HubReward, ProcessRewardModel):
       1 of `AutoModelForTokenClassification` there.
     - Others: a `StepFormat`, but none with a turn of the chat for each step (RLHFlow's).
 
-    Special tokens and `step_end` written out in a prompt or step get a zero-width space and are
-    read as ordinary text (line breaks stay, as in training). A text that is too long is cut: first
-    the prompt's start, to half of the limit, then the ends of the longest steps, each of which
-    keeps a score of its own. The first cut gives a warning.
+    Special tokens and `step_end` written out in a text get a zero-width space (line breaks stay, as
+    in training). A text that is too long is cut: first the prompt's start, to half of the limit,
+    then the ends of the longest steps, each of which keeps a score. The first cut gives a warning.
 
     Sources: Zhang et al., "The Lessons of Developing Process Reward Models in Mathematical
     Reasoning", 2025; Wang et al., "Math-Shepherd", ACL 2024; the models' cards; and

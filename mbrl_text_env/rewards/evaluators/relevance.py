@@ -38,7 +38,7 @@ class RelevanceReward(Evaluator):
 
     Args:
         encoder: None for the embedded all-MiniLM-L6-v2; a SentenceTransformer's name on the Hub or
-            folder; or an object with `encode(list[str]) -> float[B, d]`. It is loaded at first use.
+            folder; or an object with `encode(list[str]) -> float[B, d]`.
         dtype: What a SentenceTransformer multiplies in: `"bfloat16"` or `"float16"`; None for its
             own format. See `reduced`.
 

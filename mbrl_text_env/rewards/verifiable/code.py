@@ -60,12 +60,12 @@ class UnitTestReward(RewardModel):
 
     The program decides nothing about its own score: a case's output never enters the box, and a
     statement runs in a process that the solution cannot reach, to which what it says is data.
-    docs/sandbox.md says what is guaranteed and what is not. Tests are no proof; arguments and
-    results are copies; tests that run code made from data are refused before anything runs.
+    docs/sandbox.md says what is guaranteed and what is not. Tests that run code made from data are
+    refused before anything runs.
 
     Sources: Austin et al., "Program Synthesis with Large Language Models", 2021 (MBPP); Hendrycks
-    et al., "Measuring Coding Challenge Competence With APPS", NeurIPS 2021. Deviation: they run the
-    tests and the solution in one process, which solutions can fool.
+    et al., "Measuring Coding Challenge Competence With APPS", NeurIPS 2021. Deviation: they run
+    tests and solution in one process.
 
     Args:
         partial: True for the fraction of tests that pass; False for 1 if all do and else 0.

@@ -12,12 +12,8 @@ import pytest
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards import ConstraintsReward, SentimentReward, as_reward_model
-from mbrl_text_env.rewards.adapters import (
-    OpenEnvReward,
-    TextAction,
-    TextObservation,
-    to_openenv,
-)
+from mbrl_text_env.rewards.adapters import to_openenv
+from mbrl_text_env.rewards.adapters.rubrics import OpenEnvReward, TextAction, TextObservation
 from mbrl_text_env.rewards.base import RewardError, score_responses
 from mbrl_text_env.types import Prompt
 

@@ -242,16 +242,9 @@ class ConstraintsReward(ProcessRewardModel):
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
         """Return float64[len(steps)]: how much of the score is still within reach.
 
-        The score of a step before the last is the fraction of constraints that the response up to
-        its end has not broken, whatever follows (`prefix_verdict` is not False). The last step is
-        scored as the end of the response, and so the scores never rise. An environment with process
-        rewards reads the last score of the steps so far: that of the text up to there.
-
-        Example:
-            >>> constraints = [{"type": "no_commas"}, {"type": "ends_with", "value": "Bye."}]
-            >>> prompt = Prompt.from_text("Greet me.", metadata={"constraints": constraints})
-            >>> ConstraintsReward().score_steps(prompt, ["Hello.", " Well, ", "Bye."])
-            array([1. , 0.5, 0.5])
+        That of a step before the last is the fraction of constraints that the response up to its
+        end has not broken, whatever follows (`prefix_verdict` is not False). The last step is
+        scored as the end of the response, and so the scores never rise.
         """
         if not steps:
             return np.zeros(0)
