@@ -89,7 +89,7 @@ def as_reward_model(
             f"{reward.__name__}(...)."
         )
     if _is_rubric_of_openenv(reward):
-        return OpenEnvReward(reward)
+        return OpenEnvReward(cast("Any", reward))
     if isinstance(reward, RewardFunction):
         return reward.reward_model
     if isinstance(reward, RewardModel) or callable(getattr(reward, "score", None)):

@@ -203,7 +203,7 @@ def _test(
     if isinstance(test, str) and test.strip():
         _check_syntax(prompt, place, test)
         try:
-            return _statement(test, *frame, entry_points)
+            return _statement(test, frame[0], frame[1], entry_points)
         except StatementError as error:
             raise _error(
                 prompt,
