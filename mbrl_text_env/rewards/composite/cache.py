@@ -34,7 +34,7 @@ class CachedReward(Wrapper):
     looked up is charged too, so that what agents may spend does not depend on earlier runs.
 
     Args:
-        reward: The reward; deterministic, as all are, and not `RunningNormalise`.
+        reward: The reward; deterministic, as all are.
         path: A SQLite file; made if it is not there.
 
     Example:
