@@ -55,8 +55,9 @@ class UnitTestReward(RewardModel):
 
     `extract_code` finds the program; of several Python blocks it is the last that defines what the
     tests ask for, or reads input where there is some. It has the standard library, and integers of
-    any length become texts. For statements it finds the names of `typing`. An empty program scores
-    0, and so does one larger than half of `limits.disk_bytes`. Every test runs in a box of its own.
+    any length become texts. For statements it finds the names of `typing`, and a `class Solution`
+    what LeetCode imports. An empty program scores 0, and so does one larger than half of
+    `limits.disk_bytes`. Every test runs in a box of its own.
 
     The program decides nothing about its own score: a case's output never enters the box, and a
     statement runs in a process that the solution cannot reach, to which what it says is data.
@@ -231,7 +232,7 @@ def _statement(test: str, imports: str, setup: str, entry_points: Sequence[str])
         "setup": setup,
         "test": test,
         "names": sorted(solution),
-        "granted": _granted(imports),
+        "granted": _granted(imports, "Solution" in solution),
     }
     listed = "|".join(map(re.escape, sorted(solution)))
     marks = rf"^(?:(?:async[ \t]+)?def|class)[ \t]+(?:{listed})\b|^(?:{listed})[ \t]*=(?!=)"
@@ -281,6 +282,15 @@ _MODULES = (
     "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq",
     "itertools", "json", "math", "operator", "os", "random", "re", "statistics", "string", "sys",
 )  # fmt: skip
+# What the sites that ask for a `class Solution` put before it.
+_PREAMBLE = (
+    *(f"import {module}" for module in _MODULES),
+    *(f"from {module} import *" for module in (
+        "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random",
+        "statistics", "itertools", "functools", "operator",
+    )),
+    "inf = math.inf",
+)  # fmt: skip
 _RUN_CODE = frozenset({"eval", "exec", "compile", "__import__", "breakpoint"})
 _RUN_MODULES = frozenset(
     {"code", "codeop", "ctypes", "doctest", "importlib", "multiprocessing", "pty", "runpy",
@@ -325,11 +335,11 @@ def names_of(parts: Sequence[str], entry_points: Sequence[str]) -> tuple[set[str
     return solution, "\n".join(imports)
 
 
-def _granted(imports: str) -> list[str]:
-    """Imports that a solution finds done: the test's, and those of types."""
+def _granted(imports: str, is_class: bool) -> list[str]:
+    """Imports that a solution finds done: the test's, those of types, and a site's preamble."""
     body = _parsed(imports).body
     own = [ast.unparse(each) for each in body if isinstance(each, ast.Import | ast.ImportFrom)]
-    return [f"from typing import {', '.join(_TYPING)}", *own]
+    return [*(_PREAMBLE if is_class else ()), f"from typing import {', '.join(_TYPING)}", *own]
 
 
 def _parsed(source: str) -> ast.Module:

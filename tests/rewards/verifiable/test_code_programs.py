@@ -127,9 +127,13 @@ STATEMENTS = {
                                 "def f(x: List[int]) -> Optional[int]: return sum(x)"),
     "the imports of the test": ("assert f(16) == 4", {"test_imports": ["import math as m"]},
                                 "def f(x): return m.isqrt(x)"),
+    "what a class Solution finds": (
+        "assert Solution().f([3, 1]) == [1, 3, inf, 2]", {"test_imports": "from math import inf"},
+        "class Solution:\n    def f(self, x: List[int]) -> List[float]:\n        heapify(x)\n"
+        "        d = deque([inf])\n        return [*sorted(x), d.pop(), math.gcd(2, 4)]"),
     "an entry point of it": (
         "assert Solution().f(9) == 3", {"entry_point": "Solution().f"},
-        "from math import isqrt\nclass Solution:\n    def f(self, x): return isqrt(x)"),
+        "class Solution:\n    def f(self, x): return isqrt(x)"),
     "an error of its own": (
         "a = Account(5)\ntry:\n    a.pay(7)\n    assert False\nexcept Broke as e:\n"
         "    assert e.lacking == 2 and str(e) == '2 short'\nassert a.balance == 5", {}, EXCEPTION),
