@@ -41,36 +41,33 @@ class DataOptions:
         float, typer.Option(min=0.0, help="Pairs of records differ in score by more than this.")
     ] = 0.0
 
-    @property
-    def is_scored(self) -> bool:
-        """Whether scores are fitted, and not pairs."""
-        return self.objective == "regression"
-
     def load(self, seed: int) -> tuple[Any, str]:
         """What to fit on, and where it comes from."""
         from mbrl_text_env.records import read_records
-        from mbrl_text_env.rewards.learning.learned import RewardFitError
-        from mbrl_text_env.rewards.learning.preferences import load_preferences, pairs_from_records
+        from mbrl_text_env.rewards import RewardFitError, load_preferences, pairs_from_records
 
         if (self.pairs is None) == (self.records is None):
             raise RewardFitError(
                 "Expected either --pairs (a .jsonl file or a dataset) or --records (a folder), got "
                 f"{'neither' if self.pairs is None else 'both'}."
             )
+        is_scored = self.objective == "regression"
         if self.pairs is not None:
-            if self.is_scored:
+            if is_scored:
                 raise RewardFitError(
                     "--objective regression needs scores: pass --records instead of --pairs."
                 )
             return load_preferences(self.pairs, split=self.split), Path(self.pairs).stem
         assert self.records is not None
         found = read_records(self.records)
-        if self.is_scored:
-            return found, found[0].reward_name
-        made = pairs_from_records(
-            found, pairs_per_prompt=self.pairs_per_prompt, min_gap=self.min_gap, seed=seed
+        rows = (
+            found
+            if is_scored
+            else pairs_from_records(
+                found, pairs_per_prompt=self.pairs_per_prompt, min_gap=self.min_gap, seed=seed
+            )
         )
-        return made, found[0].reward_name
+        return rows, found[0].reward_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +78,6 @@ class MethodOptions:
         str,
         typer.Option(help="'head' (on a frozen model, seconds) or 'lora' (tunes a classifier)."),
     ] = "head"
-    head: Annotated[str, typer.Option(help="'linear' or 'mlp'.")] = "linear"
     features: Annotated[
         str,
         typer.Option(help="'embedding' (sentence encoder) or 'hidden' (language model's state)."),
@@ -106,43 +102,38 @@ class MethodOptions:
 
     def check(self, objective: str) -> None:
         """Refuse what cannot be fitted, before anything is loaded."""
-        from mbrl_text_env.rewards.learning.learned import RewardFitError
-
         for option, allowed in (("method", _METHODS), ("features", _FEATURES)):
-            value = getattr(self, option)
-            if value not in allowed:
-                raise RewardFitError(f"--{option}: expected one of {list(allowed)}, got {value!r}.")
+            if (value := getattr(self, option)) not in allowed:
+                raise typer.BadParameter(f"--{option}: expected one of {allowed}, got {value!r}.")
         if self.method == "lora" and objective != "bradley-terry":
-            raise RewardFitError(
+            raise typer.BadParameter(
                 f"--method lora fits 'bradley-terry', got --objective {objective!r}. Use --method "
                 "head."
             )
 
-    def lora_settings(self, seed: int) -> Any:
-        """The `LoraSettings`."""
-        from mbrl_text_env.rewards.learning.fitting import LoraSettings
+    def fit(self, rows: Any, objective: str, out: Path, seed: int, **shared: Any) -> Any:
+        """The reward, which is in the folder."""
+        from mbrl_text_env import rewards
 
-        return LoraSettings(
-            base=self.model,
-            r=self.rank,
-            alpha=2.0 * self.rank,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            max_length=self.max_length,
-            seed=seed,
+        if self.method == "lora":
+            settings = rewards.LoraSettings(
+                base=self.model,
+                r=self.rank,
+                alpha=2.0 * self.rank,
+                max_steps=self.max_steps,
+                batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                max_length=self.max_length,
+                seed=seed,
+            )
+            return rewards.fit_lora(rows, out, settings, **shared)
+        kind = rewards.HiddenFeatures if self.features == "hidden" else rewards.EmbeddingFeatures
+        features = kind(None if self.model == "embedded" else self.model, self.text_statistics)
+        reward = rewards.fit_reward(
+            rows, objective=objective, features=features, seed=seed, **shared
         )
-
-    def load_features(self) -> Any:
-        """What reads the texts."""
-        from mbrl_text_env.rewards.learning.features import (
-            EMBEDDED,
-            EmbeddingFeatures,
-            HiddenFeatures,
-        )
-
-        kind = HiddenFeatures if self.features == "hidden" else EmbeddingFeatures
-        return kind(None if self.model == EMBEDDED else self.model, self.text_statistics)
+        reward.save(out)
+        return reward
 
 
 @friendly
@@ -160,24 +151,9 @@ def fit_command(
     how.check(data.objective)
     FOLDER.check_target(out)
     rows, data_name = data.load(seed)
-    shared: dict[str, Any] = {"held_out": held_out, "name": name, "data_name": data_name}
-    with console.status(f"Fitting on {len(rows)} {'records' if data.is_scored else 'pairs'}"):
-        if how.method == "lora":
-            from mbrl_text_env.rewards.learning.fitting import fit_lora
-
-            reward = fit_lora(rows, out, how.lora_settings(seed), **shared)
-        else:
-            from mbrl_text_env.rewards.learning.fitting import fit_reward
-
-            reward = fit_reward(
-                rows,
-                objective=data.objective,  # type: ignore[arg-type]
-                head=how.head,  # type: ignore[arg-type]
-                features=how.load_features(),
-                seed=seed,
-                **shared,
-            )
-            reward.save(out)
+    shared = {"held_out": held_out, "name": name, "data_name": data_name}
+    with console.status(f"Fitting on {len(rows)} rows"):
+        reward = how.fit(rows, data.objective, out, seed, **shared)
     for table in report_tables(reward.name, reward.report_):
         console.print(table)
     console.print(f"Use it with `mbrl-text compare --reward learned:{out}`.", markup=False)

@@ -7,15 +7,14 @@ that has seen some of them would seem better on the others than it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from mbrl_text_env.files import restored, without_nan
 from mbrl_text_env.types import FloatArray
 
 IntArray = npt.NDArray[np.int64]
@@ -140,24 +139,6 @@ class FitReport:
     ece: float = _NAN
     calibration: tuple[CalibrationBin, ...] = ()
     chance: float = 0.5
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; None for NaN, which JSON does not have."""
-        found: dict[str, Any] = without_nan(asdict(self))
-        return found
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
-        """Read `to_dict`."""
-        found: FitReport = restored(cls, values)
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        # Two reports that lack the same figure are equal, though NaN is not.
-        return isinstance(other, FitReport) and self.to_dict() == other.to_dict()
-
-    def __hash__(self) -> int:
-        return hash((self.num_records, self.num_prompts, self.num_prefixes, self.num_pairs))
 
 
 def value_report(

@@ -493,13 +493,7 @@ class TokenFeatures(HiddenFeatures):
 
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
         """Look up: `tokens` float64[B, d], 0 for an empty response, and `statistics`."""
-        model: Any = self._model()
-        if not hasattr(getattr(model, "model", None), "get_input_embeddings"):
-            raise RewardError(
-                "Expected a language model whose token embeddings can be read, such as "
-                f"TransformersLM, got {type(model).__name__}. Use EmbeddingFeatures."
-            )
-        table = model.model.get_input_embeddings().weight.detach()
+        table = token_table(self._model(), RewardError)
         found = np.zeros((len(responses), table.shape[1]))
         for i, state in enumerate(self._states(prompts, responses)):
             if state.response_ids:
@@ -513,6 +507,22 @@ class TokenFeatures(HiddenFeatures):
     def flops_bound(self) -> float:
         """None."""
         return 0.0
+
+
+def token_table(language_model: Any, error: type[Exception]) -> Any:
+    """The input embeddings of a language model, float[vocab_size, d]; an `error` where it has none.
+
+    Example:
+        >>> token_table(embedded(), ValueError).shape  # doctest: +SKIP
+        torch.Size([49152, 576])
+    """
+    model = getattr(language_model, "model", None)
+    if not hasattr(model, "get_input_embeddings"):
+        raise error(
+            "Expected a language model whose token embeddings can be read, such as TransformersLM, "
+            f"got {type(language_model).__name__}. Use what embeds texts, such as MiniLM."
+        )
+    return model.get_input_embeddings().weight.detach()
 
 
 def _weight(columns: int) -> float:
