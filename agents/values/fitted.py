@@ -21,7 +21,7 @@ from sklearn.base import clone
 from mbrl_text_env.files import restored, without_nan
 from mbrl_text_env.fitting.folder import Arrays, FolderKind, numbers_of, with_numbers
 from mbrl_text_env.fitting.heads import Head, Spread, choose, cross_spread
-from mbrl_text_env.fitting.report import FitError, FitReport, Samples, value_report
+from mbrl_text_env.fitting.report import FitError, FitReport, Samples, one_reward, value_report
 from mbrl_text_env.types import FloatArray, Ledgers, TextState
 from mbrl_text_env.values import LENGTHS, ValueEstimate, ValueModel, ValueModelError
 
@@ -106,13 +106,13 @@ def check_records(records: Sequence[Record]) -> None:
             f"Expected at least 2 scored records to fit a value model, got {len(records)}. Collect "
             "more with `mbrl-text collect`."
         )
-    for field, noun, change in (
-        ("reward_name", "scores of one reward model", "Re-score them (`records.rescore`)"),
-        ("language_model", "responses of one language model", "Fit a value for each"),
-    ):
-        names = sorted({getattr(record, field) for record in records})
-        if len(names) > 1:
-            raise FitError(f"Expected {noun}, got those of {names}. {change}.")
+    one_reward(records)
+    policies = sorted({record.language_model for record in records})
+    if len(policies) > 1:
+        raise FitError(
+            f"Expected responses of one language model, got those of {policies}. Fit a value for "
+            "each."
+        )
     _check_scores(np.asarray(scores_of(records)))
 
 

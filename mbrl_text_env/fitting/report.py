@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
 from mbrl_text_env.types import FloatArray
+
+if TYPE_CHECKING:
+    from mbrl_text_env.records import Record
 
 IntArray = npt.NDArray[np.int64]
 
@@ -27,6 +30,17 @@ _BINS = 5
 
 class FitError(ValueError):
     """Data that nothing can be fitted on, or arguments that do not fit each other."""
+
+
+def one_reward(records: Sequence[Record], error: type[Exception] = FitError) -> str:
+    """The reward that scored the records; an `error` where there are several."""
+    names = sorted({record.reward_name for record in records})
+    if len(names) > 1:
+        raise error(
+            f"Expected scores of one reward model, got those of {names}. Score the responses with "
+            "one of them (`records.rescore`)."
+        )
+    return names[0] if names else ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ class FitReport:
             is one prompt alone, and all else is NaN.
         num_prefixes: Rows: prefixes, or complete responses.
         within_one_std, within_two_std: Share of the errors within one and two predicted standard
-            deviations: 0.68 and 0.95 if they are normal and the standard deviation is right.
+            deviations: 0.68 and 0.95 if that is right.
         z_std: Root mean square of the errors in units of the predicted standard deviation; above 1
             if that is too small.
         by_length: The same figures by length; empty where there are none.

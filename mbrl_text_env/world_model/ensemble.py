@@ -35,16 +35,14 @@ class EnsembleDynamics(Dynamics):
     """Probabilistic networks that go on chunk by chunk: what a chunk adds, and whether it ends.
 
     Each member is a network from the features of a prefix to the mean and variance of what the next
-    `stride` tokens add to them, and to the probability that the response ends in these tokens. The
-    policy's choice of the chunk is part of what is drawn. In the end a future is rounded where all
-    that was recorded is whole, and counts are at least those of the state: rounding every step
-    would lose what is rare.
+    `stride` tokens add to them, and to the probability that the response ends in these tokens. In
+    the end a future is rounded where all that was recorded is whole, and counts are at least those
+    of the state: rounding every step would lose what is rare.
 
     Source: PETS (Chua et al., "Deep Reinforcement Learning in a Handful of Trials using
-    Probabilistic Dynamics Models", NeurIPS 2018), as in mbrl-lib's `GaussianMLP`: changes are
-    predicted, the bounds of the log-variance are learned, training stops after `patience` epochs
-    without a gain in any member's validation error, and the members of least error are the elites.
-    Deviations: data is held out by prompt; members are fitted on prompts drawn with replacement;
+    Probabilistic Dynamics Models", NeurIPS 2018), as in mbrl-lib's `GaussianMLP`: training stops
+    after `patience` epochs without a gain in any member's validation error, and the members of
+    least error are the elites. Deviations: data is held out and drawn with replacement by prompt;
     the ending is predicted too and counts in the validation error; any gain counts, not one of 1%,
     for most of the error is chance; by default a future stays with its member, for then members
     tell what is not known from what is random.
@@ -131,11 +129,10 @@ class EnsembleDynamics(Dynamics):
     def advance(
         self, rows: _Rows, member: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[_Rows, npt.NDArray[np.bool_]]:
-        """One chunk more of N responses that go on, in one product.
+        """One chunk more of N responses that go on: rows float32[N, F] after it, and ends bool[N].
 
-        `rows`, float32[N, F], are features that are predicted (`varying`), `member`, int[N], the
-        elites. Returned are the rows after it, of which tokens alone need be whole (see `settled`),
-        and whether the responses have ended, bool[N].
+        `rows` are features that are predicted (`varying`), `member`, int[N], the elites. Of the
+        result tokens alone are whole (see `settled`).
         """
         predicted = self._predicted(rows)
         if self.propagation == "expectation":

@@ -43,8 +43,7 @@ class WorldModelValue(ValueModel):
     """The mean reward of a state's futures; the reward is a program of counts and is not called.
 
     A response that has ended is worth its reward by its own counts. The standard deviation is that
-    of the futures' rewards. Its epistemic part is the variance of the members' means, less what
-    futures of one member alone make of it; see `WorldModelEstimate`.
+    of the futures' rewards, in two parts; see `WorldModelEstimate`.
 
     Args:
         dynamics: Fitted.

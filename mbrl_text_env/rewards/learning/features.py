@@ -225,7 +225,6 @@ class Features(ABC):
         kind: How folders name the class.
         argument: Name of the argument that is the model which reads.
         use_statistics: Whether the counts of `text_statistics` are among the features.
-        scalers_, directions_: Fitted, of each block and of the prompts where they are embedded.
     """
 
     kind: ClassVar[str]

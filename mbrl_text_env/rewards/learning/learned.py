@@ -22,6 +22,7 @@ from mbrl_text_env.fitting.folder import FolderKind, numbers_of, with_numbers
 from mbrl_text_env.fitting.report import (
     FitError,
     FitReport,
+    one_reward,
     pair_report,
     regression_report,
     split_by_group,
@@ -70,8 +71,7 @@ class RewardFitReport:
         model: What was fitted, such as `"linear on embedding"` or `"lora"`.
         data: What the preferences or scores come from.
         num_fitted, num_fitted_prompts: Pairs or records that it was fitted on, and their prompts.
-        fitted_accuracy: Pair accuracy on these; far above the held-out one it is overfitting. NaN
-            where it was not measured.
+        fitted_accuracy: Pair accuracy on these; far above the held-out one it is overfitting.
         held_out: The figures on the prompts that were left out.
         chosen: What was chosen by cross-validation, and other settings of the fit.
     """
@@ -187,12 +187,10 @@ class Fitted:
 class LearnedReward(RewardModel):
     """A fitted reward: a head on frozen features, or a classifier that was tuned with LoRA.
 
-    `fit_reward` makes one with a head, `fit_lora` one with a tuned classifier; this class reads
-    either from its folder. The scale of scores is the fit's: of a Bradley-Terry fit, differences
-    are log-odds of being preferred, and the mean over the responses that a head was fitted on is 0;
-    of a regression, the gold reward's own. The folder is read at once, models at first use.
-
-    A folder holds `reward.json` and weights as safetensors; nothing in it is executed.
+    `fit_reward` and `fit_lora` make them; this class reads either from its folder, which holds JSON
+    and safetensors: nothing in it is executed. The scale of scores is the fit's: of a Bradley-Terry
+    fit, differences are log-odds of being preferred, and the mean over the responses that a head
+    was fitted on is 0; of a regression, the gold reward's own. Models are read at first use.
 
     Args:
         folder: As written by `save`, `fit_lora` or `mbrl-text reward fit`; None for a reward that
@@ -321,9 +319,9 @@ def fit_reward(
     Its report is of the pairs or records of prompts, told apart by their text, that are held out of
     the fit. The penalty is chosen by cross-validation by prompt on the others.
 
-    Bradley-Terry: a response is preferred with probability sigmoid(r_chosen - r_rejected), whose
-    mean -log is minimised: a logistic regression on differences of features without an intercept.
-    Margins are not used. Regression: ridge regression of the scores.
+    Bradley-Terry: a response is preferred with probability sigmoid(r_chosen - r_rejected), a
+    logistic regression on differences of features without an intercept; margins are not used.
+    Regression: ridge regression of the scores.
 
     Sources: Bradley and Terry, "Rank Analysis of Incomplete Block Designs", Biometrika 1952;
     Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020. Deviation: only a
@@ -439,10 +437,4 @@ def _checked(data: Sequence[Any], objective: str) -> str:
             f"{type(data[0]).__name__}s. Make pairs of records with `pairs_from_records`, or "
             "change the objective."
         )
-    names = ["preferences"] if is_pairs else sorted({row.reward_name for row in data})
-    if len(names) > 1:
-        raise RewardFitError(
-            f"Expected scores of one reward model, got those of {names}. Score the responses with "
-            "one of them (`records.rescore`)."
-        )
-    return names[0]
+    return "preferences" if is_pairs else one_reward(data)

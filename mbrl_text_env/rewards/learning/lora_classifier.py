@@ -99,9 +99,8 @@ def fit_lora(
     The report is of the pairs of prompts that are held out.
 
     A fit that was stopped goes on from `<folder>-checkpoints` if pairs and settings are the same;
-    it is removed at the end. transformers reads its torch files with `weights_only=True`; keep
-    checkpoints of others out of it. The final folder has safetensors and JSON alone: the whole
-    classifier, with the adapter merged into the base, and its tokenizer.
+    it is removed at the end. Keep checkpoints of others out of it. The final folder has safetensors
+    and JSON alone: the whole classifier, with the adapter merged into the base, and its tokenizer.
 
     Sources: Hu et al., "LoRA", ICLR 2022; the objective as in `fit_reward`.
 

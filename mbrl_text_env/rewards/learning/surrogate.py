@@ -29,12 +29,10 @@ _BAND = 0.95
 
 
 class Heads(NamedTuple):
-    """Ridge regressions, each on a bootstrap sample of the prompts.
+    """Ridge regressions, float64[D, M] and float64[M], each on a bootstrap sample of the prompts.
 
-    Args:
-        weights, intercepts: float64[D, M] and float64[M].
-        low, high: Scores that were seen, which no prediction leaves.
-        error: Root mean square error on the prompts that are not in a head's sample.
+    `low` and `high` are scores that were seen, which no prediction leaves; `error` is the root mean
+    square error on the prompts that are not in a head's sample.
     """
 
     features: Features
@@ -108,8 +106,7 @@ class Audit(NamedTuple):
         batches, calls: So many there were up to the last of them.
         errors: float64[K], heads minus reward, before the heads had seen these.
         error: Their root mean square; NaN without one.
-        band: What `error` stays below in 95% of audits, if errors are as on the prompts that the
-            heads were not fitted on; NaN where that is not known.
+        band: What `error` stays below in 95% of audits, if errors are as on prompts left out.
     """
 
     batches: int
@@ -158,9 +155,9 @@ class SurrogateReward(RewardModel):
     heads differ most. The heads are fitted anew on all labels, and say the scores of the others,
     within the range of the labels. The first `first_calls` responses are all asked for.
 
-    A batch is written whole before its scores are returned, and one that was seen is looked up, so
-    that a training that was killed and does some steps again sees the scores it saw. Calls are
-    counted before they are made: a kill in between costs them, and never is `max_calls` exceeded.
+    A batch is written before its scores are returned, and one that was seen is looked up: a
+    training that was killed sees the same scores again. Calls are counted before they are made, so
+    that a kill in between costs them, and `max_calls` is never exceeded.
 
     Sources: Janner et al., "When to Trust Your Model", NeurIPS 2019 (a model fitted anew as the
     policy moves); Settles, "Active Learning Literature Survey", 2009 (disagreement of a committee);
@@ -281,17 +278,10 @@ class SurrogateReward(RewardModel):
         if len(rows):
             asked = [prompts[i] for i in rows], [responses[i] for i in rows]
             labels = score_responses(self._reward, *asked).total
-        batch = Batch(
-            scores=told,
-            rows=rows,
-            num_audited=audited,
-            labels=labels,
-            told=told[rows],
-            stds=stds[rows],
-            error=heads.error if heads else float("nan"),
-            raw={name: values[rows] for name, values in raw.items()},
-            responses=[(p.id, text) for p, text in zip(prompts, responses, strict=True)],
-        )
+        error = heads.error if heads else float("nan")
+        own = {name: values[rows] for name, values in raw.items()}
+        texts = [(p.id, text) for p, text in zip(prompts, responses, strict=True)]
+        batch = Batch(told, rows, audited, labels, told[rows], stds[rows], error, own, texts)
         if heads is None or len(rows):
             heads = self._fit(batch)
         scores = heads.predict(raw)[0]
@@ -302,9 +292,8 @@ class SurrogateReward(RewardModel):
 
     def _fit(self, *more: Batch) -> Heads:
         batches = [batch for batch in (*self._known.values(), *more) if len(batch.rows)]
-        raw = {
-            name: np.concatenate([batch.raw[name] for batch in batches]) for name in batches[0].raw
-        }
+        names = batches[0].raw
+        raw = {name: np.concatenate([batch.raw[name] for batch in batches]) for name in names}
         scores = np.concatenate([batch.labels for batch in batches])
         prompts = [batch.responses[row][0] for batch in batches for row in batch.rows]
         return Heads.fit(self._features, raw, scores, prompts, self.members, self.seed)
@@ -338,14 +327,10 @@ def read_batches(folder: str | Path) -> dict[str, Batch]:
 
 
 def _write_batch(path: Path, key: str, batch: Batch) -> None:
-    arrays = {name: np.ascontiguousarray(getattr(batch, name)) for name in _ARRAYS}
-    arrays |= {name: np.ascontiguousarray(values) for name, values in batch.raw.items()}
-    about = {
-        "key": key,
-        "num_audited": batch.num_audited,
-        # As text: JSON has no NaN.
-        "error": repr(batch.error),
-        "responses": batch.responses,
-    }
+    arrays = {**{name: getattr(batch, name) for name in _ARRAYS}, **batch.raw}
+    arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    # The error as text: JSON has no NaN.
+    about = {"key": key, "num_audited": batch.num_audited, "error": repr(batch.error)}
+    about["responses"] = batch.responses
     with writing(path.parent, RewardError), write_file(path) as scratch:
         scratch.write_bytes(save(arrays, metadata={"batch": json.dumps(about)}))
