@@ -14,9 +14,6 @@ from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.options import SeedOption
 from mbrl_text_env.benchmarks.terminal import console
 
-_METHODS = ("head", "lora")
-_FEATURES = ("embedding", "hidden")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -70,90 +67,47 @@ class DataOptions:
         return rows, found[0].reward_name
 
 
-@dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """How a reward is fitted."""
-
-    method: Annotated[
-        str,
-        typer.Option(help="'head' (on a frozen model, seconds) or 'lora' (tunes a classifier)."),
-    ] = "head"
-    features: Annotated[
-        str,
-        typer.Option(help="'embedding' (sentence encoder) or 'hidden' (language model's state)."),
-    ] = "embedding"
-    model: Annotated[
-        str,
-        typer.Option(
-            help="What reads texts, or is tuned: 'embedded' (MiniLM, or SmolLM2), a Hub name, or "
-            "a folder."
-        ),
-    ] = "embedded"
-    text_statistics: Annotated[
-        bool, typer.Option(help="Whether counts of the texts are features too.")
-    ] = True
-    rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="LoRA: steps; by default one pass over the pairs.")
-    ] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="LoRA: pairs in a step.")] = 8
-    learning_rate: Annotated[float, typer.Option(help="LoRA: highest learning rate.")] = 1e-4
-    max_length: Annotated[int, typer.Option(min=1, help="LoRA: most tokens of a text.")] = 512
-
-    def check(self, objective: str) -> None:
-        """Refuse what cannot be fitted, before anything is loaded."""
-        for option, allowed in (("method", _METHODS), ("features", _FEATURES)):
-            if (value := getattr(self, option)) not in allowed:
-                raise typer.BadParameter(f"--{option}: expected one of {allowed}, got {value!r}.")
-        if self.method == "lora" and objective != "bradley-terry":
-            raise typer.BadParameter(
-                f"--method lora fits 'bradley-terry', got --objective {objective!r}. Use --method "
-                "head."
-            )
-
-    def fit(self, rows: Any, objective: str, out: Path, seed: int, **shared: Any) -> Any:
-        """The reward, which is in the folder."""
-        from mbrl_text_env import rewards
-
-        if self.method == "lora":
-            settings = rewards.LoraSettings(
-                base=self.model,
-                r=self.rank,
-                alpha=2.0 * self.rank,
-                max_steps=self.max_steps,
-                batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-                max_length=self.max_length,
-                seed=seed,
-            )
-            return rewards.fit_lora(rows, out, settings, **shared)
-        kind = rewards.HiddenFeatures if self.features == "hidden" else rewards.EmbeddingFeatures
-        features = kind(None if self.model == "embedded" else self.model, self.text_statistics)
-        reward = rewards.fit_reward(
-            rows, objective=objective, features=features, seed=seed, **shared
-        )
-        reward.save(out)
-        return reward
-
-
 @friendly
 def fit_command(
     out: Annotated[Path, typer.Option(help="Folder for the reward.")],
     data: DataOptions,
-    how: MethodOptions,
+    features: Annotated[
+        str,
+        typer.Option(help="'embedding' (sentence encoder) or 'hidden' (language model's state)."),
+    ] = "embedding",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="What reads texts: 'embedded' (MiniLM, or SmolLM2), a Hub name, or a folder."
+        ),
+    ] = "embedded",
+    text_statistics: Annotated[
+        bool, typer.Option(help="Whether counts of the texts are features too.")
+    ] = True,
     held_out: Annotated[float, typer.Option(help="Share of the prompts to measure on.")] = 0.2,
     seed: SeedOption = 0,
     name: Annotated[str | None, typer.Option(help="What reports call the reward.")] = None,
 ) -> None:
     """Fit a reward on preferences or scores, and measure it on prompts that were left out."""
+    from mbrl_text_env import rewards
     from mbrl_text_env.rewards.learning.learned import FOLDER
 
-    how.check(data.objective)
+    kinds = {"embedding": rewards.EmbeddingFeatures, "hidden": rewards.HiddenFeatures}
+    if features not in kinds:
+        raise typer.BadParameter(f"--features: expected one of {list(kinds)}, got {features!r}.")
     FOLDER.check_target(out)
     rows, data_name = data.load(seed)
-    shared = {"held_out": held_out, "name": name, "data_name": data_name}
     with console.status(f"Fitting on {len(rows)} rows"):
-        reward = how.fit(rows, data.objective, out, seed, **shared)
+        reward = rewards.fit_reward(
+            rows,
+            objective=data.objective,
+            features=kinds[features](None if model == "embedded" else model, text_statistics),
+            held_out=held_out,
+            seed=seed,
+            name=name,
+            data_name=data_name,
+        )
+    reward.save(out)
     for table in report_tables(reward.name, reward.report_):
         console.print(table)
     console.print(f"Use it with `mbrl-text compare --reward learned:{out}`.", markup=False)

@@ -32,7 +32,6 @@ __getattr__, __dir__, __all__ = attach(
         "learning.features": ["EmbeddingFeatures", "HiddenFeatures", "TokenFeatures"],
         "evaluators.judge": ["YES_NO", "FluencyReward", "JudgeReward"],
         "learning.learned": ["LearnedReward", "RewardFitError", "RewardFitReport", "fit_reward"],
-        "learning.lora_classifier": ["LoraSettings", "fit_lora"],
         "learning.surrogate": ["SurrogateReward"],
         "verifiable.mathematics": ["MathReward"],
         "verifiable.patterns": ["RegexReward"],

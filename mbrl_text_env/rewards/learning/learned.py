@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import compress
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
@@ -28,8 +26,7 @@ from mbrl_text_env.fitting.report import (
     split_by_group,
 )
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardError, RewardModel, applies_to
-from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
+from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.rewards.learning.features import (
     EMBEDDED,
     STATISTICS,
@@ -68,7 +65,7 @@ class RewardFitReport:
 
     Args:
         objective: `"bradley-terry"` or `"regression"`.
-        model: What was fitted, such as `"linear on embedding"` or `"lora"`.
+        model: What was fitted, such as `"linear on embedding"`.
         data: What the preferences or scores come from.
         num_fitted, num_fitted_prompts: Pairs or records that it was fitted on, and their prompts.
         fitted_accuracy: Pair accuracy on these; far above the held-out one it is overfitting.
@@ -140,61 +137,28 @@ class RewardData(NamedTuple):
         return pair_report(chosen[used], rejected[used], groups, lengths)
 
 
-@dataclass(frozen=True, eq=False)
-class HeadScorer:
-    """A linear head, scikit-learn's `Ridge`, on frozen features; both are fitted."""
-
-    features: Features
-    head: Ridge
-
-    def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the model below the head can read the prompt."""
-        return self.features.applies_to(prompt)
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]."""
-        if not responses:
-            return np.zeros(0)
-        inputs = self.features.transform(self.features.read(prompts, responses))
-        return np.asarray(self.head.predict(inputs))
-
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]: what reading takes, and two operations for each weight of the head."""
-        if not responses:
-            return np.zeros(0)
-        return self.features.flops(prompts, responses) + 2.0 * self.head.coef_.size
-
-    def flops_bound(self) -> float:
-        """The most that one response takes."""
-        return self.features.flops_bound() + 2.0 * self.head.coef_.size
-
-
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit gives: a name, what scores, and how well."""
+    """A linear head, scikit-learn's `Ridge`, on features of a frozen model; both are fitted."""
 
     name: str
-    scorer: HeadScorer | ClassifierReward
+    features: Features
+    head: Ridge
     report: RewardFitReport
-
-    def described(self, kind: str, **settings: Any) -> dict[str, Any]:
-        """What `reward.json` says."""
-        report = without_nan(asdict(self.report))
-        return {"kind": kind, "name": self.name, **settings, "report": report}
 
 
 @dataclass(eq=False, repr=False)
 class LearnedReward(RewardModel):
-    """A fitted reward: a head on frozen features, or a classifier that was tuned with LoRA.
+    """A fitted reward: a linear head on features of a frozen model.
 
-    `fit_reward` and `fit_lora` make them; this class reads either from its folder, which holds JSON
-    and safetensors: nothing in it is executed. The scale of scores is the fit's: of a Bradley-Terry
-    fit, differences are log-odds of being preferred, and the mean over the responses that a head
-    was fitted on is 0; of a regression, the gold reward's own. Models are read at first use.
+    `fit_reward` makes one; this class reads it from its folder, which holds JSON and safetensors:
+    nothing in it is executed. The scale of scores is the fit's: of a Bradley-Terry fit, differences
+    are log-odds of being preferred, and the mean over the responses that it was fitted on is 0; of
+    a regression, the gold reward's own. Models are read at first use.
 
     Args:
-        folder: As written by `save`, `fit_lora` or `mbrl-text reward fit`; None for a reward that
-            was just fitted and is not saved.
+        folder: As written by `save` or `mbrl-text reward fit`; None for a reward that was just
+            fitted and is not saved.
         encoder: Needed if the fit used an encoder that has no name, or to take another copy of it.
         language_model: The same for hidden states.
         fitted: What a fit gave, instead of a folder; `fit_reward` passes it.
@@ -224,63 +188,52 @@ class LearnedReward(RewardModel):
                 raise RewardError("LearnedReward: expected a folder, got None.")
             given = {"encoder": self.encoder, "language_model": self.language_model}
             self.fitted = _read(Path(self.folder), given)
-        self.name = self.fitted.name
-        self.report_ = self.fitted.report
-        self._scorer = self.fitted.scorer
+        self.name, self.report_ = self.fitted.name, self.fitted.report
+        self._features, self._head = self.fitted.features, self.fitted.head
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt can be read: one that fills a language model's context cannot."""
-        return applies_to(self._scorer, prompt)
+        return self._features.applies_to(prompt)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B]."""
-        return self._scorer.score(prompts, responses)
+        if not responses:
+            return np.zeros(0)
+        inputs = self._features.transform(self._features.read(prompts, responses))
+        return np.asarray(self._head.predict(inputs))
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of scoring each response."""
-        return self._scorer.flops(prompts, responses)
+        """float64[B]: what reading takes, and two operations for each weight of the head."""
+        if not responses:
+            return np.zeros(0)
+        return self._features.flops(prompts, responses) + 2.0 * self._head.coef_.size
 
     def flops_bound(self) -> float:
         """The most that one response can take."""
-        return self._scorer.flops_bound()
+        return self._features.flops_bound() + 2.0 * self._head.coef_.size
 
     def save(self, folder: str | Path) -> None:
         """Write the reward, whole or not at all; a learned reward that is there is replaced."""
-        assert self.fitted is not None
-        if not isinstance(scorer := self._scorer, HeadScorer):
-            assert self.folder is not None
-            with FOLDER.writing(folder) as scratch:
-                shutil.copytree(self.folder, scratch, dirs_exist_ok=True)
-            return
-        features = scorer.features
+        features = self._features
         about = {
             "kind": features.kind,
             "source": features.source,
             "has_name": isinstance(features.given, str | Path | None),
             "statistics": list(STATISTICS) if features.use_statistics else None,
         }
-        arrays = features.numbers() | numbers_of(scorer.head, "head")
-        FOLDER.write(folder, self.fitted.described("head", features=about), arrays)
+        report = without_nan(asdict(self.report_))
+        config = {"name": self.name, "features": about, "report": report}
+        FOLDER.write(folder, config, features.numbers() | numbers_of(self._head, "head"))
 
 
 def _read(folder: Path, given: Mapping[str, Any]) -> Fitted:
-    scorer: HeadScorer | ClassifierReward
     with FOLDER.reading(folder) as (config, arrays):
-        report, name = restored(RewardFitReport, config["report"]), str(config["name"])
-        match config["kind"]:
-            case "head":
-                found = arrays()
-                features = _features(config["features"], given).restore(found)
-                head = with_numbers(Ridge(), found, "head")
-                if head.coef_.shape != (features.size,):
-                    raise ValueError(f"a head that does not fit {features.size} features")
-                scorer = HeadScorer(features, head)
-            case "lora":
-                with safe_open(folder / "model.safetensors", "numpy"):
-                    scorer = ClassifierReward(folder, name=name, **config["classifier"])
-            case kind:
-                raise ValueError(f"kind {kind!r}, expected 'head' or 'lora'")
-        return Fitted(name, scorer, report)
+        report, found = restored(RewardFitReport, config["report"]), arrays()
+        features = _features(config["features"], given).restore(found)
+        head = with_numbers(Ridge(), found, "head")
+        if head.coef_.shape != (features.size,):
+            raise ValueError(f"a head that does not fit {features.size} features")
+        return Fitted(str(config["name"]), features, head, report)
 
 
 def _features(config: Mapping[str, Any], given: Mapping[str, Any]) -> Features:
@@ -325,7 +278,7 @@ def fit_reward(
 
     Sources: Bradley and Terry, "Rank Analysis of Incomplete Block Designs", Biometrika 1952;
     Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020. Deviation: only a
-    head is fitted, the model below it is frozen; `fit_lora` tunes a model.
+    head is fitted, the model below it is frozen.
 
     Args:
         data: Preference pairs, or for regression scored records of one reward model.
@@ -368,8 +321,7 @@ def fit_reward(
     origin = data_name or origin
     facts = {"objective": objective, "model": f"linear on {features.kind}", "data": origin}
     report = table.report(head.predict(inputs), test, seed=seed, chosen=chosen, **facts)
-    scorer = HeadScorer(features, head)
-    return LearnedReward(None, fitted=Fitted(name or f"learned({origin})", scorer, report))
+    return LearnedReward(None, fitted=Fitted(name or f"learned({origin})", features, head, report))
 
 
 def fit_head(

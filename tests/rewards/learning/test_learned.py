@@ -124,7 +124,6 @@ class TestDamage:
         ("changes", "message"),
         [
             ({"format": 1}, "format 1, and this version reads 3"),
-            ({"kind": "forest"}, "kind 'forest'"),
             ({"features": {}}, "KeyError"),
             ({"report": {"objective": "x"}}, "TypeError.*missing .*'model'"),
             ({"report": []}, "TypeError"),
