@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mbrl_text_env._lazy import optional
 from mbrl_text_env.fitting.report import split_by_group
@@ -44,7 +44,6 @@ class LoraSettings:
             `"embedded"` is the package's SmolLM2. A head that the checkpoint lacks starts random.
         r: Rank of the adapters; their scale is `alpha / r`.
         targets: Names of the modules that get adapters; None for all linear layers.
-        dropout: Of the adapters' input. (TRL turns other dropout off.)
         max_steps: Steps of the optimizer; None for `epochs` passes over the pairs.
         batch_size: Pairs in one step.
         learning_rate: Its highest value; it falls linearly to 0.
@@ -60,7 +59,6 @@ class LoraSettings:
     r: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] | None = None
-    dropout: float = 0.0
     max_steps: int | None = None
     epochs: float = 1.0
     batch_size: int = 8
@@ -71,16 +69,10 @@ class LoraSettings:
     use_margin: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("r", "alpha", "epochs", "batch_size", "learning_rate", "max_length"):
-            if not getattr(self, name) > 0:
-                raise RewardFitError(f"{name}: expected more than 0, got {getattr(self, name)!r}.")
-        if self.save_steps < 1 or (self.max_steps is not None and self.max_steps < 1):
-            raise RewardFitError(
-                "Expected save_steps and max_steps of at least 1, got "
-                f"{self.save_steps!r} and {self.max_steps!r}."
-            )
-        if not 0 <= self.dropout < 1:
-            raise RewardFitError(f"dropout: expected 0 or more and below 1, got {self.dropout!r}.")
+        numbers = {n: v for n, v in vars(self).items() if n not in ("seed", "use_margin")}
+        for name, value in numbers.items():
+            if isinstance(value, int | float) and not value > 0:
+                raise RewardFitError(f"{name}: expected more than 0, got {value!r}.")
 
 
 def fit_lora(
@@ -133,15 +125,15 @@ def fit_lora(
         ours = {**asdict(settings), "pairs": digest}
         resumed = claim_checkpoints(checkpoints, ours, RewardFitError)
     with quiet(), own_randomness(settings.seed):
-        base = _load_base(settings, name)
-        trainer = _trainer(base, settings, fitted_on, checkpoints)
+        base, heads = _load_base(settings, name)
+        trainer = _trainer(base, heads, settings, fitted_on, checkpoints)
         trainer.train(resume_from_checkpoint=resumed)
     with FOLDER.writing(target) as scratch:
         # One file, which is checked when the folder is read.
         trainer.model.merge_and_unload().save_pretrained(scratch, max_shard_size="1TB")
-        base.tokenizer.save_pretrained(scratch)
+        trainer.processing_class.save_pretrained(scratch)
         # What is measured is what was written.
-        scorer = replace(base.encoder, model=scratch)
+        scorer = replace(base, model=scratch)
         told = scorer.score(data.prompts, data.responses)
         facts = {"objective": "bradley-terry", "model": "lora", "data": data_name}
         chosen = {**asdict(settings), "steps": int(trainer.state.global_step)}
@@ -153,16 +145,8 @@ def fit_lora(
     return LearnedReward(target)
 
 
-class _Base(NamedTuple):
-    """A model to tune; `encoder` tokenizes as it will score, `heads` start random."""
-
-    model: Any
-    tokenizer: Any
-    encoder: ClassifierReward
-    heads: list[str]
-
-
-def _load_base(settings: LoraSettings, name: str) -> _Base:
+def _load_base(settings: LoraSettings, name: str) -> tuple[ClassifierReward, list[str]]:
+    """The base, which tokenizes as it will score, and the modules of it that start random."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -202,23 +186,25 @@ def _load_base(settings: LoraSettings, name: str) -> _Base:
                 "Expected the base to have trained weights for all but its head, but it lacks "
                 f"{key!r}; its config names {model.config.architectures}. Choose another base."
             )
-    return _Base(model, tokenizer, encoder, sorted(heads))
+    return encoder, sorted(heads)
 
 
 def _trainer(
-    base: _Base, settings: LoraSettings, pairs: Sequence[PreferencePair], checkpoints: Path
+    base: ClassifierReward,
+    heads: list[str],
+    settings: LoraSettings,
+    pairs: Sequence[PreferencePair],
+    checkpoints: Path,
 ) -> Any:
-    import peft
     import torch
-    import trl
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
 
+    peft, trl = optional("peft", RewardError), optional("trl", RewardError)
     prompts = [pair.prompt for pair in pairs]
     columns: dict[str, list[Any]] = {
         f"{which}_ids": [
-            text.ids
-            for text in base.encoder._encode(prompts, [getattr(pair, which) for pair in pairs])
+            text.ids for text in base._encode(prompts, [getattr(pair, which) for pair in pairs])
         ]
         for which in ("chosen", "rejected")
     }
@@ -228,9 +214,8 @@ def _trainer(
         task_type="SEQ_CLS",
         r=settings.r,
         lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
         target_modules="all-linear" if settings.targets is None else list(settings.targets),
-        modules_to_save=base.heads or None,
+        modules_to_save=heads or None,
     )
     arguments = trl.RewardConfig(
         output_dir=str(checkpoints),
@@ -252,10 +237,10 @@ def _trainer(
         disable_tqdm=True,
     )
     trainer = trl.RewardTrainer(
-        model=base.model,
+        model=base._loaded.model,
         args=arguments,
         train_dataset=Dataset.from_dict(columns),
-        processing_class=base.tokenizer,
+        processing_class=base._loaded.tokenizer,
         peft_config=adapter,
     )
     trainer.remove_callback(PrinterCallback)
