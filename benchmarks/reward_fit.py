@@ -57,14 +57,11 @@ class DataOptions:
             return load_preferences(self.pairs, split=self.split), Path(self.pairs).stem
         assert self.records is not None
         found = read_records(self.records)
-        rows = (
-            found
-            if is_scored
-            else pairs_from_records(
-                found, pairs_per_prompt=self.pairs_per_prompt, min_gap=self.min_gap, seed=seed
-            )
-        )
-        return rows, found[0].reward_name
+        name = found[0].reward_name
+        if is_scored:
+            return found, name
+        count, gap = self.pairs_per_prompt, self.min_gap
+        return pairs_from_records(found, pairs_per_prompt=count, min_gap=gap, seed=seed), name
 
 
 @friendly

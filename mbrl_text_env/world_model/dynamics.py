@@ -111,6 +111,7 @@ class Dynamics(ABC):
             features[i], ended[i], member[i] = self.ahead(size, row, num_futures, horizon, rng)
         return Futures(features, features[..., 0].astype(np.int64), ended, member)
 
+    @abstractmethod
     def ahead(
         self, size: int, row: Any, num_futures: int, horizon: int | None, rng: np.random.Generator
     ) -> tuple[Any, Any, Any]:
@@ -118,7 +119,6 @@ class Dynamics(ABC):
 
         It has `size` tokens and the features `row`, float32[F], of which tokens are the first.
         """
-        raise WorldModelError(f"{type(self).__name__} has no futures: it has no `ahead`.")
 
     @abstractmethod
     def fit(self, records: Sequence[Record]) -> Self:
@@ -147,10 +147,6 @@ class Dynamics(ABC):
             "language_model": self.language_model_name_,
         }
         FOLDER.write(folder, config, self.arrays_)
-
-    def restore(self, arrays: Arrays) -> None:
-        """Take `arrays_` of a folder, and `longest_`; an error where it does not fit."""
-        raise WorldModelError(f"{type(self).__name__} cannot be read: it has no `restore`.")
 
     def varying(self, states: Sequence[TextState]) -> npt.NDArray[np.float32]:
         """float32[B, F], the features of states that it predicts."""
@@ -351,7 +347,7 @@ class IncrementDynamics(Dynamics):
         return float(2 * width**2 + 3 * count * width)
 
     def restore(self, arrays: Arrays) -> None:
-        """See `Dynamics.restore`."""
+        """Take `arrays_` of a folder; a ValueError where they do not fit each other."""
         table, lengths, groups = arrays["table"], arrays["lengths"], arrays["groups"]
         self.longest_ = int(lengths.max())
         cuts = (self.longest_ + 2 * self.stride - 1) // self.stride

@@ -161,7 +161,7 @@ class EnsembleDynamics(Dynamics):
         return float(2 * self.elites * weights * steps * num_futures)
 
     def restore(self, arrays: Arrays) -> None:
-        """See `Dynamics.restore`."""
+        """Take `arrays_` of a folder; a ValueError where their shapes are others."""
         width = len(self.names)
         shapes = dict.fromkeys(("centre", "spread", "shift", "unit", "whole"), (width,))
         weights = _begun(self.elites, width, self.hidden, 0)
