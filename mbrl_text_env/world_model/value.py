@@ -126,8 +126,8 @@ class WorldModelValue(ValueModel):
             parts = split_variance(scores, futures.member[0])
             found[i] = scores.mean(), *parts, len(scores), *np.quantile(scores, QUANTILES)
         mean, epistemic, aleatoric, number = found[:, :4].T
-        stds = (np.sqrt(part) for part in (epistemic + aleatoric, epistemic, aleatoric))
-        return WorldModelEstimate(mean, *stds, found[:, 4:], number)
+        std, epistemic, aleatoric = np.sqrt([epistemic + aleatoric, epistemic, aleatoric])
+        return WorldModelEstimate(mean, std, epistemic, aleatoric, found[:, 4:], number)
 
     def usage_bound(self, state: TextState) -> Usage:
         """Of one state; of one that has ended, nothing is charged."""
