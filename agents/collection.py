@@ -40,10 +40,9 @@ def collect(
 ) -> dict[str, str]:
     """Sample responses to prompts, score them all, and write every one of them.
 
-    The records of a batch are written together. What is there already is not sampled again: a
-    collection that was killed goes on, and one with more prompts or samples adds what is missing,
-    as if all had been asked for at once. A prompt with a response that cannot be scored is left out
-    with a warning.
+    What is there already is not sampled again: a collection that was killed goes on, and one with
+    more prompts or samples adds what is missing, as if all had been asked for at once. A prompt
+    with a response that cannot be scored is left out with a warning.
 
     Args:
         reward_model: Whatever `as_reward_model` takes.
@@ -165,10 +164,8 @@ def _sampled(
             continue
         amounts = ledgers[prompt.id].usage.as_dict()
         usage = {key: amount / len(row) for key, amount in amounts.items()}
-        for completion, sample in zip(row, samples, strict=True):
-            records.append(
-                record_of(completion, agent, usage, seed, agent="sampling", sample=sample)
-            )
+        rows = zip(row, samples, strict=True)
+        records += [record_of(each, agent, usage, seed, sample=number) for each, number in rows]
     return records, failed
 
 

@@ -25,20 +25,14 @@ class Lookahead(Planner):
 
     A round samples `num_partials` partial responses of `prefix_tokens`, lets the value model judge
     them, continues each of the best `keep` of them `continuations` times to the end, and lets the
-    reward model choose. With the defaults and responses of 256 tokens that is 4 x 64 + 2 x 2 x 192
-    = 1,024 tokens and 4 reward calls, as much as best-of-4.
-
-    With `chunkwise` the two stages become as many as there are chunks: at each, as many candidates
-    are drawn as the budget allows to the end (`num_partials` without one), and the best `keep` of
-    them go on (Mudgal et al., "Controlled Decoding from Language Models", 2024). That is
-    `BeamSearch` with a beam of `keep`.
+    reward model choose: with the defaults and responses of 256 tokens, as much as best-of-4. With
+    `chunkwise` there are as many stages as chunks, as in `BeamSearch` with a beam of `keep`.
 
     Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). As there, an
-    agent whose value model is missing or not fitted falls back to best-of-N.
-    Deviations: a partial response is continued from its token ids, not from its text encoded again;
-    one that has ended by itself is not continued; where a response is not longer than
-    `prefix_tokens`, the prefix is a quarter of it (the article's share); under a budget, rounds are
-    repeated, the last ones with fewer branches, until the budget allows no further response.
+    agent whose value model is missing or not fitted falls back to best-of-N. Deviations: a partial
+    response is continued from its token ids; one that has ended by itself is not continued; where a
+    response is not longer than `prefix_tokens`, the prefix is a quarter of it (the article's
+    share); under a budget, rounds are repeated, the last ones with fewer branches.
 
     Args:
         value_model: Judges partial responses; None or unfitted for best-of-N.
@@ -128,17 +122,14 @@ class Lookahead(Planner):
 class RecedingHorizon(Planner):
     """Model-predictive control over chunks.
 
-    At each step, plans of `horizon` chunks are rolled out from the state reached so far. The plan
-    of highest value at its end (a complete one: of highest score) is chosen, its first chunk is
-    executed, and what is left of the plans that begin with this chunk competes with the plans that
-    are rolled out next. Without a value model the horizon is the end of the response: the last
-    chunk of a plan is the whole rest, and its score decides.
+    At each step, plans of `horizon` chunks are rolled out from the state reached so far; of that
+    with the highest value (or score) at its end the first chunk is executed. Without a value model
+    the last chunk of a plan is the whole rest, and its score decides.
 
     Source: random-shooting model-predictive control, as in Nagabandi et al., "Neural Network
     Dynamics for Model-Based Deep Reinforcement Learning with Model-Free Fine-Tuning", 2018.
-    Deviations: plans are drawn from the language model instead of uniformly; those that begin with
-    the executed chunk are kept; the objective is the value at the horizon, for text has no reward
-    before its end.
+    Deviations: plans are drawn from the language model; those that begin with the executed chunk
+    are kept; the objective is the value at the horizon.
 
     Args:
         horizon: Chunks of a plan.

@@ -18,14 +18,9 @@ class Screened(Planner):
 
     A round draws `candidates` chunks, goes on from the one of highest value until it ends, and asks
     the reward for the `finalists` that have the highest value among all complete responses that are
-    not scored yet. By default both numbers follow from what a call of the reward costs beside
-    drawing a response, so that a round spends about as much on the one as on the other: an
-    expensive reward has many candidates and one finalist. Rounds are repeated until the budget is
-    spent.
-
-    It pays where the reward costs more than some ten tokens and the value next to nothing beside
-    it, such as `token-embedding`, which is fitted on scored responses. Budgets in
-    tokens do not see what the reward costs: give one in FLOPs.
+    not scored yet. It pays where the reward costs more than some ten tokens and the value next to
+    nothing beside it, such as `token-embedding`. Budgets in tokens do not see what the reward
+    costs: give one in FLOPs.
 
     Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise best-of-K);
     Sun et al., "Fast Best-of-N Decoding via Speculative Rejection", 2024 (a cheap judgement of what

@@ -6,8 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "answers": [
-            *("FilterError", "FilterSettings", "collect_answers", "select", "without_duplicates"),
-            *("at_least", "best_of_prompt", "correct_only", "top_fraction"),
+            *("FilterError", "FilterSettings", "collect_answers", "select"),
         ],
         "expert_iteration": ["ExpertIteration"],
         "lora": [

@@ -62,12 +62,9 @@ def train_dyna(
     """Train a LoRA adapter with GRPO on a `SurrogateReward`; see `train_grpo` for the rest.
 
     The reward is asked for a few responses of each step, and a head that is fitted on its scores
-    says the others'. Labels are kept, also after the training: what the head said before it saw
-    them tells whether the policy has learned to please it alone. A call that goes on after a kill
-    asks for no label twice.
-
-    The curve of the report is of these scores, most of them the head's; its usage counts the calls
-    of the reward alone.
+    says the others'. Labels are kept: what the head said before it saw them tells whether the
+    policy has learned to please it alone. The curve of the report is of these scores, most of them
+    the head's; its usage counts the calls of the reward alone.
 
     Source: Sutton, "Dyna, an Integrated Architecture for Learning, Planning, and Reacting", 1991.
     Deviation: what is learned is the reward; responses are the policy's own, for to sample them is
