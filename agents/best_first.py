@@ -112,7 +112,10 @@ class BestFirst(Planner):
         if search.round:
             return
         frontier = _Frontier(search, bool(self.stochastic))
-        target, each = self._target(search), self._expansion_bound(search.tree.root.state)
+        target, each = math.inf, self._expansion_bound(search.tree.root.state)
+        if not self._only_samples:
+            most = search.most_reachable()
+            target = most if self.target is None else min(self.target, most)
         left = math.inf if search.ledger.budget.ends(each) else self.expansions
         wanted = _WITHOUT_BUDGET if self.n is None and not search.is_capped else self.n
         texts: set[str] = set()
@@ -193,12 +196,6 @@ class BestFirst(Planner):
     def _only_samples(self) -> bool:
         """Whether nothing is looked for: answers that are left out would bias an estimate."""
         return bool(self.stochastic) and self.target is None
-
-    def _target(self, search: Search) -> float:
-        if self._only_samples:
-            return math.inf
-        most = search.most_reachable()
-        return most if self.target is None else min(self.target, most)
 
     def _is_dead(self, search: Search, state: TextState, target: float) -> bool:
         """Whether nothing that begins so reaches the target, or is better than what is known."""

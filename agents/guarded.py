@@ -85,16 +85,14 @@ class Guarded(Planner):
         if self.target is None and most == float("inf"):
             raise ValueError(
                 f"{self.name}: expected a reward whose `bound` says what a response to prompt "
-                f"{search.tree.root.state.prompt.id!r} can reach, got "
-                f"{search.reward_model.name!r}, which does not. Give a target, or use another "
-                "agent."
+                f"{search.tree.root.state.prompt.id!r} can reach, or a target, got "
+                f"{search.reward_model.name!r}, which does not, and none."
             )
         if self.target is not None and self.target > most + _SAME:
             warnings.warn(
                 f"{self.name}: expected a target of at most {most:g}, the most that "
                 f"{search.reward_model.name!r} can give to a response to prompt "
-                f"{search.tree.root.state.prompt.id!r}, got {self.target:g}. The search ends at "
-                f"{most:g}; lower the target.",
+                f"{search.tree.root.state.prompt.id!r}, got {self.target:g}; it ends at {most:g}.",
                 stacklevel=2,
             )
         target = most if self.target is None else min(self.target, most)

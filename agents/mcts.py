@@ -63,23 +63,18 @@ class _Memory:
             before = dataclasses.replace(state, response_ids=state.response_ids[:-tokens])
             tree = self._trees.get((search.seed, before))
             same = [node for node in tree.nodes if node.state == state] if tree else []
+            going = [(search.tree.root, node) for node in same[:1]]
+            while going:
+                node, known = going.pop()
+                for name in ("value", "std", "score", "parts", "visits", "total"):
+                    setattr(node, name, getattr(known, name))
+                for child in known.children:
+                    copied = search.tree.add(node, child.step()[1], child.state)
+                    copied.copies = child.copies
+                    going.append((copied, child))
+                node.samples = known.samples
             if same:
-                _graft(search.tree, search.tree.root, same[0])
                 return
-
-
-def _graft(tree: SearchTree, root: Node, source: Node) -> None:
-    """Copy all that is known of another tree's node, and of what follows it, to a root."""
-    going = [(root, source)]
-    while going:
-        node, known = going.pop()
-        for name in ("value", "std", "score", "parts", "visits", "total"):
-            setattr(node, name, getattr(known, name))
-        for child in known.children:
-            copied = tree.add(node, child.step()[1], child.state)
-            copied.copies = child.copies
-            going.append((copied, child))
-        node.samples = known.samples
 
 
 @dataclass(eq=False, kw_only=True)
@@ -181,7 +176,10 @@ class MCTS(Planner):
             decision = GumbelDecision(self, simulator, node)
             await decision.simulate(count)
             best = decision.chosen()
-        if best is None or _is_better_ended(node, best):
+        if best is None:
+            return None
+        # A response that ends with the next chunk may be as good as the child's mean.
+        if any(end.is_terminal and end.mean >= best.mean for end in node.children):
             return None
         best.note = f"decided: {best.note}"
         return best
@@ -279,11 +277,6 @@ def _robust(node: Node) -> Node | None:
         f"{best.visits} of {visits} visits"
     )
     return best
-
-
-def _is_better_ended(node: Node, child: Node) -> bool:
-    """Whether a response that ends with the next chunk is as good as a child's mean."""
-    return any(end.is_terminal and end.mean >= child.mean for end in node.children)
 
 
 class Simulator:

@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = attach(
             *("IterationReport", "LoopResult", "ValueReport"),
             *("check_gold", "check_value", "divergence", "diversity"),
         ],
-        "stages": ["Improvement", "Improver", "LoopError", "LoraImprover", "NoSignalError"],
+        "stages": ["Improvement", "LoopError", "LoraImprover", "NoSignalError"],
         "training": ["TuningError"],
     },
 )

@@ -81,6 +81,7 @@ class ExpertIteration:
         train: Prompts to answer; below 500 there is a warning, as the article advises.
         validation: Prompts to measure on, of other ids.
         settings: What an iteration does; see `star`, `rest_em`, `rejection_sampling`, `planned`.
+        improver: Makes a policy of answers: `LoraImprover`, or an object with its methods.
         gold_model: A trusted reward that nothing is selected by.
         value_model: A value of the settings' kind that was fitted for the base model already;
             None fits one.
@@ -107,7 +108,7 @@ class ExpertIteration:
     folder: str | Path
     settings: LoopSettings = field(default_factory=planned)
     _: KW_ONLY
-    improver: stages.Improver = field(default_factory=stages.LoraImprover)
+    improver: Any = field(default_factory=stages.LoraImprover)
     gold_model: RewardLike | None = None
     value_model: FittedValue | None = None
     encoder: Encoder | None = None

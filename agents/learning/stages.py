@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mbrl_text_env.agents.learning.lora import FineTuneSettings, fine_tune, serve
 from mbrl_text_env.agents.learning.reports import to_json, write_json
@@ -107,42 +107,17 @@ class Improvement:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Improver(Protocol):
-    """Makes a policy's folder from answers, and a language model from a policy's folder."""
-
-    def described(self) -> Mapping[str, Any]:
-        """Kind and settings, as JSON values: all that its results depend on."""
-        ...
-
-    def improve(
-        self,
-        base: LanguageModel,
-        records: Sequence[Record],
-        folder: Path,
-        *,
-        start_from: Path | None = None,
-        seed: int = 0,
-    ) -> Improvement:
-        """Write a policy that gives the recorded answers, at least two, more often.
-
-        The folder is written as a whole or not at all. It goes on from the policy in `start_from`,
-        or from the base. All randomness follows from the seed.
-        """
-        ...
-
-    def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
-        """The policy of a folder, with the base's tokens and a name that no other policy has."""
-        ...
-
-
 @dataclass(eq=False)
 class LoraImprover:
-    """Supervised fine-tuning with LoRA: `fine_tune`, whose seed is the loop's."""
+    """Supervised fine-tuning with LoRA: `fine_tune`, whose seed is the loop's.
+
+    Another way to learn is an object with the same three methods.
+    """
 
     settings: FineTuneSettings = field(default_factory=FineTuneSettings)
 
     def described(self) -> Mapping[str, Any]:
-        """The settings."""
+        """Kind and settings, as JSON values: all that its results depend on."""
         settings = asdict(self.settings)
         settings.pop("seed")
         return {"kind": "lora", **settings}
@@ -156,14 +131,18 @@ class LoraImprover:
         start_from: Path | None = None,
         seed: int = 0,
     ) -> Improvement:
-        """Tune an adapter; see `fine_tune`, which raises the same."""
+        """Write a policy that gives the recorded answers, at least two, more often.
+
+        The folder is written as a whole or not at all. It goes on from the policy in `start_from`,
+        or from the base. All randomness follows from the seed. Raises what `fine_tune` raises.
+        """
         settings = replace(self.settings, seed=seed % _SEEDS)
         report = fine_tune(_trainable(base), records, folder, settings, start_from=start_from)
         usage = Usage(lm_flops=report.flops, seconds=report.seconds)
         return Improvement(report.num_examples, usage, to_json(report))
 
     def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
-        """The base with the adapter, named after the adapter's weights."""
+        """The policy of a folder, with the base's tokens and a name that no other policy has."""
         return serve(_trainable(base), folder)
 
 
