@@ -5,24 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.agents.base import Agent, Completion
-from mbrl_text_env.agents.collection import record_of
-from mbrl_text_env.agents.driver import run
+from mbrl_text_env.agents.base import Agent
+from mbrl_text_env.agents.collection import Found, answered
 from mbrl_text_env.agents.learning.training import expect
-from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import clear_cache, spawn_seed
-from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record, RecordWriter, scores_of
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.runs import Each, in_order, in_turn
-from mbrl_text_env.types import Budget, Ledger, Prompt, TextState, Usage
+from mbrl_text_env.types import Budget, Ledger, Prompt
 
 HINTED = "+hint"
 """Ends the agent's name in records of answers that were found with a hint."""
@@ -87,10 +84,6 @@ def collect_answers(
     return failed
 
 
-Found = tuple[list[Record], Usage, dict[str, str]]
-"""The records of answers, what they took, and the errors of prompts that are left out, by id."""
-
-
 @dataclass(frozen=True)
 class _Answering:
     """How `collect_answers` answers a batch; `is_fresh`: as if it were the first."""
@@ -103,69 +96,21 @@ class _Answering:
     is_fresh: bool
 
     def batch(self, prompts: Sequence[Prompt]) -> Found:
+        agent, numbers = self.agent, range(self.answers)
         if self.is_fresh:
-            clear_cache(self.agent.language_model)
-        name = self.agent.name
-        found = self._found([(prompt, prompt) for prompt in prompts], self.seed, name)
+            clear_cache(agent.language_model)
+        asked = [(prompt, prompt, numbers) for prompt in prompts]
+        found = answered(agent, asked, self.seed, agent.name, self.budget)
         if self.hint is None:
             return found
         records, usage, failed = found
         scored = zip(records, scores_of(records), strict=True)
         done = {record.prompt_id for record, score in scored if score >= CORRECT}
-        told = [(p, self.hint(p)) for p in prompts if p.id not in done and p.id not in failed]
-        pairs = [(prompt, asked) for prompt, asked in told if asked is not None]
-        more, further, lacking = self._found(pairs, spawn_seed(self.seed, 1), name + HINTED)
+        wrong = [p for p in prompts if p.id not in done and p.id not in failed]
+        hinted = [(p, told, numbers) for p in wrong if (told := self.hint(p)) is not None]
+        seed = spawn_seed(self.seed, 1)
+        more, further, lacking = answered(agent, hinted, seed, agent.name + HINTED, self.budget)
         return records + more, usage + further, failed | lacking
-
-    def _found(self, pairs: Sequence[tuple[Prompt, Prompt]], seed: int, name: str) -> Found:
-        """Answer each first prompt by asking the second."""
-        self.agent.check_budget([asked for _, asked in pairs], self.budget)
-        rows = run([partial(self._answered, *pair, seed) for pair in pairs])
-        records, total, failed = [], Usage(), {}
-        for (prompt, _), row in zip(pairs, rows, strict=True):
-            if isinstance(row, RewardError):
-                failed[prompt.id] = str(row)
-                continue
-            for answers, usage in row:
-                total += usage
-                share = {name: amount / len(answers) for name, amount in usage.as_dict().items()}
-                records += [record_of(c, self.agent, share, seed, agent=name) for c in answers]
-        return records, total, failed
-
-    async def _answered(
-        self, prompt: Prompt, asked: Prompt, seed: int
-    ) -> list[tuple[list[Completion], Usage]] | RewardError:
-        """The scored answers to a prompt, those that are paid for together in one list."""
-        agent, state = self.agent, initial(asked, self.agent.language_model)
-        ids = agent.language_model.encode_prompt(prompt)
-        found = []
-        try:
-            async for completions, usage in self._drawn(state, seed):
-                if asked is not prompt:
-                    # The same response as an answer to the prompt that was not told anything.
-                    own: dict[str, Any] = {"prompt": prompt, "prompt_ids": ids, "logprob": None}
-                    completions = [Completion(replace(c.state, **own)) for c in completions]
-                scoring = Ledger()
-                if completions[0].score is None:
-                    completions = await agent.scored(completions, scoring)
-                found.append((completions, usage + scoring.usage))
-        except RewardError as error:
-            return error
-        return found
-
-    async def _drawn(
-        self, state: TextState, seed: int
-    ) -> AsyncIterator[tuple[list[Completion], Usage]]:
-        """Plain samples in one call, which computes the prompt once; or answer by answer."""
-        ledger = Ledger()
-        if isinstance(self.agent, Sampling):
-            drawn = await self.agent.complete(state, self.answers, ledger, seed)
-            yield drawn, ledger.usage
-            return
-        for k in range(self.answers):
-            ledger = Ledger(self.budget)
-            answer = await self.agent.search(state, ledger, spawn_seed(seed, 0, k))
-            yield [answer], ledger.usage
 
 
 class FilterError(ValueError):
