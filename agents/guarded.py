@@ -85,8 +85,8 @@ class Guarded(Planner):
         if self.target is None and most == float("inf"):
             raise ValueError(
                 f"{self.name}: expected a reward whose `bound` says what a response to prompt "
-                f"{search.tree.root.state.prompt.id!r} can reach, or a target, got "
-                f"{search.reward_model.name!r}, which does not, and none."
+                f"{search.tree.root.state.prompt.id!r} can reach, or a target; got "
+                f"{search.reward_model.name!r}, whose bound does not, and no target."
             )
         if self.target is not None and self.target > most + _SAME:
             warnings.warn(
