@@ -222,7 +222,8 @@ class ExpertIteration:
     def _collect(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         before, settings = stage.iteration - 1, self.settings
         policy, value = self.policy(before), self.value(before)
-        limits = {"max_response_tokens": settings.max_response_tokens, "params": settings.params}
+        limits: dict[str, Any] = {"max_response_tokens": settings.max_response_tokens}
+        limits["params"] = settings.params
         agent = make(settings.agent, policy, self._reward, value, **limits)
         with RecordWriter(stage.folder) as writer:
             failed = collect_answers(

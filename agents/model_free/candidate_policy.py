@@ -94,7 +94,7 @@ class CandidateView:
         encoder: Encoder | str | None,
     ) -> CandidateProposer:
         """What proposes and describes the candidates, with an encoder from `resolved`."""
-        limits = {"max_response_tokens": self.max_response_tokens}
+        limits: dict[str, Any] = {"max_response_tokens": self.max_response_tokens}
         limits["max_chunk_tokens"] = self.chunk_tokens
         task = TextTask(prompts, language_model, reward_model, **limits)
         drawn = self.num_candidates, self.chunk_tokens, self.params

@@ -376,9 +376,14 @@ def _trainer(
         def _generate_single_turn(self, *inputs: Any) -> Any:
             return self._sampled["completion_ids"]
 
-    settings, is_grpo = experience.settings, experience.algorithm == "grpo"
+    settings = experience.settings
+    made: dict[str, tuple[Any, Any]] = {
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
+        "rloo": (SampledRLOOTrainer, trl.RLOOConfig),
+    }
+    trainer, config = made[experience.algorithm]
     same = ("save_steps", "num_generations", "max_completion_length", "temperature", "beta")
-    arguments = (trl.GRPOConfig if is_grpo else trl.RLOOConfig)(
+    arguments = config(
         **common,
         **{name: getattr(settings, name) for name in same},
         max_steps=settings.steps,
@@ -387,7 +392,7 @@ def _trainer(
         # The rows are in their order.
         shuffle_dataset=False,
     )
-    return (trl.GRPOTrainer if is_grpo else SampledRLOOTrainer)(
+    return trainer(
         args=arguments,
         reward_funcs=experience,
         train_dataset=Dataset.from_dict({"prompt": experience.rows()}),
