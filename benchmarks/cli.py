@@ -233,7 +233,7 @@ def fit_command(
         str,
         typer.Option(
             help="'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
-            "'ensemble', 'hidden-state', 'world-model' or 'token-embedding' (little to compute)."
+            "'hidden-state', 'world-model' or 'token-embedding' (little to compute)."
         ),
     ] = "stacked",
     model: options.ModelOptions,

@@ -64,8 +64,7 @@ ValueOption = Annotated[
     str,
     typer.Option(
         help="'prefix' for the reward model on the prefix ('prefix-exact' in its own number "
-        "format), 'rollout' for the mean of a few continuations, or a value model's folder, as "
-        "written by `fit`."
+        "format), or a value model's folder, as written by `fit`."
     ),
 ]
 PolicyOption = Annotated[

@@ -14,9 +14,6 @@ from mbrl_text_env.benchmarks.friendly import friendly
 from mbrl_text_env.benchmarks.options import SeedOption
 from mbrl_text_env.benchmarks.terminal import console
 
-_METHODS = ("head", "lora")
-_FEATURES = ("embedding", "hidden")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -41,143 +38,73 @@ class DataOptions:
         float, typer.Option(min=0.0, help="Pairs of records differ in score by more than this.")
     ] = 0.0
 
-    @property
-    def is_scored(self) -> bool:
-        """Whether scores are fitted, and not pairs."""
-        return self.objective == "regression"
-
     def load(self, seed: int) -> tuple[Any, str]:
         """What to fit on, and where it comes from."""
         from mbrl_text_env.records import read_records
-        from mbrl_text_env.rewards.learning.learned import RewardFitError
-        from mbrl_text_env.rewards.learning.preferences import load_preferences, pairs_from_records
+        from mbrl_text_env.rewards import RewardFitError, load_preferences, pairs_from_records
 
         if (self.pairs is None) == (self.records is None):
             raise RewardFitError(
                 "Expected either --pairs (a .jsonl file or a dataset) or --records (a folder), got "
                 f"{'neither' if self.pairs is None else 'both'}."
             )
+        is_scored = self.objective == "regression"
         if self.pairs is not None:
-            if self.is_scored:
+            if is_scored:
                 raise RewardFitError(
                     "--objective regression needs scores: pass --records instead of --pairs."
                 )
             return load_preferences(self.pairs, split=self.split), Path(self.pairs).stem
         assert self.records is not None
         found = read_records(self.records)
-        if self.is_scored:
-            return found, found[0].reward_name
-        made = pairs_from_records(
-            found, pairs_per_prompt=self.pairs_per_prompt, min_gap=self.min_gap, seed=seed
-        )
-        return made, found[0].reward_name
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """How a reward is fitted."""
-
-    method: Annotated[
-        str,
-        typer.Option(help="'head' (on a frozen model, seconds) or 'lora' (tunes a classifier)."),
-    ] = "head"
-    head: Annotated[str, typer.Option(help="'linear' or 'mlp'.")] = "linear"
-    features: Annotated[
-        str,
-        typer.Option(help="'embedding' (sentence encoder) or 'hidden' (language model's state)."),
-    ] = "embedding"
-    model: Annotated[
-        str,
-        typer.Option(
-            help="What reads texts, or is tuned: 'embedded' (MiniLM, or SmolLM2), a Hub name, or "
-            "a folder."
-        ),
-    ] = "embedded"
-    text_statistics: Annotated[
-        bool, typer.Option(help="Whether counts of the texts are features too.")
-    ] = True
-    rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="LoRA: steps; by default one pass over the pairs.")
-    ] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="LoRA: pairs in a step.")] = 8
-    learning_rate: Annotated[float, typer.Option(help="LoRA: highest learning rate.")] = 1e-4
-    max_length: Annotated[int, typer.Option(min=1, help="LoRA: most tokens of a text.")] = 512
-
-    def check(self, objective: str) -> None:
-        """Refuse what cannot be fitted, before anything is loaded."""
-        from mbrl_text_env.rewards.learning.learned import RewardFitError
-
-        for option, allowed in (("method", _METHODS), ("features", _FEATURES)):
-            value = getattr(self, option)
-            if value not in allowed:
-                raise RewardFitError(f"--{option}: expected one of {list(allowed)}, got {value!r}.")
-        if self.method == "lora" and objective != "bradley-terry":
-            raise RewardFitError(
-                f"--method lora fits 'bradley-terry', got --objective {objective!r}. Use --method "
-                "head."
-            )
-
-    def lora_settings(self, seed: int) -> Any:
-        """The `LoraSettings`."""
-        from mbrl_text_env.rewards.learning.fitting import LoraSettings
-
-        return LoraSettings(
-            base=self.model,
-            r=self.rank,
-            alpha=2.0 * self.rank,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            max_length=self.max_length,
-            seed=seed,
-        )
-
-    def load_features(self) -> Any:
-        """What reads the texts."""
-        from mbrl_text_env.rewards.learning.features import (
-            EMBEDDED,
-            EmbeddingFeatures,
-            HiddenFeatures,
-        )
-
-        kind = HiddenFeatures if self.features == "hidden" else EmbeddingFeatures
-        return kind(None if self.model == EMBEDDED else self.model, self.text_statistics)
+        name = found[0].reward_name
+        if is_scored:
+            return found, name
+        count, gap = self.pairs_per_prompt, self.min_gap
+        return pairs_from_records(found, pairs_per_prompt=count, min_gap=gap, seed=seed), name
 
 
 @friendly
 def fit_command(
     out: Annotated[Path, typer.Option(help="Folder for the reward.")],
     data: DataOptions,
-    how: MethodOptions,
+    features: Annotated[
+        str,
+        typer.Option(help="'embedding' (sentence encoder) or 'hidden' (language model's state)."),
+    ] = "embedding",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="What reads texts: 'embedded' (MiniLM, or SmolLM2), a Hub name, or a folder."
+        ),
+    ] = "embedded",
+    text_statistics: Annotated[
+        bool, typer.Option(help="Whether counts of the texts are features too.")
+    ] = True,
     held_out: Annotated[float, typer.Option(help="Share of the prompts to measure on.")] = 0.2,
     seed: SeedOption = 0,
     name: Annotated[str | None, typer.Option(help="What reports call the reward.")] = None,
 ) -> None:
     """Fit a reward on preferences or scores, and measure it on prompts that were left out."""
+    from mbrl_text_env import rewards
     from mbrl_text_env.rewards.learning.learned import FOLDER
 
-    how.check(data.objective)
+    kinds = {"embedding": rewards.EmbeddingFeatures, "hidden": rewards.HiddenFeatures}
+    if features not in kinds:
+        raise typer.BadParameter(f"--features: expected one of {list(kinds)}, got {features!r}.")
     FOLDER.check_target(out)
     rows, data_name = data.load(seed)
-    shared: dict[str, Any] = {"held_out": held_out, "name": name, "data_name": data_name}
-    with console.status(f"Fitting on {len(rows)} {'records' if data.is_scored else 'pairs'}"):
-        if how.method == "lora":
-            from mbrl_text_env.rewards.learning.fitting import fit_lora
-
-            reward = fit_lora(rows, out, how.lora_settings(seed), **shared)
-        else:
-            from mbrl_text_env.rewards.learning.fitting import fit_reward
-
-            reward = fit_reward(
-                rows,
-                objective=data.objective,  # type: ignore[arg-type]
-                head=how.head,  # type: ignore[arg-type]
-                features=how.load_features(),
-                seed=seed,
-                **shared,
-            )
-            reward.save(out)
+    with console.status(f"Fitting on {len(rows)} rows"):
+        reward = rewards.fit_reward(
+            rows,
+            objective=data.objective,
+            features=kinds[features](None if model == "embedded" else model, text_statistics),
+            held_out=held_out,
+            seed=seed,
+            name=name,
+            data_name=data_name,
+        )
+    reward.save(out)
     for table in report_tables(reward.name, reward.report_):
         console.print(table)
     console.print(f"Use it with `mbrl-text compare --reward learned:{out}`.", markup=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,38 +113,22 @@ def _page(about: Mapping[str, Any]) -> Page:
         for row in own
         if row["z"] > _NARROW
     ]
-    errors = [
-        of_curves(
-            f"Error: {name}" if name == first else f"Error under shift: {name}",
-            _AHEAD,
-            "error, in standard deviations",
-            [
-                Series(told, _ahead(own), [_error(row, key) for row in own])
-                for key, told in _ERRORS.items()
-            ],
-        )
-        for name, own in rows.items()
-    ]
-    apart = [
-        of_curves(
-            title,
-            _AHEAD,
-            label,
-            [
-                Series(name, _ahead(own), [Interval(row[key], row[key], row[key]) for row in own])
-                for name, own in rows.items()
-            ],
-        )
-        for key, title, label in (
-            ("z", "Calibration: errors by predicted spread (1 is right)", "z"),
-            ("epistemic_share", "Variance that members differ by", "share of the variance"),
-        )
-    ]
+    charts = []
+    for name, own in rows.items():
+        title = f"Error: {name}" if name == first else f"Error under shift: {name}"
+        lines = [_series(told, own, partial(_error, name=key)) for key, told in _ERRORS.items()]
+        charts.append(of_curves(title, _AHEAD, "error, in standard deviations", lines))
+    for key, title, label in (
+        ("z", "Calibration: errors by predicted spread (1 is right)", "z"),
+        ("epistemic_share", "Variance that members differ by", "share of the variance"),
+    ):
+        lines = [_series(name, own, partial(_point, name=key)) for name, own in rows.items()]
+        charts.append(of_curves(title, _AHEAD, label, lines))
     return Page(
         f"World model {settings['world_model']}",
         _verdict(rows[first]),
         narrow,
-        [*errors, *apart],
+        charts,
         [_table(name, own) for name, own in rows.items()],
         {"horizons": rows},
         settings,
@@ -175,8 +160,12 @@ def _error(row: Row, name: str) -> Interval:
     return Interval(row[name], float(low), float(high))
 
 
-def _ahead(rows: Sequence[Row]) -> list[float]:
-    return [row["horizon"] for row in rows]
+def _point(row: Row, name: str) -> Interval:
+    return Interval(row[name], row[name], row[name])
+
+
+def _series(told: str, rows: Sequence[Row], of: Callable[[Row], Interval]) -> Series:
+    return Series(told, [row["horizon"] for row in rows], [of(row) for row in rows])
 
 
 def _table(name: str, rows: Sequence[Row]) -> Table:

@@ -32,8 +32,7 @@ from mbrl_text_env.exchange import (
 )
 from mbrl_text_env.mdp import append, initial
 from mbrl_text_env.records import Record, RecordsError
-from mbrl_text_env.rewards.learning.fitting import fit_reward
-from mbrl_text_env.rewards.learning.learned import LearnedReward
+from mbrl_text_env.rewards.learning.learned import LearnedReward, fit_reward
 from mbrl_text_env.types import Message, Prompt, Usage
 from tests.agents.model_free.test_candidate_policy import LAYOUT, policy
 from tests.rewards.learning import test_fitting

@@ -1,5 +1,6 @@
 """Every code block of the documentation is run, with the package as its wheel installs it."""
 
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 
 from mbrl_text_env.benchmarks import cli
 from mbrl_text_env.benchmarks.llama_server import llama_server
+from mbrl_text_env.benchmarks.options import ModelOptions
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -23,6 +25,7 @@ PAGES = [
     "docs/installation.md",
     "docs/quickstart.md",
     "docs/first-steps.md",
+    "docs/gallery.md",
     "docs/environments.md",
     "docs/language_models.md",
     "docs/model-free.md",
@@ -98,7 +101,12 @@ def test_make_targets(words):
 
 def smaller(words):
     """The same command with fewer and shorter responses."""
-    small = {"--max-response-tokens": "12", "--budget-tokens": "50", "--steps": "1"}
+    small = {
+        "--max-response-tokens": "12",
+        "--budget-tokens": "50",
+        "--steps": "1",
+        "--samples": "2",
+    }
     # What is fitted on the collected responses needs several prompts.
     small["--num-prompts"] = "2" if words[1] == "compare" else "8"
     words = [small.get(before, word) for before, word in zip(["", *words], words, strict=False)]
@@ -122,6 +130,8 @@ def test_command_line(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     monkeypatch.chdir(tmp_path)
+    # Each model is loaded once, not by every command.
+    monkeypatch.setattr(ModelOptions, "load", functools.cache(ModelOptions.load))
     # The prompts and the rewards of the quickstart and the first steps.
     for code in (b.values[0] for b in blocks("python")):
         if "write_text(" in code:

@@ -120,7 +120,7 @@ class TestIdentity:
         models = [NGramLM("abc"), NGramLM("abd"), NGramLM("abc", seed=1), NGramLM("abc", order=1)]
         rewards = [
             ExactMatchReward(),
-            ExactMatchReward(ignore_case=False),
+            ExactMatchReward("Answer:"),
             WeightedSum([CountReward(), ExactMatchReward()], [1, 2]),
             WeightedSum([CountReward(), ExactMatchReward()], [1, 3]),
             CountReward("a"),

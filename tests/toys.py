@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mbrl_text_env.language_models import NGramLM, TableLM
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Ledgers, Prompt, TextState, Usage
 from mbrl_text_env.values import ValueEstimate
 
 PROMPTS = [Prompt.from_text(text) for text in ("ab", "ba", "aab", "c", "abc")]
@@ -108,6 +108,22 @@ class FixedValue:
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
         means = [float(self.function(self.tokenizer.decode(s.response_ids))) for s in states]
         return ValueEstimate(np.array(means), np.zeros(len(states)))
+
+
+class ChargingValue(FixedValue):
+    """`FixedValue` that takes the same of other models for every state."""
+
+    def __init__(self, function, tokenizer, taken: Usage) -> None:
+        super().__init__(function, tokenizer)
+        self.taken = taken
+
+    def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> ValueEstimate:
+        for ledger in ledgers or ():
+            ledger.charge(self.taken)
+        return self.predict(states)
+
+    def usage_bound(self, state: TextState) -> Usage:
+        return self.taken
 
 
 def toy_options(**changes: object) -> dict[str, object]:

@@ -6,18 +6,22 @@ estimator of scikit-learn on these numbers: fitting many heads pays for the inpu
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+from sklearn.base import clone
 
+from mbrl_text_env.files import restored, without_nan
 from mbrl_text_env.fitting.folder import Arrays, FolderKind, numbers_of, with_numbers
-from mbrl_text_env.fitting.heads import Head, Spread, choose, cross_spread, fitted
-from mbrl_text_env.fitting.report import FitError, FitReport, Samples, value_report
+from mbrl_text_env.fitting.heads import Head, Spread, choose, cross_spread
+from mbrl_text_env.fitting.report import FitError, FitReport, Samples, one_reward, value_report
 from mbrl_text_env.types import FloatArray, Ledgers, TextState
 from mbrl_text_env.values import LENGTHS, ValueEstimate, ValueModel, ValueModelError
 
@@ -32,21 +36,8 @@ FOLDER = FolderKind(
     version=3,
     error=ValueModelError,
 )
-# Arguments of constructors that are models, and the field of `Sources` that takes their place.
-_MODELS = {
-    "tokenizer": "tokenizer",
-    "language_model": "tokenizer",
-    "reward_model": "reward_model",
-    "encoder": "encoder",
-}
-
-
-class Sources(NamedTuple):
-    """The models that a value model works with: of a folder, those that the reader gives."""
-
-    tokenizer: Any
-    reward_model: Any = None
-    encoder: Any = None
+MODELS = ("tokenizer", "language_model", "reward_model", "encoder")
+"""Arguments of constructors that are models: folders do not hold them, their reader gives them."""
 
 
 def cut_prefixes(
@@ -115,20 +106,13 @@ def check_records(records: Sequence[Record]) -> None:
             f"Expected at least 2 scored records to fit a value model, got {len(records)}. Collect "
             "more with `mbrl-text collect`."
         )
-    for what, names, change in (
-        (
-            "scores of one reward model",
-            {record.reward_name for record in records},
-            "Re-score the records with one of them (`records.rescore`).",
-        ),
-        (
-            "responses of one language model",
-            {record.language_model for record in records},
-            "A value is that of what one model writes: fit one for each.",
-        ),
-    ):
-        if len(names) > 1:
-            raise FitError(f"Expected {what}, got those of {sorted(names)}. {change}")
+    one_reward(records)
+    policies = sorted({record.language_model for record in records})
+    if len(policies) > 1:
+        raise FitError(
+            f"Expected responses of one language model, got those of {policies}. Fit a value for "
+            "each."
+        )
     _check_scores(np.asarray(scores_of(records)))
 
 
@@ -156,6 +140,7 @@ class FittedValue(ValueModel):
 
     `head_` makes the mean of the inputs, `spread_` the standard deviation by prefix length, from
     the errors on prompts left out; `chosen_` names the head, `report_` is the `FitReport`.
+    `fitted_settings` names other attributes that a fit sets and a folder keeps as JSON.
 
     Example:
         >>> class Length(FittedValue):  # ridge on the number of tokens
@@ -166,22 +151,33 @@ class FittedValue(ValueModel):
         ...         return {"ridge": sklearn.linear_model.Ridge()}
     """
 
+    KINDS: ClassVar[dict[str, type[FittedValue]]] = {}
+    """The subclasses that are imported, as folders name them."""
+
     kind: ClassVar[str]
     fitted_settings: ClassVar[tuple[str, ...]] = ()
     head_: Head
+    chosen_: str
+    spread_: Spread
+    report_: FitReport
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "kind" in vars(cls):
+            FittedValue.KINDS[cls.kind] = cls
 
     @abstractmethod
     def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, d]: what is seen of the states; other models' calls are charged."""
 
+    @abstractmethod
+    def heads(self) -> Mapping[str, Head]:
+        """Estimators to fit, by name; the one that ranks best on prompts left out is taken."""
+
     def samples(self, records: Sequence[Record]) -> Samples:
         """What the model is fitted on, uncharged: by default prefixes of `lengths` tokens."""
         states, owners = cut_prefixes(records, self.lengths)
         return samples_of(self.inputs(states), owners, [len(s.response_ids) for s in states])
-
-    @abstractmethod
-    def heads(self) -> Mapping[str, Head]:
-        """Estimators to fit, by name; the one that ranks best on prompts left out is taken."""
 
     def final_scores(self, inputs: FloatArray) -> FloatArray | None:
         """float64[B]: the rewards of the texts as they are, where the inputs tell them."""
@@ -196,32 +192,25 @@ class FittedValue(ValueModel):
         """Fit on scored responses; a fit that fails leaves the model as it was.
 
         Raises:
-            FitError: See `check_records`; or the records have no token ids.
+            FitError: There are fewer than two records, they are of several rewards or language
+                models, all score the same, or they have no token ids.
         """
         check_records(records)
-        before = dict(vars(self))
-        try:
-            samples = self.samples(records)
-            _check_scores(samples.scores)
-            self._fit(samples, records)
-        except BaseException:
-            # Half of a new fit and half of a former one would predict nonsense.
-            vars(self).clear()
-            vars(self).update(before)
-            raise
-        self.reward_name_ = records[0].reward_name
-        self.language_model_name_ = records[0].language_model
-        return self
-
-    def _fit(self, samples: Samples, records: Sequence[Record]) -> None:
-        heads = self.heads()
-        self.chosen_, guess = choose(heads, samples)
-        self.head_ = fitted(heads[self.chosen_], samples)
+        value = copy.copy(self)
+        samples = value.samples(records)
+        _check_scores(samples.scores)
+        heads = value.heads()
+        value.chosen_, guess = choose(heads, samples)
+        value.head_ = clone(heads[value.chosen_]).fit(samples.inputs, samples.scores)
         mean = None if guess is None else guess.mean
         std = None if guess is None else cross_spread(guess, samples)
         errors = (samples.scores.mean() if mean is None else mean) - samples.scores
-        self.spread_ = Spread.fit(errors, samples.lengths)
-        self.report_ = value_report(mean, std, samples, len(records))
+        value.spread_ = Spread.fit(errors, samples.lengths)
+        value.report_ = value_report(mean, std, samples, len(records))
+        value.reward_name_ = records[0].reward_name
+        value.language_model_name_ = records[0].language_model
+        vars(self).update(vars(value))
+        return self
 
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
         """Mean and standard deviation, each float64[B]; uncharged."""
@@ -255,80 +244,41 @@ class FittedValue(ValueModel):
 
     def save(self, folder: str | Path) -> None:
         """Write the fitted model, JSON and safetensors; one that is there is replaced."""
+        name = type(self).__name__
         if not hasattr(self, "head_"):
+            raise ValueModelError(f"Only a fitted {name} can be saved. Call fit(records).")
+        names = inspect.signature(type(self)).parameters.keys() - {*MODELS}
+        try:
+            settings = {n: getattr(self, n) for n in sorted({*names, *self.fitted_settings})}
+            json.dumps(settings)
+            arrays = numbers_of(self.head_, "head")
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueModelError(
-                f"Only a fitted {type(self).__name__} can be saved. Call fit(records)."
-            )
+                f"{name} cannot be saved: expected arguments that are JSON values, kept as "
+                f"attributes of the same name, and a head of known numbers ({error})."
+            ) from error
+        arrays |= {f"spread.{part}": rows for part, rows in self.spread_._asdict().items()}
         config = {
             "kind": self.kind,
-            "settings": self.settings(),
+            "settings": settings,
             "chosen": self.chosen_,
             "reward": self.reward_name_,
             "language_model": self.language_model_name_,
-            "report": self.report_.to_dict(),
+            "report": without_nan(asdict(self.report_)),
         }
-        arrays = {f"spread.{name}": values for name, values in self.spread_._asdict().items()}
-        try:
-            arrays |= self.head_numbers()
-        except ValueError as error:
-            raise ValueModelError(f"{type(self).__name__} cannot be saved: {error}.") from error
         FOLDER.write(folder, config, arrays)
 
     @classmethod
-    def restored(cls, config: Mapping[str, Any], arrays: Arrays, sources: Sources) -> Self:
-        """The value model of which `save` wrote this."""
-        if config["kind"] != cls.kind:
-            raise ValueError(f"a value of kind {config['kind']!r}, expected {cls.kind!r}")
-        value = cls.from_settings(config["settings"], sources)
+    def read(cls, config: Mapping[str, Any], arrays: Arrays, models: Mapping[str, Any]) -> Self:
+        """The value model of which `save` wrote this; `models` are given by `MODELS`."""
+        found = {name: config["settings"][name] for name in cls.fitted_settings}
+        given = {n: models[n] for n in models.keys() & inspect.signature(cls).parameters.keys()}
+        value = cls(**given, **{n: v for n, v in config["settings"].items() if n not in found})
+        vars(value).update(found)
         value.chosen_ = config["chosen"]
         value.reward_name_ = config["reward"]
         value.language_model_name_ = config["language_model"]
-        value.report_ = FitReport.from_dict(config["report"])
+        value.report_ = restored(FitReport, config["report"])
         value.spread_ = Spread(arrays["spread.knots"], arrays["spread.stds"])
-        value.head_ = value.read_head(arrays)
+        value.head_ = with_numbers(value.heads()[value.chosen_], arrays, "head")
         return value
-
-    def settings(self) -> dict[str, Any]:
-        """What a folder keeps besides the head: arguments but models, and `fitted_settings`."""
-        names = inspect.signature(type(self)).parameters.keys() - _MODELS.keys()
-        try:
-            found = {name: getattr(self, name) for name in sorted({*names, *self.fitted_settings})}
-            json.dumps(found)
-        except (AttributeError, TypeError) as error:
-            raise ValueModelError(
-                f"{type(self).__name__} cannot be saved: expected arguments that are JSON values, "
-                f"kept as attributes of the same name ({error}). Change them, or add `settings` "
-                "and `from_settings`."
-            ) from error
-        return found
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], sources: Sources) -> Self:
-        """An object with these settings, without its head."""
-        wanted = _MODELS.keys() & inspect.signature(cls).parameters.keys()
-        models = {name: getattr(sources, _MODELS[name]) for name in wanted}
-        found = {name: settings[name] for name in cls.fitted_settings}
-        value = cls(**models, **{n: v for n, v in settings.items() if n not in found})
-        vars(value).update(found)
-        return value
-
-    def head_numbers(self) -> Arrays:
-        """The fitted head as arrays by name."""
-        return numbers_of(self.head_, "head")
-
-    def read_head(self, arrays: Arrays) -> Head:
-        """The head of `head_numbers`."""
-        return with_numbers(self.heads()[self.chosen_], arrays, "head")
-
-
-def value_class(kind: str) -> type[FittedValue]:
-    """The subclass of a kind, of those that are imported."""
-    found: dict[str, type[FittedValue]] = {}
-    waiting = list(FittedValue.__subclasses__())
-    while waiting:
-        waiting += (cls := waiting.pop()).__subclasses__()
-        if "kind" in vars(cls):
-            found.setdefault(cls.kind, cls)
-    if kind not in found:
-        raise ValueError(f"kind {kind!r}, expected one of {sorted(found)}")
-    return found[kind]

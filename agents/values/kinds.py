@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
@@ -13,18 +16,14 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mbrl_text_env.agents.base import DEFAULT_PARAMS
-from mbrl_text_env.agents.values.ensemble import EnsembleValue
 from mbrl_text_env.agents.values.fitted import (
     FOLDER,
+    MODELS,
     FittedValue,
-    Sources,
     check_lengths,
     cut_prefixes,
     samples_of,
-    value_class,
 )
-from mbrl_text_env.agents.values.tokens import TokenEmbeddingValue
 from mbrl_text_env.encoders import (
     Encoder,
     encode_texts,
@@ -34,19 +33,12 @@ from mbrl_text_env.encoders import (
     prefix_text,
 )
 from mbrl_text_env.fitting.heads import Head, LinePerLength, scaled_ridge
-from mbrl_text_env.fitting.report import Samples
-from mbrl_text_env.language_models.base import (
-    FeatureModel,
-    LanguageModel,
-    SampleRequest,
-    SamplingParams,
-    Tokenizer,
-    sample_requests,
-    spawn_seed,
-)
-from mbrl_text_env.mdp import is_terminal, response_limit, transition
+from mbrl_text_env.fitting.report import FitError, Samples
+from mbrl_text_env.language_models.base import FeatureModel, LanguageModel, Tokenizer
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, Scores, reward_usage_bound, score_responses
+from mbrl_text_env.rewards.evaluators.relevance import load_encoder
+from mbrl_text_env.rewards.learning.features import token_table
 from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, check_positive
 from mbrl_text_env.values import (
     LENGTHS,
@@ -62,10 +54,10 @@ from mbrl_text_env.world_model.value import WorldModelValue
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
 
-READY = ("prefix", "prefix-exact", "rollout")
+READY = ("prefix", "prefix-exact")
 """Names of value models that predict at once."""
 
-FITTED = ("calibrated", "embedding", "hidden-state", "stacked", "token-embedding", "ensemble")
+FITTED = ("calibrated", "embedding", "hidden-state", "stacked", "token-embedding")
 """Names of those that are fitted on records first; `calibrated` is `prefix-exact` after a fit."""
 
 WORLD_MODEL = "world-model"
@@ -73,15 +65,13 @@ WORLD_MODEL = "world-model"
 
 # Penalty on inputs of variance 1.
 _ALPHA = 10.0
-# Apart from the streams of an agent with the same seed: what it draws later is news.
-_ROLLOUTS = 7
+# The last input beside hundreds of embedding dimensions: its penalty is smaller by the square.
+_WEIGHT = 20.0
 
 
 @dataclass(eq=False, repr=False)
 class EmbeddingValue(FittedValue):
     """The article's quality predictor: ridge regression on the embedding of prompt and prefix.
-
-    It is fitted on prefixes of scored responses, the first `prefix_ratio` of their words.
 
     Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI); its embedding
     (all-MiniLM-L6-v2), text format, alpha and prefix ratio are the defaults. Deviation: the
@@ -91,7 +81,7 @@ class EmbeddingValue(FittedValue):
     Args:
         encoder: Embeds texts; by default MiniLM.
         alpha: Strength of the ridge penalty.
-        prefix_ratio: Share of a response's words that is kept, above 0 and up to 1.
+        prefix_ratio: Share of a response's words that it is fitted on, above 0 and up to 1.
 
     Example:
         >>> value = EmbeddingValue(tokenizer).fit(read_records("records"))  # doctest: +SKIP
@@ -110,21 +100,6 @@ class EmbeddingValue(FittedValue):
                 "Expected alpha above 0 and prefix_ratio above 0 and up to 1, got "
                 f"{self.alpha} and {self.prefix_ratio}."
             )
-
-    @property
-    def coef_(self) -> FloatArray:
-        """float64[d], fitted."""
-        return np.asarray(self.head_.coef_)
-
-    @property
-    def intercept_(self) -> float:
-        """What the embedding adds to."""
-        return float(np.asarray(self.head_.intercept_).item())
-
-    @property
-    def std_(self) -> float:
-        """Standard deviation of every prediction."""
-        return float(self.spread_.stds[0])
 
     def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, d]: the embedding of prompt and prefix."""
@@ -145,27 +120,14 @@ class EmbeddingValue(FittedValue):
 
     def flops(self, states: Sequence[TextState]) -> FloatArray:
         """float64[B]: what embedding the states takes; 0 for encoders that do not say."""
-        return encoder_flops(self._encoder(), self._texts(states))
+        return encoder_flops(load_encoder(self.encoder, "value"), self._texts(states))
 
     def flops_bound(self) -> float:
         """The most that one state takes."""
-        return encoder_flops_bound(self._encoder())
-
-    @classmethod
-    def load(cls, folder: str | Path, tokenizer: Tokenizer, encoder: Encoder | None = None) -> Self:
-        """Read what `save` wrote; `load_value` reads every kind and checks what it belongs to."""
-        with FOLDER.reading(folder) as (config, arrays):
-            return cls.restored(config, arrays(), Sources(tokenizer, encoder=encoder))
-
-    def _encoder(self) -> Any:
-        if self.encoder is not None:
-            return self.encoder
-        from mbrl_text_env.language_models.registry import embedded_encoder
-
-        return embedded_encoder()
+        return encoder_flops_bound(load_encoder(self.encoder, "value"))
 
     def _embedded(self, texts: Sequence[str]) -> FloatArray:
-        return encode_texts(self._encoder(), texts).astype(np.float64)
+        return encode_texts(load_encoder(self.encoder, "value"), texts).astype(np.float64)
 
     def _texts(self, states: Sequence[TextState]) -> list[str]:
         return [prefix_text(s.prompt.text, self.tokenizer.decode(s.response_ids)) for s in states]
@@ -195,8 +157,7 @@ class HiddenStateValue(FittedValue):
 
     def __post_init__(self) -> None:
         self.alphas, self.lengths = tuple(self.alphas), check_lengths(self.lengths)
-        if not self.alphas or not min(self.alphas) > 0:
-            raise ValueError(f"alphas: expected numbers above 0, got {self.alphas}.")
+        _check_penalties(self.alphas)
 
     def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, feature_size]; charged as calls of the language model."""
@@ -216,6 +177,11 @@ class HiddenStateValue(FittedValue):
     def usage_bound(self, state: TextState) -> Usage:
         """The most that reading one prefix is charged."""
         return self.language_model.usage_bound(len(state.prompt_ids) + len(state.response_ids), [])
+
+
+def _check_penalties(alphas: Sequence[float]) -> None:
+    if not alphas or not min(alphas) > 0:
+        raise ValueError(f"alphas: expected numbers above 0, got {alphas}.")
 
 
 class PrefixScoredValue(FittedValue):
@@ -254,10 +220,9 @@ class PrefixScoredValue(FittedValue):
 class PrefixRewardValue(PrefixScoredValue):
     """The reward model's score of the prefix's text, as it is or calibrated on records.
 
-    It needs no records: without a fit, the mean is the prefix's score and the standard deviation 0.
-    `fit` calibrates it, with a line from score to final score for each prefix length and the
-    standard deviation of what that leaves; prefixes of different lengths can then be compared.
-    Every call of it is a call of the reward model and is charged as one.
+    Without a fit, the mean is the prefix's score and the standard deviation 0. `fit` calibrates it,
+    with a line from score to final score for each prefix length and the standard deviation of what
+    that leaves; prefixes of different lengths can then be compared.
 
     Args:
         lengths: Prefix lengths in tokens that it is calibrated on, increasing.
@@ -277,11 +242,6 @@ class PrefixRewardValue(PrefixScoredValue):
         """Always: the score of the prefix needs no records."""
         return True
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether `fit` was called."""
-        return hasattr(self, "head_")
-
     def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
         """float64[B, 2]: the prefix's score and its length."""
         scores = self._scores(states, ledgers).total
@@ -293,17 +253,16 @@ class PrefixRewardValue(PrefixScoredValue):
 
     def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
         """The scores of the prefixes, calibrated where there was a fit."""
-        if self.is_calibrated:
+        if hasattr(self, "head_"):
             return super().estimate(inputs, lengths)
         return ValueEstimate(inputs[:, 0], np.zeros(len(inputs)))
 
 
 class PrefixStatistics(TransformerMixin, BaseEstimator):
-    """From reward, parts, length, log-probability and whether that is known to a head's inputs.
+    """What a ridge sees: a prefix's reward, its parts and its log-probability a token.
 
-    A prefix's reward and likelihood tell more the less is to come: each column is there a second
-    time, multiplied with the share of the response that is written. Where the log-probability is
-    not known, the mean a token (`logprob_`) is taken.
+    They tell more the less is to come: each column is there a second time, multiplied with the
+    share of the response that is written. A log-probability that is not known is the mean's.
     """
 
     numbers = ("logprob_",)
@@ -312,14 +271,14 @@ class PrefixStatistics(TransformerMixin, BaseEstimator):
         self.max_tokens = max_tokens
 
     def fit(self, inputs: FloatArray, scores: FloatArray | None = None) -> PrefixStatistics:
-        """Take the mean of the log-probabilities that are known."""
+        """Take `logprob_`, the mean a token of the log-probabilities that are known."""
         length, total, known = inputs[:, -3:].T
         has = (known > 0) & (length > 0)
         self.logprob_ = np.asarray((total[has] / length[has]).mean() if has.any() else 0.0)
         return self
 
     def transform(self, inputs: FloatArray) -> FloatArray:
-        """float64[B, k] for float64[B, 4 + parts]."""
+        """float64[B, k] for `StackedValue.inputs`, float64[B, 4 + parts]."""
         length, total, known = inputs[:, -3:].T
         share = np.minimum(length / self.max_tokens, 1.0)
         total = np.where(known > 0, total, self.logprob_ * length)
@@ -333,7 +292,7 @@ class StackedValue(PrefixScoredValue):
     """Ridge regression on the prefix's reward, its parts, position and log-probability.
 
     A prediction takes one reward call and nothing else. A response that has ended is worth its
-    reward. A state without log-probability is given the mean.
+    reward.
 
     Args:
         lengths: Prefix lengths in tokens that it is fitted on, increasing.
@@ -396,93 +355,111 @@ class StackedValue(PrefixScoredValue):
         return np.column_stack([*rewards, lengths, np.where(known, likelihoods, 0.0), known])
 
 
-@dataclass(eq=False, repr=False)
-class RolloutValue(ValueModel):
-    """The mean score of `n` continuations to the end, and the standard deviation of their scores.
+class _Scaler(StandardScaler):
+    """Inputs of variance 1; the last one of variance `_WEIGHT` squared."""
 
-    It needs no records, has no bias but that of the sampling parameters, and is expensive: n
-    responses a state, charged to the language model and to the reward. A response that has ended is
-    scored once.
+    numbers = ("mean_", "scale_")
+
+    def fit(self, inputs: FloatArray, scores: Any = None, sample_weight: Any = None) -> _Scaler:
+        super().fit(inputs, scores, sample_weight)
+        self.scale_[-1] /= _WEIGHT
+        return self
+
+
+@dataclass(eq=False, repr=False)
+class TokenEmbeddingValue(FittedValue):
+    """Ridge regression on the response's token embeddings: no model is run.
+
+    Inputs are their mean, and how much of the prompt the response takes up: the largest cosine
+    similarity of each of the prompt's tokens with one of the response, in the mean over the
+    prompt's tokens, weighted by how few of the records' prompts have the token. It is fitted on
+    complete responses, so its standard deviation is too small for short prefixes.
+
+    Sources: Joulin et al., "Bag of Tricks for Efficient Text Classification", 2017 (the mean);
+    Khattab and Zaharia, "ColBERT", 2020 (largest similarities); Zhang et al., "BERTScore", 2020
+    (weights by rarity). Deviation: the embeddings are the language model's input embeddings, less
+    their mean for similarities, and stay as they are.
 
     Args:
-        n: Continuations of each state; of one alone the standard deviation is 0.
+        alphas: Strengths of the penalty, of which the best on prompts left out is taken.
 
     Example:
-        >>> from mbrl_text_env.language_models import NGramLM
-        >>> from mbrl_text_env.types import initial
-        >>> from mbrl_text_env.types import Prompt
-        >>> lm = NGramLM("abc", seed=1)
-        >>> reward = lambda prompt, response: float(response.count("a"))
-        >>> value = RolloutValue(lm, reward, n=100, max_response_tokens=4)
-        >>> bool(0 < value.predict([initial(Prompt.from_text("ab"), lm)]).mean[0] < 4)
-        True
+        >>> value = TokenEmbeddingValue(embedded()).fit(read_records("records"))  # doctest: +SKIP
     """
 
-    language_model: LanguageModel
-    reward_model: Any
+    kind = "token_embedding"
+    fitted_settings = ("rarity_", "rarest_")
+    language_model: Any
     _: KW_ONLY
-    n: int = 4
-    max_response_tokens: int = 256
-    params: SamplingParams = DEFAULT_PARAMS
-    seed: int = 0
+    alphas: Sequence[float] = (100.0, 1000.0, 10000.0)
 
     def __post_init__(self) -> None:
-        check_positive(n=self.n, max_response_tokens=self.max_response_tokens)
-        self.reward_model = as_reward_model(self.reward_model)
+        self.alphas = tuple(self.alphas)
+        _check_penalties(self.alphas)
 
-    def predict(self, states: Sequence[TextState]) -> ValueEstimate:
-        """Continue and score, uncharged; mean and standard deviation, each float64[B]."""
-        return self.predict_with(states, None)
+    def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
+        """float64[B, d + 1]: the mean embedding, and what is taken up; 0 for an empty response."""
+        found = np.zeros((len(states), self._table().shape[1] + 1))
+        for i, state in enumerate(states):
+            if state.response_ids:
+                rows = self._rows(state.response_ids)
+                found[i, :-1] = rows.mean(axis=0)
+                found[i, -1] = self._taken_up(state.prompt_ids, rows)
+        return found
 
-    def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> ValueEstimate:
-        """Continue and score, each state's continuations charged to its ledger."""
-        rows = self._finished(states, ledgers)
-        flat = [(i, state) for i, row in enumerate(rows) for state in row]
-        scores = score_responses(
-            self.reward_model,
-            [state.prompt for _, state in flat],
-            [self.language_model.decode(state.response_ids) for _, state in flat],
-            ledgers=None if ledgers is None else [ledgers[i] for i, _ in flat],
-        ).total
-        parts = np.split(scores, np.cumsum([len(row) for row in rows])[:-1]) if rows else []
-        stds = [part.std(ddof=1) if len(part) > 1 else 0.0 for part in parts]
-        return ValueEstimate(np.asarray([part.mean() for part in parts], float), np.asarray(stds))
+    def _taken_up(self, prompt_ids: Sequence[int], response: FloatArray) -> float:
+        known = {token: self.rarity_.get(str(token), self.rarest_) for token in set(prompt_ids)}
+        weights = {token: weight for token, weight in sorted(known.items()) if weight > 0}
+        if not weights:
+            return 0.0
+        prompt, response = self._directions(self._rows([*weights])), self._directions(response)
+        nearest = (prompt @ response.T).max(axis=1)
+        return float(np.average(nearest, weights=[*weights.values()]))
 
-    def usage_bound(self, state: TextState) -> Usage:
-        """The most that one state with as many tokens is charged."""
-        room = self._room(state)
-        reward = reward_usage_bound(self.reward_model)
-        if room < 1:
-            return reward
-        prefix = len(state.prompt_ids) + len(state.response_ids)
-        return self.language_model.usage_bound(prefix, [room] * self.n) + reward * self.n
+    def _directions(self, rows: FloatArray) -> FloatArray:
+        rows = rows - self._mean
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
-    def expected_usage(self, state: TextState) -> Usage:
-        """What is charged if no continuation stops before the limit, as many do not."""
-        if not is_terminal(state):
-            return self.usage_bound(state)
-        return reward_usage_bound(self.reward_model)
+    def samples(self, records: Sequence[Record]) -> Samples:
+        """The complete responses; how rare the tokens of prompts are is counted here."""
+        if missing := [r.prompt_id for r in records if r.response and not r.response_ids]:
+            raise FitError(
+                f"Record of prompt {missing[0]!r}: expected token ids of the response, got none. "
+                "Collect the records with `mbrl-text collect`, which keeps them."
+            )
+        prompts = {record.prompt_id: set(record.prompt_ids) for record in records}
+        counts = Counter(token for prompt in prompts.values() for token in prompt)
+        self.rarest_ = math.log(len(prompts) + 1)
+        self.rarity_ = {str(token): self.rarest_ - math.log(n + 1) for token, n in counts.items()}
+        states = [record.prefix_state(len(record.response_ids)) for record in records]
+        return samples_of(self.inputs(states), records)
 
-    def _finished(self, states: Sequence[TextState], ledgers: Ledgers) -> list[list[TextState]]:
-        """The continuations of each state; of one that has ended, itself."""
-        rows = [[state] for state in states]
-        open_ = [i for i, s in enumerate(states) if not is_terminal(s) and self._room(s) > 0]
-        if not open_:
-            return rows
-        seed, rooms = spawn_seed(self.seed, _ROLLOUTS), {i: self._room(states[i]) for i in open_}
-        drawn = sample_requests(
-            self.language_model,
-            [SampleRequest(states[i], self.n, rooms[i], seed, params=self.params) for i in open_],
-            ledgers=None if ledgers is None else [ledgers[i] for i in open_],
-        )
-        for i, chunks in zip(open_, drawn, strict=True):
-            limit = len(states[i].response_ids) + rooms[i]
-            rows[i] = [transition(states[i], chunk, limit) for chunk in chunks]
-        return rows
+    def heads(self) -> Mapping[str, Head]:
+        """Ridge regression with each of the penalties."""
+        return {f"alpha={alpha:g}": make_pipeline(_Scaler(), Ridge(alpha)) for alpha in self.alphas}
 
-    def _room(self, state: TextState) -> int:
-        limit = response_limit(state, self.language_model, self.max_response_tokens)
-        return max(0, limit - len(state.response_ids))
+    def flops(self, states: Sequence[TextState]) -> FloatArray:
+        """float64[B]: sums and norms of the embeddings, similarities, and the head's product."""
+        return np.array([self._flops(len(s.prompt_ids), len(s.response_ids)) for s in states])
+
+    def flops_bound(self) -> float:
+        """A prompt and a response that fill the context, half and half."""
+        half = self.language_model.context_length / 2
+        return self._flops(half, half)
+
+    def _flops(self, prompt: float, response: float) -> float:
+        size = self._table().shape[1]
+        return size * (2.0 * prompt * response + 4.0 * (prompt + response) + 2.0)
+
+    @cached_property
+    def _mean(self) -> FloatArray:
+        return self._table().double().mean(dim=0).cpu().numpy()
+
+    def _rows(self, ids: Sequence[int]) -> FloatArray:
+        return self._table()[list(ids)].double().cpu().numpy()
+
+    def _table(self) -> Any:
+        return token_table(self.language_model, ValueModelError)
 
 
 def make_value(
@@ -499,24 +476,21 @@ def make_value(
     Args:
         name: One of `READY`, or of `FITTED` or `WORLD_MODEL`, which `fit(records)` comes before.
         encoder: Embeds texts, where it does; None for MiniLM.
-        seed: Of rollouts and the bootstrap.
+        seed: Of imagined futures.
 
     Example:
         >>> value = make_value("stacked", lm, SentimentReward()).fit(records)  # doctest: +SKIP
     """
     lm, reward = language_model, as_reward_model(reward_model)
     faster = reward.reduced("bfloat16") if name == "prefix" and multiplies_bfloat16() else reward
-    limit: dict[str, Any] = {"max_response_tokens": max_response_tokens}
     kinds: Mapping[str, Callable[[], ValueModel]] = {
         "prefix": lambda: PrefixRewardValue(faster, lm),
         "prefix-exact": lambda: PrefixRewardValue(reward, lm),
-        "rollout": lambda: RolloutValue(lm, reward, seed=seed, **limit),
         "calibrated": lambda: PrefixRewardValue(reward, lm),
         "embedding": lambda: EmbeddingValue(lm, encoder),
         "hidden-state": lambda: HiddenStateValue(lm),
-        "stacked": lambda: StackedValue(lm, reward, **limit),
+        "stacked": lambda: StackedValue(lm, reward, max_response_tokens=max_response_tokens),
         "token-embedding": lambda: TokenEmbeddingValue(lm),
-        "ensemble": lambda: EnsembleValue(StackedValue(lm, reward, **limit), seed=seed),
         WORLD_MODEL: lambda: WorldModelValue(IncrementDynamics(lm), reward, seed=seed),
     }
     if name not in kinds:
@@ -548,7 +522,11 @@ def load_value(
     if (Path(folder) / WORLD_FOLDER.config).is_file():
         return WorldModelValue(load_dynamics(folder, language_model), reward_model)
     with FOLDER.reading(folder) as (config, arrays):
-        kind = value_class(config["kind"])
-        value = kind.restored(config, arrays(), Sources(language_model, reward_model, encoder))
+        kind = FittedValue.KINDS.get(config["kind"])
+        if kind is None:
+            known = sorted(FittedValue.KINDS)
+            raise ValueError(f"kind {config['kind']!r}, expected one of {known}")
+        models = (language_model, language_model, reward_model, encoder)
+        value = kind.read(config, arrays(), dict(zip(MODELS, models, strict=True)))
     check_value_fits(value, language_model, reward_model)
     return value

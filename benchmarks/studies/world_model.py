@@ -188,7 +188,7 @@ class Work:
         for name, (kind, settings) in INCREMENTS.items():
             made = found[name] = kind(self.language_model, **settings)
             made.constant_, made.language_model_name_ = fitted.constant_, self.language_model.name
-            made.restore(fitted.arrays())
+            made.restore(fitted.arrays_)
         return found
 
     @cached_property

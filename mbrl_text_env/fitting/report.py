@@ -7,16 +7,18 @@ that has seen some of them would seem better on the others than it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from mbrl_text_env.files import restored, without_nan
 from mbrl_text_env.types import FloatArray
+
+if TYPE_CHECKING:
+    from mbrl_text_env.records import Record
 
 IntArray = npt.NDArray[np.int64]
 
@@ -28,6 +30,17 @@ _BINS = 5
 
 class FitError(ValueError):
     """Data that nothing can be fitted on, or arguments that do not fit each other."""
+
+
+def one_reward(records: Sequence[Record], error: type[Exception] = FitError) -> str:
+    """The reward that scored the records; an `error` where there are several."""
+    names = sorted({record.reward_name for record in records})
+    if len(names) > 1:
+        raise error(
+            f"Expected scores of one reward model, got those of {names}. Score the responses with "
+            "one of them (`records.rescore`)."
+        )
+    return names[0] if names else ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,7 @@ class FitReport:
             is one prompt alone, and all else is NaN.
         num_prefixes: Rows: prefixes, or complete responses.
         within_one_std, within_two_std: Share of the errors within one and two predicted standard
-            deviations: 0.68 and 0.95 if they are normal and the standard deviation is right.
+            deviations: 0.68 and 0.95 if that is right.
         z_std: Root mean square of the errors in units of the predicted standard deviation; above 1
             if that is too small.
         by_length: The same figures by length; empty where there are none.
@@ -140,24 +153,6 @@ class FitReport:
     ece: float = _NAN
     calibration: tuple[CalibrationBin, ...] = ()
     chance: float = 0.5
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; None for NaN, which JSON does not have."""
-        found: dict[str, Any] = without_nan(asdict(self))
-        return found
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
-        """Read `to_dict`."""
-        found: FitReport = restored(cls, values)
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        # Two reports that lack the same figure are equal, though NaN is not.
-        return isinstance(other, FitReport) and self.to_dict() == other.to_dict()
-
-    def __hash__(self) -> int:
-        return hash((self.num_records, self.num_prompts, self.num_prefixes, self.num_pairs))
 
 
 def value_report(

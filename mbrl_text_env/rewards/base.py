@@ -10,7 +10,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from traceback import walk_tb
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
@@ -98,13 +97,6 @@ class RewardModel(ABC):
         It is never too low, and may be too high: by default it is infinite. That of the empty
         prefix is the most that any response to the prompt can score. Searches leave prefixes whose
         bound is below what they look for; `check_reward_model` tries it.
-
-        Example:
-            >>> class Brevity(RewardModel):
-            ...     def score(self, prompts, responses):
-            ...         return [-len(response.split()) for response in responses]
-            ...     def bound(self, prompts, prefixes):  # words never become fewer
-            ...         return self.score(prompts, prefixes)
         """
         return np.full(len(prefixes), np.inf)
 
@@ -114,22 +106,14 @@ class RewardModel(ABC):
         A search asks where a response would end and its score could still be higher. A text is a
         piece that is missing, such as a word that has to occur or the mark of a list; the language
         model goes on after it.
-
-        Example:
-            >>> class Signed(RewardModel):
-            ...     def score(self, prompts, responses):
-            ...         return [float(response.endswith("Yours, Ada")) for response in responses]
-            ...     def suggest(self, prompt, prefix):
-            ...         return ["\\nYours, Ada"]
         """
         return ()
 
     def feature_names(self, prompt: Prompt) -> Sequence[str]:
         """The counts that `score_features` needs, such as "words"; by default a `RewardError`."""
         raise RewardError(
-            f"Reward model {self.name!r}, prompt {prompt.id!r}: expected a reward that is a "
-            "program of counts, got one without `feature_names` and `score_features`. Add them, or "
-            "use another value model."
+            f"Reward model {self.name!r}, prompt {prompt.id!r}: expected a program of counts, got "
+            "no `feature_names` and `score_features`. Add them, or use another value model."
         )
 
     def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> npt.ArrayLike:
@@ -137,15 +121,6 @@ class RewardModel(ABC):
 
         They are what `score` says of texts with these counts: a world model scores responses so
         that nobody has written. By default a `RewardError`. See `world_model.TextFeatures`.
-
-        Example:
-            >>> class Brevity(RewardModel):
-            ...     def score(self, prompts, responses):
-            ...         return [-len(response.split()) for response in responses]
-            ...     def feature_names(self, prompt):
-            ...         return ["runs"]
-            ...     def score_features(self, prompt, features):
-            ...         return -features["runs"]
         """
         self.feature_names(prompt)
         raise RewardError(f"Reward model {self.name!r} has no `score_features`. Add it.")
@@ -169,8 +144,8 @@ class RewardModel(ABC):
 
     def usage(self, prompt: Prompt, response: str) -> Usage:
         """What scoring one response is charged."""
-        flops = np.asarray(self.flops([prompt], [response]), dtype=np.float64)
-        return Usage(reward_calls=1, reward_flops=float(flops[0]))
+        (flops,) = np.asarray(self.flops([prompt], [response]), dtype=np.float64)
+        return Usage(reward_calls=1, reward_flops=float(flops))
 
     def usage_bound(self) -> Usage:
         """The most that scoring one response is charged."""
@@ -227,7 +202,7 @@ RewardLike: TypeAlias = RewardModel | Scorer | Callable[..., Any] | str
 """What `rewards.as_reward_model` takes: a reward model, an object or function, or a name."""
 
 
-class ObjectReward(RewardModel):
+class ObjectReward(ProcessRewardModel):
     """An object with a method `score`, and whatever else of a reward model it has."""
 
     def __init__(self, reward: Any) -> None:
@@ -266,9 +241,10 @@ class ObjectReward(RewardModel):
         own = getattr(self.reward, "reduced", None)
         return self if own is None else reward_model_of(own(dtype))
 
-
-class ObjectProcessReward(ObjectReward, ProcessRewardModel):
-    """An object that also has a method `score_steps`."""
+    @property
+    def scores_steps(self) -> bool:
+        """Whether the object does."""
+        return hasattr(self.reward, "score_steps")
 
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> npt.ArrayLike:
         """The object's."""
@@ -284,29 +260,7 @@ def reward_model_of(reward: object) -> RewardModel:
             f"Expected a reward model, with a method `score`, got {type(reward).__name__}. "
             "Make one of a function or a name with `rewards.as_reward_model`."
         )
-    return ObjectProcessReward(reward) if hasattr(reward, "score_steps") else ObjectReward(reward)
-
-
-class Aggregation(StrEnum):
-    """How the scores of a response's steps make one score; search and reports share it."""
-
-    MIN = "min"
-    PRODUCT = "product"
-    LAST = "last"
-    MEAN = "mean"
-
-    def of(self, scores: npt.ArrayLike) -> float:
-        """The score of a response whose steps have `scores`, float[S], at least one."""
-        values = np.asarray(scores, dtype=np.float64)
-        if not values.size:
-            raise RewardError(
-                "Expected the scores of at least one step to aggregate, got none. Decide what a "
-                "response without steps is worth before."
-            )
-        if self is Aggregation.LAST:
-            return float(values[-1])
-        functions: dict[str, Any] = {"min": np.min, "product": np.prod, "mean": np.mean}
-        return float(functions[self.value](values))
+    return ObjectReward(reward)
 
 
 def reward_name(reward_model: object) -> str:
@@ -490,8 +444,7 @@ def _guarded(function: Callable[..., Any], name: str, first: Prompt, *args: Any)
         raise RewardError(
             f"Reward model {name!r}, prompt {first.id!r} and {len(responses) - 1} more in its "
             f"batch: scoring raised {type(error).__name__}: {error}{place_of(error)}. First "
-            f"response: {responses[0][:80]!r}. Fix the reward model, or leave out the prompts "
-            "that it cannot score."
+            f"response: {responses[0][:80]!r}. Fix the reward model, or leave out such prompts."
         ) from error
 
 
@@ -570,3 +523,18 @@ def place_of(error: BaseException) -> str:
     ]
     own = [line for file, line in lines if file == lines[0][0]]
     return f" ({lines[0][0]}, line {own[-1]})" if own else ""
+
+
+def check_finite(
+    reward: object, *names: str, above: float = -np.inf, least: float = -np.inf
+) -> None:
+    """Refuse attributes that are not finite numbers, or not as large as they have to be."""
+    bound = f" above {above}" if np.isfinite(above) else ""
+    bound += f" of at least {least}" if np.isfinite(least) else ""
+    for name in names:
+        value = getattr(reward, name)
+        if not (above < value < np.inf and value >= least):
+            raise ValueError(
+                f"{type(reward).__name__}: expected {name} to be a finite number{bound}, got "
+                f"{value!r}."
+            )

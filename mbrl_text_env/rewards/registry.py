@@ -107,10 +107,9 @@ def make(spec: str) -> RewardModel:
 
     Args:
         spec: A name, such as `"sentiment"`; a name and what it takes, such as
-            `"classifier:OpenAssistant/reward-model-deberta-v3-large-v2"`; a function or class in a
-            Python file, such as `"my_rewards.py:brevity"`, whose code is then run; or a sum of
-            them, such as `"0.5*sentiment+relevance"`, of names without "+" and "*". No model is
-            loaded yet.
+            `"classifier:my_org/my_model"`; a function or class in a Python file, such as
+            `"my_rewards.py:brevity"`, whose code is then run; or a sum of them, such as
+            `"0.5*sentiment+relevance"`, of names without "+" and "*". No model is loaded yet.
 
     Raises:
         RewardSpecError: A name is unknown or cannot be loaded, a weight is no finite number, or a
@@ -120,10 +119,10 @@ def make(spec: str) -> RewardModel:
         >>> make("0.5*sentiment+0.5*relevance").weights
         (0.5, 0.5)
     """
-    whole = _PYTHON_FILE.fullmatch(spec.strip())
-    if whole and _path(whole).is_file():
+    path = Path(spec.strip().rpartition(":")[0]).expanduser()
+    if _PYTHON_FILE.fullmatch(spec.strip()) and path.is_file():
         # A path may have a "+" or "*" in it.
-        return _from_file(_path(whole), whole["function"])
+        return _named(spec.strip())
     terms = [term.strip() for term in spec.split("+")]
     if len(terms) == 1 and "*" not in spec:
         return _named(terms[0])
@@ -166,9 +165,9 @@ def _weight_and_name(term: str) -> tuple[float, str]:
 
 
 def _named(name: str) -> RewardModel:
-    in_file = _PYTHON_FILE.fullmatch(name)
-    if in_file:
-        return _from_file(_path(in_file), in_file["function"])
+    if in_file := _PYTHON_FILE.fullmatch(name):
+        # No shell expands what stands behind an equals sign, as in --reward=~/mine.py:brevity.
+        return _from_file(Path(in_file["path"]).expanduser(), in_file["function"])
     if name.rstrip(":").endswith(".py"):
         raise RewardSpecError(
             f"Reward {name!r}: expected the name of a function or class of the file too, such as "
@@ -240,9 +239,8 @@ def _packages(points: list[EntryPoint]) -> str:
 def run_file(path: Path) -> ModuleType:
     """Run a Python file as a module of its own, which imports the files beside it.
 
-    As for a script, the files of its folder come before installed packages while it runs; two files
-    in different folders may each have a `helpers.py`. Afterwards the folder stands at the end of
-    `sys.path`, for what a function imports when it is called.
+    They come before installed packages while it runs, and at the end of `sys.path` afterwards, for
+    what a function imports when it is called.
     """
     folder = str(path.parent)
     name = f"{_FILE_MODULE}{path.stem}_{hashlib.blake2b(bytes(path), digest_size=6).hexdigest()}"
@@ -287,11 +285,6 @@ def _own_neighbours(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.modules.update(aside)
-
-
-def _path(in_file: re.Match[str]) -> Path:
-    # No shell expands what stands behind an equals sign, as in --reward=~/mine.py:brevity.
-    return Path(in_file["path"]).expanduser()
 
 
 def _from_file(path: Path, name: str) -> RewardModel:

@@ -341,10 +341,6 @@ def _plain(target: Remote) -> Any:
     return _own(target)[0].plain(target)
 
 
-def _asked(name: str) -> Any:
-    return lambda self, *arguments: _ask(name, self, *arguments)
-
-
 def _unary(name: str) -> Any:
     def method(self: Remote, *arguments: Any) -> Any:
         value = _plain(self)
@@ -371,7 +367,7 @@ def _binary(name: str, *, swapped: bool) -> Any:
 
 
 for _name in (*side.ASKED, "setattr", "delattr", "enter", "copy"):
-    setattr(Remote, f"__{_name}__", _asked(_name))
+    setattr(Remote, f"__{_name}__", lambda self, *given, _name=_name: _ask(_name, self, *given))
 for _name in side.UNARY:
     setattr(Remote, f"__{_name}__", _unary(_name))
 for _name in (*side.COMPARED, *side.CALCULATED):

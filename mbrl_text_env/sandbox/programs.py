@@ -146,13 +146,12 @@ def run_program(
     """Run an untrusted Python program in a box of its own; see the package for what that is.
 
     Args:
-        source: The program. It runs with the standard library alone, hash seed 0 and UTF-8.
-        stdin: What it reads from standard input.
-        files: Texts or bytes by their paths in the program's folder, which is empty otherwise.
+        source, stdin, files: See `Program`. It runs with the standard library alone, hash seed 0
+            and UTF-8.
         limits: None for `Limits()`.
         allow_weaker: If this machine lacks what the sandbox needs, run the program with limits and
             a process group alone, warning once: it can read, write and connect to whatever the
-            caller can. Where nothing is lacking this changes nothing.
+            caller can.
 
     Raises:
         SandboxUnavailable: The machine lacks something, and `allow_weaker` is False.
@@ -162,8 +161,10 @@ def run_program(
         >>> run_program("print(6 * 7)").stdout  # doctest: +SKIP
         '42\\n'
     """
-    program = Program(source, stdin, files or {})
-    return _run(program, limits or Limits(), _is_strong(allow_weaker))
+    (result,) = run_programs(
+        [Program(source, stdin, files or {})], limits=limits, allow_weaker=allow_weaker
+    )
+    return result
 
 
 def run_programs(
@@ -186,8 +187,8 @@ def run_programs(
     if not programs:
         return []
     strong = _is_strong(allow_weaker)
-    has_affinity = hasattr(os, "sched_getaffinity")
-    processors = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    # macOS has no affinities.
+    processors = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
     count = min(workers or processors, len(programs))
     with ThreadPoolExecutor(count, thread_name_prefix="sandbox") as pool:
         runs = [
@@ -265,22 +266,22 @@ def _of_the_system() -> tuple[Facility, ...]:
     machine, release, is_linux = platform.machine(), platform.release(), sys.platform == "linux"
     numbers = [int(part) if part.isdigit() else 0 for part in release.split("-")[0].split(".")[:2]]
     known = ", ".join(_kernel.MACHINES)
-    unknown = "" if machine in _kernel.MACHINES else f"the calls of {machine} are not in our table"
     # Older kernels count the processes of a user over all boxes together.
-    old = "" if not is_linux or numbers >= [5, 14] else f"this is Linux {release}"
-    other = "" if is_linux else f"this is {sys.platform}"
+    is_old = is_linux and numbers < [5, 14]
     found = [
-        Facility("Linux", other, "Use Linux, a virtual machine or WSL 2."),
-        Facility("a known processor", unknown, f"Use one of: {known}."),
-        Facility("Linux 5.14 or newer", old, "Use a newer kernel."),
-    ]
+        ("Linux", not is_linux, f"this is {sys.platform}",
+         "Use Linux, a virtual machine or WSL 2."),
+        ("a known processor", machine not in _kernel.MACHINES,
+         f"the calls of {machine} are not in our table", f"Use one of: {known}."),
+        ("Linux 5.14 or newer", is_old, f"this is Linux {release}", "Use a newer kernel."),
+    ]  # fmt: skip
     for name, path, option in (
         ("seccomp filters", "/proc/sys/kernel/seccomp/actions_avail", "CONFIG_SECCOMP_FILTER"),
         ("lists of children", f"/proc/self/task/{os.getpid()}/children", "CONFIG_PROC_CHILDREN"),
     ):
-        problem = "" if Path(path).exists() else f"{path} is missing"
-        found.append(Facility(name, problem, f"Use a kernel with {option}."))
-    return tuple(found)
+        remedy = f"Use a kernel with {option}."
+        found.append((name, not Path(path).exists(), f"{path} is missing", remedy))
+    return tuple(Facility(name, why if lacks else "", how) for name, lacks, why, how in found)
 
 
 def _whole() -> Facility:

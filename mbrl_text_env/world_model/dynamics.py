@@ -61,6 +61,7 @@ class Dynamics(ABC):
         features: What it predicts, but for `constant_` ones, which never varied in the records.
         language_model_name_: The policy whose responses it was fitted on.
         longest_: Tokens of the longest response that it has seen.
+        arrays_: What was fitted, which `save` keeps.
         stride: Records are cut every so many tokens.
         kind, settings: Its name in `load_dynamics`, and the arguments of its constructor.
     """
@@ -69,6 +70,7 @@ class Dynamics(ABC):
     constant_: tuple[str, ...] = ()
     language_model_name_: str | None = None
     longest_: int
+    arrays_: Arrays
     stride: int
     kind: str = ""
     settings: Mapping[str, Any]
@@ -76,7 +78,7 @@ class Dynamics(ABC):
     @property
     def is_fitted(self) -> bool:
         """Whether there are futures to be had."""
-        return hasattr(self, "longest_")
+        return hasattr(self, "arrays_")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,6 +111,7 @@ class Dynamics(ABC):
             features[i], ended[i], member[i] = self.ahead(size, row, num_futures, horizon, rng)
         return Futures(features, features[..., 0].astype(np.int64), ended, member)
 
+    @abstractmethod
     def ahead(
         self, size: int, row: Any, num_futures: int, horizon: int | None, rng: np.random.Generator
     ) -> tuple[Any, Any, Any]:
@@ -116,7 +119,6 @@ class Dynamics(ABC):
 
         It has `size` tokens and the features `row`, float32[F], of which tokens are the first.
         """
-        raise WorldModelError(f"{type(self).__name__} has no futures: it has no `ahead`.")
 
     @abstractmethod
     def fit(self, records: Sequence[Record]) -> Self:
@@ -144,15 +146,7 @@ class Dynamics(ABC):
             "constant": list(self.constant_),
             "language_model": self.language_model_name_,
         }
-        FOLDER.write(folder, config, self.arrays())
-
-    def arrays(self) -> Arrays:
-        """What was fitted, for `save`."""
-        raise WorldModelError(f"{type(self).__name__} cannot be saved: it has no `arrays`.")
-
-    def restore(self, arrays: Arrays) -> None:
-        """Take what `arrays` gave; a ValueError or KeyError where it does not fit."""
-        raise WorldModelError(f"{type(self).__name__} cannot be read: it has no `restore`.")
+        FOLDER.write(folder, config, self.arrays_)
 
     def varying(self, states: Sequence[TextState]) -> npt.NDArray[np.float32]:
         """float32[B, F], the features of states that it predicts."""
@@ -166,7 +160,7 @@ class Dynamics(ABC):
 
         A cut beyond the end is the end. Sets `constant_`, `language_model_name_` and `longest_`.
         """
-        _check_records(records, self.features.tokenizer)
+        self._check_records(records)
         lengths = np.asarray([len(record.response_ids) for record in records], dtype=np.int64)
         cuts = range(0, int(lengths.max()) + self.stride, self.stride)
         table = np.stack(
@@ -175,7 +169,13 @@ class Dynamics(ABC):
                 for r in records
             ]
         )
-        _check_table(table, self.features, records, self.stride)
+        counts = np.asarray([True, *(not feature.falls for feature in self.features.features)])
+        for record, cut, column in np.argwhere((np.diff(table, axis=1) < 0) & counts):
+            raise FitError(
+                "Expected counts that never fall as tokens arrive, got one that falls after "
+                f"feature {self.features.names[column]!r} of prompt {records[record].prompt_id!r}, "
+                f"token {cut * self.stride}. Count what is `settled` alone, or say `falls=True`."
+            )
         # The number of tokens varies even where it is the same for all.
         varies = np.ptp(table.reshape(-1, table.shape[-1]), axis=0) > 0
         if not varies[1:].any():
@@ -188,6 +188,34 @@ class Dynamics(ABC):
         self.language_model_name_ = records[0].language_model
         self.longest_ = int(lengths.max())
         return table[:, :, varies], lengths, groups.astype(np.int64)
+
+    def _check_records(self, records: Sequence[Record]) -> None:
+        tokenizer: Any = self.features.tokenizer
+        policies, own = {record.language_model for record in records}, policy_of(tokenizer)
+        if len(policies) > 1 or (own is not None and policies and policies != {own}):
+            raise FitError(
+                f"Expected responses of one policy{f', {own!r}' if own else ''}, got those of "
+                f"{sorted(policies)}. Dynamics are those of what one model writes: fit one for "
+                "each."
+            )
+        prompts = {record.prompt_id for record in records}
+        if len(prompts) < 2:
+            raise FitError(
+                f"Expected records of at least 2 prompts, got {len(prompts)}. Collect more with "
+                "`mbrl-text collect`."
+            )
+        for record in records:
+            if not record.response_ids or tokenizer.decode(record.response_ids) != record.response:
+                raise FitError(
+                    f"Record of prompt {record.prompt_id!r}: expected tokens that decode to the "
+                    f"response, got {len(record.response_ids)} for {record.response[:80]!r}. Use "
+                    "the tokenizer that wrote the records."
+                )
+
+
+def policy_of(tokenizer: Any) -> str | None:
+    """The name of a language model; a tokenizer alone has none."""
+    return getattr(tokenizer, "name", None)
 
 
 def predict_futures(
@@ -287,15 +315,11 @@ class IncrementDynamics(Dynamics):
         self._set(*self.read(records))
         return self
 
-    def _set(
-        self,
-        table: npt.NDArray[np.float32],
-        lengths: npt.NDArray[np.int64],
-        groups: npt.NDArray[np.int64],
-    ) -> None:
+    def _set(self, table: Any, lengths: Any, groups: Any) -> None:
         """Take what was recorded; the ridges follow from it."""
+        self.arrays_ = {"table": table, "lengths": lengths, "groups": groups}
         self.table_, self.lengths_, self.groups_ = table, lengths, groups
-        self._spaces: dict[int, tuple[Any, FloatArray, FloatArray] | None] = {}
+        self._spaces: dict[int, tuple[Any, FloatArray, FloatArray]] = {}
 
     def ahead(
         self, size: int, row: Any, num_futures: int, horizon: int | None, rng: np.random.Generator
@@ -322,12 +346,8 @@ class IncrementDynamics(Dynamics):
         count, _, width = self.table_.shape
         return float(2 * width**2 + 3 * count * width)
 
-    def arrays(self) -> Arrays:
-        """What was recorded."""
-        return {"table": self.table_, "lengths": self.lengths_, "groups": self.groups_}
-
     def restore(self, arrays: Arrays) -> None:
-        """See `Dynamics.restore`."""
+        """Take `arrays_` of a folder; a ValueError where they do not fit each other."""
         table, lengths, groups = arrays["table"], arrays["lengths"], arrays["groups"]
         self.longest_ = int(lengths.max())
         cuts = (self.longest_ + 2 * self.stride - 1) // self.stride
@@ -340,21 +360,17 @@ class IncrementDynamics(Dynamics):
         donors = np.flatnonzero(self.lengths_ > cut * self.stride)
         if self.neighbours is None or len(donors) <= self.neighbours:
             return donors
-        head, scale, places = self._space(cut, donors)
-        place = head.predict(row[None].astype(np.float64))[0] / scale
-        distances = ((places - place) ** 2).sum(axis=1)
-        return donors[np.argsort(distances, kind="stable")[: self.neighbours]]
-
-    def _space(self, cut: int, donors: npt.NDArray[np.int64]) -> tuple[Any, FloatArray, FloatArray]:
-        """The ridge at a cut, the unit of its outputs, and where the donors are."""
-        found = self._spaces.get(cut)
-        if found is None:
+        if cut not in self._spaces:
             inputs = self.table_[donors, cut].astype(np.float64)
             increments = self.table_[donors, -1] - inputs
             head = scaled_ridge(self.alpha).fit(inputs, increments)
             scale = np.maximum(increments.std(axis=0), _TINY)
-            found = self._spaces[cut] = head, scale, head.predict(inputs) / scale
-        return found
+            self._spaces[cut] = head, scale, head.predict(inputs) / scale
+        # The ridge at the cut, the unit of its outputs, and where the donors are.
+        head, scale, places = self._spaces[cut]
+        place = head.predict(row[None].astype(np.float64))[0] / scale
+        distances = ((places - place) ** 2).sum(axis=1)
+        return donors[np.argsort(distances, kind="stable")[: self.neighbours]]
 
 
 def load_dynamics(
@@ -383,45 +399,9 @@ def load_dynamics(
         names, own = config["features"], list(dynamics.features.names)
         if names != own:
             raise ValueError(f"features {sorted({*names} ^ {*own})} that it or the caller lacks")
-        name, found = config["language_model"], getattr(tokenizer, "name", None)
+        name, found = config["language_model"], policy_of(tokenizer)
         if found is not None and found != name:
             raise ValueError(f"the language model {name!r}, expected {found!r}")
         dynamics.constant_, dynamics.language_model_name_ = tuple(config["constant"]), name
         dynamics.restore(arrays())
     return dynamics
-
-
-def _check_records(records: Sequence[Record], tokenizer: Any) -> None:
-    policies = {record.language_model for record in records}
-    own = getattr(tokenizer, "name", None)
-    if len(policies) > 1 or (own is not None and policies and policies != {own}):
-        raise FitError(
-            f"Expected responses of one policy{f', {own!r}' if own else ''}, got those of "
-            f"{sorted(policies)}. Dynamics are those of what one model writes: fit one for each."
-        )
-    prompts = {record.prompt_id for record in records}
-    if len(prompts) < 2:
-        raise FitError(
-            f"Expected records of at least 2 prompts, got {len(prompts)}. Collect more with "
-            "`mbrl-text collect`."
-        )
-    for record in records:
-        if not record.response_ids or tokenizer.decode(record.response_ids) != record.response:
-            raise FitError(
-                f"Record of prompt {record.prompt_id!r}: expected tokens that decode to the "
-                f"response, got {len(record.response_ids)} for {record.response[:80]!r}. Use the "
-                "tokenizer that wrote the records."
-            )
-
-
-def _check_table(
-    table: npt.NDArray[np.float32], features: TextFeatures, records: Sequence[Record], stride: int
-) -> None:
-    counts = np.asarray([True, *(not feature.falls for feature in features.features)])
-    fallen = np.argwhere((np.diff(table, axis=1) < 0) & counts)
-    for record, cut, column in fallen:
-        raise FitError(
-            "Expected counts that never fall as tokens arrive, got one that falls after feature "
-            f"{features.names[column]!r} of prompt {records[record].prompt_id!r}, token "
-            f"{cut * stride}. Count what is `settled` alone, or say `falls=True`."
-        )

@@ -35,16 +35,14 @@ class EnsembleDynamics(Dynamics):
     """Probabilistic networks that go on chunk by chunk: what a chunk adds, and whether it ends.
 
     Each member is a network from the features of a prefix to the mean and variance of what the next
-    `stride` tokens add to them, and to the probability that the response ends in these tokens. The
-    policy's choice of the chunk is part of what is drawn. In the end a future is rounded where all
-    that was recorded is whole, and counts are at least those of the state: rounding every step
-    would lose what is rare.
+    `stride` tokens add to them, and to the probability that the response ends in these tokens. In
+    the end a future is rounded where all that was recorded is whole, and counts are at least those
+    of the state: rounding every step would lose what is rare.
 
     Source: PETS (Chua et al., "Deep Reinforcement Learning in a Handful of Trials using
-    Probabilistic Dynamics Models", NeurIPS 2018), as in mbrl-lib's `GaussianMLP`: changes are
-    predicted, the bounds of the log-variance are learned, training stops after `patience` epochs
-    without a gain in any member's validation error, and the members of least error are the elites.
-    Deviations: data is held out by prompt; members are fitted on prompts drawn with replacement;
+    Probabilistic Dynamics Models", NeurIPS 2018), as in mbrl-lib's `GaussianMLP`: training stops
+    after `patience` epochs without a gain in any member's validation error, and the members of
+    least error are the elites. Deviations: data is held out and drawn with replacement by prompt;
     the ending is predicted too and counts in the validation error; any gain counts, not one of 1%,
     for most of the error is chance; by default a future stays with its member, for then members
     tell what is not known from what is random.
@@ -87,11 +85,6 @@ class EnsembleDynamics(Dynamics):
         names = ("members", "elites", "hidden", "stride", "propagation", "patience", "seed")
         self.settings = {name: getattr(self, name) for name in names}
 
-    @property
-    def is_fitted(self) -> bool:
-        """Whether there are networks."""
-        return "w0" in getattr(self, "arrays_", {})
-
     def fit(self, records: Sequence[Record]) -> Self:
         """See `Dynamics.fit`; a FitError also where there are fewer than five prompts."""
         table, lengths, groups = self.read(records)
@@ -100,7 +93,7 @@ class EnsembleDynamics(Dynamics):
         ended = (lengths[:, None] <= starts + self.stride)[goes_on]
         prompts = np.broadcast_to(groups[:, None], goes_on.shape)[goes_on]
         inputs, changes = table[:, :-1][goes_on], np.diff(table, axis=1)[goes_on]
-        self.arrays_ = {
+        units = {
             "centre": inputs.mean(axis=0),
             "spread": np.maximum(inputs.std(axis=0), _TINY),
             "shift": changes.mean(axis=0),
@@ -109,8 +102,8 @@ class EnsembleDynamics(Dynamics):
             "longest": np.asarray([self.longest_]),
         }
         held = split_by_group(prompts.tolist(), _HELD_OUT, self.seed)
-        x, y = self.scaled(inputs), (changes - self.arrays_["shift"]) / self.arrays_["unit"]
-        self.arrays_ |= self._trained(x, y.astype(np.float32), ended, prompts, held)
+        x, y = _scaled(inputs, units), (changes - units["shift"]) / units["unit"]
+        self.arrays_ = units | self._trained(x, y.astype(np.float32), ended, prompts, held)
         return self
 
     def ahead(
@@ -136,18 +129,16 @@ class EnsembleDynamics(Dynamics):
     def advance(
         self, rows: _Rows, member: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[_Rows, npt.NDArray[np.bool_]]:
-        """One chunk more of N responses that go on, in one product.
+        """One chunk more of N responses that go on: rows float32[N, F] after it, and ends bool[N].
 
-        `rows`, float32[N, F], are features that are predicted (`varying`), `member`, int[N], the
-        elites. Returned are the rows after it, of which tokens alone need be whole (see `settled`),
-        and whether the responses have ended, bool[N].
+        `rows` are features that are predicted (`varying`), `member`, int[N], the elites. Of the
+        result tokens alone are whole (see `settled`).
         """
-        mean, variance, ends = self._predicted(rows)
+        predicted = self._predicted(rows)
         if self.propagation == "expectation":
-            mean, variance, ends = mean.mean(axis=0), variance.mean(axis=0), ends.mean(axis=0)
+            mean, variance, ends = (part.mean(axis=0) for part in predicted)
         else:
-            at = member, np.arange(len(rows))
-            mean, variance, ends = mean[at], variance[at], ends[at]
+            mean, variance, ends = (part[member, np.arange(len(rows))] for part in predicted)
         noise = rng.standard_normal(mean.shape)
         scaled = mean + np.sqrt(variance) * noise
         change = self.arrays_["shift"] + scaled * self.arrays_["unit"]
@@ -169,23 +160,12 @@ class EnsembleDynamics(Dynamics):
         steps = -(-self.longest_ // self.stride)
         return float(2 * self.elites * weights * steps * num_futures)
 
-    def arrays(self) -> Arrays:
-        """Weights, float32[members, inputs, outputs], units and bounds."""
-        return self.arrays_
-
     def restore(self, arrays: Arrays) -> None:
-        """See `Dynamics.restore`."""
-        width, hidden = len(self.names), self.hidden
-        shapes: dict[str, tuple[int, ...]] = {
-            **dict.fromkeys(("centre", "spread", "shift", "unit", "whole"), (width,)),
-            "longest": (1,),
-        }
-        of_members = {
-            **{"low": (1, width), "high": (1, width)},
-            **{"w0": (width, hidden), "w1": (hidden, hidden), "w2": (hidden, 2 * width + 1)},
-            **{"b0": (1, hidden), "b1": (1, hidden), "b2": (1, 2 * width + 1)},
-        }
-        shapes |= {name: (self.elites, *shape) for name, shape in of_members.items()}
+        """Take `arrays_` of a folder; a ValueError where their shapes are others."""
+        width = len(self.names)
+        shapes = dict.fromkeys(("centre", "spread", "shift", "unit", "whole"), (width,))
+        weights = _begun(self.elites, width, self.hidden, 0)
+        shapes |= {"longest": (1,), **{name: tuple(w.shape) for name, w in weights.items()}}
         for name, shape in shapes.items():
             if arrays[name].shape != shape:
                 raise ValueError(f"{name} of shape {arrays[name].shape}, expected {shape}")
@@ -193,10 +173,9 @@ class EnsembleDynamics(Dynamics):
 
     def scaled(self, rows: _Rows) -> _Rows:
         """float32, features in units of the standard deviations of the records' prefixes."""
-        centred = (rows - self.arrays_["centre"]) / self.arrays_["spread"]
-        return np.asarray(centred, dtype=np.float32)
+        return _scaled(rows, self.arrays_)
 
-    def _predicted(self, rows: _Rows) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def _predicted(self, rows: _Rows) -> list[FloatArray]:
         """Of each elite: means and variances, float64[E, N, F], and probabilities of the end."""
         import torch
 
@@ -205,8 +184,7 @@ class EnsembleDynamics(Dynamics):
             inputs = torch.from_numpy(self.scaled(rows)).expand(self.elites, -1, -1)
             mean, logvar, logit = _forward(weights, inputs)
             parts = mean, logvar.exp(), logit.sigmoid()
-            mean, variance, ends = (part.numpy().astype(np.float64) for part in parts)
-        return mean, variance, ends
+            return [part.numpy().astype(np.float64) for part in parts]
 
     def _trained(
         self,
@@ -240,7 +218,8 @@ class EnsembleDynamics(Dynamics):
             errors = _errors(weights, *outside)
             better = errors < least
             least, idle = np.where(better, errors, least), 0 if better.any() else idle + 1
-            best = _kept(best, weights, better)
+            mask = torch.from_numpy(better)[:, None, None]
+            best = {k: torch.where(mask, w.detach(), best[k].detach()) for k, w in weights.items()}
             if idle >= self.patience:
                 break
         elites = np.argsort(least, kind="stable")[: self.elites]
@@ -256,6 +235,10 @@ class EnsembleDynamics(Dynamics):
             found = np.concatenate([rows[own == prompt] for prompt in chosen])
             drawn.append(np.resize(rng.permutation(found), len(rows)))
         return np.stack(drawn)
+
+
+def _scaled(rows: _Rows, units: Arrays) -> _Rows:
+    return np.asarray((rows - units["centre"]) / units["spread"], dtype=np.float32)
 
 
 def _begun(members: int, width: int, hidden: int, seed: int) -> dict[str, Any]:
@@ -304,13 +287,3 @@ def _errors(weights: Mapping[str, Any], x: Any, y: Any, ended: Any) -> FloatArra
         mean, _, logit = _forward(weights, x)
         found = ((mean - y) ** 2).mean(dim=(1, 2)) + ((logit.sigmoid() - ended) ** 2).mean(dim=1)
     return np.asarray(found.numpy(), dtype=np.float64)
-
-
-def _kept(
-    best: Mapping[str, Any], weights: Mapping[str, Any], better: npt.NDArray[np.bool_]
-) -> dict[str, Any]:
-    """The weights of the members that have become better, and the best known of the others."""
-    import torch
-
-    mask = torch.from_numpy(better)[:, None, None]
-    return {k: torch.where(mask, new.detach(), best[k].detach()) for k, new in weights.items()}

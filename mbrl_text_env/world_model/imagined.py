@@ -26,9 +26,8 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
 
     Episodes begin at real states. At each step the ensemble draws K chunks, as features of the
     prefix with each of them; the action is the number of the one to go on with. A response that has
-    ended is rewarded by its counts, without a call of the reward; all other rewards are 0. An
-    episode keeps its member of the ensemble ("fixed_model"), or draws one at each step
-    ("random_model"). Episodes that end are reset in the same step (`SameStep`).
+    ended is rewarded by its counts, without a call of the reward; all other rewards are 0. Episodes
+    keep their member ("fixed_model"), or draw one at each step; they are reset as they end.
 
     Observations are float32[(K + 1) * (F + 2)]: of the prefix, then of each candidate, the F
     features in units of their standard deviations, whether the response has ended, and the reward

@@ -21,10 +21,10 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class HorizonReport:
-    """Errors are root mean squares over prefixes and features, in units of each feature's spread.
+    """Errors are root mean squares over prefixes and features.
 
-    The unit is the standard deviation of what the responses gain in the horizon; features that all
-    gain equally are left out. So 1 is the error of knowing the mean gain alone.
+    Their unit is the standard deviation of what the responses gain in the horizon, so that 1 is the
+    error of knowing the mean gain alone; features that all gain equally are left out.
 
     Args:
         horizon: Tokens ahead.
@@ -33,12 +33,10 @@ class HorizonReport:
         copying: Of the features of the prefix.
         rate: Of the counts of the prefix, as many times as the response may grow in the horizon.
         increments: Of the features of the prefix and the mean gain of the other prompts' records.
-        z: Root mean square of the errors by that of the futures' standard deviations; above 1 if
-            these are too small.
-        epistemic_share: Of the futures' variance, the part that members differ by; of some 200 of
-            the prefixes.
-        squares: The squares of the first four errors by name, of each prompt: lists of as many
-            numbers as there are prompts, whose mean is the square of the error.
+        z: Error by the futures' standard deviation; above 1 if that is too small.
+        epistemic_share: Of the futures' variance, the part that members differ by.
+        squares: Of each prompt, the squares of the first four errors, by name; their mean is the
+            square of the error.
     """
 
     horizon: int

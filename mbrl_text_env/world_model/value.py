@@ -43,8 +43,7 @@ class WorldModelValue(ValueModel):
     """The mean reward of a state's futures; the reward is a program of counts and is not called.
 
     A response that has ended is worth its reward by its own counts. The standard deviation is that
-    of the futures' rewards. Its epistemic part is the variance of the members' means, less what
-    futures of one member alone make of it; see `WorldModelEstimate`.
+    of the futures' rewards, in two parts; see `WorldModelEstimate`.
 
     Args:
         dynamics: Fitted.
@@ -107,49 +106,33 @@ class WorldModelValue(ValueModel):
         if not self.is_fitted:
             raise ValueModelError("The dynamics are not fitted. Call their fit(records) first.")
         found = np.zeros((len(states), 4 + len(QUANTILES)))
-        for horizon, rows in self._by_horizon(states).items():
-            own = None if ledgers is None else [ledgers[i] for i in rows]
-            futures = predict_futures(
-                self.dynamics,
-                [states[i] for i in rows],
-                self.num_futures,
-                horizon,
-                seed=self.seed,
-                ledgers=own,
-            )
-            for i, features, member in zip(rows, futures.features, futures.member, strict=True):
-                scores = self._scores(states[i], self.dynamics.names, features)
-                parts = split_variance(scores, member)
-                found[i] = scores.mean(), *parts, len(scores), *np.quantile(scores, QUANTILES)
         for i, state in enumerate(states):
             if state.finish_reason is not None:
                 features = self.dynamics.features
                 [score] = self._scores(state, features.names, features([state]))
                 found[i] = score, 0, 0, 0, *[score] * len(QUANTILES)
+                continue
+            left = self.dynamics.longest_ - len(state.response_ids)
+            futures = predict_futures(
+                self.dynamics,
+                [state],
+                self.num_futures,
+                # With too little left, to the end.
+                None if self.horizon is None or self.horizon > left else self.horizon,
+                seed=self.seed,
+                ledgers=None if ledgers is None else [ledgers[i]],
+            )
+            scores = self._scores(state, self.dynamics.names, futures.features[0])
+            parts = split_variance(scores, futures.member[0])
+            found[i] = scores.mean(), *parts, len(scores), *np.quantile(scores, QUANTILES)
         mean, epistemic, aleatoric, number = found[:, :4].T
-        return WorldModelEstimate(
-            mean,
-            np.sqrt(epistemic + aleatoric),
-            np.sqrt(epistemic),
-            np.sqrt(aleatoric),
-            found[:, 4:],
-            number,
-        )
+        std, epistemic, aleatoric = np.sqrt([epistemic + aleatoric, epistemic, aleatoric])
+        return WorldModelEstimate(mean, std, epistemic, aleatoric, found[:, 4:], number)
 
     def usage_bound(self, state: TextState) -> Usage:
         """Of one state; of one that has ended, nothing is charged."""
         flops = self.dynamics.flops_bound(self.num_futures)
         return Usage(dynamics_calls=self.num_futures, dynamics_flops=flops)
-
-    def _by_horizon(self, states: Sequence[TextState]) -> dict[int | None, list[int]]:
-        """Places of the states that go on; those with too little left look to the end."""
-        places: dict[int | None, list[int]] = {}
-        for i, state in enumerate(states):
-            if state.finish_reason is None:
-                left = self.dynamics.longest_ - len(state.response_ids)
-                is_short = self.horizon is None or self.horizon > left
-                places.setdefault(None if is_short else self.horizon, []).append(i)
-        return places
 
     def _scores(self, state: TextState, names: Sequence[str], features: Any) -> FloatArray:
         columns = np.asarray(features, dtype=np.float64).T

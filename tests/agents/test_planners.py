@@ -21,12 +21,11 @@ from mbrl_text_env.agents import (
     Screened,
 )
 from mbrl_text_env.agents.driver import MOST_AT_ONCE
-from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.mdp import initial, is_terminal
-from mbrl_text_env.types import Budget, BudgetError, Ledger, Prompt, TextState
+from mbrl_text_env.types import Budget, BudgetError, Ledger, Prompt, TextState, Usage
 from mbrl_text_env.values import ValueEstimate
-from tests.toys import PROMPTS, CountReward, FixedValue, OptimalValue
+from tests.toys import PROMPTS, ChargingValue, CountReward, FixedValue, OptimalValue
 
 SIZES = {"max_response_tokens": 6, "chunk_tokens": 1, "params": SamplingParams()}
 # By name: constructor and options, one row a planner and mode.
@@ -164,14 +163,15 @@ class CostlyReward(CountReward):
     chunk=st.integers(1, 5),
     share=st.floats(0.3, 12.0),
     cap=st.sampled_from(["tokens", "flops", "reward_calls", "all"]),
-    kind=st.sampled_from(["certain", "uncertain", "rollouts"]),
+    kind=st.sampled_from(["certain", "uncertain", "charging"]),
     stop_text=st.booleans(),
 )
 def test_no_planner_overspends(name, seed, stop, limit, chunk, share, cap, kind, stop_text):
     lm = NGramLM("abc", seed=seed, stop_probability=stop)
     value = CostlyValue(lambda t: t.count("a") - t.count("b"), lm)
-    if kind == "rollouts":
-        value = RolloutValue(lm, CostlyReward(), n=2, max_response_tokens=limit)
+    if kind == "charging":
+        taken = Usage(generated_tokens=2 * limit, lm_flops=9.0, reward_calls=2, reward_flops=60.0)
+        value = ChargingValue(len, lm, taken)
     if kind == "uncertain":
         value.predict = lambda states: ValueEstimate(
             np.array([float(len(s.response_ids) % 3) for s in states]), np.full(len(states), 0.3)

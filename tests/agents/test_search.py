@@ -6,11 +6,10 @@ import pytest
 from mbrl_text_env.agents.beam import beam_search
 from mbrl_text_env.agents.search import Expansion, Search
 from mbrl_text_env.agents.tree import partial
-from mbrl_text_env.agents.values import RolloutValue
 from mbrl_text_env.language_models import NGramLM, SamplingParams
 from mbrl_text_env.mdp import initial
-from mbrl_text_env.types import Budget, Ledger
-from tests.toys import PROMPTS, CountReward, FixedValue, now
+from mbrl_text_env.types import Budget, Ledger, Usage
+from tests.toys import PROMPTS, ChargingValue, CountReward, FixedValue, now
 
 LM = NGramLM("abcdefgh", seed=3, concentration=50.0, stop_probability=0.0)
 
@@ -104,9 +103,9 @@ def test_the_best_partial_response_is_finished():
 
 
 def test_what_values_leave_is_spent_on_whole_responses():
-    """Rollouts after a chunk of 2 take 10 x 6 tokens, more than there are."""
+    """Valuing a chunk takes more tokens than there are."""
     search = begun(Budget(tokens=53))
-    search.value_model = RolloutValue(LM, CountReward(), n=10, max_response_tokens=8)
+    search.value_model = ChargingValue(len, LM, Usage(generated_tokens=60))
     now(beam_search(search, chunk_tokens=2, beam_width=1))
     assert search.drawn == 0
     best = now(search.finish())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbrl_text_env import CheckError
-from mbrl_text_env.agents.values import PrefixRewardValue, RolloutValue
+from mbrl_text_env.agents.values import PrefixRewardValue
 from mbrl_text_env.checks import check_value_model
 from mbrl_text_env.types import Prompt, TextState, Usage
 from mbrl_text_env.values import ValueEstimate
@@ -65,7 +65,6 @@ class Charges(Good):
         ExactValue(LM, CountReward(), 4),
         OptimalValue(LM, CountReward(), 4),
         PrefixRewardValue(CountReward(), LM),
-        RolloutValue(LM, CountReward(), n=2, max_response_tokens=5),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -74,12 +73,10 @@ def test_value_models_pass(value):
 
 
 @settings(max_examples=20)
-@given(st.lists(st.text("abcde", max_size=6), min_size=2, max_size=5), st.integers(0, 2**31))
-def test_value_models_pass_on_any_states(texts, seed):
+@given(st.lists(st.text("abcde", max_size=6), min_size=2, max_size=5))
+def test_value_models_pass_on_any_states(texts):
     states = [state_of(text) for text in texts]
-    check_value_model(
-        RolloutValue(LM, CountReward(), n=2, max_response_tokens=6, seed=seed), states
-    )
+    check_value_model(PrefixRewardValue(CountReward(), LM), states)
 
 
 # Value models that break it.

@@ -4,14 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeRegressor
 
 from mbrl_text_env.fitting.folder import numbers_of, with_numbers
-from mbrl_text_env.fitting.heads import LinePerLength, fitted, scaled_ridge
+from mbrl_text_env.fitting.heads import LinePerLength, scaled_ridge
 from tests.agents.values.worlds import samples
+
+
+def fitted(head, table):
+    return clone(head).fit(table.inputs, table.scores)
 
 
 def random_samples(seed=0, count=80, size=4):

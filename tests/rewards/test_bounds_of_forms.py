@@ -68,39 +68,39 @@ PATTERNS = st.recursive(
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(PATTERNS, st.sampled_from(["full", "search"]), st.sampled_from(["", "i", "m", "s"]))
-def test_no_text_matches_that_an_expression_bounds_to_nothing(pattern, match, flags):
+@given(PATTERNS, st.sampled_from(["{}", "(?s).*(?:{}).*"]), st.sampled_from(["", "(?i)", "(?s)"]))
+def test_no_text_matches_that_an_expression_bounds_to_nothing(pattern, form, flags):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            reward = RegexReward(pattern, match=match, flags=flags)
+            reward = RegexReward(flags + form.format(pattern))
         except RuntimeError:  # a reference to a group that is not there
             return
         check_every_beginning(reward, SHORT[:: len(SHORT) // 100])
 
 
 @pytest.mark.parametrize(
-    ("pattern", "options", "alive", "dead"),
+    ("pattern", "alive", "dead"),
     [
-        (r"\d{4}-\d\d", {}, ["", " ", "2024", "2024-0", "2024-01", "2024-01 "], ["x", "2024-011"]),
-        (r"yes|no", {"flags": "i"}, ["Y", "NO\n"], ["maybe", "yes!", "no o"]),
-        (r"^\d+$", {"match": "search"}, ["", "12", "12\n"], ["a", "1x"]),
-        (r"\bgood\b", {"match": "search"}, ["", "bad", "goodly"], []),
-        (r"a\bc|a\B.b", {}, ["a", "ab", "abb", "ac"], ["a b", "b"]),
-        (r"(?=.*\d)[a-z\d]{3}", {}, ["ab", "ab1", "1", "a2c"], []),
-        (r"(\w)x\1", {}, ["a", "ax", "axa"], ["axb", "ay"]),
-        (r"\p{Lu}\{a}", {}, ["Ä", "Ä{a"], ["ä", "Äa"]),
+        (r"\d{4}-\d\d", ["", " ", "2024", "2024-0", "2024-01", "2024-01 "], ["x", "2024-011"]),
+        (r"(?i)yes|no", ["Y", "NO\n"], ["maybe", "yes!", "no o"]),
+        (r"^\d+$", ["", "12", "12\n"], ["a", "1x"]),
+        (r".*\bgood\b.*", ["", "bad", "goodly"], []),
+        (r"a\bc|a\B.b", ["a", "ab", "abb", "ac"], ["a b", "b"]),
+        (r"(?=.*\d)[a-z\d]{3}", ["ab", "ab1", "1", "a2c"], []),
+        (r"(\w)x\1", ["a", "ax", "axa"], ["axb", "ay"]),
+        (r"\p{Lu}\{a}", ["Ä", "Ä{a"], ["ä", "Äa"]),
         # What partial matching does not serve has no bound.
-        (r"(?!ab$)ab.*", {}, ["ab", "x"], []),
-        (r"(?<=a)b", {"match": "search"}, ["", "x"], []),
-        (r"(?>ab$|abc)d", {}, ["ab", "x"], []),
-        (r"(?:a++)b", {}, ["x"], []),
-        (r"(?:cat){e<=1}", {}, ["xyzxyz"], []),
-        (r"(?m)^a$", {}, ["x"], []),
+        (r"(?!ab$)ab.*", ["ab", "x"], []),
+        (r".*(?<=a)b.*", ["", "x"], []),
+        (r"(?>ab$|abc)d", ["ab", "x"], []),
+        (r"(?:a++)b", ["x"], []),
+        (r"(?:cat){e<=1}", ["xyzxyz"], []),
+        (r"(?m)^a$", ["x"], []),
     ],
 )
-def test_expressions_by_hand(pattern, options, alive, dead):
-    reward = RegexReward(pattern, **options)
+def test_expressions_by_hand(pattern, alive, dead):
+    reward = RegexReward(pattern)
     assert bounds_of(reward, [*alive, *dead]) == [1] * len(alive) + [0] * len(dead)
 
 
@@ -238,11 +238,8 @@ def test_no_json_satisfies_what_a_schema_bounds_to_less(schema, rows, unique, pl
     [
         ("Paris", {}, ["", " pa", "**Par", "PARIS\n", "_Paris_"], ["It", "Paris is", "Pariz"]),
         ("New York", {}, ["new", "New  ", "new\ny"], ["newy", "new x"]),
-        ("New York", {"ignore_case": False}, ["New"], ["new"]),
         ("Zürich", {}, ["Z", "Zu", "Zü"], ["Zur", "Zab"]),
         ("B", {}, ["(", "(b", "Option B", "The answer is", "B) Paris"], ["Bo", "D", "C) Rome"]),
-        ("cat", {"ignore_articles": True}, ["the", "the c", "a ca", "an"], ["the dog c"]),
-        ("3.5", {"ignore_punctuation": True}, ["3", "(3-5", "3,"], ["36", "3 "]),
         ("Paris", {"extract": "Answer:"}, ["Answer: Rome"], []),
         ("Paris", {"extract": "last line"}, ["Rome"], []),
         (["Rome", "Oslo"], {}, ["R", "Os"], ["P"]),
@@ -280,17 +277,13 @@ REFERENCES += ["The A", "\u1100\u1161\u11a8", "≠", "ß", "🙂 ok"]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.data(), st.booleans(), st.booleans(), st.booleans())
-def test_no_answer_is_right_that_was_bound_to_nothing(data, case, punctuation, articles):
+@given(st.data())
+def test_no_answer_is_right_that_was_bound_to_nothing(data):
     import unicodedata
 
-    reward = ExactMatchReward(
-        ignore_case=case, ignore_punctuation=punctuation, ignore_articles=articles
-    )
+    reward = ExactMatchReward()
     answer = data.draw(st.sampled_from(REFERENCES))
     prompt = Prompt.from_text("Hi", metadata={"reference_answer": answer})
-    if not reward._normal(answer):
-        return
     forms = st.sampled_from(["NFC", "NFD"])
     changes = st.sampled_from(
         [str, str.upper, str.title, str.casefold, "\u212a".join, "\u017f".join]

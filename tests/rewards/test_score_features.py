@@ -15,7 +15,6 @@ from mbrl_text_env.rewards import (
     RepetitionPenalty,
     RewardError,
     RewardModel,
-    RunningNormalise,
     SentimentReward,
     Threshold,
     WeightedSum,
@@ -110,7 +109,6 @@ def test_combinations_and_transforms_are_what_they_are_of_the_text(reward, text)
             "'occurrences:sun'.*Predicted are.*'words'",
         ),
         (RepetitionPenalty(Runs()), ALL, "n = 1"),
-        (RunningNormalise(Runs()), ALL, "frozen"),
     ],
 )
 def test_rewards_that_are_no_program_of_these_counts_are_refused(reward, prompt, message):

@@ -60,7 +60,7 @@ TASKS = {
                     "def solve(n): return repr(list(range(n)))"),
     "builtin": Task({"tests": ["assert max([3, 1]) == 3"], "entry_point": "max"},
                     "def max(x): return sorted(x)[-1]"),
-    "builtins alone": Task({"tests": ["assert sorted([3, 1]) == [1, 3]"]},
+    "builtins alone": Task({"tests": ["assert sorted([3, 1]) == [1, 3]"], "entry_point": "sorted"},
                            "def sorted(x):\n    x = x[:]\n    x.sort()\n    return x"),
     "dates": Task({"tests": ["assert (solve(2024) - date(2024, 2, 28)).days == 1"]},
                   "from datetime import date\ndef solve(y): return date(y, 2, 29)"),

@@ -55,7 +55,7 @@ def test_a_hostile_solution_scores_nothing_and_its_neighbour_all(scores, index):
 )
 def test_tests_that_would_run_what_a_solution_says_are_refused_before_any_runs(test, means):
     prompt = Prompt.from_text("Write it.", id="p1", metadata={"tests": [test]})
-    with pytest.raises(UnitTestError, match=rf"'p1'.*run no code made from data.* {means}\."):
+    with pytest.raises(UnitTestError, match=rf"'p1'.*run no code made from data.* {means}, which"):
         UnitTestReward().score([prompt], ["def solve(x): return 3"])
 
 

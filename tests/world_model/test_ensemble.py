@@ -21,7 +21,7 @@ def fitted():
 def with_propagation(dynamics, propagation):
     other = EnsembleDynamics(LM, FEATURES, **{**dynamics.settings, "propagation": propagation})
     other.constant_, other.language_model_name_ = dynamics.constant_, LM.name
-    other.restore(dynamics.arrays())
+    other.restore(dynamics.arrays_)
     return other
 
 

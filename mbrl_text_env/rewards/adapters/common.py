@@ -143,12 +143,6 @@ def trl_prompt(prompt: Prompt) -> Any:
     return [{"role": message.role, "content": message.content} for message in prompt.content]
 
 
-def trl_completion(prompt: Prompt, response: str) -> Any:
-    """A response in the format of its prompt."""
-    is_chat = not isinstance(prompt.content, str)
-    return [{"role": "assistant", "content": response}] if is_chat else response
-
-
 def said(completion: Any) -> str:
     """What the assistant said in a completion, a text or messages, which line breaks join."""
     if isinstance(completion, str):
@@ -184,12 +178,19 @@ def _content_text(content: Any) -> str:
 
 
 class AdaptedReward(RewardModel):
-    """Something else that scores, as a reward model: a subclass gives `value` or `values`."""
+    """A function, which names the reward, as a reward model: a subclass gives `value` or `values`.
+
+    It does not apply to prompts whose metadata lack what is required (`missing`).
+    """
 
     advice = "Fix the function."
     """What an error says at its end."""
     answer_keys = ""
     """Where a missing answer may stand, for the error."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = callable_name(function)
 
     def missing(self, prompt: Prompt) -> list[str]:
         """What it requires of a prompt's metadata that they do not have."""
@@ -207,8 +208,8 @@ class AdaptedReward(RewardModel):
         """Whether the prompt's metadata have what is required."""
         return not self.missing(prompt)
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse prompts that it does not apply to."""
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        """Return float64[B]; an error where one is no number names the prompt and the response."""
         for prompt in prompts:
             if missing := self.missing(prompt):
                 raise RewardError(
@@ -216,10 +217,6 @@ class AdaptedReward(RewardModel):
                     f"metadata{self.answer_keys}, got the keys {sorted(prompt.metadata)}. Add "
                     "them, or leave out the prompt."
                 )
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B]; an error where one is no number names the prompt and the response."""
-        self.check(prompts)
         rows = zip(self.values(prompts, responses), prompts, responses, strict=True)
         return np.array([number(v, self.name, p, r) for v, p, r in rows], dtype=np.float64)
 
@@ -237,25 +234,16 @@ class AdaptedReward(RewardModel):
             ) from error
 
 
-class FunctionAdapter(AdaptedReward):
-    """An adapter of one function, whose `__name__` is its name."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.name = callable_name(function)
-
-
 class RewardFunction:
     """A reward model, or whatever `as_reward_model` takes, as a function under its name."""
 
     def __init__(self, reward_model: RewardLike) -> None:
         # It imports what uses this.
-        from mbrl_text_env.rewards.adapters.convert import as_reward_model
+        from mbrl_text_env.rewards.adapters import as_reward_model
 
         self.reward_model = as_reward_model(reward_model)
         self.__name__ = self.reward_model.name
 
     def totals(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """The scores as plain numbers."""
-        scores = score_responses(self.reward_model, prompts, responses)
-        return [float(score) for score in scores.total]
+        return score_responses(self.reward_model, prompts, responses).total.tolist()

@@ -13,7 +13,7 @@ from typing import Any
 from mbrl_text_env.files import plain_values
 from mbrl_text_env.rewards.adapters.common import (
     REFERENCE_KEYS,
-    FunctionAdapter,
+    AdaptedReward,
     RewardFunction,
     accepted,
     as_prompt,
@@ -23,7 +23,6 @@ from mbrl_text_env.rewards.adapters.common import (
     reference_answer,
     required,
     said,
-    trl_completion,
     trl_prompt,
 )
 from mbrl_text_env.rewards.base import RewardError, RewardLike, score_responses
@@ -32,28 +31,24 @@ from mbrl_text_env.types import Prompt
 END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "</s>")
 """Stop tokens as text, which OpenRLHF leaves at the end of a query."""
 
-_TEXT_COLUMNS = ("prompts", "completions", "completion_ids")
 # What TRL's trainer adds to every call; not columns of the data.
-_TRAINER_KEYWORDS = ("trainer_state", "log_extra", "log_metric", "environments")
+_TRAINER_KEYWORDS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 _VERL_PROMPT_KEYS = ("prompt", "raw_prompt", "question", "problem")
 
 
-class TRLFunctionReward(FunctionAdapter):
+class TRLFunctionReward(AdaptedReward):
     """A reward function of TRL as a reward model, called once a batch with keywords only.
 
-    Passed are those of the following that the function names, or all if it takes `**kwargs`:
-
-    - `prompts` and `completions`: strings for prompts of plain text; for chats lists of messages. A
-      batch of both kinds makes two calls.
-    - `completion_ids`: only with `encode`; see `as_reward_model`.
-    - The prompts' metadata, each key a column, None where a prompt lacks it. The reward does not
-      apply to prompts without a column that the function requires.
-    - `trainer_state` as None, and `log_extra` and `log_metric`, which do nothing.
+    Passed is what the function names, or all if it takes `**kwargs`: `prompts` and `completions`,
+    strings for plain text and lists of messages for chats (a batch of both makes two calls); the
+    prompts' metadata, each key a column, None where a prompt lacks it (the reward does not apply to
+    prompts without a column that the function requires); `trainer_state` as None, and `log_extra`
+    and `log_metric`, which do nothing.
 
     Args:
         function: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`. None,
-            for a prompt that it does not apply to, is an error. May be async. Picklable if it is.
-        encode: Token ids of a response's text; needed if the function requires `completion_ids`.
+            for a prompt that it does not apply to, is an error. May be async.
+        encode: See `as_reward_model`; needed if the function requires `completion_ids`.
 
     Example:
         >>> def mentions(completions, answer, **kwargs):
@@ -77,7 +72,9 @@ class TRLFunctionReward(FunctionAdapter):
     def missing(self, prompt: Prompt) -> list[str]:
         """Columns that the function requires; one that is None is not there."""
         given = (key for key, value in prompt.metadata.items() if value is not None)
-        return sorted(required(self.function) - {*_TEXT_COLUMNS, *_TRAINER_KEYWORDS, *given})
+        return sorted(
+            required(self.function) - {"prompts", "completions", *_TRAINER_KEYWORDS, *given}
+        )
 
     def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
         """What the function returns for each completion."""
@@ -98,7 +95,10 @@ class TRLFunctionReward(FunctionAdapter):
             "log_extra": _ignore,
             "log_metric": _ignore,
             "prompts": [trl_prompt(prompt) for prompt in prompts],
-            "completions": [trl_completion(*row) for row in zip(prompts, responses, strict=True)],
+            "completions": [
+                r if isinstance(p.content, str) else [{"role": "assistant", "content": r}]
+                for p, r in zip(prompts, responses, strict=True)
+            ],
         }
         offered.pop("completion_ids", None)
         if self.encode is not None:
@@ -110,9 +110,8 @@ class TRLReward(RewardFunction):
     """A reward model as a reward function of TRL, also named `to_trl`.
 
     The columns of the data set become the prompts' metadata, and a column `id` their ids. A row
-    that the reward model does not apply to gives None, which TRL leaves out of its sum; a failure
-    raises. Of a completion of several messages, the assistant's are scored, joined by line breaks.
-    Picklable if the reward model is.
+    that the reward model does not apply to gives None, which TRL leaves out of its sum. Of a
+    completion of several messages, the assistant's are scored, joined by line breaks.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -126,21 +125,18 @@ class TRLReward(RewardFunction):
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | None]:
         """Score completions as `GRPOTrainer` asks for it."""
-        dropped = (*_TEXT_COLUMNS, *_TRAINER_KEYWORDS)
-        columns = {
+        known = {
             key: self._column(key, values, len(prompts))
-            for key, values in columns.items()
-            if key not in dropped and values is not None
+            for key, values in {"completions": completions, **columns}.items()
+            if key not in _TRAINER_KEYWORDS and values is not None
         }
-        completions = self._column("completions", completions, len(prompts))
-        converted = [
-            as_prompt(prompt, {key: values[i] for key, values in columns.items()})
-            for i, prompt in enumerate(prompts)
-        ]
-        rows = [i for i, prompt in enumerate(converted) if self.reward_model.applies_to(prompt)]
-        found = self.totals([converted[i] for i in rows], [said(completions[i]) for i in rows])
+        texts = list(map(said, known.pop("completions")))
+        metadata = [{key: known[key][i] for key in known} for i in range(len(prompts))]
+        asked = list(map(as_prompt, prompts, metadata))
+        rows = [i for i, prompt in enumerate(asked) if self.reward_model.applies_to(prompt)]
+        found = self.totals([asked[i] for i in rows], [texts[i] for i in rows])
         scores = dict(zip(rows, found, strict=True))
-        return [scores.get(i) for i in range(len(converted))]
+        return [scores.get(i) for i in range(len(asked))]
 
     def _column(self, key: str, values: Any, rows: int) -> list[Any]:
         is_list = hasattr(values, "__iter__") and not isinstance(values, str | bytes | Mapping)
@@ -153,18 +149,14 @@ class TRLReward(RewardFunction):
         return column
 
 
-class VerlFunctionReward(FunctionAdapter):
+class VerlFunctionReward(AdaptedReward):
     """A `compute_score` of verl as a reward model, called once a response or, in plurals, a batch.
 
-    It gets `data_source` from the prompt's metadata ("" where there is none), `ground_truth` from
-    metadata["reward_model"]["ground_truth"] as in verl's own data, else from `REFERENCE_KEYS`, and
-    as `extra_info` the metadata of that name, else all of them, with the prompt under "prompt" if
-    nothing else is there. Of a dict that is returned, "score" (in old versions "reward") counts. A
-    function whose parameter `ground_truth` has no default applies to prompts that have one.
-
-    Args:
-        function: `f(data_source, solution_str, ground_truth, extra_info=None) -> float | dict`, or
-            `f(data_sources, solution_strs, ground_truths, extra_infos) -> list`. May be async.
+    It gets `data_source` from the prompt's metadata, `ground_truth` from metadata["reward_model"]
+    ["ground_truth"] or `REFERENCE_KEYS`, and as `extra_info` the metadata of that name, else all of
+    them, with the prompt under "prompt". Of a dict that is returned, "score" counts (in old
+    versions "reward"). It is `f(data_source, solution_str, ground_truth, extra_info=None)`, or all
+    in plural; may be async. If its `ground_truth` has no default, it applies to prompts with one.
 
     Example:
         >>> def compute_score(data_source, solution_str, ground_truth, extra_info=None):
@@ -218,11 +210,8 @@ class VerlReward(RewardFunction):
     content can be `compute_score = to_verl(make("relevance"))`.
 
     verl does not pass the prompt: it is read from `extra_info`, under "prompt", "raw_prompt",
-    "question" or "problem", a text or a list of messages. The ground truth becomes the metadata
-    "ground_truth" and "reference_answer"; `data_source` and the rest of `extra_info` stand beside.
-
-    A missing prompt is an error, but for a reward that looks at the response alone, which is given
-    with `needs_prompt=False`.
+    "question" or "problem"; without one there is an error, unless `needs_prompt=False`. The ground
+    truth becomes the metadata "ground_truth" and "reference_answer"; the rest stands beside.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -241,24 +230,20 @@ class VerlReward(RewardFunction):
         solution_str: str | None = None,
         ground_truth: Any = None,
         extra_info: Mapping[str, Any] | None = None,
-        *,
-        data_sources: Sequence[Any] | None = None,
-        solution_strs: Sequence[str] | None = None,
-        ground_truths: Sequence[Any] | None = None,
-        extra_infos: Sequence[Mapping[str, Any] | None] | None = None,
-        **ignored: Any,
+        **columns: Any,
     ) -> float | list[float]:
-        """Score one response, or the responses in `solution_strs`."""
-        if solution_strs is None:
+        """Score one response, or those in `solution_strs`, with the other names in plural too."""
+        texts = columns.get("solution_strs")
+        if texts is None:
             if solution_str is None:
                 raise TypeError("Expected solution_str or solution_strs, got neither.")
             prompt = self._prompt(data_source, ground_truth, extra_info)
             return self.totals([prompt], [str(solution_str)])[0]
-        none = [None] * len(solution_strs)
+        given = [columns.get(name) for name in ("data_sources", "ground_truths", "extra_infos")]
         # verl passes arrays, which are neither true nor false.
-        columns = [none if c is None else c for c in (data_sources, ground_truths, extra_infos)]
-        prompts = [self._prompt(*row) for row in zip(*columns, strict=True)]
-        return self.totals(prompts, [str(text) for text in solution_strs])
+        filled = [[None] * len(texts) if column is None else column for column in given]
+        prompts = [self._prompt(*row) for row in zip(*filled, strict=True)]
+        return self.totals(prompts, list(map(str, texts)))
 
     def _prompt(self, source: Any, truth: Any, info: Mapping[str, Any] | None) -> Prompt:
         rest = plain_values({} if info is None else info)
@@ -273,7 +258,7 @@ class VerlReward(RewardFunction):
         return as_prompt(content, {**rest, "data_source": source, **_truths(truth)})
 
 
-class OpenRLHFFunctionReward(FunctionAdapter):
+class OpenRLHFFunctionReward(AdaptedReward):
     """A reward function of OpenRLHF as a reward model, called once a batch.
 
     A query is the prompt's text with the response right behind it (OpenRLHF has applied the chat
@@ -309,11 +294,9 @@ class OpenRLHFReward(RewardFunction):
     It is named by a file, `--remote_rm_url my_reward.py`, whose content can be
     `reward_func = to_openrlhf(make("sentiment"))`.
 
-    The response is what follows the prompt in a query. A label becomes the metadata
-    "reference_answer" and "ground_truth"; "" and None are none. Returned are float32 tensors:
-    "rewards" and "scores", both the total, and in "extra_logs" the parts.
-
-    `end_texts`, stop tokens as text, are taken off a response's end.
+    The response is what follows the prompt in a query, without `end_texts`, stop tokens as text. A
+    label becomes the metadata "reference_answer" and "ground_truth"; "" and None are none. Returned
+    are float32 tensors: "rewards" and "scores", both the total, and in "extra_logs" the parts.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward

@@ -9,22 +9,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from mbrl_text_env.rewards.adapters.convert import as_reward_model
+from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import (
     ProcessRewardModel,
     RewardError,
     RewardLike,
+    RewardModel,
     Scores,
+    check_finite,
     reward_bounds,
     score_features,
     score_responses,
     score_steps,
 )
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray, Prompt, one_of
 
 EnsembleRule = Literal["mean", "min", "mean-std"]
 Totals: TypeAlias = Sequence[FloatArray]
@@ -59,20 +62,21 @@ class Combinator(ProcessRewardModel):
     all of its rewards score steps, so does it, by combining the scores of each step.
 
     The rewards, at least one, have names of their own, otherwise there is a `ValueError`. Without a
-    name, it is called `default`, where `{}` is the names of the rewards.
+    name of its own it is called `default_name`, filled in with `names` and the attributes.
     """
 
+    name = ""
+    default_name: ClassVar[str] = "{names}"
     combines_steps: ClassVar[bool] = True
     """Whether `combine` means the same for the steps of a response."""
     extra_parts: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that `combine` adds."""
+    rewards: Sequence[Any]
 
-    def __init__(
-        self, rewards: Sequence[RewardLike], name: str | None, default: str = "{}"
-    ) -> None:
-        self.rewards = tuple(as_reward_model(reward) for reward in rewards)
+    def _hold(self, rewards: Sequence[RewardLike]) -> None:
+        self.rewards = tuple(map(as_reward_model, rewards))
         names = [reward.name for reward in self.rewards]
-        self.name = default.replace("{}", ",".join(names)) if name is None else name
+        self.name = self.name or self.default_name.format(names=",".join(names), **vars(self))
         if not names:
             raise ValueError(f"{type(self).__name__}: expected at least one reward, got none.")
         repeated = sorted(name for name, count in Counter(names).items() if count > 1)
@@ -85,6 +89,10 @@ class Combinator(ProcessRewardModel):
     @abstractmethod
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """Make one score of the totals of each reward."""
+
+    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
+        """The most that `combine` can make of scores up to `bounds`; by default not known."""
+        return np.full(len(prefixes), np.inf)
 
     def score(self, prompts: Prompts, responses: Texts) -> FloatArray:
         """Return float64[B]."""
@@ -103,8 +111,10 @@ class Combinator(ProcessRewardModel):
         if None in named:
             return None
         none = np.zeros(0)
-        parts = self._flat_parts([dict.fromkeys(names or (), none) for names in named])
-        return (*parts, *self.extra_parts)
+        return (
+            *self._flat_parts([dict.fromkeys(names, none) for names in named]),
+            *self.extra_parts,
+        )
 
     def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
         """The counts that the rewards need."""
@@ -132,10 +142,6 @@ class Combinator(ProcessRewardModel):
     def suggest(self, prompt: Prompt, prefix: str) -> tuple[str, ...]:
         """What any of the rewards suggests."""
         return tuple(text for reward in self.rewards for text in reward.suggest(prompt, prefix))
-
-    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
-        """The most that `combine` can make of scores up to `bounds`; by default not known."""
-        return np.full(len(prefixes), np.inf)
 
     def flops(self, prompts: Prompts, responses: Texts) -> FloatArray:
         """Return float64[B], the floating-point operations of the rewards together."""
@@ -166,26 +172,30 @@ class Combinator(ProcessRewardModel):
         return flat
 
 
+@dataclass(eq=False, repr=False)
 class Wrapper(Combinator):
     """One reward, as it is or changed; see `Combinator`."""
 
-    def __init__(self, reward: RewardLike, name: str | None = None, default: str = "{}") -> None:
-        super().__init__([reward], name, default)
-        (self.reward,) = self.rewards
+    reward: Any
 
-    def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
-        """The scores, changed by `change`."""
-        return self.change(totals[0]), {}
+    def __post_init__(self) -> None:
+        self.reward = as_reward_model(self.reward)
+        self._hold([self.reward])
 
     def change(self, scores: FloatArray) -> FloatArray:
         """The changed scores, float64[B]: never less for a higher one. By default as they are."""
         return scores
+
+    def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
+        """The scores, changed by `change`."""
+        return self.change(totals[0]), {}
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
         """The bound, changed as scores are."""
         return self.change(bounds[0])
 
 
+@dataclass(eq=False, repr=False)
 class WeightedSum(Combinator):
     """The weighted sum of several rewards.
 
@@ -200,22 +210,25 @@ class WeightedSum(Combinator):
         ('2*sentiment', [0.8808], {'sentiment': 0.4404})
     """
 
-    def __init__(
-        self, rewards: Sequence[RewardLike], weights: Sequence[float], name: str | None = None
-    ) -> None:
-        self.weights = tuple(float(weight) for weight in weights)
-        if not rewards or len(rewards) != len(self.weights):
+    rewards: Sequence[Any]
+    weights: Sequence[float]
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.weights = tuple(float(weight) for weight in self.weights)
+        if not self.rewards or len(self.rewards) != len(self.weights):
             raise ValueError(
-                f"Expected at least one reward and one weight for each, got {len(rewards)} rewards "
-                f"and {len(self.weights)} weights."
+                f"Expected at least one reward and one weight for each, got {len(self.rewards)} "
+                f"rewards and {len(self.weights)} weights."
             )
-        models = [as_reward_model(reward) for reward in rewards]
+        models = [as_reward_model(reward) for reward in self.rewards]
         names = [model.name for model in models]
         if not np.isfinite(self.weights).all():
             raise ValueError(f"Expected finite weights, got {list(self.weights)} for {names}.")
         terms = zip(self.weights, names, strict=True)
         formula = "+".join(own if weight == 1 else f"{weight:g}*{own}" for weight, own in terms)
-        super().__init__(models, name, formula)
+        self.name = self.name or formula
+        self._hold(models)
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """The weighted sum."""
@@ -227,15 +240,15 @@ class WeightedSum(Combinator):
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
         """The weighted sum; not known where a weight is negative, for nothing bounds from below."""
         terms = [w * b for w, b in zip(self.weights, bounds, strict=True) if w > 0]
-        known = min(self.weights) >= 0
-        return np.sum(terms, axis=0) if terms and known else np.full(len(prefixes), np.inf)
+        known = terms and min(self.weights) >= 0
+        return np.sum(terms, axis=0) if known else super().most(bounds, prefixes)
 
-    def reduced(self, dtype: str) -> WeightedSum:
+    def reduced(self, dtype: str) -> RewardModel:
         """The sum of the rewards in another format."""
-        rewards = [reward.reduced(dtype) for reward in self.rewards]
-        return WeightedSum(rewards, self.weights, self.name)
+        return replace(self, rewards=[reward.reduced(dtype) for reward in self.rewards])
 
 
+@dataclass(eq=False, repr=False)
 class Product(Combinator):
     """The product of several rewards, none of which may be negative.
 
@@ -250,8 +263,12 @@ class Product(Combinator):
         array([0.4404, 0.    ])
     """
 
-    def __init__(self, rewards: Sequence[RewardLike], name: str | None = None) -> None:
-        super().__init__(rewards, name, "product({})")
+    rewards: Sequence[Any]
+    name: str = ""
+    default_name = "product({names})"
+
+    def __post_init__(self) -> None:
+        self._hold(self.rewards)
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """The product."""
@@ -261,8 +278,7 @@ class Product(Combinator):
                 raise RewardError(
                     f"Reward model {self.name!r}: expected factors from 0 up, got {total[row]:g} "
                     f"from {reward.name!r} for prompt {prompts[row].id!r}, response "
-                    f"{responses[row][:80]!r}. Clip or normalise that reward, or add rewards "
-                    "instead."
+                    f"{responses[row][:80]!r}. Clip or normalise that reward, or add instead."
                 )
         return np.prod(np.stack(totals), axis=0), {}
 
@@ -273,6 +289,7 @@ class Product(Combinator):
             return np.where((stacked == 0).any(axis=0), 0.0, stacked.prod(axis=0))
 
 
+@dataclass(eq=False, repr=False)
 class Gate(Combinator):
     """A reward that counts only where another one holds.
 
@@ -291,35 +308,33 @@ class Gate(Combinator):
         array([ 0.4404, -1.    ])
     """
 
-    def __init__(
-        self,
-        reward: RewardLike,
-        condition: RewardLike,
-        *,
-        threshold: float = 1.0,
-        closed: float = 0.0,
-        name: str | None = None,
-    ) -> None:
-        check_finite("Gate", threshold=threshold, closed=closed)
-        self.reward, self.condition = as_reward_model(reward), as_reward_model(condition)
-        self.threshold, self.closed = threshold, closed
-        super().__init__(
-            [self.reward, self.condition], name, f"{self.reward.name} if {self.condition.name}"
-        )
+    reward: Any
+    condition: Any
+    _: KW_ONLY
+    threshold: float = 1.0
+    closed: float = 0.0
+    name: str = ""
+    default_name = "{reward.name} if {condition.name}"
+
+    def __post_init__(self) -> None:
+        check_finite(self, "threshold", "closed")
+        self.reward, self.condition = as_reward_model(self.reward), as_reward_model(self.condition)
+        self._hold([self.reward, self.condition])
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """The reward where the condition holds, `closed` elsewhere."""
-        reward, condition = totals
-        # A fraction such as 3 of 3 constraints may miss 1 by its rounding.
-        return np.where(condition >= self.threshold - 1e-9, reward, self.closed), {}
+        return np.where(self._opens(totals[1]), totals[0], self.closed), {}
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
         """What the closed gate gives, or the reward can, where the condition can still hold."""
-        reward, condition = bounds
-        can_open = condition >= self.threshold - 1e-9
-        return np.where(can_open, np.maximum(reward, self.closed), self.closed)
+        return np.where(self._opens(bounds[1]), np.maximum(bounds[0], self.closed), self.closed)
+
+    def _opens(self, condition: FloatArray) -> Any:
+        # A fraction such as 3 of 3 constraints may miss 1 by its rounding.
+        return condition >= self.threshold - 1e-9
 
 
+@dataclass(eq=False, repr=False)
 class Ensemble(Combinator):
     """Several judges of the same thing, whose disagreement counts against a response.
 
@@ -345,27 +360,23 @@ class Ensemble(Combinator):
         array([3.])
     """
 
+    rewards: Sequence[Any]
+    rule: EnsembleRule = "mean"
+    _: KW_ONLY
+    k: float = 1.0
+    name: str = ""
+    default_name = "{rule}({names})"
     extra_parts = ("disagreement",)
 
-    def __init__(
-        self,
-        rewards: Sequence[RewardLike],
-        rule: EnsembleRule = "mean",
-        *,
-        k: float = 1.0,
-        name: str | None = None,
-    ) -> None:
-        if rule not in get_args(EnsembleRule):
-            raise ValueError(f"rule: expected one of {list(get_args(EnsembleRule))}, got {rule!r}.")
-        check_finite("Ensemble", k=k)
-        if k < 0 or len(rewards) < 2:
+    def __post_init__(self) -> None:
+        one_of("rule", self.rule, EnsembleRule)
+        check_finite(self, "k")
+        if self.k < 0 or len(self.rewards) < 2:
             raise ValueError(
-                f"Ensemble: expected at least two rewards and k from 0 up, got {len(rewards)} "
-                f"rewards and k={k}."
+                "Ensemble: expected at least two rewards and k from 0 up, got "
+                f"{len(self.rewards)} rewards and k={self.k}."
             )
-        super().__init__(rewards, name, f"{rule}({{}})")
-        self.rule: EnsembleRule = rule
-        self.k = k
+        self._hold(self.rewards)
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
         """The mean, the minimum, or the mean minus k standard deviations."""
@@ -380,12 +391,3 @@ class Ensemble(Combinator):
         """The mean or the minimum; a standard deviation is at least 0."""
         stacked = np.stack(bounds)
         return stacked.min(axis=0) if self.rule == "min" else stacked.mean(axis=0)
-
-
-def check_finite(owner: str, above: float = -np.inf, **numbers: float) -> None:
-    """Refuse arguments that are not finite, or not above a bound."""
-    bound = f" above {above}" if np.isfinite(above) else ""
-    for name, number in numbers.items():
-        if not above < number < np.inf:
-            got = f"got {number!r}"
-            raise ValueError(f"{owner}: expected {name} to be a finite number{bound}, {got}.")

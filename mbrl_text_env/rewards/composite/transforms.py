@@ -5,22 +5,20 @@ Each keeps the scores of the reward inside it as parts for the report, and penal
 
 from __future__ import annotations
 
-import json
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from mbrl_text_env.files import write_text
-from mbrl_text_env.rewards.adapters.convert import as_reward_model
 from mbrl_text_env.rewards.base import (
     RewardError,
-    RewardLike,
+    RewardModel,
     Scores,
+    check_finite,
     reward_bounds,
     score_features,
     score_responses,
@@ -32,16 +30,14 @@ from mbrl_text_env.rewards.composite.combinators import (
     Texts,
     Totals,
     Wrapper,
-    check_finite,
 )
 from mbrl_text_env.runs import identity
 from mbrl_text_env.types import FloatArray, Prompt
 
 T = TypeVar("T")
 
-_FORMAT = 1
 
-
+@dataclass(eq=False, repr=False)
 class Clip(Wrapper):
     """A reward kept from `low` to `high`, of which one may be None.
 
@@ -51,25 +47,25 @@ class Clip(Wrapper):
         array([0.])
     """
 
-    def __init__(
-        self,
-        reward: RewardLike,
-        low: float | None = None,
-        high: float | None = None,
-        name: str | None = None,
-    ) -> None:
+    low: float | None = None
+    high: float | None = None
+    name: str = ""
+    default_name = "clip({reward.name})"
+
+    def __post_init__(self) -> None:
+        low, high = self.low, self.high
         if low is None and high is None:
             raise ValueError("Clip: expected at least one of low and high, got neither.")
         if not (-np.inf if low is None else low) <= (np.inf if high is None else high):
             raise ValueError(f"Clip: expected low to be at most high, got {low} and {high}.")
-        super().__init__(reward, name, "clip({})")
-        self.low, self.high = low, high
+        super().__post_init__()
 
     def change(self, scores: FloatArray) -> FloatArray:
         """The scores within the bounds."""
         return np.clip(scores, self.low, self.high)
 
 
+@dataclass(eq=False, repr=False)
 class Threshold(Wrapper):
     """1 where a reward is at least `threshold`, a finite number; 0 elsewhere.
 
@@ -80,16 +76,20 @@ class Threshold(Wrapper):
         array([1., 0.])
     """
 
-    def __init__(self, reward: RewardLike, threshold: float, name: str | None = None) -> None:
-        check_finite("Threshold", threshold=threshold)
-        super().__init__(reward, name, f"{{}}>={threshold:g}")
-        self.threshold = threshold
+    threshold: float
+    name: str = ""
+    default_name = "{reward.name}>={threshold:g}"
+
+    def __post_init__(self) -> None:
+        check_finite(self, "threshold")
+        super().__post_init__()
 
     def change(self, scores: FloatArray) -> FloatArray:
         """1 or 0."""
         return (scores >= self.threshold).astype(np.float64)
 
 
+@dataclass(eq=False, repr=False)
 class Normalise(Wrapper):
     """A reward minus `mean`, in units of `std`; both are fixed, finite, and `std` is above 0.
 
@@ -100,116 +100,19 @@ class Normalise(Wrapper):
         array([-0.5])
     """
 
-    def __init__(
-        self, reward: RewardLike, mean: float = 0.0, std: float = 1.0, name: str | None = None
-    ) -> None:
-        check_finite("Normalise", mean=mean)
-        check_finite("Normalise", above=0, std=std)
-        super().__init__(reward, name, "normalised({})")
-        self.mean, self.std = float(mean), float(std)
+    mean: float = 0.0
+    std: float = 1.0
+    name: str = ""
+    default_name = "normalised({reward.name})"
 
-    @classmethod
-    def fitted(
-        cls, reward: RewardLike, prompts: Prompts, responses: Texts, name: str | None = None
-    ) -> Normalise:
-        """Take mean and standard deviation from the scores of some responses, not all alike."""
-        reward = as_reward_model(reward)
-        scores = score_responses(reward, prompts, responses).total
-        if len(scores) < 2 or not scores.std() > 0:
-            raise RewardError(
-                f"Reward model {reward.name!r}: expected responses with different scores to "
-                f"normalise by, got {len(scores)} with {len(set(scores))} different ones. Pass "
-                "more responses, or mean and std."
-            )
-        return cls(reward, float(scores.mean()), float(scores.std()), name)
+    def __post_init__(self) -> None:
+        check_finite(self, "mean")
+        check_finite(self, "std", above=0)
+        super().__post_init__()
 
     def change(self, scores: FloatArray) -> FloatArray:
         """(score - mean) / std."""
         return (scores - self.mean) / self.std
-
-
-class RunningNormalise(Wrapper):
-    """A reward normalised by the mean and standard deviation of what it has scored so far.
-
-    Each call first takes its scores into account, then normalises them, as the reward wrappers of
-    Gymnasium and stable-baselines3 do. So a score depends on what came before: it is for training,
-    and a comparison wants `frozen()`. Before two different scores were seen, the standard deviation
-    counts as 1. The statistics are pickled with it, and `save` and `load` keep them with a run.
-
-    Source: Welford's method for batches (Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
-    Algorithm for Computing Sample Variances", 1979).
-
-    Example:
-        >>> from mbrl_text_env.rewards import SentimentReward
-        >>> reward = RunningNormalise(SentimentReward())
-        >>> reward.score([Prompt.from_text("Hi")] * 2, ["It was good.", "It was."])
-        array([ 1., -1.])
-        >>> reward.count, reward.frozen().mean
-        (2, 0.2202)
-    """
-
-    def __init__(self, reward: RewardLike, name: str | None = None) -> None:
-        super().__init__(reward, name, "normalised({})")
-        self.count = 0
-        self.mean = 0.0
-        self._squares = 0.0
-
-    @property
-    def std(self) -> float:
-        """Standard deviation of the scores so far."""
-        return float(np.sqrt(self._squares / self.count)) if self._squares > 0 else 1.0
-
-    def change(self, scores: FloatArray) -> FloatArray:
-        """Count the scores and normalise them."""
-        if len(scores):
-            total = self.count + len(scores)
-            delta = float(scores.mean()) - self.mean
-            self._squares += float(((scores - scores.mean()) ** 2).sum())
-            self._squares += delta**2 * self.count * len(scores) / total
-            self.mean += delta * len(scores) / total
-            self.count = total
-        return (scores - self.mean) / self.std
-
-    def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
-        """None: what is imagined must not change the scale."""
-        raise RewardError(
-            f"Reward model {self.name!r}: expected a fixed scale for imagined responses, got one "
-            "that goes on changing. Use `frozen()`."
-        )
-
-    def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
-        """Not known: the scale goes on changing."""
-        return np.full(len(prefixes), np.inf)
-
-    def frozen(self) -> Normalise:
-        """A reward that normalises by the present statistics and goes on doing so."""
-        return Normalise(self.reward, self.mean, self.std, self.name)
-
-    def save(self, path: str | Path) -> None:
-        """Write the statistics as JSON."""
-        statistics = {"count": self.count, "mean": self.mean, "squares": self._squares}
-        head = {"format": _FORMAT, "reward": self.reward.name}
-        write_text(path, json.dumps({**head, **statistics}, indent=2))
-
-    def load(self, path: str | Path) -> RunningNormalise:
-        """Go on from statistics that `save` wrote for the same reward; returns itself."""
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            head = found["format"], found["reward"]
-            if head != (_FORMAT, self.reward.name):
-                raise ValueError(f"format and reward are {head}, not {_FORMAT, self.reward.name}")
-            count, mean = int(found["count"]), float(found["mean"])
-            squares = float(found["squares"])
-            if count < 0 or not np.isfinite([mean, squares]).all() or squares < 0:
-                raise ValueError(f"these are no statistics: {found}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RewardError(
-                f"Reward model {self.name!r}: expected statistics that `RunningNormalise.save` "
-                f"wrote, got {str(path)!r} ({type(error).__name__}: {error}). Give that file, or "
-                "start without."
-            ) from error
-        self.count, self.mean, self._squares = count, mean, squares
-        return self
 
 
 class Penalty(Wrapper):
@@ -232,6 +135,7 @@ class Penalty(Wrapper):
         return bounds[0]
 
 
+@dataclass(eq=False, repr=False)
 class LengthPenalty(Penalty):
     """A reward minus a penalty for each word beyond a limit.
 
@@ -250,13 +154,15 @@ class LengthPenalty(Penalty):
 
     extra_parts = ("length_penalty",)
 
-    def __init__(
-        self, reward: RewardLike, max_words: int, weight: float = 0.01, name: str | None = None
-    ) -> None:
-        check_finite("LengthPenalty", above=-1, max_words=max_words)
-        check_finite("LengthPenalty", above=0, weight=weight)
-        super().__init__(reward, name, "{}-length")
-        self.max_words, self.weight = max_words, weight
+    max_words: int
+    weight: float = 0.01
+    name: str = ""
+    default_name = "{reward.name}-length"
+
+    def __post_init__(self) -> None:
+        check_finite(self, "max_words", least=0)
+        check_finite(self, "weight", above=0)
+        super().__post_init__()
 
     def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
         """Those of the reward, and its runs without white space."""
@@ -276,6 +182,7 @@ class LengthPenalty(Penalty):
         return bounds[0] - self.weight * np.array([self.penalty(p) for p in prefixes])
 
 
+@dataclass(eq=False, repr=False)
 class RepetitionPenalty(Penalty):
     """A reward minus `weight` (above 0) times the share of n-grams of words that occurred before.
 
@@ -293,12 +200,14 @@ class RepetitionPenalty(Penalty):
 
     extra_parts = ("repetition_penalty",)
 
-    def __init__(
-        self, reward: RewardLike, weight: float = 1.0, n: int = 3, name: str | None = None
-    ) -> None:
-        check_finite("RepetitionPenalty", above=0, weight=weight, n=n)
-        super().__init__(reward, name, "{}-repetition")
-        self.weight, self.n = weight, n
+    weight: float = 1.0
+    n: int = 3
+    name: str = ""
+    default_name = "{reward.name}-repetition"
+
+    def __post_init__(self) -> None:
+        check_finite(self, "weight", "n", above=0)
+        super().__post_init__()
 
     def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
         """Those of the reward, and its words, with n = 1; else a `RewardError`."""
@@ -327,12 +236,12 @@ def repeated_share(text: str, n: int) -> float:
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
+@dataclass(eq=False, repr=False)
 class Priced(Wrapper):
     """A reward each call of which is charged `price` FLOPs, from 0 up, in place of its own.
 
     It is for a reward whose cost is known and not counted, such as that of a server, and for asking
-    what a search would be worth if the reward were expensive: ledgers, budgets and comparisons
-    take the price for the reward's FLOPs. Scores, bounds and parts are the reward's.
+    what a search would be worth if the reward were expensive. Scores and parts are the reward's.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -341,16 +250,16 @@ class Priced(Wrapper):
         200000000000.0
     """
 
-    def __init__(self, reward: RewardLike, price: float) -> None:
-        check_finite("Priced", price=price)
-        if price < 0:
-            raise ValueError(f"Priced: expected a price of 0 FLOPs or more, got {price}.")
-        super().__init__(reward)
-        self.price = float(price)
+    price: float
 
-    def reduced(self, dtype: str) -> Priced:
+    def __post_init__(self) -> None:
+        check_finite(self, "price", least=0)
+        super().__post_init__()
+        self.price = float(self.price)
+
+    def reduced(self, dtype: str) -> RewardModel:
         """The reward in another format, at the same price."""
-        return Priced(self.reward.reduced(dtype), self.price)
+        return replace(self, reward=self.reward.reduced(dtype))
 
     def flops(self, prompts: Prompts, responses: Texts) -> FloatArray:
         """Return float64[B], the price of each."""
@@ -361,13 +270,12 @@ class Priced(Wrapper):
         return self.price
 
 
+@dataclass(eq=False, repr=False)
 class TimeLimit(Wrapper):
     """A reward that is given up on when a call takes longer than `seconds`, above 0 and finite.
 
     The call, whatever the size of its batch, runs in a thread; then there is a `RewardError`, and
-    the thread is left behind, since nothing can end it from outside. The reward must not rely on
-    running in the main thread (`signal.alarm` does). Programs that are to be stopped for certain
-    belong in a process: see `UnitTestReward`.
+    the thread is left behind, since nothing can end it from outside.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -376,18 +284,19 @@ class TimeLimit(Wrapper):
         array([0.4404])
     """
 
-    def __init__(self, reward: RewardLike, seconds: float) -> None:
-        check_finite("TimeLimit", above=0, seconds=seconds)
-        super().__init__(reward)
-        self.seconds = seconds
+    seconds: float
+
+    def __post_init__(self) -> None:
+        check_finite(self, "seconds", above=0)
+        super().__post_init__()
 
     def identity(self) -> Any:
         """That of the reward: the limit does not change its scores."""
         return identity(self.reward)
 
-    def reduced(self, dtype: str) -> TimeLimit:
+    def reduced(self, dtype: str) -> RewardModel:
         """The reward in another format, within the same time."""
-        return TimeLimit(self.reward.reduced(dtype), self.seconds)
+        return replace(self, reward=self.reward.reduced(dtype))
 
     def score_parts(self, prompts: Prompts, responses: Texts) -> Scores:
         """Return the reward's scores and parts, each float64[B]."""

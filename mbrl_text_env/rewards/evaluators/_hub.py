@@ -23,9 +23,6 @@ from mbrl_text_env.types import FloatArray, Message, Prompt, check_positive
 if TYPE_CHECKING:
     import torch
 
-# A text that every tokenizer has tokens for.
-_ANCHOR = "a"
-
 
 class Evaluator(RewardModel):
     """What rewards that read texts with a network share: it is loaded when it is first used."""
@@ -43,8 +40,7 @@ class Evaluator(RewardModel):
         return {**self.__dict__, "_loaded": None}
 
     @abstractmethod
-    def _load(self) -> Any:
-        """The model and what is to be known of it; arguments are checked here."""
+    def _load(self) -> Any: ...
 
     def _model(self) -> Any:
         if self._loaded is None:
@@ -96,6 +92,7 @@ class HubReward(Evaluator):
     counts = ("batch_size", "batch_tokens", "max_length")
 
     def __post_init__(self) -> None:
+        self.model = str(self.model)
         self.name = self.name or Path(self.model).name
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
@@ -225,8 +222,7 @@ def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int
             yield part
             part = []
         part.append(i)
-    if part:
-        yield part
+    yield part
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any, Any]:
@@ -240,10 +236,9 @@ def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any,
 
 
 def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
-    """Floating-point operations of reading texts of `tokens` tokens: float64[B].
+    """Operations of reading texts of `tokens` tokens, float64[B]; padding is not counted.
 
-    2 x parameters (without embedding tables, which are looked up) x tokens + 4 x layers x width x
-    tokens^2 for the attention; padding is not counted.
+    2 x parameters (without embedding tables) x tokens + 4 x layers x width x tokens^2.
     """
     import torch
 
@@ -260,12 +255,6 @@ def chat_messages(prompt: Prompt, is_special: Callable[[str], bool]) -> list[dic
     content = prompt.content
     messages = (Message("user", content),) if isinstance(content, str) else content
     return [{"role": m.role, "content": plain_text(m.content, is_special)} for m in messages]
-
-
-def opening_tokens(language_model: LanguageModel) -> tuple[int, ...]:
-    """The special tokens that a language model's tokenizer puts before every text."""
-    ids = language_model.encode_prompt(Prompt.from_text(_ANCHOR, chat=False))
-    return ids[: len(ids) - len(language_model.encode_text(_ANCHOR))]
 
 
 def language_model_of(source: LanguageModel | str | Path | None, name: str) -> LanguageModel:

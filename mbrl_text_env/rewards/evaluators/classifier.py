@@ -30,13 +30,10 @@ Output = Literal["logit", "sigmoid", "softmax"]
 class ClassifierReward(HubReward):
     """The score that a sequence-classification model gives to a prompt and its response.
 
-    Most reward models on the Hub have one logit; a model with several classes needs `label`. Code
-    that comes with a model is never run. In float32 the batch changes a score by at most 1e-5. The
-    first text that is cut gives a warning. Special tokens written out in a prompt or response get a
-    zero-width space and are read as ordinary text: a response cannot end its own message.
-
-    The article's reward is `text_format="article"` with `output="sigmoid"`; the sigmoid keeps the
-    order of the logits, but flattens at both ends.
+    A model with several classes needs `label`. Code that comes with a model is never run. In
+    float32 the batch changes a score by at most 1e-5. The first text that is cut gives a warning.
+    Special tokens written out in a text get a zero-width space: none can end its own message.
+    The article's reward is `text_format="article"` with `output="sigmoid"`.
 
     Source: Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from mbrl_text_env.language_models.base import LanguageModel, PromptTooLongError
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.rewards.evaluators._hub import Evaluator, language_model_of, opening_tokens
+from mbrl_text_env.rewards.evaluators._hub import Evaluator, language_model_of
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import Chunk, FloatArray, Prompt, TextState
 
@@ -45,7 +45,7 @@ YES_NO: Mapping[str, float] = MappingProxyType({"Yes": 1.0, "No": 0.0})
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A language model, the most tokens that it reads, and those of a judge's answers."""
+    # The most tokens that are read, and those of a judge's answers.
 
     language_model: LanguageModel
     limit: int
@@ -126,26 +126,22 @@ class _LanguageModelReward(Evaluator):
 class FluencyReward(_LanguageModelReward):
     """Mean log-probability (nats a token) of a response under a language model, at most 0.
 
-    It is minus the logarithm of the response's perplexity. The text is encoded anew, so its tokens
-    may differ from the sampled ones; special tokens written out in it are read as ordinary text. A
-    response without tokens scores the log-probability that the model ends right there (all its stop
-    tokens together); the end of other responses does not count. The first response that is cut, to
-    `max_length` or what the context has room for, gives a warning.
+    The text is encoded anew, so its tokens may differ from the sampled ones; special tokens written
+    out in it are read as ordinary text. A response without tokens scores the log-probability that
+    the model ends right there; the end of other responses does not count. The first response that
+    is cut, to `max_length` or what the context has room for, gives a warning.
 
-    A text that repeats itself is probable, so a search for this reward alone ends in repetition:
-    combine it with `RepetitionPenalty` or another reward.
+    A text that repeats itself is probable: combine it with `RepetitionPenalty` or another reward.
 
     Args:
         language_model: One with `logprobs` and `encode_text` (`TransformersLM`, `ServerLM`), its
             name on the Hub or folder; None for the embedded SmolLM2.
-        conditional: Whether the response is judged as an answer to its prompt; otherwise as a text
-            of its own, after the tokenizer's opening token or, where it has none, a stop token.
         max_length: Most tokens of a response that count.
-        name: By default "fluency", or "fluency-unconditional".
+        name: What reports call it.
 
     Raises:
         RewardError: The language model cannot be loaded, has no stop tokens, or a prompt leaves no
-            room in its context. `score_responses` refuses minus infinity.
+            room in its context.
 
     Example:
         >>> prompt = Prompt.from_text("Why is the sky blue?")
@@ -154,14 +150,10 @@ class FluencyReward(_LanguageModelReward):
     """
 
     _: KW_ONLY
-    conditional: bool = True
     max_length: int = 2048
-    name: str = ""
+    name: str = "fluency"
 
     cut = "response(s) to {} tokens or what the context has room for; the rest does not count"
-
-    def __post_init__(self) -> None:
-        self.name = self.name or ("fluency" if self.conditional else "fluency-unconditional")
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the mean log-probability (nats) of each response's tokens."""
@@ -187,9 +179,6 @@ class FluencyReward(_LanguageModelReward):
 
     def _prefix(self, prompt: Prompt) -> tuple[int, ...]:
         loaded: _Loaded = self._model()
-        if not self.conditional:
-            model = loaded.language_model
-            return opening_tokens(model) or (min(model.stop_token_ids),)
         try:
             return loaded.language_model.encode_prompt(prompt)
         except ValueError as error:
@@ -212,12 +201,10 @@ class JudgeReward(_LanguageModelReward):
     """The verdict that a language model is expected to give on a response, by a rubric.
 
     Nothing is sampled or parsed: the score is the mean of the answers' values, weighted by the
-    probabilities (`logprobs`) that each comes next after the template's question.
-
-    Special tokens written out in prompt, response, rubric or template are read as ordinary text; a
-    response may still ask in plain words for a good mark. There is a warning of the first response
-    that is cut at its end, and of the first question whose answers together are less probable than
-    `least_mass` (template or judge do not suit).
+    probabilities that each comes next after the template's question. Special tokens written out in
+    its texts are read as ordinary text; a response may still ask in plain words for a good mark.
+    There is a warning of the first response that is cut at its end, and of the first question whose
+    answers together are less probable than `least_mass` (template or judge do not suit).
 
     Source: Liu et al., "G-Eval: NLG Evaluation using GPT-4 with Better Human Alignment", EMNLP
     2023. Deviations: exact probabilities rather than frequencies of 20 samples, divided by their
@@ -227,17 +214,15 @@ class JudgeReward(_LanguageModelReward):
         language_model: See `FluencyReward`; the embedded SmolLM2 is too small to judge well.
         rubric: What deserves which answer. A string under `"rubric"` in a prompt's metadata takes
             its place for that prompt.
-        template: The question, with the fields `{rubric}`, `{prompt}` and `{response}`
-            (`str.format`); `{response}` is required.
+        template: The question, with the field `{response}`, and `{rubric}` and `{prompt}`.
         answers: The value of each answer, two or more; none may begin with the tokens of another.
-        chat: Whether the question is a user message of the judge's chat template; otherwise plain
-            text, which the answer continues.
+        chat: Whether the question is a user's message; otherwise text that the answer continues.
         max_length: Most tokens of question and answer.
         least_mass: Probability of all answers together below which a warning is given.
 
     Raises:
-        RewardError: The language model cannot be loaded, the answers do not differ, a prompt's
-            rubric is no text, it leaves no room for a response, or no answer is possible.
+        RewardError: The language model cannot be loaded, the answers do not differ, or a prompt has
+            no text as its rubric or leaves no room for a response.
 
     Example:
         >>> judge = JudgeReward(

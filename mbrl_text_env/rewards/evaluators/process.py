@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 import numpy as np
 
 from mbrl_text_env.language_models.hf_tokenizer import control_test, plain_text
-from mbrl_text_env.rewards.base import Aggregation, ProcessRewardModel, RewardError
+from mbrl_text_env.rewards.base import ProcessRewardModel, RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     HubReward,
     chat_messages,
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 StepOutput = Literal["class", "token"]
 _Parts: TypeAlias = tuple[list[int], list[list[int]]]
-"""Ids of what comes before the steps, and of each step."""
-
 # Stands for the assistant's message in a rendered chat template; a private character.
 _HERE = "\ue000"
+_AGGREGATIONS: dict[str, Any] = {
+    "min": np.min, "product": np.prod, "last": lambda scores: scores[-1], "mean": np.mean,
+}  # fmt: skip
 _NUMBERED = re.compile(r"Step \d+:")
 
 
@@ -53,8 +54,7 @@ class StepFormat:
         whole: Whether all is encoded as one text, in which `step_end` has to be a single token;
             otherwise prompt, steps and `step_end` are encoded one by one, the opening token first.
         label: Index or name of the class that is good.
-        good: The token that comes after a good step; one token of the vocabulary.
-        bad: The one that comes after a bad step.
+        good, bad: The tokens of the vocabulary that come after a good and a bad step.
         system: System message of a chat that has none.
     """
 
@@ -69,6 +69,13 @@ class StepFormat:
     good: str = "+"
     bad: str = "-"
     system: str | None = None
+
+    def __post_init__(self) -> None:
+        if "{step}" not in self.step or not (self.chat or "{prompt}" in self.before):
+            raise ValueError(
+                "StepFormat: expected {step} in step and {prompt} in before, got "
+                f"{self.step!r} and {self.before!r}."
+            )
 
     def written(self, number: int, step: str) -> str:
         """A step's text as the model reads it."""
@@ -108,16 +115,13 @@ class ProcessReward(HubReward, ProcessRewardModel):
       1 of `AutoModelForTokenClassification` there.
     - Others: a `StepFormat`, but none with a turn of the chat for each step (RLHFlow's).
 
-    Special tokens and `step_end` written out in a prompt or step get a zero-width space and are
-    read as ordinary text (line breaks stay, as in training). A text that is too long is cut: first
-    the prompt's start, to half of the limit, then the ends of the longest steps, each of which
-    keeps a score of its own. The first cut gives a warning.
+    Special tokens and `step_end` written out in a text get a zero-width space (line breaks stay, as
+    in training). A text that is too long is cut: first the prompt's start, to half of the limit,
+    then the ends of the longest steps, each of which keeps a score. The first cut gives a warning.
 
-    Source: Zhang et al., "The Lessons of Developing Process Reward Models in Mathematical
-    Reasoning", 2025, and the model card of Qwen/Qwen2.5-Math-PRM-7B; Wang et al., "Math-Shepherd:
-    Verify and Reinforce LLMs Step-by-step without Human Annotations", ACL 2024, and its model card;
-    Uesato et al., "Solving math word problems with process- and outcome-based feedback", 2022, as
-    in `PRMTrainer.tokenize_row` of TRL 0.16. Deviations: steps are stripped of surrounding white
+    Sources: Zhang et al., "The Lessons of Developing Process Reward Models in Mathematical
+    Reasoning", 2025; Wang et al., "Math-Shepherd", ACL 2024; the models' cards; and
+    `PRMTrainer.tokenize_row` of TRL 0.16. Deviations: steps are stripped of surrounding white
     space, and texts are cut as above (TRL cuts the last steps off).
 
     Args (see `HubReward` for the others):
@@ -139,16 +143,15 @@ class ProcessReward(HubReward, ProcessRewardModel):
     step_format: str | StepFormat = "qwen"
     _: KW_ONLY
     separator: str = "\n\n"
-    aggregation: Aggregation | str = "min"
+    aggregation: str = "min"
     max_length: int = 4096
 
     cut = "text(s) to {} tokens: the prompt's start or the longest steps' ends do not count"
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the aggregated scores of each response's steps."""
-        rows = self.score_steps_batch(prompts, [self.steps(response) for response in responses])
-        aggregation = Aggregation(self.aggregation)
-        return np.array([aggregation.of(row) for row in rows], dtype=np.float64)
+        rows = self.score_steps_batch(prompts, list(map(self.steps, responses)))
+        return np.array([_AGGREGATIONS[self.aggregation](row) for row in rows], dtype=np.float64)
 
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
         """Return float64[len(steps)], the score of each step given those before it."""
@@ -200,7 +203,7 @@ class ProcessReward(HubReward, ProcessRewardModel):
         ]
 
     def _load(self) -> _Loaded:
-        check_choices(self, aggregation=[choice.value for choice in Aggregation])
+        check_choices(self, aggregation=list(_AGGREGATIONS))
         step_format = self.step_format
         if not isinstance(step_format, StepFormat):
             check_choices(self, step_format=list(PROCESS_FORMATS))
@@ -261,7 +264,6 @@ class _Loaded:
         tag = step_format.step_end.strip()
         # White space is part of any text, and a single character cannot be broken.
         self._is_special = control_test(tokenizer, *([tag] if len(tag) > 1 else []))
-        self._check_fields()
         if step_format.chat and tokenizer.chat_template is None:
             raise self.error("the tokenizer has no chat template. Use a format with chat=False")
         # Without its spaces: tokenizers differ in where a space belongs.
@@ -284,7 +286,6 @@ class _Loaded:
         return [index, *(i for i in range(len(labels)) if i != index)]
 
     def encode(self, prompt: Prompt, steps: Sequence[str]) -> _StepText:
-        """Token ids of a prompt and its steps, cut to `max_length`; see `ProcessReward`."""
         written = [
             plain_text(self.format.written(i + 1, step), self._is_special)
             for i, step in enumerate(steps)
@@ -317,19 +318,6 @@ class _Loaded:
     def error(self, reason: str) -> RewardError:
         return RewardError(f"Reward model {self.name!r}: {reason}.")
 
-    def _check_fields(self) -> None:
-        try:
-            complete = _HERE in self.format.written(1, _HERE)
-            complete &= self.format.chat or _HERE in self.format.before.format(prompt=_HERE)
-        except (KeyError, IndexError, ValueError):
-            complete = False
-        if not complete:
-            raise self.error(
-                "expected the field {step}, and of others {n} alone, in the format's step, and "
-                f"{{prompt}} alone in its before; got step={self.format.step!r} and "
-                f"before={self.format.before!r}. Write {{{{ for a brace"
-            )
-
     def _chat(self, prompt: Prompt) -> str:
         """The rendered chat up to the assistant's message."""
         messages = chat_messages(prompt, self._is_special)
@@ -343,7 +331,7 @@ class _Loaded:
         return head
 
     def _as_one(self, prompt: Prompt, before: str, steps: Sequence[str]) -> _Parts:
-        """Parts of one encoded text, found by their places in it."""
+        """Ids before the steps, and of each step, by their places in one encoded text."""
         text, ends = before, []
         for i, step in enumerate(steps):
             text += (self.format.between if i else "") + step + self.format.step_end
@@ -368,7 +356,7 @@ class _Loaded:
         return ids[:first], [ids[a:b] for a, b in itertools.pairwise(bounds)]
 
     def _one_by_one(self, prompt: Prompt, before: str, steps: Sequence[str]) -> _Parts:
-        """Parts that are each encoded for itself."""
+        """The same, each encoded for itself."""
         opening = self.tokenizer.bos_token_id
         first = [] if self.format.chat or opening is None else [opening]
         between = self._ids(self.format.between)

@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from mbrl_text_env.encoders import (
 from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import Evaluator
 from mbrl_text_env.rewards.names import named
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray, Prompt, one_of
 
 _PROMPTS_KEPT = 4096
 
@@ -38,7 +38,7 @@ class RelevanceReward(Evaluator):
 
     Args:
         encoder: None for the embedded all-MiniLM-L6-v2; a SentenceTransformer's name on the Hub or
-            folder; or an object with `encode(list[str]) -> float[B, d]`. It is loaded at first use.
+            folder; or an object with `encode(list[str]) -> float[B, d]`.
         dtype: What a SentenceTransformer multiplies in: `"bfloat16"` or `"float16"`; None for its
             own format. See `reduced`.
 
@@ -58,7 +58,8 @@ class RelevanceReward(Evaluator):
     def __init__(
         self, encoder: Encoder | str | None = None, *, dtype: ReducedDtype | None = None
     ) -> None:
-        _check_dtype(dtype)
+        if dtype is not None:
+            one_of("dtype", dtype, ReducedDtype)
         self.encoder = encoder
         self.dtype = dtype
         self._questions: OrderedDict[str, FloatArray] = OrderedDict()
@@ -71,7 +72,7 @@ class RelevanceReward(Evaluator):
 
         It takes less than half the time on a CPU with AVX512-BF16, and longer on others.
         """
-        _check_dtype(dtype)
+        one_of("dtype", dtype, ReducedDtype)
         # A copy leaves out what is kept of prompts, which depends on the format.
         other = copy.copy(self)
         other.dtype = cast("ReducedDtype", dtype)
@@ -130,11 +131,6 @@ class RelevanceReward(Evaluator):
 
     def _load(self) -> Encoder:
         return load_encoder(self.encoder, self.name)
-
-
-def _check_dtype(dtype: str | None) -> None:
-    if dtype is not None and dtype not in get_args(ReducedDtype):
-        raise ValueError(f"dtype: expected one of {get_args(ReducedDtype)} or None, got {dtype!r}.")
 
 
 def load_encoder(encoder: Encoder | str | Path | None, name: str) -> Encoder:

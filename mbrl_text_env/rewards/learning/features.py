@@ -225,7 +225,6 @@ class Features(ABC):
         kind: How folders name the class.
         argument: Name of the argument that is the model which reads.
         use_statistics: Whether the counts of `text_statistics` are among the features.
-        scalers_, directions_: Fitted, of each block and of the prompts where they are embedded.
     """
 
     kind: ClassVar[str]
@@ -251,9 +250,16 @@ class Features(ABC):
             return EMBEDDED if given is None else str(given)
         return str(getattr(given, "name", type(given).__name__))
 
-    @abstractmethod
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
         """Run the model: what is read of each prompt and response. Distinct texts are read once."""
+        raw = self._read(prompts, responses)
+        if self.use_statistics:
+            raw["statistics"] = text_statistics(prompts, responses)
+        return raw
+
+    @abstractmethod
+    def _read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, FloatArray]:
+        """What the model says, float64[B, d] by name."""
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt can be read."""
@@ -333,9 +339,6 @@ class Features(ABC):
         self.directions_ = with_numbers(PCA(), arrays, at) if has_prompts else None
         return self
 
-    def _counts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, FloatArray]:
-        return {"statistics": text_statistics(prompts, responses)} if self.use_statistics else {}
-
 
 @dataclass(eq=False, repr=False)
 class EmbeddingFeatures(Features):
@@ -363,8 +366,7 @@ class EmbeddingFeatures(Features):
     encoder: Encoder | str | Path | None = None
     use_statistics: bool = True
 
-    def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
-        """Embed: `prompt` and `response` float64[B, d], and `statistics`."""
+    def _read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, FloatArray]:
         texts = [*(prompt.text for prompt in prompts), *responses]
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         vectors = encode_texts(self._encoder(), list(place)).astype(np.float64)
@@ -376,8 +378,7 @@ class EmbeddingFeatures(Features):
                 "`encode`."
             )
         found = vectors[[place[text] for text in texts]]
-        raw = {"prompt": found[: len(prompts)], "response": found[len(prompts) :]}
-        return raw | self._counts(prompts, responses)
+        return {"prompt": found[: len(prompts)], "response": found[len(prompts) :]}
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """float64[B]: of embedding prompt and response; see `encoder_flops`."""
@@ -433,8 +434,7 @@ class HiddenFeatures(Features):
             return False
         return True
 
-    def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
-        """Run the language model: `hidden` float64[B, feature_size], and `statistics`."""
+    def _read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, FloatArray]:
         model: Any = self._model()
         states = self._states(prompts, responses)
         distinct = list(dict.fromkeys(states))
@@ -442,8 +442,7 @@ class HiddenFeatures(Features):
         rows = [model.features([state])[0] for state in distinct]
         found = np.asarray(rows, dtype=np.float64).reshape(len(distinct), -1)
         place = {state: i for i, state in enumerate(distinct)}
-        raw = {"hidden": found[[place[state] for state in states]]}
-        return raw | self._counts(prompts, responses)
+        return {"hidden": found[[place[state] for state in states]]}
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """float64[B], what the language model says that reading takes."""
@@ -491,20 +490,13 @@ class TokenFeatures(HiddenFeatures):
     kind = "tokens"
     block_names = ("tokens",)
 
-    def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
-        """Look up: `tokens` float64[B, d], 0 for an empty response, and `statistics`."""
-        model: Any = self._model()
-        if not hasattr(getattr(model, "model", None), "get_input_embeddings"):
-            raise RewardError(
-                "Expected a language model whose token embeddings can be read, such as "
-                f"TransformersLM, got {type(model).__name__}. Use EmbeddingFeatures."
-            )
-        table = model.model.get_input_embeddings().weight.detach()
+    def _read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, FloatArray]:
+        table = token_table(self._model(), RewardError)
         found = np.zeros((len(responses), table.shape[1]))
         for i, state in enumerate(self._states(prompts, responses)):
             if state.response_ids:
                 found[i] = table[list(state.response_ids)].double().mean(dim=0).cpu().numpy()
-        return {"tokens": found} | self._counts(prompts, responses)
+        return {"tokens": found}
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """float64[B]: none, but for sums that are not worth counting."""
@@ -513,6 +505,22 @@ class TokenFeatures(HiddenFeatures):
     def flops_bound(self) -> float:
         """None."""
         return 0.0
+
+
+def token_table(language_model: Any, error: type[Exception]) -> Any:
+    """The input embeddings of a language model, float[vocab_size, d]; an `error` where it has none.
+
+    Example:
+        >>> token_table(embedded(), ValueError).shape  # doctest: +SKIP
+        torch.Size([49152, 576])
+    """
+    model: Any = getattr(language_model, "model", None)
+    if not hasattr(model, "get_input_embeddings"):
+        raise error(
+            "Expected a language model whose token embeddings can be read, such as TransformersLM, "
+            f"got {type(language_model).__name__}. Use what embeds texts, such as MiniLM."
+        )
+    return model.get_input_embeddings().weight.detach()
 
 
 def _weight(columns: int) -> float:

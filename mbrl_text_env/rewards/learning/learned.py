@@ -1,23 +1,32 @@
-"""A reward model that was fitted on preferences or scores, and the folder that it is kept in."""
+"""Reward models that are fitted on preferences or scores, and the folder that they are kept in."""
 
 from __future__ import annotations
 
-import shutil
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.files import restored, without_nan
-from mbrl_text_env.fitting.folder import Arrays, FolderKind
-from mbrl_text_env.fitting.heads import LayeredHead
-from mbrl_text_env.fitting.report import FitError, FitReport
+from mbrl_text_env.fitting.folder import FolderKind, numbers_of, with_numbers
+from mbrl_text_env.fitting.report import (
+    FitError,
+    FitReport,
+    one_reward,
+    pair_report,
+    regression_report,
+    split_by_group,
+)
 from mbrl_text_env.language_models.base import LanguageModel
-from mbrl_text_env.rewards.base import RewardError, RewardModel, applies_to
-from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
+from mbrl_text_env.rewards.base import RewardError, RewardModel
 from mbrl_text_env.rewards.learning.features import (
     EMBEDDED,
     STATISTICS,
@@ -26,19 +35,28 @@ from mbrl_text_env.rewards.learning.features import (
     HiddenFeatures,
     TokenFeatures,
 )
-from mbrl_text_env.rewards.learning.lora_classifier import read_adapter
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.rewards.learning.preferences import PreferencePair
+from mbrl_text_env.types import FloatArray, Prompt, one_of
+
+if TYPE_CHECKING:
+    from mbrl_text_env.records import Record
 
 FOLDER = FolderKind(
     noun="learned reward",
     writer="`mbrl-text reward fit`",
     config="reward.json",
     weights="head.safetensors",
-    version=2,
+    version=3,
     error=RewardError,
 )
-
 RewardFitError = FitError
+Objective = Literal["bradley-terry", "regression"]
+Rows = npt.NDArray[np.bool_]
+
+_FOLDS = 4
+# Strengths of the penalty that cross-validation chooses from.
+_INVERSE_PENALTIES = tuple(10.0**power for power in range(-5, 2))
+_PENALTIES = tuple(10.0**power for power in range(-2, 6))
 
 
 @dataclass(frozen=True)
@@ -47,11 +65,10 @@ class RewardFitReport:
 
     Args:
         objective: `"bradley-terry"` or `"regression"`.
-        model: What was fitted, such as `"linear on embedding"` or `"lora"`.
+        model: What was fitted, such as `"linear on embedding"`.
         data: What the preferences or scores come from.
         num_fitted, num_fitted_prompts: Pairs or records that it was fitted on, and their prompts.
-        fitted_accuracy: Pair accuracy on these; far above the held-out one it is overfitting. NaN
-            where it was not measured.
+        fitted_accuracy: Pair accuracy on these; far above the held-out one it is overfitting.
         held_out: The figures on the prompts that were left out.
         chosen: What was chosen by cross-validation, and other settings of the fit.
     """
@@ -66,72 +83,82 @@ class RewardFitReport:
     held_out: FitReport
     chosen: Mapping[str, Any]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; NaN is None."""
-        found: dict[str, Any] = without_nan(asdict(self))
-        return found
+
+class RewardData(NamedTuple):
+    """N scored records, one row each; or N pairs, chosen responses before the rejected ones.
+
+    Of each record or pair there is the prompt's text (`groups`), and int64[N] or int64[N, 2]
+    characters (`lengths`); of records the scores, float64[N].
+    """
+
+    prompts: list[Prompt]
+    responses: list[str]
+    groups: list[str]
+    lengths: npt.NDArray[np.int64]
+    scores: FloatArray | None
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RewardFitReport:
-        """The report of which `as_dict` made `values`."""
-        found: RewardFitReport = restored(cls, values)
-        return found
+    def of_pairs(cls, pairs: Sequence[PreferencePair]) -> RewardData:
+        """2 N rows of N pairs."""
+        prompts = [pair.prompt for pair in pairs]
+        responses = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
+        lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+        return cls(prompts * 2, responses, [prompt.text for prompt in prompts], lengths, None)
 
+    @classmethod
+    def of_records(cls, records: Sequence[Record]) -> RewardData:
+        """N rows."""
+        from mbrl_text_env.records import scores_of
 
-@dataclass(frozen=True, eq=False)
-class HeadScorer:
-    """A head on frozen features, which are fitted."""
+        responses = [record.response for record in records]
+        return cls(
+            [record.prompt() for record in records],
+            responses,
+            [record.prompt_text for record in records],
+            np.array([len(response) for response in responses]),
+            np.array(scores_of(records), dtype=np.float64),
+        )
 
-    features: Features
-    head: LayeredHead
+    def report(self, told: FloatArray, test: Rows, **facts: Any) -> RewardFitReport:
+        """What `told`, the scores of all rows, are worth; `test` says which were held out."""
+        return RewardFitReport(
+            num_fitted=int((~test).sum()),
+            num_fitted_prompts=len(set(compress(self.groups, ~test))),
+            fitted_accuracy=self._measured(told, ~test).accuracy,
+            held_out=self._measured(told, test),
+            **facts,
+        )
 
-    def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the model below the head can read the prompt."""
-        return self.features.applies_to(prompt)
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]."""
-        if not responses:
-            return np.zeros(0)
-        return self.head(self.features.transform(self.features.read(prompts, responses)))
-
-    def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]: what reading takes, and two operations for each weight of the head."""
-        if not responses:
-            return np.zeros(0)
-        return self.features.flops(prompts, responses) + self._head_flops()
-
-    def flops_bound(self) -> float:
-        """The most that one response takes."""
-        return self.features.flops_bound() + self._head_flops()
-
-    def _head_flops(self) -> float:
-        return float(sum(2 * weights.size for weights, _ in self.head.layers))
+    def _measured(self, told: FloatArray, used: Rows) -> FitReport:
+        groups, lengths = [*compress(self.groups, used)], self.lengths[used]
+        if self.scores is not None:
+            return regression_report(told[used], self.scores[used], groups, lengths)
+        chosen, rejected = np.split(told, 2)
+        return pair_report(chosen[used], rejected[used], groups, lengths)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit gives: a name, what scores, and how well."""
+    """A linear head, scikit-learn's `Ridge`, on features of a frozen model; both are fitted."""
 
     name: str
-    scorer: HeadScorer | ClassifierReward
+    features: Features
+    head: Ridge
     report: RewardFitReport
 
 
 @dataclass(eq=False, repr=False)
 class LearnedReward(RewardModel):
-    """A fitted reward: a head on frozen features, or a classifier that was tuned with LoRA.
+    """A fitted reward: a linear head on features of a frozen model.
 
-    `fit_reward` makes one with a head, `fit_lora` one with a tuned classifier; this class reads
-    either from its folder. The scale of scores is the fit's: of a Bradley-Terry fit, differences
-    are log-odds of being preferred, and the mean over the responses that a head was fitted on is 0;
-    of a regression, the gold reward's own. The folder is read at once, models at first use.
-
-    A folder holds `reward.json` and weights as safetensors; nothing in it is executed.
+    `fit_reward` makes one; this class reads it from its folder, which holds JSON and safetensors:
+    nothing in it is executed. The scale of scores is the fit's: of a Bradley-Terry fit, differences
+    are log-odds of being preferred, and the mean over the responses that it was fitted on is 0; of
+    a regression, the gold reward's own. Models are read at first use.
 
     Args:
-        folder: As written by `save`, `fit_lora` or `mbrl-text reward fit`; None for a reward that
-            was just fitted and is not saved.
+        folder: As written by `save` or `mbrl-text reward fit`; None for a reward that was just
+            fitted and is not saved.
         encoder: Needed if the fit used an encoder that has no name, or to take another copy of it.
         language_model: The same for hidden states.
         fitted: What a fit gave, instead of a folder; `fit_reward` passes it.
@@ -141,7 +168,7 @@ class LearnedReward(RewardModel):
 
     Raises:
         RewardError: The folder is damaged or of another format, or an encoder or language model is
-            needed. At first use: the encoder or base model cannot be loaded, or does not fit.
+            needed. At first use: the encoder or model cannot be loaded, or does not fit.
 
     Example:
         >>> reward = LearnedReward("my-reward")  # doctest: +SKIP
@@ -161,86 +188,52 @@ class LearnedReward(RewardModel):
                 raise RewardError("LearnedReward: expected a folder, got None.")
             given = {"encoder": self.encoder, "language_model": self.language_model}
             self.fitted = _read(Path(self.folder), given)
-        self.name = self.fitted.name
-        self.report_ = self.fitted.report
-        self._scorer = self.fitted.scorer
+        self.name, self.report_ = self.fitted.name, self.fitted.report
+        self._features, self._head = self.fitted.features, self.fitted.head
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt can be read: one that fills a language model's context cannot."""
-        return applies_to(self._scorer, prompt)
+        return self._features.applies_to(prompt)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B]."""
-        return self._scorer.score(prompts, responses)
+        if not responses:
+            return np.zeros(0)
+        inputs = self._features.transform(self._features.read(prompts, responses))
+        return np.asarray(self._head.predict(inputs))
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of scoring each response."""
-        return self._scorer.flops(prompts, responses)
+        """float64[B]: what reading takes, and two operations for each weight of the head."""
+        if not responses:
+            return np.zeros(0)
+        return self._features.flops(prompts, responses) + 2.0 * self._head.coef_.size
 
     def flops_bound(self) -> float:
         """The most that one response can take."""
-        return self._scorer.flops_bound()
+        return self._features.flops_bound() + 2.0 * self._head.coef_.size
 
     def save(self, folder: str | Path) -> None:
         """Write the reward, whole or not at all; a learned reward that is there is replaced."""
-        scorer = self._scorer
-        if isinstance(scorer, HeadScorer):
-            assert self.fitted is not None
-            config = described("head", self.fitted, _head_settings(scorer))
-            arrays = scorer.features.numbers()
-            for i, (weights, bias) in enumerate(scorer.head.layers):
-                arrays |= {f"layers.{i}.weights": weights, f"layers.{i}.bias": bias}
-            FOLDER.write(folder, config, arrays)
-            return
-        assert self.folder is not None
-        with FOLDER.writing(folder) as scratch:
-            shutil.copytree(self.folder, scratch, dirs_exist_ok=True)
-
-
-def described(kind: str, fitted: Fitted, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `reward.json` says."""
-    names = {"kind": kind, "name": fitted.name, "data": fitted.report.data}
-    return {**names, **settings, "report": fitted.report.as_dict()}
-
-
-def _head_settings(scorer: HeadScorer) -> dict[str, Any]:
-    features = scorer.features
-    return {
-        "features": {
+        features = self._features
+        about = {
             "kind": features.kind,
             "source": features.source,
             "has_name": isinstance(features.given, str | Path | None),
             "statistics": list(STATISTICS) if features.use_statistics else None,
-        },
-        "num_layers": len(scorer.head.layers),
-    }
+        }
+        report = without_nan(asdict(self.report_))
+        config = {"name": self.name, "features": about, "report": report}
+        FOLDER.write(folder, config, features.numbers() | numbers_of(self._head, "head"))
 
 
 def _read(folder: Path, given: Mapping[str, Any]) -> Fitted:
-    scorer: HeadScorer | ClassifierReward
     with FOLDER.reading(folder) as (config, arrays):
-        report = RewardFitReport.from_dict(config["report"])
-        match config["kind"]:
-            case "head":
-                scorer = _read_head(config, arrays(), given)
-            case "lora":
-                scorer = read_adapter(folder, config)
-            case kind:
-                raise ValueError(f"kind {kind!r}, expected 'head' or 'lora'")
-        return Fitted(str(config["name"]), scorer, report)
-
-
-def _read_head(config: Mapping[str, Any], arrays: Arrays, given: Mapping[str, Any]) -> HeadScorer:
-    features = _features(config["features"], given).restore(arrays)
-    layers = tuple(
-        (arrays[f"layers.{i}.weights"], arrays[f"layers.{i}.bias"])
-        for i in range(config["num_layers"])
-    )
-    widths = [features.size, *(weights.shape[-1] for weights, _ in layers)]
-    fit = (w.shape == (size, len(bias)) for size, (w, bias) in zip(widths, layers, strict=False))
-    if widths[-1] != 1 or not all(fit):
-        raise ValueError(f"layers that do not fit {features.size} features")
-    return HeadScorer(features, LayeredHead(layers))
+        report, found = restored(RewardFitReport, config["report"]), arrays()
+        features = _features(config["features"], given).restore(found)
+        head = with_numbers(Ridge(), found, "head")
+        if head.coef_.shape != (features.size,):
+            raise ValueError(f"a head that does not fit {features.size} features")
+        return Fitted(str(config["name"]), features, head, report)
 
 
 def _features(config: Mapping[str, Any], given: Mapping[str, Any]) -> Features:
@@ -262,3 +255,138 @@ def _features(config: Mapping[str, Any], given: Mapping[str, Any]) -> Features:
         model = config["source"]
     features: Features = kind(model, statistics is not None)
     return features
+
+
+def fit_reward(
+    data: Sequence[PreferencePair] | Sequence[Record],
+    *,
+    objective: Objective = "bradley-terry",
+    features: Features | None = None,
+    held_out: float = 0.2,
+    seed: int = 0,
+    name: str | None = None,
+    data_name: str | None = None,
+) -> LearnedReward:
+    """Fit a reward model, not saved yet: a linear head on features of a frozen model.
+
+    Its report is of the pairs or records of prompts, told apart by their text, that are held out of
+    the fit. The penalty is chosen by cross-validation by prompt on the others.
+
+    Bradley-Terry: a response is preferred with probability sigmoid(r_chosen - r_rejected), a
+    logistic regression on differences of features without an intercept; margins are not used.
+    Regression: ridge regression of the scores.
+
+    Sources: Bradley and Terry, "Rank Analysis of Incomplete Block Designs", Biometrika 1952;
+    Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020. Deviation: only a
+    head is fitted, the model below it is frozen.
+
+    Args:
+        data: Preference pairs, or for regression scored records of one reward model.
+        features: By default `EmbeddingFeatures()`, on MiniLM, with counts. A copy is fitted.
+        held_out: Share of the prompts to measure on.
+        seed: The split follows from it.
+        name: Of the reward; by default `learned(<data_name>)`.
+        data_name: What preferences or scores come from; by default the records' reward, or
+            "preferences".
+
+    Raises:
+        RewardFitError: There is too little data (fewer than five prompts), all of it looks the same
+            to the features, or it does not fit the objective.
+
+    Example:
+        >>> pairs = pairs_from_records(read_records("records"))  # doctest: +SKIP
+        >>> reward = fit_reward(pairs, data_name="relevance")  # doctest: +SKIP
+        >>> reward.report_.held_out.accuracy  # doctest: +SKIP
+        0.93
+    """
+    rows: Any = data
+    origin = _checked(rows, objective)
+    table = (RewardData.of_pairs if objective == "bradley-terry" else RewardData.of_records)(rows)
+    # A copy: the same features in two fits give two rewards.
+    features = EmbeddingFeatures() if features is None else copy.copy(features)
+    raw = features.read(table.prompts, table.responses)
+    test = split_by_group(table.groups, held_out, seed)
+    used = ~test if table.scores is not None else np.tile(~test, 2)
+    features.fit({key: values[used] for key, values in raw.items()})
+    inputs = features.transform(raw)
+    numbers = {group: i for i, group in enumerate(dict.fromkeys(table.groups))}
+    groups = np.array([numbers[group] for group in table.groups], dtype=np.int64)[~test]
+    targets = None if table.scores is None else table.scores[~test]
+    head, chosen = fit_head(inputs[used], groups, targets, seed)
+    if head is None:
+        raise RewardFitError(
+            f"Expected responses that the features tell apart, but {len(data)} rows look the same "
+            f"to {features.kind} features. Add data, or choose other features."
+        )
+    origin = data_name or origin
+    facts = {"objective": objective, "model": f"linear on {features.kind}", "data": origin}
+    report = table.report(head.predict(inputs), test, seed=seed, chosen=chosen, **facts)
+    return LearnedReward(None, fitted=Fitted(name or f"learned({origin})", features, head, report))
+
+
+def fit_head(
+    inputs: FloatArray, groups: npt.NDArray[np.int64], targets: FloatArray | None, seed: int
+) -> tuple[Ridge | None, dict[str, Any]]:
+    """Choose the penalty by cross-validation over prompts, then fit on all.
+
+    Args:
+        inputs: float64[N, d] of scored responses; of pairs float64[2 N, d], the chosen ones' first.
+        groups: Prompts of the records or pairs.
+        targets: float64[N], scores; None for pairs, whose scores have the mean 0.
+
+    Returns:
+        The head, None where inputs are the same for all records, or for both responses of all
+        pairs; and what was chosen.
+    """
+    folds = GroupKFold(min(_FOLDS, len(np.unique(groups))), shuffle=True, random_state=seed)
+    sizes = [len(left_out) for _, left_out in folds.split(groups, groups=groups)]
+
+    def mean_scores(results: Mapping[str, Any]) -> FloatArray:
+        # By row: a fold of more rows counts for more.
+        scores = [results[f"split{i}_test_score"] for i in range(len(sizes))]
+        return np.average(scores, axis=0, weights=sizes)
+
+    def best_index(results: Mapping[str, Any]) -> int:
+        return int(mean_scores(results).argmax())
+
+    rows = inputs
+    if targets is None:
+        chosen, rejected = np.split(inputs, 2)
+        differences = chosen - rejected
+        # Every pair goes in both ways: its loss and that of its mirror image are the same, and the
+        # solver wants to see both classes.
+        rows, groups = np.concatenate([differences, -differences]), np.tile(groups, 2)
+        targets = np.repeat([1, 0], len(differences))
+        model = LogisticRegression(fit_intercept=False, max_iter=1000)
+        grid, scoring = {"C": _INVERSE_PENALTIES}, "neg_log_loss"
+    else:
+        model, grid, scoring = Ridge(), {"alpha": _PENALTIES}, "neg_mean_squared_error"
+    if not np.ptp(rows, axis=0).any():
+        return None, {}
+    search = GridSearchCV(model, grid, scoring=scoring, cv=folds, refit=best_index)
+    head = search.fit(rows, targets, groups=groups).best_estimator_
+    if isinstance(head, LogisticRegression):
+        numbers = {"head.0.coef_": head.coef_[0], "head.0.intercept_": np.zeros(())}
+        head = with_numbers(Ridge(), numbers, "head")
+        head.intercept_ -= head.predict(inputs).mean()
+    loss = -float(mean_scores(search.cv_results_).max())
+    return head, {**search.best_params_, "validation_loss": loss}
+
+
+def _checked(data: Sequence[Any], objective: str) -> str:
+    """What the data is called by default; refused where it does not fit the objective."""
+    try:
+        one_of("objective", objective, Objective)
+    except ValueError as error:
+        raise RewardFitError(str(error)) from error
+    if not data:
+        raise RewardFitError("Expected data to fit a reward on, got none.")
+    is_pairs = all(isinstance(row, PreferencePair) for row in data)
+    if is_pairs != (objective == "bradley-terry"):
+        raise RewardFitError(
+            f"objective={objective!r} takes "
+            f"{'scored records' if is_pairs else 'preference pairs'}, got "
+            f"{type(data[0]).__name__}s. Make pairs of records with `pairs_from_records`, or "
+            "change the objective."
+        )
+    return "preferences" if is_pairs else one_reward(data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from mbrl_text_env._lazy import optional
-from mbrl_text_env.files import shortened, strict_json_object, write_text
+from mbrl_text_env.files import shortened, write_text
+from mbrl_text_env.fitting.report import one_reward
 from mbrl_text_env.language_models.base import spawn_seed
+from mbrl_text_env.prompts import PromptError, _message, _Row, _rows
 from mbrl_text_env.types import Message, Prompt, Split
 
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
 
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
 RESPONSES = ("chosen", "rejected")
-_RESERVED = ("id", "prompt", *RESPONSES, "margin", "split", "metadata")
 _SPLITS = get_args(Split)
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 # How dialogues are written out as plain text in Anthropic's data and those made after it.
@@ -85,10 +85,10 @@ def load_preferences(
     list of `{"role": ..., "content": ...}`. Without a prompt (TRL's implicit prompt), or where both
     begin with the same messages, `chosen` and `rejected` are whole conversations, and what they
     share at the start is the prompt: messages, or characters of a string up to the last
-    "\\n\\nAssistant:" where there is one. Of a conversation exactly one message of the assistant
-    has to follow the prompt. Optional are `margin` (TRL's), `id`, `split`, and `metadata` (an
-    object, or one as a JSON string); other columns become metadata too. Prompts of equal content
-    get the same default id, `<name>-<row of the first>`.
+    "\\n\\nAssistant:" where there is one. Exactly one message of the assistant has to follow.
+    Optional are `margin` (TRL's), `id`, `split`, and `metadata` (an object, or one as a JSON
+    string); other columns become metadata too. Prompts of equal content get the same default id,
+    `<name>-<row of the first>`.
 
     Source of the format: TRL's documentation, "Dataset formats and types", "Preference".
     Deviation: a string that is shared without "\\n\\nAssistant:" ends before the word in which the
@@ -113,19 +113,16 @@ def load_preferences(
     """
     if limit is not None and limit < 1:
         raise PreferenceError(f"limit: expected 1 or more, or None for all, got {limit!r}.")
-    is_file = str(source).endswith(".jsonl")
-    name = str(source) if is_file else f"Dataset {str(source)!r}, split {split!r}"
-    rows = _file_rows(Path(source)) if is_file else _hub_rows(str(source), split, config, name)
     first_ids: dict[Any, str] = {}
-    pairs = []
-    for number, (place, row) in enumerate(islice(rows, limit), start=1):
-        try:
-            pairs.append(_pair_of(row, f"{Path(source).stem}-{number}", first_ids))
-        except ValueError as error:
-            raise PreferenceError(f"{place}: {error}") from error
+    try:
+        is_file = str(source).endswith(".jsonl")
+        rows = _rows(source)[1] if is_file else _hub_rows(str(source), split, config)
+        pairs = [_pair_of(row, first_ids) for row in islice(rows, limit)]
+    except PromptError as error:
+        raise PreferenceError(str(error)) from error
     if not pairs:
         raise PreferenceError(
-            f"{name}: expected at least one preference pair, got none. Add rows with `prompt`, "
+            f"{source}: expected at least one preference pair, got none. Add rows with `prompt`, "
             "`chosen` and `rejected`."
         )
     return pairs
@@ -160,12 +157,7 @@ def pairs_from_records(
             "Expected min_gap of at least 0 and pairs_per_prompt of at least 1, or None, got "
             f"{min_gap!r} and {pairs_per_prompt!r}."
         )
-    names = sorted({record.reward_name for record in records})
-    if len(names) > 1:
-        raise PreferenceError(
-            f"Expected scores of one reward model, got those of {names}. Score the responses with "
-            "one of them (`records.rescore`)."
-        )
+    one_reward(records, PreferenceError)
     groups: dict[str, dict[str, tuple[Record, float]]] = {}
     for record, score in zip(records, scores_of(records), strict=True):
         group = groups.setdefault(record.prompt_text, {})
@@ -229,36 +221,14 @@ def _fields(pair: PreferencePair) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _file_rows(path: Path) -> Rows:
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise PreferenceError(
-            f"{path}: expected a file that can be read, got {type(error).__name__}: "
-            f"{error.strerror}. Check the path."
-        ) from error
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise PreferenceError(
-            f"{path}, line {line}: expected UTF-8, got the byte 0x{data[error.start]:02x}. Save "
-            "the file as UTF-8."
-        ) from error
-    # Not `splitlines`, which also breaks at separators that JSON strings may hold.
-    for number, row in enumerate(text.split("\n"), start=1):
-        if row.strip():
-            place = f"{path}, line {number}"
-            example = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
-            yield place, strict_json_object(place, row, example, PreferenceError)
-
-
-def _hub_rows(name: str, split: str, config: str | None, place: str) -> Rows:
+def _hub_rows(name: str, split: str, config: str | None) -> Iterator[_Row]:
     if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
         raise PreferenceError(
             f"Expected a .jsonl file, a dataset's folder, or its name on the Hugging Face Hub, got "
             f"{name!r}. Check the path, or give the file the ending .jsonl."
         )
     datasets = optional("datasets", PreferenceError)
+    place = f"Dataset {name!r}, split {split!r}"
     # Dozens of unrelated exception types come out of `load_dataset`; all mean the same here.
     try:
         dataset = datasets.load_dataset(name, config, split=split)
@@ -269,58 +239,98 @@ def _hub_rows(name: str, split: str, config: str | None, place: str) -> Rows:
             f"{type(reason).__name__}: {reason}. Check the names, the network and HF_HUB_OFFLINE, "
             "or pass a .jsonl file."
         ) from error
-    for index, row in enumerate(dataset):
-        # Columns that a row of a dataset does not use are null.
-        yield f"{place}, row {index}", {k: v for k, v in row.items() if v is not None}
+    for index, fields in enumerate(dataset):
+        yield _Row(f"{place}, row {index}", f"{Path(name).stem}-{index + 1}", fields)
 
 
-def _fault(expected: str, got: Any, change: str) -> PreferenceError:
-    return PreferenceError(f"expected {expected}, got {shortened(repr(got))}. {change}")
-
-
-def _pair_of(row: Mapping[str, Any], default_id: str, first_ids: dict[Any, str]) -> PreferencePair:
+def _pair_of(row: _Row, first_ids: dict[Any, str]) -> PreferencePair:
     """The pair of a row; `first_ids`, default ids of the prompts that were met, is added to."""
+    # Columns that a row of a dataset does not use are null.
+    fields = {name: value for name, value in row.fields.items() if value is not None}
     for column in RESPONSES:
-        if column not in row:
+        if column not in fields:
             expected = "the columns 'chosen' and 'rejected'"
-            raise _fault(expected, list(row), f"Add {column!r}, or rename a column.")
-    content, chosen, rejected = _texts(row)
-    found: dict[str, Any] = {}
-    for name, default, kinds, expected in (
-        ("id", first_ids.setdefault(content, default_id), (str, int), "a string or an integer as"),
-        ("margin", None, (int, float, type(None)), "a number as"),
-        ("metadata", {}, (dict,), "an object as"),
-    ):
-        value = row.get(name, default)
-        if name == "metadata" and isinstance(value, str):
-            value = json.loads(value)
-        if isinstance(value, bool) or not isinstance(value, kinds) or value == "":
-            raise _fault(f"{expected} {name}", value, "Change it, or leave it out.")
-        found[name] = value
-    split = row.get("split")
-    if split is not None and split not in _SPLITS:
-        expected = f"split to be one of {', '.join(_SPLITS)}"
-        raise _fault(expected, split, "Change it, or leave it out.")
-    others = {key: value for key, value in row.items() if key not in _RESERVED}
-    prompt = Prompt(str(found["id"]), content, {**others, **found["metadata"]}, split)
-    margin = found["margin"]
-    return PreferencePair(prompt, chosen, rejected, None if margin is None else float(margin))
+            raise row.error(expected, list(fields), f"Add {column!r}, or rename a column.")
+    prompt, chosen, rejected = (fields.pop(key, None) for key in ("prompt", *RESPONSES))
+    margin, split = fields.pop("margin", None), fields.pop("split", None)
+    metadata = fields.pop("metadata", {})
+    try:
+        content, chosen, rejected = _texts(row, prompt, chosen, rejected)
+        prompt_id = fields.pop("id", first_ids.setdefault(content, row.default_id))
+        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+        for expected, value, fits in (
+            (
+                "a string or an integer as id",
+                prompt_id,
+                isinstance(prompt_id, str | int) and prompt_id != "",
+            ),
+            ("a number as margin", margin, isinstance(margin, int | float | None)),
+            ("an object as metadata", metadata, isinstance(metadata, dict)),
+            (f"split to be one of {', '.join(_SPLITS)}", split, split in (None, *_SPLITS)),
+        ):
+            if isinstance(value, bool) or not fits:
+                raise row.error(expected, repr(value), "Change it, or leave it out.")
+        prompt = Prompt(str(prompt_id), content, {**fields, **metadata}, split)
+        margin = None if margin is None else float(margin)
+        return PreferencePair(prompt, chosen, rejected, margin)
+    except PromptError:
+        raise
+    except ValueError as error:
+        raise PreferenceError(f"{row.place}: {error}") from error
 
 
-def _texts(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], str, str]:
-    kinds = [type(row[column]) for column in RESPONSES]
-    if kinds not in ([str, str], [list, list]):
+def _texts(
+    row: _Row, prompt: Any, chosen: Any, rejected: Any
+) -> tuple[str | tuple[Message, ...], str, str]:
+    """The prompt's content, and the two responses."""
+    if not isinstance(prompt, str | list | None):
+        raise row.error("a string or a list of messages as prompt", repr(prompt), "Change it.")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return _from_messages(row, prompt, chosen, rejected)
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
         expected = "chosen and rejected to be both strings or both lists of messages"
-        raise _fault(expected, [row[column] for column in RESPONSES], "Change them.")
-    if kinds == [list, list]:
-        return _from_messages(row)
-    if "prompt" in row:
-        return _content(row["prompt"]), row["chosen"], row["rejected"]
-    cut = _shared_characters(row["chosen"], row["rejected"])
-    if not row["chosen"][:cut].strip():
+        raise row.error(expected, [chosen, rejected], "Change them.")
+    if prompt is not None:
+        return _content(row, prompt), chosen, rejected
+    cut = _shared_characters(chosen, rejected)
+    if not chosen[:cut].strip():
         expected = "a column 'prompt', or texts that begin with the same prompt"
-        raise _fault(expected, [row[column] for column in RESPONSES], "Add the prompt.")
-    return row["chosen"][:cut], row["chosen"][cut:], row["rejected"][cut:]
+        raise row.error(expected, [chosen, rejected], "Add the prompt.")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _from_messages(
+    row: _Row, prompt: Any, *responses: list[Any]
+) -> tuple[tuple[Message, ...], str, str]:
+    if not all(responses):
+        raise row.error("at least one message", responses, "Add the message.")
+    chosen, rejected = (_content(row, response) for response in responses)
+    shared = _shared(chosen[:-1], rejected[:-1])
+    content = None if prompt is None else _content(row, prompt)
+    if shared:
+        repeated = Prompt("shared", chosen[:shared])
+        # Some datasets repeat the first message of the conversations as their prompt.
+        alike = isinstance(content, str) and content == chosen[shared - 1].content
+        if content is not None and not alike and Prompt("own", content).text != repeated.text:
+            shown = shortened(repr(prompt))
+            expected = f"responses, or conversations that begin with the prompt {shown}"
+            raise row.error(expected, repeated.text, "Leave the column 'prompt' out.")
+        content = chosen[:shared]
+    if content is None:
+        expected = "a column 'prompt', or conversations that begin with the same messages"
+        raise row.error(expected, responses, "Add the prompt.")
+    for column, rest in zip(RESPONSES, (chosen[shared:], rejected[shared:]), strict=True):
+        if (roles := [message.role for message in rest]) != ["assistant"]:
+            expected = f"one message of the assistant after the prompt in {column!r}"
+            raise row.error(expected, roles, "Leave the row out.")
+    if isinstance(content, str):
+        content = (Message("user", content),)
+    return content, chosen[-1].content, rejected[-1].content
+
+
+def _content(row: _Row, value: Any) -> Any:
+    """A text, or messages."""
+    return value if isinstance(value, str) else tuple(_message(row, each) for each in value)
 
 
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -338,48 +348,3 @@ def _shared_characters(a: str, b: str) -> int:
     while shared > 0 and not a[shared - 1].isspace():
         shared -= 1
     return len(a[:shared].rstrip())
-
-
-def _from_messages(row: Mapping[str, Any]) -> tuple[str | tuple[Message, ...], str, str]:
-    chosen, rejected = (_messages(row[column]) for column in RESPONSES)
-    shared = _shared(chosen[:-1], rejected[:-1])
-    content = _content(row["prompt"]) if "prompt" in row else None
-    if shared:
-        repeated = Prompt("shared", chosen[:shared])
-        # Some datasets repeat the first message of the conversations as their prompt.
-        alike = isinstance(content, str) and content == chosen[shared - 1].content
-        if content is not None and not alike and Prompt("own", content).text != repeated.text:
-            shown = shortened(repr(row["prompt"]))
-            expected = f"responses, or conversations that begin with the prompt {shown}"
-            raise _fault(expected, repeated.text, "Leave the column 'prompt' out.")
-        content = chosen[:shared]
-    if content is None:
-        expected = "a column 'prompt', or conversations that begin with the same messages"
-        raise _fault(expected, [chosen[0].content, rejected[0].content], "Add the prompt.")
-    for column, rest in zip(RESPONSES, (chosen[shared:], rejected[shared:]), strict=True):
-        if (roles := [message.role for message in rest]) != ["assistant"]:
-            expected = f"one message of the assistant after the prompt in {column!r}"
-            raise _fault(expected, roles, "Leave the row out.")
-    if isinstance(content, str):
-        content = (Message("user", content),)
-    return content, chosen[-1].content, rejected[-1].content
-
-
-def _content(value: Any) -> str | tuple[Message, ...]:
-    if isinstance(value, str | list):
-        return value if isinstance(value, str) else _messages(value)
-    raise _fault("a string or a list of messages as prompt", value, "Change it.")
-
-
-def _messages(values: Sequence[Any]) -> tuple[Message, ...]:
-    if not values:
-        raise _fault("at least one message", values, "Add the message.")
-    messages = []
-    for value in values:
-        # Rows of a dataset have all keys in every message, null where a message has none.
-        given = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
-        if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
-            expected = "messages with a string `role` and a string `content` alone"
-            raise _fault(expected, value, "Change the message, or leave the row out.")
-        messages.append(Message(given["role"], given["content"]))
-    return tuple(messages)

@@ -29,12 +29,10 @@ _BAND = 0.95
 
 
 class Heads(NamedTuple):
-    """Ridge regressions, each on a bootstrap sample of the prompts.
+    """Ridge regressions, float64[D, M] and float64[M], each on a bootstrap sample of the prompts.
 
-    Args:
-        weights, intercepts: float64[D, M] and float64[M].
-        low, high: Scores that were seen, which no prediction leaves.
-        error: Root mean square error on the prompts that are not in a head's sample.
+    `low` and `high` are scores that were seen, which no prediction leaves; `error` is the root mean
+    square error on the prompts that are not in a head's sample.
     """
 
     features: Features
@@ -46,13 +44,7 @@ class Heads(NamedTuple):
 
     @classmethod
     def fit(
-        cls,
-        features: Features,
-        raw: Raw,
-        scores: FloatArray,
-        prompts: Sequence[str],
-        members: int,
-        seed: int,
+        cls, features: Features, raw: Raw, scores: FloatArray, prompts: Any, members: int, seed: int
     ) -> Heads:
         """Fit on N labelled responses; the penalty is chosen by leave-one-out errors."""
         inputs = features.fit(raw).transform(raw)
@@ -83,8 +75,7 @@ class Batch(NamedTuple):
 
     Args:
         scores: float64[B], as returned.
-        rows: int64[K], which were asked for, those drawn at random before the least sure.
-        num_audited: How many were drawn at random.
+        rows: int64[K], which were asked for, `num_audited` drawn at random before the least sure.
         labels: float64[K], what the reward said.
         told, stds: float64[K], what the heads had said before; NaN while there were none.
         error: Of the heads on prompts left out; NaN while there were none.
@@ -115,8 +106,7 @@ class Audit(NamedTuple):
         batches, calls: So many there were up to the last of them.
         errors: float64[K], heads minus reward, before the heads had seen these.
         error: Their root mean square; NaN without one.
-        band: What `error` stays below in 95% of audits, if errors are as on the prompts that the
-            heads were not fitted on; NaN where that is not known.
+        band: What `error` stays below in 95% of audits, if errors are as on prompts left out.
     """
 
     batches: int
@@ -132,18 +122,13 @@ def audits(batches: Sequence[Batch], count: int) -> list[Audit]:
     for part in np.array_split(np.arange(len(batches)), min(count, len(batches))):
         told = [batches[at] for at in part if not np.isnan(batches[at].error)]
         errors = np.concatenate([np.zeros(0), *(batch.audit for batch in told)])
-        expected = [batch.error for batch in told for _ in batch.audit]
-        known = bool(len(errors))
-        limit = np.sqrt(chi2.ppf(_BAND, len(errors)) / len(errors)) if known else np.nan
-        found.append(
-            Audit(
-                batches=int(part[-1]) + 1,
-                calls=sum(len(batch.rows) for batch in batches[: part[-1] + 1]),
-                errors=errors,
-                error=root_mean_square(errors) if known else float("nan"),
-                band=float(limit * root_mean_square(np.array(expected))) if known else float("nan"),
-            )
-        )
+        error = band = float("nan")
+        if size := len(errors):
+            error = root_mean_square(errors)
+            expected = root_mean_square(np.array([b.error for b in told for _ in b.audit]))
+            band = float(np.sqrt(chi2.ppf(_BAND, size) / size) * expected)
+        calls = sum(len(batch.rows) for batch in batches[: part[-1] + 1])
+        found.append(Audit(int(part[-1]) + 1, calls, errors, error, band))
     return found
 
 
@@ -168,11 +153,11 @@ class SurrogateReward(RewardModel):
     Of each batch, `calls_per_batch` responses are scored by the reward itself: `audited` of them
     drawn at random, which measures the heads on what they have not seen, and those about which the
     heads differ most. The heads are fitted anew on all labels, and say the scores of the others,
-    within the range of the labels. The first responses are all asked for, up to `first_calls`.
+    within the range of the labels. The first `first_calls` responses are all asked for.
 
-    A batch is written whole before its scores are returned, and one that was seen is looked up, so
-    that a training that was killed and does some steps again sees the scores it saw. Calls are
-    counted before they are made: a kill in between costs them, and never is `max_calls` exceeded.
+    A batch is written before its scores are returned, and one that was seen is looked up: a
+    training that was killed sees the same scores again. Calls are counted before they are made, so
+    that a kill in between costs them, and `max_calls` is never exceeded.
 
     Sources: Janner et al., "When to Trust Your Model", NeurIPS 2019 (a model fitted anew as the
     policy moves); Settles, "Active Learning Literature Survey", 2009 (disagreement of a committee);
@@ -184,11 +169,7 @@ class SurrogateReward(RewardModel):
         folder: Where labels are kept; the same reward, features, members and seed go on with it.
         features: What heads see of prompt and response; `EmbeddingFeatures()` by default.
         max_calls: Of the real reward, in all.
-        calls_per_batch, first_calls, audited: See above.
         members: Heads of the ensemble.
-
-    Attributes:
-        batches_: `Batch` of each, in order.
 
     Raises:
         RewardError: A setting is out of range; the folder is of another surrogate, or damaged.
@@ -229,10 +210,14 @@ class SurrogateReward(RewardModel):
         with writing(self._folder, RewardError):
             self._folder.mkdir(parents=True, exist_ok=True)
             claim_file(self._folder / _CONFIG, self._settings, "surrogate reward", RewardError)
-        found = read_batches(self._folder)
-        self.batches_, self._places = [*found.values()], {key: i for i, key in enumerate(found)}
-        self._heads = self._fit() if found else None
+        self._known = read_batches(self._folder)
+        self._heads = self._fit() if self._known else None
         self._asked: list[int] = []
+
+    @property
+    def batches_(self) -> list[Batch]:
+        """What was done with each batch, in order."""
+        return [*self._known.values()]
 
     def identity(self) -> Any:
         """The real reward and the settings; not what was learned so far."""
@@ -253,9 +238,9 @@ class SurrogateReward(RewardModel):
         """Return float64[B]: what the reward said where it was asked, else what the heads say."""
         pairs = zip(prompts, responses, strict=True)
         key = digest(*(f"{prompt_digest(p)} {response}".encode() for p, response in pairs))
-        if key not in self._places:
+        if key not in self._known:
             self._add(key, prompts, responses)
-        batch = self.batches_[self._places[key]]
+        batch = self._known[key]
         self._asked = np.isin(np.arange(len(responses)), batch.rows).astype(int).tolist()
         return batch.scores.copy()
 
@@ -275,8 +260,8 @@ class SurrogateReward(RewardModel):
     def _add(self, key: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
         """Score a new batch, learn from it, and write it."""
         count, raw = len(responses), self._features.read(prompts, responses)
-        heads, calls = self._heads, self.calls
-        labelled = sum(len(batch.labels) for batch in self.batches_)
+        heads, calls, number = self._heads, self.calls, len(self._known)
+        labelled = sum(len(batch.labels) for batch in self._known.values())
         told, stds = heads.predict(raw) if heads else np.full((2, count), np.nan)
         wanted = max(self.calls_per_batch, self.first_calls - labelled)
         wanted = max(0, min(wanted, self.max_calls - calls, count))
@@ -286,38 +271,29 @@ class SurrogateReward(RewardModel):
                 f"max_calls lost to kills before the first labels were written. Raise max_calls."
             )
         audited = min(self.audited if heads else wanted, wanted)
-        rng = np.random.default_rng([self.seed, len(self.batches_)])
+        rng = np.random.default_rng([self.seed, number])
         rows = choose_calls(stds, wanted, audited, rng)
         write_text(self._folder / _CALLS, json.dumps(calls + wanted))
-        asked = [(prompts[i], responses[i]) for i in rows]
-        labels = (
-            score_responses(self._reward, *zip(*asked, strict=True)).total if asked else told[:0]
-        )
-        batch = Batch(
-            scores=told,
-            rows=rows,
-            num_audited=audited,
-            labels=labels,
-            told=told[rows],
-            stds=stds[rows],
-            error=heads.error if heads else float("nan"),
-            raw={name: values[rows] for name, values in raw.items()},
-            responses=[(p.id, text) for p, text in zip(prompts, responses, strict=True)],
-        )
-        if heads is None or asked:
+        labels = told[:0]
+        if len(rows):
+            asked = [prompts[i] for i in rows], [responses[i] for i in rows]
+            labels = score_responses(self._reward, *asked).total
+        error = heads.error if heads else float("nan")
+        own = {name: values[rows] for name, values in raw.items()}
+        texts = [(p.id, text) for p, text in zip(prompts, responses, strict=True)]
+        batch = Batch(told, rows, audited, labels, told[rows], stds[rows], error, own, texts)
+        if heads is None or len(rows):
             heads = self._fit(batch)
         scores = heads.predict(raw)[0]
         scores[rows] = labels
         batch = batch._replace(scores=scores)
-        _write_batch(self._folder / f"{len(self.batches_):05d}.safetensors", key, batch)
-        self._places[key], self._heads = len(self.batches_), heads
-        self.batches_.append(batch)
+        _write_batch(self._folder / f"{number:05d}.safetensors", key, batch)
+        self._known[key], self._heads = batch, heads
 
     def _fit(self, *more: Batch) -> Heads:
-        batches = [batch for batch in (*self.batches_, *more) if len(batch.rows)]
-        raw = {
-            name: np.concatenate([batch.raw[name] for batch in batches]) for name in batches[0].raw
-        }
+        batches = [batch for batch in (*self._known.values(), *more) if len(batch.rows)]
+        names = batches[0].raw
+        raw = {name: np.concatenate([batch.raw[name] for batch in batches]) for name in names}
         scores = np.concatenate([batch.labels for batch in batches])
         prompts = [batch.responses[row][0] for batch in batches for row in batch.rows]
         return Heads.fit(self._features, raw, scores, prompts, self.members, self.seed)
@@ -351,14 +327,10 @@ def read_batches(folder: str | Path) -> dict[str, Batch]:
 
 
 def _write_batch(path: Path, key: str, batch: Batch) -> None:
-    arrays = {name: np.ascontiguousarray(getattr(batch, name)) for name in _ARRAYS}
-    arrays |= {name: np.ascontiguousarray(values) for name, values in batch.raw.items()}
-    about = {
-        "key": key,
-        "num_audited": batch.num_audited,
-        # As text: JSON has no NaN.
-        "error": repr(batch.error),
-        "responses": batch.responses,
-    }
+    arrays = {**{name: getattr(batch, name) for name in _ARRAYS}, **batch.raw}
+    arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    # The error as text: JSON has no NaN.
+    about = {"key": key, "num_audited": batch.num_audited, "error": repr(batch.error)}
+    about["responses"] = batch.responses
     with writing(path.parent, RewardError), write_file(path) as scratch:
         scratch.write_bytes(save(arrays, metadata={"batch": json.dumps(about)}))

@@ -32,13 +32,12 @@ from fractions import Fraction
 from typing import Any
 
 from mbrl_text_env._lazy import optional
-from mbrl_text_env.rewards.base import RewardError, RowReward
+from mbrl_text_env.rewards.base import RewardError, RowReward, check_finite
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import Prompt
 
 CURRENCIES = "$€£¥₹₽₩₪₫฿₺₴"
 EMPHASIS = re.compile(r"(\*\*\*|\*\*|\*|___|__|_|`)(?=\S)(.*\S)\1", re.DOTALL)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LATEX_FRACTION = re.compile(
     r"(\d)?\s*\\[dtc]?frac\s*(?:\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))"
 )
@@ -140,25 +139,19 @@ class ExactMatchReward(AnswerReward):
     """1 if the answer is the reference answer, else 0.
 
     Compared are texts in Unicode's composed form (NFC), without white space around them and with
-    one space for any other, and changed by the options. Emphasis of Markdown around the whole
-    answer ("**Paris**") is ignored where the reference has none. Where the reference is one letter,
-    as for multiple choice, so are brackets, full stops, a label, and the text of the choice: "(B)",
-    "Option B", `\\text{B}` and "B) Paris" are "B". "B) or C)" is not. With both
-    `ignore_punctuation` and `ignore_articles` that is the exact match of SQuAD (Rajpurkar et al.,
-    EMNLP 2016), but for the punctuation and symbols of all scripts. Note that then "3.5" is "35".
+    one space for any other, in any case. Emphasis of Markdown around the whole answer
+    ("**Paris**") is ignored where the reference has none. Where the reference is one letter, as for
+    multiple choice, so are brackets, full stops, a label, and the text of the choice: "(B)",
+    "Option B", `\\text{B}` and "B) Paris" are "B". "B) or C)" is not.
 
     Without `extract`, `bound` is 0 where no reference answer begins with the prefix; what follows
     its first character that is not ASCII is not looked at.
 
     Args:
         extract: Where in the response the answer stands; see the module.
-        ignore_case: Compare in casefolded form.
-        ignore_punctuation: Remove punctuation and symbols (Unicode's categories P and S).
-        ignore_articles: Remove the words "a", "an" and "the".
 
     Raises:
-        RewardError: When scoring: a prompt, which the message names, has no reference answer, or
-            one of which nothing is left.
+        RewardError: When scoring: a prompt, which the message names, has no reference answer.
 
     Example:
         >>> prompt = Prompt.from_text("Capital of France?", metadata={"reference_answer": "Paris"})
@@ -168,78 +161,61 @@ class ExactMatchReward(AnswerReward):
 
     name = "exact-match"
 
-    _: KW_ONLY
-    ignore_case: bool = True
-    ignore_punctuation: bool = False
-    ignore_articles: bool = False
-
     def _bound(self, prompt: Prompt, prefix: str) -> float:
-        given, accepted = self._accepted(prompt)
+        given = self.references(prompt)
         if self.extract is not None or not prefix.strip():
             return 1.0
         text = prefix.lstrip()
         bare = text.rstrip().rstrip(text[0])
         # Inside of one, two or three marks of emphasis, of which some may be there at its end.
         inner = [bare[marks:] for marks in (1, 2, 3)] if text[0] in "*_`" else []
-        if any(self._begins(answer, each) for answer in accepted for each in (text, *inner)):
+        accepted = map(_normal, given)
+        if any(_begins(answer, each) for answer in accepted for each in (text, *inner)):
             return 1.0
-        return float(self._may_choose(text, given))
-
-    def _begins(self, accepted: str, text: str) -> bool:
-        """Whether a normal form may be that of a longer text; ASCII alone is looked at."""
-        start = re.match(r"[\x00-\x7f]*", text)
-        known = start[0] if start else ""
-        if self.ignore_articles:
-            # The last word may go on.
-            known = known[: len(known) - len(re.split(r"\s", known)[-1])]
-        # A letter more, for a space at the end is one within the longer text.
-        whole, before = (self._normal(f"{each}x")[:-1] for each in (known, known[:-1]))
-        if f"{accepted} ".startswith(whole):
-            return True
-        # A mark that combines with the last character may follow.
-        return accepted.startswith(before) and not accepted[len(before) :][:1].isascii()
-
-    def _may_choose(self, text: str, given: Sequence[str]) -> bool:
-        choices = {self._normal(each) for each in given if _CHOICE.fullmatch(each.strip())}
-        letters = "".join(letter for letter in _LETTERS if self._normal(letter) in choices)
-        if not letters:
-            return False
-        regex = optional("regex", RewardError)
-        chosen = _CHOSEN.pattern.replace("([A-Za-z])", f"([{letters}])")
-        flags = regex.IGNORECASE | regex.DOTALL
-        return regex.fullmatch(chosen, text, flags, partial=True) is not None
-
-    def _accepted(self, prompt: Prompt) -> tuple[list[str], set[str]]:
-        given = self.references(prompt)
-        accepted = set(map(self._normal, given))
-        if "" in accepted:
-            raise self.unusable(prompt, "a text of which something is left when normalised")
-        return given, accepted
+        return float(_may_choose(text, given))
 
     def _score(self, prompt: Prompt, response: str) -> float:
-        given, accepted = self._accepted(prompt)
-        answer = extract_answer(response, self.extract)
+        given, answer = self.references(prompt), extract_answer(response, self.extract)
         if answer is None:
             return 0.0
         emphasised, chosen = EMPHASIS.fullmatch(answer), _CHOSEN.fullmatch(answer)
-        if not accepted.isdisjoint(
-            map(self._normal, [answer, emphasised[2]] if emphasised else [answer])
-        ):
+        accepted = set(map(_normal, given))
+        if _normal(answer) in accepted or (emphasised and _normal(emphasised[2]) in accepted):
             return 1.0
-        choices = {self._normal(text) for text in given if _CHOICE.fullmatch(text.strip())}
-        if chosen is None or self._normal(chosen[1]) not in choices:
+        if chosen is None or _normal(chosen[1]) not in _choices(given):
             return 0.0
         return float(not _NOT_CHOSEN.search(chosen[2] or ""))
 
-    def _normal(self, text: str) -> str:
-        text = unicodedata.normalize("NFC", text)
-        if self.ignore_case:
-            text = unicodedata.normalize("NFC", text.casefold())
-        if self.ignore_punctuation:
-            text = "".join(c for c in text if unicodedata.category(c)[0] not in "PS")
-        if self.ignore_articles:
-            text = _ARTICLES.sub(" ", text)
-        return " ".join(text.split())
+
+def _normal(text: str) -> str:
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return " ".join(text.split())
+
+
+def _choices(given: Sequence[str]) -> set[str]:
+    return {_normal(each) for each in given if _CHOICE.fullmatch(each.strip())}
+
+
+def _begins(accepted: str, text: str) -> bool:
+    """Whether a normal form may be that of a longer text; ASCII alone is looked at."""
+    start = re.match(r"[\x00-\x7f]*", text)
+    known = start[0] if start else ""
+    # A letter more, for a space at the end is one within the longer text.
+    whole, before = (_normal(f"{each}x")[:-1] for each in (known, known[:-1]))
+    if f"{accepted} ".startswith(whole):
+        return True
+    # A mark that combines with the last character may follow.
+    return accepted.startswith(before) and not accepted[len(before) :][:1].isascii()
+
+
+def _may_choose(text: str, given: Sequence[str]) -> bool:
+    letters = "".join(letter for letter in _LETTERS if _normal(letter) in _choices(given))
+    if not letters:
+        return False
+    regex = optional("regex", RewardError)
+    chosen = _CHOSEN.pattern.replace("([A-Za-z])", f"([{letters}])")
+    flags = regex.IGNORECASE | regex.DOTALL
+    return regex.fullmatch(chosen, text, flags, partial=True) is not None
 
 
 @named("numeric")
@@ -276,10 +252,7 @@ class NumericReward(AnswerReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("abs_tol", "rel_tol"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}.")
+        check_finite(self, "abs_tol", "rel_tol", least=0)
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt has reference answers that are numbers."""

@@ -10,7 +10,7 @@ import re
 import symtable
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,24 +50,23 @@ class UnitTestReward(RewardModel):
 
     Optional, for statements: `"test_imports"`, which the solution finds done as well; `"setup"`,
     which runs between the solution and each test (both a text or a list of texts); and
-    `"entry_point"`, the name, or list of names, of what the solution is asked for, which matters
-    only if it is also the name of a builtin.
+    `"entry_point"`, the name, or list of names, of what the solution is asked for, which is needed
+    only if it is also the name of a builtin or of what tests take for granted (`Counter`).
 
     `extract_code` finds the program; of several Python blocks it is the last that defines what the
     tests ask for, or reads input where there is some. It has the standard library, and integers of
     any length become texts. For statements it finds the names of `typing`, and a `class Solution`
     what LeetCode imports. An empty program scores 0, and so does one larger than half of
-    `limits.disk_bytes`. Every test runs in a box of its own: one that never ends, or takes its
-    processes down, costs the others nothing.
+    `limits.disk_bytes`. Every test runs in a box of its own.
 
     The program decides nothing about its own score: a case's output never enters the box, and a
     statement runs in a process that the solution cannot reach, to which what it says is data.
-    docs/sandbox.md says what is guaranteed and what is not. Tests are no proof; arguments and
-    results are copies; tests that run code made from data are refused before anything runs.
+    docs/sandbox.md says what is guaranteed and what is not. Tests that run code made from data are
+    refused before anything runs.
 
     Sources: Austin et al., "Program Synthesis with Large Language Models", 2021 (MBPP); Hendrycks
-    et al., "Measuring Coding Challenge Competence With APPS", NeurIPS 2021. Deviation: they run the
-    tests and the solution in one process, which solutions can fool.
+    et al., "Measuring Coding Challenge Competence With APPS", NeurIPS 2021. Deviation: they run
+    tests and solution in one process.
 
     Args:
         partial: True for the fraction of tests that pass; False for 1 if all do and else 0.
@@ -77,9 +76,9 @@ class UnitTestReward(RewardModel):
         name: What reports call it.
 
     Raises:
-        UnitTestError: When scoring: a prompt has no tests or malformed ones; a test runs code made
-            from data, takes nothing from the solution, leaves open which builtin is the solution's,
-            or hands the solution what cannot be handed over. The message names the prompt.
+        UnitTestError: When scoring: a prompt, which the message names, has no tests or malformed
+            ones; a test runs code made from data, takes nothing from the solution, or hands the
+            solution what cannot be handed over.
         SandboxUnavailable: When scoring: this machine cannot shut untrusted code in.
 
     Example:
@@ -109,14 +108,9 @@ class UnitTestReward(RewardModel):
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B]."""
-        if len(prompts) != len(responses):
-            raise ValueError(
-                f"Expected one prompt a response, got {len(prompts)} prompts and "
-                f"{len(responses)} responses. Repeat a prompt for each of its responses."
-            )
         # Every prompt is read before any program is run, and every run is made once.
         suites = list(map(_suite, prompts))
-        rows = list(map(self._runs, suites, responses))
+        rows = [self._runs(*row) for row in zip(suites, responses, strict=True)]
         wanted = dict.fromkeys(run for row in rows for run in row)
         results = sandbox.run_programs(
             [test.program(code) for code, test in wanted],
@@ -152,8 +146,6 @@ class _Test:
     output: str | None
     # A pattern of what a program has that can pass.
     marks: str
-    # What may be the solution's name, where the test does not tell.
-    unsure: frozenset[str] | None = field(default=None, compare=False)
 
     def program(self, code: str) -> Program:
         if self.output is not None:
@@ -194,23 +186,6 @@ def _suite(prompt: Prompt) -> list[_Test]:
     if _text(entry_points) is None:
         expected = "metadata['entry_point'] to be a name or a list of names"
         raise _error(prompt, f"{expected}, got {given!r}. Change it, or leave it out.")
-    suite = _read(prompt, entry_points)
-    unsure = [test.unsure for test in suite if test.unsure is not None]
-    if not unsure:
-        return suite
-    # These use builtins alone: the one that all of them use is what the solution is asked for.
-    names = frozenset.intersection(*unsure)
-    if len(names) == 1:
-        return _read(prompt, list(names))
-    taken = ", ".join(map(repr, sorted(names))) or "nothing"
-    raise _error(
-        prompt,
-        f"tests to use what the solution is asked for, but one takes {taken} from it. Say in "
-        "metadata['entry_point'] what is asked for, or change the test.",
-    )
-
-
-def _read(prompt: Prompt, entry_points: Sequence[str]) -> list[_Test]:
     tests = prompt.metadata.get("tests")
     if not isinstance(tests, list | tuple) or not tests:
         raise _error(
@@ -233,9 +208,8 @@ def _test(
         except StatementError as error:
             raise _error(
                 prompt,
-                f"tests that run no code made from data, but {place} or what belongs to it has "
-                f"{error}. It would run what the solution says in the process that judges. Compare "
-                "values instead, or leave out the prompt.",
+                f"tests that use what the solution is asked for and run no code made from data, "
+                f"but {place} {error}. Change the test, or leave out the prompt.",
             ) from error
     if isinstance(test, Mapping) and test.keys() == {"input", "output"}:
         given, output = _text(test["input"]), _text(test["output"])
@@ -247,18 +221,22 @@ def _test(
 
 
 def _statement(test: str, imports: str, setup: str, entry_points: Sequence[str]) -> _Test:
-    names = names_of([imports, setup, test], entry_points)
+    solution, granted = names_of([imports, setup, test], entry_points)
+    if not solution:
+        raise StatementError(
+            "takes nothing from it but what has the name of one of Python's own (say so in "
+            "metadata['entry_point'])"
+        )
     orders = {
-        "imports": f"{names.imports}\n{imports}",
+        "imports": f"{granted}\n{imports}",
         "setup": setup,
         "test": test,
-        "names": sorted(names.solution),
-        "granted": _granted(imports, "Solution" in names.solution),
+        "names": sorted(solution),
+        "granted": _granted(imports, "Solution" in solution),
     }
-    listed = "|".join(map(re.escape, sorted(names.solution)))
+    listed = "|".join(map(re.escape, sorted(solution)))
     marks = rf"^(?:(?:async[ \t]+)?def|class)[ \t]+(?:{listed})\b|^(?:{listed})[ \t]*=(?!=)"
-    sure = names.certain and names.solution
-    return _Test(json.dumps(orders), None, marks, None if sure else names.solution)
+    return _Test(json.dumps(orders), None, marks)
 
 
 def _text(value: Any) -> str | None:
@@ -327,33 +305,20 @@ _PYTHON = frozenset(
 
 
 class StatementError(ValueError):
-    """The test runs code that is made from data; the message names the means."""
+    """The test runs code that is made from data, or takes nothing from the solution."""
 
 
-@dataclass(frozen=True)
-class Names:
-    """What a test's names mean: the solution's, and imports of what the test takes for granted.
-
-    Where it is not `certain`, only one of `solution` is the solution's, and the others Python's.
-    """
-
-    solution: frozenset[str]
-    imports: str
-    certain: bool
-
-
-def names_of(parts: Sequence[str], entry_points: Sequence[str]) -> Names:
+def names_of(parts: Sequence[str], entry_points: Sequence[str]) -> tuple[set[str], str]:
     """Tell the names of a test (imports, setup, test) that are the solution's from others.
 
     Names that the parts define or import are their own. Of the rest, the entry points ("f",
     "Solution().f") are the solution's, and so is every name that is neither a builtin nor taken for
-    granted (`List`, `Counter`, `math.` and the like). If there is none of these, it is one of the
-    builtins: a test of `solve` that calls `abs` means Python's `abs`, and a test that calls nothing
-    but `abs` means the solution's.
+    granted (`List`, `Counter`, `math.` and the like). Returned are the solution's names, and the
+    imports of what is taken for granted.
 
     Example:
-        >>> names_of(["", "", "assert abs(solve(2) - 1.41) < 0.1"], []).solution
-        frozenset({'solve'})
+        >>> names_of(["", "", "assert math.isclose(solve(2), 1.41, rel_tol=0.1)"], [])
+        ({'solve'}, 'import math')
     """
     used, bound = set[str](), set[str]()
     for part in parts:
@@ -363,15 +328,11 @@ def names_of(parts: Sequence[str], entry_points: Sequence[str]) -> Names:
     free = {name for name in used - bound | used & entries if not name.startswith("__")}
     modules = {name for name in _modules(parts) & free if name not in entries}
     classes = (free & _CLASSES.keys()) - modules - entries
-    python = (free & _PYTHON) - entries
-    solution = free - modules - classes - python
-    certain = bool(solution or entries)
-    if not certain:
-        solution = (classes | python) or modules
+    solution = free - modules - classes - (_PYTHON - entries)
     _refuse_code_of_data(parts, used - solution)
-    imports = [f"import {name}" for name in sorted(modules - solution)]
-    imports += [f"from {_CLASSES[name]} import {name}" for name in sorted(classes - solution)]
-    return Names(frozenset(solution), "\n".join(imports), certain)
+    imports = [f"import {name}" for name in sorted(modules)]
+    imports += [f"from {_CLASSES[name]} import {name}" for name in sorted(classes)]
+    return solution, "\n".join(imports)
 
 
 def _granted(imports: str, is_class: bool) -> list[str]:
@@ -432,38 +393,17 @@ def _refuse_code_of_data(parts: Sequence[str], used: set[str]) -> None:
                 imported.add((node.module or "").partition(".")[0])
     found = used & _RUN_CODE | imported & _RUN_MODULES
     if found:
-        raise StatementError(", ".join(sorted(found)))
+        what = ", ".join(sorted(found))
+        raise StatementError(
+            f"or what belongs to it has {what}, which would run what the solution says in the "
+            "process that judges"
+        )
 
 
 # --- The program in a response ---
 
 # What may stand before a fence: white space, marks of quotes, and those of an item of a list.
 _FENCE = re.compile(r"((?:[ \t]|>|[-*+][ \t]|\d{1,9}[.)][ \t])*)(`{3,}|~{3,})(.*)", re.DOTALL)
-_QUOTES = re.compile(r"[ \t]*+>[ \t]?")
-
-
-@dataclass
-class _Block:
-    language: str
-    fence: str
-    quotes: int
-    lines: list[str] = field(default_factory=list)
-
-    def line(self, line: str) -> str:
-        """A line without the marks of the quote that the block stands in."""
-        # One match, however many quotes are in each other: a response can have thousands.
-        start = 0
-        for _, mark in zip(range(self.quotes), _QUOTES.finditer(line), strict=False):
-            if mark.start() != start:
-                break
-            start = mark.end()
-        return line[start:]
-
-    def code(self) -> str:
-        """The lines, less what the first one is indented by: no program begins so."""
-        first = next((line for line in self.lines if line.strip()), "")
-        indent = first[: len(first) - len(first.lstrip(" \t"))]
-        return "".join(line.removeprefix(indent) for line in self.lines)
 
 
 def extract_code(response: str, marks: str = "") -> str:
@@ -478,24 +418,32 @@ def extract_code(response: str, marks: str = "") -> str:
         >>> extract_code("Thus:\\n```python\\nprint(1)\\n```\\nIt prints 1.")
         'print(1)\\n'
     """
-    blocks: list[_Block] = []
-    is_open = False
+    blocks: list[tuple[str, list[str]]] = []
+    open_fence, quotes = "", ""
     for line in response.removeprefix("\ufeff").splitlines(keepends=True):
-        if is_open:
-            text, fence = blocks[-1].line(line), blocks[-1].fence
+        if open_fence:
+            text = re.sub(quotes, "", line, count=1)
             bare = text.strip()
-            is_open = not bare.startswith(fence) or bool(bare.strip(fence[0]))
-            if is_open:
-                blocks[-1].lines.append(text)
+            if bare.startswith(open_fence) and not bare.strip(open_fence[0]):
+                open_fence = ""
+            else:
+                blocks[-1][1].append(text)
         elif (match := _FENCE.match(line)) is not None:
             prefix, fence, language = match.groups()
             # A line such as ```x = 1``` is inline code, and no fence.
             if fence[0] not in language:
-                is_open = True
-                language = " ".join(language.lower().split())
-                blocks.append(_Block(language, fence, prefix.count(">")))
-    languages = ("python", "python3", "py", "{.python}")
-    python = [each for each in blocks if each.language.partition(" ")[0] in languages]
-    programs = [each.code() for each in python or blocks]
+                open_fence = fence
+                # The marks of the quotes that the block stands in: a response can have thousands.
+                quotes = rf"\A(?:[ \t]*+>[ \t]?){{0,{prefix.count('>')}}}"
+                blocks.append(((language.lower().split() or [""])[0], []))
+    python = [block for block in blocks if block[0] in ("python", "python3", "py", "{.python}")]
+    programs = ["".join(_outdented(lines)) for _, lines in python or blocks]
     fitting = [each for each in programs if marks and re.search(marks, each, re.MULTILINE)]
     return (fitting or programs or [response])[-1]
+
+
+def _outdented(lines: Sequence[str]) -> Iterator[str]:
+    """The lines, less what the first one is indented by: no program begins so."""
+    first = next((line for line in lines if line.strip()), "")
+    indent = first[: len(first) - len(first.lstrip(" \t"))]
+    return (line.removeprefix(indent) for line in lines)

@@ -1,13 +1,13 @@
 """A helper process for work on untrusted text that may hang, explode or run away with the memory.
 
-A thread cannot be killed, and signals reach the main thread alone. So computer algebra, and scorers
-that evaluate what they are given, run in a process that is started at the first call, serves all
-calls in turn (threads wait for each other), and is killed at the end of a call's time and replaced.
+Neither can a thread be killed, nor reach signals more than the main one. So computer algebra, and
+scorers that evaluate what they are given, run in a process that is started at the first call,
+serves all calls in turn, and is killed at the end of a call's time and replaced.
 
-The two talk in lines of JSON. Nothing is unpickled, so that a helper that has been taken over could
-still only return a wrong answer. It sees none of the environment variables but the ones that Python
-needs, writes no files, and has a limit of memory (the last two on POSIX). It is no sandbox all the
-same: callers refuse text that would be executed.
+The two talk in lines of JSON: a helper that has been taken over could still only return a wrong
+answer. It sees none of the environment variables but those that Python needs, writes no files, and
+has a limit of memory (the last two on POSIX). It is no sandbox all the same: callers refuse text
+that would be executed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def call_isolated(function: str, *arguments: Any, seconds: float, prepare: Seque
         function: `"module:name"`.
         *arguments: Its arguments.
         seconds: The wall-clock time that it may take.
-        prepare: `"module:name"` of a function that is called before, outside the time limit, and
-            its arguments: it imports the heavy library, or makes what is the same for many calls,
+        prepare: `"module:name"` of a function, and its arguments, which is called before, outside
+            the time limit: it imports the heavy library, or makes what is the same for many calls,
             and has to keep it in a cache.
 
     Raises:
@@ -94,7 +94,12 @@ class _Helper:
 
     def call(self, function: str, arguments: list[Any], seconds: float) -> Any:
         timed_out = threading.Event()
-        timer = threading.Timer(seconds, self._kill_late, [timed_out])
+
+        def kill_late() -> None:
+            timed_out.set()
+            self.process.kill()
+
+        timer = threading.Timer(seconds, kill_late)
         timer.start()
         try:
             reply = self._exchange({"function": function, "arguments": arguments})
@@ -124,10 +129,6 @@ class _Helper:
         except OSError:
             return None
         return json.loads(line) if line.endswith(b"\n") else None
-
-    def _kill_late(self, timed_out: threading.Event) -> None:
-        timed_out.set()
-        self.process.kill()
 
     def kill(self) -> int:
         self.process.kill()

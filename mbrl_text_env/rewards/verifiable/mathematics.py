@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from mbrl_text_env._lazy import optional
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, check_finite
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.answers import (
     CURRENCIES,
@@ -43,13 +43,11 @@ class MathReward(AnswerReward):
 
     LaTeX (`\frac{1}{2}`, with or without `$`), plain expressions (`x**2 + 1`, `sqrt(2)`; variables
     are single letters), sets, intervals, matrices, equations and numbers are compared as
-    `math_verify.verify` does. Numbers with a point are compared to six decimals and in parts of
-    their size (1e-5), exact ones exactly. Without `extract`, math-verify looks for the answer in
-    prose by itself: "final answer is", `\boxed{}`, the last formula, the last number. An answer
-    that is a formula is read as a whole or not at all, without emphasis, a label ("Answer:"),
-    currencies, and full stops around it; `rewards.verifiable.answers` says how commas and points
-    are read. Where a response can mean two things, either counts: "73!" is a factorial or an
-    exclamation, "- 73" a negative number or an item of a list.
+    `math_verify.verify` does; numbers with a point to six decimals and in parts of their size
+    (1e-5), exact ones exactly. Without `extract`, math-verify looks for the answer in prose by
+    itself. An answer that is a formula is read as a whole or not at all, without emphasis, a label
+    ("Answer:"), currencies, and full stops around it. Where a response can mean two things, either
+    counts: "73!" is a factorial or an exclamation, "- 73" a number or an item of a list.
 
     A reference answer that would be read in part ("18 apples and 5 pears") is refused. It is a
     formula, several joined by "and" or "or" (all of which the response has to have, in any order),
@@ -57,11 +55,11 @@ class MathReward(AnswerReward):
 
     Algebra on a text such as `9^{9^{9^9}}` does not end. So it is done in a process that is killed
     after `seconds` (`rewards.verifiable.isolated`), with a limit of memory; a response that exceeds
-    either scores 0. Not killed, a comparison takes some milliseconds.
+    either scores 0.
 
     Source: math-verify, https://github.com/huggingface/Math-Verify. Deviations: expressions without
-    LaTeX and without words are read as LaTeX too, for math-verify reads plain arithmetic alone; it
-    takes numbers below 1e-6 for equal, and what it can read of a formula for all of it.
+    LaTeX and without words are read as LaTeX too; it takes numbers below 1e-6 for equal, and what
+    it can read of a formula for all of it.
 
     Args:
         extract: Where in the response the answer stands; see `rewards.verifiable.answers`.
@@ -69,8 +67,7 @@ class MathReward(AnswerReward):
 
     Raises:
         RewardError: When scoring: the extra `verify` is not installed, or a prompt, which the
-            message names, has no reference answer, or one that cannot be read as a whole, or not be
-            compared with a number in time.
+            message names, has no reference answer, or one that cannot be read and compared.
 
     Example:
         >>> prompt = Prompt.from_text("Half of x + 1?", metadata={"reference_answer": "(x+1)/2"})
@@ -85,8 +82,7 @@ class MathReward(AnswerReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"seconds: expected a positive number, got {self.seconds!r}.")
+        check_finite(self, "seconds", above=0)
 
     def _score(self, prompt: Prompt, response: str) -> float:
         accepted = self.references(prompt)
@@ -122,7 +118,7 @@ def _graded(accepted: list[str], answer: str, seconds: float) -> bool:
 
 @lru_cache(maxsize=1)
 def load_math_verify() -> None:
-    """Import math-verify and make a first comparison, which takes longer than later ones."""
+    """Import math-verify and make a first comparison, which takes longer."""
     optional("math_verify", RewardError)
     grade(["x/2"], "$0.5 x$")
 

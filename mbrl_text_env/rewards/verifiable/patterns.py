@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 from mbrl_text_env._lazy import optional
-from mbrl_text_env.rewards.base import RewardError, RowReward
+from mbrl_text_env.rewards.base import RewardError, RowReward, check_finite
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import Prompt
-
-Match = Literal["full", "search"]
-"""Whether the whole response has to match, or a part of it."""
 
 _ESCAPED = re.compile(r"\\[^A-Za-z0-9]|\\[pPN]\{[^}]*\}")
 # What may fail at the end of a prefix and hold in a longer text: lookbehind, negative lookahead,
@@ -30,9 +27,9 @@ _REFERENCE = re.compile(r"\\[1-9]|\(\?P=")
 class RegexReward(RowReward):
     r"""1 if the response matches a regular expression, else 0.
 
-    White space around the response is ignored, and a response of nothing else scores 0, whatever
-    the pattern. The syntax is that of the package `regex` in its compatible mode, Python's own with
-    additions such as `\p{L}`.
+    The whole response has to match, but for white space around it, and a response of nothing else
+    scores 0, whatever the pattern. The syntax is that of the package `regex` in its compatible
+    mode, Python's own with additions such as `\p{L}` (`(?s).*word.*` searches).
 
     A pattern such as `(a+)+$` can take exponential time. A match that takes longer than `seconds`
     is an error and no 0: the pattern is at fault, and a 0 would fall upon whatever responses a busy
@@ -41,14 +38,11 @@ class RegexReward(RowReward):
     `bound` is 0 where no text that begins so can match, by the partial matching of `regex`. It is 1
     throughout for what that cannot tell: patterns with lookbehind, negative lookahead, atomic
     groups, possessive repetitions, conditions, recursion, fuzzy matching, a lookahead beside a
-    reference to a group, or inline flags other than `isxau`; a search with the flag `m`; and
-    patterns of which a partial match once took longer than `seconds`.
+    reference to a group, or inline flags other than `isxau`; and patterns of which a partial match
+    once took longer than `seconds`.
 
     Args:
         pattern: The pattern; None to read `prompt.metadata["pattern"]`.
-        match: `"full"` for the whole response, `"search"` for any part of it.
-        flags: Letters as in `(?ims)`: `i` ignore case, `m` `^` and `$` match at lines, `s` a dot
-            matches line breaks too, `x` verbose.
         seconds: Wall-clock time that one match may take.
 
     Raises:
@@ -66,20 +60,13 @@ class RegexReward(RowReward):
 
     pattern: str | None = None
     _: KW_ONLY
-    match: Match = "full"
-    flags: str = ""
     seconds: float = 1.0
     _slow: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.match not in get_args(Match):
-            raise ValueError(f"match: expected 'full' or 'search', got {self.match!r}.")
-        if not set(self.flags) <= set("imsx"):
-            raise ValueError(f"flags: expected letters of 'imsx', got {self.flags!r}.")
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"seconds: expected a positive number, got {self.seconds!r}.")
+        check_finite(self, "seconds", above=0)
         if self.pattern is not None:
-            _compiled(self.pattern, self.flags, f"Reward model {self.name!r}")
+            _compiled(self.pattern, f"Reward model {self.name!r}")
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether there is a pattern, the constructor's or the prompt's."""
@@ -88,7 +75,10 @@ class RegexReward(RowReward):
     def _bound(self, prompt: Prompt, prefix: str) -> float:
         given = self._given(prompt)
         matches = self._matcher(given, prompt)
-        if given in self._slow or not self._has_bound(given):
+        # Whether partial matching refuses only what no longer text can match.
+        plain = _ESCAPED.sub("_", given)
+        looks_ahead = "(?=" in plain and _REFERENCE.search(plain) is not None
+        if given in self._slow or looks_ahead or _UNBOUNDED.search(plain):
             return 1.0
         # A word may end, or go on, where a prefix ends.
         open_ended = re.sub(r"(?<!\\)((?:\\\\)*)(\\[bB])", r"\1(?:\2|\\Z)", given)
@@ -102,21 +92,11 @@ class RegexReward(RowReward):
             self._slow.add(given)
             return 1.0
 
-    def _has_bound(self, pattern: str) -> bool:
-        """Whether partial matching refuses only what no longer text can match."""
-        plain = _ESCAPED.sub("_", pattern)
-        # A match may begin at a line after the prefix.
-        later = self.match == "search" and "m" in self.flags
-        looks_ahead = "(?=" in plain and _REFERENCE.search(plain) is not None
-        return not later and not looks_ahead and _UNBOUNDED.search(plain) is None
-
     def _given(self, prompt: Prompt) -> Any:
         return prompt.metadata.get("pattern") if self.pattern is None else self.pattern
 
     def _matcher(self, pattern: Any, prompt: Prompt) -> Any:
-        context = f"Reward model {self.name!r}, prompt {prompt.id!r}"
-        compiled = _compiled(pattern, self.flags, context)
-        return compiled.fullmatch if self.match == "full" else compiled.search
+        return _compiled(pattern, f"Reward model {self.name!r}, prompt {prompt.id!r}").fullmatch
 
     def _score(self, prompt: Prompt, response: str) -> float:
         given, text = self._given(prompt), response.strip()
@@ -132,7 +112,7 @@ class RegexReward(RowReward):
             ) from error
 
 
-def _compiled(pattern: Any, flags: str, context: str) -> Any:
+def _compiled(pattern: Any, context: str) -> Any:
     if not isinstance(pattern, str):
         raise RewardError(
             f"{context}: expected a regular expression, a string, got {pattern!r}. Pass "
@@ -141,7 +121,7 @@ def _compiled(pattern: Any, flags: str, context: str) -> Any:
     regex = optional("regex", RewardError)
     try:
         # The package keeps what it has compiled.
-        return regex.compile(f"(?{flags}){pattern}" if flags else pattern)
+        return regex.compile(pattern)
     except (regex.error, OverflowError, RecursionError) as error:
         raise RewardError(
             f"{context}: expected a regular expression, got {pattern!r} ({error}). Correct it; "

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from mbrl_text_env._lazy import optional
-from mbrl_text_env.rewards.base import RewardError
+from mbrl_text_env.rewards.base import RewardError, check_finite
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.answers import AnswerReward, extract_answer
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated
@@ -65,9 +65,8 @@ class ReasoningGymReward(AnswerReward):
     to be the one of the prompt. (`UNREPEATABLE_TASKS` are scored by the prompt's other metadata.)
     Which wrong answers get part of the score is up to the task; an empty answer gets 0.
 
-    Responses are untrusted, and some scorers run them as Python or do algebra on them. All of them
-    run in a process that is killed after `seconds` (`rewards.verifiable.isolated`); beyond that,
-    each a deviation from the package's own scores:
+    Responses are untrusted, and some scorers run them as Python. All run in a process that is
+    killed after `seconds` (`rewards.verifiable.isolated`); beyond that:
 
     - `EVALUATED_TASKS`: `eval` is replaced by `ast.literal_eval`, so that an answer may be a
       literal list, and no other Python.
@@ -101,8 +100,7 @@ class ReasoningGymReward(AnswerReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"seconds: expected a positive number, got {self.seconds!r}.")
+        check_finite(self, "seconds", above=0)
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt says what its puzzle is made from."""

@@ -7,13 +7,13 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from mbrl_text_env._lazy import optional
-from mbrl_text_env.rewards.base import RewardError, RewardModel, Scores
+from mbrl_text_env.rewards.base import RewardError, RewardModel, Scores, check_finite
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated
 from mbrl_text_env.rewards.verifiable.partial_json import (
@@ -54,16 +54,15 @@ class JSONSchemaReward(RewardModel):
     a schema's own patterns can take exponential time. That is an error, as in `RegexReward`.
 
     `bound` is 0 where no text that begins so is JSON, and `partial_credit` where none satisfies the
-    schema, as far as types, names, enumerations, lengths and what is complete tell. A later member
-    of the same name replaces one before, so that no value in an object that goes on is final,
-    unless `unique_names`: then bounds are much tighter.
+    schema, as far as types, names, enumerations, lengths and what is complete tell.
 
     Parts: `parses` and `valid`, zeros and ones.
 
     Args:
         schema: The schema; None to read `prompt.metadata["schema"]`.
         code_fence: Accept the value inside one Markdown code fence (```json), too.
-        unique_names: Take an object with two members of one name for no JSON (RFC 7493).
+        unique_names: Take an object with two members of one name for no JSON (RFC 7493). Otherwise
+            the last one counts, so that no value in an object that goes on is final for `bound`.
         partial_credit: The score, from 0 to 1, of JSON that does not satisfy the schema.
         seconds: Wall-clock time that one check may take.
 
@@ -97,8 +96,7 @@ class JSONSchemaReward(RewardModel):
             raise ValueError(
                 f"partial_credit: expected a number from 0 to 1, got {self.partial_credit!r}."
             )
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"seconds: expected a positive number, got {self.seconds!r}.")
+        check_finite(self, "seconds", above=0)
         if self.schema is not None:
             _checked_schema(self.schema, f"Reward model {self.name!r}")
 
@@ -142,13 +140,11 @@ class JSONSchemaReward(RewardModel):
         # Patterns and references alone can take long.
         is_quick = '"pattern' not in schema and '"$' not in schema
         try:
-            valid = (
-                may_satisfy(*arguments) if is_quick else self._isolated("may_satisfy", *arguments)
-            )
+            ask = may_satisfy if is_quick else partial(self._isolated, "may_satisfy")
+            return 1.0 if ask(*arguments) else self.partial_credit
         except IsolatedError:
             self._slow.add(schema)
             return 1.0
-        return 1.0 if valid else self.partial_credit
 
     def _schema_of(self, prompt: Prompt) -> str:
         given = prompt.metadata.get("schema") if self.schema is None else self.schema

@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any
 
-from mbrl_text_env.rewards.base import RewardError, RowReward
+from mbrl_text_env.rewards.base import RewardError, RowReward, check_finite
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.rewards.verifiable.code import extract_code
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated
@@ -55,10 +55,10 @@ class SQLReward(RowReward):
     same float, and floats are equal within one part in a million.
 
     Responses are untrusted. Each is one statement on a database of its own, in memory, which it can
-    read and nothing else: no writing, no PRAGMA, no ATTACH, no extension. `random` and `randomblob`
-    are refused too. A query that breaks a limit scores 0: `max_steps`, `seconds`, texts and blobs
-    of 100,000 bytes (intermediate ones too), SQL of 10,000 bytes, 64 MiB of memory, one row more
-    than the reference query has. It runs in a helper process (`rewards.verifiable.isolated`).
+    read and nothing else: no writing, no PRAGMA, no ATTACH, no extension, no `random`. A query that
+    breaks a limit scores 0: `max_steps`, `seconds`, texts and blobs of 100,000 bytes (intermediate
+    ones too), SQL of 10,000 bytes, 64 MiB of memory, one row more than the reference query has. It
+    runs in a helper process (`rewards.verifiable.isolated`).
 
     The bound is 1: a prefix never rules a later fence out.
 
@@ -89,14 +89,12 @@ class SQLReward(RowReward):
     seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "seconds"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name}: expected a positive number, got {value!r}.")
+        check_finite(self, "max_steps", "seconds", above=0)
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Whether the prompt has a database and a reference query."""
-        return all(map(_is_text, _parts(prompt.metadata)))
+        parts = _parts(prompt.metadata)
+        return all(isinstance(part, str) and part.strip() for part in parts)
 
     def _score(self, prompt: Prompt, response: str) -> float:
         database, reference = _parts(prompt.metadata)
@@ -123,10 +121,6 @@ class SQLReward(RowReward):
 
 def _parts(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
     return metadata.get("database"), metadata.get("reference_answer")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
 
 @lru_cache(maxsize=1000)

@@ -20,7 +20,6 @@ from mbrl_text_env.values import ValueModelError, predict_values
 from tests.agents.values.worlds import (
     LENGTHS,
     LM,
-    TOKENS,
     PaidReward,
     make_values,
     prefixes,
@@ -30,7 +29,7 @@ from tests.toys import CountReward, FixedValue, LetterEncoder
 
 VALUES = functools.cache(make_values)
 KINDS = tuple(VALUES())
-SAVED = [kind for kind in KINDS if kind not in ("prefix", "rollout")]
+SAVED = [kind for kind in KINDS if kind != "prefix"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,21 +51,16 @@ def test_charges_are_exact(kind):
     assert size > 0
     reward = Usage(reward_calls=1, reward_flops=float(len(LM.decode(state.response_ids))))
     features = Usage(prompt_tokens=prompt + size, lm_calls=1, lm_flops=float(prompt + size))
-    expected = {
-        "embedding": Usage(),
-        "hidden": features,
-        "hidden-ensemble": features,
-    }.get(kind, reward)
-    if kind != "rollout":
-        assert usage(VALUES()[kind], state) == expected + Usage(value_calls=1)
-        assert VALUES()[kind].expected_usage(state) == expected
+    expected = {"embedding": Usage(), "hidden": features}.get(kind, reward)
+    assert usage(VALUES()[kind], state) == expected + Usage(value_calls=1)
+    assert VALUES()[kind].expected_usage(state) == expected
 
 
 def test_ended_states_are_worth_their_score():
     ended = [state for state in prefixes() if state.finish_reason is not None]
     assert ended
     scores = PaidReward().score([], [LM.decode(state.response_ids) for state in ended])
-    for kind in ("prefix", "calibrated", "ridge", "rollout", "ensemble"):
+    for kind in ("prefix", "calibrated", "ridge"):
         estimate = VALUES()[kind].predict(ended)
         assert estimate.mean.tolist() == scores, kind
         assert estimate.std.tolist() == [0.0] * len(ended)
@@ -82,7 +76,7 @@ def test_what_is_loaded_predicts_the_same(kind, tmp_path):
     assert type(loaded) is type(value)
     assert other.mean.tolist() == one.mean.tolist()
     assert other.std.tolist() == one.std.tolist()
-    assert loaded.report_ == value.report_
+    assert repr(loaded.report_) == repr(value.report_)
     assert loaded.chosen_ == value.chosen_
     assert (loaded.reward_name_, loaded.language_model_name_) == ("paid", LM.name)
     assert sorted(p.name for p in (tmp_path / "value").iterdir()) == [
@@ -93,7 +87,7 @@ def test_what_is_loaded_predicts_the_same(kind, tmp_path):
 
 
 def test_a_loaded_value_can_be_saved_again(tmp_path):
-    for kind in ("hidden", "ridge", "ensemble"):
+    for kind in ("hidden", "ridge"):
         VALUES()[kind].save(tmp_path / "one")
         load_value(tmp_path / "one", LM, PaidReward(), LetterEncoder()).save(tmp_path / "two")
         for name in ("value.json", "value.safetensors"):
@@ -203,11 +197,3 @@ def test_searches_side_by_side_share_its_calls():
 
         found = run([lambda state=state: search(state) for state in states])
         assert [e.mean[0] for e in found] == pytest.approx(alone.mean.tolist(), abs=1e-9)
-
-
-def test_rollouts_are_charged_within_the_bound():
-    value, state = VALUES()["rollout"], prefixes()[0]
-    found, bound = usage(value, state), value.usage_bound(state)
-    assert bound.generated_tokens == 3 * TOKENS
-    assert found.reward_calls == bound.reward_calls == 3
-    assert 3 <= found.generated_tokens <= bound.generated_tokens

@@ -1,15 +1,13 @@
-import json
-
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from mbrl_text_env.agents.values import EmbeddingValue, FitError
+from mbrl_text_env.agents.values import EmbeddingValue, FitError, load_value
 from mbrl_text_env.language_models import CharTokenizer
 from mbrl_text_env.records import Record
 from mbrl_text_env.types import Ledger, Prompt, TextState
 from mbrl_text_env.values import ValueModelError, predict_values
-from tests.toys import FixedValue, LetterEncoder
+from tests.toys import CountReward, FixedValue, LetterEncoder
 
 TOKENIZER = CharTokenizer("abcde ")
 
@@ -54,7 +52,7 @@ def test_it_is_ridge_on_the_embedded_first_half():
         texts.append(f"Prompt: {r.prompt_text}\nResponse: {prefix}")
     reference = Ridge(alpha=1.0).fit(LetterEncoder().encode(texts), [r.score for r in records])
     value = fitted()
-    assert value.coef_ == pytest.approx(reference.coef_, rel=1e-4)
+    assert value.head_.coef_ == pytest.approx(reference.coef_, rel=1e-4)
     asked = state("prompt 3", "aab ba")
     inputs = LetterEncoder().encode(["Prompt: prompt 3\nResponse: aab ba"])
     assert value.predict([asked]).mean == pytest.approx(reference.predict(inputs), rel=1e-4)
@@ -87,34 +85,17 @@ def test_predictions_are_batched_and_empty_batches_are_empty():
     states = [state("prompt 1", text) for text in ("a", "b", "aab ab")]
     together = value.predict(states)
     assert together.mean.tolist() == pytest.approx([value.predict([s]).mean[0] for s in states])
-    assert together.std.tolist() == [value.std_] * 3
+    assert together.std.tolist() == [value.spread_.stds[0]] * 3
     assert value.predict([]).mean.shape == (0,)
 
 
-def test_saved_and_loaded_it_predicts_the_same(tmp_path):
+def test_its_settings_are_kept(tmp_path):
     value = fitted(alpha=0.3)
-    for _ in range(2):  # a second save takes the first one's place
-        value.save(tmp_path / "value")
-    loaded = EmbeddingValue.load(tmp_path / "value", TOKENIZER, LetterEncoder())
+    value.save(tmp_path / "value")
+    loaded = load_value(tmp_path / "value", TOKENIZER, CountReward(), LetterEncoder())
     states = [state("prompt 1", "aab")]
     assert loaded.predict(states).mean.tolist() == value.predict(states).mean.tolist()
-    assert loaded.report_ == value.report_
     assert (loaded.alpha, loaded.reward_name_) == (0.3, "count")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["value"]
-
-
-def test_damaged_folders_are_refused(tmp_path):
-    with pytest.raises(ValueModelError, match="fit the value model anew"):
-        EmbeddingValue.load(tmp_path, TOKENIZER)
-    fitted().save(tmp_path / "value")
-    config = json.loads((tmp_path / "value" / "value.json").read_text())
-    (tmp_path / "value" / "value.json").write_text(json.dumps({**config, "format": 99}))
-    with pytest.raises(ValueModelError, match="format 99"):
-        EmbeddingValue.load(tmp_path / "value", TOKENIZER)
-    (tmp_path / "value" / "value.json").write_text(json.dumps(config))
-    (tmp_path / "value" / "value.safetensors").write_bytes(b"garbage")
-    with pytest.raises(ValueModelError, match="value"):
-        EmbeddingValue.load(tmp_path / "value", TOKENIZER)
 
 
 def test_what_cannot_be_fitted():
@@ -157,7 +138,7 @@ def test_the_real_embedding(minilm):
         for text, score in (("bad cab dead", -1.0), ("a bed a cab", 1.0))
     ]
     value = EmbeddingValue(TOKENIZER).fit(records)
-    assert value.coef_.shape == (384,)
+    assert value.head_.coef_.shape == (384,)
     good, bad = value.predict([state("prompt 9", "a bed"), state("prompt 9", "bad")]).mean
     assert good > bad
     states = [state("p", "ab"), state("p", "ab cd " * 150)]

@@ -9,7 +9,6 @@ from mbrl_text_env.agents.values import (
     READY,
     FittedValue,
     PrefixRewardValue,
-    StackedValue,
     kinds,
     make_value,
 )
@@ -26,7 +25,7 @@ def made(name):
 
 
 def test_the_ready_ones_predict_at_once():
-    assert READY == ("prefix", "prefix-exact", "rollout")
+    assert READY == ("prefix", "prefix-exact")
     for name in READY:
         assert made(name).predict(prefixes()).mean.shape == (len(prefixes()),)
 
@@ -42,10 +41,7 @@ def test_the_others_after_a_fit(name):
 
 def test_settings_reach_the_models():
     assert made("stacked").max_response_tokens == 12
-    ensemble = made("ensemble")
-    assert isinstance(ensemble.base, StackedValue)
-    assert (ensemble.base.max_response_tokens, ensemble.seed) == (12, 3)
-    assert (made("rollout").max_response_tokens, made("rollout").seed) == (12, 3)
+    assert made("world-model").seed == 3
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -69,7 +65,7 @@ def test_a_reward_without_a_reduced_form_is_used_as_it_is(monkeypatch):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueModelError, match=r"'oracle'.*'prefix', .*'rollout'.*'stacked'"):
+    with pytest.raises(ValueModelError, match=r"'oracle'.*'prefix', .*'prefix-exact'.*'stacked'"):
         made("oracle")
 
 

@@ -25,7 +25,7 @@ def shares(count=80, size=12, seed=0):
 
 def test_without_a_fit_it_is_the_reward_of_the_prefix():
     value = PrefixRewardValue(CountReward(), LM)
-    assert (value.is_fitted, value.is_calibrated) == (True, False)
+    assert (value.is_fitted, hasattr(value, "head_")) == (True, False)
     found = value.predict([state_of(text) for text in ("", "aab", "b", "abab")])
     assert found.mean.tolist() == pytest.approx([0, 2 / 3, 0, 1 / 2])
     assert found.std.tolist() == [0.0] * 4
@@ -45,7 +45,7 @@ def test_calibrated_it_finds_the_line_of_each_length():
         slope, intercept = np.polyfit(seen, scores, 1)
         [found] = value.predict([state_of("a" + "b" * (length - 1))]).mean
         assert found == pytest.approx(intercept + slope / length)
-    assert value.is_calibrated
+    assert hasattr(value, "head_")
 
 
 def test_a_score_that_the_prefix_tells_is_predicted_exactly():
@@ -94,7 +94,7 @@ def test_what_it_refuses():
     value = PrefixRewardValue(CountReward(), LM)
     with pytest.raises(FitError, match="no signal"):
         value.fit([written("a", "aabb", 1.0)] * 3)
-    assert not value.is_calibrated
+    assert not hasattr(value, "head_")
 
 
 def test_the_real_sentiment_of_prefixes():

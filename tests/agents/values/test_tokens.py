@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from mbrl_text_env.agents.values import EnsembleValue, FitError, TokenEmbeddingValue, load_value
+from mbrl_text_env.agents.values import FitError, TokenEmbeddingValue, load_value
 from mbrl_text_env.checks import check_value_model
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.types import Prompt, TextState
@@ -103,13 +103,6 @@ def test_it_is_kept(tmp_path):
     again = load_value(tmp_path / "value", TABLE, CountReward())
     assert isinstance(again, TokenEmbeddingValue)
     assert again.alphas == value.alphas
-    assert again.predict(prefixes()).mean.tolist() == value.predict(prefixes()).mean.tolist()
-
-
-def test_an_ensemble_of_it_is_kept(tmp_path):
-    value = EnsembleValue(TokenEmbeddingValue(TABLE), num_members=4).fit(toy_records())
-    value.save(tmp_path / "value")
-    again = load_value(tmp_path / "value", TABLE, CountReward())
     assert again.predict(prefixes()).mean.tolist() == value.predict(prefixes()).mean.tolist()
 
 

@@ -10,10 +10,8 @@ from numpy.typing import ArrayLike
 
 from mbrl_text_env.agents.values import (
     EmbeddingValue,
-    EnsembleValue,
     HiddenStateValue,
     PrefixRewardValue,
-    RolloutValue,
     StackedValue,
 )
 from mbrl_text_env.fitting.report import Samples
@@ -96,9 +94,6 @@ def make_values(records: Sequence[Record] | None = None) -> dict[str, object]:
         "calibrated": PrefixRewardValue(reward, LM, **lengths).fit(records),
         "hidden": HiddenStateValue(LM, **lengths).fit(records),
         "ridge": StackedValue(LM, reward, **lengths).fit(records),
-        "rollout": RolloutValue(LM, reward, n=3, max_response_tokens=TOKENS),
-        "ensemble": EnsembleValue(StackedValue(LM, reward, **lengths), num_members=4).fit(records),
-        "hidden-ensemble": EnsembleValue(HiddenStateValue(LM, **lengths), 4).fit(records),
     }
 
 

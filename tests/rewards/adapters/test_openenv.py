@@ -12,12 +12,8 @@ import pytest
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards import ConstraintsReward, SentimentReward, as_reward_model
-from mbrl_text_env.rewards.adapters import (
-    OpenEnvReward,
-    TextAction,
-    TextObservation,
-    to_openenv,
-)
+from mbrl_text_env.rewards.adapters import to_openenv
+from mbrl_text_env.rewards.adapters.rubrics import OpenEnvReward, TextAction, TextObservation
 from mbrl_text_env.rewards.base import RewardError, score_responses
 from mbrl_text_env.types import Prompt
 
@@ -91,13 +87,15 @@ def test_actions_of_an_environment_of_its_own():
         def forward(self, action, observation):
             return float(action["message"] == observation["expected"])
 
-    with pytest.raises(RewardError, match=r"'Typed': raised TypeError.*'Hi'.*convert="):
-        score_responses(as_reward_model(Typed()), PROMPTS[1:], RESPONSES[1:])
-    reward = OpenEnvReward(
-        Typed(), lambda prompt, response: ({"message": response}, {"expected": "no"}), name="typed"
-    )
-    assert reward.name == "typed"
-    assert score_responses(reward, PROMPTS, RESPONSES).total.tolist() == [0.0, 1.0]
+    rubric = Typed()
+
+    def typed(prompt, response):
+        return rubric({"message": response}, {"expected": "no"})
+
+    with pytest.raises(RewardError, match=r"'Typed': raised TypeError.*'Hi'.*pass a function"):
+        score_responses(as_reward_model(rubric), PROMPTS[1:], RESPONSES[1:])
+    scores = score_responses(as_reward_model(typed), PROMPTS, RESPONSES)
+    assert scores.total.tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(("result", "message"), [("x", "a number"), (None, "None")])
@@ -155,12 +153,8 @@ class TestToOpenEnv:
                 assert scores.total.tolist() == expected.total.tolist()
 
     def test_the_types_of_an_environment(self):
-        with pytest.raises(TypeError, match=r"got a dict as action.*read=\.\.\."):
+        with pytest.raises(TypeError, match=r"got a dict as action"):
             to_openenv(SentimentReward())({"message": "Good."}, "How was it?")
-        rubric = to_openenv(
-            SentimentReward(), lambda a, o: (Prompt.from_text(o["asked"]), a["message"])
-        )
-        assert rubric({"message": "It was good."}, {"asked": "How was it?"}) == 0.4404
 
     def test_without_openenv(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "openenv.core.rubrics", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 
 from mbrl_text_env.checks import check_reward_model
 from mbrl_text_env.rewards.base import RewardError, score_responses
-from mbrl_text_env.rewards.composite.cache import CachedReward, identity
+from mbrl_text_env.rewards.composite.cache import CachedReward
 from mbrl_text_env.rewards.composite.combinators import WeightedSum
 from mbrl_text_env.rewards.composite.transforms import Clip
 from mbrl_text_env.rewards.evaluators.classifier import ClassifierReward
@@ -19,6 +20,7 @@ from mbrl_text_env.rewards.evaluators.process import ProcessReward, StepFormat
 from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.rewards.evaluators.sentiment import SentimentReward
 from mbrl_text_env.rewards.verifiable.code import UnitTestReward
+from mbrl_text_env.runs import identity
 from mbrl_text_env.sandbox import Limits
 from mbrl_text_env.types import Message, Prompt
 from tests.toys import StepReward
@@ -157,29 +159,13 @@ def test_identities_tell_rewards_apart(classifiers):
         WeightedSum([SentimentReward(), RelevanceReward()], [1, 2]),
         WeightedSum([SentimentReward(), RelevanceReward()], [2, 1]),
     ]
-    assert len({identity(reward) for reward in rewards}) == len(rewards)
+    assert len({json.dumps(identity(reward)) for reward in rewards}) == len(rewards)
     assert identity(ClassifierReward(folder)) == identity(ClassifierReward(str(folder)))
 
 
 def test_a_folder_that_changes_makes_another_identity(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
     before = identity(ClassifierReward(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"22")
     assert identity(ClassifierReward(tmp_path)) != before
-
-
-def test_rewards_without_an_identity_need_a_key(tmp_path):
-    class Hidden:
-        name = "hidden"
-
-        def __init__(self, secret):
-            self._secret = secret
-
-        def score(self, prompts, responses):
-            return [self._secret] * len(responses)
-
-    with pytest.raises(ValueError, match=r"'hidden'.*there is no \['secret'\].*key="):
-        CachedReward(Hidden(1.0), tmp_path / "s")
-    with pytest.raises(ValueError, match=r"'relevance' holds <.*key="):
-        CachedReward(RelevanceReward(object()), tmp_path / "s")
-    assert scores_of(CachedReward(Hidden(2.0), tmp_path / "s", key="2"), ["x"]).total == [2.0]

@@ -10,7 +10,6 @@ from mbrl_text_env.rewards.composite.transforms import (
     LengthPenalty,
     Normalise,
     RepetitionPenalty,
-    RunningNormalise,
     Threshold,
     TimeLimit,
 )
@@ -31,11 +30,10 @@ MAKERS = {
     "clip": lambda reward: Clip(reward, high=9),
     "threshold": lambda reward: Threshold(reward, 0.1),
     "normalise": Normalise,
-    "running": RunningNormalise,
     "length": lambda reward: LengthPenalty(reward, 50),
     "repetition": RepetitionPenalty,
     "time": lambda reward: TimeLimit(reward, 60),
-    "cache": lambda reward: CachedReward(reward, "scores.sqlite", key="mine"),
+    "cache": lambda reward: CachedReward(reward, "scores.sqlite"),
 }
 
 

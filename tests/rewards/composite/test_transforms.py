@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mbrl_text_env.checks import check_reward_model
-from mbrl_text_env.rewards.base import RewardError, reward_usage_bound, score_responses
+from mbrl_text_env.rewards.base import reward_usage_bound, score_responses
 from mbrl_text_env.rewards.composite.transforms import (
     Clip,
     LengthPenalty,
     Normalise,
     RepetitionPenalty,
-    RunningNormalise,
     Threshold,
     repeated_share,
 )
@@ -59,76 +55,6 @@ def test_normalise():
     scores = scores_of(Normalise(Value(), mean=2, std=4), ["2", "6", "-2"])
     assert scores.total.tolist() == [0.0, 1.0, -1.0]
     assert scores.parts["value"].tolist() == [2.0, 6.0, -2.0]
-
-
-def test_normalise_fitted_on_responses():
-    fitted = Normalise.fitted(Value(), [PROMPT] * 3, ["1", "2", "6"])
-    assert (fitted.mean, fitted.std) == (3.0, pytest.approx(np.sqrt(14 / 3)))
-    with pytest.raises(RewardError, match=r"'value'.*got 2 with 1 different"):
-        Normalise.fitted(Value(), [PROMPT] * 2, ["1", "1"])
-
-
-def test_running_statistics_are_those_of_all_scores_so_far():
-    reward = RunningNormalise(Value())
-    assert reward.std == 1.0
-    assert scores_of(reward, ["5"]).total.tolist() == [0.0]
-    scores_of(reward, ["1", "3"])
-    assert (reward.count, reward.mean) == (3, 3.0)
-    assert reward.std == pytest.approx(np.std([5, 1, 3]))
-    last = scores_of(reward, ["3"])
-    assert last.total.tolist() == [0.0]
-    assert last.parts["value"].tolist() == [3.0]
-
-
-@given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=5), max_size=6))
-def test_running_statistics_equal_those_of_one_batch(batches):
-    reward = RunningNormalise(Value())
-    for batch in batches:
-        reward.change(np.array(batch, dtype=np.float64))
-    seen = np.array([number for batch in batches for number in batch])
-    assert reward.count == len(seen)
-    if len(seen):
-        assert reward.mean == pytest.approx(seen.mean(), abs=1e-6)
-        if seen.std() > 1e-6:
-            assert reward.std == pytest.approx(seen.std(), rel=1e-6, abs=1e-6)
-
-
-def test_running_statistics_are_kept_with_the_run(tmp_path):
-    reward = RunningNormalise(Value())
-    scores_of(reward, ["1", "3", "8"])
-    reward.save(tmp_path / "reward.json")
-    loaded = RunningNormalise(Value()).load(tmp_path / "reward.json")
-    copied = pickle.loads(pickle.dumps(reward))  # noqa: S301 its own
-    expected = scores_of(reward, ["2", "9"]).total.tolist()
-    assert scores_of(loaded, ["2", "9"]).total.tolist() == expected
-    assert scores_of(copied, ["2", "9"]).total.tolist() == expected
-    frozen = loaded.frozen()
-    assert scores_of(frozen, ["2"]).total == scores_of(frozen, ["2"]).total
-    check_reward_model(frozen, responses=["1", "2.5", "-7"])
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "{}",
-        json.dumps({"format": 1, "reward": "other", "count": 1, "mean": 0, "squares": 0}),
-        json.dumps({"format": 9, "reward": "value", "count": 1, "mean": 0, "squares": 0}),
-        json.dumps({"format": 1, "reward": "value", "count": -1, "mean": 0, "squares": 0}),
-        json.dumps(
-            {"format": 1, "reward": "value", "count": 1, "mean": float("nan"), "squares": 0}
-        ),
-        None,
-    ],
-)
-def test_statistics_that_do_not_fit_are_refused(tmp_path, content):
-    path = tmp_path / "reward.json"
-    if content is not None:
-        path.write_text(content)
-    reward = RunningNormalise(Value())
-    with pytest.raises(RewardError, match=r"'normalised\(value\)'.*`RunningNormalise.save`"):
-        reward.load(path)
-    assert (reward.count, reward.mean, reward.std) == (0, 0.0, 1.0)
 
 
 def test_length_penalty():

@@ -68,26 +68,22 @@ def test_impossible_text_is_an_error():
 
 def test_the_real_model_by_hand(smollm2):
     tokenizer = smollm2._tokenizer.tokenizer
-    reward, alone = FluencyReward(smollm2), FluencyReward(smollm2, conditional=False)
+    reward = FluencyReward(smollm2)
     texts = ["Because air scatters blue light.", "Scatters air because light blue."]
     prefix = smollm2.encode_prompt(PROMPT)
     encoded = [tokenizer(text)["input_ids"] for text in texts]
     expected = [by_hand(smollm2, prefix, ids) for ids in encoded]
     np.testing.assert_allclose(reward.score([PROMPT] * 2, texts), expected, atol=1e-4)
     assert expected[0] > expected[1] + 1
-    # It has no opening token, so a text of its own follows the token that ends the one before.
-    expected = [by_hand(smollm2, [tokenizer.eos_token_id], ids) for ids in encoded]
-    np.testing.assert_allclose(alone.score([PROMPT] * 2, texts), expected, atol=1e-4)
     expected = by_hand(smollm2, prefix, [tokenizer.eos_token_id])
     assert reward.score([PROMPT], [""])[0] == pytest.approx(expected, abs=1e-4)
-    assert (reward.name, alone.name) == ("fluency", "fluency-unconditional")
+    assert reward.name == "fluency"
 
 
 def test_the_real_model_keeps_the_contract(smollm2):
     prompts = [Prompt.from_text("Once upon a time", chat=False), PROMPT]
     responses = ["It was good.", "", " \n", "日本 🙂 e\u0301", "\x00\ufffd", "a\n\n- b"]
     check_reward_model(FluencyReward(smollm2), prompts, responses)
-    check_reward_model(FluencyReward(smollm2, conditional=False), prompts, responses)
 
 
 def test_special_tokens_in_a_response_are_ordinary_text(smollm2):
@@ -157,7 +153,7 @@ class TestLanguageModelsThatAreRefused:
 def test_nothing_is_loaded_before_it_is_used(tmp_path):
     reward = FluencyReward(str(tmp_path / "nothing"))
     assert reward.score([], []).shape == reward.flops([], []).shape == (0,)
-    assert (reward.conditional, reward.max_length, reward.num_truncated) == (True, 2048, 0)
+    assert (reward.max_length, reward.num_truncated) == (2048, 0)
 
 
 def test_copies_and_pickles_leave_what_was_loaded_behind(smollm2, monkeypatch):

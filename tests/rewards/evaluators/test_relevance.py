@@ -196,7 +196,7 @@ class TestReduced:
 
     @pytest.mark.parametrize("dtype", ["int8", "float32", ""])
     def test_other_formats_are_refused(self, dtype):
-        message = rf"dtype: expected one of \('bfloat16', 'float16'\) or None, got '{dtype}'"
+        message = rf"dtype: expected one of \['bfloat16', 'float16'\], got '{dtype}'"
         with pytest.raises(ValueError, match=message):
             RelevanceReward(LetterCounts(), dtype=dtype)
         with pytest.raises(ValueError, match=message):

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.checks import check_reward_model
-from mbrl_text_env.fitting.heads import LayeredHead, Problem, fit_linear, fit_mlp
-from mbrl_text_env.fitting.report import bradley_terry_loss, split_by_group
+from mbrl_text_env.fitting.report import split_by_group
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import RewardError, applies_to, score_responses
 from mbrl_text_env.rewards.learning.features import EmbeddingFeatures, HiddenFeatures
-from mbrl_text_env.rewards.learning.fitting import fit_reward
-from mbrl_text_env.rewards.learning.learned import RewardFitError
+from mbrl_text_env.rewards.learning.learned import RewardFitError, fit_head, fit_reward
 from mbrl_text_env.rewards.learning.preferences import PreferencePair
 from mbrl_text_env.types import Prompt, TextState
 
@@ -66,69 +64,33 @@ def letters(**options):
 
 
 class TestHeads:
-    def test_the_loss_by_hand(self):
-        head = LayeredHead(((np.array([[1.0], [0.0]]), np.array([5.0])),))
-        inputs, others = np.array([[math.log(3), 7.0], [1.0, 0.0]]), np.array([[0.0, 9], [1, 1]])
-        loss = bradley_terry_loss(head(inputs) - head(others))
-        assert loss == pytest.approx(-(math.log(3 / 4) + math.log(1 / 2)) / 2)
-
     def test_bradley_terry_recovers_weights(self):
         rng = np.random.default_rng(0)
         weights = np.array([2.0, -1.0, 0.5, 0.0])
         a, b = rng.normal(size=(2, 8000, 4))
         wins = rng.random(8000) < 1 / (1 + np.exp(-(a - b) @ weights))
         chosen, rejected = np.where(wins[:, None], a, b), np.where(wins[:, None], b, a)
-        head, settings = fit_linear(Problem(chosen, np.arange(8000) % 40, rejected=rejected), 0)
-        ((found, bias),) = head.layers
-        np.testing.assert_allclose(found[:, 0], weights, atol=0.15)
-        assert bias == 0
+        inputs = np.concatenate([chosen, rejected])
+        head, settings = fit_head(inputs, np.arange(8000) % 40, None, 0)
+        np.testing.assert_allclose(head.coef_, weights, atol=0.15)
+        assert head.predict(inputs).mean() == pytest.approx(0, abs=1e-12)
         assert 0.3 < settings["validation_loss"] < math.log(2)
 
     def test_regression_recovers_weights(self):
         rng = np.random.default_rng(0)
         weights, inputs = np.array([2.0, -1.0, 0.5]), rng.normal(size=(500, 3))
         targets = inputs @ weights + 3 + rng.normal(scale=0.01, size=500)
-        head, _ = fit_linear(Problem(inputs, np.arange(500) % 20, targets=targets), 0)
-        ((found, bias),) = head.layers
-        np.testing.assert_allclose(found[:, 0], weights, atol=0.01)
-        assert bias[0] == pytest.approx(3, abs=0.01)
-
-    def test_a_network_learns_what_is_not_linear(self):
-        rng = np.random.default_rng(0)
-        a, b = rng.normal(size=(2, 1500, 2))
-        swap = (a**2).sum(axis=1) < (b**2).sum(axis=1)
-        chosen, rejected = np.where(swap[:, None], b, a), np.where(swap[:, None], a, b)
-        problem = Problem(chosen, np.arange(1500) % 30, rejected=rejected)
-        a, b = rng.normal(size=(2, 500, 2))
-        truth = (a**2).sum(axis=1) > (b**2).sum(axis=1)
-        accuracy = {}
-        for fit in (fit_linear, fit_mlp):
-            head, _ = fit(problem, 0)
-            accuracy[fit] = ((head(a) > head(b)) == truth).mean()
-        assert accuracy[fit_linear] < 0.6 < 0.9 < accuracy[fit_mlp]
-
-    def test_a_network_keeps_the_scale_of_scores(self):
-        rng = np.random.default_rng(0)
-        inputs = rng.normal(size=(400, 2))
-        problem = Problem(inputs, np.arange(400) % 20, targets=100 + 10 * np.abs(inputs[:, 0]))
-        head, settings = fit_mlp(problem, 0)
-        loss = ((head(inputs) - problem.targets) ** 2).mean()
-        assert loss < 0.2 * problem.targets.var()
-        again, _ = fit_mlp(problem, 0)
-        np.testing.assert_array_equal(head(inputs), again(inputs))
-        assert settings["epochs"] > 1
+        head, _ = fit_head(inputs, np.arange(500) % 20, targets, 0)
+        np.testing.assert_allclose(head.coef_, weights, atol=0.01)
+        assert head.intercept_ == pytest.approx(3, abs=0.01)
 
     def test_flipped_pairs_negate_the_head(self):
         rng = np.random.default_rng(0)
         a, b = rng.normal(size=(2, 200, 4))
         a[:, 0] += 1
-        problem = Problem(a, np.arange(200) % 10, rejected=b)
-        flipped = Problem(b, np.arange(200) % 10, rejected=a)
-        np.testing.assert_allclose(
-            fit_linear(problem, 0)[0].layers[0][0],
-            -fit_linear(flipped, 0)[0].layers[0][0],
-            atol=1e-6,
-        )
+        groups = np.arange(200) % 10
+        there, back = (fit_head(np.concatenate(ab), groups, None, 0)[0] for ab in ((a, b), (b, a)))
+        np.testing.assert_allclose(there.coef_, -back.coef_, atol=1e-6)
 
 
 class TestFit:
@@ -192,18 +154,16 @@ class TestFit:
         assert (report.num_fitted, report.num_fitted_prompts) == (16, 8)
         assert (report.held_out.num_pairs, report.held_out.num_prompts) == (4, 2)
 
-    @pytest.mark.parametrize("head", ["linear", "mlp"])
-    def test_regression(self, head):
+    def test_regression(self):
         records = records_of(lambda text: 3 * text.count("a") - text.count("b"), count=20)
-        reward = fit_reward(records, objective="regression", head=head, features=letters())
+        reward = fit_reward(records, objective="regression", features=letters())
         held_out = reward.report_.held_out
-        assert held_out.r2 > (0.95 if head == "linear" else 0.5)
+        assert held_out.r2 > 0.95
         assert held_out.accuracy > 0.8
         assert held_out.num_records == 40
         assert reward.name == "learned(gold)"
         found = reward.score([Prompt.from_text("cats")], ["aaaa bbc dd e"])
-        if head == "linear":
-            assert found[0] == pytest.approx(10, abs=1.5)
+        assert found[0] == pytest.approx(10, abs=1.5)
 
     @pytest.mark.parametrize(
         ("data", "options", "message"),
@@ -214,7 +174,6 @@ class TestFit:
             (pairs_of(["a"], ["b"]), {"objective": "regression"}, "takes scored records.*got Pref"),
             (records_of(len), {}, "takes preference pairs.*got Records.*pairs_from_records"),
             (pairs_of(["a"], ["b"]), {"objective": "dpo"}, "objective: expected one of"),
-            (pairs_of(["a"], ["b"]), {"head": "deep"}, "head: expected one of"),
             (pairs_of(["a"], ["b"]), {"held_out": 1.5}, "held_out: expected a number"),
         ],
     )

@@ -102,7 +102,6 @@ def test_an_extract_that_says_nothing_is_refused(reward, extract):
         ({}, "B", "**B**", 1),
         ({}, "B", r"\text{(B)}", 1),
         ({}, "B", "b)", 1),
-        ({"ignore_case": False}, "B", "(b)", 0),
         ({}, "B", "(A)", 0),
         ({}, "B", "A or B", 0),
         ({}, "B", "Option B", 1),
@@ -125,13 +124,6 @@ def test_an_extract_that_says_nothing_is_refused(reward, extract):
         ({"extract": "answer is"}, "B", "The answer is (B).", 1),
         ({"extract": "answer is"}, "B", "The answer is Berlin.", 0),
         ({"extract": r"\boxed"}, "B", r"So \boxed{\text{B}}.", 1),
-        ({"ignore_case": False}, "Paris", "paris", 0),
-        ({"ignore_case": False}, "Paris", "Paris", 1),
-        ({"ignore_punctuation": True}, "Paris", "¡“Paris”!", 1),
-        ({"ignore_punctuation": True}, "35", "3.5", 1),
-        ({"ignore_punctuation": True}, "日本", "日本。", 1),
-        ({"ignore_articles": True}, "The Seine", "a Seine", 1),
-        ({"ignore_articles": True}, "theme", "me", 0),
         ({"extract": "####"}, "Paris", "I think so.\n#### Paris", 1),
         ({"extract": "####"}, "Paris", "Paris", 0),
     ],
@@ -142,19 +134,6 @@ def test_exact_match(options, reference, response, expected):
             score(ExactMatchReward(**options), reference, response)
     else:
         assert score(ExactMatchReward(**options), reference, response) == expected
-
-
-def test_exact_match_as_squad_evaluates_it():
-    reward = ExactMatchReward(ignore_punctuation=True, ignore_articles=True)
-    accepted = ["Denver Broncos", "The Denver Broncos!"]
-    assert [score(reward, accepted, r) for r in ("the  denver broncos.", "Broncos")] == [1, 0]
-
-
-def test_a_reference_of_which_nothing_is_left_is_an_error():
-    with pytest.raises(
-        RewardError, match=r"prompt 'question': .*something is left when normalised"
-    ):
-        score(ExactMatchReward(ignore_articles=True), "The", "the")
 
 
 @given(st.text())
@@ -283,7 +262,7 @@ def test_numbers_are_compared_exactly(reference, value):
 @pytest.mark.parametrize("name", ["abs_tol", "rel_tol"])
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
 def test_tolerances_that_are_none_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
+    with pytest.raises(ValueError, match=f"{name} to be a finite number of at least 0"):
         NumericReward(**{name: value})
 
 
@@ -524,7 +503,7 @@ def test_without_math_verify_the_extra_is_named(monkeypatch):
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
 def test_a_limit_of_time_has_to_be_one(seconds):
-    with pytest.raises(ValueError, match="seconds: expected a positive number"):
+    with pytest.raises(ValueError, match="seconds to be a finite number above 0"):
         MathReward(seconds=seconds)
 
 

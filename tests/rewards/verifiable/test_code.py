@@ -96,7 +96,8 @@ HONEST = {
                        test_imports=["import math"]), "def f(x): return x ** 0.5", 1.0),
     "a module of the solution": (asking("assert math.isclose(f(2), 2)"),
                                  "import math\ndef f(x): return math.gcd(2, 4)", 1.0),
-    "the name of a builtin": (asking("assert sum(10, 15) == 6"), "def sum(a, b): return 6", 1.0),
+    "the name of a builtin": (asking("assert sum(10, 15) == 6", entry_point="sum"),
+                              "def sum(a, b): return 6", 1.0),
     "an entry point": (asking("assert abs(helper(3)) == -3", entry_point="abs"),
                        "def abs(x): return -x\ndef helper(x): return x", 1.0),
     "large numbers": (asking("assert f(2) == 7 ** 9000"), "def f(x): return 7 ** 9000", 1.0),
@@ -298,7 +299,7 @@ def test_malformed_tests_are_errors_that_name_the_prompt(metadata, message):
 
 
 def test_as_many_prompts_as_responses():
-    with pytest.raises(ValueError, match="1 prompts and 2 responses"):
+    with pytest.raises(ValueError, match="longer"):
         UnitTestReward().score([ADD], ["", ""])
     assert UnitTestReward().score([], []).tolist() == []
 

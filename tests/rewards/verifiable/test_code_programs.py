@@ -183,7 +183,7 @@ STATEMENTS = {
     "a solution with the name of a module": ("assert bisect([1, 3], 2) == 1", {},
                                              "def bisect(a, x): return sum(y < x for y in a)"),
     "a solution with the name of a class": (
-        "c = Counter()\nc.add()\nassert c.n == 1", {},
+        "c = Counter()\nc.add()\nassert c.n == 1", {"entry_point": "Counter"},
         "class Counter:\n    n = 0\n    def add(self): self.n += 1"),
     "an example of its use": (
         "assert f(1) == 2", {},
@@ -235,29 +235,18 @@ def test_the_limits_have_room_for_a_stack_of_256_mib():
     assert UnitTestReward().score([prompt], [program]).tolist() == [1.0]
 
 
-@needs_box
-def test_the_builtin_that_all_tests_use_is_what_is_asked_for():
-    tests = ["assert sum([1, 2]) == 3", "assert sum(list(range(3))) == 3", "assert sum([]) in {0}"]
-    prompt = Prompt.from_text("Sum.", metadata={"tests": tests})
-    answers = ["def sum(x): return x[0] + sum(x[1:]) if x else 0", "def list(x): return x", ""]
-    scores = UnitTestReward(limits=LIMITS).score([prompt] * 3, answers)
-    assert scores.tolist() == [1.0, 0.0, 0.0]
-
-
 @pytest.mark.parametrize(
-    ("test", "message"),
+    "test",
     [
-        (
-            "assert sorted(list((3, 1))) == [1, 3]",
-            "one takes 'list', 'sorted' from it.*entry_point",
-        ),
-        ("assert 1 + 1 == 2", "one takes nothing from it"),
-        ("from solution import f\nassert f(1) == 2", "one takes nothing from it"),
+        "assert sum([1, 2]) == 3",
+        "assert 1 + 1 == 2",
+        "from solution import f\nassert f(1) == 2",
+        "assert Counter(3).f() == 1",
     ],
 )
-def test_tests_that_do_not_tell_what_is_asked_for_are_errors(test, message):
+def test_tests_that_do_not_tell_what_is_asked_for_are_errors(test):
     prompt = Prompt.from_text("Write it.", id="p1", metadata={"tests": [test]})
-    with pytest.raises(UnitTestError, match=f"'p1'.*{message}"):
+    with pytest.raises(UnitTestError, match=r"'p1'.*takes nothing from it.*entry_point"):
         UnitTestReward().score([prompt], [""])
 
 
@@ -266,12 +255,11 @@ def test_tests_that_do_not_tell_what_is_asked_for_are_errors(test, message):
     [
         (["", "", "assert abs(solve(2)) == 1"], [], {"solve"}, ""),
         (["", "", "assert abs(solve(2)) == 1"], ["abs"], {"abs", "solve"}, ""),
-        (["", "", "assert sum(1, 2) == 3"], [], {"sum"}, ""),
         (["import math", "", "assert math.pi < f(3)"], [], {"f"}, ""),
         (["", "", "assert math.pi < f(3)"], [], {"f"}, "import math"),
         (["", "", "assert math.nothing < f(3)"], [], {"f", "math"}, ""),
         (["", "", "assert Counter(f('a')) == {}"], [], {"f"}, "from collections import Counter"),
-        (["", "", "assert Counter(3).f() == 1"], [], {"Counter"}, ""),
+        (["", "", "assert Counter(3).f() == 1"], ["Counter"], {"Counter"}, ""),
         (["", "class N: pass\ndef g(x): return h(x)", "assert f(g(N()))"], [], {"f", "h"}, ""),
         (["", "", "for x in f(): assert x\ny = [z for z in g(x)]"], [], {"f", "g"}, ""),
         (["", "", "def check(f): return f(k)\ncheck(k)"], [], {"k"}, ""),
@@ -280,6 +268,4 @@ def test_tests_that_do_not_tell_what_is_asked_for_are_errors(test, message):
     ],
 )
 def test_the_names_of_a_test_that_are_the_solutions(parts, entry_points, solution, imports):
-    names = names_of(parts, entry_points)
-    assert names.solution == solution
-    assert names.imports == imports
+    assert names_of(parts, entry_points) == (solution, imports)

@@ -453,7 +453,7 @@ def test_a_malformed_constraint_is_an_error_with_the_prompts_id():
 
 
 def test_prompts_and_responses_must_be_as_many():
-    with pytest.raises(ValueError, match="got 1 prompts and 2 responses"):
+    with pytest.raises(ValueError, match="longer"):
         ConstraintsReward().score([_prompt([{"type": "title"}])], ["a", "b"])
 
 

@@ -24,36 +24,35 @@ def with_pattern(pattern) -> Prompt:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "options", "response", "expected"),
+    ("pattern", "response", "expected"),
     [
-        (r"\d{4}-\d\d", {}, "2024-02", 1),
-        (r"\d{4}-\d\d", {}, " 2024-02\n", 1),
-        (r"\d{4}-\d\d", {}, "on 2024-02", 0),
-        (r"\d{4}-\d\d", {"match": "search"}, "on 2024-02-29", 1),
-        (r"a|ab", {}, "ab", 1),
-        (r"yes", {}, "YES", 0),
-        (r"yes", {"flags": "i"}, "YES", 1),
-        (r"a.b", {}, "a\nb", 0),
-        (r"a.b", {"flags": "s"}, "a\nb", 1),
-        (r"^b$", {"match": "search"}, "a\nb\nc", 0),
-        (r"^b$", {"match": "search", "flags": "m"}, "a\nb\nc", 1),
-        (r"a b # letters", {"flags": "x"}, "ab", 1),
-        (r"\p{Han}+", {}, "日本", 1),
-        (r"é", {"flags": "i"}, "É", 1),
-        (r".*", {"match": "search"}, "", 0),
-        (r"\s*", {}, " \n", 0),
+        (r"\d{4}-\d\d", "2024-02", 1),
+        (r"\d{4}-\d\d", " 2024-02\n", 1),
+        (r"\d{4}-\d\d", "on 2024-02", 0),
+        (r".*\d{4}-\d\d.*", "on 2024-02-29", 1),
+        (r"a|ab", "ab", 1),
+        (r"yes", "YES", 0),
+        (r"(?i)yes", "YES", 1),
+        (r"a.b", "a\nb", 0),
+        (r"(?s)a.b", "a\nb", 1),
+        (r"(?ms).*^b$.*", "a\nb\nc", 1),
+        (r"(?x)a b # letters", "ab", 1),
+        (r"\p{Han}+", "日本", 1),
+        (r"(?i)é", "É", 1),
+        (r".*", "", 0),
+        (r"\s*", " \n", 0),
     ],
 )
-def test_matches_worked_out_by_hand(pattern, options, response, expected):
-    assert RegexReward(pattern, **options).score([PROMPT], [response])[0] == expected
-    assert RegexReward(**options).score([with_pattern(pattern)], [response])[0] == expected
+def test_matches_worked_out_by_hand(pattern, response, expected):
+    assert RegexReward(pattern).score([PROMPT], [response])[0] == expected
+    assert RegexReward().score([with_pattern(pattern)], [response])[0] == expected
 
 
 @given(st.text(min_size=1).filter(str.strip))
 def test_an_escaped_text_matches_itself_and_nothing_longer(text):
     import regex
 
-    reward = RegexReward(regex.escape(text.strip()), flags="s")
+    reward = RegexReward(f"(?s){regex.escape(text.strip())}")
     np.testing.assert_array_equal(reward.score([PROMPT] * 2, [text, f"{text.strip()}x"]), [1, 0])
 
 
@@ -78,7 +77,7 @@ def test_a_match_that_takes_too_long_is_an_error_in_time_even_in_a_thread(patter
 
     def work() -> None:
         try:
-            RegexReward(pattern, match="search", seconds=0.2).score([PROMPT], [text])
+            RegexReward(f"(?s).*(?:{pattern}).*", seconds=0.2).score([PROMPT], [text])
         except RewardError as error:
             errors.append(str(error))
 
@@ -93,17 +92,9 @@ def test_a_match_that_takes_too_long_is_an_error_in_time_even_in_a_thread(patter
     assert "Rewrite repetitions" in errors[0]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"match": "all"}, "match: expected 'full' or 'search', got 'all'"),
-        ({"flags": "iz"}, "flags: expected letters of 'imsx', got 'iz'"),
-        ({"seconds": 0}, "seconds: expected a positive number, got 0"),
-    ],
-)
-def test_options_that_are_none_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        RegexReward("a", **options)
+def test_options_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="seconds to be a finite number above 0, got 0"):
+        RegexReward("a", seconds=0)
 
 
 def test_a_prompt_without_a_pattern_is_named():
@@ -121,7 +112,6 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
         RegexReward("a")
 
 
-@pytest.mark.parametrize("match", ["full", "search"])
-def test_the_contract(match):
-    check_reward_model(RegexReward(r"\w.*\.", match=match))
-    check_reward_model(RegexReward(match=match), [with_pattern("I.*"), with_pattern("日本")])
+def test_the_contract():
+    check_reward_model(RegexReward(r"\w.*\."))
+    check_reward_model(RegexReward(), [with_pattern("I.*"), with_pattern("日本")])

@@ -292,7 +292,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 @pytest.mark.parametrize("seconds", [0, float("nan")])
 def test_a_limit_of_time_has_to_be_one(seconds):
-    with pytest.raises(ValueError, match="seconds: expected a positive number"):
+    with pytest.raises(ValueError, match="seconds to be a finite number above 0"):
         ReasoningGymReward(seconds=seconds)
 
 

@@ -155,7 +155,7 @@ def test_a_pattern_of_exponential_time_is_an_error_in_time():
     [
         ({"partial_credit": 1.5}, "partial_credit: expected a number from 0 to 1, got 1.5"),
         ({"partial_credit": float("nan")}, "partial_credit: expected a number from 0 to 1"),
-        ({"seconds": 0}, "seconds: expected a positive number, got 0"),
+        ({"seconds": 0}, "seconds to be a finite number above 0, got 0"),
     ],
 )
 def test_options_that_are_none_are_refused(options, message):

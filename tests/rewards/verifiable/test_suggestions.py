@@ -4,7 +4,6 @@ import pytest
 
 from mbrl_text_env.rewards import ConstraintsReward, WeightedSum, make
 from mbrl_text_env.rewards.verifiable.constraints import check_constraint
-from mbrl_text_env.rewards.verifiable.constraints.suggestions import suggestions
 from mbrl_text_env.types import Prompt
 
 LATER = [
@@ -30,12 +29,17 @@ FIRST = [
 ]
 
 
+def suggested(constraints, text):
+    prompt = Prompt.from_text("Ask.", metadata={"constraints": constraints})
+    return ConstraintsReward().suggest(prompt, text)
+
+
 def completed(constraint, text, words):
     """The text after pieces and words in turns until the constraint holds; at most 12 of them."""
     for _ in range(12):
         if check_constraint(constraint, text, "Ask."):
             return text
-        pieces = suggestions([constraint], text, "Ask.")
+        pieces = suggested([constraint], text)
         assert pieces, text
         text += pieces[0]
         if not check_constraint(constraint, text, "Ask."):
@@ -56,15 +60,15 @@ def test_pieces_begin_a_response(constraint):
 
 
 def test_nothing_is_suggested_where_nothing_is_missing():
-    assert suggestions([{"type": "keywords", "value": ["fog"]}], "The fog.", "Ask.") == ()
-    assert suggestions([{"type": "max_words", "value": 1}], "The fog.", "Ask.") == ()
+    assert suggested([{"type": "keywords", "value": ["fog"]}], "The fog.") == ()
+    assert suggested([{"type": "max_words", "value": 1}], "The fog.") == ()
 
 
 def test_what_has_to_be_last_comes_last():
     last = {"type": "ends_with", "value": "The end."}
     unmet = [last, {"type": "keywords", "value": ["river"]}]
-    assert suggestions(unmet, "The fog.", "Ask.")[0] == " river"
-    assert suggestions(unmet, "The fog, the river.", "Ask.")[0] == " The end."
+    assert suggested(unmet, "The fog.")[0] == " river"
+    assert suggested(unmet, "The fog, the river.")[0] == " The end."
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,7 @@ def test_what_has_to_be_last_comes_last():
     [('{"a": [1, {"b": "c', '"}]}'), ('{"a": 1', "}"), ('{"a', '": ""}'), ('{"a": "\\"', '"}')],
 )
 def test_json_is_closed(text, closed):
-    assert closed in suggestions([{"type": "json_object"}], text, "Ask.")
+    assert closed in suggested([{"type": "json_object"}], text)
 
 
 def test_combinations_suggest_what_their_parts_do():

@@ -9,13 +9,13 @@ An empty response (nothing but white space) satisfies no constraint. It has no c
 and a language model would otherwise be rewarded for saying nothing.
 """
 
-from mbrl_text_env.rewards.verifiable.constraints.kinds import CONSTRAINT_TYPES
-from mbrl_text_env.rewards.verifiable.constraints.reward import (
+from mbrl_text_env.rewards.verifiable.constraints.checking import (
     ConstraintError,
     ConstraintsReward,
     check_constraint,
     prefix_verdict,
 )
+from mbrl_text_env.rewards.verifiable.constraints.kinds import CONSTRAINT_TYPES
 
 __all__ = [
     "CONSTRAINT_TYPES",

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mbrl_text_env.rewards.verifiable.constraints.checking import check_constraint
 from mbrl_text_env.rewards.verifiable.constraints.text import count_occurrences
 from mbrl_text_env.rewards.verifiable.partial_json import is_json, unclosed
 
@@ -15,20 +14,17 @@ _Suggest = Callable[..., list[str]]
 _LAST = ("ends_with", "quoted", "json_object")
 
 
-def suggestions(
-    constraints: Sequence[Mapping[str, Any]], text: str, prompt: str
-) -> tuple[str, ...]:
-    """What may come next after `text`, were it the end of the response; nothing where that is well.
+def suggestions(unmet: Sequence[Mapping[str, Any]], text: str) -> tuple[str, ...]:
+    """What may come next after `text`, which does not satisfy some constraints.
 
     The texts are pieces, such as the mark of a bullet or a keyword that is missing: the language
     model writes what stands between them. Each comes also in capitals and in small letters, in case
     another constraint asks for that.
 
     Example:
-        >>> suggestions([{"type": "keywords", "value": ["River"]}], "We swam.", "Tell me.")
+        >>> suggestions([{"type": "keywords", "value": ["River"]}], "We swam.")
         (' River', ' RIVER', ' river')
     """
-    unmet = [each for each in constraints if not check_constraint(each, text, prompt)]
     first = [each for each in unmet if each["type"] not in _LAST] or unmet
     found: list[str] = []
     for constraint in first:
