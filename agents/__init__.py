@@ -5,20 +5,17 @@ from mbrl_text_env._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "base": ["Agent", "Completion", "Decision", "Generation"],
+        "base": ["Agent", "Choice", "Completion", "Decision", "Generation"],
         "beam": ["Adaptive", "BeamSearch", "ParticleFilter"],
         "best_first": ["BestFirst", "expected_score"],
-        "choices": ["Choice"],
         "collection": ["collect"],
         "driver": ["Driver"],
         "guarded": ["Guarded"],
-        "lookahead": ["Lookahead", "RecedingHorizon"],
+        "lookahead": ["Lookahead", "RecedingHorizon", "Screened"],
         "mcts": ["MCTS"],
         "registry": ["available", "make"],
-        "sampling": ["BestOfN", "RandomAgent", "Sampling"],
-        "screened": ["Screened"],
+        "sampling": ["BestOfN", "Majority", "RandomAgent", "Sampling", "WeightedVote"],
         "search": ["Expansion", "Node", "Planner", "Search", "SearchTree"],
         "values": ["EmbeddingValue"],
-        "votes": ["Majority", "WeightedVote"],
     },
 )

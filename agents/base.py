@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias
 
-from mbrl_text_env.agents.choices import Choice, ChoicePlan
 from mbrl_text_env.agents.driver import (
     MOST_AT_ONCE,
     Begin,
@@ -31,7 +31,7 @@ from mbrl_text_env.language_models.base import (
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import score_responses
+from mbrl_text_env.rewards.base import reward_usage_bound, score_responses
 from mbrl_text_env.types import (
     Budget,
     BudgetError,
@@ -54,23 +54,14 @@ DEFAULT_PARAMS = SamplingParams(temperature=0.7)
 class Completion:
     """A complete response.
 
-    Args:
-        state: Terminal.
-        logprobs: Log-probability (nats) of each token that the search added; empty where unknown.
-        score: The reward model's score, and its `parts` by name; None where it was not asked.
+    `logprobs` are in nats, one for each token that the search added (none where unknown); `score`
+    is the reward model's, with its `parts` by name (None where it was not asked).
     """
 
     state: TextState
     logprobs: tuple[float, ...] = ()
     score: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def known_score(self) -> float:
-        """The score; a ValueError where there is none."""
-        if self.score is None:
-            raise ValueError("Expected scored completions; score them with `Agent.scored` first.")
-        return self.score
 
 
 @dataclass(frozen=True)
@@ -92,6 +83,19 @@ class Generation:
     usage: Usage
     agent: str
     seed: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of several chunks to append, and what the choice cost.
+
+    `completions` holds the complete response found behind each chunk; None where none was looked
+    for, because the budget did not allow it or the agent does not need it.
+    """
+
+    index: int
+    completions: tuple[Completion | None, ...]
+    usage: Usage
 
 
 @dataclass(eq=False)
@@ -174,8 +178,8 @@ class Agent(ABC):
     ) -> list[Generation]:
         """`generate` that awaits each batch, so that an event loop goes on; cancelling ends it.
 
-        Models other than language models are called in a thread, one at a time. Calls that pass the
-        same `driver` are answered in common batches, whenever they begin.
+        Models other than language models are called in a thread, one at a time. Calls with the same
+        `driver` are answered in common batches, whenever they begin.
         """
         begun = self._begun(prompts, budget)
         searches, most = self._searches(begun, seed)
@@ -220,18 +224,15 @@ class Agent(ABC):
     ) -> list[Choice]:
         """Choose one of the chunks that each state offers, as in the candidate view.
 
-        The budget of a decision is shared equally by the candidates: from the state behind each of
-        them the agent searches for a complete response, and the chunk with the best one is chosen
-        (the first of equals). Where the budget does not allow all of them, those with the highest
-        log-probability a token are looked at.
+        Behind each candidate the agent searches for a complete response, with an equal share of the
+        decision's budget, and the chunk with the best one is chosen (the first of equals). Where
+        the budget does not allow all of them, those of highest log-probability a token are tried.
 
         Raises:
             BudgetError: The budget allows no complete response behind any candidate.
         """
-        plans = [
-            ChoicePlan(self, state, row, budget)
-            for state, row in zip(states, candidates, strict=True)
-        ]
+        rows = zip(states, candidates, strict=True)
+        plans = [_ChoicePlan(self, state, row, budget) for state, row in rows]
         run([plan.score_ended for plan in plans])
         searched = [(plan, i, ledger) for plan in plans for i, ledger in plan.shares().items()]
         begun = [(plan.after[i], ledger) for plan, i, ledger in searched]
@@ -344,5 +345,63 @@ class Agent(ABC):
 
 
 def best(completions: Sequence[Completion]) -> Completion:
-    """The completion with the highest score; the first of equals."""
-    return max(completions, key=lambda completion: completion.known_score)
+    """The scored completion with the highest score; the first of equals."""
+    return max(completions, key=attrgetter("score"))
+
+
+class _ChoicePlan:
+    """One decision of `Agent.choose`."""
+
+    def __init__(
+        self, agent: Agent, state: TextState, candidates: Sequence[Chunk], budget: Budget | None
+    ) -> None:
+        if is_terminal(state) or not candidates:
+            raise ValueError(
+                f"choose, prompt {state.prompt.id!r}: expected a state that has not ended and at "
+                f"least one candidate, got finish_reason {state.finish_reason!r} and "
+                f"{len(candidates)} candidates."
+            )
+        self.agent, self.ledger = agent, Ledger(budget)
+        limit = agent.response_limit(state)
+        self.after = [transition(state, chunk, limit) for chunk in candidates]
+        # Equal candidates are looked at once.
+        self.first = [self.after.index(after) for after in self.after]
+        means = [chunk.logprob / len(chunk) if chunk.logprobs else 0.0 for chunk in candidates]
+        self.likely_first = sorted(sorted(set(self.first)), key=means.__getitem__, reverse=True)
+        self.found: dict[int, Completion] = {}
+
+    async def score_ended(self) -> None:
+        """Score the candidates that end the response, as many as the budget allows."""
+        bound = reward_usage_bound(self.agent.reward_model)
+        ended: list[int] = []
+        for i in self.likely_first:
+            if is_terminal(self.after[i]) and self.ledger.affords(bound * (len(ended) + 1)):
+                ended.append(i)
+        # A state that has ended is its own completion.
+        drawn = [await self.agent.complete(self.after[i], 1, self.ledger, 0) for i in ended]
+        scored = await self.agent.scored([each for [each] in drawn], self.ledger)
+        self.found.update(zip(ended, scored, strict=True))
+
+    def shares(self) -> dict[int, Ledger]:
+        """An equal share of what is left for each candidate whose response can be finished."""
+        going = [i for i in self.likely_first if not is_terminal(self.after[i])]
+        left = self.ledger.budget.after(self.ledger.usage)
+        while going and left is not None:
+            share = left.shared(len(going))
+            if share is not None and all(
+                Ledger(share).affords(self.agent.response_usage(self.after[i])) for i in going
+            ):
+                return {i: Ledger(share) for i in sorted(going)}
+            going.pop()
+        if not self.found:
+            raise BudgetError(
+                f"{self.ledger.budget} is too small for one response behind any of the "
+                f"{len(self.after)} candidates of prompt {self.after[0].prompt.id!r}. Raise the "
+                "budget or lower max_response_tokens."
+            )
+        return {}
+
+    def choice(self) -> Choice:
+        """The candidate with the best response behind it."""
+        index = max(sorted(self.found), key=lambda i: self.found[i].score or 0.0)
+        return Choice(index, tuple(self.found.get(i) for i in self.first), self.ledger.usage)

@@ -37,12 +37,11 @@ class BeamSearch(Planner):
     Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model
     Parameters", 2024 (beam search with a value); Beeching et al., "Scaling test-time compute with
     open models", 2024 (diverse verifier tree search, `subtrees`). Deviations: chunks have a fixed
-    number of tokens instead of ending with a line; responses that end leave the beam and are
-    scored; the number of candidates follows from the budget that is left, at every stage anew.
+    number of tokens; responses that end leave the beam and are scored; the number of candidates
+    follows from the budget that is left, at every stage anew.
 
     Args:
-        value_model: Ranks partial responses; without one they stay in the order of their drawing,
-            and the search chooses among complete responses alone.
+        value_model: Ranks partial responses; without one they stay in the order of their drawing.
         beam_width: Partial responses that are kept at a stage, all subtrees together.
         candidates: Chunks drawn at a stage, all beams together; None as many as the budget allows
             to the end of the response, or 4 without one.
@@ -89,9 +88,8 @@ async def beam_search(
     while any(frontiers):
         beams = [node for frontier in frontiers for node in frontier]
         width = candidates or search.width(beams[0], chunk_tokens)
-        drawn = iter(
-            await _drawn(search, beams, _WITHOUT_BUDGET if width is None else width, chunk_tokens)
-        )
+        total = _WITHOUT_BUDGET if width is None else width
+        drawn = iter(await _drawn(search, beams, total, chunk_tokens))
         frontiers = [
             _kept(search, [next(drawn) for _ in frontier], width)
             for frontier, width in zip(frontiers, widths, strict=True)
@@ -103,13 +101,8 @@ async def _drawn(
 ) -> list[list[Node]]:
     """The children of each beam, `total` of them shared equally."""
     counts = shares(total, len(beams))
-    rows = iter(
-        await search.expand(
-            Expansion(beam, count, chunk_tokens)
-            for beam, count in zip(beams, counts, strict=True)
-            if count
-        )
-    )
+    asked = zip(beams, counts, strict=True)
+    rows = iter(await search.expand(Expansion(b, n, chunk_tokens) for b, n in asked if n))
     return [next(rows) if count else [] for count in counts]
 
 
@@ -122,12 +115,7 @@ def _kept(search: Search, rows: Sequence[Sequence[Node]], width: int) -> list[No
 
 
 def shares(total: int, count: int) -> list[int]:
-    """`total` in `count` parts that differ by at most 1, the larger ones first.
-
-    Example:
-        >>> shares(5, 3)
-        [2, 2, 1]
-    """
+    """`total` in `count` parts that differ by at most 1, the larger ones first."""
     each, more = divmod(total, count)
     return [each + (i < more) for i in range(count)]
 
@@ -138,28 +126,12 @@ class Adaptive(Planner):
 
     A stage draws as many candidate chunks as the budget allows to the end of the response. Of n
     candidates the best n / `candidates_per_beam` go on, and with them all whose value cannot be
-    told from that of the last one kept: those within `margin` standard deviations of it, and equal
-    ones in any case. So where the value says nothing, the search is as broad as best-of-N; where it
-    says much, all candidates of the next stage follow the few best; and a larger budget means more
-    beams, not only more candidates.
+    told from that of the last one kept. Chunks are as short as pays, twice as long after a stage
+    whose candidates are all equal, and short again after one that tells.
 
-    Chunks are as short as pays: `shortest_chunk` tokens, or so many that what is spent on values is
-    at most `value_share` of what is spent on text. After a stage whose candidates are all
-    equal they are twice as long, up to `chunk_tokens`; after one that tells, short again.
-
-    Partial responses are ranked by mean - `caution` x standard deviation. One is given up when a
-    complete one is known that is better than its mean by more than `caution` + 2 standard
-    deviations; what that saves is spent on the rest, and on further rounds. With a `target` the
-    search ends at the first response that scores as much; so that it can, its rounds begin with a
-    single response, and each has twice as many candidates a stage as the one before.
-
-    A reward that is a verifier and has a bound (`RewardModel.is_verifier`, `bound`) is searched as
-    by `Guarded`: responses are drawn under guard, one after the other, until one scores the target,
-    by default the most that the bound allows. No value helps there. Of any other reward with a
-    bound, a partial response is given up that cannot score more than the best complete one.
-
-    With a value model that gives no standard deviation `margin` and `caution` change nothing, and
-    nothing is given up.
+    A partial response is given up when a complete one is known that is better than its mean by more
+    than `caution` + 2 standard deviations, or than the reward's bound. A reward that is a verifier
+    and has a bound is searched as by `Guarded`.
 
     Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise choice);
     Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model
@@ -169,10 +141,12 @@ class Adaptive(Planner):
     Conditions", 2006) applied to the candidates of a stage.
 
     Args:
+        value_model: Without its standard deviations `margin` and `caution` change nothing.
         candidates_per_beam: Candidates for each beam that goes on for certain.
         margin: Standard deviations within which values cannot be told apart; 0 or more.
-        caution: k of mean - k x standard deviation; 0 or more.
-        target: The score that is good enough; None for the whole budget, or a verifier's bound.
+        caution: Partial responses are ranked by mean - `caution` x standard deviation; 0 or more.
+        target: The score at which the search ends, which then begins with single responses; None
+            for the whole budget, or a verifier's bound.
         value_share: Most FLOPs spent on values, as a share of those spent on text.
         shortest_chunk: Fewest tokens of a chunk; `chunk_tokens` is the most.
 
@@ -246,13 +220,12 @@ class Adaptive(Planner):
         return [
             node
             for node, bound in zip(nodes, bounds, strict=True)
-            if bound > best.score
-            and (
-                node.value is None
-                or node.std == 0
-                or node.value + (self.caution + 2.0) * node.std >= best.score
-            )
+            if bound > best.score and self._may_reach(node, best.score)
         ]
+
+    def _may_reach(self, node: Node, score: float) -> bool:
+        is_sure = node.value is not None and node.std > 0
+        return not is_sure or value_of(node) + (self.caution + 2.0) * node.std >= score
 
     def _tells(self, drawn: Sequence[Node]) -> bool:
         """Whether the value tells some of the candidates apart."""
@@ -270,13 +243,9 @@ class ParticleFilter(Planner):
     Particles are partial responses. At each step every particle draws one chunk from the language
     model and its weight is multiplied by exp((value after - value before) / `temperature`). When
     the effective number of particles falls below half of them, and at the end, they are resampled.
-    What is sampled tends to the language model's distribution times exp(reward / `temperature`);
-    the answer is the best of the responses. A node's visit count is the number of particles that
-    have gone on from there, or ended there.
-
-    With `guarded=1` particles are drawn under guard of the reward's bound, as by `Guarded` without
-    additions, and weighted by what that changes (`Guard.weighted`): what is sampled tends to the
-    language model's distribution over the responses that reach the target, times the exponential.
+    What is sampled tends to the language model's distribution times exp(reward / `temperature`),
+    with `guarded=1` over the responses that reach the target; the answer is the best of them.
+    A node's visit count is the number of particles that have gone on from there, or ended there.
 
     Sources: Zhao et al., "Probabilistic Inference in Language Models via Twisted Sequential Monte
     Carlo", 2024 (the target and the twist functions); Puri et al., "A Probabilistic Inference
@@ -289,8 +258,8 @@ class ParticleFilter(Planner):
     Args:
         particles: Their number; None as many as the budget allows, or 4 without one.
         temperature: In units of the reward; small values follow the value more closely.
-        guarded: 1 for particles under guard, where the reward is a verifier with a bound and the
-            language model has guards; elsewhere they are drawn plainly.
+        guarded: 1 for particles under guard (`Guard.weighted`), where the reward is a verifier with
+            a bound and the language model has guards.
     """
 
     name = "particle-filter"
@@ -357,16 +326,7 @@ class ParticleFilter(Planner):
 
 
 def systematic(weights: FloatArray, uniform: float) -> list[int]:
-    """Systematic resampling: as many indices as weights, each floor or ceiling of n x its weight.
-
-    Args:
-        weights: float64[n], sum to 1.
-        uniform: In [0, 1).
-
-    Example:
-        >>> systematic(np.array([0.5, 0.25, 0.25, 0.0]), 0.5)
-        [0, 0, 1, 2]
-    """
+    """Systematic resampling: n indices by weights float64[n] of sum 1, `uniform` in [0, 1)."""
     places = (np.arange(len(weights)) + uniform) / len(weights)
     # Rounding may leave the last sum a little below 1.
     found = np.searchsorted(np.cumsum(weights), places, side="right")

@@ -50,22 +50,13 @@ class BestFirst(Planner):
     """Score complete answers in the order of their probability, each once, until one is right.
 
     The most probable prefix is expanded by its most probable next tokens, again and again; an
-    answer that has ended is scored when no prefix is more probable. So answers come in the exact
-    order of their probability, whatever `batch_size` is, and no answer is paid for twice. It suits
-    short answers: of long ones there are too many prefixes. The first answer, `n=1`, is the most
-    probable one.
+    answer that has ended is scored when no prefix is more probable. It suits short answers: of long
+    ones there are too many prefixes. Probabilities are the language model's own, at temperature 1;
+    `params` are not used. An expansion counts as one generated token. Where a budget allows no
+    further one and nothing has ended yet, the deepest prefix that can be is finished greedily.
 
-    Probabilities are the language model's own, at temperature 1; `params` are not used. An
-    expansion is charged what the pass of its last token takes, and counts as one generated token.
-    Where a budget allows no further expansion and nothing has ended yet, the deepest prefix that
-    can still be finished is finished by greedy decoding.
-
-    Prefixes whose bound is below the target, or not above the best score, are not expanded. It
-    needs a language model that has `next_tokens`, and no value model.
-
-    With `stochastic`, answers are a sample without replacement: each next one is drawn from the
-    language model's distribution over the answers that are left. `expected_score` estimates an
-    expectation from them.
+    Prefixes whose bound is below the target, or not above the best score, are not expanded. With
+    `stochastic`, answers are a sample without replacement, for `expected_score`.
 
     Sources: Hart et al., "A Formal Basis for the Heuristic Determination of Minimum Cost Paths",
     1968 (without a heuristic); Kool et al., "Stochastic Beams and Where to Find Them", 2019.
@@ -76,10 +67,8 @@ class BestFirst(Planner):
         n: Different answers that are scored; None takes as many as the budget allows, or 4.
         target: The score that is good enough; None is the most that the reward's bound allows, and
             no end of a stochastic search.
-        candidates: Next tokens of a prefix that are looked at, the most probable ones. Answers with
-            a less probable token are never found.
-        batch_size: Prefixes that are expanded in one call: more are faster, and cost up to
-            `batch_size - 1` needless expansions a call.
+        candidates: Next tokens of a prefix that are looked at, the most probable ones.
+        batch_size: Prefixes that are expanded in one call; some then needlessly.
         expansions: Prefixes that are expanded where no cap on tokens, FLOPs or seconds says.
 
     Raises:
@@ -106,12 +95,8 @@ class BestFirst(Planner):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_target(self.target)
-        check_positive(
-            n=self.n,
-            candidates=self.candidates,
-            batch_size=self.batch_size,
-            expansions=self.expansions,
-        )
+        counts = ("n", "candidates", "batch_size", "expansions")
+        check_positive(**{name: getattr(self, name) for name in counts})
         if self.stochastic not in (0, 1):
             raise ValueError(f"stochastic: expected 0 or 1, got {self.stochastic!r}.")
         own = getattr(self.language_model, "next_tokens", None)
@@ -127,7 +112,10 @@ class BestFirst(Planner):
         if search.round:
             return
         frontier = _Frontier(search, bool(self.stochastic))
-        target, each = self._target(search), self._expansion_bound(search.tree.root.state)
+        target, each = math.inf, self._expansion_bound(search.tree.root.state)
+        if not self._only_samples:
+            most = search.most_reachable()
+            target = most if self.target is None else min(self.target, most)
         left = math.inf if search.ledger.budget.ends(each) else self.expansions
         wanted = _WITHOUT_BUDGET if self.n is None and not search.is_capped else self.n
         texts: set[str] = set()
@@ -209,12 +197,6 @@ class BestFirst(Planner):
         """Whether nothing is looked for: answers that are left out would bias an estimate."""
         return bool(self.stochastic) and self.target is None
 
-    def _target(self, search: Search) -> float:
-        if self._only_samples:
-            return math.inf
-        most = search.most_reachable()
-        return most if self.target is None else min(self.target, most)
-
     def _is_dead(self, search: Search, state: TextState, target: float) -> bool:
         """Whether nothing that begins so reaches the target, or is better than what is known."""
         if self._only_samples:
@@ -231,11 +213,8 @@ class BestFirst(Planner):
 def expected_score(tree: SearchTree) -> float:
     """Estimate the mean score of the language model's answers from a search without replacement.
 
-    Of the n answers that a `BestFirst(..., stochastic=True, n=n)` scored, the one that came last
-    gives the threshold kappa; each of the others counts with its probability over that of coming
-    above kappa. The estimate is unbiased where nothing but `n` ended the search or pruned it (a
-    reward without a bound, no target, a budget that is enough) and `candidates` is the size of the
-    vocabulary; with fewer, answers that cannot be found count as 0.
+    It is unbiased where nothing but `n` ended the search of `BestFirst(..., stochastic=True, n=n)`
+    or pruned it, and `candidates` is the size of the vocabulary.
 
     Source: Kool et al., 2019, equation 15 (after Duffield et al., 2007, and Vieira, 2017).
 

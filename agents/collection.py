@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from mbrl_text_env.agents.base import DEFAULT_PARAMS, Agent, Completion
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.sampling import Sampling
-from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
+from mbrl_text_env.language_models.base import LanguageModel, SamplingParams, spawn_seed
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.records import Record, RecordsError, RecordWriter
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardError, RewardLike, RewardModel, reward_name
 from mbrl_text_env.runs import Each, identity, in_turn, prompt_digest
-from mbrl_text_env.types import Ledger, Prompt, check_positive
+from mbrl_text_env.types import Budget, Ledger, Prompt, TextState, Usage, check_positive
 
 # Of the samples and what is kept of them; changes when the same arguments give other records.
 _FORMAT = 1
+
+Found = tuple[list[Record], Usage, dict[str, str]]
+"""The records of answers, what they took, and the errors of prompts that are left out, by id."""
 
 
 def collect(
@@ -40,10 +43,9 @@ def collect(
 ) -> dict[str, str]:
     """Sample responses to prompts, score them all, and write every one of them.
 
-    The records of a batch are written together. What is there already is not sampled again: a
-    collection that was killed goes on, and one with more prompts or samples adds what is missing,
-    as if all had been asked for at once. A prompt with a response that cannot be scored is left out
-    with a warning.
+    What is there already is not sampled again: a collection that was killed goes on, and one with
+    more prompts or samples adds what is missing, as if all had been asked for at once. A prompt
+    with a response that cannot be scored is left out with a warning.
 
     Args:
         reward_model: Whatever `as_reward_model` takes.
@@ -78,7 +80,9 @@ def collect(
         [(p, missing[p.id]) for p in prompts[start : start + batch_prompts] if missing[p.id]]
         for start in starts
     ]
-    for _, (records, lacking) in each(partial(_sampled, agent, seed), list(filter(None, batches))):
+    for _, (records, _, lacking) in each(
+        partial(_sampled, agent, seed), list(filter(None, batches))
+    ):
         for name, error in lacking.items():
             warnings.warn(f"Left out prompt {name!r}: {error}", stacklevel=2)
         failed |= lacking
@@ -139,37 +143,83 @@ def missing_samples(
     return {name: [k for k in range(samples) if k not in found] for name, found in there.items()}
 
 
-def _sampled(
-    agent: Agent, seed: int, batch: Sequence[tuple[Prompt, list[int]]]
-) -> tuple[list[Record], dict[str, str]]:
-    """Records of samples, by their numbers; the errors of prompts that cannot be scored, by id."""
+def _sampled(agent: Agent, seed: int, batch: Sequence[tuple[Prompt, list[int]]]) -> Found:
     # What a run computes does not depend on whether it was stopped before.
     agent.language_model.clear_cache()
-    ledgers = {prompt.id: Ledger() for prompt, _ in batch}
+    asked = [(prompt, prompt, numbers) for prompt, numbers in batch]
+    return answered(agent, asked, seed, agent.name, are_samples=True)
 
-    async def scored(prompt: Prompt, samples: list[int]) -> list[Completion] | RewardError:
-        ledger = ledgers[prompt.id]
-        first, state = samples[0], initial(prompt, agent.language_model)
-        count = samples[-1] + 1 - first
-        drawn = await agent.complete(state, count, ledger, seed, first_sample=first)
-        try:
-            return await agent.scored([drawn[k - first] for k in samples], ledger)
-        except RewardError as error:
-            return error
 
-    found = run([partial(scored, *each) for each in batch])
-    records, failed = [], {}
-    for (prompt, samples), row in zip(batch, found, strict=True):
+def answered(
+    agent: Agent,
+    asked: Sequence[tuple[Prompt, Prompt, Sequence[int]]],
+    seed: int,
+    name: str,
+    budget: Budget | None = None,
+    *,
+    are_samples: bool = False,
+) -> Found:
+    """Answer prompts, each by asking the second in its place, with answers of these numbers.
+
+    Records say that the agent of this `name` gave them; their numbers, if they `are_samples`.
+    """
+    agent.check_budget([second for _, second, _ in asked], budget)
+    rows = run([partial(_answers, agent, budget, seed, *each) for each in asked])
+    records, total, failed = [], Usage(), {}
+    for (prompt, _, numbers), row in zip(asked, rows, strict=True):
         if isinstance(row, RewardError):
             failed[prompt.id] = str(row)
             continue
-        amounts = ledgers[prompt.id].usage.as_dict()
-        usage = {key: amount / len(row) for key, amount in amounts.items()}
-        for completion, sample in zip(row, samples, strict=True):
-            records.append(
-                record_of(completion, agent, usage, seed, agent="sampling", sample=sample)
-            )
-    return records, failed
+        places = iter(numbers)
+        for answers, usage in row:
+            total += usage
+            share = {key: amount / len(answers) for key, amount in usage.as_dict().items()}
+            for answer in answers:
+                number = next(places) if are_samples else None
+                changes = {"agent": name, "sample": number}
+                records.append(record_of(answer, agent, share, seed, **changes))
+    return records, total, failed
+
+
+async def _answers(
+    agent: Agent,
+    budget: Budget | None,
+    seed: int,
+    prompt: Prompt,
+    asked: Prompt,
+    numbers: Sequence[int],
+) -> list[tuple[list[Completion], Usage]] | RewardError:
+    """The scored answers to a prompt, those that are paid for together in one list."""
+    state, ids = initial(asked, agent.language_model), agent.language_model.encode_prompt(prompt)
+    found = []
+    try:
+        async for completions, usage in _drawn(agent, budget, seed, state, numbers):
+            if asked is not prompt:
+                # The same response as an answer to the prompt that was not told anything.
+                own: dict[str, Any] = {"prompt": prompt, "prompt_ids": ids, "logprob": None}
+                completions = [Completion(replace(c.state, **own)) for c in completions]
+            scoring = Ledger()
+            if completions[0].score is None:
+                completions = await agent.scored(completions, scoring)
+            found.append((completions, usage + scoring.usage))
+    except RewardError as error:
+        return error
+    return found
+
+
+async def _drawn(
+    agent: Agent, budget: Budget | None, seed: int, state: TextState, numbers: Sequence[int]
+) -> AsyncIterator[tuple[list[Completion], Usage]]:
+    """Plain samples in one call, which computes the prompt once; or answer by answer."""
+    if isinstance(agent, Sampling):
+        ledger, first, last = Ledger(), numbers[0], numbers[-1]
+        drawn = await agent.complete(state, last + 1 - first, ledger, seed, first_sample=first)
+        yield [drawn[k - first] for k in numbers], ledger.usage
+        return
+    for k in numbers:
+        ledger = Ledger(budget)
+        answer = await agent.search(state, ledger, spawn_seed(seed, 0, k))
+        yield [answer], ledger.usage
 
 
 def record_of(

@@ -43,8 +43,8 @@ class Call:
     common: tuple[Any, ...]
     columns: Mapping[str, Sequence[Any]]
     ledgers: Sequence[Ledger] | None
-    may_repeat: bool
-    awaited: Callable[..., Coroutine[Any, Any, Any]] | None
+    # What an event loop awaits instead; None for the function in a thread.
+    awaited: Callable[..., Coroutine[Any, Any, Any]] | None = None
     result: Any = None
     error: Exception | None = None
 
@@ -92,21 +92,16 @@ def ask(
     function: Callable[..., Any],
     *common: Any,
     ledgers: Sequence[Ledger] | None = None,
-    may_repeat: bool = True,
-    awaited: Callable[..., Coroutine[Any, Any, Any]] | None = None,
     **columns: Sequence[Any],
 ) -> Call:
     """A call to await in a search: `function(*common, **columns, ledgers=ledgers)`.
 
     Calls of the same function with equal `common` arguments, such as the model, are answered
-    together, their columns joined. So whatever is batched can be asked.
+    together, their columns joined; one that fails and has charged nothing is made again for each.
 
     Args:
         function: Gives one result an item: a sequence, or a dataclass or mapping of sequences. It
             charges its time itself (`ledger.timed`), as the doors of the models do.
-        may_repeat: Whether a merged call that fails, and has charged nothing but time, is made
-            again for each search alone, so that an error is that search's and names its prompt.
-        awaited: What `generate_async` awaits instead; by default the function runs in a thread.
         **columns: Arguments with one entry an item, as `ledgers` have.
 
     Example:
@@ -117,7 +112,7 @@ def ask(
         >>> run([lambda: search(["a", "bb"]), lambda: search(["ccc"])])
         [[1, 2], [3]]
     """
-    return Call(function, common, columns, ledgers, may_repeat, awaited)
+    return Call(function, common, columns, ledgers)
 
 
 def ask_for_chunks(
@@ -125,7 +120,7 @@ def ask_for_chunks(
 ) -> Call:
     """A call of `sample_requests`; one that failed may have charged, and is not made again."""
     columns, awaited = {"requests": requests}, _chunks_async
-    return Call(sample_requests, (language_model,), columns, ledgers, False, awaited)
+    return Call(sample_requests, (language_model,), columns, ledgers, awaited)
 
 
 async def _chunks_async(
@@ -161,12 +156,11 @@ def run(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[
 async def run_async(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[T]:
     """`run` that awaits each batch. Cancelled, it lets a batch in a thread end, and drops it."""
     take, results = _kept(searches)
-    await drive(take, most_at_once)
+    await _drive(take, most_at_once)
     return results
 
 
-async def drive(take: Take, most_at_once: int = MOST_AT_ONCE) -> None:
-    """Advance what `take` gives until all have ended and it gives nothing more."""
+async def _drive(take: Take, most_at_once: int) -> None:
     with closing(_calls(take, most_at_once)) as calls:
         for call in calls:
             await call.make_in_loop()
@@ -179,8 +173,8 @@ def _kept(searches: Sequence[Begin[T]]) -> tuple[Take, list[T]]:
     async def keep(place: int, begin: Begin[T]) -> None:
         results[place] = await begin()
 
-    waiting = iter(list(enumerate(searches)))
-    return lambda count: itertools.starmap(keep, itertools.islice(waiting, count)), results
+    waiting = itertools.starmap(keep, enumerate(searches))
+    return lambda count: itertools.islice(waiting, count), results
 
 
 def _calls(take: Take, most_at_once: int) -> Generator[Call, None, None]:
@@ -238,7 +232,9 @@ def _answered(calls: list[Call]) -> Iterable[Call]:
     except Exception as error:
         merged.error = error
     spent = [ledger.usage - old for ledger, old in zip(merged.ledgers or (), before, strict=True)]
-    if merged.may_repeat and all(dataclasses.replace(u, seconds=0.0) == Usage() for u in spent):
+    is_free = all(dataclasses.replace(usage, seconds=0.0) == Usage() for usage in spent)
+    if is_free and merged.function is not sample_requests:
+        # Each for itself, so that an error is that search's and names its prompt.
         yield from calls
         return
     for call in calls:
@@ -317,7 +313,7 @@ class Driver:
         futures = [asyncio.get_running_loop().create_future() for _ in searches]
         self._waiting += zip(searches, futures, strict=True)
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(drive(self._take, self.most_at_once))
+            self._task = asyncio.create_task(_drive(self._take, self.most_at_once))
         try:
             return await asyncio.gather(*futures)
         finally:

@@ -33,29 +33,21 @@ class Guarded(Planner):
     """Sample responses that can still reach the target, one after the other, until one does.
 
     While a response is drawn, a token after which the reward's bound is below the target is drawn
-    again from the probable ones that may follow (`language_models.base.Guard`), and a response ends
-    only where its score reaches the target.
+    again from the probable ones that may follow (`language_models.base.Guard`, which states the
+    law), and a response ends only where its score reaches the target. Where it would end too early,
+    or cannot go on, or is too long, what the reward suggests (`RewardModel.suggest`) is put there,
+    at the end of a sentence or in the middle, and the model goes on after it, or ends.
 
-    Masking cannot bring about what a language model does not write by itself. So where a response
-    would end too early, or cannot go on, or is too long, what the reward suggests
-    (`RewardModel.suggest`: a keyword, the mark of a list, a last sentence) is put there, and the
-    model goes on after it, or ends if that reaches the target. A response that has become too long
-    is cut at the end of a sentence, and what is missing comes in its middle. Where nothing helps,
-    the next one starts at the root.
+    The check of a text that may end is charged as a reward call; bounds and suggestions are not.
+    The log-probabilities of what was added are the language model's own, and charged; a server that
+    cannot give them needs `additions=0`. One without `guards` is asked again for what is refused.
 
-    It needs a reward with a `bound` and no value model. The check of a text that may end is charged
-    as a reward call; bounds and suggestions are not. The log-probabilities of what was added are
-    the language model's own, and charged; a server that cannot give them needs `additions=0`. A
-    language model without `guards`, such as a server, is asked again for what is refused, which is
-    charged.
-
-    Sources: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
-    Rejection Sampling", 2025 (lazy checks); deviation: no weights, since the verifier decides, not
-    a posterior. See `Guard` for the law of the tokens. The additions are this project's.
+    Source: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
+    Rejection Sampling", 2025 (lazy checks). Deviation: no weights, since the verifier decides, not
+    a posterior. The additions are this project's.
 
     Args:
-        target: The score that is good enough; by default the most that the bound of an empty
-            response allows, such as all of a prompt's constraints.
+        target: The score that is good enough; by default the most that the bound allows.
         floor: The least log-probability (nats) of a token in place of a refused one, and of an end
             behind what was added.
         candidates: How many of the most probable tokens are tried in place of a refused one.
@@ -93,16 +85,14 @@ class Guarded(Planner):
         if self.target is None and most == float("inf"):
             raise ValueError(
                 f"{self.name}: expected a reward whose `bound` says what a response to prompt "
-                f"{search.tree.root.state.prompt.id!r} can reach, got "
-                f"{search.reward_model.name!r}, which does not. Give a target, or use another "
-                "agent."
+                f"{search.tree.root.state.prompt.id!r} can reach, or a target; got "
+                f"{search.reward_model.name!r}, whose bound does not, and no target."
             )
         if self.target is not None and self.target > most + _SAME:
             warnings.warn(
                 f"{self.name}: expected a target of at most {most:g}, the most that "
                 f"{search.reward_model.name!r} can give to a response to prompt "
-                f"{search.tree.root.state.prompt.id!r}, got {self.target:g}. The search ends at "
-                f"{most:g}; lower the target.",
+                f"{search.tree.root.state.prompt.id!r}, got {self.target:g}; it ends at {most:g}.",
                 stacklevel=2,
             )
         target = most if self.target is None else min(self.target, most)

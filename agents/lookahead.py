@@ -1,4 +1,4 @@
-"""Searches that look ahead and then decide: lookahead with a value, and a receding horizon."""
+"""Searches that look ahead and then decide: by a value, a receding horizon, or a screen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mbrl_text_env.agents.beam import beam_search
 from mbrl_text_env.agents.sampling import BestOfN
-from mbrl_text_env.agents.search import Expansion, Planner, Search
+from mbrl_text_env.agents.search import Expansion, Planner, Search, affordable, stand_in, value_of
 from mbrl_text_env.agents.tree import Node
 from mbrl_text_env.language_models.base import SamplingParams, prefix_of
 from mbrl_text_env.rewards.base import reward_usage_bound
@@ -17,6 +17,8 @@ from mbrl_text_env.values import ValueModel, value_usage_bound
 PARTIAL_PARAMS = SamplingParams(temperature=0.9)
 # Plans a step of a receding horizon where nobody says how many.
 _WITHOUT_BUDGET = 4
+# Candidates a stage of a screen: the value has to have a choice.
+_FEWEST = 4
 
 
 @dataclass(eq=False, kw_only=True)
@@ -25,20 +27,14 @@ class Lookahead(Planner):
 
     A round samples `num_partials` partial responses of `prefix_tokens`, lets the value model judge
     them, continues each of the best `keep` of them `continuations` times to the end, and lets the
-    reward model choose. With the defaults and responses of 256 tokens that is 4 x 64 + 2 x 2 x 192
-    = 1,024 tokens and 4 reward calls, as much as best-of-4.
-
-    With `chunkwise` the two stages become as many as there are chunks: at each, as many candidates
-    are drawn as the budget allows to the end (`num_partials` without one), and the best `keep` of
-    them go on (Mudgal et al., "Controlled Decoding from Language Models", 2024). That is
-    `BeamSearch` with a beam of `keep`.
+    reward model choose: with the defaults and responses of 256 tokens, as much as best-of-4. With
+    `chunkwise` there are as many stages as chunks, as in `BeamSearch` with a beam of `keep`.
 
     Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). As there, an
-    agent whose value model is missing or not fitted falls back to best-of-N.
-    Deviations: a partial response is continued from its token ids, not from its text encoded again;
-    one that has ended by itself is not continued; where a response is not longer than
-    `prefix_tokens`, the prefix is a quarter of it (the article's share); under a budget, rounds are
-    repeated, the last ones with fewer branches, until the budget allows no further response.
+    agent whose value model is missing or not fitted falls back to best-of-N. Deviations: a partial
+    response is continued from its token ids; one that has ended by itself is not continued; where a
+    response is not longer than `prefix_tokens`, the prefix is a quarter of it (the article's
+    share); under a budget, rounds are repeated, the last ones with fewer branches.
 
     Args:
         value_model: Judges partial responses; None or unfitted for best-of-N.
@@ -128,17 +124,14 @@ class Lookahead(Planner):
 class RecedingHorizon(Planner):
     """Model-predictive control over chunks.
 
-    At each step, plans of `horizon` chunks are rolled out from the state reached so far. The plan
-    of highest value at its end (a complete one: of highest score) is chosen, its first chunk is
-    executed, and what is left of the plans that begin with this chunk competes with the plans that
-    are rolled out next. Without a value model the horizon is the end of the response: the last
-    chunk of a plan is the whole rest, and its score decides.
+    At each step, plans of `horizon` chunks are rolled out from the state reached so far; of that
+    with the highest value (or score) at its end the first chunk is executed. Without a value model
+    the last chunk of a plan is the whole rest, and its score decides.
 
     Source: random-shooting model-predictive control, as in Nagabandi et al., "Neural Network
     Dynamics for Model-Based Deep Reinforcement Learning with Model-Free Fine-Tuning", 2018.
-    Deviations: plans are drawn from the language model instead of uniformly; those that begin with
-    the executed chunk are kept; the objective is the value at the horizon, for text has no reward
-    before its end.
+    Deviations: plans are drawn from the language model; those that begin with the executed chunk
+    are kept; the objective is the value at the horizon.
 
     Args:
         horizon: Chunks of a plan.
@@ -194,3 +187,76 @@ class RecedingHorizon(Planner):
 
 def _worth(node: Node) -> float:
     return float("-inf") if node.worth is None else node.worth
+
+
+@dataclass(eq=False, kw_only=True)
+class Screened(Planner):
+    """Keep the candidate of highest value chunk by chunk; of complete responses score the best.
+
+    A round draws `candidates` chunks, goes on from the one of highest value until it ends, and asks
+    the reward for the `finalists` that have the highest value among all complete responses that are
+    not scored yet. It pays where the reward costs more than some ten tokens and the value next to
+    nothing beside it, such as `token-embedding`. Budgets in tokens do not see what the reward
+    costs: give one in FLOPs.
+
+    Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise best-of-K);
+    Sun et al., "Fast Best-of-N Decoding via Speculative Rejection", 2024 (a cheap judgement of what
+    is not worth its price). Deviation: the reward is never asked for a prefix.
+
+    Args:
+        value_model: Ranks partial and complete responses; without one this is best-of-N.
+        candidates: Chunks drawn at a stage, as far as the budget allows; None for as many responses
+            as cost what a call of the reward costs, and at least 4.
+        finalists: Responses that are scored after a round; None for as many as cost what the
+            round's candidates cost, and at least one.
+
+    Example:
+        >>> planner = Screened(lm, reward, value, finalists=1)  # doctest: +SKIP
+    """
+
+    name = "screened"
+
+    candidates: int | None = None
+    finalists: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(candidates=self.candidates, finalists=self.finalists)
+
+    async def plan(self, search: Search) -> None:
+        """One response of chosen chunks, and the scores of the finalists."""
+        root, price = search.tree.root, self._price(search)
+        count = self.candidates or max(_FEWEST, round(price))
+        if search.value_model is None:
+            await search.expand([Expansion(root, count)])
+            return
+        most = search.width(root, self.chunk_tokens, scored=False)
+        count = count if most is None else min(count, most)
+        beams = [root] if count else []
+        while beams:
+            [beam] = beams
+            [row] = await search.expand([Expansion(beam, count, self.chunk_tokens, scored=False)])
+            beams = search.ranked(row)[:1]
+            for node in beams:
+                node.note = f"kept: the highest value of {len(row)} candidates"
+        # All of them where the reward costs nothing, or nothing can be drawn any more.
+        finalists = max(1, int(count / price)) if count and price * count > 1e-9 else 1 << 20
+        await self._score(search, self.finalists or finalists)
+
+    async def _score(self, search: Search, most: int) -> None:
+        """Ask the reward for the best of what is complete, as far as the budget allows."""
+        nodes = search.tree.nodes
+        waiting = [node for node in nodes if node.is_terminal and node.score is None]
+        waiting.sort(key=value_of, reverse=True)
+        each = reward_usage_bound(self.reward_model)
+        most = affordable(search.ledger, lambda count: each * count, min(most, len(waiting)))
+        await search.evaluate(waiting[:most])
+
+    def _price(self, search: Search) -> float:
+        """What a call of the reward costs beside drawing a response; 1 where that is not known."""
+        state = search.tree.root.state
+        drawing = search.drawing_usage(state).flops
+        # Not the bound: of a model, that is of a text that fills its input.
+        text = self.language_model.decode(stand_in(state, search.room(state)).response_ids)
+        scoring = search.reward_model.usage(state.prompt, text).flops
+        return scoring / drawing if drawing > 0 else 1.0

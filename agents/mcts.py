@@ -1,4 +1,9 @@
-"""Monte Carlo tree search over chunks: decisions, and the simulations that they rest on."""
+"""Monte Carlo tree search over chunks: decisions, the simulations they rest on, and their scores.
+
+The scores' conventions are those of mctx (https://github.com/google-deepmind/mctx). Actions are
+chunks drawn from a language model, so a prior is the share of the samples, not the output of a
+policy network (Hubert et al., "Learning and Planning in Complex Action Spaces", 2021).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 
-from mbrl_text_env.agents import mcts_policies as policies
 from mbrl_text_env.agents.search import Expansion, Planner, Search
 from mbrl_text_env.agents.tree import Node, SearchTree, partial
 from mbrl_text_env.language_models.base import spawn_seed, stream
@@ -19,7 +23,7 @@ from mbrl_text_env.mdp import transition
 from mbrl_text_env.types import Chunk, FloatArray, TextState, check_positive, one_of
 
 RootPolicy = Literal["puct", "gumbel"]
-LeafValue = Literal["value", "rollout", "both"]
+LeafValue = Literal["value", "rollout"]
 Backup = Literal["mean", "max"]
 
 # Trees that are kept for the next decisions: one an episode that is under way.
@@ -28,6 +32,11 @@ _TREES_KEPT = 256
 _ENOUGH = 0.25
 # Sets the random numbers of the root apart from those that draw chunks.
 _ROOT_NOISE = 1
+# Constants of mctx and, for the first, of MuZero's pseudocode.
+_C_BASE = 19652.0
+_MAXVISIT_INIT = 50.0
+_VALUE_SCALE = 0.1
+_EPSILON = 1e-8
 
 
 class _Memory:
@@ -54,40 +63,33 @@ class _Memory:
             before = dataclasses.replace(state, response_ids=state.response_ids[:-tokens])
             tree = self._trees.get((search.seed, before))
             same = [node for node in tree.nodes if node.state == state] if tree else []
+            going = [(search.tree.root, node) for node in same[:1]]
+            while going:
+                node, known = going.pop()
+                for name in ("value", "std", "score", "parts", "visits", "total"):
+                    setattr(node, name, getattr(known, name))
+                for child in known.children:
+                    copied = search.tree.add(node, child.step()[1], child.state)
+                    copied.copies = child.copies
+                    going.append((copied, child))
+                node.samples = known.samples
             if same:
-                _graft(search.tree, search.tree.root, same[0])
                 return
-
-
-def _graft(tree: SearchTree, root: Node, source: Node) -> None:
-    """Copy all that is known of another tree's node, and of what follows it, to a root."""
-    going = [(root, source)]
-    while going:
-        node, known = going.pop()
-        for name in ("value", "std", "score", "parts", "visits", "total"):
-            setattr(node, name, getattr(known, name))
-        for child in known.children:
-            copied = tree.add(node, child.step()[1], child.state)
-            copied.copies = child.copies
-            going.append((copied, child))
-        node.samples = known.samples
 
 
 @dataclass(eq=False, kw_only=True)
 class MCTS(Planner):
     """Monte Carlo tree search: simulations go where values are high or little is known.
 
-    The actions are chunks that the language model draws. A simulation goes down from a node by the
-    scores of `agents.mcts_policies` until it comes to a node that may have another chunk
+    A simulation goes down from a node until it comes to one that may have another chunk
     (progressive widening: of n visits, `widening` x n ^ `widening_power` may draw one), draws it,
     and adds the return of what the chunk leads to, a score or an estimate, to every node above.
     After a decision's simulations the search moves to the best child, keeps what is known below it,
-    and goes on until the response has ended. Where a response that ends with the next chunk scores
-    at least the best child's mean, the search begins again at the root instead.
+    and goes on until the response has ended, or one that ends with the next chunk scores at least
+    the best child's mean. Later rounds go on in the tree.
 
     Without a budget, each decision has `num_simulations`. Under one, a decision with k chunks to go
-    has 1/k of what is left; where every simulation ends in a complete response, no fewer than
-    `num_simulations`, for one or two continuations judge nothing. Later rounds go on in the tree.
+    has 1/k of what is left; with rollouts no fewer than `num_simulations`.
 
     Root policies:
 
@@ -97,30 +99,20 @@ class MCTS(Planner):
       papers, among those with at least a quarter of the visits of the most visited one.
     - `"gumbel"`: at the node that is decided, `max_considered` chunks are considered by sequential
       halving, with Gumbel noise; below it visits follow the improved policy (Danihelka et al.,
-      "Policy Improvement by Planning with Gumbel", 2022). A node reached earlier keeps its chunks
-      that have not ended the response; the schedule counts the visits of this decision alone.
+      "Policy Improvement by Planning with Gumbel", 2022).
 
-    Leaf values (without a value model, always by rollouts):
-
-    - `"value"`: the value model's estimate of the new state; the score where the response ended.
-    - `"rollout"`: the response is drawn to its end in one piece and scored; its chunks join the
-      tree as if each had been drawn for itself.
-    - `"both"`: (1 - `rollout_weight`) x the estimate + `rollout_weight` x the score of one rollout
-      (Silver et al., "Mastering the Game of Go with Deep Neural Networks and Tree Search", 2016).
-      Nodes further down the rollout get the score alone.
-
-    Simulations under way at a time (`batch_size`) count as a visit without success on their way
-    (virtual loss: Chaslot et al., "Parallel Monte-Carlo Tree Search", 2008) until they return.
+    Simulations under way at a time count as a visit without success on their way (virtual loss:
+    Chaslot et al., "Parallel Monte-Carlo Tree Search", 2008) until they return.
 
     Deviations, all because a chunk is a sample and a response's score is certain: priors are shares
-    of the samples; there is no Dirichlet noise, for a widened root explores by itself; a response
-    that has ended is never visited again, and a node of which all children have ended draws another
-    chunk. There is no discount, and rewards come at the end. With backups by maximum `Node.total`
-    is the visit count times the maximum, so that `Node.mean` is the value.
+    of the samples; there is no Dirichlet noise; a response that has ended is never visited again,
+    and a node of which all children have ended draws another chunk. There is no discount.
 
     Args:
         value_model: Estimates the final reward of partial responses; None for rollouts.
         num_simulations: Of a decision where no budget says how many.
+        leaf_value: `"value"`, the value model's estimate, or `"rollout"`: the response is drawn to
+            its end in one piece and scored, and its chunks join the tree.
         backup: A node's value is the `"mean"` of its returns, or the `"max"`.
         c_puct: Weight of PUCT's bonus for little visited children, above 0.
         widening: Chunks that a node may have drawn after its first visit, above 0.
@@ -139,7 +131,6 @@ class MCTS(Planner):
     num_simulations: int = 8
     root_policy: RootPolicy = "puct"
     leaf_value: LeafValue = "value"
-    rollout_weight: float = 0.5
     backup: Backup = "mean"
     c_puct: float = 1.25
     widening: float = 2.0
@@ -156,9 +147,10 @@ class MCTS(Planner):
         choices = {"root_policy": RootPolicy, "leaf_value": LeafValue, "backup": Backup}
         for name, words in choices.items():
             one_of(name, getattr(self, name), words)
-        for name in ("rollout_weight", "widening_power"):
-            if not 0.0 <= (number := getattr(self, name)) <= 1.0:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {number}.")
+        if not 0.0 <= self.widening_power <= 1.0:
+            raise ValueError(
+                f"widening_power: expected a number from 0 to 1, got {self.widening_power}."
+            )
         for name in ("c_puct", "widening"):
             if not 0 < (number := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {number}.")
@@ -184,7 +176,10 @@ class MCTS(Planner):
             decision = GumbelDecision(self, simulator, node)
             await decision.simulate(count)
             best = decision.chosen()
-        if best is None or _is_better_ended(node, best):
+        if best is None:
+            return None
+        # A response that ends with the next chunk may be as good as the child's mean.
+        if any(end.is_terminal and end.mean >= best.mean for end in node.children):
             return None
         best.note = f"decided: {best.note}"
         return best
@@ -194,11 +189,10 @@ class MCTS(Planner):
         search = simulator.search
         # A simulation takes a chunk, so one whole path pays for one in each of the decisions left;
         # or it takes a whole path itself.
-        ends_complete = simulator.rolls_out
-        width = search.width(node, None if ends_complete else self.chunk_tokens)
+        width = search.width(node, self.chunk_tokens if simulator.is_valued else None)
         if width is None:
             return self.num_simulations
-        if not ends_complete:
+        if simulator.is_valued:
             return max(1, width)
         decisions = math.ceil(search.room(node.state) / self.chunk_tokens)
         return max(self.num_simulations, width // decisions)
@@ -243,7 +237,7 @@ class GumbelDecision:
             return [], np.zeros(0)
         seed = spawn_seed(self.simulator.search.seed, _ROOT_NOISE)
         rng = stream(seed, self.node.state, self.node.visits)
-        noise = policies.perturbed_log_priors([child.copies for child in children], rng)
+        noise = perturbed_log_priors([child.copies for child in children], rng)
         first = np.sort(np.argsort(-noise, kind="stable")[:count])
         return [children[i] for i in first], noise[first]
 
@@ -251,7 +245,7 @@ class GumbelDecision:
         """Visit the considered children by the schedule."""
         if not self.considered:
             return
-        schedule = policies.considered_visits(len(self.considered), count + self.counts.total())
+        schedule = considered_visits(len(self.considered), count + self.counts.total())
         while self.counts.total() < len(schedule) and not self.simulator.is_broke:
             turn = schedule[self.counts.total()]
             # No further than this turn: who goes on depends on its returns.
@@ -266,7 +260,7 @@ class GumbelDecision:
     def _scores(self, turn: int) -> FloatArray:
         children = self.simulator.children(self.node, self.considered)
         counts = np.array([self.counts[child] for child in self.considered])
-        return policies.gumbel_root_scores(children, self.perturbed, counts, turn)
+        return gumbel_root_scores(children, self.perturbed, counts, turn)
 
 
 def _robust(node: Node) -> Node | None:
@@ -285,21 +279,12 @@ def _robust(node: Node) -> Node | None:
     return best
 
 
-def _is_better_ended(node: Node, child: Node) -> bool:
-    """Whether a response that ends with the next chunk is as good as a child's mean."""
-    return any(end.is_terminal and end.mean >= child.mean for end in node.children)
-
-
 class Simulator:
-    """Runs simulations in one tree, and keeps what is under way apart from what is known.
-
-    It `is_broke` when a chunk could not be afforded.
-    """
+    """Runs simulations in one tree; it `is_broke` when a chunk could not be afforded."""
 
     def __init__(self, planner: MCTS, search: Search) -> None:
         self.planner, self.search = planner, search
         self.is_valued = search.value_model is not None and planner.leaf_value != "rollout"
-        self.rolls_out = not self.is_valued or planner.leaf_value == "both"
         self.is_broke = False
         self._under_way: Counter[Node] = Counter()
         self._drawing: Counter[Node] = Counter()
@@ -321,9 +306,9 @@ class Simulator:
                 return node
             known = self.children(node, open_children)
             if self.planner.root_policy == "puct":
-                scores = policies.puct_scores(known, self.planner.c_puct)
+                scores = puct_scores(known, self.planner.c_puct)
             else:
-                scores = policies.gumbel_interior_scores(known)
+                scores = gumbel_interior_scores(known)
             node = open_children[int(np.argmax(scores))]
 
     async def complete(self, stems: Iterable[Node]) -> None:
@@ -335,7 +320,7 @@ class Simulator:
         self._under_way.clear()
         self._drawing.clear()
 
-    def children(self, node: Node, children: Sequence[Node]) -> policies.Children:
+    def children(self, node: Node, children: Sequence[Node]) -> Children:
         """What is known of some of a node's children, simulations under way counted as lost."""
         copies = np.array([child.copies for child in children], float)
         under_way = np.array([self._under_way[child] for child in children], float)
@@ -348,7 +333,7 @@ class Simulator:
         values = np.divide(
             totals + lowest * under_way, visits, where=visits > 0, out=np.zeros(len(children))
         )
-        return policies.Children(
+        return Children(
             visits,
             values,
             copies / copies.sum(),
@@ -360,7 +345,7 @@ class Simulator:
     def _may_widen(self, node: Node) -> bool:
         # The simulation that asks is under way already.
         visits = node.visits + self._under_way[node] - 1
-        allowed = policies.widened(visits, self.planner.widening, self.planner.widening_power)
+        allowed = widened(visits, self.planner.widening, self.planner.widening_power)
         return node.samples + self._drawing[node] < allowed
 
     async def _valued(self, stems: Sequence[Node]) -> list[Node]:
@@ -375,59 +360,39 @@ class Simulator:
         for [child] in filter(None, rows):
             is_known = child.visits > 0 or child in leaves
             (going if is_known and not child.is_terminal else leaves).append(child)
-        open_leaves = partial(leaves) if self.rolls_out else []
-        ends = await self._drawn_to_the_end(open_leaves) if open_leaves else []
-        scores: dict[Node, float] = {}
-        for leaf, end in zip(open_leaves, ends, strict=True):
-            if end is not None:
-                scores[leaf] = self._back_up_end(end, above=leaf)
-        weight = self.planner.rollout_weight
         for leaf in leaves:
-            worth = leaf.worth
-            assert worth is not None
-            if leaf in scores:
-                worth = (1 - weight) * worth + weight * scores[leaf]
-            self._back_up(leaf, worth)
+            self._back_up(leaf)
         # Only now, so that it sees the returns of this batch.
         return [self.descend(node) for node in going]
 
     async def _rolled_out(self, stems: Sequence[Node]) -> list[Node]:
-        """A rollout from each node, scored and backed up."""
-        for end in await self._drawn_to_the_end(stems):
-            if end is not None:
-                self._back_up_end(end)
-        return []
-
-    async def _drawn_to_the_end(self, nodes: Sequence[Node]) -> list[Node | None]:
         """A complete response drawn from each node, its chunks nodes of the tree."""
         # To the end, so `Search` leaves out stop texts: they end a chunk, but not a response.
-        rows = await self.search.expand(Expansion(node, valued=False) for node in nodes)
+        rows = await self.search.expand(Expansion(node, valued=False) for node in stems)
         self.is_broke = self.is_broke or not all(rows)
-        ends = iter(_in_chunks(self.search, [end for row in rows for end in row], self.planner))
-        return [next(ends) if row else None for row in rows]
+        ends = [end for row in rows for end in row]
+        for end in _in_chunks(self.search, ends, self.planner.chunk_tokens):
+            self._back_up(end)
+        return []
 
-    def _back_up_end(self, end: Node, above: Node | None = None) -> float:
-        assert end.score is not None
-        self._back_up(end, end.score, above)
-        return end.score
-
-    def _back_up(self, node: Node, value: float, above: Node | None = None) -> None:
-        """Add a return to a node and those before it, up to the root or to the one above."""
-        for each in node.path():
-            if each is above:
-                return
+    def _back_up(self, leaf: Node) -> None:
+        """Add what a node is worth to it and those before it."""
+        value = leaf.worth
+        assert value is not None
+        for each in leaf.path():
             best = max(value, each.mean) if each.visits else value
             each.visits += 1
+            # With the maximum, so that `Node.mean` is it.
             each.total = each.visits * best if self.planner.backup == "max" else each.total + value
 
 
-def _in_chunks(search: Search, ends: Sequence[Node], planner: MCTS) -> list[Node]:
-    """Put nodes `chunk_tokens` apart between complete responses drawn in one piece and their roots.
+def _in_chunks(search: Search, ends: Sequence[Node], size: int) -> list[Node]:
+    """Put nodes `size` tokens apart between complete responses drawn in one piece and their roots.
 
     A chunk of a longer draw is distributed as one drawn for itself (but for stop texts), so it is a
     child like any other; beginnings that are there already are shared.
     """
-    nodes, size = search.tree.nodes, planner.chunk_tokens
+    nodes = search.tree.nodes
     pieces = [end for end in dict.fromkeys(ends) if len(end.step()[1]) > size]
     if not pieces:
         return list(ends)
@@ -455,3 +420,146 @@ def _add_path(search: Search, end: Node, chunk_tokens: int) -> Node:
     if node.score is None:
         node.score, node.parts = end.score, end.parts
     return node
+
+
+@dataclass(frozen=True)
+class Children:
+    """What is known of a node's n children, and the value model's estimate of it (`raw_value`).
+
+    Visits, mean returns and prior are float64[n]; `node_value` is the mean return of the node.
+    """
+
+    visits: FloatArray
+    values: FloatArray
+    prior: FloatArray
+    node_visits: float
+    node_value: float | None = None
+    raw_value: float | None = None
+
+
+def puct_scores(children: Children, c_puct: float = 1.25) -> FloatArray:
+    """PUCT: rescaled value, plus a bonus for what the prior favours and few visits have tried.
+
+    `value + c x prior x sqrt(N) / (1 + n)` with visits N of the node and n of the child, and
+    `c = c_puct + log((N + 19653) / 19652)`. Sources: Schrittwieser et al., 2020, appendix B; mctx,
+    `muzero_action_selection`. Deviation: of equal scores the first wins, not one at random.
+    """
+    visits = children.node_visits
+    c = c_puct + math.log((visits + _C_BASE + 1) / _C_BASE)
+    bonus = c * math.sqrt(visits) * children.prior / (1 + children.visits)
+    return rescaled_values(children) + bonus
+
+
+def rescaled_values(children: Children) -> FloatArray:
+    """Values between 0, the lowest of the node and its children, and 1, the highest of them.
+
+    A child without visits gets 0. Source: mctx, `qtransform_by_parent_and_siblings`.
+    """
+    seen = children.visits > 0
+    known = list(children.values[seen])
+    if children.node_value is not None:
+        known.append(children.node_value)
+    if not known:
+        return np.zeros(len(children.visits))
+    low, high = min(known), max(known)
+    completed = np.where(seen, children.values, low)
+    return np.asarray((completed - low) / max(high - low, _EPSILON))
+
+
+def completed_values(children: Children) -> FloatArray:
+    """Values, completed and scaled so that they can be added to logits.
+
+    A child without visits gets the mixed value: the mean of the node's own estimate (weight 1; 0 if
+    it has none) and of the visited children's values, weighted by the prior (weight: the sum of
+    their visits). The values are rescaled to [0, 1] and multiplied by (50 + the largest visit
+    count) x 0.1. Source: Danihelka et al., 2022, section 3.4 and appendix D; mctx,
+    `qtransform_completed_by_mix_value`.
+    """
+    seen = children.visits > 0
+    values = np.where(seen, children.values, _mixed_value(children))
+    low, high = values.min(), values.max()
+    scale = _VALUE_SCALE * (_MAXVISIT_INIT + children.visits.max())
+    return np.asarray(scale * (values - low) / max(high - low, _EPSILON))
+
+
+def _mixed_value(children: Children) -> float:
+    seen = children.visits > 0
+    own = 0.0 if children.raw_value is None else children.raw_value
+    if not seen.any():
+        return own
+    prior = np.maximum(children.prior[seen], np.finfo(float).tiny)
+    weighted = float(np.average(children.values[seen], weights=prior))
+    if children.raw_value is None:
+        return weighted
+    count = float(children.visits.sum())
+    return (own + count * weighted) / (count + 1)
+
+
+def gumbel_interior_scores(children: Children) -> FloatArray:
+    """What is still missing of each child's share of the visits under the improved policy.
+
+    `softmax(log prior + completed values) - n / (1 + sum of n)`. Source: Danihelka et al., 2022,
+    section 5; mctx, `gumbel_muzero_interior_action_selection`.
+    """
+    logits = np.log(np.maximum(children.prior, np.finfo(float).tiny)) + completed_values(children)
+    weights = np.exp(logits - logits.max())
+    return np.asarray(weights / weights.sum() - children.visits / (1 + children.visits.sum()))
+
+
+def gumbel_root_scores(
+    children: Children, perturbed: FloatArray, counts: FloatArray, considered: int
+) -> FloatArray:
+    """Perturbed log-prior plus completed value, where a child has the visits `considered`.
+
+    `counts` are the visits of this decision. Source: Danihelka et al., 2022, algorithm 1; mctx,
+    `score_considered`.
+    """
+    return np.where(counts == considered, perturbed + completed_values(children), -np.inf)
+
+
+def considered_visits(num_considered: int, num_simulations: int) -> tuple[int, ...]:
+    """The schedule of sequential halving: the visit count whose turn it is, for each simulation.
+
+    Each simulation visits the best child among those with exactly that many visits: all children
+    equally often, then the better half of them, and so on, down to two. Source: Karnin et al.,
+    "Almost Optimal Exploration in Multi-Armed Bandits", 2013; mctx,
+    `seq_halving.get_sequence_of_considered_visits`.
+
+    Example:
+        >>> considered_visits(4, 12)  # four children once, then two of them four times
+        (0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4)
+    """
+    if num_considered < 2:
+        return tuple(range(num_simulations))
+    phases = math.ceil(math.log2(num_considered))
+    going, visits = num_considered, 0
+    schedule: list[int] = []
+    while len(schedule) < num_simulations:
+        for _ in range(max(1, int(num_simulations / (phases * going)))):
+            schedule += [visits] * going
+            visits += 1
+        going = max(2, going // 2)
+    return tuple(schedule[:num_simulations])
+
+
+def perturbed_log_priors(copies: Sequence[int], rng: np.random.Generator) -> FloatArray:
+    """Gumbel noise plus log-prior of chunks of which only samples are known.
+
+    In a Poisson process of draws (rate 1) a chunk of probability p(a) first comes at an exponential
+    time of rate p(a), whose logarithm is distributed as `-(log p(a) + g(a))` (Maddison et al., "A*
+    Sampling", 2014): so samples alone give exact Gumbel-top-k. `copies` says how often each came,
+    at least once; their order is drawn here.
+    """
+    order = rng.permutation(np.repeat(np.arange(len(copies)), copies))
+    times = np.cumsum(rng.exponential(size=len(order)))
+    _, first = np.unique(order, return_index=True)
+    return np.asarray(-np.log(times[first]))
+
+
+def widened(visits: float, factor: float, power: float) -> int:
+    """How many chunks may have been drawn from a node: `ceil(factor x visits ^ power)`, at least 1.
+
+    Source: Chaslot et al., "Progressive Strategies for Monte-Carlo Tree Search", 2008; the next
+    move is a sample, as in Couëtoux et al., "Continuous Upper Confidence Trees", 2011.
+    """
+    return max(1, math.ceil(factor * visits**power))

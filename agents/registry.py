@@ -85,9 +85,16 @@ def make(
     cls = _CLASSES[name]
     known = inspect.signature(cls).parameters
     params = {key: options.pop(key) for key in _SAMPLING if key in options}
-    chosen = _chosen(spec, value_model, options.pop("value", None))
-    chooses = "policy" in known
-    policy = _policy(spec, policies or {}, options.pop("policy", None), chooses)
+    several = value_model if isinstance(value_model, Mapping) else {}
+    chosen: Any = next(iter(several.values()), None) if several is value_model else value_model
+    if (value := options.pop("value", None)) is not None:
+        chosen = _named(spec, "value", "value models", several, value)
+    # A language model samples; a trained choice among candidates does not.
+    chooses, asked, policy = "policy" in known, options.pop("policy", None), None
+    if asked is not None or chooses:
+        kind = "choice of train_ppo or train_dqn" if chooses else "policy"
+        fit = {key: p for key, p in (policies or {}).items() if hasattr(p, "sample") != chooses}
+        policy = _named(spec, kind, "policies", fit, asked)
     for key, value in options.items():
         if key not in known or key == "params":
             there = [*options_of(name), *SHARED_OPTIONS]
@@ -124,32 +131,11 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _chosen(
-    spec: str, models: ValueModel | Mapping[str, ValueModel] | None, name: str | None
-) -> ValueModel | None:
-    if isinstance(models, Mapping):
-        if name is None:
-            return next(iter(models.values()), None)
-        if name in models:
-            return models[name]
-    elif name is None:
-        return models
-    there = sorted(models) if isinstance(models, Mapping) else "no value models by name"
-    raise AgentSpecError(f"Agent {spec!r}: expected a value of {there}, got {name!r}.")
-
-
-def _policy(spec: str, policies: Mapping[str, Any], name: str | None, chooses: bool) -> Any:
-    """The policy that a spec names; None where it names none and need not."""
-    if name is None and not chooses:
-        return None
-    # A language model samples; a trained choice among candidates does not.
-    there = sorted(key for key, policy in policies.items() if hasattr(policy, "sample") != chooses)
+def _named(spec: str, kind: str, kinds: str, there: Mapping[str, Any], name: Any) -> Any:
     if name not in there:
-        kind = "choice of train_ppo or train_dqn" if chooses else "policy"
-        raise AgentSpecError(
-            f"Agent {spec!r}: expected a {kind} of {there or 'no policies by name'}, got {name!r}."
-        )
-    return policies[name]
+        known = sorted(there) or f"no {kinds} by name"
+        raise AgentSpecError(f"Agent {spec!r}: expected a {kind} of {known}, got {name!r}.")
+    return there[name]
 
 
 def _value(spec: str, item: str, value: str, is_word: bool) -> int | float | str:

@@ -56,29 +56,22 @@ _FEWEST_AT_ONCE = 8
 class Expansion:
     """Children that a node is to get, which has not ended: `count` chunks.
 
-    Args:
-        tokens: Most tokens of a chunk; None draws to the end of the response.
-        params: How they are drawn; None for the search's own.
-        valued: Whether partial responses among them are valued.
-        scored: Whether complete ones are scored; if not, they are valued as partial ones are, and
-            what one score takes is kept back. `Search.evaluate` scores them.
-        guard: What their text may not become.
+    Without `scored`, complete responses among them are valued as partial ones are, and what one
+    score takes is kept back; `Search.evaluate` scores them.
     """
 
     node: Node
     count: int = 1
-    tokens: int | None = None
-    params: SamplingParams | None = None
-    valued: bool = True
+    tokens: int | None = None  # most tokens of a chunk; None draws to the end of the response
+    params: SamplingParams | None = None  # None for the search's own
+    valued: bool = True  # whether partial responses among them are valued
     scored: bool = True
-    guard: Guard | None = None
+    guard: Guard | None = None  # what their text may not become
 
 
 @dataclass(eq=False)
 class Search:
     """A search from a state that has not ended: a tree, what evaluates it, the ledger that pays.
-
-    All chunks follow from the seed, their node's tokens and their number.
 
     Attributes:
         drawn: Chunks drawn so far, repetitions included.
@@ -138,10 +131,7 @@ class Search:
         return rows
 
     async def evaluate(self, nodes: Iterable[Node], *, scored: bool = True) -> None:
-        """Score the complete responses and value the partial ones that are not evaluated yet.
-
-        Without `scored` the complete ones are valued too.
-        """
+        """Score complete responses and value partial ones (all, if not `scored`), each once."""
         new = [node for node in dict.fromkeys(nodes) if node.score is None]
         await self._score([node for node in new if scored and node.is_terminal])
         unfinished = [node for node in new if node.worth is None]
@@ -374,9 +364,8 @@ class Planner(Agent):
 
     Without a budget there is one round. Under one, rounds are repeated in the same tree until what
     is left does not afford another response, or many chunks in a row (64, or 8 times those before)
-    lead only to states that are known. Where a round is too expensive and a response is not, plain
-    samples spend the rest. The answer is the best of all complete responses that were paid for, so
-    a misleading value costs samples, never a better response that was seen.
+    lead only to states that are known. The answer is the best of all complete responses that were
+    paid for, so a misleading value costs samples, never a better response that was seen.
 
     All planners take the arguments of `Agent` (the reward model is a must) and a `value_model`,
     which estimates the final reward of partial responses; a number out of range is a ValueError.

@@ -14,39 +14,24 @@ from mbrl_text_env.types import Chunk, TextState
 
 @dataclass(eq=False)
 class Node:
-    """A state that a search has reached.
+    """A state that a search has reached."""
 
-    Args:
-        index: Its place in `SearchTree.nodes`.
-        parent: The state before, and the `chunk` that leads here from it; None at the root.
-        children: In the order in which they were drawn; a chunk drawn twice is one child.
-        samples: Chunks drawn from here, repetitions included.
-        copies: How often this node was drawn from its parent.
-        value: The value model's mean and its standard deviation `std`, where it was asked, and the
-            `details` of its estimate by name.
-        score: The reward of a complete response and its `parts` by name, where it was asked.
-        visits: Visit count, and the `total` of the returns backed up, in searches that count.
-        perturbed: Log-probability plus the Gumbel noise that ranked it, in sampling without
-            replacement.
-        note: Why the search went on from here, or did not.
-    """
-
-    index: int
+    index: int  # its place in `SearchTree.nodes`
     state: TextState
-    parent: Node | None = None
-    chunk: Chunk | None = None
-    children: list[Node] = field(default_factory=list)
-    samples: int = 0
-    copies: int = 1
-    value: float | None = None
-    std: float = 0.0
-    details: Mapping[str, Any] = field(default_factory=dict)
-    score: float | None = None
+    parent: Node | None = None  # the state before; None at the root
+    chunk: Chunk | None = None  # leads here from it
+    children: list[Node] = field(default_factory=list)  # a chunk drawn twice is one child
+    samples: int = 0  # chunks drawn from here, repetitions included
+    copies: int = 1  # how often this node was drawn from its parent
+    value: float | None = None  # the value model's mean, where it was asked
+    std: float = 0.0  # its standard deviation
+    details: Mapping[str, Any] = field(default_factory=dict)  # of its estimate, by name
+    score: float | None = None  # the reward of a complete response, where it was asked
     parts: Mapping[str, float] = field(default_factory=dict)
-    visits: int = 0
-    total: float = 0.0
-    perturbed: float | None = None
-    note: str = ""
+    visits: int = 0  # in searches that count
+    total: float = 0.0  # of the returns backed up
+    perturbed: float | None = None  # log-probability plus Gumbel noise, without replacement
+    note: str = ""  # why the search went on from here, or did not
 
     @property
     def is_terminal(self) -> bool:

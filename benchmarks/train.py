@@ -39,8 +39,7 @@ def settings_of(algorithm: str, changes: dict[str, Any], items: Sequence[str]) -
     """
     from mbrl_text_env.agents.learning.presets import LoopSettings
     from mbrl_text_env.agents.model_free.candidate_policy import DQNSettings, PPOSettings
-    from mbrl_text_env.agents.model_free.dyna import DynaSettings
-    from mbrl_text_env.agents.model_free.trl import PolicyGradientSettings
+    from mbrl_text_env.agents.model_free.trl import DynaSettings, PolicyGradientSettings
 
     gradient = ("steps", "max_completion_length")
     kinds: dict[str, tuple[Any, str, str]] = {

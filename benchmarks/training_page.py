@@ -129,7 +129,7 @@ def _cost(folder: Path) -> list[Table]:
 
 def _audit(folder: Path) -> Table:
     """What a learned head said of responses drawn at random, against the reward."""
-    from mbrl_text_env.agents.model_free.dyna import labels_of
+    from mbrl_text_env.agents.model_free.trl import labels_of
     from mbrl_text_env.rewards.learning.surrogate import audits, read_batches
 
     shown = Table(

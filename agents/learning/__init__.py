@@ -6,8 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "answers": [
-            *("FilterError", "FilterSettings", "collect_answers", "select", "without_duplicates"),
-            *("at_least", "best_of_prompt", "correct_only", "top_fraction"),
+            *("FilterError", "FilterSettings", "collect_answers", "select"),
         ],
         "expert_iteration": ["ExpertIteration"],
         "lora": [
@@ -23,7 +22,7 @@ __getattr__, __dir__, __all__ = attach(
             *("IterationReport", "LoopResult", "ValueReport"),
             *("check_gold", "check_value", "divergence", "diversity"),
         ],
-        "stages": ["Improvement", "Improver", "LoopError", "LoraImprover", "NoSignalError"],
+        "stages": ["Improvement", "LoopError", "LoraImprover", "NoSignalError"],
         "training": ["TuningError"],
     },
 )

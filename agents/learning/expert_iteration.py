@@ -12,9 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mbrl_text_env.agents.base import Agent
 from mbrl_text_env.agents.driver import run
 from mbrl_text_env.agents.learning import reports, stages
 from mbrl_text_env.agents.learning.answers import Hint, collect_answers, select
@@ -28,10 +25,16 @@ from mbrl_text_env.agents.learning.reports import (
     write_json,
 )
 from mbrl_text_env.agents.learning.stages import LoopError, Stage
-from mbrl_text_env.agents.learning.training import check_prompts, prompts_digest
+from mbrl_text_env.agents.learning.training import check_prompts
 from mbrl_text_env.agents.registry import make
 from mbrl_text_env.agents.sampling import Sampling
-from mbrl_text_env.agents.values import FittedValue
+from mbrl_text_env.agents.values import (
+    READY,
+    FittedValue,
+    check_value_fits,
+    load_value,
+    make_value,
+)
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.files import restored
 from mbrl_text_env.language_models.base import (
@@ -40,21 +43,24 @@ from mbrl_text_env.language_models.base import (
     spawn_seed,
 )
 from mbrl_text_env.mdp import initial
-from mbrl_text_env.records import Record, RecordWriter, read_records, scores_of
+from mbrl_text_env.records import Record, RecordWriter, read_records
 from mbrl_text_env.rewards.adapters import as_reward_model
-from mbrl_text_env.rewards.base import RewardLike, RewardModel
-from mbrl_text_env.runs import Each, claimed, identity, in_turn
-from mbrl_text_env.types import Ledger, Prompt
+from mbrl_text_env.rewards.base import (
+    ObjectReward,
+    RewardLike,
+    RewardModel,
+    Scores,
+    score_responses,
+)
+from mbrl_text_env.runs import Each, claimed, identity, in_turn, prompt_digests
+from mbrl_text_env.types import FloatArray, Ledger, Prompt
 from mbrl_text_env.values import ValueModel
-
-AgentFactory = Callable[[LanguageModel, RewardModel, ValueModel | None], Agent]
-"""Makes the agent that answers from a policy, the reward and the policy's value model."""
 
 Note = dict[str, Any]
 
 _FEW_PROMPTS = 500
-# Of what a value model is fitted on, in its stage.
-_RECORDS = "records"
+# In a value's stage: what it is fitted on, and the value.
+_RECORDS, _MODEL = "records", "model"
 # What may differ when a loop goes on: it decides how far the loop goes, not what an iteration does.
 _ADJUSTABLE = ("iterations", "patience")
 
@@ -74,11 +80,10 @@ class ExpertIteration:
         train: Prompts to answer; below 500 there is a warning, as the article advises.
         validation: Prompts to measure on, of other ids.
         settings: What an iteration does; see `star`, `rest_em`, `rejection_sampling`, `planned`.
+        improver: Makes a policy of answers: `LoraImprover`, or an object with its methods.
         gold_model: A trusted reward that nothing is selected by.
-        agent_factory: Makes the agent that answers, instead of the settings' spec.
-        value_factory: Makes a value model to fit, of a class that `load_value` reads, instead of
-            the settings' kind.
-        value_model: A value that was fitted for the base model already; None fits one.
+        value_model: A value of the settings' kind that was fitted for the base model already;
+            None fits one.
         encoder: Of value models that embed texts; None for MiniLM.
         hint: How prompts are hinted, where the settings say so.
         on_stage: Called with iteration and name of each stage that begins.
@@ -102,10 +107,8 @@ class ExpertIteration:
     folder: str | Path
     settings: LoopSettings = field(default_factory=planned)
     _: KW_ONLY
-    improver: stages.Improver = field(default_factory=stages.LoraImprover)
+    improver: Any = field(default_factory=stages.LoraImprover)
     gold_model: RewardLike | None = None
-    agent_factory: AgentFactory | None = None
-    value_factory: stages.ValueFactory | None = None
     value_model: FittedValue | None = None
     encoder: Encoder | None = None
     hint: Hint = answer_hint
@@ -120,9 +123,8 @@ class ExpertIteration:
         lists = (("train", self.train), ("validation", self.validation), ("both", both))
         for name, prompts in lists:
             check_prompts(prompts, self._reward, noun=name, error=LoopError)
-        self._values = stages.LoopValues(
-            self.settings, self._reward, self.encoder, self.value_factory, self.value_model
-        )
+        if self.value_model is not None and self.settings.value is None:
+            raise LoopError("value_model: expected settings.value beside it, the kind to refit.")
         self._serving: tuple[int, LanguageModel] = (0, self.language_model)
 
     def run(self) -> LoopResult:
@@ -173,14 +175,15 @@ class ExpertIteration:
         Raises:
             ValueModelError: It was fitted for another policy (`stale_value="error"`).
         """
-        if not self._values.is_wanted:
+        if self.settings.value is None:
             return None
         policy = self.policy(iteration)
         fitted_at = self._value_report(iteration).fitted_at
-        if self.settings.stale_value != "error":
-            # One that was taken over was written again for this policy.
-            fitted_at = iteration
-        return self._values.load(self._stage(fitted_at, "value").folder, policy)
+        if self._is_ready:
+            return self._made_value(policy, self._reward)
+        # One that was taken over was written again for this policy, but for `"error"`.
+        is_stale = self.settings.stale_value == "error"
+        return self._read_value(fitted_at if is_stale else iteration, policy)
 
     def records(self, iteration: int, stage: str) -> list[Record]:
         """The records of a stage: `"collected"`, `"selected"`, `"validation"` or `"value"`."""
@@ -210,7 +213,7 @@ class ExpertIteration:
         found = self._stage(iteration, "validation").read()["report"]["mean"]
         means = [*(report.validation.mean for report in done), found]
         stopped = reports.fallen(means, self.settings.patience)
-        if self._values.is_wanted and stopped is None:
+        if self.settings.value is not None and stopped is None:
             self._do(iteration, "value", self._fit_value)
         done.append(self._report(iteration, done))
         return stopped
@@ -218,12 +221,9 @@ class ExpertIteration:
     def _collect(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         before, settings = stage.iteration - 1, self.settings
         policy, value = self.policy(before), self.value(before)
-        if self.agent_factory is not None:
-            agent = self.agent_factory(policy, self._reward, value)
-        else:
-            limit, params = settings.max_response_tokens, settings.params
-            limits: Any = {"max_response_tokens": limit, "params": params}
-            agent = make(settings.agent, policy, self._reward, value, **limits)
+        limits: dict[str, Any] = {"max_response_tokens": settings.max_response_tokens}
+        limits["params"] = settings.params
+        agent = make(settings.agent, policy, self._reward, value, **limits)
         with RecordWriter(stage.folder) as writer:
             failed = collect_answers(
                 agent,
@@ -237,17 +237,14 @@ class ExpertIteration:
                 ledger=ledger,
                 each=self.each,
             )
-        records = read_records(stage.folder)
-        std = float(np.std(scores_of(records)))
-        report = reports.Collected.of(records, num_failed=len(failed), std=std)
+        report = reports.Answers.of(read_records(stage.folder), len(failed))
         return {"report": to_json(report), "is_plain": isinstance(agent, Sampling)}
 
     def _select(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         kept = select(self.records(stage.iteration, "collected"), self.settings.filter)
         with RecordWriter(stage.folder) as writer:
             writer.extend(kept)
-        lowest = min(scores_of(kept))
-        return {"report": to_json(reports.Selected.of(kept, lowest=lowest))}
+        return {"report": to_json(reports.Answers.of(kept))}
 
     def _improve(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
         before = self._stage(stage.iteration - 1, "policy").folder
@@ -287,53 +284,74 @@ class ExpertIteration:
         return reports.divergence(policy, self.language_model, states, ledger=ledger)
 
     def _fit_value(self, stage: Stage, ledger: Ledger, seed: int) -> Note:
+        return {"report": to_json(self._fitted_value(stage, ledger, seed))}
+
+    def _fitted_value(self, stage: Stage, ledger: Ledger, seed: int) -> ValueReport:
         """Fit a value on samples of the policy, or take the one before over; check it."""
-        iteration, values, way = stage.iteration, self._values, self.settings.stale_value
-        before = self._stage(iteration - 1, "value").folder
-        carried: FittedValue | None = None
-        if iteration and not values.is_ready:
-            carried = values.read(before, self.policy(iteration - 1))
+        iteration, settings, way = stage.iteration, self.settings, self.settings.stale_value
+        carried: Any = None
+        if iteration and not self._is_ready:
+            carried = self._read_value(iteration - 1, self.policy(iteration - 1))
         policy, fresh = self.policy(iteration), self.records(iteration, "validation")
 
         def samples() -> list[Record]:
-            """On which one is fitted."""
-            count, folder = self.settings.value_samples, stage.folder / _RECORDS
+            count, folder = settings.value_samples, stage.folder / _RECORDS
             return self._sampled(folder, policy, self.train, count, seed, ledger)
 
-        def kept(value: FittedValue) -> ValueCheck:
-            found = values.keep(value, stage.folder, policy)
-            return reports.check_value(found, fresh, ledger=ledger)
+        def fitted(records: Sequence[Record]) -> FittedValue:
+            value: Any = self._made_value(policy, _Charged(self._reward, ledger))
+            return value.fit(records)
 
-        if values.is_ready:
-            value = values.load(stage.folder, policy)
-            found = reports.check_value(value, fresh, ledger=ledger)
-            return {"report": to_json(ValueReport(iteration, False, found, None, found, None))}
+        def checked(value: ValueModel) -> ValueCheck:
+            return reports.check_value(value, fresh, ledger=ledger)
+
+        def kept(value: FittedValue) -> ValueCheck:
+            check_value_fits(value, policy, self._reward)
+            value.save(stage.folder / _MODEL)
+            # Read again: what looks into a policy then looks into this one.
+            return checked(self._read_value(iteration, policy))
+
+        if self._is_ready:
+            found = checked(self._made_value(policy, self._reward))
+            return ValueReport(iteration, False, found, None, found, None)
         if carried is None:
-            found = kept(values.first or values.fitted(samples(), policy, ledger))
-            report = ValueReport(0, values.first is None, found, None, found, None)
-            return {"report": to_json(report)}
+            found = kept(self.value_model or fitted(samples()))
+            return ValueReport(0, self.value_model is None, found, None, found, None)
         last = self._value_report(iteration - 1)
         reference = last.after if last.fitted_at == iteration - 1 else last.when_fitted
         carried.language_model_name_ = policy.name
         old = kept(carried)
         ratio = old.error / reference.error if reference.error > 0 else float("inf")
         report = ValueReport(last.fitted_at, False, reference, old, old, ratio)
-        is_worse = not ratio <= self.settings.error_factor
-        if way == "refit" or (way == "refit-if-worse" and is_worse):
-            records = samples()
-            if len({record.score for record in records}) > 1:
-                after = kept(values.fitted(records, policy, ledger))
-                report = ValueReport(iteration, True, reference, old, after, ratio)
-            else:
-                # What a policy ends in that has learned all there is.
-                warnings.warn(
-                    f"Iteration {iteration}: all responses that a value model was to be fitted on "
-                    f"score {records[0].score:.4g}; the one before is taken over.",
-                    stacklevel=2,
-                )
         if way == "error":
             shutil.rmtree(stage.folder)
-        return {"report": to_json(report)}
+        elif way == "refit" or not ratio <= settings.error_factor:
+            records = samples()
+            if len({record.score for record in records}) > 1:
+                after = kept(fitted(records))
+                return ValueReport(iteration, True, reference, old, after, ratio)
+            # What a policy ends in that has learned all there is.
+            warnings.warn(
+                f"Iteration {iteration}: all responses that a value model was to be fitted on "
+                f"score {records[0].score:.4g}; the one before is taken over.",
+                stacklevel=2,
+            )
+        return report
+
+    @property
+    def _is_ready(self) -> bool:
+        """Whether the value model needs no fit, and is that of any policy."""
+        return self.settings.value in READY and self.value_model is None
+
+    def _made_value(self, policy: LanguageModel, reward_model: RewardModel) -> ValueModel:
+        settings = self.settings
+        assert settings.value is not None
+        limits = {"max_response_tokens": settings.max_response_tokens, "seed": settings.seed}
+        return make_value(settings.value, policy, reward_model, encoder=self.encoder, **limits)
+
+    def _read_value(self, iteration: int, policy: LanguageModel) -> FittedValue:
+        folder = self._stage(iteration, "value").folder / _MODEL
+        return load_value(folder, policy, self._reward, self.encoder)
 
     # What the stages share.
 
@@ -396,10 +414,10 @@ class ExpertIteration:
         }
         report: IterationReport = restored(IterationReport, {**values, **parts})
         first = before[0] if before else report
-        doubts = reports.doubts_about(first.validation, report.validation)
-        for doubt in doubts:
+        doubt = reports.doubt_about(first.validation.gold, report.validation.gold)
+        if doubt is not None:
             warnings.warn(f"Iteration {iteration}: {doubt}", stacklevel=4)
-        report = replace(report, warnings=tuple(doubts))
+            report = replace(report, warnings=(doubt,))
         write_json(made[0].root / "scores.json", report.to_dict())
         write_json(made[0].root / "ledger.json", report.ledger())
         return report
@@ -407,12 +425,28 @@ class ExpertIteration:
     def _described(self) -> Note:
         """Whatever the results depend on."""
         settings = {k: v for k, v in asdict(self.settings).items() if k not in _ADJUSTABLE}
-        names = ("language_model", "value_model", "encoder", "agent_factory", "value_factory")
+        names = ("language_model", "value_model", "encoder", "hint")
         return {
             "settings": identity(settings),
             "reward": identity(self._reward),
             "gold": identity(self._gold),
             "improver": dict(self.improver.described()),
-            **{name: identity(getattr(self, name)) for name in (*names, "hint")},
-            **{name: prompts_digest(getattr(self, name)) for name in ("train", "validation")},
+            **{name: identity(getattr(self, name)) for name in names},
+            "train": [*prompt_digests(self.train).items()],
+            "validation": [*prompt_digests(self.validation).items()],
         }
+
+
+class _Charged(ObjectReward):
+    """A reward model that charges a ledger for all that it scores; fits charge nothing."""
+
+    def __init__(self, reward_model: RewardModel, ledger: Ledger) -> None:
+        super().__init__(reward_model)
+        self._ledger = ledger
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
+        return self.score_parts(prompts, responses).total
+
+    def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+        charged = [self._ledger] * len(responses)
+        return score_responses(self.reward, prompts, responses, ledgers=charged)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mbrl_text_env._lazy import optional
 from mbrl_text_env.agents.learning import training
-from mbrl_text_env.agents.learning.reports import to_json, write_json
+from mbrl_text_env.agents.learning.reports import write_json
 from mbrl_text_env.agents.learning.training import TuningError
-from mbrl_text_env.files import recover_folder, restored
+from mbrl_text_env.files import recover_folder
 from mbrl_text_env.fitting.folder import FolderKind
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards.base import RewardError
@@ -112,16 +112,6 @@ class FineTuneReport:
     tokens: int
     flops: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return to_json(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FineTuneReport:
-        """The report that `to_dict` described."""
-        found: FineTuneReport = restored(cls, values)
-        return found
-
 
 def fine_tune(
     language_model: TransformersLM,
@@ -133,15 +123,13 @@ def fine_tune(
 ) -> FineTuneReport:
     """Raise the likelihood of recorded responses with a LoRA adapter.
 
-    Prompts are encoded by the language model's own template and responses are the recorded token
-    ids, with a stop token at the end where the response ended by itself. The loss is of the
-    responses alone. Training is in float32; on a CPU the same records and settings give the same
-    adapter.
+    Prompts are encoded by the language model's own template, responses are the recorded token ids,
+    with a stop token where the response ended by itself. The loss is of the responses alone.
+    Training is in float32; on a CPU the same records and settings give the same adapter.
 
-    Checkpoints lie in `<folder>-checkpoints`, from which a call that was stopped goes on if
-    records and settings are the same; they are removed at the end. They hold pickles of torch: keep
-    those of others out of that folder. The final folder has safetensors and JSON alone, and is
-    there as a whole or not at all.
+    From its checkpoints in `<folder>-checkpoints` a call that was stopped goes on; they hold
+    pickles of torch, so keep those of others out, and are removed at the end. The final folder has
+    safetensors and JSON alone, and is there as a whole or not at all.
 
     Args:
         records: At least two, with the token ids of their responses.
@@ -149,9 +137,9 @@ def fine_tune(
         start_from: Folder of an adapter to go on training; None for a new one.
 
     Raises:
-        TuningError: There are fewer than two records, one has no token ids or is of another
-            language model, `start_from` is for another base, the checkpoints are of another run,
-            or there is no space left.
+        TuningError: There are fewer than two records, or one is of another language model or has no
+            token ids; `start_from` is for another base, the checkpoints are of another run, or
+            there is no space left.
         RewardError: `trl` or `peft` is not installed.
         KeyboardInterrupt: It was stopped; a checkpoint is saved and the same call goes on.
 
@@ -163,8 +151,8 @@ def fine_tune(
     start = time.perf_counter()
     examples = examples_of(language_model, records, settings.max_length)
     described = {"examples": digest(repr(examples).encode())}
-    recipe = partial(_recipe, examples, settings)
-    trainer = train_adapter(language_model, folder, settings, start_from, described, recipe)
+    make = partial(_trainer, examples, settings)
+    trainer = train_adapter(language_model, folder, settings, start_from, described, make)
     lengths = [len(example.input_ids) for example in examples]
     forward = sum(language_model.usage_bound(length, []).lm_flops for length in lengths)
     report = FineTuneReport(
@@ -176,7 +164,7 @@ def fine_tune(
         tokens=round(settings.epochs * sum(lengths)),
         flops=settings.epochs * _PASSES * forward,
     )
-    notes = {"settings": asdict(settings), "report": report.to_dict()}
+    notes = {"settings": asdict(settings), "report": asdict(report)}
     write(folder, trainer.model, language_model, {"fine_tuning.json": notes})
     return report
 
@@ -192,11 +180,6 @@ def examples_of(
     language_model: TransformersLM, records: Sequence[Record], max_length: int
 ) -> list[Example]:
     """What is learned from each record, with a stop token; longer ones are left out."""
-    if len(records) < 2:
-        raise TuningError(
-            f"Expected at least two records to fine-tune on, got {len(records)}. Collect more, or "
-            "loosen the filter."
-        )
     made = [_example(language_model, record) for record in records]
     limit = min(max_length, language_model.context_length)
     kept = [example for example in made if len(example.input_ids) <= limit]
@@ -208,8 +191,8 @@ def examples_of(
         )
     if len(kept) < 2:
         raise TuningError(
-            f"Expected at least two records of at most {limit} tokens, got {len(kept)} of "
-            f"{len(made)}. Raise max_length, or collect shorter responses."
+            f"Expected at least two records of at most {limit} tokens to fine-tune on, got "
+            f"{len(kept)} of {len(made)}. Collect more, loosen the filter, or raise max_length."
         )
     return kept
 
@@ -237,24 +220,26 @@ def _example(language_model: TransformersLM, record: Record) -> Example:
     return Example(prompt + response, [_IGNORED] * len(prompt) + response)
 
 
-def _recipe(examples: Sequence[Example], settings: FineTuneSettings) -> Recipe:
+def _trainer(
+    examples: Sequence[Example], settings: FineTuneSettings, common: Mapping[str, Any], **parts: Any
+) -> Any:
     import trl
     from datasets import Dataset
 
     dataset = Dataset.from_list([example._asdict() for example in examples])
-    arguments = {
-        "save_steps": _SAVE_STEPS,
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
+    arguments = trl.SFTConfig(
+        **common,
+        save_steps=_SAVE_STEPS,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
         # Ids and labels are final: nothing is encoded, cut or packed.
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None,
-    }
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+    )
     first = dataset.select(range(min(len(dataset), _LOSS_EXAMPLES)))
-    options = {"train_dataset": dataset, "eval_dataset": first}
-    return Recipe(trl.SFTTrainer, trl.SFTConfig, arguments, options)
+    return trl.SFTTrainer(args=arguments, train_dataset=dataset, eval_dataset=first, **parts)
 
 
 def trainable(
@@ -262,9 +247,8 @@ def trainable(
 ) -> Any:
     """A peft model of the language model's weights, for a trainer; a new adapter changes nothing.
 
-    The frozen weights are the language model's own where these are float32 (also under int8
-    products), else a float32 copy. torch's global generator draws a new adapter; one to start from
-    keeps its own form. Unknown targets and another base are a `TuningError`.
+    The frozen weights are the language model's own where these are float32, else a copy. torch's
+    global generator draws a new adapter. Unknown targets and another base are a `TuningError`.
     """
     import torch
 
@@ -299,27 +283,20 @@ def trainable(
         ) from error
 
 
-class Recipe(NamedTuple):
-    """A trainer of TRL and its config, as classes, and what they are made with."""
-
-    trainer: Any
-    config: Any
-    arguments: Mapping[str, Any]
-    options: Mapping[str, Any]
-
-
 def train_adapter(
     language_model: TransformersLM,
     folder: str | Path,
     settings: Any,
     start_from: str | Path | None,
     described: Mapping[str, Any],
-    recipe: Callable[[], Recipe],
+    make: Callable[..., Any],
 ) -> Any:
-    """Train an adapter, or go on from a checkpoint, to the end; `write` then writes its folder.
+    """Train an adapter, or go on from a checkpoint, to the end; returns the trainer.
 
-    `described` is what the adapter depends on beside the settings, as JSON values. Where the recipe
-    has an `eval_dataset`, the trainer's `loss_before` is the loss on that before the first step.
+    `described` is what the adapter depends on beside the settings, as JSON values. `make` takes the
+    arguments that all trainers have, and a model and tokenizer, and returns a trainer of TRL; the
+    trainer's `loss_before` is that of its `eval_dataset`, where there is one, before the first
+    step.
     """
     from transformers import PrinterCallback
 
@@ -334,31 +311,26 @@ def train_adapter(
     checkpoints = training.checkpoints_of(Path(folder))
     resumed = training.claim(checkpoints, {**parts, **described})
     on_cpu = language_model.device.type == "cpu"
+    common = {
+        "output_dir": str(checkpoints),
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "seed": settings.seed,
+        "learning_rate": settings.learning_rate,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     with own_randomness(settings.seed):
         model = trainable(language_model, settings, start_from)
         with quiet():
-            make = recipe()
-            arguments = make.config(
-                output_dir=str(checkpoints),
-                save_strategy="steps",
-                save_total_limit=2,
-                logging_steps=1,
-                seed=settings.seed,
-                learning_rate=settings.learning_rate,
-                bf16=False,
-                gradient_checkpointing=False,
-                use_cpu=on_cpu,
-                dataloader_pin_memory=not on_cpu,
-                report_to="none",
-                disable_tqdm=True,
-                **make.arguments,
-            )
-            tokenizer = tokenizer_of(language_model)
-            trainer = make.trainer(
-                model=model, args=arguments, processing_class=tokenizer, **make.options
-            )
+            trainer = make(common, model=model, processing_class=tokenizer_of(language_model))
             trainer.remove_callback(PrinterCallback)
-            if "eval_dataset" in make.options:
+            if trainer.eval_dataset is not None:
                 trainer.loss_before = float(trainer.evaluate()["eval_loss"])
         training.run(trainer, checkpoints, resumed)
     return trainer
@@ -378,11 +350,7 @@ def write(
     language_model: TransformersLM,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the folder of what `trainable` made, whole or not at all, with notes by file name.
-
-    It holds safetensors, JSON, and the tokenizer, and takes the place of what is there; the
-    checkpoints beside it are removed.
-    """
+    """Write an adapter with notes by file name, whole or not at all, and remove its checkpoints."""
     for other in set(model.peft_config) - {"default"}:
         # What trainers measure the divergence from.
         model.delete_adapter(other)
@@ -397,11 +365,9 @@ def write(
 def serve(
     language_model: TransformersLM, folder: str | Path, name: str | None = None
 ) -> TransformersLM:
-    """The language model with a tuned adapter; both can be used side by side.
+    """The language model with a tuned adapter, beside the base; `TuningError` for another base's.
 
-    The folder is as `fine_tune`, `train_grpo` and `train_rloo` write it; another, or an adapter of
-    another base, is a `TuningError`. By default reports call it by the model's name and the
-    beginning of the digest of the adapter's weights.
+    By default its name is the base's and the beginning of the digest of the adapter's weights.
     """
     check_base(folder, language_model)
     with quiet():

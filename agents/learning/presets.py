@@ -100,10 +100,7 @@ def _preset(base: dict[str, Any], changes: dict[str, Any]) -> LoopSettings:
 def star(**changes: Any) -> LoopSettings:
     """STaR: correct answers, a hint where there was none, always from the base model.
 
-    Source: Zelikman et al., "STaR: Bootstrapping Reasoning With Reasoning", NeurIPS 2022. Where the
-    one answer is wrong, the model is told the right one and answers again; all correct answers are
-    tuned on, the hinted ones as if there had been no hint.
-
+    Source: Zelikman et al., "STaR: Bootstrapping Reasoning With Reasoning", NeurIPS 2022.
     Deviations: no worked examples, and the hint is a sentence at the prompt's end (`answer_hint`);
     equally many epochs in each iteration, where the paper's 40 steps grow by a fifth; a LoRA
     adapter instead of all weights; temperature 0.7; equal answers to a prompt are tuned on once.
@@ -117,12 +114,9 @@ def rest_em(**changes: Any) -> LoopSettings:
     """ReST-EM: many samples a prompt, a threshold, at most ten each, always from the base model.
 
     Source: Singh et al., "Beyond Human Data: Scaling Self-Training for Problem-Solving with
-    Language Models", TMLR 2024. The E-step samples 32 answers to each problem (temperature 0.7,
-    top-k 40), the M-step tunes the base model on at most 10 correct ones.
-
-    Deviations: of more than ten the first ten, or the ten best where rewards are not 0 or 1 (give
-    `filter` a threshold of its own then); a LoRA adapter instead of all weights; equal answers to a
-    prompt count once.
+    Language Models", TMLR 2024. Deviations: of more than ten the first ten, or the ten best where
+    rewards are not 0 or 1 (give `filter` a threshold of its own then); a LoRA adapter instead of
+    all weights; equal answers to a prompt count once.
     """
     base = {
         "name": "rest-em",
@@ -138,12 +132,11 @@ def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) 
     """Rejection sampling: correct answers of the current checkpoint, which goes on learning.
 
     Source: DeepSeek-AI, "DeepSeek-R1: Incentivizing Reasoning Capability in LLMs via Reinforcement
-    Learning", 2025, section 2.3.3.
-
-    Deviations: the paper then tunes its base model, once and for two epochs (`start_from="base"`);
-    it drops responses of mixed languages, with long paragraphs and with code blocks, adds 200,000
-    examples of other tasks, and asks a model about some answers, where here the reward alone
-    decides; it does not say how many responses are sampled, here 8; here a LoRA adapter is tuned.
+    Learning", 2025, section 2.3.3. Deviations: the paper then tunes its base model, once and for
+    two epochs (`start_from="base"`); it drops responses of mixed languages, with long paragraphs
+    and with code blocks, adds 200,000 examples of other tasks, and asks a model about some answers,
+    where here the reward alone decides; it does not say how many responses are sampled, here 8;
+    here a LoRA adapter is tuned.
 
     `keep="best"` takes one correct answer to a prompt: the first, where rewards are 0 or 1.
     """
@@ -159,13 +152,12 @@ def planned(
 ) -> LoopSettings:
     """The article's loop: a planner answers, its value is refitted, the best answers are learned.
 
-    Source: the article that this package implements; the pattern is that of Anthony et al.,
-    "Thinking Fast and Slow with Deep Learning and Tree Search", NeurIPS 2017.
-
-    Deviations: the article refits the value on planned responses of all iterations; here on plain
-    samples of the current policy, since planned ones overstate what an ordinary continuation is
-    worth. It names no share to keep, here one half. Its planner is a two-stage lookahead with ridge
-    regression on an embedding (`agent="lookahead"`, `value="embedding"`), here any.
+    Source: the article that this package implements, after Anthony et al., "Thinking Fast and Slow
+    with Deep Learning and Tree Search", NeurIPS 2017. Deviations: the article refits the value on
+    planned responses of all iterations; here on plain samples of the current policy, since planned
+    ones overstate what an ordinary continuation is worth. It names no share to keep, here one half.
+    Its planner is a two-stage lookahead with ridge regression on an embedding (`agent="lookahead"`,
+    `value="embedding"`), here any.
 
     The best `top_fraction` of all answers is tuned on. For a threshold instead, give
     `filter=FilterSettings(threshold=...)`.

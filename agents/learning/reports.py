@@ -47,7 +47,7 @@ class Divergence:
     """Kullback-Leibler divergence of a policy from the base model, estimated from its samples.
 
     In nats a response (the mean of log policy - log base) and a token, with standard errors over
-    prompts; these are NaN for one prompt with one response.
+    prompts (over responses where there is one prompt; NaN for one response).
     """
 
     per_response: float
@@ -64,15 +64,10 @@ def divergence(
     *,
     ledger: Ledger | None = None,
 ) -> Divergence:
-    """Estimate KL(policy || base) from complete responses that the policy sampled.
+    """Estimate KL(policy || base) from complete responses, at least one, that the policy sampled.
 
-    The estimate is unbiased if the policy drew them at temperature 1, without top-k or top-p.
-    Standard errors are over prompts, with the usual linearisation for the ratio of nats and tokens;
-    over responses where there is one prompt. The values are infinite where the base could not have
-    written a response.
-
-    Raises:
-        ValueError: There are no responses, or one has not ended.
+    It is unbiased if they were drawn at temperature 1, without top-k or top-p, and infinite where
+    the base could not have written one. The error of the ratio is by linearisation.
     """
     if not states or not all(is_terminal(state) for state in states):
         raise ValueError("divergence: expected complete responses, at least one.")
@@ -118,16 +113,16 @@ class Diversity:
         repeats: Share of responses with the same words as an earlier one to the same prompt.
     """
 
-    distinct: tuple[float, float, float]
+    distinct: tuple[float, ...]
     duplicates: float
     repeats: float
 
 
 def diversity(records: Sequence[Record]) -> Diversity:
-    """Count what responses have in common; words are divided by spaces, case does not count.
+    """Count what responses, at least one, have in common; words are in lower case.
 
     Source of distinct-n: Li et al., "A Diversity-Promoting Objective Function for Neural
-    Conversation Models", NAACL 2016. A `ValueError` if there are no records.
+    Conversation Models", NAACL 2016.
     """
     if not records:
         raise ValueError("diversity: expected at least one record, got none.")
@@ -137,7 +132,7 @@ def diversity(records: Sequence[Record]) -> Diversity:
         askers[text].add(record.prompt_id)
     num_different = sum(len(own) for own in askers.values())
     return Diversity(
-        (distinct_share(texts, 1), distinct_share(texts, 2), distinct_share(texts, 3)),
+        tuple(distinct_share(texts, n) for n in (1, 2, 3)),
         sum(len(askers[text]) > 1 for text in texts) / len(texts),
         1 - num_different / len(texts),
     )
@@ -166,10 +161,9 @@ class ValueCheck:
 def check_value(
     value_model: ValueModel, records: Sequence[Record], *, ledger: Ledger | None = None
 ) -> ValueCheck:
-    """Compare a fitted value model's predictions for prefixes with the final scores.
+    """Compare a value model's predictions for prefixes with the final scores, several to a prompt.
 
-    The records are complete responses to several prompts, several to each. If no response has two
-    tokens, that is a `FitError`.
+    If no response has two tokens, that is a `FitError`.
     """
     states, owners = cut_prefixes(records, as_value_model(value_model).lengths)
     charged = None if ledger is None else [ledger] * len(states)
@@ -202,10 +196,7 @@ class GoldCheck:
 def check_gold(
     gold_model: RewardModel, records: Sequence[Record], *, ledger: Ledger | None = None
 ) -> GoldCheck | None:
-    """Score responses with a trusted reward; None where it applies to none of them.
-
-    Responses that it cannot score are left out on both sides.
-    """
+    """Score responses with a trusted reward, those that it can; None where there are none."""
     rows = [record for record in records if applies_to(gold_model, record.prompt())]
 
     def score(some: Sequence[Record]) -> list[float]:
@@ -223,40 +214,28 @@ def check_gold(
     return GoldCheck(*means, correlation(proxy, gold), len(pairs))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Answers:
-    """Answers to the train prompts, their counts and mean score."""
+    """Answers to the train prompts: their counts and scores.
+
+    `num_failed` prompts were left out, as their answers cannot be scored.
+    """
 
     num_records: int
     num_prompts: int
     num_hinted: int
+    num_failed: int
     mean: float
+    std: float
+    lowest: float
 
     @classmethod
-    def of(cls, records: Sequence[Record], **more: Any) -> Any:
-        """Sum up records; `more` are the fields of a subclass."""
-        return cls(
-            num_records=len(records),
-            num_prompts=len({record.prompt_id for record in records}),
-            num_hinted=sum(record.agent.endswith(HINTED) for record in records),
-            mean=float(np.mean(scores_of(records))),
-            **more,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collected(Answers):
-    """All answers of an iteration; `num_failed` prompts are left out, as they cannot be scored."""
-
-    num_failed: int
-    std: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selected(Answers):
-    """The answers that were tuned on; `lowest` is the lowest score."""
-
-    lowest: float
+    def of(cls, records: Sequence[Record], num_failed: int = 0) -> Answers:
+        """Sum up records."""
+        scores, hinted = scores_of(records), [r.agent.endswith(HINTED) for r in records]
+        counts = len(records), len({record.prompt_id for record in records}), sum(hinted)
+        spread = float(np.mean(scores)), float(np.std(scores)), min(scores)
+        return cls(*counts, num_failed, *spread)
 
 
 @dataclass(frozen=True)
@@ -316,8 +295,8 @@ class IterationReport:
     iteration: int
     policy: str
     validation: Validation
-    collected: Collected | None
-    selected: Selected | None
+    collected: Answers | None
+    selected: Answers | None
     improvement: Mapping[str, Any] | None
     value: ValueReport | None
     usage: Mapping[str, Mapping[str, float]]
@@ -348,16 +327,15 @@ class LoopResult:
     stopped: str | None = None
 
 
-def doubts_about(first: Validation, last: Validation) -> list[str]:
-    """What a rise of the reward since the base model may hide."""
-    one, other = first.gold, last.gold
+def doubt_about(one: GoldCheck | None, other: GoldCheck | None) -> str | None:
+    """What a rise of the reward since the base model may hide; None for nothing."""
     if one is None or other is None or other.proxy <= one.proxy or other.gold >= one.gold:
-        return []
-    return [
+        return None
+    return (
         f"the reward rose from {one.proxy:.4g} to {other.proxy:.4g} since the base model, while "
         f"the gold reward fell from {one.gold:.4g} to {other.gold:.4g} on the same responses: the "
         "policy may be learning the reward model's mistakes."
-    ]
+    )
 
 
 def without_signal(
@@ -365,8 +343,7 @@ def without_signal(
 ) -> str | None:
     """Why nothing can be learned from answers; None where something can.
 
-    Answers of a planner that all score the same can teach, if its policy's `own` plain samples
-    differ.
+    A planner's equal answers can teach, if its policy's `own` plain samples differ.
     """
     scores = {record.score for record in answers}
     if len(scores) > 1 or (not is_plain and {record.score for record in own} != scores):

@@ -16,7 +16,7 @@ from typing import Any
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
 from mbrl_text_env.rewards.learning.lora_classifier import quiet
-from mbrl_text_env.runs import claim_checkpoints, digest, prompt_digest, writing
+from mbrl_text_env.runs import claim_checkpoints, writing
 from mbrl_text_env.types import Prompt, Usage
 
 LEDGER, CURVE = "ledger.json", "curve.json"
@@ -41,11 +41,6 @@ def check_above_zero(settings: object, *names: str) -> None:
         expect(settings, name, getattr(settings, name) > 0, "more than 0")
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Tells one list of prompts from another."""
-    return digest(*(f"{prompt.id} {prompt_digest(prompt)}".encode() for prompt in prompts))
-
-
 def check_prompts(
     prompts: Sequence[Prompt],
     reward_model: RewardModel,
@@ -57,19 +52,11 @@ def check_prompts(
 ) -> None:
     """Refuse (`error`) too few prompts, two of one id, and those that a model cannot take."""
     if len(prompts) < least:
-        raise error(
-            f"{noun}: expected at least {least}, got {len(prompts)}. Pass more, or take fewer in a "
-            "step."
-        )
+        raise error(f"{noun}: expected at least {least}, got {len(prompts)}. Pass more.")
     counts = Counter(prompt.id for prompt in prompts)
-    repeated = sorted(name for name, count in counts.items() if count > 1)
-    if repeated:
-        raise error(
-            f"{noun}: expected different ids, got {repeated[:5]} more than once. Leave out the "
-            "doubles, or give them ids of their own."
-        )
-    unfit = [prompt for prompt in prompts if not applies_to(reward_model, prompt)]
-    if unfit:
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
+        raise error(f"{noun}: expected different ids, got {repeated[:5]} more than once.")
+    if unfit := [prompt for prompt in prompts if not applies_to(reward_model, prompt)]:
         raise error(
             f"{noun}: expected prompts that the reward {reward_name(reward_model)!r} applies to, "
             f"got {len(unfit)} others of {len(prompts)}, first {unfit[0].id!r}, whose metadata has "
@@ -111,11 +98,7 @@ def claim(checkpoints: Path, record: Mapping[str, Any]) -> str | None:
 
 
 def run(trainer: Any, checkpoints: Path, resumed: str | None) -> None:
-    """Train with a trainer of transformers to the end.
-
-    The first Ctrl-C lets the step under way end, and saves a checkpoint; a second one stops at
-    once. Either raises a `KeyboardInterrupt` that says how to go on.
-    """
+    """Train with a trainer of transformers to the end, or to Ctrl-C and a checkpoint."""
     from transformers import TrainerCallback
 
     with quiet(), storage(checkpoints), stop_asked("this step") as asked:

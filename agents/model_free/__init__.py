@@ -10,12 +10,11 @@ __getattr__, __dir__, __all__ = attach(
             *("CandidatePolicy", "CandidateView", "load_policy"),
             *("ChoiceReport", "DQNSettings", "Measured", "PPOSettings"),
         ],
-        "dyna": ["DynaSettings", "train_dyna"],
         "sb3": ["train_dqn", "train_ppo"],
         "sb3_parts": ["CandidateActorCritic", "CandidateDQNPolicy", "VectorEnvAdapter"],
         "trl": [
-            *("PolicyGradientReport", "PolicyGradientSettings", "StepReport"),
-            *("train_grpo", "train_rloo"),
+            *("DynaSettings", "PolicyGradientReport", "PolicyGradientSettings", "StepReport"),
+            *("train_dyna", "train_grpo", "train_rloo"),
         ],
     },
 )

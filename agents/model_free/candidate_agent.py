@@ -30,9 +30,8 @@ Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
 class CandidateAgent(Planner):
     """Lets a trained policy choose among K proposed chunks, one after the other.
 
-    Each round is an episode. All K chunks of a step are charged, and so is what the policy looks
-    at. Without a budget there is one episode; under one, episodes go on with other candidates while
-    they can be paid, and the answer is the best of all complete responses, like every planner's.
+    Each round is an episode, with other candidates. All K chunks of a step are charged, and so is
+    what the policy looks at.
 
     Args:
         policy: What `train_ppo` and `train_dqn` train. It says how many chunks of what length are
@@ -118,10 +117,9 @@ def play(
     seeds: Sequence[int],
     ledgers: Sequence[Ledger],
 ) -> list[TextState]:
-    """Choose chunk after chunk until all responses have ended; returns the B terminal states.
+    """Choose chunk after chunk until all B responses have ended; returns the terminal states.
 
-    All B states are played side by side. The candidates of a state follow from its seed; its ledger
-    is charged for candidates and features.
+    The candidates of a state follow from its seed; its ledger is charged.
     """
     found = list(states)
     known: list[Known] = [{} for _ in states]
@@ -147,16 +145,10 @@ def evaluate(
     ledger: Ledger | None = None,
     choose: Callable[[Any], Any] | None = None,
 ) -> FloatArray:
-    """Scores of episodes in which the policy chooses, float64[P, E].
+    """Scores of E episodes of each of P prompts in which the policy chooses, float64[P, E].
 
-    Args:
-        policy: Chooses, unless `choose` does; it says what is proposed and seen in any case.
-        prompts: P prompts.
-        episodes: E, of each prompt.
-        seed: Of the candidates: two policies with one seed are offered the same at the start.
-        ledger: Is charged.
-        choose: Instead of the policy: from features to candidates, such as a random choice to
-            compare with.
+    `choose` takes its place, from features to candidates, such as a random choice to compare with.
+    Two policies with one seed are offered the same candidates at the start.
     """
     policy.check_fits(language_model, reward_model)
     encoder = policy.view.resolved(policy.encoder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -46,13 +47,10 @@ POLICY = FolderKind(
 
 @dataclass(frozen=True)
 class CandidateView:
-    """What a policy chooses from, and what it sees of it.
+    """What a policy chooses from, K chunks, and what it sees of them.
 
-    Args:
-        num_candidates: K, chunks to choose from; at least 2.
-        temperature: At which candidates are drawn; by default as agents draw.
-        encoder: What embeds the prefix with each candidate; None for no embeddings.
-        prefix_rewards: Whether the reward model scores the prefix with each candidate.
+    `encoder` embeds the prefix with each candidate (None for no embeddings); with `prefix_rewards`
+    the reward model scores it.
     """
 
     num_candidates: int = 4
@@ -67,10 +65,7 @@ class CandidateView:
         expect(self, "num_candidates", self.num_candidates >= 2, "at least 2, to choose from")
         expect(self, "encoder", self.encoder in names, f"one of {names}")
         check_above_zero(self, "chunk_tokens", "max_response_tokens")
-        try:
-            SamplingParams(temperature=self.temperature)
-        except ValueError as error:
-            raise TuningError(str(error)) from error
+        expect(self, "temperature", 0 <= self.temperature < math.inf, "0 or more, and finite")
 
     @property
     def params(self) -> SamplingParams:
@@ -99,22 +94,11 @@ class CandidateView:
         encoder: Encoder | str | None,
     ) -> CandidateProposer:
         """What proposes and describes the candidates, with an encoder from `resolved`."""
-        task = TextTask(
-            prompts,
-            language_model,
-            reward_model,
-            max_response_tokens=self.max_response_tokens,
-            max_chunk_tokens=self.chunk_tokens,
-        )
-        return CandidateProposer(
-            language_model,
-            task,
-            self.num_candidates,
-            self.chunk_tokens,
-            self.params,
-            encoder,
-            self.prefix_rewards,
-        )
+        limits: dict[str, Any] = {"max_response_tokens": self.max_response_tokens}
+        limits["max_chunk_tokens"] = self.chunk_tokens
+        task = TextTask(prompts, language_model, reward_model, **limits)
+        drawn = self.num_candidates, self.chunk_tokens, self.params
+        return CandidateProposer(language_model, task, *drawn, encoder, self.prefix_rewards)
 
 
 @dataclass(frozen=True)
@@ -124,10 +108,9 @@ class ChoiceSettings(CandidateView):
     Args:
         total_steps: Environment steps, each of which draws K chunks; whole rollouts are played.
         num_envs: Environments that are stepped together.
-        reward: `"delta"` pays each chunk what it adds to the score of the prefix, which needs a
-            score of every prefix; `"terminal"` pays the score at the end.
+        reward: `"delta"` pays each chunk what it adds to the score, for which every prefix is
+            scored; `"terminal"` pays the score at the end.
         hidden: Sizes of the network's hidden layers; none for a linear policy.
-        discount: Of later rewards.
         save_steps, eval_steps: Environment steps between checkpoints, and between measurements of
             `eval_episodes` of each validation prompt.
         flat_episodes: If so many first episodes all have one score, that is an error.
@@ -213,10 +196,9 @@ class DQNSettings(ChoiceSettings):
 
 @dataclass(frozen=True)
 class Measured:
-    """The policy's choices on the validation prompts, after so many environment steps.
+    """Mean scores of the policy's choices, one a validation prompt, after so many steps.
 
-    Usage, FLOPs of the network and wall time are the training's so far, `own_usage` is what this
-    measurement took; `scores` are the means of each prompt.
+    Usage, FLOPs and wall time are the training's so far; `own_usage` is what measuring took.
     """
 
     steps: int
@@ -236,8 +218,8 @@ class Measured:
 class ChoiceReport(TrainingReport):
     """What training did and took; see `TrainingReport` for the rest.
 
-    The curve has (steps, score) of each episode, in the order in which they ended. The first
-    measurement on the validation prompts is before any training; wall time is without these.
+    The curve has (steps, score) of each episode that ended. The first measurement on the validation
+    prompts is before any training; wall time is without these.
     """
 
     steps: int
@@ -265,13 +247,7 @@ class _Network(nn.Module):
 
 
 class CandidateScorer(_Network):
-    """A score for each candidate, by one network.
-
-    It sees the share of the response that is written, the candidate's log-probability, length and
-    whether it ends the response and, where the view has them, the reward of the prefix, that of the
-    prefix with the candidate, the difference, and the latter's embedding (scaled to a root mean
-    square of 1).
-    """
+    """A score for each candidate, by one network that sees what the view shows of it."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """float32[B, K] for float32[B, layout.size]."""
@@ -312,16 +288,9 @@ def _scaled(vectors: torch.Tensor) -> torch.Tensor:
 class CandidatePolicy:
     """A trained choice among candidates.
 
-    Args:
-        scorer: Gives each candidate a score; the highest is chosen, the first of equals.
-        view: What it was trained on.
-        language_model_name: Whose candidates it was trained on; None fits any.
-        reward_name: The reward that it was trained for; None fits any.
-        encoder: The encoder of its features, where the view's is `"own"`.
-        name: What reports call it; by default the algorithm.
-
-    Example:
-        >>> policy = load_policy("ppo", language_model, reward_model)  # doctest: +SKIP
+    The candidate to which the `scorer` gives the highest score is chosen, the first of equals. It
+    was trained on the `view`, with a language model and a reward of these names (None fits any);
+    `encoder` is that of its features where the view's is `"own"`.
     """
 
     scorer: CandidateScorer
@@ -399,15 +368,13 @@ def load_policy(
     reward_model: RewardLike | None = None,
     *,
     encoder: Encoder | None = None,
-    name: str | None = None,
+    name: str = "",
 ) -> CandidatePolicy:
-    """Read a policy that `train_ppo` or `train_dqn` wrote.
+    """Read a policy that `train_ppo` or `train_dqn` wrote; `TuningError` for other folders.
 
-    Args:
-        folder: The policy's; `TuningError` if it holds none, or a damaged one.
-        language_model: Refused if the policy was trained with another; None is not checked.
-        reward_model: The same for the reward.
-        encoder: The encoder of the features, where it was passed in to the training.
+    A language model or reward that it was not trained with is a `TuningError` too; None is not
+    checked. `encoder` is that of the features where one's own was passed to the training, `name`
+    what reports call the policy instead of the algorithm.
     """
     with POLICY.reading(folder) as (config, arrays):
         view = CandidateView(**{f.name: config["view"][f.name] for f in fields(CandidateView)})
@@ -419,7 +386,7 @@ def load_policy(
         except RuntimeError as error:
             raise ValueError(str(error)) from error
         names = config["algorithm"], config["language_model"], config["reward"]
-    policy = CandidatePolicy(scorer, view, config["hidden"], *names, encoder, name or "")
+    policy = CandidatePolicy(scorer, view, config["hidden"], *names, encoder, name)
     reward = None if reward_model is None else as_reward_model(reward_model)
     policy.check_fits(language_model, reward)
     return policy

@@ -33,7 +33,7 @@ from mbrl_text_env.language_models.base import LanguageModel, spawn_seed
 from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import reward_name
-from mbrl_text_env.runs import identity, own_randomness
+from mbrl_text_env.runs import identity, own_randomness, prompt_digests
 from mbrl_text_env.types import Ledger, Prompt, Usage
 from mbrl_text_env.wrappers import CandidateChunksVector, make_candidate_chunks
 
@@ -58,15 +58,14 @@ def train_ppo(
     """Train a choice among candidates with Proximal Policy Optimization.
 
     Source: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, by
-    stable-baselines3's `PPO`. Deviations: the actor scores each candidate with the same weights
-    (`CandidateScorer`); a response that meets its token limit counts as ended, not as cut off.
+    stable-baselines3's `PPO`. Deviations: the actor scores each candidate with the same weights; a
+    response that meets its token limit counts as ended, not as cut off.
 
-    Checkpoints lie in `<folder>-checkpoints`, from which a call that was stopped goes on, if
-    prompts, models and settings are the same; on a CPU it ends as if it had not been stopped. They
-    are removed at the end. They and the policy's folder hold safetensors and JSON alone.
+    From its checkpoints in `<folder>-checkpoints` a call that was stopped goes on, on a CPU as if
+    it had not been. They and the policy's folder hold safetensors and JSON alone.
 
     Args:
-        reward_model: A reward model, or anything that `as_reward_model` accepts; of the order of 1.
+        reward_model: Whatever `as_reward_model` takes; of the order of 1.
         prompts: To train on, with different ids.
         folder: Where the policy is written, with `ledger.json` and `curve.json`; `load_policy`
             takes it.
@@ -76,9 +75,8 @@ def train_ppo(
             has their state: a training that goes on starts them new.
 
     Raises:
-        TuningError: There are no prompts, two have one id, the reward does not apply to one or
-            gives all first episodes one score (there is nothing to learn), the checkpoints are of
-            another training, or there is no space left.
+        TuningError: Prompts are missing, doubled or not for this reward, all first episodes have
+            one score, the checkpoints are of another training, or there is no space left.
         RewardError: The reward failed.
         KeyboardInterrupt: It was stopped; a checkpoint is saved and the same call goes on.
 
@@ -185,38 +183,20 @@ class Training(BaseCallback):
     def _policy(self, model: BaseAlgorithm) -> CandidatePolicy:
         """The policy as it is now."""
         networks: Any = model.policy
-        return CandidatePolicy(
-            networks.scorer,
-            self.settings.view,
-            self.settings.hidden,
-            self.algorithm,
-            self.language_model.name,
-            reward_name(self.reward_model),
-            self.encoder,
-        )
+        settings, names = self.settings, (self.language_model.name, reward_name(self.reward_model))
+        made = networks.scorer, settings.view, settings.hidden, self.algorithm
+        return CandidatePolicy(*made, *names, self.encoder)
 
     def _validate(self, model: BaseAlgorithm) -> None:
         """Measure the policy on the validation prompts, on the same candidates each time."""
         ledger = Ledger()
-        scores = evaluate(
-            self._policy(model),
-            self.language_model,
-            self.reward_model,
-            self.validation,
-            episodes=self.settings.eval_episodes,
-            seed=spawn_seed(self.settings.seed, _VALIDATION_STREAM),
-            ledger=ledger,
-        )
-        self.validated.append(
-            Measured(
-                model.num_timesteps,
-                tuple(scores.mean(axis=1).tolist()),
-                self.usage,
-                self._training_flops(model),
-                self.wall_seconds,
-                ledger.usage,
-            )
-        )
+        seed = spawn_seed(self.settings.seed, _VALIDATION_STREAM)
+        given = self._policy(model), self.language_model, self.reward_model, self.validation
+        episodes = self.settings.eval_episodes
+        scores = evaluate(*given, episodes=episodes, seed=seed, ledger=ledger)
+        means, flops = tuple(scores.mean(axis=1).tolist()), self._training_flops(model)
+        taken = self.usage, flops, self.wall_seconds, ledger.usage
+        self.validated.append(Measured(model.num_timesteps, means, *taken))
 
     def _recall(self, checkpoint: Path, model: BaseAlgorithm) -> None:
         by_id = {prompt.id: prompt for prompt in self.prompts}
@@ -256,8 +236,8 @@ class Training(BaseCallback):
             "settings": asdict(self.settings),
             "language_model": identity(self.language_model),
             "reward": identity(self.reward_model),
-            "prompts": training.prompts_digest(self.prompts),
-            "validation": training.prompts_digest(self.validation),
+            "prompts": [*prompt_digests(self.prompts).items()],
+            "validation": [*prompt_digests(self.validation).items()],
         }
 
     def _training_flops(self, model: BaseAlgorithm) -> float:

@@ -40,14 +40,10 @@ _KEPT = 2
 class VectorEnvAdapter(VecEnv):
     """A Gymnasium vector environment for stable-baselines3, which otherwise steps one by one.
 
-    As stable-baselines3 expects, an environment that ends is reset in the same step, and its info
-    has the last observation as `terminal_observation` beside what Gymnasium calls its final info.
-
     Args:
         env: Its autoreset mode is `SameStep`, or a `ValueError` is raised.
-        bootstrap_truncated: Whether an episode that was truncated is treated as if it went on, with
-            the value of the last observation. False for text environments, where the token limit is
-            part of the task and the response is scored when it is met.
+        bootstrap_truncated: Whether an episode that was truncated is treated as if it went on.
+            False for text environments, where the token limit is part of the task.
 
     Example:
         >>> env = gym.make_vec(
@@ -93,9 +89,8 @@ class VectorEnvAdapter(VecEnv):
         if bad.size:
             raise RewardError(
                 f"Expected finite rewards, got {np.asarray(rewards)[bad].tolist()} from "
-                f"environments {bad.tolist()}: what learns from them would stay NaN. Make the "
-                "environment with failed_reward=0.0 (the reward of an episode whose response "
-                "cannot be scored), or with on_reward_error='raise'."
+                f"environments {bad.tolist()}. Make the environment with failed_reward=0.0, or "
+                "with on_reward_error='raise'."
             )
         dones = np.logical_or(terminated, truncated)
         now = {key: infos[key] for key in infos if key not in ("final_obs", "final_info")}
@@ -120,7 +115,7 @@ class VectorEnvAdapter(VecEnv):
         return [None] * self.num_envs if frames is None else list(frames)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The vector environment's attribute, once for each environment asked for."""
+        """The attribute that all environments share, once for each asked for."""
         return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
@@ -185,8 +180,7 @@ class _OfCandidates(BasePolicy):
 class CandidateActorCritic(_OfCandidates, ActorCriticPolicy):
     """PPO's policy: a logit for each candidate, and the value of the state.
 
-    It takes `layout`, of the observations, and `hidden`, sizes of the hidden layers of both
-    networks (none for linear ones), beside what `ActorCriticPolicy` takes.
+    `layout` is that of the observations, `hidden` the sizes of both networks' hidden layers.
 
     Example:
         >>> layout = env.get_wrapper_attr("proposer").layout  # doctest: +SKIP

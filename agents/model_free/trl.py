@@ -1,6 +1,7 @@
 """GRPO and RLOO: policies that learn from any reward, through TRL's trainers and LoRA.
 
 TRL computes advantages, losses and updates; prompts, sampling and scores are the package's own.
+`train_dyna` is GRPO on a learned head in place of most reward calls.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from mbrl_text_env.prompts import as_prompts
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel, reward_name, score_responses
 from mbrl_text_env.rewards.learning.lora_classifier import quiet
-from mbrl_text_env.runs import identity
+from mbrl_text_env.runs import identity, prompt_digests
 from mbrl_text_env.types import Ledger, Prompt, Usage
 
 if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
+    from mbrl_text_env.rewards.learning.features import Features
 
 USAGE, FLAT = "usage/", "flat_share"
 """What each step adds to the trainer's log, which checkpoints keep."""
@@ -43,18 +45,13 @@ class PolicyGradientSettings(lora.AdapterSettings):
 
     Args:
         steps: Steps of the optimizer.
-        prompts_per_step: Prompts in a step, at most as many as there are.
-        num_generations: Responses to each of them, whose scores are compared; at least 2.
+        num_generations: Responses to each prompt of a step, whose scores are compared; at least 2.
         max_completion_length: Token limit of a response.
-        temperature: At which responses are drawn; by default as agents draw them.
         learning_rate: Its highest value; it falls linearly to 0.
         beta: Weight of the KL divergence from the policy at the start; 0 saves its computation.
-        batch_size: Responses in one forward pass; a divisor of `prompts_per_step *
-            num_generations`.
+        batch_size: Responses in one forward pass; a divisor of those of a step.
         save_steps: Steps between checkpoints.
-        flat_steps: So many first steps in which no group of responses has two different scores are
-            an error.
-        seed: Adapter, order of the prompts and responses follow from it.
+        flat_steps: So many first steps without two different scores in any group are an error.
     """
 
     steps: int = 60
@@ -89,13 +86,10 @@ class PolicyGradientSettings(lora.AdapterSettings):
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step of training.
+    """One step of training, from 1, and the mean score of its responses.
 
-    Args:
-        step: From 1.
-        reward: Mean score of its responses.
-        flat_share: Share of prompts whose responses all have one score, and teach nothing.
-        kl: Divergence (nats a token) from the policy at the start; None where beta is 0.
+    `flat_share` is the share of prompts whose responses all have one score, and teach nothing; `kl`
+    the divergence (nats a token) from the policy at the start, None where beta is 0.
     """
 
     step: int
@@ -114,10 +108,9 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradientReport(training.TrainingReport):
-    """What training did and took; see `TrainingReport` for the rest.
+    """What training did and took; see `TrainingReport` for the rest. The curve is by step.
 
-    The `seconds` of its usage are those of all steps, updates included. Steps that were lost to a
-    kill and done again count once. The curve has one entry a step.
+    The `seconds` of its usage are those of all steps, updates included, each counted once.
     """
 
     reward_name: str
@@ -171,16 +164,12 @@ def train_grpo(
     Source: Shao et al., "DeepSeekMath", 2024, by TRL's `GRPOTrainer`. Deviations, which are TRL's
     defaults: token losses are averaged over the batch (DAPO, Yu et al., 2025) instead of over each
     response; one update a sample, so that nothing is clipped; no KL penalty unless `beta` asks for
-    it. Responses are sampled by the language model as it serves: with int8 or bfloat16 products
-    they come from a distribution a little beside the float32 one that is trained.
-
-    Stops, checkpoints and the folder are as in `fine_tune`; on a CPU a call that goes on ends as if
-    it had not been stopped.
+    it. Stops, checkpoints and the folder are as in `fine_tune`.
 
     Args:
-        language_model: The base. It samples all responses, in its own number format; int8 is the
-            fastest on a CPU.
-        reward_model: A reward model, or anything that `as_reward_model` accepts.
+        language_model: The base. It samples all responses, in its own number format, with int8 or
+            bfloat16 products a little beside the float32 distribution that is trained.
+        reward_model: Whatever `as_reward_model` takes.
         prompts: With different ids, at least `settings.prompts_per_step`.
         folder: Where the adapter is written, with `ledger.json` and `curve.json`;
             `mbrl_text_env.agents.learning.serve` takes it.
@@ -188,9 +177,8 @@ def train_grpo(
         on_step: Called after each step, for progress.
 
     Raises:
-        TuningError: There are too few prompts, two have one id, the reward does not apply to one,
-            it gives all responses of the first steps to a prompt the same score (there is nothing
-            to learn), the checkpoints are of another run, or there is no space left.
+        TuningError: Prompts are missing, doubled or not for this reward, all responses to a prompt
+            have one score in the first steps, or see `fine_tune`.
         RewardError: The reward failed, or `trl` or `peft` is not installed.
         KeyboardInterrupt: It was stopped; a checkpoint is saved and the same call goes on.
 
@@ -214,9 +202,8 @@ def train_rloo(
 ) -> PolicyGradientReport:
     """Train a LoRA adapter with REINFORCE Leave-One-Out; arguments and errors: `train_grpo`.
 
-    As there, but a response is judged against the mean score of the others in its group, in units
-    of the reward, and its probability counts as a whole. `beta` weighs the KL divergence of a whole
-    response, which is taken off its score.
+    A response is judged against the mean score of the others in its group, in units of the reward,
+    and its probability counts as a whole. `beta` weighs the KL divergence of a whole response.
 
     Source: Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization for Learning
     from Human Feedback in LLMs", 2024, by TRL's `RLOOTrainer`. Deviation: TRL clips the ratio of
@@ -227,10 +214,9 @@ def train_rloo(
 
 
 class Experience:
-    """Samples and scores the responses of each step.
+    """Samples and scores the responses of each step: what TRL's trainers call.
 
-    To TRL a prompt is its id, so that neither its metadata nor its tokens change on their way
-    through a data set. Its trainers call `sample` and, as a reward function, the object itself.
+    To TRL a prompt is its id, so that neither its metadata nor its tokens change on their way.
     """
 
     def __init__(
@@ -262,25 +248,25 @@ class Experience:
             "algorithm": self.algorithm,
             "dtype": str(lm.dtype),
             "reward": identity(self.reward_model),
-            "prompts": training.prompts_digest(list(self.prompts.values())),
+            "prompts": [*prompt_digests([*self.prompts.values()]).items()],
         }
-        recipe = functools.partial(_recipe, self, on_step)
+        make = functools.partial(_trainer, self, on_step)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-            trainer = lora.train_adapter(lm, folder, settings, start_from, described, recipe)
+            trainer = lora.train_adapter(lm, folder, settings, start_from, described, make)
         names = {"reward_name": self.__name__, "language_model": lm.name}
+        names["algorithm"] = self.algorithm
         report: PolicyGradientReport = PolicyGradientReport.from_log(
-            trainer.state.log_history, algorithm=self.algorithm, **names
+            trainer.state.log_history, **names
         )
         notes = {LEDGER: report.ledger(), CURVE: [asdict(step) for step in report.curve]}
         lora.write(folder, trainer.model, lm, notes)
         return report
 
     def rows(self) -> list[str]:
-        """Ids of the prompts of all steps, in their order: each pass in another random order.
+        """Ids of the prompts of all steps, each pass in another random order.
 
-        A trainer that goes on from a checkpoint skips what is done, and TRL's own sampler has the
-        order of the first run for the first pass alone.
+        TRL's own sampler would not have the same order after a checkpoint.
         """
         rng = np.random.default_rng(self.settings.seed)
         ids: list[str] = []
@@ -292,11 +278,7 @@ class Experience:
         return ids[:wanted]
 
     def sample(self, ids: Sequence[str], trainer: Any) -> dict[str, Any]:
-        """Draw the responses of a step with the policy as it is now.
-
-        `ids` are the prompts of the step, each `num_generations` times in a row. The trainer
-        computes the log-probabilities itself, at the temperature.
-        """
+        """Draw a step's responses with the policy as it is; each id is there for each of them."""
         settings, count = self.settings, self.settings.num_generations
         self._ledger = Ledger()
         # As it would be served.
@@ -365,7 +347,12 @@ class Experience:
         return float(flat.mean())
 
 
-def _recipe(experience: Experience, on_step: Callable[[StepReport], None] | None) -> lora.Recipe:
+def _trainer(
+    experience: Experience,
+    on_step: Callable[[StepReport], None] | None,
+    common: Mapping[str, Any],
+    **parts: Any,
+) -> Any:
     import trl
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -390,23 +377,105 @@ def _recipe(experience: Experience, on_step: Callable[[StepReport], None] | None
             return self._sampled["completion_ids"]
 
     settings = experience.settings
-    kinds: dict[str, tuple[Any, Any]] = {
+    made: dict[str, tuple[Any, Any]] = {
         "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
         "rloo": (SampledRLOOTrainer, trl.RLOOConfig),
     }
+    trainer, config = made[experience.algorithm]
     same = ("save_steps", "num_generations", "max_completion_length", "temperature", "beta")
-    arguments = {
+    arguments = config(
+        **common,
         **{name: getattr(settings, name) for name in same},
-        "max_steps": settings.steps,
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.responses_per_step // settings.batch_size,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.responses_per_step // settings.batch_size,
         # The rows are in their order.
-        "shuffle_dataset": False,
-    }
-    options = {
-        "reward_funcs": experience,
-        "train_dataset": Dataset.from_dict({"prompt": experience.rows()}),
-        "callbacks": [ReportSteps()],
-        "rollout_func": experience.sample,
-    }
-    return lora.Recipe(*kinds[experience.algorithm], arguments, options)
+        shuffle_dataset=False,
+    )
+    return trainer(
+        args=arguments,
+        reward_funcs=experience,
+        train_dataset=Dataset.from_dict({"prompt": experience.rows()}),
+        callbacks=[ReportSteps()],
+        rollout_func=experience.sample,
+        **parts,
+    )
+
+
+@dataclass(frozen=True)
+class DynaSettings(PolicyGradientSettings):
+    """How a policy is trained with few reward calls; for other fields see `PolicyGradientSettings`.
+
+    Args:
+        max_calls: Of the reward, in all.
+        first_calls: Responses that are all scored by the reward, before there is a head.
+        calls_per_step: Of the reward, once there is a head.
+        audited: Of these, so many are of responses drawn at random, which measures the head; the
+            others are of those it is least sure of.
+        members: Heads of the ensemble.
+    """
+
+    max_calls: int = 240
+    first_calls: int = 32
+    calls_per_step: int = 3
+    audited: int = 1
+    members: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limits = {"audited": 0, "calls_per_step": self.audited, "first_calls": 2, "members": 2}
+        for name, least in {**limits, "max_calls": self.first_calls}.items():
+            expect(self, name, getattr(self, name) >= least, f"{least} or more")
+
+
+def train_dyna(
+    language_model: TransformersLM,
+    reward_model: Any,
+    prompts: Sequence[Prompt],
+    folder: str | Path,
+    settings: DynaSettings = DynaSettings(),
+    *,
+    start_from: str | Path | None = None,
+    labels: str | Path | None = None,
+    features: Features | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> PolicyGradientReport:
+    """Train a LoRA adapter with GRPO on a `SurrogateReward`; see `train_grpo` for the rest.
+
+    The reward is asked for a few responses of each step, and a head that is fitted on its scores
+    says the others'. Labels are kept: what the head said before it saw them tells whether the
+    policy has learned to please it alone. The curve of the report is of these scores, most of them
+    the head's; its usage counts the calls of the reward alone.
+
+    Source: Sutton, "Dyna, an Integrated Architecture for Learning, Planning, and Reacting", 1991.
+    Deviation: what is learned is the reward; responses are the policy's own, for to sample them is
+    cheap beside the update.
+
+    Args:
+        labels: Folder of the labels; `<folder>-labels` by default. With that of an earlier training
+            on the same reward, its labels and calls count.
+        features: See `SurrogateReward`; None for `TokenFeatures` of the language model.
+
+    Example:
+        >>> report = train_dyna(embedded(), make("sentiment"), prompts, "kind")  # doctest: +SKIP
+        >>> report.usage.reward_calls  # doctest: +SKIP
+        240
+    """
+    from mbrl_text_env.rewards.learning.features import TokenFeatures
+    from mbrl_text_env.rewards.learning.surrogate import SurrogateReward
+
+    names = ("max_calls", "first_calls", "audited", "members")
+    reward = SurrogateReward(
+        reward_model,
+        labels_of(Path(folder)) if labels is None else labels,
+        features=TokenFeatures(language_model) if features is None else features,
+        calls_per_batch=settings.calls_per_step,
+        **{name: getattr(settings, name) for name in names},
+    )
+    given = (language_model, reward, prompts, folder, settings)
+    return train_grpo(*given, start_from=start_from, on_step=on_step)
+
+
+def labels_of(folder: Path) -> Path:
+    """Where the labels of a training lie: beside its policy."""
+    return folder.with_name(f"{folder.name}-labels")

@@ -11,8 +11,12 @@ import numpy as np
 
 from mbrl_text_env.agents.learning import serve
 from mbrl_text_env.agents.learning.reports import distinct_share
-from mbrl_text_env.agents.model_free.dyna import DynaSettings, train_dyna
-from mbrl_text_env.agents.model_free.trl import PolicyGradientSettings, train_grpo
+from mbrl_text_env.agents.model_free.trl import (
+    DynaSettings,
+    PolicyGradientSettings,
+    train_dyna,
+    train_grpo,
+)
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models import TransformersLM

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbrl_text_env.agents import BestOfN, Lookahead, RandomAgent, Sampling
-from mbrl_text_env.agents.base import Completion, best
+from mbrl_text_env.agents.base import Completion
 from mbrl_text_env.agents.registry import available, make
 from mbrl_text_env.agents.search import affordable
 from mbrl_text_env.env import TextGenerationEnv
@@ -101,8 +101,6 @@ def test_agents_without_a_reward_model_cannot_score():
     agent = Sampling(LM)
     with pytest.raises(ValueError, match="reward model"):
         now(agent.scored([Completion(initial(PROMPTS[0], LM))], Ledger()))
-    with pytest.raises(ValueError, match="scored"):
-        best([Completion(initial(PROMPTS[0], LM))])
     with pytest.raises(ValueError, match="at least one prompt"):
         agent.generate([])
     for wrong in ({"max_response_tokens": 0}, {"chunk_tokens": 0}):

@@ -25,12 +25,10 @@ SIZES = {"max_response_tokens": 6, "chunk_tokens": 1, "params": PLAIN}
 VARIANTS = {
     "puct": {},
     "puct, rollouts": {"leaf_value": "rollout"},
-    "puct, both": {"leaf_value": "both", "rollout_weight": 0.3},
     "puct, max": {"leaf_value": "rollout", "backup": "max"},
     "puct, batches": {"batch_size": 8, "widening": 1.0},
     "gumbel": {"root_policy": "gumbel"},
     "gumbel, rollouts": {"root_policy": "gumbel", "leaf_value": "rollout", "batch_size": 5},
-    "gumbel, both": {"root_policy": "gumbel", "leaf_value": "both"},
     "kept trees": {"reuse_tree": True},
 }
 every_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -142,7 +140,7 @@ class TestVisits:
             (16, 32, [4] * 4 + [2] * 4 + [1] * 8),
         ],
     )
-    @pytest.mark.parametrize("leaf_value", ["value", "rollout", "both"])
+    @pytest.mark.parametrize("leaf_value", ["value", "rollout"])
     def test_gumbel_visits_by_the_schedule(
         self, considered, simulations, visits, batch_size, leaf_value
     ):
@@ -217,7 +215,7 @@ def check_consistent(tree, is_valued, is_rolled_out, weight=0.5):
 class TestTrees:
     @pytest.mark.parametrize("batch_size", [1, 3, 8])
     @pytest.mark.parametrize("root_policy", ["puct", "gumbel"])
-    @pytest.mark.parametrize("leaf_value", ["value", "rollout", "both"])
+    @pytest.mark.parametrize("leaf_value", ["value", "rollout"])
     @pytest.mark.parametrize("stop", [0.0, 0.2])
     def test_simulations_under_way_leave_no_trace(self, batch_size, root_policy, leaf_value, stop):
         lm = NGramLM("abcd", seed=2, stop_probability=stop)
@@ -301,18 +299,6 @@ class TestTrees:
                     for _ in range(end.visits)
                 ]
                 assert node.mean == pytest.approx(reduce(scores))
-
-    def test_both_mixes_the_value_and_one_rollout(self):
-        lm = NGramLM("abcd", seed=2, stop_probability=0.0)
-        value = FixedValue(lambda text: 10.0 + len(text), lm)
-        planner = MCTS(lm, CountReward(), value, leaf_value="both", rollout_weight=0.25, **SIZES)
-        search = searched(planner, lm, value)
-        now(Simulator(planner, search).run(search.tree.root, 1))
-        [leaf] = search.tree.root.children
-        [end] = search.tree.complete()
-        assert leaf.total == pytest.approx(0.75 * 11.0 + 0.25 * end.score)
-        [second] = leaf.children
-        assert (second.total, second.visits, second.value) == (end.score, 1, None)
 
 
 class TestSolvableWorlds:
@@ -542,12 +528,12 @@ class TestAgents:
         ("wrong", "message"),
         [
             ({"root_policy": "ucb"}, "root_policy: expected one of .*puct.*gumbel.*, got 'ucb'"),
-            ({"leaf_value": "none"}, "leaf_value: expected one of .*value.*rollout.*both"),
+            ({"leaf_value": "none"}, "leaf_value: expected one of .*value.*rollout"),
             ({"backup": "min"}, "backup: expected one of .*mean.*max"),
             ({"num_simulations": 0}, "num_simulations: expected at least 1, got 0"),
             ({"batch_size": 0}, "batch_size"),
             ({"max_considered": 0}, "max_considered"),
-            ({"rollout_weight": 1.5}, "rollout_weight: expected a number from 0 to 1, got 1.5"),
+            ({"widening_power": 1.5}, "widening_power: expected a number from 0 to 1, got 1.5"),
             ({"widening_power": -0.1}, "widening_power"),
             ({"widening": float("nan")}, "widening: expected a number above 0"),
             ({"c_puct": 0.0}, "c_puct: expected a number above 0, got 0.0"),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbrl_text_env.agents.mcts_policies import (
+from mbrl_text_env.agents.mcts import (
     Children,
     completed_values,
     considered_visits,

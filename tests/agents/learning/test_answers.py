@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mbrl_text_env.agents import BestOfN
 from mbrl_text_env.agents.collection import collect
 from mbrl_text_env.agents.learning import answer_hint, collect_answers
-from mbrl_text_env.agents.learning.answers import _share
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.language_models.base import spawn_seed
 from mbrl_text_env.records import RecordWriter, read_records
 from mbrl_text_env.rewards.base import RewardError
-from mbrl_text_env.types import Ledger, Usage
+from mbrl_text_env.types import Ledger
 from tests.agents.learning.worlds import BASE, TOKENS, TRAIN, AnswerReward, CopyLM
 from tests.toys import CountReward
 
@@ -82,15 +79,6 @@ def test_planned_answers_are_those_of_generate(tmp_path):
             assert record.response_ids == row.completion.state.response_ids
             assert record.score == row.completion.score
             assert record.agent == "best-of-n"
-
-
-@given(st.integers(0, 1000), st.floats(0, 1e6), st.integers(1, 9))
-def test_shares_add_up(count, flops, parts):
-    usage = Usage(generated_tokens=count, lm_flops=flops)
-    shares = [_share(usage, parts, k) for k in range(parts)]
-    assert sum(s.generated_tokens for s in shares) == count
-    assert sum(s.lm_flops for s in shares) == pytest.approx(flops)
-    assert {type(s.generated_tokens) for s in shares} == {int}
 
 
 class TestHints:

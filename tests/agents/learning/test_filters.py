@@ -5,19 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mbrl_text_env.agents.learning import (
-    FilterError,
-    FilterSettings,
-    at_least,
-    best_of_prompt,
-    correct_only,
-    select,
-    top_fraction,
-    without_duplicates,
-)
+from mbrl_text_env.agents.learning import FilterError, FilterSettings, select
 from mbrl_text_env.agents.learning.answers import scores_described
 from tests.agents.values.worlds import written
 
@@ -34,50 +25,49 @@ def scores(records):
     return [record.score for record in records]
 
 
-def test_threshold_includes_itself():
-    assert scores(at_least(ROWS, 0.6)) == [1.0, 0.6, 0.6]
-
-
-def test_correct_only():
-    assert scores(correct_only(ROWS)) == [1.0]
+def kept(rows, **settings):
+    return select(rows, FilterSettings(**{"distinct": False, **settings}))
 
 
 @pytest.mark.parametrize(
-    ("fraction", "expected"),
-    # 0.4 of 5 is 2 and of the two with 0.6 the first is taken; 0.5 of 5 is rounded up to 3.
-    [(0.2, [1.0]), (0.4, [1.0, 0.6]), (0.5, [1.0, 0.6, 0.6]), (1.0, [0.2, 1.0, 0.6, 0.6, 0.1])],
+    ("settings", "expected"),
+    [
+        ({"threshold": 0.6}, [1.0, 0.6, 0.6]),
+        # 0.4 of 5 is 2 and of the two with 0.6 the first is taken; 0.5 of 5 is rounded up to 3.
+        ({"top_fraction": 0.4}, [1.0, 0.6]),
+        ({"top_fraction": 0.5}, [1.0, 0.6, 0.6]),
+        ({"top_fraction": 1.0}, [0.2, 1.0, 0.6, 0.6, 0.1]),
+        ({"best_of_prompt": 1}, [1.0, 0.6]),
+        ({"best_of_prompt": 2}, [1.0, 0.6, 0.6, 0.1]),
+        ({"best_of_prompt": 9}, [0.2, 1.0, 0.6, 0.6, 0.1]),
+    ],
 )
-def test_top_fraction(fraction, expected):
-    assert scores(top_fraction(ROWS, fraction)) == expected
-    assert top_fraction(ROWS, 0.4)[1] is ROWS[2]
+def test_one_filter(settings, expected):
+    assert scores(kept(ROWS, **settings)) == expected
+
+
+def test_of_equal_scores_the_first_is_taken():
+    assert kept(ROWS, top_fraction=0.4)[1] is ROWS[2]
 
 
 def test_a_fraction_is_not_rounded_up_by_floating_point():
     rows = [written("ab", "abcde"[i % 5], float(i)) for i in range(30)]
-    assert len(top_fraction(rows, 0.1)) == 3
-
-
-@pytest.mark.parametrize(
-    ("n", "expected"), [(1, [1.0, 0.6]), (2, [1.0, 0.6, 0.6, 0.1]), (9, scores(ROWS))]
-)
-def test_best_of_each_prompt(n, expected):
-    assert scores(best_of_prompt(ROWS, n)) == expected
+    assert len(kept(rows, top_fraction=0.1)) == 3
 
 
 def test_duplicates_are_those_of_one_prompt():
     again = replace(ROWS[1], seed=7)
-    assert without_duplicates([*ROWS, again]) == ROWS
+    assert select([*ROWS, again], FilterSettings()) == ROWS
     # Response "a" is there twice, to two prompts.
     assert ROWS[0].response == ROWS[3].response
 
 
 def test_a_chain():
     rows = [*ROWS, replace(ROWS[1], seed=7)]
-    kept = select(rows, FilterSettings(threshold=0.1, top_fraction=0.6, best_of_prompt=1))
+    found = select(rows, FilterSettings(threshold=0.1, top_fraction=0.6, best_of_prompt=1))
     # Without the duplicate five pass the threshold, three of these are the best, one a prompt.
-    assert kept == [ROWS[1], ROWS[3]]
-    kept = select(rows, FilterSettings(distinct=False, best_of_prompt=2))
-    assert [record.seed for record in kept] == [0, 0, 0, 7]
+    assert found == [ROWS[1], ROWS[3]]
+    assert [record.seed for record in kept(rows, best_of_prompt=2)] == [0, 0, 0, 7]
 
 
 @given(
@@ -87,14 +77,16 @@ def test_a_chain():
 )
 def test_what_is_kept_scores_no_less_than_what_is_dropped(rows, fraction, n):
     records = [written(prompt, "abc", score) for prompt, score in rows]
-    kept = top_fraction(records, fraction)
-    assert len(kept) == pytest.approx(fraction * len(records), abs=1)
-    dropped = [r.score for r in records if not any(r is other for other in kept)]
-    assert min(scores(kept)) >= max(dropped, default=0)
-    best = best_of_prompt(records, n)
+    assume(fraction * len(records) > 1)
+    found = kept(records, top_fraction=fraction)
+    assert len(found) == pytest.approx(fraction * len(records), abs=1)
+    dropped = [r.score for r in records if not any(r is other for other in found)]
+    assert min(scores(found)) >= max(dropped, default=0)
+    best = kept(records, best_of_prompt=n + 1)
     for prompt in "ab":
         own = sorted((r.score for r in records if r.prompt_id == prompt), reverse=True)
-        assert sorted((r.score for r in best if r.prompt_id == prompt), reverse=True) == own[:n]
+        found = sorted((r.score for r in best if r.prompt_id == prompt), reverse=True)
+        assert found == own[: n + 1]
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ class AnswerReward:
 
 
 def make_value(lm, reward):
-    return StackedValue(lm, reward, lengths=(1, 2, 3))
+    return StackedValue(lm, reward, max_response_tokens=TOKENS)
 
 
 def make_loop(folder: Path, settings: LoopSettings, **options: Any) -> ExpertIteration:
@@ -139,8 +139,6 @@ def make_loop(folder: Path, settings: LoopSettings, **options: Any) -> ExpertIte
     lm = options.pop("language_model", BASE)
     reward = options.pop("reward_model", CountReward())
     options.setdefault("improver", TabularImprover())
-    if settings.value is not None:
-        options.setdefault("value_factory", make_value)
     train, validation = options.pop("train", TRAIN), options.pop("validation", VALIDATION)
     return ExpertIteration(lm, reward, train, validation, folder, settings, **options)
 
