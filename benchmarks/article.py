@@ -24,9 +24,9 @@ from mbrl_text_env.benchmarks import compare, options, report
 from mbrl_text_env.benchmarks.demo import collect_with_progress, fitted_on
 from mbrl_text_env.benchmarks.devices import needs, put_on, usable_device
 from mbrl_text_env.benchmarks.options import ArticleConfig, RewardOptions
-from mbrl_text_env.benchmarks.page import Page, provenance, write_page
+from mbrl_text_env.benchmarks.page import Page, provenance, read_json, reading, write_page
 from mbrl_text_env.benchmarks.statistics import mean_interval, prompt_means
-from mbrl_text_env.benchmarks.terminal import COMMAND, numbers, progress_bar
+from mbrl_text_env.benchmarks.terminal import COMMAND, numbers, progress_bar, table_of
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.loading import number_format
 from mbrl_text_env.language_models.registry import embedded_encoder
@@ -120,21 +120,25 @@ def _run_loop(loop: ExpertIteration, console: Console) -> None:
 
 def recorded_page(out: Path) -> Page:
     """The page of a pipeline that has ended, from its files; damage is a `CompareError`."""
-    with compare.reading(out):
-        about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
+    with reading(out):
+        about = read_json(out / ABOUT)
         folders = [out / SEEN_FOLDER, out / UNSEEN_FOLDER]
-        paths = [each / compare.SUMMARY for each in folders]
-        seen, unseen = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+        seen, unseen = (read_json(each / compare.SUMMARY) for each in folders)
         rows = [row for each in folders for row in compare.read_rows(each / compare.RESULTS)]
         settings = about.pop("settings")
         page = report.comparison_page(seen, rows, about)
         quality, cost = report.tables(seen)
         quality.title = f"Seen in the fit: {quality.title}"
-        caption = "One prompt has no interval."
-        apart = Table("agent", *numbers("reward", "tokens"), title="Not seen", caption=caption)
-        for entry in unseen["agents"]:
-            tokens = f"{entry['generated_tokens']:.0f}"
-            apart.add_row(entry["agent"], f"{entry['mean']:.3f}", tokens)
+        apart = table_of(
+            (
+                (entry["agent"], f"{entry['mean']:.3f}", f"{entry['generated_tokens']:.0f}")
+                for entry in unseen["agents"]
+            ),
+            "agent",
+            *numbers("reward", "tokens"),
+            title="Not seen",
+            caption="One prompt has no interval.",
+        )
         return replace(
             page,
             title=f"The article on {seen['language_model']}: {seen['reward']}",
@@ -155,7 +159,7 @@ def _changed(out: Path) -> Table:
         "within a prompt on the unseen one.",
     )
     for folder in sorted((out / LOOP).glob("[0-9][0-9]")):
-        found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "scores.json")
         number, learned = found["iteration"], found["improvement"]
         records = read_records(folder / "value" / RECORDS if number else out / RECORDS)
         means = prompt_means(scores_of(records), [record.prompt_id for record in records])

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mbrl_text_env.agents.base import Generation
 from mbrl_text_env.benchmarks import options
-from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.machines import RayOptions, merge_command
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
 from mbrl_text_env.benchmarks.serve import serve_command
@@ -60,7 +60,7 @@ app.command("merge")(merge_command)
 @friendly
 def demo(
     *,
-    out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo-results"),
+    out: Path = option(Path("demo-results"), "Folder for what it makes."),
     config: options.DemoConfig,
 ) -> None:
     """Collect, fit the article's value predictor, and compare four agents for two rewards."""
@@ -73,9 +73,7 @@ def demo(
 @friendly
 def article_command(
     *,
-    out: Annotated[
-        Path, typer.Option(help="Folder for what it makes; goes on if it exists.")
-    ] = Path("article"),
+    out: Path = option(Path("article"), "Folder for what it makes; goes on if it exists."),
     config: options.ArticleConfig,
     judge: options.RewardOptions = _ARTICLE,
 ) -> None:
@@ -91,22 +89,17 @@ def compare_command(
     *,
     config: options.CompareConfig = _COMPARE,
     judge: options.RewardOptions,
-    num_prompts: options.CountOption = 16,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the comparison; resumed if it exists.")
-    ] = Path("comparison"),
+    num_prompts: int = option(16, options.COUNT),
+    out: Path = option(Path("comparison"), "Folder of the comparison; resumed if it exists."),
     model: options.ModelOptions,
     prompts: options.PromptOptions,
-    gold: Annotated[
-        str | None,
-        typer.Option(help="A trusted reward that no agent sees; it scores the answers too."),
-    ] = None,
-    reward_price: options.PriceOption = None,
-    no_budget: Annotated[
-        bool, typer.Option("--no-budget", help="No budget where none is given.")
-    ] = False,
-    value: options.ValueOption = "prefix",
-    policy: options.PolicyOption = None,
+    gold: str | None = option(
+        None, "A trusted reward that no agent sees; it scores the answers too."
+    ),
+    reward_price: str | None = option(None, options.PRICE),
+    no_budget: bool = option(False, "No budget where none is given.", "--no-budget"),
+    value: str = option("prefix", options.VALUE),
+    policy: list[str] | None = option(None, options.POLICY),
     machines: RayOptions,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
@@ -114,8 +107,7 @@ def compare_command(
     from mbrl_text_env.benchmarks.report import table
 
     judge = judge.of(prompts.prompts)
-    is_free = no_budget or reward_price is not None
-    if not is_free and not any(budget.is_capped for budget in config.budgets.values()):
+    if not (no_budget or reward_price is not None or config.budget.is_capped):
         config = replace(config, budget_tokens=options.DEFAULT_TOKENS)
     if reward_price is not None and config.budget_flops is None and config.budget_tokens:
         raise typer.BadParameter(
@@ -155,13 +147,13 @@ def compare_command(
 @friendly
 def collect_command(
     *,
-    out: Annotated[Path, typer.Option(help="Records folder; resumed if it exists.")],
+    out: Path = option(..., "Records folder; resumed if it exists."),
     judge: options.RewardOptions,
-    num_prompts: options.CountOption = 48,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 4,
-    max_response_tokens: options.TokensOption = 96,
-    seed: options.SeedOption = 0,
-    batch_prompts: Annotated[int, typer.Option(min=1, help="Prompts sampled together.")] = 16,
+    num_prompts: int = option(48, options.COUNT),
+    samples: int = option(4, "Responses to each prompt.", min=1),
+    max_response_tokens: int = option(96, options.TOKENS),
+    seed: int = option(0, options.SEED),
+    batch_prompts: int = option(16, "Prompts sampled together.", min=1),
     model: options.ModelOptions,
     prompts: options.PromptOptions = _TRAIN,
     machines: RayOptions,
@@ -207,13 +199,11 @@ def report_command(
     folder: Annotated[
         Path, typer.Argument(help="What a command that writes a report has had as its --out.")
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The HTML file, by default where the run has written it; a file that ends in .md "
-            "gets the answers side by side."
-        ),
-    ] = None,
+    out: Path | None = option(
+        None,
+        "The HTML file, by default where the run has written it; a file that ends in .md "
+        "gets the answers side by side.",
+    ),
 ) -> None:
     """Make the HTML report of a run again, from what is in its folder."""
     from mbrl_text_env.benchmarks.reports import write_report
@@ -227,25 +217,20 @@ def report_command(
 @friendly
 def fit_command(
     *,
-    records: Annotated[Path, typer.Option(help="Records folder, as written by `collect`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the value model.")],
-    kind: Annotated[
-        str,
-        typer.Option(
-            help="'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
-            "'ensemble', 'hidden-state', 'world-model' or 'token-embedding' (little to compute)."
-        ),
-    ] = "stacked",
+    records: Path = option(..., "Records folder, as written by `collect`."),
+    out: Path = option(..., "Folder for the value model."),
+    kind: str = option(
+        "stacked",
+        "'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
+        "'ensemble', 'hidden-state', 'world-model' or 'token-embedding' (little to compute).",
+    ),
     model: options.ModelOptions,
-    max_response_tokens: options.TokensOption = 96,
-    seed: options.SeedOption = 0,
-    reward: Annotated[
-        str | None,
-        typer.Option(
-            help="The reward that scored the records; by default found by the name in them."
-        ),
-    ] = None,
-    reward_timeout: options.TimeoutOption = 600.0,
+    max_response_tokens: int = option(96, options.TOKENS),
+    seed: int = option(0, options.SEED),
+    reward: str | None = option(
+        None, "The reward that scored the records; by default found by the name in them."
+    ),
+    reward_timeout: float = option(600.0, options.TIMEOUT),
 ) -> None:
     """Fit a value model on scored records, for the reward that scored them."""
     from mbrl_text_env.agents.values import (
@@ -287,12 +272,10 @@ def fit_command(
 @app.command("prompts")
 @friendly
 def prompts_command(
-    source: Annotated[
-        str, typer.Option("--prompts", "--source", help=options.PROMPTS_HELP)
-    ] = "builtin",
-    split: Annotated[str, typer.Option(help="train, validation, test, or all.")] = "all",
-    kind: Annotated[str | None, typer.Option(help="Only prompts of this kind.")] = None,
-    limit: options.CountOption = 20,
+    source: str = option("builtin", options.PROMPTS_HELP, "--prompts", "--source"),
+    split: str = option("all", "train, validation, test, or all."),
+    kind: str | None = option(None, "Only prompts of this kind."),
+    limit: int = option(20, options.COUNT),
 ) -> None:
     """List prompts."""
     found = options.load_prompts_option(source, split, kind)
@@ -352,10 +335,8 @@ def doctor_command() -> None:
 @friendly
 def models_command(
     *,
-    remove: Annotated[
-        str | None, typer.Option(help="Take this model out of the cache, after a question.")
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without the question.")] = False,
+    remove: str | None = option(None, "Take this model out of the cache, after a question."),
+    yes: bool = option(False, "Remove without the question.", "--yes"),
 ) -> None:
     """List the models in the Hugging Face cache with their sizes, or remove one."""
     from mbrl_text_env.benchmarks.doctor import models_kept, remove_model
@@ -382,25 +363,20 @@ def search_command(
     prompt: Annotated[
         str, typer.Argument(help="The prompt's text, or the id of one of --prompts.")
     ],
-    agent: Annotated[str, typer.Option(help="A planner with its options.")] = "adaptive",
+    agent: str = option("adaptive", "A planner with its options."),
     judge: options.RewardOptions,
-    value: options.ValueOption = "prefix",
-    budget_tokens: options.CountOption = 400,
-    max_response_tokens: options.TokensOption = 96,
-    seed: options.SeedOption = 0,
+    value: str = option("prefix", options.VALUE),
+    budget_tokens: int = option(400, options.COUNT),
+    max_response_tokens: int = option(96, options.TOKENS),
+    seed: int = option(0, options.SEED),
     model: options.ModelOptions,
     prompts: options.PromptOptions = _ANY_SPLIT,
-    children: Annotated[int, typer.Option(min=1, help="Children shown of a node.")] = 4,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the whole search there, as JSON.")
-    ] = None,
-    picture_file: Annotated[
-        Path | None, typer.Option("--picture", help="Draw the whole search there, as PNG.")
-    ] = None,
-    html_file: Annotated[
-        Path | None,
-        typer.Option("--html", help="Write the whole search there, as a page to step through."),
-    ] = None,
+    children: int = option(4, "Children shown of a node.", min=1),
+    json_file: Path | None = option(None, "Write the whole search there, as JSON.", "--json"),
+    picture_file: Path | None = option(None, "Draw the whole search there, as PNG.", "--picture"),
+    html_file: Path | None = option(
+        None, "Write the whole search there, as a page to step through.", "--html"
+    ),
 ) -> None:
     """Answer a prompt with a planner and show its search: chunks, values, what was chosen, why."""
     from mbrl_text_env.agents.registry import AgentSpecError, make
@@ -465,13 +441,10 @@ def _show_search(
 def audit_command(
     *,
     config: options.AuditConfig,
-    out: Annotated[Path, typer.Option(help="Folder of the audit; resumed if it exists.")] = Path(
-        "audit"
+    out: Path = option(Path("audit"), "Folder of the audit; resumed if it exists."),
+    pool: Path | None = option(
+        None, "Records folder to take the responses from; missing ones are added."
     ),
-    pool: Annotated[
-        Path | None,
-        typer.Option(help="Records folder to take the responses from; missing ones are added."),
-    ] = None,
     model: options.ModelOptions,
     prompts: options.PromptOptions,
 ) -> None:

@@ -62,22 +62,6 @@ class WinRate:
         """(wins + ties / 2) / all."""
         return (self.wins + 0.5 * self.ties) / (self.wins + self.ties + self.losses)
 
-    def decided(self, *, confidence: float = 0.95) -> Interval:
-        """Share of wins among the pairs that are not ties, with Wilson's score interval (1927).
-
-        Without such a pair nothing is known: 0 to 1.
-
-        Example:
-            >>> found = WinRate(wins=8, ties=5, losses=2).decided()
-            >>> found.estimate, round(found.low, 3), round(found.high, 3)
-            (0.8, 0.49, 0.943)
-        """
-        pairs = self.wins + self.losses
-        if pairs == 0:
-            return Interval(0.5, 0.0, 1.0)
-        found = stats.binomtest(self.wins, pairs).proportion_ci(confidence, method="wilson")
-        return Interval(self.wins / pairs, float(found.low), float(found.high))
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -92,24 +76,6 @@ class Pairs:
     def differences(self) -> FloatArray:
         """float64[K], values minus baseline."""
         return self.values - self.baseline
-
-
-@dataclass(frozen=True)
-class PermutationTest:
-    """Mean difference, its p-value, and whether all sign patterns were counted."""
-
-    mean: float
-    p_value: float
-    exact: bool
-
-
-@dataclass(frozen=True)
-class McNemarTest:
-    """Pairs of which one side alone passes, and the p-value of a split as uneven."""
-
-    wins: int
-    losses: int
-    p_value: float
 
 
 def checked(values: npt.ArrayLike, dimensions: int, name: str) -> FloatArray:
@@ -141,31 +107,28 @@ def pair_rows(
         >>> pair_rows(own, other).differences, pair_rows(own, other).unpaired
         (array([1.]), 1)
     """
-    own, other = (_by_key(list(side), value, keys) for side in (rows, baseline))
+    sides: list[dict[tuple[Hashable, ...], Any]] = []
+    for side in (list(rows), list(baseline)):
+        for row in side:
+            if missing := [name for name in (*keys, value) if name not in row]:
+                raise ValueError(f"A row lacks {missing}; it has {sorted(row)}.")
+        found = [tuple(row[name] for name in keys) for row in side]
+        if doubled := [key for key, count in Counter(found).items() if count > 1]:
+            raise ValueError(
+                f"Expected one row for each {', '.join(keys)}, got several for {doubled[0]}. Give "
+                "the rows of one agent at one budget."
+            )
+        values = zip(found, (row[value] for row in side), strict=True)
+        sides.append({key: each for key, each in values if each is not None})
+    own, other = sides
     both = [key for key in own if key in other]
     if not both:
         raise ValueError(
             f"Expected rows with the same {', '.join(keys)} on both sides, got none among "
             f"{len(own)} and {len(other)}. Run both on the same prompts and seeds."
         )
-    values, baselines = (checked([side[key] for key in both], 1, value) for side in (own, other))
-    return Pairs(tuple(both), values, baselines, len(own) + len(other) - 2 * len(both))
-
-
-def _by_key(
-    rows: list[Mapping[str, Any]], value: str, keys: Sequence[str]
-) -> dict[tuple[Hashable, ...], float]:
-    for row in rows:
-        if missing := [name for name in (*keys, value) if name not in row]:
-            raise ValueError(f"A row lacks {missing}; it has {sorted(row)}.")
-    found = [tuple(row[name] for name in keys) for row in rows]
-    doubled = [key for key, count in Counter(found).items() if count > 1]
-    if doubled:
-        raise ValueError(
-            f"Expected one row for each {', '.join(keys)}, got several for {doubled[0]} (and for "
-            f"{len(doubled) - 1} others). Give the rows of one agent at one budget."
-        )
-    return {key: row[value] for key, row in zip(found, rows, strict=True) if row[value] is not None}
+    mine, theirs = (checked([side[key] for key in both], 1, value) for side in sides)
+    return Pairs(tuple(both), mine, theirs, len(own) + len(other) - 2 * len(both))
 
 
 def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArray:
@@ -211,20 +174,6 @@ def mean_interval(
     return Interval(mean, float(found.low), float(found.high))
 
 
-def clustered_interval(
-    values: npt.ArrayLike, prompts: Sequence[Hashable], **options: Any
-) -> Interval:
-    """Mean over prompts, each with one or more rows, with its cluster bootstrap interval.
-
-    Prompts are resampled with all their rows. Each counts as much as any other, so this is the
-    `mean_interval` (which takes the `options`) of their means.
-
-    Source: Cameron, Gelbach and Miller, "Bootstrap-based improvements for inference with clustered
-    errors", 2008, section 2 (pairs cluster bootstrap).
-    """
-    return mean_interval(prompt_means(values, prompts), **options)
-
-
 def percentile_tail(units: int, confidence: float) -> float:
     """Share of resamples to cut off at each end for a percentile interval of a mean.
 
@@ -254,12 +203,10 @@ def simultaneous_intervals(
     standard error counts at least a quarter of the column's; else resamples without the one row
     that differs would make the interval as wide as they are free of spread.
     """
-    if np.ndim(values) != 2 or len(values) < 2 or not np.isfinite(values).all() or not values.size:
-        raise ValueError(
-            "Expected finite values in at least two rows and one column, got shape "
-            f"{np.shape(values)} with {int((~np.isfinite(values)).sum())} not finite."
-        )
+    values = checked(values, 2, "values")
     rows = len(values)
+    if rows < 2:
+        raise ValueError("values: expected at least two rows, got one.")
     means = values.mean(axis=0)
     centred = values - means
     errors = values.std(axis=0, ddof=1) / np.sqrt(rows)
@@ -297,8 +244,8 @@ def paired_permutation_test(
     alternative: Alternative = "two-sided",
     resamples: int = 9999,
     seed: int = 0,
-) -> PermutationTest:
-    """Test whether paired differences float64[P] are as often and as far above 0 as below.
+) -> float:
+    """P-value of paired differences float64[P] being as often and as far above 0 as below.
 
     Under the null hypothesis each difference may as well have the other sign. All sign patterns are
     counted where there are at most `resamples` of them, else as many random ones, with the pattern
@@ -310,29 +257,24 @@ def paired_permutation_test(
 
     Example:
         >>> paired_permutation_test([1.0, 2.0, 0.5, 0.0], alternative="greater")
-        PermutationTest(mean=0.875, p_value=0.125, exact=True)
+        0.125
     """
     given = checked(differences, 1, "differences")
     moving = given[given != 0]
     largest = float(np.abs(given).max()) or 1.0
     # SciPy wants two observations.
     flipped = np.append(moving, np.zeros(max(0, 2 - len(moving)))) / largest
-
-    def statistic(values: FloatArray, axis: int) -> FloatArray:
-        # Sums that differ by rounding alone are equal.
-        return np.asarray(np.round(values.sum(axis=axis), 9))
-
     found = stats.permutation_test(
         (flipped,),
-        statistic,
+        # Sums that differ by rounding alone are equal.
+        lambda values, axis: np.round(values.sum(axis=axis), 9),
         permutation_type="samples",
         vectorized=True,
         n_resamples=resamples,
         alternative=alternative,
         rng=np.random.default_rng(seed),
     )
-    exact = 2 ** len(flipped) <= resamples
-    return PermutationTest(float(given.mean()), float(found.pvalue), exact)
+    return float(found.pvalue)
 
 
 def exchange_test(
@@ -377,32 +319,6 @@ def exchange_test(
     return min(1.0, 2 * min(tails))
 
 
-def mcnemar_test(
-    passed: npt.ArrayLike, baseline: npt.ArrayLike, *, alternative: Alternative = "two-sided"
-) -> McNemarTest:
-    """Exact McNemar test of passes and fails of the same prompts, bool[P] each.
-
-    Pairs in which both pass or both fail say nothing. `"greater"`: passes more often than the
-    baseline.
-
-    Source: McNemar, "Note on the sampling error of the difference between correlated proportions or
-    percentages", Psychometrika 1947, with the exact binomial in place of chi-squared.
-    """
-    own, other = np.asarray(passed), np.asarray(baseline)
-    if own.shape != other.shape or own.ndim != 1 or not len(own):
-        raise ValueError(f"Expected pairs, got shapes {own.shape} and {other.shape}.")
-    if own.dtype != np.bool_ or other.dtype != np.bool_:
-        raise ValueError(
-            f"Expected passes as truth values, got {own.dtype} and {other.dtype}. Compare scores "
-            "with the threshold of a pass first."
-        )
-    wins, losses = int((own & ~other).sum()), int((other & ~own).sum())
-    if wins + losses == 0:
-        return McNemarTest(0, 0, 1.0)
-    found = stats.binomtest(wins, wins + losses, alternative=alternative)
-    return McNemarTest(wins, losses, float(found.pvalue))
-
-
 def holm(p_values: npt.ArrayLike) -> FloatArray:
     """P-values float64[K] of a family of tests, adjusted by Holm's method; in the order given.
 
@@ -426,14 +342,9 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
 
 
 def smallest_detectable_effect(
-    prompts: int,
-    sd: float,
-    *,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    alternative: Alternative = "two-sided",
+    prompts: int, sd: float, *, alpha: float = 0.05, power: float = 0.8
 ) -> float:
-    """Mean difference that a paired comparison of so many prompts finds with the given power.
+    """Mean difference that a paired two-sided test of so many prompts finds with the given power.
 
     A smaller true difference is likely to be missed: say so where a comparison finds nothing. `sd`
     is the standard deviation of the differences.
@@ -451,24 +362,13 @@ def smallest_detectable_effect(
             f"1, got prompts={prompts}, sd={sd}, alpha={alpha}, power={power}."
         )
     freedom = prompts - 1
-    sides = 2 if alternative == "two-sided" else 1
-    critical = stats.t.isf(alpha / sides, freedom)
+    critical = stats.t.isf(alpha / 2, freedom)
 
     def shortfall(centre: float) -> float:
-        found = stats.nct.sf(critical, freedom, centre)
-        if sides == 2:
-            found += stats.nct.cdf(-critical, freedom, centre)
-        return float(power - found)
+        above = stats.nct.sf(critical, freedom, centre)
+        return float(power - above - stats.nct.cdf(-critical, freedom, centre))
 
     highest = 2.0 * critical
     while shortfall(highest) > 0:
         highest *= 2.0
     return float(optimize.brentq(shortfall, 0.0, highest)) * sd / math.sqrt(prompts)
-
-
-def detectable_effect(differences: npt.ArrayLike, **options: Any) -> float:
-    """`smallest_detectable_effect`, which takes the `options`, of paired differences float64[P]."""
-    given = checked(differences, 1, "differences")
-    if len(given) < 2:
-        raise ValueError("differences: expected two or more, got 1.")
-    return smallest_detectable_effect(len(given), float(given.std(ddof=1)), **options)

@@ -31,7 +31,7 @@ from rich.progress import (
 )
 from rich.segment import Segment
 from rich.style import Style
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -75,6 +75,14 @@ def panel(content: str, title: str, subtitle: str = "") -> Panel:
 def numbers(*headings: str) -> list[Column]:
     """Columns of a table for figures, aligned on the right."""
     return [Column(heading, justify="right") for heading in headings]
+
+
+def table_of(rows: Iterable[Iterable[str]], *columns: Column | str, **options: Any) -> Table:
+    """A table of Rich's with its rows."""
+    shown = Table(*columns, **options)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
 class _Told(Progress):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,9 @@ import numpy as np
 from rich.table import Table
 
 from mbrl_text_env.benchmarks.charts import Series, of_curves
-from mbrl_text_env.benchmarks.options import CompareError
-from mbrl_text_env.benchmarks.page import Page
+from mbrl_text_env.benchmarks.page import Page, read_json, reading
 from mbrl_text_env.benchmarks.statistics import mean_interval
-from mbrl_text_env.benchmarks.terminal import numbers
+from mbrl_text_env.benchmarks.terminal import numbers, table_of
 from mbrl_text_env.records import read_records, scores_of
 
 CHOICES, LOOP = ("ppo", "dqn"), "expert-iteration"
@@ -47,16 +45,9 @@ def recorded_page(folder: Path) -> Page:
     Raises:
         CompareError: A file is damaged or missing.
     """
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    with reading(folder):
         points, held_out = _curve(folder)
-        return _page(folder, about, points, held_out)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CompareError(
-            f"{folder}: expected the files of a training that has ended, got a damaged or missing "
-            f"one ({type(error).__name__}: {error}). The command that made them goes on and writes "
-            "them again."
-        ) from error
+        return _page(folder, read_json(folder / ABOUT), points, held_out)
 
 
 def _page(folder: Path, about: Mapping[str, Any], points: Points, held_out: HeldOut) -> Page:
@@ -66,18 +57,18 @@ def _page(folder: Path, about: Mapping[str, Any], points: Points, held_out: Held
     if held_out:
         measured = [mean_interval(scores) for scores in held_out.values()]
         series.append(Series("held-out prompts", list(held_out), measured))
-    shown = Table(
+    columns = [{x: f"{i:.3f}" for x, i in zip(s.xs, s.intervals, strict=True)} for s in series]
+    shown = table_of(
+        (
+            (f"{x:g}", *(column.get(x, "-") for column in columns))
+            for x in sorted({x for column in columns for x in column})
+        ),
         *numbers(label, *(one.name for one in series)),
         title=f"Mean {reward}",
         caption="Bootstrap intervals of 95%: of the episodes up to a step since the row before, "
         "and of the held-out prompts.",
     )
-    at = sorted({x for one in series for x in one.xs})
-    columns = [dict(zip(one.xs, one.intervals, strict=True)) for one in series]
-    for x in at:
-        figures = (column.get(x) for column in columns)
-        shown.add_row(f"{x:g}", *("-" if i is None else f"{i:.3f}" for i in figures))
-    names = ("command", "algorithm", "reward", "language_model", "settings")
+    names = ("algorithm", "reward", "language_model", "settings")
     has_policy = (folder / POLICY).is_dir()
     use = {"use the policy with": use_of(algorithm, folder)} if has_policy else {}
     return Page(
@@ -87,9 +78,8 @@ def _page(folder: Path, about: Mapping[str, Any], points: Points, held_out: Held
         [of_curves("Reward as training goes", label, f"mean {reward}", series)],
         [shown, *([_audit(folder)] if algorithm == "dyna" else []), *_cost(folder)],
         {"episodes": points, "held_out": [[x, list(scores)] for x, scores in held_out.items()]},
-        {**{name: about[name] for name in names[1:4]}, **use, **about["settings"]},
+        {**{name: about[name] for name in names[:3]}, **use, **about["settings"]},
         {name: value for name, value in about.items() if name not in names},
-        about["command"],
     )
 
 
@@ -119,12 +109,12 @@ def _cost(folder: Path) -> list[Table]:
     path = folder / POLICY / _LEDGER
     if not path.is_file():
         return []
-    ledger = json.loads(path.read_text(encoding="utf-8"))
-    shown = Table("training took", *numbers("amount"))
-    for name, amount in ledger.items():
-        if isinstance(amount, int | float) and amount:
-            shown.add_row(name.replace("_", " "), f"{amount:,.4g}")
-    return [shown]
+    rows = (
+        (name.replace("_", " "), f"{amount:,.4g}")
+        for name, amount in read_json(path).items()
+        if isinstance(amount, int | float) and amount
+    )
+    return [table_of(rows, "training took", *numbers("amount"))]
 
 
 def _audit(folder: Path) -> Table:
@@ -152,7 +142,7 @@ def _curve(folder: Path) -> tuple[Points, HeldOut]:
     """Rewards by step, and those of each held-out prompt by step."""
     if (folder / LOOP_FOLDER).is_dir():
         return [], _loop_curve(folder / LOOP_FOLDER)
-    found = json.loads((folder / POLICY / _CURVE).read_text(encoding="utf-8"))
+    found = read_json(folder / POLICY / _CURVE)
     if isinstance(found, list):
         return [(row["step"], row["reward"]) for row in found], {}
     held_out = {row["steps"]: list(row["scores"]) for row in found["validation"]}

@@ -41,14 +41,8 @@ LENGTH_CORRELATION = 0.3
 FOLLOWS = 0.5
 """Share of the proxy's change, both in standard deviations, from which on the gold follows it."""
 
-_RESAMPLES = 299
 _BINS = 10
 _LEAST_PROMPTS = 4
-_COEFFICIENTS: dict[str, Callable[..., tuple[float, float]]] = {
-    "pearson": stats.pearsonr,
-    "spearman": stats.spearmanr,
-    "kendall": stats.kendalltau,
-}
 
 _SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+")
 _FULL_STOP = re.compile(r"(?<![.\d])\.(?=\s|$)")
@@ -171,19 +165,18 @@ def within_sd(scores: FloatArray) -> float:
 
 @dataclass(frozen=True)
 class Association:
-    """Agreement of proxy and gold, over all responses and within the prompts where both vary.
+    """Agreement of proxy and gold within the prompts where both vary.
+
+    `rank_correlation` is Spearman's, `pair_accuracy` the share of pairs that are ordered alike.
 
     `calibration` is the mean gold of each tenth of the proxy's ranking within a prompt, lowest
     first, in standard deviations from the prompt's mean; None where ties leave a tenth empty.
-    `misordered` is the furthest that a tenth lies from the isotonic fit of all.
     """
 
-    overall: dict[str, Interval]
-    within_prompt: dict[str, Interval]
+    rank_correlation: Interval
     pair_accuracy: Interval
     prompts_used: int
     calibration: tuple[Interval | None, ...]
-    misordered: float
 
 
 def associate(proxy: FloatArray, gold: FloatArray, *, seed: int = 0) -> Association | None:
@@ -192,17 +185,11 @@ def associate(proxy: FloatArray, gold: FloatArray, *, seed: int = 0) -> Associat
     if not used.any():
         return None
     pairs = list(zip(proxy[used], gold[used], strict=True))
-    calibration = _calibration(proxy[used], gold[used], seed)
     return Association(
-        _overall(proxy, gold, seed),
-        {
-            name: mean_interval(np.array([float(f(p, g)[0]) for p, g in pairs]), seed=seed)
-            for name, f in _COEFFICIENTS.items()
-        },
-        mean_interval(np.array([pair_accuracy(p, g) for p, g in pairs]), seed=seed),
+        mean_interval([float(stats.spearmanr(p, g)[0]) for p, g in pairs], seed=seed),
+        mean_interval([pair_accuracy(p, g) for p, g in pairs], seed=seed),
         int(used.sum()),
-        calibration,
-        _misordered(calibration),
+        _calibration(proxy[used], gold[used], seed),
     )
 
 
@@ -211,18 +198,6 @@ def pair_accuracy(proxy: FloatArray, gold: FloatArray) -> float:
     upper = np.triu_indices(len(gold), 1)
     by_gold, by_proxy = (np.sign(x[upper[0]] - x[upper[1]]) for x in (gold, proxy))
     return float((0.5 + 0.5 * by_gold * by_proxy)[by_gold != 0].mean())
-
-
-def _overall(proxy: FloatArray, gold: FloatArray, seed: int) -> dict[str, Interval]:
-    """Over all responses; prompts are resampled with all that belongs to them."""
-    drawn = np.random.default_rng(seed).integers(len(proxy), size=(_RESAMPLES, len(proxy)))
-    draws = [rows for rows in drawn if np.ptp(proxy[rows]) > 0 and np.ptp(gold[rows]) > 0]
-    found = {}
-    for name, f in _COEFFICIENTS.items():
-        resampled = [float(f(proxy[rows].ravel(), gold[rows].ravel())[0]) for rows in draws]
-        low, high = np.quantile(resampled, [0.025, 0.975])
-        found[name] = Interval(float(f(proxy.ravel(), gold.ravel())[0]), float(low), float(high))
-    return found
 
 
 def _calibration(proxy: FloatArray, gold: FloatArray, seed: int) -> tuple[Interval | None, ...]:
@@ -236,13 +211,6 @@ def _calibration(proxy: FloatArray, gold: FloatArray, seed: int) -> tuple[Interv
         values = np.array([row.mean() for row in means if row.size])
         found.append(mean_interval(values, seed=seed) if len(values) else None)
     return tuple(found)
-
-
-def _misordered(calibration: tuple[Interval | None, ...]) -> float:
-    from sklearn.isotonic import isotonic_regression
-
-    means = np.array([point.estimate for point in calibration if point is not None])
-    return float(np.abs(means - isotonic_regression(means)).max()) if means.size else 0.0
 
 
 @dataclass(frozen=True)
@@ -449,7 +417,7 @@ def _outcome(
     if not gains and association is not None and _negligible(association):
         return "uninformative", (
             f"uninformative: {proxy} does not order responses within a prompt as {gold} does "
-            f"{on_these} (rank correlation {association.within_prompt['spearman']:+.2f}); "
+            f"{on_these} (rank correlation {association.rank_correlation:+.2f}); "
             f"choosing by it {takes}."
         )
     gain = f"the interval of {gold}'s gain at N = {last.n}, {last.gold_gain:+.2f}, includes 0"
@@ -462,7 +430,7 @@ def _outcome(
 
 
 def _negligible(association: Association) -> bool:
-    found = association.within_prompt["spearman"]
+    found = association.rank_correlation
     # The interval of a handful of prompts may be narrow by chance alone.
     return association.prompts_used >= MIN_PROMPTS and (
         max(abs(found.low), abs(found.high)) < NEGLIGIBLE_CORRELATION

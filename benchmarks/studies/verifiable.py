@@ -19,17 +19,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
 
 from mbrl_text_env.benchmarks import options
-from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.matched import Cell, Pool, Row, analyse, best_of_n_rows, table
 from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.benchmarks.studies import harness
-from mbrl_text_env.benchmarks.studies.matched_compute import Study, page_tables, run_study, slug
+from mbrl_text_env.benchmarks.studies.matched_compute import Study, run_study, slug
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards import make
@@ -173,42 +173,18 @@ def task_rows(part: Part, pool: Pool, cells: Sequence[Cell]) -> list[Row]:
     return found
 
 
-def tables(result: dict[str, Any]) -> list[harness.Shown]:
-    """The tables of a page, one a suite, price and reward."""
-    found = []
-    keys = ("suite", "reward_price", "prefix")
-    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in result["results"]):
-        kept = {
-            name: [row for row in result[name] if tuple(row[k] for k in keys) == key]
-            for name in ("results", "best_of_n")
-        }
-        title = ", ".join(str(each) for each in key if each is not None)
-        found += [replace(shown, title=f"{title}: {shown.title}") for shown in page_tables(kept)]
-    return found
-
-
 @friendly
 def main(
     how: harness.StudyOptions = _HOW,
-    suites: Annotated[
-        str, typer.Option(help="Parts, with commas.")
-    ] = "constraints,reasoning,expensive",
-    quick: Annotated[
-        bool, typer.Option(help="Constraints alone, 16 prompts, 512 tokens, a pool of 32.")
-    ] = False,
+    suites: str = option("constraints,reasoning,expensive", "Parts, with commas."),
+    quick: bool = option(False, "Constraints alone, 16 prompts, 512 tokens, a pool of 32."),
 ) -> None:
     """Compare searches with best-of-N where rewards are verifiable, or expensive."""
     names = [name.strip() for name in ("constraints" if quick else suites).split(",")]
     out = how.folder("verifiable", quick=quick)
     model = how.load()
-    result: dict[str, Any] = {
-        **harness.heading("verifiable"),
-        "language_model": model.name,
-        "dtype": how.dtype,
-        "seed": how.seed,
-        "results": [],
-        "best_of_n": [],
-    }
+    heading = how.heading("verifiable", model)
+    result: dict[str, Any] = {**heading, "results": [], "best_of_n": []}
     for chosen in parts(names, quick=quick):
         part = replace(chosen, study=replace(chosen.study, seed=how.seed))
         for pool, cells, prefix in run_part(part, model, out):
@@ -217,9 +193,8 @@ def main(
             result["best_of_n"] += baseline
             if prefix == "once":
                 result["tasks"] = task_rows(part, pool, cells)
-            how.write(result)
+            harness.write(how.json_file, result)
             options.console.print(table(agents))
-    how.report(result, "verifiable.md.jinja", tables(result))
 
 
 if __name__ == "__main__":

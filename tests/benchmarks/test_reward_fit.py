@@ -89,10 +89,10 @@ def test_records(minilm, records_folder, tmp_path, objective):
 
 def test_lora(causal, pairs_file, tmp_path):  # noqa: F811
     words = ["--pairs", pairs_file, "--out", tmp_path / "reward", "--method", "lora"]
-    result, output = run(*words, "--model", causal, "--max-steps", 2, "--rank", 2)
+    result, output = run(*words, "--model", causal, "--set", "max_steps=2", "--set", "r=2")
     assert result.exit_code == 0, output
     settings = LearnedReward(tmp_path / "reward").report_.chosen
-    assert (settings["steps"], settings["r"], settings["alpha"]) == (2, 2, 4.0)
+    assert (settings["steps"], settings["r"], settings["alpha"]) == (2, 2, 16.0)
 
 
 def test_errors_are_friendly(pairs_file, records_folder, tmp_path):
