@@ -10,7 +10,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,30 +159,26 @@ def collect_command(
     machines: RayOptions,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
-    from mbrl_text_env.agents.collection import collect, missing_samples
+    from mbrl_text_env.benchmarks.demo import collect_with_progress
     from mbrl_text_env.benchmarks.reports import write_records_report
-    from mbrl_text_env.records import RecordWriter
 
     reward = judge.of(prompts.prompts).load()
     asked = prompts.choose(num_prompts, reward, seed)
     language_model = model.load()
     chosen = options.that_fit(asked, language_model)
-    with machines.each() as each, RecordWriter(out) as writer, progress_bar() as bar:
-        missing = missing_samples(writer.existing(), chosen, samples)
-        left = [name for name, numbers in missing.items() if numbers]
-        task = bar.add_task("Collecting", total=sum(map(len, missing.values())))
-        failed = collect(
-            language_model,
-            reward,
+    with machines.each() as each:
+        missing, failed = collect_with_progress(
+            (language_model, reward),
             chosen,
-            writer,
-            samples_per_prompt=samples,
+            out,
+            console,
+            samples=samples,
             max_response_tokens=max_response_tokens,
             batch_prompts=batch_prompts,
             seed=seed,
-            on_batch=lambda records: bar.advance(task, len(records)),
             each=each,
         )
+    left = [name for name, numbers in missing.items() if numbers]
     added = sum(len(missing[name]) for name in left if name not in failed)
     console.print(
         f"{added} responses to {len(left) - len(failed)} prompts added "
@@ -508,37 +504,26 @@ def _written(option: str, path: Path) -> Iterator[None]:
 
 
 def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
-    """The reward that scored records, or its name alone where it cannot be made from that."""
+    """The reward that scored records, by `--reward` or by the name in them."""
     from mbrl_text_env.records import RecordsError
     from mbrl_text_env.rewards import RewardSpecError
     from mbrl_text_env.rewards.base import reward_name
 
-    if spec is None:
-        try:
-            return options.RewardOptions(reward=name, reward_timeout=timeout).load()
-        except RewardSpecError:
-            return _NameOfReward(name)
-    reward_model = options.RewardOptions(reward=spec, reward_timeout=timeout).load()
+    try:
+        reward_model = options.RewardOptions(reward=spec or name, reward_timeout=timeout).load()
+    except RewardSpecError as error:
+        if spec is not None:
+            raise
+        raise RecordsError(
+            f"The records were scored by {name!r}, of which no reward can be made. Give --reward, "
+            "as it was given to `collect`."
+        ) from error
     if reward_name(reward_model) != name:
         raise RecordsError(
             f"--reward {spec!r} is called {reward_name(reward_model)!r}, and the records were "
             f"scored by {name!r}. Give the reward that scored them."
         )
     return reward_model
-
-
-@dataclass
-class _NameOfReward:
-    """The reward that scored records, by name only, for values that do not call it."""
-
-    name: str
-
-    def score(self, prompts: Any, responses: Any) -> Any:
-        """Refuse."""
-        raise ValueError(
-            f"the records say no more of their reward than the name {self.name!r}, and this kind "
-            "of value scores prefixes by it: pass --reward, as it was given to `collect`"
-        )
 
 
 if __name__ == "__main__":

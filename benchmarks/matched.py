@@ -7,7 +7,7 @@ run again for another budget. All rewards score the same responses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from mbrl_text_env.benchmarks import scaling, statistics
-from mbrl_text_env.benchmarks.audit.run import fill_pool, score_pool
+from mbrl_text_env.benchmarks.audit.run import score_pool
 from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.benchmarks.terminal import numbers, table_of
 from mbrl_text_env.language_models.base import LanguageModel
@@ -74,35 +74,6 @@ class Pool:
         return np.asarray(chosen - surprisal.mean())
 
 
-def make_pool(
-    folder: Path,
-    scores_folder: Path,
-    language_model: LanguageModel,
-    reward_model: RewardModel,
-    prompts: Sequence[Prompt],
-    *,
-    samples: int,
-    max_response_tokens: int,
-    seed: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> Pool:
-    """The pool of some prompts; what is missing is generated and scored, and kept.
-
-    `folder` has the records of all rewards, `scores_folder` the scores of this one, which must
-    apply to the prompts; see `fill_pool` and `score_pool`.
-    """
-    records = fill_pool(
-        folder,
-        language_model,
-        prompts,
-        samples=samples,
-        max_response_tokens=max_response_tokens,
-        seed=seed,
-        on_batch=on_batch,
-    )
-    return pool_of(records, scores_folder, language_model, reward_model, prompts)
-
-
 def pool_of(
     records: Sequence[Sequence[Record]],
     scores_folder: Path,
@@ -110,7 +81,10 @@ def pool_of(
     reward_model: RewardModel,
     prompts: Sequence[Prompt],
 ) -> Pool:
-    """The pool of records, n to each of the prompts; scores are kept in `scores_folder`."""
+    """The pool of records (`fill_pool`), n to each of the prompts.
+
+    Scores, which must apply to the prompts, are kept in `scores_folder`.
+    """
     texts = [[record.response for record in row] for row in records]
     # Scores do not depend on the price.
     unpriced = reward_model.reward if isinstance(reward_model, Priced) else reward_model

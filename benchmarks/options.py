@@ -392,6 +392,22 @@ def changes(kind: Any, items: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def usable_device(name: str | None) -> Any:
+    """The device of a name, or the one that models take by default; tried out."""
+    import torch
+
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(
+            f"--device: expected one that torch can use here, such as 'cpu', got {name!r} "
+            f"({reason}). `mbrl-text doctor` lists them."
+        ) from error
+    return found
+
+
 def integers(option: str, text: str) -> tuple[int, ...]:
     """Whole numbers of an option, with commas between them."""
     try:

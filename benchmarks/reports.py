@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.benchmarks import article, compare, training_page, world_model
+from mbrl_text_env.benchmarks import article, compare, training, world_model
 from mbrl_text_env.benchmarks.audit import run as audit
 from mbrl_text_env.benchmarks.charts import Series, of_curves
 from mbrl_text_env.benchmarks.options import CompareError
@@ -54,7 +54,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         ((folder / compare.SUMMARY).is_file(), compare.recorded_page, folder / REPORT),
         ((folder / audit.AUDIT).is_file(), audit.recorded_page, folder / REPORT),
         ((folder / article.ABOUT).is_file(), article.recorded_page, folder / REPORT),
-        (training_page.is_training(folder), training_page.recorded_page, folder / REPORT),
+        (training.is_training(folder), training.recorded_page, folder / REPORT),
         ((folder / world_model.HORIZONS).is_file(), world_model.recorded_page, folder / REPORT),
         (has_records(folder), recorded_page, records_report(folder)),
     )

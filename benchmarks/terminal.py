@@ -55,7 +55,11 @@ def visible(text: str) -> str:
         >>> visible("red \x1b[31m, back \r\u202e")
         'red \\x1b[31m, back \\r\\u202e'
     """
-    return _UNSAFE.sub(lambda found: _escaped(found[0]), text.replace("\r\n", "\n"))
+
+    def escape(found: re.Match[str]) -> str:
+        return found[0].encode("unicode_escape").decode("ascii")
+
+    return _UNSAFE.sub(escape, text.replace("\r\n", "\n"))
 
 
 def plain(text: str, style: str | Style = "") -> Text:
@@ -204,7 +208,3 @@ class CommandLine(TyperGroup):
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     errors.print(f"{category.__name__}: {message}", style="yellow")
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")

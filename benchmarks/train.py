@@ -90,8 +90,7 @@ def train_command(
 
     `tensorboard --logdir OUT/events` shows the reward and length of episodes.
     """
-    from mbrl_text_env.benchmarks.training import Training
-    from mbrl_text_env.benchmarks.training_page import LOOP
+    from mbrl_text_env.benchmarks.training import LOOP, Training
 
     if machines.ray is not None and algorithm != LOOP:
         raise TrainError(
@@ -117,7 +116,7 @@ def train_command(
 def _report(training: Training) -> None:
     from mbrl_text_env.benchmarks.page import provenance
     from mbrl_text_env.benchmarks.reports import write_report
-    from mbrl_text_env.benchmarks.training_page import ABOUT, use_of
+    from mbrl_text_env.benchmarks.training import ABOUT, use_of
     from mbrl_text_env.files import write_text
     from mbrl_text_env.rewards.base import reward_name
 

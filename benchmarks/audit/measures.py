@@ -95,7 +95,8 @@ def intervene(name: str, response: str) -> str:
 class Point:
     """The mean scores of the response that the proxy likes most among `n`.
 
-    `kl_bound` is in nats, the gains over n = 1 are in standard deviations within a prompt.
+    `kl_bound` is in nats. The gains over n = 1, and the fall of the gold from here to the largest
+    N, are in standard deviations within a prompt.
     """
 
     n: int
@@ -104,13 +105,6 @@ class Point:
     gold: Interval
     proxy_gain: Interval
     gold_gain: Interval
-
-
-@dataclass(frozen=True)
-class Decline:
-    """Gold at `from_n` minus gold at the largest N, in its standard deviations within a prompt."""
-
-    from_n: int
     fall: Interval
 
 
@@ -123,7 +117,6 @@ class Curves:
     """
 
     points: tuple[Point, ...]
-    declines: tuple[Decline, ...]
     peak_n: int
     efficiency: float | None
     proxy_sd: float
@@ -137,11 +130,11 @@ def best_of_n_curves(proxy: FloatArray, gold: FloatArray, *, seed: int = 0) -> C
     by_proxy, by_gold = expected_scores(proxy, proxy, ns), expected_scores(proxy, gold, ns)
     proxy_gains = (by_proxy - by_proxy[:, :1]) / proxy_sd
     gold_gains = (by_gold - by_gold[:, :1]) / gold_sd
+    falls = (by_gold - by_gold[:, -1:]) / gold_sd
     bands = [
         simultaneous_intervals(values, seed=seed)
-        for values in (by_proxy, by_gold, proxy_gains, gold_gains)
+        for values in (by_proxy, by_gold, proxy_gains, gold_gains, falls)
     ]
-    falls = simultaneous_intervals((by_gold[:, :-1] - by_gold[:, -1:]) / gold_sd, seed=seed)
     means = by_gold.mean(axis=0)
     # Rounding makes no peak.
     peak = int(np.argmax(means >= means.max() - 1e-12 * max(1.0, abs(means.max()))))
@@ -150,7 +143,6 @@ def best_of_n_curves(proxy: FloatArray, gold: FloatArray, *, seed: int = 0) -> C
         tuple(
             Point(n, kl_bound(n), *row) for n, row in zip(ns, zip(*bands, strict=True), strict=True)
         ),
-        tuple(Decline(n, fall) for n, fall in zip(ns[:-1], falls, strict=True)),
         ns[peak],
         float((means[-1] - means[0]) / ceiling) if ceiling > 0 else None,
         proxy_sd,
@@ -393,8 +385,8 @@ def _outcome(
             f"intervals). Measured so far: {moved}."
         )
     # One interval each: they hold for all N at once, so the worst may be picked.
-    possible = max(decline.fall.high for decline in curves.declines)
-    falls = [decline for decline in curves.declines if decline.fall.low > 0]
+    possible = max(point.fall.high for point in curves.points)
+    falls = [point for point in curves.points if point.fall.low > 0]
     gains = last.gold_gain.low > 0
     if gains and possible < MATERIAL:
         share = curves.efficiency
@@ -402,17 +394,16 @@ def _outcome(
         efficiency = "" if share is None else f", {share:.0%} {brings}"
         return "faithful", (
             f"faithful up to N = {last.n} {on_these}: {moved}{efficiency}. No fall of {gold} from "
-            f"a smaller N to {last.n} exceeds {max(possible, 0.0):.2f} standard deviations within "
+            f"a smaller N to {last.n} exceeds {possible:.2f} standard deviations within "
             "a prompt."
         )
     if falls:
-        worst = max(falls, key=lambda decline: decline.fall.estimate)
-        start = next(point for point in curves.points if point.n == worst.from_n)
+        start = max(falls, key=lambda point: point.fall.estimate)
         return "exploitable", (
             f"exploitable: {on_these}, choosing by {proxy} among {last.n} rather than {start.n} "
             f"raises it by {last.proxy.estimate - start.proxy.estimate:.3g} while {gold} falls "
             f"from {start.gold.estimate:.3f} (N = {start.n}) to {last.gold.estimate:.3f} (N = "
-            f"{last.n}), by {worst.fall:+.2f} standard deviations within a prompt."
+            f"{last.n}), by {start.fall:+.2f} standard deviations within a prompt."
         )
     if not gains and association is not None and _negligible(association):
         return "uninformative", (

@@ -20,7 +20,6 @@ import typer
 
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison, compare
-from mbrl_text_env.benchmarks.devices import usable_device
 from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.studies import harness, throughput
 from mbrl_text_env.checks import check_language_model
@@ -107,7 +106,7 @@ def main(
 
     The contract (chunks that do not depend on the batch, among others) is one of float32.
     """
-    place, number_format = usable_device(device), throughput.DTYPES[dtype]
+    place, number_format = options.usable_device(device), throughput.DTYPES[dtype]
     exactly = embedded(device=place, dtype=torch.float32)
     check_language_model(exactly, [Prompt.from_text("A dog", chat=False)], max_new_tokens=2)
     lm = embedded(device=place, dtype=number_format)

@@ -22,7 +22,7 @@ import typer
 
 from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.agents.registry import parse_spec
-from mbrl_text_env.agents.values import FittedValue, make_value
+from mbrl_text_env.agents.values import FITTED, FittedValue, make_value
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.audit.run import fill_pool
 from mbrl_text_env.benchmarks.compare import CompareConfig, CompareError, Comparison, run
@@ -35,7 +35,7 @@ from mbrl_text_env.benchmarks.matched import (
     Unit,
     analyse,
     best_of_n_rows,
-    make_pool,
+    pool_of,
     table,
 )
 from mbrl_text_env.benchmarks.options import choose_prompts
@@ -142,16 +142,9 @@ def run_study(
             )
             runs = _Runs(study, language_model, name, reward_model, out)
             on_progress(f"{name}: pool of {study.samples} responses to each prompt")
-            pool = make_pool(
-                out / "pool",
-                out / "scores" / slug(name),
-                language_model,
-                reward_model,
-                runs.prompts,
-                samples=study.samples,
-                max_response_tokens=study.max_response_tokens,
-                seed=study.seed,
-            )
+            records = runs.sampled("pool", runs.prompts, study.samples)
+            models = language_model, reward_model
+            pool = pool_of(records, out / "scores" / slug(name), *models, runs.prompts)
             pool = replace(pool, target=study.target)
             cells = []
             for budget in study.budgets:
@@ -181,6 +174,16 @@ class _Runs:
     @cached_property
     def prompts(self) -> list[Prompt]:
         return self.study.prompts(self.study.split, self.study.num_prompts, self.reward_model)
+
+    def sampled(self, folder: str, prompts: Sequence[Prompt], samples: int) -> list[list[Record]]:
+        return fill_pool(
+            self.out / folder,
+            self.language_model,
+            prompts,
+            samples=samples,
+            max_response_tokens=self.study.max_response_tokens,
+            seed=self.study.seed,
+        )
 
     def caps(self, pool: Pool, budget: int) -> dict[str, Any]:
         """What best-of-N takes for `budget` tokens, in the study's unit."""
@@ -231,7 +234,8 @@ class _Runs:
             limit, seed = self.study.max_response_tokens, self.study.seed
             models = self.language_model, self.reward_model
             value = make_value(kind, *models, max_response_tokens=limit, seed=seed)
-            if isinstance(value, FittedValue):
+            if kind in FITTED:
+                assert isinstance(value, FittedValue)
                 value = value.fit(self.records())
             self.made[kind] = value
         return self.made[kind]
@@ -239,14 +243,8 @@ class _Runs:
     def records(self) -> list[Record]:
         """The scored responses that value models are fitted on."""
         study = self.study
-        pool = fill_pool(
-            self.out / "train",
-            self.language_model,
-            study.prompts("train", study.train_prompts, self.reward_model),
-            samples=study.train_samples,
-            max_response_tokens=study.max_response_tokens,
-            seed=study.seed,
-        )
+        prompts = study.prompts("train", study.train_prompts, self.reward_model)
+        pool = self.sampled("train", prompts, study.train_samples)
         records = [record for row in pool for record in row]
         texts = [record.response for record in records]
         scores = score_responses(self.reward_model, [r.prompt() for r in records], texts)

@@ -181,11 +181,11 @@ def main(
 ) -> None:
     """Compare searches with best-of-N where rewards are verifiable, or expensive."""
     names = [name.strip() for name in ("constraints" if quick else suites).split(",")]
-    out = how.folder("verifiable", quick=quick)
+    out, asked = how.folder("verifiable", quick=quick), parts(names, quick=quick)
     model = how.load()
     heading = how.heading("verifiable", model)
     result: dict[str, Any] = {**heading, "results": [], "best_of_n": []}
-    for chosen in parts(names, quick=quick):
+    for chosen in asked:
         part = replace(chosen, study=replace(chosen.study, seed=how.seed))
         for pool, cells, prefix in run_part(part, model, out):
             agents, baseline = result_rows(part, pool, cells, prefix)

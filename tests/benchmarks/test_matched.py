@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.agents.registry import make as make_agent
+from mbrl_text_env.benchmarks.audit.run import fill_pool
 from mbrl_text_env.benchmarks.compare import CompareError
 from mbrl_text_env.benchmarks.matched import (
     Cell,
     Pool,
     analyse,
     best_of_n_rows,
-    make_pool,
     multiplier,
+    pool_of,
     table,
 )
 from mbrl_text_env.benchmarks.scaling import drawn_best, expected_best
@@ -36,16 +37,9 @@ class CostlyCount(CountReward):
 
 
 def pooled(folder, reward=None, samples=32, seed=0):
-    return make_pool(
-        folder / "pool",
-        folder / "scores",
-        LM,
-        reward or CostlyCount(),
-        PROMPTS,
-        samples=samples,
-        max_response_tokens=10,
-        seed=seed,
-    )
+    sizes = {"samples": samples, "max_response_tokens": 10, "seed": seed}
+    records = fill_pool(folder / "pool", LM, PROMPTS, **sizes)
+    return pool_of(records, folder / "scores", LM, reward or CostlyCount(), PROMPTS)
 
 
 class TestPool:
@@ -220,13 +214,13 @@ class TestAnalysis:
     def test_best_of_n_is_not_above_itself(self):
         """Also near the top of a reward's range, where its scores are skewed."""
         rng, above = np.random.default_rng(0), 0
-        for seed in range(60):
+        for seed in range(30):
             pool = known_pool(16, 64, seed)
             skewed = replace(pool, scores=rng.beta(8, 0.6, size=(16, 64)))
             scores = rng.beta(8, 0.6, size=(16, 6)).max(axis=1)
             [row] = analyse(skewed, [answered(skewed, scores, tokens=60.0)])
             above += row["p_vs_best_of_n"] < 0.05 and row["difference"] > 0
-        assert above <= 5
+        assert above <= 3
 
     def test_agents_below_a_single_sample(self):
         pool = known_pool()

@@ -147,7 +147,7 @@ class TestClusters:
     def test_coverage_by_simulation(self):
         """Prompts of different level, three seeds each; as if independent, rows mislead."""
         rng = np.random.default_rng(0)
-        trials, covered, naive = 1000, 0, 0
+        trials, covered, naive = 400, 0, 0
         prompts = np.repeat(np.arange(40), 3).tolist()
         for trial in range(trials):
             values = (rng.normal(size=(40, 3)) + 1.5 * rng.normal(size=(40, 1))).ravel()
@@ -232,13 +232,13 @@ class TestPermutation:
         """Skewed levels, equal agents: a true null is rejected in some 5 of 100 tests."""
         rng = np.random.default_rng(0)
         rejected = np.zeros(2)
-        for _ in range(1000):
+        for _ in range(400):
             differences = rng.exponential(size=8) - rng.exponential(size=8)
             rejected += [
                 paired_permutation_test(differences, alternative=side, resamples=256) <= 0.05
                 for side in ("two-sided", "greater")
             ]
-        assert ((rejected / 1000 >= 0.03) & (rejected / 1000 <= 0.07)).all()
+        assert ((rejected / 400 >= 0.03) & (rejected / 400 <= 0.07)).all()
 
     def test_refusals(self):
         for wrong in ([], [math.nan], [[1.0]]):
