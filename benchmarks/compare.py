@@ -69,16 +69,11 @@ _MEANS = ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "f
 class Comparison:
     """The parts of a comparison.
 
-    Args:
-        config: What is compared and how.
-        prompts: The agents answer all of them; texts stand for prompts. Their ids differ.
-        language_model: Shared by the agents that name no other policy.
-        reward_model: Shared by the agents, and the judge of their answers.
-        value_model: For agents that take one, or several by name (see `agents.registry.make`).
-        gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
-            and can, so that a reward that is being exploited shows.
-        labels: What else belongs into the config file, such as names on the command line.
-        policies: By the names that specs use (`policy=tuned`).
+    The agents, which share the language model unless they name one of `policies`, and the reward
+    model, answer all prompts; texts stand for prompts, and ids differ. `value_model` may be several
+    by name (see `agents.registry.make`). No agent sees the `gold_model`, which scores the answers
+    too where it applies, so that a reward that is being exploited shows. `labels` are what else
+    belongs into the config file.
     """
 
     config: CompareConfig

@@ -155,10 +155,9 @@ class AtCost:
 class Baseline:
     """Best-of-N on P prompts, as their pool of n samples shows it.
 
-    N samples of a prompt cost `prompt_costs + N * mean sample cost`: the prompt is computed once,
-    and N is fixed beforehand, so a sample's cost does not decide whether another is drawn. With a
-    `target`, samples are drawn one by one until one scores as much, or until there are N: the
-    best-of-N that a verifier allows, without the waves of an agent.
+    N samples of a prompt cost `prompt_costs + N * mean sample cost`. With a `target`, samples are
+    drawn one by one until one scores as much, or until there are N: the best-of-N that a verifier
+    allows.
 
     Args:
         scores: float64[P, n], n >= 2.
@@ -341,10 +340,9 @@ def compute_multiplier(
     The N at which best-of-N has the agent's mean reward, the same for all prompts, is interpolated
     in log N. Its mean cost by the agent's is the multiplier.
 
-    The interval is a bootstrap over prompts, the pool's row of each with the agent's, so the noise
-    of the pool counts too; its ends are those of `percentile_tail`. A resample in which the pool is
-    too small counts as its bound at the lower end and as infinite at the upper; one in which the
-    agent is below a single sample counts as 0 and as its bound.
+    The interval is a bootstrap over prompts, the pool's row of each with the agent's; its ends are
+    those of `percentile_tail`. A resample in which the pool is too small counts as its bound at the
+    lower end and as infinite at the upper; one below a single sample counts as 0 and as its bound.
 
     Args:
         rewards: float64[P], the agent's reward of each prompt (the mean over seeds, if several);

@@ -47,14 +47,10 @@ _ADJUSTABLE = ("iterations", "patience")
 
 @dataclass(frozen=True)
 class Training:
-    """The parts of a training.
+    """The parts of a training: its algorithm, with settings of its own, models and prompts.
 
-    Args:
-        algorithm: "ppo", "dqn", "grpo", "rloo", "dyna" or "expert-iteration".
-        settings: Those of the algorithm.
-        prompts: To train on.
-        held_out: To measure on; none for GRPO, RLOO and dyna.
-        each: Where expert iteration answers prompts.
+    There are prompts `held_out` to measure on for PPO, DQN and expert iteration, which answers
+    prompts where `each` says.
     """
 
     algorithm: str

@@ -71,7 +71,7 @@ class Study:
     what is capped: these tokens, or the FLOPs or seconds that best-of-N takes for as many. Value
     models are fitted on `train_samples` responses to each of `train_prompts`. Agents sample with
     the seeds after `seed`, the pool's. See `options.priced` for `reward_price`,
-    `options.PromptOptions` for `source`, and `scaling.Baseline` for `target`.
+    `options.PromptOptions` for `source`, and `scaling.Baseline` for `target`; `suite` is a name.
     """
 
     agents: Mapping[str, tuple[str, ...]]
@@ -88,6 +88,7 @@ class Study:
     batch_prompts: int = 64
     reward_price: str | None = None
     source: str = "builtin"
+    suite: str = ""
     target: float | None = None
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ What is done is kept in the folder, and a run that was killed goes on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -62,41 +62,25 @@ _EXPENSIVE = Study(
 )
 
 
-@dataclass(frozen=True)
-class Part:
-    """A study of the three, and its suite."""
-
-    suite: str
-    study: Study
-
-
-def parts(names: Sequence[str], *, quick: bool) -> list[Part]:
-    """The parts of some suites; a CompareError for an unknown one."""
-    known = {
-        "constraints": [Part("constraints", _CONSTRAINTS)],
-        "reasoning": [Part("reasoning", _REASONING)],
-        "expensive": [
-            Part("expensive", replace(_EXPENSIVE, reward_price=price)) for price in PRICES
-        ],
-    }
+def parts(names: Sequence[str], *, quick: bool) -> list[Study]:
+    """The studies of some suites; a CompareError for an unknown one."""
+    priced = [replace(_EXPENSIVE, reward_price=price) for price in PRICES]
+    known = {"constraints": [_CONSTRAINTS], "reasoning": [_REASONING], "expensive": priced}
     if unknown := sorted(set(names) - set(known)):
         raise CompareError(f"suites: expected some of {list(known)}, got {unknown}.")
-    found = [part for name in names for part in known[name]]
-    if not quick:
-        return found
-    return [replace(part, study=replace(part.study, **QUICK)) for part in found]
+    smaller = QUICK if quick else {}
+    return [replace(study, suite=name, **smaller) for name in names for study in known[name]]
 
 
 def run_part(
-    part: Part, language_model: LanguageModel, out: Path
+    study: Study, language_model: LanguageModel, out: Path
 ) -> Iterator[tuple[Pool, list[Cell], str | None]]:
     """Run or resume a part: for each of its rewards the pool, the cells, and what is shared."""
-    study = part.study
     rewards = {name: make(name) for name in study.agents}
-    folder = out / slug(part.suite)
+    folder = out / slug(study.suite)
     ran = run_study(study, language_model, rewards, folder, on_progress=options.console.print)
     for name, pool, cells in ran:
-        if part.suite != "reasoning":
+        if study.suite != "reasoning":
             yield pool, cells, None
             continue
         prompts = study.prompts(study.split, study.num_prompts, rewards[name])
@@ -132,16 +116,15 @@ def _with_more(rows: Sequence[Row], flops: dict[str, float]) -> list[Row]:
 
 
 def result_rows(
-    part: Part, pool: Pool, cells: Sequence[Cell], prefix: str | None
+    study: Study, pool: Pool, cells: Sequence[Cell], prefix: str | None
 ) -> tuple[list[Row], list[Row]]:
-    """Rows of the agents and of best-of-N, with the part's own columns."""
-    study = part.study
-    own = {"suite": part.suite, "reward_price": study.reward_price, "prefix": prefix}
+    """Rows of the agents and of best-of-N, with the study's own columns."""
+    own = {"suite": study.suite, "reward_price": study.reward_price, "prefix": prefix}
     agents = []
     for row in analyse(pool, cells):
         nats = row.get("nats_per_token")
         agents.append({**row, **own, "mean_logprob": None if nats is None else -nats})
-    if part.suite == "expensive":
+    if study.suite == "expensive":
         prompts = len(pool.prompt_ids)
         labels = study.train_prompts * pool.prompt_flops.mean()
         labels += study.train_prompts * study.train_samples * pool.flops.mean()
@@ -157,9 +140,8 @@ def result_rows(
     return agents, baseline
 
 
-def task_rows(part: Part, pool: Pool, cells: Sequence[Cell]) -> list[Row]:
+def task_rows(study: Study, pool: Pool, cells: Sequence[Cell]) -> list[Row]:
     """Rows of `analyse` for the prompts of each task alone."""
-    study = part.study
     [reward] = study.agents
     prompts = study.prompts(study.split, study.num_prompts, make(reward))
     found = []
@@ -185,14 +167,13 @@ def main(
     model = how.load()
     heading = how.heading("verifiable", model)
     result: dict[str, Any] = {**heading, "results": [], "best_of_n": []}
-    for chosen in asked:
-        part = replace(chosen, study=replace(chosen.study, seed=how.seed))
-        for pool, cells, prefix in run_part(part, model, out):
-            agents, baseline = result_rows(part, pool, cells, prefix)
+    for study in (replace(each, seed=how.seed) for each in asked):
+        for pool, cells, prefix in run_part(study, model, out):
+            agents, baseline = result_rows(study, pool, cells, prefix)
             result["results"] += agents
             result["best_of_n"] += baseline
             if prefix == "once":
-                result["tasks"] = task_rows(part, pool, cells)
+                result["tasks"] = task_rows(study, pool, cells)
             harness.write(how.json_file, result)
             options.console.print(table(agents))
 

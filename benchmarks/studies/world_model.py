@@ -471,8 +471,8 @@ def cost(work: Work) -> dict[str, Row]:
 def expensive(work: Work, quick: bool) -> list[Row]:
     """The rows of the study `verifiable` where a reward call has a price."""
     found = []
-    for part in verifiable.parts(["expensive"], quick=quick):
-        sized = replace(part, study=replace(part.study, seed=work.seed))
+    for study in verifiable.parts(["expensive"], quick=quick):
+        sized = replace(study, seed=work.seed)
         for pool, cells, prefix in verifiable.run_part(sized, work.language_model, work.out):
             found += verifiable.result_rows(sized, pool, cells, prefix)[0]
     return found

@@ -46,8 +46,8 @@ def test_unknown_suites_are_refused():
 
 def test_a_price_is_a_part():
     found = verifiable.parts(["expensive", "reasoning"], quick=False)
-    assert [part.study.reward_price for part in found] == [*verifiable.PRICES, None]
-    assert {part.study.unit for part in found[:3]} == {"flops"}
+    assert [part.reward_price for part in found] == [*verifiable.PRICES, None]
+    assert {part.unit for part in found[:3]} == {"flops"}
 
 
 def test_examples_count_once_a_task_or_for_each_question():
