@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from mbrl_text_env.agents.base import Generation
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.machines import RayOptions, merge_command
@@ -30,6 +28,7 @@ from mbrl_text_env.benchmarks.terminal import (
     numbers,
     panel,
     progress_bar,
+    table_of,
 )
 from mbrl_text_env.benchmarks.train import train_command
 from mbrl_text_env.benchmarks.world_model import world_model_report_command
@@ -275,10 +274,9 @@ def prompts_command(
 ) -> None:
     """List prompts."""
     found = options.load_prompts_option(source, split, kind)
-    shown = Table("id", "split", "kind", "text", title=f"{len(found)} prompts")
-    for prompt in found[:limit]:
-        shown.add_row(prompt.id, prompt.split, str(prompt.metadata.get("kind", "")), prompt.text)
-    console.print(shown)
+    rows = ((p.id, p.split, str(p.metadata.get("kind", "")), p.text) for p in found[:limit])
+    title = f"{len(found)} prompts"
+    console.print(table_of(rows, "id", "split", "kind", "text", title=title))
     if len(found) > limit:
         console.print(f"... and {len(found) - limit} more (--limit)")
 
@@ -289,10 +287,8 @@ def rewards_command() -> None:
     """List reward models."""
     from mbrl_text_env.rewards import descriptions
 
-    shown = Table("name", "what it scores", title="Reward models")
-    for name, description in descriptions().items():
-        shown.add_row(name, description)
-    console.print(shown)
+    rows = descriptions().items()
+    console.print(table_of(rows, "name", "what it scores", title="Reward models"))
 
 
 @app.command("agents")
@@ -301,19 +297,14 @@ def agents_command() -> None:
     """List agents and their options, which stand behind a name as in 'best-of-n:n=8'."""
     from mbrl_text_env.agents.registry import SHARED_OPTIONS, available, options_of
 
-    shown = Table(
-        "name",
-        "what it does",
-        "options",
-        title="Agents",
-        show_lines=True,
-        caption=f"All have {', '.join(SHARED_OPTIONS)} too. What has no default here follows from "
-        "the budget, the prompt or the policy.",
-    )
+    rows = []
     for name, description in available().items():
         own = (f"{key}={'' if v is None else v}" for key, v in options_of(name).items())
-        shown.add_row(name, description, " ".join(own))
-    console.print(shown)
+        rows.append((name, description, " ".join(own)))
+    caption = f"All have {', '.join(SHARED_OPTIONS)} too. What has no default here follows from "
+    caption += "the budget, the prompt or the policy."
+    names = ("name", "what it does", "options")
+    console.print(table_of(rows, *names, title="Agents", show_lines=True, caption=caption))
 
 
 @app.command("doctor")
@@ -339,9 +330,9 @@ def models_command(
 
     sizes, folder = models_kept()
     if remove is None:
-        shown = Table("model", *numbers("MB"), title=f"Hugging Face cache: {folder}")
-        for name, size in sizes.items():
-            shown.add_row(name, f"{size / 1e6:,.1f}")
+        rows = ((name, f"{size / 1e6:,.1f}") for name, size in sizes.items())
+        title = f"Hugging Face cache: {folder}"
+        shown = table_of(rows, "model", *numbers("MB"), title=title)
         console.print(shown if sizes else f"No models in {folder}.")
     elif remove not in sizes:
         raise typer.BadParameter(
@@ -378,7 +369,7 @@ def search_command(
     from mbrl_text_env.agents.registry import AgentSpecError, make
     from mbrl_text_env.agents.search import Planner
     from mbrl_text_env.benchmarks.page import provenance, write_page
-    from mbrl_text_env.benchmarks.report import picture, search_page
+    from mbrl_text_env.benchmarks.report import draw_tree, picture, search_page
     from mbrl_text_env.files import write_text
     from mbrl_text_env.rewards.base import reward_bounds
     from mbrl_text_env.types import Budget
@@ -391,7 +382,12 @@ def search_command(
         raise AgentSpecError(f"Agent {agent!r} does not search: expected a planner.")
     [(answer, tree)] = planner.explore([asked], Budget(tokens=budget_tokens), seed=seed)
     search = tree.to_dict(language_model)
-    _show_search(search, answer, judge.reward, children)
+    console.print(draw_tree(search, most_children=children))
+    usage = answer.usage
+    spent = f"{usage.generated_tokens:,} tokens, {usage.flops:.3g} FLOPs, "
+    spent += f"{usage.reward_calls} reward calls"
+    score = f"{judge.reward} {answer.completion.score:.3f}"
+    console.print(panel(answer.text.strip(), score, spent))
     if json_file is not None:
         with _written("--json", json_file):
             write_text(json_file, json.dumps(search, indent=1))
@@ -401,35 +397,11 @@ def search_command(
     if html_file is not None:
         texts = [language_model.decode(node.state.response_ids) for node in tree.nodes]
         bounds = reward_bounds(reward, [asked] * len(texts), texts).tolist()
-        settings = {
-            "agent": agent,
-            "reward": judge.reward,
-            "language_model": language_model.name,
-            "value": value,
-            "budget_tokens": budget_tokens,
-            "max_response_tokens": limit,
-            "seed": seed,
-            **answer.usage.as_dict(),
-        }
+        settings = {"agent": agent, "reward": judge.reward, "language_model": language_model.name}
+        settings |= {"value": value, "budget_tokens": budget_tokens, "seed": seed}
+        settings |= {"max_response_tokens": limit, **answer.usage.as_dict()}
         with _written("--html", html_file):
             write_page(html_file, search_page(search, bounds, settings, provenance(COMMAND.get())))
-
-
-def _show_search(
-    search: dict[str, Any], answer: Generation, reward: str | None, children: int
-) -> None:
-    from mbrl_text_env.benchmarks.report import draw_tree
-
-    console.print(draw_tree(search, most_children=children))
-    usage = answer.usage
-    console.print(
-        panel(
-            answer.text.strip(),
-            title=f"{reward} {answer.completion.score:.3f}",
-            subtitle=f"{usage.generated_tokens:,} tokens, {usage.flops:.3g} FLOPs, "
-            f"{usage.reward_calls} reward calls",
-        )
-    )
 
 
 @reward_app.command("audit")

@@ -5,7 +5,6 @@ Each annotated field of a group or of the settings is an option (`friendly.frien
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -20,6 +19,7 @@ import typer
 from mbrl_text_env.benchmarks.friendly import option
 from mbrl_text_env.benchmarks.terminal import console, errors, plain
 from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
+from mbrl_text_env.runs import folder_digest
 from mbrl_text_env.types import Budget, Prompt, Split
 
 _PUZZLES = "reasoning-gym:"
@@ -529,7 +529,7 @@ def _policy(name: str, folder: str, language_model: Any) -> Any:
     if (Path(folder) / "policy.json").is_file():
         from mbrl_text_env.agents.model_free import load_policy
 
-        return load_policy(folder, language_model, name=f"{name}-{_digest(folder)}")
+        return load_policy(folder, language_model, name=f"{name}-{folder_digest(folder)}")
     if not hasattr(language_model, "with_adapter"):
         raise typer.BadParameter(
             "--policy: expected a language model that runs here (`TransformersLM`), got "
@@ -545,15 +545,7 @@ def value_digest(value: str) -> str:
     """Names the value model of a `ValueOption` in a config: another one is another comparison."""
     from mbrl_text_env.agents.values import READY
 
-    return value if value in READY else _digest(value)
-
-
-def _digest(folder: str) -> str:
-    """Names the content of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in Path(folder).glob("*") if path.is_file()):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return value if value in READY else folder_digest(value)
 
 
 def _puzzles(task: str, split: str, kind: str | None) -> Any:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,30 @@ def run_audit(
         },
     }
     with claimed(folder, record, "audit", AuditError):
-        place = folder / "pool" if pool is None else Path(pool)
         report = on_progress or (lambda stage, count: None)
-        responses, scores = _scored(audit, folder, place, report)
+        config = audit.config
+        records = fill_pool(
+            folder / "pool" if pool is None else Path(pool),
+            audit.language_model,
+            audit.prompts,
+            samples=config.samples,
+            max_response_tokens=config.max_response_tokens,
+            seed=config.seed,
+            on_batch=partial(report, "pool"),
+        )
+        responses = [[record.response for record in row] for row in records]
+        scores = {
+            role: score_pool(
+                folder / "scores" / role,
+                getattr(audit, role),
+                audit.prompts,
+                responses,
+                tried=min(config.sensitivity_samples, config.samples),
+                on_batch=partial(report, role),
+            )
+            for role in audit.roles
+        }
+        scores = {"gold": scores["proxy"], **scores}
         result = measure(audit, responses, scores["proxy"], scores["gold"])
         written = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -157,35 +179,6 @@ def recorded_page(folder: Path) -> Page:
         result = restored(AuditResult, {"config": config, **parts})
         about = {**about, "command": written["command"]}
         return audit_page(result, settings, about, answers)
-
-
-def _scored(
-    audit: Audit, folder: Path, pool: Path, report: Callable[[str, int], None]
-) -> tuple[list[list[str]], dict[str, measures.PoolScores]]:
-    """The pool's responses and their scores by proxy and gold."""
-    config = audit.config
-    records = fill_pool(
-        pool,
-        audit.language_model,
-        audit.prompts,
-        samples=config.samples,
-        max_response_tokens=config.max_response_tokens,
-        seed=config.seed,
-        on_batch=lambda count: report("pool", count),
-    )
-    responses = [[record.response for record in row] for row in records]
-    scores = {
-        role: score_pool(
-            folder / "scores" / role,
-            getattr(audit, role),
-            audit.prompts,
-            responses,
-            tried=min(config.sensitivity_samples, config.samples),
-            on_batch=lambda count, role=role: report(role, count),  # type: ignore[misc]
-        )
-        for role in audit.roles
-    }
-    return responses, {"gold": scores["proxy"], **scores}
 
 
 def measure(
