@@ -112,15 +112,13 @@ def of_curves(
     return Chart(title, x_label, y_label, names, marks, x_ticks, y_ticks, (), bands, lines)
 
 
-def of_rows(
-    title: str, x_label: str, rows: Mapping[str, Mapping[str, Interval]], *, zero: bool = True
-) -> Chart:
+def of_rows(title: str, x_label: str, rows: Mapping[str, Mapping[str, Interval]]) -> Chart:
     """Intervals below each other, one or several of each row, by name of the series."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     intervals = [i for row in rows.values() for i in row.values()]
     ends = [end for i in intervals for end in (i.estimate, i.low, i.high)]
     height = _TOP + _ROW * len(rows) + _BOTTOM
-    x = _Axis([*ends, *([0.0] if zero else [])], _LABELS + 12, _WIDTH - _RIGHT - 12)
+    x = _Axis([*ends, 0.0], _LABELS + 12, _WIDTH - _RIGHT - 12)
     marks, labels = [], []
     for place, (label, row) in enumerate(rows.items()):
         middle = _TOP + _ROW * (place + 0.5)
@@ -138,7 +136,7 @@ def of_rows(
         marks,
         list(x.ticks()),
         rows=labels,
-        zero=x(0.0) if zero else None,
+        zero=x(0.0),
         height=height,
         left=_LABELS,
         bottom=height - _BOTTOM,

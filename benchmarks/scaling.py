@@ -286,14 +286,12 @@ class Baseline:
         means = [np.interp(np.log(n), grid, row) for n, row in zip(ns, self.curves, strict=True)]
         return AtCost(np.array(means), ns, wanted > samples * (1 + slack), wanted < 1 - slack)
 
-    def curve(self, ns: Sequence[int] | None = None, *, seed: int = 0) -> tuple[CurvePoint, ...]:
-        """The mean over prompts with simultaneous 95% bands, at some N (powers of two if None)."""
-        chosen = sizes(self.shape[1]) if ns is None else list(ns)
-        bands = simultaneous_intervals(expected_best(self.scores, chosen), seed=seed)
-        return tuple(
-            CurvePoint(n, self.mean_costs(n), band, kl_bound(n))
-            for n, band in zip(chosen, bands, strict=True)
-        )
+    def curve(self) -> tuple[CurvePoint, ...]:
+        """The mean over prompts with simultaneous 95% bands, at N that are powers of two."""
+        ns = sizes(self.shape[1])
+        bands = simultaneous_intervals(expected_best(self.scores, ns))
+        pairs = zip(ns, bands, strict=True)
+        return tuple(CurvePoint(n, self.mean_costs(n), band, kl_bound(n)) for n, band in pairs)
 
 
 @dataclass(frozen=True)
@@ -331,9 +329,7 @@ def compute_multiplier(
     costs: npt.ArrayLike,
     baseline: Baseline,
     *,
-    confidence: float = 0.95,
     resamples: int = 2000,
-    seed: int = 0,
 ) -> Multiplier:
     """Compare an agent's mean reward and cost with best-of-N's whole curve.
 
@@ -369,7 +365,7 @@ def compute_multiplier(
         )
     if resamples < 1:
         raise ValueError(f"resamples: expected 1 or more, got {resamples}.")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
     # The first row is the sample itself.
     shares = np.vstack([np.ones(prompts), drawn]) / prompts
@@ -381,7 +377,7 @@ def compute_multiplier(
     # A resample of prompts on which the agent spent nothing says nothing finite.
     with np.errstate(divide="ignore"):
         ratios = equal_costs / (shares @ paid)
-    cut = int(percentile_tail(prompts, confidence) * resamples)
+    cut = int(percentile_tail(prompts, 0.95) * resamples)
     lows = np.sort(np.where(below, 0.0, ratios)[1:])
     highs = np.sort(np.where(above, np.inf, ratios)[1:])
     return Multiplier(
@@ -412,9 +408,7 @@ def _equal_n(
     return np.exp(grid[before] + share * (grid[first] - grid[before])), above, below
 
 
-def surprisal_excess(
-    logprobs: npt.ArrayLike, plain_logprobs: npt.ArrayLike, *, seed: int = 0
-) -> Interval:
+def surprisal_excess(logprobs: npt.ArrayLike, plain_logprobs: npt.ArrayLike) -> Interval:
     """How much less likely the chosen responses are than plain samples, nats a response.
 
     With p the language model and q what the agent writes, this is E_q[-log p] - E_p[-log p], paired
@@ -437,4 +431,4 @@ def surprisal_excess(
             "Expected plain samples of the prompts that were answered; got "
             f"{len(own)} responses and samples of {len(plain)} prompts."
         )
-    return mean_interval(plain.mean(axis=1) - own, seed=seed)
+    return mean_interval(plain.mean(axis=1) - own)

@@ -12,15 +12,13 @@ import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, stats
 
 from mbrl_text_env.types import FloatArray
-
-Alternative = Literal["two-sided", "greater", "less"]
 
 
 @dataclass(frozen=True)
@@ -63,21 +61,6 @@ class WinRate:
         return (self.wins + 0.5 * self.ties) / (self.wins + self.ties + self.losses)
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Values of two with what each pair has in common, and the number of rows left over."""
-
-    keys: tuple[tuple[Hashable, ...], ...]
-    values: FloatArray
-    baseline: FloatArray
-    unpaired: int
-
-    @property
-    def differences(self) -> FloatArray:
-        """float64[K], values minus baseline."""
-        return self.values - self.baseline
-
-
 def checked(values: npt.ArrayLike, dimensions: int, name: str) -> FloatArray:
     """`values` as a float64 array of so many dimensions; see the module for what is refused."""
     array = np.asarray(values, dtype=np.float64)
@@ -89,46 +72,40 @@ def checked(values: npt.ArrayLike, dimensions: int, name: str) -> FloatArray:
     return array
 
 
-def pair_rows(
-    rows: Iterable[Mapping[str, Any]],
-    baseline: Iterable[Mapping[str, Any]],
-    *,
-    value: str = "score",
-    keys: Sequence[str] = ("prompt_id", "seed"),
-) -> Pairs:
-    """Pair the rows of two, such as those of `benchmarks.compare`, by prompt and seed.
+def paired_differences(
+    rows: Iterable[Mapping[str, Any]], baseline: Iterable[Mapping[str, Any]]
+) -> FloatArray:
+    """Score minus the baseline's, float64[K], of the rows of both with the same prompt and seed.
 
-    Rows whose value is None (a response that could not be scored) count as missing. Two rows of one
-    side with the same keys, and no pair at all, are ValueErrors.
+    Rows are those of `benchmarks.compare`; one whose score is None (a response that could not be
+    scored) counts as missing. Two rows of one side for the same prompt and seed, and no pair at
+    all, are ValueErrors.
 
     Example:
         >>> own = [{"prompt_id": "a", "seed": 0, "score": 2.0}]
         >>> other = [{"prompt_id": "a", "seed": s, "score": 1.0} for s in (0, 1)]
-        >>> pair_rows(own, other).differences, pair_rows(own, other).unpaired
-        (array([1.]), 1)
+        >>> paired_differences(own, other)
+        array([1.])
     """
-    sides: list[dict[tuple[Hashable, ...], Any]] = []
+    sides: list[dict[tuple[Any, Any], float]] = []
     for side in (list(rows), list(baseline)):
-        for row in side:
-            if missing := [name for name in (*keys, value) if name not in row]:
-                raise ValueError(f"A row lacks {missing}; it has {sorted(row)}.")
-        found = [tuple(row[name] for name in keys) for row in side]
+        found = [(row["prompt_id"], row["seed"]) for row in side]
         if doubled := [key for key, count in Counter(found).items() if count > 1]:
             raise ValueError(
-                f"Expected one row for each {', '.join(keys)}, got several for {doubled[0]}. Give "
+                f"Expected one row for each prompt and seed, got several for {doubled[0]}. Give "
                 "the rows of one agent at one budget."
             )
-        values = zip(found, (row[value] for row in side), strict=True)
-        sides.append({key: each for key, each in values if each is not None})
+        scores = zip(found, (row["score"] for row in side), strict=True)
+        sides.append({key: score for key, score in scores if score is not None})
     own, other = sides
     both = [key for key in own if key in other]
     if not both:
         raise ValueError(
-            f"Expected rows with the same {', '.join(keys)} on both sides, got none among "
+            "Expected rows with the same prompt and seed on both sides, got none among "
             f"{len(own)} and {len(other)}. Run both on the same prompts and seeds."
         )
-    mine, theirs = (checked([side[key] for key in both], 1, value) for side in sides)
-    return Pairs(tuple(both), mine, theirs, len(own) + len(other) - 2 * len(both))
+    mine, theirs = (checked([side[key] for key in both], 1, "score") for side in sides)
+    return mine - theirs
 
 
 def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArray:
@@ -191,9 +168,9 @@ def percentile_tail(units: int, confidence: float) -> float:
 
 
 def simultaneous_intervals(
-    values: FloatArray, *, confidence: float = 0.95, resamples: int = 4999, seed: int = 0
+    values: FloatArray, *, resamples: int = 4999, seed: int = 0
 ) -> list[Interval]:
-    """Means of the columns of float64[B, K], B >= 2, with intervals that hold for all K at once.
+    """Means of the columns of float64[B, K], B >= 2, with 95% intervals that hold for all at once.
 
     The most striking column may be picked afterwards. Rows are resampled whole, which keeps columns
     paired. Over fewer than some ten rows, or where few rows differ, such intervals are rough.
@@ -221,43 +198,41 @@ def simultaneous_intervals(
         own = np.maximum(np.sqrt(spreads / (rows - 1)), errors[moving] / 4)
         deviations = np.abs(shifts / own)
         furthest = stats.rankdata(deviations, method="max", axis=0).max(axis=1) / resamples
-        level = np.quantile(furthest, confidence)
+        level = np.quantile(furthest, 0.95)
         half[moving] = np.quantile(deviations, level, axis=0) * errors[moving]
     bounds = np.stack([means, means - half, means + half], axis=1)
     return [Interval(*row) for row in bounds.tolist()]
 
 
-def win_rate(values: npt.ArrayLike, baseline: npt.ArrayLike, *, tolerance: float = 1e-9) -> WinRate:
-    """Compare paired values; differences up to `tolerance` are ties."""
+def win_rate(values: npt.ArrayLike, baseline: npt.ArrayLike) -> WinRate:
+    """Compare paired values; differences up to 1e-9 are ties."""
     own, other = checked(values, 1, "values"), checked(baseline, 1, "baseline")
     if own.shape != other.shape:
         raise ValueError(f"Expected pairs, got shapes {own.shape} and {other.shape}.")
     difference = own - other
-    wins = int((difference > tolerance).sum())
-    losses = int((difference < -tolerance).sum())
+    wins = int((difference > 1e-9).sum())
+    losses = int((difference < -1e-9).sum())
     return WinRate(wins, len(own) - wins - losses, losses)
 
 
 def paired_permutation_test(
     differences: npt.ArrayLike,
     *,
-    alternative: Alternative = "two-sided",
     resamples: int = 9999,
     seed: int = 0,
 ) -> float:
-    """P-value of paired differences float64[P] being as often and as far above 0 as below.
+    """Two-sided p-value of paired differences float64[P] being as far above 0 as below.
 
     Under the null hypothesis each difference may as well have the other sign. All sign patterns are
     counted where there are at most `resamples` of them, else as many random ones, with the pattern
     seen among them, so the p-value is never 0. Differences of 0 have no sign and are left out.
-    `"greater"`: the differences are above 0.
 
     Source: Fisher, "The Design of Experiments", 1935, section 21; random patterns as in Phipson and
     Smyth, "Permutation p-values should never be zero", 2010; by `scipy.stats.permutation_test`.
 
     Example:
-        >>> paired_permutation_test([1.0, 2.0, 0.5, 0.0], alternative="greater")
-        0.125
+        >>> paired_permutation_test([1.0, 2.0, 0.5, 0.0])
+        0.25
     """
     given = checked(differences, 1, "differences")
     moving = given[given != 0]
@@ -271,7 +246,6 @@ def paired_permutation_test(
         permutation_type="samples",
         vectorized=True,
         n_resamples=resamples,
-        alternative=alternative,
         rng=np.random.default_rng(seed),
     )
     return float(found.pvalue)
