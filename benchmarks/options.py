@@ -16,6 +16,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 import typer
 
+from mbrl_text_env.agents.registry import parse_spec
 from mbrl_text_env.benchmarks.friendly import option
 from mbrl_text_env.benchmarks.terminal import console, errors, plain
 from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
@@ -262,6 +263,9 @@ class CompareConfig:
             )
         if not self.agents or len(set(self.agents)) != len(self.agents):
             raise CompareError(f"Expected one or more different agents, got {list(self.agents)}.")
+        for spec in self.agents:
+            # An error where it is none; before models are loaded.
+            parse_spec(spec)
         if self.batch_prompts < 1:
             raise CompareError(f"batch_prompts: expected at least 1, got {self.batch_prompts}.")
 
