@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def collect_with_progress(
     *,
     samples: int,
     **options: Any,
-) -> tuple[dict[str, Sequence[int]], Mapping[str, str]]:
+) -> tuple[dict[str, list[int]], dict[str, str]]:
     """`collect`, which takes the options, with a progress bar.
 
     Returns the samples of each prompt that were missing, and the prompts that failed and why.
