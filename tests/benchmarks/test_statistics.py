@@ -136,7 +136,7 @@ class TestClusters:
     def test_coverage_by_simulation(self):
         """Prompts of different level, three seeds each; as if independent, rows mislead."""
         rng = np.random.default_rng(0)
-        trials, covered, naive = 400, 0, 0
+        trials, covered, naive = 1000, 0, 0
         prompts = np.repeat(np.arange(40), 3).tolist()
         for trial in range(trials):
             values = (rng.normal(size=(40, 3)) + 1.5 * rng.normal(size=(40, 1))).ravel()
