@@ -9,10 +9,13 @@ number of planned answers to learn from, here `_ANSWERS` a prompt.
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -22,15 +25,17 @@ from mbrl_text_env.agents.learning.stages import STAGES, LoraImprover
 from mbrl_text_env.agents.values import EmbeddingValue, FittedValue, load_value
 from mbrl_text_env.benchmarks import compare, options, report
 from mbrl_text_env.benchmarks.demo import collect_with_progress, fitted_on
-from mbrl_text_env.benchmarks.devices import needs, put_on, usable_device
 from mbrl_text_env.benchmarks.options import ArticleConfig, RewardOptions
-from mbrl_text_env.benchmarks.page import Page, provenance, write_page
+from mbrl_text_env.benchmarks.page import Page, provenance, read_json, reading, write_page
 from mbrl_text_env.benchmarks.statistics import mean_interval, prompt_means
-from mbrl_text_env.benchmarks.terminal import COMMAND, numbers, progress_bar
+from mbrl_text_env.benchmarks.terminal import COMMAND, numbers, progress_bar, table_of
+from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.loading import number_format
 from mbrl_text_env.language_models.registry import embedded_encoder
 from mbrl_text_env.records import read_records, scores_of
+from mbrl_text_env.rewards.evaluators._hub import HubReward
+from mbrl_text_env.rewards.evaluators.relevance import RelevanceReward
 from mbrl_text_env.types import Prompt
 
 PROMPTS = tuple(
@@ -62,7 +67,7 @@ def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console:
         raise typer.BadParameter(
             f"--policy: expected a model that is loaded and tuned here, got {config.policy!r}."
         )
-    device = usable_device(config.device)
+    device = options.usable_device(config.device)
     name, dtype = config.policy, config.dtype
     policy = options.ModelOptions(language_model=name, dtype=dtype, device=str(device))
     for line in _needs(config, judge, device):
@@ -73,7 +78,7 @@ def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console:
     limits: dict[str, Any] = {"max_response_tokens": config.max_response_tokens}
     limits["seed"] = config.seed
     records = out / RECORDS
-    collect_with_progress(*models, PROMPTS, records, console, samples=_SAMPLES, **limits)
+    collect_with_progress(models, PROMPTS, records, console, samples=_SAMPLES, **limits)
     if not (out / "value").exists():
         EmbeddingValue(language_model, encoder).fit(read_records(records)).save(out / "value")
     value = load_value(out / "value", *models, encoder)
@@ -120,21 +125,25 @@ def _run_loop(loop: ExpertIteration, console: Console) -> None:
 
 def recorded_page(out: Path) -> Page:
     """The page of a pipeline that has ended, from its files; damage is a `CompareError`."""
-    with compare.reading(out):
-        about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
+    with reading(out):
+        about = read_json(out / ABOUT)
         folders = [out / SEEN_FOLDER, out / UNSEEN_FOLDER]
-        paths = [each / compare.SUMMARY for each in folders]
-        seen, unseen = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+        seen, unseen = (read_json(each / compare.SUMMARY) for each in folders)
         rows = [row for each in folders for row in compare.read_rows(each / compare.RESULTS)]
         settings = about.pop("settings")
         page = report.comparison_page(seen, rows, about)
         quality, cost = report.tables(seen)
         quality.title = f"Seen in the fit: {quality.title}"
-        caption = "One prompt has no interval."
-        apart = Table("agent", *numbers("reward", "tokens"), title="Not seen", caption=caption)
-        for entry in unseen["agents"]:
-            tokens = f"{entry['generated_tokens']:.0f}"
-            apart.add_row(entry["agent"], f"{entry['mean']:.3f}", tokens)
+        apart = table_of(
+            (
+                (entry["agent"], f"{entry['mean']:.3f}", f"{entry['generated_tokens']:.0f}")
+                for entry in unseen["agents"]
+            ),
+            "agent",
+            *numbers("reward", "tokens"),
+            title="Not seen",
+            caption="One prompt has no interval.",
+        )
         return replace(
             page,
             title=f"The article on {seen['language_model']}: {seen['reward']}",
@@ -155,7 +164,7 @@ def _changed(out: Path) -> Table:
         "within a prompt on the unseen one.",
     )
     for folder in sorted((out / LOOP).glob("[0-9][0-9]")):
-        found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "scores.json")
         number, learned = found["iteration"], found["improvement"]
         records = read_records(folder / "value" / RECORDS if number else out / RECORDS)
         means = prompt_means(scores_of(records), [record.prompt_id for record in records])
@@ -181,3 +190,69 @@ def _needs(config: ArticleConfig, judge: RewardOptions, device: Any) -> list[str
     count = answers + 8 * (len(PROMPTS) + 1) + 4
     count += config.iterations * (4 * _ANSWERS * len(PROMPTS) + answers + 5)
     return needs(models, count * config.max_response_tokens, device)
+
+
+def put_on(reward: Any, device: torch.device) -> None:
+    """Have the classifiers and encoders of a reward run on a device; before its first use."""
+    if isinstance(reward, HubReward):
+        reward.device = device
+    elif isinstance(reward, RelevanceReward) and reward.encoder is None and device.type != "cpu":
+        reward.encoder = cast("Encoder", embedded_encoder(str(device)))
+    for part in getattr(reward, "rewards", ()):
+        put_on(part, device)
+
+
+def needs(
+    models: Sequence[tuple[str, str, torch.dtype]], tokens: int, device: torch.device
+) -> list[str]:
+    """A line for each model, and one of the time.
+
+    `models` are names or folders, the class of transformers that loads each, and its number format.
+    Each reads or writes about `tokens`. Of a model on the Hub only the config is fetched.
+    """
+    lines, seconds = [], 0.0
+    for name, kind, dtype in models:
+        size = parameters(name, kind)
+        if size is None:
+            lines.append(f"{name}: memory and time cannot be told; its config cannot be had.")
+            continue
+        # Tuning adds a copy in float32 where the policy is in another format.
+        is_copied = kind.endswith("CausalLM") and dtype != torch.float32
+        more = f", {size * 4 / 1e9:.1f} GB more while it is tuned" if is_copied else ""
+        lines.append(
+            f"{name}: {size / 1e6:,.1f} million parameters, {size * dtype.itemsize / 1e9:.1f} GB "
+            f"of memory on {device} in {str(dtype).removeprefix('torch.')}{more}."
+        )
+        seconds += size * tokens * _seconds(device, dtype)
+    if seconds:
+        lines.append(
+            f"At most {tokens:,} tokens are generated and scored: these models take about "
+            f"{seconds / 60:.1f} minutes or more on {device}, as fast as it multiplies now."
+        )
+    return lines
+
+
+def parameters(name: str, kind: str) -> int | None:
+    """How many a model has, from its config alone; None where that cannot be had or read."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            return int(getattr(transformers, kind).from_config(config).num_parameters())
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _seconds(device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds for a parameter and a token, where 16 responses are generated together."""
+    form = torch.float32 if dtype == torch.int8 else dtype
+    rows, weights = (torch.ones(n, 2048, dtype=form, device=device) for n in (16, 2048))
+    for _ in range(2):
+        # The first try warms up; `item` waits for the device.
+        began = time.perf_counter()
+        for _ in range(8):
+            found = rows @ weights.T
+        found.sum().item()
+        took = time.perf_counter() - began
+    return took / (8 * rows.numel() * len(weights))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mbrl_text_env.benchmarks.statistics import Interval
@@ -99,29 +99,26 @@ def of_curves(
     bands, lines = {}, {}
     for k in range(len(series)):
         own = [mark for mark in marks if mark.series == k]
+        across = [(mark.x, mark.low, mark.high) for mark in own]
         if len(own) > 1:
             lines[k] = _points((mark.x, mark.y) for mark in own)
-            there = [(mark.x, mark.high) for mark in own]
-            bands[k] = _points([*there, *((mark.x, mark.low) for mark in reversed(own))])
         elif k == reference:
-            [mark] = own
-            right = _WIDTH - _RIGHT
-            corners = (_LEFT, mark.high), (right, mark.high), (right, mark.low), (_LEFT, mark.low)
-            bands[k] = _points(corners)
+            across = [(end, own[0].low, own[0].high) for end in (_LEFT, _WIDTH - _RIGHT)]
+        if len(across) > 1:
+            there, back = [(x, high) for x, _, high in across], [(x, low) for x, low, _ in across]
+            bands[k] = _points([*there, *reversed(back)])
     names = [one.name for one in series]
     x_ticks, y_ticks = list(x.ticks()), list(y.ticks())
     return Chart(title, x_label, y_label, names, marks, x_ticks, y_ticks, (), bands, lines)
 
 
-def of_rows(
-    title: str, x_label: str, rows: Mapping[str, Mapping[str, Interval]], *, zero: bool = True
-) -> Chart:
+def of_rows(title: str, x_label: str, rows: Mapping[str, Mapping[str, Interval]]) -> Chart:
     """Intervals below each other, one or several of each row, by name of the series."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     intervals = [i for row in rows.values() for i in row.values()]
     ends = [end for i in intervals for end in (i.estimate, i.low, i.high)]
     height = _TOP + _ROW * len(rows) + _BOTTOM
-    x = _Axis([*ends, *([0.0] if zero else [])], _LABELS + 12, _WIDTH - _RIGHT - 12)
+    x = _Axis([*ends, 0.0], _LABELS + 12, _WIDTH - _RIGHT - 12)
     marks, labels = [], []
     for place, (label, row) in enumerate(rows.items()):
         middle = _TOP + _ROW * (place + 0.5)
@@ -139,7 +136,7 @@ def of_rows(
         marks,
         list(x.ticks()),
         rows=labels,
-        zero=x(0.0) if zero else None,
+        zero=x(0.0),
         height=height,
         left=_LABELS,
         bottom=height - _BOTTOM,
@@ -181,5 +178,5 @@ class _Axis:
             yield Tick(self(value), f"{value:.6g}")
 
 
-def _points(places: Sequence[tuple[float, float]] | Iterator[tuple[float, float]]) -> str:
+def _points(places: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{x:g},{y:g}" for x, y in places)

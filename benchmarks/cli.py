@@ -10,16 +10,14 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from mbrl_text_env.agents.base import Generation
 from mbrl_text_env.benchmarks import options
-from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.machines import RayOptions, merge_command
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
 from mbrl_text_env.benchmarks.serve import serve_command
@@ -30,6 +28,7 @@ from mbrl_text_env.benchmarks.terminal import (
     numbers,
     panel,
     progress_bar,
+    table_of,
 )
 from mbrl_text_env.benchmarks.train import train_command
 from mbrl_text_env.benchmarks.world_model import world_model_report_command
@@ -60,7 +59,7 @@ app.command("merge")(merge_command)
 @friendly
 def demo(
     *,
-    out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo-results"),
+    out: Path = option(Path("demo-results"), "Folder for what it makes."),
     config: options.DemoConfig,
 ) -> None:
     """Collect, fit the article's value predictor, and compare four agents for two rewards."""
@@ -73,9 +72,7 @@ def demo(
 @friendly
 def article_command(
     *,
-    out: Annotated[
-        Path, typer.Option(help="Folder for what it makes; goes on if it exists.")
-    ] = Path("article"),
+    out: Path = option(Path("article"), "Folder for what it makes; goes on if it exists."),
     config: options.ArticleConfig,
     judge: options.RewardOptions = _ARTICLE,
 ) -> None:
@@ -91,22 +88,17 @@ def compare_command(
     *,
     config: options.CompareConfig = _COMPARE,
     judge: options.RewardOptions,
-    num_prompts: options.CountOption = 16,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the comparison; resumed if it exists.")
-    ] = Path("comparison"),
+    num_prompts: int = option(16, options.COUNT),
+    out: Path = option(Path("comparison"), "Folder of the comparison; resumed if it exists."),
     model: options.ModelOptions,
     prompts: options.PromptOptions,
-    gold: Annotated[
-        str | None,
-        typer.Option(help="A trusted reward that no agent sees; it scores the answers too."),
-    ] = None,
-    reward_price: options.PriceOption = None,
-    no_budget: Annotated[
-        bool, typer.Option("--no-budget", help="No budget where none is given.")
-    ] = False,
-    value: options.ValueOption = "prefix",
-    policy: options.PolicyOption = None,
+    gold: str | None = option(
+        None, "A trusted reward that no agent sees; it scores the answers too."
+    ),
+    reward_price: str | None = option(None, options.PRICE),
+    no_budget: bool = option(False, "No budget where none is given.", "--no-budget"),
+    value: str = option("prefix", options.VALUE),
+    policy: list[str] | None = option(None, options.POLICY),
     machines: RayOptions,
 ) -> None:
     """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
@@ -114,8 +106,7 @@ def compare_command(
     from mbrl_text_env.benchmarks.report import table
 
     judge = judge.of(prompts.prompts)
-    is_free = no_budget or reward_price is not None
-    if not is_free and not any(budget.is_capped for budget in config.budgets.values()):
+    if not (no_budget or reward_price is not None or config.budget.is_capped):
         config = replace(config, budget_tokens=options.DEFAULT_TOKENS)
     if reward_price is not None and config.budget_flops is None and config.budget_tokens:
         raise typer.BadParameter(
@@ -155,42 +146,38 @@ def compare_command(
 @friendly
 def collect_command(
     *,
-    out: Annotated[Path, typer.Option(help="Records folder; resumed if it exists.")],
+    out: Path = option(..., "Records folder; resumed if it exists."),
     judge: options.RewardOptions,
-    num_prompts: options.CountOption = 48,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 4,
-    max_response_tokens: options.TokensOption = 96,
-    seed: options.SeedOption = 0,
-    batch_prompts: Annotated[int, typer.Option(min=1, help="Prompts sampled together.")] = 16,
+    num_prompts: int = option(48, options.COUNT),
+    samples: int = option(4, "Responses to each prompt.", min=1),
+    max_response_tokens: int = option(96, options.TOKENS),
+    seed: int = option(0, options.SEED),
+    batch_prompts: int = option(16, "Prompts sampled together.", min=1),
     model: options.ModelOptions,
     prompts: options.PromptOptions = _TRAIN,
     machines: RayOptions,
 ) -> None:
     """Sample responses and write them down with their scores; can be killed and resumed."""
-    from mbrl_text_env.agents.collection import collect, missing_samples
+    from mbrl_text_env.benchmarks.demo import collect_with_progress
     from mbrl_text_env.benchmarks.reports import write_records_report
-    from mbrl_text_env.records import RecordWriter
 
     reward = judge.of(prompts.prompts).load()
     asked = prompts.choose(num_prompts, reward, seed)
     language_model = model.load()
     chosen = options.that_fit(asked, language_model)
-    with machines.each() as each, RecordWriter(out) as writer, progress_bar() as bar:
-        missing = missing_samples(writer.existing(), chosen, samples)
-        left = [name for name, numbers in missing.items() if numbers]
-        task = bar.add_task("Collecting", total=sum(map(len, missing.values())))
-        failed = collect(
-            language_model,
-            reward,
+    with machines.each() as each:
+        missing, failed = collect_with_progress(
+            (language_model, reward),
             chosen,
-            writer,
-            samples_per_prompt=samples,
+            out,
+            console,
+            samples=samples,
             max_response_tokens=max_response_tokens,
             batch_prompts=batch_prompts,
             seed=seed,
-            on_batch=lambda records: bar.advance(task, len(records)),
             each=each,
         )
+    left = [name for name, numbers in missing.items() if numbers]
     added = sum(len(missing[name]) for name in left if name not in failed)
     console.print(
         f"{added} responses to {len(left) - len(failed)} prompts added "
@@ -207,13 +194,11 @@ def report_command(
     folder: Annotated[
         Path, typer.Argument(help="What a command that writes a report has had as its --out.")
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The HTML file, by default where the run has written it; a file that ends in .md "
-            "gets the answers side by side."
-        ),
-    ] = None,
+    out: Path | None = option(
+        None,
+        "The HTML file, by default where the run has written it; a file that ends in .md "
+        "gets the answers side by side.",
+    ),
 ) -> None:
     """Make the HTML report of a run again, from what is in its folder."""
     from mbrl_text_env.benchmarks.reports import write_report
@@ -227,25 +212,20 @@ def report_command(
 @friendly
 def fit_command(
     *,
-    records: Annotated[Path, typer.Option(help="Records folder, as written by `collect`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the value model.")],
-    kind: Annotated[
-        str,
-        typer.Option(
-            help="'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
-            "'hidden-state', 'world-model' or 'token-embedding' (little to compute)."
-        ),
-    ] = "stacked",
+    records: Path = option(..., "Records folder, as written by `collect`."),
+    out: Path = option(..., "Folder for the value model."),
+    kind: str = option(
+        "stacked",
+        "'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
+        "'hidden-state', 'world-model' or 'token-embedding' (little to compute).",
+    ),
     model: options.ModelOptions,
-    max_response_tokens: options.TokensOption = 96,
-    seed: options.SeedOption = 0,
-    reward: Annotated[
-        str | None,
-        typer.Option(
-            help="The reward that scored the records; by default found by the name in them."
-        ),
-    ] = None,
-    reward_timeout: options.TimeoutOption = 600.0,
+    max_response_tokens: int = option(96, options.TOKENS),
+    seed: int = option(0, options.SEED),
+    reward: str | None = option(
+        None, "The reward that scored the records; by default found by the name in them."
+    ),
+    reward_timeout: float = option(600.0, options.TIMEOUT),
 ) -> None:
     """Fit a value model on scored records, for the reward that scored them."""
     from mbrl_text_env.agents.values import (
@@ -287,19 +267,16 @@ def fit_command(
 @app.command("prompts")
 @friendly
 def prompts_command(
-    source: Annotated[
-        str, typer.Option("--prompts", "--source", help=options.PROMPTS_HELP)
-    ] = "builtin",
-    split: Annotated[str, typer.Option(help="train, validation, test, or all.")] = "all",
-    kind: Annotated[str | None, typer.Option(help="Only prompts of this kind.")] = None,
-    limit: options.CountOption = 20,
+    source: str = option("builtin", options.PROMPTS_HELP, "--prompts", "--source"),
+    split: str = option("all", "train, validation, test, or all."),
+    kind: str | None = option(None, "Only prompts of this kind."),
+    limit: int = option(20, options.COUNT),
 ) -> None:
     """List prompts."""
     found = options.load_prompts_option(source, split, kind)
-    shown = Table("id", "split", "kind", "text", title=f"{len(found)} prompts")
-    for prompt in found[:limit]:
-        shown.add_row(prompt.id, prompt.split, str(prompt.metadata.get("kind", "")), prompt.text)
-    console.print(shown)
+    rows = ((p.id, p.split, str(p.metadata.get("kind", "")), p.text) for p in found[:limit])
+    title = f"{len(found)} prompts"
+    console.print(table_of(rows, "id", "split", "kind", "text", title=title))
     if len(found) > limit:
         console.print(f"... and {len(found) - limit} more (--limit)")
 
@@ -310,10 +287,8 @@ def rewards_command() -> None:
     """List reward models."""
     from mbrl_text_env.rewards import descriptions
 
-    shown = Table("name", "what it scores", title="Reward models")
-    for name, description in descriptions().items():
-        shown.add_row(name, description)
-    console.print(shown)
+    rows = descriptions().items()
+    console.print(table_of(rows, "name", "what it scores", title="Reward models"))
 
 
 @app.command("agents")
@@ -322,19 +297,14 @@ def agents_command() -> None:
     """List agents and their options, which stand behind a name as in 'best-of-n:n=8'."""
     from mbrl_text_env.agents.registry import SHARED_OPTIONS, available, options_of
 
-    shown = Table(
-        "name",
-        "what it does",
-        "options",
-        title="Agents",
-        show_lines=True,
-        caption=f"All have {', '.join(SHARED_OPTIONS)} too. What has no default here follows from "
-        "the budget, the prompt or the policy.",
-    )
+    rows = []
     for name, description in available().items():
         own = (f"{key}={'' if v is None else v}" for key, v in options_of(name).items())
-        shown.add_row(name, description, " ".join(own))
-    console.print(shown)
+        rows.append((name, description, " ".join(own)))
+    caption = f"All have {', '.join(SHARED_OPTIONS)} too. What has no default here follows from "
+    caption += "the budget, the prompt or the policy."
+    names = ("name", "what it does", "options")
+    console.print(table_of(rows, *names, title="Agents", show_lines=True, caption=caption))
 
 
 @app.command("doctor")
@@ -352,19 +322,17 @@ def doctor_command() -> None:
 @friendly
 def models_command(
     *,
-    remove: Annotated[
-        str | None, typer.Option(help="Take this model out of the cache, after a question.")
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without the question.")] = False,
+    remove: str | None = option(None, "Take this model out of the cache, after a question."),
+    yes: bool = option(False, "Remove without the question.", "--yes"),
 ) -> None:
     """List the models in the Hugging Face cache with their sizes, or remove one."""
     from mbrl_text_env.benchmarks.doctor import models_kept, remove_model
 
     sizes, folder = models_kept()
     if remove is None:
-        shown = Table("model", *numbers("MB"), title=f"Hugging Face cache: {folder}")
-        for name, size in sizes.items():
-            shown.add_row(name, f"{size / 1e6:,.1f}")
+        rows = ((name, f"{size / 1e6:,.1f}") for name, size in sizes.items())
+        title = f"Hugging Face cache: {folder}"
+        shown = table_of(rows, "model", *numbers("MB"), title=title)
         console.print(shown if sizes else f"No models in {folder}.")
     elif remove not in sizes:
         raise typer.BadParameter(
@@ -382,31 +350,26 @@ def search_command(
     prompt: Annotated[
         str, typer.Argument(help="The prompt's text, or the id of one of --prompts.")
     ],
-    agent: Annotated[str, typer.Option(help="A planner with its options.")] = "adaptive",
+    agent: str = option("adaptive", "A planner with its options."),
     judge: options.RewardOptions,
-    value: options.ValueOption = "prefix",
-    budget_tokens: options.CountOption = 400,
-    max_response_tokens: options.TokensOption = 96,
-    seed: options.SeedOption = 0,
+    value: str = option("prefix", options.VALUE),
+    budget_tokens: int = option(400, options.COUNT),
+    max_response_tokens: int = option(96, options.TOKENS),
+    seed: int = option(0, options.SEED),
     model: options.ModelOptions,
     prompts: options.PromptOptions = _ANY_SPLIT,
-    children: Annotated[int, typer.Option(min=1, help="Children shown of a node.")] = 4,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the whole search there, as JSON.")
-    ] = None,
-    picture_file: Annotated[
-        Path | None, typer.Option("--picture", help="Draw the whole search there, as PNG.")
-    ] = None,
-    html_file: Annotated[
-        Path | None,
-        typer.Option("--html", help="Write the whole search there, as a page to step through."),
-    ] = None,
+    children: int = option(4, "Children shown of a node.", min=1),
+    json_file: Path | None = option(None, "Write the whole search there, as JSON.", "--json"),
+    picture_file: Path | None = option(None, "Draw the whole search there, as PNG.", "--picture"),
+    html_file: Path | None = option(
+        None, "Write the whole search there, as a page to step through.", "--html"
+    ),
 ) -> None:
     """Answer a prompt with a planner and show its search: chunks, values, what was chosen, why."""
     from mbrl_text_env.agents.registry import AgentSpecError, make
     from mbrl_text_env.agents.search import Planner
     from mbrl_text_env.benchmarks.page import provenance, write_page
-    from mbrl_text_env.benchmarks.report import picture, search_page
+    from mbrl_text_env.benchmarks.report import draw_tree, picture, search_page
     from mbrl_text_env.files import write_text
     from mbrl_text_env.rewards.base import reward_bounds
     from mbrl_text_env.types import Budget
@@ -419,7 +382,12 @@ def search_command(
         raise AgentSpecError(f"Agent {agent!r} does not search: expected a planner.")
     [(answer, tree)] = planner.explore([asked], Budget(tokens=budget_tokens), seed=seed)
     search = tree.to_dict(language_model)
-    _show_search(search, answer, judge.reward, children)
+    console.print(draw_tree(search, most_children=children))
+    usage = answer.usage
+    spent = f"{usage.generated_tokens:,} tokens, {usage.flops:.3g} FLOPs, "
+    spent += f"{usage.reward_calls} reward calls"
+    score = f"{judge.reward} {answer.completion.score:.3f}"
+    console.print(panel(answer.text.strip(), score, spent))
     if json_file is not None:
         with _written("--json", json_file):
             write_text(json_file, json.dumps(search, indent=1))
@@ -429,35 +397,11 @@ def search_command(
     if html_file is not None:
         texts = [language_model.decode(node.state.response_ids) for node in tree.nodes]
         bounds = reward_bounds(reward, [asked] * len(texts), texts).tolist()
-        settings = {
-            "agent": agent,
-            "reward": judge.reward,
-            "language_model": language_model.name,
-            "value": value,
-            "budget_tokens": budget_tokens,
-            "max_response_tokens": limit,
-            "seed": seed,
-            **answer.usage.as_dict(),
-        }
+        settings = {"agent": agent, "reward": judge.reward, "language_model": language_model.name}
+        settings |= {"value": value, "budget_tokens": budget_tokens, "seed": seed}
+        settings |= {"max_response_tokens": limit, **answer.usage.as_dict()}
         with _written("--html", html_file):
             write_page(html_file, search_page(search, bounds, settings, provenance(COMMAND.get())))
-
-
-def _show_search(
-    search: dict[str, Any], answer: Generation, reward: str | None, children: int
-) -> None:
-    from mbrl_text_env.benchmarks.report import draw_tree
-
-    console.print(draw_tree(search, most_children=children))
-    usage = answer.usage
-    console.print(
-        panel(
-            answer.text.strip(),
-            title=f"{reward} {answer.completion.score:.3f}",
-            subtitle=f"{usage.generated_tokens:,} tokens, {usage.flops:.3g} FLOPs, "
-            f"{usage.reward_calls} reward calls",
-        )
-    )
 
 
 @reward_app.command("audit")
@@ -465,13 +409,10 @@ def _show_search(
 def audit_command(
     *,
     config: options.AuditConfig,
-    out: Annotated[Path, typer.Option(help="Folder of the audit; resumed if it exists.")] = Path(
-        "audit"
+    out: Path = option(Path("audit"), "Folder of the audit; resumed if it exists."),
+    pool: Path | None = option(
+        None, "Records folder to take the responses from; missing ones are added."
     ),
-    pool: Annotated[
-        Path | None,
-        typer.Option(help="Records folder to take the responses from; missing ones are added."),
-    ] = None,
     model: options.ModelOptions,
     prompts: options.PromptOptions,
 ) -> None:
@@ -535,37 +476,26 @@ def _written(option: str, path: Path) -> Iterator[None]:
 
 
 def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
-    """The reward that scored records, or its name alone where it cannot be made from that."""
+    """The reward that scored records, by `--reward` or by the name in them."""
     from mbrl_text_env.records import RecordsError
     from mbrl_text_env.rewards import RewardSpecError
     from mbrl_text_env.rewards.base import reward_name
 
-    if spec is None:
-        try:
-            return options.RewardOptions(reward=name, reward_timeout=timeout).load()
-        except RewardSpecError:
-            return _NameOfReward(name)
-    reward_model = options.RewardOptions(reward=spec, reward_timeout=timeout).load()
+    try:
+        reward_model = options.RewardOptions(reward=spec or name, reward_timeout=timeout).load()
+    except RewardSpecError as error:
+        if spec is not None:
+            raise
+        raise RecordsError(
+            f"The records were scored by {name!r}, of which no reward can be made. Give --reward, "
+            "as it was given to `collect`."
+        ) from error
     if reward_name(reward_model) != name:
         raise RecordsError(
             f"--reward {spec!r} is called {reward_name(reward_model)!r}, and the records were "
             f"scored by {name!r}. Give the reward that scored them."
         )
     return reward_model
-
-
-@dataclass
-class _NameOfReward:
-    """The reward that scored records, by name only, for values that do not call it."""
-
-    name: str
-
-    def score(self, prompts: Any, responses: Any) -> Any:
-        """Refuse."""
-        raise ValueError(
-            f"the records say no more of their reward than the name {self.name!r}, and this kind "
-            "of value scores prefixes by it: pass --reward, as it was given to `collect`"
-        )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,14 @@ from mbrl_text_env.agents.base import Agent, Generation
 from mbrl_text_env.agents.registry import make
 from mbrl_text_env.benchmarks.audit.exploit_warnings import trust_warnings
 from mbrl_text_env.benchmarks.options import CompareConfig, CompareError
-from mbrl_text_env.benchmarks.page import Page, provenance, token_ends, write_page
+from mbrl_text_env.benchmarks.page import (
+    Page,
+    provenance,
+    read_json,
+    reading,
+    token_ends,
+    write_page,
+)
 from mbrl_text_env.benchmarks.report import baseline_of, comparison_page
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
 from mbrl_text_env.benchmarks.terminal import COMMAND, progress_bar
@@ -62,16 +69,11 @@ _MEANS = ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "f
 class Comparison:
     """The parts of a comparison.
 
-    Args:
-        config: What is compared and how.
-        prompts: The agents answer all of them; texts stand for prompts. Their ids differ.
-        language_model: Shared by the agents that name no other policy.
-        reward_model: Shared by the agents, and the judge of their answers.
-        value_model: For agents that take one, or several by name (see `agents.registry.make`).
-        gold_model: A trusted reward that no agent sees; it scores the answers too, where it applies
-            and can, so that a reward that is being exploited shows.
-        labels: What else belongs into the config file, such as names on the command line.
-        policies: By the names that specs use (`policy=tuned`).
+    The agents, which share the language model unless they name one of `policies`, and the reward
+    model, answer all prompts; texts stand for prompts, and ids differ. `value_model` may be several
+    by name (see `agents.registry.make`). No agent sees the `gold_model`, which scores the answers
+    too where it applies, so that a reward that is being exploited shows. `labels` are what else
+    belongs into the config file.
     """
 
     config: CompareConfig
@@ -98,9 +100,8 @@ class Comparison:
 
     def agent(self, spec: str) -> Agent:
         """Make the agent of a spec."""
-        items = [i for i in spec.split(":") if i.partition("=")[0].strip() != "budget_tokens"]
         return make(
-            ":".join(items),
+            spec,
             self.language_model,
             self.reward_model,
             self.value_model,
@@ -210,24 +211,8 @@ def recorded_page(folder: Path) -> Page:
         CompareError: A file is damaged.
     """
     with reading(folder):
-        summary, about = (
-            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            for path in (folder / SUMMARY, folder / _ABOUT)
-        )
+        summary, about = read_json(folder / SUMMARY), read_json(folder / _ABOUT)
         return comparison_page(summary, read_rows(folder / RESULTS), about)
-
-
-@contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Say (`CompareError`) what to do about the files of a run that are damaged or missing."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise CompareError(
-            f"{folder}: expected the files of a run that has ended, got a damaged or "
-            f"missing one ({type(error).__name__}: {error}). The command that made them goes "
-            "on and writes them again."
-        ) from error
 
 
 def _flat(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -268,8 +253,8 @@ def run(
     """Run or resume a comparison and return its rows by agent; see `compare`."""
     config, batches = comparison.config, comparison.batches()
     agents = {spec: comparison.agent(spec) for spec in config.agents}
-    for spec, agent in agents.items():
-        agent.check_budget(comparison.prompts, config.budgets[spec])
+    for agent in agents.values():
+        agent.check_budget(comparison.prompts, config.budget)
     with claimed(folder, comparison.depends_on(), "comparison", CompareError, grows=("prompts",)):
         with writing(folder, CompareError):
             parts = read_parts(folder / PARTS)
@@ -307,8 +292,7 @@ def _answers(
 ) -> list[Row]:
     """Rows of a batch; prompts whose answers cannot be scored have an error in theirs."""
     spec, prompts = job
-    config, agent = comparison.config, agents[spec]
-    budget = config.budgets[spec]
+    config, agent, budget = comparison.config, agents[spec], comparison.config.budget
 
     def answer(some: Sequence[Prompt]) -> list[Row]:
         # No agent lives on prefixes that another one computed, and a run that is resumed computes

@@ -21,6 +21,7 @@ from mbrl_text_env.agents.collection import collect, missing_samples
 from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import EmbeddingValue, FittedValue, make_value
 from mbrl_text_env.benchmarks import compare, matched, report
+from mbrl_text_env.benchmarks.audit.run import fill_pool
 from mbrl_text_env.benchmarks.options import CompareConfig, DemoConfig, choose_prompts
 from mbrl_text_env.benchmarks.terminal import panel, progress_bar
 from mbrl_text_env.files import write_text
@@ -105,31 +106,27 @@ def run_demo(
 
 
 def collect_with_progress(
-    language_model: LanguageModel,
-    reward_model: RewardModel,
+    models: tuple[LanguageModel, RewardModel],
     prompts: Sequence[Prompt],
     folder: Path,
     console: Console,
     *,
     samples: int,
-    max_response_tokens: int,
-    seed: int,
-) -> None:
-    """`collect` with a progress bar."""
+    **options: Any,
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """`collect`, which takes the options, with a progress bar.
+
+    Returns the samples of each prompt that were missing, and the prompts that failed and why.
+    """
     with progress_bar(console) as bar, RecordWriter(folder) as writer:
         missing = missing_samples(writer.existing(), prompts, samples)
-        total = sum(map(len, missing.values()))
-        task = bar.add_task("Collecting scored responses", total=total)
-        collect(
-            language_model,
-            reward_model,
-            prompts,
-            writer,
-            samples_per_prompt=samples,
-            max_response_tokens=max_response_tokens,
-            seed=seed,
-            on_batch=lambda records: bar.advance(task, len(records)),
-        )
+        task = bar.add_task("Collecting", total=sum(map(len, missing.values())))
+
+        def on_batch(records: Sequence[Any]) -> None:
+            bar.advance(task, len(records))
+
+        options |= {"samples_per_prompt": samples, "on_batch": on_batch}
+        return missing, collect(*models, prompts, writer, **options)
 
 
 def fitted_on(value: FittedValue) -> str:
@@ -157,8 +154,7 @@ class _Demo:
         prompts = choose_prompts(every, config.train_prompts, reward, config.seed)
         source = self.out / f"records-{first}"
         collect_with_progress(
-            self.language_model,
-            reward,
+            (self.language_model, reward),
             prompts,
             source,
             self.console,
@@ -212,11 +208,9 @@ class _Demo:
         with progress_bar(self.console) as bar:
             total = len(comparison.prompts) * config.pool_samples
             task = bar.add_task("Sampling what best-of-N would at any N", total=total)
-            pool = matched.make_pool(
+            records = fill_pool(
                 self.out / "pool",
-                self.out / f"pool-scores-{name}",
-                comparison.language_model,
-                comparison.reward_model,
+                self.language_model,
                 comparison.prompts,
                 samples=config.pool_samples,
                 max_response_tokens=config.max_response_tokens,
@@ -224,6 +218,9 @@ class _Demo:
                 seed=config.seed + 1,
                 on_batch=lambda count: bar.advance(task, count),
             )
+        models = self.language_model, comparison.reward_model
+        scores = self.out / f"pool-scores-{name}"
+        pool = matched.pool_of(records, scores, *models, comparison.prompts)
         rows, budget = self.rows(name), config.budget_tokens
         cells = [
             matched.Cell(name, agent, budget, "tokens", [r for r in rows if r["agent"] == agent])

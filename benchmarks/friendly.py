@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -18,29 +18,42 @@ from mbrl_text_env.benchmarks.terminal import errors
 _METAVARS = {int: "N", float: "X", Path: "PATH", bool: None}
 
 
+def option(default: Any, about: Any, *names: str, **more: Any) -> Any:
+    """An option: a field of a dataclass, or a parameter of a `friendly` command.
+
+    `about` is its help, or a `typer.Option`; names and the rest are as for that. A default of `...`
+    stands for none: the option has to be given.
+    """
+    info = typer.Option(*names, help=about or None, **more) if isinstance(about, str) else about
+    given = {} if default is ... else {"default": default}
+    return field(**given, metadata={"option": info})
+
+
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function: groups of options, and errors that a user can act on.
 
-    A parameter whose type is a dataclass stands for one option for each annotated field; its
-    default says the options' defaults. A tuple of texts is written with commas. Errors that the
+    A parameter whose type is a dataclass stands for its fields that are an `option`; its
+    default says their defaults. A tuple of texts is written with commas. Errors that the
     user can correct are printed without a traceback and exit with 2. Ctrl-C exits with 130 and says
     how to go on, where what was stopped knows.
 
     Example:
         >>> @app.command()  # doctest: +SKIP
         ... @friendly
-        ... def show(model: ModelOptions = ModelOptions(dtype="int8")) -> None:
+        ... def show(model: ModelOptions = INT8, seed: int = option(0, "A seed.")) -> None:
         ...     print(model.load().name)
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     options: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
+        default: Any = parameter.default
         if name in groups:
-            options += _options_of(groups[name], parameter.default)
+            options += _options_of(groups[name], default)
+        elif isinstance(default, Field):
+            options.append(_option(name, hints[name], default, default.default))
         else:
-            hint = _shown(hints[name]) if get_origin(hints[name]) is Annotated else hints[name]
-            options.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
+            options.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
@@ -69,30 +82,31 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options_of(group: Any, default: Any) -> list[inspect.Parameter]:
-    """One parameter an annotated field of a dataclass; a default instance gives other defaults."""
-    source = group if default is inspect.Parameter.empty else default
-    found = []
-    for name, hint in get_type_hints(group, include_extras=True).items():
-        if get_origin(hint) is Annotated:
-            value = getattr(source, name, inspect.Parameter.empty)
-            hint = _shown(hint, getattr(group, "panel", None))
-            if isinstance(value, tuple):
-                [info] = hint.__metadata__
-                # With spaces, for the help breaks lines there.
-                info.show_default = ", ".join(value)
-                hint, value = Annotated[str, info], ",".join(value)
-            only = inspect.Parameter.KEYWORD_ONLY
-            found.append(inspect.Parameter(name, only, default=value, annotation=hint))
-    return found
+    """One parameter an option of a dataclass; a default instance gives other defaults."""
+    hints, panel = get_type_hints(group), getattr(group, "panel", None)
+    return [
+        _option(each.name, hints[each.name], each, getattr(default, each.name, each.default), panel)
+        for each in fields(group)
+        if "option" in each.metadata
+    ]
 
 
-def _shown(hint: Any, panel: str | None = None) -> Any:
+def _option(
+    name: str, kind: Any, own: Field[Any], value: Any, panel: str | None = None
+) -> inspect.Parameter:
     """An option with a short word for its type, and the panel where the help has it."""
-    kind, info = get_args(hint)
-    kind, shown = next(iter(get_args(kind)), kind), copy.copy(info)
-    shown.metavar = info.metavar or _METAVARS.get(kind, "TEXT")
-    shown.rich_help_panel = panel
-    return Annotated[get_args(hint)[0], shown]
+    info = copy.copy(own.metadata["option"])
+    plain = next((each for each in get_args(kind) if isinstance(each, type)), kind)
+    info.metavar = info.metavar or _METAVARS.get(plain, "TEXT")
+    info.rich_help_panel = panel
+    if get_origin(kind) is tuple:
+        kind = str
+        if isinstance(value, tuple):
+            # With spaces, for the help breaks lines there.
+            info.show_default, value = ", ".join(value), ",".join(value)
+    empty = inspect.Parameter.empty if value is MISSING else value
+    only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, only, default=empty, annotation=Annotated[kind, info])
 
 
 def _settings(group: Any, values: dict[str, Any]) -> Any:

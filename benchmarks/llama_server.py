@@ -1,6 +1,6 @@
 """A llama.cpp server of the embedded model on a loopback port, in a process of its own.
 
-python -m mbrl_text_env.benchmarks.llama_server --port 8090
+python -m mbrl_text_env.benchmarks.llama_server PORT [THREADS [PARALLEL [CONTEXT]]]
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from typing import Annotated
-
-import typer
 
 from mbrl_text_env.language_models.registry import embedded_gguf
 
@@ -22,16 +19,14 @@ _START_SECONDS = 60.0
 
 
 @contextlib.contextmanager
-def llama_server(
-    *, threads: int = 2, parallel: int = 4, context: int = 8192, port: int | None = None
-) -> Iterator[str]:
-    """Start a server and give its URL; it is killed at the end.
+def llama_server(*, threads: int = 2, parallel: int = 4, context: int = 8192) -> Iterator[str]:
+    """Start a server on a free port and give its URL; it is killed at the end.
 
-    It answers `parallel` requests at a time, of `context` tokens together; the port is a free one
-    by default. One that ends, or does not answer within a minute, is a RuntimeError.
+    It answers `parallel` requests at a time, of `context` tokens together. One that ends, or does
+    not answer within a minute, is a RuntimeError.
     """
-    port = port or free_port()
-    process = start(threads=threads, parallel=parallel, context=context, port=port)
+    port = free_port()
+    process = start(port, threads, parallel, context)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(url, process)
@@ -41,9 +36,11 @@ def llama_server(
         process.wait()
 
 
-def start(**options: int) -> subprocess.Popen[bytes]:
-    """Start a server's process without waiting for it; the options are those of `main`."""
-    arguments = [f"--{name}={value}" for name, value in options.items()]
+def start(
+    port: int, threads: int = 2, parallel: int = 4, context: int = 8192
+) -> subprocess.Popen[bytes]:
+    """Start a server's process without waiting for it."""
+    arguments = map(str, (port, threads, parallel, context))
     return subprocess.Popen(  # noqa: S603 our own module with numbers as arguments
         [sys.executable, "-m", "mbrl_text_env.benchmarks.llama_server", *arguments],
         stdout=subprocess.DEVNULL,
@@ -73,12 +70,7 @@ def free_port() -> int:
     return port
 
 
-def main(
-    port: Annotated[int, typer.Option(min=1)],
-    threads: Annotated[int, typer.Option(min=1)] = 2,
-    parallel: Annotated[int, typer.Option(min=1)] = 4,
-    context: Annotated[int, typer.Option(min=1)] = 8192,
-) -> None:
+def serve(port: int, threads: int = 2, parallel: int = 4, context: int = 8192) -> None:
     """Serve until killed."""
     import xllamacpp
 
@@ -93,4 +85,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    serve(*map(int, sys.argv[1:]))

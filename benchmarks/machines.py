@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.benchmarks.terminal import COMMAND, console
 from mbrl_text_env.runs import CONFIG, Each, claimed, in_turn, read_config, refuse_others, writing
@@ -24,18 +24,11 @@ class RayOptions:
 
     panel: ClassVar[str] = "Ray"
 
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            help="A Ray cluster, 'auto' or HOST:PORT; 'local' begins one on this machine."
-        ),
-    ] = None
-    ray_workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers, each with models of its own.")
-    ] = None
-    gpus_per_worker: Annotated[
-        float, typer.Option(min=0.0, help="GPUs of a worker; several can share one: 0.5.")
-    ] = 0.0
+    ray: str | None = option(
+        None, "A Ray cluster, 'auto' or HOST:PORT; 'local' begins one on this machine."
+    )
+    ray_workers: int | None = option(None, "Workers, each with models of its own.", min=1)
+    gpus_per_worker: float = option(0.0, "GPUs of a worker; several can share one: 0.5.", min=0.0)
 
     def __post_init__(self) -> None:
         if (self.ray is None) != (self.ray_workers is None):
@@ -62,7 +55,7 @@ class RayOptions:
 def merge_command(
     folders: Annotated[list[Path], typer.Argument(help="The --out of each `compare --shard`.")],
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the whole comparison.")],
+    out: Path = option(..., "Folder of the whole comparison."),
 ) -> None:
     """Make one comparison of its shards (`compare --shard i/n`)."""
     from mbrl_text_env.benchmarks.report import table
@@ -110,21 +103,20 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
 
 def _shards(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[int, Path]]:
     """What the shards share, and the folder of each by its number; a CompareError for others."""
-    from mbrl_text_env.benchmarks.compare import reading
+    from mbrl_text_env.benchmarks.page import reading
 
     shared: dict[str, Any] = {}
     found: dict[int, Path] = {}
-    count = 0
     for folder in folders:
         if not (folder / CONFIG).is_file():
             raise CompareError(
                 f"{folder}: expected the folder of `compare --shard i/n`, got none of its files. "
                 "Give the --out of each shard."
             )
+        config = read_config(folder / CONFIG, CompareError)
         with reading(folder):
-            config = read_config(folder / CONFIG, CompareError)
             shard = config.pop("shard", "1/1")
-            index, count = map(int, shard.split("/"))
+            index, config["shards"] = map(int, shard.split("/"))
             # What is read of it below.
             _ = list(config["agents"]), config["prompts"].keys(), config["batch_prompts"] > 0
         if shard == "1/1":
@@ -132,24 +124,19 @@ def _shards(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[int, Path]]:
                 f"{folder} holds a whole comparison: expected one of several shards. Merge the "
                 "folders of `compare --shard i/n`, each with the same n."
             )
-        config["shards"] = count
-        refuse_others(
-            folder, config, shared or config, f"comparison than {folders[0]}", CompareError
-        )
         shared = shared or config
+        refuse_others(folder, config, shared, f"comparison than {folders[0]}", CompareError)
         if index in found:
             raise CompareError(
-                f"{found[index]} and {folder} both hold shard {shard}: expected each once. Leave "
-                "one of them out."
+                f"{found[index]} and {folder} both hold shard {shard}: expected each once."
             )
         found[index] = folder
-    missing = [f"{index}/{count}" for index in range(1, count + 1) if index not in found]
-    if missing:
+    count = shared.pop("shards", 0)
+    if missing := [f"{index}/{count}" for index in range(1, count + 1) if index not in found]:
         raise CompareError(
             f"Expected the folders of all {count} shards, got none of {', '.join(missing)}. Give "
             "them too, or run `compare --shard` for them first."
         )
-    del shared["shards"]
     return shared, dict(sorted(found.items()))
 
 
@@ -166,8 +153,7 @@ def _rows_of(
     own = [name for start in starts for name in prompts[start : start + size]]
     missing = dict.fromkeys((spec, name) for spec in config["agents"] for name in own)
     for file, rows in parts.items():
-        for row in rows:
-            key = row["agent"], row["prompt_id"]
+        for key in ((row["agent"], row["prompt_id"]) for row in rows):
             if key not in missing:
                 raise CompareError(
                     f"{folder / PARTS / file} holds the answer of {key[0]!r} to prompt {key[1]!r}: "
@@ -175,8 +161,7 @@ def _rows_of(
                     "was copied there, and run the shard's command again."
                 )
             del missing[key]
-    if missing:
-        spec, name = next(iter(missing))
+    for spec, name in missing:
         raise CompareError(
             f"{folder}: expected all answers of shard {index}/{count}, got {len(missing)} too few: "
             f"first that of {spec!r} to prompt {name!r}. The command that made the folder goes on "

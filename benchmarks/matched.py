@@ -7,7 +7,7 @@ run again for another budget. All rewards score the same responses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,9 @@ import numpy as np
 from rich.table import Table
 
 from mbrl_text_env.benchmarks import scaling, statistics
-from mbrl_text_env.benchmarks.audit.run import fill_pool, score_pool
+from mbrl_text_env.benchmarks.audit.run import score_pool
 from mbrl_text_env.benchmarks.options import CompareError
-from mbrl_text_env.benchmarks.terminal import numbers
+from mbrl_text_env.benchmarks.terminal import numbers, table_of
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.records import Record
@@ -74,36 +74,6 @@ class Pool:
         return np.asarray(chosen - surprisal.mean())
 
 
-def make_pool(
-    folder: Path,
-    scores_folder: Path,
-    language_model: LanguageModel,
-    reward_model: RewardModel,
-    prompts: Sequence[Prompt],
-    *,
-    samples: int,
-    max_response_tokens: int,
-    seed: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> Pool:
-    """The pool of some prompts; what is missing is generated and scored, and kept.
-
-    `folder` has the records of all rewards, `scores_folder` the scores of this one, which must
-    apply to the prompts; see `fill_pool` and `score_pool`.
-    """
-    records = fill_pool(
-        folder,
-        language_model,
-        prompts,
-        samples=samples,
-        max_response_tokens=max_response_tokens,
-        shared=True,
-        seed=seed,
-        on_batch=on_batch,
-    )
-    return pool_of(records, scores_folder, language_model, reward_model, prompts)
-
-
 def pool_of(
     records: Sequence[Sequence[Record]],
     scores_folder: Path,
@@ -111,7 +81,10 @@ def pool_of(
     reward_model: RewardModel,
     prompts: Sequence[Prompt],
 ) -> Pool:
-    """The pool of records, n to each of the prompts; scores are kept in `scores_folder`."""
+    """The pool of records (`fill_pool`), n to each of the prompts.
+
+    Scores, which must apply to the prompts, are kept in `scores_folder`.
+    """
     texts = [[record.response for record in row] for row in records]
     # Scores do not depend on the price.
     unpriced = reward_model.reward if isinstance(reward_model, Priced) else reward_model
@@ -181,8 +154,8 @@ def analyse(pool: Pool, cells: Sequence[Cell]) -> list[Row]:
 
     `kl` is the surprisal excess of the answers over the pool, by log-probabilities at temperature
     1, `kl_of_equal_best_of_n` that of the best-of-N of the same mean reward, and
-    `kl_bound_of_equal_best_of_n` the bound of its divergence; `kl_of_rewards` is a lower bound from
-    the rewards alone. `nats_per_token` are the answers' and the samples' mean surprisal.
+    `kl_bound_of_equal_best_of_n` the bound of its divergence. `nats_per_token` are the answers' and
+    the samples' mean surprisal.
     """
     rows = [_row(pool, cell) for cell in cells]
     tested = [row for row in rows if row["p_vs_best_of_n"] is not None]
@@ -204,23 +177,6 @@ def best_of_n_rows(reward: str, pool: Pool, budgets: Sequence[int], unit: str) -
             costs = {"tokens": tokens.mean_costs(n), "flops": flops.mean_costs(n)}
             rows.append({**row, "n": n, **statistics.mean_interval(at.means).as_mean(), **costs})
     return rows
-
-
-def falls(cells: Sequence[Cell]) -> list[Row]:
-    """Whether an agent's mean reward falls from a budget to the next larger, agent by agent."""
-    found = []
-    for agent in dict.fromkeys(cell.agent for cell in cells):
-        own = sorted((c for c in cells if c.agent == agent), key=lambda cell: cell.budget)
-        scored = [cell.by_prompt() for cell in own]
-        common = [name for name in scored[0] if all(name in rows for rows in scored)]
-        if len(own) < 2 or not common:
-            continue
-        table = [
-            [np.mean([row["score"] for row in rows[name]]) for name in common] for rows in scored
-        ]
-        for step in scaling.falls_with_budget([cell.budget for cell in own], table):
-            found.append({"agent": agent, "reward": own[0].reward, **step._asdict()})
-    return found
 
 
 def _row(every: Pool, cell: Cell) -> Row:
@@ -247,6 +203,7 @@ def _row(every: Pool, cell: Cell) -> Row:
     matched = in_flops.at_mean_cost(float(flops.mean()))
     paired = statistics.mean_interval(scores - matched.means)
     by_flops = scaling.compute_multiplier(scores, flops, in_flops)
+    by_tokens = scaling.compute_multiplier(scores, tokens, pool.in_tokens)
     return {
         "reward": cell.reward,
         "agent": cell.agent,
@@ -258,23 +215,15 @@ def _row(every: Pool, cell: Cell) -> Row:
         **statistics.mean_interval(scores).as_mean(),
         "tokens": float(tokens.mean()),
         **{name: float(means[name].mean()) for name in ("flops", "reward_calls", "seconds")},
-        **_multiplier("multiplier", by_flops),
-        **_multiplier(
-            "multiplier_tokens", scaling.compute_multiplier(scores, tokens, pool.in_tokens)
-        ),
+        **by_flops.as_row("multiplier"),
+        **by_tokens.as_row("multiplier_tokens"),
         "difference": paired.estimate,
         "difference_low": paired.low,
         "difference_high": paired.high,
         "p_vs_best_of_n": _p_value(pool, each, matched),
         "p_holm": None,
-        **_divergence(pool, scores, means, by_flops.equal_n),
+        **_divergence(pool, means, by_flops.equal_n),
     }
-
-
-def _multiplier(name: str, found: scaling.Multiplier) -> Row:
-    values = found.as_dict()
-    parts = ("low", "high", "is_lower_bound", "is_upper_bound")
-    return {name: found.estimate, **{f"{name}_{part}": values[part] for part in parts}}
 
 
 def _p_value(pool: Pool, each: FloatArray, matched: scaling.AtCost) -> float | None:
@@ -282,13 +231,11 @@ def _p_value(pool: Pool, each: FloatArray, matched: scaling.AtCost) -> float | N
         return None
     # The same N for all prompts: `at_mean_cost`.
     drawn = scaling.drawn_best(pool.scores, float(matched.ns[0]))
-    by_signs = statistics.paired_permutation_test(each.mean(axis=1) - matched.means).p_value
-    return max(float(by_signs), statistics.exchange_test(each, drawn))
+    by_signs = statistics.paired_permutation_test(each.mean(axis=1) - matched.means)
+    return max(by_signs, statistics.exchange_test(each, drawn))
 
 
-def _divergence(
-    pool: Pool, scores: FloatArray, means: dict[str, FloatArray], equal_n: float
-) -> Row:
+def _divergence(pool: Pool, means: dict[str, FloatArray], equal_n: float) -> Row:
     """The surprisal excess as `kl`; None where an agent's log-probabilities are not known."""
     logprobs = means["logprob"]
     if not (np.isfinite(logprobs).all() and np.isfinite(pool.logprobs).all()):
@@ -299,7 +246,6 @@ def _divergence(
         "kl": excess.estimate,
         "kl_low": excess.low,
         "kl_high": excess.high,
-        "kl_of_rewards": scaling.contrastive_bound(scores, pool.scores).estimate,
         "kl_of_equal_best_of_n": float(np.interp(equal_n % 1, [0, 1], equal)),
         "kl_bound_of_equal_best_of_n": scaling.kl_bound(equal_n),
         "nats_per_token": float(-logprobs.sum() / means["response_tokens"].sum()),
@@ -309,23 +255,24 @@ def _divergence(
 
 def table(rows: Sequence[Row]) -> Table:
     """At least one row of `analyse`, all of one reward, for the terminal."""
-    shown = Table(
+    cells = (
+        (
+            row["agent"],
+            f"{row['budget_tokens']:,}",
+            f"{row['mean']:.3f}",
+            *(multiplier(row, key) for key in ("multiplier", "multiplier_tokens")),
+            "pool too small" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
+        )
+        for row in rows
+    )
+    return table_of(
+        cells,
         "agent",
         *numbers("budget", "mean", "x FLOPs", "x tokens", "p"),
         title=f"{rows[0]['reward']}: how many times its compute best-of-N needs for the same mean",
         caption=f"{rows[0]['prompts']} prompts, 95% intervals; > where the pool is too small to "
         "tell. p: paired against best-of-N at the same FLOPs, Holm's correction.",
     )
-    for row in rows:
-        multipliers = (multiplier(row, f"multiplier{unit}") for unit in ("", "_tokens"))
-        budget, mean = f"{row['budget_tokens']:,}", f"{row['mean']:.3f}"
-        shown.add_row(row["agent"], budget, mean, *multipliers, p_value(row))
-    return shown
-
-
-def p_value(row: Row) -> str:
-    """The adjusted p-value; "pool too small" where there is none."""
-    return "pool too small" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
 
 
 def multiplier(row: Row, key: str) -> str:

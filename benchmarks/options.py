@@ -5,21 +5,22 @@ Each annotated field of a group or of the settings is an option (`friendly.frien
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import typer
 
 from mbrl_text_env.agents.registry import parse_spec
+from mbrl_text_env.benchmarks.friendly import option
 from mbrl_text_env.benchmarks.terminal import console, errors, plain
 from mbrl_text_env.rewards.base import RewardModel, applies_to, reward_name
+from mbrl_text_env.runs import folder_digest
 from mbrl_text_env.types import Budget, Prompt, Split
 
 _PUZZLES = "reasoning-gym:"
@@ -31,59 +32,45 @@ _SHARD = re.compile(r"(\d+)/(\d+)")
 _PRICE = re.compile(r"(?P<number>\d+(\.\d*)?(e[+-]?\d+)?)(?P<unit>tokens|flops)")
 # What a comparison allows an agent where nothing is said.
 DEFAULT_TOKENS = 400
+_PLAIN = (bool, int, float, str, tuple, type(None))
 _LEAST = {"num_prompts": 4, "samples": 4, "max_response_tokens": 1, "sensitivity_samples": 1}
 
-LanguageModelOption = Annotated[
-    str,
-    typer.Option(
-        help="'embedded' (SmolLM2-135M-Instruct), a Hub name, a folder, or the URL of an "
-        "OpenAI-compatible server (several with commas between them)."
-    ),
-]
-DtypeOption = Annotated[
-    str, typer.Option(help="Number format: 'default', 'float32', 'bfloat16', 'float16' or 'int8'.")
-]
-TimeoutOption = Annotated[
-    float,
-    typer.Option(
-        min=0.001, max=_YEAR, help="Seconds that the reward model may take for one batch."
-    ),
-]
+LANGUAGE_MODEL = typer.Option(
+    help="'embedded' (SmolLM2-135M-Instruct), a Hub name, a folder, or the URL of an "
+    "OpenAI-compatible server (several with commas between them)."
+)
+DTYPE = typer.Option(help="Number format: 'default', 'float32', 'bfloat16', 'float16' or 'int8'.")
+TIMEOUT = typer.Option(
+    min=0.001, max=_YEAR, help="Seconds that the reward model may take for one batch."
+)
 PROMPTS_HELP = (
     "'builtin', a .jsonl or .csv file, 'suite:NAME' (constraints, reasoning, code, sql), or "
     "'reasoning-gym:TASK' (256 questions a split)."
 )
-PromptsOption = Annotated[str, typer.Option(help=PROMPTS_HELP)]
-PlainOption = Annotated[
-    bool,
-    typer.Option(
-        "--plain-prompts", help="Prompts as plain text, for models without a chat template."
-    ),
-]
-ValueOption = Annotated[
-    str,
-    typer.Option(
-        help="'prefix' for the reward model on the prefix ('prefix-exact' in its own number "
-        "format), or a value model's folder, as written by `fit`."
-    ),
-]
-PolicyOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="NAME=FOLDER of a LoRA adapter, or of a choice that PPO or DQN learned: agents with "
-        "the option policy=NAME use it. Repeatable."
-    ),
-]
-PriceOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What a call of the reward counts for in place of its own FLOPs: '300tokens' that the "
-        "language model generates, or '2e11flops'. Budgets are then in FLOPs."
-    ),
-]
-SeedOption = Annotated[int, typer.Option(min=0, help="All sampling follows from it.")]
-TokensOption = Annotated[int, typer.Option(min=1, help="Token limit of a response.")]
-CountOption = Annotated[int, typer.Option(min=1)]
+PROMPTS = typer.Option(help=PROMPTS_HELP)
+PLAIN = typer.Option(
+    "--plain-prompts", help="Prompts as plain text, for models without a chat template."
+)
+VALUE = typer.Option(
+    help="'prefix' for the reward model on the prefix ('prefix-exact' in its own number "
+    "format), or a value model's folder, as written by `fit`."
+)
+POLICY = typer.Option(
+    help="NAME=FOLDER of a LoRA adapter, or of a choice that PPO or DQN learned: agents with "
+    "the option policy=NAME use it. Repeatable."
+)
+PRICE = typer.Option(
+    help="What a call of the reward counts for in place of its own FLOPs: '300tokens' that the "
+    "language model generates, or '2e11flops'. Budgets are then in FLOPs."
+)
+SET = typer.Option(
+    "--set",
+    help="NAME=VALUE of another setting, such as learning_rate=0.0003; a wrong name lists "
+    "them. Repeatable.",
+)
+SEED = typer.Option(min=0, help="All sampling follows from it.")
+TOKENS = typer.Option(min=1, help="Token limit of a response.")
+COUNT = typer.Option(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,24 +79,16 @@ class ModelOptions:
 
     panel: ClassVar[str] = "Language model"
 
-    language_model: LanguageModelOption = "embedded"
-    dtype: DtypeOption = "default"
-    tokenizer: Annotated[
-        str,
-        typer.Option(help="Tokenizer of a server's model: 'embedded', a Hub name, or a folder."),
-    ] = "embedded"
-    num_parameters: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Of a server's model, where it does not say; FLOPs follow from it."
-        ),
-    ] = None
-    model: Annotated[
-        str | None, typer.Option(help="Name to ask a server for, where it lists several models.")
-    ] = None
-    max_wait: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to go on trying while no server answers.")
-    ] = 60.0
+    language_model: str = option("embedded", LANGUAGE_MODEL)
+    dtype: str = option("default", DTYPE)
+    tokenizer: str = option(
+        "embedded", "Tokenizer of a server's model: 'embedded', a Hub name, or a folder."
+    )
+    num_parameters: int | None = option(
+        None, "Of a server's model, where it does not say; FLOPs follow from it.", min=1
+    )
+    model: str | None = option(None, "Name to ask a server for, where it lists several models.")
+    max_wait: float = option(60.0, "Seconds to go on trying while no server answers.", min=0.0)
     # Only where all models of a command follow it.
     device: str | None = None
 
@@ -154,15 +133,13 @@ class RewardOptions:
 
     panel: ClassVar[str] = "Reward"
 
-    reward: Annotated[
-        str | None,
-        typer.Option(
-            help="A name, a weighted sum such as '0.5*sentiment+0.5*relevance', or a function or "
-            "class in a file: 'my_rewards.py:brevity'. By default that of the suite of prompts, or "
-            "'sentiment'."
-        ),
-    ] = None
-    reward_timeout: TimeoutOption = 600.0
+    reward: str | None = option(
+        None,
+        "A name, a weighted sum such as '0.5*sentiment+0.5*relevance', or a function or "
+        "class in a file: 'my_rewards.py:brevity'. By default that of the suite of prompts, or "
+        "'sentiment'.",
+    )
+    reward_timeout: float = option(600.0, TIMEOUT)
 
     def of(self, source: str) -> RewardOptions:
         """The options with the reward that prompts of a source have where none is given."""
@@ -182,22 +159,17 @@ class PromptOptions:
 
     panel: ClassVar[str] = "Prompts"
 
-    prompts: PromptsOption = "builtin"
-    split: Annotated[
-        str,
-        typer.Option(
-            help="Split of the prompts; 'all' for all. A file that names none is taken whole."
-        ),
-    ] = "test"
-    shots: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Examples with answers before each question of a suite; by default 4 in "
-            "'suite:reasoning', else 0.",
-        ),
-    ] = None
-    plain_prompts: PlainOption = False
+    prompts: str = option("builtin", PROMPTS)
+    split: str = option(
+        "test", "Split of the prompts; 'all' for all. A file that names none is taken whole."
+    )
+    shots: int | None = option(
+        None,
+        "Examples with answers before each question of a suite; by default 4 in "
+        "'suite:reasoning', else 0.",
+        min=0,
+    )
+    plain_prompts: bool = option(False, PLAIN)
 
     def load(self) -> Any:
         """All prompts of the split."""
@@ -245,6 +217,10 @@ class CompareError(ValueError):
     """A comparison that cannot be run as asked."""
 
 
+class SettingError(ValueError):
+    """A setting of `--set` that is unknown, or whose value is of another type."""
+
+
 class AuditError(ValueError):
     """An audit that cannot be run as asked."""
 
@@ -253,41 +229,30 @@ class AuditError(ValueError):
 class CompareConfig:
     """What a comparison is; two runs with equal configs give equal rows, times aside.
 
-    `agents` are specs; `budget_tokens` may stand among the options of one if unequal budgets are
-    allowed. A budget is each agent's for each prompt. `batch_prompts` are answered together.
+    `agents` are specs. A budget is each agent's for each prompt. `batch_prompts` are answered
+    together.
     """
 
     panel: ClassVar[str] = "Comparison"
 
-    agents: Annotated[
-        tuple[str, ...],
-        typer.Option(help="Agents, with commas between them, and their options: 'best-of-n:n=8'."),
-    ]
-    budget_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default=False,
-            help=f"Tokens that an agent may generate for a prompt; {DEFAULT_TOKENS} if neither "
-            "another budget nor --reward-price is given.",
-        ),
-    ] = None
-    max_response_tokens: TokensOption = 256
-    seed: SeedOption = 0
-    batch_prompts: CountOption = 32
-    allow_unequal_budgets: Annotated[
-        bool, typer.Option(show_default=False, help="Whether the agents' own budgets may differ.")
-    ] = False
-    budget_flops: Annotated[
-        float | None, typer.Option(help="FLOPs of all models that it may spend on a prompt.")
-    ] = None
-    budget_seconds: Annotated[
-        float | None, typer.Option(help="Seconds after which it begins nothing new.")
-    ] = None
-    shard: Annotated[
-        str | None,
-        typer.Option(help="'2/3' for the second third of the batches, to `merge` with the others."),
-    ] = None
+    agents: tuple[str, ...] = option(
+        ..., "Agents, with commas between them, and their options: 'best-of-n:n=8'."
+    )
+    budget_tokens: int | None = option(
+        None,
+        f"Tokens that an agent may generate for a prompt; {DEFAULT_TOKENS} if neither "
+        "another budget nor --reward-price is given.",
+        min=1,
+        show_default=False,
+    )
+    max_response_tokens: int = option(256, TOKENS)
+    seed: int = option(0, SEED)
+    batch_prompts: int = option(32, COUNT)
+    budget_flops: float | None = option(None, "FLOPs of all models that it may spend on a prompt.")
+    budget_seconds: float | None = option(None, "Seconds after which it begins nothing new.")
+    shard: str | None = option(
+        None, "'2/3' for the second third of the batches, to `merge` with the others."
+    )
 
     def __post_init__(self) -> None:
         index, count = self.shard_of
@@ -297,14 +262,11 @@ class CompareConfig:
             )
         if not self.agents or len(set(self.agents)) != len(self.agents):
             raise CompareError(f"Expected one or more different agents, got {list(self.agents)}.")
+        for spec in self.agents:
+            # An error where it is none; before models are loaded.
+            parse_spec(spec)
         if self.batch_prompts < 1:
             raise CompareError(f"batch_prompts: expected at least 1, got {self.batch_prompts}.")
-        tokens = {spec: budget.tokens for spec, budget in self.budgets.items()}
-        if len(set(tokens.values())) > 1 and not self.allow_unequal_budgets:
-            raise CompareError(
-                f"The budgets differ: {tokens} tokens. A comparison at unequal budgets says "
-                "little; make them equal, or allow it (--allow-unequal-budgets)."
-            )
 
     @property
     def shard_of(self) -> tuple[int, int]:
@@ -312,18 +274,10 @@ class CompareConfig:
         found = _SHARD.fullmatch("1/1" if self.shard is None else self.shard)
         return (int(found[1]), int(found[2])) if found else (0, 0)
 
-    @cached_property
-    def budgets(self) -> dict[str, Budget]:
-        """Each agent's budget."""
-        own = {spec: parse_spec(spec)[1].get("budget_tokens") for spec in self.agents}
-        return {
-            spec: Budget(
-                self.budget_tokens if tokens is None else int(tokens),
-                self.budget_flops,
-                seconds=self.budget_seconds,
-            )
-            for spec, tokens in own.items()
-        }
+    @property
+    def budget(self) -> Budget:
+        """Each agent's for each prompt."""
+        return Budget(self.budget_tokens, self.budget_flops, seconds=self.budget_seconds)
 
 
 def priced(
@@ -363,19 +317,13 @@ class AuditConfig:
 
     panel: ClassVar[str] = "Audit"
 
-    proxy: Annotated[
-        str, typer.Option(help="The reward to audit: a name, or a weighted sum of names.")
-    ]
-    gold: Annotated[str, typer.Option(help="The reward that is trusted.")]
-    num_prompts: Annotated[int, typer.Option(help="At least 4; below 8 nothing is decided.")] = 32
-    samples: Annotated[
-        int, typer.Option(help="Responses to each prompt, at least 4: the largest N.")
-    ] = 64
-    max_response_tokens: TokensOption = 64
-    seed: SeedOption = 0
-    sensitivity_samples: Annotated[
-        int, typer.Option(help="Responses to each prompt that text changes are tried on.")
-    ] = 8
+    proxy: str = option(..., "The reward to audit: a name, or a weighted sum of names.")
+    gold: str = option(..., "The reward that is trusted.")
+    num_prompts: int = option(32, "At least 4; below 8 nothing is decided.")
+    samples: int = option(64, "Responses to each prompt, at least 4: the largest N.")
+    max_response_tokens: int = option(64, TOKENS)
+    seed: int = option(0, SEED)
+    sensitivity_samples: int = option(8, "Responses to each prompt that text changes are tried on.")
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -390,11 +338,11 @@ class AuditConfig:
 class DemoConfig:
     """How large the demonstration is; `pool_samples` are what best-of-N is read from."""
 
-    train_prompts: Annotated[int, typer.Option(min=2)] = 16
-    test_prompts: CountOption = 12
-    budget_tokens: CountOption = 400
-    max_response_tokens: TokensOption = 96
-    seed: SeedOption = 0
+    train_prompts: int = option(16, "", min=2)
+    test_prompts: int = option(12, COUNT)
+    budget_tokens: int = option(400, COUNT)
+    max_response_tokens: int = option(96, TOKENS)
+    seed: int = option(0, SEED)
     samples: int = 4
     pool_samples: int = 12
 
@@ -405,24 +353,71 @@ class ArticleConfig:
 
     panel: ClassVar[str] = "Pipeline"
 
-    policy: Annotated[
-        str,
-        typer.Option(
-            "--policy",
-            "--language-model",
-            help="'embedded' (SmolLM2-135M-Instruct), a Hub name, or a folder.",
-        ),
-    ] = "embedded"
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Of all models: 'cpu', 'cuda', 'mps'; by default a GPU where CUDA has one."
-        ),
-    ] = None
-    dtype: DtypeOption = "default"
-    iterations: Annotated[int, typer.Option(min=1, help="Rounds of the loop.")] = 1
-    max_response_tokens: TokensOption = 256
-    seed: SeedOption = 0
+    policy: str = option(
+        "embedded",
+        "'embedded' (SmolLM2-135M-Instruct), a Hub name, or a folder.",
+        "--policy",
+        "--language-model",
+    )
+    device: str | None = option(
+        None, "Of all models: 'cpu', 'cuda', 'mps'; by default a GPU where CUDA has one."
+    )
+    dtype: str = option("default", DTYPE)
+    iterations: int = option(1, "Rounds of the loop.", min=1)
+    max_response_tokens: int = option(256, TOKENS)
+    seed: int = option(0, SEED)
+
+
+def changes(kind: Any, items: Sequence[str]) -> dict[str, Any]:
+    """The settings of a dataclass that "NAME=VALUE" items set; what is no JSON is a word."""
+    known = {
+        f.name: f.default
+        for f in fields(kind)
+        if isinstance(f.default, _PLAIN) and f.name != "budget"
+    }
+    found = {}
+    for item in items:
+        name, _, text = item.partition("=")
+        if name not in known or not text:
+            shown = ", ".join(f"{name}={value}" for name, value in known.items())
+            raise SettingError(f"--set: expected NAME=VALUE of one of {shown}; got {item!r}.")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        default = known[name]
+        value = tuple(value) if isinstance(value, list) else value
+        value = float(value) if isinstance(default, float) and type(value) is int else value
+        if default is not None and value is not None and type(value) is not type(default):
+            wanted = f"a {type(default).__name__} such as {default!r}"
+            raise SettingError(f"--set {name}: expected {wanted}, got {text!r}.")
+        found[name] = value
+    return found
+
+
+def usable_device(name: str | None) -> Any:
+    """The device of a name, or the one that models take by default; tried out."""
+    import torch
+
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(
+            f"--device: expected one that torch can use here, such as 'cpu', got {name!r} "
+            f"({reason}). `mbrl-text doctor` lists them."
+        ) from error
+    return found
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers of an option, with commas between them."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        message = f"{option}: expected whole numbers with commas between, got {text!r}."
+        raise typer.BadParameter(message) from None
 
 
 def text_prompt(text: str, is_plain: bool) -> Any:
@@ -537,7 +532,7 @@ def _policy(name: str, folder: str, language_model: Any) -> Any:
     if (Path(folder) / "policy.json").is_file():
         from mbrl_text_env.agents.model_free import load_policy
 
-        return load_policy(folder, language_model, name=f"{name}-{_digest(folder)}")
+        return load_policy(folder, language_model, name=f"{name}-{folder_digest(folder)}")
     if not hasattr(language_model, "with_adapter"):
         raise typer.BadParameter(
             "--policy: expected a language model that runs here (`TransformersLM`), got "
@@ -553,15 +548,7 @@ def value_digest(value: str) -> str:
     """Names the value model of a `ValueOption` in a config: another one is another comparison."""
     from mbrl_text_env.agents.values import READY
 
-    return value if value in READY else _digest(value)
-
-
-def _digest(folder: str) -> str:
-    """Names the content of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in Path(folder).glob("*") if path.is_file()):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return value if value in READY else folder_digest(value)
 
 
 def _puzzles(task: str, split: str, kind: str | None) -> Any:

@@ -11,14 +11,15 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import gymnasium as gym
 import typer
 
 import mbrl_text_env  # noqa: F401 registers the environments
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.rewards.base import RewardModel
@@ -39,16 +40,12 @@ def single_step_us(steps: int, repeats: int, seed: int) -> float:
     env = gym.make(_ID, **_options())
     actions = _actions(env.action_space, 1024, seed)
 
-    def run() -> float:
-        env.reset(seed=seed)
-        start = time.perf_counter()
-        for step in range(steps):
-            _, _, terminated, truncated, _ = env.step(actions[step % len(actions)])
-            if terminated or truncated:
-                env.reset()
-        return (time.perf_counter() - start) / steps * 1e6
+    def step(number: int) -> None:
+        _, _, terminated, truncated, _ = env.step(actions[number % len(actions)])
+        if terminated or truncated:
+            env.reset()
 
-    return min(run() for _ in range(repeats))
+    return _fastest_us(env, step, steps, repeats, seed)
 
 
 def vector_state_us(num_envs: int, steps: int, repeats: int, seed: int) -> float:
@@ -56,23 +53,31 @@ def vector_state_us(num_envs: int, steps: int, repeats: int, seed: int) -> float
     env = gym.make_vec(_ID, num_envs=num_envs, **_options())
     actions = [_actions(env.single_action_space, num_envs, seed + i) for i in range(min(steps, 32))]
 
-    def run() -> float:
+    def step(number: int) -> None:
+        env.step(actions[number % len(actions)])
+
+    return _fastest_us(env, step, steps, repeats, seed) / num_envs
+
+
+def _fastest_us(
+    env: Any, step: Callable[[int], None], steps: int, repeats: int, seed: int
+) -> float:
+    seconds = []
+    for _ in range(repeats):
         env.reset(seed=seed)
         start = time.perf_counter()
-        for step in range(steps):
-            env.step(actions[step % len(actions)])
-        return (time.perf_counter() - start) / (steps * num_envs) * 1e6
+        for number in range(steps):
+            step(number)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / steps * 1e6
 
-    return min(run() for _ in range(repeats))
 
-
+@friendly
 def main(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    json_file: Path | None = option(None, "Write the figures here.", "--json"),
     seed: int = 0,
-    steps: Annotated[int, typer.Option(min=1)] = 5000,
-    repeats: Annotated[int, typer.Option(min=1)] = 7,
+    steps: int = option(5000, "", min=1),
+    repeats: int = option(7, "", min=1),
 ) -> None:
     """Measure and print."""
     figures = {

@@ -14,7 +14,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ from typing import Any
 from rich.table import Table
 
 from mbrl_text_env.benchmarks.charts import Chart
+from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.benchmarks.statistics import Interval
 from mbrl_text_env.benchmarks.terminal import visible
 from mbrl_text_env.files import write_text
@@ -40,16 +42,9 @@ _IN_HTML = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 class Page:
     """What a page shows, from top to bottom; what is empty is left out.
 
-    Args:
-        title: Of the page and its first heading.
-        verdict: One sentence.
-        warnings: What the reader should look at before believing the verdict.
-        charts, tables: The tables are those of the terminal.
-        data: JSON values for the scripts: "answers" (`answers`) to look through, "search"
-            (`SearchTree.to_dict`) to step through, and whatever the figures come from.
-        settings, environment: Shown by name.
-        command: What repeats the run.
-        is_finished: Whether the run has ended.
+    `data` are JSON values for the scripts: "answers" to look through, "search"
+    (`SearchTree.to_dict`) to step through, and whatever the figures come from. `run` is of
+    `provenance`: the command that repeats the run, and what it ran on.
     """
 
     title: str
@@ -59,9 +54,25 @@ class Page:
     tables: Sequence[Table] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    command: str = ""
+    run: Mapping[str, Any] = field(default_factory=dict)
     is_finished: bool = True
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Say (`CompareError`) what to do about the files of a run that are damaged or missing."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CompareError(
+            f"{folder}: expected the files of a run that has ended, got a damaged or missing one "
+            f"({type(error).__name__}: {error}). The command that made them writes them again."
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """What a file of a run holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_page(path: str | Path, page: Page) -> None:
@@ -77,7 +88,8 @@ def rendered(page: Page) -> str:
         page=page,
         tables=[_cells(table) for table in page.tables],
         settings=_named(page.settings),
-        environment=_named(page.environment),
+        environment=_named({k: v for k, v in page.run.items() if k != "command"}),
+        command=page.run.get("command", ""),
         data=embedded_json(page.data),
         script=script,
         digest=digest,
@@ -192,15 +204,11 @@ def _shown(data: Any) -> Any:
 def _cells(table: Table) -> dict[str, Any]:
     """A terminal's table as plain texts."""
     return {
-        "title": _text(table.title),
-        "caption": _text(table.caption),
-        "columns": [(_text(c.header), c.justify == "right") for c in table.columns],
-        "rows": list(zip(*([_text(t) for t in c.cells] for c in table.columns), strict=True)),
+        "title": str(table.title or ""),
+        "caption": str(table.caption or ""),
+        "columns": [(str(c.header), c.justify == "right") for c in table.columns],
+        "rows": list(zip(*(map(str, column.cells) for column in table.columns), strict=True)),
     }
-
-
-def _text(cell: Any) -> str:
-    return "" if cell is None else str(cell)
 
 
 def _named(values: Mapping[str, Any]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from mbrl_text_env.benchmarks.audit.measures import MIN_PROMPTS
 from mbrl_text_env.benchmarks.charts import Chart, Series, of_curves, of_rows
 from mbrl_text_env.benchmarks.page import Page, answer
 from mbrl_text_env.benchmarks.statistics import Interval
-from mbrl_text_env.benchmarks.terminal import numbers, panel, plain, visible
+from mbrl_text_env.benchmarks.terminal import numbers, panel, plain, table_of, visible
 from mbrl_text_env.files import write_file
 
 if TYPE_CHECKING:
@@ -47,39 +47,43 @@ def table(summary: Mapping[str, Any]) -> Group:
 
 def tables(summary: Mapping[str, Any]) -> tuple[Table, Table]:
     """A comparison's quality and its cost, for the terminal and the page."""
-    gold = [f"mean {summary['gold']}"] if summary["gold"] else []
-    failed = ", ".join(f"{e['agent']} {e['failed']}" for e in summary["agents"] if e["failed"])
+    entries, gold = summary["agents"], [f"mean {summary['gold']}"] if summary["gold"] else []
+    failed = ", ".join(f"{e['agent']} {e['failed']}" for e in entries if e["failed"])
     failures = f" Prompts without a score, left out: {failed} (errors in results.jsonl)."
-    quality = Table(
+    quality = table_of(
+        ((entry["agent"], *_quality(entry, len(gold))) for entry in entries),
         "agent",
         *numbers("mean reward", "minus best-of-N", "wins", *gold),
         title=f"Reward {summary['reward']!r}: {len(summary['prompts'])} prompts, "
         f"{shown_budget(summary)}, {summary['language_model']}",
     )
-    cost = Table(
+    cost = table_of(
+        (
+            (
+                entry["agent"],
+                f"{entry['generated_tokens']:.0f}",
+                f"{entry['reward_calls']:.1f}",
+                f"{entry['value_calls']:.1f}",
+                # A server does not say how large its model is.
+                f"{entry['flops'] / 1e9:.1f}" if entry["flops"] else "-",
+                f"{entry['seconds']:.2f}",
+            )
+            for entry in entries
+        ),
         "agent",
         *numbers("tokens", "reward calls", "value calls", "GFLOPs", "seconds"),
         title="Cost of a prompt",
         caption="Means over prompts, 95% bootstrap intervals, differences paired by prompt; a tie "
         f"is half a win.{failures if failed else ''}",
     )
-    for entry in summary["agents"]:
-        golds = [f"{entry['gold']:.3f}" if "gold" in entry else "-"] if gold else []
-        quality.add_row(entry["agent"], *_quality(entry), *golds)
-        calls = (f"{entry[f'{kind}_calls']:.1f}" for kind in ("reward", "value"))
-        tokens = f"{entry['generated_tokens']:.0f}"
-        # A server does not say how large its model is.
-        flops = f"{entry['flops'] / 1e9:.1f}" if entry["flops"] else "-"
-        cost.add_row(entry["agent"], tokens, *calls, flops, f"{entry['seconds']:.2f}")
     return quality, cost
 
 
-def _quality(entry: Mapping[str, Any]) -> list[str]:
-    mean = f"{Interval.of(entry):.3f}"
+def _quality(entry: Mapping[str, Any], golds: int) -> list[str]:
     versus = entry.get("vs_best_of_n")
-    if versus is None:
-        return [mean, "-", "-"]
-    return [mean, f"{_paired(versus):+.3f}", f"{versus['win_rate']:.0%}"]
+    beside = [f"{_paired(versus):+.3f}", f"{versus['win_rate']:.0%}"] if versus else ["-", "-"]
+    gold = [f"{entry['gold']:.3f}" if "gold" in entry else "-"] * golds
+    return [f"{Interval.of(entry):.3f}", *beside, *gold]
 
 
 def _paired(versus: Mapping[str, Any]) -> Interval:
@@ -136,8 +140,7 @@ def comparison_page(
         [*tables(summary), *_parts(summary)],
         {"summary": summary, "answers": _answers(agents, rows)},
         {"agents": ", ".join(agents), **{k: v for k, v in summary.items() if k not in apart}},
-        {name: value for name, value in run.items() if name != "command"},
-        run.get("command", ""),
+        run,
         len(rows) >= len(agents) * len(summary["prompts"]),
     )
 
@@ -177,11 +180,12 @@ def _parts(summary: Mapping[str, Any]) -> list[Table]:
     names = list(dict.fromkeys(name for entry in summary["agents"] for name in entry["parts"]))
     if len(names) < 2:
         return []
-    shown = Table("agent", *numbers(*names), title=f"Parts of {summary['reward']!r}, means")
-    for entry in summary["agents"]:
-        parts = entry["parts"]
-        shown.add_row(entry["agent"], *(f"{parts[n]:.3f}" if n in parts else "-" for n in names))
-    return [shown]
+    rows = (
+        (e["agent"], *(f"{e['parts'][n]:.3f}" if n in e["parts"] else "-" for n in names))
+        for e in summary["agents"]
+    )
+    title = f"Parts of {summary['reward']!r}, means"
+    return [table_of(rows, "agent", *numbers(*names), title=title)]
 
 
 def _answers(agents: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -216,28 +220,34 @@ def shown_budget(summary: Mapping[str, Any]) -> str:
 def fit_table(value_model: FittedValue, reward: str) -> Group:
     """What a value model's fit found on prompts left out: as a whole, and by prefix length."""
     found = value_model.report_
-    whole = Table("measured on prompts left out", "", title=f"Value of {reward!r}")
-    for label, figure in (
-        ("records", f"{found.num_records}"),
-        ("prompts", f"{found.num_prompts}"),
-        ("prefixes", f"{found.num_prefixes}"),
-        ("head", value_model.chosen_),
-        ("correlation", f"{found.correlation:.3f}"),
-        ("correlation within a prompt", f"{found.within_prompt:.3f}"),
-        ("standard deviation of the error", f"{found.std:.3f}"),
-        ("errors within one predicted std (0.68)", f"{found.within_one_std:.3f}"),
-        ("errors within two (0.95)", f"{found.within_two_std:.3f}"),
-    ):
-        whole.add_row(label, figure)
-    if not found.by_length:
-        return Group(whole)
-    lengths = Table(
-        *numbers("prefix tokens", "prefixes", "correlation", "within a prompt", "error's std")
+    whole = table_of(
+        (
+            ("records", f"{found.num_records}"),
+            ("prompts", f"{found.num_prompts}"),
+            ("prefixes", f"{found.num_prefixes}"),
+            ("head", value_model.chosen_),
+            ("correlation", f"{found.correlation:.3f}"),
+            ("correlation within a prompt", f"{found.within_prompt:.3f}"),
+            ("standard deviation of the error", f"{found.std:.3f}"),
+            ("errors within one predicted std (0.68)", f"{found.within_one_std:.3f}"),
+            ("errors within two (0.95)", f"{found.within_two_std:.3f}"),
+        ),
+        "measured on prompts left out",
+        "",
+        title=f"Value of {reward!r}",
     )
-    for row in found.by_length:
-        figures = (row.correlation, row.within_prompt, row.std)
-        lengths.add_row(str(row.length), str(row.num_prefixes), *(f"{f:.3f}" for f in figures))
-    return Group(whole, lengths)
+    lengths = table_of(
+        (
+            (
+                str(row.length),
+                str(row.num_prefixes),
+                *(f"{figure:.3f}" for figure in (row.correlation, row.within_prompt, row.std)),
+            )
+            for row in found.by_length
+        ),
+        *numbers("prefix tokens", "prefixes", "correlation", "within a prompt", "error's std"),
+    )
+    return Group(whole, *([lengths] if found.by_length else []))
 
 
 def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
@@ -291,8 +301,7 @@ def search_page(
         f"Of {drawn}, the search {found}{score}{note}.",
         data={"search": {**search, "nodes": nodes}},
         settings=settings,
-        environment={name: value for name, value in run.items() if name != "command"},
-        command=run["command"],
+        run=run,
     )
 
 
@@ -317,7 +326,13 @@ def draw_tree(search: Mapping[str, Any], *, most_children: int = 4) -> Tree:
 def picture(search: Mapping[str, Any], path: Path) -> None:
     """Draw a search as a PNG: tokens to the right, colour for worth, the chosen path thick."""
     nodes, children = search["nodes"], _children(search["nodes"])
-    heights = _heights(children)
+    heights, order = np.zeros(len(nodes)), list(_depth_first(children))
+    # A line of its own for each leaf; other nodes stand in the middle of their children.
+    for line, leaf in enumerate(i for i in order if not children[i]):
+        heights[leaf] = -line
+    for index in reversed(order):
+        if children[index]:
+            heights[index] = np.mean(heights[children[index]])
     lengths = np.array([node["response_tokens"] for node in nodes], dtype=float)
     worths = np.array([_worth(node) for node in nodes], dtype=float)
     known = np.flatnonzero(np.isfinite(worths))
@@ -388,18 +403,6 @@ def _depth_first(children: Children) -> Iterator[int]:
         index = stack.pop()
         yield index
         stack.extend(reversed(children[index]))
-
-
-def _heights(children: Children) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """A line of its own for each leaf; other nodes stand in the middle of their children."""
-    heights = np.zeros(len(children))
-    order = list(_depth_first(children))
-    for line, leaf in enumerate(i for i in order if not children[i]):
-        heights[leaf] = -line
-    for index in reversed(order):
-        if children[index]:
-            heights[index] = np.mean(heights[list(children[index])])
-    return heights
 
 
 def _worth(node: Node) -> float | None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
-from mbrl_text_env.benchmarks import article, compare, training_page, world_model
+from mbrl_text_env.benchmarks import article, compare, training, world_model
 from mbrl_text_env.benchmarks.audit import run as audit
 from mbrl_text_env.benchmarks.charts import Series, of_curves
 from mbrl_text_env.benchmarks.options import CompareError
@@ -19,6 +18,8 @@ from mbrl_text_env.benchmarks.page import (
     answer,
     answers_markdown,
     provenance,
+    read_json,
+    reading,
     token_ends,
     write_page,
 )
@@ -28,10 +29,11 @@ from mbrl_text_env.benchmarks.statistics import (
     mean_interval,
     simultaneous_intervals,
 )
-from mbrl_text_env.benchmarks.terminal import numbers
+from mbrl_text_env.benchmarks.terminal import numbers, table_of
 from mbrl_text_env.files import write_text
 from mbrl_text_env.records import Record, has_records, read_records, run_of, scores_of
 
+REPORT = "report.html"
 # Hidden: whatever reads a folder of Parquet files passes over it.
 _ABOUT = ".run.json"
 _MOST_PROMPTS = 1000
@@ -48,25 +50,24 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         CompareError: The folder is none of these, or has no answers and `out` ends in `.md`, which
             gets the answers alone.
     """
-    if (folder / compare.SUMMARY).is_file():
-        page, place = compare.recorded_page(folder), folder / compare.REPORT
-    elif (folder / audit.AUDIT).is_file():
-        page, place = audit.recorded_page(folder), folder / audit.REPORT
-    elif (folder / article.ABOUT).is_file():
-        page, place = article.recorded_page(folder), folder / compare.REPORT
-    elif training_page.is_training(folder):
-        page, place = training_page.recorded_page(folder), folder / training_page.REPORT
-    elif (folder / world_model.HORIZONS).is_file():
-        page, place = world_model.recorded_page(folder), folder / compare.REPORT
-    elif has_records(folder):
-        page, place = recorded_page(folder), records_report(folder)
-    else:
+    kinds: tuple[tuple[bool, Callable[[Path], Page], Path], ...] = (
+        ((folder / compare.SUMMARY).is_file(), compare.recorded_page, folder / REPORT),
+        ((folder / audit.AUDIT).is_file(), audit.recorded_page, folder / REPORT),
+        ((folder / article.ABOUT).is_file(), article.recorded_page, folder / REPORT),
+        (training.is_training(folder), training.recorded_page, folder / REPORT),
+        ((folder / world_model.HORIZONS).is_file(), world_model.recorded_page, folder / REPORT),
+        (has_records(folder), recorded_page, records_report(folder)),
+    )
+    found = next(((recorded, place) for is_it, recorded, place in kinds if is_it), None)
+    if found is None:
         raise CompareError(
             f"{folder}: expected the folder of a comparison, an audit or a training that has "
             "ended, of a world model's report, or of records, got none of their files. Give the "
             "--out of `compare`, `train`, `collect`, `reward audit` or `world-model report`; a run "
             "that was stopped goes on with the same command."
         )
+    recorded, place = found
+    page = recorded(folder)
     place = place if out is None else out
     if place.suffix != ".md":
         write_page(place, page)
@@ -96,13 +97,9 @@ def write_records_report(folder: Path, command: str, failed: Mapping[str, str]) 
 def recorded_page(folder: Path) -> Page:
     """The page of a folder of records."""
     path = folder / _ABOUT
-    try:
+    with reading(path):
         # What was not collected by the command has none.
-        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise CompareError(
-            f"{path}: expected JSON, got a damaged file ({error}). Remove it."
-        ) from error
+        about = read_json(path) if path.is_file() else {}
     return records_page(read_records(folder), run_of(folder) or {}, about)
 
 
@@ -121,14 +118,13 @@ def records_page(
     models = ", ".join(dict.fromkeys(record.language_model for record in records))
     first, last = points[0], points[-1]
     gain = f"; the best of {last[0]} scores {last[2]:.3f}" if last[0] > 1 else ""
-    shown = Table(
+    shown = table_of(
+        ((str(n), f"{cost:.0f}", f"{mean:.3f}") for n, cost, mean in points),
         *numbers("N", "tokens", "mean reward"),
         title=f"Best of N responses: {len(records)} to {len(groups)} prompts",
         caption="Expected over all subsets of N of a prompt's responses; simultaneous 95% "
         "intervals over prompts.",
     )
-    for n, cost, mean in points:
-        shown.add_row(str(n), f"{cost:.0f}", f"{mean:.3f}")
     title = f"Best-of-N of {models}"
     series = [Series(title, [cost for _, cost, _ in points], [mean for *_, mean in points])]
     label = "generated tokens a prompt"
@@ -149,8 +145,7 @@ def records_page(
          "answers": _answers(kept)},
         {"reward": reward, "language_model": models,
          **{name: v for name, v in settings.items() if name not in ("reward", "language_model")}},
-        {name: value for name, value in about.items() if name not in ("command", "failed")},
-        about.get("command", ""),
+        {name: value for name, value in about.items() if name != "failed"},
     )  # fmt: skip
 
 

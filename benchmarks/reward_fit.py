@@ -5,38 +5,32 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
 
-from mbrl_text_env.benchmarks.friendly import friendly
-from mbrl_text_env.benchmarks.options import SeedOption
-from mbrl_text_env.benchmarks.terminal import console
+from mbrl_text_env.benchmarks.friendly import friendly, option
+from mbrl_text_env.benchmarks.options import SEED
+from mbrl_text_env.benchmarks.terminal import console, table_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """What a reward is fitted on."""
 
-    pairs: Annotated[
-        str | None,
-        typer.Option(help="Preferences: a .jsonl file, or a dataset of the Hugging Face Hub."),
-    ] = None
-    records: Annotated[
-        Path | None,
-        typer.Option(help="Records folder, as written by `collect`; its scores are the gold."),
-    ] = None
-    objective: Annotated[
-        str, typer.Option(help="'bradley-terry' (on pairs), or 'regression' (on records' scores).")
-    ] = "bradley-terry"
-    split: Annotated[str, typer.Option(help="Split of a dataset of the Hub.")] = "train"
-    pairs_per_prompt: Annotated[
-        int, typer.Option(min=1, help="Pairs that are made of a prompt's records.")
-    ] = 12
-    min_gap: Annotated[
-        float, typer.Option(min=0.0, help="Pairs of records differ in score by more than this.")
-    ] = 0.0
+    pairs: str | None = option(
+        None, "Preferences: a .jsonl file, or a dataset of the Hugging Face Hub."
+    )
+    records: Path | None = option(
+        None, "Records folder, as written by `collect`; its scores are the gold."
+    )
+    objective: str = option(
+        "bradley-terry", "'bradley-terry' (on pairs), or 'regression' (on records' scores)."
+    )
+    split: str = option("train", "Split of a dataset of the Hub.")
+    pairs_per_prompt: int = option(12, "Pairs that are made of a prompt's records.", min=1)
+    min_gap: float = option(0.0, "Pairs of records differ in score by more than this.", min=0.0)
 
     def load(self, seed: int) -> tuple[Any, str]:
         """What to fit on, and where it comes from."""
@@ -66,24 +60,19 @@ class DataOptions:
 
 @friendly
 def fit_command(
-    out: Annotated[Path, typer.Option(help="Folder for the reward.")],
+    *,
+    out: Path = option(..., "Folder for the reward."),
     data: DataOptions,
-    features: Annotated[
-        str,
-        typer.Option(help="'embedding' (sentence encoder) or 'hidden' (language model's state)."),
-    ] = "embedding",
-    model: Annotated[
-        str,
-        typer.Option(
-            help="What reads texts: 'embedded' (MiniLM, or SmolLM2), a Hub name, or a folder."
-        ),
-    ] = "embedded",
-    text_statistics: Annotated[
-        bool, typer.Option(help="Whether counts of the texts are features too.")
-    ] = True,
-    held_out: Annotated[float, typer.Option(help="Share of the prompts to measure on.")] = 0.2,
-    seed: SeedOption = 0,
-    name: Annotated[str | None, typer.Option(help="What reports call the reward.")] = None,
+    features: str = option(
+        "embedding", "'embedding' (sentence encoder) or 'hidden' (language model's state)."
+    ),
+    model: str = option(
+        "embedded", "What reads texts: 'embedded' (MiniLM, or SmolLM2), a Hub name, or a folder."
+    ),
+    text_statistics: bool = option(True, "Whether counts of the texts are features too."),
+    held_out: float = option(0.2, "Share of the prompts to measure on."),
+    seed: int = option(0, SEED),
+    name: str | None = option(None, "What reports call the reward."),
 ) -> None:
     """Fit a reward on preferences or scores, and measure it on prompts that were left out."""
     from mbrl_text_env import rewards
@@ -112,8 +101,19 @@ def fit_command(
 
 def report_tables(name: str, report: Any) -> list[Table]:
     """The report as tables: the figures and, for pairs, the calibration curve."""
-    held_out = report.held_out
-    is_regression = report.objective == "regression"
+    held_out, is_regression = report.held_out, report.objective == "regression"
+    own = (
+        {
+            "R2": held_out.r2,
+            "correlation": held_out.correlation,
+            "correlation within a prompt": held_out.within_prompt,
+        }
+        if is_regression
+        else {
+            "log-loss (chance 0.693)": held_out.log_loss,
+            "expected calibration error": held_out.ece,
+        }
+    )
     rows: dict[str, Any] = {
         "fitted": f"{report.model}, {report.objective}, on {report.data}",
         "fitted on": f"{report.num_fitted} {'records' if is_regression else 'pairs'} of "
@@ -124,29 +124,21 @@ def report_tables(name: str, report: Any) -> list[Table]:
         "pair accuracy": held_out.accuracy,
         "if the longer response wins": held_out.longer_wins,
         "by chance": held_out.chance,
+        **own,
     }
-    if is_regression:
-        rows |= {
-            "R2": held_out.r2,
-            "correlation": held_out.correlation,
-            "correlation within a prompt": held_out.within_prompt,
-        }
-    else:
-        rows |= {
-            "log-loss (chance 0.693)": held_out.log_loss,
-            "expected calibration error": held_out.ece,
-        }
-    figures = Table("", "", title=f"Reward {name!r}", show_header=False)
-    for label, value in rows.items():
-        figures.add_row(label, _shown(value))
+    shown = ((label, _shown(value)) for label, value in rows.items())
+    figures = table_of(shown, "", "", title=f"Reward {name!r}", show_header=False)
     if is_regression:
         return [figures]
-    curve = Table("confidence", "pairs", "predicted", "right", title="Calibration")
-    for entry in held_out.calibration:
-        ends = f"{entry.low:.1f} to {entry.high:.1f}"
-        shares = (_shown(entry.predicted), _shown(entry.observed))
-        curve.add_row(ends, str(entry.count), *shares)
-    return [figures, curve]
+    curve = (
+        (
+            f"{share.low:.1f} to {share.high:.1f}",
+            *map(_shown, (share.count, share.predicted, share.observed)),
+        )
+        for share in held_out.calibration
+    )
+    names = ("confidence", "pairs", "predicted", "right")
+    return [figures, table_of(curve, *names, title="Calibration")]
 
 
 def _shown(value: Any) -> str:

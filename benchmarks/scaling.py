@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special, stats
 
 from mbrl_text_env.benchmarks.statistics import (
     FloatArray,
     Interval,
     checked,
-    holm,
     mean_interval,
-    paired_permutation_test,
     percentile_tail,
     simultaneous_intervals,
 )
@@ -159,10 +155,9 @@ class AtCost:
 class Baseline:
     """Best-of-N on P prompts, as their pool of n samples shows it.
 
-    N samples of a prompt cost `prompt_costs + N * mean sample cost`: the prompt is computed once,
-    and N is fixed beforehand, so a sample's cost does not decide whether another is drawn. With a
-    `target`, samples are drawn one by one until one scores as much, or until there are N: the
-    best-of-N that a verifier allows, without the waves of an agent.
+    N samples of a prompt cost `prompt_costs + N * mean sample cost`. With a `target`, samples are
+    drawn one by one until one scores as much, or until there are N: the best-of-N that a verifier
+    allows.
 
     Args:
         scores: float64[P, n], n >= 2.
@@ -184,30 +179,28 @@ class Baseline:
     target: float | None = None
 
     def __post_init__(self) -> None:
-        scores = checked(self.scores, 2, "scores")
-        if self.target is not None and scores.max() > self.target + _SAME:
-            raise ValueError(
-                f"target: expected at least the highest score of the pool, {scores.max()}, got "
-                f"{self.target}. Raise it."
-            )
-        costs = checked(self.costs, 2, "costs")
+        scores, costs = checked(self.scores, 2, "scores"), checked(self.costs, 2, "costs")
         if scores.shape != costs.shape or scores.shape[1] < 2:
             raise ValueError(
                 "Expected scores and costs of the same shape, with two samples a prompt at least, "
                 f"got {scores.shape} and {costs.shape}."
             )
-        once = np.asarray(self.prompt_costs, dtype=np.float64)
-        if once.ndim and once.shape != scores.shape[:1]:
+        if self.target is not None and scores.max() > self.target + _SAME:
+            raise ValueError(
+                f"target: expected at least the highest score of the pool, {scores.max()}, got "
+                f"{self.target}. Raise it."
+            )
+        if np.shape(self.prompt_costs) not in ((), scores.shape[:1]):
             raise ValueError(
                 f"prompt_costs: expected one number or one for each of {len(scores)} prompts, got "
-                f"shape {once.shape}."
+                f"shape {np.shape(self.prompt_costs)}."
             )
-        once = checked(np.broadcast_to(once, scores.shape[:1]), 1, "prompt_costs")
-        means = costs.mean(axis=1)
-        if (costs < 0).any() or (once < 0).any() or (means <= 0).any():
+        once = checked(np.broadcast_to(self.prompt_costs, scores.shape[:1]), 1, "prompt_costs")
+        lowest, least = min(costs.min(), once.min()), costs.mean(axis=1).min()
+        if lowest < 0 or least <= 0:
             raise ValueError(
                 "Expected costs from 0 up, and above 0 on each prompt's average; got a lowest cost "
-                f"of {min(costs.min(), once.min())} and a lowest average of {means.min()}."
+                f"of {lowest} and a lowest average of {least}."
             )
         for name, value in (("scores", scores), ("costs", costs), ("prompt_costs", once)):
             object.__setattr__(self, name, value)
@@ -287,22 +280,18 @@ class Baseline:
         return self._at(np.broadcast_to(n, self.shape[:1]))
 
     def _at(self, wanted: FloatArray) -> AtCost:
-        samples = self.shape[1]
-        # Costs are sums of many numbers: the last digits do not make a pool too small.
-        slack = 1e-9
+        samples, slack = self.shape[1], 1e-9
         ns = np.clip(wanted, 1, samples)
         grid = np.log(self.ns)
         means = [np.interp(np.log(n), grid, row) for n, row in zip(ns, self.curves, strict=True)]
         return AtCost(np.array(means), ns, wanted > samples * (1 + slack), wanted < 1 - slack)
 
-    def curve(self, ns: Sequence[int] | None = None, *, seed: int = 0) -> tuple[CurvePoint, ...]:
-        """The mean over prompts with simultaneous 95% bands, at some N (powers of two if None)."""
-        chosen = sizes(self.shape[1]) if ns is None else list(ns)
-        bands = simultaneous_intervals(expected_best(self.scores, chosen), seed=seed)
-        return tuple(
-            CurvePoint(n, self.mean_costs(n), band, kl_bound(n))
-            for n, band in zip(chosen, bands, strict=True)
-        )
+    def curve(self) -> tuple[CurvePoint, ...]:
+        """The mean over prompts with simultaneous 95% bands, at N that are powers of two."""
+        ns = sizes(self.shape[1])
+        bands = simultaneous_intervals(expected_best(self.scores, ns))
+        pairs = zip(ns, bands, strict=True)
+        return tuple(CurvePoint(n, self.mean_costs(n), band, kl_bound(n)) for n, band in pairs)
 
 
 @dataclass(frozen=True)
@@ -323,9 +312,16 @@ class Multiplier:
     is_lower_bound: bool
     is_upper_bound: bool
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values; an infinite `high` is None."""
-        return {**asdict(self), "high": self.high if math.isfinite(self.high) else None}
+    def as_row(self, name: str) -> dict[str, Any]:
+        """JSON values of a row: `name`, `name_low`, ...; an infinite `high` is None."""
+        high = self.high if math.isfinite(self.high) else None
+        return {
+            name: self.estimate,
+            f"{name}_low": self.low,
+            f"{name}_high": high,
+            f"{name}_is_lower_bound": self.is_lower_bound,
+            f"{name}_is_upper_bound": self.is_upper_bound,
+        }
 
 
 def compute_multiplier(
@@ -333,19 +329,16 @@ def compute_multiplier(
     costs: npt.ArrayLike,
     baseline: Baseline,
     *,
-    confidence: float = 0.95,
     resamples: int = 2000,
-    seed: int = 0,
 ) -> Multiplier:
     """Compare an agent's mean reward and cost with best-of-N's whole curve.
 
     The N at which best-of-N has the agent's mean reward, the same for all prompts, is interpolated
     in log N. Its mean cost by the agent's is the multiplier.
 
-    The interval is a bootstrap over prompts, the pool's row of each with the agent's, so the noise
-    of the pool counts too; its ends are those of `percentile_tail`. A resample in which the pool is
-    too small counts as its bound at the lower end and as infinite at the upper; one in which the
-    agent is below a single sample counts as 0 and as its bound.
+    The interval is a bootstrap over prompts, the pool's row of each with the agent's; its ends are
+    those of `percentile_tail`. A resample in which the pool is too small counts as its bound at the
+    lower end and as infinite at the upper; one below a single sample counts as 0 and as its bound.
 
     Args:
         rewards: float64[P], the agent's reward of each prompt (the mean over seeds, if several);
@@ -372,7 +365,7 @@ def compute_multiplier(
         )
     if resamples < 1:
         raise ValueError(f"resamples: expected 1 or more, got {resamples}.")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
     # The first row is the sample itself.
     shares = np.vstack([np.ones(prompts), drawn]) / prompts
@@ -384,7 +377,7 @@ def compute_multiplier(
     # A resample of prompts on which the agent spent nothing says nothing finite.
     with np.errstate(divide="ignore"):
         ratios = equal_costs / (shares @ paid)
-    cut = int(percentile_tail(prompts, confidence) * resamples)
+    cut = int(percentile_tail(prompts, 0.95) * resamples)
     lows = np.sort(np.where(below, 0.0, ratios)[1:])
     highs = np.sort(np.where(above, np.inf, ratios)[1:])
     return Multiplier(
@@ -415,45 +408,7 @@ def _equal_n(
     return np.exp(grid[before] + share * (grid[first] - grid[before])), above, below
 
 
-class Step(NamedTuple):
-    """What the next larger budget does to the mean reward; `adjusted` is by Holm's method."""
-
-    smaller: float
-    larger: float
-    change: float
-    p_value: float
-    adjusted: float
-
-
-def falls_with_budget(
-    budgets: Sequence[float], rewards: npt.ArrayLike, **options: Any
-) -> tuple[Step, ...]:
-    """Test whether the mean reward falls from one budget to the next larger.
-
-    One-sided `paired_permutation_test`s, which take the `options`, between neighbours: the reward
-    falls somewhere if an `adjusted` is small. Budgets ascend; rewards are float64[budgets, P].
-
-    Example:
-        >>> steps = falls_with_budget([1, 2], [[1.0, 2.0, 3.0], [0.0, 1.5, 2.0]])
-        >>> steps[0].p_value
-        0.125
-    """
-    table = checked(rewards, 2, "rewards")
-    ascending = all(a < b for a, b in pairwise(budgets))
-    if len(budgets) != len(table) or len(table) < 2 or not ascending:
-        raise ValueError(
-            "Expected two or more budgets, ascending, and a row of rewards for each; got budgets "
-            f"{list(budgets)} and rewards of shape {table.shape}."
-        )
-    changes = np.diff(table, axis=0)
-    found = [paired_permutation_test(c, alternative="less", **options).p_value for c in changes]
-    rows = zip(pairwise(budgets), changes, found, holm(found), strict=True)
-    return tuple(Step(*both, float(row.mean()), p, float(q)) for both, row, p, q in rows)
-
-
-def surprisal_excess(
-    logprobs: npt.ArrayLike, plain_logprobs: npt.ArrayLike, *, seed: int = 0
-) -> Interval:
+def surprisal_excess(logprobs: npt.ArrayLike, plain_logprobs: npt.ArrayLike) -> Interval:
     """How much less likely the chosen responses are than plain samples, nats a response.
 
     With p the language model and q what the agent writes, this is E_q[-log p] - E_p[-log p], paired
@@ -470,59 +425,10 @@ def surprisal_excess(
         >>> surprisal_excess([-5.0, -7.0], [[-3.0, -5.0], [-4.0, -8.0]]).estimate
         1.0
     """
-    own, plain = _beside(logprobs, plain_logprobs)
-    return mean_interval(plain.mean(axis=1) - own, seed=seed)
-
-
-def contrastive_bound(chosen: npt.ArrayLike, plain: npt.ArrayLike, *, seed: int = 0) -> Interval:
-    """Lower bound of the divergence from plain sampling, by any statistic of a response, nats.
-
-    For a statistic t such as the reward or the log-probability, and any function f, the mean of
-    log((n + 1) exp(f(chosen)) / sum of exp(f) over the chosen and its n plain samples) is at most
-    KL(q || p), by Donsker and Varadhan's bound. Here f is a times the log of t's mid-rank among the
-    n + 1, from above or from below: for best-of-N by t the bound comes up to `kl_bound` while N is
-    far below n. It cannot exceed log(n + 1). Each prompt's a is chosen by the other prompts, so the
-    choice does not raise the estimate.
-
-    Source: Donsker and Varadhan, 1975; van den Oord, Li and Vinyals, "Representation learning with
-    contrastive predictive coding", 2018; Poole et al., "On variational bounds of mutual
-    information", 2019. Deviations: a fixed family of rank functions in place of a learned critic,
-    and the choice from it by leaving one prompt out.
-
-    Args:
-        chosen: float64[P], the statistic of what the agent chose, one response a prompt; not taken
-            from the plain samples.
-        plain: float64[P, n], of plain samples of the same prompts.
-
-    Example:
-        >>> rng = np.random.default_rng(0)
-        >>> best_of_8 = rng.normal(size=(256, 8)).max(axis=1)
-        >>> found = contrastive_bound(best_of_8, rng.normal(size=(256, 128)))
-        >>> abs(found.estimate - kl_bound(8)) < 0.2
-        True
-    """
-    own, samples = _beside(chosen, plain)
-    if len(own) < 2:
-        raise ValueError("chosen: expected responses to two prompts or more, got 1.")
-    together = np.hstack([own[:, None], samples])
-    places = together.shape[1]
-    ranks = (stats.rankdata(together, axis=1) - 0.5) / places
-    columns = [np.zeros(len(own))]
-    for logs in (np.log(ranks), np.log(1 - ranks)):
-        columns += [
-            a * logs[:, 0] + math.log(places) - special.logsumexp(a * logs, axis=1)
-            for a in np.geomspace(0.25, 16 * places, 40)
-        ]
-    table = np.stack(columns, axis=1)
-    by_others = (table.sum(axis=0) - table).argmax(axis=1)
-    return mean_interval(table[np.arange(len(own)), by_others], seed=seed)
-
-
-def _beside(chosen: npt.ArrayLike, plain: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
-    own, samples = checked(chosen, 1, "chosen"), checked(plain, 2, "plain samples")
-    if len(own) != len(samples):
+    own, plain = checked(logprobs, 1, "chosen"), checked(plain_logprobs, 2, "plain samples")
+    if len(own) != len(plain):
         raise ValueError(
             "Expected plain samples of the prompts that were answered; got "
-            f"{len(own)} responses and samples of {len(samples)} prompts."
+            f"{len(own)} responses and samples of {len(plain)} prompts."
         )
-    return own, samples
+    return mean_interval(plain.mean(axis=1) - own)

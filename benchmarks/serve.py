@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-import typer
+from typing import ClassVar
 
 from mbrl_text_env.benchmarks import options
-from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.terminal import console, errors
 
 _REWARD = options.RewardOptions(reward_timeout=30.0)
@@ -26,43 +24,33 @@ class Limits:
 
     panel: ClassVar[str] = "Limits"
 
-    max_running: Annotated[
-        int, typer.Option(min=1, help="Requests that are searched for at a time.")
-    ] = 32
-    max_waiting: Annotated[
-        int, typer.Option(min=0, help="Requests that wait for a place; above that, 429.")
-    ] = 64
-    request_timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds that a request may take, waiting included.")
-    ] = 300.0
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of one prompt; by default what the model takes.")
-    ] = None
-    max_choices: Annotated[int, typer.Option(min=1, help="Answers to a request (n).")] = 8
-    max_request_bytes: Annotated[int, typer.Option(min=1, help="Size of a request.")] = 2**20
-    shutdown_timeout: Annotated[
-        int, typer.Option(min=0, help="Seconds that requests have to end after Ctrl-C or SIGTERM.")
-    ] = 30
+    max_running: int = option(32, "Requests that are searched for at a time.", min=1)
+    max_waiting: int = option(64, "Requests that wait for a place; above that, 429.", min=0)
+    request_timeout: float = option(
+        300.0, "Seconds that a request may take, waiting included.", min=0.001
+    )
+    max_prompt_tokens: int | None = option(
+        None, "Of one prompt; by default what the model takes.", min=1
+    )
+    max_choices: int = option(8, "Answers to a request (n).", min=1)
+    max_request_bytes: int = option(2**20, "Size of a request.", min=1)
+    shutdown_timeout: int = option(
+        30, "Seconds that requests have to end after Ctrl-C or SIGTERM.", min=0
+    )
 
 
 @friendly
 def serve_command(
     *,
-    agent: Annotated[
-        str, typer.Option(help="An agent with its options; several with commas between them.")
-    ] = "adaptive",
+    agent: str = option("adaptive", "An agent with its options; several with commas between them."),
     judge: options.RewardOptions = _REWARD,
-    value: options.ValueOption = "prefix",
-    budget_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that may be generated for one answer.")
-    ] = 1024,
-    max_response_tokens: options.TokensOption = 256,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with the key that clients send.")
-    ] = None,
-    plain_prompts: options.PlainOption = False,
+    value: str = option("prefix", options.VALUE),
+    budget_tokens: int = option(1024, "Tokens that may be generated for one answer.", min=1),
+    max_response_tokens: int = option(256, options.TOKENS),
+    host: str = option("127.0.0.1", "Address to listen on."),
+    port: int = option(8000, "0 takes a free one.", min=0, max=65535),
+    api_key_env: str | None = option(None, "Environment variable with the key that clients send."),
+    plain_prompts: bool = option(False, options.PLAIN),
     limits: Limits,
     model: options.ModelOptions,
 ) -> None:

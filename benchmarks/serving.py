@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import prometheus_client as prometheus
 from fastapi import FastAPI, Request, Response
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 _LOG = logging.getLogger("uvicorn.error")
 # What a client that has gone would have been told; nginx's number.
-_CLIENT_GONE = 499
+_GONE = 499
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 _WORD = re.compile(r"\s*\S+|\s+")
 
@@ -171,20 +171,17 @@ class _Metrics:
 
     def __init__(self, service: _Service) -> None:
         self.registry = prometheus.CollectorRegistry()
-        name, registry = "mbrl_text", self.registry
+        own: dict[str, Any] = {"namespace": "mbrl_text", "registry": self.registry}
         self.requests = prometheus.Counter(
-            f"{name}_requests",
-            "Requests by path and status.",
-            ["path", "status"],
-            registry=registry,
+            "requests", "Requests by path and status.", ["path", "status"], **own
         )
         self.seconds = prometheus.Histogram(
-            f"{name}_request_seconds", "Seconds a request took.", ["path"], registry=registry
+            "request_seconds", "Seconds a request took.", ["path"], **own
         )
         self.spent = prometheus.Counter(
-            f"{name}_spent", "What searches that ended have spent.", ["kind"], registry=registry
+            "spent", "What searches that ended have spent.", ["kind"], **own
         )
-        self.score = prometheus.Summary(f"{name}_score", "Scores of answers.", registry=registry)
+        self.score = prometheus.Summary("score", "Scores of answers.", **own)
         gauges: dict[str, Callable[[], float]] = {
             "running_requests": lambda: service.running,
             "waiting_requests": lambda: service.waiting,
@@ -192,7 +189,7 @@ class _Metrics:
         }
         for gauge, value in gauges.items():
             text = gauge.replace("_", " ").capitalize()
-            prometheus.Gauge(f"{name}_{gauge}", f"{text}.", registry=registry).set_function(value)
+            prometheus.Gauge(gauge, f"{text}.", **own).set_function(value)
 
     def add(self, generations: Sequence[Generation]) -> None:
         """Count what was found."""
@@ -352,40 +349,13 @@ class _Service:
             self._places.release()
 
 
-class _Form(NamedTuple):
-    """How OpenAI writes answers: names, a whole one, and a piece (`is_first`) of a stream."""
-
-    name: str
-    chunk_name: str
-    whole: Callable[[str], dict[str, Any]]
-    piece: Callable[[str, bool], dict[str, Any]]
-
-    def head(self, name: str, body: _Parameters) -> dict[str, Any]:
-        """What an answer and each of its chunks begin with."""
-        created = {"object": name, "created": int(time.time()), "model": body.model}
-        return {"id": f"{name.split('.')[0]}-{uuid.uuid4().hex}", **created}
+def _head(kind: str, body: _Parameters) -> dict[str, Any]:
+    """What an answer and each of its chunks begin with."""
+    created = {"object": kind, "created": int(time.time()), "model": body.model}
+    return {"id": f"{kind.split('.')[0]}-{uuid.uuid4().hex}", **created}
 
 
-def _delta(text: str, is_first: bool) -> dict[str, Any]:
-    content = {"content": text} if text or is_first else {}
-    return {"delta": {"role": "assistant", **content} if is_first else content}
-
-
-_CHAT = _Form(
-    "chat.completion",
-    "chat.completion.chunk",
-    lambda text: {"message": {"role": "assistant", "content": text}},
-    _delta,
-)
-_COMPLETION = _Form(
-    "text_completion",
-    "text_completion",
-    lambda text: {"text": text, "logprobs": None},
-    lambda text, is_first: {"text": text, "logprobs": None},
-)
-
-
-def _answer(found: Sequence[Generation], body: _Parameters, form: _Form) -> Response:
+def _answer(found: Sequence[Generation], body: _Parameters) -> Response:
     """The answers as OpenAI writes them, whole or as a stream of events, and their scores."""
     texts = [_cut(each.text, body.stops) for each in found]
     ends = [
@@ -400,13 +370,28 @@ def _answer(found: Sequence[Generation], body: _Parameters, form: _Form) -> Resp
     headers = {"x-score": ", ".join(map(str, scores))} if scores else {}
     about = {"usage": _usage(found, body.n), "seed": found[0].seed}
     if body.stream:
-        events = _events(texts, ends, about, body, form)
+        events = _events(texts, ends, about, body)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    choices = [
-        {"index": i, **form.whole(text), **end}
-        for i, (text, end) in enumerate(zip(texts, ends, strict=True))
+    is_chat = isinstance(body, ChatRequest)
+    whole = [
+        {"message": {"role": "assistant", "content": text}}
+        if is_chat
+        else {"text": text, "logprobs": None}
+        for text in texts
     ]
-    return JSONResponse({**form.head(form.name, body), "choices": choices, **about}, 200, headers)
+    choices = [
+        {"index": i, **content, **end}
+        for i, (content, end) in enumerate(zip(whole, ends, strict=True))
+    ]
+    head = _head("chat.completion" if is_chat else "text_completion", body)
+    return JSONResponse({**head, "choices": choices, **about}, 200, headers)
+
+
+def _piece(text: str, is_first: bool, body: _Parameters) -> dict[str, Any]:
+    if not isinstance(body, ChatRequest):
+        return {"text": text, "logprobs": None}
+    content = {"content": text} if text or is_first else {}
+    return {"delta": {"role": "assistant", **content} if is_first else content}
 
 
 def _events(
@@ -414,16 +399,16 @@ def _events(
     ends: Sequence[dict[str, Any]],
     about: dict[str, Any],
     body: _Parameters,
-    form: _Form,
 ) -> Iterator[str]:
-    head = form.head(form.chunk_name, body)
+    is_chat = isinstance(body, ChatRequest)
+    head = _head("chat.completion.chunk" if is_chat else "text_completion", body)
     going = {"finish_reason": None}
     chunks: list[dict[str, Any]] = []
     for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
         # The beginning and the end of a choice are events of their own.
         pieces = [("", going), *((word, going) for word in _WORD.findall(text)), ("", end)]
         chunks += [
-            {"choices": [{"index": i, **form.piece(piece, k == 0), **more}]}
+            {"choices": [{"index": i, **_piece(piece, k == 0, body), **more}]}
             for k, (piece, more) in enumerate(pieces)
         ]
     if body.stream_options.get("include_usage"):
@@ -465,7 +450,6 @@ async def _unless_gone(
     request: Request,
     searching: Coroutine[Any, Any, list[Generation]],
     body: _Parameters,
-    form: _Form,
 ) -> Response:
     """The answer; when the client has gone, the search is cancelled."""
 
@@ -476,48 +460,30 @@ async def _unless_gone(
     search, going = asyncio.create_task(searching), asyncio.create_task(gone())
     try:
         await asyncio.wait([search, going], return_when=asyncio.FIRST_COMPLETED)
-        return (
-            _answer(search.result(), body, form)
-            if search.done()
-            else Response(status_code=_CLIENT_GONE)
-        )
+        return _answer(search.result(), body) if search.done() else Response(status_code=_GONE)
     finally:
         search.cancel()
         going.cancel()
 
 
-async def _refused(request: Request, error: Any) -> Response:
-    response: Response = error.response
-    return response
-
-
-async def _invalid(request: Request, error: Any) -> Response:
-    first = error.errors()[0]
-    names = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(names) or None
-    is_extra = first["type"] == "extra_forbidden"
-    message = "Not supported. Leave it out." if is_extra else f"{first['msg']}."
-    code = "unsupported_parameter" if is_extra else "invalid_value"
-    return Refusal(400, f"{param or 'body'}: {message}", code=code, param=param).response
-
-
-async def _not_there(request: Request, error: Any) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}."
-    return Refusal(error.status_code, message, code="not_found").response
-
-
-async def _failed(request: Request, error: Any) -> Response:
+async def _error(request: Request, error: Any) -> Response:
+    """What is answered for an error, in OpenAI's form."""
+    if isinstance(error, Refusal):
+        response: Response = error.response
+        return response
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        is_extra = first["type"] == "extra_forbidden"
+        message = "Not supported. Leave it out." if is_extra else f"{first['msg']}."
+        code = "unsupported_parameter" if is_extra else "invalid_value"
+        return Refusal(400, f"{param or 'body'}: {message}", code=code, param=param).response
+    if isinstance(error, HTTPException):
+        message = f"{request.method} {request.url.path}: {error.detail}."
+        return Refusal(error.status_code, message, code="not_found").response
     # Starlette raises it again, so that it is in the log.
     message = f"The server failed ({type(error).__name__}); its log says more."
     return Refusal(500, message, code="internal_error").response
-
-
-_HANDLERS: dict[Any, Any] = {
-    Refusal: _refused,
-    RequestValidationError: _invalid,
-    HTTPException: _not_there,
-    Exception: _failed,
-}
 
 
 def create_app(
@@ -546,25 +512,23 @@ def create_app(
     """
     if not agents:
         raise ServeError("agents: expected at least one, got none.")
-    app, service = (
-        FastAPI(title="mbrl-text", docs_url=None, redoc_url=None),
-        _Service(agents, budget, limits or Limits()),
-    )
+    app = FastAPI(title="mbrl-text", docs_url=None, redoc_url=None)
+    service = _Service(agents, budget, limits or Limits())
     app.add_middleware(_Door, service=service, api_key=api_key)
-    for error, handler in _HANDLERS.items():
-        app.add_exception_handler(error, handler)
+    for kind in (Refusal, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _error)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         messages = tuple(each.message() for each in body.messages)
         text = "\n\n".join(message.content for message in messages)
         prompts = _prompts([text if plain_prompts else messages])
-        return await _unless_gone(request, service.answer(body, prompts), body, _CHAT)
+        return await _unless_gone(request, service.answer(body, prompts), body)
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        return await _unless_gone(request, service.answer(body, _prompts(texts)), body, _COMPLETION)
+        return await _unless_gone(request, service.answer(body, _prompts(texts)), body)
 
     @app.get("/v1/models")
     async def models() -> Any:

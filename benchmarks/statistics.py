@@ -12,15 +12,13 @@ import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, stats
 
 from mbrl_text_env.types import FloatArray
-
-Alternative = Literal["two-sided", "greater", "less"]
 
 
 @dataclass(frozen=True)
@@ -62,55 +60,6 @@ class WinRate:
         """(wins + ties / 2) / all."""
         return (self.wins + 0.5 * self.ties) / (self.wins + self.ties + self.losses)
 
-    def decided(self, *, confidence: float = 0.95) -> Interval:
-        """Share of wins among the pairs that are not ties, with Wilson's score interval (1927).
-
-        Without such a pair nothing is known: 0 to 1.
-
-        Example:
-            >>> found = WinRate(wins=8, ties=5, losses=2).decided()
-            >>> found.estimate, round(found.low, 3), round(found.high, 3)
-            (0.8, 0.49, 0.943)
-        """
-        pairs = self.wins + self.losses
-        if pairs == 0:
-            return Interval(0.5, 0.0, 1.0)
-        found = stats.binomtest(self.wins, pairs).proportion_ci(confidence, method="wilson")
-        return Interval(self.wins / pairs, float(found.low), float(found.high))
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Values of two with what each pair has in common, and the number of rows left over."""
-
-    keys: tuple[tuple[Hashable, ...], ...]
-    values: FloatArray
-    baseline: FloatArray
-    unpaired: int
-
-    @property
-    def differences(self) -> FloatArray:
-        """float64[K], values minus baseline."""
-        return self.values - self.baseline
-
-
-@dataclass(frozen=True)
-class PermutationTest:
-    """Mean difference, its p-value, and whether all sign patterns were counted."""
-
-    mean: float
-    p_value: float
-    exact: bool
-
-
-@dataclass(frozen=True)
-class McNemarTest:
-    """Pairs of which one side alone passes, and the p-value of a split as uneven."""
-
-    wins: int
-    losses: int
-    p_value: float
-
 
 def checked(values: npt.ArrayLike, dimensions: int, name: str) -> FloatArray:
     """`values` as a float64 array of so many dimensions; see the module for what is refused."""
@@ -123,49 +72,40 @@ def checked(values: npt.ArrayLike, dimensions: int, name: str) -> FloatArray:
     return array
 
 
-def pair_rows(
-    rows: Iterable[Mapping[str, Any]],
-    baseline: Iterable[Mapping[str, Any]],
-    *,
-    value: str = "score",
-    keys: Sequence[str] = ("prompt_id", "seed"),
-) -> Pairs:
-    """Pair the rows of two, such as those of `benchmarks.compare`, by prompt and seed.
+def paired_differences(
+    rows: Iterable[Mapping[str, Any]], baseline: Iterable[Mapping[str, Any]]
+) -> FloatArray:
+    """Score minus the baseline's, float64[K], of the rows of both with the same prompt and seed.
 
-    Rows whose value is None (a response that could not be scored) count as missing. Two rows of one
-    side with the same keys, and no pair at all, are ValueErrors.
+    Rows are those of `benchmarks.compare`; one whose score is None (a response that could not be
+    scored) counts as missing. Two rows of one side for the same prompt and seed, and no pair at
+    all, are ValueErrors.
 
     Example:
         >>> own = [{"prompt_id": "a", "seed": 0, "score": 2.0}]
         >>> other = [{"prompt_id": "a", "seed": s, "score": 1.0} for s in (0, 1)]
-        >>> pair_rows(own, other).differences, pair_rows(own, other).unpaired
-        (array([1.]), 1)
+        >>> paired_differences(own, other)
+        array([1.])
     """
-    own, other = (_by_key(list(side), value, keys) for side in (rows, baseline))
+    sides: list[dict[tuple[Any, Any], float]] = []
+    for side in (list(rows), list(baseline)):
+        found = [(row["prompt_id"], row["seed"]) for row in side]
+        if doubled := [key for key, count in Counter(found).items() if count > 1]:
+            raise ValueError(
+                f"Expected one row for each prompt and seed, got several for {doubled[0]}. Give "
+                "the rows of one agent at one budget."
+            )
+        scores = zip(found, (row["score"] for row in side), strict=True)
+        sides.append({key: score for key, score in scores if score is not None})
+    own, other = sides
     both = [key for key in own if key in other]
     if not both:
         raise ValueError(
-            f"Expected rows with the same {', '.join(keys)} on both sides, got none among "
+            "Expected rows with the same prompt and seed on both sides, got none among "
             f"{len(own)} and {len(other)}. Run both on the same prompts and seeds."
         )
-    values, baselines = (checked([side[key] for key in both], 1, value) for side in (own, other))
-    return Pairs(tuple(both), values, baselines, len(own) + len(other) - 2 * len(both))
-
-
-def _by_key(
-    rows: list[Mapping[str, Any]], value: str, keys: Sequence[str]
-) -> dict[tuple[Hashable, ...], float]:
-    for row in rows:
-        if missing := [name for name in (*keys, value) if name not in row]:
-            raise ValueError(f"A row lacks {missing}; it has {sorted(row)}.")
-    found = [tuple(row[name] for name in keys) for row in rows]
-    doubled = [key for key, count in Counter(found).items() if count > 1]
-    if doubled:
-        raise ValueError(
-            f"Expected one row for each {', '.join(keys)}, got several for {doubled[0]} (and for "
-            f"{len(doubled) - 1} others). Give the rows of one agent at one budget."
-        )
-    return {key: row[value] for key, row in zip(found, rows, strict=True) if row[value] is not None}
+    mine, theirs = (checked([side[key] for key in both], 1, "score") for side in sides)
+    return mine - theirs
 
 
 def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArray:
@@ -211,20 +151,6 @@ def mean_interval(
     return Interval(mean, float(found.low), float(found.high))
 
 
-def clustered_interval(
-    values: npt.ArrayLike, prompts: Sequence[Hashable], **options: Any
-) -> Interval:
-    """Mean over prompts, each with one or more rows, with its cluster bootstrap interval.
-
-    Prompts are resampled with all their rows. Each counts as much as any other, so this is the
-    `mean_interval` (which takes the `options`) of their means.
-
-    Source: Cameron, Gelbach and Miller, "Bootstrap-based improvements for inference with clustered
-    errors", 2008, section 2 (pairs cluster bootstrap).
-    """
-    return mean_interval(prompt_means(values, prompts), **options)
-
-
 def percentile_tail(units: int, confidence: float) -> float:
     """Share of resamples to cut off at each end for a percentile interval of a mean.
 
@@ -242,9 +168,9 @@ def percentile_tail(units: int, confidence: float) -> float:
 
 
 def simultaneous_intervals(
-    values: FloatArray, *, confidence: float = 0.95, resamples: int = 4999, seed: int = 0
+    values: FloatArray, *, resamples: int = 4999, seed: int = 0
 ) -> list[Interval]:
-    """Means of the columns of float64[B, K], B >= 2, with intervals that hold for all K at once.
+    """Means of the columns of float64[B, K], B >= 2, with 95% intervals that hold for all at once.
 
     The most striking column may be picked afterwards. Rows are resampled whole, which keeps columns
     paired. Over fewer than some ten rows, or where few rows differ, such intervals are rough.
@@ -254,12 +180,10 @@ def simultaneous_intervals(
     standard error counts at least a quarter of the column's; else resamples without the one row
     that differs would make the interval as wide as they are free of spread.
     """
-    if np.ndim(values) != 2 or len(values) < 2 or not np.isfinite(values).all() or not values.size:
-        raise ValueError(
-            "Expected finite values in at least two rows and one column, got shape "
-            f"{np.shape(values)} with {int((~np.isfinite(values)).sum())} not finite."
-        )
+    values = checked(values, 2, "values")
     rows = len(values)
+    if rows < 2:
+        raise ValueError("values: expected at least two rows, got one.")
     means = values.mean(axis=0)
     centred = values - means
     errors = values.std(axis=0, ddof=1) / np.sqrt(rows)
@@ -274,65 +198,57 @@ def simultaneous_intervals(
         own = np.maximum(np.sqrt(spreads / (rows - 1)), errors[moving] / 4)
         deviations = np.abs(shifts / own)
         furthest = stats.rankdata(deviations, method="max", axis=0).max(axis=1) / resamples
-        level = np.quantile(furthest, confidence)
+        level = np.quantile(furthest, 0.95)
         half[moving] = np.quantile(deviations, level, axis=0) * errors[moving]
     bounds = np.stack([means, means - half, means + half], axis=1)
     return [Interval(*row) for row in bounds.tolist()]
 
 
-def win_rate(values: npt.ArrayLike, baseline: npt.ArrayLike, *, tolerance: float = 1e-9) -> WinRate:
-    """Compare paired values; differences up to `tolerance` are ties."""
+def win_rate(values: npt.ArrayLike, baseline: npt.ArrayLike) -> WinRate:
+    """Compare paired values; differences up to 1e-9 are ties."""
     own, other = checked(values, 1, "values"), checked(baseline, 1, "baseline")
     if own.shape != other.shape:
         raise ValueError(f"Expected pairs, got shapes {own.shape} and {other.shape}.")
     difference = own - other
-    wins = int((difference > tolerance).sum())
-    losses = int((difference < -tolerance).sum())
+    wins = int((difference > 1e-9).sum())
+    losses = int((difference < -1e-9).sum())
     return WinRate(wins, len(own) - wins - losses, losses)
 
 
 def paired_permutation_test(
     differences: npt.ArrayLike,
     *,
-    alternative: Alternative = "two-sided",
     resamples: int = 9999,
     seed: int = 0,
-) -> PermutationTest:
-    """Test whether paired differences float64[P] are as often and as far above 0 as below.
+) -> float:
+    """Two-sided p-value of paired differences float64[P] being as far above 0 as below.
 
     Under the null hypothesis each difference may as well have the other sign. All sign patterns are
     counted where there are at most `resamples` of them, else as many random ones, with the pattern
     seen among them, so the p-value is never 0. Differences of 0 have no sign and are left out.
-    `"greater"`: the differences are above 0.
 
     Source: Fisher, "The Design of Experiments", 1935, section 21; random patterns as in Phipson and
     Smyth, "Permutation p-values should never be zero", 2010; by `scipy.stats.permutation_test`.
 
     Example:
-        >>> paired_permutation_test([1.0, 2.0, 0.5, 0.0], alternative="greater")
-        PermutationTest(mean=0.875, p_value=0.125, exact=True)
+        >>> paired_permutation_test([1.0, 2.0, 0.5, 0.0])
+        0.25
     """
     given = checked(differences, 1, "differences")
     moving = given[given != 0]
     largest = float(np.abs(given).max()) or 1.0
     # SciPy wants two observations.
     flipped = np.append(moving, np.zeros(max(0, 2 - len(moving)))) / largest
-
-    def statistic(values: FloatArray, axis: int) -> FloatArray:
-        # Sums that differ by rounding alone are equal.
-        return np.asarray(np.round(values.sum(axis=axis), 9))
-
     found = stats.permutation_test(
         (flipped,),
-        statistic,
+        # Sums that differ by rounding alone are equal.
+        lambda values, axis: np.round(values.sum(axis=axis), 9),
         permutation_type="samples",
         vectorized=True,
         n_resamples=resamples,
-        alternative=alternative,
         rng=np.random.default_rng(seed),
     )
-    exact = 2 ** len(flipped) <= resamples
-    return PermutationTest(float(given.mean()), float(found.pvalue), exact)
+    return float(found.pvalue)
 
 
 def exchange_test(
@@ -377,32 +293,6 @@ def exchange_test(
     return min(1.0, 2 * min(tails))
 
 
-def mcnemar_test(
-    passed: npt.ArrayLike, baseline: npt.ArrayLike, *, alternative: Alternative = "two-sided"
-) -> McNemarTest:
-    """Exact McNemar test of passes and fails of the same prompts, bool[P] each.
-
-    Pairs in which both pass or both fail say nothing. `"greater"`: passes more often than the
-    baseline.
-
-    Source: McNemar, "Note on the sampling error of the difference between correlated proportions or
-    percentages", Psychometrika 1947, with the exact binomial in place of chi-squared.
-    """
-    own, other = np.asarray(passed), np.asarray(baseline)
-    if own.shape != other.shape or own.ndim != 1 or not len(own):
-        raise ValueError(f"Expected pairs, got shapes {own.shape} and {other.shape}.")
-    if own.dtype != np.bool_ or other.dtype != np.bool_:
-        raise ValueError(
-            f"Expected passes as truth values, got {own.dtype} and {other.dtype}. Compare scores "
-            "with the threshold of a pass first."
-        )
-    wins, losses = int((own & ~other).sum()), int((other & ~own).sum())
-    if wins + losses == 0:
-        return McNemarTest(0, 0, 1.0)
-    found = stats.binomtest(wins, wins + losses, alternative=alternative)
-    return McNemarTest(wins, losses, float(found.pvalue))
-
-
 def holm(p_values: npt.ArrayLike) -> FloatArray:
     """P-values float64[K] of a family of tests, adjusted by Holm's method; in the order given.
 
@@ -426,14 +316,9 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
 
 
 def smallest_detectable_effect(
-    prompts: int,
-    sd: float,
-    *,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    alternative: Alternative = "two-sided",
+    prompts: int, sd: float, *, alpha: float = 0.05, power: float = 0.8
 ) -> float:
-    """Mean difference that a paired comparison of so many prompts finds with the given power.
+    """Mean difference that a paired two-sided test of so many prompts finds with the given power.
 
     A smaller true difference is likely to be missed: say so where a comparison finds nothing. `sd`
     is the standard deviation of the differences.
@@ -451,24 +336,13 @@ def smallest_detectable_effect(
             f"1, got prompts={prompts}, sd={sd}, alpha={alpha}, power={power}."
         )
     freedom = prompts - 1
-    sides = 2 if alternative == "two-sided" else 1
-    critical = stats.t.isf(alpha / sides, freedom)
+    critical = stats.t.isf(alpha / 2, freedom)
 
     def shortfall(centre: float) -> float:
-        found = stats.nct.sf(critical, freedom, centre)
-        if sides == 2:
-            found += stats.nct.cdf(-critical, freedom, centre)
-        return float(power - found)
+        above = stats.nct.sf(critical, freedom, centre)
+        return float(power - above - stats.nct.cdf(-critical, freedom, centre))
 
     highest = 2.0 * critical
     while shortfall(highest) > 0:
         highest *= 2.0
     return float(optimize.brentq(shortfall, 0.0, highest)) * sd / math.sqrt(prompts)
-
-
-def detectable_effect(differences: npt.ArrayLike, **options: Any) -> float:
-    """`smallest_detectable_effect`, which takes the `options`, of paired differences float64[P]."""
-    given = checked(differences, 1, "differences")
-    if len(given) < 2:
-        raise ValueError("differences: expected two or more, got 1.")
-    return smallest_detectable_effect(len(given), float(given.std(ddof=1)), **options)

@@ -31,7 +31,7 @@ from rich.progress import (
 )
 from rich.segment import Segment
 from rich.style import Style
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -55,7 +55,11 @@ def visible(text: str) -> str:
         >>> visible("red \x1b[31m, back \r\u202e")
         'red \\x1b[31m, back \\r\\u202e'
     """
-    return _UNSAFE.sub(lambda found: _escaped(found[0]), text.replace("\r\n", "\n"))
+
+    def escape(found: re.Match[str]) -> str:
+        return found[0].encode("unicode_escape").decode("ascii")
+
+    return _UNSAFE.sub(escape, text.replace("\r\n", "\n"))
 
 
 def plain(text: str, style: str | Style = "") -> Text:
@@ -75,6 +79,14 @@ def panel(content: str, title: str, subtitle: str = "") -> Panel:
 def numbers(*headings: str) -> list[Column]:
     """Columns of a table for figures, aligned on the right."""
     return [Column(heading, justify="right") for heading in headings]
+
+
+def table_of(rows: Iterable[Iterable[str]], *columns: Column | str, **options: Any) -> Table:
+    """A table of Rich's with its rows."""
+    shown = Table(*columns, **options)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
 class _Told(Progress):
@@ -196,7 +208,3 @@ class CommandLine(TyperGroup):
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     errors.print(f"{category.__name__}: {message}", style="yellow")
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")

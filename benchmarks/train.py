@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbrl_text_env.benchmarks import options
-from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.machines import RayOptions
 from mbrl_text_env.benchmarks.terminal import COMMAND, console, progress_bar
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from mbrl_text_env.benchmarks.training import Training
 
 _GRADIENTS = ("grpo", "rloo", "dyna")
-_PLAIN = (bool, int, float, str, tuple, type(None))
 _TRAIN = options.PromptOptions(split="train")
 
 
@@ -31,7 +30,7 @@ def settings_of(algorithm: str, changes: dict[str, Any], items: Sequence[str]) -
     """The settings of an algorithm: its own, `changes` that are not None, and "NAME=VALUE" items.
 
     Raises:
-        TrainError: A name is unknown, or a value is out of range or of another type.
+        TrainError, SettingError: A name is unknown, or a value is of another type.
 
     Example:
         >>> settings_of("grpo", {"steps": 5, "tokens": None}, ["beta=0.1"]).beta
@@ -55,32 +54,7 @@ def settings_of(algorithm: str, changes: dict[str, Any], items: Sequence[str]) -
     kind, steps, tokens = kinds[algorithm]
     names = {"steps": steps, "tokens": tokens}
     given = {names.get(name, name): v for name, v in changes.items() if v is not None}
-    given |= dict(_setting(kind, item) for item in items)
-    return kind(**given)
-
-
-def _setting(kind: Any, item: str) -> tuple[str, Any]:
-    """A name and its value; what is no JSON is a word."""
-    known = {
-        f.name: f.default
-        for f in fields(kind)
-        if f.default is not MISSING and isinstance(f.default, _PLAIN) and f.name != "budget"
-    }
-    name, _, text = item.partition("=")
-    if name not in known or not text:
-        shown = ", ".join(f"{name}={value}" for name, value in known.items())
-        raise TrainError(f"--set: expected NAME=VALUE, with one of these: {shown}; got {item!r}.")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    default = known[name]
-    value = tuple(value) if isinstance(value, list) else value
-    value = float(value) if isinstance(default, float) and type(value) is int else value
-    if default is not None and value is not None and type(value) is not type(default):
-        wanted = type(default).__name__
-        raise TrainError(f"--set {name}: expected a {wanted} such as {default!r}, got {text!r}.")
-    return name, value
+    return kind(**{**given, **options.changes(kind, items)})
 
 
 @friendly
@@ -89,40 +63,23 @@ def train_command(
         str, typer.Argument(help="ppo, dqn, grpo, rloo, dyna or expert-iteration.")
     ],
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the training; goes on if it exists.")] = Path(
-        "training"
+    out: Path = option(Path("training"), "Folder of the training; goes on if it exists."),
+    steps: int | None = option(
+        None,
+        "Of the environments (PPO, DQN), of the optimizer (GRPO, RLOO, dyna), or "
+        "iterations; by default 4096, 60 and 3.",
+        min=1,
     ),
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Of the environments (PPO, DQN), of the optimizer (GRPO, RLOO, dyna), or "
-            "iterations; by default 4096, 60 and 3.",
-        ),
-    ] = None,
-    max_response_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Token limit of a response; by default that of the algorithm."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="NAME=VALUE of another setting of the algorithm, such as learning_rate=0.0003; a "
-            "wrong name lists them. Repeatable.",
-        ),
-    ] = None,
-    seed: options.SeedOption = 0,
-    wandb: Annotated[
-        bool, typer.Option("--wandb", help="Send the curves to Weights & Biases too.")
-    ] = False,
-    num_prompts: options.CountOption = 48,
-    held_out: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Further prompts to measure on (PPO, DQN and expert iteration only)."
-        ),
-    ] = 8,
+    max_response_tokens: int | None = option(
+        None, "Token limit of a response; by default that of the algorithm.", min=1
+    ),
+    settings: list[str] | None = option(None, options.SET),
+    seed: int = option(0, options.SEED),
+    wandb: bool = option(False, "Send the curves to Weights & Biases too.", "--wandb"),
+    num_prompts: int = option(48, options.COUNT),
+    held_out: int = option(
+        8, "Further prompts to measure on (PPO, DQN and expert iteration only).", min=1
+    ),
     judge: options.RewardOptions,
     prompts: options.PromptOptions = _TRAIN,
     model: options.ModelOptions,
@@ -132,8 +89,7 @@ def train_command(
 
     `tensorboard --logdir OUT/events` shows the reward and length of episodes.
     """
-    from mbrl_text_env.benchmarks.training import Training
-    from mbrl_text_env.benchmarks.training_page import LOOP
+    from mbrl_text_env.benchmarks.training import LOOP, Training
 
     if machines.ray is not None and algorithm != LOOP:
         raise TrainError(
@@ -159,7 +115,7 @@ def train_command(
 def _report(training: Training) -> None:
     from mbrl_text_env.benchmarks.page import provenance
     from mbrl_text_env.benchmarks.reports import write_report
-    from mbrl_text_env.benchmarks.training_page import ABOUT, use_of
+    from mbrl_text_env.benchmarks.training import ABOUT, use_of
     from mbrl_text_env.files import write_text
     from mbrl_text_env.rewards.base import reward_name
 

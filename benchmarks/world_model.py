@@ -15,11 +15,10 @@ from rich.table import Table
 
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.charts import Series, of_curves
-from mbrl_text_env.benchmarks.friendly import friendly
-from mbrl_text_env.benchmarks.options import CompareError
-from mbrl_text_env.benchmarks.page import Page, provenance
+from mbrl_text_env.benchmarks.friendly import friendly, option
+from mbrl_text_env.benchmarks.page import Page, provenance, read_json, reading
 from mbrl_text_env.benchmarks.statistics import Interval, mean_interval
-from mbrl_text_env.benchmarks.terminal import COMMAND, console, numbers
+from mbrl_text_env.benchmarks.terminal import COMMAND, console, numbers, table_of
 from mbrl_text_env.files import write_text
 
 HORIZONS = "horizons.json"
@@ -41,15 +40,14 @@ Row = Mapping[str, Any]
 def world_model_report_command(
     *,
     folder: Annotated[Path, typer.Argument(help="Of a world model (`fit --kind world-model`).")],
-    records: Annotated[Path, typer.Option(help="Records of prompts that it was not fitted on.")],
-    shift: Annotated[
-        list[Path] | None,
-        typer.Option(help="Records of other kinds of prompts, or of another policy; repeatable."),
-    ] = None,
-    horizons: Annotated[str, typer.Option(help="Tokens ahead, with commas.")] = "8,16,32",
-    prefix_tokens: Annotated[int, typer.Option(min=1, help="Tokens to look ahead from.")] = 16,
-    seed: options.SeedOption = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("world-model-report"),
+    records: Path = option(..., "Records of prompts that it was not fitted on."),
+    shift: list[Path] | None = option(
+        None, "Records of other kinds of prompts, or of another policy; repeatable."
+    ),
+    horizons: str = option("8,16,32", "Tokens ahead, with commas."),
+    prefix_tokens: int = option(16, "Tokens to look ahead from.", min=1),
+    seed: int = option(0, options.SEED),
+    out: Path = option(Path("world-model-report"), "Folder of the report."),
     model: options.ModelOptions,
 ) -> None:
     """Errors, calibration and disagreement of a world model, by how far it looks ahead."""
@@ -57,10 +55,7 @@ def world_model_report_command(
     from mbrl_text_env.records import read_records
     from mbrl_text_env.world_model import horizon_report, load_dynamics
 
-    try:
-        ahead = [int(word) for word in horizons.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--horizons: expected numbers, got {horizons!r}.") from None
+    ahead = options.integers("--horizons", horizons)
     dynamics = load_dynamics(folder, model.load())
     rows = {}
     for place in dict.fromkeys([records, *(shift or [])]):
@@ -94,13 +89,8 @@ def recorded_page(folder: Path) -> Page:
     Raises:
         CompareError: The file is damaged.
     """
-    try:
-        return _page(json.loads((folder / HORIZONS).read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CompareError(
-            f"{folder / HORIZONS}: expected what `mbrl-text world-model report` writes, got a "
-            f"damaged file ({type(error).__name__}: {error}). Run the command again."
-        ) from error
+    with reading(folder):
+        return _page(read_json(folder / HORIZONS))
 
 
 def _page(about: Mapping[str, Any]) -> Page:
@@ -132,8 +122,7 @@ def _page(about: Mapping[str, Any]) -> Page:
         [_table(name, own) for name, own in rows.items()],
         {"horizons": rows},
         settings,
-        {name: about[name] for name in about if name not in ("command", "settings", "rows")},
-        about["command"],
+        {name: about[name] for name in about if name not in ("settings", "rows")},
     )
 
 
@@ -169,11 +158,9 @@ def _series(told: str, rows: Sequence[Row], of: Callable[[Row], Interval]) -> Se
 
 
 def _table(name: str, rows: Sequence[Row]) -> Table:
-    shown = Table(
+    return table_of(
+        ((str(row["horizon"]), *(f"{row[figure]:.3f}" for figure in _FIGURES)) for row in rows),
         *numbers(_AHEAD, *(figure.replace("_", " ") for figure in _FIGURES)),
         title=f"{name}: {rows[0]['prefixes']} responses",
         caption="Errors of what is gained, in standard deviations of it.",
     )
-    for row in rows:
-        shown.add_row(str(row["horizon"]), *(f"{row[figure]:.3f}" for figure in _FIGURES))
-    return shown

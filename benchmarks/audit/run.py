@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mbrl_text_env.agents.collection import collect, collection_run, missing_sam
 from mbrl_text_env.benchmarks.audit import measures
 from mbrl_text_env.benchmarks.audit.view import audit_page, chosen_answers
 from mbrl_text_env.benchmarks.options import AuditConfig, AuditError, choose_prompts
-from mbrl_text_env.benchmarks.page import Page, provenance, write_page
+from mbrl_text_env.benchmarks.page import Page, provenance, read_json, reading, write_page
 from mbrl_text_env.files import restored, write_text
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.records import Record, RecordWriter, run_of
@@ -127,12 +128,30 @@ def run_audit(
         },
     }
     with claimed(folder, record, "audit", AuditError):
-        responses, scores = _scored(
-            audit,
-            folder,
+        report = on_progress or (lambda stage, count: None)
+        config = audit.config
+        records = fill_pool(
             folder / "pool" if pool is None else Path(pool),
-            on_progress or (lambda stage, count: None),
+            audit.language_model,
+            audit.prompts,
+            samples=config.samples,
+            max_response_tokens=config.max_response_tokens,
+            seed=config.seed,
+            on_batch=partial(report, "pool"),
         )
+        responses = [[record.response for record in row] for row in records]
+        scores = {
+            role: score_pool(
+                folder / "scores" / role,
+                getattr(audit, role),
+                audit.prompts,
+                responses,
+                tried=min(config.sensitivity_samples, config.samples),
+                on_batch=partial(report, role),
+            )
+            for role in audit.roles
+        }
+        scores = {"gold": scores["proxy"], **scores}
         result = measure(audit, responses, scores["proxy"], scores["gold"])
         written = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -151,53 +170,15 @@ def run_audit(
 
 
 def recorded_page(folder: Path) -> Page:
-    """The page of an audit that has ended, from its files; damage is an `AuditError`."""
-    try:
-        written, about, answers = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in (AUDIT, _ABOUT, _ANSWERS)
-        )
+    """The page of an audit that has ended, from its files; damage is a `CompareError`."""
+    with reading(folder):
+        written, about, answers = (read_json(folder / name) for name in (AUDIT, _ABOUT, _ANSWERS))
         settings = written["config"]
-        names = [each.name for each in fields(AuditConfig)]
-        config = AuditConfig(**{name: settings[name] for name in names})
+        config = AuditConfig(**{each.name: settings[each.name] for each in fields(AuditConfig)})
         parts = {k: v for k, v in written.items() if k not in ("date", "command", "config")}
         result = restored(AuditResult, {"config": config, **parts})
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise AuditError(
-            f"{folder}: expected the files of an audit that has ended, got a damaged or missing "
-            f"one ({type(error).__name__}: {error}). The command that made them goes on and writes "
-            "them again."
-        ) from error
-    return audit_page(result, settings, about, answers, written["command"])
-
-
-def _scored(
-    audit: Audit, folder: Path, pool: Path, report: Callable[[str, int], None]
-) -> tuple[list[list[str]], dict[str, measures.PoolScores]]:
-    """The pool's responses and their scores by proxy and gold."""
-    config = audit.config
-    records = fill_pool(
-        pool,
-        audit.language_model,
-        audit.prompts,
-        samples=config.samples,
-        max_response_tokens=config.max_response_tokens,
-        seed=config.seed,
-        on_batch=lambda count: report("pool", count),
-    )
-    responses = [[record.response for record in row] for row in records]
-    scores = {
-        role: score_pool(
-            folder / "scores" / role,
-            getattr(audit, role),
-            audit.prompts,
-            responses,
-            tried=min(config.sensitivity_samples, config.samples),
-            on_batch=lambda count, role=role: report(role, count),  # type: ignore[misc]
-        )
-        for role in audit.roles
-    }
-    return responses, {"gold": scores["proxy"], **scores}
+        about = {**about, "command": written["command"]}
+        return audit_page(result, settings, about, answers)
 
 
 def measure(
@@ -248,31 +229,21 @@ def fill_pool(
     samples: int,
     max_response_tokens: int,
     seed: int,
-    shared: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[Record]]:
     """Read the first responses to each prompt, generating those that lack (temperature 0.7).
 
-    `folder` is one of records, also of `mbrl-text collect`, whatever the reward; only if `shared`
-    may it hold responses to other prompts alone. `on_batch` is called with numbers of responses.
+    `folder` is one of records, whatever the reward, which may hold responses to other prompts too.
+    `on_batch` is called with numbers of responses.
 
     Raises:
-        AuditError: The folder holds responses of another model, seed or token limit, or to other
-            prompts alone.
+        AuditError: The folder holds responses of another model, seed or token limit.
         RecordsError: The folder cannot be read or written, or holds other prompts of the same ids.
     """
     options: dict[str, Any] = {"max_response_tokens": max_response_tokens, "seed": seed}
     with RecordWriter(folder) as writer:
         existing = writer.existing()
         if existing:
-            if not shared:
-                there = dict.fromkeys(record.prompt_id for record in existing)
-                if not any(prompt.id in there for prompt in prompts):
-                    raise AuditError(
-                        f"{folder} holds responses to other prompts ({', '.join(list(there)[:3])}, "
-                        f"...; expected {prompts[0].id}, ...). Give the --prompts, --split and "
-                        "--seed it was made with, or another --pool."
-                    )
             run = run_of(folder) or {}
             wanted = collection_run(language_model, _Characters(), **options)
             # What the responses were scored by does not matter here.

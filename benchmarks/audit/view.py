@@ -13,7 +13,7 @@ from rich.text import Text
 from mbrl_text_env.benchmarks.charts import Chart, Series, of_curves, of_rows
 from mbrl_text_env.benchmarks.page import Page, answer
 from mbrl_text_env.benchmarks.scaling import sizes
-from mbrl_text_env.benchmarks.terminal import numbers
+from mbrl_text_env.benchmarks.terminal import numbers, table_of
 
 if TYPE_CHECKING:
     from mbrl_text_env.benchmarks.audit.run import AuditResult
@@ -40,35 +40,36 @@ def summary(result: AuditResult) -> Group:
 
 def _curves(result: AuditResult) -> Table:
     left_out = f", {result.left_out} left out" if result.left_out else ""
-    shown = Table(
+    curves = result.curves
+    return table_of(
+        (
+            (
+                str(point.n),
+                f"{point.kl_bound:.2f}",
+                f"{point.proxy:.3f}",
+                f"{point.gold:.3f}{' peak' if point.n == curves.peak_n else ''}",
+            )
+            for point in curves.points
+        ),
         *numbers("N", "KL <=", "mean proxy", "mean gold"),
         title=f"Best of N by the proxy: {result.prompts} prompts{left_out}, "
         f"{result.config.samples} responses each",
         caption="Simultaneous 95% intervals over prompts; KL in nats. One standard deviation "
-        f"within a prompt: proxy {result.curves.proxy_sd:.3g}, gold {result.curves.gold_sd:.3g}.",
+        f"within a prompt: proxy {curves.proxy_sd:.3g}, gold {curves.gold_sd:.3g}.",
     )
-    for point in result.curves.points:
-        mark = " peak" if point.n == result.curves.peak_n else ""
-        shown.add_row(
-            str(point.n), f"{point.kl_bound:.2f}", f"{point.proxy:.3f}", f"{point.gold:.3f}{mark}"
-        )
-    return shown
 
 
 def _agreement(result: AuditResult) -> Table:
-    shown = Table("agreement with the gold", *numbers("within a prompt", "overall"))
-    found = result.association
-    if found is None:
-        shown.add_row("no prompt on which both rewards vary", "", "")
-        return shown
-    for name, interval in found.within_prompt.items():
-        shown.add_row(name, f"{interval:+.2f}", f"{found.overall[name]:+.2f}")
-    shown.add_row("pairs ordered alike", f"{found.pair_accuracy:.2f}", "")
-    shown.add_row("misordered tenths (sd)", f"{found.misordered:.2f}", "")
-    length = result.sensitivity.length_beyond_gold
-    if length is not None:
-        shown.add_row("proxy with length, given gold", f"{length:+.2f}", "")
-    return shown
+    found, length = result.association, result.sensitivity.length_beyond_gold
+    rows = [("no prompt on which both rewards vary", "")]
+    if found is not None:
+        rows = [
+            ("rank correlation", f"{found.rank_correlation:+.2f}"),
+            ("pairs ordered alike", f"{found.pair_accuracy:.2f}"),
+        ]
+        if length is not None:
+            rows.append(("proxy with length, given gold", f"{length:+.2f}"))
+    return table_of(rows, "agreement with the gold", *numbers("within a prompt"))
 
 
 def _reactions(result: AuditResult) -> Table:
@@ -96,7 +97,6 @@ def audit_page(
     settings: Mapping[str, Any],
     run: Mapping[str, Any],
     answers: Mapping[str, Any],
-    command: str,
 ) -> Page:
     """An audit's page; `run` is of `page.provenance`, `answers` of `chosen_answers`."""
     config, verdict = result.config, result.verdict
@@ -108,8 +108,7 @@ def audit_page(
         [_curves(result), _agreement(result), _reactions(result)],
         {"answers": answers},
         {name: value for name, value in settings.items() if name not in ("prompts", "format")},
-        {name: value for name, value in run.items() if name != "command"},
-        command,
+        run,
     )
 
 

@@ -11,15 +11,16 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import typer
 
+from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.compare import CompareConfig, Comparison, compare
-from mbrl_text_env.benchmarks.devices import usable_device
-from mbrl_text_env.benchmarks.options import console
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.studies import harness, throughput
 from mbrl_text_env.checks import check_language_model
 from mbrl_text_env.language_models import SampleRequest, SamplingParams, TransformersLM, embedded
@@ -82,7 +83,7 @@ def guarded(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> dic
 
 
 def compared(lm: TransformersLM, prompts: Sequence[Prompt], tokens: int) -> list[dict[str, Any]]:
-    """A short comparison: its summary's agents."""
+    """The agents of a short comparison."""
     agents = ("sampling", "best-of-n:n=4", "adaptive")
     config = CompareConfig(agents, budget_tokens=4 * tokens, max_response_tokens=tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,29 +92,31 @@ def compared(lm: TransformersLM, prompts: Sequence[Prompt], tokens: int) -> list
     return found
 
 
+@friendly
 def main(
-    json_file: harness.JsonOption = None,
-    device: Annotated[str | None, typer.Option(help="By default a GPU, or the CPU.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    num_prompts: Annotated[int, typer.Option(min=1)] = 16,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each response.")] = 64,
-    sizes: Annotated[str, typer.Option("--batch-sizes", help="With commas between.")] = "1,16,64",
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each rate.")] = 2,
+    json_file: Path | None = option(None, harness.JSON),
+    device: str | None = option(None, "By default a GPU, or the CPU."),
+    dtype: str = option("bfloat16", "float32 or bfloat16."),
+    num_prompts: int = option(16, "", min=1),
+    tokens: int = option(64, "Of each response.", min=2),
+    sizes: str = option("1,16,64", "With commas between.", "--batch-sizes"),
+    repeats: int = option(2, "Runs of each rate.", min=1),
 ) -> None:
     """Check and measure; exits with 1 where the engine is not exact.
 
     The contract (chunks that do not depend on the batch, among others) is one of float32.
     """
-    place, number_format = usable_device(device), throughput.DTYPES[dtype]
+    place, number_format = options.usable_device(device), throughput.DTYPES[dtype]
     exactly = embedded(device=place, dtype=torch.float32)
     check_language_model(exactly, [Prompt.from_text("A dog", chat=False)], max_new_tokens=2)
     lm = embedded(device=place, dtype=number_format)
     every = load_prompts(split="test")
     states = [initial(prompt, lm) for prompt in every[:num_prompts]]
-    counts = [int(size) for size in sizes.split(",")]
     engines = {dtype: throughput.engine_of(number_format, device=place)}
     exact, bound = exactness(lm, states, tokens), guarded(lm, states, tokens)
-    rates = throughput.rates_by_batch_size(engines, every, tokens, repeats, sizes=counts)
+    rates = throughput.rates_by_batch_size(
+        engines, every, tokens, repeats, sizes=options.integers("--batch-sizes", sizes)
+    )
     result = {
         **harness.heading("gpu_check"),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
@@ -125,9 +128,9 @@ def main(
         "rates": rates,
         f"ratios_{dtype}": throughput.ratios(rates, dtype),
     }
-    console.print(throughput.shown(rates).table())
+    options.console.print(throughput.table(rates))
     print(json.dumps(result, indent=1))
-    harness.StudyOptions(json_file=json_file).write(result)
+    harness.write(json_file, result)
     if exact["mean_difference"] > NEAR[dtype] or bound["kept"] < bound["chunks"]:
         raise typer.Exit(1)
 

@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import typer
 
 from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.agents.registry import parse_spec
-from mbrl_text_env.agents.values import FITTED, READY, FittedValue, make_value
+from mbrl_text_env.agents.values import FITTED, FittedValue, make_value
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.audit.run import fill_pool
 from mbrl_text_env.benchmarks.compare import CompareConfig, CompareError, Comparison, run
-from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.matched import (
     DEFAULT_PLANNER,
     Cell,
@@ -35,16 +35,11 @@ from mbrl_text_env.benchmarks.matched import (
     Unit,
     analyse,
     best_of_n_rows,
-    falls,
-    make_pool,
-    multiplier,
-    p_value,
+    pool_of,
     table,
 )
 from mbrl_text_env.benchmarks.options import choose_prompts
 from mbrl_text_env.benchmarks.report import BASELINE, png
-from mbrl_text_env.benchmarks.scaling import CurvePoint
-from mbrl_text_env.benchmarks.statistics import Interval
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
@@ -65,18 +60,18 @@ _HOW = harness.StudyOptions(json_file=Path("matched-compute.json"))
 _FORMAT = 2
 _GIGA = 1e9
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1}
-_COMMON = ("train_prompts", "train_samples", "max_response_tokens", "seed")
+_COMMON = ("split", "train_prompts", "train_samples", "max_response_tokens", "seed")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is run; a CompareError if the unit is unknown or a budget smaller than a response.
+    """What is run; a CompareError if that cannot be.
 
     `agents` are specs by reward, `budgets` in generated tokens of best-of-N for one prompt, `unit`
     what is capped: these tokens, or the FLOPs or seconds that best-of-N takes for as many. Value
     models are fitted on `train_samples` responses to each of `train_prompts`. Agents sample with
     the seeds after `seed`, the pool's. See `options.priced` for `reward_price`,
-    `options.PromptOptions` for `source`, and `scaling.Baseline` for `target`.
+    `options.PromptOptions` for `source`, and `scaling.Baseline` for `target`; `suite` is a name.
     """
 
     agents: Mapping[str, tuple[str, ...]]
@@ -93,23 +88,27 @@ class Study:
     batch_prompts: int = 64
     reward_price: str | None = None
     source: str = "builtin"
+    suite: str = ""
     target: float | None = None
 
     def __post_init__(self) -> None:
-        if self.unit not in get_args(Unit):
-            raise CompareError(f"unit: expected one of {get_args(Unit)}, got {self.unit!r}.")
-        if not self.budgets or min(self.budgets) < self.max_response_tokens:
-            raise CompareError(
-                f"budgets: expected one or more of at least {self.max_response_tokens} tokens (a "
-                f"response), got {list(self.budgets)}."
-            )
-        if self.answers < 1:
-            raise CompareError(f"answers: expected at least 1, got {self.answers}.")
-        if self.reward_price is not None and self.unit == "tokens":
-            raise CompareError(
-                "unit: expected 'flops' with a price of the reward, got 'tokens': within such a "
-                "budget reward calls are free."
-            )
+        least = self.max_response_tokens
+        for name, holds, expected in (
+            ("unit", self.unit in get_args(Unit), f"one of {get_args(Unit)}"),
+            (
+                "budgets",
+                min(self.budgets, default=0) >= least,
+                f"at least {least} tokens (a response)",
+            ),
+            ("answers", self.answers >= 1, "at least 1"),
+            (
+                "unit",
+                self.reward_price is None or self.unit != "tokens",
+                "'flops' with a price of the reward, which is free within a budget in tokens",
+            ),
+        ):
+            if not holds:
+                raise CompareError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
 
     def prompts(self, split: str, count: int, reward_model: RewardModel) -> list[Prompt]:
         """Prompts of the source that the reward applies to."""
@@ -135,7 +134,7 @@ def run_study(
     Studies with other agents, rewards, budgets or numbers of prompts may share a folder, and what
     they have in common is run once. Anything else that differs is a CompareError or an AuditError.
     """
-    common = {name: getattr(study, name) for name in ("split", *_COMMON)}
+    common = {name: getattr(study, name) for name in _COMMON}
     record = {"format": _FORMAT, "language_model": identity(language_model), **common}
     with claimed(out, record, "study", CompareError):
         for name, specs in study.agents.items():
@@ -144,16 +143,9 @@ def run_study(
             )
             runs = _Runs(study, language_model, name, reward_model, out)
             on_progress(f"{name}: pool of {study.samples} responses to each prompt")
-            pool = make_pool(
-                out / "pool",
-                out / "scores" / slug(name),
-                language_model,
-                reward_model,
-                runs.prompts,
-                samples=study.samples,
-                max_response_tokens=study.max_response_tokens,
-                seed=study.seed,
-            )
+            records = runs.sampled("pool", runs.prompts, study.samples)
+            models = language_model, reward_model
+            pool = pool_of(records, out / "scores" / slug(name), *models, runs.prompts)
             pool = replace(pool, target=study.target)
             cells = []
             for budget in study.budgets:
@@ -171,21 +163,28 @@ def run_study(
 
 @dataclass(frozen=True)
 class _Runs:
-    """The runs of a study for one reward."""
+    """The runs of a study for one reward; `made` are its value models by name."""
 
     study: Study
     language_model: LanguageModel
     name: str
     reward_model: RewardModel
     out: Path
+    made: dict[str, ValueModel] = field(default_factory=dict)
 
     @cached_property
     def prompts(self) -> list[Prompt]:
         return self.study.prompts(self.study.split, self.study.num_prompts, self.reward_model)
 
-    @cached_property
-    def values(self) -> LazyValues:
-        return LazyValues(self.study, self.language_model, self.reward_model, self.out / "train")
+    def sampled(self, folder: str, prompts: Sequence[Prompt], samples: int) -> list[list[Record]]:
+        return fill_pool(
+            self.out / folder,
+            self.language_model,
+            prompts,
+            samples=samples,
+            max_response_tokens=self.study.max_response_tokens,
+            seed=self.study.seed,
+        )
 
     def caps(self, pool: Pool, budget: int) -> dict[str, Any]:
         """What best-of-N takes for `budget` tokens, in the study's unit."""
@@ -222,64 +221,31 @@ class _Runs:
             batch_prompts=study.batch_prompts,
             **caps,
         )
+        kind = parse_spec(spec)[1].get("value")
+        values = None if kind is None else {str(kind): self.value(str(kind))}
         models = self.language_model, self.reward_model
-        values = self.values if "value" in parse_spec(spec)[1] else None
-        comparison = Comparison(config, self.prompts, *models, values)
         again = f"-again-{number}" if number else ""
         price = "" if study.reward_price is None else f"-{slug(study.reward_price)}"
         place = self.out / "runs" / slug(self.name) / f"{folder}{price}" / f"{slug(spec)}{again}"
-        return run(comparison, place)[spec]
+        return run(Comparison(config, self.prompts, *models, values), place)[spec]
 
-
-@dataclass(frozen=True, eq=False)
-class LazyValues(Mapping[str, ValueModel]):
-    """Every kind of value model for one reward, each made, and fitted, when first asked for."""
-
-    study: Study
-    language_model: LanguageModel
-    reward_model: RewardModel
-    folder: Path
-    _made: dict[str, ValueModel] = field(default_factory=dict)
-
-    def identity(self) -> dict[str, Any]:
-        """What the values follow from; none is made for it."""
-        return {name: getattr(self.study, name) for name in _COMMON}
-
-    def __getitem__(self, name: str) -> ValueModel:
-        if name not in self:
-            raise KeyError(name)
-        if name not in self._made:
+    def value(self, kind: str) -> ValueModel:
+        """A value model of that kind, made, and fitted, when first asked for."""
+        if kind not in self.made:
             limit, seed = self.study.max_response_tokens, self.study.seed
             models = self.language_model, self.reward_model
-            value = make_value(name, *models, max_response_tokens=limit, seed=seed)
-            if name in FITTED:
+            value = make_value(kind, *models, max_response_tokens=limit, seed=seed)
+            if kind in FITTED:
                 assert isinstance(value, FittedValue)
                 value = value.fit(self.records())
-            self._made[name] = value
-        return self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((*READY, *FITTED))
-
-    def __len__(self) -> int:
-        return len(READY) + len(FITTED)
-
-    def __contains__(self, name: object) -> bool:
-        return name in READY or name in FITTED
+            self.made[kind] = value
+        return self.made[kind]
 
     def records(self) -> list[Record]:
         """The scored responses that value models are fitted on."""
         study = self.study
         prompts = study.prompts("train", study.train_prompts, self.reward_model)
-        pool = fill_pool(
-            self.folder,
-            self.language_model,
-            prompts,
-            samples=study.train_samples,
-            max_response_tokens=study.max_response_tokens,
-            shared=True,
-            seed=study.seed,
-        )
+        pool = self.sampled("train", prompts, study.train_samples)
         records = [record for row in pool for record in row]
         texts = [record.response for record in records]
         scores = score_responses(self.reward_model, [r.prompt() for r in records], texts)
@@ -295,130 +261,78 @@ def slug(spec: str) -> str:
     return re.sub(r"[^\w.]+", "-", spec)
 
 
-def plot_scaling(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path) -> None:
-    """Mean reward against FLOPs a prompt: best-of-N's curve with its band, and agents."""
-
-    def draw(axes: Axes, pool: Pool, curve: Sequence[CurvePoint], lines: Mapping[str, Rows]) -> str:
-        costs = [point.cost / _GIGA for point in curve]
-        axes.plot(costs, [p.mean.estimate for p in curve], color="black", label="best-of-N")
-        axes.fill_between(
-            costs, [p.mean.low for p in curve], [p.mean.high for p in curve], color="0.85"
-        )
-        for agent, line in lines.items():
-            means = np.array([row["mean"] for row in line])
-            ends = np.array([[row["low"], row["high"]] for row in line]).T
-            flops = [row["flops"] / _GIGA for row in line]
-            axes.errorbar(flops, means, yerr=np.abs(ends - means), capsize=2, label=agent, **_DOTS)
-        axes.set_xscale("log")
-        return "GFLOPs a prompt, all models"
-
-    _plot(rows, pools, path, draw)
-
-
-def plot_divergence(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path) -> None:
-    """Mean reward against surprisal, beside best-of-N and its bound, of rows that have a `kl`."""
-
-    def draw(axes: Axes, pool: Pool, curve: Sequence[CurvePoint], lines: Mapping[str, Rows]) -> str:
-        means = [point.mean.estimate for point in curve]
-        if np.isfinite(pool.logprobs).all():
-            excess = pool.surprisal([point.n for point in curve])
-            axes.plot(excess, means, color="black", label="best-of-N")
-        bounds = [point.kl_bound for point in curve]
-        label = "bound of best-of-N's divergence"
-        axes.plot(bounds, means, color="0.6", linestyle="--", label=label)
-        for agent, line in lines.items():
-            known = [row for row in line if row.get("kl") is not None]
-            surprisal, rewards = ([row[key] for row in known] for key in ("kl", "mean"))
-            axes.plot(surprisal, rewards, label=agent, **_DOTS)
-        return "surprisal beyond that of plain samples, nats a response"
-
-    _plot(rows, pools, path, draw)
-
-
-def _plot(
-    rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path, draw: Callable[..., str]
-) -> None:
+def plot(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path, against: str) -> None:
+    """Mean reward against "compute" or "divergence": best-of-N's curve, and agents."""
+    draw = {"compute": _draw_compute, "divergence": _draw_divergence}[against]
     with png(path, figsize=(5.2 * len(rows), 4.4), dpi=130) as figure:
         panels = np.ravel(figure.subplots(1, len(rows)))
         for axes, (reward, own) in zip(panels, rows.items(), strict=True):
             lines: dict[str, list[Row]] = {row["agent"]: [] for row in own}
             for row in sorted(own, key=lambda row: row["flops"]):
                 lines[row["agent"]].append(row)
-            axes.set_xlabel(draw(axes, pools[reward], pools[reward].in_flops.curve(), lines))
+            draw(axes, pools[reward], lines)
             axes.set_ylabel(f"mean {reward}")
             axes.legend(fontsize=6)
 
 
-def page_tables(result: Mapping[str, Any]) -> list[harness.Shown]:
-    """The tables of a page, one a reward: best-of-N at the budgets, then the agents."""
-    found = []
-    for reward in dict.fromkeys(row["reward"] for row in result["results"]):
-        rows = [row for row in result["results"] if row["reward"] == reward]
-        baseline = [row for row in result["best_of_n"] if row["reward"] == reward]
-        columns = ["agent", f"budget ({rows[0]['unit']})", "mean", "x FLOPs", "x tokens"]
-        columns += ["GFLOPs", "tokens", "reward calls", "surprisal (best-of-N)", "p"]
-        cells = []
-        for row in [*baseline, *rows]:
-            start = [str(row["budget_tokens"]), f"{Interval.of(row):.3f}"]
-            cost = [f"{row['flops'] / _GIGA:.0f}", f"{row['tokens']:.0f}"]
-            if "multiplier" not in row:
-                cells.append(["best-of-N", *start, "1", "1", *cost, "", "", ""])
-                continue
-            kl = row.get("kl")
-            surprisal = "" if kl is None else f"{kl:.1f} ({row['kl_of_equal_best_of_n']:.1f})"
-            times = [multiplier(row, key) for key in ("multiplier", "multiplier_tokens")]
-            calls = f"{row['reward_calls']:.1f}"
-            name = f"`{row['agent']}`"
-            cells.append([name, *start, *times, *cost, calls, surprisal, p_value(row)])
-        found.append(harness.Shown(reward, columns, cells))
-    return found
+def _draw_compute(axes: Axes, pool: Pool, lines: Mapping[str, Rows]) -> None:
+    curve = pool.in_flops.curve()
+    costs = [point.cost / _GIGA for point in curve]
+    lows, highs = [p.mean.low for p in curve], [p.mean.high for p in curve]
+    axes.plot(costs, [p.mean.estimate for p in curve], color="black", label="best-of-N")
+    axes.fill_between(costs, lows, highs, color="0.85")
+    for agent, line in lines.items():
+        means = np.array([row["mean"] for row in line])
+        ends = np.array([[row["low"], row["high"]] for row in line]).T
+        flops = [row["flops"] / _GIGA for row in line]
+        axes.errorbar(flops, means, yerr=np.abs(ends - means), capsize=2, label=agent, **_DOTS)
+    axes.set_xscale("log")
+    axes.set_xlabel("GFLOPs a prompt, all models")
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"--budgets: expected numbers with commas, got {text!r}."
-        ) from error
+def _draw_divergence(axes: Axes, pool: Pool, lines: Mapping[str, Rows]) -> None:
+    """Against surprisal, beside best-of-N and its bound, of rows that have a `kl`."""
+    curve = pool.in_flops.curve()
+    means, bounds = [p.mean.estimate for p in curve], [p.kl_bound for p in curve]
+    if np.isfinite(pool.logprobs).all():
+        excess = pool.surprisal([point.n for point in curve])
+        axes.plot(excess, means, color="black", label="best-of-N")
+    axes.plot(bounds, means, color="0.6", linestyle="--", label="bound of best-of-N's divergence")
+    for agent, line in lines.items():
+        known = [row for row in line if row.get("kl") is not None]
+        surprisal, rewards = ([row[key] for row in known] for key in ("kl", "mean"))
+        axes.plot(surprisal, rewards, label=agent, **_DOTS)
+    axes.set_xlabel("surprisal beyond that of plain samples, nats a response")
 
 
 @friendly
 def main(
     how: harness.StudyOptions = _HOW,
-    rewards: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(REWARDS),
-    agents: Annotated[str, typer.Option(help="Agent specs, with commas.")] = ",".join(AGENTS),
-    budgets: Annotated[
-        str | None,
-        typer.Option(help=f"Generated tokens a prompt, with commas; by default {_FULL_BUDGETS}."),
-    ] = None,
-    unit: Annotated[
-        str | None,
-        typer.Option(
-            help="What is capped: 'tokens', or the 'flops' or 'seconds' that best-of-N takes for "
-            "them; by default tokens, and FLOPs with a price of the reward."
-        ),
-    ] = None,
-    reward_price: options.PriceOption = None,
-    num_prompts: Annotated[
-        int | None, typer.Option(min=2, help=f"Of each reward; by default {FULL.num_prompts}.")
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(min=2, help=f"Of the pool, for each prompt; by default {FULL.samples}."),
-    ] = None,
+    rewards: str = option(",".join(REWARDS), "Names, with commas."),
+    agents: str = option(",".join(AGENTS), "Agent specs, with commas."),
+    budgets: str | None = option(
+        None, f"Generated tokens a prompt, with commas; by default {_FULL_BUDGETS}."
+    ),
+    unit: str | None = option(
+        None,
+        "What is capped: 'tokens', or the 'flops' or 'seconds' that best-of-N takes for "
+        "them; by default tokens, and FLOPs with a price of the reward.",
+    ),
+    reward_price: str | None = option(None, options.PRICE),
+    num_prompts: int | None = option(
+        None, f"Of each reward; by default {FULL.num_prompts}.", min=2
+    ),
+    samples: int | None = option(
+        None, f"Of the pool, for each prompt; by default {FULL.samples}.", min=2
+    ),
     split: str = "test",
-    max_response_tokens: options.TokensOption = 96,
-    answers: Annotated[
-        int, typer.Option(min=1, help="Of each agent to each prompt, with seeds of their own.")
-    ] = 1,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            help=f"Smaller where nothing else is said: {QUICK.num_prompts} prompts, "
-            f"{_QUICK_BUDGETS} tokens, a pool of {QUICK.samples}."
-        ),
-    ] = False,
+    max_response_tokens: int = option(96, options.TOKENS),
+    answers: int = option(1, "Of each agent to each prompt, with seeds of their own.", min=1),
+    quick: bool = option(
+        False,
+        f"Smaller where nothing else is said: {QUICK.num_prompts} prompts, "
+        f"{_QUICK_BUDGETS} tokens, a pool of {QUICK.samples}.",
+    ),
 ) -> None:
     """Compare planners with best-of-N at matched compute."""
     names = tuple(name.strip() for name in rewards.split(","))
@@ -427,7 +341,7 @@ def main(
     study = replace(
         size,
         agents=dict.fromkeys(names, specs),
-        budgets=size.budgets if budgets is None else _numbers(budgets),
+        budgets=size.budgets if budgets is None else options.integers("--budgets", budgets),
         unit=unit or ("tokens" if reward_price is None else "flops"),  # type: ignore[arg-type]
         reward_price=reward_price,
         split=split,
@@ -445,31 +359,20 @@ def run_and_write(study: Study, how: harness.StudyOptions, out: Path) -> dict[st
     assert how.json_file is not None
     model = how.load()
     models = {name: make(name) for name in study.agents}
-    result: dict[str, Any] = {
-        **harness.heading("matched_compute"),
-        "language_model": model.name,
-        "dtype": how.dtype,
-        "study": asdict(study),
-        "results": [],
-        "best_of_n": [],
-        "falls": [],
-    }
+    result: dict[str, Any] = {**how.heading("matched_compute", model), "study": asdict(study)}
+    result |= {"results": [], "best_of_n": []}
     rows, pools = {}, {}
     progress = options.console.print
     for name, pool, cells in run_study(study, model, models, out, on_progress=progress):
         found = [{**row, "reward_price": study.reward_price} for row in analyse(pool, cells)]
         pools[name], rows[name] = pool, found
-        result["results"] += rows[name]
+        result["results"] += found
         result["best_of_n"] += best_of_n_rows(name, pool, study.budgets, study.unit)
-        result["falls"] += falls(cells)
-        how.write(result)
-        options.console.print(table(rows[name]))
-    scaling = how.json_file.with_suffix(".png")
+        harness.write(how.json_file, result)
+        options.console.print(table(found))
+    plot(rows, pools, how.json_file.with_suffix(".png"), "compute")
     divergence = how.json_file.with_name(f"{how.json_file.stem}-divergence.png")
-    plot_scaling(rows, pools, scaling)
-    plot_divergence(rows, pools, divergence)
-    plots = {"Mean reward against compute": scaling, "Mean reward against divergence": divergence}
-    how.report(result, "matched_compute.md.jinja", page_tables(result), plots)
+    plot(rows, pools, divergence, "divergence")
     return result
 
 

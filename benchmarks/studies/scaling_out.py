@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import psutil
 import ray
@@ -25,6 +25,7 @@ import typer
 from mbrl_text_env.agents.collection import collect
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.compare import Comparison, run, write_results
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models import embedded
 from mbrl_text_env.prompts import load_prompts
@@ -69,14 +70,8 @@ def weighed(sizes: list[tuple[int, int]]) -> Each:
     return each
 
 
-def a_prompt(sizes: Sequence[tuple[int, int]], prompts: int) -> dict[str, float]:
-    """Mean bytes to a worker and from it."""
-    out, back = (sum(column) / prompts for column in zip(*sizes, strict=True))
-    return {"to_worker": out, "from_worker": back}
-
-
 def bytes_on_the_wire(comparison: Comparison) -> dict[str, Any]:
-    """Of a comparison, by prompt and agent; and of a collection of four samples, by prompt."""
+    """Of a comparison, by prompt and agent; of a collection of four samples, by prompt: means."""
     sizes: dict[str, list[tuple[int, int]]] = {"compare": [], "collect": []}
     prompts, models = comparison.prompts, (comparison.language_model, comparison.reward_model)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +80,11 @@ def bytes_on_the_wire(comparison: Comparison) -> dict[str, Any]:
             limit = comparison.config.max_response_tokens
             each = weighed(sizes["collect"])
             collect(*models, prompts, writer, max_response_tokens=limit, each=each)
-    return {name: a_prompt(found, len(prompts)) for name, found in sizes.items()}
+    found = {}
+    for name, pairs in sizes.items():
+        out, back = (sum(column) / len(prompts) for column in zip(*pairs, strict=True))
+        found[name] = {"to_worker": out, "from_worker": back}
+    return found
 
 
 def canned(row: Row, job: tuple[str, Sequence[Prompt]]) -> list[Row]:
@@ -121,11 +120,12 @@ def driver(comparison: Comparison, row: Row, count: int, each: Each) -> dict[str
     }
 
 
+@friendly
 def main(
-    json_file: harness.JsonOption = None,
-    num_prompts: options.CountOption = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Each way, in turn.")] = 3,
-    many: Annotated[int, typer.Option(min=32, help="Prompts of a driver alone.")] = 20000,
+    json_file: Path | None = option(None, harness.JSON),
+    num_prompts: int = option(64, options.COUNT),
+    rounds: int = option(3, "Each way, in turn.", min=1),
+    many: int = option(20000, "Prompts of a driver alone.", min=32),
 ) -> None:
     """Measure and print; takes about ten minutes."""
     config = options.CompareConfig(
@@ -148,13 +148,13 @@ def main(
         for kind in ("cpu", "wall")
     }
     result = {
-        **harness.heading("scaling-out"),
+        **harness.heading("scaling_out"),
         "bytes_a_prompt": sizes,
         "driver": {"alone": local, "with one worker": spread},
         "one_worker": {"prompts": len(prompts), "rounds": beside, "ratios": ratios},
     }
     print(json.dumps(result, indent=1))
-    harness.StudyOptions(json_file=json_file).write(result)
+    harness.write(json_file, result)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import torch
 import typer
+from rich.table import Table
 
 from mbrl_text_env.benchmarks import options
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.llama_server import llama_server
 from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models import SamplingParams, TransformersLM, embedded
@@ -49,28 +52,32 @@ def article_procedure(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
     """Seconds of the article's look-ahead with transformers alone; the first two are kept."""
     tokenizer: Any = lm._tokenizer.tokenizer
 
-    def generate(text: str, count: int, tokens: int, temperature: float) -> list[str]:
+    def generate(text: str, count: int, tokens: int, params: SamplingParams) -> list[str]:
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-        with torch.inference_mode():
-            out = lm.model.generate(
-                **inputs,
-                do_sample=True,
-                temperature=temperature,
-                num_return_sequences=count,
-                min_new_tokens=tokens,
-                max_new_tokens=tokens,
-                pad_token_id=tokenizer.eos_token_id,
-            )
+        made = _generated(lm, inputs, tokens, params, num_return_sequences=count)
         start = inputs["input_ids"].shape[1]
-        return [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids in out]
+        return [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids in made]
 
     start = time.perf_counter()
     for prompt in prompts:
         text = tokenizer.decode(lm.encode_prompt(prompt))
-        partials = generate(text, PARTIALS, PARTIAL_TOKENS, PARTIAL_PARAMS.temperature)
-        for stem in partials[:KEPT]:
-            generate(text + stem, CONTINUATIONS, CONTINUATION_TOKENS, PARAMS.temperature)
+        for stem in generate(text, PARTIALS, PARTIAL_TOKENS, PARTIAL_PARAMS)[:KEPT]:
+            generate(text + stem, CONTINUATIONS, CONTINUATION_TOKENS, PARAMS)
     return time.perf_counter() - start
+
+
+def _generated(
+    lm: TransformersLM, inputs: Any, tokens: int, params: SamplingParams, **others: Any
+) -> torch.Tensor:
+    """What transformers' `generate` samples, on the CPU, which waits for the device."""
+    lengths = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": params.temperature, "top_k": 0}
+    pad = lm._tokenizer.tokenizer.eos_token_id
+    with torch.inference_mode():
+        made: torch.Tensor = lm.model.generate(
+            **inputs, **lengths, **drawn, pad_token_id=pad, **others
+        )
+    return made.cpu()
 
 
 def article_workload(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
@@ -91,20 +98,11 @@ def article_workload(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
 
 def generate_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> float:
     """Tokens a second of transformers' `generate` on one batch."""
-    tokenizer: Any = lm._tokenizer.tokenizer
     ids = {"input_ids": [list(state.prompt_ids) for state in states]}
-    inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(lm.device)
+    inputs = lm._tokenizer.tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+    inputs = inputs.to(lm.device)
     start = time.perf_counter()
-    with torch.inference_mode():
-        made = lm.model.generate(
-            **inputs,
-            do_sample=True,
-            temperature=PARAMS.temperature,
-            top_k=0,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-        )
-    made.cpu()  # Waits for the device.
+    _generated(lm, inputs, tokens, PARAMS)
     return len(states) * tokens / (time.perf_counter() - start)
 
 
@@ -146,21 +144,15 @@ def server_rate(url: str, states: Sequence[TextState], tokens: int) -> float:
 
 def product_limit(lm: TransformersLM, dtype: torch.dtype, rows: int, repeats: int) -> float:
     """Tokens a second if a step were nothing but the matrix products of all weights."""
+    layers = (m for m in lm.model.modules() if isinstance(m, torch.nn.Linear))
+    is_int8, make = dtype == torch.int8, partial(torch.ones, device=lm.device)
     weights = [
-        module.weight.detach()
-        for module in lm.model.modules()
-        if isinstance(module, torch.nn.Linear)
+        (torch.randint_like(w, -127, 128) if is_int8 else w).to(dtype).t()
+        for w in (layer.weight.detach() for layer in layers)
     ]
-    make = partial(torch.ones, device=lm.device)
-    if dtype == torch.int8:
-        weights = [torch.randint_like(w, -127, 128).to(torch.int8).t() for w in weights]
-        inputs = {w.shape[0]: make(rows, w.shape[0], dtype=torch.int8) for w in weights}
-        multiply: Callable[..., torch.Tensor] = torch._int_mm
-    else:
-        weights = [w.to(dtype).t() for w in weights]
-        inputs = {w.shape[0]: make(rows, w.shape[0], dtype=dtype) for w in weights}
-        multiply = torch.mm
-    kind = torch.int32 if dtype == torch.int8 else dtype
+    multiply: Callable[..., torch.Tensor] = torch._int_mm if is_int8 else torch.mm
+    inputs = {w.shape[0]: make(rows, w.shape[0], dtype=dtype) for w in weights}
+    kind = torch.int32 if is_int8 else dtype
     outs = {w.shape[1]: make(rows, w.shape[1], dtype=kind) for w in weights}
 
     def run() -> float:
@@ -250,28 +242,23 @@ def ratios(rates: Mapping[str, Mapping[str, float]], dtype: str) -> dict[str, fl
     return found
 
 
+@friendly
 def main(
-    json_file: harness.JsonOption = None,
+    json_file: Path | None = option(None, harness.JSON),
     seed: int = 0,
-    tokens: Annotated[int, typer.Option(min=1, help="Of each sequence, by batch size.")] = 64,
-    article_prompts: Annotated[int, typer.Option(min=0, help="0 leaves it out.")] = 32,
-    article_timed: Annotated[
-        int, typer.Option(min=1, help="Prompts that (a) is timed on, one by one, and scaled.")
-    ] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs; the fastest counts.")] = 2,
-    sizes: Annotated[str, typer.Option("--batch-sizes", help="With commas between.")] = ",".join(
-        map(str, BATCH_SIZES)
-    ),
-    server: Annotated[
-        list[str] | None, typer.Option(help="NAME=URL of a server that runs, such as vLLM's.")
-    ] = None,
+    tokens: int = option(64, "Of each sequence, by batch size.", min=1),
+    article_prompts: int = option(32, "0 leaves it out.", min=0),
+    article_timed: int = option(32, "Prompts that (a) is timed on, one by one, and scaled.", min=1),
+    repeats: int = option(2, "Runs; the fastest counts.", min=1),
+    sizes: str = option(",".join(map(str, BATCH_SIZES)), "With commas between.", "--batch-sizes"),
+    server: list[str] | None = option(None, "NAME=URL of a server that runs, such as vLLM's."),
 ) -> None:
     """Measure and print; takes about 20 minutes on two cores that do nothing else."""
     every = load_prompts(split="test")
     order = np.random.default_rng(seed).permutation(len(every))
     prompts = [every[i] for i in order[: max(BATCH_SIZES)]]
     engines = {name: engine_of(dtype, device="cpu") for name, dtype in DTYPES.items()}
-    counts = [int(size) for size in sizes.split(",")]
+    counts = options.integers("--batch-sizes", sizes)
     given = dict(each.split("=", 1) for each in server or ())
     with llama_server(parallel=_SERVER_PARALLEL, context=_SERVER_PARALLEL * 512) as url:
         servers = {"llama.cpp": url, **given}
@@ -294,15 +281,17 @@ def main(
         if dtype != "article":
             compared = found["seconds"]["article"] / seconds
             result[f"ratios_{dtype}"]["article_workload_vs_article"] = compared
-    options.console.print(shown(rates).table())
+    options.console.print(table(rates))
     print(json.dumps({key: result[key] for key in result if key.startswith("ratios")}, indent=2))
-    harness.StudyOptions(json_file=json_file).write(result)
+    harness.write(json_file, result)
 
 
-def shown(rates: Mapping[str, Mapping[str, float]]) -> harness.Shown:
-    """The rates as a table."""
-    rows = [(name, *(f"{rate:.0f}" for rate in row.values())) for name, row in rates.items()]
-    return harness.Shown("Tokens a second", ("batch", *next(iter(rates.values()))), rows)
+def table(rates: Mapping[str, Mapping[str, float]]) -> Table:
+    """The rates by batch size."""
+    shown = Table("batch", *next(iter(rates.values())), title="Tokens a second")
+    for name, row in rates.items():
+        shown.add_row(name, *(f"{rate:.0f}" for rate in row.values()))
+    return shown
 
 
 def engine_of(dtype: torch.dtype, **others: Any) -> TransformersLM:

@@ -16,20 +16,20 @@ What is done is kept in the folder, and a run that was killed goes on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
 
 from mbrl_text_env.benchmarks import options
-from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.matched import Cell, Pool, Row, analyse, best_of_n_rows, table
 from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.benchmarks.studies import harness
-from mbrl_text_env.benchmarks.studies.matched_compute import Study, page_tables, run_study, slug
+from mbrl_text_env.benchmarks.studies.matched_compute import Study, run_study, slug
 from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.rewards import make
@@ -62,41 +62,25 @@ _EXPENSIVE = Study(
 )
 
 
-@dataclass(frozen=True)
-class Part:
-    """A study of the three, and its suite."""
-
-    suite: str
-    study: Study
-
-
-def parts(names: Sequence[str], *, quick: bool) -> list[Part]:
-    """The parts of some suites; a CompareError for an unknown one."""
-    known = {
-        "constraints": [Part("constraints", _CONSTRAINTS)],
-        "reasoning": [Part("reasoning", _REASONING)],
-        "expensive": [
-            Part("expensive", replace(_EXPENSIVE, reward_price=price)) for price in PRICES
-        ],
-    }
+def parts(names: Sequence[str], *, quick: bool) -> list[Study]:
+    """The studies of some suites; a CompareError for an unknown one."""
+    priced = [replace(_EXPENSIVE, reward_price=price) for price in PRICES]
+    known = {"constraints": [_CONSTRAINTS], "reasoning": [_REASONING], "expensive": priced}
     if unknown := sorted(set(names) - set(known)):
         raise CompareError(f"suites: expected some of {list(known)}, got {unknown}.")
-    found = [part for name in names for part in known[name]]
-    if not quick:
-        return found
-    return [replace(part, study=replace(part.study, **QUICK)) for part in found]
+    smaller = QUICK if quick else {}
+    return [replace(study, suite=name, **smaller) for name in names for study in known[name]]
 
 
 def run_part(
-    part: Part, language_model: LanguageModel, out: Path
+    study: Study, language_model: LanguageModel, out: Path
 ) -> Iterator[tuple[Pool, list[Cell], str | None]]:
     """Run or resume a part: for each of its rewards the pool, the cells, and what is shared."""
-    study = part.study
     rewards = {name: make(name) for name in study.agents}
-    folder = out / slug(part.suite)
+    folder = out / slug(study.suite)
     ran = run_study(study, language_model, rewards, folder, on_progress=options.console.print)
     for name, pool, cells in ran:
-        if part.suite != "reasoning":
+        if study.suite != "reasoning":
             yield pool, cells, None
             continue
         prompts = study.prompts(study.split, study.num_prompts, rewards[name])
@@ -132,16 +116,15 @@ def _with_more(rows: Sequence[Row], flops: dict[str, float]) -> list[Row]:
 
 
 def result_rows(
-    part: Part, pool: Pool, cells: Sequence[Cell], prefix: str | None
+    study: Study, pool: Pool, cells: Sequence[Cell], prefix: str | None
 ) -> tuple[list[Row], list[Row]]:
-    """Rows of the agents and of best-of-N, with the part's own columns."""
-    study = part.study
-    own = {"suite": part.suite, "reward_price": study.reward_price, "prefix": prefix}
+    """Rows of the agents and of best-of-N, with the study's own columns."""
+    own = {"suite": study.suite, "reward_price": study.reward_price, "prefix": prefix}
     agents = []
     for row in analyse(pool, cells):
         nats = row.get("nats_per_token")
         agents.append({**row, **own, "mean_logprob": None if nats is None else -nats})
-    if part.suite == "expensive":
+    if study.suite == "expensive":
         prompts = len(pool.prompt_ids)
         labels = study.train_prompts * pool.prompt_flops.mean()
         labels += study.train_prompts * study.train_samples * pool.flops.mean()
@@ -157,9 +140,8 @@ def result_rows(
     return agents, baseline
 
 
-def task_rows(part: Part, pool: Pool, cells: Sequence[Cell]) -> list[Row]:
+def task_rows(study: Study, pool: Pool, cells: Sequence[Cell]) -> list[Row]:
     """Rows of `analyse` for the prompts of each task alone."""
-    study = part.study
     [reward] = study.agents
     prompts = study.prompts(study.split, study.num_prompts, make(reward))
     found = []
@@ -173,53 +155,27 @@ def task_rows(part: Part, pool: Pool, cells: Sequence[Cell]) -> list[Row]:
     return found
 
 
-def tables(result: dict[str, Any]) -> list[harness.Shown]:
-    """The tables of a page, one a suite, price and reward."""
-    found = []
-    keys = ("suite", "reward_price", "prefix")
-    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in result["results"]):
-        kept = {
-            name: [row for row in result[name] if tuple(row[k] for k in keys) == key]
-            for name in ("results", "best_of_n")
-        }
-        title = ", ".join(str(each) for each in key if each is not None)
-        found += [replace(shown, title=f"{title}: {shown.title}") for shown in page_tables(kept)]
-    return found
-
-
 @friendly
 def main(
     how: harness.StudyOptions = _HOW,
-    suites: Annotated[
-        str, typer.Option(help="Parts, with commas.")
-    ] = "constraints,reasoning,expensive",
-    quick: Annotated[
-        bool, typer.Option(help="Constraints alone, 16 prompts, 512 tokens, a pool of 32.")
-    ] = False,
+    suites: str = option("constraints,reasoning,expensive", "Parts, with commas."),
+    quick: bool = option(False, "Constraints alone, 16 prompts, 512 tokens, a pool of 32."),
 ) -> None:
     """Compare searches with best-of-N where rewards are verifiable, or expensive."""
     names = [name.strip() for name in ("constraints" if quick else suites).split(",")]
-    out = how.folder("verifiable", quick=quick)
+    out, asked = how.folder("verifiable", quick=quick), parts(names, quick=quick)
     model = how.load()
-    result: dict[str, Any] = {
-        **harness.heading("verifiable"),
-        "language_model": model.name,
-        "dtype": how.dtype,
-        "seed": how.seed,
-        "results": [],
-        "best_of_n": [],
-    }
-    for chosen in parts(names, quick=quick):
-        part = replace(chosen, study=replace(chosen.study, seed=how.seed))
-        for pool, cells, prefix in run_part(part, model, out):
-            agents, baseline = result_rows(part, pool, cells, prefix)
+    heading = how.heading("verifiable", model)
+    result: dict[str, Any] = {**heading, "results": [], "best_of_n": []}
+    for study in (replace(each, seed=how.seed) for each in asked):
+        for pool, cells, prefix in run_part(study, model, out):
+            agents, baseline = result_rows(study, pool, cells, prefix)
             result["results"] += agents
             result["best_of_n"] += baseline
             if prefix == "once":
-                result["tasks"] = task_rows(part, pool, cells)
-            how.write(result)
+                result["tasks"] = task_rows(study, pool, cells)
+            harness.write(how.json_file, result)
             options.console.print(table(agents))
-    how.report(result, "verifiable.md.jinja", tables(result))
 
 
 if __name__ == "__main__":

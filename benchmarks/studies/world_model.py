@@ -26,7 +26,7 @@ from functools import cached_property
 from itertools import chain, combinations
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
@@ -35,7 +35,7 @@ from mbrl_text_env.agents.values import make_value
 from mbrl_text_env.benchmarks import options, scaling
 from mbrl_text_env.benchmarks.audit.run import fill_pool
 from mbrl_text_env.benchmarks.compare import Comparison, run
-from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.matched import (
     Cell,
     Pool,
@@ -45,10 +45,9 @@ from mbrl_text_env.benchmarks.matched import (
     pool_of,
     table,
 )
-from mbrl_text_env.benchmarks.report import png
-from mbrl_text_env.benchmarks.statistics import Interval, percentile_tail
+from mbrl_text_env.benchmarks.statistics import percentile_tail
 from mbrl_text_env.benchmarks.studies import harness, verifiable
-from mbrl_text_env.benchmarks.studies.matched_compute import page_tables, slug
+from mbrl_text_env.benchmarks.studies.matched_compute import slug
 from mbrl_text_env.benchmarks.studies.world_model_baselines import Relabelled, correlations, forest
 from mbrl_text_env.benchmarks.studies.world_model_dyna import dyna
 from mbrl_text_env.fitting.report import root_mean_square
@@ -97,14 +96,10 @@ _ROUNDS = 20
 class Size:
     """How much is run.
 
-    Args:
-        train_prompts, train_samples: Records that dynamics are fitted on.
-        prompts, samples: Test prompts, and responses to each: whose prefixes are valued, and which
-            are best-of-N's pool.
-        sets: How often constraints are drawn anew.
-        relabelled: Sets of constraints that boosting is fitted on.
-        lengths: Tokens of the prefixes.
-        budget: Of a planner, in generated tokens a prompt.
+    Dynamics are fitted on `train_samples` records of each train prompt. Of each test prompt the
+    prefixes of `samples` responses, of so many tokens (`lengths`), are valued, and these are
+    best-of-N's pool. Constraints are drawn in `sets`, and `relabelled` times for boosting;
+    `budget` is a planner's, in generated tokens a prompt.
     """
 
     train_prompts: int = 465
@@ -232,7 +227,7 @@ class Work:
                 found[kind] = constraint
             if len(found) == 3:
                 return list(found.values())
-        raise harness.StudyError(
+        raise options.CompareError(
             f"Expected three constraints that some records keep and others do not, got {found}. "
             "Take more records."
         )
@@ -249,7 +244,6 @@ class Work:
             prompts,
             samples=samples,
             max_response_tokens=self.size.max_response_tokens,
-            shared=True,
             seed=self.seed,
         )
 
@@ -400,17 +394,15 @@ def _together(sets: Sequence[tuple[Pool, Sequence[Cell]]], place: int) -> Row:
         ("multiplier_tokens", "in_tokens", "generated_tokens"),
     ):
         pools = [getattr(pool, unit) for pool, _ in sets]
+        curves, prices = (
+            np.mean([getattr(pool, each) for pool in pools], axis=0)
+            for each in ("curves", "cost_curves")
+        )
         joined: Any = SimpleNamespace(
-            shape=pools[0].shape,
-            ns=pools[0].ns,
-            curves=np.mean([pool.curves for pool in pools], axis=0),
-            cost_curves=np.mean([pool.cost_curves for pool in pools], axis=0),
+            shape=pools[0].shape, ns=pools[0].ns, curves=curves, cost_curves=prices
         )
         found = scaling.compute_multiplier(mean("score"), mean(costs), joined)
-        told = found.as_dict()
-        parts = ("low", "high", "is_lower_bound", "is_upper_bound")
-        row |= {name: found.estimate, **{f"{name}_{part}": told[part] for part in parts}}
-        row[costs] = float(mean(costs).mean())
+        row |= {**found.as_row(name), costs: float(mean(costs).mean())}
     return row
 
 
@@ -479,63 +471,20 @@ def cost(work: Work) -> dict[str, Row]:
 def expensive(work: Work, quick: bool) -> list[Row]:
     """The rows of the study `verifiable` where a reward call has a price."""
     found = []
-    for part in verifiable.parts(["expensive"], quick=quick):
-        sized = replace(part, study=replace(part.study, seed=work.seed))
+    for study in verifiable.parts(["expensive"], quick=quick):
+        sized = replace(study, seed=work.seed)
         for pool, cells, prefix in verifiable.run_part(sized, work.language_model, work.out):
             found += verifiable.result_rows(sized, pool, cells, prefix)[0]
     return found
 
 
-def tables(result: Mapping[str, Any]) -> list[harness.Shown]:
-    """Of a page: correlations by length, and planners by set."""
-    found = []
-    if rows := result.get("zero_labels"):
-        names = list(rows[0]["baselines"])
-        cells = [
-            [str(row["length"]), *map(_shown, [row, *row["baselines"].values()]), f"{row['z']:.2f}"]
-            for row in rows
-        ]
-        title = "Correlation with the final reward, within prompts"
-        found.append(harness.Shown(title, ["tokens", "nearest", *names, "z"], cells))
-    if plans := result.get("planning"):
-        of_sets = [row for row in plans["results"] if row["reward"] != "all"]
-        found += page_tables({**plans, "results": of_sets})
-    return found
-
-
-def _shown(row: Row) -> str:
-    return f"{Interval(row['correlation'], row['low'], row['high']):.2f}"
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Correlations by length, with their intervals."""
-    with png(path, figsize=(5.2, 4.0)) as figure:
-        axes = figure.subplots()
-        lengths = [row["length"] for row in rows]
-        for name in ("nearest", *rows[0]["baselines"]):
-            own = [row if name == "nearest" else row["baselines"][name] for row in rows]
-            middle = np.array([each["correlation"] for each in own])
-            ends = np.array([[each["low"], each["high"]] for each in own]).T
-            axes.errorbar(lengths, middle, yerr=np.abs(ends - middle), capsize=2, label=name)
-        axes.set_xlabel("tokens of the prefix")
-        axes.set_ylabel("correlation with the final reward, within prompts")
-        axes.legend(fontsize=7)
-
-
 @friendly
 def main(
     how: harness.StudyOptions = _HOW,
-    parts: Annotated[str, typer.Option(help="Parts, with commas.")] = ",".join(PARTS),
-    planners: Annotated[str, typer.Option(help="Agents of `planning`, with commas.")] = ",".join(
-        PLANNERS
-    ),
-    sets: Annotated[
-        int | None, typer.Option(min=1, help="How often constraints are drawn anew.")
-    ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option(help="12 prompts, one set of constraints, no `expensive`, no `dyna`."),
-    ] = False,
+    parts: str = option(",".join(PARTS), "Parts, with commas."),
+    planners: str = option(",".join(PLANNERS), "Agents of `planning`, with commas."),
+    sets: int | None = option(None, "How often constraints are drawn anew.", min=1),
+    quick: bool = option(False, "12 prompts, one set of constraints, no `expensive`, no `dyna`."),
 ) -> None:
     """Measure what imagined endings buy."""
     names = [name.strip() for name in parts.split(",") if not (quick and name in _LONG)]
@@ -543,29 +492,19 @@ def main(
         raise options.CompareError(f"parts: expected some of {list(PARTS)}, got {unknown}.")
     size, out = QUICK if quick else Size(), how.folder("world-model", quick=quick)
     work = Work(replace(size, sets=sets or size.sets), how.load(), out, how.seed)
-    result: dict[str, Any] = {
-        **harness.heading("world_model"),
-        "language_model": work.language_model.name,
-        "dtype": how.dtype,
-        "seed": how.seed,
+    result = how.heading("world_model", work.language_model)
+    measures: dict[str, Callable[[], Any]] = {
+        "zero_labels": lambda: zero_labels(work),
+        "cost": lambda: cost(work),
+        "label_ratio": lambda: label_ratio(work),
+        "planning": lambda: planning(work, planners.split(",")),
+        "dyna": lambda: dyna(how.load(), out, how.seed),
+        "expensive": lambda: expensive(work, quick),
     }
-    if "zero_labels" in names:
-        result["zero_labels"] = zero_labels(work)
-        plot(result["zero_labels"], work.out / "zero-labels.png")
-        how.write(result)
-    if "cost" in names:
-        result["cost"] = cost(work)
-    if "label_ratio" in names:
-        result["label_ratio"] = label_ratio(work)
-    if "planning" in names:
-        result["planning"] = planning(work, planners.split(","))
-        how.write(result)
-    if "dyna" in names:
-        result["dyna"] = dyna(how.load(), out, how.seed)
-        how.write(result)
-    if "expensive" in names:
-        result["expensive"] = expensive(work, quick)
-    how.report(result, "world_model.md.jinja", tables(result))
+    for name, measure in measures.items():
+        if name in names:
+            result[name] = measure()
+            harness.write(how.json_file, result)
 
 
 if __name__ == "__main__":

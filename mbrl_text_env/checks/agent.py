@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.checks.base import Trial, counted
+from mbrl_text_env.checks.base import Trial, counted, rules
 from mbrl_text_env.language_models.base import SamplingParams
 from mbrl_text_env.mdp import initial, is_terminal, response_limit, transition
 from mbrl_text_env.rewards.base import score_responses
@@ -26,50 +26,49 @@ from mbrl_text_env.types import (
 _TOLERANCE = 1e-5
 # Shares of a response: exactly one, one and a bit, and several.
 _BUDGETS = (1.0, 1.4, 3.0, 5.7)
-_RULES = {
-    "attributes": "attributes: expected an object with {names}, got {got}. Subclass `Agent`.",
-    "answers": "generate: expected one Generation a prompt in the order of the prompts, {ids}, got "
-    "{got}. Put the answers back in that order.",
-    "decisions": "act: expected a list of {count} decisions, got {got}. Return one a state.",
-    "overspent": "{method}: expected that it stays within {budget}, got {got}",
-    "too little": "{method}: expected an answer within {budget}, which pays for one response, got "
-    "BudgetError: {got} If one response needs more, pass budget_tokens.",
-    "usage": "{method}, usage: expected all {asked} {name} that its models were asked for, got "
-    "{got} in the ledgers. Pass the ledgers to every `sample` and `score_responses`; "
-    "count a state of `next_tokens` as a generated token.",
-    "cap": "{method}: expected at most {cap} {name} a prompt, got {got}. Ask `ledger.affords(...)` "
-    "before spending, with the most that a call takes.",
-    "text": "{place}, text: expected the decoded response, {text!r}, got {got}. Do not edit it.",
-    "no score": "{place}, score: expected None, for the agent has no reward model, got {got}. "
-    "Report a score only where the reward model gave it.",
-    "score": "{place}, score: expected what the reward model gives the text {text!r}, {actual:g}, "
-    "got {got}. Report that of the response that is returned.",
-    "goes on": "{place}, state: expected one that goes on from {start}, got {got}. Keep it.",
-    "complete": "{place}, state: expected a complete response (finish_reason 'stop' or 'length'), "
-    "got {got}. Finish the best candidate before the budget ends.",
-    "limit": "{place}, state: expected at most max_response_tokens ({limit}) tokens, at least one "
-    "of them new, got {got} tokens. Pass the limit to `transition`.",
-    "finish_reason": "{place}, finish_reason: expected 'stop' after a stop token, and only then; "
-    "'length' at the token limit, got {got}. Append chunks by `transition`, which sets it.",
-    "logprobs": "{place}, logprobs: expected none, or one for each of {count} tokens, got {got}. "
-    "Join those of all chunks.",
-    "chunk": "{place}, chunk: expected 1 to chunk_tokens ({most}) tokens, got {got}. Cut it there.",
-    "beginning": "{place}, chunk: expected the beginning of its completion, {rest}, got {got}. "
-    "Return the first tokens that the completion adds to the state.",
-    "ending": "{place}, chunk: expected finish_reason {reason!r} after the chunk is appended, as "
-    "its completion ends, got {got}. Give the last chunk the completion's finish_reason.",
-    "repeated": "generate: expected the same answer for the same seed: {answer}, got {got}. Derive "
-    "all randomness from `seed`, and keep no state between calls.",
-    "batch": "generate: expected the same answer in a batch as alone: {answer}, got {got}. Let it "
-    "depend on its prompt and the seed, not on the batch around it.",
-    "seed": "generate: expected that seeds {one} and {two} draw different samples, got the same "
-    "seeds passed to `sample` for both, {got}. Pass on the seed, or one derived from it.",
-    "refusal": "generate: expected {error} for {case}, which may not be enough for one response, "
-    "got {got}. Refuse it instead of returning an incomplete response.",
-    "end": "act: expected that playing its chunks ends within max_response_tokens ({limit}) steps, "
-    "got {got}. Every chunk has at least one token.",
-    "ended": "act: expected {error} for {case}, got {got}. Check `is_terminal(state)` first.",
-}
+_RULES = rules("""
+attributes | attributes | an object with {names} | Subclass `Agent`.
+answers | generate | one Generation a prompt in the order of the prompts, {ids} | Put the answers
+    back in that order.
+decisions | act | a list of {count} decisions | Return one a state.
+overspent | {method} | that it stays within {budget} |
+too little | {method} | an answer within {budget}, which pays for one response, got BudgetError:
+    {got} If one response needs more, pass budget_tokens. |
+usage | {method}, usage | all {asked} {name} that its models were asked for, got {got} in the
+    ledgers | Pass the ledgers to every `sample` and `score_responses`; count a state of
+    `next_tokens` as a generated token.
+cap | {method} | at most {cap} {name} a prompt | Ask `ledger.affords(...)` before spending, with the
+    most that a call takes.
+text | {place}, text | the decoded response, {text!r} | Do not edit it.
+no score | {place}, score | None, for the agent has no reward model | Report a score only where the
+    reward model gave it.
+score | {place}, score | what the reward model gives the text {text!r}, {actual:g} | Report that of
+    the response that is returned.
+goes on | {place}, state | one that goes on from {start} | Keep it.
+complete | {place}, state | a complete response (finish_reason 'stop' or 'length') | Finish the best
+    candidate before the budget ends.
+limit | {place}, state | at most max_response_tokens ({limit}) tokens, at least one of them new, got
+    {got} tokens | Pass the limit to `transition`.
+finish_reason | {place}, finish_reason | 'stop' after a stop token, and only then; 'length' at the
+    token limit | Append chunks by `transition`, which sets it.
+logprobs | {place}, logprobs | none, or one for each of {count} tokens | Join those of all chunks.
+chunk | {place}, chunk | 1 to chunk_tokens ({most}) tokens | Cut it there.
+beginning | {place}, chunk | the beginning of its completion, {rest} | Return the first tokens that
+    the completion adds to the state.
+ending | {place}, chunk | finish_reason {reason!r} after the chunk is appended, as its completion
+    ends | Give the last chunk the completion's finish_reason.
+repeated | generate | the same answer for the same seed: {answer} | Derive all randomness from
+    `seed`, and keep no state between calls.
+batch | generate | the same answer in a batch as alone: {answer} | Let it depend on its prompt and
+    the seed, not on the batch around it.
+seed | generate | that seeds {one} and {two} draw different samples, got the same seeds passed to
+    `sample` for both, {got} | Pass on the seed, or one derived from it.
+refusal | generate | {error} for {case}, which may not be enough for one response | Refuse it
+    instead of returning an incomplete response.
+end | act | that playing its chunks ends within max_response_tokens ({limit}) steps | Every chunk
+    has at least one token.
+ended | act | {error} for {case} | Check `is_terminal(state)` first.
+""")
 
 
 def check_agent(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -17,14 +18,22 @@ class CheckError(AssertionError):
     """A contract is broken; the message says what was expected, what came and what to change."""
 
 
-class Trial:
-    """Something under check.
+def rules(table: str) -> dict[str, str]:
+    """A contract, a rule a line: its name, where it holds, what is expected, and what to change.
 
-    Attributes:
-        rules: The contract: by name, what is expected, where, and what to change. In braces is what
-            a check fills in, `{got}` always among it.
-        subject: What is checked; messages begin with it.
+    Lines that are indented go on with the one before. In braces is what a check fills in; what came
+    is `{got}`, and stands behind what is expected.
     """
+    found = {}
+    for line in re.sub(r"\n +", " ", table.strip()).split("\n"):
+        name, where, expected, change = (part.strip() for part in line.split("|"))
+        came = "" if "{got}" in expected else ", got {got}"
+        found[name] = f"{where}: expected {expected}{came}. {change}".removesuffix(". ")
+    return found
+
+
+class Trial:
+    """Something under check: `subject` is how messages begin, `rules` the contract by name."""
 
     rules: ClassVar[Mapping[str, str]]
     subject: str

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.utils.passive_env_checker import check_action_space, check_observation_space
 
-from mbrl_text_env.checks.base import CheckError, Trial, counted
+from mbrl_text_env.checks.base import CheckError, Trial, counted, rules
 from mbrl_text_env.env import TextGenerationEnv
 from mbrl_text_env.mdp import EpisodeEndedError, InvalidChunkError
 from mbrl_text_env.spaces import ChunkSpace
@@ -27,59 +27,55 @@ _INFO: dict[str, type] = {
 }
 _TOLERANCE = 1e-9
 _MOST_SEEDS = 64
-_RULES = {
-    "spaces": "spaces: expected two of Gymnasium's, got {got}",
-    "action_space": "action_space of the text environment: expected {expected}, got {got}. Make it "
-    "by `task.action_space()`; other actions are for a wrapper to define.",
-    "pair": "{where}: expected a tuple (observation, info), got {got}. Return both.",
-    "observation": "{where}, observation: expected an element of {space}, got {got}. Mind shape, "
-    "dtype and bounds.",
-    "reset": "reset(seed={seed}): expected the same observation, info and state every time, "
-    "{first}, got {got}. Draw from `self.np_random`, which `super().reset(seed=seed)` seeds, and "
-    "clear what the last episode left.",
-    "prompts": "reset(seed=...): expected different prompts for {count} seeds, got {got}. Draw the "
-    "prompt from `self.np_random`.",
-    "step": "step: expected a tuple (observation, reward, terminated, truncated, info), got {got}. "
-    "Return all five.",
-    "reward": "step, reward: expected a finite float, got {got}. Use `score_responses`.",
-    "bools": "step, terminated and truncated: expected bools, got {got}. Convert them with bool().",
-    "flags": "step: expected {expected} for finish_reason {reason!r} (terminated at 'stop', "
-    "truncated at 'length', never both), got {got}. Derive both from the state's finish_reason.",
-    "info": "{where}, info: expected a dict, got {got}. Return a new one every time.",
-    "entry": "{where}, info: expected {name!r}, a {kind}, got {got}. Pass on the environment's.",
-    "shown": "{where}, info: expected what the state says, {actual}, got {got}. Do not edit it.",
-    "score": "{where}, info: expected a finite float as 'score', and floats by name as "
-    "'score_parts', when the response has ended, and only then; 0.0 before, got {got}. Score the "
-    "complete response once, at its end.",
-    "limit": "step: expected a response of at most max_response_tokens ({limit}), got {got} "
-    "tokens. Cut a chunk that would pass the limit.",
-    "append": "step: expected that tokens are appended to the response, got {got}. Token ids are "
-    "canonical: never encode the text again.",
-    "chunk": "step: expected the chunk {chunk} at the end of the response, cut at the limit, got "
-    "{got}. Append the action's token ids.",
-    "chunk_cut": "step, info['chunk_cut']: expected {cut}, since {added} of {size} tokens were "
-    "appended, got {got}. Say whether the limit cut the chunk.",
-    "terminal": "reward='terminal': expected 0 until the last, which is the score {score:g}, got "
-    "{got}. Pay it once; pass check_rewards=False if a wrapper changes the reward.",
-    "delta": "reward='delta': expected that they add up to the score {score:g}, got {got}. Pay it "
-    "once; pass check_rewards=False if a wrapper changes the reward.",
-    "once": "reward='terminal': expected one scored response, got {got} in an episode. Score it "
-    "when it has ended: reward models are expensive.",
-    "restored": "set_state: expected that get_state() returns the state that was set, {state}, got "
-    "{got}. Restore all that `step` reads.",
-    "copied": "set_state: expected the same observation and info for the state and for its pickled "
-    "copy, got {got}. Derive both from the state alone.",
-    "state": "get_state: expected a state that can be {able}, got {got}. Use a frozen dataclass.",
-    "end": "An episode: expected an end after at most max_response_tokens ({limit}) steps, got "
-    "{got}. Truncate the response at the limit.",
-    "invalid": "action_space: expected that {case} is no element, got {got}. See `ChunkRules`.",
-    "refusal": "step: expected {error} for {case}, got {got}. Leave it to the base class.",
-    "untouched": "step: expected that {case}, which is refused, leaves the state as it was, "
-    "{before}, got {got}. Change the state only after everything that can fail.",
-    "repeated": "{where}, {name}: expected the same as the first time, {value}, got {got}. What a "
-    "step returns has to follow from state and action alone: draw no other random numbers, keep no "
-    "other state, and leave timings out of info.",
-}
+_RULES = rules("""
+spaces | spaces | two of Gymnasium's |
+action_space | action_space of the text environment | {expected} | Make it by `task.action_space()`;
+    other actions are for a wrapper to define.
+pair | {where} | a tuple (observation, info) | Return both.
+observation | {where}, observation | an element of {space} | Mind shape, dtype and bounds.
+reset | reset(seed={seed}) | the same observation, info and state every time, {first} | Draw from
+    `self.np_random`, which `super().reset(seed=seed)` seeds, and clear what the last episode left.
+prompts | reset(seed=...) | different prompts for {count} seeds | Draw the prompt from
+    `self.np_random`.
+step | step | a tuple (observation, reward, terminated, truncated, info) | Return all five.
+reward | step, reward | a finite float | Use `score_responses`.
+bools | step, terminated and truncated | bools | Convert them with bool().
+flags | step | {expected} for finish_reason {reason!r} (terminated at 'stop', truncated at 'length',
+    never both) | Derive both from the state's finish_reason.
+info | {where}, info | a dict | Return a new one every time.
+entry | {where}, info | {name!r}, a {kind} | Pass on the environment's.
+shown | {where}, info | what the state says, {actual} | Do not edit it.
+score | {where}, info | a finite float as 'score', and floats by name as 'score_parts', when the
+    response has ended, and only then; 0.0 before | Score the complete response once, at its end.
+limit | step | a response of at most max_response_tokens ({limit}), got {got} tokens | Cut a chunk
+    that would pass the limit.
+append | step | that tokens are appended to the response | Token ids are canonical: never encode the
+    text again.
+chunk | step | the chunk {chunk} at the end of the response, cut at the limit | Append the action's
+    token ids.
+chunk_cut | step, info['chunk_cut'] | {cut}, since {added} of {size} tokens were appended | Say
+    whether the limit cut the chunk.
+terminal | reward='terminal' | 0 until the last, which is the score {score:g} | Pay it once; pass
+    check_rewards=False if a wrapper changes the reward.
+delta | reward='delta' | that they add up to the score {score:g} | Pay it once; pass
+    check_rewards=False if a wrapper changes the reward.
+once | reward='terminal' | one scored response, got {got} in an episode | Score it when it has
+    ended: reward models are expensive.
+restored | set_state | that get_state() returns the state that was set, {state} | Restore all that
+    `step` reads.
+copied | set_state | the same observation and info for the state and for its pickled copy | Derive
+    both from the state alone.
+state | get_state | a state that can be {able} | Use a frozen dataclass.
+end | An episode | an end after at most max_response_tokens ({limit}) steps | Truncate the response
+    at the limit.
+invalid | action_space | that {case} is no element | See `ChunkRules`.
+refusal | step | {error} for {case} | Leave it to the base class.
+untouched | step | that {case}, which is refused, leaves the state as it was, {before} | Change the
+    state only after everything that can fail.
+repeated | {where}, {name} | the same as the first time, {value} | What a step returns has to follow
+    from state and action alone: draw no other random numbers, keep no other state, and leave
+    timings out of info.
+""")
 
 
 def check_text_env(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.checks.base import Trial
+from mbrl_text_env.checks.base import Trial, rules
 from mbrl_text_env.language_models.base import SamplingParams, prefix_of, spawn_seed
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState, Usage
@@ -31,78 +31,72 @@ _GREEDY = SamplingParams(temperature=0)
 _SHAPED = SamplingParams(temperature=0.7, top_p=0.9, top_k=20)
 _Rows = Sequence[Sequence[Chunk]]
 _CONTRACT = ("name", "vocab_size", "stop_token_ids", "context_length", "encode_prompt", "decode")
-_RULES = {
-    "attributes": "attributes: expected an object with {names}, got {got}. Subclass "
-    "`LanguageModel`.",
-    "name": "name: expected a string that is not empty, got {got}. Reports call it by that.",
-    "size": "{size}: expected an int of at least 1, got {got}. Take it from the configuration.",
-    "stop_token_ids": "stop_token_ids: expected a frozenset of ids from 0 to {last}, got {got}. "
-    "Others can never be sampled, so no response would end.",
-    "ids": "encode_prompt of {prompt!r}: expected a tuple of fewer than {context} ints from 0 to "
-    "{last}, got {got}. States are hashed, so ids are tuples of plain ints; a prompt that leaves "
-    "no room for a response raises `PromptTooLongError`.",
-    "same ids": "encode_prompt of {prompt!r}: expected the same ids each time, got {got}. Draw no "
-    "random numbers.",
-    "decode": "decode: expected a string, the same for a tuple and for a list of ids, got {got}. "
-    "Return the text of the ids.",
-    "special": "decode: expected a text without the special token {stop}, {text!r}, got {got}. "
-    "Leave special tokens out: reward models read the text.",
-    "rows": "sample: expected a list of {states} lists of {samples} chunks, got {got}. Return "
-    "chunks[len(states)][num_samples].",
-    "chunk": "sample: expected a `Chunk`, got {got}. Return Chunk(ids, logprobs).",
-    "length": "sample: expected a tuple of 1 to max_new_tokens ({most}) token ids, got {got}. The "
-    "stop token counts.",
-    "tokens": "sample: expected ints from 0 to {last}, with a stop token ({stops}) only at the "
-    "end, got {got}. End a chunk at its first stop token.",
-    "finish_reason": "sample, finish_reason: expected {reason!r} ('stop' after a stop token, "
-    "'length' where the context is full, else None), got {got}. Derive it from both.",
-    "early": "sample: expected {most} tokens, or fewer where the response ends, got {got}. Go on "
-    "until max_new_tokens, a stop token or a full context.",
-    "logprobs": "sample, logprobs: expected one finite log-probability of at most 0 for each of "
-    "{count} tokens, got {got}. Return natural logarithms of probabilities.",
-    "scored": "logprobs: expected one number for each token of each chunk, got {got}. Return "
-    "float[len(chunk)] for every chunk, without the prefix.",
-    "model's": "logprobs of a chunk sampled with {params}: expected those of the model itself, as "
-    "`logprobs` gives them, {logs}, got {got}. Take them before temperature, top-k and top-p, and "
-    "mind the position: a token's probability is given by what comes before it.",
-    "again": "sample: expected the same chunks when called again with the same seeds, got {got}. "
-    "Draw from `stream(seed, state, k)`; keep no generator between calls.",
-    "alone": "sample: expected the chunks that each state has alone (batch of one), got {got}. "
-    "Give every sequence a random stream of its own, and mask the padding.",
-    "order": "sample: expected the same chunks whatever the order of the states, got {got}. Give "
-    "every sequence a random stream of its own; undo any sorting by length.",
-    "first_sample": "sample: expected {half} chunks from 0 and {half} from first_sample={half} to "
-    "be the {whole} from 0, got {got}. Chunk k draws from `stream(seed, state, k)`.",
-    "shorter": "sample: expected that a shorter max_new_tokens ({most}) gives a prefix of the "
-    "longer chunk, got {got}. Draw the numbers of a chunk one after the other from its stream.",
-    "differ": "sample: expected that {count} samples of a state differ (each token has a "
-    "probability below 1), got {got}. Let random numbers depend on the sample's index.",
-    "seed": "sample: expected that another seed gives other samples, got {got}. Let random "
-    "numbers depend on it.",
-    "greedy": "sample with temperature 0: expected the same chunk for all samples and seeds of a "
-    "state, got {got}. Take the most probable token.",
-    "most": "sample with temperature 0: expected the most probable token (another has "
-    "log-probability {most:.4f}), got {got}. Take that.",
-    "stop": "sample: expected the chunk up to the token that completes the stop text {stop!r}, got "
-    "{got}. End a chunk as soon as its text contains one of `params.stop`.",
-    "goes on": "sample with stop={stop!r}: expected finish_reason None: the response goes on, got "
-    "{got}. Only a stop token or a full context ends it.",
-    "scoring": "logprobs, ledgers: expected one language-model call and no generated token a "
-    "state, got {got}. Charge every state's ledger for the tokens that were computed.",
-    "charge": "sample, ledgers: expected generated_tokens={tokens} and lm_calls=1 a state, got "
-    "{got}. Charge every state's ledger for its own chunks.",
-    "prefix": "sample, ledgers: expected prompt_tokens and cached_tokens that cover the prefix of "
-    "{prefix} tokens, got {got}. Count it as cached where it was not computed.",
-    "bound": "sample, ledgers: expected FLOPs above 0 and no amount above `usage_bound(prefix, "
-    "lengths)`, {bound}, got {got}. Budgets rely on it being the most that is charged.",
-    "refusal": "sample: expected {error} for {case}, got {got}. Call `check_sample_arguments` of "
-    "`language_models.base` first.",
-    "features": "features: expected a float32 array of shape {shape}, got {got}. Return a row a "
-    "state.",
-    "finite": "features: expected finite numbers, got {got}. Mask the padding.",
-    "batch": "features: expected the features that each state has alone, up to {most:g} of their "
-    "scale, got {got}. Mask the padding, and read the last token of the prefix itself.",
-}
+_RULES = rules("""
+attributes | attributes | an object with {names} | Subclass `LanguageModel`.
+name | name | a string that is not empty | Reports call it by that.
+size | {size} | an int of at least 1 | Take it from the configuration.
+stop_token_ids | stop_token_ids | a frozenset of ids from 0 to {last} | Others can never be sampled,
+    so no response would end.
+ids | encode_prompt of {prompt!r} | a tuple of fewer than {context} ints from 0 to {last} | States
+    are hashed, so ids are tuples of plain ints; a prompt that leaves no room for a response raises
+    `PromptTooLongError`.
+same ids | encode_prompt of {prompt!r} | the same ids each time | Draw no random numbers.
+decode | decode | a string, the same for a tuple and for a list of ids | Return the text of the ids.
+special | decode | a text without the special token {stop}, {text!r} | Leave special tokens out:
+    reward models read the text.
+rows | sample | a list of {states} lists of {samples} chunks | Return
+    chunks[len(states)][num_samples].
+chunk | sample | a `Chunk` | Return Chunk(ids, logprobs).
+length | sample | a tuple of 1 to max_new_tokens ({most}) token ids | The stop token counts.
+tokens | sample | ints from 0 to {last}, with a stop token ({stops}) only at the end | End a chunk
+    at its first stop token.
+finish_reason | sample, finish_reason | {reason!r} ('stop' after a stop token, 'length' where the
+    context is full, else None) | Derive it from both.
+early | sample | {most} tokens, or fewer where the response ends | Go on until max_new_tokens, a
+    stop token or a full context.
+logprobs | sample, logprobs | one finite log-probability of at most 0 for each of {count} tokens |
+    Return natural logarithms of probabilities.
+scored | logprobs | one number for each token of each chunk | Return float[len(chunk)] for every
+    chunk, without the prefix.
+model's | logprobs of a chunk sampled with {params} | those of the model itself, as `logprobs` gives
+    them, {logs} | Take them before temperature, top-k and top-p, and mind the position: a token's
+    probability is given by what comes before it.
+again | sample | the same chunks when called again with the same seeds | Draw from `stream(seed,
+    state, k)`; keep no generator between calls.
+alone | sample | the chunks that each state has alone (batch of one) | Give every sequence a random
+    stream of its own, and mask the padding.
+order | sample | the same chunks whatever the order of the states | Give every sequence a random
+    stream of its own; undo any sorting by length.
+first_sample | sample | {half} chunks from 0 and {half} from first_sample={half} to be the {whole}
+    from 0 | Chunk k draws from `stream(seed, state, k)`.
+shorter | sample | that a shorter max_new_tokens ({most}) gives a prefix of the longer chunk | Draw
+    the numbers of a chunk one after the other from its stream.
+differ | sample | that {count} samples of a state differ (each token has a probability below 1) |
+    Let random numbers depend on the sample's index.
+seed | sample | that another seed gives other samples | Let random numbers depend on it.
+greedy | sample with temperature 0 | the same chunk for all samples and seeds of a state | Take the
+    most probable token.
+most | sample with temperature 0 | the most probable token (another has log-probability {most:.4f})
+    | Take that.
+stop | sample | the chunk up to the token that completes the stop text {stop!r} | End a chunk as
+    soon as its text contains one of `params.stop`.
+goes on | sample with stop={stop!r} | finish_reason None: the response goes on | Only a stop token
+    or a full context ends it.
+scoring | logprobs, ledgers | one language-model call and no generated token a state | Charge every
+    state's ledger for the tokens that were computed.
+charge | sample, ledgers | generated_tokens={tokens} and lm_calls=1 a state | Charge every state's
+    ledger for its own chunks.
+prefix | sample, ledgers | prompt_tokens and cached_tokens that cover the prefix of {prefix} tokens
+    | Count it as cached where it was not computed.
+bound | sample, ledgers | FLOPs above 0 and no amount above `usage_bound(prefix, lengths)`, {bound}
+    | Budgets rely on it being the most that is charged.
+refusal | sample | {error} for {case} | Call `check_sample_arguments` of `language_models.base`
+    first.
+features | features | a float32 array of shape {shape} | Return a row a state.
+finite | features | finite numbers | Mask the padding.
+batch | features | the features that each state has alone, up to {most:g} of their scale | Mask the
+    padding, and read the last token of the prefix itself.
+""")
 
 
 def check_language_model(

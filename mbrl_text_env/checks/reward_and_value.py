@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.checks.base import CheckError, Trial
+from mbrl_text_env.checks.base import CheckError, Trial, rules
 from mbrl_text_env.rewards.base import (
     ProcessRewardModel,
     RewardError,
@@ -56,60 +56,57 @@ _RESPONSES = (
     "\x00\ufffd",
 )
 _STEPS = (["One and one is two."], ["", "So x = 2. ", "日本 🙂", "x = 2. " * 200])
-_REWARD_RULES = {
-    "attributes": "attributes: expected an object with {names}, got {got}. Add them; a function is "
-    "made a reward model by `rewards.as_reward_model(function)`.",
-    "name": "name: expected a string that is not empty, got {got}. Reports call it by that.",
-    "applies_to": "applies_to: expected True for at least one of {count} prompts, got {got}. Pass "
-    "prompts with the metadata that it needs.",
-    "failure": "{place}: expected scores for {size} texts, among them empty, long and Unicode "
-    "ones, got {got}. Decide what such texts are worth, or leave prompts out by `applies_to`.",
-    "arguments": "{place}: expected that prompts and responses are left as they are, got {got}. "
-    "Work on a copy: callers go on using their lists.",
-    "shape": "{place}: expected one number for each of {size} texts, shape ({size},), got {got}. "
-    "Return a flat list of floats in the order of the texts.",
-    "finite": "{place}: expected finite numbers, got {got}. Decide what such a text is worth, or "
-    "raise an error where it cannot be scored.",
-    "twice": "{place}: expected the same scores in a second call (deterministic), got {got}. "
-    "Keep no state between calls and draw no random numbers.",
-    "order": "score: expected scores in the order of the responses, got {got}. Undo any sorting.",
-    "alone": "score: expected the score that the response has alone, whatever else is in its "
-    "batch, got {got}. Do not normalise over the batch, and mask the padding.",
-    "parts": "score_parts: expected a `rewards.Scores`, got {got}. Return one.",
-    "total": "score_parts: expected the total that `score` returns, got {got}. Let `score` "
-    "return `score_parts(...).total`.",
-    "part": "score_parts: expected parts by name, got {got}. Name it.",
-    "reach": "bound: expected at least {score:g}, the score of a response that begins so, got "
-    "{got}. It is the most that any continuation can score, and infinity where that is not known.",
-    "flops": "flops: expected numbers from 0, got {got}. Count operations.",
-    "bound": "flops_bound: expected a finite number of at least 0, got {got}. Return the "
-    "operations of the longest response that it reads.",
-    "within": "flops: expected numbers from 0 to flops_bound(), {most:g}, got {got}. Agents set "
-    "it aside before they score: make it the most, not the mean.",
-}
-_VALUE_RULES = {
-    "attributes": "attributes: expected an object with {names}, got {got}. Subclass `ValueModel`.",
-    "is_fitted": "is_fitted: expected True, got {got}. Fit it, or load a fitted one, before.",
-    "arguments": "{place}: expected that the list of states is left as it is, got {got}. Work on "
-    "a copy: planners go on using it.",
-    "failure": "{place}: expected values of {size} states, got {got}. Every state of a prompt "
-    "that the model is meant for has a value, an empty batch too.",
-    "estimate": "predict: expected a `values.ValueEstimate`, got {got}. Return one.",
-    "shape": "predict, {part}: expected float64[{size}], one for each state, got {got}. Return "
-    "arrays of floats in the order of the states.",
-    "finite": "predict, {part}: expected finite numbers, got {got}. Decide what it is worth.",
-    "std": "predict, std: expected standard deviations of at least 0, got {got}. Return 0 where "
-    "nothing is uncertain.",
-    "same": "predict, {part}: expected {expected}, got {got}. A value is a function of its state "
-    "alone: draw random numbers from a seed and the state, keep nothing between calls, and mask "
-    "the padding.",
-    "value_calls": "{place}: expected one value call a state, got {got}. `values.predict_values` "
-    "counts it; `predict_with` charges other models' calls alone.",
-    "bound": "{place}, {amount}: expected 0 to {most:g}, the bound for a prefix of {size} "
-    "tokens, got {got}. Budgets rely on `usage_bound` and `flops_bound` being the most.",
-    "pickle": "pickle: expected an object that can be pickled, got {got}. Drop what cannot be "
-    "copied in `__getstate__`, and define the class in a module.",
-}
+_REWARD_RULES = rules("""
+attributes | attributes | an object with {names} | Add them; a function is made a reward model by
+    `rewards.as_reward_model(function)`.
+name | name | a string that is not empty | Reports call it by that.
+applies_to | applies_to | True for at least one of {count} prompts | Pass prompts with the metadata
+    that it needs.
+failure | {place} | scores for {size} texts, among them empty, long and Unicode ones | Decide what
+    such texts are worth, or leave prompts out by `applies_to`.
+arguments | {place} | that prompts and responses are left as they are | Work on a copy: callers go
+    on using their lists.
+shape | {place} | one number for each of {size} texts, shape ({size},) | Return a flat list of
+    floats in the order of the texts.
+finite | {place} | finite numbers | Decide what such a text is worth, or raise an error where it
+    cannot be scored.
+twice | {place} | the same scores in a second call (deterministic) | Keep no state between calls and
+    draw no random numbers.
+order | score | scores in the order of the responses | Undo any sorting.
+alone | score | the score that the response has alone, whatever else is in its batch | Do not
+    normalise over the batch, and mask the padding.
+parts | score_parts | a `rewards.Scores` | Return one.
+total | score_parts | the total that `score` returns | Let `score` return `score_parts(...).total`.
+part | score_parts | parts by name | Name it.
+reach | bound | at least {score:g}, the score of a response that begins so | It is the most that any
+    continuation can score, and infinity where that is not known.
+flops | flops | numbers from 0 | Count operations.
+bound | flops_bound | a finite number of at least 0 | Return the operations of the longest response
+    that it reads.
+within | flops | numbers from 0 to flops_bound(), {most:g} | Agents set it aside before they score:
+    make it the most, not the mean.
+""")
+_VALUE_RULES = rules("""
+attributes | attributes | an object with {names} | Subclass `ValueModel`.
+is_fitted | is_fitted | True | Fit it, or load a fitted one, before.
+arguments | {place} | that the list of states is left as it is | Work on a copy: planners go on
+    using it.
+failure | {place} | values of {size} states | Every state of a prompt that the model is meant for
+    has a value, an empty batch too.
+estimate | predict | a `values.ValueEstimate` | Return one.
+shape | predict, {part} | float64[{size}], one for each state | Return arrays of floats in the order
+    of the states.
+finite | predict, {part} | finite numbers | Decide what it is worth.
+std | predict, std | standard deviations of at least 0 | Return 0 where nothing is uncertain.
+same | predict, {part} | {expected} | A value is a function of its state alone: draw random numbers
+    from a seed and the state, keep nothing between calls, and mask the padding.
+value_calls | {place} | one value call a state | `values.predict_values` counts it; `predict_with`
+    charges other models' calls alone.
+bound | {place}, {amount} | 0 to {most:g}, the bound for a prefix of {size} tokens | Budgets rely on
+    `usage_bound` and `flops_bound` being the most.
+pickle | pickle | an object that can be pickled | Drop what cannot be copied in `__getstate__`, and
+    define the class in a module.
+""")
 
 
 def check_reward_model(

@@ -9,35 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from mbrl_text_env.checks.base import Trial
+from mbrl_text_env.checks.base import Trial, rules
 from mbrl_text_env.types import Ledger, TextState
 from mbrl_text_env.world_model.dynamics import Futures, WorldModelError, predict_futures
 
 _FUTURES, _SEED = 7, 3
-_RULES = {
-    "attributes": "attributes: expected an object with {names}, got {got}. Subclass "
-    "`world_model.Dynamics`.",
-    "fitted": "is_fitted: expected dynamics that can predict, got {got}. Fit them first.",
-    "arguments": "{place}: expected arguments that are left as they are, got {got}. Copy them.",
-    "failure": "{place}: expected {size} arguments to be taken, got {got}.",
-    "futures": "futures: expected `world_model.Futures`, got {got}. Return one.",
-    "shape": "futures, {part}: expected {expected}, got {got}. Return an array of the states and "
-    "their futures.",
-    "finite": "futures, features: expected finite numbers, got {got}.",
-    "tokens": "futures, features: expected the first, the tokens, to be `length`, got {got}.",
-    "grows": "futures, {part}: expected nothing below what the state has, {least:g}, got {got}. A "
-    "response only grows; add increments that are at least 0.",
-    "ended": "futures, ended: expected {expected}, got {got}.",
-    "late": "futures, length: expected at most {most} tokens, got {got}. Stop at the horizon, or "
-    "at the longest response.",
-    "member": "futures, member: expected numbers from 0, got {got}.",
-    "same": "futures, {part}: expected {expected}, got {got}. Futures follow from the state and "
-    "the seed: draw from `language_models.base.stream(seed, state, 0)`, keep nothing.",
-    "error": "{case}: expected {error}, got {got}. Call `predict_futures`, or check as it does.",
-    "charge": "predict_futures: expected {expected}, got {got} charged.",
-    "pickle": "pickle: expected an object that can be pickled, got {got}. Define functions of "
-    "features in a module.",
-}
+_RULES = rules("""
+attributes | attributes | an object with {names} | Subclass `world_model.Dynamics`.
+fitted | is_fitted | dynamics that can predict | Fit them first.
+arguments | {place} | arguments that are left as they are | Copy them.
+failure | {place} | {size} arguments to be taken |
+futures | futures | `world_model.Futures` | Return one.
+shape | futures, {part} | {expected} | Return an array of the states and their futures.
+finite | futures, features | finite numbers |
+tokens | futures, features | the first, the tokens, to be `length` |
+grows | futures, {part} | nothing below what the state has, {least:g} | A response only grows; add
+    increments that are at least 0.
+ended | futures, ended | {expected} |
+late | futures, length | at most {most} tokens | Stop at the horizon, or at the longest response.
+member | futures, member | numbers from 0 |
+same | futures, {part} | {expected} | Futures follow from the state and the seed: draw from
+    `language_models.base.stream(seed, state, 0)`, keep nothing.
+error | {case} | {error} | Call `predict_futures`, or check as it does.
+charge | predict_futures | {expected}, got {got} charged. |
+pickle | pickle | an object that can be pickled | Define functions of features in a module.
+""")
 
 
 def check_world_model(

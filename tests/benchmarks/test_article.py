@@ -13,10 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from mbrl_text_env.benchmarks.article import AGENTS, PROMPTS, UNSEEN
+from mbrl_text_env.benchmarks.article import AGENTS, PROMPTS, UNSEEN, needs, put_on
 from mbrl_text_env.benchmarks.cli import app
 from mbrl_text_env.benchmarks.compare import read_rows
-from mbrl_text_env.benchmarks.devices import needs, put_on
 from mbrl_text_env.records import read_records
 from mbrl_text_env.rewards import TimeLimit, make
 from tests.benchmarks.test_report import Read

@@ -16,7 +16,7 @@ def test_choosing_by_a_monotone_transform_is_choosing_by_the_gold():
     assert curves.points[-1].gold_gain.estimate == pytest.approx(
         (means[-1] - means[0]) / within_sd(gold)
     )
-    assert all(decline.fall.high < 0 for decline in curves.declines)
+    assert all(point.fall.high < 0 for point in curves.points[:-1])
 
 
 def test_a_fall_by_chance_is_rarely_called_one():
@@ -25,7 +25,7 @@ def test_a_fall_by_chance_is_rarely_called_one():
     trials, found = 40, 0
     for _ in range(trials):
         proxy, gold = rng.normal(size=(2, 16, 8))
-        found += any(d.fall.low > 0 for d in best_of_n_curves(proxy, gold).declines)
+        found += any(p.fall.low > 0 for p in best_of_n_curves(proxy, gold).points)
     assert found / trials <= 0.1
 
 
@@ -35,5 +35,5 @@ def test_a_real_fall_is_found():
     gold = -np.abs(proxy - 1.0)
     curves = best_of_n_curves(proxy, gold)
     assert curves.peak_n in (4, 8)
-    assert {d.from_n for d in curves.declines if d.fall.low > 0} >= {4, 8, 16}
+    assert {p.n for p in curves.points if p.fall.low > 0} >= {4, 8, 16}
     assert curves.points[-1].proxy_gain.low > 1.5

@@ -127,7 +127,6 @@ def test_missing_prompts_are_added_to_a_pool(tmp_path, finished):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts": [replace(p, id=f"q{p.id}") for p in PROMPTS]}, "responses to other prompts"),
         (
             {"prompts": [Prompt.from_text("bab", id=p.id) for p in PROMPTS]},
             "another prompt",

@@ -207,7 +207,7 @@ def test_a_suite_brings_its_reward(tmp_path):
         (["--agents", "best-of-n:m=3"], "no option"),
         (["--agents", "best-of-n:n=few"], "name=number"),
         (["--agents", "best-of-n:n=0"], "at least 1"),
-        (["--agents", "sampling,best-of-n:budget_tokens=9"], "budgets differ"),
+        (["--agents", "sampling,best-of-n:budget_tokens=9"], "no option"),
         (["--num-prompts", "9999"], "1 to "),
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--split", "dev"], "split"),

@@ -93,18 +93,6 @@ def test_another_comparison_does_not_take_the_folder(tmp_path):
         compare(toy_comparison(), tmp_path / "file" / "c")
 
 
-def test_unequal_budgets_are_refused_unless_asked_for(tmp_path):
-    agents = ("sampling:budget_tokens=8", "best-of-n")
-    with pytest.raises(CompareError, match="budgets differ"):
-        toy_comparison(agents=agents)
-    comparison = toy_comparison(agents=agents, allow_unequal_budgets=True)
-    compare(comparison, tmp_path)
-    rows = read_rows(tmp_path / "results.jsonl")
-    assert {row["agent"]: row["budget_tokens"] for row in rows} == {
-        "sampling:budget_tokens=8": 8, "best-of-n": 32
-    }  # fmt: skip
-
-
 def test_refusals(tmp_path):
     with pytest.raises(CompareError, match="different agents"):
         toy_comparison(agents=("sampling", "sampling"))

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from mbrl_text_env.agents.registry import make as make_agent
+from mbrl_text_env.benchmarks.audit.run import fill_pool
 from mbrl_text_env.benchmarks.compare import CompareError
 from mbrl_text_env.benchmarks.matched import (
     Cell,
     Pool,
     analyse,
     best_of_n_rows,
-    falls,
-    make_pool,
     multiplier,
-    p_value,
+    pool_of,
+    table,
 )
 from mbrl_text_env.benchmarks.scaling import drawn_best, expected_best
 from mbrl_text_env.benchmarks.statistics import exchange_test, paired_permutation_test
@@ -37,16 +37,9 @@ class CostlyCount(CountReward):
 
 
 def pooled(folder, reward=None, samples=32, seed=0):
-    return make_pool(
-        folder / "pool",
-        folder / "scores",
-        LM,
-        reward or CostlyCount(),
-        PROMPTS,
-        samples=samples,
-        max_response_tokens=10,
-        seed=seed,
-    )
+    sizes = {"samples": samples, "max_response_tokens": 10, "seed": seed}
+    records = fill_pool(folder / "pool", LM, PROMPTS, **sizes)
+    return pool_of(records, folder / "scores", LM, reward or CostlyCount(), PROMPTS)
 
 
 class TestPool:
@@ -172,7 +165,7 @@ class TestAnalysis:
         expected = expected_best(pool.scores, [2])
         each = expected + np.array([3.1, -2.9, 0.1])
         cell = several(*(answered(pool, column) for column in each.T))
-        by_signs = paired_permutation_test(each.mean(axis=1) - expected[:, 0]).p_value
+        by_signs = paired_permutation_test(each.mean(axis=1) - expected[:, 0])
         by_exchange = exchange_test(each, drawn_best(pool.scores, 2))
         [row] = analyse(pool, [cell])
         assert by_signs < 0.001 < by_exchange == row["p_vs_best_of_n"]
@@ -216,18 +209,18 @@ class TestAnalysis:
         )
         assert dear["p_vs_best_of_n"] is dear["p_holm"] is None
         assert cheap["p_holm"] == cheap["p_vs_best_of_n"] < 0.01
-        assert p_value(dear) == "pool too small"
+        assert list(table([dear]).columns[-1].cells) == ["pool too small"]
 
     def test_best_of_n_is_not_above_itself(self):
         """Also near the top of a reward's range, where its scores are skewed."""
         rng, above = np.random.default_rng(0), 0
-        for seed in range(60):
+        for seed in range(30):
             pool = known_pool(16, 64, seed)
             skewed = replace(pool, scores=rng.beta(8, 0.6, size=(16, 64)))
             scores = rng.beta(8, 0.6, size=(16, 6)).max(axis=1)
             [row] = analyse(skewed, [answered(skewed, scores, tokens=60.0)])
             above += row["p_vs_best_of_n"] < 0.05 and row["difference"] > 0
-        assert above <= 5
+        assert above <= 3
 
     def test_agents_below_a_single_sample(self):
         pool = known_pool()
@@ -256,7 +249,6 @@ class TestAnalysis:
         cell = answered(pool, np.zeros(3), failed=pool.prompt_ids[1:])
         with pytest.raises(CompareError, match=r"'agent' at 100.*got 1 of 3"):
             analyse(pool, [cell])
-        assert falls([cell, answered(pool, np.zeros(3), budget=9, failed=pool.prompt_ids)]) == []
         twice = several(answered(pool, np.zeros(3)), cell)
         with pytest.raises(CompareError, match=r"'agent' at 100.*got 1 of 3"):
             analyse(pool, [twice])
@@ -267,35 +259,6 @@ class TestAnalysis:
         assert [row["n"] for row in rows] == [2, 16]
         assert rows[0]["mean"] < rows[1]["mean"]
         assert rows[1]["flops"] == pytest.approx(1600.0)
-
-    def test_falls(self):
-        pool = known_pool()
-        scores = np.random.default_rng(1).normal(size=24)
-        rising = [answered(pool, scores + b / 100, budget=b, agent="up") for b in (100, 200)]
-        falling = [answered(pool, scores - b / 100, budget=b, agent="down") for b in (200, 100)]
-        found = {row["agent"]: row["adjusted"] for row in falls([*rising, *falling])}
-        assert found["down"] < 0.01
-        assert found["up"] > 0.9
-
-    def test_falls_of_means(self):
-        """Answers that differ a lot, and whose means fall by little."""
-        pool, rng = known_pool(), np.random.default_rng(1)
-        single, double = [], []
-        for budget, fall in ((128, 0.0), (256, 0.125)):
-            scores, away = eighths(rng, 24) - fall, 8 * eighths(rng, 24)
-            single.append(answered(pool, scores, budget=budget))
-            both = [answered(pool, scores + by, budget=budget) for by in (away, -away)]
-            double.append(several(*both))
-        assert falls(double) == falls(single) != []
-        failed = several(
-            answered(pool, np.zeros(24), budget=512),
-            answered(pool, np.zeros(24), budget=512, failed=pool.prompt_ids[2:]),
-        )
-        kept = [
-            replace(cell, rows=[r for r in cell.rows if r["prompt_id"] in ("p0", "p1")])
-            for cell in (*double, failed)
-        ]
-        assert falls([*double, failed]) == falls(kept)
 
 
 def test_multipliers_are_shown_with_their_ends():

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
 
 import pytest
 import typer
@@ -10,7 +9,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from mbrl_text_env.benchmarks.friendly import friendly
+from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.options import CompareError, load_prompts_option, priced
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.language_models.base import pass_usage
@@ -20,8 +19,8 @@ from tests.toys import CountReward
 
 @dataclass(frozen=True)
 class Sizes:
-    names: Annotated[tuple[str, ...], typer.Option(help="Names.")]
-    count: Annotated[int, typer.Option(min=1)] = 2
+    names: tuple[str, ...] = option(..., "Names.")
+    count: int = option(2, "", min=1)
     hidden: int = 7
 
     def __post_init__(self):

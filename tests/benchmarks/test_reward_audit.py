@@ -80,7 +80,7 @@ def test_another_proxy_on_the_same_pool(tmp_path, finished):
         ({"num_prompts": 3}, "at least 4"),
         ({"num_prompts": 99999}, "num_prompts: expected at most"),
         ({"samples": 2}, "at least 4"),
-        ({"seed": 1}, "responses to other prompts"),
+        ({"seed": 1}, "seed: 0 there, 1 here"),
         ({"max_response_tokens": 17}, "max_response_tokens: 16 there, 17 here"),
         ({"prompts": "missing.jsonl"}, "missing.jsonl"),
         ({"split": "dev"}, "split"),

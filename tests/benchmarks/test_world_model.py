@@ -73,4 +73,4 @@ def test_a_damaged_file_is_named(run, tmp_path):
     (tmp_path / "told" / "horizons.json").write_text('{"rows": {}}')
     result = run("report", "told")
     assert result.exit_code == 2
-    assert "horizons.json: expected what `mbrl-text world-model report` writes" in result.output
+    assert "told: expected the files of a run that has ended, got a damaged" in result.output

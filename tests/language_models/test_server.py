@@ -79,12 +79,8 @@ class LlamaServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> LlamaServer:
-        self.process = start(
-            threads=1,
-            parallel=self.parallel,
-            context=SLOT_TOKENS * self.parallel,
-            port=self.port,
-        )
+        context = SLOT_TOKENS * self.parallel
+        self.process = start(self.port, 1, self.parallel, context)
         return self
 
     def ready(self) -> LlamaServer:

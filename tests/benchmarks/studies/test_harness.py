@@ -1,8 +1,8 @@
-"""What the studies share: paired statistics by hand, what is kept, a page."""
+"""What the studies share: paired statistics by hand, and what is kept."""
 
 import pytest
 
-from mbrl_text_env.benchmarks.studies.harness import Shown, kept, paired, write_page
+from mbrl_text_env.benchmarks.studies.harness import kept, paired
 
 
 class TestPaired:
@@ -53,17 +53,3 @@ class TestKept:
             kept(path, lambda: 1 / 0)
         assert list(tmp_path.iterdir()) == []
         assert kept(path, lambda: 2) == 2
-
-
-def test_a_page(tmp_path):
-    """Cells as they are, empty ones too; plots relative to the page."""
-    table = Shown("kindness", ("agent", "mean"), [("`a`", "0.5"), ("b", "")])
-    result = {"command": "python -m study --seed 0", "date": "2026-01-01", "seed": 0}
-    page = tmp_path / "docs" / "page.md"
-    write_page(page, "page.md.jinja", result, [table], {"A plot": tmp_path / "plot.png"})
-    text = page.read_text()
-    assert "python -m study --seed 0" in text
-    assert "![A plot](../plot.png)" in text
-    lines = ["## kindness", "", "| agent | mean |", "|---|---|", "| `a` | 0.5 |", "| b | |"]
-    assert "\n".join(lines) in text
-    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["page.md"]

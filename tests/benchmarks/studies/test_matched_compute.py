@@ -1,7 +1,7 @@
-"""A study of a toy world, its page and plots, and the command."""
+"""A study of a toy world, its plots, and the command."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,16 +10,13 @@ from typer.testing import CliRunner
 
 from mbrl_text_env.agents.registry import make as make_agent
 from mbrl_text_env.benchmarks.compare import CompareError
-from mbrl_text_env.benchmarks.matched import DEFAULT_PLANNER, analyse, best_of_n_rows, falls
+from mbrl_text_env.benchmarks.matched import analyse
 from mbrl_text_env.benchmarks.studies import matched_compute
-from mbrl_text_env.benchmarks.studies.harness import StudyOptions, write_page
+from mbrl_text_env.benchmarks.studies.harness import StudyOptions
 from mbrl_text_env.benchmarks.studies.matched_compute import AGENTS as DEFAULT_AGENTS
 from mbrl_text_env.benchmarks.studies.matched_compute import (
-    LazyValues,
     Study,
-    page_tables,
-    plot_divergence,
-    plot_scaling,
+    plot,
     run_and_write,
     run_study,
     slug,
@@ -188,58 +185,24 @@ class TestStudy:
         assert len({slug(spec) for spec in specs}) == 3
 
 
-class TestLazyValues:
-    def values(self, folder):
-        return LazyValues(STUDY, LM, CostlyCount(), folder)
-
-    def test_names(self, tmp_path):
-        values = self.values(tmp_path)
-        assert "prefix" in values
-        assert next(iter(values)) == "prefix"
-        assert values["prefix"] is values["prefix"]
-        with pytest.raises(KeyError):
-            values["nothing"]
-        assert not list(tmp_path.iterdir())
-
-    def test_records_have_this_rewards_scores(self, tmp_path):
-        records = self.values(tmp_path).records()
-        assert len(records) == 12
-        assert {record.split for record in records} == {"train"}
-        for record in records:
-            assert record.score == CountReward().score([None], [record.response])[0]
-            assert record.reward_name == "count"
+def test_values_are_fitted_on_records_with_this_rewards_scores(tmp_path):
+    runs = matched_compute._Runs(STUDY, LM, "count", CostlyCount(), tmp_path)
+    assert runs.value("prefix") is runs.value("prefix")
+    assert not list(tmp_path.iterdir())
+    records = runs.records()
+    assert len(records) == 12
+    assert {record.split for record in records} == {"train"}
+    for record in records:
+        assert record.score == CountReward().score([None], [record.response])[0]
+        assert record.reward_name == "count"
 
 
-def test_page_and_plots(tmp_path):
+def test_plots(tmp_path):
     pool, cells = ran(tmp_path / "study")
     rows = analyse(pool, cells)
-    plot_scaling({"count": rows}, {"count": pool}, tmp_path / "plot.png")
-    plot_divergence({"count": rows}, {"count": pool}, tmp_path / "divergence.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5_000
-    assert (tmp_path / "divergence.png").stat().st_size > 5_000
-    result = {
-        "command": "python -m mbrl_text_env.benchmarks.studies.matched_compute --seed 0",
-        "date": "2026-01-01",
-        "language_model": LM.name,
-        "dtype": "float64",
-        "study": asdict(STUDY),
-        "results": rows,
-        "best_of_n": best_of_n_rows("count", pool, STUDY.budgets, "tokens"),
-        "falls": falls(cells),
-    }
-    assert json.loads(json.dumps(result, allow_nan=False)) is not None
-    page = tmp_path / "docs" / "page.md"
-    plots = {"compute": tmp_path / "plot.png", "divergence": tmp_path / "divergence.png"}
-    write_page(page, "matched_compute.md.jinja", result, page_tables(result), plots)
-    text = page.read_text()
-    assert "python -m mbrl_text_env.benchmarks.studies.matched_compute --seed 0" in text
-    assert "(../plot.png)" in text
-    assert "(../divergence.png)" in text
-    lines = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(lines) == len(rows)
-    for line, row in zip(lines, rows, strict=True):
-        assert f"`{row['agent']}`" in line
-        assert f"{row['mean']:.3f}" in line
+    for against in ("compute", "divergence"):
+        plot({"count": rows}, {"count": pool}, tmp_path / "plot.png", against)
+        assert (tmp_path / "plot.png").stat().st_size > 5_000
 
 
 def test_a_small_study_with_a_reward_in_a_file(tmp_path):
@@ -262,7 +225,6 @@ def test_a_small_study_with_a_reward_in_a_file(tmp_path):
         language_model=str(command.model),
         dtype="float32",
         json_file=path,
-        page=tmp_path / "page.md",
     )
     result = run_and_write(study, how, tmp_path / "study")
     made = [path for path in files.rglob("*") if "__pycache__" not in path.parts]
@@ -276,9 +238,6 @@ def test_a_small_study_with_a_reward_in_a_file(tmp_path):
         assert row["low"] <= row["mean"] <= row["high"]
     assert (tmp_path / "results.png").exists()
     assert (tmp_path / "results-divergence.png").exists()
-    page = (tmp_path / "page.md").read_text()
-    assert f"`{DEFAULT_PLANNER}`" in page
-    assert "results.png" in page
 
 
 def test_options_are_told():

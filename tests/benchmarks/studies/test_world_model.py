@@ -22,7 +22,6 @@ def test_the_quick_command_goes_on_and_has_all_baselines(tmp_path, monkeypatch):
     tiny = Command(study.main, tmp_path, {})
     words = ["--quick", "--language-model", str(tiny.model), "--dtype", "float32"]
     words += ["--json", str(tmp_path / "found.json"), "--out", str(tmp_path / "run")]
-    words += ["--page", str(tmp_path / "page.md")]
     for _ in range(2):
         found = CliRunner(env={"COLUMNS": "200"}).invoke(tiny.app, words)
         assert found.exit_code == 0, found.output
@@ -40,7 +39,6 @@ def test_the_quick_command_goes_on_and_has_all_baselines(tmp_path, monkeypatch):
     together = plans["results"][len(study.PLANNERS) :]
     # One set is all of them.
     assert {r["agent"]: r["multiplier_tokens"] for r in together} == pytest.approx(values)
-    assert "| tokens | nearest | any |" in (tmp_path / "page.md").read_text()
     ratios = result["label_ratio"]
     assert {row["reward"] for row in ratios} == {"long words", "you"}
     assert all(row["ratio"] is None or row["low"] <= row["ratio"] for row in ratios)
