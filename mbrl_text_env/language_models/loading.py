@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import functools
+import inspect
+import json
 import logging
 import os
 import warnings
@@ -16,9 +19,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+import transformers
 from torch import Tensor
+from torch.backends.cpu import get_cpu_capability
 
-from mbrl_text_env.language_models import engine
+from mbrl_text_env.files import write_text
+from mbrl_text_env.language_models import engine, networks
 from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError, load, position_limit
 from mbrl_text_env.language_models.networks import (
     KVBatch,
@@ -29,6 +35,7 @@ from mbrl_text_env.language_models.networks import (
     UnsupportedNetworkError,
     layer_windows,
 )
+from mbrl_text_env.runs import digest
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +68,15 @@ class DifferenceError(UnsupportedNetworkError):
     """A way of computing a model gives other logits than the model."""
 
 
-def choose_way(model: Any, dtype: torch.dtype, name: str) -> Way:
+def choose_way(
+    model: Any, dtype: torch.dtype, name: str, trial_file: str | Path | None = None
+) -> Way:
     """The fastest way that computes what the model, which is in evaluation mode, itself computes.
 
     Each is tried on a few random tokens: sequences of several lengths in one batch, twice, so that
     the second time finds prefixes that are kept; then token by token, while rows leave. Products
-    in int8 have rounding of their own, so that the network around them is tried.
+    in int8 have rounding of their own, so that the network around them is tried. A `trial_file`
+    keeps the circumstances in which `LlamaNetwork` was right; there it is taken as it is.
 
     Raises:
         ModelLoadError: None is right, or the model does not attend to earlier tokens alone.
@@ -80,17 +90,23 @@ def choose_way(model: Any, dtype: torch.dtype, name: str) -> Way:
             f"{error} Use a causal language model with attention, such as Llama, Qwen, Gemma or "
             "GPT-2."
         ) from error
+    if dtype == torch.int8 and not (_is_llama_like(model) and model.device.type == "cpu"):
+        raise ValueError(
+            f"dtype=torch.int8 is for Llama, Mistral, Qwen2 and Qwen3 models without adapters, "
+            f"on a CPU; {type(model).__name__} is on {model.device}. Leave dtype out, or "
+            "choose torch.bfloat16."
+        )
+    kept = None if trial_file is None else _Kept(Path(trial_file), model)
+    if kept is not None and _is_llama_like(model) and kept.was_right():
+        return Way(own, LlamaNetwork(model, dtype))
     trial = _Trial(model, own)
     if dtype == torch.int8:
-        if not _is_llama_like(model) or model.device.type != "cpu":
-            raise ValueError(
-                f"dtype=torch.int8 is for Llama, Mistral, Qwen2 and Qwen3 models without adapters, "
-                f"on a CPU; {type(model).__name__} is on {model.device}. Leave dtype out, or "
-                "choose torch.bfloat16."
-            )
         trial.check_network(LlamaNetwork(model, model.dtype))
-        return Way(own, LlamaNetwork(model, torch.int8))
-    network = _cached_network(model, trial, name)
+        network: Network | None = LlamaNetwork(model, dtype)
+    else:
+        network = _cached_network(model, trial, name)
+    if kept is not None and isinstance(network, LlamaNetwork):
+        kept.add()
     if network is not None:
         return Way(own, network)
     reason: Exception | None = None
@@ -106,6 +122,33 @@ def choose_way(model: Any, dtype: torch.dtype, name: str) -> Way:
         f"{type(model).__name__} is computed rightly in no way that is known ({reason}). Use a "
         "model with attention, such as Llama, Qwen, Gemma or GPT-2."
     ) from reason
+
+
+class _Kept:
+    """A file of the circumstances in which a model's `LlamaNetwork` was right, as digests."""
+
+    def __init__(self, path: Path, model: Any) -> None:
+        code = [inspect.getsource(module).encode() for module in (engine, networks)]
+        is_cuda = model.device.type == "cuda"
+        processor = torch.cuda.get_device_name(model.device) if is_cuda else get_cpu_capability()
+        about = torch.__version__, transformers.__version__, processor, str(model.dtype)
+        self._path, self._own = path, digest(*code, *map(str.encode, about))
+
+    def _found(self) -> list[str]:
+        try:
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            # There is none, or it is damaged: the model is tried.
+            return []
+        return found if isinstance(found, list) else []
+
+    def was_right(self) -> bool:
+        return self._own in self._found()
+
+    def add(self) -> None:
+        # A folder that cannot be written costs the next loading a trial.
+        with contextlib.suppress(OSError):
+            write_text(self._path, json.dumps([*self._found(), self._own]))
 
 
 def _cached_network(model: Any, trial: _Trial, name: str) -> Network | None:

@@ -63,7 +63,9 @@ def embedded(**options: Any) -> TransformersLM:
     """
     from mbrl_text_env.language_models.transformers_lm import TransformersLM
 
-    return TransformersLM(embedded_folder(), name=LANGUAGE_MODEL, **options)
+    folder = embedded_folder()
+    options = {"trial_file": folder / "trials.json"} | options
+    return TransformersLM(folder, name=LANGUAGE_MODEL, **options)
 
 
 @functools.cache

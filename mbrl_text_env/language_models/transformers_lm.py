@@ -58,6 +58,9 @@ class TransformersLM(Tokenized, FeatureModel):
             the fewer together (a single one always is), half for the prefix cache. By default a
             quarter of the memory that is free now, at most 4 GiB.
         prefix_cache: Whether prefixes are kept between calls.
+        trial_file: A file that keeps that the fastest way of computing the model was right, with
+            these versions and on this kind of processor. It is then not tried again. For a model
+            whose files do not change; by default each loading tries (seconds).
 
     Raises:
         ModelLoadError: Nothing could be loaded, the model keeps no key-value cache (RWKV), or no
@@ -83,6 +86,7 @@ class TransformersLM(Tokenized, FeatureModel):
         batch_size: int = 64,
         kv_bytes: int | None = None,
         prefix_cache: bool = True,
+        trial_file: str | Path | None = None,
     ) -> None:
         check_positive(batch_size=batch_size, kv_bytes=kv_bytes)
         named = isinstance(model, (str, Path))
@@ -90,8 +94,10 @@ class TransformersLM(Tokenized, FeatureModel):
             raise ValueError(
                 "A loaded model needs its tokenizer too: pass TransformersLM(model, tokenizer=...)."
             )
-        self._options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+        trials = trial_file if named else None
+        self._options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
         self._options |= {"kv_bytes": kv_bytes, "prefix_cache": prefix_cache}
+        self._options |= {"trial_file": trials}
         kept = {**self._options, "name": name, "tokenizer": loading.from_anywhere(tokenizer)}
         # What `_made_again` takes.
         self._recipe: tuple[Any, ...] | None = (
@@ -112,7 +118,7 @@ class TransformersLM(Tokenized, FeatureModel):
         self._digests: tuple[Any, str] | None = None
         self._weights = self._loaded = self._weights_version()
         with torch.inference_mode():
-            self._way = loading.choose_way(self.model, self.dtype, self.name)
+            self._way = loading.choose_way(self.model, self.dtype, self.name, trials)
         self._network = self._way.network
         # Most rows side by side where no network is used.
         self._plain_rows = 1 if self._way.alone else batch_size

@@ -26,10 +26,12 @@ from mbrl_text_env.language_models import (
     SamplingParams,
     TransformersLM,
     embedded_tokenizer,
+    loading,
 )
 from mbrl_text_env.language_models.base import UnknownTokenError, stream
 from mbrl_text_env.language_models.engine import draw
 from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError
+from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.types import Chunk, Ledger, Message, Prompt, TextState, Usage
 from tests.language_models.conftest import (
@@ -716,3 +718,43 @@ class TestSmolLM2:
         assert tokenizer.vocab_size == smollm2.vocab_size
         assert tokenizer.stop_token_ids == smollm2.stop_token_ids
         assert tokenizer.context_length == smollm2.context_length
+
+
+class TestTrialFile:
+    @pytest.fixture
+    def trials(self, monkeypatch):
+        """How often a model was tried."""
+        made = []
+        tried = loading._Trial
+
+        def counted(*arguments):
+            made.append(arguments)
+            return tried(*arguments)
+
+        monkeypatch.setattr(loading, "_Trial", counted)
+        return made
+
+    def test_what_was_right_is_not_tried_again(self, model_folder, tmp_path, trials):
+        file = tmp_path / "trials.json"
+        lms = [TransformersLM(model_folder("llama"), trial_file=file) for _ in range(2)]
+        assert len(trials) == 1
+        rows = [lm.sample([initial(Prompt.from_text("tea"), lm)], 2, 4, seeds=[0]) for lm in lms]
+        assert rows[0] == rows[1]
+
+    @pytest.mark.parametrize("text", ["", "{", "{}", '["0123456789abcdef"]'])
+    def test_other_circumstances_and_damage_are_tried(self, text, model_folder, tmp_path, trials):
+        (tmp_path / "trials.json").write_text(text, encoding="utf-8")
+        TransformersLM(model_folder("llama"), trial_file=tmp_path / "trials.json")
+        assert len(trials) == 1
+
+    def test_another_format_is_tried(self, model_folder, tmp_path, trials):
+        for dtype in (torch.float32, torch.bfloat16):
+            TransformersLM(model_folder("llama"), trial_file=tmp_path / "t.json", dtype=dtype)
+        assert len(trials) == 2
+
+    def test_a_model_that_is_loaded_already_is_tried(self, tiny, tmp_path, trials):
+        lm = tiny("llama")
+        trials.clear()
+        for _ in range(2):
+            TransformersLM(lm.model, tokenizer=lm._tokenizer, trial_file=tmp_path / "t.json")
+        assert len(trials) == 2
