@@ -105,7 +105,7 @@ def smaller(words):
         "--max-response-tokens": "12",
         "--budget-tokens": "50",
         "--steps": "1",
-        "--samples": "2",
+        "--samples": "4",
     }
     # What is fitted on the collected responses needs several prompts.
     small["--num-prompts"] = "2" if words[1] == "compare" else "8"
