@@ -241,7 +241,9 @@ def test_a_world_model_is_reported_on_by_horizons_that_are_numbers(tmp_path):
     words = ["world-model", "report", tmp_path, "--records", tmp_path, "--horizons", "8,far"]
     result = run(*words)
     assert result.exit_code == 2
-    assert "expected numbers, got '8,far'" in " ".join(result.output.split())
+    assert "expected whole numbers with commas between, got '8,far'" in " ".join(
+        result.output.split()
+    )
 
 
 def test_a_price_wants_a_budget_that_sees_it(tmp_path):
