@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import compress
-from typing import Any, Literal
+from itertools import chain, compress
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
@@ -246,7 +246,7 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
             self._outcomes = [outcome for outcome in outcomes if outcome is not None]
             self.episode_started = mask
             infos = [o.info if m else {} for o, m in zip(self._outcomes, mask, strict=True)]
-            return self._observations(), self._stacked(infos)
+            return self._observations(), stack_infos(infos)
 
     def step(
         self, actions: Any, failures: Sequence[RewardError | None] | None = None
@@ -284,7 +284,7 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
                 np.array([outcome.reward for outcome in outcomes], np.float64),
                 np.array([outcome.terminated for outcome in outcomes], np.bool_),
                 np.array([outcome.truncated for outcome in outcomes], np.bool_),
-                self._stacked(infos),
+                stack_infos(infos),
             )
 
     @property
@@ -304,7 +304,7 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
         with unchanged_if_it_fails(self):
             self._outcomes = [self.task.resume(self.task.check_state(state)) for state in states]
             self.episode_started = np.ones(self.num_envs, dtype=np.bool_)
-            return self._observations(), self._stacked([o.info for o in self._outcomes])
+            return self._observations(), stack_infos([o.info for o in self._outcomes])
 
     def render(self) -> tuple[Any, ...] | None:
         """Prompt and response of every sub-environment, as text or as a frame."""
@@ -348,13 +348,6 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
                 )
         return found
 
-    def _stacked(self, infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Gymnasium's vector info of one info a sub-environment."""
-        stacked: dict[str, Any] = {}
-        for i, info in enumerate(infos):
-            stacked = self._add_info(stacked, info, i)
-        return stacked
-
     def _restarted(self, index: int, options: dict[str, Any] | None = None) -> Outcome:
         return self.task.start(self.task.choose_prompt(self.generator(index), options))
 
@@ -377,6 +370,40 @@ def as_actions(actions: Any, num_envs: int) -> list[Any]:
     if len(found) != num_envs:
         raise ValueError(f"Expected {num_envs} actions, got {actions!r:.80}.")
     return found
+
+
+def stack_infos(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Turn the infos of sub-environments into Gymnasium's vector info.
+
+    It is that of `VectorEnv._add_info` over the rows, made a key at a time, which is faster.
+
+    Example:
+        >>> stack_infos([{"score": 1.0}, {}])
+        {'score': array([1., 0.]), '_score': array([ True, False])}
+    """
+    stacked: dict[str, Any] = {}
+    for key in dict.fromkeys(chain.from_iterable(rows)):
+        mask = np.array([key in row for row in rows], dtype=np.bool_)
+        values = [row[key] for row in rows if key in row]
+        if key != "final_obs" and isinstance(values[0], Mapping):
+            stacked[key] = stack_infos([row.get(key, {}) for row in rows])
+        else:
+            stacked[key] = _column(values, mask, plain=key != "final_obs")
+        stacked[f"_{key}"] = mask
+    return stacked
+
+
+def _column(values: list[Any], mask: BoolArray, plain: bool) -> npt.NDArray[Any]:
+    first, given = values[0], cast("Any", values)
+    if plain and isinstance(first, (bool, int, float, np.number)):
+        column = np.zeros(len(mask), dtype=type(first))
+    elif plain and isinstance(first, np.ndarray):
+        column = np.zeros((len(mask), *first.shape), dtype=first.dtype)
+    else:
+        column = np.full(len(mask), None, dtype=object)
+        given = np.fromiter(values, dtype=object, count=len(values))
+    column[mask] = given
+    return column
 
 
 def text_env(env: gym.Env[Any, Any]) -> TextGenerationEnv:

@@ -3,8 +3,11 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mbrl_text_env  # noqa: F401 registers the environments
+from mbrl_text_env.env import stack_infos
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.mdp import EpisodeEndedError, initial
 from mbrl_text_env.rewards import RewardError
@@ -124,6 +127,31 @@ def test_render_and_states():
     assert observations["response"] == ("a", "b")
     with pytest.raises(ValueError, match="2 states"):
         env.unwrapped.set_states(states[:1])
+
+
+values = st.one_of(
+    st.booleans(), st.integers(-9, 9), st.floats(-1, 1), st.text(max_size=3), st.none(),
+    st.lists(st.integers(), max_size=2),
+)  # fmt: skip
+
+
+@settings(max_examples=100)
+@given(
+    st.dictionaries(st.sampled_from("abc"), values, max_size=3).flatmap(
+        lambda row: st.lists(
+            st.one_of(st.just({}), st.just(row), st.just({**row, "deep": {"x": 1.0}})),
+            min_size=1,
+            max_size=4,
+        )
+    )
+)
+def test_stack_infos_equals_gymnasium(rows):
+    reference = gym.vector.VectorEnv()
+    reference.num_envs = len(rows)
+    expected = {}
+    for i, row in enumerate(rows):
+        expected = reference._add_info(expected, row, i)
+    assert data_equivalence(stack_infos(rows), expected, exact=True)
 
 
 class Fussy(StepReward):
