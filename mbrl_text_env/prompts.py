@@ -1,4 +1,4 @@
-"""Prompts from the package, from files and from reasoning-gym."""
+"""Prompts from the package, from files, from the Hugging Face Hub and from reasoning-gym."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from mbrl_text_env._lazy import optional
-from mbrl_text_env.files import shortened, strict_json_object
+from mbrl_text_env.files import plain_values, shortened, strict_json_object
 from mbrl_text_env.types import Message, Prompt, Split
 
 _SPLITS = get_args(Split)
@@ -98,6 +98,66 @@ def load_prompts(
             "no `--kind`) keeps all."
         )
     return kept[:limit]
+
+
+def hub_prompts(
+    dataset_name: str,
+    *,
+    split: str = "train",
+    column: str = "prompt",
+    config: str | None = None,
+    limit: int | None = None,
+    chat: bool = True,
+) -> list[Prompt]:
+    """Load prompts with `datasets.load_dataset`, in TRL's prompt format.
+
+    The ids are `<last part of the name>-<split>-<row>`. The other columns are the metadata, without
+    values that are None or that JSON cannot hold (images, dates).
+
+    Args:
+        dataset_name: Name on the Hub, or a local folder.
+        split: As `datasets` takes it, `"train[:100]"` included.
+        column: Holds a string or a list of `{"role": ..., "content": ...}`.
+        config: Name of the dataset's configuration.
+        limit, chat: See `load_prompts`.
+
+    Raises:
+        PromptError: The extra `data` is not installed, the dataset cannot be loaded, the column is
+            missing, or a row is no prompt.
+
+    Example:
+        >>> prompts = hub_prompts("trl-lib/tldr", split="test", limit=64)  # doctest: +SKIP
+    """
+    _check_filters(None, limit)
+    datasets = optional("datasets", PromptError)
+    name = f"Dataset {dataset_name!r}, split {split!r}"
+    try:
+        dataset = datasets.load_dataset(dataset_name, config, split=split)
+    except Exception as error:  # dozens of unrelated types, which all mean the same here
+        reason = error.__cause__ or error
+        raise PromptError(
+            f"{name}, configuration {config!r}: expected a dataset that can be loaded, got "
+            f"{type(reason).__name__}: {reason}. Check the names and the network."
+        ) from error
+    if column not in dataset.column_names:
+        columns = dataset.column_names
+        raise PromptError(
+            f"{name}: expected a column {column!r}, got {columns}.{nearest(column, columns)} "
+            "Name the column of the prompts with `column=...`."
+        )
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    if not len(dataset):
+        raise PromptError(f"{name}: expected at least one row, got none. Choose another split.")
+    base = split.partition("[")[0]
+    prompts = []
+    for index, values in enumerate(dataset):
+        prompt_id = f"{Path(dataset_name).name}-{split}-{index}"
+        row = _Row(f"{name}, row {index}", prompt_id, plain_values(values))
+        content = row.fields.pop(column, None)
+        known = base if base in _SPLITS else None
+        prompts.append(_made(row, prompt_id, content, _json_only(row.fields), known, chat))
+    return prompts
 
 
 def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:
@@ -189,7 +249,7 @@ def _rows(source: str | Path) -> tuple[str, list[_Row]]:
     if ending not in (".jsonl", ".csv"):
         raise PromptError(
             f"Expected 'builtin' or the path of a .jsonl or .csv file, got {str(source)!r}. Change "
-            "the file's ending."
+            "the file's ending, or load a dataset of the Hugging Face Hub with `hub_prompts`."
         )
     try:
         # Spreadsheets begin their UTF-8 with a byte order mark.
@@ -270,17 +330,24 @@ def _prompt(row: _Row, chat: bool) -> Prompt:
         raise row.error("a string or an integer as id", repr(prompt_id), _CHANGE)
     if split is not None and split not in _SPLITS:
         raise row.error(f"split to be one of {', '.join(_SPLITS)}", repr(split), _CHANGE)
-    if isinstance(content, list):
+    return _made(row, str(prompt_id), content, fields, split, chat)
+
+
+def _made(
+    row: _Row, prompt_id: str, content: Any, metadata: dict[str, Any], split: Any, chat: bool
+) -> Prompt:
+    if isinstance(content, str):
+        texts = [content]
+        content = (Message("user", content),) if chat else content
+    elif isinstance(content, list):
         content = tuple(_message(row, message) for message in content)
-    elif not isinstance(content, str):
+        texts = [message.content for message in content]
+    else:
         raise row.error("a string or a list of messages as prompt", repr(content), "Change it.")
-    elif chat:
-        content = (Message("user", content),)
-    texts = [content] if isinstance(content, str) else [message.content for message in content]
     if not any(text.strip() for text in texts):
         raise row.error("a prompt with text", "an empty one", "Remove the row, or fill it.")
     try:
-        return Prompt(str(prompt_id), content, fields, split)
+        return Prompt(prompt_id, content, metadata, split)
     except ValueError as error:
         raise PromptError(f"{row.place}: {error}") from error
 

@@ -2,14 +2,19 @@
 
 import json
 import sys
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbrl_text_env.prompts import (
     PromptError,
+    hub_prompts,
     load_prompts,
     reasoning_gym_prompts,
 )
@@ -152,7 +157,7 @@ def test_a_missing_file_a_folder_and_another_format(tmp_path):
     folder.mkdir()
     with pytest.raises(PromptError, match="expected a file that can be read"):
         load_prompts(folder)
-    with pytest.raises(PromptError, match=r"\.jsonl or \.csv file, got 'built-in'"):
+    with pytest.raises(PromptError, match=r"\.jsonl or \.csv file, got 'built-in'.*hub_prompts"):
         load_prompts("built-in")
 
 
@@ -203,6 +208,82 @@ def test_a_bad_csv_row_is_named(tmp_path, text, message):
         load_prompts(text_file(tmp_path / "p.csv", text))
 
 
+# The Hugging Face Hub
+
+
+@pytest.fixture
+def dataset_folder(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "quiz"
+    folder.mkdir()
+    jsonl(
+        folder / "train.jsonl",
+        {"prompt": [{"role": "user", "content": "1 + 1?"}], "question": "1 + 1?", "answer": 2},
+        {
+            "prompt": [
+                {"role": "system", "content": "Count.", "name": None},
+                {"role": "user", "content": "2 + 2?"},
+            ],
+            "question": "2 + 2?",
+            "answer": 4,
+        },
+    )
+    jsonl(folder / "test.jsonl", {"prompt": [], "question": "3 + 3?", "answer": 6})
+    return str(folder)
+
+
+def test_hub_prompts_of_messages(dataset_folder):
+    first, second = hub_prompts(dataset_folder)
+    assert (first.id, first.split) == ("quiz-train-0", "train")
+    assert first.metadata == {"question": "1 + 1?", "answer": 2}
+    assert second.content == (Message("system", "Count."), Message("user", "2 + 2?"))
+
+
+def test_hub_prompts_of_strings(dataset_folder):
+    (prompt,) = hub_prompts(
+        dataset_folder, split="train[1:]", column="question", limit=5, chat=False
+    )
+    assert (prompt.id, prompt.split, prompt.content) == ("quiz-train[1:]-0", "train", "2 + 2?")
+    assert len(hub_prompts(dataset_folder, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"column": "questoin"}, "Did you mean 'question'"),
+        ({"split": "dev"}, "can be loaded, got ValueError"),
+        ({"config": "none"}, "configuration 'none'.*can be loaded"),
+        ({"split": "test"}, "row 0: .*empty"),
+        ({"column": "answer"}, "row 0: .*a string or a list of messages"),
+        ({"limit": 0}, "limit"),
+    ],
+)
+def test_hub_prompts_that_cannot_be(dataset_folder, arguments, message):
+    with pytest.raises(PromptError, match=message):
+        hub_prompts(dataset_folder, **arguments)
+
+
+def test_values_that_are_not_json_are_left_out(tmp_path, dataset_folder):
+    table = pa.table({"prompt": ["Hi"], "when": [datetime(2024, 5, 1)], "answer": [None]})
+    folder = tmp_path / "dated"
+    folder.mkdir()
+    pq.write_table(table, folder / "train.parquet")
+    assert hub_prompts(str(folder))[0].metadata == {}
+
+
+def test_the_reason_why_a_dataset_does_not_load_is_told(dataset_folder):
+    text_file(Path(dataset_folder) / "train.jsonl", "{")
+    with pytest.raises(PromptError, match=r"JSON|Expected object"):
+        hub_prompts(dataset_folder)
+
+
+def test_a_dataset_that_is_not_there():
+    pytest.importorskip("datasets")
+    with pytest.raises(PromptError, match="Check the names and the network"):
+        hub_prompts("nobody/no-such-dataset")
+
+
 # reasoning-gym
 
 
@@ -245,11 +326,18 @@ def test_reasoning_gym_prompts_that_cannot_be(task, arguments, message):
         reasoning_gym_prompts(task, **{"size": 1, "seed": 0, **arguments})
 
 
-def test_a_missing_extra_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "load"),
+    [
+        ("datasets", partial(hub_prompts, "any")),
+        ("reasoning_gym", partial(reasoning_gym_prompts, "chain_sum", size=1, seed=0)),
+    ],
+)
+def test_a_missing_extra_is_named(monkeypatch, module, load):
     # None is how Python itself marks a module that cannot be imported.
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(PromptError, match=r"'reasoning_gym'.*mbrl-text-env\[data\]"):
-        reasoning_gym_prompts("chain_sum", size=1, seed=0)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(PromptError, match=rf"'{module}'.*mbrl-text-env\[data\]"):
+        load()
 
 
 @pytest.mark.parametrize(
@@ -275,3 +363,12 @@ def test_keys_that_are_null_are_not_there(tmp_path):
     row = {"text": None, "prompt": "One", "messages": None, "id": None, "answer": None, "n": [None]}
     (prompt,) = load_prompts(jsonl(tmp_path / "mine.jsonl", row))
     assert (prompt.id, prompt.text, prompt.metadata) == ("mine-1", "One", {"n": [None]})
+
+
+def test_arrow_fills_keys_that_a_row_does_not_have(tmp_path):
+    pytest.importorskip("datasets")
+    constraints = [[{"type": "min_words", "value": 2}], [{"type": "no_commas"}]]
+    table = pa.table({"prompt": ["a", "b"], "constraints": constraints})
+    pq.write_table(table, tmp_path / "train.parquet")
+    found = hub_prompts(str(tmp_path))
+    assert [prompt.metadata["constraints"] for prompt in found] == constraints

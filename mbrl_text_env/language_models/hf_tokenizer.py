@@ -229,24 +229,10 @@ def _stop_ids(eos_token_id: int | None, config: Any) -> frozenset[int]:
     return frozenset(i for i in [eos_token_id, *listed] if i is not None)
 
 
-def position_limit(config: Any) -> int | None:
-    """Most tokens that a model's config allows; None where it does not say.
-
-    "Longrope" models turn all positions by other angles beyond their original length, where keys
-    that were computed before are of no use: they are used up to there.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        if kind.get("rope_type") == "longrope":
-            name = "original_max_position_embeddings"
-            return kind.get(name) or getattr(config, name, None)
-    return getattr(config, "max_position_embeddings", None)
-
-
 def _context_limit(config: Any, tokenizer: Any) -> int:
     """Most tokens of prompt and response together, as far as config and tokenizer know."""
     # Tokenizers without a limit report a huge number.
-    limits = [position_limit(config), tokenizer.model_max_length]
+    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     return min((limit for limit in limits if limit is not None and limit < 10**9), default=2**31)
 
 

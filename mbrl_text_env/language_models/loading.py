@@ -25,7 +25,7 @@ from torch.backends.cpu import get_cpu_capability
 
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models import engine, networks
-from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError, load, position_limit
+from mbrl_text_env.language_models.hf_tokenizer import ModelLoadError, load
 from mbrl_text_env.language_models.networks import (
     KVBatch,
     LlamaNetwork,
@@ -96,7 +96,8 @@ def choose_way(
             f"on a CPU; {type(model).__name__} is on {model.device}. Leave dtype out, or "
             "choose torch.bfloat16."
         )
-    kept = None if trial_file is None else _Kept(Path(trial_file), model)
+    has_switch = length_switch(model.config.get_text_config()) is not None
+    kept = None if trial_file is None or has_switch else _Kept(Path(trial_file), model)
     if kept is not None and _is_llama_like(model) and kept.was_right():
         return Way(own, LlamaNetwork(model, dtype))
     trial = _Trial(model, own)
@@ -107,14 +108,14 @@ def choose_way(
         network = _cached_network(model, trial, name)
     if kept is not None and isinstance(network, LlamaNetwork):
         kept.add()
-    if network is not None:
+    if network is not None and not has_switch:
         return Way(own, network)
     reason: Exception | None = None
     for steps, alone in ((True, False), (True, True), (False, True)):
         try:
             trial.check(functools.partial(engine.OwnBatch, own, model, steps), alone)
             trial.check_hidden(alone)
-            return Way(own, None, steps, alone)
+            return Way(own, network, steps, alone)
         except Exception as error:
             logger.info("%s is not computed with steps=%s, alone=%s: %s", name, steps, alone, error)
             reason = error
@@ -176,7 +177,8 @@ class _Trial:
         self._model, self._own = model, own
         config = model.config.get_text_config()
         window = getattr(config, "sliding_window", None) or 0
-        most = position_limit(config) or 2**31
+        # Beyond a switch, the model itself judges a prefix and its continuation by other angles.
+        most = length_switch(config) or getattr(config, "max_position_embeddings", None) or 2**31
         longest = min(_PROBE_TOKENS + (window if window <= _PROBE_WINDOW else 0), most - _STEPS)
         lengths = [max(1, longest), max(1, longest // 2), max(1, longest // 4), max(1, longest)]
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, longest + _STEPS))
@@ -297,6 +299,20 @@ def _is_llama_like(model: Any) -> bool:
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     wanted = 7 * len(model.model.layers) + 1
     return len(linear) == wanted and all(type(m) is torch.nn.Linear for m in linear)
+
+
+def length_switch(config: Any) -> int | None:
+    """Tokens beyond which "longrope" models turn all positions by other angles; None for others.
+
+    Keys of one kind are of no use beside keys of the other.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if kind.get("rope_type") == "longrope":
+            name = "original_max_position_embeddings"
+            limit: int | None = kind.get(name) or getattr(config, name, None)
+            return limit
+    return None
 
 
 def attention_width(config: Any) -> int:

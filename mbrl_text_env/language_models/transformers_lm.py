@@ -17,12 +17,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mbrl_text_env.language_models import base, engine, loading
-from mbrl_text_env.language_models.base import FeatureModel, NextTokens, SampleRequest
+from mbrl_text_env.language_models import engine, loading
+from mbrl_text_env.language_models.base import (
+    FeatureModel,
+    NextTokens,
+    SampleRequest,
+    charge,
+    check_judging_arguments,
+    check_next_tokens,
+    check_requests,
+    finish_reason,
+    pass_usage,
+    prefix_of,
+    room_after,
+)
 from mbrl_text_env.language_models.decoding import Sampled, fill_in, waiting, whole_requests
 from mbrl_text_env.language_models.engine import Tokens, chosen_logprobs
 from mbrl_text_env.language_models.hf_tokenizer import HFTokenizer, ModelLoadError, Tokenized
-from mbrl_text_env.language_models.networks import KVBatch, LlamaNetwork
+from mbrl_text_env.language_models.networks import KVBatch, LlamaNetwork, Network
 from mbrl_text_env.runs import weights_digest
 from mbrl_text_env.types import Chunk, Ledger, TextState, Usage, check_positive, timed
 
@@ -134,6 +146,8 @@ class TransformersLM(Tokenized, FeatureModel):
         lookup = 0 if loading.is_tied(self.model) else self.vocab_size * config.hidden_size
         self.num_parameters: int = self.model.num_parameters() - lookup
         self._attention_width = loading.attention_width(config)
+        # Beyond this length no keys and values of shorter prefixes can be used.
+        self._switch: float = loading.length_switch(config) or math.inf
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._recipe is None or self._weights_version() != self._loaded:
@@ -207,24 +221,22 @@ class TransformersLM(Tokenized, FeatureModel):
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
         """Draw chunks; see `LanguageModel.sample_requests`."""
-        base.check_requests(requests, self.guards)
-        limits = [
-            min(r.max_new_tokens, base.room_after(r.state, self.context_length)) for r in requests
-        ]
+        check_requests(requests, self.guards)
+        limits = [min(r.max_new_tokens, room_after(r.state, self.context_length)) for r in requests]
         chunks: list[list[Chunk]] = [[] for _ in requests]
         with timed(ledgers), self._lock, torch.inference_mode():
             queue = waiting(requests, limits)
             computed = self._run(queue)
         for drawn in queue:
-            reason = base.finish_reason(self, drawn.state, drawn.tokens)
+            reason = finish_reason(self, drawn.state, drawn.tokens)
             chunks[drawn.request].append(
                 Chunk(tuple(drawn.tokens), tuple(drawn.logprobs), reason, drawn.log_weight)
             )
         rows = zip(requests, chunks, computed, strict=True)
         usages = (
-            self._usage(len(base.prefix_of(r.state)), n, list(map(len, row))) for r, row, n in rows
+            self._usage(len(prefix_of(r.state)), n, list(map(len, row))) for r, row, n in rows
         )
-        base.charge(ledgers, usages)
+        charge(ledgers, usages)
         return chunks
 
     def logprobs(
@@ -235,10 +247,10 @@ class TransformersLM(Tokenized, FeatureModel):
         ledgers: Sequence[Ledger] | None = None,
     ) -> list[tuple[float, ...]]:
         """Those of the model's own forward pass over state and chunk together."""
-        base.check_judging_arguments(states, chunks)
-        prefixes = [base.prefix_of(state) for state in states]
+        check_judging_arguments(states, chunks)
+        prefixes = [prefix_of(state) for state in states]
         tokens = [chunk.token_ids for chunk in chunks]
-        sequences = [p + ids[:-1] for p, ids in zip(prefixes, tokens, strict=True)]
+        sequences = list(map(self._judging, prefixes, tokens))
 
         def read(i: int, hidden: Tensor) -> tuple[float, ...]:
             return tuple(chosen_logprobs(self._logits(hidden), tokens[i]))
@@ -249,13 +261,13 @@ class TransformersLM(Tokenized, FeatureModel):
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
     ) -> list[NextTokens]:
         """The k most probable next tokens of each state; see `LanguageModel.next_tokens`."""
-        base.check_next_tokens(states, k, self.vocab_size)
+        check_next_tokens(states, k, self.vocab_size)
 
         def read(i: int, hidden: Tensor) -> NextTokens:
             ids, logs = engine.top_tokens(self._logits(hidden), k)
             return NextTokens(tuple(ids[0].tolist()), tuple(logs[0].tolist()))
 
-        sequences = [base.prefix_of(state) for state in states]
+        sequences = [prefix_of(state) for state in states]
         return self._read(sequences, [len(s) - 1 for s in sequences], ledgers, read)
 
     def features(
@@ -270,22 +282,29 @@ class TransformersLM(Tokenized, FeatureModel):
             # A copy: the next pass computes in the same memory.
             return hidden[-1].float().cpu().numpy().copy()
 
-        sequences = [base.prefix_of(state) for state in states]
+        sequences = [prefix_of(state) for state in states]
         rows = self._read(sequences, [len(s) - 1 for s in sequences], ledgers, read)
         return np.array(rows, dtype=np.float32).reshape(len(states), self.feature_size)
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
         """2 x parameters for each token of the prefix and of the chunks, plus attention."""
-        computed = prefix_tokens
-        if self._network is None:
-            # Samples that do not fit into one batch do not share their prefix.
-            computed *= max(1, math.ceil(len(new_tokens) / self._plain_rows))
+        passes = 1
+        if self._network is None or prefix_tokens > self._switch:
+            # Without a cache, samples that do not fit into one batch do not share their prefix.
+            passes = max(1, math.ceil(len(new_tokens) / self._plain_rows))
+        computed = passes * prefix_tokens
+        if self._network is None or prefix_tokens + max(new_tokens, default=0) > self._switch + 1:
             computed += sum(self._repeated(prefix_tokens, new) for new in new_tokens)
+        if prefix_tokens <= self._switch:
+            # What crosses the switch is judged as a whole, and computed anew there if it goes on.
+            lengths = [prefix_tokens + new for new in new_tokens]
+            computed += sum(length for length in lengths if length > self._switch)
+            computed += sum(length for length in lengths if length > self._switch + 1)
         return self._usage(prefix_tokens, computed, new_tokens)
 
     def _usage(self, prefix: int, computed: int, new_tokens: Sequence[int]) -> Usage:
         width = self._attention_width
-        return base.pass_usage(prefix, computed, new_tokens, self.num_parameters, width)
+        return pass_usage(prefix, computed, new_tokens, self.num_parameters, width)
 
     def _read(
         self,
@@ -302,7 +321,7 @@ class TransformersLM(Tokenized, FeatureModel):
                 found[i] = read(i, hidden)
                 computed[i] = count
         usages = (self._usage(len(s), n, []) for s, n in zip(sequences, computed, strict=True))
-        base.charge(ledgers, usages)
+        charge(ledgers, usages)
         return [found[i] for i in range(len(sequences))]
 
     def _weights_version(self) -> tuple[tuple[int, int], ...]:
@@ -339,21 +358,45 @@ class TransformersLM(Tokenized, FeatureModel):
         """Sample the queue; returns the prefix tokens computed for each request."""
         computed = [0] * (1 + max((chunk.request for chunk in queue), default=-1))
         self._refresh()
-        if self._network is None:
+        switch = self._switch
+        near = [chunk for chunk in queue if len(chunk.sequence) <= switch]
+        limits = [chunk.limit for chunk in near]
+        for chunk in near:
+            chunk.limit = int(min(chunk.limit, switch + 1 - len(chunk.sequence)))
+        self._decode(near, computed, self._network)
+        for chunk, limit in zip(near, limits, strict=True):
+            chunk.limit = limit
+        fresh = [chunk for chunk in queue if not chunk.tokens]
+        self._decode(fresh + [c for c in near if not c.is_done(self)], computed, None)
+        # As `logprobs` gives them: a pass over the whole sequence, with its angles.
+        crossing = [chunk for chunk in near if len(chunk.sequence) > switch]
+        prefixes = [prefix_of(chunk.state) for chunk in crossing]
+        sequences = [self._judging(p, c.tokens) for p, c in zip(prefixes, crossing, strict=True)]
+        for i, hidden, count in self._hidden(sequences, [len(p) - 1 for p in prefixes]):
+            crossing[i].logprobs[:] = chosen_logprobs(self._logits(hidden), crossing[i].tokens)
+            computed[crossing[i].request] += count
+        return computed
+
+    def _decode(
+        self, queue: Sequence[Sampled], computed: list[int], network: Network | None
+    ) -> None:
+        """Sample chunks, over kept keys and values where a network is given."""
+        if not queue:
+            return
+        if network is None:
+            before = [(len(chunk.sequence), len(chunk.tokens)) for chunk in queue]
             for part in whole_requests(queue, self._plain_rows):
                 plain = engine.OwnBatch(self._way.own, self.model, self._way.steps)
                 fill_in(part, plain, len(part), self, computed)
-            for chunk in queue:
-                prefix = len(base.prefix_of(chunk.state))
-                computed[chunk.request] += self._repeated(prefix, len(chunk.tokens))
-        elif queue:
-            longest = max(len(chunk.sequence) for chunk in queue)
-            capacity = max(len(chunk.sequence) + chunk.limit for chunk in queue)
-            # Room to go on without moving anything while rows come and go.
-            capacity += capacity // 4 if len(queue) > self.batch_size else 0
-            cached, rows = self._cached_batch(len(queue), longest, capacity)
-            fill_in(queue, cached, rows, self, computed)
-        return computed
+            for chunk, (prefix, start) in zip(queue, before, strict=True):
+                computed[chunk.request] += self._repeated(prefix, len(chunk.tokens) - start)
+            return
+        longest = max(len(chunk.sequence) for chunk in queue)
+        capacity = max(len(chunk.sequence) + chunk.limit for chunk in queue)
+        # Room to go on without moving anything while rows come and go.
+        capacity += capacity // 4 if len(queue) > self.batch_size else 0
+        cached, rows = self._cached_batch(len(queue), longest, capacity)
+        fill_in(queue, cached, rows, self, computed)
 
     def _repeated(self, prefix: int, new: int) -> int:
         """Tokens computed again for `new` tokens after a prefix, where nothing is kept of them."""
@@ -364,19 +407,13 @@ class TransformersLM(Tokenized, FeatureModel):
     ) -> Iterator[tuple[int, Tensor, int]]:
         """Index, hidden states from place `firsts[i]` to the end, and tokens computed for it."""
         self._refresh()
-        if self._network is None:
-            order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-            for start in range(0, len(order), self._plain_rows):
-                chosen = order[start : start + self._plain_rows]
-                found = engine.plain_hidden(
-                    self._way.own, [sequences[i] for i in chosen], self.device
-                )
-                for i, hidden in zip(chosen, found, strict=True):
-                    yield i, hidden[firsts[i] :], len(sequences[i])
-            return
+        near = [i for i in range(len(sequences)) if len(sequences[i]) <= self._switch]
+        far = [i for i in range(len(sequences)) if len(sequences[i]) > self._switch]
         owners: dict[Tokens, list[int]] = {}
-        for i in sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), sequences[i])):
-            owners.setdefault(sequences[i], []).append(i)
+        if self._network is not None:
+            for i in sorted(near, key=lambda i: (-len(sequences[i]), sequences[i])):
+                owners.setdefault(sequences[i], []).append(i)
+            near = []
         unique = list(owners)
         while unique:
             batch, size = self._cached_batch(len(unique), len(unique[0]), len(unique[0]))
@@ -387,6 +424,20 @@ class TransformersLM(Tokenized, FeatureModel):
                 for i in owners[sequence]:
                     yield i, batch.hidden(row, firsts[i], len(sequence)), count
                     count = 0
+        for indices in (near, far):
+            order = sorted(indices, key=lambda i: len(sequences[i]))
+            for start in range(0, len(order), self._plain_rows):
+                chosen = order[start : start + self._plain_rows]
+                found = engine.plain_hidden(
+                    self._way.own, [sequences[i] for i in chosen], self.device
+                )
+                for i, hidden in zip(chosen, found, strict=True):
+                    yield i, hidden[firsts[i] :], len(sequences[i])
+
+    def _judging(self, prefix: Tokens, tokens: Sequence[int]) -> Tokens:
+        """What a pass goes over to judge tokens; the last one only where it crosses the switch."""
+        crosses = len(prefix) + len(tokens) - 1 == self._switch
+        return (*prefix, *(tokens if crosses else tokens[:-1]))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32[n, V] of hidden states, in parts: logits are large."""
