@@ -10,7 +10,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -476,26 +476,37 @@ def _written(option: str, path: Path) -> Iterator[None]:
 
 
 def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
-    """The reward that scored records, by `--reward` or by the name in them."""
+    """The reward that scored records, or its name alone where it cannot be made from that."""
     from mbrl_text_env.records import RecordsError
     from mbrl_text_env.rewards import RewardSpecError
     from mbrl_text_env.rewards.base import reward_name
 
-    try:
-        reward_model = options.RewardOptions(reward=spec or name, reward_timeout=timeout).load()
-    except RewardSpecError as error:
-        if spec is not None:
-            raise
-        raise RecordsError(
-            f"The records were scored by {name!r}, of which no reward can be made. Give --reward, "
-            "as it was given to `collect`."
-        ) from error
+    if spec is None:
+        try:
+            return options.RewardOptions(reward=name, reward_timeout=timeout).load()
+        except RewardSpecError:
+            return _NameOfReward(name)
+    reward_model = options.RewardOptions(reward=spec, reward_timeout=timeout).load()
     if reward_name(reward_model) != name:
         raise RecordsError(
             f"--reward {spec!r} is called {reward_name(reward_model)!r}, and the records were "
             f"scored by {name!r}. Give the reward that scored them."
         )
     return reward_model
+
+
+@dataclass
+class _NameOfReward:
+    """The reward that scored records, by name only, for values that do not call it."""
+
+    name: str
+
+    def score(self, prompts: Any, responses: Any) -> Any:
+        """Refuse."""
+        raise ValueError(
+            f"the records say no more of their reward than the name {self.name!r}, and this kind "
+            "of value scores prefixes by it: pass --reward, as it was given to `collect`"
+        )
 
 
 if __name__ == "__main__":

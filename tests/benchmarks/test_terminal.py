@@ -294,11 +294,12 @@ class TestRewardFiles:
         assert done.exit_code == 0, done.output
         fit = ["fit", "--records", records, "--out", tmp_path / "value", *model]
         done = run(*fit, "--kind", "hidden-state")
+        assert done.exit_code == 0, done.output
+        done = run(*fit, "--kind", "calibrated")
         assert done.exit_code == 2
-        assert "Give --reward" in done.output
-        for kind in ("hidden-state", "calibrated"):
-            done = run(*fit, "--kind", kind, "--reward", spec)
-            assert done.exit_code == 0, done.output
+        assert "pass --reward" in done.output
+        done = run(*fit, "--kind", "calibrated", "--reward", spec)
+        assert done.exit_code == 0, done.output
         done = run(*fit, "--kind", "calibrated", "--reward", "sentiment")
         assert done.exit_code == 2
         assert "scored by 'mine'" in done.output
