@@ -132,7 +132,8 @@ class _Kept:
         code = [inspect.getsource(module).encode() for module in (engine, networks)]
         is_cuda = model.device.type == "cuda"
         processor = torch.cuda.get_device_name(model.device) if is_cuda else get_cpu_capability()
-        about = torch.__version__, transformers.__version__, processor, str(model.dtype)
+        about = [torch.__version__, transformers.__version__, processor, str(model.dtype)]
+        about += [model.name_or_path, model.config.to_json_string()]
         self._path, self._own = path, digest(*code, *map(str.encode, about))
 
     def _found(self) -> list[str]:

@@ -752,6 +752,11 @@ class TestTrialFile:
             TransformersLM(model_folder("llama"), trial_file=tmp_path / "t.json", dtype=dtype)
         assert len(trials) == 2
 
+    def test_another_model_is_tried(self, model_folder, tmp_path, trials):
+        for family in ("llama", "qwen3"):
+            TransformersLM(model_folder(family), trial_file=tmp_path / "t.json")
+        assert len(trials) == 2
+
     def test_a_model_that_is_loaded_already_is_tried(self, tiny, tmp_path, trials):
         lm = tiny("llama")
         trials.clear()
