@@ -19,7 +19,8 @@ from mbrl_text_env.types import Message, Prompt, Split
 
 _SPLITS = get_args(Split)
 _CONTENT_KEYS = ("text", "prompt", "messages")
-_CHANGE = "Change it, or leave it out."
+CHANGE = "Change it, or leave it out."
+"""What a message about a value of a row ends with."""
 
 
 class PromptError(ValueError):
@@ -71,7 +72,7 @@ def load_prompts(
         >>> [prompt.split for prompt in load_prompts(split="validation", limit=2)]
         ['validation', 'validation']
     """
-    _check_filters(split, limit)
+    check_filters(split, limit)
     name, rows = _rows(source)
     prompts = [_prompt(row, chat) for row in rows]
     if not prompts:
@@ -84,6 +85,11 @@ def load_prompts(
                 f"{row.place}: expected unique ids, got {prompt.id!r} again (first: {first}). "
                 "Change one of the two."
             )
+    return only(name, prompts, split, kind)[:limit]
+
+
+def only(name: str, prompts: list[Prompt], split: str | None, kind: str | None) -> list[Prompt]:
+    """The prompts of a split and a kind; a PromptError that begins with `name` for none."""
     kept = [
         prompt
         for prompt in prompts
@@ -97,7 +103,7 @@ def load_prompts(
             f"{len(prompts)}. Their splits are {splits}, their kinds {kinds}. None (`--split all`, "
             "no `--kind`) keeps all."
         )
-    return kept[:limit]
+    return kept
 
 
 def hub_prompts(
@@ -128,17 +134,8 @@ def hub_prompts(
     Example:
         >>> prompts = hub_prompts("trl-lib/tldr", split="test", limit=64)  # doctest: +SKIP
     """
-    _check_filters(None, limit)
-    datasets = optional("datasets", PromptError)
-    name = f"Dataset {dataset_name!r}, split {split!r}"
-    try:
-        dataset = datasets.load_dataset(dataset_name, config, split=split)
-    except Exception as error:  # dozens of unrelated types, which all mean the same here
-        reason = error.__cause__ or error
-        raise PromptError(
-            f"{name}, configuration {config!r}: expected a dataset that can be loaded, got "
-            f"{type(reason).__name__}: {reason}. Check the names and the network."
-        ) from error
+    check_filters(None, limit)
+    name, dataset = load_dataset(dataset_name, split, config)
     if column not in dataset.column_names:
         columns = dataset.column_names
         raise PromptError(
@@ -158,6 +155,20 @@ def hub_prompts(
         known = base if base in _SPLITS else None
         prompts.append(_made(row, prompt_id, content, _json_only(row.fields), known, chat))
     return prompts
+
+
+def load_dataset(name: str, split: str, config: str | None) -> tuple[str, Any]:
+    """What messages call a dataset, and the dataset; a PromptError where it cannot be loaded."""
+    datasets = optional("datasets", PromptError)
+    place = f"Dataset {name!r}, split {split!r}"
+    try:
+        return place, datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # dozens of unrelated types, which all mean the same here
+        reason = error.__cause__ or error
+        raise PromptError(
+            f"{place}, configuration {config!r}: expected a dataset that can be loaded, got "
+            f"{type(reason).__name__}: {reason}. Check the names and the network."
+        ) from error
 
 
 def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:
@@ -325,12 +336,18 @@ def _prompt(row: _Row, chat: bool) -> Prompt:
         expected = f"one of the fields {', '.join(_CONTENT_KEYS)}"
         raise row.error(expected, keys or list(row.fields), change)
     content = fields.pop(keys[0])
-    prompt_id, split = fields.pop("id", row.default_id), fields.pop("split", None)
+    prompt_id, split = id_and_split(row, fields, row.default_id)
+    return _made(row, prompt_id, content, fields, split, chat)
+
+
+def id_and_split(row: _Row, fields: dict[str, Any], default_id: str) -> tuple[str, Any]:
+    """Take a prompt's id and split out of a row's fields; a PromptError where they are none."""
+    prompt_id, split = fields.pop("id", default_id), fields.pop("split", None)
     if isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int) or prompt_id == "":
-        raise row.error("a string or an integer as id", repr(prompt_id), _CHANGE)
+        raise row.error("a string or an integer as id", repr(prompt_id), CHANGE)
     if split is not None and split not in _SPLITS:
-        raise row.error(f"split to be one of {', '.join(_SPLITS)}", repr(split), _CHANGE)
-    return _made(row, str(prompt_id), content, fields, split, chat)
+        raise row.error(f"split to be one of {', '.join(_SPLITS)}", repr(split), CHANGE)
+    return str(prompt_id), split
 
 
 def _made(
@@ -361,7 +378,8 @@ def _message(row: _Row, message: Any) -> Message:
     return Message(**given)
 
 
-def _check_filters(split: str | None, limit: int | None) -> None:
+def check_filters(split: str | None, limit: int | None = None) -> None:
+    """Refuse an unknown split and a limit below 1."""
     if split is not None and split not in _SPLITS:
         raise PromptError(f"split: expected one of {', '.join(_SPLITS)}, or None, got {split!r}.")
     if limit is not None and limit < 1:

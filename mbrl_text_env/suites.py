@@ -6,9 +6,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from mbrl_text_env.prompts import PromptError, load_prompts, nearest, reasoning_gym_prompts
+from mbrl_text_env.prompts import (
+    PromptError,
+    check_filters,
+    load_prompts,
+    nearest,
+    only,
+    reasoning_gym_prompts,
+)
 from mbrl_text_env.types import Message, Prompt, Split
 
 REASONING_TASKS: dict[str, dict[str, Any]] = {
@@ -76,18 +83,9 @@ def load_suite(
         raise PromptError(
             f"Expected a suite, one of {list(SUITES)}, got {name!r}.{nearest(name, SUITES)}"
         )
-    if split is not None and split not in get_args(Split):
-        raise PromptError(f"split: expected one of {get_args(Split)}, or None, got {split!r}.")
-    every = suite.load(kind)
-    asked = _with_examples(name, every, suite.shots if shots is None else shots)
-    kept = [p for p in asked if split in (None, p.split) and kind in (None, p.metadata["kind"])]
-    if not kept:
-        kinds = sorted({prompt.metadata["kind"] for prompt in every})
-        raise PromptError(
-            f"suite:{name}: expected prompts with split={split!r} and kind={kind!r}, got none of "
-            f"{len(every)}. Their kinds are {kinds}."
-        )
-    return kept
+    check_filters(split)
+    shots = suite.shots if shots is None else shots
+    return only(f"suite:{name}", _with_examples(name, suite.load(kind), shots), split, kind)
 
 
 def _with_examples(name: str, prompts: list[Prompt], shots: int) -> list[Prompt]:

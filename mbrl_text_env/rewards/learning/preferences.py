@@ -13,23 +13,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbrl_text_env._lazy import optional
 from mbrl_text_env.files import shortened, write_text
 from mbrl_text_env.fitting.report import one_reward
 from mbrl_text_env.language_models.base import spawn_seed
-from mbrl_text_env.prompts import PromptError, _message, _Row, _rows
-from mbrl_text_env.types import Message, Prompt, Split
+from mbrl_text_env.prompts import (
+    CHANGE,
+    PromptError,
+    _message,
+    _Row,
+    _rows,
+    id_and_split,
+    load_dataset,
+)
+from mbrl_text_env.types import Message, Prompt
 
 if TYPE_CHECKING:
     from mbrl_text_env.records import Record
 
 
 RESPONSES = ("chosen", "rejected")
-_SPLITS = get_args(Split)
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 # How dialogues are written out as plain text in Anthropic's data and those made after it.
 _TURN = "\n\nAssistant:"
@@ -227,18 +233,7 @@ def _hub_rows(name: str, split: str, config: str | None) -> Iterator[_Row]:
             f"Expected a .jsonl file, a dataset's folder, or its name on the Hugging Face Hub, got "
             f"{name!r}. Check the path, or give the file the ending .jsonl."
         )
-    datasets = optional("datasets", PreferenceError)
-    place = f"Dataset {name!r}, split {split!r}"
-    # Dozens of unrelated exception types come out of `load_dataset`; all mean the same here.
-    try:
-        dataset = datasets.load_dataset(name, config, split=split)
-    except Exception as error:
-        reason = error.__cause__ or error
-        raise PreferenceError(
-            f"{place}, configuration {config!r}: expected a dataset that can be loaded, got "
-            f"{type(reason).__name__}: {reason}. Check the names, the network and HF_HUB_OFFLINE, "
-            "or pass a .jsonl file."
-        ) from error
+    place, dataset = load_dataset(name, split, config)
     for index, fields in enumerate(dataset):
         yield _Row(f"{place}, row {index}", f"{Path(name).stem}-{index + 1}", fields)
 
@@ -252,25 +247,17 @@ def _pair_of(row: _Row, first_ids: dict[Any, str]) -> PreferencePair:
             expected = "the columns 'chosen' and 'rejected'"
             raise row.error(expected, list(fields), f"Add {column!r}, or rename a column.")
     prompt, chosen, rejected = (fields.pop(key, None) for key in ("prompt", *RESPONSES))
-    margin, split = fields.pop("margin", None), fields.pop("split", None)
-    metadata = fields.pop("metadata", {})
+    margin, metadata = fields.pop("margin", None), fields.pop("metadata", {})
     try:
         content, chosen, rejected = _texts(row, prompt, chosen, rejected)
-        prompt_id = fields.pop("id", first_ids.setdefault(content, row.default_id))
+        default_id = first_ids.setdefault(content, row.default_id)
+        prompt_id, split = id_and_split(row, fields, default_id)
         metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
-        for expected, value, fits in (
-            (
-                "a string or an integer as id",
-                prompt_id,
-                isinstance(prompt_id, str | int) and prompt_id != "",
-            ),
-            ("a number as margin", margin, isinstance(margin, int | float | None)),
-            ("an object as metadata", metadata, isinstance(metadata, dict)),
-            (f"split to be one of {', '.join(_SPLITS)}", split, split in (None, *_SPLITS)),
-        ):
-            if isinstance(value, bool) or not fits:
-                raise row.error(expected, repr(value), "Change it, or leave it out.")
-        prompt = Prompt(str(prompt_id), content, {**fields, **metadata}, split)
+        if isinstance(margin, bool) or not isinstance(margin, int | float | None):
+            raise row.error("a number as margin", repr(margin), CHANGE)
+        if not isinstance(metadata, dict):
+            raise row.error("an object as metadata", repr(metadata), CHANGE)
+        prompt = Prompt(prompt_id, content, {**fields, **metadata}, split)
         margin = None if margin is None else float(margin)
         return PreferencePair(prompt, chosen, rejected, margin)
     except PromptError:
