@@ -28,7 +28,7 @@ from mbrl_text_env.benchmarks.demo import collect_with_progress, fitted_on
 from mbrl_text_env.benchmarks.options import ArticleConfig, RewardOptions
 from mbrl_text_env.benchmarks.page import Page, provenance, read_json, reading, write_page
 from mbrl_text_env.benchmarks.statistics import mean_interval, prompt_means
-from mbrl_text_env.benchmarks.terminal import COMMAND, numbers, progress_bar, table_of
+from mbrl_text_env.benchmarks.terminal import numbers, progress_bar, table_of
 from mbrl_text_env.encoders import Encoder
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.loading import number_format
@@ -99,7 +99,7 @@ def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console:
     parts = {"improver": LoraImprover(_TUNING), "value_model": value, "encoder": encoder}
     loop = ExpertIteration(*models, PROMPTS, UNSEEN, out / LOOP, settings, **parts)
     _run_loop(loop, console)
-    about = {**provenance(COMMAND.get()), "settings": {**asdict(config), "device": str(device)}}
+    about = {**provenance(), "settings": {**asdict(config), "device": str(device)}}
     write_text(out / ABOUT, json.dumps(about, indent=2))
     page = recorded_page(out)
     write_page(out / compare.REPORT, page)

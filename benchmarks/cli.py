@@ -7,10 +7,9 @@ Ctrl-C.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,6 @@ from mbrl_text_env.benchmarks.machines import RayOptions, merge_command
 from mbrl_text_env.benchmarks.reward_fit import fit_command as fit_reward_command
 from mbrl_text_env.benchmarks.serve import serve_command
 from mbrl_text_env.benchmarks.terminal import (
-    COMMAND,
     CommandLine,
     console,
     numbers,
@@ -184,7 +182,7 @@ def collect_command(
         f"({len(chosen) - len(left)} prompts were there, {len(failed)} could not be scored): "
         f"{out.resolve()}"
     )
-    console.print(f"Report: {write_records_report(out, COMMAND.get(), failed)}")
+    console.print(f"Report: {write_records_report(out, failed)}")
     _exit_complete(not failed and len(chosen) == len(asked))
 
 
@@ -401,7 +399,7 @@ def search_command(
         settings |= {"value": value, "budget_tokens": budget_tokens, "seed": seed}
         settings |= {"max_response_tokens": limit, **answer.usage.as_dict()}
         with _written("--html", html_file):
-            write_page(html_file, search_page(search, bounds, settings, provenance(COMMAND.get())))
+            write_page(html_file, search_page(search, bounds, settings, provenance()))
 
 
 @reward_app.command("audit")
@@ -429,7 +427,6 @@ def audit_command(
     language_model = model.load()
     chosen = options.that_fit(prompts.formatted(asked), language_model)
     labels = {"prompts_source": prompts.prompts, "split": prompts.split, "dtype": model.dtype}
-    words = {**asdict(config), "out": out, "pool": pool, **asdict(model), **asdict(prompts)}
     audit = Audit(config, chosen, language_model, proxy, gold, left_out, labels)
     with progress_bar() as bar:
         tasks = {"pool": bar.add_task("Responses", total=len(chosen) * config.samples)}
@@ -440,22 +437,11 @@ def audit_command(
             audit,
             out,
             pool=pool,
-            command=_audit_words(words),
             on_progress=lambda stage, count: bar.advance(tasks[stage], count),
         )
     console.print(summary(result))
     console.print(f"audit.json and report.html: {out.resolve()}")
     _exit_complete(len(chosen) == len(asked))
-
-
-def _audit_words(options: dict[str, Any]) -> str:
-    """The command line that asks for the same audit again."""
-    words = ["mbrl-text", "reward", "audit"]
-    for name, value in options.items():
-        if value is not None and value is not False:
-            words.append(f"--{name.replace('_', '-')}")
-            words += [] if value is True else [str(value)]
-    return shlex.join(words)
 
 
 def _exit_complete(is_complete: bool) -> None:

@@ -37,7 +37,7 @@ from mbrl_text_env.benchmarks.page import (
 )
 from mbrl_text_env.benchmarks.report import baseline_of, comparison_page
 from mbrl_text_env.benchmarks.statistics import mean_interval, win_rate
-from mbrl_text_env.benchmarks.terminal import COMMAND, progress_bar
+from mbrl_text_env.benchmarks.terminal import progress_bar
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models.base import LanguageModel, Tokenizer
 from mbrl_text_env.prompts import as_prompts
@@ -171,7 +171,7 @@ def compare(
     folder = Path(out)
     record = comparison.record()
     so_far: dict[str, list[Row]] = {spec: [] for spec in comparison.config.agents}
-    about, written = provenance(COMMAND.get()), time.monotonic()
+    about, written = provenance(), time.monotonic()
 
     def on_rows(spec: str, count: int, made: list[Row]) -> None:
         nonlocal written

@@ -12,7 +12,7 @@ import typer
 
 from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.options import CompareError
-from mbrl_text_env.benchmarks.terminal import COMMAND, console
+from mbrl_text_env.benchmarks.terminal import console
 from mbrl_text_env.runs import CONFIG, Each, claimed, in_turn, read_config, refuse_others, writing
 
 Row = dict[str, Any]
@@ -84,7 +84,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     from mbrl_text_env.benchmarks.compare import PARTS, write_results, write_rows
     from mbrl_text_env.benchmarks.page import provenance
 
-    about = provenance(COMMAND.get())
+    about = provenance()
     config, shards = _shards([Path(folder) for folder in folders])
     parts: dict[str, list[Row]] = {}
     for index, folder in shards.items():

@@ -28,7 +28,7 @@ from rich.table import Table
 from mbrl_text_env.benchmarks.charts import Chart
 from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.benchmarks.statistics import Interval
-from mbrl_text_env.benchmarks.terminal import visible
+from mbrl_text_env.benchmarks.terminal import COMMAND, visible
 from mbrl_text_env.files import write_text
 
 _PARTS = Path(__file__).parent / "html"
@@ -132,10 +132,10 @@ def embedded_json(data: Any) -> str:
     return text.translate(_IN_HTML)
 
 
-def provenance(command: str) -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """When, by which command and on what a run was made."""
     return {
-        "command": command,
+        "command": COMMAND.get(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",

@@ -87,9 +87,9 @@ def records_report(folder: Path) -> Path:
     return path.with_name(f"{path.name}-report.html")
 
 
-def write_records_report(folder: Path, command: str, failed: Mapping[str, str]) -> Path:
+def write_records_report(folder: Path, failed: Mapping[str, str]) -> Path:
     """The report of `collect` at its end, with the prompts that `failed` and why."""
-    about = {**provenance(command), "failed": dict(failed)}
+    about = {**provenance(), "failed": dict(failed)}
     write_text(folder / _ABOUT, json.dumps(about, indent=2))
     return write_report(folder)
 

@@ -13,7 +13,7 @@ import typer
 from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.machines import RayOptions
-from mbrl_text_env.benchmarks.terminal import COMMAND, console, progress_bar
+from mbrl_text_env.benchmarks.terminal import console, progress_bar
 
 if TYPE_CHECKING:
     from mbrl_text_env.benchmarks.training import Training
@@ -120,7 +120,7 @@ def _report(training: Training) -> None:
     from mbrl_text_env.rewards.base import reward_name
 
     about = {
-        **provenance(COMMAND.get()),
+        **provenance(),
         "algorithm": training.algorithm,
         "reward": reward_name(training.reward_model),
         "language_model": training.language_model.name,

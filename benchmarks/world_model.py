@@ -18,7 +18,7 @@ from mbrl_text_env.benchmarks.charts import Series, of_curves
 from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.page import Page, provenance, read_json, reading
 from mbrl_text_env.benchmarks.statistics import Interval, mean_interval
-from mbrl_text_env.benchmarks.terminal import COMMAND, console, numbers, table_of
+from mbrl_text_env.benchmarks.terminal import console, numbers, table_of
 from mbrl_text_env.files import write_text
 
 HORIZONS = "horizons.json"
@@ -67,7 +67,7 @@ def world_model_report_command(
             )
         ]
     about = {
-        **provenance(COMMAND.get()),
+        **provenance(),
         "settings": {
             "world_model": str(folder),
             "kind": dynamics.kind,

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -106,7 +105,6 @@ def run_audit(
     out: str | Path,
     *,
     pool: str | Path | None = None,
-    command: str = "",
     on_progress: Callable[[str, int], None] | None = None,
 ) -> AuditResult:
     """Run or resume an audit in the folder `out`.
@@ -153,9 +151,10 @@ def run_audit(
         }
         scores = {"gold": scores["proxy"], **scores}
         result = measure(audit, responses, scores["proxy"], scores["gold"])
+        about = provenance()
         written = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": command,
+            "date": about["date"],
+            "command": about["command"],
             "config": audit.record(),
             **{key: value for key, value in asdict(result).items() if key != "config"},
         }
@@ -163,7 +162,7 @@ def run_audit(
         answers = chosen_answers(asked, responses, scores["proxy"][0], scores["gold"][0])
         with writing(folder, AuditError):
             write_text(folder / _ANSWERS, json.dumps(answers))
-            write_text(folder / _ABOUT, json.dumps(provenance(command), indent=2))
+            write_text(folder / _ABOUT, json.dumps(about, indent=2))
             write_text(folder / AUDIT, json.dumps(written, indent=2, allow_nan=False))
             write_page(folder / REPORT, recorded_page(folder))
     return result

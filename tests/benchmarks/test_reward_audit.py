@@ -4,13 +4,11 @@ import json
 import shlex
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from mbrl_text_env.benchmarks.cli import audit_command
+from mbrl_text_env.benchmarks.cli import app
 
-APP = typer.Typer()
-APP.command("audit")(audit_command)
+AUDIT = ["reward", "audit"]
 RUN = CliRunner(env={"COLUMNS": "80"})
 SMALL = {
     "--proxy": "sentiment", "--gold": "relevance", "--num-prompts": "4", "--samples": "8",
@@ -20,7 +18,7 @@ SMALL = {
 
 def run(**changes):
     options = {**SMALL, **{f"--{key.replace('_', '-')}": str(v) for key, v in changes.items()}}
-    return RUN.invoke(APP, [word for pair in options.items() for word in pair])
+    return RUN.invoke(app, [*AUDIT, *(word for pair in options.items() for word in pair)])
 
 
 def written(folder):
@@ -60,7 +58,7 @@ def test_the_written_command_gives_the_same_audit(finished):
     before = written(folder)
     words = shlex.split(before["command"])
     assert words[:3] == ["mbrl-text", "reward", "audit"]
-    result = RUN.invoke(APP, words[3:])
+    result = RUN.invoke(app, words[1:])
     assert result.exit_code == 0, result.output
     assert written(folder) == before
 
