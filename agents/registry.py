@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import pkgutil
@@ -16,6 +15,7 @@ from mbrl_text_env.agents.model_free.candidate_agent import CandidateAgent
 from mbrl_text_env.language_models.base import LanguageModel, SamplingParams
 from mbrl_text_env.rewards.base import RewardLike
 from mbrl_text_env.rewards.names import first_line
+from mbrl_text_env.types import nearest
 from mbrl_text_env.values import ValueModel
 
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -117,9 +117,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """Split a spec such as `best-of-n:n=8` into its name and options; or an `AgentSpecError`."""
     name, *items = spec.strip().split(":")
     if name not in _CLASSES:
-        near = difflib.get_close_matches(name, _CLASSES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise AgentSpecError(f"Unknown agent {name!r}; there are {sorted(_CLASSES)}.{hint}")
+        known = f"{sorted(_CLASSES)}.{nearest(name, _CLASSES)}"
+        raise AgentSpecError(f"Unknown agent {name!r}; there are {known}")
     options: dict[str, Any] = {}
     for item in items:
         key, _, value = item.partition("=")

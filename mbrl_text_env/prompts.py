@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import importlib
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 
 from mbrl_text_env._lazy import optional
 from mbrl_text_env.files import plain_values, shortened, strict_json_object
-from mbrl_text_env.types import Message, Prompt, Split
+from mbrl_text_env.types import Message, Prompt, Split, nearest
 
 _SPLITS = get_args(Split)
 _CONTENT_KEYS = ("text", "prompt", "messages")
@@ -395,9 +394,3 @@ def _json_only(values: dict[str, Any]) -> dict[str, Any]:
         except (TypeError, ValueError):
             continue
     return kept
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """A hint at names that look like `name`, or nothing."""
-    near = difflib.get_close_matches(name, known)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

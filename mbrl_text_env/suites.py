@@ -12,11 +12,10 @@ from mbrl_text_env.prompts import (
     PromptError,
     check_filters,
     load_prompts,
-    nearest,
     only,
     reasoning_gym_prompts,
 )
-from mbrl_text_env.types import Message, Prompt, Split
+from mbrl_text_env.types import Message, Prompt, Split, nearest
 
 REASONING_TASKS: dict[str, dict[str, Any]] = {
     "basic_arithmetic": {"max_terms": 3, "max_digits": 1},

@@ -6,6 +6,7 @@ encoded again to continue a prefix.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import itertools
 import operator
@@ -381,6 +382,13 @@ def check_positive(**counts: int | None) -> None:
 
 
 def one_of(name: str, value: object, allowed: Any) -> None:
-    """Raise a ValueError for an argument that is not among the values of a `Literal`."""
-    if value not in get_args(allowed):
-        raise ValueError(f"{name}: expected one of {list(get_args(allowed))}, got {value!r}.")
+    """Raise a ValueError for an argument that is not among the values of a `Literal`, or a list."""
+    values = list(get_args(allowed) or allowed)
+    if value not in values:
+        raise ValueError(f"{name}: expected one of {values}, got {value!r}.")
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A hint at names that look like `name`, or nothing."""
+    near = dict.fromkeys(difflib.get_close_matches(name, list(known), cutoff=cutoff))
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,6 +69,13 @@ class Trial:
         except Exception as error:
             got, cause = f"{type(error).__name__}: {error}", error
         raise self.fault(rule, got, error=kind.__name__, case=case) from cause
+
+    def pickled(self, thing: Any) -> Any:
+        """A copy by way of a pickle; a fault against the rule "pickle" where there is none."""
+        try:
+            return pickle.loads(pickle.dumps(thing))  # noqa: S301, it was made here
+        except Exception as error:
+            raise self.fault("pickle", f"{type(error).__name__}: {error}") from error
 
     def called(self, place: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call a method that has to leave its arguments as they are, and may not fail."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import product
@@ -372,9 +371,6 @@ class _ValueTrial(Trial):
             self.expect("bound", within, f"{amount:g}", **facts)
 
     def check_pickle(self, estimate: ValueEstimate) -> None:
-        try:
-            again = pickle.loads(pickle.dumps(self.model))  # noqa: S301, it was made here
-        except Exception as error:
-            raise self.fault("pickle", f"{type(error).__name__}: {error}") from error
+        again = self.pickled(self.model)
         found = _ValueTrial(again, self.states, self.tolerance).predict(self.states)
         self.compare(estimate, found, "the same values from a pickled copy")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,9 +160,6 @@ class _Trial(Trial):
             self.expect("charge", right, usage, expected=expected)
 
     def check_pickle(self, states: Sequence[TextState]) -> None:
-        try:
-            again = pickle.loads(pickle.dumps(self.dynamics))  # noqa: S301, it was made here
-        except Exception as error:
-            raise self.fault("pickle", f"{type(error).__name__}: {error}") from error
+        again = self.pickled(self.dynamics)
         found = _Trial(again).futures(states, None)
         self.compare(self.futures(states, None), found, "the same futures from a pickled copy")

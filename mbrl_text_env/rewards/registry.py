@@ -6,7 +6,6 @@ package offers under the entry-point group `mbrl_text_env.rewards`, or a functio
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib
@@ -27,6 +26,7 @@ from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardModel, place_of
 from mbrl_text_env.rewards.composite.combinators import WeightedSum
 from mbrl_text_env.rewards.names import NAMED, RewardEntry, first_line
+from mbrl_text_env.types import nearest
 
 GROUP = "mbrl_text_env.rewards"
 """The entry-point group in which other packages offer rewards."""
@@ -179,8 +179,7 @@ def _named(name: str) -> RewardModel:
         return _made(name, entry.factory, *([argument] if argument else []))
     if not argument and key in (foreign := _foreign()):
         return _made(name, _loaded(foreign[key]))
-    near = difflib.get_close_matches(name, [*_known(), *available()], cutoff=0.5)
-    hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
+    hint = nearest(name, [*_known(), *available()], cutoff=0.5)
     raise RewardSpecError(
         f"Expected a known reward, got {name!r}.{hint} Choose one of {available()}, a function in "
         "a file such as 'my_rewards.py:brevity', or a weighted sum such as "
@@ -296,8 +295,7 @@ def _from_file(path: Path, name: str) -> RewardModel:
     with _refused(f"{spec!r}: running the file raised"):
         module = run_file(path.resolve())
     if not hasattr(module, name):
-        near = difflib.get_close_matches(name, vars(module))
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = nearest(name, vars(module))
         raise RewardSpecError(f"Reward {spec!r}: the file has no {name!r}.{hint}")
     found = getattr(module, name)
     return _made(spec, found if inspect.isclass(found) else lambda: found)

@@ -205,15 +205,6 @@ def class_index(config: Any, label: str | int | None) -> tuple[list[str], int | 
     return labels, index if isinstance(index, int) and 0 <= index < len(labels) else None
 
 
-def check_choices(reward: object, **choices: Sequence[Any]) -> None:
-    """Refuse an attribute that is none of the choices."""
-    for argument, allowed in choices.items():
-        if getattr(reward, argument) not in allowed:
-            raise ValueError(
-                f"{argument}: expected one of {list(allowed)}, got {getattr(reward, argument)!r}."
-            )
-
-
 def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
     """Indices of texts of similar length, the shortest first."""
     part: list[int] = []

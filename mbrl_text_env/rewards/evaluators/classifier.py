@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -13,13 +13,12 @@ from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     HubReward,
     chat_messages,
-    check_choices,
     class_index,
     input_limit,
     padded,
 )
 from mbrl_text_env.rewards.names import named
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray, Prompt, one_of
 
 TextFormat = Literal["pair", "chat", "article"]
 Output = Literal["logit", "sigmoid", "softmax"]
@@ -87,7 +86,8 @@ class ClassifierReward(HubReward):
         return cast("list[float]", chosen.tolist())
 
     def _load(self) -> LoadedClassifier:
-        check_choices(self, text_format=get_args(TextFormat), output=get_args(Output))
+        one_of("text_format", self.text_format, TextFormat)
+        one_of("output", self.output, Output)
         model, tokenizer = self._read(
             "AutoModelForSequenceClassification", "sequence-classification"
         )

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
@@ -15,13 +15,12 @@ from mbrl_text_env.rewards.base import ProcessRewardModel, RewardError
 from mbrl_text_env.rewards.evaluators._hub import (
     HubReward,
     chat_messages,
-    check_choices,
     class_index,
     input_limit,
     padded,
 )
 from mbrl_text_env.rewards.names import named
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray, Prompt, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -203,12 +202,12 @@ class ProcessReward(HubReward, ProcessRewardModel):
         ]
 
     def _load(self) -> _Loaded:
-        check_choices(self, aggregation=list(_AGGREGATIONS))
+        one_of("aggregation", self.aggregation, _AGGREGATIONS)
         step_format = self.step_format
         if not isinstance(step_format, StepFormat):
-            check_choices(self, step_format=list(PROCESS_FORMATS))
+            one_of("step_format", step_format, PROCESS_FORMATS)
             step_format = PROCESS_FORMATS[step_format]
-        check_choices(step_format, output=get_args(StepOutput))
+        one_of("output", step_format.output, StepOutput)
         if step_format.output == "class":
             model, tokenizer = self._read(_classifier, "token-classification")
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from mbrl_text_env.rewards.verifiable.constraints.kinds import (
     Verdict,
 )
 from mbrl_text_env.rewards.verifiable.constraints.suggestions import suggestions
-from mbrl_text_env.types import FloatArray, Prompt
+from mbrl_text_env.types import FloatArray, Prompt, nearest
 
 
 class ConstraintError(ValueError):
@@ -122,11 +121,9 @@ def _read(constraint: Mapping[str, Any], prompt: str | None) -> tuple[Kind, dict
         )
     kind = CONSTRAINT_TYPES.get(name)
     if kind is None:
-        near = difflib.get_close_matches(name, CONSTRAINT_TYPES)
-        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ConstraintError(
-            f"Expected a known constraint type, got {name!r}. {hint}Change it to one of: "
-            f"{', '.join(sorted(CONSTRAINT_TYPES))}."
+            f"Expected a known constraint type, got {name!r}.{nearest(name, CONSTRAINT_TYPES)} "
+            f"Change it to one of: {', '.join(sorted(CONSTRAINT_TYPES))}."
         )
     # Tables (Arrow, pandas) give every row the keys of all rows, with None where one is not given.
     given = {key: value for key, value in constraint.items() if value is not None and key != "type"}
