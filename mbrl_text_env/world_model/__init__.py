@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "ensemble": ["EnsembleDynamics"],
         "imagined": ["ImaginedCandidates"],
         "report": ["HorizonReport", "horizon_report"],
+        "search": ["ImaginedSearchValue"],
         "value": ["WorldModelEstimate", "WorldModelValue"],
     },
 )

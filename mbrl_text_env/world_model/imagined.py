@@ -11,6 +11,7 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from mbrl_text_env.mdp import EpisodeEndedError
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, score_features
 from mbrl_text_env.types import FloatArray, Prompt, TextState, check_positive
@@ -27,7 +28,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
     Episodes begin at real states. At each step the ensemble draws K chunks, as features of the
     prefix with each of them; the action is the number of the one to go on with. A response that has
     ended is rewarded by its counts, without a call of the reward; all other rewards are 0. Episodes
-    keep their member ("fixed_model"), or draw one at each step; they are reset as they end.
+    keep their member ("fixed_model"), or draw one at each step.
 
     Observations are float32[(K + 1) * (F + 2)]: of the prefix, then of each candidate, the F
     features in units of their standard deviations, whether the response has ended, and the reward
@@ -44,6 +45,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         num_candidates: K, at least 1.
         rollout_chunks: Chunks after which an episode is truncated, or a function of the steps taken
             so far that says so; None goes on to the end.
+        autoreset_mode: Gymnasium's `SameStep`, for stable-baselines3, or `Disabled`, for TorchRL.
         seed: Of everything, until `reset` gives another.
 
     Raises:
@@ -56,6 +58,9 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         >>> PPO("MlpPolicy", VectorEnvAdapter(env, bootstrap_truncated=True))  # doctest: +SKIP
     """
 
+    # What is drawn anew for an environment, one row each.
+    _DRAWN = ("_candidates", "_ended", "_worth", "_shown", "_member")
+
     def __init__(
         self,
         dynamics: EnsembleDynamics,
@@ -65,9 +70,13 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         num_envs: int = 64,
         num_candidates: int = 4,
         rollout_chunks: int | Callable[[int], int] | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         seed: int = 0,
     ) -> None:
         check_positive(num_envs=num_envs, num_candidates=num_candidates)
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            raise ValueError("autoreset_mode: expected 'SameStep' or 'Disabled', got 'NextStep'.")
         if not dynamics.is_fitted or not starts:
             raise WorldModelError("Expected fitted dynamics and at least one state to start from.")
         for state in starts:
@@ -80,7 +89,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         self.dynamics, self.reward_model = dynamics, as_reward_model(reward_model)
         self.num_envs, self.num_candidates = num_envs, num_candidates
         self.rollout_chunks = rollout_chunks
-        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.metadata = {"autoreset_mode": self.autoreset_mode}
         size = (num_candidates + 1) * (len(dynamics.names) + 2)
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self.single_action_space = gym.spaces.Discrete(num_candidates)
@@ -91,6 +100,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         self._rng, self._steps = np.random.default_rng(seed), 0
         self._at = np.zeros(num_envs, dtype=np.int64)
         self._taken, self._member = self._at.copy(), self._at.copy()
+        self._over = np.zeros(num_envs, dtype=bool)
         self._rows = np.repeat(self._begun[:1], num_envs, axis=0)
         for prompt in dict.fromkeys(self._prompts):
             self._rewards(self._begun[:1], self._begun[:1], [prompt])
@@ -99,12 +109,24 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[_Rows, dict[str, Any]]:
-        """Begin all episodes; a seed, or a list of seeds, makes what follows repeatable."""
+        """Begin all episodes, or those of `options["reset_mask"]` (bool[N]).
+
+        A seed, or a list of seeds, makes what follows repeatable.
+        """
         if seed is not None:
             entropy = seed if isinstance(seed, int) else [each or 0 for each in seed]
             self._rng = np.random.default_rng(entropy)
-        self._begin(np.ones(self.num_envs, dtype=bool))
-        return self._proposed(), {}
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
+            raise ValueError(
+                f"options['reset_mask']: expected bool[{self.num_envs}], got {mask!r}."
+            )
+        self._begin(mask)
+        kept = {} if mask.all() else {name: getattr(self, name) for name in self._DRAWN}
+        self._proposed()
+        for name, rows in kept.items():
+            getattr(self, name)[~mask] = rows[~mask]
+        return self._shown, {}
 
     def step(self, actions: Any) -> tuple[_Rows, FloatArray, _Flags, _Flags, dict[str, Any]]:
         """Go on with the candidates of these numbers, int[num_envs]."""
@@ -112,6 +134,11 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
             raise ValueError(
                 f"actions: expected {self.num_envs} numbers of candidates, 0 to "
                 f"{self.num_candidates - 1}, got {actions}."
+            )
+        if self._over.any():
+            raise EpisodeEndedError(
+                f"Environments {np.flatnonzero(self._over).tolist()} have ended. Reset them with "
+                "reset(options={'reset_mask': terminations | truncations})."
             )
         chosen = np.arange(self.num_envs), numbers
         self._rows, ended = self._candidates[chosen], self._ended[chosen]
@@ -122,7 +149,10 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         limit = limit(self._steps) if callable(limit) else limit
         cut = ~ended & (limit is not None and self._taken >= (limit or 0))
         infos: dict[str, Any] = {}
-        if (done := ended | cut).any():
+        done = ended | cut
+        if self.autoreset_mode == AutoresetMode.DISABLED:
+            self._over = done
+        elif done.any():
             # What comes after a cut has a value; what comes after an end has none.
             infos = self._final(
                 done, ended, rewards, self._proposed() if cut.any() else self._shown
@@ -145,7 +175,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         count = int(which.sum())
         self._at[which] = self._rng.integers(len(self._begun), size=count)
         self._rows[which] = self._begun[self._at[which]]
-        self._taken[which] = 0
+        self._taken[which], self._over[which] = 0, False
         self._member[which] = self.dynamics.draw_members(count, self._rng)
 
     def _proposed(self) -> _Rows:

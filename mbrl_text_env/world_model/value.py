@@ -11,7 +11,7 @@ import numpy as np
 
 from mbrl_text_env.rewards.adapters import as_reward_model
 from mbrl_text_env.rewards.base import RewardLike, score_features
-from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, check_positive
+from mbrl_text_env.types import FloatArray, Ledgers, Prompt, TextState, Usage, check_positive
 from mbrl_text_env.values import ValueEstimate, ValueModel, ValueModelError
 from mbrl_text_env.world_model.dynamics import Dynamics, predict_futures
 
@@ -109,35 +109,43 @@ class WorldModelValue(ValueModel):
         for i, state in enumerate(states):
             if state.finish_reason is not None:
                 features = self.dynamics.features
-                [score] = self._scores(state, features.names, features([state]))
+                [score] = self._scores(state.prompt, features.names, features([state]))
                 found[i] = score, 0, 0, 0, *[score] * len(QUANTILES)
                 continue
-            left = self.dynamics.longest_ - len(state.response_ids)
-            futures = predict_futures(
-                self.dynamics,
-                [state],
-                self.num_futures,
-                # With too little left, to the end.
-                None if self.horizon is None or self.horizon > left else self.horizon,
-                seed=self.seed,
-                ledgers=None if ledgers is None else [ledgers[i]],
-            )
-            scores = self._scores(state, self.dynamics.names, futures.features[0])
-            parts = split_variance(scores, futures.member[0])
+            scores, member = self.imagined(state, None if ledgers is None else [ledgers[i]])
+            parts = split_variance(scores, member)
             found[i] = scores.mean(), *parts, len(scores), *np.quantile(scores, QUANTILES)
         mean, epistemic, aleatoric, number = found[:, :4].T
         std, epistemic, aleatoric = np.sqrt([epistemic + aleatoric, epistemic, aleatoric])
         return WorldModelEstimate(mean, std, epistemic, aleatoric, found[:, 4:], number)
+
+    def imagined(self, state: TextState, ledgers: Ledgers) -> tuple[FloatArray, Any]:
+        """Rewards of the futures of a state that goes on, float64[M], and their members, int[M]."""
+        futures = predict_futures(
+            self.dynamics,
+            [state],
+            self.num_futures,
+            self._within(len(state.response_ids)),
+            seed=self.seed,
+            ledgers=ledgers,
+        )
+        scores = self._scores(state.prompt, self.dynamics.names, futures.features[0])
+        return scores, futures.member[0]
 
     def usage_bound(self, state: TextState) -> Usage:
         """Of one state; of one that has ended, nothing is charged."""
         flops = self.dynamics.flops_bound(self.num_futures)
         return Usage(dynamics_calls=self.num_futures, dynamics_flops=flops)
 
-    def _scores(self, state: TextState, names: Sequence[str], features: Any) -> FloatArray:
+    def _within(self, size: int) -> int | None:
+        """The horizon; with too little left, to the end."""
+        left = self.dynamics.longest_ - size
+        return None if self.horizon is None or self.horizon > left else self.horizon
+
+    def _scores(self, prompt: Prompt, names: Sequence[str], features: Any) -> FloatArray:
         columns = np.asarray(features, dtype=np.float64).T
         table = dict(zip(names, columns, strict=True))
-        return score_features(self.reward_model, state.prompt, table)
+        return score_features(self.reward_model, prompt, table)
 
 
 def split_variance(scores: FloatArray, member: Any) -> tuple[float, float]:

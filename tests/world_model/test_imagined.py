@@ -7,27 +7,12 @@ import pytest
 from stable_baselines3 import PPO
 
 from mbrl_text_env.agents.model_free.sb3_parts import VectorEnvAdapter
-from mbrl_text_env.mdp import initial, transition
-from mbrl_text_env.rewards import RewardError, RewardModel, SentimentReward
+from mbrl_text_env.mdp import EpisodeEndedError, initial, transition
+from mbrl_text_env.rewards import RewardError, SentimentReward
 from mbrl_text_env.world_model import EnsembleDynamics, ImaginedCandidates, WorldModelError
-from tests.world_model.worlds import FEATURES, LIMIT, LM, PROMPTS, ensemble, state_of
+from tests.world_model.worlds import FEATURES, LIMIT, LM, PROMPTS, Share, ensemble, state_of
 
 CANDIDATES = 3
-
-
-class Share(RewardModel):
-    """How many of a letter there are."""
-
-    name = "share of b"
-
-    def score(self, prompts, responses):
-        return [response.count("b") / LIMIT for response in responses]
-
-    def feature_names(self, prompt):
-        return ["b"]
-
-    def score_features(self, prompt, features):
-        return features["b"] / LIMIT
 
 
 @pytest.fixture
@@ -119,6 +104,27 @@ def test_rollouts_are_cut_by_their_schedule(dynamics):
     assert env.step(np.zeros(16, dtype=int))[3].any()
 
 
+@pytest.mark.parametrize("propagation", ["fixed_model", "random_model"])
+def test_some_environments_are_reset_and_others_stay_as_they_were(dynamics, propagation):
+    dynamics.propagation = propagation
+    env = env_of(dynamics, autoreset_mode="Disabled")
+    env.reset(seed=1)
+    shown, _, ended, _, infos = env.step(np.zeros(16, dtype=int))
+    assert 0 < ended.sum() < 16
+    assert not infos
+    with pytest.raises(EpisodeEndedError, match="Reset them"):
+        env.step(np.zeros(16, dtype=int))
+    again, _ = env.reset(options={"reset_mask": ended})
+    np.testing.assert_array_equal(again[~ended], shown[~ended])
+    assert (again[ended] != shown[ended]).any(axis=1).all()
+    tokens = again.reshape(16, CANDIDATES + 1, -1)[:, :, 0]
+    after, _, ended, _, _ = env.step(np.ones(16, dtype=int))
+    tokens_after = after.reshape(16, CANDIDATES + 1, -1)[:, 0, 0]
+    np.testing.assert_array_equal(tokens_after[~ended], tokens[~ended, 2])
+    with pytest.raises(ValueError, match=r"expected bool\[16\]"):
+        env.reset(options={"reset_mask": [True]})
+
+
 def test_what_cannot_be_imagined_is_refused(dynamics):
     with pytest.raises(RewardError, match="program of counts"):
         ImaginedCandidates(dynamics, SentimentReward(), [state_of("")])
@@ -132,3 +138,5 @@ def test_what_cannot_be_imagined_is_refused(dynamics):
         env_of(dynamics).step(np.full(16, -1))
     with pytest.raises(ValueError, match="at least 1"):
         env_of(dynamics, num_candidates=0)
+    with pytest.raises(ValueError, match="got 'NextStep'"):
+        env_of(dynamics, autoreset_mode="NextStep")

@@ -5,6 +5,7 @@ from functools import cache
 from mbrl_text_env.language_models import NGramLM
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.records import Record
+from mbrl_text_env.rewards import RewardModel
 from mbrl_text_env.types import Prompt, TextState
 from mbrl_text_env.world_model import (
     EnsembleDynamics,
@@ -28,6 +29,21 @@ def count_b(text):
 
 
 FEATURES = (TextFeature("a", count_a), TextFeature("b", count_b), count_feature("words"))
+
+
+class Share(RewardModel):
+    """How many of a letter there are."""
+
+    name = "share of b"
+
+    def score(self, prompts, responses):
+        return [response.count("b") / LIMIT for response in responses]
+
+    def feature_names(self, prompt):
+        return ["b"]
+
+    def score_features(self, prompt, features):
+        return features["b"] / LIMIT
 
 
 def records_of(lm=LM, samples=40, limit=LIMIT, seed=0, prompts=PROMPTS):
