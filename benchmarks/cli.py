@@ -61,9 +61,11 @@ def demo(
     config: options.DemoConfig,
 ) -> None:
     """Collect, fit the article's value predictor, and compare four agents for two rewards."""
-    from mbrl_text_env.benchmarks.demo import fastest_model, run_demo
+    from mbrl_text_env.benchmarks.demo import find_pace, load, run_demo
 
-    run_demo(fastest_model(out, console), out, console, config)
+    pace = find_pace(out, console, config)
+    config = replace(config, test_prompts=config.test_prompts or pace.test_prompts)
+    run_demo(load(pace.dtype), out, console, config)
 
 
 @app.command("article")

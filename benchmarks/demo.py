@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +37,64 @@ from mbrl_text_env.types import Prompt
 REWARDS = ("sentiment", "relevance")
 # Responses, and tokens of each, that a number format is tried out on.
 _TRIED = (16, 4)
+# What a demonstration may take, what of it is not sampling, and how much faster its batches, which
+# are larger, are than what is tried out (measured on two x86 cores with and without AVX-512).
+_SECONDS, _OTHER_SECONDS, _FASTER = 230, 40, 1.24
+_FEWEST, _MOST = 4, 12
 AGENTS = ("sampling", "best-of-n", "lookahead:value=embedding", matched.DEFAULT_PLANNER)
 
 
-def fastest_model(out: Path, console: Console) -> LanguageModel:
-    """The embedded language model in the number format that is fastest on this processor.
+@dataclass(frozen=True)
+class Pace:
+    """The number format that is fastest on this processor, and how much fits in four minutes."""
 
-    Formats are tried out on a few tokens; what is found is kept in `out`, so that a run that goes
-    on has the same. Rewards under them do not differ measurably (docs/language_models.md).
+    dtype: str
+    test_prompts: int
+    tokens_a_second: dict[str, float]
+
+
+def find_pace(out: Path, console: Console, config: DemoConfig) -> Pace:
+    """Try out number formats on a few tokens, and choose the number of test prompts.
+
+    What is found is kept in `out`, so that a run that goes on has the same. Rewards under the
+    formats do not differ measurably (docs/language_models.md).
     """
-    path = out / "format.json"
+    path = out / "pace.json"
     if path.is_file():
-        return _model(json.loads(path.read_text(encoding="utf-8"))["dtype"])
+        return Pace(**json.loads(path.read_text(encoding="utf-8")))
     console.print("Trying out which number format is the fastest here ...")
     rates: dict[str, float] = {}
     for dtype in ("float32", "bfloat16", "int8"):
-        model = _model(dtype)
-        rates[dtype] = _rate(model)
-        if rates[dtype] == max(rates.values()):
-            fastest, best = model, dtype
+        rates[dtype] = _rate(load(dtype), max(rates.values(), default=0))
+    best = max(rates, key=lambda dtype: rates[dtype])
+    pace = Pace(best, prompts_in_time(rates[best], config), rates)
     shown = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in rates.items())
-    console.print(f"Tokens a second here: {shown}. The demonstration runs in {best}.")
-    write_text(path, json.dumps({"dtype": best, "tokens_a_second": rates}))
-    return fastest
+    console.print(
+        f"Tokens a second here: {shown}. The demonstration runs in {best}; {pace.test_prompts} "
+        "test prompts fit in four minutes."
+    )
+    write_text(path, json.dumps(asdict(pace)))
+    return pace
 
 
-def _model(dtype: str) -> LanguageModel:
+def prompts_in_time(tokens_a_second: float, config: DemoConfig) -> int:
+    """How many test prompts are done in four minutes; 4 to 12."""
+    longest = config.max_response_tokens
+    collected = config.train_prompts * config.samples * longest
+    compared = len(REWARDS) * ((len(AGENTS) - 1) * config.budget_tokens + longest)
+    tokens = (_SECONDS - _OTHER_SECONDS) * _FASTER * tokens_a_second
+    fit = (tokens - collected) / (compared + config.pool_samples * longest)
+    return min(max(int(fit), _FEWEST), _MOST)
+
+
+def load(dtype: str) -> LanguageModel:
+    """The embedded language model in this number format."""
     # A laptop has other things to keep in memory; the demonstration is hardly faster with more.
     return embedded(kv_bytes=768 << 20, dtype=dtype)
 
 
-def _rate(language_model: LanguageModel) -> float:
-    """Tokens a second, of the better of two tries."""
+def _rate(language_model: LanguageModel, best: float) -> float:
+    """Tokens a second, of the better of two tries, or of one that is far from the best so far."""
     [prompt] = load_prompts(split="validation", limit=1)
     state, rates = initial(prompt, language_model), []
     for seed in range(2):
@@ -76,13 +102,18 @@ def _rate(language_model: LanguageModel) -> float:
         began = time.perf_counter()
         [row] = language_model.sample([state], *_TRIED, seeds=[seed])
         rates.append(sum(map(len, row)) / (time.perf_counter() - began))
+        if rates[0] < best / 2:
+            break
     return max(rates)
 
 
 def run_demo(
     language_model: LanguageModel, out: Path, console: Console, config: DemoConfig
 ) -> dict[str, dict[str, Any]]:
-    """Run or resume the demonstration and print it; returns each reward's summary."""
+    """Run or resume the demonstration and print it; returns each reward's summary.
+
+    `config` says how many test prompts (`find_pace`).
+    """
     if any(out.glob("records-*")):
         console.print(f"Going on in {out}: what an earlier run has finished is not run again.")
     demo = _Demo(language_model, out, console, config)

@@ -339,7 +339,9 @@ class DemoConfig:
     """How large the demonstration is; `pool_samples` are what best-of-N is read from."""
 
     train_prompts: int = option(16, "", min=2)
-    test_prompts: int = option(12, COUNT)
+    test_prompts: int | None = option(
+        None, "By default what fits in four minutes on this processor: 4 to 12.", min=1
+    )
     budget_tokens: int = option(400, COUNT)
     max_response_tokens: int = option(96, TOKENS)
     seed: int = option(0, SEED)

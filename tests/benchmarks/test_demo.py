@@ -7,7 +7,16 @@ import pytest
 from rich.console import Console
 
 from mbrl_text_env.benchmarks.compare import read_rows
-from mbrl_text_env.benchmarks.demo import AGENTS, REWARDS, DemoConfig, fastest_model, run_demo
+from mbrl_text_env.benchmarks.demo import (
+    AGENTS,
+    REWARDS,
+    DemoConfig,
+    Pace,
+    find_pace,
+    load,
+    prompts_in_time,
+    run_demo,
+)
 from mbrl_text_env.records import read_records
 
 SMALL = DemoConfig(
@@ -52,18 +61,25 @@ def test_it_shows_and_keeps_everything_and_resumes(smollm2, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_fastest_number_format_is_found_once(tmp_path):
+def test_the_pace_is_found_once(tmp_path):
     def found():
         console = Console(file=io.StringIO(), width=140)
-        return fastest_model(tmp_path, console), console.file.getvalue()
+        return find_pace(tmp_path, console, DemoConfig()), console.file.getvalue()
 
-    model, shown = found()
-    kept = json.loads((tmp_path / "format.json").read_text())
-    rates = kept["tokens_a_second"]
-    assert max(rates, key=rates.get) == kept["dtype"]
-    assert str(model.dtype) == f"torch.{kept['dtype']}"
-    assert f"The demonstration runs in {kept['dtype']}" in shown
-    other = next(dtype for dtype in rates if dtype != kept["dtype"])
-    (tmp_path / "format.json").write_text(json.dumps({"dtype": other}))
-    model, shown = found()
-    assert (str(model.dtype), shown) == (f"torch.{other}", "")
+    pace, shown = found()
+    rates = pace.tokens_a_second
+    assert max(rates, key=rates.get) == pace.dtype
+    assert pace.test_prompts == prompts_in_time(rates[pace.dtype], DemoConfig())
+    assert f"The demonstration runs in {pace.dtype}; {pace.test_prompts} test prompts" in shown
+    assert str(load(pace.dtype).dtype) == f"torch.{pace.dtype}"
+    other = next(dtype for dtype in rates if dtype != pace.dtype)
+    kept = json.loads((tmp_path / "pace.json").read_text())
+    (tmp_path / "pace.json").write_text(json.dumps({**kept, "dtype": other}))
+    assert found() == (Pace(other, pace.test_prompts, rates), "")
+
+
+def test_slow_processors_get_fewer_prompts():
+    config = DemoConfig()
+    # 190 seconds of 1.24 * 150 tokens; 6,144 are collected, 3,744 are of each test prompt.
+    assert prompts_in_time(150, config) == 7
+    assert [prompts_in_time(rate, config) for rate in (1, 1000)] == [4, 12]
