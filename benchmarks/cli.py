@@ -64,8 +64,7 @@ def demo(
     from mbrl_text_env.benchmarks.demo import find_pace, load, run_demo
 
     pace = find_pace(out, console, config)
-    config = replace(config, test_prompts=config.test_prompts or pace.test_prompts)
-    run_demo(load(pace.dtype), out, console, config)
+    run_demo(load(pace.dtype), out, console, config, pace.max_response_tokens)
 
 
 @app.command("article")

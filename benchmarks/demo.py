@@ -35,26 +35,28 @@ from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.types import Prompt
 
 REWARDS = ("sentiment", "relevance")
+# Of an agent for each prompt, in responses of full length.
+_BUDGET = 400 / 96
 # Responses, and tokens of each, that a number format is tried out on.
 _TRIED = (16, 4)
 # What a demonstration may take, what of it is not sampling, and how much faster its batches, which
-# are larger, are than what is tried out (measured on two x86 cores with and without AVX-512).
+# are larger, are than what is tried out (measured on two x86 cores without AVX-512).
 _SECONDS, _OTHER_SECONDS, _FASTER = 230, 40, 1.24
-_FEWEST, _MOST = 4, 12
+_SHORTEST, _LONGEST = 24, 96
 AGENTS = ("sampling", "best-of-n", "lookahead:value=embedding", matched.DEFAULT_PLANNER)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """The number format that is fastest on this processor, and how much fits in four minutes."""
+    """The number format that is fastest on this processor, and responses that fit the time."""
 
     dtype: str
-    test_prompts: int
+    max_response_tokens: int
     tokens_a_second: dict[str, float]
 
 
 def find_pace(out: Path, console: Console, config: DemoConfig) -> Pace:
-    """Try out number formats on a few tokens, and choose the number of test prompts.
+    """Try out number formats on a few tokens, and choose the length of the responses.
 
     What is found is kept in `out`, so that a run that goes on has the same. Rewards under the
     formats do not differ measurably (docs/language_models.md).
@@ -67,24 +69,25 @@ def find_pace(out: Path, console: Console, config: DemoConfig) -> Pace:
     for dtype in ("float32", "bfloat16", "int8"):
         rates[dtype] = _rate(load(dtype), max(rates.values(), default=0))
     best = max(rates, key=lambda dtype: rates[dtype])
-    pace = Pace(best, prompts_in_time(rates[best], config), rates)
+    pace = Pace(best, length_in_time(rates[best], config), rates)
     shown = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in rates.items())
     console.print(
-        f"Tokens a second here: {shown}. The demonstration runs in {best}; {pace.test_prompts} "
-        "test prompts fit in four minutes."
+        f"Tokens a second here: {shown}. The demonstration runs in {best}; responses of "
+        f"{pace.max_response_tokens} tokens fit in four minutes."
     )
     write_text(path, json.dumps(asdict(pace)))
     return pace
 
 
-def prompts_in_time(tokens_a_second: float, config: DemoConfig) -> int:
-    """How many test prompts are done in four minutes; 4 to 12."""
-    longest = config.max_response_tokens
-    collected = config.train_prompts * config.samples * longest
-    compared = len(REWARDS) * ((len(AGENTS) - 1) * config.budget_tokens + longest)
+def length_in_time(tokens_a_second: float, config: DemoConfig) -> int:
+    """How long responses may be for four minutes; 24 to 96.
+
+    Time is saved by steps, not by rows: with fewer prompts the batches would only be smaller.
+    """
+    compared = len(REWARDS) * ((len(AGENTS) - 1) * _BUDGET + 1) + config.pool_samples
+    responses = config.train_prompts * config.samples + config.test_prompts * compared
     tokens = (_SECONDS - _OTHER_SECONDS) * _FASTER * tokens_a_second
-    fit = (tokens - collected) / (compared + config.pool_samples * longest)
-    return min(max(int(fit), _FEWEST), _MOST)
+    return min(max(int(tokens / responses) // 8 * 8, _SHORTEST), _LONGEST)
 
 
 def load(dtype: str) -> LanguageModel:
@@ -108,15 +111,21 @@ def _rate(language_model: LanguageModel, best: float) -> float:
 
 
 def run_demo(
-    language_model: LanguageModel, out: Path, console: Console, config: DemoConfig
+    language_model: LanguageModel,
+    out: Path,
+    console: Console,
+    config: DemoConfig,
+    max_response_tokens: int = _LONGEST,
 ) -> dict[str, dict[str, Any]]:
     """Run or resume the demonstration and print it; returns each reward's summary.
 
-    `config` says how many test prompts (`find_pace`).
+    `max_response_tokens` is for where `config` says none (`Pace`).
     """
     if any(out.glob("records-*")):
         console.print(f"Going on in {out}: what an earlier run has finished is not run again.")
-    demo = _Demo(language_model, out, console, config)
+    longest = config.max_response_tokens or max_response_tokens
+    budget = config.budget_tokens or round(_BUDGET * longest)
+    demo = _Demo(language_model, out, console, config, longest, budget)
     [first] = load_prompts(split="validation", limit=1)
     agent = Sampling(language_model, max_response_tokens=32)
     [generation] = agent.generate([first], seed=config.seed)
@@ -176,6 +185,8 @@ class _Demo:
     out: Path
     console: Console
     config: DemoConfig
+    max_response_tokens: int
+    budget_tokens: int
 
     def collect(self) -> None:
         """Sample once; the second reward scores the same responses."""
@@ -190,7 +201,7 @@ class _Demo:
             source,
             self.console,
             samples=config.samples,
-            max_response_tokens=config.max_response_tokens,
+            max_response_tokens=self.max_response_tokens,
             seed=config.seed,
         )
         for name in others:
@@ -212,8 +223,8 @@ class _Demo:
         comparison = compare.Comparison(
             CompareConfig(
                 AGENTS,
-                budget_tokens=config.budget_tokens,
-                max_response_tokens=config.max_response_tokens,
+                budget_tokens=self.budget_tokens,
+                max_response_tokens=self.max_response_tokens,
                 seed=config.seed,
             ),
             choose_prompts(load_prompts(split="test"), config.test_prompts, reward, config.seed),
@@ -244,7 +255,7 @@ class _Demo:
                 self.language_model,
                 comparison.prompts,
                 samples=config.pool_samples,
-                max_response_tokens=config.max_response_tokens,
+                max_response_tokens=self.max_response_tokens,
                 # An agent is not compared with its own samples.
                 seed=config.seed + 1,
                 on_batch=lambda count: bar.advance(task, count),
@@ -252,7 +263,7 @@ class _Demo:
         models = self.language_model, comparison.reward_model
         scores = self.out / f"pool-scores-{name}"
         pool = matched.pool_of(records, scores, *models, comparison.prompts)
-        rows, budget = self.rows(name), config.budget_tokens
+        rows, budget = self.rows(name), self.budget_tokens
         cells = [
             matched.Cell(name, agent, budget, "tokens", [r for r in rows if r["agent"] == agent])
             for agent in AGENTS[1:]

@@ -339,11 +339,13 @@ class DemoConfig:
     """How large the demonstration is; `pool_samples` are what best-of-N is read from."""
 
     train_prompts: int = option(16, "", min=2)
-    test_prompts: int | None = option(
-        None, "By default what fits in four minutes on this processor: 4 to 12.", min=1
+    test_prompts: int = option(12, COUNT)
+    budget_tokens: int | None = option(
+        None, "Of an agent for a prompt; by default of 4.2 responses.", min=1
     )
-    budget_tokens: int = option(400, COUNT)
-    max_response_tokens: int = option(96, TOKENS)
+    max_response_tokens: int | None = option(
+        None, "By default what fits in four minutes on this processor: 24 to 96.", min=1
+    )
     seed: int = option(0, SEED)
     samples: int = 4
     pool_samples: int = 12

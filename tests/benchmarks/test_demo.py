@@ -13,8 +13,8 @@ from mbrl_text_env.benchmarks.demo import (
     DemoConfig,
     Pace,
     find_pace,
+    length_in_time,
     load,
-    prompts_in_time,
     run_demo,
 )
 from mbrl_text_env.records import read_records
@@ -24,8 +24,6 @@ SMALL = DemoConfig(
     samples=2,
     test_prompts=2,
     pool_samples=4,
-    budget_tokens=48,
-    max_response_tokens=12,
 )
 
 
@@ -33,7 +31,7 @@ SMALL = DemoConfig(
 def test_it_shows_and_keeps_everything_and_resumes(smollm2, tmp_path):
     def run():
         console = Console(file=io.StringIO(), width=140)
-        return run_demo(smollm2, tmp_path, console, SMALL), console.file.getvalue()
+        return run_demo(smollm2, tmp_path, console, SMALL, 12), console.file.getvalue()
 
     summaries, shown = run()
     assert set(summaries) == set(REWARDS)
@@ -69,17 +67,17 @@ def test_the_pace_is_found_once(tmp_path):
     pace, shown = found()
     rates = pace.tokens_a_second
     assert max(rates, key=rates.get) == pace.dtype
-    assert pace.test_prompts == prompts_in_time(rates[pace.dtype], DemoConfig())
-    assert f"The demonstration runs in {pace.dtype}; {pace.test_prompts} test prompts" in shown
+    assert pace.max_response_tokens == length_in_time(rates[pace.dtype], DemoConfig())
+    assert f"runs in {pace.dtype}; responses of {pace.max_response_tokens} tokens" in shown
     assert str(load(pace.dtype).dtype) == f"torch.{pace.dtype}"
     other = next(dtype for dtype in rates if dtype != pace.dtype)
     kept = json.loads((tmp_path / "pace.json").read_text())
     (tmp_path / "pace.json").write_text(json.dumps({**kept, "dtype": other}))
-    assert found() == (Pace(other, pace.test_prompts, rates), "")
+    assert found() == (Pace(other, pace.max_response_tokens, rates), "")
 
 
-def test_slow_processors_get_fewer_prompts():
+def test_slow_processors_get_shorter_responses():
     config = DemoConfig()
-    # 190 seconds of 1.24 * 150 tokens; 6,144 are collected, 3,744 are of each test prompt.
-    assert prompts_in_time(150, config) == 7
-    assert [prompts_in_time(rate, config) for rate in (1, 1000)] == [4, 12]
+    # 190 seconds of 1.24 * 150 tokens, for 64 responses and 12 * (2 * (3 * 400 / 96 + 1) + 12).
+    assert length_in_time(150, config) == 64
+    assert [length_in_time(rate, config) for rate in (1, 1000)] == [24, 96]
