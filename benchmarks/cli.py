@@ -64,7 +64,7 @@ def demo(
     from mbrl_text_env.benchmarks.demo import find_pace, load, run_demo
 
     pace = find_pace(out, console, config)
-    run_demo(load(pace.dtype), out, console, config, pace.max_response_tokens)
+    run_demo(load(pace.dtype), out, console, config, pace)
 
 
 @app.command("article")

@@ -42,52 +42,58 @@ _TRIED = (16, 4)
 # What a demonstration may take, what of it is not sampling, and how much faster its batches, which
 # are larger, are than what is tried out (measured on two x86 cores without AVX-512).
 _SECONDS, _OTHER_SECONDS, _FASTER = 230, 40, 1.24
-_SHORTEST, _LONGEST = 24, 96
+# Tokens of a response: planners choose every 16, and fewer than four choices are no search.
+_SHORTEST, _LONGEST = 64, 96
 AGENTS = ("sampling", "best-of-n", "lookahead:value=embedding", matched.DEFAULT_PLANNER)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """The number format that is fastest on this processor, and responses that fit the time."""
+    """The number format that is fastest on this processor, and what fits the time in it."""
 
     dtype: str
+    rewards: Sequence[str]
     max_response_tokens: int
     tokens_a_second: dict[str, float]
 
 
 def find_pace(out: Path, console: Console, config: DemoConfig) -> Pace:
-    """Try out number formats on a few tokens, and choose the length of the responses.
+    """Try out number formats on a few tokens, and choose rewards and the length of responses.
 
     What is found is kept in `out`, so that a run that goes on has the same. Rewards under the
     formats do not differ measurably (docs/language_models.md).
     """
     path = out / "pace.json"
     if path.is_file():
-        return Pace(**json.loads(path.read_text(encoding="utf-8")))
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return Pace(**{**kept, "rewards": tuple(kept["rewards"])})
     console.print("Trying out which number format is the fastest here ...")
     rates: dict[str, float] = {}
     for dtype in ("float32", "bfloat16", "int8"):
         rates[dtype] = _rate(load(dtype), max(rates.values(), default=0))
     best = max(rates, key=lambda dtype: rates[dtype])
-    pace = Pace(best, length_in_time(rates[best], config), rates)
+    pace = Pace(best, *fit_in_time(rates[best], config), rates)
     shown = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in rates.items())
     console.print(
-        f"Tokens a second here: {shown}. The demonstration runs in {best}; responses of "
-        f"{pace.max_response_tokens} tokens fit in four minutes."
+        f"Tokens a second here: {shown}. The demonstration runs in {best}. What fits in four "
+        f"minutes: {' and '.join(pace.rewards)}, with {pace.max_response_tokens} tokens a response."
     )
     write_text(path, json.dumps(asdict(pace)))
     return pace
 
 
-def length_in_time(tokens_a_second: float, config: DemoConfig) -> int:
-    """How long responses may be for four minutes; 24 to 96.
+def fit_in_time(tokens_a_second: float, config: DemoConfig) -> tuple[Sequence[str], int]:
+    """The rewards and the tokens of a response for four minutes.
 
-    Time is saved by steps, not by rows: with fewer prompts the batches would only be smaller.
+    Fewer prompts would save little: batches would be smaller, and have as many steps.
     """
-    compared = len(REWARDS) * ((len(AGENTS) - 1) * _BUDGET + 1) + config.pool_samples
-    responses = config.train_prompts * config.samples + config.test_prompts * compared
     tokens = (_SECONDS - _OTHER_SECONDS) * _FASTER * tokens_a_second
-    return min(max(int(tokens / responses) // 8 * 8, _SHORTEST), _LONGEST)
+    for rewards in (REWARDS, REWARDS[:1]):
+        compared = len(rewards) * ((len(AGENTS) - 1) * _BUDGET + 1) + config.pool_samples
+        responses = config.train_prompts * config.samples + config.test_prompts * compared
+        if (fit := int(tokens / responses) // 8 * 8) >= _SHORTEST:
+            break
+    return rewards, min(max(fit, _SHORTEST), _LONGEST)
 
 
 def load(dtype: str) -> LanguageModel:
@@ -115,24 +121,25 @@ def run_demo(
     out: Path,
     console: Console,
     config: DemoConfig,
-    max_response_tokens: int = _LONGEST,
+    pace: Pace,
 ) -> dict[str, dict[str, Any]]:
     """Run or resume the demonstration and print it; returns each reward's summary.
 
-    `max_response_tokens` is for where `config` says none (`Pace`).
+    `pace` is for where `config` gives no length; where it gives one, both rewards are compared.
     """
     if any(out.glob("records-*")):
         console.print(f"Going on in {out}: what an earlier run has finished is not run again.")
-    longest = config.max_response_tokens or max_response_tokens
+    longest = config.max_response_tokens or pace.max_response_tokens
+    rewards = REWARDS if config.max_response_tokens else pace.rewards
     budget = config.budget_tokens or round(_BUDGET * longest)
-    demo = _Demo(language_model, out, console, config, longest, budget)
+    demo = _Demo(language_model, out, console, config, rewards, longest, budget)
     [first] = load_prompts(split="validation", limit=1)
     agent = Sampling(language_model, max_response_tokens=32)
     [generation] = agent.generate([first], seed=config.seed)
     text = f"{generation.text.strip()} ..."
     console.print(panel(text, first.text, f"written by {language_model.name}"))
     demo.collect()
-    summaries = {name: demo.compared(name) for name in REWARDS}
+    summaries = {name: demo.compared(name) for name in rewards}
     for name, summary in summaries.items():
         rows = demo.rows(name)
         first_id = rows[0]["prompt_id"]
@@ -140,7 +147,7 @@ def run_demo(
         console.print(report.table(summary))
         console.print(matched.table(summary["multipliers"]))
     console.print(f"Records, value models, rows and summaries: {out.resolve()}")
-    for name in REWARDS:
+    for name in rewards:
         console.print(f"Report: {demo.place(name).resolve() / compare.REPORT}")
     return summaries
 
@@ -185,13 +192,14 @@ class _Demo:
     out: Path
     console: Console
     config: DemoConfig
+    rewards: Sequence[str]
     max_response_tokens: int
     budget_tokens: int
 
     def collect(self) -> None:
         """Sample once; the second reward scores the same responses."""
         config = self.config
-        first, *others = REWARDS
+        first, *others = self.rewards
         reward, every = make(first), load_prompts(split="train")
         prompts = choose_prompts(every, config.train_prompts, reward, config.seed)
         source = self.out / f"records-{first}"

@@ -15,6 +15,7 @@ import pytest
 from mbrl_text_env.benchmarks import cli
 from mbrl_text_env.benchmarks.llama_server import llama_server
 from mbrl_text_env.benchmarks.options import ModelOptions
+from tests.kills import make_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -99,9 +100,15 @@ def test_make_targets(words):
     assert "mbrl-text demo" in done.stdout or "pytest" in done.stdout
 
 
-def smaller(words):
-    """The same command with fewer and shorter responses."""
+# `benchmarks/test_cli.py` has these on the embedded model.
+ON_A_SMALL_MODEL = ("collect", "compare", "fit", "search")
+
+
+def smaller(words, model):
+    """The same command with fewer and shorter responses of a small model."""
     small = {
+        # What the small model computes for about as many tokens as are bought in the example.
+        "--budget-flops": "2e9",
         "--max-response-tokens": "12",
         "--budget-tokens": "50",
         "--steps": "1",
@@ -117,6 +124,8 @@ def smaller(words):
         words += ["--max-response-tokens", "12"]
     if words[1] == "compare" and "--num-prompts" not in words:
         words += ["--num-prompts", "2"]
+    if words[1] in ON_A_SMALL_MODEL and "--language-model" not in words:
+        words += ["--language-model", model]
     if words[1] == "train":
         sizes = {"prompts_per_step": 1, "num_generations": 4, "batch_size": 4}
         words += [word for pair in sizes.items() for word in ("--set", "{}={}".format(*pair))]
@@ -127,6 +136,7 @@ def smaller(words):
 
 @pytest.mark.slow
 def test_command_line(tmp_path, monkeypatch):
+    """What trains, audits and runs the article has the embedded model, the rest a small one."""
     from typer.testing import CliRunner
 
     monkeypatch.chdir(tmp_path)
@@ -136,12 +146,16 @@ def test_command_line(tmp_path, monkeypatch):
     for code in (b.values[0] for b in blocks("python")):
         if "write_text(" in code:
             subprocess.run([sys.executable, "-c", code], check=True)
+    make_model(tmp_path / "model")
     lines = [words for words in commands() if words[0] == "mbrl-text"]
     assert len(lines) >= 5
     with llama_server(threads=1) as url:
         for words in lines:
             # The documentation's addresses, one or several, all become that of a real server.
-            words = [url if word.startswith("http://") else word for word in smaller(words)]
+            words = [
+                url if word.startswith("http://") else word
+                for word in smaller(words, str(tmp_path / "model"))
+            ]
             result = CliRunner().invoke(cli.app, words[1:])
             assert result.exit_code == 0, f"{words}\n{result.output}"
     assert (tmp_path / "comparison" / "summary.json").exists()
@@ -181,15 +195,17 @@ def test_a_new_reward_and_a_new_agent_are_one_file_each(installed, tmp_path):
     (package / "agents" / "best_of_eight.py").write_text(f'"""An agent."""\n{agent}')
     (package / "agents" / "deepening.py").write_text(f'"""A planner."""\n{planner}')
     words = "compare --agents best-of-eight,deepening --reward punctuation --num-prompts 2 --seed 0"
-    words += " --budget-tokens 100 --max-response-tokens 12 --out comparison"
-    done = python(package.parent, tmp_path, "-m", "mbrl_text_env.benchmarks.cli", *words.split())
+    words += " --budget-tokens 100 --max-response-tokens 12 --out comparison --language-model model"
+    make_model(tmp_path / "model")
+    program = (
+        "import sys\n"
+        "from mbrl_text_env.benchmarks.cli import app\n"
+        "from mbrl_text_env.checks import check_reward_model\n"
+        "from mbrl_text_env.rewards import make\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "check_reward_model(make('punctuation'))\n"
+    )
+    done = python(package.parent, tmp_path, "-c", program, *words.split())
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     summary = json.loads((tmp_path / "comparison" / "summary.json").read_text(encoding="utf-8"))
     assert {row["agent"] for row in summary["agents"]} == {"best-of-eight", "deepening"}
-    checks = (
-        "from mbrl_text_env.checks import check_reward_model\n"
-        "from mbrl_text_env.rewards import make\n"
-        "check_reward_model(make('punctuation'))\n"
-    )
-    done = python(package.parent, tmp_path, "-c", checks)
-    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,7 @@ from mbrl_text_env.benchmarks.demo import (
     DemoConfig,
     Pace,
     find_pace,
-    length_in_time,
+    fit_in_time,
     load,
     run_demo,
 )
@@ -29,9 +30,11 @@ SMALL = DemoConfig(
 
 @pytest.mark.slow
 def test_it_shows_and_keeps_everything_and_resumes(smollm2, tmp_path):
+    pace = Pace("default", REWARDS, 12, {})
+
     def run():
         console = Console(file=io.StringIO(), width=140)
-        return run_demo(smollm2, tmp_path, console, SMALL, 12), console.file.getvalue()
+        return run_demo(smollm2, tmp_path, console, SMALL, pace), console.file.getvalue()
 
     summaries, shown = run()
     assert set(summaries) == set(REWARDS)
@@ -67,17 +70,26 @@ def test_the_pace_is_found_once(tmp_path):
     pace, shown = found()
     rates = pace.tokens_a_second
     assert max(rates, key=rates.get) == pace.dtype
-    assert pace.max_response_tokens == length_in_time(rates[pace.dtype], DemoConfig())
-    assert f"runs in {pace.dtype}; responses of {pace.max_response_tokens} tokens" in shown
+    fit = fit_in_time(rates[pace.dtype], DemoConfig())
+    assert (pace.rewards, pace.max_response_tokens) == fit
+    assert f"runs in {pace.dtype}. What fits in four minutes: {' and '.join(fit[0])}" in shown
     assert str(load(pace.dtype).dtype) == f"torch.{pace.dtype}"
     other = next(dtype for dtype in rates if dtype != pace.dtype)
     kept = json.loads((tmp_path / "pace.json").read_text())
     (tmp_path / "pace.json").write_text(json.dumps({**kept, "dtype": other}))
-    assert found() == (Pace(other, pace.max_response_tokens, rates), "")
+    assert found() == (replace(pace, dtype=other), "")
 
 
-def test_slow_processors_get_shorter_responses():
-    config = DemoConfig()
-    # 190 seconds of 1.24 * 150 tokens, for 64 responses and 12 * (2 * (3 * 400 / 96 + 1) + 12).
-    assert length_in_time(150, config) == 64
-    assert [length_in_time(rate, config) for rate in (1, 1000)] == [24, 96]
+@pytest.mark.parametrize(
+    ("rate", "fit"),
+    [
+        # 190 seconds of 1.24 * 150 tokens, for 64 responses and 12 * (2 * (3 * 400 / 96 + 1) + 12).
+        (150, (REWARDS, 64)),
+        (1000, (REWARDS, 96)),
+        # One reward: for 64 and 12 * (3 * 400 / 96 + 1 + 12).
+        (130, (REWARDS[:1], 80)),
+        (1, (REWARDS[:1], 64)),
+    ],
+)
+def test_slow_processors_do_less(rate, fit):
+    assert fit_in_time(rate, DemoConfig()) == fit

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from mbrl_text_env.benchmarks.studies import gpu_check
-from mbrl_text_env.language_models import SamplingParams
+from mbrl_text_env.language_models import SamplingParams, embedded
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 
@@ -42,6 +42,15 @@ def test_float32_is_that_of_a_forward_pass(smollm2):
     assert found["tokens"] == 16
     assert found["largest_difference"] < 1e-4
     assert found["greedy_share"] == 1
+    assert gpu_check.is_exact(found)
+
+
+def test_bfloat16_is_as_exact_as_transformers():
+    lm = embedded(dtype="bfloat16")
+    states = [initial(prompt, lm) for prompt in load_prompts(split="validation")[:4]]
+    found = gpu_check.exactness(lm, states, 8)
+    assert gpu_check.is_exact(found)
+    assert found["transformers_difference"] > 1e-3
 
 
 def test_log_probabilities_that_are_off_are_told(smollm2, monkeypatch):
@@ -51,4 +60,4 @@ def test_log_probabilities_that_are_off_are_told(smollm2, monkeypatch):
     monkeypatch.setattr(smollm2, "sample", lambda *args, **options: [[off]])
     found = gpu_check.exactness(smollm2, states, 4)
     assert found["mean_difference"] == pytest.approx(0.5, abs=1e-3)
-    assert found["mean_difference"] > gpu_check.NEAR["bfloat16"]
+    assert not gpu_check.is_exact(found)
