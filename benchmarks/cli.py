@@ -29,7 +29,6 @@ from mbrl_text_env.benchmarks.terminal import (
     table_of,
 )
 from mbrl_text_env.benchmarks.train import train_command
-from mbrl_text_env.benchmarks.world_model import world_model_report_command
 
 _TRAIN = options.PromptOptions(split="train")
 _ANY_SPLIT = options.PromptOptions(split="all")
@@ -46,7 +45,6 @@ reward_app = typer.Typer(help="Fit and audit reward models.", no_args_is_help=Tr
 reward_app.command("fit")(fit_reward_command)
 app.add_typer(reward_app, name="reward")
 world_app = typer.Typer(help="Diagnose world models.", no_args_is_help=True)
-world_app.command("report")(world_model_report_command)
 app.add_typer(world_app, name="world-model")
 app.command("train")(train_command)
 app.command("serve")(serve_command)
@@ -79,6 +77,31 @@ def article_command(
     from mbrl_text_env.benchmarks.article import run_article
 
     run_article(config, judge, out, console)
+
+
+@world_app.command("report")
+@friendly
+def world_model_report_command(
+    *,
+    folder: Annotated[Path, typer.Argument(help="Of a world model (`fit --kind world-model`).")],
+    records: Path = option(..., "Records of prompts that it was not fitted on."),
+    shift: list[Path] | None = option(
+        None, "Records of other kinds of prompts, or of another policy; repeatable."
+    ),
+    horizons: str = option("8,16,32", "Tokens ahead, with commas."),
+    prefix_tokens: int = option(16, "Tokens to look ahead from.", min=1),
+    seed: int = option(0, options.SEED),
+    out: Path = option(Path("world-model-report"), "Folder of the report."),
+    model: options.ModelOptions,
+) -> None:
+    """Errors, calibration and disagreement of a world model, by how far it looks ahead."""
+    from mbrl_text_env.benchmarks.reports import write_report
+    from mbrl_text_env.benchmarks.world_model import report_horizons
+
+    ahead, places = options.integers("--horizons", horizons), [records, *(shift or [])]
+    settings = {"prefix_tokens": prefix_tokens, "seed": seed}
+    report_horizons(model.load(), folder, places, ahead, out, **settings)
+    console.print(f"Report: {write_report(out).resolve()}")
 
 
 @app.command("compare")

@@ -1,4 +1,4 @@
-"""The command `mbrl-text world-model report` and its page."""
+"""What `mbrl-text world-model report` writes, and its page."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 from rich.table import Table
 
-from mbrl_text_env.benchmarks import options
 from mbrl_text_env.benchmarks.charts import Series, of_curves
-from mbrl_text_env.benchmarks.friendly import friendly, option
 from mbrl_text_env.benchmarks.page import Page, provenance, read_json, reading
 from mbrl_text_env.benchmarks.statistics import Interval, mean_interval
 from mbrl_text_env.benchmarks.terminal import console, numbers, table_of
 from mbrl_text_env.files import write_text
+from mbrl_text_env.language_models.base import LanguageModel
+from mbrl_text_env.records import read_records
+from mbrl_text_env.world_model import horizon_report, load_dynamics
 
 HORIZONS = "horizons.json"
 _ERRORS = {
@@ -36,34 +36,25 @@ _NARROW = 1.25
 Row = Mapping[str, Any]
 
 
-@friendly
-def world_model_report_command(
+def report_horizons(
+    language_model: LanguageModel,
+    folder: Path,
+    records: Sequence[Path],
+    horizons: Sequence[int],
+    out: Path,
     *,
-    folder: Annotated[Path, typer.Argument(help="Of a world model (`fit --kind world-model`).")],
-    records: Path = option(..., "Records of prompts that it was not fitted on."),
-    shift: list[Path] | None = option(
-        None, "Records of other kinds of prompts, or of another policy; repeatable."
-    ),
-    horizons: str = option("8,16,32", "Tokens ahead, with commas."),
-    prefix_tokens: int = option(16, "Tokens to look ahead from.", min=1),
-    seed: int = option(0, options.SEED),
-    out: Path = option(Path("world-model-report"), "Folder of the report."),
-    model: options.ModelOptions,
+    prefix_tokens: int,
+    seed: int,
 ) -> None:
-    """Errors, calibration and disagreement of a world model, by how far it looks ahead."""
-    from mbrl_text_env.benchmarks.reports import write_report
-    from mbrl_text_env.records import read_records
-    from mbrl_text_env.world_model import horizon_report, load_dynamics
-
-    ahead = options.integers("--horizons", horizons)
-    dynamics = load_dynamics(folder, model.load())
+    """Write and print the errors of a world model on each folder of records."""
+    dynamics = load_dynamics(folder, language_model)
     rows = {}
-    for place in dict.fromkeys([records, *(shift or [])]):
+    for place in dict.fromkeys(records):
         found = read_records(place)
         rows[str(place)] = [
             asdict(row)
             for row in horizon_report(
-                dynamics, found, ahead, prefix_tokens=prefix_tokens, seed=seed
+                dynamics, found, horizons, prefix_tokens=prefix_tokens, seed=seed
             )
         ]
     about = {
@@ -80,7 +71,6 @@ def world_model_report_command(
     write_text(out / HORIZONS, json.dumps(about, indent=1))
     for name, own in rows.items():
         console.print(_table(name, own))
-    console.print(f"Report: {write_report(out).resolve()}")
 
 
 def recorded_page(folder: Path) -> Page:

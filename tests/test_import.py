@@ -65,6 +65,11 @@ def test_importing_loads_nothing_heavy(statement):
     assert loaded.isdisjoint(HEAVY)
 
 
+def test_the_command_line_loads_no_more_than_it_shows():
+    loaded = loaded_by("import mbrl_text_env.benchmarks.cli")
+    assert loaded & set(HEAVY) == {"pyarrow", "rich"}
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_resolves(package):
     module = importlib.import_module(package)
