@@ -124,7 +124,7 @@ def smaller(words, model):
         words += ["--max-response-tokens", "12"]
     if words[1] == "compare" and "--num-prompts" not in words:
         words += ["--num-prompts", "2"]
-    if words[1] in ON_A_SMALL_MODEL and "--language-model" not in words:
+    if words[1] in ON_A_SMALL_MODEL and not {"--language-model", "--policy"} & {*words}:
         words += ["--language-model", model]
     if words[1] == "train":
         sizes = {"prompts_per_step": 1, "num_generations": 4, "batch_size": 4}
