@@ -28,7 +28,9 @@ def test_it_is_exact_and_counts(tmp_path):
     assert json.dumps(found, indent=1) in done.output
     assert found["exactness"]["tokens"] == 8
     assert found["exactness"]["largest_difference"] < 1e-3
-    assert found["guarded"]["kept"] == found["guarded"]["chunks"] == 8
+    guarded = found["guarded"]
+    assert guarded["kept"] + guarded["dead_ends"] == guarded["chunks"] == 8
+    assert guarded["kept"] >= 6
     assert [row["prompts"] for row in found["comparison"]] == [2, 2, 2]
     names = {"generate", "float32", "float32 without cache", "limit float32"}
     assert names == {*found["rates"]}
