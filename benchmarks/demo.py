@@ -22,7 +22,7 @@ from mbrl_text_env.agents.sampling import Sampling
 from mbrl_text_env.agents.values import EmbeddingValue, FittedValue, make_value
 from mbrl_text_env.benchmarks import compare, matched, report
 from mbrl_text_env.benchmarks.audit.run import fill_pool
-from mbrl_text_env.benchmarks.options import CompareConfig, DemoConfig, choose_prompts
+from mbrl_text_env.benchmarks.options import CompareConfig, CompareError, DemoConfig, choose_prompts
 from mbrl_text_env.benchmarks.terminal import panel, progress_bar
 from mbrl_text_env.files import write_text
 from mbrl_text_env.language_models import embedded
@@ -65,8 +65,14 @@ def find_pace(out: Path, console: Console, config: DemoConfig) -> Pace:
     """
     path = out / "pace.json"
     if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return Pace(**{**kept, "rewards": tuple(kept["rewards"])})
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return Pace(**{**kept, "rewards": tuple(kept["rewards"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CompareError(
+                f"{path}: expected what an earlier run found, got a damaged file "
+                f"({type(error).__name__}: {error}). Delete it, and it is found anew."
+            ) from error
     console.print("Trying out which number format is the fastest here ...")
     rates: dict[str, float] = {}
     for dtype in ("float32", "bfloat16", "int8"):

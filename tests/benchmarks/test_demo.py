@@ -18,6 +18,7 @@ from mbrl_text_env.benchmarks.demo import (
     load,
     run_demo,
 )
+from mbrl_text_env.benchmarks.options import CompareError
 from mbrl_text_env.records import read_records
 
 SMALL = DemoConfig(
@@ -93,3 +94,10 @@ def test_the_pace_is_found_once(tmp_path):
 )
 def test_slow_processors_do_less(rate, fit):
     assert fit_in_time(rate, DemoConfig()) == fit
+
+
+@pytest.mark.parametrize("content", ['{"dtype"', '{"dtype": "float32"}', "3"])
+def test_a_damaged_pace_is_told(tmp_path, content):
+    (tmp_path / "pace.json").write_text(content)
+    with pytest.raises(CompareError, match=r"pace\.json: expected what an earlier run found"):
+        find_pace(tmp_path, Console(file=io.StringIO()), DemoConfig())
