@@ -52,6 +52,21 @@ def minilm() -> Iterator[object]:
 
 
 @pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For `MBRL_TEXT_ENV_CACHE`: the embedded model is a random Llama of one layer there.
+
+    For what a program does with a policy, not for what it says; decoding takes a hundredth.
+    """
+    from mbrl_text_env.language_models import registry
+    from tests.kills import make_model
+
+    folder = tmp_path_factory.mktemp("cache") / registry.embedded_folder().name
+    make_model(folder)
+    (folder / registry._MARKER).write_text("{}", encoding="utf-8")
+    return folder.parent
+
+
+@pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project to build from."""
     ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")

@@ -15,6 +15,7 @@ import pytest
 from mbrl_text_env.benchmarks import cli
 from mbrl_text_env.benchmarks.llama_server import llama_server
 from mbrl_text_env.benchmarks.options import ModelOptions
+from mbrl_text_env.language_models.registry import CACHE_VARIABLE
 from tests.kills import make_model
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,17 @@ PAGES = [
     "docs/values.md",
     "docs/world_models.md",
 ]
+# What a newcomer runs first, and planners, whose compute is bought in FLOPs. The policy of other
+# pages is a random one, which takes a third of the time; the same agents, rewards and trainings
+# have the embedded model in tests of their own.
+ON_THE_EMBEDDED_MODEL = (
+    "README.md",
+    "docs/index.md",
+    "docs/quickstart.md",
+    "docs/first-steps.md",
+    "docs/environments.md",
+    "docs/planners.md",
+)
 
 
 def blocks(language):
@@ -60,12 +72,12 @@ def commands():
             yield shlex.split(line, comments=True)
 
 
-def python(installed, folder, *arguments):
+def python(installed, folder, *arguments, **environment):
     """Python in a folder that is not the repository, on the installed package."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(installed)},
+        env={**os.environ, "PYTHONPATH": str(installed), **environment},
         capture_output=True,
         text=True,
     )
@@ -75,8 +87,9 @@ def python(installed, folder, *arguments):
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page in {b.id.rpartition("-")[0] for b in blocks("python")}]
 )
-def test_python(page, installed, tmp_path):
+def test_python(page, installed, small_cache, tmp_path):
     """The blocks of a page, each by itself, in one process."""
+    small = {} if page in ON_THE_EMBEDDED_MODEL else {CACHE_VARIABLE: str(small_cache)}
     codes = [b.values[0] for b in blocks("python") if b.id.rpartition("-")[0] == page]
     program = (
         "import json, mbrl_text_env, sys\n"
@@ -87,7 +100,7 @@ def test_python(page, installed, tmp_path):
     )
     (tmp_path / "blocks.json").write_text(json.dumps(codes), encoding="utf-8")
     (tmp_path / "program.py").write_text(program, encoding="utf-8")
-    done = python(installed, tmp_path, "program.py")
+    done = python(installed, tmp_path, "program.py", **small)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.splitlines()[-1].startswith(str(installed))
 
