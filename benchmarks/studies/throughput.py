@@ -251,13 +251,14 @@ def main(
     article_timed: int = option(32, "Prompts that (a) is timed on, one by one, and scaled.", min=1),
     repeats: int = option(2, "Runs; the fastest counts.", min=1),
     sizes: str = option(",".join(map(str, BATCH_SIZES)), "With commas between.", "--batch-sizes"),
+    dtypes: str = option(",".join(DTYPES), "Number formats, with commas between; first float32."),
     server: list[str] | None = option(None, "NAME=URL of a server that runs, such as vLLM's."),
 ) -> None:
     """Measure and print; takes about 20 minutes on two cores that do nothing else."""
     every = load_prompts(split="test")
     order = np.random.default_rng(seed).permutation(len(every))
     prompts = [every[i] for i in order[: max(BATCH_SIZES)]]
-    engines = {name: engine_of(dtype, device="cpu") for name, dtype in DTYPES.items()}
+    engines = {name: engine_of(DTYPES[name], device="cpu") for name in dtypes.split(",")}
     counts = options.integers("--batch-sizes", sizes)
     given = dict(each.split("=", 1) for each in server or ())
     with llama_server(parallel=_SERVER_PARALLEL, context=_SERVER_PARALLEL * 512) as url:
@@ -265,7 +266,7 @@ def main(
         rates = rates_by_batch_size(
             engines, prompts, tokens, repeats, sizes=counts, servers=servers
         )
-    best = max(DTYPES, key=lambda name: rates[name][str(counts[-1])])
+    best = max(engines, key=lambda name: rates[name][str(counts[-1])])
     found = article(engines, prompts[:article_prompts], article_timed) if article_prompts else {}
     result = {
         **harness.heading("throughput"),
@@ -275,7 +276,7 @@ def main(
         "rates": rates,
         "best_dtype": best,
         "article": found,
-        **{f"ratios_{dtype}": ratios(rates, dtype) for dtype in DTYPES},
+        **{f"ratios_{dtype}": ratios(rates, dtype) for dtype in engines},
     }
     for dtype, seconds in found.get("seconds", {}).items():
         if dtype != "article":
