@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import statistics
 import subprocess
 import threading
 import time
@@ -32,7 +34,9 @@ from mbrl_text_env.language_models.guarding import sample_requests as guarded_re
 from mbrl_text_env.language_models.registry import embedded_folder
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
-from mbrl_text_env.types import Chunk, Ledger, Prompt, TextState
+from mbrl_text_env.rewards import make
+from mbrl_text_env.types import Budget, Chunk, Ledger, Prompt, TextState
+from tests.benchmarks.test_serving import TOKENS, is_idle, post_all, serving
 from tests.language_models.test_guard import without
 from tests.language_models.test_server import (
     GREEDY,
@@ -192,6 +196,23 @@ def test_ledgers(lm: ServerLM) -> None:
         # Whole blocks come from the cache, and at least the last token is computed.
         assert ledger.usage.cached_tokens == (length - 1) // BLOCK * BLOCK > 0
         assert ledger.usage.prompt_tokens == length - ledger.usage.cached_tokens
+
+
+def test_behind_a_server_of_ours(lm: ServerLM) -> None:
+    """Requests at a time, each a search over vLLM, score higher than one response of it."""
+    texts = [prompt.text for prompt in load_prompts(split="validation")[:8]]
+    options = {"spec": "best-of-n:n=8", "budget": Budget(tokens=8 * TOKENS)}
+    with serving(lm, make("sentiment"), **options) as state:
+
+        def mean(model: str) -> float:
+            bodies = [{"model": model, "prompt": text, "seed": 0} for text in texts]
+            answers = [answer.json() for answer in asyncio.run(post_all(state, bodies))]
+            for answer in answers:
+                assert 0 < answer["usage"]["search"]["generated_tokens"] <= 8 * TOKENS
+            return statistics.mean(answer["choices"][0]["score"] for answer in answers)
+
+        assert mean("best") > mean("plain") + 0.1
+        assert is_idle(state)
 
 
 def test_killed_and_restarted_in_the_middle_of_a_comparison(
