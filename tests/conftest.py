@@ -32,9 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first, each on any worker; the others a file a worker, which shares fixtures."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
-        slow = item.get_closest_marker("slow")
-        group = item.nodeid if slow else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("xdist_group") is None:
+            slow = item.get_closest_marker("slow")
+            group = item.nodeid if slow else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What the metadata promises is what is tested, and the source distribution can test itself."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -34,6 +37,12 @@ def test_the_oldest_releases_are_the_lower_bounds():
     assert {name: release(v) for name, v in promised.items()} == {
         name.removeprefix(" "): release(v) for name, v in pinned.items()
     }
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process runs the tests")
+def test_a_file_is_one_workers(request):
+    """Else each worker would make what a module's tests share; some releases do so silently."""
+    assert request.node.nodeid.endswith("@tests/test_packaging.py")
 
 
 def test_every_requirement_has_a_lower_bound():

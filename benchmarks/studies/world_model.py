@@ -54,7 +54,8 @@ from mbrl_text_env.fitting.report import root_mean_square
 from mbrl_text_env.language_models.base import LanguageModel, stream
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards import ConstraintsReward, make
-from mbrl_text_env.rewards.base import score_features
+from mbrl_text_env.rewards.adapters import as_reward_model
+from mbrl_text_env.rewards.base import RewardLike, score_features, score_responses
 from mbrl_text_env.rewards.verifiable.constraints.checking import check_counts, count_behind
 from mbrl_text_env.types import FloatArray, Prompt, TextState
 from mbrl_text_env.world_model import (
@@ -73,13 +74,15 @@ KINDS = (
     *("min_letter_count", "max_letter_count", "min_capital_words", "max_capital_words"),
 )
 """Of the constraints that are drawn, three to a prompt."""
-LABELLED: Mapping[str, Callable[[str], float]] = {
-    "long words": lambda text: (
+LABELLED: Mapping[str, RewardLike | str] = {
+    "long words": lambda prompt, text: (
         sum(len(word) > 7 for word in text.split()) / len(text.split() or "-")
     ),
-    "you": lambda text: float("you" in text.lower()),
+    "you": lambda prompt, text: float("you" in text.lower()),
+    "sentiment": "sentiment",
+    "relevance": "relevance",
 }
-"""Rewards of `label_ratio`."""
+"""Rewards of `label_ratio`: two of what is written, two of what it means."""
 CHUNKWISE = "beam:chunk_tokens=16:value="
 PLANNERS = (
     *(CHUNKWISE + name for name in ("nearest", "any", "prefix", "unrelated")),
@@ -409,7 +412,7 @@ def _together(sets: Sequence[tuple[Pool, Sequence[Cell]]], place: int) -> Row:
 def label_ratio(work: Work) -> list[Row]:
     """How many labels a value on prefixes needs for what a head on imagined endings does with n.
 
-    The rewards are programs of what the features do not count, known by n labelled responses alone.
+    The rewards are of what the features do not count, known by n labelled responses alone.
     Both heads are the same forest. `high` is None where all labels are too few.
     """
     known, length = work.increments["nearest"], work.size.lengths[len(work.size.lengths) // 2]
@@ -426,15 +429,15 @@ def label_ratio(work: Work) -> list[Row]:
     most, found = len(work.train), []
     sizes = [*(n for n in (32, 64, 128, 256, 512, 1024) if n < most), most]
     order = np.random.default_rng(work.seed).permutation(most)
-    for name, program in LABELLED.items():
-        labels = np.asarray([program(record.response) for record in work.train])
+    for name, reward in LABELLED.items():
+        labels = _labels(reward, work.train)
         told: dict[str, FloatArray] = {}
         for n in sizes:
             chosen, live = order[:n], order[:n][goes_on[order[:n]]]
             imagined = forest(ends[chosen], labels[chosen], futures.reshape(-1, len(known.names)))
             told[f"imagined {n}"] = imagined.reshape(futures.shape[:2]).mean(axis=1)
             told[f"direct {n}"] = forest(inputs[live], labels[live], known.varying(states))
-        final = np.asarray([program(record.response) for _, record in going])
+        final = _labels(reward, [record for _, record in going])
         draws = correlations(told, final, [(place, 0) for place, _ in going], work.seed)
         curve = np.maximum.accumulate([draws[f"direct {n}"] for n in sizes])
         for n in sizes[:-1]:
@@ -448,6 +451,12 @@ def label_ratio(work: Work) -> list[Row]:
             capped = {k: None if v > most else v for k, v in row.items() if k in ("ratio", "high")}
             found.append({"reward": name, "n": n, "length": length, **row, **capped})
     return found
+
+
+def _labels(reward: RewardLike | str, records: Sequence[Record]) -> FloatArray:
+    prompts, texts = zip(*((r.prompt(), r.response) for r in records), strict=True)
+    model = make(reward) if isinstance(reward, str) else as_reward_model(reward)
+    return score_responses(model, prompts, texts).total
 
 
 def cost(work: Work) -> dict[str, Row]:

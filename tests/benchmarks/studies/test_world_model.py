@@ -40,7 +40,7 @@ def test_the_quick_command_goes_on_and_has_all_baselines(tmp_path, monkeypatch):
     # One set is all of them.
     assert {r["agent"]: r["multiplier_tokens"] for r in together} == pytest.approx(values)
     ratios = result["label_ratio"]
-    assert {row["reward"] for row in ratios} == {"long words", "you"}
+    assert {row["reward"] for row in ratios} == {*study.LABELLED}
     assert all(row["ratio"] is None or row["low"] <= row["ratio"] for row in ratios)
     assert set(result["cost"]) == {"increment", "ensemble"}
 
