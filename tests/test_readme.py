@@ -113,12 +113,8 @@ def test_make_targets(words):
     assert "mbrl-text demo" in done.stdout or "pytest" in done.stdout
 
 
-# `benchmarks/test_cli.py` has these on the embedded model.
-ON_A_SMALL_MODEL = ("collect", "compare", "fit", "search")
-
-
-def smaller(words, model):
-    """The same command with fewer and shorter responses of a small model."""
+def smaller(words):
+    """The same command with fewer and shorter responses."""
     small = {
         # What the small model computes for about as many tokens as are bought in the example.
         "--budget-flops": "2e9",
@@ -137,8 +133,6 @@ def smaller(words, model):
         words += ["--max-response-tokens", "12"]
     if words[1] == "compare" and "--num-prompts" not in words:
         words += ["--num-prompts", "2"]
-    if words[1] in ON_A_SMALL_MODEL and not {"--language-model", "--policy"} & {*words}:
-        words += ["--language-model", model]
     if words[1] == "train":
         sizes = {"prompts_per_step": 1, "num_generations": 4, "batch_size": 4}
         words += [word for pair in sizes.items() for word in ("--set", "{}={}".format(*pair))]
@@ -148,27 +142,24 @@ def smaller(words, model):
 
 
 @pytest.mark.slow
-def test_command_line(tmp_path, monkeypatch):
-    """What trains, audits and runs the article has the embedded model, the rest a small one."""
+def test_command_line(small_cache, tmp_path, monkeypatch):
+    """On a small random model; `benchmarks/test_cli.py` and the notebook have the embedded one."""
     from typer.testing import CliRunner
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(CACHE_VARIABLE, str(small_cache))
     # Each model is loaded once, not by every command.
     monkeypatch.setattr(ModelOptions, "load", functools.cache(ModelOptions.load))
     # The prompts and the rewards of the quickstart and the first steps.
     for code in (b.values[0] for b in blocks("python")):
         if "write_text(" in code:
             subprocess.run([sys.executable, "-c", code], check=True)
-    make_model(tmp_path / "model")
     lines = [words for words in commands() if words[0] == "mbrl-text"]
     assert len(lines) >= 5
     with llama_server(threads=1) as url:
         for words in lines:
             # The documentation's addresses, one or several, all become that of a real server.
-            words = [
-                url if word.startswith("http://") else word
-                for word in smaller(words, str(tmp_path / "model"))
-            ]
+            words = [url if word.startswith("http://") else word for word in smaller(words)]
             result = CliRunner().invoke(cli.app, words[1:])
             assert result.exit_code == 0, f"{words}\n{result.output}"
     assert (tmp_path / "comparison" / "summary.json").exists()
