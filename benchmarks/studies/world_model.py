@@ -86,7 +86,8 @@ LABELLED: Mapping[str, RewardLike | str] = {
 CHUNKWISE = "beam:chunk_tokens=16:value="
 PLANNERS = (
     *(CHUNKWISE + name for name in ("nearest", "any", "prefix", "unrelated")),
-    *("adaptive:value=nearest", "adaptive:value=prefix", "guarded"),
+    *("adaptive:value=nearest", "adaptive:value=prefix"),
+    *("guarded", "particle-filter:guarded=1:value=nearest"),
 )
 _HOW = harness.StudyOptions(json_file=Path("world-model.json"))
 _FUTURES = 64
@@ -335,7 +336,8 @@ def _told(name: str, draws: FloatArray, work: Work, prefix: str = "") -> Row:
 def planning(work: Work, planners: Sequence[str]) -> dict[str, Any]:
     """Rows of `analyse` for each set, and over all of them by prompt, with best-of-N's own.
 
-    Best-of-N does not stop at the first success, and neither do planners, but `guarded` does.
+    Best-of-N does not stop at the first success, and neither do planners, but `guarded` does. Bounds
+    and imagined endings are together in the particles under guard.
     """
     sets: list[tuple[Pool, list[Cell]]] = []
     for number, prompts in enumerate(work.sets):
@@ -368,8 +370,8 @@ def planning(work: Work, planners: Sequence[str]) -> dict[str, Any]:
 
 
 def _cell(work: Work, spec: str, number: int, prompts: Sequence[Prompt]) -> Cell:
-    """An agent's answers; `guarded` alone has the reward as a verifier."""
-    reward = ConstraintsReward() if spec == "guarded" else Instructions()
+    """An agent's answers; those that are guarded have the reward as a verifier."""
+    reward = ConstraintsReward() if "guarded" in spec else Instructions()
     config = options.CompareConfig(
         (spec,),
         budget_tokens=work.size.budget,
@@ -377,7 +379,7 @@ def _cell(work: Work, spec: str, number: int, prompts: Sequence[Prompt]) -> Cell
         seed=work.seed + 1 + number,
         batch_prompts=len(prompts),
     )
-    values = None if spec == "guarded" else work.values(reward)
+    values = work.values(reward) if "value=" in spec else None
     options.console.print(f"set {number}: {spec}")
     comparison = Comparison(config, prompts, work.language_model, reward, values)
     rows = run(comparison, work.out / "runs" / f"set-{number}" / slug(spec))[spec]
