@@ -336,8 +336,8 @@ def _told(name: str, draws: FloatArray, work: Work, prefix: str = "") -> Row:
 def planning(work: Work, planners: Sequence[str]) -> dict[str, Any]:
     """Rows of `analyse` for each set, and over all of them by prompt, with best-of-N's own.
 
-    Best-of-N does not stop at the first success, and neither do planners, but `guarded` does. Bounds
-    and imagined endings are together in the particles under guard.
+    Best-of-N does not stop at the first success, and neither do planners, but `guarded` does.
+    Bounds and imagined endings are together in the particles under guard.
     """
     sets: list[tuple[Pool, list[Cell]]] = []
     for number, prompts in enumerate(work.sets):
