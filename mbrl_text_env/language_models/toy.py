@@ -342,7 +342,8 @@ def shaped(probabilities: Row, params: SamplingParams) -> Row:
     with np.errstate(divide="ignore", over="ignore"):
         logits = np.log(probabilities)
         weights = np.exp((logits - logits.max()) / params.temperature)
-    order = np.argsort(-weights, kind="stable")
+    if params.top_k or params.top_p < 1.0:
+        order = np.argsort(-weights, kind="stable")
     if params.top_k:
         weights[order[params.top_k :]] = 0.0
     if params.top_p < 1.0:
