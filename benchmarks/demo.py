@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Pace:
 
     dtype: str
     rewards: Sequence[str]
+    pool_samples: int
     max_response_tokens: int
     tokens_a_second: float
 
@@ -94,18 +95,19 @@ def find_pace(out: Path, console: Console, config: DemoConfig) -> Pace:
     return pace
 
 
-def fit_in_time(tokens_a_second: float, config: DemoConfig) -> tuple[Sequence[str], int]:
-    """The rewards and the tokens of a response for four minutes.
+def fit_in_time(tokens_a_second: float, config: DemoConfig) -> tuple[Sequence[str], int, int]:
+    """The rewards, the samples of best-of-N's pool, and the tokens of a response for four minutes.
 
     Fewer prompts would save little: batches would be smaller, and have as many steps.
     """
     tokens = (_SECONDS - _OTHER_SECONDS) * _FASTER * tokens_a_second
-    for rewards in (REWARDS, REWARDS[:1]):
-        compared = len(rewards) * ((len(AGENTS) - 1) * _BUDGET + 1) + config.pool_samples
+    most = config.pool_samples
+    for rewards, samples in ((REWARDS, most), (REWARDS[:1], most), (REWARDS[:1], most * 2 // 3)):
+        compared = len(rewards) * ((len(AGENTS) - 1) * _BUDGET + 1) + samples
         responses = config.train_prompts * config.samples + config.test_prompts * compared
         if (fit := int(tokens / responses) // 8 * 8) >= _SHORTEST:
             break
-    return rewards, min(max(fit, _SHORTEST), _LONGEST)
+    return rewards, samples, min(max(fit, _SHORTEST), _LONGEST)
 
 
 def load(dtype: str) -> LanguageModel:
@@ -155,8 +157,11 @@ def run_demo(
     """
     if any(out.glob("records-*")):
         console.print(f"Going on in {out}: what an earlier run has finished is not run again.")
-    longest = config.max_response_tokens or pace.max_response_tokens
-    rewards = REWARDS if config.max_response_tokens else pace.rewards
+    rewards: Sequence[str] = REWARDS
+    longest = config.max_response_tokens
+    if longest is None:
+        rewards, longest = pace.rewards, pace.max_response_tokens
+        config = replace(config, pool_samples=pace.pool_samples)
     budget = config.budget_tokens or round(_BUDGET * longest)
     demo = _Demo(language_model, out, console, config, rewards, longest, budget)
     [first] = load_prompts(split="validation", limit=1)

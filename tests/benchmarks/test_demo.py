@@ -32,7 +32,7 @@ SMALL = DemoConfig(
 
 @pytest.mark.slow
 def test_it_shows_and_keeps_everything_and_resumes(smollm2, tmp_path):
-    pace = Pace("default", REWARDS, 12, 1)
+    pace = Pace("default", REWARDS, 4, 12, 1)
 
     def run():
         console = Console(file=io.StringIO(), width=140)
@@ -75,7 +75,7 @@ def test_the_pace_is_found_once(tmp_path):
     assert set(times) == {"float32", "bfloat16", "int8"}
     assert times[pace.dtype] == min(times.values())
     fit = fit_in_time(pace.tokens_a_second, DemoConfig())
-    assert (pace.rewards, pace.max_response_tokens) == fit
+    assert (pace.rewards, pace.pool_samples, pace.max_response_tokens) == fit
     assert str(load(pace.dtype).dtype) == f"torch.{pace.dtype}"
     other = next(dtype for dtype in times if dtype != pace.dtype)
     kept = json.loads((tmp_path / "pace.json").read_text())
@@ -87,11 +87,12 @@ def test_the_pace_is_found_once(tmp_path):
     ("rate", "fit"),
     [
         # 190 seconds of 1.24 * 150 tokens, for 64 responses and 12 * (2 * (3 * 400 / 96 + 1) + 12).
-        (150, (REWARDS, 64)),
-        (1000, (REWARDS, 96)),
+        (150, (REWARDS, 12, 64)),
+        (1000, (REWARDS, 12, 96)),
         # One reward: for 64 and 12 * (3 * 400 / 96 + 1 + 12).
-        (130, (REWARDS[:1], 80)),
-        (1, (REWARDS[:1], 64)),
+        (130, (REWARDS[:1], 12, 80)),
+        (90, (REWARDS[:1], 8, 64)),
+        (1, (REWARDS[:1], 8, 64)),
     ],
 )
 def test_slow_processors_do_less(rate, fit):
