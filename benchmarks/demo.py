@@ -48,8 +48,8 @@ _TIMED = (16, 8)
 # What a demonstration may take, what of it is not sampling, and how much faster its batches, which
 # are larger, are than what is tried out (measured on two x86 cores without AVX-512).
 _SECONDS, _OTHER_SECONDS, _FASTER = 230, 40, 1.24
-# Tokens of a response: planners choose every 16, and fewer than four choices are no search.
-_SHORTEST, _LONGEST = 64, 96
+# Tokens of a response: planners choose every 16, and fewer than four chunks are no search.
+_SHORTEST, _LONGEST = 56, 96
 AGENTS = ("sampling", "best-of-n", "lookahead:value=embedding", matched.DEFAULT_PLANNER)
 
 
