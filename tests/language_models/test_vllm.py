@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import statistics
 import subprocess
 import threading
 import time
@@ -35,6 +34,7 @@ from mbrl_text_env.language_models.registry import embedded_folder
 from mbrl_text_env.mdp import initial
 from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards import make
+from mbrl_text_env.rewards.base import score_responses
 from mbrl_text_env.types import Budget, Chunk, Ledger, Prompt, TextState
 from tests.benchmarks.test_serving import TOKENS, is_idle, post_all, serving
 from tests.language_models.test_guard import without
@@ -200,16 +200,17 @@ def test_ledgers(lm: ServerLM) -> None:
 
 def test_behind_a_server_of_ours(lm: ServerLM) -> None:
     """Requests at a time, each a search over vLLM, score higher than one response of it."""
-    texts = [prompt.text for prompt in load_prompts(split="validation")[:8]]
+    prompts, reward = load_prompts(split="validation")[:8], make("sentiment")
     options = {"spec": "best-of-n:n=8", "budget": Budget(tokens=8 * TOKENS)}
-    with serving(lm, make("sentiment"), **options) as state:
+    with serving(lm, reward, **options) as state:
 
         def mean(model: str) -> float:
-            bodies = [{"model": model, "prompt": text, "seed": 0} for text in texts]
+            bodies = [{"model": model, "prompt": prompt.text, "seed": 0} for prompt in prompts]
             answers = [answer.json() for answer in asyncio.run(post_all(state, bodies))]
             for answer in answers:
                 assert 0 < answer["usage"]["search"]["generated_tokens"] <= 8 * TOKENS
-            return statistics.mean(answer["choices"][0]["score"] for answer in answers)
+            texts = [answer["choices"][0]["text"] for answer in answers]
+            return float(score_responses(reward, prompts, texts).total.mean())
 
         assert mean("best") > mean("plain") + 0.1
         assert is_idle(state)
