@@ -344,7 +344,7 @@ class DemoConfig:
         None, "Of an agent for a prompt; by default of 4.2 responses.", min=1
     )
     max_response_tokens: int | None = option(
-        None, "by default what fits in four minutes, 56 to 96; else both rewards are run.", min=1
+        None, "By default what fits in four minutes, 56 to 96; else both rewards are run.", min=1
     )
     seed: int = option(0, SEED)
     samples: int = 4

@@ -37,7 +37,7 @@ from mbrl_text_env.benchmarks.studies import harness
 from mbrl_text_env.language_models import SamplingParams, TransformersLM, embedded
 from mbrl_text_env.mdp import initial, transition
 from mbrl_text_env.prompts import load_prompts
-from mbrl_text_env.types import Prompt, TextState
+from mbrl_text_env.types import Prompt, TextState, one_of
 
 BATCH_SIZES = (1, 4, 16, 64, 128)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -258,7 +258,10 @@ def main(
     every = load_prompts(split="test")
     order = np.random.default_rng(seed).permutation(len(every))
     prompts = [every[i] for i in order[: max(BATCH_SIZES)]]
-    engines = {name: engine_of(DTYPES[name], device="cpu") for name in dtypes.split(",")}
+    names = dtypes.split(",")
+    for name in names:
+        one_of("--dtypes", name, [*DTYPES])
+    engines = {name: engine_of(DTYPES[name], device="cpu") for name in names}
     counts = options.integers("--batch-sizes", sizes)
     given = dict(each.split("=", 1) for each in server or ())
     with llama_server(parallel=_SERVER_PARALLEL, context=_SERVER_PARALLEL * 512) as url:
