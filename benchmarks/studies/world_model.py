@@ -463,11 +463,11 @@ def _labels(reward: RewardLike | str, records: Sequence[Record]) -> FloatArray:
 
 def cost(work: Work) -> dict[str, Row]:
     """Seconds of one core that fitting takes, and milliseconds that the futures of a state take."""
-    found = {}
+    found, records = {}, work.train
     states = [r.prefix_state(len(r.response_ids) // 2) for row in work.pool for r in row[:2]]
     for kind in (IncrementDynamics, EnsembleDynamics):
         start = time.process_time()
-        dynamics = kind(work.language_model).fit(work.train)
+        dynamics = kind(work.language_model).fit(records)
         fit = time.process_time() - start
         # Some of it is computed once.
         predict_futures(dynamics, states, _FUTURES)
